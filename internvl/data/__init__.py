@@ -1,0 +1,1 @@
+"""Samples to batches. Knows nothing of models; ranks come in as arguments."""

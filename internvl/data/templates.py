@@ -1,0 +1,89 @@
+"""Conversation templates as data (original: `internvl_chat/internvl/conversation.py`).
+
+A prompt is the concatenation of segments, one per turn. Every template of the released models fits
+five strings; the encoder in chat.py reads them and knows no template by name.
+"""
+
+from dataclasses import dataclass
+
+_SHUSHENG = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "
+    "是一个有用无害的人工智能助手。"
+)
+_WANXIANG = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位"
+    "联合开发的多模态大语言模型。"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """How turns become text. The supervised part of an answer is its text and `end`."""
+
+    name: str
+    system_message: str
+    """Used where the conversation and the checkpoint give none."""
+    system: tuple[str, str]
+    """Text before and after the system message."""
+    user: tuple[str, str]
+    """Text before and after a question."""
+    assistant: str
+    """Text before an answer, in training."""
+    open: str
+    """Text before an answer that is still to be generated."""
+    end: str
+    """Closes an answer; generation stops at it."""
+    after: str = ""
+    """Follows `end`, not supervised."""
+    strip: bool = False
+    """Messages are stripped of surrounding white space (original: `preprocess_internlm`)."""
+
+
+def _chatml(name: str, system_message: str, *, after: str = "", strip: bool = False) -> Template:
+    close = "<|im_end|>" + after
+    return Template(
+        name=name,
+        system_message=system_message,
+        system=("<|im_start|>system\n", close),
+        user=("<|im_start|>user\n", close),
+        assistant="<|im_start|>assistant\n",
+        open="<|im_start|>assistant\n",
+        end="<|im_end|>",
+        after=after,
+        strip=strip,
+    )
+
+
+TEMPLATES = {
+    template.name: template
+    for template in (
+        _chatml("Hermes-2", _SHUSHENG),
+        _chatml("internlm2-chat", _SHUSHENG, strip=True),
+        _chatml("internvl2_5", _WANXIANG, after="\n"),
+        Template(
+            name="phi3-chat",
+            system_message=_SHUSHENG,
+            system=("<|system|>\n", "<|end|>"),
+            user=("<|user|>\n", "<|end|>"),
+            assistant="<|assistant|>\n",
+            open="<|assistant|>\n",
+            end="<|end|>",
+        ),
+        Template(
+            name="internvl_zh",
+            system_message="",
+            system=("", " "),
+            user=("<human>: ", " "),
+            assistant="<bot>: ",
+            open="<bot>:",
+            end="</s>",
+        ),
+    )
+}
+
+
+def template(name: str) -> Template:
+    """The template called `name`. Raises ValueError naming the known ones."""
+    if name not in TEMPLATES:
+        raise ValueError(f"unknown conversation template {name!r}; known: {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]

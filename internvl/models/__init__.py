@@ -1,0 +1,1 @@
+"""What is computed. Knows nothing of losses, recipes or files of data."""
