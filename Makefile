@@ -1,0 +1,58 @@
+# make demo    first minutes: train, evaluate, export tiny models on a CPU, open report.html
+# make check   format, lint, types
+# make test    the CPU suite
+# make setup   only install what the demo needs
+#
+# PYTHON=python3.12            another interpreter, 3.11 or newer
+# TORCH_INDEX=URL              another build of torch, chosen when .venv is first made, for example
+#                              https://download.pytorch.org/whl/cpu (no CUDA, a tenth of the size)
+# DEMO_ARGS="--short"          handed to `internvl demo`
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+DEMO_ARGS ?=
+
+VENV := .venv
+PINS := pyproject.toml constraints.txt
+# Byte code is made at first import instead of for every file of every library: faster to install.
+PIP_INSTALL := $(VENV)/bin/python -m pip install --no-compile --constraint constraints.txt
+
+# torch alone comes from TORCH_INDEX; its own dependencies follow with everything else's.
+define install
+$(if $(TORCH_INDEX),$(PIP_INSTALL) --no-deps --index-url $(TORCH_INDEX) torch)
+$(PIP_INSTALL) --editable '.[$(1)]'
+endef
+
+.PHONY: setup demo check test clean
+
+setup: $(VENV)/.demo
+
+demo: setup
+	$(VENV)/bin/internvl demo $(DEMO_ARGS)
+
+check: $(VENV)/.dev
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/mypy
+
+test: $(VENV)/.dev
+	$(VENV)/bin/pytest -q
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find internvl tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip is the last thing that a new environment gets, so an interrupted one is made again.
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
+	  "internvl needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(PINS) | $(VENV)/bin/pip
+	$(call install,demo)
+	@touch $@
+
+# dev contains demo, so both are done.
+$(VENV)/.dev: $(PINS) | $(VENV)/bin/pip
+	$(call install,dev)
+	@touch $(VENV)/.demo $@
