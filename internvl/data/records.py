@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from internvl.config import UserError
+
 IGNORE = -100
 """Label of a position that is not supervised."""
 
@@ -23,7 +25,11 @@ Grid = tuple[int, int]
 """(columns, rows) of the tiles an image is cut into, the thumbnail not counted."""
 
 
-class BadSample(ValueError):
+class DataError(UserError):
+    """Data that cannot be used at all, such as a missing annotation file."""
+
+
+class BadSample(UserError):
     """A sample that cannot be trained on: its name (file and line), the reason, the remedy."""
 
     def __init__(self, name: str, reason: str) -> None:
@@ -63,7 +69,7 @@ class Tiles:
     `pixels` is uint8 (N, 3, S, S), normalized later on the device; `per_image` sums to N.
     """
 
-    pixels: np.ndarray
+    pixels: Tensor
     per_image: tuple[int, ...]
     grids: tuple[Grid, ...]
 
@@ -91,7 +97,7 @@ class Unit:
 
     examples: tuple[Example, ...]
     prefix: int
-    tiles: np.ndarray | None
+    tiles: Tensor | None
 
     @property
     def num_tiles(self) -> int:

@@ -37,9 +37,11 @@ class Template:
     """Follows `end`, not supervised."""
     strip: bool = False
     """Messages are stripped of surrounding white space (original: `preprocess_internlm`)."""
+    leading_answer: bool = False
+    """A conversation may open with an answer, which is supervised; elsewhere it is dropped."""
 
 
-def _chatml(name: str, system_message: str, *, after: str = "", strip: bool = False) -> Template:
+def _chatml(name: str, system_message: str, *, after: str = "", **rules: bool) -> Template:
     close = "<|im_end|>" + after
     return Template(
         name=name,
@@ -50,7 +52,7 @@ def _chatml(name: str, system_message: str, *, after: str = "", strip: bool = Fa
         open="<|im_start|>assistant\n",
         end="<|im_end|>",
         after=after,
-        strip=strip,
+        **rules,
     )
 
 
@@ -59,7 +61,7 @@ TEMPLATES = {
     for template in (
         _chatml("Hermes-2", _SHUSHENG),
         _chatml("internlm2-chat", _SHUSHENG, strip=True),
-        _chatml("internvl2_5", _WANXIANG, after="\n"),
+        _chatml("internvl2_5", _WANXIANG, after="\n", leading_answer=True),
         Template(
             name="phi3-chat",
             system_message=_SHUSHENG,

@@ -1,0 +1,372 @@
+"""Recipes: YAML over one tree of frozen dataclasses, checked in one go. Imports no torch.
+
+    recipe = load_recipe("recipes/my.yaml", ["optim.lr=1e-5"])
+
+Every number that changes a result is a field here; the resolved tree is saved in the run folder.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Part = Literal["vision_tower", "multi_modal_projector", "language_model"]
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+class UserError(ValueError):
+    """Something a user can put right; its text is the whole message, remedy included."""
+
+
+class ConfigError(UserError):
+    """Everything that is wrong with a recipe, one line each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (PEFT). The parts they sit on are frozen otherwise."""
+
+    __pydantic_config__ = _STRICT
+    rank: Positive
+    """Rank of every adapter."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """Scale numerator: an adapter adds alpha / rank * B A. Default 2 * rank, as the original."""
+    dropout: Fraction = 0.05
+    """Dropout on the input of an adapter."""
+    on: tuple[Part, ...] = ("language_model",)
+    """Parts whose linear layers get an adapter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model a run starts from and what of it learns."""
+
+    __pydantic_config__ = _STRICT
+    id: str
+    """Hub id or folder, official or hf layout."""
+    train: tuple[Part, ...] = ("multi_modal_projector", "language_model")
+    """Parts whose own weights are trained. Everything else is frozen; adapters come on top."""
+    lora: LoraConfig | None = None
+    """Adapters, or null for none. Usually together with `train: []`."""
+    drop_path: Fraction = 0.0
+    """Stochastic depth of the vision tower: the last block's rate, linear from 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TilesConfig:
+    """How an image becomes tiles (dynamic resolution)."""
+
+    __pydantic_config__ = _STRICT
+    size: Positive = 448
+    """Side of a tile, in pixels. A multiple of twice the patch size."""
+    min: Positive = 1
+    """Fewest tiles an image may become."""
+    max: Positive = 12
+    """Most tiles an image may become, thumbnail not counted."""
+    thumbnail: bool = True
+    """Append the whole image as one more tile where it was cut into several."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One annotation file and the folder its pictures lie in."""
+
+    __pydantic_config__ = _STRICT
+    name: str
+    """Used in messages and logs. Unique within a recipe."""
+    annotations: Path
+    """Chat JSONL with the official keys, one conversation a line."""
+    images: Path = Path(".")
+    """Folder that image paths start from; paths may not leave it."""
+    repeat: Annotated[float, Field(gt=0)] = 1.0
+    """Times an epoch shows this source. Below 1: its first lines. Above: whole passes, then the
+    first lines once more."""
+    max_tiles: Positive | None = None
+    """Overrides `data.tiles.max` for this source."""
+    insert_image_mark: bool = False
+    """Put `<image>` before the first question of a sample with one picture and no mark, as the
+    original does; otherwise such a sample is a bad one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """From annotation files to packed rows."""
+
+    __pydantic_config__ = _STRICT
+    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
+    """Shuffled together; each is shown `repeat` times an epoch."""
+    tiles: TilesConfig = TilesConfig()
+    """How an image becomes tiles."""
+    max_tokens: Positive = 8192
+    """Length of a packed row; a sample longer than this is a bad sample."""
+    max_tiles: Positive = 48
+    """Most tiles in a packed row."""
+    share_prefix: bool = True
+    """Samples of the same picture form one row: the picture once, every answer a branch of it."""
+    template: str | None = None
+    """Conversation template; null takes the checkpoint's own."""
+    system_message: str | None = None
+    """Replaces the template's system message where a conversation has none."""
+    on_bad_sample: Literal["raise", "skip"] = "raise"
+    """raise stops the run; skip leaves the sample out, lists it in bad_samples.jsonl, and stops
+    above `max_bad_fraction`."""
+    max_bad_fraction: Fraction = 0.01
+    """With skip: the run stops when more than this share of the samples seen so far were bad."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Processes that read and encode ahead of training; 0 does it in the training process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What is minimized."""
+
+    __pydantic_config__ = _STRICT
+    name: Literal["sft"] = "sft"
+    """sft: next-token loss on the answers."""
+    weighting: Literal["token", "sample", "square"] = "token"
+    """Weight of a supervised token in a sample of n: 1, 1 / n or 1 / sqrt(n)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    __pydantic_config__ = _STRICT
+    lr: Annotated[float, Field(gt=0)] = 4e-5
+    """Peak learning rate."""
+    min_lr_ratio: Fraction = 0.0
+    """The schedule ends at this share of the peak."""
+    warmup_ratio: Fraction = 0.03
+    """Share of all steps with a linearly rising rate (rounded up)."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    """Decoupled decay of matrices; vectors (biases, norms) are not decayed."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay of the two moments."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the second moment."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this global norm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """One evaluation during and after training."""
+
+    __pydantic_config__ = _STRICT
+    type: Literal["caption"] = "caption"
+    """caption: generate a text for every picture and compare it with the references."""
+    annotations: Path
+    """COCO caption JSON."""
+    images: Path = Path(".")
+    """Folder that image paths start from."""
+    prompt: str
+    """The question; `<image>` is put before it."""
+    tokenize: Literal["ptb", "characters", "words"] = "ptb"
+    """What the n-gram scores count: PTB tokens (English), characters (Chinese), words."""
+    every: Annotated[int, Field(ge=0)] = 0
+    """Steps between evaluations; 0 evaluates only at the end."""
+    limit: Positive | None = None
+    """Only the first pictures of the file, for a quick look."""
+    before: bool = False
+    """Also evaluate before the first step."""
+    max_new_tokens: Positive = 30
+    """Longest answer, in tokens."""
+    batch_size: Positive = 16
+    """Pictures answered at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is saved on the way, for going on after an interruption."""
+
+    __pydantic_config__ = _STRICT
+    every: Annotated[int, Field(ge=0)] = 200
+    """Steps between checkpoints; 0 saves only at the end or when interrupted."""
+    keep: Positive = 2
+    """Newest checkpoints that are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run."""
+
+    __pydantic_config__ = _STRICT
+    model: ModelConfig
+    data: DataConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: OptimConfig = OptimConfig()
+    evals: dict[str, EvalConfig] = field(default_factory=dict)
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    run: Path
+    """The run folder. Training on an existing one goes on where it stopped."""
+    global_batch: Positive
+    """Samples in one optimizer step, over all devices, however they pack."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the data. Give this or `steps`."""
+    steps: Positive | None = None
+    """Optimizer steps. Give this or `epochs`."""
+    drop_last: bool = False
+    """Leave the last, smaller batch of the run out."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Compute type. Trained weights are kept in float32, frozen ones in this type."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one."""
+    seed: int = 42
+    """Of shuffling, dropout and fresh weights."""
+    log_every: Positive = 1
+    """Steps between lines of metrics.jsonl."""
+
+    def num_steps(self, num_samples: int) -> int:
+        """Optimizer steps of the run over an epoch of `num_samples` samples."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        total = round(num_samples * self.epochs)
+        whole, rest = divmod(total, self.global_batch)
+        return whole if self.drop_last or rest == 0 else whole + 1
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file with `key=value` overrides (dotted keys, YAML values).
+
+    Relative paths in a recipe start from the working directory, as on the command line.
+
+    Raises:
+        ConfigError: file missing or not YAML, unknown key, wrong type or value; all at once.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"there is no recipe {path}; see `recipes/` for examples") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error}") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds no keys; a recipe is a YAML mapping")
+    return resolve(tree, overrides, name=str(path))
+
+
+def resolve(tree: dict[str, Any], overrides: Sequence[str] = (), *, name: str = "recipe") -> Recipe:
+    """A checked recipe from nested dictionaries. Raises ConfigError with every problem found."""
+    problems = list(_apply(tree, overrides))
+    problems += [f"{'.'.join(path)}: {what}" for path, what in _unknown_keys(Recipe, tree, ())]
+    recipe = None
+    try:
+        recipe = TypeAdapter(Recipe).validate_python(tree)
+    except ValidationError as error:
+        problems += [_sentence(e) for e in error.errors() if not _is_echo(e)]
+    if recipe is not None:
+        problems += _contradictions(recipe)
+    if problems or recipe is None:
+        raise ConfigError("\n".join([f"{name}: {len(problems)} problem(s)", *problems]))
+    return recipe
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that `load_recipe` reads back to an equal one."""
+    tree = TypeAdapter(Recipe).dump_python(recipe, mode="json")
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def _apply(tree: dict[str, Any], overrides: Sequence[str]) -> Iterator[str]:
+    """Sets every override in `tree`; yields what cannot be set."""
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            yield f"{override!r} is not an override: write key=value, such as optim.lr=1e-5"
+            continue
+        *parents, last = key.split(".")
+        node: Any = tree
+        for parent in parents:
+            if isinstance(node, list) and parent.isdigit() and int(parent) < len(node):
+                node = node[int(parent)]
+            elif isinstance(node, dict):
+                if node.get(parent) is None:
+                    node[parent] = {}
+                node = node[parent]
+            else:
+                node = None
+        if not isinstance(node, dict):
+            yield f"{key}: there is no section {'.'.join(parents)} to set a key in"
+            continue
+        try:
+            node[last] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            node[last] = value
+
+
+def _section_of(hint: Any) -> Any:
+    """The dataclass a type hint holds, or None. A tuple's or dict's element type counts."""
+    if dataclasses.is_dataclass(hint):
+        return hint
+    return next(filter(None, map(_section_of, get_args(hint))), None)
+
+
+def _unknown_keys(
+    section: Any, tree: Any, path: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Every key of `tree` that `section` has no field for, with the nearest valid name."""
+    if not isinstance(tree, dict):
+        return
+    hints = get_type_hints(section, include_extras=False)
+    names = [f.name for f in dataclasses.fields(section)]
+    for key, value in tree.items():
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
+            yield (*path, str(key)), f"unknown key; {hint}"
+            continue
+        inner = _section_of(hints[key])
+        if inner is None:
+            continue
+        if isinstance(value, list):
+            for index, element in enumerate(value):
+                yield from _unknown_keys(inner, element, (*path, key, str(index)))
+        elif isinstance(value, dict) and "dict" in str(hints[key]).split("[")[0]:
+            for name, element in value.items():
+                yield from _unknown_keys(inner, element, (*path, key, str(name)))
+        else:
+            yield from _unknown_keys(inner, value, (*path, key))
+
+
+def _is_echo(error: Any) -> bool:
+    """Whether pydantic repeats what another line says: unknown keys, lists of bad elements."""
+    return "unexpected" in error["type"] or (error["type"] == "too_short" and error["input"])
+
+
+def _sentence(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"] if part != "dataclass")
+    if error["type"] == "missing":
+        return f"{where}: missing; it has no default"
+    found = error.get("input")
+    return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}, not {found!r}"
+
+
+def _contradictions(recipe: Recipe) -> list[str]:
+    """Values that are fine alone and wrong together."""
+    problems = []
+    if (recipe.epochs is None) == (recipe.steps is None):
+        problems.append("epochs, steps: give exactly one of the two")
+    if recipe.data.tiles.min > recipe.data.tiles.max:
+        problems.append("data.tiles.min: larger than data.tiles.max")
+    names = [source.name for source in recipe.data.sources]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        problems.append(f"data.sources: two sources are called {name!r}; names must differ")
+    if not recipe.model.train and recipe.model.lora is None:
+        problems.append("model.train: nothing is trained; name a part or set model.lora")
+    if recipe.model.lora is not None:
+        both = set(recipe.model.train) & set(recipe.model.lora.on)
+        for part in sorted(both):
+            problems.append(f"model.lora.on: {part} is also in model.train; choose one")
+    return problems

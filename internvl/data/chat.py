@@ -1,0 +1,168 @@
+"""Messages and tiles -> `input_ids` and `labels`, turn by turn; also the prompt of an inference.
+
+One encoder for every template (D10): the labels come from the segments that produced the ids, never
+from searching the text. Originals: the `preprocess_*` functions of `internvl_chat/internvl/train/
+dataset.py`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from internvl.data.records import IGNORE, BadSample, Example, Message, Sample
+from internvl.data.templates import Template
+
+IMAGE_MARK = "<image>"
+IMAGE_START, IMAGE_CONTEXT, IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
+_BLOCK = IMAGE_START + IMAGE_CONTEXT + IMAGE_END
+
+
+class ChatEncoder:
+    """Encodes conversations with one tokenizer and one template.
+
+    Args:
+        tokenizer: a `transformers` tokenizer that knows `<img>`, `<IMG_CONTEXT>`, `</img>`.
+        template: how turns become text.
+        tokens_per_tile: visual tokens of a tile (K).
+        system_message: replaces the template's where a conversation has none of its own.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: Template,
+        tokens_per_tile: int,
+        system_message: str | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.tokens_per_tile = tokens_per_tile
+        self.system_message = template.system_message if system_message is None else system_message
+        self.context_id = tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT)
+        # What the tokenizer puts before any text: a BOS for InternLM2 and Llama, nothing for Qwen.
+        self.bos = list(tokenizer("").input_ids)
+        self._assistant_length = len(self._ids(template.assistant))
+
+    def encode(
+        self, sample: Sample, tiles_per_image: Sequence[int], max_tokens: int | None = None
+    ) -> Example:
+        """A training example; answers and the token that ends them are supervised.
+
+        A sample longer than `max_tokens` loses its end, as in the original, but never part of an
+        image and never all of its supervised tokens.
+
+        Raises:
+            BadSample: turns out of order, an empty or missing answer, marks that do not match the
+                images, or nothing supervised within `max_tokens`.
+        """
+        messages = self._in_order(sample)
+        self._check_marks(sample.name, messages, len(tiles_per_image))
+        ids: list[int] = list(self.bos)
+        labels: list[int] = [IGNORE] * len(ids)
+        for role, text in self._segments(messages):
+            segment = self._ids(text)
+            ids += segment
+            if role != "assistant":
+                labels += [IGNORE] * len(segment)
+                continue
+            after = len(self._ids(self.template.after)) if self.template.after else 0
+            answer = segment[self._assistant_length : len(segment) - after]
+            labels += [IGNORE] * self._assistant_length + answer + [IGNORE] * after
+        row, supervised = self._expand(sample.name, ids, labels, tiles_per_image)
+        if max_tokens is not None and len(row) > max_tokens:
+            row, supervised = self._truncate(sample.name, row, supervised, max_tokens)
+        if not (supervised != IGNORE).any():
+            raise BadSample(sample.name, "no token of it is supervised; check its answers")
+        return Example(sample.name, row, supervised, tuple(tiles_per_image))
+
+    def prompt(
+        self, messages: Sequence[Message], tiles_per_image: Sequence[int], name: str = "request"
+    ) -> np.ndarray:
+        """int64 (T,): the conversation up to an answer that is still to be generated."""
+        self._check_marks(name, messages, len(tiles_per_image))
+        text = "".join(text for _, text in self._segments(messages)) + self.template.open
+        row, _ = self._expand(name, self.bos + self._ids(text), None, tiles_per_image)
+        return row
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+    def _segments(self, messages: Sequence[Message]) -> list[tuple[str, str]]:
+        """(role, text) of every turn, the system turn first."""
+        template = self.template
+        system = self.system_message
+        if messages and messages[0].role == "system":
+            system, messages = messages[0].content, messages[1:]
+        segments = [("system", template.system[0] + system + template.system[1])]
+        for message in messages:
+            content = message.content.strip() if template.strip else message.content
+            if message.role == "user":
+                content = content.replace(IMAGE_MARK, _BLOCK)
+                segments.append(("user", template.user[0] + content + template.user[1]))
+            else:
+                text = template.assistant + content + template.end + template.after
+                segments.append(("assistant", text))
+        return segments
+
+    def _in_order(self, sample: Sample) -> Sequence[Message]:
+        """The messages, which must alternate and end with an answer that is not empty."""
+        messages = list(sample.messages)
+        turns = messages[1:] if messages and messages[0].role == "system" else messages
+        if not turns:
+            raise BadSample(sample.name, "the conversation is empty")
+        if turns[-1].role != "assistant":
+            raise BadSample(sample.name, "it ends with a question; add the answer or remove it")
+        for number, (turn, following) in enumerate(zip(turns, turns[1:], strict=False), start=1):
+            if turn.role == following.role or following.role == "system":
+                what = f"turns {number} and {number + 1} are both from {turn.role}"
+                raise BadSample(sample.name, f"{what}; questions and answers must alternate")
+        for turn in turns:
+            if turn.role == "assistant" and not turn.content.strip():
+                raise BadSample(sample.name, "an answer is empty; write it or remove the sample")
+        if turns[0].role == "assistant" and not self.template.leading_answer:
+            return messages[: len(messages) - len(turns)] + turns[1:]
+        return messages
+
+    def _check_marks(self, name: str, messages: Sequence[Message], num_images: int) -> None:
+        marks = sum(m.content.count(IMAGE_MARK) for m in messages if m.role == "user")
+        if marks != num_images:
+            raise BadSample(
+                name,
+                f"{marks} {IMAGE_MARK} mark(s) in the questions, but {num_images} image(s); "
+                "write one mark where each image belongs",
+            )
+
+    def _expand(
+        self,
+        name: str,
+        ids: list[int],
+        labels: list[int] | None,
+        tiles_per_image: Sequence[int],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Every placeholder repeated to the K x tiles of its image, labels alike."""
+        row = np.asarray(ids, dtype=np.int64)
+        supervised = np.asarray(ids if labels is None else labels, dtype=np.int64)
+        places = np.flatnonzero(row == self.context_id)
+        if len(places) != len(tiles_per_image):
+            raise BadSample(
+                name,
+                f"{len(places)} image placeholders after tokenization, but {len(tiles_per_image)} "
+                f"image(s); the text must not contain {IMAGE_CONTEXT}",
+            )
+        repeats = np.ones(len(row), dtype=np.int64)
+        repeats[places] = np.asarray(tiles_per_image, dtype=np.int64) * self.tokens_per_tile
+        return np.repeat(row, repeats), np.repeat(supervised, repeats)
+
+    def _truncate(
+        self, name: str, row: np.ndarray, labels: np.ndarray, max_tokens: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        cut_image = (row[max_tokens:] == self.context_id).any()
+        if cut_image or not (labels[:max_tokens] != IGNORE).any():
+            lost = "part of an image" if cut_image else "every answer"
+            raise BadSample(
+                name,
+                f"{len(row)} tokens; cutting it to data.max_tokens = {max_tokens} would lose "
+                f"{lost}. Raise data.max_tokens or lower data.tiles.max",
+            )
+        return row[:max_tokens], labels[:max_tokens]

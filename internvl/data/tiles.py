@@ -1,0 +1,98 @@
+"""Dynamic resolution: which grid of tiles an image becomes, and the tiles.
+
+Original: `internvl_chat/internvl/train/dataset.py`, `dynamic_preprocess`.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from internvl.config import TilesConfig
+from internvl.data.records import Grid, Tiles
+
+
+@lru_cache(maxsize=64)
+def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[Grid, ...]:
+    """All (columns, rows) of min…max tiles, fewest tiles first.
+
+    Among equal counts the order is that of a Python set filled as the original fills it; it decides
+    exact ties, which occur only for `min_tiles` above 1.
+    """
+    grids = {
+        (columns, rows)
+        for bound in range(min_tiles, max_tiles + 1)
+        for columns in range(1, bound + 1)
+        for rows in range(1, bound + 1)
+        if min_tiles <= columns * rows <= max_tiles
+    }
+    return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
+
+
+def choose_grid(
+    width: int, height: int, *, min_tiles: int, max_tiles: int, tile_size: int
+) -> Grid:
+    """(columns, rows) with the aspect ratio nearest the image's; on a tie, more if pixels allow.
+
+    width, height, tile_size in pixels.
+
+    >>> choose_grid(800, 1300, min_tiles=1, max_tiles=12, tile_size=448)
+    (2, 3)
+    >>> choose_grid(1920, 1080, min_tiles=1, max_tiles=12, tile_size=448)
+    (4, 2)
+    """
+    aspect, area = width / height, width * height
+    best, best_difference = (1, 1), float("inf")
+    for columns, rows in candidate_grids(min_tiles, max_tiles):
+        difference = abs(aspect - columns / rows)
+        large_enough = area > 0.5 * tile_size * tile_size * columns * rows
+        if difference < best_difference or (difference == best_difference and large_enough):
+            best, best_difference = (columns, rows), difference
+    return best
+
+
+def num_tiles(grid: Grid, thumbnail: bool) -> int:
+    """Tiles of a grid, the thumbnail included where there is one."""
+    count = grid[0] * grid[1]
+    return count + 1 if thumbnail and count > 1 else count
+
+
+def cut(image: Image.Image, grid: Grid, *, tile_size: int, thumbnail: bool) -> Tensor:
+    """An RGB image as tiles, uint8 (N, 3, S, S): row by row, then the thumbnail.
+
+    The whole image is resized to the grid (bicubic, aspect not kept), then cropped.
+    """
+    columns, rows = grid
+    resized = np.asarray(image.resize((columns * tile_size, rows * tile_size)))
+    tiles = resized.reshape(rows, tile_size, columns, tile_size, 3).transpose(0, 2, 4, 1, 3)
+    tiles = tiles.reshape(rows * columns, 3, tile_size, tile_size)
+    if thumbnail and columns * rows > 1:
+        small = np.asarray(image.resize((tile_size, tile_size))).transpose(2, 0, 1)
+        tiles = np.concatenate([tiles, small[None]])
+    return torch.from_numpy(np.ascontiguousarray(tiles))
+
+
+def tile_images(images: list[Image.Image], config: TilesConfig, max_tiles: int) -> Tiles | None:
+    """The tiles of a sample's RGB images, None without images.
+
+    Several images share the budget: each gets at most max(1, max_tiles // number of images).
+    """
+    if not images:
+        return None
+    most = max_tiles if len(images) == 1 else max(1, max_tiles // len(images))
+    grids = tuple(
+        choose_grid(
+            *image.size,
+            min_tiles=min(config.min, most),
+            max_tiles=most,
+            tile_size=config.size,
+        )
+        for image in images
+    )
+    each = [
+        cut(image, grid, tile_size=config.size, thumbnail=config.thumbnail)
+        for image, grid in zip(images, grids, strict=True)
+    ]
+    return Tiles(torch.cat(each), tuple(map(len, each)), grids)
