@@ -1,14 +1,29 @@
 """The chat model: `transformers`' InternVL plus what training needs of its forward."""
 
-from dataclasses import dataclass
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import InternVLForConditionalGeneration
+from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLModel
 from transformers.models.internvl.modeling_internvl import InternVLCausalLMOutputWithPast
+
+from internvl.models import configs, hub, keys
+from internvl.models.hub import Checkpoint, CheckpointError, LazyTensor
+
+logger = logging.getLogger(__name__)
+
+IMAGE_TOKEN = "<IMG_CONTEXT>"
+"""The placeholder: each of its positions takes one visual token."""
+
+EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
+"""The two matrices with a row per token of the vocabulary."""
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -25,11 +40,25 @@ class Supervision:
     weights: Tensor
 
 
+class ColumnMajorModel(InternVLModel):
+    """Pixel shuffle v1 (Chat 1.1, 1.2): each tile's grid of visual tokens is transposed."""
+
+    def pixel_shuffle(self, vision_features: Tensor, scale_factor: float = 0.5) -> Tensor:
+        """(N, G, G, D) patches -> (N, G r, G r, D / r²), columns first."""
+        return super().pixel_shuffle(vision_features, scale_factor).transpose(1, 2).contiguous()
+
+
 class ChatModel(InternVLForConditionalGeneration):
     """`InternVLForConditionalGeneration` whose forward can also return a summed loss.
 
-    Same modules, names and configuration: what it saves, plain `transformers` loads.
+    Same modules, names and configuration: what it saves, plain `transformers` loads (pixel
+    shuffle v1 excepted, which `transformers` does not have).
     """
+
+    def __init__(self, config: InternVLConfig) -> None:
+        super().__init__(config)
+        if configs.chat_settings(config)["ps_version"] == "v1":
+            self.model = ColumnMajorModel(config)
 
     loss_chunk = 4096
     """Supervised positions whose logits exist at the same time."""
@@ -68,3 +97,224 @@ def normalize_tiles(
     pixels = tiles.to(torch.float32) / 255
     pixels = (pixels - pixels.new_tensor(mean).view(shape)) / pixels.new_tensor(std).view(shape)
     return pixels.to(dtype)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training a sample's residual is dropped with probability `rate`."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(N, T, D) -> (N, T, D), some samples zero and the others scaled by 1 / (1 - rate)."""
+        if not self.training or self.rate == 0:
+            return hidden
+        kept = hidden.new_empty(hidden.shape[0], *[1] * (hidden.dim() - 1))
+        return hidden * kept.bernoulli_(1 - self.rate) / (1 - self.rate)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
+
+
+def set_drop_path(model: InternVLForConditionalGeneration, rate: float) -> None:
+    """Stochastic depth in the vision tower, from 0 in the first block to `rate` in the last.
+
+    It takes the place of the tower's two dropouts, which no released model uses: LayerScale comes
+    after them and is per channel, so that dropping before it or after it is the same.
+    """
+    blocks = model.model.vision_tower.encoder.layer
+    for block, block_rate in zip(
+        blocks, torch.linspace(0, rate, len(blocks)).tolist(), strict=True
+    ):
+        block.attention.set_submodule("projection_dropout", DropPath(block_rate))
+        block.set_submodule("dropout", DropPath(block_rate))
+
+
+def load_model(
+    folder: Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    image_token_id: int | None = None,
+    image_size: int | None = None,
+    drop_path: float = 0.0,
+    attention: str = "sdpa",
+    device_map: str | dict[str, Any] | None = None,
+    quantize: str | None = None,
+) -> ChatModel:
+    """The chat model of a folder, official or hf layout, in evaluation mode.
+
+    Tensors are read one at a time, shard by shard.
+
+    Args:
+        image_token_id: id of `<IMG_CONTEXT>`; by default what the folder's files say.
+        image_size: another tile side in px; the position embeddings are resized to it.
+        drop_path: stochastic depth of the vision tower's last block, in training.
+        attention: `transformers`' attention implementation.
+        device_map: "auto" spreads the model over all GPUs (`device` is then not used).
+        quantize: "8bit" or "4bit" through bitsandbytes, on a GPU.
+
+    Raises:
+        CheckpointError: what is missing, unexpected or damaged, by name, and what to do.
+    """
+    source = hub.open_checkpoint(folder)
+    config = read_config(source, image_token_id, image_size)
+    tensors = fit_tensors(config, source)
+    model = ChatModel.from_pretrained(
+        None,
+        config=config,
+        state_dict=tensors,
+        dtype=dtype,
+        attn_implementation=attention,
+        device_map=device_map or _one_device(device),
+        quantization_config=_quantization(quantize, dtype),
+    )
+    if drop_path:
+        set_drop_path(model, drop_path)
+    return model
+
+
+def read_config(
+    source: Checkpoint, image_token_id: int | None = None, image_size: int | None = None
+) -> InternVLConfig:
+    """The configuration of a chat checkpoint of either layout, as `transformers`' class.
+
+    Raises:
+        CheckpointError: not a chat model, unknown language model, or no image token.
+    """
+    if source.family != "chat":
+        raise CheckpointError(f"{source.folder}: this is InternVL-14B, not a chat model")
+    if source.layout == "hf":
+        config = InternVLConfig(**source.config)
+        config.image_token_id = config.image_token_id if image_token_id is None else image_token_id
+    else:
+        config = configs.from_official(source.config, _image_token_id(source, image_token_id))
+    side = image_size or configs.chat_settings(config)["force_image_size"]
+    if side:
+        config.vision_config.image_size = (side, side)
+        patches = side // config.vision_config.patch_size[0]
+        config.image_seq_length = int(patches**2 * config.downsample_ratio**2)
+    return config
+
+
+def _image_token_id(source: Checkpoint, given: int | None) -> int:
+    found = hub.special_token_id(source.folder, IMAGE_TOKEN) if given is None else given
+    if found is None:
+        raise CheckpointError(
+            f"{source.folder}: no tokenizer file names {IMAGE_TOKEN}; copy the release's tokenizer "
+            "files there, or pass image_token_id"
+        )
+    return found
+
+
+def fit_tensors(config: InternVLConfig, source: Checkpoint) -> dict[str, LazyTensor]:
+    """The checkpoint's tensors under the model's names, checked against its shapes.
+
+    `config.tie_word_embeddings` is set to whether the file has no output matrix of its own.
+
+    Raises:
+        CheckpointError: missing or unexpected weights, or other shapes than the config's.
+    """
+    expected = empty_model(config).state_dict()
+    if source.layout == "hf":
+        renamed = keys.hf_to_model(expected, source.tensors)
+    else:
+        renamed = keys.official_to_ours(config, expected, source.tensors)
+    config.tie_word_embeddings = "lm_head.weight" not in renamed.tensors and _may_tie(source.config)
+    if config.tie_word_embeddings:
+        heads = {"lm_head.weight", "language_model.lm_head.weight", "language_model.output.weight"}
+        renamed = replace(renamed, missing=[n for n in renamed.missing if n not in heads])
+    _check_names(source.folder, renamed)
+    return _check_shapes(source.folder, expected, renamed.tensors)
+
+
+def empty_model(config: InternVLConfig) -> ChatModel:
+    """The model without data (meta device): names and shapes at no cost."""
+    with torch.device("meta"):
+        return ChatModel(config)
+
+
+def _may_tie(config: dict[str, Any]) -> bool:
+    part = config.get("llm_config") or config["text_config"]
+    return config.get("tie_word_embeddings", True) or part.get("tie_word_embeddings", False)
+
+
+_HARMLESS = re.compile(r"rotary_emb\.inv_freq$|position_ids$")
+"""Buffers that older versions stored and that are computed."""
+
+
+def _check_names(folder: Path, renamed: keys.Renamed) -> None:
+    extra = [name for name in renamed.unexpected if not _HARMLESS.search(name)]
+    if len(extra) < len(renamed.unexpected):
+        logger.info("%s: stored buffers that are computed instead are not read", folder)
+    for what, names in (("missing", renamed.missing), ("unexpected", extra)):
+        if names:
+            raise CheckpointError(
+                f"{folder}: {len(names)} {what} weights ({', '.join(names[:3])}"
+                f"{', …' if len(names) > 3 else ''}); config.json and the weight files are not of "
+                "the same model, or a shard is missing: download the folder again"
+            )
+
+
+def _check_shapes(
+    folder: Path, expected: Mapping[str, Tensor], tensors: dict[str, LazyTensor]
+) -> dict[str, LazyTensor]:
+    fitted = {}
+    for name, tensor in tensors.items():
+        wanted, found = tuple(expected[name].shape), tensor.shape
+        if wanted != found and name.endswith("position_embeddings"):
+            tensor = _resized(tensor, wanted)
+        elif wanted != found and name in EMBEDDINGS:
+            raise CheckpointError(
+                f"{folder}: {name} has {found[0]} rows, config.json says vocab_size {wanted[0]}; set "
+                "vocab_size to the rows of the file, or use the config.json the weights came with"
+            )
+        elif wanted != found:
+            raise CheckpointError(
+                f"{folder}: {name} is {found}, config.json asks for {wanted}; the two are not of the "
+                "same model"
+            )
+        fitted[name] = tensor
+    return fitted
+
+
+def _resized(tensor: LazyTensor, wanted: tuple[int, ...]) -> LazyTensor:
+    return LazyTensor(wanted, tensor.dtype, lambda: resize_positions(tensor.read(), wanted[1] - 1))
+
+
+def resize_positions(table: Tensor, num_patches: int) -> Tensor:
+    """Position table (1, 1 + G², D) for another square grid of `num_patches` patches.
+
+    Bicubic in float32, the class token's row untouched (original: `resize_pos_embeddings`).
+    """
+    old, new = round((table.shape[1] - 1) ** 0.5), round(num_patches**0.5)
+    if old == new:
+        return table
+    grid = table[:, 1:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    patches = grid.flatten(2).transpose(1, 2).to(table.dtype)
+    return torch.cat([table[:, :1], patches], dim=1)
+
+
+def _one_device(device: str | torch.device) -> dict[str, Any] | None:
+    return None if torch.device(device).type == "cpu" else {"": torch.device(device)}
+
+
+def _quantization(quantize: str | None, dtype: torch.dtype) -> Any:
+    """bitsandbytes settings; the output matrix and the projector stay as they are."""
+    if quantize is None:
+        return None
+    if quantize not in ("8bit", "4bit"):
+        raise ValueError(f'quantize is "8bit", "4bit" or None, not {quantize!r}')
+    if not torch.cuda.is_available():
+        raise ValueError(f"quantize={quantize!r} needs a CUDA GPU; load without it on this machine")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_8bit=quantize == "8bit",
+        load_in_4bit=quantize == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["lm_head", "multi_modal_projector"],
+    )

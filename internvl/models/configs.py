@@ -1,0 +1,198 @@
+"""The official configuration as `transformers`' own, and back (original: configuration_internvl_chat.py).
+
+What has no place in `InternVLConfig` (template, tiling, pixel-shuffle version …) travels in its
+extra key `internvl`, which plain `transformers` keeps and ignores.
+"""
+
+from typing import Any
+
+from transformers import CONFIG_MAPPING, InternVLConfig, PreTrainedConfig
+
+from internvl.models.hub import CheckpointError
+
+LANGUAGE_MODELS = {
+    "LlamaForCausalLM": "llama",
+    "InternLM2ForCausalLM": "llama",
+    "InternLM3ForCausalLM": "llama",
+    "Phi3ForCausalLM": "phi3",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "GptOssForCausalLM": "gpt_oss",
+}
+"""Official architecture of the language model -> `transformers` model type."""
+
+_VISION = (
+    # official, ours, default of the original class
+    ("hidden_size", "hidden_size", 3200),
+    ("num_hidden_layers", "num_hidden_layers", 48),
+    ("num_attention_heads", "num_attention_heads", 25),
+    ("intermediate_size", "intermediate_size", 12800),
+    ("num_channels", "num_channels", 3),
+    ("patch_size", "patch_size", 14),
+    ("image_size", "image_size", 224),
+    ("qkv_bias", "attention_bias", False),
+    ("qk_normalization", "use_qk_norm", True),
+    ("norm_type", "norm_type", "rms_norm"),
+    ("layer_norm_eps", "layer_norm_eps", 1e-6),
+    ("hidden_act", "hidden_act", "gelu"),
+    ("dropout", "projection_dropout", 0.0),
+    ("attention_dropout", "attention_dropout", 0.0),
+    ("initializer_range", "initializer_range", 0.02),
+    ("initializer_factor", "layer_scale_init_value", 0.1),
+)
+_CHAT = {
+    "template": None,
+    "system_message": None,
+    "ps_version": "v1",
+    "pad2square": False,
+    "force_image_size": None,
+    "dynamic_image_size": False,
+    "use_thumbnail": False,
+    "min_dynamic_patch": 1,
+    "max_dynamic_patch": 6,
+}
+"""Official keys that travel in `internvl`, with the original class's defaults."""
+
+_HF_CHAT = _CHAT | {
+    # What the released -hf folders are: their processor tiles 1 to 12 with a thumbnail.
+    "template": "internvl2_5",
+    "ps_version": "v2",
+    "dynamic_image_size": True,
+    "use_thumbnail": True,
+    "max_dynamic_patch": 12,
+}
+_MOSTLY_OFF = ("use_backbone_lora", "use_llm_lora")
+
+
+def from_official(config: dict[str, Any], image_token_id: int) -> InternVLConfig:
+    """The official `config.json` as an `InternVLConfig` with the extra key `internvl`.
+
+    Raises:
+        CheckpointError: an architecture `transformers` has no class for.
+    """
+    vision = vision_from_official(config["vision_config"])
+    text, architecture = text_from_official(config["llm_config"])
+    chat = {key: config.get(key, default) for key, default in _CHAT.items()}
+    chat["language_model"] = architecture
+    ratio = config.get("downsample_ratio", 0.5)
+    side = vision["image_size"] // vision["patch_size"]
+    return InternVLConfig(
+        vision_config=vision,
+        text_config=text.to_dict(),
+        image_token_id=image_token_id,
+        image_seq_length=int(side**2 * ratio**2),
+        downsample_ratio=ratio,
+        vision_feature_layer=config.get("select_layer", -1),
+        tie_word_embeddings=False,
+        internvl=chat,
+    )
+
+
+def vision_from_official(config: dict[str, Any]) -> dict[str, Any]:
+    """`vision_config` of an official file (or a standalone InternViT's config) in our keys."""
+    return {ours: config.get(official, default) for official, ours, default in _VISION}
+
+
+def text_from_official(config: dict[str, Any]) -> tuple[PreTrainedConfig, str]:
+    """(the language model's own `transformers` config, its official architecture)."""
+    architecture = (config.get("architectures") or [""])[0]
+    if architecture not in LANGUAGE_MODELS:
+        raise CheckpointError(
+            f"config.json: language model {architecture!r} is not supported; supported are "
+            f"{', '.join(LANGUAGE_MODELS)}"
+        )
+    model_type = LANGUAGE_MODELS[architecture]
+    if architecture == "InternLM3ForCausalLM" and config.get("qkv_bias") and not config.get("bias"):
+        model_type = "qwen2"  # the class with a bias on q, k and v alone
+    config_class = CONFIG_MAPPING[model_type]
+    known = set(config_class.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
+    values = {key: value for key, value in config.items() if key in known | {"head_dim"}}
+    values["rope_parameters"] = _rope_parameters(config)
+    values["tie_word_embeddings"] = False
+    if architecture.startswith("InternLM") and model_type == "llama":
+        values["attention_bias"] = values["mlp_bias"] = bool(config.get("bias"))
+    if values.get("head_dim") is None:
+        values.pop("head_dim", None)
+    return config_class(**values), architecture
+
+
+def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
+    """Original: `rope_theta` and `rope_scaling`; Phi-3's "su" is today's "longrope"."""
+    if config.get("rope_parameters"):
+        return dict(config["rope_parameters"])
+    scaling = dict(config.get("rope_scaling") or {})
+    kind = scaling.pop("rope_type", None) or scaling.get("type") or "default"
+    scaling.pop("type", None)
+    kind = "longrope" if kind == "su" else kind
+    return {"rope_type": kind, "rope_theta": config.get("rope_theta") or 10000.0, **scaling}
+
+
+def to_official(config: InternVLConfig) -> dict[str, Any]:
+    """The official `config.json` of one of our configurations; no `auto_map`, no LoRA ranks."""
+    chat = chat_settings(config)
+    vision = config.vision_config.to_dict()
+    official_vision = {official: _plain(vision[ours]) for official, ours, _ in _VISION}
+    official_vision |= {"architectures": ["InternVisionModel"], "model_type": "intern_vit_6b"}
+    official_vision |= {"drop_path_rate": 0.0, "use_flash_attn": True}
+    return {
+        "architectures": ["InternVLChatModel"],
+        "model_type": "internvl_chat",
+        **{key: chat[key] for key in _CHAT if key != "system_message" or chat[key] is not None},
+        **dict.fromkeys(_MOSTLY_OFF, 0),
+        "select_layer": config.vision_feature_layer,
+        "downsample_ratio": config.downsample_ratio,
+        "hidden_size": config.text_config.hidden_size,
+        "tie_word_embeddings": bool(config.text_config.tie_word_embeddings),
+        "vision_config": official_vision,
+        "llm_config": _text_to_official(config.text_config, language_model(config)),
+    }
+
+
+def _text_to_official(text: PreTrainedConfig, architecture: str) -> dict[str, Any]:
+    values = text.to_dict()
+    for key in ("transformers_version", "_name_or_path", "dtype", "layer_types"):
+        values.pop(key, None)
+    rope = dict(values.pop("rope_parameters", None) or {})
+    kind = rope.pop("rope_type", "default")
+    values["rope_theta"] = rope.pop("rope_theta", 10000.0)
+    rope.pop("partial_rotary_factor", None)
+    rope.pop("type", None)
+    if architecture == "Phi3ForCausalLM" and kind == "longrope":
+        kind = "su"
+        rope.pop("original_max_position_embeddings", None)
+    values["rope_scaling"] = None if kind == "default" else {**rope, "type": kind}
+    values["architectures"] = [architecture]
+    if architecture == "InternLM2ForCausalLM":
+        values["model_type"] = "internlm2"
+        values["bias"] = values.pop("attention_bias", False)
+        values.pop("mlp_bias", None)
+        values.pop("head_dim", None)
+        values["attn_implementation"] = "eager"
+    elif architecture == "InternLM3ForCausalLM":
+        values["bias"] = values.pop("mlp_bias", False)
+        values["qkv_bias"] = values["model_type"] == "qwen2" or values.pop("attention_bias", False)
+        values["model_type"] = "internlm3"
+    return values
+
+
+def chat_settings(config: PreTrainedConfig) -> dict[str, Any]:
+    """Template, tiling and pixel-shuffle version of a model; those of -hf releases by default."""
+    return _HF_CHAT | (getattr(config, "internvl", None) or {})
+
+
+def language_model(config: PreTrainedConfig) -> str:
+    """Official architecture of the language model, "InternLM2ForCausalLM" for instance."""
+    known = chat_settings(config).get("language_model")
+    if known:
+        return known
+    model_type = config.text_config.model_type
+    names = {value: key for key, value in reversed(LANGUAGE_MODELS.items())}
+    if model_type not in names:
+        raise CheckpointError(f"config.json: language model type {model_type!r} is not supported")
+    return names[model_type]
+
+
+def _plain(value: Any) -> Any:
+    """Ours keeps sides as pairs; the original one number."""
+    return value[0] if isinstance(value, list | tuple) else value

@@ -1,0 +1,317 @@
+"""Names of the official weights <-> ours: one table, both directions.
+
+Ours are `transformers`' names of `InternVLForConditionalGeneration`. Fused tensors of the original
+come apart (a rule then has several names on one side) and are put together again bit for bit. The
+table is read against the names a model really has, so that a bias or a norm that is absent needs no
+entry of its own.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import InternVLConfig
+
+from internvl.models import configs
+from internvl.models.hub import CheckpointError, LazyTensor
+
+
+class Change(Protocol):
+    """How the tensors on one side of a rule become those on the other."""
+
+    def to_ours(self, tensors: list[Tensor]) -> list[Tensor]: ...
+
+    def to_official(self, tensors: list[Tensor]) -> list[Tensor]: ...
+
+
+class Rename:
+    """The same tensor under another name."""
+
+    def to_ours(self, tensors: list[Tensor]) -> list[Tensor]:
+        return tensors
+
+    def to_official(self, tensors: list[Tensor]) -> list[Tensor]:
+        return tensors
+
+
+class Thirds:
+    """`qkv` (3D, …) holds q, k and v one after another."""
+
+    def to_ours(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [part.contiguous() for part in tensors[0].chunk(3)]
+
+    def to_official(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [torch.cat(tensors)]
+
+
+@dataclass(frozen=True)
+class Interleaved:
+    """InternLM2's `wqkv` ((heads + 2 kv_heads) d, …): per key head its queries, the key, the value."""
+
+    heads: int
+    kv_heads: int
+
+    def to_ours(self, tensors: list[Tensor]) -> list[Tensor]:
+        group = self.heads // self.kv_heads
+        rows = tensors[0].unflatten(0, (self.kv_heads, group + 2, -1))
+        return [
+            part.flatten(0, 2).contiguous()
+            for part in (rows[:, :group], rows[:, group : group + 1], rows[:, group + 1 :])
+        ]
+
+    def to_official(self, tensors: list[Tensor]) -> list[Tensor]:
+        per_head = [
+            tensor.unflatten(0, (self.kv_heads, n, -1)) for tensor, n in self._parts(tensors)
+        ]
+        return [torch.cat(per_head, dim=1).flatten(0, 2)]
+
+    def _parts(self, tensors: list[Tensor]) -> Iterator[tuple[Tensor, int]]:
+        return zip(tensors, (self.heads // self.kv_heads, 1, 1), strict=True)
+
+
+class Experts:
+    """gate and up of every expert (F, D) <-> one stacked tensor (experts, 2F, D)."""
+
+    def to_ours(self, tensors: list[Tensor]) -> list[Tensor]:
+        pairs = zip(tensors[0::2], tensors[1::2], strict=True)
+        return [torch.stack([torch.cat(pair) for pair in pairs])]
+
+    def to_official(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [half.contiguous() for expert in tensors[0] for half in expert.chunk(2)]
+
+
+class Stack:
+    """One tensor per expert <-> one stacked tensor (experts, …)."""
+
+    def to_ours(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [torch.stack(tensors)]
+
+    def to_official(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [expert.contiguous() for expert in tensors[0]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Names on both sides. `{i}` is a layer, `{p}` weight or bias, `{rest}` anything."""
+
+    official: tuple[str, ...]
+    ours: tuple[str, ...]
+    change: Change
+
+
+@dataclass(frozen=True)
+class Group:
+    """One rule with its names filled in."""
+
+    official: tuple[str, ...]
+    ours: tuple[str, ...]
+    change: Change
+
+
+_TOWER, _LAYER = "model.vision_tower", "model.vision_tower.encoder.layer.{i}"
+_THEIR_LAYER = "vision_model.encoder.layers.{i}"
+_SAME = Rename()
+
+_VISION_AND_PROJECTOR = tuple(
+    Rule((official,), (ours,), _SAME)
+    for official, ours in (
+        ("vision_model.embeddings.class_embedding", f"{_TOWER}.embeddings.cls_token"),
+        ("vision_model.embeddings.position_embedding", f"{_TOWER}.embeddings.position_embeddings"),
+        (
+            "vision_model.embeddings.patch_embedding.{p}",
+            f"{_TOWER}.embeddings.patch_embeddings.projection.{{p}}",
+        ),
+        (f"{_THEIR_LAYER}.attn.q_norm.{{p}}", f"{_LAYER}.attention.q_norm.{{p}}"),
+        (f"{_THEIR_LAYER}.attn.k_norm.{{p}}", f"{_LAYER}.attention.k_norm.{{p}}"),
+        (f"{_THEIR_LAYER}.attn.proj.{{p}}", f"{_LAYER}.attention.projection_layer.{{p}}"),
+        (f"{_THEIR_LAYER}.norm1.{{p}}", f"{_LAYER}.layernorm_before.{{p}}"),
+        (f"{_THEIR_LAYER}.norm2.{{p}}", f"{_LAYER}.layernorm_after.{{p}}"),
+        (f"{_THEIR_LAYER}.ls1", f"{_LAYER}.lambda_1"),
+        (f"{_THEIR_LAYER}.ls2", f"{_LAYER}.lambda_2"),
+        (f"{_THEIR_LAYER}.mlp.fc1.{{p}}", f"{_LAYER}.mlp.fc1.{{p}}"),
+        (f"{_THEIR_LAYER}.mlp.fc2.{{p}}", f"{_LAYER}.mlp.fc2.{{p}}"),
+        ("mlp1.0.{p}", "model.multi_modal_projector.layer_norm.{p}"),
+        ("mlp1.1.{p}", "model.multi_modal_projector.linear_1.{p}"),
+        ("mlp1.3.{p}", "model.multi_modal_projector.linear_2.{p}"),
+    )
+) + (
+    Rule(
+        (f"{_THEIR_LAYER}.attn.qkv.{{p}}",),
+        tuple(f"{_LAYER}.attention.{x}_proj.{{p}}" for x in "qkv"),
+        Thirds(),
+    ),
+)
+_STOCK = (
+    Rule(("language_model.lm_head.weight",), ("lm_head.weight",), _SAME),
+    Rule(("language_model.model.{rest}",), ("model.language_model.{rest}",), _SAME),
+)
+
+
+def _internlm2(heads: int, kv_heads: int) -> tuple[Rule, ...]:
+    theirs, ours = "language_model.model.layers.{i}", "model.language_model.layers.{i}"
+    renamed = (
+        ("language_model.model.tok_embeddings.weight", "model.language_model.embed_tokens.weight"),
+        ("language_model.model.norm.weight", "model.language_model.norm.weight"),
+        ("language_model.output.weight", "lm_head.weight"),
+        (f"{theirs}.attention.wo.{{p}}", f"{ours}.self_attn.o_proj.{{p}}"),
+        (f"{theirs}.feed_forward.w1.{{p}}", f"{ours}.mlp.gate_proj.{{p}}"),
+        (f"{theirs}.feed_forward.w3.{{p}}", f"{ours}.mlp.up_proj.{{p}}"),
+        (f"{theirs}.feed_forward.w2.{{p}}", f"{ours}.mlp.down_proj.{{p}}"),
+        (f"{theirs}.attention_norm.weight", f"{ours}.input_layernorm.weight"),
+        (f"{theirs}.ffn_norm.weight", f"{ours}.post_attention_layernorm.weight"),
+    )
+    fused = Rule(
+        (f"{theirs}.attention.wqkv.{{p}}",),
+        tuple(f"{ours}.self_attn.{x}_proj.{{p}}" for x in "qkv"),
+        Interleaved(heads, kv_heads),
+    )
+    return (*(Rule((a,), (b,), _SAME) for a, b in renamed), fused)
+
+
+def _experts(num_experts: int) -> tuple[Rule, ...]:
+    """Qwen3-MoE: one module per expert in the files, stacked in today's `transformers`."""
+    theirs = "language_model.model.layers.{i}.mlp.experts"
+    ours = "model.language_model.layers.{i}.mlp.experts"
+    numbers = range(num_experts)
+    both = tuple(f"{theirs}.{e}.{x}_proj.weight" for e in numbers for x in ("gate", "up"))
+    down = tuple(f"{theirs}.{e}.down_proj.weight" for e in numbers)
+    return (
+        Rule(both, (f"{ours}.gate_up_proj",), Experts()),
+        Rule(down, (f"{ours}.down_proj",), Stack()),
+    )
+
+
+def rules(config: InternVLConfig) -> tuple[Rule, ...]:
+    """The table for one configuration; the first rule that knows a name has it."""
+    text = config.text_config
+    architecture = configs.language_model(config)
+    if architecture == "InternLM2ForCausalLM":
+        special = _internlm2(text.num_attention_heads, text.num_key_value_heads)
+    elif architecture == "Qwen3MoeForCausalLM":
+        special = _experts(text.num_experts)
+    else:
+        special = ()
+    return (*_VISION_AND_PROJECTOR, *special, *_STOCK)
+
+
+_WILDCARDS = {"{i}": r"(?P<i>\d+)", "{p}": r"(?P<p>weight|bias)", "{rest}": r"(?P<rest>.+)"}
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    text = re.escape(template)
+    for wildcard, pattern in _WILDCARDS.items():
+        text = text.replace(re.escape(wildcard), pattern)
+    return re.compile(text)
+
+
+def groups(config: InternVLConfig, names: Iterable[str]) -> list[Group]:
+    """The filled-in rules that cover `names`, the model's own, each exactly once.
+
+    Raises:
+        CheckpointError: a name no rule knows.
+    """
+    table = [(_pattern(ours), rule) for rule in rules(config) for ours in rule.ours]
+    done: set[str] = set()
+    found: list[Group] = []
+    for name in names:
+        if name in done:
+            continue
+        match, rule = next(
+            ((m, rule) for pattern, rule in table if (m := pattern.fullmatch(name))), (None, None)
+        )
+        if match is None or rule is None:
+            raise CheckpointError(f"no official name for the weight {name}")
+        fill = match.groupdict()
+        ours = tuple(part.format(**fill) for part in rule.ours)
+        official = tuple(part.format(**fill) for part in rule.official)
+        found.append(Group(official, ours, rule.change))
+        done.update(ours)
+    return found
+
+
+_HF_PREFIXES = (
+    # As the -hf releases and transformers' save_pretrained write them.
+    ("language_model.lm_head.", "lm_head."),
+    ("language_model.model.", "model.language_model."),
+    ("language_model.", "model.language_model."),
+    ("vision_tower.", "model.vision_tower."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+)
+
+
+def hf_to_ours(name: str) -> str:
+    """A name in a file of the hf layout, of any `transformers` version, as the model's own."""
+    for theirs, ours in _HF_PREFIXES:
+        if name.startswith(theirs):
+            return ours + name[len(theirs) :]
+    return name
+
+
+def ours_to_hf(name: str) -> str:
+    """A name of the model as the -hf releases write it."""
+    for theirs, ours in _HF_PREFIXES:
+        if name.startswith(ours):
+            return theirs + name[len(ours) :]
+    return name
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """The tensors of a checkpoint under the model's names, and what did not fit."""
+
+    tensors: dict[str, LazyTensor]
+    missing: list[str]
+    unexpected: list[str]
+    """Both as the file would name them."""
+
+
+def official_to_ours(
+    config: InternVLConfig, names: Iterable[str], stored: Mapping[str, LazyTensor]
+) -> Renamed:
+    """Official tensors under the names of a model. Nothing is read before it is used."""
+    left = dict(stored)
+    tensors: dict[str, LazyTensor] = {}
+    missing: list[str] = []
+    for group in groups(config, names):
+        sources = [left.pop(name, None) for name in group.official]
+        present = [source for source in sources if source is not None]
+        if len(present) < len(sources):
+            missing += [
+                n for n, source in zip(group.official, sources, strict=True) if source is None
+            ]
+            continue
+        for index, name in enumerate(group.ours):
+            tensors[name] = _lazy_part(group.change.to_ours, present, index)
+    return Renamed(tensors, missing, sorted(left))
+
+
+def ours_to_official(
+    config: InternVLConfig, state: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """(official name, tensor) of a model's weights, one group at a time."""
+    for group in groups(config, state):
+        official = group.change.to_official([state[name] for name in group.ours])
+        yield from zip(group.official, official, strict=True)
+
+
+def hf_to_model(names: Iterable[str], stored: Mapping[str, LazyTensor]) -> Renamed:
+    """As `official_to_ours`, for the hf layout."""
+    tensors = {hf_to_ours(name): tensor for name, tensor in stored.items()}
+    expected = set(names)
+    missing = [ours_to_hf(name) for name in sorted(expected - set(tensors))]
+    unexpected = [ours_to_hf(name) for name in sorted(set(tensors) - expected)]
+    return Renamed({n: t for n, t in tensors.items() if n in expected}, missing, unexpected)
+
+
+def _lazy_part(
+    change: Callable[[list[Tensor]], list[Tensor]], sources: list[LazyTensor], index: int
+) -> LazyTensor:
+    """Part `index` of what `sources` become; its shape is worked out on tensors without data."""
+    empty = [torch.empty(source.shape, dtype=source.dtype, device="meta") for source in sources]
+    shape = tuple(change(empty)[index].shape)
+    return LazyTensor(
+        shape, sources[0].dtype, lambda: change([source.read() for source in sources])[index]
+    )
