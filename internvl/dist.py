@@ -1,0 +1,107 @@
+"""The process group and the numbers that cross it. On a single process all of it is the identity.
+
+Counts and objects travel between CPUs (gloo), so reading them never waits for a GPU; gradients and
+features travel between GPUs (NCCL).
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Literal, TypeVar
+
+import torch
+from torch import distributed
+
+T = TypeVar("T")
+
+_ENV = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def init_from_env(device: Literal["auto", "cpu", "cuda"] = "auto") -> torch.device:
+    """Join the process group that torchrun describes in the environment, if there is one.
+
+    Args:
+        device: What to compute on; auto takes CUDA where there is a GPU.
+
+    Returns:
+        This process's own device, made current when it is a GPU.
+
+    Raises:
+        ValueError: No GPU for this process, or half of torchrun's variables are missing.
+    """
+    present = [name for name in _ENV if name in os.environ]
+    launched = "WORLD_SIZE" in present or "RANK" in present
+    missing = [name for name in _ENV if name not in present]
+    if launched and missing:
+        raise ValueError(
+            f"the environment has {', '.join(present)} but not {', '.join(missing)}: "
+            "start several processes with torchrun, or unset them for a single one"
+        )
+    local_device = _local_device(device, int(os.environ["LOCAL_RANK"]) if launched else 0)
+    if launched and not distributed.is_initialized():
+        on_gpu = local_device.type == "cuda"
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    return local_device
+
+
+def _local_device(device: str, local_rank: int) -> torch.device:
+    num_gpus = torch.cuda.device_count()
+    if device == "cpu" or (device == "auto" and num_gpus == 0):
+        return torch.device("cpu")
+    if local_rank >= num_gpus:
+        raise ValueError(
+            f"local rank {local_rank} has no GPU of its own ({num_gpus} visible): start at most "
+            "as many processes as GPUs, or set device=cpu"
+        )
+    local_device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(local_device)
+    return local_device
+
+
+def shutdown() -> None:
+    """Leave the process group, if one was joined."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def rank() -> int:
+    """Number of this process, 0 … world_size - 1."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes files and speaks."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+def sum_counts(counts: Mapping[str, float]) -> dict[str, float]:
+    """Sum of each number over all ranks, in float64 (whole numbers stay exact below 2**53).
+
+    Args:
+        counts: The same names on every rank, in any order.
+    """
+    if not distributed.is_initialized():
+        return dict(counts)
+    names = sorted(counts)
+    values = torch.tensor([counts[name] for name in names], dtype=torch.float64)
+    distributed.all_reduce(values)
+    return dict(zip(names, values.tolist(), strict=True))
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's `value`, in rank order, on every rank. Values must pickle."""
+    if not distributed.is_initialized():
+        return [value]
+    values: list[T | None] = [None] * world_size()
+    distributed.all_gather_object(values, value)
+    return values  # type: ignore[return-value]  # filled on every rank by now

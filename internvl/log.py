@@ -1,0 +1,244 @@
+"""What a run says and keeps: log lines, progress, metrics.jsonl, TensorBoard. Imports no torch.
+
+The package logs to the logger "internvl" and is silent until `setup` is called, which the command
+line does; a program that imports the package keeps its own logging.
+"""
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tqdm import tqdm
+
+Row = Mapping[str, float | int | str]
+
+_BAR_DELAY_S = 2.0
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def get_logger() -> logging.Logger:
+    """The package's one logger."""
+    return logging.getLogger("internvl")
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to standard error as it is at that moment, around a progress bar if one is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=sys.stderr):
+            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.flush()
+
+
+def setup(level: int = logging.INFO, *, rank: int = 0) -> None:
+    """Send the package's log lines to standard error. A second call replaces the first.
+
+    Args:
+        level: Least severe level that is shown.
+        rank: Rank of this process; ranks above 0 show warnings and worse only, with their number.
+    """
+    handler = _StderrHandler()
+    who = f"[rank {rank}] " if rank else ""
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {who}%(message)s", datefmt="%H:%M:%S"))
+    logger = get_logger()
+    logger.handlers = [handler]
+    logger.setLevel(max(level, logging.WARNING) if rank else level)
+    logger.propagate = False
+
+
+class Progress:
+    """How far a piece of work is: a bar on a terminal, else a log line every `every_s` seconds.
+
+    Shown only where INFO lines of the package are, and a bar only after two seconds.
+
+    >>> with Progress("images", total=3) as progress:
+    ...     for image in range(3):
+    ...         progress.update()
+    """
+
+    def __init__(self, unit: str, *, total: int | None = None, every_s: float = 30.0) -> None:
+        """
+        Args:
+            unit: What is counted, in the plural, such as "images".
+            total: How many there will be; None when nobody knows.
+            every_s: Seconds between two lines where standard error is no terminal.
+        """
+        self.unit = unit
+        self.total = total
+        self.done = 0
+        self._every_s = every_s
+        self._start_s = self._line_s = time.monotonic()
+        shown = get_logger().isEnabledFor(logging.INFO)
+        on_terminal = shown and sys.stderr.isatty()
+        self._bar = (
+            tqdm(total=total, unit=f" {unit}", delay=_BAR_DELAY_S, leave=False, file=sys.stderr)
+            if on_terminal
+            else None
+        )
+
+    def update(self, count: int = 1) -> None:
+        """`count` more are done."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(count)
+            return
+        now_s = time.monotonic()
+        if now_s - self._line_s >= self._every_s:
+            self._line_s = now_s
+            get_logger().info(self.line(now_s - self._start_s))
+
+    def line(self, elapsed_s: float) -> str:
+        """One line: done, share, rate, and the time left if the total is known."""
+        rate = self.done / max(elapsed_s, 1e-9)
+        if self.total is None:
+            return f"{self.done:,} {self.unit}, {rate:.1f} a second"
+        share = self.done / max(self.total, 1)
+        left = tqdm.format_interval((self.total - self.done) / rate) if self.done else "?"
+        return (
+            f"{self.done:,} of {self.total:,} {self.unit} ({share:.0%}), "
+            f"{rate:.1f} a second, {left} left"
+        )
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+@contextmanager
+def names_file(path: Path) -> Iterator[None]:
+    """Gives an OSError from inside (a full disk, say) the name of the file it was about.
+
+    Raises:
+        OSError: The same error with `path` as its filename, unless it names a file already.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+class MetricsLog:
+    """metrics.jsonl of a run folder: a JSON object with a "step" on each line.
+
+    JSON knows no NaN or infinity: such a number stands as the string "NaN", "Infinity" or
+    "-Infinity", so that every line stays valid JSON; `rows` turns them into numbers again.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """The file appears with the first row; `folder` is made if missing."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+
+    def append(self, row: Row) -> None:
+        """Add one row, on disk as far as the operating system goes when this returns.
+
+        Raises:
+            OSError: The row could not be written (disk full, …); the error names the file.
+        """
+        assert "step" in row, f"a metrics row without a step: {row}"
+        line = json.dumps({key: _to_json(value) for key, value in row.items()}, allow_nan=False)
+        # Opened for every row: nothing is buffered, and truncate_after may replace the file.
+        with names_file(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows, oldest first. A last line cut short by a crash is left out.
+
+        Raises:
+            ValueError: Any other line is not JSON; names file and line.
+        """
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
+        return [self._parse(number, line) for number, line in enumerate(lines, start=1)]
+
+    def truncate_after(self, step: int) -> None:
+        """Drop every row of a later step; a resumed run writes those again.
+
+        The file is replaced in one move: a crash leaves the old rows or the new ones.
+        """
+        if not self.path.exists():
+            return
+        kept = [row for row in self.rows() if row["step"] <= step]
+        partial = self.path.with_suffix(".jsonl.partial")
+        with names_file(partial), partial.open("w", encoding="utf-8") as file:
+            for row in kept:
+                encoded = {key: _to_json(value) for key, value in row.items()}
+                file.write(json.dumps(encoded, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self.path)
+
+    def _parse(self, number: int, line: str) -> dict[str, Any]:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self.path}, line {number}: not JSON ({error})") from error
+        return {key: _from_json(value) for key, value in row.items()}
+
+
+def _to_json(value: float | int | str) -> float | int | str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _from_json(value: Any) -> Any:
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+class TensorBoard:
+    """Scalars for TensorBoard in a folder, through torch's own writer."""
+
+    def __init__(self, folder: Path, *, purge_step: int | None = None) -> None:
+        """
+        Args:
+            folder: Where the event files go; made if missing.
+            purge_step: On resume, the first step that is written again: TensorBoard then hides
+                what an earlier run wrote for this step and later ones.
+
+        Raises:
+            OSError: The folder cannot be written to; the error names it.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = folder
+        with names_file(folder):
+            self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write numbers of one step; NaN and infinities are kept."""
+        with names_file(self.folder):
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write out what waits in memory.
+
+        Raises:
+            OSError: It could not be written; the error names the folder.
+        """
+        with names_file(self.folder):
+            self._writer.close()

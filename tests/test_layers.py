@@ -1,0 +1,133 @@
+"""Imports point down. Files are read with `ast`; nothing is imported.
+
+A part is a module or folder directly under internvl/. It may import parts of lower levels only.
+Inside a folder siblings may import each other, except that members of `objectives/` and of `evals/`
+never import their siblings: adding one is adding one file, and deleting one breaks no other.
+Imports for type checkers only count as well, and so do imports inside functions.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "internvl"
+
+LEVELS = {
+    7: ("__main__", "__init__"),
+    6: ("cli",),
+    5: ("launch", "demo", "serve"),
+    4: ("train", "evaluate", "export", "check"),
+    3: ("objectives", "evals"),
+    2: ("parallel", "optim", "checkpoint", "generate", "handles", "report", "doctor"),
+    1: ("data", "models"),
+    0: ("config", "zoo", "dist", "log"),
+}
+LEVEL_OF = {part: level for level, parts in LEVELS.items() for part in parts}
+
+# Folders that are open sets, with what their members may share.
+OPEN_SETS: dict[str, tuple[str, ...]] = {"objectives": (), "evals": ("metrics",)}
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part_of(module: tuple[str, ...]) -> str:
+    """The part a dotted name below the package belongs to; a lazy public name is __init__'s."""
+    return module[0] if module and module[0] in LEVEL_OF else "__init__"
+
+
+def imported(tree: ast.Module) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """(line, dotted name below internvl) of everything of ours that a file imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            root, *rest = name.split(".")
+            if root == "internvl":
+                yield node.lineno, tuple(rest)
+
+
+def problems(file: Path, source: str) -> list[str]:
+    """What is wrong with the imports of a file, given by its path below the package."""
+    parts = file.with_suffix("").parts
+    part = parts[0]
+    if part not in LEVEL_OF:
+        return [f"{file}: not in the table of levels (tests/test_layers.py)"]
+    found = []
+    for line, target in imported(ast.parse(source)):
+        other = part_of(target)
+        if LEVEL_OF[other] < LEVEL_OF[part]:
+            continue
+        in_folder = other == part and len(parts) > 1
+        if in_folder and not _forbidden_sibling(parts, target):
+            continue
+        found.append(f"{file}:{line}: imports internvl.{'.'.join(target)}")
+    return found
+
+
+def _forbidden_sibling(parts: tuple[str, ...], target: tuple[str, ...]) -> bool:
+    """Whether a member of an open set imports another member."""
+    folder, member = parts[0], parts[1]
+    if folder not in OPEN_SETS or member == "__init__":
+        return False
+    sibling = target[1] if len(target) > 1 else "__init__"
+    return sibling not in (member, *OPEN_SETS[folder])
+
+
+def test_no_part_stands_twice_in_the_table() -> None:
+    assert len(LEVEL_OF) == sum(len(parts) for parts in LEVELS.values())
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_point_down(file: Path) -> None:
+    assert problems(file.relative_to(PACKAGE), file.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("train.py", "from internvl import dist, objectives"),
+        ("train.py", "import torch\nfrom internvl.models.vlm import Vlm"),
+        ("data/chat.py", "from internvl.data import records"),
+        ("data/chat.py", "from internvl.data.records import Sample"),
+        ("objectives/__init__.py", "from internvl.objectives import sft"),
+        ("evals/caption.py", "from internvl.evals import metrics"),
+        ("evals/caption.py", "from internvl.evals.metrics import bleu"),
+        ("__main__.py", "from internvl.cli import main"),
+    ],
+)
+def test_allowed(file: str, source: str) -> None:
+    assert problems(Path(file), source) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("log.py", "from internvl import dist"),  # same level
+        ("train.py", "from internvl import evaluate"),
+        ("train.py", "from internvl import cli"),  # upwards
+        ("train.py", "import internvl"),
+        ("train.py", "from internvl import load"),  # a lazy name of the package
+        ("data/chat.py", "from internvl.models import vlm"),
+        ("models/vlm.py", "def f():\n    from internvl.data.records import Batch"),
+        ("models/vlm.py", "if TYPE_CHECKING:\n    import internvl.data.records"),
+        ("objectives/mpo.py", "from internvl.objectives import sft"),
+        ("objectives/mpo.py", "from internvl.objectives.sft import loss"),
+        ("objectives/mpo.py", "from internvl.evals import metrics"),
+        ("evals/caption.py", "from internvl.evals import vqa"),
+        ("helpers.py", ""),  # unknown file
+    ],
+)
+def test_refused(file: str, source: str) -> None:
+    assert len(problems(Path(file), source)) == 1
+
+
+def test_relative_imports_are_refused() -> None:
+    with pytest.raises(AssertionError, match="line 1: a relative import"):
+        problems(Path("train.py"), "from . import dist")
