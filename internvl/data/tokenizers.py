@@ -1,0 +1,106 @@
+"""The tokenizer of a checkpoint, from its files alone: none of its Python code runs.
+
+The releases were trained with slow tokenizers. Where today's fast ones would differ around special
+tokens (the space that SentencePiece puts before a text), the slow one's rule is set here.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from tokenizers import decoders, normalizers, pre_tokenizers
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+
+logger = logging.getLogger(__name__)
+
+SPECIAL_TOKENS = (
+    *("<img>", "</img>", "<IMG_CONTEXT>"),
+    *("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"),
+)
+"""What a chat model adds to its language model's tokenizer, in this order."""
+
+_SENTENCEPIECE = {"LlamaTokenizer", "InternLM2Tokenizer", "InternLM3Tokenizer"}
+_SPACE = "▁"
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
+    """The tokenizer of a model folder, or None where it has no tokenizer files.
+
+    Raises:
+        ValueError: tokenizer files of a kind that is not known, or files that do not belong
+            together.
+    """
+    config = _read(folder / "tokenizer_config.json")
+    kind = str(config.get("tokenizer_class", "")).removesuffix("Fast")
+    if (folder / "tokenizer.model").is_file() and kind in _SENTENCEPIECE:
+        return _load_sentencepiece(folder, config, kind)
+    if (folder / "tokenizer.json").is_file():
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return Qwen2Tokenizer.from_pretrained(folder)
+    if not config and not (folder / "tokenizer.model").is_file():
+        return None
+    raise ValueError(
+        f"{folder}: tokenizer of class {kind!r} without tokenizer.json, vocab.json or a known "
+        "tokenizer.model; copy the tokenizer files of the release there"
+    )
+
+
+def _load_sentencepiece(folder: Path, config: dict[str, Any], kind: str) -> PreTrainedTokenizerFast:
+    """SentencePiece files through the Llama tokenizer, with the slow tokenizer's leading spaces.
+
+    Slow tokenizers cut a text at its special tokens and hand each piece to SentencePiece, which
+    puts a space before it if the model file says so (InternLM2's says no). Llama's with
+    `legacy=False` (Phi-3) does so at the start of the text only.
+    """
+    tokenizer = LlamaTokenizer.from_pretrained(
+        folder,
+        add_bos_token=config.get("add_bos_token", True),
+        add_eos_token=False,
+        add_prefix_space=False,
+    )
+    replace = normalizers.Replace(" ", _SPACE)
+    steps: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = None
+    backend.normalizer = replace
+    if _adds_space(folder / "tokenizer.model"):
+        steps.append(decoders.Strip(content=" ", left=1))
+        if kind == "LlamaTokenizer" and config.get("legacy") is False:
+            backend.normalizer = None
+            backend.pre_tokenizer = pre_tokenizers.Metaspace(
+                replacement=_SPACE, prepend_scheme="first", split=False
+            )
+        else:
+            backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), replace])
+    backend.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+def _adds_space(model: Path) -> bool:
+    """Whether this SentencePiece model puts a space before a text."""
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(model)).encode("a", out_type=str)
+    return bool(pieces) and pieces[0].startswith(_SPACE)
+
+
+def add_special_tokens(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Add what a chat model needs and the tokenizer lacks; the number of tokens added."""
+    known = tokenizer.get_vocab()
+    new = [token for token in SPECIAL_TOKENS if token not in known]
+    return tokenizer.add_tokens(new, special_tokens=True)
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int, folder: Path) -> None:
+    """Raises ValueError where a token's id has no row in the model's embeddings."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise ValueError(
+            f"{folder}: the tokenizer knows ids up to {largest}, the model has {rows} embedding "
+            "rows; the tokenizer files are not of this model, take those of its release"
+        )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
