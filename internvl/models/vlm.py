@@ -63,16 +63,36 @@ class ChatModel(InternVLForConditionalGeneration):
     loss_chunk = 4096
     """Supervised positions whose logits exist at the same time."""
 
+    # The parameters are spelled out because `generate` reads them off the signature.
     def forward(
-        self, *args: Any, supervision: Supervision | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        supervision: Supervision | None = None,
+        **kwargs: Any,
     ) -> InternVLCausalLMOutputWithPast:
         """As the parent's; with `supervision`, `loss` is the weighted SUM over its positions.
 
         Logits are then computed at those positions only, a chunk at a time, and not returned.
         """
+        inputs = {
+            "input_ids": input_ids,
+            "pixel_values": pixel_values,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            **kwargs,
+        }
         if supervision is None:
-            return super().forward(*args, **kwargs)
-        hidden = self.model(*args, use_cache=False, **kwargs).last_hidden_state[0]
+            return super().forward(labels=labels, logits_to_keep=logits_to_keep, **inputs)
+        hidden = self.model(use_cache=False, **inputs).last_hidden_state[0]
         hidden = hidden.index_select(0, supervision.positions)
         loss = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, len(hidden), self.loss_chunk):
@@ -318,3 +338,20 @@ def _quantization(quantize: str | None, dtype: torch.dtype) -> Any:
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=["lm_head", "multi_modal_projector"],
     )
+
+
+def tokens_per_tile(config: InternVLConfig, tile_size: int) -> int:
+    """Visual tokens (K) that a tile of `tile_size` pixels a side becomes.
+
+    Raises:
+        ValueError: the side is no multiple of the patch side over the downsampling ratio.
+    """
+    patch = config.vision_config.patch_size[0]
+    step = round(patch / config.downsample_ratio)
+    if tile_size % step:
+        raise ValueError(
+            f"data.tiles.size = {tile_size} does not fit this model: a tile's side must be a "
+            f"multiple of {step} pixels (patches of {patch}, downsampled by "
+            f"{config.downsample_ratio})"
+        )
+    return (tile_size // step) ** 2
