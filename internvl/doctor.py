@@ -172,8 +172,8 @@ def _libraries() -> Iterator[Finding]:
     yield Finding(
         "Libraries",
         "internvl",
-        "ok" if own else "broken",
-        own or "imported, but not installed: its requirements are unknown",
+        "ok" if own else "missing",
+        own or "imported, but not installed: what it requires cannot be looked up",
         "" if own else f"{sys.executable} -m pip install --editable . (in the checkout)",
     )
     for requirement in _requirements():

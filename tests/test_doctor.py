@@ -62,7 +62,7 @@ def test_an_old_library_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_checkout_that_is_not_installed_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_version", lambda name: None)
     (finding,) = doctor._libraries()
-    assert finding.state == "broken"
+    assert finding.state == "missing"
     assert "--editable ." in finding.remedy
 
 
