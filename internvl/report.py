@@ -266,8 +266,10 @@ def _score_cells(score: Score) -> str:
         return "–" if value is None or not math.isfinite(value) else format(value, score.form)
 
     def bar(value: float | None, kind: str) -> str:
-        share = value / score.best if value is not None and math.isfinite(value) else 0.0
-        return f'<i class="{kind}" style="width:{100 * min(1.0, max(0.0, share)):.2f}%"></i>'
+        if value is None or not math.isfinite(value):
+            return ""
+        share = min(1.0, max(0.0, value / score.best))
+        return f'<i class="{kind}" style="width:{100 * share:.2f}%"></i>'
 
     return (
         f'<th scope="row">{escape(score.name)}</th>'
@@ -283,8 +285,8 @@ def _charts(section: Charts) -> str:
     return f'<div class="charts">{charts}</div>{_note(section.note)}'
 
 
-_WIDTH, _HEIGHT = 560, 300  # of a chart, SVG units
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 12, 46  # of its margins
+_WIDTH, _HEIGHT = 500, 285  # of a chart, SVG units
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 14, 10, 48  # of its margins
 
 
 def _chart(chart: Chart) -> str:
@@ -572,7 +574,7 @@ table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nu
 th { font-weight: 500; text-align: left; }
 thead th { color: var(--soft); font-size: .85rem; white-space: nowrap; }
 th, td { padding: .3rem .7rem; }
-th:first-child, td:first-child { padding-left: 0; }
+thead th:first-child, th[scope=rowgroup] { padding-left: 0; }
 tbody { border-top: 1px solid var(--rule); }
 tbody tr:first-child > * { padding-top: .6rem; }
 tbody tr:last-child > *, th[scope=rowgroup] { padding-bottom: .6rem; }
@@ -582,8 +584,8 @@ th[scope=row] { color: var(--soft); white-space: nowrap; }
 td.number { color: var(--soft); }
 td.number.after { color: var(--ink); font-weight: 650; }
 .wide { width: 45%; min-width: 9rem; }
-.bars { display: grid; gap: 2px; background: linear-gradient(var(--rule), var(--rule))
-  right / 1px 100% no-repeat; }
+.bars { display: grid; gap: 2px; padding: 2px 0; background: var(--code); border-radius: 0 4px 4px 0;
+  align-content: center; min-height: 18px; }
 .bars i { height: 7px; min-width: 2px; border-radius: 0 4px 4px 0; }
 i.before, .key.before { background: var(--pale); }
 i.after, .key.after { background: var(--accent); }
@@ -597,8 +599,7 @@ i.after, .key.after { background: var(--accent); }
 figure { margin: 0; min-width: 0; }
 figcaption { margin-bottom: .4rem; font-size: .95rem; font-weight: 600; }
 svg { display: block; width: 100%; height: auto; }
-svg text { fill: var(--soft); font-size: 12px; }
-svg .label { font-size: 12.5px; }
+svg text { fill: var(--soft); font-size: 13px; }
 .grid line { stroke: var(--rule); stroke-width: 1; }
 .curve polyline { fill: none; stroke: var(--color); stroke-width: 2; stroke-linejoin: round;
   stroke-linecap: round; }
@@ -622,7 +623,8 @@ svg .label { font-size: 12.5px; }
 .reference::before { content: "expected: "; }
 .sample { margin-top: 1.1rem; padding-top: 1.1rem; border-top: 1px solid var(--rule); }
 .tiled { display: flex; flex-wrap: wrap; gap: .8rem; align-items: flex-end; }
-.tiles { width: calc(var(--columns) * 6.5rem); max-width: 100%; border-radius: 6px; }
+.tiles { width: calc(var(--columns) * 6.5rem); max-width: 100%; border: 1px solid var(--rule);
+  border-radius: 6px; }
 .tiles path { fill: none; stroke-width: 2; }
 .tiles .under { stroke: #fff; }
 .tiles .over { stroke: #d11149; stroke-dasharray: 6 5; }
@@ -636,6 +638,7 @@ mark { background: var(--mark); color: inherit; border-radius: 4px; padding: .1e
 @media (max-width: 40rem) {
   section { padding: 1.1rem 1rem; }
   th, td { padding-left: .4rem; padding-right: .4rem; }
+  .wide { display: none; }
 }
 @media print { body { background: #fff; } section { break-inside: avoid; } nav { display: none; } }
 """
