@@ -1,14 +1,15 @@
-"""The official configuration as `transformers`' own, and back (original: configuration_internvl_chat.py).
+"""The official configuration as `transformers`' own, and back.
 
-What has no place in `InternVLConfig` (template, tiling, pixel-shuffle version …) travels in its
-extra key `internvl`, which plain `transformers` keeps and ignores.
+Original: `internvl_chat/internvl/model/internvl_chat/configuration_internvl_chat.py`. What has no
+place in `InternVLConfig` (template, tiling, pixel-shuffle version …) travels in its extra key
+`internvl`, which plain `transformers` keeps and ignores.
 """
 
 from typing import Any
 
 from transformers import CONFIG_MAPPING, InternVLConfig, PreTrainedConfig
 
-from internvl.models.hub import CheckpointError
+from internvl.models.hub import ModelFolderError
 
 LANGUAGE_MODELS = {
     "LlamaForCausalLM": "llama",
@@ -69,7 +70,7 @@ def from_official(config: dict[str, Any], image_token_id: int) -> InternVLConfig
     """The official `config.json` as an `InternVLConfig` with the extra key `internvl`.
 
     Raises:
-        CheckpointError: an architecture `transformers` has no class for.
+        ModelFolderError: an architecture `transformers` has no class for.
     """
     vision = vision_from_official(config["vision_config"])
     text, architecture = text_from_official(config["llm_config"])
@@ -98,7 +99,7 @@ def text_from_official(config: dict[str, Any]) -> tuple[PreTrainedConfig, str]:
     """(the language model's own `transformers` config, its official architecture)."""
     architecture = (config.get("architectures") or [""])[0]
     if architecture not in LANGUAGE_MODELS:
-        raise CheckpointError(
+        raise ModelFolderError(
             f"config.json: language model {architecture!r} is not supported; supported are "
             f"{', '.join(LANGUAGE_MODELS)}"
         )
@@ -189,7 +190,7 @@ def language_model(config: PreTrainedConfig) -> str:
     model_type = config.text_config.model_type
     names = {value: key for key, value in reversed(LANGUAGE_MODELS.items())}
     if model_type not in names:
-        raise CheckpointError(f"config.json: language model type {model_type!r} is not supported")
+        raise ModelFolderError(f"config.json: language model type {model_type!r} is not supported")
     return names[model_type]
 
 

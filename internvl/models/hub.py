@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from internvl.config import UserError
+
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -26,7 +28,7 @@ _DTYPES = {
 }
 
 
-class CheckpointError(ValueError):
+class ModelFolderError(UserError):
     """A model folder that cannot be used: which file, why, and what to do."""
 
 
@@ -46,7 +48,7 @@ class LazyTensor:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class ModelFolder:
     """A model folder as it lies."""
 
     folder: Path
@@ -55,14 +57,15 @@ class Checkpoint:
 
     @property
     def family(self) -> str:
-        """ "chat" or "dual" (InternVL-14B). Raises CheckpointError for anything else."""
+        """ "chat" or "dual" (InternVL-14B). Raises ModelFolderError for anything else."""
         if "llm_config" in self.config or "text_config" in self.config:
             return "chat"
         if "qllama_config" in self.config:
             return "dual"
-        raise CheckpointError(
-            f"{self.folder / 'config.json'}: model type {self.config.get('model_type')!r} is neither an "
-            "InternVL chat model (llm_config or text_config) nor InternVL-14B (qllama_config)"
+        raise ModelFolderError(
+            f"{self.folder / 'config.json'}: model type {self.config.get('model_type')!r} is "
+            "neither an InternVL chat model (llm_config or text_config) nor InternVL-14B "
+            "(qllama_config)"
         )
 
     @property
@@ -72,21 +75,21 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> dict[str, LazyTensor]:
-        """Every tensor of the folder by its name in the file. Raises CheckpointError."""
+        """Every tensor of the folder by its name in the file. Raises ModelFolderError."""
         tensors: dict[str, LazyTensor] = {}
         for file in weight_files(self.folder):
             tensors.update(open_tensors(file))
         return tensors
 
 
-def open_checkpoint(name_or_folder: str | Path, cache: Path | None = None) -> Checkpoint:
-    """The checkpoint in a folder, or of a hub id (downloaded to the hub's cache at first use).
+def open_folder(name_or_folder: str | Path, cache: Path | None = None) -> ModelFolder:
+    """The model in a folder, or of a hub id (downloaded to the hub's cache at first use).
 
     Raises:
-        CheckpointError: no such folder or id, no config, or no network.
+        ModelFolderError: no such folder or id, no config, or no network.
     """
     folder = find_folder(name_or_folder, cache)
-    return Checkpoint(folder, read_json(folder / "config.json"))
+    return ModelFolder(folder, read_json(folder / "config.json"))
 
 
 def find_folder(name_or_folder: str | Path, cache: Path | None = None) -> Path:
@@ -96,7 +99,7 @@ def find_folder(name_or_folder: str | Path, cache: Path | None = None) -> Path:
         return folder
     text = str(name_or_folder)
     if folder.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
-        raise CheckpointError(
+        raise ModelFolderError(
             f"{text}: no such folder, and not a hub id of the form owner/name; "
             "`internvl models` lists the released models"
         )
@@ -107,11 +110,15 @@ def download(name: str, to: Path | None = None, cache: Path | None = None) -> Pa
     """The files of hub id `name`, into `to` or the hub's cache; an interrupted download resumes.
 
     Raises:
-        CheckpointError: one sentence when offline, without network, or when there is no such id.
+        ModelFolderError: one sentence when offline, without network, or when there is no such id.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     where = (
         f"put its files into a folder (for instance pretrained/{name.split('/')[-1]}) and name that"
@@ -122,7 +129,7 @@ def download(name: str, to: Path | None = None, cache: Path | None = None) -> Pa
         "YES",
         "TRUE",
     }:
-        raise CheckpointError(
+        raise ModelFolderError(
             f"{name}: HF_HUB_OFFLINE is set, so nothing is fetched; unset it, or {where}"
         )
     try:
@@ -130,29 +137,29 @@ def download(name: str, to: Path | None = None, cache: Path | None = None) -> Pa
             name, local_dir=to, cache_dir=cache, ignore_patterns=["*.py", "*.h5", "*.msgpack"]
         )
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise CheckpointError(
+        raise ModelFolderError(
             f"{name}: not in the local hub cache, and the hub cannot be reached; {where}"
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(
+        raise ModelFolderError(
             f"{name}: the hub answers: {reason}; check the name, or {where}"
         ) from error
     return Path(path)
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError naming the file."""
+    """A JSON object. Raises ModelFolderError naming the file."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{file}: missing, so this is not a complete model folder") from None
+        raise ModelFolderError(f"{file}: missing, so this is not a complete model folder") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(
+        raise ModelFolderError(
             f"{file}: not JSON ({error}); copy it again from the release"
         ) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: expected an object, found {type(value).__name__}")
+        raise ModelFolderError(f"{file}: expected an object, found {type(value).__name__}")
     return value
 
 
@@ -164,9 +171,9 @@ def weight_files(folder: Path) -> list[Path]:
             files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
             missing = [file.name for file in files if not file.is_file()]
             if missing:
-                raise CheckpointError(
-                    f"{index}: names {len(missing)} shards that are not there ({', '.join(missing[:3])}); "
-                    "the download is not complete, start it again"
+                raise ModelFolderError(
+                    f"{index}: names {len(missing)} shards that are not there "
+                    f"({', '.join(missing[:3])}); the download is not complete, start it again"
                 )
             return files
         single = folder / f"{stem}{suffix}"
@@ -174,14 +181,14 @@ def weight_files(folder: Path) -> list[Path]:
             return [single]
     found = sorted(folder.glob("*.safetensors"))
     if not found:
-        raise CheckpointError(
+        raise ModelFolderError(
             f"{folder}: no model.safetensors, no pytorch_model.bin, and no index of either"
         )
     return found
 
 
 def open_tensors(file: Path) -> Iterator[tuple[str, LazyTensor]]:
-    """(name, lazy tensor) of one weight file. Raises CheckpointError when it is damaged."""
+    """(name, lazy tensor) of one weight file. Raises ModelFolderError when it is damaged."""
     if file.suffix != ".safetensors":
         for name, tensor in _unpickle(file).items():
             yield name, LazyTensor(tuple(tensor.shape), tensor.dtype, _constant(tensor))
@@ -193,7 +200,7 @@ def open_tensors(file: Path) -> Iterator[tuple[str, LazyTensor]]:
                 dtype = _DTYPES.get(part.get_dtype(), torch.float32)
                 yield name, LazyTensor(tuple(part.get_shape()), dtype, _reader(file, name))
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
+        raise ModelFolderError(
             f"{file}: cannot be read ({error}); it is truncated or damaged, download it again"
         ) from error
 
@@ -217,7 +224,7 @@ def _unpickle(file: Path) -> dict[str, Tensor]:
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        raise CheckpointError(
+        raise ModelFolderError(
             f"{file}: not a plain file of tensors ({str(error).splitlines()[0]}); "
             "use the safetensors files of the release"
         ) from error

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import InternVLConfig
 
 from internvl.models import configs
-from internvl.models.hub import CheckpointError, LazyTensor
+from internvl.models.hub import LazyTensor, ModelFolderError
 
 
 class Change(Protocol):
@@ -49,7 +49,7 @@ class Thirds:
 
 @dataclass(frozen=True)
 class Interleaved:
-    """InternLM2's `wqkv` ((heads + 2 kv_heads) d, …): per key head its queries, the key, the value."""
+    """InternLM2's `wqkv` ((heads + 2 kv_heads) d, …): per key head its queries, key and value."""
 
     heads: int
     kv_heads: int
@@ -115,29 +115,28 @@ _TOWER, _LAYER = "model.vision_tower", "model.vision_tower.encoder.layer.{i}"
 _THEIR_LAYER = "vision_model.encoder.layers.{i}"
 _SAME = Rename()
 
-_VISION_AND_PROJECTOR = tuple(
-    Rule((official,), (ours,), _SAME)
-    for official, ours in (
-        ("vision_model.embeddings.class_embedding", f"{_TOWER}.embeddings.cls_token"),
-        ("vision_model.embeddings.position_embedding", f"{_TOWER}.embeddings.position_embeddings"),
-        (
-            "vision_model.embeddings.patch_embedding.{p}",
-            f"{_TOWER}.embeddings.patch_embeddings.projection.{{p}}",
-        ),
-        (f"{_THEIR_LAYER}.attn.q_norm.{{p}}", f"{_LAYER}.attention.q_norm.{{p}}"),
-        (f"{_THEIR_LAYER}.attn.k_norm.{{p}}", f"{_LAYER}.attention.k_norm.{{p}}"),
-        (f"{_THEIR_LAYER}.attn.proj.{{p}}", f"{_LAYER}.attention.projection_layer.{{p}}"),
-        (f"{_THEIR_LAYER}.norm1.{{p}}", f"{_LAYER}.layernorm_before.{{p}}"),
-        (f"{_THEIR_LAYER}.norm2.{{p}}", f"{_LAYER}.layernorm_after.{{p}}"),
-        (f"{_THEIR_LAYER}.ls1", f"{_LAYER}.lambda_1"),
-        (f"{_THEIR_LAYER}.ls2", f"{_LAYER}.lambda_2"),
-        (f"{_THEIR_LAYER}.mlp.fc1.{{p}}", f"{_LAYER}.mlp.fc1.{{p}}"),
-        (f"{_THEIR_LAYER}.mlp.fc2.{{p}}", f"{_LAYER}.mlp.fc2.{{p}}"),
-        ("mlp1.0.{p}", "model.multi_modal_projector.layer_norm.{p}"),
-        ("mlp1.1.{p}", "model.multi_modal_projector.linear_1.{p}"),
-        ("mlp1.3.{p}", "model.multi_modal_projector.linear_2.{p}"),
-    )
-) + (
+_TOWER_NAMES = (
+    ("vision_model.embeddings.class_embedding", f"{_TOWER}.embeddings.cls_token"),
+    ("vision_model.embeddings.position_embedding", f"{_TOWER}.embeddings.position_embeddings"),
+    (
+        "vision_model.embeddings.patch_embedding.{p}",
+        f"{_TOWER}.embeddings.patch_embeddings.projection.{{p}}",
+    ),
+    (f"{_THEIR_LAYER}.attn.q_norm.{{p}}", f"{_LAYER}.attention.q_norm.{{p}}"),
+    (f"{_THEIR_LAYER}.attn.k_norm.{{p}}", f"{_LAYER}.attention.k_norm.{{p}}"),
+    (f"{_THEIR_LAYER}.attn.proj.{{p}}", f"{_LAYER}.attention.projection_layer.{{p}}"),
+    (f"{_THEIR_LAYER}.norm1.{{p}}", f"{_LAYER}.layernorm_before.{{p}}"),
+    (f"{_THEIR_LAYER}.norm2.{{p}}", f"{_LAYER}.layernorm_after.{{p}}"),
+    (f"{_THEIR_LAYER}.ls1", f"{_LAYER}.lambda_1"),
+    (f"{_THEIR_LAYER}.ls2", f"{_LAYER}.lambda_2"),
+    (f"{_THEIR_LAYER}.mlp.fc1.{{p}}", f"{_LAYER}.mlp.fc1.{{p}}"),
+    (f"{_THEIR_LAYER}.mlp.fc2.{{p}}", f"{_LAYER}.mlp.fc2.{{p}}"),
+    ("mlp1.0.{p}", "model.multi_modal_projector.layer_norm.{p}"),
+    ("mlp1.1.{p}", "model.multi_modal_projector.linear_1.{p}"),
+    ("mlp1.3.{p}", "model.multi_modal_projector.linear_2.{p}"),
+)
+_VISION_AND_PROJECTOR = (
+    *(Rule((official,), (ours,), _SAME) for official, ours in _TOWER_NAMES),
     Rule(
         (f"{_THEIR_LAYER}.attn.qkv.{{p}}",),
         tuple(f"{_LAYER}.attention.{x}_proj.{{p}}" for x in "qkv"),
@@ -211,7 +210,7 @@ def groups(config: InternVLConfig, names: Iterable[str]) -> list[Group]:
     """The filled-in rules that cover `names`, the model's own, each exactly once.
 
     Raises:
-        CheckpointError: a name no rule knows.
+        ModelFolderError: a name no rule knows.
     """
     table = [(_pattern(ours), rule) for rule in rules(config) for ours in rule.ours]
     done: set[str] = set()
@@ -223,7 +222,7 @@ def groups(config: InternVLConfig, names: Iterable[str]) -> list[Group]:
             ((m, rule) for pattern, rule in table if (m := pattern.fullmatch(name))), (None, None)
         )
         if match is None or rule is None:
-            raise CheckpointError(f"no official name for the weight {name}")
+            raise ModelFolderError(f"no official name for the weight {name}")
         fill = match.groupdict()
         ours = tuple(part.format(**fill) for part in rule.ours)
         official = tuple(part.format(**fill) for part in rule.official)

@@ -15,7 +15,7 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, Inter
 from transformers.models.internvl.modeling_internvl import InternVLCausalLMOutputWithPast
 
 from internvl.models import configs, hub, keys
-from internvl.models.hub import Checkpoint, CheckpointError, LazyTensor
+from internvl.models.hub import LazyTensor, ModelFolder, ModelFolderError
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +119,12 @@ def normalize_tiles(
     return pixels.to(dtype)
 
 
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trained, all) parameters; one that several modules share counts once."""
+    sizes = [(p.requires_grad, p.numel()) for p in model.parameters()]
+    return sum(size for trained, size in sizes if trained), sum(size for _, size in sizes)
+
+
 class DropPath(nn.Module):
     """Stochastic depth: in training a sample's residual is dropped with probability `rate`."""
 
@@ -176,9 +182,9 @@ def load_model(
         quantize: "8bit" or "4bit" through bitsandbytes, on a GPU.
 
     Raises:
-        CheckpointError: what is missing, unexpected or damaged, by name, and what to do.
+        ModelFolderError: what is missing, unexpected or damaged, by name, and what to do.
     """
-    source = hub.open_checkpoint(folder)
+    source = hub.open_folder(folder)
     config = read_config(source, image_token_id, image_size)
     tensors = fit_tensors(config, source)
     model = ChatModel.from_pretrained(
@@ -196,45 +202,46 @@ def load_model(
 
 
 def read_config(
-    source: Checkpoint, image_token_id: int | None = None, image_size: int | None = None
+    source: ModelFolder, image_token_id: int | None = None, image_size: int | None = None
 ) -> InternVLConfig:
     """The configuration of a chat checkpoint of either layout, as `transformers`' class.
 
     Raises:
-        CheckpointError: not a chat model, unknown language model, or no image token.
+        ModelFolderError: not a chat model, unknown language model, or no image token.
     """
     if source.family != "chat":
-        raise CheckpointError(f"{source.folder}: this is InternVL-14B, not a chat model")
+        raise ModelFolderError(f"{source.folder}: this is InternVL-14B, not a chat model")
     if source.layout == "hf":
         config = InternVLConfig(**source.config)
         config.image_token_id = config.image_token_id if image_token_id is None else image_token_id
     else:
         config = configs.from_official(source.config, _image_token_id(source, image_token_id))
-    side = image_size or configs.chat_settings(config)["force_image_size"]
+    settings = configs.chat_settings(config)
+    side = image_size or settings["force_image_size"]
     if side:
+        config.internvl = settings | {"force_image_size": side}
         config.vision_config.image_size = (side, side)
-        patches = side // config.vision_config.patch_size[0]
-        config.image_seq_length = int(patches**2 * config.downsample_ratio**2)
+        config.image_seq_length = tokens_per_tile(config, side)
     return config
 
 
-def _image_token_id(source: Checkpoint, given: int | None) -> int:
+def _image_token_id(source: ModelFolder, given: int | None) -> int:
     found = hub.special_token_id(source.folder, IMAGE_TOKEN) if given is None else given
     if found is None:
-        raise CheckpointError(
+        raise ModelFolderError(
             f"{source.folder}: no tokenizer file names {IMAGE_TOKEN}; copy the release's tokenizer "
             "files there, or pass image_token_id"
         )
     return found
 
 
-def fit_tensors(config: InternVLConfig, source: Checkpoint) -> dict[str, LazyTensor]:
+def fit_tensors(config: InternVLConfig, source: ModelFolder) -> dict[str, LazyTensor]:
     """The checkpoint's tensors under the model's names, checked against its shapes.
 
     `config.tie_word_embeddings` is set to whether the file has no output matrix of its own.
 
     Raises:
-        CheckpointError: missing or unexpected weights, or other shapes than the config's.
+        ModelFolderError: missing or unexpected weights, or other shapes than the config's.
     """
     expected = empty_model(config).state_dict()
     if source.layout == "hf":
@@ -270,7 +277,7 @@ def _check_names(folder: Path, renamed: keys.Renamed) -> None:
         logger.info("%s: stored buffers that are computed instead are not read", folder)
     for what, names in (("missing", renamed.missing), ("unexpected", extra)):
         if names:
-            raise CheckpointError(
+            raise ModelFolderError(
                 f"{folder}: {len(names)} {what} weights ({', '.join(names[:3])}"
                 f"{', …' if len(names) > 3 else ''}); config.json and the weight files are not of "
                 "the same model, or a shard is missing: download the folder again"
@@ -286,14 +293,14 @@ def _check_shapes(
         if wanted != found and name.endswith("position_embeddings"):
             tensor = _resized(tensor, wanted)
         elif wanted != found and name in EMBEDDINGS:
-            raise CheckpointError(
-                f"{folder}: {name} has {found[0]} rows, config.json says vocab_size {wanted[0]}; set "
-                "vocab_size to the rows of the file, or use the config.json the weights came with"
+            raise ModelFolderError(
+                f"{folder}: {name} has {found[0]} rows, config.json says vocab_size {wanted[0]}; "
+                "set vocab_size to the rows of the file, or use the config.json of these weights"
             )
         elif wanted != found:
-            raise CheckpointError(
-                f"{folder}: {name} is {found}, config.json asks for {wanted}; the two are not of the "
-                "same model"
+            raise ModelFolderError(
+                f"{folder}: {name} is {found}, config.json asks for {wanted}; the two are not of "
+                "the same model"
             )
         fitted[name] = tensor
     return fitted

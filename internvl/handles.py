@@ -1,0 +1,168 @@
+"""What a user holds: `load` turns a folder or hub id into a model, tokenizer and template."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from internvl.config import TilesConfig
+from internvl.data.chat import ChatEncoder
+from internvl.data.templates import Template, template
+from internvl.data.tokenizers import check_vocabulary, load_tokenizer
+from internvl.generate import Request, Settings, answers
+from internvl.models import configs, hub, lora, vlm
+from internvl.models.hub import ModelFolder, ModelFolderError
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat model with everything that came with it."""
+
+    model: vlm.ChatModel
+    tokenizer: PreTrainedTokenizerFast | None
+    """None where the folder has no tokenizer files."""
+    template: Template
+    tiles: TilesConfig
+    """How the released model tiles an image."""
+    system_message: str | None
+    """Replaces the template's, where the checkpoint has its own."""
+    folder: Path
+    """Where the weights came from."""
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Visual tokens of a tile (K)."""
+        return vlm.tokens_per_tile(self.model.config, self.tiles.size)
+
+    @property
+    def encoder(self) -> ChatEncoder:
+        """Renders conversations for this model. Raises ModelFolderError without a tokenizer."""
+        if self.tokenizer is None:
+            raise ModelFolderError(
+                f"{self.folder}: no tokenizer files; copy those of the release there to use text"
+            )
+        return ChatEncoder(self.tokenizer, self.template, self.tokens_per_tile, self.system_message)
+
+    def answer(
+        self,
+        requests: Sequence[Request],
+        *,
+        max_new_tokens: int = 1024,
+        batch_size: int = 16,
+        **settings: Any,
+    ) -> list[str]:
+        """One answer per request, in order; `settings` are fields of `generate.Settings`."""
+        chosen = Settings(max_new_tokens=max_new_tokens, **settings)
+        return answers(
+            self.model, self.encoder, self.tiles, requests, chosen, batch_size=batch_size
+        )
+
+
+def load(
+    name_or_folder: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    image_token_id: int | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    quantize: str | None = None,
+    drop_path: float = 0.0,
+    attention: str = "sdpa",
+) -> Chat:
+    """The model of a folder or hub id, in either layout, or of an adapter folder with its base.
+
+    Args:
+        device: by default the GPU, if there is one.
+        dtype: by default bfloat16 on a GPU, float32 on a CPU.
+        image_token_id: id of the placeholder token, for a folder without tokenizer files.
+        device_map: "auto" spreads the model over all GPUs.
+        quantize: "8bit" or "4bit", on a GPU with bitsandbytes.
+        drop_path: stochastic depth of the vision tower, in training.
+        attention: `transformers`' attention implementation.
+
+    Raises:
+        ModelFolderError: one sentence on what is wrong with the folder, and the remedy.
+    """
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    precision = _dtype(dtype, place)
+    adapter = hub.find_folder(name_or_folder)
+    folder = lora.base_of(adapter) if lora.is_adapter(adapter) else adapter
+    source = hub.open_folder(folder)
+    if source.family != "chat":
+        raise ModelFolderError(
+            f"{source.folder}: InternVL-14B is not a chat model; use internvl.models.dual"
+        )
+    tokenizer = load_tokenizer(source.folder)
+    if tokenizer is not None and image_token_id is None:
+        image_token_id = _image_token_id(tokenizer, source.folder)
+    model = vlm.load_model(
+        source.folder,
+        device=place,
+        dtype=precision,
+        image_token_id=image_token_id,
+        drop_path=drop_path,
+        attention=attention,
+        device_map=device_map,
+        quantize=quantize,
+    )
+    if lora.is_adapter(adapter):
+        lora.load_adapter(model, adapter)
+    return _handle(model, tokenizer, source)
+
+
+def _handle(
+    model: vlm.ChatModel, tokenizer: PreTrainedTokenizerFast | None, source: ModelFolder
+) -> Chat:
+    if tokenizer is not None:
+        rows = model.get_input_embeddings().weight.shape[0]
+        check_vocabulary(tokenizer, rows, source.folder)
+    settings = configs.chat_settings(model.config)
+    return Chat(
+        model=model,
+        tokenizer=tokenizer,
+        template=template(settings["template"]),
+        tiles=tiling(settings, model.config.vision_config.image_size[0]),
+        system_message=settings["system_message"],
+        folder=source.folder,
+    )
+
+
+def tiling(settings: dict[str, Any], size: int) -> TilesConfig:
+    """The checkpoint's own way to cut an image into tiles of `size` px."""
+    if not settings["dynamic_image_size"]:
+        return TilesConfig(size=size, min=1, max=1, thumbnail=False)
+    return TilesConfig(
+        size=size,
+        min=settings["min_dynamic_patch"],
+        max=settings["max_dynamic_patch"],
+        thumbnail=settings["use_thumbnail"],
+    )
+
+
+def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _image_token_id(tokenizer: PreTrainedTokenizerFast, folder: Path) -> int:
+    known = tokenizer.get_vocab()
+    if vlm.IMAGE_TOKEN not in known:
+        raise ModelFolderError(
+            f"{folder}: its tokenizer has no {vlm.IMAGE_TOKEN}; this is a language model's, take "
+            "the tokenizer files of the chat model's release"
+        )
+    return known[vlm.IMAGE_TOKEN]

@@ -1,0 +1,362 @@
+"""Which weights learn: parts, last blocks, and low-rank adapters (PEFT), attached and merged.
+
+Adapters are injected into the model itself, so that it keeps its class and its forward, and are
+written as a folder that plain `peft` loads onto plain `transformers`' model.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from internvl.config import LoraConfig
+from internvl.models import configs, hub
+from internvl.models.hub import ModelFolderError
+
+PARTS = {
+    "vision_tower": ("model.vision_tower.",),
+    "multi_modal_projector": ("model.multi_modal_projector.",),
+    "language_model": ("model.language_model.", "lm_head."),
+}
+"""Part -> the names it owns; the output matrix belongs to the language model."""
+
+_ADAPTER, _CONFIG_FILE, _WEIGHTS_FILE = (
+    "default",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+)
+_PEFT_PREFIX = "base_model.model."
+_LINEARS = {
+    "vision_tower": r"model\.vision_tower\.encoder\.layer\.\d+\."
+    r"(attention\.(q_proj|k_proj|v_proj|projection_layer)|mlp\.(fc1|fc2))",
+    "language_model": r"model\.language_model\.layers\.\d+\."
+    r"(self_attn\.(q_proj|k_proj|v_proj|qkv_proj|o_proj)"
+    r"|mlp\.(gate_proj|up_proj|gate_up_proj|down_proj))",
+}
+"""The linear layers that take an adapter, as the original chooses them for each architecture."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Rank and scale of the adapters of one part: each adds alpha / rank * B A."""
+
+    rank: int
+    alpha: float
+
+
+def select_trainable(
+    model: nn.Module, parts: Iterable[str], last_vision_blocks: int | None = None
+) -> None:
+    """Train the weights of `parts` and freeze all others.
+
+    Args:
+        parts: names of `PARTS`.
+        last_vision_blocks: also train this many blocks at the end of the vision tower.
+
+    Raises:
+        ValueError: an unknown part, or more blocks than there are.
+    """
+    chosen = tuple(parts)
+    unknown = [part for part in chosen if part not in PARTS]
+    if unknown:
+        raise ValueError(f"unknown part {unknown[0]!r}; parts are {', '.join(PARTS)}")
+    prefixes = tuple(prefix for part in chosen for prefix in PARTS[part])
+    if last_vision_blocks:
+        blocks = model.get_submodule("model.vision_tower.encoder.layer")
+        if last_vision_blocks > len(blocks):
+            raise ValueError(
+                f"the vision tower has {len(blocks)} blocks, cannot train the last "
+                f"{last_vision_blocks}"
+            )
+        first = len(blocks) - last_vision_blocks
+        prefixes += tuple(
+            f"model.vision_tower.encoder.layer.{i}." for i in range(first, len(blocks))
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(bool(prefixes) and name.startswith(prefixes))
+
+
+def attach(model: nn.Module, settings: LoraConfig) -> nn.Module:
+    """Put adapters on `settings.on`; the same model, its other weights as trainable as before.
+
+    Where the original's projection is fused (InternLM2's `wqkv`, the vision tower's `qkv`), q, k
+    and v share one A, as its one adapter does.
+
+    Raises:
+        ValueError: a part without linear layers, or a model that has adapters already.
+    """
+    alpha = 2.0 * settings.rank if settings.alpha is None else settings.alpha
+    adapters = dict.fromkeys(settings.on, Adapter(settings.rank, alpha))
+    return inject(model, adapters, settings.dropout)
+
+
+def inject(
+    model: nn.Module,
+    adapters: Mapping[str, Adapter],
+    dropout: float = 0.0,
+    share: bool | None = None,
+) -> nn.Module:
+    """As `attach`, with rank and alpha for each part; `share` overrules which q, k, v share A."""
+    unknown = [part for part in adapters if part not in _LINEARS]
+    if unknown:
+        raise ValueError(
+            f"no adapter goes on {unknown[0]!r}; parts with adapters are {', '.join(_LINEARS)}"
+        )
+    if has_adapters(model):
+        raise ValueError("the model has adapters already; merge them first")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    inject_adapter_in_model(_peft_config(adapters, dropout), model)
+    for name, layer in _layers(model):
+        # In float32 whatever the base has: their updates are far below a bfloat16 weight's steps.
+        layer.lora_A.float()
+        layer.lora_B.float()
+        layer.get_base_layer().requires_grad_(False)
+        layer.train(model.training)
+        if name.endswith(".q_proj") and (_fused(model, name) if share is None else share):
+            _share_a(model, name)
+    # Injecting freezes everything else; what select_trainable chose stays chosen.
+    for name, parameter in model.named_parameters():
+        if name in trained:
+            parameter.requires_grad_(True)
+    return model
+
+
+def _peft_config(adapters: Mapping[str, Adapter], dropout: float) -> PeftLoraConfig:
+    """One PEFT configuration for all parts; ranks that differ go into its patterns."""
+    first = next(iter(adapters.values()))
+    others = {part: a for part, a in adapters.items() if a != first}
+    return PeftLoraConfig(
+        r=first.rank,
+        lora_alpha=first.alpha,
+        lora_dropout=dropout,
+        target_modules="|".join(f"({_LINEARS[part]})" for part in adapters),
+        rank_pattern={_LINEARS[part]: a.rank for part, a in others.items()},
+        alpha_pattern={_LINEARS[part]: a.alpha for part, a in others.items()},
+        bias="none",
+    )
+
+
+def _fused(model: nn.Module, name: str) -> bool:
+    if name.startswith(PARTS["vision_tower"]):
+        return True
+    return configs.language_model(model.config) == "InternLM2ForCausalLM"
+
+
+def _share_a(model: nn.Module, name: str) -> None:
+    """q's A becomes k's and v's as well: one tensor, one gradient."""
+    stem = name.removesuffix("q_proj")
+    shared = model.get_submodule(name).lora_A[_ADAPTER]
+    for other in ("k_proj", "v_proj"):
+        model.get_submodule(stem + other).lora_A[_ADAPTER] = shared
+
+
+def has_adapters(model: nn.Module) -> bool:
+    return any(True for _ in _layers(model))
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """(name without wrappers, adapted layer)."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield _unwrapped(name), module
+
+
+def _unwrapped(name: str) -> str:
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters' weights by the names of a PEFT folder, on CPU; collective when sharded.
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
+    state = {}
+    for name, layer in _layers(model):
+        for kind in ("lora_A", "lora_B"):
+            weight = getattr(layer, kind)[_ADAPTER].weight.detach()
+            whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+            # Cloned, because a shared A must be three tensors in the file.
+            state[f"{_PEFT_PREFIX}{name}.{kind}.weight"] = whole.to("cpu", copy=True).contiguous()
+    if not state:
+        raise ValueError("the model has no adapters to save")
+    return state
+
+
+def save_adapter(model: nn.Module, folder: Path, base: str | Path | None = None) -> None:
+    """Write the adapters as a PEFT folder; `base` is the model they belong to, by name or path."""
+    state = adapter_state(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.peft_config[_ADAPTER].to_dict()
+    config["target_modules"] = model.peft_config[_ADAPTER].target_modules
+    config["base_model_name_or_path"] = None if base is None else str(base)
+    config["inference_mode"] = True
+    config = {key: getattr(value, "value", value) for key, value in config.items()}
+    text = json.dumps(config, indent=2, sort_keys=True, default=sorted)
+    save_file(state, folder / _WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / _CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds adapters instead of a model."""
+    return (folder / _CONFIG_FILE).is_file() and not (folder / "config.json").is_file()
+
+
+def base_of(folder: Path) -> Path:
+    """The folder of the model an adapter folder belongs to."""
+    base = hub.read_json(folder / _CONFIG_FILE).get("base_model_name_or_path")
+    if not base:
+        raise ModelFolderError(
+            f"{folder / _CONFIG_FILE}: names no base_model_name_or_path; set it to the model the "
+            "adapters were trained on"
+        )
+    return hub.find_folder(base)
+
+
+def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """Put the adapters of a PEFT folder onto `model`.
+
+    q, k and v share one A where those of the file are equal.
+
+    Raises:
+        ModelFolderError: adapters of another kind, or for another model.
+    """
+    config = hub.read_json(folder / _CONFIG_FILE)
+    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("use_rslora"):
+        raise ModelFolderError(f"{folder / _CONFIG_FILE}: only plain LoRA adapters are supported")
+    weights = folder / _WEIGHTS_FILE
+    if not weights.is_file():
+        raise ModelFolderError(f"{weights}: missing; copy the adapter folder again")
+    state = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in load_file(weights).items()}
+    inject(
+        model,
+        _stored_adapters(config, state, folder),
+        config.get("lora_dropout", 0.0),
+        share=_equal_a(state),
+    )
+    _fill(model, state, folder)
+    return model
+
+
+def _stored_adapters(
+    config: dict[str, object], state: Mapping[str, Tensor], folder: Path
+) -> dict[str, Adapter]:
+    found: dict[str, Adapter] = {}
+    alphas = {re.compile(p): a for p, a in dict(config.get("alpha_pattern") or {}).items()}
+    for name, tensor in state.items():
+        module = name.removesuffix(".lora_A.weight")
+        part = next((p for p, names in PARTS.items() if name.startswith(names)), None)
+        if part not in _LINEARS or not re.fullmatch(_LINEARS[part], re.sub(r"\.lora_.*", "", name)):
+            raise ModelFolderError(f"{folder}: adapter for {name}, which takes none here")
+        if module != name:
+            alpha = next((a for p, a in alphas.items() if p.search(module)), config["lora_alpha"])
+            found.setdefault(part, Adapter(tensor.shape[0], float(alpha)))
+    return found
+
+
+def _equal_a(state: Mapping[str, Tensor]) -> bool:
+    queries = [name for name in state if name.endswith(".q_proj.lora_A.weight")]
+    return bool(queries) and all(
+        torch.equal(state[name], state.get(name.replace("q_proj", other), state[name][:0]))
+        for name in queries
+        for other in ("k_proj", "v_proj")
+    )
+
+
+def _fill(model: nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Adapter weights by module name into the injected layers, each exactly once."""
+    left = dict(state)
+    for name, layer in _layers(model):
+        for kind in ("lora_A", "lora_B"):
+            weight = getattr(layer, kind)[_ADAPTER].weight
+            stored = left.pop(f"{name}.{kind}.weight", None)
+            if stored is None or stored.shape != weight.shape:
+                what = "missing" if stored is None else f"{tuple(stored.shape)}"
+                raise ModelFolderError(
+                    f"{folder}: {name}.{kind} is {what}, the model needs {tuple(weight.shape)}; "
+                    "these adapters are of another model"
+                )
+            with torch.no_grad():
+                weight.copy_(stored)
+    if left:
+        raise ModelFolderError(f"{folder}: adapters for unknown layers, {next(iter(left))}")
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Add every adapter to its weight, W + alpha / rank * B A, and take the adapters out.
+
+    Each layer is checked: before and after it gives the same output, within its dtype's rounding.
+
+    Raises:
+        ValueError: no adapters (merged already), or a quantized base.
+        RuntimeError: a merged layer that does not compute the same.
+    """
+    adapted = [(name, module) for name, module in model.named_modules() if _is_layer(module)]
+    if not adapted:
+        raise ValueError("the model has no adapters; were they merged already?")
+    for name, layer in adapted:
+        base = layer.get_base_layer()
+        merged = merged_weight(layer, name)
+        probe = torch.randn(4, merged.shape[1], device=merged.device)
+        update = probe @ _delta(layer).T
+        wanted = probe @ base.weight.detach().float().T + update
+        with torch.no_grad():
+            base.weight.copy_(merged)
+        error = (probe @ base.weight.float().T - wanted).abs().max() / wanted.abs().max()
+        if not error <= 8 * torch.finfo(merged.dtype).eps:
+            raise RuntimeError(f"{name}: merging changed its output by {float(error):.1e}")
+        model.set_submodule(name, base)
+    return model
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, LoraLayer)
+
+
+def merged_weight(layer: LoraLayer, name: str) -> Tensor:
+    """W + alpha / rank * B A (out, in), summed in float32 and rounded once to W's dtype."""
+    weight = layer.get_base_layer().weight.detach()
+    if not weight.is_floating_point() or type(weight).__name__ in ("Params4bit", "Int8Params"):
+        raise ValueError(
+            f"{name}: its base is quantized; load the model without quantize, then the adapters, "
+            "and merge that"
+        )
+    return (weight.float() + _delta(layer)).to(weight.dtype)
+
+
+def _delta(layer: LoraLayer) -> Tensor:
+    a = layer.lora_A[_ADAPTER].weight.detach().float()
+    b = layer.lora_B[_ADAPTER].weight.detach().float()
+    return (b @ a) * layer.scaling[_ADAPTER]
+
+
+class MergedState(Mapping[str, Tensor]):
+    """The weights a merged model would have, worked out one at a time when asked for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = dict(_layers(model))
+        self._state = {
+            name.replace(".base_layer.", "."): tensor
+            for name, tensor in model.state_dict().items()
+            if ".lora_" not in name
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        module = name.removesuffix(".weight")
+        if module in self._layers and module != name:
+            return merged_weight(self._layers[module], module)
+        return self._state[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
