@@ -147,7 +147,9 @@ class OptimConfig:
     warmup_ratio: Fraction = 0.03
     """Share of all steps with a linearly rising rate (rounded up)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    """Decoupled decay of matrices; vectors (biases, norms) are not decayed."""
+    """Decoupled weight decay."""
+    decay_vectors: bool = False
+    """Decay biases, norms and scales too, as the original does; otherwise matrices only."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """Decay of the two moments."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
@@ -370,3 +372,27 @@ def _contradictions(recipe: Recipe) -> list[str]:
         for part in sorted(both):
             problems.append(f"model.lora.on: {part} is also in model.train; choose one")
     return problems
+
+
+_MAY_CHANGE = ("data.workers", "log_every", "checkpoint.every", "checkpoint.keep", "device", "run")
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """Dotted keys whose values differ between two recipes and change what a run computes."""
+
+    def flat(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(tree, dict) and tree:
+            for key, value in tree.items():
+                yield from flat(value, f"{path}.{key}" if path else key)
+        else:
+            yield path, tree
+
+    adapter = TypeAdapter(Recipe)
+    before = dict(flat(adapter.dump_python(old, mode="json"), ""))
+    after = dict(flat(adapter.dump_python(new, mode="json"), ""))
+    keys = [key for key in {**before, **after} if key not in _MAY_CHANGE]
+    return [
+        f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
+        for key in keys
+        if before.get(key) != after.get(key)
+    ]

@@ -1,0 +1,153 @@
+"""Everything that moves, saved completely or not at all, for going on exactly where a run stopped.
+
+    checkpoints/000500/         torch.distributed.checkpoint: trained weights, optimizer, RNG
+    checkpoints/000500/state.json   the step and what else is a plain number
+    checkpoints/LATEST          names the newest one, for people
+
+A checkpoint is written to `.000500.partial` and renamed, so a folder without a dot is complete.
+"""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from internvl.config import UserError
+
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+class CheckpointError(UserError):
+    """A checkpoint that could not be written or read; earlier ones are untouched."""
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in `folder`, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit())
+
+
+def save(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Writes checkpoint `step`, then removes all but the newest `keep`.
+
+    Raises:
+        CheckpointError: it could not be written (disk full, …). Nothing partial is left behind.
+    """
+    target, partial = folder / f"{step:06d}", folder / f".{step:06d}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left_over in folder.glob(".*.partial"):
+            shutil.rmtree(left_over)
+        dcp.save(_tensors(model, optimizer), checkpoint_id=partial, no_dist=True)
+        (partial / "state.json").write_text(json.dumps({**state, "step": step}), encoding="utf-8")
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+        (folder / ".LATEST").write_text(target.name + "\n", encoding="utf-8")
+        (folder / ".LATEST").replace(folder / "LATEST")
+    except (OSError, CheckpointException, RuntimeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(_why(error, target, folder)) from error
+    for old in steps(folder)[:-keep]:
+        shutil.rmtree(folder / f"{old:06d}")
+    return target
+
+
+def load(
+    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Puts checkpoint `step` into model, optimizer and RNG; returns its plain state.
+
+    Raises:
+        CheckpointError: it does not fit this model, or its files are damaged.
+    """
+    source = folder / f"{step:06d}"
+    tensors = _tensors(model, optimizer)
+    try:
+        dcp.load(tensors, checkpoint_id=source, no_dist=True)
+        state = json.loads((source / "state.json").read_text(encoding="utf-8"))
+    except (OSError, CheckpointException, RuntimeError, ValueError, EOFError) as error:
+        raise CheckpointError(
+            f"cannot read the checkpoint {source} ({_first_line(error)}); "
+            "remove this folder to go on from the one before"
+        ) from error
+    set_optimizer_state_dict(
+        model, optimizer, _prefixed(tensors, "optimizer."), options=_FLAT
+    )
+    torch.set_rng_state(tensors["rng.cpu"])
+    if "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    return state
+
+
+def load_weights(folder: Path, step: int, model: nn.Module) -> None:
+    """Puts only the trained weights of checkpoint `step` into `model`, for use or export."""
+    weights = {f"model.{n}": p.data for n, p in model.named_parameters() if p.requires_grad}
+    try:
+        dcp.load(weights, checkpoint_id=folder / f"{step:06d}", no_dist=True)
+    except (OSError, CheckpointException, RuntimeError, ValueError, EOFError) as error:
+        raise CheckpointError(
+            f"cannot read the checkpoint {folder / f'{step:06d}'} ({_first_line(error)})"
+        ) from error
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Names to the tensors that move; loading writes into the model's own."""
+    trained = {f"model.{n}": p.data for n, p in model.named_parameters() if p.requires_grad}
+    moments = get_optimizer_state_dict(model, optimizer, options=_FLAT)
+    tensors: dict[str, Any] = {**trained, **{f"optimizer.{k}": v for k, v in moments.items()}}
+    tensors["rng.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def _prefixed(tensors: dict[str, Any], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _why(error: BaseException, target: Path, folder: Path) -> str:
+    """One sentence for a failed save, with the space it needed where the disk is full."""
+    causes = [error]
+    while causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(causes[-1].__cause__ or causes[-1].__context__)  # type: ignore[arg-type]
+    text = " ".join(map(str, causes))
+    full = any(isinstance(c, OSError) and c.errno in (errno.ENOSPC, errno.EDQUOT) for c in causes)
+    if full or os.strerror(errno.ENOSPC) in text or _free_mib(folder) < 1:
+        return (
+            f"the disk is full: checkpoint {target} was not written and the ones before it are "
+            f"untouched; {_free_mib(folder)} MiB are free. Free some space (or lower "
+            "checkpoint.keep) and start the same command again"
+        )
+    return f"checkpoint {target} was not written: {_first_line(error)}"
+
+
+def _free_mib(folder: Path) -> int:
+    try:
+        return shutil.disk_usage(folder).free // 2**20
+    except OSError:
+        return 0
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,63 @@
+"""Supervised fine-tuning: next-token loss on the answers of packed rows."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internvl.config import DataConfig, ObjectiveConfig
+from internvl.data.chat import ChatEncoder
+from internvl.data.packing import make_units, pack
+from internvl.data.records import BadSample, PackedBatch, Sample, Tiles, Unit
+from internvl.models.attention import dense_mask
+from internvl.models.vlm import Supervision, normalize_tiles
+
+
+class Sft:
+    """One term, `sft`, averaged over supervised tokens (weighted as the recipe says).
+
+    Original: `InternVLChatModel.forward` with `loss_weight`, `dataset_packed.py`.
+    """
+
+    def __init__(self, config: ObjectiveConfig, data: DataConfig, encoder: ChatEncoder) -> None:
+        self.config = config
+        self.data = data
+        self.encoder = encoder
+        self.weights = {"sft": 1.0}
+
+    def encode(self, samples: Sequence[Sample], tiles: Tiles | None) -> list[Unit | BadSample]:
+        per_image = () if tiles is None else tiles.per_image
+        examples, bad = [], []
+        for sample in samples:
+            try:
+                examples.append(self.encoder.encode(sample, per_image, self.data.max_tokens))
+            except BadSample as error:
+                bad.append(error)
+        pixels = None if tiles is None else tiles.pixels
+        units = make_units(
+            examples, pixels, self.encoder.context_id, share=self.data.share_prefix
+        )
+        return [*units, *bad]
+
+    def batches(self, units: Sequence[Unit]) -> list[PackedBatch]:
+        return pack(
+            units,
+            max_tokens=self.data.max_tokens,
+            max_tiles=self.data.max_tiles,
+            weighting=self.config.weighting,
+        )
+
+    def counts(self, batch: PackedBatch) -> dict[str, float]:
+        return {"sft": float(batch.loss_weights.sum())}
+
+    def __call__(self, model: Any, batch: PackedBatch) -> dict[str, Tensor]:
+        pixels = batch.pixel_values
+        output = model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=dense_mask(batch.document, batch.branch),
+            pixel_values=None if pixels is None else normalize_tiles(pixels, torch.float32),
+            supervision=Supervision(batch.loss_positions, batch.targets, batch.loss_weights),
+        )
+        return {"sft": output.loss}

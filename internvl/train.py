@@ -1,0 +1,357 @@
+"""The run and its loop: `train.run(recipe)`.
+
+    build      recipe -> model, objective, optimizer, sample order
+    train_step micro-batches -> one update, normalized by global counts
+    run        the loop: step, log, evaluate, save
+"""
+
+import fcntl
+import json
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from internvl import checkpoint, config, dist, evals, generate, handles, log, optim, parallel
+from internvl.config import Recipe, UserError
+from internvl.data import loader
+from internvl.data.chat import ChatEncoder
+from internvl.data.records import PackedBatch
+from internvl.data.sources import ChatFile, SampleOrder
+from internvl.data.templates import template
+from internvl.models import lora, vlm
+from internvl.objectives import OBJECTIVES, Objective
+
+
+class RunError(UserError):
+    """A run that cannot start or go on; its text says what to do."""
+
+
+class Interrupted(UserError):
+    """Stopped by the user; what was reached is saved."""
+
+
+@dataclass
+class Run:
+    """A run in progress. What moves is in `model`, `optimizer` and `step`."""
+
+    recipe: Recipe
+    device: torch.device
+    model: Any
+    encoder: ChatEncoder
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    order: SampleOrder
+    reader: loader.UnitReader
+    num_steps: int
+    step: int = 0
+    num_bad: int = 0
+
+    @property
+    def folder(self) -> Path:
+        return self.recipe.run
+
+    @property
+    def total_samples(self) -> int:
+        """Samples of the whole run."""
+        recipe = self.recipe
+        if recipe.steps is not None or recipe.drop_last:
+            return self.num_steps * recipe.global_batch
+        assert recipe.epochs is not None
+        return round(len(self.order) * recipe.epochs)
+
+
+def build(recipe: Recipe) -> Run:
+    """Everything a run needs, in the one order: load, choose what trains, adapt, place."""
+    device = dist.init_from_env(recipe.device)
+    torch.manual_seed(recipe.seed)
+    chat = handles.load(recipe.model.id, device="cpu", dtype="float32")
+    files = [ChatFile(source) for source in recipe.data.sources]
+    order = SampleOrder(files, share_prefix=recipe.data.share_prefix, seed=recipe.seed)
+    encoder = ChatEncoder(
+        chat.tokenizer,
+        template(recipe.data.template) if recipe.data.template else chat.template,
+        vlm.tokens_per_tile(chat.model.config, recipe.data.tiles.size),
+        recipe.data.system_message,
+    )
+    objective = OBJECTIVES[recipe.objective.name](recipe.objective, recipe.data, encoder)
+    lora.select_trainable(chat.model, recipe.model.train)
+    model = chat.model
+    if recipe.model.lora is not None:
+        model = lora.attach(model, recipe.model.lora)
+    model = parallel.place(model, device, recipe.dtype)
+    return Run(
+        recipe=recipe,
+        device=device,
+        model=model,
+        encoder=encoder,
+        objective=objective,
+        optimizer=optim.build(model, recipe.optim),
+        order=order,
+        reader=loader.UnitReader(files, recipe.data, objective.encode),
+        num_steps=recipe.num_steps(len(order)),
+    )
+
+
+def train_step(run: Run, micro_batches: Sequence[PackedBatch]) -> dict[str, float]:
+    """One optimizer step. The gradient does not depend on how the step was cut into rows or ranks:
+    sums of every term are divided by what was counted over all of them."""
+    recipe, objective = run.recipe, run.objective
+    counted = {name: 0.0 for name in objective.weights}
+    for batch in micro_batches:
+        for name, count in objective.counts(batch).items():
+            counted[name] += count
+    counts = dist.sum_counts(counted)
+    empty = [name for name, count in counts.items() if count == 0]
+    if empty:
+        raise RunError(f"step {run.step + 1} has nothing to train on for {', '.join(empty)}")
+    lr = optim.lr_at(run.step, run.num_steps, recipe.optim)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    totals = dict.fromkeys(objective.weights, 0.0)
+    run.model.train()
+    for batch in micro_batches:
+        with parallel.autocast(run.device, recipe.dtype):
+            sums = objective(run.model, batch.to(run.device))
+        terms = [objective.weights[name] * sums[name] / counts[name] for name in sums]
+        torch.stack(terms).sum().backward()
+        for name in sums:
+            totals[name] += sums[name].detach()
+    trainable = [p for p in run.model.parameters() if p.requires_grad]
+    grad_norm = parallel.clip_gradients(trainable, recipe.optim.max_grad_norm)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.step += 1
+    means = {n: t / counts[n] for n, t in dist.sum_counts(_floats(totals)).items()}
+    loss = sum(objective.weights[name] * mean for name, mean in means.items())
+    return {"loss": loss, **means, "lr": lr, "grad_norm": float(grad_norm)}
+
+
+def run(recipe: Recipe) -> Path:
+    """Trains until the recipe's end, going on from the run folder's newest checkpoint.
+
+    Raises:
+        RunError: the run folder holds another recipe, or another process is training in it.
+        Interrupted: SIGINT or SIGTERM; a checkpoint was written.
+        BadSample: with `on_bad_sample: raise`.
+    """
+    logger = log.get_logger()
+    with _owned(recipe), _stop_signal() as stopped:
+        if finished(recipe.run):
+            logger.info("the run %s is finished; choose another `run` to train again", recipe.run)
+            return recipe.run
+        now = build(recipe)
+        metrics, board = _resume(now)
+        logger.info(summary(now))
+        if now.step == 0:
+            evaluate(now, [name for name, e in recipe.evals.items() if e.before])
+        with log.Progress("steps", total=now.num_steps - now.step) as progress:
+            for step in _steps(now):
+                started = time.perf_counter()
+                take_bad(now, step)
+                numbers = train_step(now, step.batches)
+                numbers |= _speed(now, step, time.perf_counter() - started + step.wait_s)
+                if now.step % recipe.log_every == 0 or now.step == now.num_steps:
+                    metrics.append({"step": now.step, **numbers})
+                    board.scalars(now.step, numbers)
+                progress.update()
+                if _due(now, recipe.checkpoint.every) or stopped or now.step == now.num_steps:
+                    save(now)
+                if stopped:
+                    raise Interrupted(
+                        f"stopped at step {now.step} of {now.num_steps}; checkpoint written. "
+                        "The same command goes on from there"
+                    )
+                evaluate(now, [name for name, e in recipe.evals.items() if _due(now, e.every)])
+        evaluate(now, [name for name, e in recipe.evals.items() if not _due(now, e.every)])
+        board.close()
+        (recipe.run / "finished.json").write_text(json.dumps({"step": now.step}), encoding="utf-8")
+    return recipe.run
+
+
+def finished(folder: Path) -> bool:
+    """Whether the run in `folder` reached its end."""
+    return (folder / "finished.json").exists()
+
+
+def save(now: Run) -> None:
+    """A checkpoint of this step, and for LoRA the adapter as a PEFT folder."""
+    recipe = now.recipe
+    checkpoint.save(
+        now.folder / "checkpoints",
+        now.step,
+        now.model,
+        now.optimizer,
+        {"num_bad": now.num_bad},
+        recipe.checkpoint.keep,
+    )
+    if recipe.model.lora is not None and now.step == now.num_steps:
+        lora.save_adapter(now.model, now.folder / "adapter")
+
+
+def evaluate(now: Run, names: Sequence[str]) -> None:
+    """Runs the named evaluations on the model as it is; writes evals/STEP.json and the answers."""
+    if not names:
+        return
+    now.model.eval()
+
+    def answer(requests: Sequence[generate.Request], spec: config.EvalConfig) -> list[str]:
+        settings = generate.Settings(max_new_tokens=spec.max_new_tokens)
+        with (
+            parallel.autocast(now.device, now.recipe.dtype),
+            log.Progress("answers", total=len(requests)) as progress,
+        ):
+            return generate.answers(
+                now.model,
+                now.encoder,
+                now.recipe.data.tiles,
+                requests,
+                settings,
+                batch_size=spec.batch_size,
+                progress=progress.update,
+            )
+
+    specs = {name: now.recipe.evals[name] for name in names}
+    evals.run_all(specs, answer, now.folder / "evals", now.step)
+
+
+def take_bad(now: Run, step: loader.Step) -> None:
+    """Raises for the step's first bad sample, or lists them all and counts, as the recipe says."""
+    if not step.bad:
+        return
+    if now.recipe.data.on_bad_sample == "raise":
+        raise step.bad[0]
+    with (now.folder / "bad_samples.jsonl").open("a", encoding="utf-8") as file:
+        for bad in step.bad:
+            row = {"step": step.index + 1, "sample": bad.name, "reason": bad.reason}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    now.num_bad += len(step.bad)
+    seen = (step.index + 1) * now.recipe.global_batch
+    # A share of very few samples says nothing: the cap counts from the first hundred on.
+    if now.num_bad > now.recipe.data.max_bad_fraction * max(seen, 100):
+        raise RunError(
+            f"{now.num_bad} of the first {seen} samples are bad, more than "
+            f"data.max_bad_fraction = {now.recipe.data.max_bad_fraction} allows; the last: "
+            f"{step.bad[-1]}. All are listed in {now.folder / 'bad_samples.jsonl'}"
+        )
+
+
+def summary(now: Run) -> str:
+    """What trains on what, in a few lines."""
+    recipe = now.recipe
+    trained, all_ = vlm.count_parameters(now.model)
+    return (
+        f"{recipe.run}: {len(now.order):,} samples an epoch in {now.order.num_groups:,} groups, "
+        f"{recipe.global_batch} a step, {now.num_steps:,} steps, from step {now.step}; "
+        f"{trained:,} of {all_:,} parameters train, {recipe.dtype} on {now.device}"
+    )
+
+
+def _steps(now: Run) -> Iterator[loader.Step]:
+    return loader.steps(
+        now.order,
+        now.reader,
+        now.objective.batches,
+        first=now.step,
+        last=now.num_steps,
+        global_batch=now.recipe.global_batch,
+        total=now.total_samples,
+        rank=dist.rank(),
+        world_size=dist.world_size(),
+    )
+
+
+def _resume(now: Run) -> tuple[log.MetricsLog, log.TensorBoard]:
+    """Puts the newest checkpoint in place and cuts the logs back to it."""
+    saved = checkpoint.steps(now.folder / "checkpoints")
+    if saved:
+        state = checkpoint.load(
+            now.folder / "checkpoints", saved[-1], now.model, now.optimizer
+        )
+        now.step, now.num_bad = saved[-1], state["num_bad"]
+    metrics = log.MetricsLog(now.folder)
+    metrics.truncate_after(now.step)
+    return metrics, log.TensorBoard(now.folder / "tensorboard", purge_step=now.step + 1)
+
+
+def _speed(now: Run, step: loader.Step, seconds: float) -> dict[str, float]:
+    samples = sum(batch.num_samples for batch in step.batches)
+    tokens = sum(batch.num_tokens for batch in step.batches)
+    return {
+        "rows": len(step.batches),
+        "samples": samples,
+        "tokens": tokens,
+        "samples_per_s": samples / seconds,
+        "tokens_per_s": tokens / seconds,
+        "data_wait_s": step.wait_s,
+        "step_s": seconds,
+        "memory_gib": parallel.peak_memory_gib(now.device),
+    }
+
+
+def _due(now: Run, every: int) -> bool:
+    return every > 0 and now.step % every == 0
+
+
+def _floats(totals: dict[str, Any]) -> dict[str, float]:
+    return {name: float(total) for name, total in totals.items()}
+
+
+@contextmanager
+def _owned(recipe: Recipe) -> Iterator[None]:
+    """The run folder, locked for this process, holding exactly this recipe."""
+    folder, text = recipe.run, config.to_yaml(recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    saved = folder / "recipe.yaml"
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"another process is training in {folder}; wait for it or choose another `run`"
+            ) from None
+        others = [e.name for e in folder.iterdir() if e.name not in (".lock", "recipe.yaml")]
+        if not saved.exists() and others:
+            raise RunError(f"{folder} is not empty and no run; choose another `run`")
+        if saved.exists() and others:
+            changed = config.differences(config.load_recipe(saved), recipe)
+            if changed:
+                raise RunError(
+                    f"{folder} holds a run of another recipe ({'; '.join(changed)}); "
+                    "set it back to go on, or choose another `run`"
+                )
+        saved.write_text(text, encoding="utf-8")
+        yield
+
+
+class _Stop:
+    """Whether a signal asked to stop; the loop looks after every step."""
+
+    asked = False
+
+    def __bool__(self) -> bool:
+        return self.asked
+
+
+@contextmanager
+def _stop_signal() -> Iterator[_Stop]:
+    """SIGINT and SIGTERM end the run after the current step; a second SIGINT ends it at once."""
+    stop = _Stop()
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.asked = True
+        log.get_logger().info("stopping after this step; once more to stop at once")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
