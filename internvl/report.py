@@ -584,8 +584,8 @@ th[scope=row] { color: var(--soft); white-space: nowrap; }
 td.number { color: var(--soft); }
 td.number.after { color: var(--ink); font-weight: 650; }
 .wide { width: 45%; min-width: 9rem; }
-.bars { display: grid; gap: 2px; padding: 2px 0; background: var(--code); border-radius: 0 4px 4px 0;
-  align-content: center; min-height: 18px; }
+.bars { display: grid; gap: 2px; padding: 2px 0; background: var(--code); align-content: center;
+  border-radius: 0 4px 4px 0; min-height: 18px; }
 .bars i { height: 7px; min-width: 2px; border-radius: 0 4px 4px 0; }
 i.before, .key.before { background: var(--pale); }
 i.after, .key.after { background: var(--accent); }
