@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import InternVLConfig, PreTrainedTokenizerFast
 
 from internvl.config import TilesConfig
 from internvl.data.chat import ChatEncoder
@@ -14,13 +14,24 @@ from internvl.data.templates import Template, template
 from internvl.data.tokenizers import check_vocabulary, load_tokenizer
 from internvl.generate import Request, Settings, answers
 from internvl.models import configs, hub, lora, vlm
-from internvl.models.hub import ModelFolder, ModelFolderError
+from internvl.models.hub import ModelFolderError
 
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a chat folder is, before any weight is read."""
+
+    config: InternVLConfig
+    tokenizer: PreTrainedTokenizerFast | None
+    template: Template
+    tiles: TilesConfig
+    system_message: str | None
 
 
 @dataclass(frozen=True)
@@ -101,14 +112,12 @@ def load(
         raise ModelFolderError(
             f"{source.folder}: InternVL-14B is not a chat model; use internvl.models.dual"
         )
-    tokenizer = load_tokenizer(source.folder)
-    if tokenizer is not None and image_token_id is None:
-        image_token_id = _image_token_id(tokenizer, source.folder)
+    head = describe(source.folder, image_token_id)
     model = vlm.load_model(
         source.folder,
         device=place,
         dtype=precision,
-        image_token_id=image_token_id,
+        image_token_id=head.config.image_token_id,
         drop_path=drop_path,
         attention=attention,
         device_map=device_map,
@@ -116,23 +125,30 @@ def load(
     )
     if lora.is_adapter(adapter):
         lora.load_adapter(model, adapter)
-    return _handle(model, tokenizer, source)
-
-
-def _handle(
-    model: vlm.ChatModel, tokenizer: PreTrainedTokenizerFast | None, source: ModelFolder
-) -> Chat:
-    if tokenizer is not None:
-        rows = model.get_input_embeddings().weight.shape[0]
-        check_vocabulary(tokenizer, rows, source.folder)
-    settings = configs.chat_settings(model.config)
     return Chat(
-        model=model,
+        model, head.tokenizer, head.template, head.tiles, head.system_message, source.folder
+    )
+
+
+def describe(folder: Path, image_token_id: int | None = None) -> Description:
+    """Configuration, tokenizer, template and tiling of a chat folder; no weight is read.
+
+    Raises:
+        ModelFolderError: not a chat model, or tokenizer files of another model.
+    """
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is not None and image_token_id is None:
+        image_token_id = _image_token_id(tokenizer, folder)
+    config = vlm.read_config(hub.open_folder(folder), image_token_id)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, config.text_config.vocab_size, folder)
+    settings = configs.chat_settings(config)
+    return Description(
+        config=config,
         tokenizer=tokenizer,
         template=template(settings["template"]),
-        tiles=tiling(settings, model.config.vision_config.image_size[0]),
+        tiles=tiling(settings, config.vision_config.image_size[0]),
         system_message=settings["system_message"],
-        folder=source.folder,
     )
 
 

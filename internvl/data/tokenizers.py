@@ -37,7 +37,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
     if (folder / "tokenizer.model").is_file() and kind in _SENTENCEPIECE:
         return _load_sentencepiece(folder, config, kind)
     if (folder / "tokenizer.json").is_file():
-        return PreTrainedTokenizerFast.from_pretrained(folder)
+        # Names that a processor reads (`video_token` …) would become tokens without a row.
+        named = isinstance(config.get("extra_special_tokens"), dict)
+        extra = {"extra_special_tokens": {}} if named else {}
+        return PreTrainedTokenizerFast.from_pretrained(folder, **extra)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return Qwen2Tokenizer.from_pretrained(folder)
     if not config and not (folder / "tokenizer.model").is_file():
@@ -83,6 +86,33 @@ def _adds_space(model: Path) -> bool:
     """Whether this SentencePiece model puts a space before a text."""
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(model)).encode("a", out_type=str)
     return bool(pieces) and pieces[0].startswith(_SPACE)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the tokenizer: any loader gets this pipeline, and a processor its token names."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    config = _read(file) | {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "processor_class": "InternVLProcessor",
+        "extra_special_tokens": {
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+            "video_token": "<video>",
+        },
+    }
+    for key in (
+        "auto_map",
+        "add_prefix_space",
+        "legacy",
+        "backend",
+        "is_local",
+        "local_files_only",
+    ):
+        config.pop(key, None)
+    text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
+    file.write_text(text + "\n", encoding="utf-8")
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -257,6 +257,35 @@ def ours_to_hf(name: str) -> str:
     return name
 
 
+def has_adapters(names: Iterable[str]) -> bool:
+    """Whether official weights carry LoRA (trained with use_llm_lora or use_backbone_lora)."""
+    return any(".lora_A." in name for name in names)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """An official LoRA checkpoint taken apart: the base by its plain names, and the adapters."""
+
+    base: dict[str, LazyTensor]
+    adapters: dict[str, tuple[LazyTensor, LazyTensor]]
+    """Official module name -> (A, B)."""
+
+
+def take_apart(stored: Mapping[str, LazyTensor]) -> Adapted:
+    """Split PEFT-wrapped official names; those without adapters come back as they are."""
+    base: dict[str, LazyTensor] = {}
+    halves: dict[str, dict[str, LazyTensor]] = {}
+    for name, tensor in stored.items():
+        plain = name.replace(".base_model.model.", ".", 1).replace(".base_layer.", ".")
+        module, found, _ = plain.partition(".lora_")
+        if not found:
+            base[plain] = tensor
+        else:
+            halves.setdefault(module, {})[plain[len(module) + len(found)]] = tensor
+    adapters = {module: (half["A"], half["B"]) for module, half in halves.items()}
+    return Adapted(base, adapters)
+
+
 @dataclass(frozen=True)
 class Renamed:
     """The tensors of a checkpoint under the model's names, and what did not fit."""
@@ -294,6 +323,30 @@ def ours_to_official(
     for group in groups(config, state):
         official = group.change.to_official([state[name] for name in group.ours])
         yield from zip(group.official, official, strict=True)
+
+
+def adapters_to_ours(
+    config: InternVLConfig,
+    names: Iterable[str],
+    adapters: Mapping[str, tuple[LazyTensor, LazyTensor]],
+) -> dict[str, Tensor]:
+    """Official adapters by our module names, `….lora_A.weight` and `….lora_B.weight`.
+
+    A fused layer's A goes to each of its parts; its B comes apart like the layer's own weight.
+    """
+    state: dict[str, Tensor] = {}
+    left = dict(adapters)
+    for group in groups(config, names):
+        pair = left.pop(group.official[0].removesuffix(".weight"), None)
+        if pair is None or not group.official[0].endswith(".weight"):
+            continue
+        down, up = pair[0].read(), pair[1].read()
+        for name, part in zip(group.ours, group.change.to_ours([up]), strict=True):
+            state[f"{name.removesuffix('.weight')}.lora_A.weight"] = down
+            state[f"{name.removesuffix('.weight')}.lora_B.weight"] = part
+    if left:
+        raise ModelFolderError(f"adapters for unknown layers, {next(iter(left))}")
+    return state
 
 
 def hf_to_model(names: Iterable[str], stored: Mapping[str, LazyTensor]) -> Renamed:

@@ -246,6 +246,21 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     return model
 
 
+def load_official(model: nn.Module, state: Mapping[str, Tensor], folder: Path) -> nn.Module:
+    """Put adapters of an official LoRA checkpoint (by our names) onto `model`; alpha is 2 rank."""
+    ranks = {
+        part: next(
+            (tensor.shape[0] for name, tensor in state.items() if name.startswith(PARTS[part])),
+            None,
+        )
+        for part in _LINEARS
+    }
+    adapters = {part: Adapter(rank, 2.0 * rank) for part, rank in ranks.items() if rank}
+    inject(model, adapters)
+    _fill(model, state, folder)
+    return model
+
+
 def _stored_adapters(
     config: dict[str, object], state: Mapping[str, Tensor], folder: Path
 ) -> dict[str, Adapter]:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLModel
 from transformers.models.internvl.modeling_internvl import InternVLCausalLMOutputWithPast
 
-from internvl.models import configs, hub, keys
+from internvl.models import configs, hub, keys, lora
 from internvl.models.hub import LazyTensor, ModelFolder, ModelFolderError
 
 logger = logging.getLogger(__name__)
@@ -101,6 +101,29 @@ class ChatModel(InternVLForConditionalGeneration):
             loss = loss + checkpoint(self._chunk_loss, *terms, use_reentrant=False)
         return InternVLCausalLMOutputWithPast(loss=loss)
 
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """As the parent's, but each sample's tiles are repeated as a block, one per beam.
+
+        The parent repeats tile by tile, which gives the beams of a picture of several tiles each
+        other's tiles.
+        """
+        if pixel_values is not None and expand_size > 1 and input_ids is not None:
+            per_tile = tokens_per_tile(self.config, pixel_values.shape[-1])
+            placeholders = (input_ids == self.config.image_token_id).sum(1)
+            samples = pixel_values.split((placeholders // per_tile).tolist())
+            pixel_values = torch.cat([tiles for tiles in samples for _ in range(expand_size)])
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **kwargs
+        )
+        return input_ids, kwargs | {"pixel_values": pixel_values}
+
     def _chunk_loss(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         each = F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="none")
         return (each * weights).sum()
@@ -155,6 +178,7 @@ def set_drop_path(model: InternVLForConditionalGeneration, rate: float) -> None:
     ):
         block.attention.set_submodule("projection_dropout", DropPath(block_rate))
         block.set_submodule("dropout", DropPath(block_rate))
+        block.train(block.training)
 
 
 def load_model(
@@ -171,7 +195,8 @@ def load_model(
 ) -> ChatModel:
     """The chat model of a folder, official or hf layout, in evaluation mode.
 
-    Tensors are read one at a time, shard by shard.
+    Tensors are read one at a time, shard by shard. Adapters that an official checkpoint carries
+    (`use_llm_lora`, `use_backbone_lora`) are attached; `lora.merge` takes them in.
 
     Args:
         image_token_id: id of `<IMG_CONTEXT>`; by default what the folder's files say.
@@ -198,6 +223,10 @@ def load_model(
     )
     if drop_path:
         set_drop_path(model, drop_path)
+    if source.layout == "official" and keys.has_adapters(source.tensors):
+        adapters = keys.take_apart(source.tensors).adapters
+        state = keys.adapters_to_ours(config, empty_model(config).state_dict(), adapters)
+        lora.load_official(model, state, folder)
     return model
 
 
@@ -247,7 +276,8 @@ def fit_tensors(config: InternVLConfig, source: ModelFolder) -> dict[str, LazyTe
     if source.layout == "hf":
         renamed = keys.hf_to_model(expected, source.tensors)
     else:
-        renamed = keys.official_to_ours(config, expected, source.tensors)
+        base = keys.take_apart(source.tensors).base
+        renamed = keys.official_to_ours(config, expected, base)
     config.tie_word_embeddings = "lm_head.weight" not in renamed.tensors and _may_tie(source.config)
     if config.tie_word_embeddings:
         heads = {"lm_head.weight", "language_model.lm_head.weight", "language_model.output.weight"}
