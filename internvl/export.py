@@ -188,7 +188,12 @@ def _complete_or_absent(target: Path) -> Iterator[Path]:
 
 
 def _write_hf(source: Source, folder: Path, dtype: torch.dtype | None) -> None:
-    named = ((keys.ours_to_hf(name), source.weights[name]) for name in _stored_names(source))
+    tied = bool(source.config.tie_word_embeddings)
+    named = (
+        (name, tensor)
+        for name, tensor in keys.model_to_hf(source.config, source.weights)
+        if not (tied and name == keys.HF_HEAD)
+    )
     kind = _write_weights(folder, named, dtype)
     config = source.config.to_dict() | {"architectures": ["InternVLForConditionalGeneration"]}
     config["internvl"] = configs.chat_settings(source.config)
@@ -206,12 +211,6 @@ def _write_hf(source: Source, folder: Path, dtype: torch.dtype | None) -> None:
     (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
     for name, values in processor_files(source.config).items():
         _write_json(folder / name, values)
-
-
-def _stored_names(source: Source) -> list[str]:
-    """The model's names without a tied output matrix, which is the input matrix."""
-    tied = bool(source.config.tie_word_embeddings)
-    return [name for name in source.weights if not (tied and name == "lm_head.weight")]
 
 
 def _write_official(

@@ -144,9 +144,10 @@ def to_official(config: InternVLConfig) -> dict[str, Any]:
         "select_layer": config.vision_feature_layer,
         "downsample_ratio": config.downsample_ratio,
         "hidden_size": config.text_config.hidden_size,
-        "tie_word_embeddings": bool(config.text_config.tie_word_embeddings),
+        "tie_word_embeddings": bool(config.tie_word_embeddings),
         "vision_config": official_vision,
-        "llm_config": _text_to_official(config.text_config, language_model(config)),
+        "llm_config": _text_to_official(config.text_config, language_model(config))
+        | {"tie_word_embeddings": bool(config.tie_word_embeddings)},
     }
 
 
@@ -154,6 +155,9 @@ def _text_to_official(text: PreTrainedConfig, architecture: str) -> dict[str, An
     values = text.to_dict()
     for key in ("transformers_version", "_name_or_path", "dtype", "layer_types"):
         values.pop(key, None)
+    if hasattr(text, "num_experts"):  # which today's classes write under another name
+        values["num_experts"] = text.num_experts
+        values.pop("num_local_experts", None)
     rope = dict(values.pop("rope_parameters", None) or {})
     kind = rope.pop("rope_type", "default")
     values["rope_theta"] = rope.pop("rope_theta", 10000.0)

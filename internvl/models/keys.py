@@ -241,6 +241,10 @@ _HF_PREFIXES = (
 )
 
 
+HF_HEAD = "language_model.lm_head.weight"
+"""The output matrix, not stored where it is tied to the input matrix."""
+
+
 def hf_to_ours(name: str) -> str:
     """A name in a file of the hf layout, of any `transformers` version, as the model's own."""
     for theirs, ours in _HF_PREFIXES:
@@ -349,13 +353,38 @@ def adapters_to_ours(
     return state
 
 
-def hf_to_model(names: Iterable[str], stored: Mapping[str, LazyTensor]) -> Renamed:
-    """As `official_to_ours`, for the hf layout."""
-    tensors = {hf_to_ours(name): tensor for name, tensor in stored.items()}
-    expected = set(names)
-    missing = [ours_to_hf(name) for name in sorted(expected - set(tensors))]
-    unexpected = [ours_to_hf(name) for name in sorted(set(tensors) - expected)]
-    return Renamed({n: t for n, t in tensors.items() if n in expected}, missing, unexpected)
+def hf_to_model(
+    config: InternVLConfig, names: Iterable[str], stored: Mapping[str, LazyTensor]
+) -> Renamed:
+    """As `official_to_ours`, for the hf layout of any `transformers` version."""
+    left = dict(stored)
+    tensors: dict[str, LazyTensor] = {}
+    expected = list(names)
+    for group in groups(config, expected):
+        if _per_expert(group) and group.official[0] in left:
+            sources = [left.pop(name) for name in group.official if name in left]
+            if len(sources) == len(group.official):
+                tensors[group.ours[0]] = _lazy_part(group.change.to_ours, sources, 0)
+    tensors |= {hf_to_ours(name): tensor for name, tensor in left.items()}
+    missing = [ours_to_hf(name) for name in expected if name not in tensors]
+    unexpected = [ours_to_hf(name) for name in sorted(set(tensors) - set(expected))]
+    return Renamed({n: t for n, t in tensors.items() if n in set(expected)}, missing, unexpected)
+
+
+def model_to_hf(
+    config: InternVLConfig, state: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) as the -hf releases store a model's weights: experts one by one."""
+    for group in groups(config, state):
+        if _per_expert(group):
+            parts = group.change.to_official([state[name] for name in group.ours])
+            yield from zip(group.official, parts, strict=True)
+        else:
+            yield from ((ours_to_hf(name), state[name]) for name in group.ours)
+
+
+def _per_expert(group: Group) -> bool:
+    return isinstance(group.change, Experts | Stack)
 
 
 def _lazy_part(

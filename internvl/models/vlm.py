@@ -274,7 +274,7 @@ def fit_tensors(config: InternVLConfig, source: ModelFolder) -> dict[str, LazyTe
     """
     expected = empty_model(config).state_dict()
     if source.layout == "hf":
-        renamed = keys.hf_to_model(expected, source.tensors)
+        renamed = keys.hf_to_model(config, expected, source.tensors)
     else:
         base = keys.take_apart(source.tensors).base
         renamed = keys.official_to_ours(config, expected, base)
