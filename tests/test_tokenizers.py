@@ -1,0 +1,159 @@
+"""Tokenizers from files alone: ids of the originals' slow tokenizers."""
+
+import json
+import re
+import shutil
+
+import pytest
+import sentencepiece
+from chat_folders import GOLDEN
+
+from internvl.data.tokenizers import (
+    SPECIAL_TOKENS,
+    add_special_tokens,
+    check_vocabulary,
+    load_tokenizer,
+    save_tokenizer,
+)
+
+MASKS = GOLDEN / "label_masks"
+MARKS = ["<|im_start|>", "<|im_end|>", "<|user|>", "<img>", "<IMG_CONTEXT>", "</img>"]
+
+
+def golden_ids(name: str) -> dict[str, list[int]]:
+    return json.loads((MASKS / f"encode_{name}.json").read_text())["ids"]
+
+
+def copy(name: str, to, without=()):
+    shutil.copytree(MASKS / f"tokenizer_{name}", to)
+    for file in without:
+        (to / file).unlink()
+    return to
+
+
+@pytest.mark.parametrize(
+    ("name", "without"),
+    [
+        ("internlm2", ()),
+        ("internlm2", ("tokenizer.json",)),
+        ("internlm2", ("tokenizer.json", "added_tokens.json", "special_tokens_map.json")),
+        ("internlm2", ("tokenizer.model",)),
+        ("qwen2", ()),
+        ("qwen2", ("tokenizer.json",)),
+        ("qwen2", ("vocab.json", "merges.txt")),
+    ],
+)
+def test_golden_ids(name, without, tmp_path):
+    tokenizer = load_tokenizer(copy(name, tmp_path / "folder", without))
+    wanted = golden_ids(name)
+    found = {text: tokenizer(text, verbose=False).input_ids for text in wanted}
+    assert found == wanted
+
+
+@pytest.mark.parametrize("name", ["internlm2", "qwen2"])
+def test_a_saved_tokenizer_is_the_same(name, tmp_path):
+    before = load_tokenizer(copy(name, tmp_path / "before"))
+    (tmp_path / "after").mkdir()
+    save_tokenizer(before, tmp_path / "after")
+    after = load_tokenizer(tmp_path / "after")
+    assert len(after) == len(before)
+    for text, wanted in golden_ids(name).items():
+        assert after(text, verbose=False).input_ids == wanted
+        assert after.decode(wanted) == before.decode(wanted)
+
+
+@pytest.fixture(scope="module")
+def llama_model(tmp_path_factory):
+    """A SentencePiece model like Llama's, Yi's and Phi-3's: a space is put before a text."""
+    folder = tmp_path_factory.mktemp("llama")
+    texts = [re.sub(r"<[^ >]*>", "", text) for text in golden_ids("qwen2")]
+    (folder / "corpus.txt").write_text("\n".join(texts * 3))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "corpus.txt"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=480,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        character_coverage=0.99,
+        minloglevel=2,
+    )
+    return folder / "tokenizer.model"
+
+
+def slow_ids(model: sentencepiece.SentencePieceProcessor, text: str, *, legacy: bool) -> list[int]:
+    """Cut at special tokens, then SentencePiece; a space before every piece, or the first only."""
+    ids, first = [1], True
+    for piece in re.split("(" + "|".join(map(re.escape, MARKS)) + ")", text):
+        if piece in MARKS:
+            ids.append(model.get_piece_size() + MARKS.index(piece))
+        elif piece and (legacy or first):
+            ids += model.encode(piece)
+        elif piece:  # the space is put before an anchor instead, which is then cut off
+            ids += model.encode("<unk>" + piece)[len(model.encode("<unk>")) :]
+        first = first and not piece
+    return ids
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_llama_like_models_get_the_slow_tokenizers_spaces(legacy, llama_model, tmp_path):
+    shutil.copy(llama_model, tmp_path)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(llama_model))
+    flags = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    added = {
+        str(model.get_piece_size() + i): {"content": mark, "special": True, **flags}
+        for i, mark in enumerate(MARKS)
+    }
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": legacy,
+        "add_bos_token": True,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "added_tokens_decoder": added,
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    texts = [*golden_ids("qwen2"), "two  spaces", "<|user|>\nhi<|im_end|>\n<img> x</img>  y"]
+    for text in texts:
+        assert tokenizer(text, verbose=False).input_ids == slow_ids(model, text, legacy=legacy), (
+            text
+        )
+
+
+def test_a_folder_without_tokenizer(tmp_path):
+    assert load_tokenizer(tmp_path) is None
+
+
+def test_a_tokenizer_that_is_not_known(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "MambaTokenizer"}')
+    with pytest.raises(ValueError, match="'MambaTokenizer'"):
+        load_tokenizer(tmp_path)
+
+
+def test_special_tokens_are_added_once_and_in_order(tmp_path):
+    folder = copy("qwen2", tmp_path / "folder", ("added_tokens.json", "special_tokens_map.json"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        content = json.loads((folder / name).read_text())
+        if name == "tokenizer.json":
+            kept = [t for t in content["added_tokens"] if t["content"] not in SPECIAL_TOKENS]
+            content["added_tokens"] = kept
+        else:
+            for key in ("added_tokens_decoder", "additional_special_tokens"):
+                content.pop(key)
+        (folder / name).write_text(json.dumps(content))
+    tokenizer = load_tokenizer(folder)
+    length = len(tokenizer)
+    assert add_special_tokens(tokenizer) == 9
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS]
+    assert ids == list(range(length, length + 9))
+    assert add_special_tokens(tokenizer) == 0
+
+
+def test_a_tokenizer_of_another_model_is_named(tmp_path):
+    tokenizer = load_tokenizer(copy("qwen2", tmp_path / "folder"))
+    check_vocabulary(tokenizer, 572, tmp_path)
+    with pytest.raises(ValueError, match="ids up to 571, the model has 500"):
+        check_vocabulary(tokenizer, 500, tmp_path)
