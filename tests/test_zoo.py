@@ -1,0 +1,105 @@
+"""The table of released models against the models built from it at full size (meta device)."""
+
+import subprocess
+import sys
+
+import pytest
+from official_keys import official_keys
+
+from internvl import zoo
+from internvl.config import UserError
+from internvl.models import configs, keys, vlm
+
+CHAT = [model for model in zoo.MODELS.values() if model.family == "chat"]
+# Where the release prints another number than its own weights have.
+PRINTED_OTHERWISE = {
+    "InternVL-Chat-V1-1": "the release's extended vocabulary is not known here",
+    "Mini-InternVL-Chat-4B-V1-5": "4.147B, printed 4.2B",
+    "InternVL2-4B": "4.147B, printed 4.2B",
+    "InternVL2_5-4B": "the guides copied InternVL2-4B's number",
+}
+
+
+@pytest.mark.parametrize("model", CHAT, ids=lambda model: model.name)
+@pytest.mark.filterwarnings("ignore")
+def test_sizes_and_keys_at_full_size(model):
+    official = zoo.official_config(model)
+    config = configs.from_official(official, image_token_id=7)
+    built = vlm.empty_model(config)
+    count = vlm.count_parameters(built)[1]
+    assert count == zoo.num_parameters(model)
+    if model.published and model.name not in PRINTED_OTHERWISE:
+        assert f"{count / 1e9:.1f}B" == model.published
+    names = built.state_dict()
+    groups = keys.groups(config, names)
+    assert {name for group in groups for name in group.official} == official_keys(official)
+    ours = [name for group in groups for name in group.ours]
+    assert sorted(ours) == sorted(names)
+
+
+def test_sums_of_the_parts():
+    assert zoo.num_parameters(zoo.find("InternVL2-2B")) == 304_012_288 + 12_595_200 + 1_889_146_880
+    assert zoo._tower(zoo.VISION_TOWERS["InternViT-6B-448px-V1-5"]) == 5_536_496_000
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("InternVL2-2B", "InternVL2-2B"),
+        ("OpenGVLab/InternVL2-2B", "InternVL2-2B"),
+        ("pretrained/internvl2-2b/", "InternVL2-2B"),
+        ("OpenGVLab/InternVL3-1B-hf", "InternVL3-1B"),
+    ],
+)
+def test_a_model_is_found(name, found):
+    assert zoo.find(name).name == found
+
+
+def test_an_unknown_name_gets_the_nearest():
+    with pytest.raises(UserError, match="'InternVL2-3B'; nearest: .*InternVL2-"):
+        zoo.find("InternVL2-3B")
+
+
+def test_published_scores_by_task_language_and_mode():
+    dual = {
+        (s.task, s.language, s.mode, s.metric): s.value for s in zoo.scores("InternVL-14B-224px")
+    }
+    assert dual["caption-coco", "en", "g", "cider"] == 128.2
+    assert dual["retrieval-flickr30k", "zh", "g", "t2i_recall@1"] == 77.7
+    assert dual["retrieval-xtd", "ko", "c", "i2t_recall@10"] == 92.2
+    tuned = [s for s in zoo.scores("InternVL2-2B") if s.recipe == "coco-lora-r128"]
+    assert {s.metric: s.value for s in tuned}["cider"] == 1.312
+    assert {s.metric: s.value for s in zoo.scores("InternVL2-Llama3-76B")}["anls"] == 82.0
+    assert zoo.scores("InternVL3-8B") == ()
+
+
+@pytest.mark.parametrize("model", zoo.MODELS.values(), ids=lambda model: model.name)
+def test_every_score_is_keyed_once(model):
+    found = [(s.task, s.metric, s.language, s.mode, s.recipe) for s in zoo.scores(model.name)]
+    assert len(set(found)) == len(found)
+
+
+def test_memory():
+    assert zoo.memory_gib(zoo.find("InternVL2-2B"), "bfloat16") == pytest.approx(4.109, abs=1e-3)
+    assert zoo.memory_gib(zoo.find("InternVL2-2B"), "4bit") == pytest.approx(1.027, abs=1e-3)
+
+
+def test_the_table_and_the_description():
+    table = zoo.render_table().splitlines()
+    assert len(table) == len(zoo.MODELS) + 1
+    assert max(len(line) for line in table) < 160
+    text = zoo.describe("InternVL2-8B")
+    for part in (
+        "8,075,365,376",
+        "published 8.1B",
+        "InternViT-300M-448px",
+        "bfloat16 15.0",
+        "16 GB",
+    ):
+        assert part in text
+    assert "cannot be used" in zoo.describe("InternVL3_5-GPT-OSS-20B-A4B-Preview")
+
+
+def test_importing_it_is_light():
+    code = "import sys, internvl.zoo; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
