@@ -91,9 +91,7 @@ def load(
             f"cannot read the checkpoint {source} ({_first_line(error)}); "
             "remove this folder to go on from the one before"
         ) from error
-    set_optimizer_state_dict(
-        model, optimizer, _prefixed(tensors, "optimizer."), options=_FLAT
-    )
+    set_optimizer_state_dict(model, optimizer, _prefixed(tensors, "optimizer."), options=_FLAT)
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng.cuda"])

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
 from internvl import handles
-from internvl.config import UserError
+from internvl.config import UserError, load_recipe
 from internvl.data.templates import Template
 from internvl.data.tokenizers import save_tokenizer
 from internvl.handles import Chat
@@ -65,7 +65,7 @@ def run(
     """Write a model, with its adapters merged, as a self-contained folder; returns the folder.
 
     Args:
-        model_or_folder: a handle, a model or adapter folder, or a hub id.
+        model_or_folder: a handle, a model, adapter or run folder, or a hub id.
         to: the new folder; it must not exist, or be empty.
         format: "hf" for plain transformers, "official" for the original code.
         code_from: a folder with the original's Python files and `auto_map`, copied into an official
@@ -102,6 +102,10 @@ def run(
 def _open(model_or_folder: Chat | str | Path) -> Source:
     if isinstance(model_or_folder, Chat):
         return _from_chat(model_or_folder)
+    if handles.is_run(Path(model_or_folder)):
+        base = load_recipe(Path(model_or_folder) / "recipe.yaml").model.id
+        stored = _stored_dtype(hub.open_folder(base))
+        return _from_chat(handles.load(model_or_folder, device="cpu", dtype=stored))
     folder = hub.find_folder(model_or_folder)
     if lora.is_adapter(folder):
         stored = _stored_dtype(hub.open_folder(lora.base_of(folder)))

@@ -1,14 +1,15 @@
 """What a user holds: `load` turns a folder or hub id into a model, tokenizer and template."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import InternVLConfig, PreTrainedTokenizerFast
 
-from internvl.config import TilesConfig
+from internvl import checkpoint
+from internvl.config import Recipe, TilesConfig, load_recipe
 from internvl.data.chat import ChatEncoder
 from internvl.data.templates import Template, template
 from internvl.data.tokenizers import check_vocabulary, load_tokenizer
@@ -89,7 +90,8 @@ def load(
     drop_path: float = 0.0,
     attention: str = "sdpa",
 ) -> Chat:
-    """The model of a folder or hub id, in either layout, or of an adapter folder with its base.
+    """The model of a folder or hub id, in either layout, of an adapter folder with its base, or of
+    a run folder at its newest checkpoint.
 
     Args:
         device: by default the GPU, if there is one.
@@ -105,6 +107,8 @@ def load(
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = _dtype(dtype, place)
+    if is_run(Path(name_or_folder)):
+        return _load_run(Path(name_or_folder), place, precision)
     adapter = hub.find_folder(name_or_folder)
     folder = lora.base_of(adapter) if lora.is_adapter(adapter) else adapter
     source = hub.open_folder(folder)
@@ -128,6 +132,50 @@ def load(
     return Chat(
         model, head.tokenizer, head.template, head.tiles, head.system_message, source.folder
     )
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is one that `train` wrote."""
+    return (folder / "recipe.yaml").is_file()
+
+
+def _load_run(folder: Path, device: torch.device, dtype: torch.dtype) -> Chat:
+    """The model a run started from, with the weights of its newest checkpoint in place.
+
+    Raises:
+        ModelFolderError: the run has no checkpoint yet.
+    """
+    recipe = load_recipe(folder / "recipe.yaml")
+    saved = checkpoint.steps(folder / "checkpoints")
+    if not saved:
+        raise ModelFolderError(f"{folder}: the run has no checkpoint yet; train it first")
+    chat = for_training(recipe)
+    checkpoint.load_weights(folder / "checkpoints", saved[-1], chat.model)
+    return replace(chat, model=chat.model.to(device, dtype).eval())
+
+
+def for_training(recipe: Recipe) -> Chat:
+    """The model of a recipe on the CPU in float32, with what trains chosen and adapters attached.
+
+    What the recipe says of template, system message and tiles goes into the model's configuration,
+    so that an export carries it.
+    """
+    chat = load(recipe.model.id, device="cpu", dtype="float32", drop_path=recipe.model.drop_path)
+    model, data = chat.model, recipe.data
+    lora.select_trainable(model, recipe.model.train)
+    if recipe.model.lora is not None:
+        lora.attach(model, recipe.model.lora)
+    chosen = template(data.template) if data.template else chat.template
+    system = chat.system_message if data.system_message is None else data.system_message
+    model.config.internvl = configs.chat_settings(model.config) | {
+        "template": chosen.name,
+        "system_message": system,
+        "dynamic_image_size": data.tiles.max > 1,
+        "use_thumbnail": data.tiles.thumbnail,
+        "min_dynamic_patch": data.tiles.min,
+        "max_dynamic_patch": data.tiles.max,
+    }
+    return replace(chat, template=chosen, system_message=system, tiles=data.tiles)
 
 
 def describe(folder: Path, image_token_id: int | None = None) -> Description:

@@ -1,8 +1,8 @@
 """The run and its loop: `train.run(recipe)`.
 
-    build      recipe -> model, objective, optimizer, sample order
-    train_step micro-batches -> one update, normalized by global counts
-    run        the loop: step, log, evaluate, save
+build      recipe -> model, objective, optimizer, sample order
+train_step micro-batches -> one update, normalized by global counts
+run        the loop: step, log, evaluate, save
 """
 
 import fcntl
@@ -23,7 +23,6 @@ from internvl.data import loader
 from internvl.data.chat import ChatEncoder
 from internvl.data.records import PackedBatch
 from internvl.data.sources import ChatFile, SampleOrder
-from internvl.data.templates import template
 from internvl.models import lora, vlm
 from internvl.objectives import OBJECTIVES, Objective
 
@@ -70,21 +69,12 @@ def build(recipe: Recipe) -> Run:
     """Everything a run needs, in the one order: load, choose what trains, adapt, place."""
     device = dist.init_from_env(recipe.device)
     torch.manual_seed(recipe.seed)
-    chat = handles.load(recipe.model.id, device="cpu", dtype="float32")
+    chat = handles.for_training(recipe)
+    encoder = chat.encoder
     files = [ChatFile(source) for source in recipe.data.sources]
     order = SampleOrder(files, share_prefix=recipe.data.share_prefix, seed=recipe.seed)
-    encoder = ChatEncoder(
-        chat.tokenizer,
-        template(recipe.data.template) if recipe.data.template else chat.template,
-        vlm.tokens_per_tile(chat.model.config, recipe.data.tiles.size),
-        recipe.data.system_message,
-    )
     objective = OBJECTIVES[recipe.objective.name](recipe.objective, recipe.data, encoder)
-    lora.select_trainable(chat.model, recipe.model.train)
-    model = chat.model
-    if recipe.model.lora is not None:
-        model = lora.attach(model, recipe.model.lora)
-    model = parallel.place(model, device, recipe.dtype)
+    model = parallel.place(chat.model, device, recipe.dtype)
     return Run(
         recipe=recipe,
         device=device,
@@ -102,7 +92,7 @@ def train_step(run: Run, micro_batches: Sequence[PackedBatch]) -> dict[str, floa
     """One optimizer step. The gradient does not depend on how the step was cut into rows or ranks:
     sums of every term are divided by what was counted over all of them."""
     recipe, objective = run.recipe, run.objective
-    counted = {name: 0.0 for name in objective.weights}
+    counted = dict.fromkeys(objective.weights, 0.0)
     for batch in micro_batches:
         for name, count in objective.counts(batch).items():
             counted[name] += count
@@ -191,7 +181,7 @@ def save(now: Run) -> None:
         recipe.checkpoint.keep,
     )
     if recipe.model.lora is not None and now.step == now.num_steps:
-        lora.save_adapter(now.model, now.folder / "adapter")
+        lora.save_adapter(now.model, now.folder / "adapter", recipe.model.id)
 
 
 def evaluate(now: Run, names: Sequence[str]) -> None:
@@ -270,9 +260,7 @@ def _resume(now: Run) -> tuple[log.MetricsLog, log.TensorBoard]:
     """Puts the newest checkpoint in place and cuts the logs back to it."""
     saved = checkpoint.steps(now.folder / "checkpoints")
     if saved:
-        state = checkpoint.load(
-            now.folder / "checkpoints", saved[-1], now.model, now.optimizer
-        )
+        state = checkpoint.load(now.folder / "checkpoints", saved[-1], now.model, now.optimizer)
         now.step, now.num_bad = saved[-1], state["num_bad"]
     metrics = log.MetricsLog(now.folder)
     metrics.truncate_after(now.step)

@@ -19,8 +19,8 @@ LEVELS = {
     6: ("cli",),
     5: ("launch", "demo", "serve"),
     4: ("train", "evaluate", "export", "check"),
-    3: ("objectives", "evals"),
-    2: ("parallel", "optim", "checkpoint", "generate", "handles", "report", "doctor"),
+    3: ("objectives", "evals", "handles"),
+    2: ("parallel", "optim", "checkpoint", "generate", "report", "doctor"),
     1: ("data", "models"),
     0: ("config", "zoo", "dist", "log"),
 }

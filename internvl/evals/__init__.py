@@ -30,9 +30,8 @@ def run_all(
         rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scores.rows)
         (folder / stem).mkdir(parents=True, exist_ok=True)
         (folder / stem / f"{name}.jsonl").write_text(rows, encoding="utf-8")
-        get_logger().info(
-            "step %d, %s: %s", step, name, ", ".join(f"{k} {v:.4f}" for k, v in scores.values.items())
-        )
+        shown = ", ".join(f"{metric} {value:.4f}" for metric, value in scores.values.items())
+        get_logger().info("step %d, %s: %s", step, name, shown)
         found |= values
     path = folder / f"{stem}.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

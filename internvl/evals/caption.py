@@ -1,4 +1,4 @@
-"""Captions: generate a text for every picture of a COCO caption file, compare with its references."""
+"""Captions: a generated text for every picture of a COCO caption file against its references."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence

@@ -35,9 +35,7 @@ class Sft:
             except BadSample as error:
                 bad.append(error)
         pixels = None if tiles is None else tiles.pixels
-        units = make_units(
-            examples, pixels, self.encoder.context_id, share=self.data.share_prefix
-        )
+        units = make_units(examples, pixels, self.encoder.context_id, share=self.data.share_prefix)
         return [*units, *bad]
 
     def batches(self, units: Sequence[Unit]) -> list[PackedBatch]:

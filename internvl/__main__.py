@@ -1,0 +1,5 @@
+"""`python -m internvl`."""
+
+from internvl.cli import main
+
+main()
