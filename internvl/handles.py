@@ -12,9 +12,9 @@ from internvl import checkpoint
 from internvl.config import Recipe, TilesConfig, load_recipe
 from internvl.data.chat import ChatEncoder
 from internvl.data.templates import Template, template
-from internvl.data.tokenizers import check_vocabulary, load_tokenizer
+from internvl.data.tokenizers import add_special_tokens, check_vocabulary, load_tokenizer
 from internvl.generate import Request, Settings, answers
-from internvl.models import configs, hub, lora, vlm
+from internvl.models import configs, hub, lora, parts, vlm
 from internvl.models.hub import ModelFolderError
 
 DTYPES = {
@@ -198,6 +198,59 @@ def describe(folder: Path, image_token_id: int | None = None) -> Description:
         tiles=tiling(settings, config.vision_config.image_size[0]),
         system_message=settings["system_message"],
     )
+
+
+def build(
+    vision: str | Path,
+    language: str | Path,
+    *,
+    template_name: str,
+    ps_version: str = "v2",
+    select_layer: int = -1,
+    projector: Path | None = None,
+    tiles: TilesConfig | None = None,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+) -> Chat:
+    """A chat model from a standalone InternViT and a language model, by folder or hub id.
+
+    The tokens of a chat model are added to the tokenizer and to the embeddings.
+
+    Args:
+        template_name: conversation template.
+        ps_version: pixel shuffle, "v2" or, as Chat 1.2 has it, "v1".
+        select_layer: which block's output of the tower is read, -1 or -4.
+        projector: `mlp_projector/*.pth` of a release; None starts a fresh one.
+        tiles: tiling and tile size; by default one tile of the tower's own size.
+
+    Raises:
+        ModelFolderError: a part is missing or does not fit.
+    """
+    chosen = template(template_name)
+    folders = parts.Parts(hub.find_folder(vision), hub.find_folder(language), projector)
+    tokenizer = load_tokenizer(folders.language)
+    if tokenizer is None:
+        raise ModelFolderError(f"{folders.language}: has no tokenizer files")
+    num_new = add_special_tokens(tokenizer)
+    settings = {
+        "template": chosen.name,
+        "ps_version": ps_version,
+        "select_layer": select_layer,
+        "dynamic_image_size": tiles is not None and tiles.max > 1,
+        "use_thumbnail": tiles is not None and tiles.thumbnail,
+        "min_dynamic_patch": 1 if tiles is None else tiles.min,
+        "max_dynamic_patch": 1 if tiles is None else tiles.max,
+        "force_image_size": None if tiles is None else tiles.size,
+    }
+    image_token_id = _image_token_id(tokenizer, folders.language)
+    place = torch.device(device)
+    model = parts.assemble(
+        folders, settings, image_token_id=image_token_id, device=place, dtype=_dtype(dtype, place)
+    )
+    parts.resize_vocabulary(model, len(tokenizer), num_new)
+    size = model.config.vision_config.image_size[0]
+    own = tiles or tiling(settings, size)
+    return Chat(model, tokenizer, chosen, own, None, folders.language)
 
 
 def tiling(settings: dict[str, Any], size: int) -> TilesConfig:

@@ -190,7 +190,7 @@ def weight_files(folder: Path) -> list[Path]:
 def open_tensors(file: Path) -> Iterator[tuple[str, LazyTensor]]:
     """(name, lazy tensor) of one weight file. Raises ModelFolderError when it is damaged."""
     if file.suffix != ".safetensors":
-        for name, tensor in _unpickle(file).items():
+        for name, tensor in load_pickled(file).items():
             yield name, LazyTensor(tuple(tensor.shape), tensor.dtype, _constant(tensor))
         return
     try:
@@ -220,7 +220,8 @@ def _constant(tensor: Tensor) -> Callable[[], Tensor]:
 
 
 @lru_cache(maxsize=1)
-def _unpickle(file: Path) -> dict[str, Tensor]:
+def load_pickled(file: Path) -> dict[str, Tensor]:
+    """The tensors of a `.bin` or `.pth` file, mapped into memory. Raises ModelFolderError."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:

@@ -211,6 +211,30 @@ def load_model(
     """
     source = hub.open_folder(folder)
     config = read_config(source, image_token_id, image_size)
+    return materialize(
+        config,
+        source,
+        device=device,
+        dtype=dtype,
+        drop_path=drop_path,
+        attention=attention,
+        device_map=device_map,
+        quantize=quantize,
+    )
+
+
+def materialize(
+    config: InternVLConfig,
+    source: ModelFolder,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    drop_path: float = 0.0,
+    attention: str = "sdpa",
+    device_map: str | dict[str, Any] | None = None,
+    quantize: str | None = None,
+) -> ChatModel:
+    """The model of `config` with the weights of `source`; arguments as `load_model`'s."""
     tensors = fit_tensors(config, source)
     model = ChatModel.from_pretrained(
         None,
@@ -226,7 +250,7 @@ def load_model(
     if source.layout == "official" and keys.has_adapters(source.tensors):
         adapters = keys.take_apart(source.tensors).adapters
         state = keys.adapters_to_ours(config, empty_model(config).state_dict(), adapters)
-        lora.load_official(model, state, folder)
+        lora.load_official(model, state, source.folder)
     return model
 
 
