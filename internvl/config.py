@@ -235,6 +235,13 @@ class Recipe:
         whole, rest = divmod(total, self.global_batch)
         return whole if self.drop_last or rest == 0 else whole + 1
 
+    def num_samples(self, num_samples: int) -> int:
+        """Samples that the whole run shows, over an epoch of `num_samples` samples."""
+        if self.steps is not None or self.drop_last:
+            return self.num_steps(num_samples) * self.global_batch
+        assert self.epochs is not None
+        return round(num_samples * self.epochs)
+
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file with `key=value` overrides (dotted keys, YAML values).

@@ -58,11 +58,7 @@ class Run:
     @property
     def total_samples(self) -> int:
         """Samples of the whole run."""
-        recipe = self.recipe
-        if recipe.steps is not None or recipe.drop_last:
-            return self.num_steps * recipe.global_batch
-        assert recipe.epochs is not None
-        return round(len(self.order) * recipe.epochs)
+        return self.recipe.num_samples(len(self.order))
 
 
 def build(recipe: Recipe) -> Run:

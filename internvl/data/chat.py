@@ -6,6 +6,7 @@ dataset.py`.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -113,7 +114,7 @@ class ChatEncoder:
             raise BadSample(sample.name, "the conversation is empty")
         if turns[-1].role != "assistant":
             raise BadSample(sample.name, "it ends with a question; add the answer or remove it")
-        for number, (turn, following) in enumerate(zip(turns, turns[1:], strict=False), start=1):
+        for number, (turn, following) in enumerate(pairwise(turns), start=1):
             if turn.role == following.role or following.role == "system":
                 what = f"turns {number} and {number + 1} are both from {turn.role}"
                 raise BadSample(sample.name, f"{what}; questions and answers must alternate")

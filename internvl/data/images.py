@@ -34,12 +34,13 @@ def open_rgb(source: str | Path | bytes) -> Image.Image:
                     raise BadImage(_too_large(width * height))
                 return image.convert("RGB")
     except FileNotFoundError:
-        raise BadImage(f"there is no image {source}") from None
+        raise BadImage(f"there is no image {source!s}") from None
     except Image.DecompressionBombError:
         raise BadImage(_too_large(None)) from None
     except UnidentifiedImageError:
         empty = not isinstance(source, bytes) and os.path.getsize(source) == 0
-        raise BadImage("the image file is empty" if empty else "not an image Pillow knows") from None
+        what = "the image file is empty" if empty else "not an image Pillow knows"
+        raise BadImage(f"{what}; replace the file") from None
     except (OSError, SyntaxError, ValueError, MemoryError) as error:
         if isinstance(error, BadImage):
             raise

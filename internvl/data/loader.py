@@ -10,7 +10,7 @@ from internvl.config import DataConfig
 from internvl.data.images import BadImage, open_rgb
 from internvl.data.records import BadSample, PackedBatch, Sample, Tiles, Unit
 from internvl.data.sources import ChatFile, SampleOrder, UnitRef
-from internvl.data.tiles import tile_images
+from internvl.data.tiles import empty_tiles, tile_images
 
 Encode = Callable[[Sequence[Sample], Tiles | None], list[Unit | BadSample]]
 """An objective's part: samples of the same images, and their tiles, to units."""
@@ -35,12 +35,23 @@ class Step:
 
 
 class UnitReader(Dataset[Read]):
-    """Reads and encodes units by reference; what loader workers run."""
+    """Reads and encodes units by reference; what loader workers run.
 
-    def __init__(self, files: Sequence[ChatFile], config: DataConfig, encode: Encode) -> None:
+    Without `pixels` every image is still decoded, but its tiles are empty: for counting only.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[ChatFile],
+        config: DataConfig,
+        encode: Encode,
+        *,
+        pixels: bool = True,
+    ) -> None:
         self.files = files
         self.config = config
         self.encode = encode
+        self.pixels = pixels
 
     def __getitem__(self, ref: UnitRef) -> Read:
         read = Read()
@@ -67,8 +78,12 @@ class UnitReader(Dataset[Read]):
             try:
                 images.append(open_rgb(path))
             except BadImage as error:
-                raise BadImage(f"{path}: {error}" if path not in str(error) else str(error)) from None
+                raise BadImage(
+                    f"{path}: {error}" if path not in str(error) else str(error)
+                ) from None
         most = self.files[file].config.max_tiles or self.config.tiles.max
+        if not self.pixels:
+            return empty_tiles([image.size for image in images], self.config.tiles, most)
         return tile_images(images, self.config.tiles, most)
 
 
@@ -92,7 +107,7 @@ def steps(
     workers = reader.config.workers
     loader = DataLoader(
         reader,
-        sampler=(ref for index in range(first, last) for ref in refs_of(index)),  # type: ignore[arg-type]
+        sampler=(ref for index in range(first, last) for ref in refs_of(index)),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=16 if workers else None,

@@ -150,7 +150,7 @@ class PackedBatch:
         return 0 if self.pixel_values is None else len(self.pixel_values)
 
     def to(self, device: Any) -> "PackedBatch":
-        moved = {
+        moved: dict[str, Any] = {
             key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
             for key, value in vars(self).items()
         }

@@ -3,6 +3,7 @@
 Original: `internvl_chat/internvl/train/dataset.py`, `dynamic_preprocess`.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -31,9 +32,7 @@ def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[Grid, ...]:
     return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
 
 
-def choose_grid(
-    width: int, height: int, *, min_tiles: int, max_tiles: int, tile_size: int
-) -> Grid:
+def choose_grid(width: int, height: int, *, min_tiles: int, max_tiles: int, tile_size: int) -> Grid:
     """(columns, rows) with the aspect ratio nearest the image's; on a tie, more if pixels allow.
 
     width, height, tile_size in pixels.
@@ -74,25 +73,44 @@ def cut(image: Image.Image, grid: Grid, *, tile_size: int, thumbnail: bool) -> T
     return torch.from_numpy(np.ascontiguousarray(tiles))
 
 
-def tile_images(images: list[Image.Image], config: TilesConfig, max_tiles: int) -> Tiles | None:
-    """The tiles of a sample's RGB images, None without images.
+def choose_grids(
+    sizes: Sequence[tuple[int, int]], config: TilesConfig, max_tiles: int
+) -> tuple[Grid, ...]:
+    """The grid of each of a sample's images, from their sizes (width, height) in pixels.
 
     Several images share the budget: each gets at most max(1, max_tiles // number of images).
     """
-    if not images:
-        return None
-    most = max_tiles if len(images) == 1 else max(1, max_tiles // len(images))
-    grids = tuple(
+    most = max(1, max_tiles // max(1, len(sizes)))
+    return tuple(
         choose_grid(
-            *image.size,
+            width,
+            height,
             min_tiles=min(config.min, most),
             max_tiles=most,
             tile_size=config.size,
         )
-        for image in images
+        for width, height in sizes
     )
+
+
+def tile_images(images: list[Image.Image], config: TilesConfig, max_tiles: int) -> Tiles | None:
+    """The tiles of a sample's RGB images, None without images."""
+    if not images:
+        return None
+    grids = choose_grids([image.size for image in images], config, max_tiles)
     each = [
         cut(image, grid, tile_size=config.size, thumbnail=config.thumbnail)
         for image, grid in zip(images, grids, strict=True)
     ]
     return Tiles(torch.cat(each), tuple(map(len, each)), grids)
+
+
+def empty_tiles(
+    sizes: Sequence[tuple[int, int]], config: TilesConfig, max_tiles: int
+) -> Tiles | None:
+    """As `tile_images`, but of no pixels (S = 0): enough for everything that only counts."""
+    if not sizes:
+        return None
+    grids = choose_grids(sizes, config, max_tiles)
+    per_image = tuple(num_tiles(grid, config.thumbnail) for grid in grids)
+    return Tiles(torch.empty(sum(per_image), 3, 0, 0, dtype=torch.uint8), per_image, grids)

@@ -1,0 +1,106 @@
+"""check: every problem with file and line, the arithmetic, the first batch as text."""
+
+import json
+
+import pytest
+from data_files import SHARED, chat_line, model_folder, picture, recipe, write_lines
+
+from internvl import check
+
+QUESTION, ANSWER = "<image>\nWhat is this?", "A gradient."
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    picture(folder / "wide.jpg", (336, 168))
+    picture(folder / "small.jpg", (60, 60))
+    whole = picture(folder / "whole.jpg", (200, 200)).read_bytes()
+    (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.jpg").write_bytes(b"")
+    return folder
+
+
+def checked(model, images, rows, tmp_path, *overrides, **data):
+    file = write_lines(tmp_path / "chat.jsonl", rows)
+    return check.run(recipe(model, file, images, tmp_path / "run", *overrides, **data))
+
+
+def test_good_data(model, images, tmp_path):
+    rows = [chat_line(QUESTION, ANSWER, image="wide.jpg")] * 5
+    found = checked(model, images, [*rows, chat_line("Hello?", "Hi.")], tmp_path)
+    assert found.problems == []
+    text = found.render()
+    assert "no problem found" in text
+    assert "6 samples an epoch in 2 groups" in text
+    assert "in steps of 4, the last of 2: 2 steps" in text
+    assert "wide.jpg: 2 x 1 grid, 3 tile(s)" in text
+    assert "[27 visual tokens]" in text
+    assert "⟦A gradient.<|im_end|>⟧" in text
+    assert found.counts["chat"].tiles.tolist() == [3] * 5 + [0]
+
+
+BAD = [
+    (b'{"image": "wide.jpg", "conversations": [', "not JSON"),
+    (b"", "blank"),
+    (chat_line(QUESTION, ANSWER, image="missing.jpg"), "there is no image"),
+    (chat_line(QUESTION, ANSWER, image="truncated.jpg"), "truncated"),
+    (chat_line(QUESTION, ANSWER, image="empty.jpg"), "empty; replace the file"),
+    (chat_line(QUESTION, ANSWER, image="../../etc/passwd"), "leaves the image folder"),
+    (chat_line("No mark", ANSWER, image="wide.jpg"), r"0 <image> mark.s. in the questions, but 1"),
+    (chat_line(QUESTION, ANSWER), r"1 <image> mark.s. in the questions, but 0"),
+    (chat_line(QUESTION, " \n", image="wide.jpg"), "an answer is empty"),
+    (chat_line(QUESTION, image="wide.jpg"), "ends with a question"),
+    (chat_line(QUESTION, ANSWER * 300, image="wide.jpg"), None),
+    (chat_line("Long " * 600, ANSWER), "would lose every answer"),
+    (chat_line(image="wide.jpg"), "conversation is empty"),
+    ({"image": "wide.jpg", "conversations": "text"}, "must be a list of turns"),
+    ({"image": 3, "conversations": []}, "`image` must be a path"),
+    ([1, 2], "a JSON object is expected, not list"),
+]
+
+
+def test_every_problem_is_named_with_its_line(model, images, tmp_path):
+    found = checked(model, images, [row for row, _ in BAD], tmp_path)
+    expected = {number: says for number, (_, says) in enumerate(BAD, start=1) if says}
+    by_line = {int(bad.name.rpartition(" ")[2]): bad for bad in found.problems}
+    assert sorted(by_line) == sorted(expected)
+    for line, says in expected.items():
+        with pytest.raises(type(by_line[line]), match=says):
+            raise by_line[line]
+    assert f"{len(expected)} problem(s)" in found.render()
+
+
+def test_a_missing_or_empty_annotation_file(model, images, tmp_path):
+    missing = check.run(recipe(model, tmp_path / "none.jsonl", images, tmp_path / "run"))
+    assert "there is no annotation file" in missing.problems[0].reason
+    assert "is empty; it holds no sample" in checked(model, images, [], tmp_path).problems[0].reason
+
+
+def test_an_evaluation_is_read_too(model, images, tmp_path):
+    coco = {
+        "images": [{"id": 1, "file_name": "wide.jpg"}, {"id": 2, "file_name": "truncated.jpg"}],
+        "annotations": [{"image_id": i, "caption": "x"} for i in (1, 2)],
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    evaluation = f"{{annotations: {tmp_path}/coco.json, images: {images}, prompt: Name it.}}"
+    rows = [chat_line(QUESTION, ANSWER, image="wide.jpg")]
+    found = checked(model, images, rows, tmp_path, f"evals.names={evaluation}")
+    assert [bad.name for bad in found.problems] == ["evals.names"]
+    assert "truncated.jpg" in found.problems[0].reason
+
+
+@pytest.mark.skipif(not (SHARED / "data" / "broken").is_dir(), reason="no broken files here")
+def test_the_broken_lines(model, tmp_path):
+    folder = SHARED / "data" / "broken"
+    found = check.run(recipe(model, folder / "chat_bad_lines.jsonl", folder, tmp_path / "run"))
+    lines = json.loads((folder / "chat_bad_lines.expected.json").read_text())
+    bad = [row["line"] for row in lines if not row["what"].startswith("good")]
+    assert len(bad) == 18
+    assert sorted(int(problem.name.rpartition(" ")[2]) for problem in found.problems) == bad
+    assert len(found.counts["chat"]) == 4
