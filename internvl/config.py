@@ -173,6 +173,8 @@ class EvalConfig:
     """The question; `<image>` is put before it."""
     tokenize: Literal["ptb", "characters", "words"] = "ptb"
     """What the n-gram scores count: PTB tokens (English), characters (Chinese), words."""
+    metrics: Literal["all", "exact"] = "all"
+    """exact: only the share of exact answers, which needs no Java and takes no time."""
     every: Annotated[int, Field(ge=0)] = 0
     """Steps between evaluations; 0 evaluates only at the end."""
     limit: Positive | None = None

@@ -52,7 +52,8 @@ class Caption:
         found = dict(zip(self.ids, texts, strict=True))
         references = {i: self.references[i] for i in self.ids}
         values = {"exact": metrics.exact_match(found, references)}
-        values |= metrics.caption_scores(found, references, tokenize=self.config.tokenize)
+        if self.config.metrics == "all":
+            values |= metrics.caption_scores(found, references, tokenize=self.config.tokenize)
         return Scores(values, list(self._rows(found)))
 
     def _rows(self, found: dict[int, str]) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,234 @@
+"""The command line: `internvl VERB …`. The only place that prints or exits.
+
+Exit codes: 0 done; 1 the work failed, one sentence on standard error; 2 the command or recipe is
+wrong. Each verb imports what it needs when it runs, so `--help` is instant.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from internvl import log
+from internvl.config import ConfigError, UserError, load_recipe
+
+Arguments = argparse.Namespace
+
+
+def demo(args: Arguments) -> int:
+    """Embedded data, a tiny model, a CPU: train, evaluate, export, reload, report.html."""
+    from internvl import demo
+
+    page = demo.run(args.to, short=args.short)
+    print(f"The report is {page.resolve()}; open it in a browser.")
+    return 0
+
+
+def doctor(args: Arguments) -> int:
+    """What this machine has, what is missing, and how to get it."""
+    from internvl import doctor
+
+    findings = doctor.report()
+    print(doctor.render(findings))
+    return int(doctor.is_broken(findings))
+
+
+def models(args: Arguments) -> int:
+    """The released models: size, parts, template, memory, published scores."""
+    from internvl import zoo
+
+    if args.name is None:
+        print(zoo.render_table())
+        return 0
+    if args.download:
+        from internvl.models import hub
+
+        zoo.find(args.name)
+        print(hub.download(args.name, args.to))
+        return 0
+    print(zoo.describe(args.name))
+    return 0
+
+
+def check(args: Arguments) -> int:
+    """Resolve a recipe, read every sample, open every image; show the first batch."""
+    from internvl import check
+
+    checked = check.run(load_recipe(args.recipe, args.overrides), report=args.report)
+    print(checked.render())
+    return int(bool(checked.problems))
+
+
+def train(args: Arguments) -> int:
+    """Train; on an existing run folder, go on where it stopped."""
+    recipe = load_recipe(args.recipe, args.overrides)
+    from internvl import train
+
+    train.run(recipe)
+    return 0
+
+
+def evaluate(args: Arguments) -> int:
+    """Measure a run's newest checkpoint, or any model on a caption file."""
+    from internvl import evaluate
+
+    if args.annotations is None:
+        print(evaluate.render(evaluate.run(args.model, args.tasks, to=args.to)))
+        return 0
+    from internvl import handles
+    from internvl.config import EvalConfig
+
+    if not args.prompt:
+        raise ConfigError("--annotations needs --prompt: the question to ask about every picture")
+    spec = EvalConfig(
+        annotations=args.annotations,
+        images=args.images or args.annotations.parent,
+        prompt=args.prompt,
+        tokenize=args.tokenize,
+        limit=args.limit,
+        max_new_tokens=args.max_new_tokens,
+        batch_size=args.batch_size,
+    )
+    chat = handles.load(args.model)
+    name = args.tasks[0] if args.tasks else "caption-file"
+    print(evaluate.render(evaluate.measure(chat, {name: spec}, args.to or Path("out/evaluate"))))
+    return 0
+
+
+def chat(args: Arguments) -> int:
+    """A conversation in the terminal; with --prompt one answer."""
+    from internvl import handles
+
+    model = handles.load(args.model)
+    turns: list[dict[str, str]] = []
+    while True:
+        try:
+            prompt = args.prompt or input("> ")
+        except EOFError:
+            return 0
+        turns.append({"role": "user", "content": prompt})
+        request = handles.Request(_with_images(turns, len(args.image)), args.image)
+        answer = model.answer([request], max_new_tokens=args.max_new_tokens)[0]
+        print(answer)
+        if args.prompt:
+            return 0
+        turns.append({"role": "assistant", "content": answer})
+
+
+def _with_images(turns: list[dict[str, str]], count: int) -> list[dict[str, str]]:
+    """The pictures belong to the first question of the conversation."""
+    if not count or "<image>" in turns[0]["content"]:
+        return turns
+    first = {"role": "user", "content": "<image>\n" * count + turns[0]["content"]}
+    return [first, *turns[1:]]
+
+
+def merge(args: Arguments) -> int:
+    """Adapters into their base model, as a folder that stands alone."""
+    return export(args)
+
+
+def export(args: Arguments) -> int:
+    """A complete, self-contained model folder, read back and compared."""
+    from internvl import export
+
+    print(export.run(args.model, args.to, args.format, code_from=args.code_from))
+    return 0
+
+
+VERBS: dict[str, Callable[[Arguments], int]] = {
+    "demo": demo,
+    "doctor": doctor,
+    "models": models,
+    "check": check,
+    "train": train,
+    "evaluate": evaluate,
+    "chat": chat,
+    "merge": merge,
+    "export": export,
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole surface of the command line."""
+    top = argparse.ArgumentParser(prog="internvl", description="InternVL: train, evaluate, ship.")
+    top.add_argument("--debug", action="store_true", help="show tracebacks and debug lines")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    add = {
+        name: verbs.add_parser(name, help=verb.__doc__, description=verb.__doc__)
+        for name, verb in VERBS.items()
+    }
+    for sub in add.values():
+        sub.add_argument(
+            "--debug",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="show tracebacks and debug lines",
+        )
+    add["demo"].add_argument("--to", type=Path, default=Path("runs/demo"), help="folder to fill")
+    add["demo"].add_argument("--short", action="store_true", help="a minute, to see that it works")
+    add["models"].add_argument("name", nargs="?", help="one model, such as InternVL2-2B")
+    add["models"].add_argument("--download", action="store_true", help="fetch it from the hub")
+    add["models"].add_argument("--to", type=Path, help="folder to fetch it to")
+    for name in ("check", "train"):
+        add[name].add_argument("recipe", type=Path, help="a YAML file; see recipes/")
+        add[name].add_argument("overrides", nargs="*", metavar="key=value", help="optim.lr=1e-5")
+    add["check"].add_argument("--report", type=Path, help="also write an HTML page there")
+    one = add["evaluate"]
+    one.add_argument("model", help="a run folder, or a model folder or hub id")
+    one.add_argument("tasks", nargs="*", metavar="TASK", help="names of a run's evals; all of them")
+    one.add_argument("--annotations", type=Path, help="COCO caption JSON, for any model")
+    one.add_argument("--images", type=Path, help="folder its pictures lie in")
+    one.add_argument("--prompt", help="the question asked about every picture")
+    one.add_argument("--tokenize", choices=("ptb", "characters", "words"), default="ptb")
+    one.add_argument("--limit", type=int, help="only the first pictures")
+    one.add_argument("--max-new-tokens", type=int, default=30)
+    one.add_argument("--batch-size", type=int, default=16)
+    one.add_argument("--to", type=Path, help="folder for the results")
+    add["chat"].add_argument("model", help="a model, adapter or run folder, or a hub id")
+    add["chat"].add_argument("--image", action="append", default=[], help="may be given again")
+    add["chat"].add_argument("--prompt", help="one question; without it, a conversation")
+    add["chat"].add_argument("--max-new-tokens", type=int, default=512)
+    for name in ("merge", "export"):
+        add[name].add_argument("model", help="a run, adapter or model folder, or a hub id")
+        add[name].add_argument("--to", type=Path, required=True, help="the new folder")
+        add[name].add_argument("--format", choices=("hf", "official"), default="hf")
+        add[name].add_argument(
+            "--code-from", type=Path, help="official: copy the original's Python files from there"
+        )
+    return top
+
+
+def _quiet_libraries(*, downloading: bool) -> None:
+    """transformers draws a bar for every model it opens, however small; what we say is enough."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not downloading:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs a verb and exits with its code."""
+    args = parser().parse_args(argv)
+    log.setup(logging.DEBUG if args.debug else logging.INFO)
+    _quiet_libraries(downloading=getattr(args, "download", False))
+    try:
+        sys.exit(VERBS[args.verb](args))
+    except ConfigError as error:
+        code, message = 2, str(error)
+    except UserError as error:
+        code, message = 1, str(error)
+    except OSError as error:
+        code, message = 1, f"{error.filename or 'a file'}: {error.strerror or error}"
+    except KeyboardInterrupt:
+        code, message = 1, "stopped"
+    except BrokenPipeError:
+        code, message = 1, "the reader of the output went away"
+    except Exception as error:  # noqa: BLE001  the one place: a user gets a sentence
+        code, message = 1, f"{type(error).__name__}: {error} (--debug shows where)"
+    if args.debug:
+        raise
+    print(f"internvl: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,459 @@
+"""The first minutes: `internvl demo`.
+
+    prepare   pictures and their names, as ordinary annotation files    (data/openmoji.py)
+    start     a small InternVL-Chat with fresh weights, as a model folder
+    train     the ordinary loop on an ordinary recipe, evaluated before, during and after
+    export    a folder that plain transformers loads; its answers are compared with ours
+    report    report.html
+
+Everything between start and report is the normal path; only the model is small.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GotOcr2ImageProcessorPil,
+    InternVLConfig,
+    PreTrainedTokenizerFast,
+)
+
+from internvl import config, export, handles, log, report, train
+from internvl.config import Recipe, UserError
+from internvl.data import openmoji
+from internvl.data.templates import template
+from internvl.models import configs
+from internvl.models.vlm import ChatModel, count_parameters, tokens_per_tile
+
+T = TypeVar("T")
+
+PIXELS = 64
+TEMPLATE = "internvl2_5"
+LANGUAGES = {"en": "English", "zh": "Chinese", "ko": "Korean"}
+TOKENIZE = {"en": "ptb", "zh": "characters", "ko": "words"}
+SPECIAL_TOKENS = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    *("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>"),
+    *("<ref>", "</ref>", "<box>", "</box>"),
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much the demo does."""
+
+    epochs: float
+    limit_families: int | None
+    """Families of pictures; None takes all."""
+    eval_limit: int | None
+    """Held-out pictures per language; None takes all."""
+
+
+FULL = Size(epochs=16, limit_families=None, eval_limit=None)
+SHORT = Size(epochs=3, limit_families=40, eval_limit=12)
+
+
+@dataclass
+class Timing:
+    """Seconds of each part, in order."""
+
+    parts: dict[str, float] = field(default_factory=dict)
+
+    def of(self, name: str, work: Callable[[], T]) -> T:
+        """Does the work and notes how long it took."""
+        log.get_logger().info("%s …", name)
+        started = time.perf_counter()
+        done = work()
+        self.parts[name] = time.perf_counter() - started
+        return done
+
+
+def run(folder: Path, *, short: bool = False) -> Path:
+    """Runs the whole demo in `folder`; returns the report. A second call goes on where it stopped.
+
+    Raises:
+        UserError: packages are missing, or the exported model does not answer as ours does.
+    """
+    size, timing = (SHORT if short else FULL), Timing()
+    data = timing.of(
+        "drawing the pictures",
+        lambda: openmoji.prepare(pixels=PIXELS, limit_families=size.limit_families),
+    )
+    start = folder / "start"
+    if not (start / "config.json").exists():
+        timing.of("making a small model", lambda: create_model(data, start))
+    recipe = make_recipe(data, start, folder / "run", size)
+    (folder / "recipe.yaml").write_text(config.to_yaml(recipe), encoding="utf-8")
+    timing.of("training and evaluating", lambda: train.run(recipe))
+    exported = folder / "model"
+    if not exported.exists():
+        timing.of("exporting", lambda: export.run(recipe.run, exported))
+    checked = timing.of(
+        "reloading in plain transformers", lambda: compare_reloaded(recipe, exported)
+    )
+    page = folder / "report.html"
+    report.write(make_report(folder, recipe, data, timing, checked), page)
+    return page
+
+
+def create_model(data: Path, folder: Path, seed: int = 0) -> None:
+    """A fresh small InternVL-Chat in the hf layout: 2.3 million parameters, one 64 px tile.
+
+    Its tokenizer is trained on the names of the training pictures alone.
+    """
+    tokenizer = train_tokenizer(_names(data / "train.jsonl"))
+    torch.manual_seed(seed)
+    shape = InternVLConfig(
+        vision_config={
+            "hidden_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "intermediate_size": 512,
+            "image_size": PIXELS,
+            "patch_size": 8,
+            "attention_bias": True,
+            # The released 0.1 suits a trained tower; a fresh small one learns faster with 1.
+            "layer_scale_init_value": 1.0,
+        },
+        text_config={
+            "model_type": "qwen2",
+            "hidden_size": 160,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 480,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 1024,
+            "tie_word_embeddings": True,
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
+            "pad_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=(PIXELS // 8 // 2) ** 2,
+        tie_word_embeddings=True,
+    )
+    shape.internvl = {
+        "template": TEMPLATE,
+        "system_message": "",
+        "dynamic_image_size": False,
+        "min_dynamic_patch": 1,
+        "max_dynamic_patch": 1,
+        "use_thumbnail": False,
+    }
+    model = ChatModel(shape)
+    # transformers starts the position table at zero, which a trained tower overwrites anyway.
+    nn.init.normal_(model.model.vision_tower.embeddings.position_embeddings, std=0.02)
+    settings = configs.chat_settings(shape)
+    export.run(
+        handles.Chat(
+            model=model.eval(),
+            tokenizer=tokenizer,
+            template=template(TEMPLATE),
+            tiles=handles.tiling(settings, PIXELS),
+            system_message="",
+            folder=folder,
+        ),
+        folder,
+    )
+
+
+def train_tokenizer(names: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with the special tokens of InternVL-Chat, from the words it will see."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    frame = ["system\n", "user\n", "assistant\n", *openmoji.PROMPTS.values()]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    # The words around every name count as often as frequent words do, so they become few tokens.
+    core.train_from_iterator([*names, *frame * 50], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+
+
+def make_recipe(data: Path, start: Path, run_folder: Path, size: Size) -> Recipe:
+    """The demo's recipe: full fine-tuning of all parts, three languages at once."""
+
+    def held_out(split: str, language: str, **when: Any) -> dict[str, Any]:
+        return {
+            "annotations": data / f"{split}_{language}.json",
+            "images": data,
+            "prompt": openmoji.PROMPTS[language],
+            "tokenize": TOKENIZE[language],
+            "max_new_tokens": 24,
+            "batch_size": 64,
+            **when,
+        }
+
+    evals = {
+        f"test-{lang}": held_out("test", lang, before=True, limit=size.eval_limit)
+        for lang in LANGUAGES
+    }
+    evals |= {
+        f"validation-{lang}": held_out("validation", lang, every=300, metrics="exact", limit=size.eval_limit)
+        for lang in LANGUAGES
+    }
+    return config.resolve(
+        {
+            "model": {
+                "id": str(start),
+                "train": ["vision_tower", "multi_modal_projector", "language_model"],
+            },
+            "data": {
+                "sources": [
+                    {"name": "openmoji", "annotations": data / "train.jsonl", "images": data}
+                ],
+                "tiles": {"size": PIXELS, "max": 1, "thumbnail": False},
+                "max_tokens": 512,
+                "workers": 0,
+            },
+            "optim": {"lr": 1.5e-3, "warmup_ratio": 0.05, "betas": [0.9, 0.98]},
+            "evals": evals,
+            "run": run_folder,
+            "global_batch": 64,
+            "epochs": size.epochs,
+            "dtype": cpu_dtype(),
+            "device": "cpu",
+        },
+        name="the demo's recipe",
+    )
+
+
+def cpu_dtype() -> str:
+    """bfloat16 where the processor multiplies it natively, else float32, which is faster then."""
+    native = torch.cpu.is_available() and torch.backends.mkldnn.is_available()
+    fast = native and torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if fast else "float32"
+
+
+@dataclass(frozen=True)
+class Reloaded:
+    """What plain transformers made of the exported folder."""
+
+    pictures: int
+    largest_difference: float
+    """Of the logits, float32, against ours."""
+    same_answers: int
+
+
+@torch.no_grad()
+def compare_reloaded(recipe: Recipe, exported: Path, pictures: int = 12) -> Reloaded:
+    """Loads the export with transformers' own classes and holds it to our run folder.
+
+    The image processor is the one that needs no torchvision; the prompt is the exported chat
+    template's.
+
+    Raises:
+        UserError: logits differ, or an answer does.
+    """
+    spec = recipe.evals["test-en"]
+    tree = json.loads(spec.annotations.read_text(encoding="utf-8"))
+    paths = [spec.images / row["file_name"] for row in tree["images"][:pictures]]
+    chat = handles.load(recipe.run, device="cpu", dtype="float32")
+    model = AutoModelForImageTextToText.from_pretrained(exported, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    processor = GotOcr2ImageProcessorPil.from_pretrained(exported)
+    tokens = "<IMG_CONTEXT>" * tokens_per_tile(model.config, PIXELS)
+    worst, same = 0.0, 0
+    for path in paths:
+        messages = [{"role": "user", "content": f"<IMG_CONTEXT>\n{spec.prompt}"}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = text.replace("<IMG_CONTEXT>", f"<img>{tokens}</img>")
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+        with Image.open(path) as image:
+            pixels = processor(images=[image.convert("RGB")], return_tensors="pt").pixel_values
+        theirs = model(input_ids=ids, pixel_values=pixels).logits
+        ours = chat.model(input_ids=ids, pixel_values=pixels).logits
+        worst = max(worst, float((theirs - ours).abs().max()))
+        produced = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=pixels,
+            max_new_tokens=spec.max_new_tokens,
+            do_sample=False,
+        )
+        answer = tokenizer.decode(produced[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        request = handles.Request([{"role": "user", "content": spec.prompt}], [path])
+        same += answer == chat.answer([request], max_new_tokens=spec.max_new_tokens)[0]
+    if worst > 1e-3 or same != len(paths):
+        raise UserError(
+            f"{exported}: plain transformers gives other logits (by up to {worst:.1e}) or other "
+            f"answers ({len(paths) - same} of {len(paths)}) than the model that was trained"
+        )
+    return Reloaded(len(paths), worst, same)
+
+
+def make_report(
+    folder: Path, recipe: Recipe, data: Path, timing: Timing, checked: Reloaded
+) -> report.Report:
+    """The page of the demo, from what the run folder holds."""
+    rows = log.MetricsLog(recipe.run).rows()
+    evaluations = _evaluations(recipe.run)
+    last = max(evaluations)
+    trained, _ = count_parameters(handles.load(recipe.run).model)
+    seconds = sum(row["step_s"] for row in rows)
+    samples = sum(row["samples"] for row in rows)
+    exact = [evaluations[last][f"test-{lang}/exact"] for lang in LANGUAGES]
+    return report.Report(
+        title="InternVL, from fresh weights to a named picture",
+        subtitle=(
+            f"A {trained / 1e6:.1f} M-parameter InternVL-Chat learned to name pictures in three "
+            f"languages on a CPU in {seconds / 60:.1f} minutes."
+        ),
+        sections=(
+            report.Facts(
+                title="At a glance",
+                facts=[
+                    (f"{min(exact):.0%} – {max(exact):.0%}", "held-out pictures named exactly"),
+                    (f"{len(rows):,}", f"steps of {recipe.global_batch} samples"),
+                    (f"{samples / seconds:,.0f}", "samples a second"),
+                    (f"{rows[-1]['memory_gib']:.1f} GiB", "peak memory"),
+                    (recipe.dtype, "compute type"),
+                ],
+                note="Every held-out picture is a new combination, such as a known person with "
+                "another skin tone. Answers are greedy. Some drawings of OpenMoji equal one "
+                "another under different names, so 100 % is out of reach.",
+            ),
+            report.Scores(
+                title="Before and after, on the held-out test split",
+                scores=list(_scores(evaluations[0], evaluations[last])),
+                note="Exact: the whole name is right. BLEU-4 and CIDEr as pycocoevalcap computes "
+                "them, on words in English and Korean and on characters in Chinese; CIDEr runs "
+                "from 0 to 10.",
+            ),
+            _curves(rows, evaluations),
+            report.Pictures(
+                title="Held-out pictures and what the model says",
+                cards=_cards(recipe, last),
+                note="The first test pictures in the order of their hash; nothing was picked.",
+            ),
+            report.Text(
+                title="What ran, and how to go on",
+                paragraphs=[
+                    "; ".join(f"{name} {took:.0f} s" for name, took in timing.parts.items()) + ".",
+                    f"The exported folder was reloaded with transformers' own classes: "
+                    f"{checked.same_answers} of {checked.pictures} answers equal, logits within "
+                    f"{checked.largest_difference:.0e}.",
+                ],
+                commands=_commands(folder, recipe, data),
+            ),
+            report.Attribution(
+                title="Artwork",
+                text=(data / "ATTRIBUTION.txt").read_text(encoding="utf-8"),
+            ),
+        ),
+    )
+
+
+def _commands(folder: Path, recipe: Recipe, data: Path) -> list[str]:
+    picture = next(iter(sorted((data / "images").iterdir())))
+    return [
+        f"internvl chat {folder / 'model'} --image {picture} --prompt '{openmoji.PROMPTS['en']}'",
+        f"internvl check {folder / 'recipe.yaml'}",
+        f"internvl train {folder / 'recipe.yaml'} run={folder / 'again'} optim.lr=1e-3",
+        f"internvl export {recipe.run} --to {folder / 'official'} --format official",
+        f"tensorboard --logdir {recipe.run / 'tensorboard'}",
+    ]
+
+
+def _names(file: Path) -> list[str]:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["conversations"][-1]["value"] for line in lines]
+
+
+def _evaluations(run_folder: Path) -> dict[int, dict[str, float]]:
+    """Step -> metric -> value."""
+    return {
+        int(path.stem): json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted((run_folder / "evals").glob("*.json"))
+    }
+
+
+def _scores(before: dict[str, float], after: dict[str, float]) -> list[report.Score]:
+    shown = {"exact": ("exact name", 1.0, ".1%"), "bleu_4": ("BLEU-4", 1.0, ".3f")}
+    shown |= {"cider": ("CIDEr", 10.0, ".2f")}
+    return [
+        report.Score(
+            group=language,
+            name=name,
+            before=before.get(f"test-{tag}/{metric}"),
+            after=after.get(f"test-{tag}/{metric}"),
+            best=best,
+            form=form,
+        )
+        for tag, language in LANGUAGES.items()
+        for metric, (name, best, form) in shown.items()
+    ]
+
+
+def _curves(
+    rows: Sequence[dict[str, Any]], evaluations: dict[int, dict[str, float]]
+) -> report.Charts:
+    def mean_over(width: int) -> list[tuple[float, float]]:
+        parts = [rows[i : i + width] for i in range(0, len(rows), width)]
+        return [(p[-1]["step"], sum(row["loss"] for row in p) / len(p)) for p in parts]
+
+    def accuracy(tag: str) -> list[tuple[float, float]]:
+        name = f"validation-{tag}/exact"
+        return [(step, values[name]) for step, values in evaluations.items() if name in values]
+
+    width = max(1, len(rows) // 200)
+    return report.Charts(
+        title="How it learned",
+        charts=[
+            report.Chart(
+                title=f"Training loss (mean of {width} steps)",
+                x_label="step",
+                y_label="nats per token",
+                series=[report.Series(name="loss", points=mean_over(width))],
+                from_zero=True,
+            ),
+            report.Chart(
+                title="Exact names on the validation split",
+                x_label="step",
+                y_label="share",
+                form=".0%",
+                from_zero=True,
+                series=[
+                    report.Series(name=language, points=accuracy(tag))
+                    for tag, language in LANGUAGES.items()
+                ],
+            ),
+        ],
+    )
+
+
+def _cards(recipe: Recipe, step: int, count: int = 24) -> list[report.Card]:
+    answers: dict[str, list[report.Answer]] = {}
+    for tag in LANGUAGES:
+        file = recipe.run / "evals" / f"{step:06d}" / f"test-{tag}.jsonl"
+        for line in file.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            answers.setdefault(row["image"], []).append(
+                report.Answer(
+                    language=tag,
+                    reference=row["references"][0],
+                    answer=row["answer"],
+                    right=row["exact"],
+                )
+            )
+    return [
+        report.Card(picture=Path(path).read_bytes(), answers=given)
+        for path, given in list(answers.items())[:count]
+    ]
