@@ -5,6 +5,7 @@
 Every number that changes a result is a field here; the resolved tree is saved in the run folder.
 """
 
+import copy
 import dataclasses
 import difflib
 from collections.abc import Iterator, Sequence
@@ -52,12 +53,20 @@ class ModelConfig:
     __pydantic_config__ = _STRICT
     id: str
     """Hub id or folder, official or hf layout."""
-    train: tuple[Part, ...] = ("multi_modal_projector", "language_model")
-    """Parts whose own weights are trained. Everything else is frozen; adapters come on top."""
+    train: tuple[Part, ...] | None = None
+    """Parts whose own weights are trained; everything else is frozen, adapters come on top. null:
+    the projector and the language model, or with `lora` none."""
     lora: LoraConfig | None = None
     """Adapters, or null for none. Usually together with `train: []`."""
     drop_path: Fraction = 0.0
     """Stochastic depth of the vision tower: the last block's rate, linear from 0."""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Parts whose own weights are trained."""
+        if self.train is not None:
+            return self.train
+        return () if self.lora else ("multi_modal_projector", "language_model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,6 +279,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def resolve(tree: dict[str, Any], overrides: Sequence[str] = (), *, name: str = "recipe") -> Recipe:
     """A checked recipe from nested dictionaries. Raises ConfigError with every problem found."""
+    tree = copy.deepcopy(tree)
     problems = list(_apply(tree, overrides))
     problems += [f"{'.'.join(path)}: {what}" for path, what in _unknown_keys(Recipe, tree, ())]
     recipe = None
@@ -374,10 +384,10 @@ def _contradictions(recipe: Recipe) -> list[str]:
     names = [source.name for source in recipe.data.sources]
     for name in sorted({name for name in names if names.count(name) > 1}):
         problems.append(f"data.sources: two sources are called {name!r}; names must differ")
-    if not recipe.model.train and recipe.model.lora is None:
+    if not recipe.model.parts and recipe.model.lora is None:
         problems.append("model.train: nothing is trained; name a part or set model.lora")
     if recipe.model.lora is not None:
-        both = set(recipe.model.train) & set(recipe.model.lora.on)
+        both = set(recipe.model.parts) & set(recipe.model.lora.on)
         for part in sorted(both):
             problems.append(f"model.lora.on: {part} is also in model.train; choose one")
     return problems

@@ -9,9 +9,9 @@ import torch
 from transformers import InternVLConfig, PreTrainedTokenizerFast
 
 from internvl import checkpoint
-from internvl.config import Recipe, TilesConfig, load_recipe
+from internvl.config import Recipe, TilesConfig, UserError, load_recipe
 from internvl.data.chat import ChatEncoder
-from internvl.data.templates import Template, template
+from internvl.data.templates import TEMPLATES, Template, template
 from internvl.data.tokenizers import add_special_tokens, check_vocabulary, load_tokenizer
 from internvl.generate import Request, Settings, answers
 from internvl.models import configs, hub, lora, parts, vlm
@@ -162,7 +162,7 @@ def for_training(recipe: Recipe) -> Chat:
     """
     chat = load(recipe.model.id, device="cpu", dtype="float32", drop_path=recipe.model.drop_path)
     model, data = chat.model, recipe.data
-    lora.select_trainable(model, recipe.model.train)
+    lora.select_trainable(model, recipe.model.parts)
     if recipe.model.lora is not None:
         lora.attach(model, recipe.model.lora)
     chosen = template(data.template) if data.template else chat.template
@@ -194,7 +194,7 @@ def describe(folder: Path, image_token_id: int | None = None) -> Description:
     return Description(
         config=config,
         tokenizer=tokenizer,
-        template=template(settings["template"]),
+        template=_known_template(settings["template"], folder),
         tiles=tiling(settings, config.vision_config.image_size[0]),
         system_message=settings["system_message"],
     )
@@ -265,13 +265,22 @@ def tiling(settings: dict[str, Any], size: int) -> TilesConfig:
     )
 
 
+def _known_template(name: str | None, folder: Path) -> Template:
+    if name not in TEMPLATES:
+        raise ModelFolderError(
+            f"{folder / 'config.json'}: its conversation template {name!r} is not known here; "
+            f"known are {', '.join(TEMPLATES)}"
+        )
+    return TEMPLATES[name]
+
+
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     return DTYPES[dtype]
 
 
