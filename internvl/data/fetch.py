@@ -1,0 +1,176 @@
+"""Files from public addresses: resumed where they stopped, checked for length, unpacked whole."""
+
+import hashlib
+import http.client
+import os
+import tarfile
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Collection
+from pathlib import Path
+
+from internvl.data.records import DataError
+from internvl.log import Progress, get_logger
+
+_CHUNK = 1 << 20  # bytes read at once
+_TIMEOUT_S = 60
+_MIB = 1 << 20
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
+"""Endings that `unpack` knows."""
+
+
+def fetch(address: str, target: Path, *, sha256: str | None = None) -> Path:
+    """Fetches an address into a file; what an interrupted call left is gone on with.
+
+    The part so far lies in `target`.part, and is renamed when it has the length that the server
+    stated and, where given, the SHA-256.
+
+    Raises:
+        DataError: no network or a proxy in the way, an answer that is no file, or a part that does
+            not have the stated length or sum; one sentence with the address.
+    """
+    part = target.with_name(f"{target.name}.part")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    get_logger().info("fetching %s", address)
+    try:
+        expected = _append(address, part)
+    except urllib.error.HTTPError as error:
+        raise DataError(f"{address}: the server answers {error.code} {error.reason}") from None
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or str(error) or type(error).__name__
+        raise DataError(
+            f"{address} cannot be fetched ({reason}); check the network and the proxy "
+            f"(https_proxy), or fetch it elsewhere and put it at {target}; the same command "
+            "goes on where this one stopped"
+        ) from None
+    _check(address, part, expected, sha256)
+    os.replace(part, target)
+    return target
+
+
+def _append(address: str, part: Path) -> int | None:
+    """Fetches what `part` lacks; returns the length of the whole file, None if nobody knows."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(address, headers={"User-Agent": "internvl"})
+    if have:
+        request.add_header("Range", f"bytes={have}-")
+    try:
+        answer = urllib.request.urlopen(request, timeout=_TIMEOUT_S)
+    except urllib.error.HTTPError as error:
+        if error.code != 416 or not have:
+            raise
+        # Nothing lies beyond what is there: it was complete, or it is another file's.
+        total = error.headers.get("Content-Range", "").rpartition("/")[2]
+        if total.isdigit() and int(total) == have:
+            return have
+        part.unlink()
+        return _append(address, part)
+    with answer:
+        goes_on = answer.status == 206
+        length = answer.headers.get("Content-Length")
+        start = have if goes_on else 0
+        total_bytes = start + int(length) if length else None
+        mib = None if total_bytes is None else total_bytes // _MIB
+        with part.open("ab" if goes_on else "wb") as file, Progress("MiB", total=mib) as progress:
+            while chunk := answer.read(_CHUNK):
+                file.write(chunk)
+                progress.update(len(chunk) // _MIB)
+    return total_bytes
+
+
+def _check(address: str, part: Path, expected: int | None, sha256: str | None) -> None:
+    found = part.stat().st_size
+    if expected is not None and found < expected:
+        raise DataError(
+            f"{address}: the connection ended after {found:,} of {expected:,} bytes; "
+            "the same command goes on from there"
+        )
+    if sha256 is None:
+        return
+    with part.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != sha256:
+        part.unlink()
+        raise DataError(f"{address}: SHA-256 is {digest}, expected {sha256}; it was removed")
+
+
+def fetch_snapshot(repository: str, folder: Path) -> None:
+    """A data set of the Hugging Face hub, whole, into a folder; files that are there stay.
+
+    Raises:
+        DataError: the hub cannot be reached or refuses; one sentence.
+    """
+    import httpx
+    from huggingface_hub import snapshot_download
+
+    get_logger().info("fetching the data set %s from the hub", repository)
+    try:
+        snapshot_download(repository, repo_type="dataset", local_dir=folder)
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"the data set {repository} cannot be fetched from the hub ({reason}); check the "
+            "network, the proxy (https_proxy) and HF_HUB_OFFLINE"
+        ) from None
+
+
+def unpack(archive: Path, folder: Path, *, whole: bool = True) -> bool:
+    """Unpacks an archive so that its folder called `folder.name` becomes `folder`.
+
+    The shallowest folder of that name is taken. Nothing is written elsewhere, and nothing is left
+    when it fails.
+
+    Args:
+        whole: an archive without such a folder is taken whole; otherwise it is left alone.
+
+    Returns:
+        Whether `folder` is there now.
+
+    Raises:
+        DataError: the archive is broken.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
+        root = Path(beside) / "all"
+        root.mkdir()
+        get_logger().info("unpacking %s", archive)
+        _extract(archive, root)
+        named = [path for path in root.rglob(folder.name) if path.is_dir()]
+        if not named and not whole:
+            return False
+        if folder.is_dir():
+            folder.rmdir()  # it is empty; what holds something is not unpacked over
+        min(named, key=lambda path: len(path.parts), default=root).rename(folder)
+    return True
+
+
+def unpack_files(archive: Path, names: Collection[str], folder: Path) -> None:
+    """Takes the files called `names` out of a zip, wherever they lie in it, into a folder.
+
+    Raises:
+        DataError: the archive is broken.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacked-") as beside:
+        _extract(archive, Path(beside))
+        for path in Path(beside).rglob("*"):
+            if path.name in names and path.is_file():
+                os.replace(path, folder / path.name)
+
+
+def _extract(archive: Path, folder: Path) -> None:
+    try:
+        if archive.suffix == ".zip":
+            with zipfile.ZipFile(archive) as file:
+                file.extractall(folder)
+        else:
+            with tarfile.open(archive) as tar:
+                tar.extractall(folder, filter="data")
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+        raise DataError(_broken(archive, error)) from None
+
+
+def _broken(archive: Path, error: Exception) -> str:
+    return f"{archive} is a broken archive ({error}); remove it and fetch it again"
