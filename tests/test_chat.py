@@ -1,0 +1,133 @@
+"""Encoding against the original's ids and labels, and the conversations it gets wrong."""
+
+import json
+
+import pytest
+from chat_folders import GOLDEN
+
+from internvl.data.chat import ChatEncoder
+from internvl.data.records import IGNORE, BadSample, Message, Sample
+from internvl.data.templates import template
+from internvl.data.tokenizers import load_tokenizer
+
+FOLDER = GOLDEN / "label_masks"
+CONVERSATIONS = json.loads((FOLDER / "case.json").read_text())["conversations"]
+ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+FUNCTIONS = {
+    "internvl2_5": ("preprocess_internvl2_5", "qwen2"),
+    "Hermes-2": ("preprocess_mpt", "qwen2"),
+    "internlm2-chat": ("preprocess_internlm", "internlm2"),
+}
+MAX_TOKENS = 192
+
+# The original trains on part of these or blanks them without a word: here they are bad samples.
+ERRORS = {
+    "empty_answer": "an answer is empty",
+    "empty_answer_then_more": "an answer is empty",
+    "human_last": "ends with a question",
+    "truncated_in_image": "would lose part of an image. Raise data.max_tokens",
+}
+
+
+def encoder(name, tokenizer=None):
+    folder = FOLDER / f"tokenizer_{tokenizer or FUNCTIONS[name][1]}"
+    return ChatEncoder(load_tokenizer(folder), template(name), 1)
+
+
+def sample_of(conversation):
+    messages = [Message(ROLES[t["from"]], t["value"]) for t in conversation["conversations"]]
+    return Sample("golden", tuple(messages), ("x",) * len(conversation["num_image_token_list"]))
+
+
+def golden(name):
+    function, tokenizer = FUNCTIONS[name]
+    file = FOLDER / f"{function}.{name}.{tokenizer}.json"
+    return {
+        key.removesuffix(".packed"): value
+        for key, value in json.loads(file.read_text())["results"].items()
+    }
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_golden_ids_and_labels(name):
+    encode, expected = encoder(name), golden(name)
+    exempt = {*ERRORS, "system_message"} if name != "internvl2_5" else set(ERRORS)
+    equal = 0
+    for key, conversation in CONVERSATIONS.items():
+        if key in exempt:
+            continue
+        tiles = conversation["num_image_token_list"]
+        example = encode.encode(sample_of(conversation), tiles, MAX_TOKENS)
+        assert example.input_ids.tolist() == expected[key]["input_ids"], key
+        assert example.labels.tolist() == expected[key]["labels"], key
+        equal += 1
+    assert equal == len(CONVERSATIONS) - len(exempt)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("key", ERRORS)
+def test_what_the_original_blanks_is_an_error(name, key):
+    conversation, encode = CONVERSATIONS[key], encoder(name)
+    tiles = conversation["num_image_token_list"]
+    with pytest.raises(BadSample, match=ERRORS[key]):
+        encode.encode(sample_of(conversation), tiles, MAX_TOKENS)
+
+
+@pytest.mark.parametrize("name", ["Hermes-2", "internlm2-chat"])
+def test_a_system_message_is_supported_everywhere(name):
+    """The original knows it for internvl2_5 only and fails elsewhere."""
+    assert "error" in golden(name)["system_message"]
+    conversation = CONVERSATIONS["system_message"]
+    encode = encoder(name)
+    example = encode.encode(sample_of(conversation), conversation["num_image_token_list"])
+    text = encode.tokenizer.decode(example.input_ids.tolist())
+    assert conversation["conversations"][0]["value"] in text
+    assert template(name).system_message not in text
+
+
+def conversation(*texts):
+    roles = ("user", "assistant")
+    return Sample("here", tuple(Message(roles[i % 2], text) for i, text in enumerate(texts)))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_answer_and_its_end_are_supervised(name):
+    encode = encoder(name)
+    example = encode.encode(conversation("Hello?", "Yes.", "And?", "No."), ())
+    supervised = example.input_ids[example.labels != IGNORE].tolist()
+    assert encode.tokenizer.decode(supervised) == "Yes.<|im_end|>No.<|im_end|>"
+    assert (example.labels[example.labels != IGNORE] == supervised).all()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_training_continues_the_prompt_of_inference(name):
+    encode = encoder(name)
+    messages = (Message("user", "<image>\nHow many?"), Message("assistant", "Three."))
+    example = encode.encode(Sample("here", messages, ("x",)), (4,))
+    prompt = encode.prompt(messages[:1], (4,))
+    assert example.input_ids[: len(prompt)].tolist() == prompt.tolist()
+    assert (example.labels[: len(prompt)] == IGNORE).all()
+    assert example.labels[len(prompt)] != IGNORE
+
+
+@pytest.mark.parametrize(
+    ("messages", "images", "says"),
+    [
+        ((), 0, "the conversation is empty"),
+        ((("user", "a"), ("user", "b"), ("assistant", "c")), 0, "1 and 2 are both from user"),
+        ((("user", "a"), ("assistant", "b")), 1, "0 <image> mark.s. in the questions, but 1"),
+        ((("user", "<image>"), ("assistant", "b")), 0, "1 <image> mark.s. in the questions, but 0"),
+        ((("user", "<IMG_CONTEXT>"), ("assistant", "b")), 0, "must not contain <IMG_CONTEXT>"),
+        ((("user", "a " * 300), ("assistant", "b")), 0, "would lose every answer"),
+    ],
+)
+def test_bad_conversations(messages, images, says):
+    sample = Sample("file line 3", tuple(Message(*m) for m in messages), ("x",) * images)
+    with pytest.raises(BadSample, match=f"file line 3: .*{says}"):
+        encoder("internvl2_5").encode(sample, (1,) * images, MAX_TOKENS)
+
+
+def test_a_long_answer_is_cut_without_its_end():
+    example = encoder("Hermes-2").encode(conversation("Hello?", "yes " * 300), (), MAX_TOKENS)
+    assert len(example.input_ids) == MAX_TOKENS
+    assert example.labels[-1] != IGNORE

@@ -1,0 +1,116 @@
+"""Steps: the same samples for any number of ranks and workers, and from any position."""
+
+import numpy as np
+import pytest
+from data_files import chat_line, picture, write_lines
+
+from internvl.config import DataConfig, SourceConfig, TilesConfig
+from internvl.data import loader
+from internvl.data.records import IGNORE, Example, Unit
+from internvl.data.sources import ChatFile, SampleOrder
+
+
+def encode(samples, tiles):
+    """A unit per group of samples; ids say nothing here, names do."""
+    ids = np.arange(4)
+    examples = tuple(Example(s.name, ids, np.where(ids > 1, ids, IGNORE)) for s in samples)
+    return [Unit(examples, 0, None if tiles is None else tiles.pixels)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    rows = []
+    for number in range(9):
+        picture(folder / f"{number}.png", (30, 20))
+        rows += [chat_line("<image>\nWhat?", f"{number}", image=f"{number}.png")] * (1 + number % 3)
+    write_lines(folder / "chat.jsonl", rows)  # 18 lines in 9 groups
+    write_lines(folder / "text.jsonl", [chat_line("Say", str(i)) for i in range(5)])
+    return folder
+
+
+def build(folder, share=True, workers=0, repeat=1.0):
+    sources = (
+        SourceConfig(name="chat", annotations=folder / "chat.jsonl", images=folder, repeat=repeat),
+        SourceConfig(name="text", annotations=folder / "text.jsonl"),
+    )
+    data = DataConfig(sources=sources, share_prefix=share, workers=workers, tiles=TilesConfig(size=28))
+    files = [ChatFile(source) for source in sources]
+    order = SampleOrder(files, share_prefix=share, seed=3)
+    return order, loader.UnitReader(files, data, encode, pixels=False)
+
+
+def names(step):
+    return [e.name for unit in step.batches for e in unit.examples]
+
+
+def run(folder, *, ranks=1, workers=0, share=True, first=0, last=9, total=56, global_batch=7):
+    """The sample names of every step, of all ranks together."""
+    order, reader = build(folder, share, workers)
+    found = [[] for _ in range(first, last)]
+    for rank in range(ranks):
+        for step in loader.steps(
+            order,
+            reader,
+            list,
+            first=first,
+            last=last,
+            global_batch=global_batch,
+            total=total,
+            rank=rank,
+            world_size=ranks,
+        ):
+            found[step.index - first] += names(step)
+    return found
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_every_sample_once_an_epoch_and_steps_of_exactly_a_batch(folder, share):
+    order, _ = build(folder, share)
+    assert (len(order), order.num_groups) == (23, 14 if share else 23)
+    steps = run(folder, share=share, last=7, total=46)
+    assert [len(step) for step in steps] == [7] * 6 + [4]
+    seen = [name for step in steps for name in step]
+    assert len(set(seen[:23])) == 23
+    assert sorted(seen[:23]) == sorted(seen[23:])
+    assert seen[:23] != seen[23:]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine of few cores
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_and_workers_see_the_same_steps(folder, ranks, workers):
+    wanted = [sorted(step) for step in run(folder, last=4)]
+    found = [sorted(step) for step in run(folder, ranks=ranks, workers=workers, last=4)]
+    assert found == wanted
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_it_goes_on_from_the_middle(folder, workers):
+    whole = run(folder, last=8)
+    assert run(folder, workers=workers, first=5, last=8) == whole[5:]
+    # Another number of ranks after the interruption: every sample of the run still once.
+    rest = run(folder, ranks=2, workers=workers, first=5, last=8)
+    assert [sorted(step) for step in rest] == [sorted(step) for step in whole[5:]]
+
+
+def test_repeat(folder):
+    order, _ = build(folder, repeat=2.5)
+    assert len(order) == 18 * 2 + 9 + 5
+    shown = [line for ref in order.step(0, 50, 50) for line in ref.lines if ref.file == 0]
+    assert np.bincount(shown).tolist() == [3] * 9 + [2] * 9
+    order, _ = build(folder, repeat=0.25)
+    assert len(order) == 4 + 5
+
+
+def test_a_group_is_one_unit_where_a_step_takes_it_whole(folder):
+    order, _ = build(folder)
+    sizes = sorted(len(ref.lines) for ref in order.step(0, 23, 23))
+    assert sizes == [1] * 5 + [1] * 3 + [2] * 3 + [3] * 3
+
+
+def test_the_order_depends_on_seed_and_epoch_only(folder):
+    first, again = (build(folder)[0] for _ in range(2))
+    assert first.step(2, 7, 100) == again.step(2, 7, 100)
+    other = SampleOrder(first.files, share_prefix=True, seed=4)
+    assert other.step(2, 7, 100) != first.step(2, 7, 100)

@@ -1,0 +1,270 @@
+"""Packed rows give the loss and every gradient of their samples one by one."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from chat_folders import GOLDEN, IMAGE_TOKEN_ID, golden_folder
+from safetensors.torch import load_file
+
+from internvl import handles
+from internvl.config import DataConfig, ObjectiveConfig
+from internvl.data.packing import WEIGHTS, make_units, pack
+from internvl.data.records import IGNORE, BadSample, Example, Unit
+from internvl.models.attention import dense_mask
+from internvl.models.vlm import Supervision, normalize_tiles
+from internvl.objectives.sft import Sft
+
+K = 9  # visual tokens of an 84-pixel tile
+SOURCES = [{"name": "x", "annotations": "x.jsonl"}]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = golden_folder("chat_qwen2", "v2.sel-1", tmp_path_factory.mktemp("model"))
+    return handles.load(
+        folder, image_token_id=IMAGE_TOKEN_ID, device="cpu", dtype="float32"
+    ).model.train()
+
+
+def example(rng, name, lead, *turns, num_tiles=1):
+    """Ids `lead` (an image's placeholders among them), then (question, answer) lengths."""
+    ids, labels = list(lead), [IGNORE] * len(lead)
+    for question, answer in turns:
+        new = rng.integers(10, 500, question + answer).tolist()
+        ids += new
+        labels += [IGNORE] * question + new[question:]
+    tiles = (num_tiles,) if num_tiles else ()
+    return Example(name, np.array(ids), np.array(labels), tiles)
+
+
+def lead(rng, num_tiles, text):
+    return [5, *[IMAGE_TOKEN_ID] * (K * num_tiles), 6, *rng.integers(10, 500, text).tolist()]
+
+
+def tiles(seed, count):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, 84, 84), dtype=torch.uint8, generator=generator)
+
+
+def five_captions(rng):
+    shared = lead(rng, 2, 4)
+    names = [f"caption {i}" for i in range(5)]
+    return [example(rng, n, shared, (0, 2 + i), num_tiles=2) for i, n in enumerate(names)], tiles(
+        1, 2
+    )
+
+
+def many_questions(rng):
+    shared = lead(rng, 1, 2)
+    return [example(rng, f"vqa {i}", shared, (3 + i, 1 + i % 2)) for i in range(4)], tiles(2, 1)
+
+
+def two_turns(rng):
+    """Two samples whose first turn is the same, answer included; and one of its own."""
+    first = example(rng, "turns 0", lead(rng, 1, 3), (2, 3), (4, 2))
+    second = Example("turns 1", first.input_ids[:-2], first.labels[:-2], (1,))
+    other = example(rng, "turns 2", first.input_ids[:14].tolist(), (5, 2), (1, 1))
+    return [first, second, other], tiles(3, 1)
+
+
+def text_only(rng):
+    return [example(rng, "text", [7, 8, 9], (4, 5), num_tiles=0)], None
+
+
+GROUPS = (five_captions, many_questions, two_turns, text_only)
+
+
+def objective(weighting="token", **data):
+    config = DataConfig(sources=SOURCES, **{"max_tokens": 256, "max_tiles": 8, **data})
+    encoder = type("Encoder", (), {"context_id": IMAGE_TOKEN_ID})()
+    return Sft(ObjectiveConfig(weighting=weighting), config, encoder)
+
+
+def units_of(groups, share):
+    return [
+        unit
+        for examples, pixels in groups
+        for unit in make_units(examples, pixels, IMAGE_TOKEN_ID, share=share)
+    ]
+
+
+def step(model, objective, units):
+    """(rows, loss, gradients) of one optimizer step, as the loop computes them."""
+    rows = objective.batches(units)
+    count = sum(objective.counts(row)["sft"] for row in rows)
+    model.zero_grad(set_to_none=True)
+    loss = 0.0
+    for row in rows:
+        term = objective(model, row)["sft"] / count
+        term.backward()
+        loss += float(term.detach())
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return rows, loss, gradients
+
+
+def unpacked(model, groups, weighting):
+    """The same through the model's own forward, one sample a call."""
+    terms = []
+    for examples, pixels in groups:
+        for e in examples:
+            positions = np.flatnonzero(e.labels != IGNORE)
+            weight = WEIGHTS[weighting](len(positions))
+            terms.append((e, pixels, torch.from_numpy(positions), weight))
+    count = sum(len(positions) * weight for _, _, positions, weight in terms)
+    model.zero_grad(set_to_none=True)
+    loss = 0.0
+    for e, pixels, positions, weight in terms:
+        targets = torch.from_numpy(e.labels)[positions]
+        output = model(
+            input_ids=torch.from_numpy(e.input_ids)[None],
+            pixel_values=None if pixels is None else normalize_tiles(pixels, torch.float32),
+            supervision=Supervision(positions - 1, targets, torch.full((len(positions),), weight)),
+        )
+        (output.loss / count).backward()
+        loss += float(output.loss.detach()) / count
+    return loss, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found, wanted):
+    assert found[0] == pytest.approx(wanted[0], rel=2e-6)
+    assert found[1].keys() == wanted[1].keys()
+    for name, gradient in wanted[1].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=2e-4, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTS)
+@pytest.mark.parametrize("share", [True, False])
+def test_packed_equals_unpacked(model, weighting, share):
+    groups = [group(np.random.default_rng(0)) for group in GROUPS]
+    rows, *found = step(model, objective(weighting), units_of(groups, share))
+    assert len(rows) == (1 if share else 3)
+    assert_same(found, unpacked(model, groups, weighting))
+
+
+@pytest.mark.parametrize("group", GROUPS[:3])
+def test_a_prefix_is_shared(group):
+    examples, pixels = group(np.random.default_rng(0))
+    (unit,) = make_units(examples, pixels, IMAGE_TOKEN_ID, share=True)
+    separate = make_units(examples, pixels, IMAGE_TOKEN_ID, share=False)
+    saved = (len(examples) - 1) * unit.prefix
+    assert unit.num_tokens == sum(one.num_tokens for one in separate) - saved
+    assert unit.num_tiles == len(pixels)
+    assert unit.prefix >= K * len(pixels) + 2
+
+
+def test_a_prefix_without_the_picture_is_not_shared():
+    rng = np.random.default_rng(0)
+    examples = [example(rng, str(i), [5, i + 10, *[IMAGE_TOKEN_ID] * K], (2, 2)) for i in range(2)]
+    assert len(make_units(examples, tiles(0, 1), IMAGE_TOKEN_ID, share=True)) == 2
+
+
+def test_a_step_cut_in_1_2_and_8_has_one_gradient(model):
+    """8 samples as 1 row of 8, about 2 rows of 4, 8 rows of 1."""
+    rng = np.random.default_rng(1)
+    groups = [
+        ([example(rng, str(i), lead(rng, 1, 3), (2, 1 + i % 4))], tiles(i, 1)) for i in range(8)
+    ]
+    units = units_of(groups, share=True)
+    cuts = {}
+    for max_tiles in (8, 4, 1):
+        rows, *result = step(model, objective(max_tiles=max_tiles), units)
+        cuts[len(rows)] = result
+    assert sorted(cuts) == [1, 2, 8]
+    for found in (cuts[2], cuts[8]):
+        assert_same(found, cuts[1])
+
+
+def test_documents_do_not_see_each_other(model):
+    rng = np.random.default_rng(2)
+    groups = [([example(rng, str(i), lead(rng, 1, 3), (2, 3))], tiles(i, 1)) for i in range(3)]
+    (row,) = objective().batches(units_of(groups, share=True))
+    with torch.no_grad():
+        together = objective()(model, row)["sft"]
+        changed = row.input_ids.clone()
+        first = (row.document == 0) & (row.input_ids[0] != IMAGE_TOKEN_ID)
+        changed[0, first] = (changed[0, first] + 7) % 400 + 10
+        kept = row.document[row.loss_positions] > 0
+        row.loss_weights = torch.where(kept, 1.0, 0.0)
+        before = objective()(model, row)["sft"]
+        row.input_ids = changed
+        after = objective()(model, row)["sft"]
+    assert float(together) != float(before)
+    assert float(after) == pytest.approx(float(before), rel=1e-6)
+
+
+@pytest.mark.parametrize("case", ["internlm2", "qwen2"])
+@pytest.mark.parametrize("weighting", WEIGHTS)
+def test_golden_packed_rows(case, weighting, tmp_path):
+    """The original's packed forward: three samples in a row, and each way to weight them."""
+    golden = load_file(GOLDEN / "packed_forward" / "tensors.safetensors")
+    results = json.loads((GOLDEN / "packed_forward" / "results.json").read_text())[case]
+    inputs = {
+        key.split(".input.")[1]: value
+        for key, value in golden.items()
+        if key.startswith(f"{case}.input.")
+    }
+    folder = golden_folder(f"chat_{case}", "v2.sel-1", tmp_path)
+    model = handles.load(folder, image_token_id=IMAGE_TOKEN_ID, device="cpu", dtype="float32").model
+    ends = inputs["cu_seqlens"][0].tolist()
+    names = [str(i) for i in range(len(ends) - 1)]
+    pieces = zip(names, ends, ends[1:], strict=False)
+    units = [
+        Unit((Example(n, *(inputs[k][0, a:b].numpy() for k in ("input_ids", "labels"))),), 0, None)
+        for n, a, b in pieces
+    ]
+    (row,) = pack(units, max_tokens=128, max_tiles=8, weighting=weighting)
+    # Longest first, as these already are, so that the rows are equal position by position.
+    assert row.input_ids.equal(inputs["input_ids"])
+    assert row.position_ids.equal(inputs["position_ids"])
+    flags = inputs["image_flags"].bool()
+    mask = dense_mask(row.document, row.branch)
+    with torch.no_grad():
+        given = {
+            "input_ids": row.input_ids,
+            "position_ids": row.position_ids,
+            "attention_mask": mask,
+            "pixel_values": inputs["pixel_values"][flags],
+        }
+        logits = model(**given).logits
+        supervision = Supervision(row.loss_positions, row.targets, row.loss_weights)
+        loss = model(**given, supervision=supervision).loss / row.loss_weights.sum()
+    torch.testing.assert_close(logits, golden[f"{case}.pad0.logits"], atol=1e-4, rtol=1e-5)
+    wanted = results[f"{case}.{weighting}.pad0"]["loss"]
+    assert float(loss) == pytest.approx(wanted, rel=1e-5)
+
+
+def sized(tokens, num_tiles=0, name="x"):
+    pixels = torch.zeros(num_tiles, 3, 0, 0, dtype=torch.uint8) if num_tiles else None
+    ids = np.arange(tokens)
+    return Unit((Example(name, ids, np.where(ids > 0, ids, IGNORE)),), 0, pixels)
+
+
+def test_rows_keep_to_both_budgets_and_hold_every_sample_once():
+    rng = np.random.default_rng(0)
+    units = [
+        sized(int(t), int(n), str(i))
+        for i, (t, n) in enumerate(
+            zip(rng.integers(2, 100, 300), rng.integers(0, 9, 300), strict=True)
+        )
+    ]
+    rows = pack(units, max_tokens=128, max_tiles=12)
+    assert sorted(name for row in rows for name in row.names) == sorted(map(str, range(300)))
+    assert all(row.num_tokens <= 128 and row.num_tiles <= 12 for row in rows)
+    assert sum(row.num_tokens for row in rows) == sum(unit.num_tokens for unit in units)
+
+
+def test_a_sample_beyond_a_row_is_a_bad_sample():
+    with pytest.raises(BadSample, match="far: 200 tokens, but a row takes 128; raise data.max_tok"):
+        pack([sized(200, name="far")], max_tokens=128, max_tiles=12)
+    with pytest.raises(BadSample, match="13 tiles, but a row takes 12; raise data.max_tiles"):
+        pack([sized(20, 13)], max_tokens=128, max_tiles=12)
+
+
+def test_a_group_beyond_a_row_repeats_its_prefix():
+    examples, pixels = five_captions(np.random.default_rng(0))
+    (unit,) = make_units(examples, pixels, IMAGE_TOKEN_ID, share=True)
+    rows = pack([unit], max_tokens=unit.prefix + 10, max_tiles=2)
+    assert [row.num_samples for row in rows] == [3, 1, 1]
+    assert all(row.num_tiles == 2 for row in rows)
