@@ -49,6 +49,8 @@ class Source:
     template: Template
     system_message: str | None
     folder: Path
+    dtype: torch.dtype | None
+    """Of the floating-point weights; None leaves each as it is."""
     logits: Callable[[], Tensor]
     """What the model answers to the probe; called once, before anything is written."""
 
@@ -89,11 +91,12 @@ def run(
     if code_from is not None and format == "hf":
         raise ExportError("code_from belongs to format official; hf needs no code")
     wanted = source.logits() if verify else None
+    kind = dtype or source.dtype
     with _complete_or_absent(Path(to)) as folder:
         if format == "hf":
-            _write_hf(source, folder, dtype)
+            _write_hf(source, folder, kind)
         else:
-            _write_official(source, folder, dtype, None if code_from is None else Path(code_from))
+            _write_official(source, folder, kind, None if code_from is None else Path(code_from))
         if wanted is not None:
             _compare(source.config, folder, format, wanted)
     return Path(to)
@@ -113,7 +116,7 @@ def _open(model_or_folder: Chat | str | Path) -> Source:
     return _from_folder(folder)
 
 
-def _from_chat(chat: Chat) -> Source:
+def _from_chat(chat: Chat, dtype: torch.dtype | None = None) -> Source:
     return Source(
         config=chat.model.config,
         weights=lora.MergedState(chat.model),
@@ -121,6 +124,7 @@ def _from_chat(chat: Chat) -> Source:
         template=chat.template,
         system_message=chat.system_message,
         folder=chat.folder,
+        dtype=dtype,
         logits=lambda: probe(chat.model),
     )
 
@@ -146,6 +150,7 @@ def _from_folder(folder: Path) -> Source:
         template=head.template,
         system_message=head.system_message,
         folder=folder,
+        dtype=None,
         logits=logits,
     )
 

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from internvl.config import UserError
-
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "8bit": 1.0, "4bit": 0.5}
 """Bytes of a weight."""
 
@@ -356,11 +354,15 @@ MODELS: dict[str, Model] = {model.name: model for model in _ROWS}
 """Released models by name."""
 
 
+class UnknownModel(ValueError):
+    """No released model has this name; the message names the nearest ones."""
+
+
 def find(name: str) -> Model:
     """The model called `name`: a name, a hub id, or either in other capitals.
 
     Raises:
-        UserError: no such model; names the nearest ones.
+        UnknownModel: no such model; names the nearest ones.
     """
     short = name.rstrip("/").split("/")[-1].removesuffix("-hf").removesuffix("-HF")
     lowered = {known.lower(): model for known, model in MODELS.items()}
@@ -368,7 +370,7 @@ def find(name: str) -> Model:
         return lowered[short.lower()]
     near = difflib.get_close_matches(short.lower(), lowered, n=3, cutoff=0.4)
     names = ", ".join(lowered[known].name for known in near) or "`internvl models` lists them"
-    raise UserError(f"no released model is called {name!r}; nearest: {names}")
+    raise UnknownModel(f"no released model is called {name!r}; nearest: {names}")
 
 
 def official_config(model: Model) -> dict[str, Any]:
@@ -635,7 +637,7 @@ def describe(name: str) -> str:
     """One model in full: parts, sizes, memory per dtype, download, published scores.
 
     Raises:
-        UserError: no such model.
+        UnknownModel: no such model.
     """
     model = find(name)
     vision = VISION_TOWERS[model.vision]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from chat_folders import GOLDEN, IMAGE_TOKEN_ID, add_tokenizer, golden_folder, golden_tensors
 from safetensors.torch import load_file, save_file
+from transformers import InternVLForConditionalGeneration
 
 from internvl import generate, handles
 from internvl.data.records import Message
@@ -94,7 +95,7 @@ def test_a_template_that_is_not_known(tmp_path):
     folder = folder_of("qwen2.Hermes-2", tmp_path)
     config = json.loads((folder / "config.json").read_text()) | {"template": "vicuna"}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="unknown conversation template 'vicuna'"):
+    with pytest.raises(ModelFolderError, match="template 'vicuna' is not known here; known are"):
         handles.load(folder, device="cpu")
 
 
@@ -135,3 +136,31 @@ def test_golden_prompts_and_answers(key, name, tmp_path):
     )
     wanted = run["generated_ids"][0][1:]  # without the BOS the original's library puts first
     assert found[0, len(ids) :].tolist() == wanted
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_folder_written_by_plain_transformers(tied, tmp_path):
+    """No settings of ours in it: it is taken for one of the -hf releases."""
+    config = handles.load(
+        golden_folder("chat_qwen2", "v2.sel-1", tmp_path / "golden"),
+        image_token_id=IMAGE_TOKEN_ID,
+        device="cpu",
+    ).model.config
+    del config.internvl
+    config.tie_word_embeddings = tied
+    plain = InternVLForConditionalGeneration(config).eval()
+    plain.save_pretrained(tmp_path / "plain")
+    chat = handles.load(tmp_path / "plain", device="cpu")
+    assert (chat.template.name, chat.tiles.max) == ("internvl2_5", 12)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(chat.model(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+def test_an_official_file_without_an_output_matrix_is_incomplete(tmp_path):
+    folder = golden_folder("chat_qwen2", "v2.sel-1", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["language_model.lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ModelFolderError, match="1 missing weights .language_model.lm_head.weight"):
+        handles.load(folder, image_token_id=IMAGE_TOKEN_ID, device="cpu")

@@ -7,7 +7,6 @@ import pytest
 from official_keys import official_keys
 
 from internvl import zoo
-from internvl.config import UserError
 from internvl.models import configs, keys, vlm
 
 CHAT = [model for model in zoo.MODELS.values() if model.family == "chat"]
@@ -56,7 +55,7 @@ def test_a_model_is_found(name, found):
 
 
 def test_an_unknown_name_gets_the_nearest():
-    with pytest.raises(UserError, match="'InternVL2-3B'; nearest: .*InternVL2-"):
+    with pytest.raises(zoo.UnknownModel, match="'InternVL2-3B'; nearest: .*InternVL2-"):
         zoo.find("InternVL2-3B")
 
 

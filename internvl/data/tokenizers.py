@@ -13,6 +13,8 @@ import sentencepiece
 from tokenizers import decoders, normalizers, pre_tokenizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
+from internvl.config import UserError
+
 logger = logging.getLogger(__name__)
 
 SPECIAL_TOKENS = (
@@ -29,7 +31,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
     """The tokenizer of a model folder, or None where it has no tokenizer files.
 
     Raises:
-        ValueError: tokenizer files of a kind that is not known, or files that do not belong
+        UserError: tokenizer files of a kind that is not known, or files that do not belong
             together.
     """
     config = _read(folder / "tokenizer_config.json")
@@ -45,7 +47,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
         return Qwen2Tokenizer.from_pretrained(folder)
     if not config and not (folder / "tokenizer.model").is_file():
         return None
-    raise ValueError(
+    raise UserError(
         f"{folder}: tokenizer of class {kind!r} without tokenizer.json, vocab.json or a known "
         "tokenizer.model; copy the tokenizer files of the release there"
     )
@@ -123,10 +125,10 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int, folder: Path) -> None:
-    """Raises ValueError where a token's id has no row in the model's embeddings."""
+    """Raises UserError where a token's id has no row in the model's embeddings."""
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
-        raise ValueError(
+        raise UserError(
             f"{folder}: the tokenizer knows ids up to {largest}, the model has {rows} embedding "
             "rows; the tokenizer files are not of this model, take those of its release"
         )

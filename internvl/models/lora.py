@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from internvl.config import LoraConfig
+from internvl.config import LoraConfig, UserError
 from internvl.models import configs, hub
 from internvl.models.hub import ModelFolderError
 
@@ -62,17 +62,17 @@ def select_trainable(
         last_vision_blocks: also train this many blocks at the end of the vision tower.
 
     Raises:
-        ValueError: an unknown part, or more blocks than there are.
+        UserError: an unknown part, or more blocks than there are.
     """
     chosen = tuple(parts)
     unknown = [part for part in chosen if part not in PARTS]
     if unknown:
-        raise ValueError(f"unknown part {unknown[0]!r}; parts are {', '.join(PARTS)}")
+        raise UserError(f"unknown part {unknown[0]!r}; parts are {', '.join(PARTS)}")
     prefixes = tuple(prefix for part in chosen for prefix in PARTS[part])
     if last_vision_blocks:
         blocks = model.get_submodule("model.vision_tower.encoder.layer")
         if last_vision_blocks > len(blocks):
-            raise ValueError(
+            raise UserError(
                 f"the vision tower has {len(blocks)} blocks, cannot train the last "
                 f"{last_vision_blocks}"
             )
@@ -91,7 +91,7 @@ def attach(model: nn.Module, settings: LoraConfig) -> nn.Module:
     and v share one A, as its one adapter does.
 
     Raises:
-        ValueError: a part without linear layers, or a model that has adapters already.
+        UserError: a part without linear layers, or a model that has adapters already.
     """
     alpha = 2.0 * settings.rank if settings.alpha is None else settings.alpha
     adapters = dict.fromkeys(settings.on, Adapter(settings.rank, alpha))
@@ -107,11 +107,11 @@ def inject(
     """As `attach`, with rank and alpha for each part; `share` overrules which q, k, v share A."""
     unknown = [part for part in adapters if part not in _LINEARS]
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"no adapter goes on {unknown[0]!r}; parts with adapters are {', '.join(_LINEARS)}"
         )
     if has_adapters(model):
-        raise ValueError("the model has adapters already; merge them first")
+        raise UserError("the model has adapters already; merge them first")
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     inject_adapter_in_model(_peft_config(adapters, dropout), model)
     for name, layer in _layers(model):
@@ -177,7 +177,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """The adapters' weights by the names of a PEFT folder, on CPU; collective when sharded.
 
     Raises:
-        ValueError: the model has no adapters.
+        UserError: the model has no adapters.
     """
     state = {}
     for name, layer in _layers(model):
@@ -187,7 +187,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
             # Cloned, because a shared A must be three tensors in the file.
             state[f"{_PEFT_PREFIX}{name}.{kind}.weight"] = whole.to("cpu", copy=True).contiguous()
     if not state:
-        raise ValueError("the model has no adapters to save")
+        raise UserError("the model has no adapters to save")
     return state
 
 
@@ -311,12 +311,12 @@ def merge(model: nn.Module) -> nn.Module:
     Each layer is checked: before and after it gives the same output, within its dtype's rounding.
 
     Raises:
-        ValueError: no adapters (merged already), or a quantized base.
+        UserError: no adapters (merged already), or a quantized base.
         RuntimeError: a merged layer that does not compute the same.
     """
     adapted = [(name, module) for name, module in model.named_modules() if _is_layer(module)]
     if not adapted:
-        raise ValueError("the model has no adapters; were they merged already?")
+        raise UserError("the model has no adapters; were they merged already?")
     for name, layer in adapted:
         base = layer.get_base_layer()
         merged = merged_weight(layer, name)
@@ -340,7 +340,7 @@ def merged_weight(layer: LoraLayer, name: str) -> Tensor:
     """W + alpha / rank * B A (out, in), summed in float32 and rounded once to W's dtype."""
     weight = layer.get_base_layer().weight.detach()
     if not weight.is_floating_point() or type(weight).__name__ in ("Params4bit", "Int8Params"):
-        raise ValueError(
+        raise UserError(
             f"{name}: its base is quantized; load the model without quantize, then the adapters, "
             "and merge that"
         )

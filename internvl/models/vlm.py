@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLModel
 from transformers.models.internvl.modeling_internvl import InternVLCausalLMOutputWithPast
 
+from internvl.config import UserError
 from internvl.models import configs, hub, keys, lora
 from internvl.models.hub import LazyTensor, ModelFolder, ModelFolderError
 
@@ -302,7 +303,7 @@ def fit_tensors(config: InternVLConfig, source: ModelFolder) -> dict[str, LazyTe
     else:
         base = keys.take_apart(source.tensors).base
         renamed = keys.official_to_ours(config, expected, base)
-    config.tie_word_embeddings = "lm_head.weight" not in renamed.tensors and _may_tie(source.config)
+    config.tie_word_embeddings = "lm_head.weight" not in renamed.tensors and _may_tie(source)
     if config.tie_word_embeddings:
         heads = {"lm_head.weight", "language_model.lm_head.weight", "language_model.output.weight"}
         renamed = replace(renamed, missing=[n for n in renamed.missing if n not in heads])
@@ -316,9 +317,12 @@ def empty_model(config: InternVLConfig) -> ChatModel:
         return ChatModel(config)
 
 
-def _may_tie(config: dict[str, Any]) -> bool:
-    part = config.get("llm_config") or config["text_config"]
-    return config.get("tie_word_embeddings", True) or part.get("tie_word_embeddings", False)
+def _may_tie(source: ModelFolder) -> bool:
+    """Whether a file without an output matrix is complete; transformers ties unless told not to."""
+    part = source.config.get("llm_config") or source.config["text_config"]
+    by_default = source.layout == "hf"
+    tied = source.config.get("tie_word_embeddings", by_default)
+    return bool(tied or part.get("tie_word_embeddings", False))
 
 
 _HARMLESS = re.compile(r"rotary_emb\.inv_freq$|position_ids$")
@@ -387,9 +391,9 @@ def _quantization(quantize: str | None, dtype: torch.dtype) -> Any:
     if quantize is None:
         return None
     if quantize not in ("8bit", "4bit"):
-        raise ValueError(f'quantize is "8bit", "4bit" or None, not {quantize!r}')
+        raise UserError(f'quantize is "8bit", "4bit" or None, not {quantize!r}')
     if not torch.cuda.is_available():
-        raise ValueError(f"quantize={quantize!r} needs a CUDA GPU; load without it on this machine")
+        raise UserError(f"quantize={quantize!r} needs a CUDA GPU; load without it on this machine")
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
