@@ -296,7 +296,7 @@ def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
     if len(shards) == 1:
         (folder / "00000.partial").rename(folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"{number:05d}.partial").rename(folder / file)

@@ -4,7 +4,7 @@ Imports no torch. A part's numbers are those of its configuration file, under th
 """
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,32 +41,20 @@ VISION_TOWERS: dict[str, dict[str, Any]] = {
 }
 
 
-def _language(
-    architecture: str,
-    layers: int,
-    width: int,
-    heads: int,
-    kv_heads: int,
-    feed_forward: int,
-    vocabulary: int,
-    **more: Any,
-) -> dict[str, Any]:
-    """`llm_config` of a language model as the chat model stores it (vocabulary as stored)."""
-    return {
-        "architectures": [architecture],
-        "num_hidden_layers": layers,
-        "hidden_size": width,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "intermediate_size": feed_forward,
-        "vocab_size": vocabulary,
-        **more,
-    }
+_SIZES = (
+    *("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads"),
+    *("intermediate_size", "vocab_size"),
+)
+
+
+def _language(architecture: str, *sizes: int, **more: Any) -> dict[str, Any]:
+    """`llm_config` of a language model as the chat model stores it; `sizes` as in _SIZES."""
+    return {"architectures": [architecture], **dict(zip(_SIZES, sizes, strict=True)), **more}
 
 
 def _internlm2(*sizes: int, **more: Any) -> dict[str, Any]:
-    known = {"bias": False, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "pad_token_id": 2}
-    return _language("InternLM2ForCausalLM", *sizes, 92553, **known | more)
+    known: dict[str, Any] = {"bias": False, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
+    return _language("InternLM2ForCausalLM", *sizes, 92553, pad_token_id=2, **known | more)
 
 
 def _llama(*sizes: int, **more: Any) -> dict[str, Any]:
@@ -77,7 +65,7 @@ def _qwen2(*sizes: int) -> dict[str, Any]:
     return _language("Qwen2ForCausalLM", *sizes, 151674, rms_norm_eps=1e-6, rope_theta=1e6)
 
 
-_QWEN3 = {"rms_norm_eps": 1e-6, "rope_theta": 1e6, "head_dim": 128}
+_QWEN3: dict[str, Any] = {"rms_norm_eps": 1e-6, "rope_theta": 1e6, "head_dim": 128}
 
 
 def _qwen3(*sizes: int) -> dict[str, Any]:
@@ -183,8 +171,13 @@ class Model:
         return "dual" if self.language == "QLLaMA" else "chat"
 
 
-_CHAT_1_2 = {"template": "Hermes-2", "ps_version": "v1", "max_tiles": 1, "published": "40.1B"}
-_INTERNLM2 = {"template": "internlm2-chat"}
+_CHAT_1_2: dict[str, Any] = {
+    "template": "Hermes-2",
+    "ps_version": "v1",
+    "max_tiles": 1,
+    "published": "40.1B",
+}
+_INTERNLM2: dict[str, Any] = {"template": "internlm2-chat"}
 _6B_15, _6B_25 = "InternViT-6B-448px-V1-5", "InternViT-6B-448px-V2_5"
 _300M, _300M_25 = "InternViT-300M-448px", "InternViT-300M-448px-V2_5"
 
@@ -672,7 +665,7 @@ def describe(name: str) -> str:
     return "\n".join(lines)
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> str:
+def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     padded = (zip(row, widths, strict=True) for row in rows)
     return "\n".join("  ".join(cell.ljust(w) for cell, w in row).rstrip() for row in padded)

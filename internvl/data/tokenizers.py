@@ -41,7 +41,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
     if (folder / "tokenizer.json").is_file():
         # Names that a processor reads (`video_token` …) would become tokens without a row.
         named = isinstance(config.get("extra_special_tokens"), dict)
-        extra = {"extra_special_tokens": {}} if named else {}
+        extra: dict[str, Any] = {"extra_special_tokens": {}} if named else {}
         return PreTrainedTokenizerFast.from_pretrained(folder, **extra)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return Qwen2Tokenizer.from_pretrained(folder)

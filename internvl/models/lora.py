@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -70,7 +71,7 @@ def select_trainable(
         raise UserError(f"unknown part {unknown[0]!r}; parts are {', '.join(PARTS)}")
     prefixes = tuple(prefix for part in chosen for prefix in PARTS[part])
     if last_vision_blocks:
-        blocks = model.get_submodule("model.vision_tower.encoder.layer")
+        blocks = list(model.get_submodule("model.vision_tower.encoder.layer").children())
         if last_vision_blocks > len(blocks):
             raise UserError(
                 f"the vision tower has {len(blocks)} blocks, cannot train the last "
@@ -94,7 +95,7 @@ def attach(model: nn.Module, settings: LoraConfig) -> nn.Module:
         UserError: a part without linear layers, or a model that has adapters already.
     """
     alpha = 2.0 * settings.rank if settings.alpha is None else settings.alpha
-    adapters = dict.fromkeys(settings.on, Adapter(settings.rank, alpha))
+    adapters = {str(part): Adapter(settings.rank, alpha) for part in settings.on}
     return inject(model, adapters, settings.dropout)
 
 
@@ -144,13 +145,13 @@ def _peft_config(adapters: Mapping[str, Adapter], dropout: float) -> PeftLoraCon
     )
 
 
-def _fused(model: nn.Module, name: str) -> bool:
+def _fused(model: Any, name: str) -> bool:
     if name.startswith(PARTS["vision_tower"]):
         return True
     return configs.language_model(model.config) == "InternLM2ForCausalLM"
 
 
-def _share_a(model: nn.Module, name: str) -> None:
+def _share_a(model: Any, name: str) -> None:
     """q's A becomes k's and v's as well: one tensor, one gradient."""
     stem = name.removesuffix("q_proj")
     shared = model.get_submodule(name).lora_A[_ADAPTER]
@@ -191,7 +192,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def save_adapter(model: nn.Module, folder: Path, base: str | Path | None = None) -> None:
+def save_adapter(model: Any, folder: Path, base: str | Path | None = None) -> None:
     """Write the adapters as a PEFT folder; `base` is the model they belong to, by name or path."""
     state = adapter_state(model)
     folder.mkdir(parents=True, exist_ok=True)
@@ -262,7 +263,7 @@ def load_official(model: nn.Module, state: Mapping[str, Tensor], folder: Path) -
 
 
 def _stored_adapters(
-    config: dict[str, object], state: Mapping[str, Tensor], folder: Path
+    config: dict[str, Any], state: Mapping[str, Tensor], folder: Path
 ) -> dict[str, Adapter]:
     found: dict[str, Adapter] = {}
     alphas = {re.compile(p): a for p, a in dict(config.get("alpha_pattern") or {}).items()}
