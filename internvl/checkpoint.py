@@ -9,8 +9,10 @@ A checkpoint is written to `.000500.partial` and renamed, so a folder without a 
 
 import errno
 import json
-import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +56,13 @@ def save(
         CheckpointError: it could not be written (disk full, …). Nothing partial is left behind.
     """
     target, partial = folder / f"{step:06d}", folder / f".{step:06d}.partial"
+    tensors = _tensors(model, optimizer)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for left_over in folder.glob(".*.partial"):
             shutil.rmtree(left_over)
-        dcp.save(_tensors(model, optimizer), checkpoint_id=partial, no_dist=True)
+        with _quiet():
+            dcp.save(tensors, checkpoint_id=partial, no_dist=True)
         (partial / "state.json").write_text(json.dumps({**state, "step": step}), encoding="utf-8")
         if target.exists():
             shutil.rmtree(target)
@@ -66,8 +70,9 @@ def save(
         (folder / ".LATEST").write_text(target.name + "\n", encoding="utf-8")
         (folder / ".LATEST").replace(folder / "LATEST")
     except (OSError, CheckpointException, RuntimeError) as error:
+        needed = sum(t.nbytes for t in tensors.values() if isinstance(t, Tensor))
         shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(_why(error, target, folder)) from error
+        raise CheckpointError(_why(error, target, needed)) from error
     for old in steps(folder)[:-keep]:
         shutil.rmtree(folder / f"{old:06d}")
     return target
@@ -84,7 +89,8 @@ def load(
     source = folder / f"{step:06d}"
     tensors = _tensors(model, optimizer)
     try:
-        dcp.load(tensors, checkpoint_id=source, no_dist=True)
+        with _quiet():
+            dcp.load(tensors, checkpoint_id=source, no_dist=True)
         state = json.loads((source / "state.json").read_text(encoding="utf-8"))
     except (OSError, CheckpointException, RuntimeError, ValueError, EOFError) as error:
         raise CheckpointError(
@@ -102,7 +108,8 @@ def load_weights(folder: Path, step: int, model: nn.Module) -> None:
     """Puts only the trained weights of checkpoint `step` into `model`, for use or export."""
     weights = {f"model.{n}": p.data for n, p in model.named_parameters() if p.requires_grad}
     try:
-        dcp.load(weights, checkpoint_id=folder / f"{step:06d}", no_dist=True)
+        with _quiet():
+            dcp.load(weights, checkpoint_id=folder / f"{step:06d}", no_dist=True)
     except (OSError, CheckpointException, RuntimeError, ValueError, EOFError) as error:
         raise CheckpointError(
             f"cannot read the checkpoint {folder / f'{step:06d}'} ({_first_line(error)})"
@@ -120,32 +127,38 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
     return tensors
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch warns that a single process saves as a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
+        yield
+
+
 def _prefixed(tensors: dict[str, Any], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _why(error: BaseException, target: Path, folder: Path) -> str:
-    """One sentence for a failed save, with the space it needed where the disk is full."""
-    causes = [error]
-    while causes[-1].__cause__ or causes[-1].__context__:
-        causes.append(causes[-1].__cause__ or causes[-1].__context__)  # type: ignore[arg-type]
-    text = " ".join(map(str, causes))
-    full = any(isinstance(c, OSError) and c.errno in (errno.ENOSPC, errno.EDQUOT) for c in causes)
-    if full or os.strerror(errno.ENOSPC) in text or _free_mib(folder) < 1:
+def _why(error: BaseException, target: Path, needed: int) -> str:
+    """One sentence for a failed save of `needed` bytes, once what it wrote is removed again.
+
+    torch's writers report a full disk in several ways, so the space itself is looked at.
+    """
+    try:
+        free = shutil.disk_usage(target.parent).free
+    except OSError:
+        free = needed
+    errno_of = getattr(error, "errno", None)
+    if free < 1.02 * needed or errno_of in (errno.ENOSPC, errno.EDQUOT):
         return (
-            f"the disk is full: checkpoint {target} was not written and the ones before it are "
-            f"untouched; {_free_mib(folder)} MiB are free. Free some space (or lower "
-            "checkpoint.keep) and start the same command again"
+            f"the disk is full: checkpoint {target} needs {needed / 2**20:.0f} MiB and "
+            f"{free / 2**20:.0f} MiB are free; it was not written, earlier ones are untouched. "
+            "Free some space (or lower checkpoint.keep) and start the same command again"
         )
     return f"checkpoint {target} was not written: {_first_line(error)}"
 
 
-def _free_mib(folder: Path) -> int:
-    try:
-        return shutil.disk_usage(folder).free // 2**20
-    except OSError:
-        return 0
-
-
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

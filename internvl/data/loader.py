@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from internvl.config import DataConfig
@@ -111,6 +112,8 @@ def steps(
         batch_size=None,
         num_workers=workers,
         prefetch_factor=16 if workers else None,
+        # Its own: a loader draws a seed when it starts, which would shift dropout after a resume.
+        generator=torch.Generator(),
     )
     reads = iter(loader)
     for index in range(first, last):
