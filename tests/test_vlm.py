@@ -337,6 +337,13 @@ def test_quantize_without_a_gpu_says_so(tmp_path):
         vlm.load_model(folder, image_token_id=IMAGE_TOKEN_ID, quantize="4bit")
 
 
+def test_a_device_map_never_cuts_a_block(tmp_path):
+    folder = golden_folder("chat_internlm2", "v2.sel-1", tmp_path)
+    whole, spread = load(folder), load(folder, device_map={"": "cpu"})
+    assert all(map(torch.equal, whole.parameters(), spread.parameters()))
+    assert set(whole._no_split_modules) == {"InternVLVisionLayer", "LlamaDecoderLayer"}
+
+
 def test_parameters_shared_by_modules_count_once(tmp_path):
     model = load(golden_folder("chat_internlm2", "v2.sel-1", tmp_path))
     model.lm_head.requires_grad_(False)

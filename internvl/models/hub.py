@@ -134,7 +134,7 @@ def download(name: str, to: Path | None = None, cache: Path | None = None) -> Pa
         )
     try:
         path = snapshot_download(
-            name, local_dir=to, cache_dir=cache, ignore_patterns=["*.py", "*.h5", "*.msgpack"]
+            name, local_dir=to, cache_dir=cache, ignore_patterns=["*.h5", "*.msgpack"]
         )
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ModelFolderError(
