@@ -135,7 +135,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _prefixed(tensors: dict[str, Any], prefix: str) -> dict[str, Tensor]:
+def _prefixed(tensors: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 

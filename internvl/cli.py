@@ -43,13 +43,15 @@ def models(args: Arguments) -> int:
     if args.name is None:
         print(zoo.render_table())
         return 0
+    try:
+        described = zoo.describe(args.name)
+    except zoo.UnknownModel as error:
+        raise ConfigError(str(error)) from None
     if args.download:
         from internvl.models import hub
 
-        zoo.find(args.name)
-        print(hub.download(args.name, args.to))
-        return 0
-    print(zoo.describe(args.name))
+        described = str(hub.download(args.name, args.to))
+    print(described)
     return 0
 
 
@@ -152,22 +154,16 @@ VERBS: dict[str, Callable[[Arguments], int]] = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    """The whole surface of the command line."""
+def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The whole surface of the command line, and the part of each verb."""
     top = argparse.ArgumentParser(prog="internvl", description="InternVL: train, evaluate, ship.")
-    top.add_argument("--debug", action="store_true", help="show tracebacks and debug lines")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     add = {
         name: verbs.add_parser(name, help=verb.__doc__, description=verb.__doc__)
         for name, verb in VERBS.items()
     }
     for sub in add.values():
-        sub.add_argument(
-            "--debug",
-            action="store_true",
-            default=argparse.SUPPRESS,
-            help="show tracebacks and debug lines",
-        )
+        sub.add_argument("--debug", action="store_true", help="show tracebacks and debug lines")
     add["demo"].add_argument("--to", type=Path, default=Path("runs/demo"), help="folder to fill")
     add["demo"].add_argument("--short", action="store_true", help="a minute, to see that it works")
     add["models"].add_argument("name", nargs="?", help="one model, such as InternVL2-2B")
@@ -199,7 +195,18 @@ def parser() -> argparse.ArgumentParser:
         add[name].add_argument(
             "--code-from", type=Path, help="official: copy the original's Python files from there"
         )
-    return top
+    return top, add
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """The arguments of a command line; options may stand between overrides.
+
+    argparse allows that for a parser without verbs only, so the verb's own one is called.
+    """
+    top, verbs = parser()
+    if not argv or argv[0] not in verbs:
+        return top.parse_args(argv)
+    return verbs[argv[0]].parse_intermixed_args(argv[1:], argparse.Namespace(verb=argv[0]))
 
 
 def _quiet_libraries(*, downloading: bool) -> None:
@@ -211,24 +218,25 @@ def _quiet_libraries(*, downloading: bool) -> None:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a verb and exits with its code."""
-    args = parser().parse_args(argv)
+    args = parse(sys.argv[1:] if argv is None else argv)
     log.setup(logging.DEBUG if args.debug else logging.INFO)
     _quiet_libraries(downloading=getattr(args, "download", False))
     try:
         sys.exit(VERBS[args.verb](args))
-    except ConfigError as error:
-        code, message = 2, str(error)
-    except UserError as error:
-        code, message = 1, str(error)
-    except OSError as error:
-        code, message = 1, f"{error.filename or 'a file'}: {error.strerror or error}"
     except KeyboardInterrupt:
         code, message = 1, "stopped"
-    except BrokenPipeError:
-        code, message = 1, "the reader of the output went away"
     except Exception as error:  # noqa: BLE001  the one place: a user gets a sentence
-        code, message = 1, f"{type(error).__name__}: {error} (--debug shows where)"
-    if args.debug:
-        raise
+        if args.debug:
+            raise
+        code, message = _explain(error)
     print(f"internvl: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    """(exit code, the sentence) for what went wrong."""
+    if isinstance(error, UserError):
+        return (2 if isinstance(error, ConfigError) else 1), str(error)
+    if isinstance(error, OSError):
+        return 1, f"{error.filename or 'a file'}: {error.strerror or error}"
+    return 1, f"{type(error).__name__}: {error} (--debug shows where)"

@@ -206,7 +206,9 @@ def make_recipe(data: Path, start: Path, run_folder: Path, size: Size) -> Recipe
         for lang in LANGUAGES
     }
     evals |= {
-        f"validation-{lang}": held_out("validation", lang, every=300, metrics="exact", limit=size.eval_limit)
+        f"validation-{lang}": held_out(
+            "validation", lang, every=300, metrics="exact", limit=size.eval_limit
+        )
         for lang in LANGUAGES
     }
     return config.resolve(

@@ -99,7 +99,7 @@ def train_step(run: Run, micro_batches: Sequence[PackedBatch]) -> dict[str, floa
     lr = optim.lr_at(run.step, run.num_steps, recipe.optim)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    totals = dict.fromkeys(objective.weights, 0.0)
+    totals: dict[str, Any] = dict.fromkeys(objective.weights, 0.0)
     run.model.train()
     for batch in micro_batches:
         with parallel.autocast(run.device, recipe.dtype):

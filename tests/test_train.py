@@ -1,0 +1,221 @@
+"""The loop: exact resume after kills, ownership of a run folder, what LoRA moves, bad samples."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_run
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from internvl import config, export, handles, log, train
+from internvl.data.records import BadSample
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """The recipe of a project whose start model all tests of this file share."""
+    return tiny_run.make(tmp_path_factory.mktemp("project"))
+
+
+def recipe_of(project, tmp_path, *overrides):
+    return config.load_recipe(project, [f"run={tmp_path / 'run'}", *overrides])
+
+
+def losses(folder):
+    return {row["step"]: (row["loss"], row["grad_norm"]) for row in log.MetricsLog(folder).rows()}
+
+
+def command(project, folder, *overrides):
+    return [sys.executable, "-m", "internvl", "train", str(project), f"run={folder}", *overrides]
+
+
+def wait_for_step(folder, step, process, limit_s=120):
+    """Returns once metrics.jsonl has reached `step`."""
+    until = time.monotonic() + limit_s
+    while time.monotonic() < until and process.poll() is None:
+        if max(losses(folder), default=0) >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached: {process.communicate()}")
+
+
+@pytest.mark.slow
+def test_killed_three_times_and_resumed_bit_for_bit(project, tmp_path):
+    lora = ["model.train=[]", "model.lora={rank: 4}"]  # dropout: the RNG must come back too
+    straight = train.run(recipe_of(project, tmp_path, "steps=40", *lora))
+    folder, rng = tmp_path / "killed", random.Random(0)
+    for lowest in (3, 14, 27):
+        process = subprocess.Popen(command(project, folder, "steps=40", *lora))
+        wait_for_step(folder, lowest + rng.randrange(8), process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command(project, folder, "steps=40", *lora), check=True)
+    assert losses(folder) == losses(straight)
+    assert len(losses(folder)) == 40
+
+
+def test_a_finished_run_says_so(project, tmp_path, caplog):
+    recipe = recipe_of(project, tmp_path, "steps=2")
+    train.run(recipe)
+    before = losses(recipe.run)
+    with caplog.at_level("INFO", logger="internvl"):
+        log.get_logger().propagate = True
+        train.run(recipe)
+    assert "is finished" in caplog.text
+    assert losses(recipe.run) == before
+
+
+def test_the_run_folder(project, tmp_path):
+    recipe = recipe_of(project, tmp_path, "steps=12")
+    train.run(recipe)
+    assert config.load_recipe(recipe.run / "recipe.yaml") == recipe
+    saved = sorted(p.name for p in (recipe.run / "checkpoints").iterdir() if p.name.isdigit())
+    assert saved == ["000010", "000012"]  # keep = 2
+    assert (recipe.run / "checkpoints" / "LATEST").read_text().strip() == "000012"
+    rows = log.MetricsLog(recipe.run).rows()
+    assert [row["samples"] for row in rows] == [8] * 12
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    events = EventAccumulator(str(recipe.run / "tensorboard")).Reload()
+    wanted = ("loss", "lr", "grad_norm", "tokens_per_s", "samples_per_s", "data_wait_s")
+    for name in (*wanted, "memory_gib"):
+        assert len(events.Scalars(name)) == 12
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx([r["loss"] for r in rows])
+
+
+def test_ctrl_c_saves_and_goes_on(project, tmp_path):
+    straight = train.run(recipe_of(project, tmp_path, "steps=30"))
+    folder = tmp_path / "stopped"
+    process = subprocess.Popen(command(project, folder, "steps=30"), stderr=subprocess.PIPE)
+    wait_for_step(folder, 7, process)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()[1].decode()
+    assert process.returncode == 1
+    assert "checkpoint written" in said
+    subprocess.run(command(project, folder, "steps=30"), check=True)
+    assert losses(folder) == losses(straight)
+
+
+def test_a_second_process_and_another_recipe_are_refused(project, tmp_path):
+    recipe = recipe_of(project, tmp_path, "steps=2")
+    with train._owned(recipe), pytest.raises(train.RunError, match="another process is training"):
+        train.run(recipe)
+    train.run(recipe)
+    with pytest.raises(train.RunError, match="optim.lr was 0.001, is 0.01"):
+        train.run(recipe_of(project, tmp_path, "steps=2", "optim.lr=0.01"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(train.RunError, match="not empty and no run"):
+        train.run(recipe_of(project, tmp_path, f"run={tmp_path / 'full'}"))
+
+
+def test_lora_moves_only_what_it_says_and_merges_equal(project, tmp_path):
+    recipe = recipe_of(
+        project, tmp_path, "steps=4", "model.train=[multi_modal_projector]", "model.lora={rank: 4}"
+    )
+    train.run(recipe)
+    start = handles.load(recipe.model.id, device="cpu").model.state_dict()
+    trained = handles.load(recipe.run, device="cpu")
+    moved = set()
+    for name, tensor in trained.model.state_dict().items():
+        if ".lora_" in name:
+            moved |= {"lora"} if "lora_B" in name and tensor.any() else set()
+        elif not torch.equal(tensor, start[name.replace(".base_layer", "")]):
+            moved.add(name.split(".")[1])
+    assert moved == {"multi_modal_projector", "lora"}
+    export.run(recipe.run, tmp_path / "merged")  # compares the logits of what it wrote itself
+    merged = handles.load(tmp_path / "merged", device="cpu")
+    for model in (trained.model, merged.model):
+        model.eval()
+    ids = torch.arange(20, 40)[None]
+    with torch.no_grad():
+        a, b = trained.model(input_ids=ids).logits, merged.model(input_ids=ids).logits
+    assert torch.allclose(a, b, atol=1e-4)
+    adapter = json.loads((recipe.run / "adapter" / "adapter_config.json").read_text())
+    assert adapter["r"] == 4
+
+
+def test_bad_samples_are_raised_or_listed(project, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(project.parent, folder, ignore=shutil.ignore_patterns("run", "start"))
+    (folder / "red-circle.png").write_bytes(b"no picture")
+    sources = f"data.sources=[{{name: s, annotations: {folder}/train.jsonl, images: {folder}}}]"
+    with pytest.raises(BadSample, match=r"train.jsonl line [12]: .*red-circle.png"):
+        train.run(recipe_of(project, tmp_path, "steps=6", sources))
+    skip = [sources, "data.on_bad_sample=skip", "data.max_bad_fraction=0.5", "steps=6"]
+    done = train.run(recipe_of(project, tmp_path, f"run={tmp_path / 'skipped'}", *skip))
+    listed = [json.loads(line) for line in (done / "bad_samples.jsonl").read_text().splitlines()]
+    assert len(listed) == 2
+    assert all("red-circle.png" in row["reason"] for row in listed)
+    assert sum(row["samples"] for row in log.MetricsLog(done).rows()) == 46
+    few = [sources, "data.on_bad_sample=skip", "data.max_bad_fraction=0.01", "steps=6"]
+    with pytest.raises(train.RunError, match="max_bad_fraction"):
+        train.run(recipe_of(project, tmp_path, f"run={tmp_path / 'few'}", *few))
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(project, tmp_path):
+    """On a file system of 60 MiB two checkpoints of 23 MiB fit, a third does not."""
+    if subprocess.run(["unshare", "-rm", "true"], check=False, capture_output=True).returncode:
+        pytest.skip("unshare -rm is not allowed here")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    words = command(project, disk / "run", "checkpoint.every=2", "checkpoint.keep=9", "steps=20")
+    script = (
+        f"mount -t tmpfs -o size=60m tmpfs {disk} && {' '.join(map(repr, words))}; "
+        f"echo code $?; ls -a {disk}/run/checkpoints"
+    )
+    done = subprocess.run(
+        ["unshare", "-rm", "bash", "-c", script], check=False, capture_output=True, text=True
+    )
+    assert "code 1" in done.stdout, done.stderr
+    assert "the disk is full" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "000002" in done.stdout
+    assert "partial" not in done.stdout
+
+
+def test_accumulation_gives_the_same_gradient(project, tmp_path):
+    """8 samples as one row, as several, and as one row each: 1 x 8, 2 x 4, 8 x 1."""
+    found = []
+    for max_tokens in (512, 180, 64):
+        run = train.build(
+            recipe_of(project, tmp_path, f"data.max_tokens={max_tokens}", "data.share_prefix=false")
+        )
+        step = next(train._steps(run))
+        found.append((len(step.batches), *_gradient(run, step.batches)))
+    assert [rows for rows, _, _ in found] == sorted({rows for rows, _, _ in found})
+    assert found[-1][0] == 8
+    for _, loss, gradient in found[1:]:
+        assert loss == pytest.approx(found[0][1], rel=1e-5)
+        assert torch.allclose(gradient, found[0][2], rtol=1e-4, atol=2e-6)
+
+
+def _gradient(run, batches):
+    """Loss and flat gradient of a step, read before the optimizer clears it."""
+    kept = {}
+
+    class Keep(torch.optim.SGD):
+        def step(self, closure=None):
+            kept["gradient"] = torch.cat(
+                [p.grad.flatten().clone() for group in self.param_groups for p in group["params"]]
+            )
+
+    run.optimizer = Keep([p for p in run.model.parameters() if p.requires_grad], lr=0.0)
+    run.model.eval()
+    numbers = train.train_step(run, batches)
+    # Undo the clipping, which is a function of the whole gradient.
+    norm = numbers["grad_norm"]
+    return numbers["loss"], kept["gradient"] * max(1.0, norm / run.recipe.optim.max_grad_norm)
+
+
+def test_the_loop_reads_in_ten_minutes():
+    source = Path(train.__file__).read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(source) if line.startswith("def run("))
+    end = next(i for i in range(start + 1, len(source)) if source[i].startswith("def "))
+    assert end - start <= 100

@@ -1,0 +1,80 @@
+"""A whole project in a folder: pictures, annotations, a small model and a recipe that trains it."""
+
+import json
+from pathlib import Path
+
+import yaml
+from PIL import Image, ImageDraw
+
+from internvl import demo
+
+COLORS = ("red", "green", "blue", "gray", "purple", "orange", "black", "yellow")
+SHAPES = ("circle", "square", "cross")
+
+
+def make(folder: Path, **changes: object) -> Path:
+    """Writes everything below `folder` and returns the recipe; `changes` are top-level keys."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _draw(folder)
+    if not (folder / "start").exists():
+        demo.create_model(folder, folder / "start")
+    tree = {
+        "model": {
+            "id": str(folder / "start"),
+            "train": ["vision_tower", "multi_modal_projector", "language_model"],
+        },
+        "data": {
+            "sources": [
+                {
+                    "name": "shapes",
+                    "annotations": str(folder / "train.jsonl"),
+                    "images": str(folder),
+                }
+            ],
+            "tiles": {"size": 64, "max": 1, "thumbnail": False},
+            "max_tokens": 256,
+            "workers": 0,
+        },
+        "optim": {"lr": 1e-3},
+        "checkpoint": {"every": 5, "keep": 2},
+        "run": str(folder / "run"),
+        "global_batch": 8,
+        "steps": 12,
+        "dtype": "float32",
+        "device": "cpu",
+        **changes,
+    }
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return recipe
+
+
+def _draw(folder: Path) -> None:
+    """Every colour with every shape, named in two ways, in chat and COCO caption form."""
+    lines, images, annotations = [], [], []
+    for number, (color, shape) in enumerate((c, s) for c in COLORS for s in SHAPES):
+        path = f"{color}-{shape}.png"
+        image = Image.new("RGB", (64, 64), "white")
+        pen = ImageDraw.Draw(image)
+        if shape == "circle":
+            pen.ellipse((10, 10, 54, 54), fill=color)
+        elif shape == "square":
+            pen.rectangle((10, 10, 54, 54), fill=color)
+        else:
+            pen.line((10, 10, 54, 54), fill=color, width=9)
+            pen.line((54, 10, 10, 54), fill=color, width=9)
+        image.save(folder / path)
+        for question, answer in (
+            ("What is this?", f"{color} {shape}"),
+            ("Which color?", color),
+        ):
+            turns = [
+                {"from": "human", "value": f"<image>\n{question}"},
+                {"from": "gpt", "value": answer},
+            ]
+            lines.append(json.dumps({"image": path, "conversations": turns}))
+        images.append({"id": number, "file_name": path, "width": 64, "height": 64})
+        annotations.append({"id": number, "image_id": number, "caption": f"{color} {shape}"})
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    tree = {"images": images, "annotations": annotations}
+    (folder / "captions.json").write_text(json.dumps(tree), encoding="utf-8")
