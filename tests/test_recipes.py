@@ -160,15 +160,15 @@ def test_chat_1_2_from_its_parts() -> None:
     assert found.num_steps(1_267_819) == 1_267_819 // 512
 
 
-@pytest.mark.parametrize("name", ["internvl_chat_v1_2_sft", "sft-v1.2"])
-def test_the_sft_mixture_is_what_prepare_finds(name: str) -> None:
-    sources = recipe(name).data.sources
+def test_the_sft_mixture_is_what_prepare_finds() -> None:
+    sources = recipe("internvl_chat_v1_2_sft").data.sources
     assert {source.name: source.images for source in sources} == {
         name: Path("playground/data") / folder for name, folder in playground.SFT_FOLDERS.items()
     }
     for source in sources:
         assert source.annotations == Path(f"playground/opensource/{source.name}.jsonl")
         assert source.repeat == 1
+    assert recipe("sft-v1.2").data.meta == Path("playground/internvl_1_2_finetune.json")
 
 
 def test_every_prepared_set_has_a_recipe_that_names_its_command() -> None:
