@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from internvl.config import SourceConfig, UserError
-from internvl.data import fetch, playground, prepare, tree
-from internvl.data.records import DataError, Sample
-from internvl.data.sources import ChatFile
+from internvl.config import UserError
+from internvl.data import convert, fetch, playground, prepare, tree
+from internvl.data.records import DataError
 
 PUBLISHED = tree.EXPECTED
 
@@ -46,11 +45,22 @@ def chat(image: str | None) -> str:
     return json.dumps(row) + "\n"
 
 
-def samples(path: Path, images: Path) -> list[Sample]:
-    file = ChatFile(SourceConfig(name="x", annotations=path, images=images))
-    found = list(file.samples(range(len(file))))
-    assert all(isinstance(sample, Sample) for sample in found), found
-    return [sample for sample in found if isinstance(sample, Sample)]
+def turns(path: Path) -> list[list[str]]:
+    """The texts of every line, its pictures being there."""
+    found = []
+    for _, row in convert.read_jsonl(path):
+        assert (path_of_images(path) / row["image"]).exists()
+        assert [turn["from"] for turn in row["conversations"]] == ["human", "gpt"]
+        found.append([turn["value"] for turn in row["conversations"]])
+    return found
+
+
+def path_of_images(annotations: Path) -> Path:
+    return (
+        annotations.parent.parent
+        if annotations.parent.name == "annotations"
+        else (annotations.parent)
+    )
 
 
 def missing(prepared: prepare.Prepared) -> list[str]:
@@ -80,7 +90,7 @@ def test_coco_caption_from_karpathys_list(tmp_path: Path) -> None:
     assert done.ready, done.missing
     train, test = done.files
     assert train == folder / "annotations/coco_karpathy_train_567k.jsonl"
-    assert [sample.messages[1].content for sample in samples(train, folder)] == ["food 0", "food 1"]
+    assert [texts[1] for texts in turns(train)] == ["food 0", "food 1"]
     written = json.loads(test.read_text())
     assert written["images"] == [{"id": 25, "file_name": VAL}]
     assert written["annotations"] == REFERENCES
@@ -173,18 +183,16 @@ def test_flickr30k(tmp_path: Path) -> None:
         "flickr30k_val_karpathy_captions.json",
         "flickr30k_test_karpathy_captions.json",
     ]
-    assert samples(done.files[0], folder)[0].messages[1].content == "A dog, running ."
+    assert turns(done.files[0])[0][1] == "A dog, running ."
     test = json.loads(done.files[2].read_text())
     assert test["images"] == [{"id": 1, "file_name": "Images/2.jpg"}]
 
 
 def test_flickr30k_cn(tmp_path: Path) -> None:
-    folder = flickr(tmp_path, ("flickr30k_cn_train.txt", "flickr30k_cn_test.txt"))
+    flickr(tmp_path, ("flickr30k_cn_train.txt", "flickr30k_cn_test.txt"))
     done = prepare.run("flickr30k-cn", tmp_path)
     assert done.ready, done.missing
-    sample = samples(done.files[0], folder)[1]
-    assert sample.messages[0].content == f"<image>\n{prepare.CHINESE_PROMPT}"
-    assert sample.messages[1].content == "一只猫"
+    assert turns(done.files[0])[1] == [f"<image>\n{prepare.CHINESE_PROMPT}", "一只猫"]
 
 
 def test_nocaps(tmp_path: Path) -> None:
@@ -297,9 +305,7 @@ def test_synthdog_parquet(tmp_path: Path) -> None:
         done = prepare.run("synthdog", tmp_path)
         assert done.ready, done.missing
         assert done.counts == {"pictures": 3}
-        found = samples(done.files[0], folder)
-        assert [sample.messages[1].content for sample in found] == ["some words"] * 3
-        assert all(Path(sample.images[0]).exists() for sample in found)
+        assert [texts[1] for texts in turns(done.files[0])] == ["some words"] * 3
 
 
 def test_synthdog_without_anything(tmp_path: Path) -> None:

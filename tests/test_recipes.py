@@ -162,7 +162,7 @@ def test_chat_1_2_from_its_parts() -> None:
 
 def test_the_sft_mixture_is_what_prepare_finds() -> None:
     sources = recipe("internvl_chat_v1_2_sft").data.sources
-    assert {source.name: source.images for source in sources} == {
+    assert {source.name: Path(source.images) for source in sources} == {
         name: Path("playground/data") / folder for name, folder in playground.SFT_FOLDERS.items()
     }
     for source in sources:
