@@ -1,5 +1,6 @@
 """Every recipe resolves, says how to run it, and has the values of the original it names."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from internvl import zoo
 from internvl.config import Recipe, load_recipe
-from internvl.data import playground, prepare
+from internvl.data import convert, playground, prepare
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -182,3 +183,15 @@ def test_commands_in_heads_name_files_that_exist() -> None:
     for path in RECIPES:
         for name in re.findall(r"recipes/\S+\.yaml", head(path)):
             assert (ROOT / name).exists(), f"{path}: {name}"
+
+
+def test_the_data_guide_names_what_exists() -> None:
+    guide = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    for name in re.findall(r"recipes/\S+\.yaml", guide):
+        assert (ROOT / name).exists(), name
+    assert set(re.findall(r"data convert (\S+)", guide)) == set(convert.KINDS)
+    table = guide.partition("## Published data sets")[2]
+    assert set(re.findall(r"^\| `(\S+)` \|", table, re.MULTILINE)) == set(prepare.NAMES)
+    for block in re.findall(r"```json\n(.*?)```", guide, re.DOTALL):
+        for text in [block] if block.startswith("{\n") else block.splitlines():
+            json.loads(text)
