@@ -17,8 +17,18 @@ from internvl.config import EvalConfig, Recipe, UserError
 from internvl.data.chat import ChatEncoder
 from internvl.data.images import BadImage, open_rgb
 from internvl.data.loader import UnitReader
-from internvl.data.records import IGNORE, BadSample, DataError, Example, Grid, PackedBatch
-from internvl.data.sources import ChatFile, SampleOrder, UnitRef
+from internvl.data.order import SampleOrder, UnitRef
+from internvl.data.records import (
+    IGNORE,
+    BadSample,
+    DataError,
+    Example,
+    Grid,
+    PackedBatch,
+    Sample,
+    Tiles,
+)
+from internvl.data.sources import Source, open_source, source_configs
 from internvl.data.templates import template
 from internvl.evals import EVALS
 from internvl.models import hub, lora, vlm
@@ -101,20 +111,31 @@ def run(recipe: Recipe, *, report: Path | None = None) -> Checked:
     checked = Checked(recipe)
     encoder = encoder_of(recipe)
     objective = OBJECTIVES[recipe.objective.name](recipe.objective, recipe.data, encoder)
-    files = []
-    for source in recipe.data.sources:
-        try:
-            files.append(ChatFile(source))
-        except DataError as error:
-            checked.problems.append(BadSample(str(source.annotations), str(error)))
-    reader = UnitReader(files, recipe.data, objective.encode, pixels=False)
+    files, unusable = _open_all(recipe)
+    checked.problems += unusable
+    reader = UnitReader(files, recipe.data, objective.encode, seed=recipe.seed, pixels=False)
     _examine(reader, checked)
     for name, spec in recipe.evals.items():
         checked.problems += _eval_problems(name, spec)
-    if files and len(files) == len(recipe.data.sources):
+    if files and not unusable:
         order = SampleOrder(files, share_prefix=recipe.data.share_prefix, seed=recipe.seed)
         _first_step(order, reader, objective, encoder, checked)
     return checked
+
+
+def _open_all(recipe: Recipe) -> tuple[list[Source], list[BadSample]]:
+    """The recipe's sources, and what is wrong with those that cannot be opened."""
+    try:
+        configs = source_configs(recipe.data)
+    except DataError as error:
+        return [], [BadSample("data.meta", str(error))]
+    files, problems = [], []
+    for config in configs:
+        try:
+            files.append(open_source(config))
+        except DataError as error:
+            problems.append(BadSample(str(config.annotations), str(error)))
+    return files, problems
 
 
 def encoder_of(recipe: Recipe) -> ChatEncoder:
@@ -255,17 +276,25 @@ def _show(
     for sample in reader.files[ref.file].samples(ref.lines):
         if isinstance(sample, BadSample) or sample.name not in wanted:
             continue
-        tiles = reader.tiles(sample, ref.file)
-        for unit in objective.encode([sample], tiles):
+        prepared, _, tiles = reader.prepare([sample], ref)
+        for unit in objective.encode(prepared, tiles) if prepared else []:
             if isinstance(unit, BadSample):
                 continue
             yield Shown(
                 sample.name,
-                sample.images,
+                _media_names(sample, tiles),
                 () if tiles is None else tiles.grids,
                 () if tiles is None else tiles.per_image,
                 tuple(spans(unit.examples[0], encoder)),
             )
+
+
+def _media_names(sample: Sample, tiles: Tiles | None) -> tuple[str, ...]:
+    """What the text calls each of a sample's images or frames."""
+    if sample.videos:
+        count = 0 if tiles is None else len(tiles.grids)
+        return tuple(f"{sample.videos[0].path} frame {n}" for n in range(1, count + 1))
+    return tuple("(bytes)" if isinstance(i, bytes) else str(i) for i in sample.images)
 
 
 def spans(example: Example, encoder: ChatEncoder) -> Iterator[tuple[str, bool]]:

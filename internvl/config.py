@@ -119,7 +119,7 @@ class SourceConfig:
     Face datasets); webdataset: a tar file or a folder of them."""
     annotations: Path
     """The file, or for parquet and webdataset also a folder."""
-    images: Path = Path(".")
+    images: str | Path = "."
     """Folder (or fsspec address, such as s3://bucket/folder) that image and video paths start
     from; paths may not leave it."""
     repeat: Annotated[float, Field(gt=0)] = 1.0

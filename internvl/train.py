@@ -21,8 +21,9 @@ from internvl import checkpoint, config, dist, evals, generate, handles, log, op
 from internvl.config import Recipe, UserError
 from internvl.data import loader
 from internvl.data.chat import ChatEncoder
+from internvl.data.order import SampleOrder
 from internvl.data.records import PackedBatch
-from internvl.data.sources import ChatFile, SampleOrder
+from internvl.data.sources import open_source, source_configs
 from internvl.models import lora, vlm
 from internvl.objectives import OBJECTIVES, Objective
 
@@ -67,7 +68,7 @@ def build(recipe: Recipe) -> Run:
     torch.manual_seed(recipe.seed)
     chat = handles.for_training(recipe)
     encoder = chat.encoder
-    files = [ChatFile(source) for source in recipe.data.sources]
+    files = [open_source(source) for source in source_configs(recipe.data)]
     order = SampleOrder(files, share_prefix=recipe.data.share_prefix, seed=recipe.seed)
     objective = OBJECTIVES[recipe.objective.name](recipe.objective, recipe.data, encoder)
     model = parallel.place(chat.model, device, recipe.dtype)
@@ -79,7 +80,7 @@ def build(recipe: Recipe) -> Run:
         objective=objective,
         optimizer=optim.build(model, recipe.optim),
         order=order,
-        reader=loader.UnitReader(files, recipe.data, objective.encode),
+        reader=loader.UnitReader(files, recipe.data, objective.encode, seed=recipe.seed),
         num_steps=recipe.num_steps(len(order)),
     )
 

@@ -6,8 +6,9 @@ from data_files import chat_line, picture, write_lines
 
 from internvl.config import DataConfig, SourceConfig, TilesConfig
 from internvl.data import loader
+from internvl.data.order import SampleOrder
 from internvl.data.records import IGNORE, Example, Unit
-from internvl.data.sources import ChatFile, SampleOrder
+from internvl.data.sources import open_source
 
 
 def encode(samples, tiles):
@@ -34,8 +35,10 @@ def build(folder, share=True, workers=0, repeat=1.0):
         SourceConfig(name="chat", annotations=folder / "chat.jsonl", images=folder, repeat=repeat),
         SourceConfig(name="text", annotations=folder / "text.jsonl"),
     )
-    data = DataConfig(sources=sources, share_prefix=share, workers=workers, tiles=TilesConfig(size=28))
-    files = [ChatFile(source) for source in sources]
+    data = DataConfig(
+        sources=sources, share_prefix=share, workers=workers, tiles=TilesConfig(size=28)
+    )
+    files = [open_source(source) for source in sources]
     order = SampleOrder(files, share_prefix=share, seed=3)
     return order, loader.UnitReader(files, data, encode, pixels=False)
 

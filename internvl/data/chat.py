@@ -14,7 +14,7 @@ import numpy as np
 from internvl.data.records import IGNORE, BadSample, Example, Message, Sample
 from internvl.data.templates import Template
 
-IMAGE_MARK = "<image>"
+IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"
 IMAGE_START, IMAGE_CONTEXT, IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
 _BLOCK = IMAGE_START + IMAGE_CONTEXT + IMAGE_END
 
@@ -96,14 +96,15 @@ class ChatEncoder:
         if messages and messages[0].role == "system":
             system, messages = messages[0].content, messages[1:]
         segments = [("system", template.system[0] + system + template.system[1])]
-        for message in messages:
+        for number, message in enumerate(messages, start=1):
             content = message.content.strip() if template.strip else message.content
             if message.role == "user":
                 content = content.replace(IMAGE_MARK, _BLOCK)
                 segments.append(("user", template.user[0] + content + template.user[1]))
             else:
-                text = template.assistant + content + template.end + template.after
-                segments.append(("assistant", text))
+                inner = template.end_before_more if number < len(messages) else ""
+                end = (inner or template.end) + template.after
+                segments.append(("assistant", template.assistant + template.lead + content + end))
         return segments
 
     def _in_order(self, sample: Sample) -> Sequence[Message]:

@@ -2,44 +2,82 @@
 
 import io
 import os
+import posixpath
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 
 MAX_PIXELS = 178_956_970
 """Largest picture that is decoded (Pillow's own error limit): 512 MiB as RGB."""
 
+Triple = tuple[float, float, float]
+STATISTICS: dict[str, tuple[Triple, Triple]] = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.4814546, 0.4578275, 0.40821073), (0.2686295, 0.2613025, 0.2757711)),
+    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+"""Mean and deviation per channel, of pixels from 0 to 1. Original: `train/constants.py`."""
+
+QUALITIES = range(75, 101)
+"""JPEG qualities of the training augmentation."""
+
 
 class BadImage(ValueError):
-    """A picture that cannot be read: the reason, in words a user can act on."""
+    """A picture or video that cannot be read: the reason, in words a user can act on."""
 
 
-def open_rgb(source: str | Path | bytes) -> Image.Image:
+@dataclass(frozen=True)
+class FileSlice:
+    """A picture inside another file, such as a tar: `size` bytes from `offset` on."""
+
+    path: str
+    offset: int
+    size: int
+    name: str
+    """What messages call it."""
+
+    def __str__(self) -> str:
+        return f"{self.name} in {self.path}"
+
+
+Picture = str | Path | bytes | FileSlice
+"""A path, an fsspec address, the encoded bytes, or bytes inside a file."""
+
+
+def open_rgb(source: Picture) -> Image.Image:
     """The picture in a file (or its bytes) as RGB, size (W, H).
 
     As the original: `convert("RGB")` (palette and alpha flattened, first frame of an animation),
-    EXIF orientation not applied. Unlike it, a truncated file is an error.
+    EXIF orientation not applied. Unlike it, a truncated file is an error, and 16-bit gray is
+    scaled to 8 bits where Pillow's conversion would make it white.
 
     Raises:
-        BadImage: missing, empty, no picture, truncated, or more than MAX_PIXELS pixels.
+        BadImage: missing, empty, no picture, truncated, of 32 bits a channel, or more than
+            MAX_PIXELS pixels.
     """
     try:
         with warnings.catch_warnings():
             # Pillow warns from half the limit on; the limit itself is checked below.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            with Image.open(_file(source)) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise BadImage(_too_large(width * height))
-                return image.convert("RGB")
+                return _to_rgb(image)
     except FileNotFoundError:
         raise BadImage(f"there is no image {source!s}") from None
+    except IsADirectoryError:
+        raise BadImage(f"the image {source!s} is a folder") from None
     except Image.DecompressionBombError:
         raise BadImage(_too_large(None)) from None
     except UnidentifiedImageError:
-        empty = not isinstance(source, bytes) and os.path.getsize(source) == 0
-        what = "the image file is empty" if empty else "not an image Pillow knows"
+        what = "the image file is empty" if _is_empty(source) else "not an image Pillow knows"
         raise BadImage(f"{what}; replace the file") from None
     except (OSError, SyntaxError, ValueError, MemoryError) as error:
         if isinstance(error, BadImage):
@@ -47,18 +85,113 @@ def open_rgb(source: str | Path | bytes) -> Image.Image:
         raise BadImage(f"the image cannot be decoded ({error}); replace the file") from None
 
 
+def _file(source: Picture) -> str | Path | io.BytesIO:
+    """What Pillow opens."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    if isinstance(source, FileSlice):
+        with open(source.path, "rb") as file:
+            file.seek(source.offset)
+            return io.BytesIO(file.read(source.size))
+    if is_address(source):
+        return io.BytesIO(read_address(str(source)))
+    return source
+
+
+def is_address(path: str | Path) -> bool:
+    """Whether fsspec opens this, such as s3://bucket/key, rather than the file system."""
+    return "://" in str(path)
+
+
+def read_address(address: str) -> bytes:
+    """The bytes at an fsspec address.
+
+    Raises:
+        BadImage: they cannot be read, or a package for this kind of storage is missing.
+    """
+    import fsspec
+
+    try:
+        with fsspec.open(address, "rb") as file:
+            return file.read()
+    except ImportError as error:
+        raise BadImage(f"{address}: {error}") from None
+    except FileNotFoundError:
+        raise BadImage(f"there is nothing at {address}") from None
+    except (OSError, ValueError) as error:
+        raise BadImage(f"{address} cannot be read ({error})") from None
+
+
+def _is_empty(source: Picture) -> bool:
+    if isinstance(source, bytes):
+        return not source
+    if isinstance(source, FileSlice):
+        return source.size == 0
+    return not is_address(source) and os.path.getsize(source) == 0
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        image.load()
+        return image
+    if image.mode.startswith("I;16"):
+        gray = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((gray + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise BadImage("the image has 32 bits a channel; save it with 8")
+    return image.convert("RGB")
+
+
 def _too_large(pixels: int | None) -> str:
     found = "the image" if pixels is None else f"the image has {pixels:,} pixels and"
     return f"{found} exceeds the limit of {MAX_PIXELS:,} pixels; shrink the file"
 
 
-def join_inside(root: Path, path: str) -> str:
+def join_inside(root: str | Path, path: str) -> str:
     """`root / path`, which must stay inside `root` (annotation files are untrusted too).
 
     Raises BadImage otherwise.
     """
-    base = os.path.abspath(root)
-    full = os.path.normpath(os.path.join(base, path))
-    if full != base and not full.startswith(base.rstrip(os.sep) + os.sep):
+    if is_address(root):
+        protocol, _, base = str(root).partition("://")
+        base = base.rstrip("/")
+        inner = path.removeprefix(f"{protocol}://")
+        full = posixpath.normpath(inner if inner != path else posixpath.join(base, path))
+        result = f"{protocol}://{full}"
+    else:
+        base = os.path.abspath(root).rstrip(os.sep)
+        full = result = os.path.normpath(os.path.join(base, path))
+        # A folder of frames is named with a slash at its end.
+        result += os.sep if path.endswith("/") else ""
+    if full != base and not full.startswith(base + "/"):
         raise BadImage(f"the image path {path!r} leaves the image folder {root}")
-    return full
+    return result
+
+
+def pad_square(image: Image.Image, mean: Triple) -> Image.Image:
+    """The RGB image in the middle of a square of the mean colour (original: `expand2square`)."""
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    color = tuple(int(255 * channel) for channel in mean)
+    square = Image.new("RGB", (side, side), color)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def degrade(image: Image.Image, quality: int) -> Image.Image:
+    """The RGB image after JPEG at this quality (original: `simulate_jpeg_degradation`)."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=quality)
+    with Image.open(buffer) as degraded:
+        return degraded.convert("RGB")
+
+
+def degrade_tiles(tiles: Tensor, qualities: Sequence[int]) -> Tensor:
+    """uint8 (N, 3, S, S), every tile after JPEG at its quality."""
+    each = [
+        np.asarray(degrade(Image.fromarray(tile.permute(1, 2, 0).numpy()), quality))
+        for tile, quality in zip(tiles, qualities, strict=True)
+    ]
+    return torch.from_numpy(np.stack(each)).permute(0, 3, 1, 2).contiguous()

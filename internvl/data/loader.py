@@ -1,17 +1,21 @@
 """Annotation lines to the packed rows of each step, read ahead by worker processes."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from internvl.config import DataConfig
-from internvl.data.images import BadImage, open_rgb
+from internvl.data.images import STATISTICS, BadImage, open_rgb
+from internvl.data.order import SampleOrder, UnitRef
 from internvl.data.records import BadSample, PackedBatch, Sample, Tiles, Unit
-from internvl.data.sources import ChatFile, SampleOrder, UnitRef
+from internvl.data.sources import Source
 from internvl.data.tiles import empty_tiles, tile_images
+from internvl.data.video import read_frames, with_frames
 
 Encode = Callable[[Sequence[Sample], Tiles | None], list[Unit | BadSample]]
 """An objective's part: samples of the same images, and their tiles, to units."""
@@ -39,53 +43,85 @@ class UnitReader(Dataset[Read]):
     """Reads and encodes units by reference; what loader workers run.
 
     Without `pixels` every image is still decoded, but its tiles are empty: for counting only.
+    What is random in a unit (frames, JPEG qualities) depends on seed, epoch and sample alone.
     """
 
     def __init__(
         self,
-        files: Sequence[ChatFile],
+        files: Sequence[Source],
         config: DataConfig,
         encode: Encode,
         *,
+        seed: int = 0,
         pixels: bool = True,
     ) -> None:
         self.files = files
         self.config = config
         self.encode = encode
+        self.seed = seed
         self.pixels = pixels
 
     def __getitem__(self, ref: UnitRef) -> Read:
         read = Read()
-        by_images: dict[tuple[str, ...], list[Sample]] = {}
+        by_media: dict[Hashable, list[Sample]] = {}
         for sample in self.files[ref.file].samples(ref.lines):
             if isinstance(sample, BadSample):
                 read.bad.append(sample)
             else:
-                by_images.setdefault(sample.images, []).append(sample)
-        for samples in by_images.values():
-            try:
-                tiles = self.tiles(samples[0], ref.file)
-            except BadImage as error:
-                read.bad += [BadSample(sample.name, str(error)) for sample in samples]
-                continue
-            for unit in self.encode(samples, tiles):
+                by_media.setdefault((sample.images, sample.videos), []).append(sample)
+        for samples in by_media.values():
+            prepared, bad, tiles = self.prepare(samples, ref)
+            read.bad += bad
+            for unit in self.encode(prepared, tiles) if prepared else []:
                 (read.bad if isinstance(unit, BadSample) else read.units).append(unit)  # type: ignore[arg-type]
         return read
 
-    def tiles(self, sample: Sample, file: int) -> Tiles | None:
-        """The tiles of a sample's images. Raises BadImage naming the file."""
-        images = []
-        for path in sample.images:
+    def prepare(
+        self, samples: Sequence[Sample], ref: UnitRef
+    ) -> tuple[list[Sample], list[BadSample], Tiles | None]:
+        """Samples of the same media ready to encode, those that are bad, and the tiles."""
+        draw = np.random.default_rng((self.seed, ref.epoch, ref.file, ref.row))
+        try:
+            pictures, counts = self._pictures(samples[0], draw)
+        except BadImage as error:
+            return [], [BadSample(sample.name, str(error)) for sample in samples], None
+        ready, bad = [], []
+        for sample in samples:
             try:
-                images.append(open_rgb(path))
+                frames = with_frames(sample, counts, self.config.video.label) if counts else sample
+                ready.append(frames)
             except BadImage as error:
-                raise BadImage(
-                    f"{path}: {error}" if path not in str(error) else str(error)
-                ) from None
-        most = self.files[file].config.max_tiles or self.config.tiles.max
+                bad.append(BadSample(sample.name, str(error)))
+        source = self.files[ref.file].config
+        most = 1 if counts else source.max_tiles or self.config.tiles.max
         if not self.pixels:
-            return empty_tiles([image.size for image in images], self.config.tiles, most)
-        return tile_images(images, self.config.tiles, most)
+            sizes = [picture.size for picture in pictures]
+            return ready, bad, empty_tiles(sizes, self.config.tiles, most)
+        tiles = tile_images(
+            pictures,
+            self.config.tiles,
+            most,
+            resize=self.config.resize,
+            mean=STATISTICS[self.config.normalize][0],
+            augment=draw if source.augment else None,
+        )
+        return ready, bad, tiles
+
+    def _pictures(
+        self, sample: Sample, draw: np.random.Generator
+    ) -> tuple[list[Image.Image], list[int]]:
+        """RGB images, or the frames of every video and how many each has."""
+        if sample.videos:
+            frames = [read_frames(video, self.config.video, draw) for video in sample.videos]
+            return [frame for part in frames for frame in part], list(map(len, frames))
+        images = []
+        for source in sample.images:
+            try:
+                images.append(open_rgb(source))
+            except BadImage as error:
+                named = isinstance(source, bytes) or str(source) in str(error)
+                raise BadImage(str(error) if named else f"{source!s}: {error}") from None
+        return images, []
 
 
 def steps(

@@ -17,6 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from internvl.config import UserError
+from internvl.data.images import Picture
 
 IGNORE = -100
 """Label of a position that is not supervised."""
@@ -50,14 +51,25 @@ class Message:
 
 
 @dataclass(frozen=True)
+class Video:
+    """A video file, or a folder of frames, and the part of it that is meant, in seconds."""
+
+    path: str
+    start_s: float | None = None
+    end_s: float | None = None
+
+
+@dataclass(frozen=True)
 class Sample:
     """One line of an annotation file, checked for form; its pictures are not opened yet."""
 
     name: str
     """Where it stands, for messages: "data/train.jsonl line 4812"."""
     messages: tuple[Message, ...]
-    images: tuple[str, ...] = ()
-    """Paths, in the order of the `<image>` marks."""
+    images: tuple[Picture, ...] = ()
+    """Paths or encoded bytes, in the order of the `<image>` marks."""
+    videos: tuple[Video, ...] = ()
+    """In the order of the `<video>` marks."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Keys of the line that training does not use, kept for evaluators."""
 

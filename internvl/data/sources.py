@@ -1,225 +1,337 @@
-"""Annotation files as sources, and the order in which an epoch shows their samples.
+"""Annotation files as sources of samples: each kind opened, indexed, and read line by line.
 
-A file is indexed by byte offset and read line by line; nothing is held but numbers. The order is a
-function of (seed, epoch) alone, so a position in it is one integer: the run's step. Any number of
-ranks and workers sees the same steps.
+Nothing is held in memory but numbers. A source that is not JSONL is turned into it once, in the
+cache folder (data/index.py), except tables, which Arrow maps.
 """
 
-import hashlib
+import csv
 import json
-from collections.abc import Iterator, Sequence
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
-from internvl.config import SourceConfig
-from internvl.data.chat import IMAGE_MARK
-from internvl.data.images import BadImage, join_inside
-from internvl.data.records import BadSample, DataError, Message, Sample
+from internvl.config import DataConfig, SourceConfig
+from internvl.data import formats
+from internvl.data.index import LineIndex, convert_once, file_content, index_lines
+from internvl.data.records import BadSample, DataError, Sample
+from internvl.data.tables import Table
 
-_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+Parse = Callable[[str, dict[str, Any], SourceConfig], Sample]
+
+_IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+_META_KEYS = {
+    "root": "images",
+    "annotation": "annotations",
+    "repeat_time": "repeat",
+    "data_augment": "augment",
+    "length": "num_samples",
+    "max_dynamic_patch": "max_tiles",
+}
 
 
-class ChatFile:
-    """A chat JSONL file with the official keys (`image`, `conversations`), one sample a line.
+class Source(Protocol):
+    """Samples by number, from 0 on."""
 
-    Raises:
-        DataError: the file is missing, unreadable, or holds no line.
-    """
+    @property
+    def config(self) -> SourceConfig: ...
 
-    def __init__(self, config: SourceConfig) -> None:
-        self.config = config
-        self.path = config.annotations
-        try:
-            with self.path.open("rb") as file:
-                lengths = [len(line) for line in file]
-        except FileNotFoundError:
-            raise DataError(
-                f"source {config.name}: there is no annotation file {self.path}; "
-                "check `annotations` of this source in the recipe"
-            ) from None
-        except OSError as error:
-            raise DataError(f"source {config.name}: cannot read {self.path}: {error}") from None
-        if not lengths:
-            raise DataError(f"source {config.name}: {self.path} is empty; it holds no sample")
-        self.starts = np.concatenate([[0], np.cumsum(np.asarray(lengths, dtype=np.int64))])
+    def __len__(self) -> int: ...
 
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def name(self, index: int) -> str:
-        """How messages call line `index` (from 0): file and line number from 1."""
-        return f"{self.path} line {index + 1}"
-
-    def lines(self, indices: Sequence[int]) -> Iterator[bytes]:
-        with self.path.open("rb") as file:
-            for index in indices:
-                file.seek(self.starts[index])
-                yield file.read(int(self.starts[index + 1] - self.starts[index]))
+    @property
+    def groups(self) -> np.ndarray:
+        """int32 (len,): the same number for samples that show the same pictures."""
+        ...
 
     def samples(self, indices: Sequence[int]) -> Iterator[Sample | BadSample]:
-        """The samples of some lines, in order; a bad line yields what is wrong with it."""
-        for index, line in zip(indices, self.lines(indices), strict=True):
-            try:
-                yield self._parse(self.name(index), line)
-            except BadSample as bad:
-                yield bad
-
-    def image_keys(self) -> list[bytes]:
-        """For every line, a key that lines with the same images share."""
-        keys = []
-        with self.path.open("rb") as file:
-            for index, line in enumerate(file):
-                try:
-                    images = json.loads(line).get("image")
-                except (ValueError, AttributeError):
-                    images = None  # a bad line: reported when it is read
-                text = json.dumps(images) if images else f"line {index}"
-                keys.append(hashlib.blake2b(text.encode(), digest_size=12).digest())
-        return keys
-
-    def _parse(self, name: str, line: bytes) -> Sample:
-        if not line.strip():
-            raise BadSample(name, "the line is blank; remove it")
-        try:
-            row = json.loads(line)
-        except UnicodeDecodeError:
-            raise BadSample(name, "not UTF-8; save the file as UTF-8") from None
-        except ValueError as error:
-            raise BadSample(name, f"not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise BadSample(name, f"a JSON object is expected, not {type(row).__name__}")
-        messages = _messages(name, row)
-        try:
-            images = tuple(join_inside(self.config.images, path) for path in _images(name, row))
-        except BadImage as bad:
-            raise BadSample(name, str(bad)) from None
-        if self.config.insert_image_mark and len(images) == 1:
-            messages = _with_mark(messages)
-        extra = {k: v for k, v in row.items() if k not in ("conversations", "image")}
-        return Sample(name, messages, images, extra)
-
-
-def _messages(name: str, row: dict[str, Any]) -> tuple[Message, ...]:
-    turns = row.get("conversations")
-    if not isinstance(turns, list):
-        found = "missing" if turns is None else f"a {type(turns).__name__}"
-        raise BadSample(name, f"`conversations` must be a list of turns; it is {found}")
-    messages = []
-    for number, turn in enumerate(turns, start=1):
-        role = turn.get("from") if isinstance(turn, dict) else None
-        if role not in _ROLES:
-            raise BadSample(name, f"turn {number} is from {role!r}; known: {', '.join(_ROLES)}")
-        if not isinstance(turn.get("value"), str):
-            raise BadSample(name, f"turn {number} has no text under `value`")
-        messages.append(Message(_ROLES[role], turn["value"]))
-    return tuple(messages)
-
-
-def _images(name: str, row: dict[str, Any]) -> list[str]:
-    images = row.get("image") or []
-    images = [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(path, str) for path in images):
-        raise BadSample(name, "`image` must be a path or a list of paths")
-    return images
-
-
-def _with_mark(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The original's rule: a single image without a mark stands before the first question."""
-    for index, message in enumerate(messages):
-        if message.role == "user":
-            if IMAGE_MARK in message.content:
-                break
-            marked = Message("user", f"{IMAGE_MARK}\n{message.content}")
-            return (*messages[:index], marked, *messages[index + 1 :])
-    return messages
+        """Some samples, in order; a bad one yields what is wrong with it."""
+        ...
 
 
 @dataclass(frozen=True)
-class UnitRef:
-    """Which lines form a unit: `lines` of file number `file`, in pass `epoch` over the data."""
+class LineSource:
+    """A source whose rows are the lines of a JSONL file."""
 
-    file: int
-    lines: tuple[int, ...]
-    epoch: int
-
-
-class SampleOrder:
-    """All samples of the sources, grouped, shuffled anew every epoch, and cut into steps.
-
-    With `share_prefix`, samples of one source with the same images stay together (D6); groups are
-    shuffled, not samples. A step takes exactly `global_batch` samples of the endless sequence of
-    epochs; a group that does not fit into the rest of a step goes on in the next one.
-    """
-
-    def __init__(self, files: Sequence[ChatFile], *, share_prefix: bool, seed: int) -> None:
-        self.files = files
-        self.seed = seed
-        file_of, line_of, group_of = [], [], []
-        num_groups = 0
-        for number, file in enumerate(files):
-            groups = _groups(file) if share_prefix else np.arange(len(file))
-            for lines in _passes(len(file), file.config.repeat):
-                _, dense = np.unique(groups[lines], return_inverse=True)
-                file_of.append(np.full(len(lines), number, dtype=np.int32))
-                line_of.append(lines)
-                group_of.append(dense + num_groups)
-                num_groups += int(dense.max()) + 1
-        order = np.argsort(np.concatenate(group_of), kind="stable")
-        self._file, self._line = np.concatenate(file_of)[order], np.concatenate(line_of)[order]
-        sizes = np.bincount(np.concatenate(group_of), minlength=num_groups)
-        self._sizes = sizes
-        self._starts = np.cumsum(sizes) - sizes
-        # The reader is ahead of the trainer, so two epochs are in use around a border.
-        self._shuffled = lru_cache(maxsize=2)(self._shuffle)
+    config: SourceConfig
+    index: LineIndex
+    parse: Parse
+    converted: bool = False
+    """The lines are ours, made of a file of another form: `where` says what a row was there."""
 
     def __len__(self) -> int:
-        """Samples in an epoch."""
-        return len(self._line)
+        return len(self.index)
 
     @property
-    def num_groups(self) -> int:
-        return len(self._sizes)
+    def groups(self) -> np.ndarray:
+        return self.index.groups
 
-    def step(self, step: int, global_batch: int, total: int) -> list[UnitRef]:
-        """The units of step `step` (from 0) of a run over `total` samples in all."""
-        first, last = step * global_batch, min((step + 1) * global_batch, total)
-        refs: list[UnitRef] = []
-        while first < last:
-            epoch, position = divmod(first, len(self))
-            taken = min(last - first, len(self) - position)
-            refs += self._units(epoch, position, position + taken)
-            first += taken
-        return refs
-
-    def _units(self, epoch: int, first: int, last: int) -> list[UnitRef]:
-        rows, groups = self._shuffled(epoch)
-        rows, groups = rows[first:last], groups[first:last]
-        bounds = np.flatnonzero(np.diff(groups)) + 1
-        return [
-            UnitRef(int(self._file[part[0]]), tuple(map(int, self._line[part])), epoch)
-            for part in np.split(rows, bounds)
-        ]
-
-    def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(row, group) of every position of an epoch."""
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.num_groups)
-        sizes = self._sizes[order]
-        groups = np.repeat(order, sizes)
-        within = np.arange(len(groups)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        return self._starts[groups] + within, groups
+    def samples(self, indices: Sequence[int]) -> Iterator[Sample | BadSample]:
+        """See `Source.samples`."""
+        for index, line in zip(indices, self.index.lines(indices), strict=True):
+            name = f"{self.config.annotations} line {index + 1}"
+            try:
+                row = _row(name, line)
+                if self.converted:
+                    name = f"{self.config.annotations} {row['where']}"
+                if "bad" in row and self.converted:
+                    raise BadSample(name, row["bad"])
+                yield self.parse(name, row, self.config)
+            except BadSample as bad:
+                yield bad
 
 
-def _groups(file: ChatFile) -> np.ndarray:
-    """int64 (lines,): the same number for lines with the same images."""
-    keys = np.array(file.image_keys(), dtype="S12")
-    return np.unique(keys, return_inverse=True)[1]
+@dataclass(frozen=True)
+class TableSource:
+    """A source whose rows are those of Parquet or Arrow files."""
+
+    config: SourceConfig
+    table: Table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def groups(self) -> np.ndarray:
+        return self.table.groups
+
+    def samples(self, indices: Sequence[int]) -> Iterator[Sample | BadSample]:
+        """See `Source.samples`."""
+        for index in indices:
+            name = f"{self.config.annotations} row {index + 1}"
+            try:
+                yield formats.table_row(name, self.table.row(index), self.config)
+            except BadSample as bad:
+                yield bad
 
 
-def _passes(num_lines: int, repeat: float) -> list[np.ndarray]:
-    """The lines of every pass that an epoch makes over a file."""
-    whole, rest = int(repeat), round((repeat - int(repeat)) * num_lines)
-    passes = [np.arange(num_lines)] * whole
-    return [*passes, np.arange(rest)] if rest else passes
+def open_source(config: SourceConfig) -> Source:
+    """A source, indexed.
+
+    Raises:
+        DataError: its file is missing, unreadable, empty, or does not hold `num_samples` samples.
+    """
+    try:
+        source = SOURCES[config.type](config)
+    except FileNotFoundError:
+        raise DataError(
+            f"source {config.name}: there is no annotation file {config.annotations}; "
+            "check `annotations` of this source in the recipe"
+        ) from None
+    except UnicodeDecodeError:
+        raise DataError(
+            f"source {config.name}: {config.annotations} is not UTF-8; save it as UTF-8"
+        ) from None
+    except OSError as error:
+        what = f"cannot read {config.annotations}: {error}"
+        raise DataError(f"source {config.name}: {what}") from None
+    if not len(source):
+        raise DataError(f"source {config.name}: {config.annotations} is empty; it holds no sample")
+    if config.num_samples not in (None, len(source)):
+        raise DataError(
+            f"source {config.name}: {config.annotations} holds {len(source):,} samples, not "
+            f"{config.num_samples:,} as its num_samples (`length` in a meta file) says"
+        )
+    return source
+
+
+def source_configs(data: DataConfig) -> list[SourceConfig]:
+    """The recipe's sources, those of its meta file first.
+
+    Raises:
+        DataError: the meta file is missing or wrong; all its problems at once.
+    """
+    if data.meta is None:
+        return list(data.sources)
+    try:
+        tree = json.loads(data.meta.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"there is no meta file {data.meta}; check data.meta") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read the meta file {data.meta}: {error}") from None
+    if not isinstance(tree, dict):
+        raise DataError(f"{data.meta}: a JSON object of data sets by name is expected")
+    taken = {source.name for source in data.sources}
+    problems = [f"{name}: data.sources has this name too" for name in tree if name in taken]
+    problems += [
+        f"{name}: {what}" for name, entry in tree.items() for what in _meta_problems(entry)
+    ]
+    if problems:
+        raise DataError("\n".join([f"{data.meta}: {len(problems)} problem(s)", *problems]))
+    return [*(_from_meta(name, entry) for name, entry in tree.items()), *data.sources]
+
+
+def _meta_problems(entry: Any) -> Iterator[str]:
+    if not isinstance(entry, dict):
+        yield "a JSON object is expected"
+        return
+    for key, kind in (("root", str), ("annotation", str)):
+        if not isinstance(entry.get(key), kind):
+            yield f"`{key}` must be a path"
+    for key in ("repeat_time", "length", "max_dynamic_patch"):
+        value = entry.get(key, 1)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            yield f"`{key}` must be a number above 0, not {value!r}"
+    if not isinstance(entry.get("data_augment", False), bool):
+        yield "`data_augment` must be true or false"
+
+
+def _from_meta(name: str, entry: dict[str, Any]) -> SourceConfig:
+    """A meta entry under the original's rules: a mark is put where a single picture has none."""
+    known = {ours: entry[key] for key, ours in _META_KEYS.items() if key in entry}
+    known["annotations"] = Path(known["annotations"])
+    return SourceConfig(name=name, insert_image_mark=True, **known)
+
+
+def _row(name: str, line: bytes) -> dict[str, Any]:
+    if not line.strip():
+        raise BadSample(name, "the line is blank; remove it")
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError:
+        raise BadSample(name, "not UTF-8; save the file as UTF-8") from None
+    except ValueError as error:
+        raise BadSample(name, f"not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise BadSample(name, f"a JSON object is expected, not {type(row).__name__}")
+    return row
+
+
+def _chat(config: SourceConfig) -> Source:
+    return LineSource(config, index_lines(config.annotations), formats.chat)
+
+
+def _preference(config: SourceConfig) -> Source:
+    return LineSource(config, index_lines(config.annotations), formats.preference)
+
+
+def _table(config: SourceConfig) -> Source:
+    return TableSource(config, Table(config.annotations))
+
+
+def _coco_captions(config: SourceConfig) -> Source:
+    path = config.annotations
+
+    def rows() -> Iterator[dict[str, Any]]:
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+            files = {image["id"]: image["file_name"] for image in tree["images"]}
+            for number, row in enumerate(tree["annotations"], start=1):
+                where = f"annotation {row.get('id', number)}"
+                image = files.get(row["image_id"])
+                found: dict[str, Any] = {"image": image, "caption": row["caption"]}
+                if image is None:
+                    found = {"bad": f"there is no image {row['image_id']} under `images`"}
+                yield {"where": where, **found}
+        except (ValueError, KeyError, TypeError) as error:
+            what = f"key {error} missing" if isinstance(error, KeyError) else str(error)
+            raise DataError(
+                f"source {config.name}: {path} is not a COCO caption file ({what})"
+            ) from None
+
+    index = convert_once(str(path), [b"coco", *file_content(path)], rows)
+    return LineSource(config, index, formats.caption, converted=True)
+
+
+def _captions(config: SourceConfig) -> Source:
+    path = config.annotations
+
+    def rows() -> Iterator[dict[str, Any]]:
+        with path.open(encoding="utf-8-sig", newline=None) as file:
+            for number, line in enumerate(file, start=1):
+                row = _caption_line(line.rstrip("\n"))
+                if number > 1 or row.get("image") not in ("image", "image_name"):
+                    yield {"where": f"line {number}", **row}
+
+    index = convert_once(str(path), [b"captions", *file_content(path)], rows)
+    return LineSource(config, index, formats.caption, converted=True)
+
+
+def _caption_line(line: str) -> dict[str, str]:
+    """`image` and `caption` of `name#0<TAB>text`, `name| 0| text` or `name,text`, else `bad`.
+
+    As in the original files, a caption may hold commas without quotes.
+    """
+    if not line.strip():
+        return {"bad": "the line is blank; remove it"}
+    if "\t" in line:
+        image, _, text = line.partition("\t")
+        return {"image": image.partition("#")[0], "caption": text}
+    if line.count("|") >= 2:
+        image, _, text = line.split("|", 2)
+        return {"image": image.strip(), "caption": text}
+    if line.startswith('"'):
+        image, *rest = next(csv.reader([line]))
+        return {"image": image, "caption": ",".join(rest)}
+    image, comma, text = line.partition(",")
+    if not comma:
+        return {"bad": "neither `image,caption` nor `name#0<TAB>caption`"}
+    return {"image": image, "caption": text}
+
+
+def _webdataset(config: SourceConfig) -> Source:
+    folder = config.annotations
+    tars = [folder] if folder.is_file() else sorted(folder.glob("*.tar"))
+    if not tars:
+        if not folder.is_dir():
+            raise FileNotFoundError(folder)
+        raise DataError(f"source {config.name}: there is no .tar file in {folder}")
+    # Tars are too large to read for a key: name, size and time stand for the content.
+    states = [(str(tar.resolve()), tar.stat().st_size, tar.stat().st_mtime_ns) for tar in tars]
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for tar in tars:
+            yield from _tar_rows(tar, config.name)
+
+    index = convert_once(str(folder), [b"webdataset", repr(states).encode()], rows)
+    return LineSource(config, index, formats.shard_row, converted=True)
+
+
+def _tar_rows(path: Path, name: str) -> Iterator[dict[str, Any]]:
+    """A row for every run of members with the same stem; pictures as slices of the tar."""
+    row: dict[str, Any] | None = None
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                dot, ending = member.name.rpartition("/")[2].partition(".")[1:]
+                key = member.name.removesuffix(dot + ending)
+                if row is None or row["where"] != f"{path.name} {key}":
+                    if row is not None:
+                        yield row
+                    row = {"where": f"{path.name} {key}", "slices": []}
+                _add_member(row, tar, member, "." + ending.lower())
+    except tarfile.TarError as error:
+        raise DataError(f"source {name}: {path} is no uncompressed tar ({error})") from None
+    if row is not None:
+        yield row
+
+
+def _add_member(
+    row: dict[str, Any], tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str
+) -> None:
+    if ending.endswith(_IMAGE_ENDINGS):
+        row["slices"].append([str(tar.name), member.offset_data, member.size, member.name])
+    elif ending in (".json", ".txt"):
+        file = tar.extractfile(member)
+        assert file is not None, "isfile was checked"
+        try:
+            text = file.read().decode()
+            row["row" if ending == ".json" else "caption"] = (
+                json.loads(text) if ending == ".json" else text
+            )
+        except ValueError as error:
+            row["bad"] = f"{member.name} cannot be read ({error})"
+
+
+SOURCES: dict[str, Callable[[SourceConfig], Source]] = {
+    "chat": _chat,
+    "coco-captions": _coco_captions,
+    "captions": _captions,
+    "preference": _preference,
+    "parquet": _table,
+    "webdataset": _webdataset,
+}

@@ -1,7 +1,7 @@
 """Conversation templates as data (original: `internvl_chat/internvl/conversation.py`).
 
 A prompt is the concatenation of segments, one per turn. Every template of the released models fits
-five strings; the encoder in chat.py reads them and knows no template by name.
+a few strings; the encoder in chat.py reads them and knows no template by name.
 """
 
 from dataclasses import dataclass
@@ -14,11 +14,16 @@ _WANXIANG = (
     "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位"
     "联合开发的多模态大语言模型。"
 )
+_GPT_OSS = (
+    "You are InternVL, a large language model trained by Shanghai AI Laboratory.\n"
+    "Knowledge cutoff: 2024-06\nCurrent date: 2025-08-06\n\nReasoning: low\n\n"
+    "# Valid channels: final. Channel must be included for every message."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """How turns become text. The supervised part of an answer is its text and `end`."""
+    """How turns become text. Supervised of an answer are `lead`, its text, and what closes it."""
 
     name: str
     system_message: str
@@ -35,6 +40,10 @@ class Template:
     """Closes an answer; generation stops at it."""
     after: str = ""
     """Follows `end`, not supervised."""
+    lead: str = ""
+    """Opens an answer; the model writes it itself, and a user does not see it."""
+    end_before_more: str = ""
+    """Closes an answer that another turn follows, where that is not `end`."""
     strip: bool = False
     """Messages are stripped of surrounding white space (original: `preprocess_internlm`)."""
     leading_answer: bool = False
@@ -79,6 +88,17 @@ TEMPLATES = {
             assistant="<bot>: ",
             open="<bot>:",
             end="</s>",
+        ),
+        Template(
+            name="internvl3_5_gpt_oss",
+            system_message=_GPT_OSS,
+            system=("<|start|>system<|message|>", "<|end|>"),
+            user=("<|start|>user<|message|>", "<|end|>"),
+            assistant="<|start|>assistant",
+            open="<|start|>assistant",
+            lead="<|channel|>final<|message|>",
+            end="<|return|>",
+            end_before_more="<|end|>",
         ),
     )
 }

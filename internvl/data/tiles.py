@@ -10,8 +10,17 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from internvl.config import TilesConfig
+from internvl.data.images import (
+    QUALITIES,
+    STATISTICS,
+    Triple,
+    degrade,
+    degrade_tiles,
+    pad_square,
+)
 from internvl.data.records import Grid, Tiles
 
 
@@ -58,19 +67,29 @@ def num_tiles(grid: Grid, thumbnail: bool) -> int:
     return count + 1 if thumbnail and count > 1 else count
 
 
-def cut(image: Image.Image, grid: Grid, *, tile_size: int, thumbnail: bool) -> Tensor:
+def cut(
+    image: Image.Image, grid: Grid, *, tile_size: int, thumbnail: bool, resize: str = "pillow"
+) -> Tensor:
     """An RGB image as tiles, uint8 (N, 3, S, S): row by row, then the thumbnail.
 
     The whole image is resized to the grid (bicubic, aspect not kept), then cropped.
     """
     columns, rows = grid
-    resized = np.asarray(image.resize((columns * tile_size, rows * tile_size)))
-    tiles = resized.reshape(rows, tile_size, columns, tile_size, 3).transpose(0, 2, 4, 1, 3)
-    tiles = tiles.reshape(rows * columns, 3, tile_size, tile_size)
-    if thumbnail and columns * rows > 1:
-        small = np.asarray(image.resize((tile_size, tile_size))).transpose(2, 0, 1)
-        tiles = np.concatenate([tiles, small[None]])
-    return torch.from_numpy(np.ascontiguousarray(tiles))
+    whole = _resize(image, columns * tile_size, rows * tile_size, resize)
+    tiles = whole.unflatten(1, (rows, tile_size)).unflatten(3, (columns, tile_size))
+    tiles = tiles.permute(1, 3, 0, 2, 4).reshape(rows * columns, 3, tile_size, tile_size)
+    if not thumbnail or columns * rows == 1:
+        return tiles
+    return torch.cat([tiles, _resize(image, tile_size, tile_size, resize)[None]])
+
+
+def _resize(image: Image.Image, width: int, height: int, how: str) -> Tensor:
+    """uint8 (3, height, width): Pillow's bicubic, or torch's antialiased one on uint8."""
+    if how == "pillow":
+        return torch.from_numpy(np.array(image.resize((width, height)))).permute(2, 0, 1)
+    # Channels last in memory: the layout of torch's vectorized kernel.
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    return F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)[0]
 
 
 def choose_grids(
@@ -93,16 +112,42 @@ def choose_grids(
     )
 
 
-def tile_images(images: list[Image.Image], config: TilesConfig, max_tiles: int) -> Tiles | None:
-    """The tiles of a sample's RGB images, None without images."""
+def tile_images(
+    images: Sequence[Image.Image],
+    config: TilesConfig,
+    max_tiles: int,
+    *,
+    resize: str = "pillow",
+    mean: Triple = STATISTICS["imagenet"][0],
+    augment: np.random.Generator | None = None,
+) -> Tiles | None:
+    """The tiles of a sample's RGB images, None without images.
+
+    Args:
+        resize: "pillow" or "torch".
+        mean: colour of the padding where `config.pad_square` is set.
+        augment: draws a JPEG quality for every tile, or none. As in the original, a picture that
+            is never tiled (`config.max` is 1) is degraded before it is resized, and not padded.
+    """
     if not images:
         return None
     grids = choose_grids([image.size for image in images], config, max_tiles)
+    if config.max == 1 and augment is not None:
+        images = [degrade(image, _quality(augment)) for image in images]
+    elif config.pad_square:
+        images = [pad_square(image, mean) for image in images]
     each = [
-        cut(image, grid, tile_size=config.size, thumbnail=config.thumbnail)
+        cut(image, grid, tile_size=config.size, thumbnail=config.thumbnail, resize=resize)
         for image, grid in zip(images, grids, strict=True)
     ]
-    return Tiles(torch.cat(each), tuple(map(len, each)), grids)
+    pixels = torch.cat(each)
+    if config.max > 1 and augment is not None:
+        pixels = degrade_tiles(pixels, [_quality(augment) for _ in pixels])
+    return Tiles(pixels, tuple(map(len, each)), grids)
+
+
+def _quality(draw: np.random.Generator) -> int:
+    return int(draw.integers(QUALITIES.start, QUALITIES.stop))
 
 
 def empty_tiles(

@@ -1,0 +1,199 @@
+"""Where the lines of an annotation file start, and which lines show the same pictures.
+
+Built once in a pass over the file and kept, by its content, in a cache folder that may be deleted
+at any time. The arrays are memory-mapped: ranks and workers share them, and no line is held.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from internvl import log
+
+_LAYOUT = b"1"  # raise when the arrays change for the same file
+_CHUNK = 1 << 25  # bytes read at once
+_KEYS = (b'"image', b'"video')
+_MEDIA = re.compile(rb'"(?:image|video)s?"\s*:\s*(\[[^\]]*\]|"(?:[^"\\]|\\.)*")')
+
+
+def cache_folder() -> Path:
+    """Where indexes lie: `$XDG_CACHE_HOME/internvl/index`, else `~/.cache/internvl/index`."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "internvl" / "index"
+
+
+class LineIndex:
+    """Random access to the lines of a file.
+
+    `starts` is int64 (lines + 1,), `groups` int32 (lines,): the same number for lines with the
+    same pictures. Both are mapped from `folder`; a pickled index is two paths.
+    """
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        self.path = path
+        self.folder = folder
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "folder": self.folder}
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        return np.load(self.folder / "starts.npy", mmap_mode="r")
+
+    @cached_property
+    def groups(self) -> np.ndarray:
+        return np.load(self.folder / "groups.npy", mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def lines(self, indices: Sequence[int]) -> Iterator[bytes]:
+        """Some lines, in the order asked for, line ends included."""
+        with self.path.open("rb") as file:
+            for index in indices:
+                file.seek(int(self.starts[index]))
+                yield file.read(int(self.starts[index + 1] - self.starts[index]))
+
+
+def index_lines(path: Path, cache: Path | None = None) -> LineIndex:
+    """The index of a JSONL file, from the cache where its content is known.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest = hashlib.sha256(_LAYOUT)
+    for chunk in _chunks(path):
+        digest.update(chunk)
+    folder = (cache or cache_folder()) / digest.hexdigest()[:32]
+    if not folder.is_dir():
+        starts, groups = _scan(path)
+        with complete_or_absent(folder) as partial:
+            np.save(partial / "starts.npy", starts)
+            np.save(partial / "groups.npy", groups)
+        log.get_logger().info("%s: %s lines indexed in %s", path, f"{len(groups):,}", folder)
+    return LineIndex(path, folder)
+
+
+def convert_once(
+    name: str, key: Iterable[bytes], rows: Callable[[], Iterator[dict[str, Any]]]
+) -> LineIndex:
+    """Rows of another form as an indexed JSONL file in the cache, written where `key` is new.
+
+    Args:
+        name: what is converted, for the log.
+        key: pieces of the content that the rows depend on.
+        rows: makes the rows, in order.
+    """
+    digest = hashlib.sha256(_LAYOUT)
+    for piece in key:
+        digest.update(piece)
+    folder = cache_folder() / f"rows-{digest.hexdigest()[:32]}"
+    if not folder.is_dir():
+        with (
+            complete_or_absent(folder) as partial,
+            (partial / "rows.jsonl").open("w", encoding="utf-8") as file,
+        ):
+            for row in rows():
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        log.get_logger().info("%s: read into %s", name, folder)
+    return index_lines(folder / "rows.jsonl")
+
+
+def file_content(path: Path) -> Iterator[bytes]:
+    """A file's content as a key of `convert_once`."""
+    yield from _chunks(path)
+
+
+@contextmanager
+def complete_or_absent(folder: Path) -> Iterator[Path]:
+    """A folder written beside its place and moved there when the block ends without an error.
+
+    Several processes may make the same one; the first to finish wins.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        yield partial
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
+
+
+def _whole_lines(path: Path) -> Iterator[bytes]:
+    """The file in pieces that end with a line."""
+    rest = b""
+    for chunk in _chunks(path):
+        cut = chunk.rfind(b"\n") + 1
+        if cut:
+            yield rest + chunk[:cut]
+            rest = chunk[cut:]
+        else:
+            rest += chunk
+    if rest:
+        yield rest
+
+
+def _scan(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(starts, groups) of a file."""
+    ends, keys = [np.zeros(1, dtype=np.int64)], [np.zeros(0, dtype=np.uint64)]
+    offset = 0
+    for piece in _whole_lines(path):
+        local = np.flatnonzero(np.frombuffer(piece, dtype=np.uint8) == 10).astype(np.int64) + 1
+        if not piece.endswith(b"\n"):
+            local = np.append(local, len(piece))
+        ends.append(local + offset)
+        keys.append(_media_keys(piece, local))
+        offset += len(piece)
+    return np.concatenate(ends), _dense(np.concatenate(keys))
+
+
+def _media_keys(piece: bytes, ends: np.ndarray) -> np.ndarray:
+    """uint64 (lines,): a number made of the media that a line names, 0 where it names none.
+
+    The text between two quotes is taken as it stands: a line that spells the same path in another
+    way gets another number, which only costs the saving.
+    """
+    places: list[int] = []
+    digests: list[bytes] = []
+    for key in _KEYS:
+        place = piece.find(key)
+        while place >= 0:
+            match = _MEDIA.match(piece, place)
+            if match:
+                places.append(place)
+                digests.append(hashlib.blake2b(match[1], digest_size=8).digest())
+            place = piece.find(key, place + 6)
+    keys = np.zeros(len(ends), dtype=np.uint64)
+    lines = np.searchsorted(ends, np.asarray(places, dtype=np.int64), side="right")
+    np.add.at(keys, lines, np.frombuffer(b"".join(digests), dtype=np.uint64))
+    return keys
+
+
+def _dense(keys: np.ndarray) -> np.ndarray:
+    """int32: numbers from 0 on, equal where keys are; every 0 gets one of its own."""
+    groups = np.empty(len(keys), dtype=np.int32)
+    named = keys != 0
+    unique, inverse = np.unique(keys[named], return_inverse=True)
+    groups[named] = inverse
+    groups[~named] = np.arange(int((~named).sum()), dtype=np.int32) + len(unique)
+    return groups

@@ -1,0 +1,116 @@
+"""Parquet and Arrow files as rows by number: memory-mapped, so that only what is read is held."""
+
+import hashlib
+import importlib
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from internvl.data.index import cache_folder, complete_or_absent
+from internvl.data.records import DataError
+
+_BATCH = 256  # rows read from a Parquet file at once
+_MEDIA = ("image", "images", "video", "videos")
+
+
+class Table:
+    """The rows of a file or folder, in the order of the file names.
+
+    Arrow files (`datasets.save_to_disk`) are mapped where they lie. Parquet has no access by row:
+    it is written once, uncompressed, as Arrow into the cache folder.
+
+    Raises:
+        DataError: pyarrow is missing, or there is no such file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        _arrow()
+        if not path.exists():
+            raise FileNotFoundError(path)
+        files = [path] if path.is_file() else sorted(path.rglob("*.arrow"))
+        files = files or sorted(path.rglob("*.parquet"))
+        if not files:
+            raise DataError(f"{path}: no .parquet or .arrow file in it")
+        self.files = [_as_arrow(f) if f.suffix == ".parquet" else f for f in files]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "files": self.files}
+
+    @cached_property
+    def _tables(self) -> list[Any]:
+        return [_map(file) for file in self.files]
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum([len(table) for table in self._tables])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def row(self, index: int) -> dict[str, Any]:
+        """Row `index` as Python values."""
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        before = int(self._ends[number - 1]) if number else 0
+        return self._tables[number].slice(index - before, 1).to_pylist()[0]
+
+    @cached_property
+    def groups(self) -> np.ndarray:
+        """int32 (rows,): the same number for rows with the same paths or bytes of pictures."""
+        digests: list[bytes] = []
+        for table in self._tables:
+            names = [name for name in table.column_names if name in _MEDIA]
+            for batch in table.select(names).to_batches(max_chunksize=_BATCH):
+                for position, row in enumerate(batch.to_pylist()):
+                    named = [value for value in row.values() if value]
+                    text = repr(named) if named else f"row {len(digests)} {position}"
+                    digests.append(hashlib.blake2b(text.encode(), digest_size=8).digest())
+        keys = np.frombuffer(b"".join(digests), dtype=np.uint64)
+        return np.unique(keys, return_inverse=True)[1].astype(np.int32)
+
+
+def _arrow() -> Any:
+    try:
+        return importlib.import_module("pyarrow")
+    except ImportError:
+        raise DataError(
+            "reading Parquet and Arrow files needs pyarrow: pip install 'internvl[data]'"
+        ) from None
+
+
+def _map(file: Path) -> Any:
+    """The Arrow table in a file, of the stream or the file format, without reading it."""
+    arrow = _arrow()
+    source = arrow.memory_map(str(file), "r")
+    try:
+        return arrow.ipc.open_stream(source).read_all()
+    except arrow.ArrowInvalid:
+        try:
+            return arrow.ipc.open_file(source).read_all()
+        except arrow.ArrowInvalid as error:
+            raise DataError(f"{file} is no Arrow file ({error})") from None
+
+
+@lru_cache(maxsize=1024)
+def _as_arrow(file: Path) -> Path:
+    """A Parquet file as Arrow in the cache; name, size and time stand for its content."""
+    arrow = _arrow()
+    parquet = importlib.import_module("pyarrow.parquet")
+    state = file.stat()
+    key = repr((str(file.resolve()), state.st_size, state.st_mtime_ns)).encode()
+    folder = cache_folder() / f"table-{hashlib.sha256(key).hexdigest()[:32]}"
+    if not folder.is_dir():
+        try:
+            source = parquet.ParquetFile(file)
+            with (
+                complete_or_absent(folder) as partial,
+                arrow.OSFile(str(partial / "rows.arrow"), "wb") as sink,
+                arrow.ipc.new_stream(sink, source.schema_arrow) as writer,
+            ):
+                for batch in source.iter_batches(batch_size=_BATCH):
+                    writer.write_batch(batch)
+        except arrow.ArrowInvalid as error:
+            raise DataError(f"{file} is no Parquet file ({error})") from None
+    return folder / "rows.arrow"
