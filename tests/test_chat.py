@@ -1,9 +1,11 @@
 """Encoding against the original's ids and labels, and the conversations it gets wrong."""
 
 import json
+import shutil
 
 import pytest
 from chat_folders import GOLDEN
+from data_files import SHARED
 
 from internvl.data.chat import ChatEncoder
 from internvl.data.records import IGNORE, BadSample, Message, Sample
@@ -99,9 +101,9 @@ def test_the_answer_and_its_end_are_supervised(name):
     assert (example.labels[example.labels != IGNORE] == supervised).all()
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", [*FUNCTIONS, "phi3-chat", "vicuna_v1.1"])
 def test_training_continues_the_prompt_of_inference(name):
-    encode = encoder(name)
+    encode = encoder(name, FUNCTIONS.get(name, (None, "internlm2"))[1])
     messages = (Message("user", "<image>\nHow many?"), Message("assistant", "Three."))
     example = encode.encode(Sample("here", messages, ("x",)), (4,))
     prompt = encode.prompt(messages[:1], (4,))
@@ -131,3 +133,32 @@ def test_a_long_answer_is_cut_without_its_end():
     example = encoder("Hermes-2").encode(conversation("Hello?", "yes " * 300), (), MAX_TOKENS)
     assert len(example.input_ids) == MAX_TOKENS
     assert example.labels[-1] != IGNORE
+
+
+LLAMA = SHARED / "data" / "tokenizers" / "llama2_tokenizer.model"
+
+
+@pytest.mark.skipif(not LLAMA.is_file(), reason="no Llama tokenizer here")
+@pytest.mark.parametrize("name", ["vicuna_v1.1", "internvl_zh", "phi3-chat"])
+def test_sentencepiece_templates(name, tmp_path):
+    """From the rules of the originals: one tokenization; the answer's first word is supervised."""
+    shutil.copy(LLAMA, tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    tokenizer = load_tokenizer(tmp_path)
+    added = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"] if name == "phi3-chat" else []
+    tokenizer.add_tokens([*added, "<img>", "<IMG_CONTEXT>", "</img>"], special_tokens=True)
+    encode = ChatEncoder(tokenizer, template(name), 1)
+    chat = template(name)
+    example = encode.encode(conversation("Hello there?", "Yes sir.", "And?", "No."), ())
+    text = chat.system[0] + encode.system_message + chat.system[1]
+    for question, answer in (("Hello there?", "Yes sir."), ("And?", "No.")):
+        text += chat.user[0] + question + chat.user[1] + chat.assistant + chat.lead
+        text += answer + chat.end
+    assert example.input_ids.tolist() == tokenizer(text).input_ids
+    supervised = example.input_ids[example.labels != IGNORE].tolist()
+    pieces = tokenizer.convert_ids_to_tokens(supervised)
+    assert pieces[0] in ("▁Yes", "Yes")
+    assert pieces.count(chat.end) == 2
+    assert (
+        "".join(pieces).replace("▁", " ").strip() == f"Yes sir.{chat.end}{chat.lead}No.{chat.end}"
+    )

@@ -43,7 +43,6 @@ class ChatEncoder:
         self.context_id = tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT)
         # What the tokenizer puts before any text: a BOS for InternLM2 and Llama, nothing for Qwen.
         self.bos = list(tokenizer("").input_ids)
-        self._assistant_length = len(self._ids(template.assistant))
 
     def encode(
         self, sample: Sample, tiles_per_image: Sequence[int], max_tokens: int | None = None
@@ -59,17 +58,7 @@ class ChatEncoder:
         """
         messages = self._in_order(sample)
         self._check_marks(sample.name, messages, len(tiles_per_image))
-        ids: list[int] = list(self.bos)
-        labels: list[int] = [IGNORE] * len(ids)
-        for role, text in self._segments(messages):
-            segment = self._ids(text)
-            ids += segment
-            if role != "assistant":
-                labels += [IGNORE] * len(segment)
-                continue
-            after = len(self._ids(self.template.after)) if self.template.after else 0
-            answer = segment[self._assistant_length : len(segment) - after]
-            labels += [IGNORE] * self._assistant_length + answer + [IGNORE] * after
+        ids, labels = self._labelled(self._pieces(messages))
         row, supervised = self._expand(sample.name, ids, labels, tiles_per_image)
         if max_tokens is not None and len(row) > max_tokens:
             row, supervised = self._truncate(sample.name, row, supervised, max_tokens)
@@ -82,30 +71,51 @@ class ChatEncoder:
     ) -> np.ndarray:
         """int64 (T,): the conversation up to an answer that is still to be generated."""
         self._check_marks(name, messages, len(tiles_per_image))
-        text = "".join(text for _, text in self._segments(messages)) + self.template.open
+        text = "".join(text for text, _ in self._pieces(messages)) + self.template.open
         row, _ = self._expand(name, self.bos + self._ids(text), None, tiles_per_image)
         return row
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
-    def _segments(self, messages: Sequence[Message]) -> list[tuple[str, str]]:
-        """(role, text) of every turn, the system turn first."""
+    def _labelled(self, pieces: Sequence[tuple[str, bool]]) -> tuple[list[int], list[int]]:
+        """Ids of the joined pieces, and labels: a token counts if it starts in a supervised piece.
+
+        The text is tokenized at once, as the originals do but one, and as a prompt of inference
+        is: in pieces, a SentencePiece tokenizer would put spaces where a release has none.
+        """
+        text = "".join(text for text, _ in pieces)
+        counts = np.zeros(len(text) + 1, dtype=bool)
+        start = 0
+        for piece, supervised in pieces:
+            counts[start : start + len(piece)] = supervised
+            start += len(piece)
+        encoded = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        labels = [
+            token if counts[first] else IGNORE
+            for token, (first, _) in zip(encoded.input_ids, encoded.offset_mapping, strict=True)
+        ]
+        return self.bos + encoded.input_ids, [IGNORE] * len(self.bos) + labels
+
+    def _pieces(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
+        """(text, supervised) of every turn in order, the system turn first."""
         template = self.template
         system = self.system_message
         if messages and messages[0].role == "system":
             system, messages = messages[0].content, messages[1:]
-        segments = [("system", template.system[0] + system + template.system[1])]
+        pieces = [(template.system[0] + system + template.system[1], False)]
         for number, message in enumerate(messages, start=1):
             content = message.content.strip() if template.strip else message.content
             if message.role == "user":
                 content = content.replace(IMAGE_MARK, _BLOCK)
-                segments.append(("user", template.user[0] + content + template.user[1]))
+                pieces.append((template.user[0] + content + template.user[1], False))
             else:
                 inner = template.end_before_more if number < len(messages) else ""
-                end = (inner or template.end) + template.after
-                segments.append(("assistant", template.assistant + template.lead + content + end))
-        return segments
+                answer = template.lead + content + (inner or template.end)
+                pieces += [(template.assistant, False), (answer, True), (template.after, False)]
+        return pieces
 
     def _in_order(self, sample: Sample) -> Sequence[Message]:
         """The messages, which must alternate and end with an answer that is not empty."""

@@ -50,7 +50,14 @@ class Template:
     """A conversation may open with an answer, which is supervised; elsewhere it is dropped."""
 
 
-def _chatml(name: str, system_message: str, *, after: str = "", **rules: bool) -> Template:
+def _chatml(
+    name: str,
+    system_message: str,
+    *,
+    after: str = "",
+    strip: bool = False,
+    leading_answer: bool = False,
+) -> Template:
     close = "<|im_end|>" + after
     return Template(
         name=name,
@@ -61,7 +68,8 @@ def _chatml(name: str, system_message: str, *, after: str = "", **rules: bool) -
         open="<|im_start|>assistant\n",
         end="<|im_end|>",
         after=after,
-        **rules,
+        strip=strip,
+        leading_answer=leading_answer,
     )
 
 
@@ -85,8 +93,22 @@ TEMPLATES = {
             system_message="",
             system=("", " "),
             user=("<human>: ", " "),
-            assistant="<bot>: ",
+            assistant="<bot>:",
             open="<bot>:",
+            # SentencePiece joins the space with the first word, so it counts as the answer's.
+            lead=" ",
+            end="</s>",
+        ),
+        Template(
+            name="vicuna_v1.1",
+            system_message="A chat between a curious user and an artificial intelligence "
+            "assistant. The assistant gives helpful, detailed, and polite answers to the user's "
+            "questions.",
+            system=("", " "),
+            user=("USER: ", " "),
+            assistant="ASSISTANT:",
+            open="ASSISTANT:",
+            lead=" ",
             end="</s>",
         ),
         Template(
