@@ -8,7 +8,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -141,6 +141,27 @@ def export(args: Arguments) -> int:
     return 0
 
 
+def data(args: Arguments) -> int:
+    """From downloads as they lie to annotation files; boxes, captions and parquet converted."""
+    if args.action == "convert":
+        from internvl.data import convert
+
+        converted = convert.run(args.name, args.source, args.target)
+        print(_counts(converted.counts, converted.files))
+        return 0
+    from internvl.data import prepare
+
+    prepared = prepare.run(args.name, args.root, download=args.download)
+    print(_counts(prepared.counts, prepared.files))
+    for missing in prepared.missing:
+        print(missing, file=sys.stderr)
+    return int(not prepared.ready)
+
+
+def _counts(counts: Mapping[str, int], files: Sequence[Path]) -> str:
+    return "\n".join([*(f"{name}: {n:,}" for name, n in counts.items()), *map(str, files)])
+
+
 VERBS: dict[str, Callable[[Arguments], int]] = {
     "demo": demo,
     "doctor": doctor,
@@ -151,6 +172,7 @@ VERBS: dict[str, Callable[[Arguments], int]] = {
     "chat": chat,
     "merge": merge,
     "export": export,
+    "data": data,
 }
 
 
@@ -195,6 +217,15 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
         add[name].add_argument(
             "--code-from", type=Path, help="official: copy the original's Python files from there"
         )
+    actions = add["data"].add_subparsers(dest="action", required=True, metavar="prepare|convert")
+    prepare = actions.add_parser("prepare", help="downloads as they lie to annotation files")
+    prepare.add_argument("name", help="coco-caption, flickr30k, flickr30k-cn, nocaps, sft-v1.2 …")
+    prepare.add_argument("--root", type=Path, required=True, help="folder the downloads lie in")
+    prepare.add_argument("--download", action="store_true", help="fetch what is missing")
+    convert = actions.add_parser("convert", help="one file or folder into another form")
+    convert.add_argument("name", help="boxes-to-1000, boxes-to-unit, captions or parquet")
+    convert.add_argument("source", type=Path)
+    convert.add_argument("target", type=Path)
     return top, add
 
 
@@ -204,7 +235,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     argparse allows that for a parser without verbs only, so the verb's own one is called.
     """
     top, verbs = parser()
-    if not argv or argv[0] not in verbs:
+    if not argv or argv[0] not in verbs or argv[0] == "data":
         return top.parse_args(argv)
     return verbs[argv[0]].parse_intermixed_args(argv[1:], argparse.Namespace(verb=argv[0]))
 
@@ -231,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         sys.exit(VERBS[args.verb](args))
     except KeyboardInterrupt:
         code, message = 1, "stopped"
-    except Exception as error:  # noqa: BLE001  the one place: a user gets a sentence
+    except Exception as error:
         if args.debug:
             raise
         code, message = _explain(error)

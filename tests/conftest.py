@@ -1,9 +1,14 @@
-"""What every test shares: the `gpu` marker skips where there is no CUDA device."""
+"""What every test shares: few threads, its own cache; `gpu` tests skip where there is no device."""
 
 import os
 from collections.abc import Iterator
 
 import pytest
+
+# Read when torch is imported, here and in the processes that tests start. The models are so small
+# that threads cost more than they bring, and far more where two test runs share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -267,7 +267,7 @@ def parquet_rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise DataError("parquet files need the package pyarrow: pip install pyarrow") from None
+        raise DataError("parquet files need pyarrow: pip install 'internvl[parquet]'") from None
     for path in files:
         try:
             for batch in parquet.ParquetFile(path).iter_batches(batch_size=_ROWS_AT_ONCE):
