@@ -316,6 +316,7 @@ def chat_template(template: Template, system_message: str | None) -> str:
         return json.dumps(value, ensure_ascii=False)
 
     strip = " | trim" if template.strip else ""
+    inner = template.end_before_more or template.end
     return (
         "{%- macro body(message) -%}"
         "{%- if message.content is string -%}{{ message.content" + strip + " }}"
@@ -333,8 +334,8 @@ def chat_template(template: Template, system_message: str | None) -> str:
         '{%- elif message.role == "user" -%}'
         f"{{{{ {text(template.user[0])} + body(message) + {text(template.user[1])} }}}}"
         "{%- else -%}"
-        f"{{{{ {text(template.assistant)} + body(message) + "
-        f"{text(template.end + template.after)} }}}}"
+        f"{{{{ {text(template.assistant + template.lead)} + body(message) + "
+        f"({text(template.end)} if loop.last else {text(inner)}) + {text(template.after)} }}}}"
         "{%- endif -%}{%- endfor -%}"
         f"{{%- if add_generation_prompt -%}}{{{{ {text(template.open)} }}}}{{%- endif -%}}"
     )

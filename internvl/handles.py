@@ -1,6 +1,6 @@
 """What a user holds: `load` turns a folder or hub id into a model, tokenizer and template."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import InternVLConfig, PreTrainedTokenizerFast
 
-from internvl import checkpoint
+from internvl import checkpoint, generate
 from internvl.config import Recipe, TilesConfig, UserError, load_recipe
 from internvl.data.chat import ChatEncoder
 from internvl.data.templates import TEMPLATES, Template, template
@@ -77,6 +77,18 @@ class Chat:
         return answers(
             self.model, self.encoder, self.tiles, requests, chosen, batch_size=batch_size
         )
+
+    def stream(
+        self, request: Request, *, max_new_tokens: int = 1024, **settings: Any
+    ) -> Iterator[str]:
+        """The pieces of one answer as they are generated; joined they are `answer`'s.
+
+        Raises:
+            UserError: with beam search, whose text is known at the end only.
+        """
+        chosen = Settings(max_new_tokens=max_new_tokens, **settings)
+        prompt = generate.encode(request, self.encoder, self.tiles)
+        return generate.stream(self.model, self.encoder, prompt, chosen)
 
 
 def load(

@@ -157,8 +157,8 @@ class Model:
     """Parameters as the release prints them, "2.2B"; empty where the specs give none."""
     download_gb: float | None = None
     """Size of the download, 10^9 bytes."""
-    missing: str = ""
-    """What it would need that is not here; empty if it can be used."""
+    note: str = ""
+    """What a reader of this row should know, such as why two numbers of it differ."""
 
     @property
     def repository(self) -> str:
@@ -178,6 +178,11 @@ _CHAT_1_2: dict[str, Any] = {
     "published": "40.1B",
 }
 _INTERNLM2: dict[str, Any] = {"template": "internlm2-chat"}
+_ROUNDED_TWICE = "its weights are 4.147 B, which is 4.1B; the release prints 4.2B"
+_COPIED = (
+    "4.2B is InternVL2-4B's number, which the guides repeat for this model; the language models "
+    "differ, and this one's weights are 3.7 B"
+)
 _6B_15, _6B_25 = "InternViT-6B-448px-V1-5", "InternViT-6B-448px-V2_5"
 _300M, _300M_25 = "InternViT-300M-448px", "InternViT-300M-448px-V2_5"
 
@@ -211,6 +216,8 @@ _ROWS: tuple[Model, ...] = (
         ps_version="v1",
         max_tiles=1,
         published="19.1B",
+        note="counted with LLaMA2-13B's 32,000 tokens; the release's tokenizer may be larger: its "
+        "config.json decides",
     ),
     *(
         Model(
@@ -241,6 +248,7 @@ _ROWS: tuple[Model, ...] = (
         language="Phi-3-mini-128k-instruct",
         template="phi3-chat",
         published="4.2B",
+        note=_ROUNDED_TWICE,
     ),
     Model(
         name="InternVL2-1B",
@@ -264,6 +272,7 @@ _ROWS: tuple[Model, ...] = (
         language="Phi-3-mini-128k-instruct",
         template="phi3-chat",
         published="4.2B",
+        note=_ROUNDED_TWICE,
         download_gb=7.8,
     ),
     Model(
@@ -299,7 +308,13 @@ _ROWS: tuple[Model, ...] = (
         **_INTERNLM2,
     ),
     *(
-        Model(name=f"InternVL2_5-{size}", vision=vision, language=language, published=published)
+        Model(
+            name=f"InternVL2_5-{size}",
+            vision=vision,
+            language=language,
+            published=published,
+            note=_COPIED if size == "4B" else "",
+        )
         for size, vision, language, published in (
             ("1B", _300M_25, "Qwen2.5-0.5B-Instruct", "0.9B"),
             ("2B", _300M_25, "internlm2_5-1_8b-chat", "2.2B"),
@@ -340,7 +355,8 @@ _ROWS: tuple[Model, ...] = (
         vision=_300M_25,
         language="gpt-oss-20b",
         template="internvl3_5_gpt_oss",
-        missing="its conversation template (internvl3_5_gpt_oss)",
+        note="answers and exports; does not train here: its sliding-window layers need a packed "
+        "attention of their own",
     ),
 )
 MODELS: dict[str, Model] = {model.name: model for model in _ROWS}
@@ -653,8 +669,8 @@ def describe(name: str) -> str:
     lines.append(f"  weights, GiB    {memory}")
     if model.download_gb is not None:
         lines.append(f"  download        {model.download_gb:g} GB")
-    if model.missing:
-        lines.append(f"  cannot be used  {model.missing} is missing here")
+    if model.note:
+        lines.append(f"  note            {model.note}")
     found = scores(model.name)
     if found:
         rows = [("task", "language", "mode", "metric", "published", "after")]

@@ -10,6 +10,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 GOLDEN = Path(__file__).parent / "golden"
 IMAGE_TOKEN_ID = 590
+PROMPT_RUNS = json.loads((GOLDEN / "chat_prompts" / "runs.json").read_text())
+"""The original's chat() and batch_chat(): model, tokenizer, template -> prompts and answers."""
 
 LANGUAGE = {
     "vocab_size": 600,
@@ -26,6 +28,21 @@ LANGUAGE = {
     "tie_word_embeddings": False,
 }
 SU = {"short_factor": [1.0, 1.1, 1.2, 1.3] * 2, "long_factor": [1.0, 2.0, 3.0, 4.0] * 2}
+GPT_OSS = {
+    "head_dim": 16,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "attention_bias": True,
+}
+YARN = {
+    "factor": 4.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 64,
+}
 # Official `llm_config` keys beside LANGUAGE; and the stock class's arguments for the same model.
 ARCHITECTURES = {
     "LlamaForCausalLM": ({"rope_theta": 5e6}, ("llama", {"rope_theta": 5e6})),
@@ -78,6 +95,15 @@ ARCHITECTURES = {
             },
         ),
     ),
+    "GptOssForCausalLM": (
+        GPT_OSS | {"rope_theta": 1.5e5, "rope_scaling": YARN | {"rope_type": "yarn"}},
+        (
+            "gpt_oss",
+            GPT_OSS
+            | {"rope_parameters": YARN | {"rope_type": "yarn", "rope_theta": 1.5e5}}
+            | {"attn_implementation": "eager"},
+        ),
+    ),
 }
 
 
@@ -109,6 +135,19 @@ def add_tokenizer(folder: Path, name: str) -> Path:
     return folder
 
 
+def prompt_folder(key: str, to: Path) -> Path:
+    """A golden chat_prompts case: model, tokenizer and template; unused output rows are zero."""
+    name, _, template = key.partition(".")
+    folder = add_tokenizer(golden_folder(f"chat_{name}", "v2.sel-1", to), name)
+    config = json.loads((folder / "config.json").read_text()) | {"template": template}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    head = next(n for n in tensors if n.endswith(("output.weight", "lm_head.weight")))
+    tensors[head][PROMPT_RUNS[key]["lm_head_rows_zeroed_from"] :] = 0
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
 def stock_language_model(architecture: str) -> torch.nn.Module:
     """transformers' own class with random weights, for an architecture of the table above."""
     model_type, values = ARCHITECTURES[architecture][1]
@@ -125,8 +164,10 @@ def official_folder(architecture: str, to: Path, **overrides: object) -> Path:
     language = stock_language_model(architecture)
     golden = load_file(GOLDEN / "chat_internlm2" / "weights.safetensors")
     tensors = {k: v for k, v in golden.items() if not k.startswith("language_model.")}
+    split = architecture == "Qwen3MoeForCausalLM"
     for name, tensor in language.state_dict().items():
-        tensors |= _per_expert(f"language_model.{name}", tensor)
+        stored = f"language_model.{name}"
+        tensors |= _per_expert(stored, tensor) if split else {stored: tensor.clone()}
     config = json.loads((GOLDEN / "chat_internlm2" / "case.json").read_text())["config"]
     config |= {"model_type": "internvl_chat", "select_layer": -1, "ps_version": "v2"}
     config["llm_config"] = LANGUAGE | ARCHITECTURES[architecture][0]

@@ -12,6 +12,7 @@ from internvl.data.tokenizers import (
     SPECIAL_TOKENS,
     add_special_tokens,
     check_vocabulary,
+    decode,
     load_tokenizer,
     save_tokenizer,
 )
@@ -121,6 +122,23 @@ def test_llama_like_models_get_the_slow_tokenizers_spaces(legacy, llama_model, t
         assert tokenizer(text, verbose=False).input_ids == slow_ids(model, text, legacy=legacy), (
             text
         )
+
+
+def test_decoding_as_sentencepiece_does(llama_model, tmp_path):
+    """Characters, broken characters between whole ones, and the space before a text."""
+    shutil.copy(llama_model, tmp_path)
+    flags = {"special": True, "lstrip": False, "rstrip": False, "normalized": False}
+    added = {"1": {"content": "<s>", **flags}}
+    config = {"tokenizer_class": "LlamaTokenizer", "added_tokens_decoder": added}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(llama_model))
+    raw = ["é☂ 7".encode(), b"\xe6\x97\x37\xe6\x97\xa5", b"a\xff\xffb", b"\xe6"]
+    rows = [model.encode(text) for text in golden_ids("qwen2")]
+    rows += [[model.piece_to_id(f"<0x{byte:02X}>") for byte in row] for row in raw]
+    for ids in rows:
+        found = decode(tokenizer, [1, *ids], skip_special_tokens=True)
+        assert found == model.decode(ids)
 
 
 def test_a_folder_without_tokenizer(tmp_path):

@@ -6,6 +6,8 @@ tokens (the space that SentencePiece puts before a text), the slow one's rule is
 
 import json
 import logging
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,9 @@ SPECIAL_TOKENS = (
 
 _SENTENCEPIECE = {"LlamaTokenizer", "InternLM2Tokenizer", "InternLM3Tokenizer"}
 _SPACE = "▁"
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+_NO_CHARACTER = re.compile("[\udc80-\udcff]")
+"""What Python makes of bytes that are no UTF-8, one each."""
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
@@ -88,6 +93,31 @@ def _adds_space(model: Path) -> bool:
     """Whether this SentencePiece model puts a space before a text."""
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(model)).encode("a", out_type=str)
     return bool(pieces) and pieces[0].startswith(_SPACE)
+
+
+def decode(
+    tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], *, skip_special_tokens: bool
+) -> str:
+    """The text of `ids`, as the original's slow tokenizers give it.
+
+    SentencePiece writes U+FFFD for every byte that is part of no character; the fast decoder
+    would for every byte of a run in which one is, and so lose the characters beside it.
+    """
+    if not _has_byte_pieces(tokenizer):
+        return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+    pieces = tokenizer.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens)
+    raw = bytearray()
+    for piece in pieces:
+        byte = _BYTE_PIECE.fullmatch(piece)
+        raw += bytes([int(byte[1], 16)]) if byte else piece.replace(_SPACE, " ").encode()
+    text = _NO_CHARACTER.sub("\ufffd", raw.decode(errors="surrogateescape"))
+    strips = not tokenizer.backend_tokenizer.decoder.decode([_SPACE])
+    return text.removeprefix(" ") if strips else text
+
+
+def _has_byte_pieces(tokenizer: PreTrainedTokenizerFast) -> bool:
+    found = tokenizer.convert_tokens_to_ids("<0x00>")
+    return found is not None and found != tokenizer.unk_token_id
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

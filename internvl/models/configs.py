@@ -153,9 +153,11 @@ def to_official(config: InternVLConfig) -> dict[str, Any]:
 
 def _text_to_official(text: PreTrainedConfig, architecture: str) -> dict[str, Any]:
     values = text.to_dict()
-    for key in ("transformers_version", "_name_or_path", "dtype", "layer_types"):
+    for key in ("transformers_version", "_name_or_path", "dtype"):
         values.pop(key, None)
-    if hasattr(text, "num_experts"):  # which today's classes write under another name
+    if architecture != "GptOssForCausalLM":  # the others' original classes do not know it
+        values.pop("layer_types", None)
+    if architecture == "Qwen3MoeForCausalLM":  # which today's classes write under another name
         values["num_experts"] = text.num_experts
         values.pop("num_local_experts", None)
     rope = dict(values.pop("rope_parameters", None) or {})
@@ -166,7 +168,9 @@ def _text_to_official(text: PreTrainedConfig, architecture: str) -> dict[str, An
     if architecture == "Phi3ForCausalLM" and kind == "longrope":
         kind = "su"
         rope.pop("original_max_position_embeddings", None)
-    values["rope_scaling"] = None if kind == "default" else {**rope, "type": kind}
+    # Language models of the 3.5 code are read by a transformers that knows the new key only.
+    key = "rope_type" if architecture.startswith(("Qwen3", "GptOss")) else "type"
+    values["rope_scaling"] = None if kind == "default" else {**rope, key: kind}
     values["architectures"] = [architecture]
     if architecture == "InternLM2ForCausalLM":
         values["model_type"] = "internlm2"

@@ -61,7 +61,7 @@ class ChatModel(InternVLForConditionalGeneration):
         if configs.chat_settings(config)["ps_version"] == "v1":
             self.model = ColumnMajorModel(config)
 
-    loss_chunk = 4096
+    loss_chunk = 1024
     """Supervised positions whose logits exist at the same time."""
 
     # The parameters are spelled out because `generate` reads them off the signature.
@@ -81,6 +81,8 @@ class ChatModel(InternVLForConditionalGeneration):
         """As the parent's; with `supervision`, `loss` is the weighted SUM over its positions.
 
         Logits are then computed at those positions only, a chunk at a time, and not returned.
+        There must be as many placeholders in `input_ids` (1, L) as visual tokens; nothing is
+        counted here, so that the host need not wait for a GPU.
         """
         inputs = {
             "input_ids": input_ids,
@@ -93,7 +95,13 @@ class ChatModel(InternVLForConditionalGeneration):
         }
         if supervision is None:
             return super().forward(labels=labels, logits_to_keep=logits_to_keep, **inputs)
-        hidden = self.model(use_cache=False, **inputs).last_hidden_state[0]
+        assert input_ids is not None
+        hidden = self.model.language_model(
+            inputs_embeds=self._embed(input_ids, pixel_values),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+        ).last_hidden_state[0]
         hidden = hidden.index_select(0, supervision.positions)
         loss = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, len(hidden), self.loss_chunk):
@@ -101,6 +109,17 @@ class ChatModel(InternVLForConditionalGeneration):
             terms = (hidden[part], supervision.targets[part], supervision.weights[part])
             loss = loss + checkpoint(self._chunk_loss, *terms, use_reentrant=False)
         return InternVLCausalLMOutputWithPast(loss=loss)
+
+    def _embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+        """(1, L, D) of a row (1, L): token embeddings, visual tokens at their placeholders."""
+        embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values is None:
+            return embeds
+        visual = self.model.get_image_features(pixel_values=pixel_values).pooler_output
+        visual = visual.flatten(0, 1).to(embeds.dtype)
+        placeholders = input_ids[0] == self.config.image_token_id
+        positions = torch.nonzero_static(placeholders, size=len(visual)).squeeze(1)
+        return embeds[0].index_copy(0, positions, visual)[None]
 
     def _expand_inputs_for_generation(
         self,
@@ -242,7 +261,7 @@ def materialize(
         config=config,
         state_dict=tensors,
         dtype=dtype,
-        attn_implementation=attention,
+        attn_implementation=_attention(config, attention),
         device_map=device_map or _one_device(device),
         quantization_config=_quantization(quantize, dtype),
     )
@@ -253,6 +272,13 @@ def materialize(
         state = keys.adapters_to_ours(config, empty_model(config).state_dict(), adapters)
         lora.load_official(model, state, source.folder)
     return model
+
+
+def _attention(config: InternVLConfig, wanted: str) -> str | dict[str, str]:
+    """GPT-OSS's attention sinks exist in no fused kernel of torch: its layers compute eagerly."""
+    if configs.language_model(config) == "GptOssForCausalLM" and wanted == "sdpa":
+        return {"text_config": "eager", "vision_config": wanted}
+    return wanted
 
 
 def read_config(
