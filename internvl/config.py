@@ -162,7 +162,10 @@ class DataConfig:
     normalize: Literal["imagenet", "clip", "siglip"] = "imagenet"
     """Mean and deviation that pixels are normalized with."""
     max_tokens: Positive = 8192
-    """Length of a packed row; a sample longer than this is a bad sample."""
+    """Longest sample. A longer one loses its end, as in the original, but never part of a picture
+    or every answer: then it is a bad sample."""
+    row_tokens: Positive | None = None
+    """Length of a packed row, at least `max_tokens`; null takes `max_tokens`."""
     max_tiles: Positive = 48
     """Most tiles in a packed row."""
     share_prefix: bool = True
@@ -220,6 +223,27 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """How a step is worked out: its speed and memory. Results are the same up to rounding."""
+
+    __pydantic_config__ = _STRICT
+    attention: Literal["auto", "dense", "flex"] = "auto"
+    """flex: FlexAttention over the blocks of a row in which anything is seen; dense: a mask over
+    all pairs of tokens; auto: flex on a GPU."""
+    compile: bool | None = None
+    """Compile every block of the model with torch.compile, once for each of the four lengths that
+    rows are then padded to (max_tokens, a half, a quarter, an eighth). null: on a GPU."""
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    """What is computed again in the backward pass instead of kept: nothing, every second block, or
+    every block of the parts that train."""
+    loss_chunk: Positive = 1024
+    """Supervised positions whose logits exist at the same time; each costs about 16 bytes per token
+    of the vocabulary."""
+    tf32: bool = False
+    """Matrix products of float32 in TF32 on a GPU; those in bfloat16 are not concerned."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """One evaluation during and after training."""
 
@@ -268,6 +292,7 @@ class Recipe:
     data: DataConfig
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
+    compute: ComputeConfig = ComputeConfig()
     evals: dict[str, EvalConfig] = field(default_factory=dict)
     checkpoint: CheckpointConfig = CheckpointConfig()
     run: Path
@@ -433,6 +458,8 @@ def _contradictions(recipe: Recipe) -> list[str]:
         problems.append("epochs, steps: give exactly one of the two")
     if not recipe.data.sources and recipe.data.meta is None:
         problems.append("data.sources: no source; give one, or data.meta")
+    if recipe.data.row_tokens is not None and recipe.data.row_tokens < recipe.data.max_tokens:
+        problems.append("data.row_tokens: smaller than data.max_tokens; a row takes any sample")
     if recipe.data.tiles.min > recipe.data.tiles.max:
         problems.append("data.tiles.min: larger than data.tiles.max")
     if recipe.data.tiles.pad_square and recipe.data.tiles.max > 1:
@@ -459,7 +486,15 @@ def _contradictions(recipe: Recipe) -> list[str]:
     return problems
 
 
-_MAY_CHANGE = ("data.workers", "log_every", "checkpoint.every", "checkpoint.keep", "device", "run")
+_MAY_CHANGE = (
+    "data.workers",
+    "log_every",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "device",
+    "run",
+    *(f"compute.{key.name}" for key in dataclasses.fields(ComputeConfig)),
+)
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
