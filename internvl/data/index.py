@@ -181,7 +181,7 @@ def _media_keys(piece: bytes, ends: np.ndarray) -> np.ndarray:
             match = _MEDIA.match(piece, place)
             if match:
                 places.append(place)
-                digests.append(hashlib.blake2b(match[1], digest_size=8).digest())
+                digests.append(hashlib.blake2b(key + match[1], digest_size=8).digest())
             place = piece.find(key, place + 6)
     keys = np.zeros(len(ends), dtype=np.uint64)
     lines = np.searchsorted(ends, np.asarray(places, dtype=np.int64), side="right")

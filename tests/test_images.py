@@ -1,0 +1,226 @@
+"""Pictures as the original reads them; what cannot be read is named."""
+
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from chat_folders import GOLDEN
+from data_files import SHARED, picture
+from PIL import Image
+from safetensors.torch import load_file
+
+from internvl.config import TilesConfig
+from internvl.data import images, tiles
+from internvl.data.images import BadImage, FileSlice, join_inside, open_rgb
+from internvl.models.vlm import normalize_tiles
+
+PIXELS = load_file(GOLDEN / "dynamic_tiles" / "images.safetensors")
+BROKEN = SHARED / "data" / "broken"
+ONE_TILE = TilesConfig(size=56, max=1)
+
+
+def golden_image():
+    return Image.fromarray(PIXELS["image0.pixels"].numpy())
+
+
+@pytest.mark.parametrize("kind", images.STATISTICS)
+@pytest.mark.parametrize("pad", [True, False])
+def test_golden_whole_transforms(kind, pad):
+    mean, std = images.STATISTICS[kind]
+    config = TilesConfig(size=56, max=1, pad_square=pad)
+    cut = tiles.tile_images([golden_image()], config, 1, mean=mean)
+    suffix = "" if kind == "imagenet" else f".{kind}"
+    wanted = PIXELS[f"image0.whole_{'pad2square' if pad else 'eval'}{suffix}"]
+    found = normalize_tiles(cut.pixels, torch.float32, mean, std)[0]
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
+
+
+def test_golden_tiles_normalized():
+    cut = tiles.tile_images([golden_image()], TilesConfig(size=56, max=6), 6)
+    found = normalize_tiles(cut.pixels, torch.float32)
+    torch.testing.assert_close(found, PIXELS["image0.tiles_transformed"], atol=1e-6, rtol=0)
+
+
+def test_golden_degradation_and_padding():
+    degraded = images.degrade(golden_image(), 80)
+    difference = np.asarray(degraded).astype(int) - PIXELS["image0.jpeg80"].numpy()
+    assert abs(difference).max() <= 1
+    square = images.pad_square(golden_image(), images.STATISTICS["imagenet"][0])
+    assert np.array_equal(np.asarray(square), PIXELS["image0.expand2square"].numpy())
+
+
+def test_augmentation_is_per_tile_and_repeats_with_its_seed():
+    config = TilesConfig(size=56, max=6)
+
+    def augmented(seed, config=config):
+        draw = np.random.default_rng(seed)
+        return tiles.tile_images([golden_image()], config, config.max, augment=draw).pixels
+
+    plain = tiles.tile_images([golden_image()], config, 6).pixels
+    draw = np.random.default_rng(3)
+    qualities = [int(draw.integers(75, 101)) for _ in plain]
+    assert len(set(qualities)) > 1
+    assert torch.equal(augmented(3), images.degrade_tiles(plain, qualities))
+    assert torch.equal(augmented(3), augmented(3))
+    assert not torch.equal(augmented(3), augmented(4))
+    # Without tiling: the whole picture first, then the resize; padding is ignored.
+    padded = TilesConfig(size=56, max=1, pad_square=True)
+    assert torch.equal(augmented(3, padded), augmented(3, ONE_TILE))
+
+
+def test_torch_resize_is_near_pillow(tmp_path):
+    image = open_rgb(picture(tmp_path / "x.png", (640, 427)))
+    image = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    ).resize(image.size)
+    config = TilesConfig(size=112, max=6)
+    exact, fast = (
+        tiles.tile_images([image], config, 6, resize=how).pixels for how in ("pillow", "torch")
+    )
+    difference = (exact.int() - fast.int()).abs()
+    assert int(difference.max()) <= 2
+    assert float(difference.float().mean()) <= 0.02
+
+
+def encoded(image, form, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def test_modes(tmp_path):
+    gray = Image.linear_gradient("L").resize((32, 32))
+    wide = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
+    assert np.array_equal(open_rgb(encoded(wide, "PNG")), open_rgb(encoded(gray, "PNG")))
+    red = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert open_rgb(encoded(red, "PNG")).getpixel((0, 0)) == (255, 0, 0)  # alpha is dropped
+    with pytest.raises(BadImage, match="32 bits a channel; save it with 8"):
+        open_rgb(encoded(Image.new("F", (8, 8)), "TIFF"))
+    turned = Image.new("RGB", (8, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert open_rgb(encoded(turned, "JPEG", exif=exif)).size == (8, 4)  # as stored
+
+
+def test_slices_and_missing_files(tmp_path):
+    file = picture(tmp_path / "x.png", (30, 20))
+    data = file.read_bytes()
+    (tmp_path / "all").write_bytes(b"12345" + data + b"rest")
+    part = FileSlice(str(tmp_path / "all"), 5, len(data), "0001.png")
+    assert np.array_equal(open_rgb(part), open_rgb(file))
+    assert np.array_equal(open_rgb(f"file://{file}"), open_rgb(file))
+    for wrong, says in (
+        (tmp_path / "no.png", "there is no image"),
+        (tmp_path, "is a folder"),
+        (b"", "is empty"),
+        (b"<html>", "not an image Pillow knows"),
+        (data[: len(data) // 2], "cannot be decoded"),
+        (f"file://{tmp_path}/no.png", "there is nothing at"),
+    ):
+        with pytest.raises(BadImage, match=says):
+            open_rgb(wrong)
+
+
+@pytest.mark.parametrize(
+    ("root", "path", "joined"),
+    [
+        ("/data", "a/b.jpg", "/data/a/b.jpg"),
+        ("/data", "a/../b.jpg", "/data/b.jpg"),
+        ("/data", "frames/", "/data/frames/"),
+        ("/data", "/data/b.jpg", "/data/b.jpg"),
+        ("s3://bucket/data", "a.jpg", "s3://bucket/data/a.jpg"),
+        ("s3://bucket/data/", "s3://bucket/data/a.jpg", "s3://bucket/data/a.jpg"),
+        ("/data", "../b.jpg", None),
+        ("/data", "/etc/passwd", None),
+        ("/data", "/database/b.jpg", None),
+        ("s3://bucket/data", "../a.jpg", None),
+        ("s3://bucket/data", "s3://other/a.jpg", None),
+    ],
+)
+def test_paths_stay_inside(root, path, joined):
+    if joined is None:
+        with pytest.raises(BadImage, match="leaves the image folder"):
+            join_inside(root, path)
+    else:
+        assert join_inside(root, path) == joined
+
+
+READ = (
+    *("cmyk.jpg", "gray.jpg", "gray16.png", "rgb16.png", "palette_alpha.png", "rgba_gradient.png"),
+    *("animated.gif", "animated.webp", "webp_named_jpg.jpg", "png_named_jpeg.jpeg"),
+    *("extreme_1x4000.png", "no_extension", "name with spaces 中文 (1).jpg"),
+    *("exif_orientation_3.jpg", "exif_orientation_6.jpg", "exif_orientation_8.jpg"),
+    "exif_reference_upright.jpg",
+)
+NAMED = {
+    "truncated_half.jpg": "truncated",
+    "truncated_tail.jpg": "truncated",
+    "truncated_header.jpg": "cannot be decoded",
+    "zero_byte.jpg": "empty",
+    "not_an_image.jpg": "not an image",
+    "random_bytes.png": "not an image",
+    "bomb_28000x28000.png": "exceeds the limit",
+    "bomb_header_only.png": "exceeds the limit",
+    "bad_crc.png": "cannot be decoded",
+}
+NO_PICTURES = 6  # annotation files and the README, which other tests read
+
+
+@pytest.mark.skipif(not BROKEN.is_dir(), reason="no broken files here")
+def test_every_broken_file_is_read_or_named():
+    files = {file.name for file in BROKEN.iterdir()}
+    assert files >= {*READ, *NAMED}
+    assert len(files) == len(READ) + len(NAMED) + NO_PICTURES
+    for name in READ:
+        config = TilesConfig(size=28)
+        cut = tiles.tile_images([open_rgb(BROKEN / name)], config, 12)
+        assert cut.pixels.float().std() > 0, name  # 16-bit gray is not all white
+    for name, says in NAMED.items():
+        with pytest.raises(BadImage, match=says):
+            open_rgb(BROKEN / name)
+
+
+@pytest.mark.skipif(not BROKEN.is_dir(), reason="no broken files here")
+def test_bombs_stay_small():
+    code = (
+        "import resource, sys; from internvl.data.images import *\n"
+        "for path in sys.argv[1:]:\n"
+        "    try: open_rgb(path)\n"
+        "    except BadImage: pass\n"
+        "sys.exit(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 2**20)"
+    )
+    bombs = [str(file) for file in BROKEN.glob("bomb*")]
+    assert len(bombs) == 2
+    assert subprocess.run([sys.executable, "-c", code, *bombs], check=False).returncode == 0
+
+
+TILING = SHARED / "data" / "tiling"
+
+
+@pytest.mark.skipif(not TILING.is_dir(), reason="no extreme pictures here")
+@pytest.mark.parametrize(
+    ("name", "grid"),
+    [
+        ("kitti_1242x375.jpg", (3, 1)),
+        ("meadow_cube_2048x12288.jpg", (1, 6)),
+        ("meadow_strip_220x3300.jpg", (1, 12)),
+        ("one_pixel.png", (1, 1)),
+        ("panorama_4096x2048.jpg", (4, 2)),
+        ("panorama_strip_3000x600.jpg", (5, 1)),
+        ("panorama_strip_4096x340.jpg", (12, 1)),
+        ("tiny_37x25.png", (3, 2)),
+        ("unsplash_landscape_4032x3024.jpg", (4, 3)),
+        ("unsplash_portrait_1944x2592.jpg", (3, 4)),
+    ],
+)
+def test_extreme_pictures(name, grid):
+    image = open_rgb(TILING / name)
+    assert tiles.choose_grids([image.size], TilesConfig(size=448), 12) == (grid,)
+    columns, rows = grid
+    pixels = tiles.cut(image, grid, tile_size=56, thumbnail=True)
+    whole = np.asarray(image.resize((56 * columns, 56 * rows)))
+    last = whole[(rows - 1) * 56 :, (columns - 1) * 56 :]
+    assert np.array_equal(pixels[columns * rows - 1].permute(1, 2, 0).numpy(), last)

@@ -1,0 +1,373 @@
+"""Every kind of source: its samples, its groups, and the sentence for what is wrong."""
+
+import base64
+import io
+import json
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+from data_files import SHARED, chat_line, picture, turns, write_lines
+from PIL import Image
+
+from internvl import config
+from internvl.config import DataConfig, SourceConfig
+from internvl.data import index, order
+from internvl.data.images import FileSlice, open_rgb
+from internvl.data.records import BadSample, DataError, Message, Sample, Video
+from internvl.data.sources import SOURCES, open_source, source_configs
+
+
+def opened(path, kind="chat", **keys):
+    return open_source(SourceConfig(name="x", type=kind, annotations=path, **keys))
+
+
+def samples(source):
+    return list(source.samples(range(len(source))))
+
+
+def good(source):
+    found = samples(source)
+    assert all(isinstance(sample, Sample) for sample in found), found
+    return found
+
+
+def says(source, number=0):
+    (bad,) = source.samples([number])
+    assert isinstance(bad, BadSample), bad
+    return str(bad)
+
+
+def test_official_chat_of_all_four_kinds(tmp_path):
+    rows = [
+        chat_line("Text?", "Yes."),
+        chat_line("<image>\nOne?", "Yes.", image="a.jpg", id=7),
+        chat_line("Image-1: <image>\nImage-2: <image>\nTwo?", "Yes.", image=["a.jpg", "b.jpg"]),
+        chat_line("<video>\nWhat?", "A bird.", video="c.mp4", clip=[1, 2.5]),
+        chat_line("No image?", "None.", image=[]),
+    ]
+    text, one, two, video, none = good(opened(write_lines(tmp_path / "x.jsonl", rows), images="/i"))
+    assert text.messages == (Message("user", "Text?"), Message("assistant", "Yes."))
+    assert (text.images, none.images) == ((), ())
+    assert (one.images, one.extra) == (("/i/a.jpg",), {"id": 7})
+    assert two.images == ("/i/a.jpg", "/i/b.jpg")
+    assert video.videos == (Video("/i/c.mp4", 1.0, 2.5),)
+    assert one.name == f"{tmp_path / 'x.jsonl'} line 2"
+
+
+def openai(content, **keys):
+    answer = {"role": "assistant", "content": "Yes."}
+    return {**keys, "messages": [{"role": "user", "content": content}, answer]}
+
+
+def test_openai_chat(tmp_path):
+    data = picture(tmp_path / "a.png", (8, 8)).read_bytes()
+    address = "data:image/png;base64," + base64.b64encode(data).decode()
+    rows = [
+        openai("<image>\nWhat?", images=["a.png"]),
+        openai("<video>\nWhat?", videos=["a.mp4"]),
+        openai([{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}]),
+        openai([{"type": "image_url", "image_url": {"url": address}}]),
+        openai([{"type": "image"}, {"type": "text", "text": "What?"}], images=["a.png"]),
+    ]
+    source = opened(write_lines(tmp_path / "x.jsonl", rows), images=str(tmp_path))
+    marks, video, parts, inline, separate = good(source)
+    assert marks.images == parts.images == separate.images == (str(tmp_path / "a.png"),)
+    assert video.videos == (Video(str(tmp_path / "a.mp4")),)
+    assert parts.messages[0] == separate.messages[0] == Message("user", "<image>\nWhat?")
+    assert inline.images == (data,)
+
+
+CHAT_PROBLEMS = [
+    (b"", "the line is blank"),
+    (b"{", "not JSON"),
+    (b"[1]", "a JSON object is expected, not list"),
+    (b"\xff\xfe", "not UTF-8"),
+    ({"image": "a.jpg"}, "`conversations` must be a list of turns; it is missing"),
+    ({"conversations": [{"from": "robot", "value": "x"}]}, "from 'robot'; known: human, gpt"),
+    ({"conversations": [{"from": "human"}]}, "turn 1 has no text under `value`"),
+    ({"conversations": [5]}, "turn 1 is from None"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "from 'tool'; known: system, user"),
+    ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "a part of type 'audio'"),
+    (chat_line("x", "y", image=3), "`image` must be a path"),
+    (chat_line("x", "y", image="../a.jpg"), "leaves the image folder"),
+    (chat_line("x", "y", image="a.jpg", video="b.mp4"), "images and videos"),
+    (chat_line("x", "y", video="b.mp4", clip=[3, 1]), "`clip` must be [start, end] in seconds"),
+    (openai([{"type": "image", "image": "data:image/png;base64,?"}]), "is not base64"),
+]
+
+
+@pytest.mark.parametrize(("row", "problem"), CHAT_PROBLEMS)
+def test_bad_lines(row, problem, tmp_path):
+    file = write_lines(tmp_path / "x.jsonl", [chat_line("a", "b"), row])
+    assert problem in says(opened(file), 1)
+    assert f"{file} line 2: " in says(opened(file), 1)
+
+
+def test_a_mark_is_put_only_where_the_source_says_so(tmp_path):
+    rows = [chat_line("What?", "A.", image="a.jpg"), chat_line("What?", "A.", video="a.mp4")]
+    file = write_lines(tmp_path / "x.jsonl", rows)
+    plain, _ = good(opened(file))
+    assert plain.messages[0].content == "What?"
+    image, video = good(opened(file, insert_image_mark=True))
+    assert image.messages[0].content == "<image>\nWhat?"
+    assert video.messages[0].content == "<video>\nWhat?"
+
+
+def test_groups_are_lines_of_the_same_pictures(tmp_path):
+    rows = [
+        chat_line("1", "a", image="a.jpg"),
+        chat_line("text", "b"),
+        chat_line('"image": "a.jpg" in text', "c"),
+        chat_line("2", "d", image=["a.jpg", "b.jpg"]),
+        chat_line("3", "e", image="a.jpg"),
+        chat_line("4", "f", video="a.jpg"),
+        openai("<image>", images=["a.jpg", "b.jpg"]),
+    ]
+    groups = opened(write_lines(tmp_path / "x.jsonl", rows)).groups.tolist()
+    assert groups[0] == groups[4]
+    assert len(set(groups)) == 5  # one picture; two pictures twice; three alone (a video's too)
+    assert groups[3] == groups[6]
+
+
+def test_coco_captions(tmp_path):
+    tree = {
+        "images": [{"id": 1, "file_name": "a.jpg"}],
+        "annotations": [
+            {"id": 11, "image_id": 1, "caption": "One."},
+            {"id": 12, "image_id": 1, "caption": " Two. "},
+            {"id": 13, "image_id": 2, "caption": "Lost."},
+            {"id": 14, "image_id": 1, "caption": ""},
+        ],
+    }
+    (tmp_path / "x.json").write_text(json.dumps(tree))
+    source = opened(tmp_path / "x.json", "coco-captions", prompt="Describe.", images="/i")
+    first, second = source.samples([0, 1])
+    assert first.messages == (Message("user", "<image>\nDescribe."), Message("assistant", "One."))
+    assert second.messages[1].content == "Two."
+    assert source.groups[0] == source.groups[1]
+    assert "annotation 13: there is no image 2 under `images`" in says(source, 2)
+    assert "the caption is empty" in says(source, 3)
+    (tmp_path / "bad.json").write_text('{"images": []}')
+    with pytest.raises(DataError, match="not a COCO caption file .key 'annotations' missing"):
+        opened(tmp_path / "bad.json", "coco-captions", prompt="x")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "image,caption\na.jpg,One, two.\nb.jpg,Three.\n",
+        "a.jpg#0\tOne, two.\nb.jpg#0\tThree.\n",
+        "image_name| comment_number| comment\na.jpg| 0| One, two.\nb.jpg| 0| Three.\n",
+        '\ufeffimage,caption\r\n"a.jpg","One, two."\r\nb.jpg,Three.\r\n',
+    ],
+)
+def test_caption_lines(lines, tmp_path):
+    (tmp_path / "x.txt").write_text(lines, encoding="utf-8", newline="")
+    first, second = good(opened(tmp_path / "x.txt", "captions", prompt="Say:", images="/i"))
+    assert (first.images, first.messages[1].content) == (("/i/a.jpg",), "One, two.")
+    assert (second.images, second.messages[1].content) == (("/i/b.jpg",), "Three.")
+
+
+def test_preferences(tmp_path):
+    row = {"image": "a.jpg", "question": "<image>\nWhat?", "chosen": "A cat.", "rejected": "No."}
+    file = write_lines(tmp_path / "x.jsonl", [row, {**row, "chosen": ""}])
+    source = opened(file, "preference")
+    (sample,) = source.samples([0])
+    assert sample.messages[1] == Message("assistant", "A cat.")
+    assert sample.extra == {"rejected": "No."}
+    assert "`chosen` must be a text that is not empty" in says(source, 1)
+
+
+def test_tables(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    data = picture(tmp_path / "a.png", (8, 8)).read_bytes()
+    rows = [
+        {"image": {"bytes": data, "path": None}, "conversations": turns("<image>\nWhat?", "A.")},
+        {"image": None, "conversations": turns("Text?", "B.")},
+        {"image": {"bytes": data, "path": None}, "conversations": turns("<image>\nAgain?", "C.")},
+    ]
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    parquet.write_table(arrow.Table.from_pylist(rows[:2]), folder / "0.parquet")
+    parquet.write_table(arrow.Table.from_pylist(rows[2:]), folder / "1.parquet")
+    source = opened(folder, "parquet")
+    first, text, again = good(source)
+    assert (first.images, text.images, again.images) == ((data,), (), (data,))
+    assert source.groups[0] == source.groups[2] != source.groups[1]
+    assert good(pickle.loads(pickle.dumps(source))) == [first, text, again]
+    captions = arrow.Table.from_pylist([{"image": "a.png", "text": "A square."}])
+    parquet.write_table(captions, tmp_path / "c.parquet")
+    (one,) = good(opened(tmp_path / "c.parquet", "parquet", prompt="Say:", images="/i"))
+    assert (one.images, one.messages[1].content) == (("/i/a.png",), "A square.")
+    assert "for captions, set the source's `prompt`" in says(
+        opened(tmp_path / "c.parquet", "parquet")
+    )
+    stream = tmp_path / "saved" / "data-00000.arrow"
+    stream.parent.mkdir()
+    with (
+        arrow.OSFile(str(stream), "wb") as sink,
+        arrow.ipc.new_stream(sink, captions.schema) as out,
+    ):
+        out.write_table(captions)
+    assert len(opened(stream.parent, "parquet", prompt="Say:")) == 1
+
+
+def test_webdataset(tmp_path):
+    data = picture(tmp_path / "a.png", (8, 8)).read_bytes()
+    members = {
+        "0001.json": json.dumps({"conversations": turns("<image>\nWhat?", "A.")}).encode(),
+        "0001.png": data,
+        "0002.png": data,
+        "0002.txt": b"A square.",
+        "0003.json": b"{",
+    }
+    with tarfile.open(tmp_path / "000.tar", "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    source = opened(tmp_path, "webdataset", prompt="Say:")
+    chat, caption = source.samples([0, 1])
+    assert isinstance(chat.images[0], FileSlice)
+    assert np.array_equal(open_rgb(chat.images[0]), Image.open(tmp_path / "a.png"))
+    assert caption.messages[1].content == "A square."
+    assert "000.tar 0003: 0003.json cannot be read" in says(source, 2)
+
+
+def test_files_that_cannot_be_used(tmp_path):
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+    (tmp_path / "gbk.txt").write_bytes("图,狗\n".encode("gbk"))
+    for path, kind, problem in (
+        ("no.jsonl", "chat", "there is no annotation file"),
+        ("empty.jsonl", "chat", "is empty; it holds no sample"),
+        ("", "chat", "Is a directory"),
+        ("gbk.txt", "captions", "is not UTF-8"),
+        ("", "webdataset", "there is no .tar file"),
+        ("", "parquet", "no .parquet or .arrow file"),
+        ("none", "parquet", "there is no annotation file"),
+        ("empty.jsonl", "webdataset", "no uncompressed tar|is empty"),
+    ):
+        with pytest.raises(DataError, match=problem):
+            opened(tmp_path / path, kind, prompt="x")
+    file = write_lines(tmp_path / "x.jsonl", [chat_line("a", "b")] * 3)
+    with pytest.raises(DataError, match="holds 3 samples, not 5 as its num_samples"):
+        opened(file, num_samples=5)
+
+
+def test_every_type_of_a_recipe_has_a_source():
+    assert set(SOURCES) == set(SourceConfig.__annotations__["type"].__args__)
+
+
+def meta(tmp_path, **entries):
+    path = tmp_path / "meta.json"
+    path.write_text(json.dumps(entries))
+    return DataConfig(meta=path)
+
+
+def test_a_meta_file(tmp_path):
+    file = write_lines(tmp_path / "x.jsonl", [chat_line("What?", "A.", image="a.jpg")] * 4)
+    entry = {"root": "/i", "annotation": str(file), "data_augment": True, "repeat_time": 1.5}
+    data = meta(tmp_path, first={**entry, "length": 4, "max_dynamic_patch": 3}, second=entry)
+    first, second = source_configs(data)
+    assert (first.name, first.max_tiles, first.augment, first.repeat) == ("first", 3, True, 1.5)
+    assert second.max_tiles is None
+    files = [open_source(source) for source in (first, second)]
+    assert good(files[0])[0].messages[0].content == "<image>\nWhat?"
+    assert len(order.SampleOrder(files, share_prefix=True, seed=0)) == 12
+    (wrong,) = source_configs(meta(tmp_path, x={**entry, "length": 5}))
+    with pytest.raises(DataError, match="holds 4 samples, not 5 .*`length` in a meta file"):
+        open_source(wrong)
+
+
+def test_a_wrong_meta_file_names_everything(tmp_path):
+    with pytest.raises(DataError) as error:
+        source_configs(meta(tmp_path, a={"root": "/i"}, b=3, c={"root": 1, "repeat_time": -1}))
+    text = str(error.value)
+    for part in (
+        "5 problem(s)",
+        "a: `annotation` must be",
+        "b: a JSON object",
+        "`repeat_time` must",
+    ):
+        assert part in text
+    with pytest.raises(DataError, match="there is no meta file"):
+        source_configs(DataConfig(meta=tmp_path / "none.json"))
+
+
+def test_weights(tmp_path):
+    def source(name, lines, weight):
+        file = write_lines(tmp_path / f"{name}.jsonl", [chat_line(name, "b")] * lines)
+        return open_source(SourceConfig(name=name, annotations=file, weight=weight))
+
+    files = [source("a", 30, 1.0), source("b", 10, 3.0)]
+    epoch = order.SampleOrder(files, share_prefix=True, seed=0)
+    shown = [ref.file for ref in epoch.step(0, 40, 40) for _ in ref.lines]
+    assert np.bincount(shown).tolist() == [10, 30]
+
+
+def test_a_random_part(tmp_path):
+    file = write_lines(tmp_path / "x.jsonl", [chat_line(str(i), "b") for i in range(40)])
+
+    def lines(part, seed=0):
+        source = opened(file, repeat=0.25, part=part)
+        epoch = order.SampleOrder([source], share_prefix=True, seed=seed)
+        return sorted(line for ref in epoch.step(0, 10, 10) for line in ref.lines)
+
+    assert lines("first") == list(range(10))
+    assert lines("random") == lines("random") != lines("first")
+    assert lines("random") != lines("random", seed=1)
+
+
+def test_the_index_follows_the_content(tmp_path):
+    file = write_lines(tmp_path / "x.jsonl", [chat_line("a", "b"), chat_line("c", "d")])
+    first = index.index_lines(file)
+    again = index.index_lines(file)
+    assert first.folder == again.folder
+    write_lines(file, [chat_line("a", "b")])
+    changed = index.index_lines(file)
+    assert (len(changed), changed.folder != first.folder) == (1, True)
+    file.write_bytes(file.read_bytes().rstrip(b"\n"))
+    assert [json.loads(line) for line in index.index_lines(file).lines([0])] == [
+        chat_line("a", "b")
+    ]
+
+
+def test_an_index_is_the_same_however_it_is_read(tmp_path, monkeypatch):
+    rows = [chat_line("x" * (i % 50), "y", image=f"{i % 7}.jpg") for i in range(200)]
+    file = write_lines(tmp_path / "x.jsonl", rows)
+    whole = index.index_lines(file, tmp_path / "one")
+    monkeypatch.setattr(index, "_CHUNK", 333)
+    pieces = index.index_lines(file, tmp_path / "two")
+    assert np.array_equal(whole.starts, pieces.starts)
+    assert np.array_equal(whole.groups, pieces.groups)
+    assert len(set(whole.groups.tolist())) == 7
+    assert list((tmp_path / "two").iterdir()) == [pieces.folder]
+
+
+@pytest.mark.skipif(not (SHARED / "data" / "broken").is_dir(), reason="no broken files here")
+def test_broken_caption_files():
+    folder = SHARED / "data" / "broken"
+    source = opened(folder / "captions_bad_rows.txt", "captions", prompt="x", images=folder)
+    found = [str(s) if isinstance(s, BadSample) else s.messages[1].content for s in samples(source)]
+    assert found[0] == "a good row"
+    assert "neither `image,caption` nor" in found[1]
+    assert "no image is named" in found[3]
+    assert "the caption is empty" in found[4]
+    assert found[5] == "quoted, with a comma"
+    assert "blank" in found[6]
+    with pytest.raises(DataError, match="is not UTF-8; save it as UTF-8"):
+        opened(folder / "captions_gbk.txt", "captions", prompt="x")
+    assert good(opened(folder / "captions_utf8_bom_crlf.txt", "captions", prompt="x"))
+
+
+def test_a_recipe_needs_a_source_and_a_prompt():
+    tree = {"model": {"id": "x"}, "run": "r", "global_batch": 1, "epochs": 1, "data": {}}
+    with pytest.raises(config.ConfigError, match="data.sources: no source; give one, or data.meta"):
+        config.resolve(tree)
+    tree["data"] = {"sources": [{"name": "x", "annotations": "y", "type": "captions"}]}
+    with pytest.raises(config.ConfigError, match="data.sources.0.prompt: missing"):
+        config.resolve(tree)
