@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from internvl import handles
 from internvl.config import DataConfig, ObjectiveConfig
-from internvl.data.packing import WEIGHTS, make_units, pack
+from internvl.data.packing import WEIGHTS, best_fit, first_buffer, make_units, pack
 from internvl.data.records import IGNORE, BadSample, Example, Unit
 from internvl.models.attention import dense_mask
 from internvl.models.vlm import Supervision, normalize_tiles
@@ -78,7 +78,7 @@ GROUPS = (five_captions, many_questions, two_turns, text_only)
 
 def objective(weighting="token", **data):
     config = DataConfig(sources=SOURCES, **{"max_tokens": 256, "max_tiles": 8, **data})
-    encoder = type("Encoder", (), {"context_id": IMAGE_TOKEN_ID})()
+    encoder = type("Encoder", (), {"context_id": IMAGE_TOKEN_ID, "tokens_per_tile": K})()
     return Sft(ObjectiveConfig(weighting=weighting), config, encoder)
 
 
@@ -268,3 +268,44 @@ def test_a_group_beyond_a_row_repeats_its_prefix():
     rows = pack([unit], max_tokens=unit.prefix + 10, max_tiles=2)
     assert [row.num_samples for row in rows] == [3, 1, 1]
     assert all(row.num_tiles == 2 for row in rows)
+
+
+def test_official_packing_by_hand():
+    """Buffers with the most tiles first; full rows leave at once; the rest at the end."""
+    sizes = [(40, 2), (50, 4), (30, 1), (100, 0), (70, 3), (5, 0), (60, 1)]
+    # 1 joins 0; 2 opens; 3 is full alone; 4 fills up 2; 5 joins the first again; 6 opens.
+    rows = first_buffer(sizes, 100, 8, 20)
+    assert rows == [[3], [2, 4], [0, 1, 5], [6]]
+    assert first_buffer([(10, 8), (20, 1)], 100, 8, 20) == [[0], [1]]
+    assert first_buffer([(60, 1), (60, 2), (60, 3)], 100, 8, 1) == [[1], [2], [0]]
+
+
+def test_official_packing_gives_the_same_loss(model):
+    groups = [group(np.random.default_rng(0)) for group in GROUPS]
+    units = units_of(groups, share=True)
+    _, *wanted = step(model, objective(), units)
+    rows = pack(units, max_tokens=256, max_tiles=8, packing="official")
+    assert sorted(n for row in rows for n in row.names) == sorted(
+        e.name for unit in units for e in unit.examples
+    )
+    assert sum(row.num_tokens for row in rows) == sum(unit.num_tokens for unit in units)
+    assert wanted[0] > 0
+
+
+def v12_like(count, seed=0):
+    """(tokens, tiles) of a mixture like Chat-V1-2's: text, photos, documents, long dialogues."""
+    rng = np.random.default_rng(seed)
+    sizes = []
+    for kind in rng.choice(4, count, p=[0.15, 0.5, 0.25, 0.1]):
+        tiles = (0, rng.choice([5, 7]), rng.choice([7, 10, 13]), rng.choice([5, 7]))[kind]
+        mean, spread = ((6.3, 0.7), (5.2, 0.6), (5.3, 0.7), (6.8, 0.4))[kind]
+        text = int(np.clip(rng.lognormal(mean, spread), 60, 4096 - 256 * tiles))
+        sizes.append((text + 256 * int(tiles), int(tiles)))
+    return sizes
+
+
+def test_rows_of_a_mixture_are_full():
+    sizes = v12_like(1024)
+    rows = best_fit(sizes, 16384, 64)
+    filled = sum(tokens for tokens, _ in sizes) / (16384 * len(rows))
+    assert filled >= 0.97

@@ -45,34 +45,84 @@ def _common_prefix(examples: Sequence[Example]) -> int:
 
 
 def pack(
-    units: Sequence[Unit], *, max_tokens: int, max_tiles: int, weighting: str = "token"
+    units: Sequence[Unit],
+    *,
+    max_tokens: int,
+    max_tiles: int,
+    weighting: str = "token",
+    packing: str = "best-fit",
+    num_buffers: int = 20,
 ) -> list[PackedBatch]:
     """Rows of at most `max_tokens` tokens and `max_tiles` tiles that hold every example once.
 
-    Best fit, largest first: a unit goes into the fullest row that still takes it.
+    Args:
+        packing: "best-fit" or "official", see `best_fit` and `first_buffer`.
+        num_buffers: rows that official packing keeps open.
 
     Raises:
         BadSample: a single sample exceeds a row.
     """
     pieces = [piece for unit in units for piece in _fit(unit, max_tokens, max_tiles)]
-    rows: list[list[Unit]] = []
-    tokens: list[int] = []
-    tiles: list[int] = []
-    for piece in sorted(pieces, key=lambda unit: -unit.num_tokens):
-        best = None
-        for row in range(len(rows)):
-            fits = tokens[row] + piece.num_tokens <= max_tokens
-            if fits and tiles[row] + piece.num_tiles <= max_tiles:
-                best = row if best is None or tokens[row] > tokens[best] else best
-        if best is None:
-            best = len(rows)
+    sizes = [(piece.num_tokens, piece.num_tiles) for piece in pieces]
+    if packing == "official":
+        rows = first_buffer(sizes, max_tokens, max_tiles, num_buffers)
+    else:
+        rows = best_fit(sizes, max_tokens, max_tiles)
+    return [_row([pieces[i] for i in row], weighting) for row in rows]
+
+
+def best_fit(sizes: Sequence[tuple[int, int]], max_tokens: int, max_tiles: int) -> list[list[int]]:
+    """Rows as numbers of pieces of `sizes` (tokens, tiles), each within a row's budgets.
+
+    Largest first: a piece goes into the fullest row that still takes it. Tiles cost tokens, so
+    tokens measure both.
+    """
+    rows: list[list[int]] = []
+    used: list[tuple[int, int]] = []
+    for piece in sorted(range(len(sizes)), key=lambda i: -sizes[i][0]):
+        tokens, tiles = sizes[piece]
+        fitting = [
+            row
+            for row, (t, n) in enumerate(used)
+            if t + tokens <= max_tokens and n + tiles <= max_tiles
+        ]
+        if fitting:
+            row = max(fitting, key=lambda row: used[row][0])
+        else:
+            row = len(rows)
             rows.append([])
-            tokens.append(0)
-            tiles.append(0)
-        rows[best].append(piece)
-        tokens[best] += piece.num_tokens
-        tiles[best] += piece.num_tiles
-    return [_row(row, weighting) for row in rows]
+            used.append((0, 0))
+        rows[row].append(piece)
+        used[row] = (used[row][0] + tokens, used[row][1] + tiles)
+    return rows
+
+
+def first_buffer(
+    sizes: Sequence[tuple[int, int]], max_tokens: int, max_tiles: int, num_buffers: int
+) -> list[list[int]]:
+    """Rows as the original's `PackedDataset` fills them, without overflow, from one step's pieces.
+
+    A piece joins the first open buffer that takes it. Buffers are kept with the most tiles first;
+    one leaves when it is full by tokens, when it is first and full by tiles, or when more than
+    `num_buffers` are open. What is open at the end leaves in that order.
+    """
+    rows: list[list[int]] = []
+    buffers: list[tuple[int, int, list[int]]] = []  # (tokens, tiles, pieces)
+    for piece, (tokens, tiles) in enumerate(sizes):
+        merged = (tokens, tiles, [piece])
+        for place, (t, n, pieces) in enumerate(buffers):
+            if t + tokens <= max_tokens and n + tiles <= max_tiles:
+                merged = (t + tokens, n + tiles, [*pieces, piece])
+                del buffers[place]
+                break
+        if merged[0] >= max_tokens:
+            rows.append(merged[2])
+        else:
+            place = sum(n >= merged[1] for _, n, _ in buffers)
+            buffers.insert(place, merged)
+        while buffers and (buffers[0][1] == max_tiles or len(buffers) > num_buffers):
+            rows.append(buffers.pop(0)[2])
+    return rows + [pieces for _, _, pieces in buffers]
 
 
 def _fit(unit: Unit, max_tokens: int, max_tiles: int) -> list[Unit]:
