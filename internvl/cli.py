@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from internvl import log
 from internvl.config import ConfigError, UserError, load_recipe
@@ -104,32 +104,77 @@ def chat(args: Arguments) -> int:
     """A conversation in the terminal; with --prompt one answer."""
     from internvl import handles
 
-    model = handles.load(args.model)
+    model = handles.load(
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        device_map=args.device_map,
+        quantize=args.quantize,
+    )
+    pictures: list[Any] = [*args.image]
+    marks = "<image>\n" * len(pictures)
+    if args.video is not None:
+        model, frames = _frames(model, args.video, args.frames)
+        pictures += frames
+        marks += "".join(f"Frame{i}: <image>\n" for i in range(1, len(frames) + 1))
+    settings = {
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "num_beams": args.num_beams,
+    }
     turns: list[dict[str, str]] = []
     while True:
         try:
             prompt = args.prompt or input("> ")
         except EOFError:
             return 0
+        if not turns and "<image>" not in prompt:  # they belong to the first question
+            prompt = marks + prompt
         turns.append({"role": "user", "content": prompt})
-        request = handles.Request(_with_images(turns, len(args.image)), args.image)
-        answer = model.answer([request], max_new_tokens=args.max_new_tokens)[0]
-        print(answer)
+        answer = _say(model, handles.Request(turns, pictures), settings)
         if args.prompt:
             return 0
         turns.append({"role": "assistant", "content": answer})
 
 
-def _with_images(turns: list[dict[str, str]], count: int) -> list[dict[str, str]]:
-    """The pictures belong to the first question of the conversation."""
-    if not count or "<image>" in turns[0]["content"]:
-        return turns
-    first = {"role": "user", "content": "<image>\n" * count + turns[0]["content"]}
-    return [first, *turns[1:]]
+def _say(model: Any, request: Any, settings: dict[str, Any]) -> str:
+    """Prints an answer, piece by piece where a person watches; returns it."""
+    if settings["num_beams"] > 1 or not sys.stdout.isatty():
+        answer = model.answer([request], **settings)[0]
+        print(answer)
+        return answer
+    answer = ""
+    for piece in model.stream(request, **settings):
+        print(piece, end="", flush=True)
+        answer += piece
+    print()
+    return answer
+
+
+def _frames(model: Any, video: str, count: int) -> tuple[Any, list[Any]]:
+    """(the model with one tile for every picture, `count` frames spread evenly over a video)."""
+    from dataclasses import replace
+
+    import numpy as np
+
+    from internvl.config import VideoConfig
+    from internvl.data.records import Video
+    from internvl.data.video import read_frames
+
+    spread = VideoConfig(min_frames=count, max_frames=count, sampling="middle")
+    frames = read_frames(Video(video), spread, np.random.default_rng(0))
+    return replace(model, tiles=replace(model.tiles, min=1, max=1)), frames
 
 
 def merge(args: Arguments) -> int:
     """Adapters into their base model, as a folder that stands alone."""
+    from internvl import export as exporter
+
+    if not exporter.has_adapters(args.model):
+        raise UserError(
+            f"{args.model}: has no adapters to merge; `internvl export` writes a model as it is"
+        )
     return export(args)
 
 
@@ -207,9 +252,7 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
     one.add_argument("--batch-size", type=int, default=16)
     one.add_argument("--to", type=Path, help="folder for the results")
     add["chat"].add_argument("model", help="a model, adapter or run folder, or a hub id")
-    add["chat"].add_argument("--image", action="append", default=[], help="may be given again")
-    add["chat"].add_argument("--prompt", help="one question; without it, a conversation")
-    add["chat"].add_argument("--max-new-tokens", type=int, default=512)
+    _chat_arguments(add["chat"])
     for name in ("merge", "export"):
         add[name].add_argument("model", help="a run, adapter or model folder, or a hub id")
         add[name].add_argument("--to", type=Path, required=True, help="the new folder")
@@ -227,6 +270,21 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
     convert.add_argument("source", type=Path)
     convert.add_argument("target", type=Path)
     return top, add
+
+
+def _chat_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--image", action="append", default=[], help="may be given again")
+    sub.add_argument("--video", help="a video file; its frames are one tile each")
+    sub.add_argument("--frames", type=int, default=8, help="how many stand for the video")
+    sub.add_argument("--prompt", help="one question; without it, a conversation")
+    sub.add_argument("--max-new-tokens", type=int, default=512)
+    sub.add_argument("--temperature", type=float, help="sample; without it the likeliest token")
+    sub.add_argument("--top-p", type=float, default=1.0, help="sampling: of the likeliest tokens")
+    sub.add_argument("--num-beams", type=int, default=1, help="beam search")
+    sub.add_argument("--device", help="cuda, cuda:1, cpu; by default the GPU if there is one")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    sub.add_argument("--device-map", choices=("auto",), help="spread over all GPUs")
+    sub.add_argument("--quantize", choices=("8bit", "4bit"), help="on a GPU, with bitsandbytes")
 
 
 def parse(argv: Sequence[str]) -> Arguments:

@@ -58,6 +58,11 @@ class ModelConfig:
     the projector and the language model, or with `lora` none."""
     lora: LoraConfig | None = None
     """Adapters, or null for none. Usually together with `train: []`."""
+    train_last_vision_blocks: Annotated[int, Field(ge=0)] = 0
+    """Also train this many blocks at the end of the vision tower (original:
+    `unfreeze_vit_layers`)."""
+    quantize: Literal["4bit", "8bit"] | None = None
+    """Keep the frozen linear layers in 4 or 8 bits (bitsandbytes, on a GPU) under `lora`: QLoRA."""
     drop_path: Fraction = 0.0
     """Stochastic depth of the vision tower: the last block's rate, linear from 0."""
 
@@ -232,7 +237,7 @@ class ComputeConfig:
     all pairs of tokens; auto: flex on a GPU."""
     compile: bool | None = None
     """Compile every block of the model with torch.compile, once for each of the four lengths that
-    rows are then padded to (max_tokens, a half, a quarter, an eighth). null: on a GPU."""
+    rows are then padded to (row_tokens, a half, a quarter, an eighth). null: on a GPU."""
     checkpointing: Literal["none", "selective", "full"] = "none"
     """What is computed again in the backward pass instead of kept: nothing, every second block, or
     every block of the parts that train."""
@@ -477,17 +482,35 @@ def _contradictions(recipe: Recipe) -> list[str]:
     names = [source.name for source in recipe.data.sources]
     for name in sorted({name for name in names if names.count(name) > 1}):
         problems.append(f"data.sources: two sources are called {name!r}; names must differ")
-    if not recipe.model.parts and recipe.model.lora is None:
+    problems += _model_contradictions(recipe.model)
+    return problems
+
+
+def _model_contradictions(model: ModelConfig) -> list[str]:
+    problems = []
+    if not model.parts and model.lora is None and not model.train_last_vision_blocks:
         problems.append("model.train: nothing is trained; name a part or set model.lora")
-    if recipe.model.lora is not None:
-        both = set(recipe.model.parts) & set(recipe.model.lora.on)
-        for part in sorted(both):
-            problems.append(f"model.lora.on: {part} is also in model.train; choose one")
+    on: tuple[Part, ...] = () if model.lora is None else model.lora.on
+    for part in sorted({*model.parts} & {*on}):
+        problems.append(f"model.lora.on: {part} is also in model.train; choose one")
+    if model.train_last_vision_blocks and "vision_tower" in (*model.parts, *on):
+        problems.append(
+            "model.train_last_vision_blocks: the whole vision_tower is in model.train or "
+            "model.lora.on already; choose one"
+        )
+    if model.quantize is not None:
+        full = {*model.parts} - {"multi_modal_projector"}
+        if model.lora is None or full or model.train_last_vision_blocks:
+            problems.append(
+                "model.quantize: quantized weights do not train; set model.lora, and train nothing "
+                "else but multi_modal_projector"
+            )
     return problems
 
 
 _MAY_CHANGE = (
     "data.workers",
+    "data.row_tokens",
     "log_every",
     "checkpoint.every",
     "checkpoint.keep",

@@ -5,6 +5,7 @@ A folder is complete or absent: it is written beside its place, read back, compa
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -53,6 +54,8 @@ class Source:
     """Of the floating-point weights; None leaves each as it is."""
     logits: Callable[[], Tensor]
     """What the model answers to the probe; called once, before anything is written."""
+    device: torch.device
+    """Where it answers, and where what was written is asked the same."""
 
 
 def run(
@@ -98,8 +101,16 @@ def run(
         else:
             _write_official(source, folder, kind, None if code_from is None else Path(code_from))
         if wanted is not None:
-            _compare(source.config, folder, format, wanted)
+            _compare(source, folder, format, wanted)
     return Path(to)
+
+
+def has_adapters(folder: str | Path) -> bool:
+    """Whether a run, adapter or model folder (or hub id) holds adapters that an export merges."""
+    if handles.is_run(Path(folder)):
+        return load_recipe(Path(folder) / "recipe.yaml").model.lora is not None
+    found = hub.find_folder(folder)
+    return lora.is_adapter(found) or keys.has_adapters(hub.open_folder(found).tensors)
 
 
 def _open(model_or_folder: Chat | str | Path) -> Source:
@@ -107,16 +118,39 @@ def _open(model_or_folder: Chat | str | Path) -> Source:
         return _from_chat(model_or_folder)
     if handles.is_run(Path(model_or_folder)):
         base = load_recipe(Path(model_or_folder) / "recipe.yaml").model.id
-        stored = _stored_dtype(hub.open_folder(base))
-        return _from_chat(handles.load(model_or_folder, device="cpu", dtype=stored))
+        return _loaded(model_or_folder, hub.open_folder(base))
     folder = hub.find_folder(model_or_folder)
     if lora.is_adapter(folder):
-        stored = _stored_dtype(hub.open_folder(lora.base_of(folder)))
-        return _from_chat(handles.load(folder, device="cpu", dtype=stored))
-    return _from_folder(folder)
+        return _loaded(folder, hub.open_folder(lora.base_of(folder)))
+    files = hub.open_folder(folder)
+    if files.layout == "official" and keys.has_adapters(files.tensors):
+        return _loaded(folder, files)
+    return _from_folder(files)
 
 
-def _from_chat(chat: Chat, dtype: torch.dtype | None = None) -> Source:
+def _loaded(folder: str | Path, base: hub.ModelFolder) -> Source:
+    """A folder whose adapters are merged, so that the model must be in memory."""
+    place = _place(_num_bytes(base.tensors))
+    return _from_chat(handles.load(folder, device=place, dtype=_stored_dtype(base)))
+
+
+def _from_chat(chat: Chat) -> Source:
+    if getattr(chat.model, "hf_quantizer", None) is not None:
+        raise ExportError(
+            "the model's weights are quantized, and what was rounded off is lost; load it without "
+            "quantize and export that"
+        )
+    device = chat.model.device
+
+    def logits() -> Tensor:
+        num_bytes = sum(parameter.nbytes for parameter in chat.model.parameters())
+        if device.type == "cuda" and _place(num_bytes).type == "cpu":
+            raise ExportError(
+                f"{device} has no room to read the export back beside the model; move the model to "
+                "the CPU first (chat.model.cpu()), or export with verify=False"
+            )
+        return probe(chat.model)
+
     return Source(
         config=chat.model.config,
         weights=lora.MergedState(chat.model),
@@ -124,22 +158,24 @@ def _from_chat(chat: Chat, dtype: torch.dtype | None = None) -> Source:
         template=chat.template,
         system_message=chat.system_message,
         folder=chat.folder,
-        dtype=dtype,
-        logits=lambda: probe(chat.model),
+        dtype=None,
+        logits=logits,
+        device=device,
     )
 
 
-def _from_folder(folder: Path) -> Source:
-    """Weights go from file to file, one at a time; adapters of an official folder are merged."""
-    files = hub.open_folder(folder)
-    if files.layout == "official" and keys.has_adapters(files.tensors):
-        return _from_chat(handles.load(folder, device="cpu", dtype=_stored_dtype(files)))
-    head = handles.describe(folder)
+def _from_folder(files: hub.ModelFolder) -> Source:
+    """Weights go from file to file, one at a time."""
+    head = handles.describe(files.folder)
     tensors = vlm.fit_tensors(head.config, files)
+    place = _place(_num_bytes(tensors))
 
     def logits() -> Tensor:
         model = vlm.load_model(
-            folder, dtype=_stored_dtype(files), image_token_id=head.config.image_token_id
+            files.folder,
+            device=place,
+            dtype=_stored_dtype(files),
+            image_token_id=head.config.image_token_id,
         )
         return probe(model)
 
@@ -149,10 +185,22 @@ def _from_folder(folder: Path) -> Source:
         tokenizer=head.tokenizer,
         template=head.template,
         system_message=head.system_message,
-        folder=folder,
+        folder=files.folder,
         dtype=None,
         logits=logits,
+        device=place,
     )
+
+
+def _place(num_bytes: int) -> torch.device:
+    """The GPU if a model of this size fits there, which a CPU takes minutes for; else the CPU."""
+    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.2 * num_bytes:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _num_bytes(tensors: Mapping[str, hub.LazyTensor]) -> int:
+    return sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
 
 
 class _Read(Mapping[str, Tensor]):
@@ -397,13 +445,17 @@ def probe(model: InternVLForConditionalGeneration) -> Tensor:
     return output.logits.float().cpu()
 
 
-def _compare(config: InternVLConfig, folder: Path, format: Format, wanted: Tensor) -> None:
+def _compare(source: Source, folder: Path, format: Format, wanted: Tensor) -> None:
     """Read `folder` as its users will and compare; bfloat16 and merging may round differently."""
     kind = getattr(torch, hub.read_json(folder / "config.json")[_DTYPE_KEY[format]])
     if format == "hf":
         model = InternVLForConditionalGeneration.from_pretrained(folder, dtype=kind)
+        model.to(source.device)
     else:
-        model = vlm.load_model(folder, dtype=kind, image_token_id=config.image_token_id)
+        image_token_id = source.config.image_token_id
+        model = vlm.load_model(
+            folder, device=source.device, dtype=kind, image_token_id=image_token_id
+        )
     found = probe(model)
     difference = float((found - wanted).abs().max() / wanted.std())
     allowed = 64 * torch.finfo(kind).eps

@@ -158,6 +158,8 @@ def _load_run(folder: Path, device: torch.device, dtype: torch.dtype) -> Chat:
         ModelFolderError: the run has no checkpoint yet.
     """
     recipe = load_recipe(folder / "recipe.yaml")
+    # Adapters trained on a quantized base are used and merged on the base as it was released.
+    recipe = replace(recipe, model=replace(recipe.model, quantize=None))
     saved = checkpoint.steps(folder / "checkpoints")
     if not saved:
         raise ModelFolderError(f"{folder}: the run has no checkpoint yet; train it first")
@@ -167,14 +169,30 @@ def _load_run(folder: Path, device: torch.device, dtype: torch.dtype) -> Chat:
 
 
 def for_training(recipe: Recipe) -> Chat:
-    """The model of a recipe on the CPU in float32, with what trains chosen and adapters attached.
+    """The model of a recipe, with what trains chosen and adapters attached: on the CPU in float32,
+    or quantized, which only a GPU can do, on that.
 
     What the recipe says of template, system message and tiles goes into the model's configuration,
     so that an export carries it.
+
+    Raises:
+        UserError: a language model that does not train here, or quantized without a GPU.
     """
-    chat = load(recipe.model.id, device="cpu", dtype="float32", drop_path=recipe.model.drop_path)
+    quantize = recipe.model.quantize
+    chat = load(
+        recipe.model.id,
+        device="cpu" if quantize is None else "cuda",
+        dtype="float32" if quantize is None else recipe.dtype,
+        quantize=quantize,
+        drop_path=recipe.model.drop_path,
+    )
     model, data = chat.model, recipe.data
-    lora.select_trainable(model, recipe.model.parts)
+    if configs.language_model(model.config) == "GptOssForCausalLM":
+        raise UserError(
+            f"{recipe.model.id}: GPT-OSS answers and exports here, but does not train: packed rows "
+            "have no sliding windows; choose a model with another language model"
+        )
+    lora.select_trainable(model, recipe.model.parts, recipe.model.train_last_vision_blocks)
     if recipe.model.lora is not None:
         lora.attach(model, recipe.model.lora)
     chosen = template(data.template) if data.template else chat.template

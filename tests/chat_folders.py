@@ -1,9 +1,11 @@
 """Small chat checkpoints for tests: golden ones, and random ones of every language model."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -105,6 +107,14 @@ ARCHITECTURES = {
         ),
     ),
 }
+
+
+def shared(path: str) -> Path:
+    """A file of the shared test data; the test is skipped where it is not."""
+    file = Path(os.environ.get("INTERNVL_SHARED", "../shared")) / path
+    if not file.exists():
+        pytest.skip(f"{file} is not here (INTERNVL_SHARED)")
+    return file
 
 
 def golden_folder(case: str, variant: str, to: Path) -> Path:

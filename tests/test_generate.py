@@ -1,8 +1,5 @@
 """Answers: those of the original's chat(); batches, streams, beams and samples of our own."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,6 +9,7 @@ from chat_folders import (
     golden_tensors,
     official_folder,
     prompt_folder,
+    shared,
 )
 from PIL import Image
 
@@ -143,11 +141,8 @@ def test_a_mixed_batch_gets_the_single_answers(settings, chat):
 
 
 def test_real_photos_of_several_sizes(chat):
-    shared = Path(os.environ.get("INTERNVL_SHARED", "../shared")) / "data" / "tiling"
     names = ("kitti_1242x375.jpg", "tiny_37x25.png", "unsplash_portrait_1944x2592.jpg")
-    files = [shared / name for name in (*names, "panorama_strip_3000x600.jpg")]
-    if not all(file.is_file() for file in files):
-        pytest.skip("the photos are not here")
+    files = [shared(f"data/tiling/{n}") for n in (*names, "panorama_strip_3000x600.jpg")]
     requests = mixed(files)
     alone = [chat.answer([request], max_new_tokens=8)[0] for request in requests]
     assert chat.answer(requests, max_new_tokens=8) == alone

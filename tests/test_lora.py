@@ -157,6 +157,47 @@ def test_fused_projections_share_one_a(tmp_path):
     )
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_fused_projections_share_one_mask_of_dropout(recompute, tmp_path):
+    """The original drops from the input of its one adapter; a recomputed forward drops the same."""
+    model = lora.attach(tiny(tmp_path), LoraConfig(rank=4, dropout=0.5, on=BOTH))
+    if recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.get_input_embeddings().requires_grad_(True)
+    randomize(model).train()
+    outputs = []
+    for block in (model.model.language_model.layers[0], model.model.vision_tower.encoder.layer[1]):
+        attention = getattr(block, "self_attn", None) or block.attention
+        down = attention.q_proj.lora_A["default"]
+        down.register_forward_hook(lambda *found: outputs.append(found[2].detach()))
+    golden = golden_tensors("chat_internlm2")
+    ids, pixels = golden["input.input_ids"][:1], golden["input.pixel_values"][:2]
+    model(input_ids=ids, pixel_values=pixels, labels=ids).loss.backward()
+    assert len(outputs) == (12 if recompute else 6)
+    threes = [outputs[i : i + 3] for i in range(0, len(outputs), 3)]
+    for q, k, v in threes:
+        assert torch.equal(q, k)
+        assert torch.equal(q, v)
+    if recompute:  # backward goes through the language model first
+        assert torch.equal(threes[0][0], threes[3][0])
+        assert torch.equal(threes[1][0], threes[2][0])
+    kept = [m for m in model.modules() if getattr(m, "dropped", None) is not None]
+    assert kept == []
+
+
+def test_shared_dropout_keeps_the_mean_and_rests_in_evaluation():
+    torch.manual_seed(0)
+    drawn = lora.DrawnDropout(0.25)
+    repeated = lora.RepeatedDropout(drawn, last=True)
+    inputs = torch.ones(50, 400)
+    found = drawn(inputs)
+    assert found.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert float(found.mean()) == pytest.approx(1, abs=0.02)
+    assert torch.equal(repeated(inputs), found)
+    assert torch.equal(drawn.eval()(inputs), inputs)
+    assert torch.equal(repeated.eval()(inputs), inputs)
+
+
 def test_separate_projections_have_their_own_a(tmp_path):
     model = lora.attach(tiny(tmp_path, "chat_qwen2"), LoraConfig(rank=4))
     attention = model.model.language_model.layers[0].self_attn

@@ -121,8 +121,8 @@ def inject(
         layer.lora_B.float()
         layer.get_base_layer().requires_grad_(False)
         layer.train(model.training)
-        if name.endswith(".q_proj") and (_fused(model, name) if share is None else share):
-            _share_a(model, name)
+        if name.endswith(".v_proj") and (_fused(model, name) if share is None else share):
+            _share_a(model, name.replace(".v_proj", ".q_proj"))
     # Injecting freezes everything else; what select_trainable chose stays chosen.
     for name, parameter in model.named_parameters():
         if name in trained:
@@ -151,12 +151,59 @@ def _fused(model: Any, name: str) -> bool:
     return configs.language_model(model.config) == "InternLM2ForCausalLM"
 
 
+class DrawnDropout(nn.Module):
+    """Dropout whose mask is kept for the layers that share the input."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+        self.dropped: Tensor | None = None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Any shape -> the same, some entries zero and the others scaled by 1 / (1 - rate)."""
+        if not self.training or self.rate == 0:
+            return inputs
+        shape = torch.empty_like(inputs, dtype=torch.bool)
+        self.dropped = shape.bernoulli_(self.rate)
+        return inputs.masked_fill(self.dropped, 0) / (1 - self.rate)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"
+
+
+class RepeatedDropout(nn.Module):
+    """The mask that `first` drew in this forward; the last to use it lets it go."""
+
+    def __init__(self, first: DrawnDropout, *, last: bool) -> None:
+        super().__init__()
+        self.first = first
+        self.last = last
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Any shape -> the same, with the mask of `first`."""
+        dropped = self.first.dropped
+        if not self.training or dropped is None:
+            return inputs
+        if self.last:
+            self.first.dropped = None
+        return inputs.masked_fill(dropped, 0) / (1 - self.first.rate)
+
+
 def _share_a(model: Any, name: str) -> None:
-    """q's A becomes k's and v's as well: one tensor, one gradient."""
+    """q's A becomes k's and v's as well: one tensor, one gradient, and one mask of dropout.
+
+    Attention calls q, k and v in this order, in a recomputed forward too.
+    """
     stem = name.removesuffix("q_proj")
-    shared = model.get_submodule(name).lora_A[_ADAPTER]
-    for other in ("k_proj", "v_proj"):
-        model.get_submodule(stem + other).lora_A[_ADAPTER] = shared
+    q, k, v = (model.get_submodule(f"{stem}{x}_proj") for x in "qkv")
+    drawn = DrawnDropout(getattr(q.lora_dropout[_ADAPTER], "p", 0.0))
+    q.lora_dropout[_ADAPTER] = drawn
+    for layer in (k, v):
+        layer.lora_A[_ADAPTER] = q.lora_A[_ADAPTER]
+        if drawn.rate:
+            layer.lora_dropout[_ADAPTER] = RepeatedDropout(drawn, last=layer is v)
+    for layer in (q, k, v):
+        layer.train(model.training)
 
 
 def has_adapters(model: nn.Module) -> bool:
