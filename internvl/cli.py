@@ -304,9 +304,6 @@ def _set_up_libraries(*, downloading: bool) -> None:
     transformers draws a bar for every model it opens, however small; what we say is enough.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Threads that wait for work sleep instead of spinning: on a busy machine with few cores,
-    # spinning made a small model ten times slower. It changes no result.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not downloading:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

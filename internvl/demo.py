@@ -59,7 +59,7 @@ class Size:
     """Held-out pictures per language; None takes all."""
 
 
-FULL = Size(epochs=16, limit_families=None, eval_limit=None)
+FULL = Size(epochs=14, limit_families=None, eval_limit=None)
 SHORT = Size(epochs=3, limit_families=40, eval_limit=12)
 
 

@@ -8,7 +8,6 @@ import pytest
 # Read when torch is imported, here and in the processes that tests start. The models are so small
 # that threads cost more than they bring, and far more where two test runs share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
