@@ -1,21 +1,33 @@
 """Everything a run will read, read before it starts: `check.run(recipe)`. Needs no GPU, no weights.
 
-Every annotation line is parsed and encoded, every image decoded, every evaluation's pictures
-opened; all problems are collected. Then the arithmetic of a step, and the first batch as text.
+Every annotation line is parsed and encoded, every image and video decoded, every evaluation's
+pictures opened; all problems are collected. Then what the samples hold, the arithmetic of a step,
+and the first batch as text. What was read once is kept by its content in the cache folder, so that
+a second check reads only what changed.
 """
 
+import hashlib
+import io
+import json
+import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from dataclasses import replace as replaced
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from internvl import handles, log
+from internvl import report as pages
 from internvl.config import EvalConfig, Recipe, UserError
 from internvl.data.chat import ChatEncoder
-from internvl.data.images import BadImage, open_rgb
+from internvl.data.images import BadImage, FileSlice, Picture, is_address, open_rgb
+from internvl.data.index import cache_folder
 from internvl.data.loader import UnitReader
 from internvl.data.order import SampleOrder, UnitRef
 from internvl.data.records import (
@@ -27,6 +39,7 @@ from internvl.data.records import (
     PackedBatch,
     Sample,
     Tiles,
+    Unit,
 )
 from internvl.data.sources import Source, open_source, source_configs
 from internvl.data.templates import template
@@ -37,15 +50,29 @@ from internvl.objectives import OBJECTIVES, Objective
 _CHUNK = 64  # lines that a worker examines at once
 _SHOWN_PROBLEMS = 20
 _SHOWN_SAMPLES = 4
+_NEAR = 0.9  # of data.max_tokens: from here on a sample is near the limit
+_BARS = 10  # bins of a histogram
+_PICTURE = 512  # longest side of a picture in the report, pixels
+_KINDS = ("text", "image", "images", "video")
+_COLUMNS = ("line", "kind", "tokens", "tiles", "supervised", "unknown")
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What the good samples of a source hold. Every array is int64, one number a sample."""
+    """What the good samples of a source hold. Every array has one number a sample."""
 
+    line: np.ndarray
+    """Number in the source, from 0."""
+    kind: np.ndarray
+    """Index into text, image, images, video."""
     tokens: np.ndarray
     tiles: np.ndarray
     supervised: np.ndarray
+    """Supervised tokens."""
+    unknown: np.ndarray
+    """Tokens that stand for text the tokenizer does not know."""
+    digest: np.ndarray
+    """uint64: equal for equal messages with equal media."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -55,8 +82,11 @@ class Counts:
 class Shown:
     """A sample of the first batch: its text in spans of (text, supervised), a grid per image."""
 
-    name: str
-    images: tuple[str, ...]
+    sample: Sample
+    pictures: tuple[str, ...]
+    """What each image or frame is called."""
+    small: tuple[bytes, ...]
+    """Each image or frame as a small JPEG."""
     grids: tuple[Grid, ...]
     per_image: tuple[int, ...]
     """Tiles of each image, the thumbnail included."""
@@ -80,22 +110,42 @@ class Checked:
     def render(self) -> str:
         """The findings as text: problems, sources, arithmetic, first batch."""
         parts = [
-            "\n".join(self._problem_lines()),
+            "\n".join(_problem_lines(self.problems)),
             "\n".join(_source_line(name, counts) for name, counts in self.counts.items()),
+            "\n".join(self.summary()),
             self.arithmetic,
             *map(_render_sample, self.first),
         ]
         return "\n\n".join(part for part in parts if part)
 
-    def _problem_lines(self) -> Iterator[str]:
-        if not self.problems:
-            yield "no problem found"
+    def summary(self) -> Iterator[str]:
+        """What all sources together hold, and what in it deserves a look."""
+        tokens, tiles = self.joined("tokens"), self.joined("tiles")
+        if not len(tokens):
             return
-        yield f"{len(self.problems):,} problem(s)"
-        for problem in self.problems[:_SHOWN_PROBLEMS]:
-            yield f"  {problem}"
-        if len(self.problems) > _SHOWN_PROBLEMS:
-            yield f"  and {len(self.problems) - _SHOWN_PROBLEMS:,} more"
+        yield from _histogram("tokens a sample", tokens)
+        if tiles.any():
+            yield from _histogram("tiles a sample", tiles)
+        limit = self.recipe.data.max_tokens
+        for count, what in (
+            (int((tokens >= limit).sum()), f"are cut at data.max_tokens = {limit:,}"),
+            (int((tokens >= _NEAR * limit).sum()), f"have {_NEAR:.0%} of data.max_tokens or more"),
+            (int((self.joined("unknown") > 0).sum()), "hold text the tokenizer does not know"),
+            (self.num_duplicates, "equal another sample, pictures and text"),
+        ):
+            if count:
+                yield f"{count:,} sample(s) {what}"
+
+    @property
+    def num_duplicates(self) -> int:
+        """Samples that an earlier one equals."""
+        digests = self.joined("digest")
+        return len(digests) - len(np.unique(digests))
+
+    def joined(self, column: str) -> np.ndarray:
+        """A column of `Counts` over all sources."""
+        parts = [getattr(counts, column) for counts in self.counts.values()]
+        return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
 
 
 def run(recipe: Recipe, *, report: Path | None = None) -> Checked:
@@ -114,12 +164,14 @@ def run(recipe: Recipe, *, report: Path | None = None) -> Checked:
     files, unusable = _open_all(recipe)
     checked.problems += unusable
     reader = UnitReader(files, recipe.data, objective.encode, seed=recipe.seed, pixels=False)
-    _examine(reader, checked)
+    _examine(_Examiner(reader, _settings(recipe, encoder), encoder), checked)
     for name, spec in recipe.evals.items():
         checked.problems += _eval_problems(name, spec)
     if files and not unusable:
         order = SampleOrder(files, share_prefix=recipe.data.share_prefix, seed=recipe.seed)
         _first_step(order, reader, objective, encoder, checked)
+    if report is not None:
+        pages.write(_page(checked), report)
     return checked
 
 
@@ -157,54 +209,151 @@ def encoder_of(recipe: Recipe) -> ChatEncoder:
 
 @dataclass
 class _Examined:
-    """A chunk of lines: int64 (samples, 3) of tokens, tiles, supervised; and the bad ones."""
+    """A chunk of lines: int64 (samples, columns), uint64 (samples,) digests, and the bad ones."""
 
     file: int
     num_lines: int
-    counts: np.ndarray
+    rows: np.ndarray
+    digests: np.ndarray
     bad: list[BadSample]
 
 
 class _Examiner(Dataset[_Examined]):
-    """Counts instead of pixels and ids: what a worker sends back of a chunk stays small."""
+    """Counts instead of pixels and ids: what a worker sends back of a chunk stays small.
 
-    def __init__(self, reader: UnitReader) -> None:
+    A chunk whose lines, media files and settings were seen before is not read again.
+    """
+
+    def __init__(self, reader: UnitReader, settings: str, encoder: ChatEncoder) -> None:
         self.reader = reader
+        self.settings = settings
+        self.encoder = encoder
+        self.cache = cache_folder().parent / "check"
 
     def __getitem__(self, ref: UnitRef) -> _Examined:
+        source = self.reader.files[ref.file]
+        samples = list(source.samples(ref.lines))
+        key = hashlib.sha256(f"{self.settings}{source.config!r}{ref.row}".encode())
+        for sample in samples:
+            key.update(repr((sample.name, _content(sample))).encode())
+        file = self.cache / key.hexdigest()[:2] / f"{key.hexdigest()[2:34]}.json"
+        if not file.is_file():
+            found = self._examine(ref, samples)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(f".{os.getpid()}")
+            partial.write_text(json.dumps(found), encoding="utf-8")
+            partial.replace(file)
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return _Examined(
+            ref.file,
+            len(ref.lines),
+            np.asarray(found["rows"], dtype=np.int64).reshape(-1, len(_COLUMNS)),
+            np.asarray(found["digests"], dtype=np.uint64),
+            [BadSample(*bad) for bad in found["bad"]],
+        )
+
+    def _examine(self, ref: UnitRef, samples: Sequence[Sample | BadSample]) -> dict[str, Any]:
+        by_name = {
+            sample.name: (line, sample)
+            for line, sample in zip(ref.lines, samples, strict=True)
+            if isinstance(sample, Sample)
+        }
         read = self.reader[ref]
-        counts = [
-            (len(example.input_ids), unit.num_tiles, example.num_supervised)
-            for unit in read.units
-            for example in unit.examples
-        ]
-        array = np.asarray(counts, dtype=np.int64).reshape(-1, 3)
-        return _Examined(ref.file, len(ref.lines), array, read.bad)
+        rows, digests = [], []
+        unknown = self.encoder.tokenizer.unk_token_id
+        for tiles, example in (
+            (unit.num_tiles, example) for unit in read.units for example in unit.examples
+        ):
+            line, sample = by_name[example.name]
+            rows.append(
+                (
+                    line,
+                    _kind(sample),
+                    len(example.input_ids),
+                    tiles,
+                    example.num_supervised,
+                    0 if unknown is None else int((example.input_ids == unknown).sum()),
+                )
+            )
+            digest = hashlib.blake2b(repr(_content(sample)).encode(), digest_size=8).digest()
+            digests.append(int.from_bytes(digest, "little"))
+        return {
+            "rows": rows,
+            "digests": digests,
+            "bad": [(bad.name, bad.reason) for bad in read.bad],
+        }
 
 
-def _examine(reader: UnitReader, checked: Checked) -> None:
+def _settings(recipe: Recipe, encoder: ChatEncoder) -> str:
+    """All that decides how a line is read, besides the line and its source."""
+    tokenizer = encoder.tokenizer.backend_tokenizer.to_str()
+    data = replaced(recipe.data, sources=(), meta=None, workers=0)
+    return repr(
+        (
+            hashlib.sha256(tokenizer.encode()).hexdigest(),
+            encoder.template,
+            encoder.system_message,
+            encoder.tokens_per_tile,
+            data,
+            recipe.objective,
+            recipe.seed,
+        )
+    )
+
+
+def _kind(sample: Sample) -> int:
+    return 3 if sample.videos else min(len(sample.images), 2)
+
+
+def _content(sample: Sample | BadSample) -> tuple[Any, ...]:
+    """What a sample says and shows: files stand with their size and time."""
+    if isinstance(sample, BadSample):
+        return ("bad", sample.reason)
+    media = [_state(image) for image in sample.images]
+    media += [(_state(video.path), video.start_s, video.end_s) for video in sample.videos]
+    return (sample.messages, media)
+
+
+def _state(media: Picture) -> tuple[Any, ...]:
+    if isinstance(media, bytes):
+        return (hashlib.sha256(media).hexdigest(),)
+    if isinstance(media, FileSlice):
+        return (*_state(media.path), media.offset, media.size)
+    if is_address(media):
+        return (str(media),)
+    try:
+        state = os.stat(media)
+    except OSError:
+        return (str(media), "missing")
+    return (str(media), state.st_size, state.st_mtime_ns)
+
+
+def _examine(examiner: _Examiner, checked: Checked) -> None:
     """Counts and problems of every line of every file."""
+    files = examiner.reader.files
     chunks = [
-        UnitRef(number, tuple(range(start, min(start + _CHUNK, len(file)))), 0)
-        for number, file in enumerate(reader.files)
+        UnitRef(number, tuple(range(start, min(start + _CHUNK, len(file)))), 0, start)
+        for number, file in enumerate(files)
         for start in range(0, len(file), _CHUNK)
     ]
     loader = DataLoader(
-        _Examiner(reader),
+        examiner,
         sampler=chunks,
         batch_size=None,
-        num_workers=reader.config.workers,
+        num_workers=examiner.reader.config.workers,
     )
-    counts: list[list[np.ndarray]] = [[] for _ in reader.files]
-    with log.Progress("samples", total=sum(map(len, reader.files))) as progress:
+    found: list[list[_Examined]] = [[] for _ in files]
+    with log.Progress("samples", total=sum(map(len, files))) as progress:
         for examined in loader:
-            counts[examined.file].append(examined.counts)
+            found[examined.file].append(examined)
             # Within a chunk they come by picture; a reader looks for them by line.
             checked.problems += sorted(examined.bad, key=lambda bad: (len(bad.name), bad.name))
             progress.update(examined.num_lines)
-    for file, parts in zip(reader.files, counts, strict=True):
-        tokens, tiles, supervised = np.concatenate(parts).T
-        checked.counts[file.config.name] = Counts(tokens, tiles, supervised)
+    for file, parts in zip(files, found, strict=True):
+        columns = np.concatenate([part.rows for part in parts]).T
+        digests = np.concatenate([part.digests for part in parts])
+        named = dict(zip(_COLUMNS, columns, strict=True))
+        checked.counts[file.config.name] = Counts(**named, digest=digests)
 
 
 def _eval_problems(name: str, spec: EvalConfig) -> list[BadSample]:
@@ -242,27 +391,40 @@ def _first_step(
     except BadSample as bad:
         checked.problems.append(bad)
         return
-    checked.arithmetic = _arithmetic(order, num_steps, total, rows, recipe)
+    checked.arithmetic = "\n".join(
+        [_arithmetic(order, num_steps, total, recipe), _row_line(rows, units, recipe)]
+    )
     wanted = rows[0].names[:_SHOWN_SAMPLES]
     checked.first = [
         shown for ref in refs for shown in _show(ref, wanted, reader, objective, encoder)
     ]
 
 
-def _arithmetic(
-    order: SampleOrder, num_steps: int, total: int, rows: Sequence[PackedBatch], recipe: Recipe
-) -> str:
+def _arithmetic(order: SampleOrder, num_steps: int, total: int, recipe: Recipe) -> str:
     last = total - (num_steps - 1) * recipe.global_batch
     partial = "" if last == recipe.global_batch else f", the last of {last:,}"
-    epochs = total / len(order)
-    filled = sum(row.num_tokens for row in rows) / (len(rows) * recipe.data.max_tokens)
     return (
-        f"{len(order):,} samples an epoch in {order.num_groups:,} groups; {epochs:.4g} epoch(s) of "
-        f"them in steps of {recipe.global_batch:,}{partial}: {num_steps:,} steps\n"
-        f"the first step: {len(rows)} row(s) of at most {recipe.data.max_tokens:,} tokens and "
-        f"{recipe.data.max_tiles} tiles, {filled:.1%} full, "
-        f"{sum(row.num_tiles for row in rows)} tiles, "
-        f"{sum(len(row.targets) for row in rows):,} supervised tokens"
+        f"{len(order):,} samples an epoch in {order.num_groups:,} groups; "
+        f"{total / len(order):.4g} epoch(s) of them in steps of {recipe.global_batch:,}{partial}: "
+        f"{num_steps:,} steps"
+    )
+
+
+def _row_line(rows: Sequence[PackedBatch], units: Sequence[Unit], recipe: Recipe) -> str:
+    """The rows of the first step, and what sharing prefixes saves in it."""
+    limit = recipe.data.row_tokens or recipe.data.max_tokens
+    tokens = sum(row.num_tokens for row in rows)
+    tiles = sum(row.num_tiles for row in rows)
+    alone = sum(len(example.input_ids) for unit in units for example in unit.examples)
+    tiles_alone = sum(unit.num_tiles * len(unit.examples) for unit in units)
+    saved = ""
+    if alone > tokens:
+        saved = f"; without shared prefixes {alone / tokens:.2f} times the tokens"
+        saved += f" and {tiles_alone / tiles:.2f} times the tiles" if tiles else ""
+    return (
+        f"the first step: {len(rows)} row(s) of at most {limit:,} tokens and "
+        f"{recipe.data.max_tiles} tiles, {tokens / (len(rows) * limit):.1%} full, {tiles} tiles, "
+        f"{sum(len(row.targets) for row in rows):,} supervised tokens{saved}"
     )
 
 
@@ -281,8 +443,9 @@ def _show(
             if isinstance(unit, BadSample):
                 continue
             yield Shown(
-                sample.name,
+                sample,
                 _media_names(sample, tiles),
+                tuple(_small(picture) for picture in reader.pictures(sample, ref)[0]),
                 () if tiles is None else tiles.grids,
                 () if tiles is None else tiles.per_image,
                 tuple(spans(unit.examples[0], encoder)),
@@ -297,6 +460,14 @@ def _media_names(sample: Sample, tiles: Tiles | None) -> tuple[str, ...]:
     return tuple("(bytes)" if isinstance(i, bytes) else str(i) for i in sample.images)
 
 
+def _small(image: Image.Image) -> bytes:
+    """A JPEG of at most _PICTURE pixels a side."""
+    image.thumbnail((_PICTURE, _PICTURE))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
 def spans(example: Example, encoder: ChatEncoder) -> Iterator[tuple[str, bool]]:
     """(text, supervised) of an example's runs; placeholders are counted, not repeated."""
     ids, labels = example.input_ids, example.labels != IGNORE
@@ -309,24 +480,121 @@ def spans(example: Example, encoder: ChatEncoder) -> Iterator[tuple[str, bool]]:
             yield encoder.tokenizer.decode(ids[start:end].tolist()), bool(kind[start])
 
 
+def _problem_lines(problems: Sequence[BadSample]) -> Iterator[str]:
+    if not problems:
+        yield "no problem found"
+        return
+    yield f"{len(problems):,} problem(s)"
+    for problem in problems[:_SHOWN_PROBLEMS]:
+        yield f"  {problem}"
+    if len(problems) > _SHOWN_PROBLEMS:
+        yield f"  and {len(problems) - _SHOWN_PROBLEMS:,} more"
+
+
 def _source_line(name: str, counts: Counts) -> str:
     if not len(counts):
         return f"source {name}: no good sample"
     tokens, tiles = int(counts.tokens.sum()), int(counts.tiles.sum())
+    kinds = Counter(_KINDS[kind] for kind in counts.kind)
     return (
-        f"source {name}: {len(counts):,} good samples, {tokens:,} tokens (longest "
-        f"{counts.tokens.max():,}), {counts.supervised.sum() / tokens:.1%} supervised, "
-        f"{tiles:,} tiles (most {counts.tiles.max()})"
+        f"source {name}: {len(counts):,} good samples "
+        f"({', '.join(f'{kinds[kind]:,} {kind}' for kind in _KINDS if kinds[kind])}), "
+        f"{tokens:,} tokens (longest {counts.tokens.max():,}), "
+        f"{counts.supervised.sum() / tokens:.1%} supervised, {tiles:,} tiles "
+        f"(most {counts.tiles.max()})"
     )
+
+
+def _bins(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(samples in each bin, edges), whole numbers."""
+    low, high = int(values.min()), int(values.max())
+    step = max(1, -(-(high - low + 1) // _BARS))
+    edges = np.arange(low, high + step + 1, step)
+    return np.histogram(values, edges)
+
+
+def _histogram(title: str, values: np.ndarray) -> Iterator[str]:
+    counts, edges = _bins(values)
+    yield f"{title}:"
+    for count, (low, high) in zip(counts, pairwise(edges), strict=True):
+        bar = "█" * round(40 * count / counts.max())
+        yield f"  {low:>7,} to {high - 1:>7,}  {count:>9,}  {bar}".rstrip()
 
 
 def _render_sample(shown: Shown) -> str:
     pictures = [
         f"  {path}: {columns} x {rows} grid, {count} tile(s)"
         for path, (columns, rows), count in zip(
-            shown.images, shown.grids, shown.per_image, strict=True
+            shown.pictures, shown.grids, shown.per_image, strict=True
         )
     ]
     text = "".join(f"⟦{text}⟧" if supervised else text for text, supervised in shown.spans)
     body = "\n".join("  | " + line for line in text.split("\n"))
-    return "\n".join([f"{shown.name} (⟦supervised⟧)", *pictures, body])
+    return "\n".join([f"{shown.sample.name} (⟦supervised⟧)", *pictures, body])
+
+
+def _page(checked: Checked) -> pages.Report:
+    """The findings as a page, with the first samples as the model will get them."""
+    tokens, supervised = checked.joined("tokens"), checked.joined("supervised")
+    share = supervised.sum() / max(1, tokens.sum())
+    sections: list[pages.Section] = [
+        pages.Facts(
+            title="In numbers",
+            facts=[
+                (f"{len(tokens):,}", "good samples"),
+                (f"{len(checked.problems):,}", "problems"),
+                (f"{tokens.sum():,}", "tokens"),
+                (f"{share:.1%}", "of them supervised"),
+                (f"{checked.joined('tiles').sum():,}", "tiles"),
+                (f"{checked.num_duplicates:,}", "duplicates"),
+            ],
+            note=checked.arithmetic,
+        ),
+        pages.Text(title="Problems", paragraphs=list(_problem_lines(checked.problems))),
+    ]
+    if len(tokens):
+        lines = [_source_line(name, counts) for name, counts in checked.counts.items()]
+        charts = [_chart(what, checked.joined(what)) for what in ("tokens", "tiles")]
+        sections.append(pages.Text(title="Sources", paragraphs=lines))
+        sections.append(pages.Charts(title="Sizes", charts=charts))
+    if checked.first:
+        shown = [_page_sample(one) for one in checked.first]
+        sections.append(pages.Samples(title="First samples", samples=shown))
+    return pages.Report(
+        title="What will be trained on",
+        subtitle=f"{checked.recipe.run}: {', '.join(checked.counts)}",
+        sections=tuple(sections),
+    )
+
+
+def _chart(what: str, values: np.ndarray) -> pages.Chart:
+    counts, edges = _bins(values)
+    points = [
+        (float(x), float(count))
+        for count, edge in zip(counts, pairwise(edges), strict=True)
+        for x in edge
+    ]
+    return pages.Chart(
+        title=f"{what} a sample",
+        x_label=what,
+        y_label="samples",
+        series=[pages.Series(name="samples", points=points)],
+        form=",.0f",
+        from_zero=True,
+    )
+
+
+def _page_sample(shown: Shown) -> pages.TrainingSample:
+    pictures = [
+        pages.TiledPicture(
+            picture=picture, columns=columns, rows=rows, thumbnail=count > columns * rows
+        )
+        for picture, (columns, rows), count in zip(
+            shown.small, shown.grids, shown.per_image, strict=True
+        )
+    ]
+    return pages.TrainingSample(
+        name=shown.sample.name,
+        pictures=pictures,
+        spans=[pages.Span(text, supervised) for text, supervised in shown.spans],
+    )

@@ -1,6 +1,7 @@
 """check: every problem with file and line, the arithmetic, the first batch as text."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from data_files import SHARED, chat_line, model_folder, picture, recipe, write_lines
@@ -104,3 +105,81 @@ def test_the_broken_lines(model, tmp_path):
     assert len(bad) == 18
     assert sorted(int(problem.name.rpartition(" ")[2]) for problem in found.problems) == bad
     assert len(found.counts["chat"]) == 4
+
+
+def test_what_the_samples_hold(model, images, tmp_path):
+    rows = [
+        chat_line("Text?", "Yes."),
+        chat_line(QUESTION, ANSWER, image="wide.jpg"),
+        chat_line(QUESTION, ANSWER, image="wide.jpg"),
+        chat_line("<image>\n<image>\nTwo?", "Yes.", image=["wide.jpg", "small.jpg"]),
+        chat_line("Cut?", "word " * 600),
+    ]
+    found = checked(model, images, rows, tmp_path, workers=1)
+    assert found.problems == []
+    counts = found.counts["chat"]
+    order = counts.line.argsort()
+    assert counts.kind[order].tolist() == [0, 1, 1, 2, 0]
+    assert counts.tiles[order].tolist() == [0, 3, 3, 4, 0]
+    text = found.render()
+    for part in (
+        "5 good samples (2 text, 2 image, 1 images)",
+        "tokens a sample:",
+        "1 sample(s) are cut at data.max_tokens = 512",
+        "1 sample(s) have 90% of data.max_tokens or more",
+        "1 sample(s) equal another sample",
+    ):
+        assert part in text
+
+
+def test_what_was_read_is_not_read_again(model, images, tmp_path, monkeypatch):
+    rows = [chat_line(QUESTION, ANSWER, image="small.jpg"), chat_line(QUESTION, "", image="x.jpg")]
+    first = checked(model, images, rows, tmp_path)
+    assert len(first.problems) == 1
+
+    def fail(*_):
+        raise AssertionError("read again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(check._Examiner, "_examine", fail)
+        again = checked(model, images, rows, tmp_path)
+        assert again.render() == first.render()
+        picture(images / "small.jpg", (90, 30))
+        with pytest.raises(AssertionError, match="read again"):
+            checked(model, images, rows, tmp_path)
+    changed = checked(model, images, rows, tmp_path)
+    assert changed.counts["chat"].tiles.tolist() == [4]
+
+
+def test_a_video(model, images, tmp_path):
+    frames = images / "clip"
+    for number in range(4):
+        picture(frames / f"frame_{number}.png", (60, 40))
+    rows = [chat_line("<video>\nWhat moves?", "Nothing.", video="clip/")]
+    found = checked(model, images, rows, tmp_path)
+    assert found.problems == []
+    assert found.counts["chat"].tiles.tolist() == [4]
+    text = found.render()
+    assert "clip/ frame 4: 1 x 1 grid, 1 tile(s)" in text
+    assert "Frame-4: <img>[9 visual tokens]</img>" in text
+
+
+def test_the_page(model, images, tmp_path):
+    rows = [chat_line(QUESTION, ANSWER, image="wide.jpg"), chat_line(QUESTION, "", image="x.jpg")]
+    file = write_lines(tmp_path / "chat.jsonl", rows)
+    to = tmp_path / "report.html"
+    check.run(recipe(model, file, images, tmp_path / "run"), report=to)
+    page = to.read_text(encoding="utf-8")
+    for part in ("there is no image", "<mark>A gradient.&lt;|im_end|&gt;</mark>", "2 x 1 tiles"):
+        assert part in page
+
+
+def test_a_meta_file_is_checked(model, images, tmp_path):
+    file = write_lines(tmp_path / "chat.jsonl", [chat_line("What?", ANSWER, image="wide.jpg")] * 2)
+    entry = {"root": str(images), "annotation": str(file), "length": 2}
+    (tmp_path / "meta.json").write_text(json.dumps({"good": entry, "bad": entry | {"length": 3}}))
+    base = recipe(model, file, images, tmp_path / "run")
+    data = replace(base.data, sources=(), meta=tmp_path / "meta.json")
+    found = check.run(replace(base, data=data))
+    assert len(found.counts["good"]) == 2
+    assert ["holds 2 samples, not 3" in str(problem) for problem in found.problems] == [True]

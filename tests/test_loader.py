@@ -2,13 +2,19 @@
 
 import numpy as np
 import pytest
+import torch
+from chat_folders import GOLDEN
 from data_files import chat_line, picture, write_lines
 
-from internvl.config import DataConfig, SourceConfig, TilesConfig
+from internvl.config import DataConfig, ObjectiveConfig, SourceConfig, TilesConfig
 from internvl.data import loader
+from internvl.data.chat import ChatEncoder
 from internvl.data.order import SampleOrder
 from internvl.data.records import IGNORE, Example, Unit
 from internvl.data.sources import open_source
+from internvl.data.templates import template
+from internvl.data.tokenizers import load_tokenizer
+from internvl.objectives.sft import Sft
 
 
 def encode(samples, tiles):
@@ -117,3 +123,41 @@ def test_the_order_depends_on_seed_and_epoch_only(folder):
     assert first.step(2, 7, 100) == again.step(2, 7, 100)
     other = SampleOrder(first.files, share_prefix=True, seed=4)
     assert other.step(2, 7, 100) != first.step(2, 7, 100)
+
+
+def test_all_kinds_in_one_file_become_rows(tmp_path):
+    """Text, one picture, several, a video, OpenAI style: encoded, packed, tiles in their places."""
+    picture(tmp_path / "a.png", (168, 84))
+    picture(tmp_path / "b.png", (84, 84))
+    for number in range(3):
+        picture(tmp_path / "clip" / f"frame_{number}.png", (100, 60))
+    openai = [{"role": "user", "content": "<image>\nC?"}, {"role": "assistant", "content": "c"}]
+    rows = [
+        chat_line("Text?", "t"),
+        chat_line("<image>\nA?", "a", image="a.png"),
+        chat_line("<image> and <image>\nB?", "b", image=["a.png", "b.png"]),
+        chat_line("<video>\nD?", "d", video="clip/"),
+        {"messages": openai, "images": ["b.png"]},
+    ]
+    write_lines(tmp_path / "x.jsonl", rows)
+    config = SourceConfig(name="x", annotations=tmp_path / "x.jsonl", images=tmp_path, augment=True)
+    data = DataConfig(sources=(config,), workers=0, tiles=TilesConfig(size=84, max=6))
+    tokenizer = load_tokenizer(GOLDEN / "label_masks" / "tokenizer_qwen2")
+    objective = Sft(ObjectiveConfig(), data, ChatEncoder(tokenizer, template("internvl2_5"), 9))
+    files = [open_source(config)]
+    order = SampleOrder(files, share_prefix=True, seed=0)
+
+    def step(seed):
+        reader = loader.UnitReader(files, data, objective.encode, seed=seed)
+        (found,) = loader.steps(
+            order, reader, objective.batches, first=0, last=1, global_batch=5, total=5
+        )
+        assert found.bad == []
+        return found.batches
+
+    (row,) = step(0)
+    assert (row.num_samples, row.num_tiles) == (5, 0 + 3 + (3 + 1) + 3 + 1)
+    assert int((row.input_ids == objective.encoder.context_id).sum()) == 9 * row.num_tiles
+    assert row.pixel_values.shape == (11, 3, 84, 84)
+    assert torch.equal(step(0)[0].pixel_values, row.pixel_values)
+    assert not torch.equal(step(1)[0].pixel_values, row.pixel_values)  # other JPEG qualities

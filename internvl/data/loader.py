@@ -80,9 +80,8 @@ class UnitReader(Dataset[Read]):
         self, samples: Sequence[Sample], ref: UnitRef
     ) -> tuple[list[Sample], list[BadSample], Tiles | None]:
         """Samples of the same media ready to encode, those that are bad, and the tiles."""
-        draw = np.random.default_rng((self.seed, ref.epoch, ref.file, ref.row))
         try:
-            pictures, counts = self._pictures(samples[0], draw)
+            pictures, counts = self.pictures(samples[0], ref)
         except BadImage as error:
             return [], [BadSample(sample.name, str(error)) for sample in samples], None
         ready, bad = [], []
@@ -103,15 +102,14 @@ class UnitReader(Dataset[Read]):
             most,
             resize=self.config.resize,
             mean=STATISTICS[self.config.normalize][0],
-            augment=draw if source.augment else None,
+            augment=self._draw(ref, "augment") if source.augment else None,
         )
         return ready, bad, tiles
 
-    def _pictures(
-        self, sample: Sample, draw: np.random.Generator
-    ) -> tuple[list[Image.Image], list[int]]:
-        """RGB images, or the frames of every video and how many each has."""
+    def pictures(self, sample: Sample, ref: UnitRef) -> tuple[list[Image.Image], list[int]]:
+        """RGB images, or the frames of every video and how many each has. Raises BadImage."""
         if sample.videos:
+            draw = self._draw(ref, "frames")
             frames = [read_frames(video, self.config.video, draw) for video in sample.videos]
             return [frame for part in frames for frame in part], list(map(len, frames))
         images = []
@@ -122,6 +120,10 @@ class UnitReader(Dataset[Read]):
                 named = isinstance(source, bytes) or str(source) in str(error)
                 raise BadImage(str(error) if named else f"{source!s}: {error}") from None
         return images, []
+
+    def _draw(self, ref: UnitRef, what: str) -> np.random.Generator:
+        number = ("frames", "augment").index(what)
+        return np.random.default_rng((self.seed, ref.epoch, ref.file, ref.row, number))
 
 
 def steps(
