@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import sentencepiece
-from chat_folders import GOLDEN
+from chat_folders import GOLDEN, shared
 
 from internvl.data.tokenizers import (
     SPECIAL_TOKENS,
@@ -139,6 +139,69 @@ def test_decoding_as_sentencepiece_does(llama_model, tmp_path):
     for ids in rows:
         found = decode(tokenizer, [1, *ids], skip_special_tokens=True)
         assert found == model.decode(ids)
+
+
+def free_pieces(folder):
+    """An InternLM2-like folder: two free pieces of its model are end and start of a turn."""
+    (folder / "corpus.txt").write_text("\n".join(golden_ids("internlm2")) * 3)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "corpus.txt"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=480,
+        model_type="bpe",
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        user_defined_symbols=["[UNUSED_0]", "[UNUSED_1]", "[UNUSED_2]"],
+        minloglevel=2,
+    )
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    ids = {token: 480 + number for number, token in enumerate(SPECIAL_TOKENS)}
+    ids |= {"<|im_end|>": model.piece_to_id("[UNUSED_1]")}
+    ids |= {"<|im_start|>": model.piece_to_id("[UNUSED_2]")}
+    return model, ids
+
+
+@pytest.mark.parametrize("form", ["decoder", "added_tokens.json"])
+def test_added_tokens_keep_the_ids_of_the_release(form, tmp_path):
+    """Those of free pieces of the model included: InternLM2's end of turn is one."""
+    model, ids = free_pieces(tmp_path)
+    config = {"tokenizer_class": "InternLM2Tokenizer", "bos_token": "<s>", "pad_token": "</s>"}
+    if form == "decoder":
+        entries = {str(i): {"content": token, "special": True} for token, i in ids.items()}
+        config["added_tokens_decoder"] = entries
+    else:
+        (tmp_path / form).write_text(json.dumps(ids))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    assert {token: tokenizer.convert_tokens_to_ids(token) for token in ids} == ids
+    assert len(tokenizer) == 489
+    text = "<|im_start|>user\n 两只猫<|im_end|><img>[UNUSED_0]"
+    wanted = [1, ids["<|im_start|>"], *model.encode("user\n 两只猫"), ids["<|im_end|>"]]
+    wanted += [ids["<img>"], model.piece_to_id("[UNUSED_0]")]
+    assert tokenizer(text).input_ids == wanted
+    assert decode(tokenizer, wanted, skip_special_tokens=False) == "<s>" + text
+    assert decode(tokenizer, wanted, skip_special_tokens=True) == "user\n 两只猫[UNUSED_0]"
+    (tmp_path / "saved").mkdir()
+    save_tokenizer(tokenizer, tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved")(text).input_ids == wanted
+
+
+def test_internlm2s_own_vocabulary(tmp_path):
+    """Its real model file, with the ids that the releases of InternVL2 give the added tokens."""
+    shutil.copy(shared("data/tokenizers/internlm2_tokenizer.model"), tmp_path / "tokenizer.model")
+    ids = {"<|im_end|>": 92542, "<|im_start|>": 92543}
+    ids |= {token: 92544 + number for number, token in enumerate(SPECIAL_TOKENS)}
+    entries = {str(i): {"content": token, "special": True} for token, i in ids.items()}
+    config = {"tokenizer_class": "InternLM2Tokenizer", "added_tokens_decoder": entries}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    assert {token: tokenizer.convert_tokens_to_ids(token) for token in ids} == ids
+    check_vocabulary(tokenizer, 92553, tmp_path)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    for text in ("Hello  world", " 你好，世界 Ｅ——x", "é\U0001f600 …… \n  x"):
+        assert tokenizer(text).input_ids == [1, *model.encode(text)]
 
 
 def test_a_folder_without_tokenizer(tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from tokenizers import decoders, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from internvl.config import UserError
@@ -71,6 +71,9 @@ def _load_sentencepiece(folder: Path, config: dict[str, Any], kind: str) -> PreT
         add_eos_token=False,
         add_prefix_space=False,
     )
+    added = _added_tokens(folder, config)
+    if any(tokenizer.convert_tokens_to_ids(entry["content"]) != entry["id"] for entry in added):
+        tokenizer = _with_ids(tokenizer, added)
     replace = normalizers.Replace(" ", _SPACE)
     steps: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     backend = tokenizer.backend_tokenizer
@@ -89,6 +92,47 @@ def _load_sentencepiece(folder: Path, config: dict[str, Any], kind: str) -> PreT
     return tokenizer
 
 
+def _added_tokens(folder: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tokens that a release adds to its SentencePiece model, with the ids it gives them."""
+    named = config.get("added_tokens_decoder")
+    if named is None:
+        known = _read(folder / "added_tokens.json")
+        named = {number: {"content": token, "special": True} for token, number in known.items()}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return [plain | entry | {"id": int(number)} for number, entry in named.items()]
+
+
+def _with_ids(
+    tokenizer: PreTrainedTokenizerFast, added: Sequence[dict[str, Any]]
+) -> PreTrainedTokenizerFast:
+    """The tokenizer with exactly these ids for added tokens.
+
+    InternLM2 gives `<|im_end|>` the id of a piece that its SentencePiece model keeps free; the fast
+    tokenizer would append it instead, and so move all that follow.
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens = {entry["content"]: entry["id"] for entry in added}
+    replaced = set(tokens.values())
+    vocabulary = backend["model"]["vocab"]
+    size = len(vocabulary)
+    kept = {token: number for token, number in vocabulary.items() if number not in replaced}
+    kept |= {token: number for token, number in tokens.items() if number < size}
+    backend["model"]["vocab"] = dict(sorted(kept.items(), key=lambda item: item[1]))
+    others = [
+        entry
+        for entry in backend["added_tokens"]
+        if entry["content"] not in tokens and kept.get(entry["content"]) == entry["id"]
+    ]
+    backend["added_tokens"] = sorted([*others, *added], key=lambda entry: entry["id"])
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    own = {name: getattr(tokenizer, name) for name in names}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
+        clean_up_tokenization_spaces=False,
+        **{name: token for name, token in own.items() if token in kept},
+    )
+
+
 def _adds_space(model: Path) -> bool:
     """Whether this SentencePiece model puts a space before a text."""
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(model)).encode("a", out_type=str)
@@ -105,9 +149,10 @@ def decode(
     """
     if not _has_byte_pieces(tokenizer):
         return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
-    pieces = tokenizer.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens)
+    added = tokenizer.added_tokens_decoder
+    kept = [i for i in ids if not (skip_special_tokens and i in added and added[i].special)]
     raw = bytearray()
-    for piece in pieces:
+    for piece in tokenizer.convert_ids_to_tokens(kept):
         byte = _BYTE_PIECE.fullmatch(piece)
         raw += bytes([int(byte[1], 16)]) if byte else piece.replace(_SPACE, " ").encode()
     text = _NO_CHARACTER.sub("\ufffd", raw.decode(errors="surrogateescape"))
