@@ -236,8 +236,8 @@ class ComputeConfig:
     """flex: FlexAttention over the blocks of a row in which anything is seen; dense: a mask over
     all pairs of tokens; auto: flex on a GPU."""
     compile: bool | None = None
-    """Compile every block of the model with torch.compile, once for each of the four lengths that
-    rows are then padded to (row_tokens, a half, a quarter, an eighth). null: on a GPU."""
+    """Compile every block of the model with torch.compile, for rows of any length. null: on a
+    GPU."""
     checkpointing: Literal["none", "selective", "full"] = "none"
     """What is computed again in the backward pass instead of kept: nothing, every second block, or
     every block of the parts that train."""
@@ -314,6 +314,9 @@ class Recipe:
     """Compute type. Trained weights are kept in float32, frozen ones in this type."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
+    threads: Positive | None = None
+    """CPU threads that compute; null leaves the choice to torch. Results on a CPU depend on it in
+    their last bits, and small models are often fastest with one."""
     seed: int = 42
     """Of shuffling, dropout and fresh weights."""
     log_every: Positive = 1
