@@ -99,9 +99,16 @@ def _resize_into(tiles: Tensor, image: Image.Image, how: str) -> None:
         return
     # Channels last in memory: the layout of torch's vectorized kernel.
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-    whole = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)[0]
+    if image.height - height > max(0, 2 * (image.width - width)):
+        # Where it saves most, Pillow shrinks the height first; rounding between makes it differ.
+        pixels = _interpolate(pixels, image.width, height)
+    whole = _interpolate(pixels, width, height)[0]
     cells = whole.unflatten(1, (rows, size)).unflatten(3, (columns, size))
     tiles.copy_(cells.permute(1, 3, 0, 2, 4))
+
+
+def _interpolate(pixels: Tensor, width: int, height: int) -> Tensor:
+    return F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
 
 
 def choose_grids(
