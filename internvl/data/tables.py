@@ -76,7 +76,7 @@ def _arrow() -> Any:
         return importlib.import_module("pyarrow")
     except ImportError:
         raise DataError(
-            "reading Parquet and Arrow files needs pyarrow: pip install 'internvl[data]'"
+            "reading Parquet and Arrow files needs pyarrow: pip install 'internvl[parquet]'"
         ) from None
 
 
