@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as replaced
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ _SHOWN_SAMPLES = 4
 _NEAR = 0.9  # of data.max_tokens: from here on a sample is near the limit
 _BARS = 10  # bins of a histogram
 _PICTURE = 512  # longest side of a picture in the report, pixels
-_KINDS = ("text", "image", "images", "video")
+_KINDS = ("text", "one image", "several images", "video")
 _COLUMNS = ("line", "kind", "tokens", "tiles", "supervised", "unknown")
 
 
@@ -64,7 +64,7 @@ class Counts:
     line: np.ndarray
     """Number in the source, from 0."""
     kind: np.ndarray
-    """Index into text, image, images, video."""
+    """Index into text, one image, several images, video."""
     tokens: np.ndarray
     tiles: np.ndarray
     supervised: np.ndarray
@@ -394,10 +394,9 @@ def _first_step(
     checked.arithmetic = "\n".join(
         [_arithmetic(order, num_steps, total, recipe), _row_line(rows, units, recipe)]
     )
-    wanted = rows[0].names[:_SHOWN_SAMPLES]
-    checked.first = [
-        shown for ref in refs for shown in _show(ref, wanted, reader, objective, encoder)
-    ]
+    # One of each unit: the answers to a picture differ little, pictures do.
+    shown = (next(_show(ref, rows[0].names, reader, objective, encoder), None) for ref in refs)
+    checked.first = list(islice((one for one in shown if one is not None), _SHOWN_SAMPLES))
 
 
 def _arithmetic(order: SampleOrder, num_steps: int, total: int, recipe: Recipe) -> str:
@@ -548,7 +547,7 @@ def _page(checked: Checked) -> pages.Report:
                 (f"{checked.joined('tiles').sum():,}", "tiles"),
                 (f"{checked.num_duplicates:,}", "duplicates"),
             ],
-            note=checked.arithmetic,
+            note=checked.arithmetic.replace("\n", ". "),
         ),
         pages.Text(title="Problems", paragraphs=list(_problem_lines(checked.problems))),
     ]

@@ -123,7 +123,7 @@ def test_what_the_samples_hold(model, images, tmp_path):
     assert counts.tiles[order].tolist() == [0, 3, 3, 4, 0]
     text = found.render()
     for part in (
-        "5 good samples (2 text, 2 image, 1 images)",
+        "5 good samples (2 text, 2 one image, 1 several images)",
         "tokens a sample:",
         "1 sample(s) are cut at data.max_tokens = 512",
         "1 sample(s) have 90% of data.max_tokens or more",
