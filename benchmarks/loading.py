@@ -44,7 +44,7 @@ def official_config(name: str, *, tiny: bool) -> dict[str, Any]:
         "rope_scaling": {"type": "dynamic", "factor": 2.0},
     }
     if tiny:
-        small = {"intermediate_size": 96, "num_key_value_heads": 2}
+        small = {"intermediate_size": 128, "num_key_value_heads": 2}
         for part, sizes in TINY.items():
             config[part] = config[part] | sizes | small
     return config

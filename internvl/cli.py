@@ -284,7 +284,7 @@ def _chat_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", help="cuda, cuda:1, cpu; by default the GPU if there is one")
     sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     sub.add_argument("--device-map", choices=("auto",), help="spread over all GPUs")
-    sub.add_argument("--quantize", choices=("8bit", "4bit"), help="on a GPU, with bitsandbytes")
+    sub.add_argument("--quantize", choices=("8bit", "4bit"), help="through bitsandbytes")
 
 
 def parse(argv: Sequence[str]) -> Arguments:

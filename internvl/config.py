@@ -62,7 +62,8 @@ class ModelConfig:
     """Also train this many blocks at the end of the vision tower (original:
     `unfreeze_vit_layers`)."""
     quantize: Literal["4bit", "8bit"] | None = None
-    """Keep the frozen linear layers in 4 or 8 bits (bitsandbytes, on a GPU) under `lora`: QLoRA."""
+    """Keep the frozen linear layers in 4 or 8 bits (bitsandbytes, made for a GPU) under `lora`:
+    QLoRA. The projector and the output matrix stay as they are."""
     drop_path: Fraction = 0.0
     """Stochastic depth of the vision tower: the last block's rate, linear from 0."""
 
@@ -236,8 +237,8 @@ class ComputeConfig:
     """flex: FlexAttention over the blocks of a row in which anything is seen; dense: a mask over
     all pairs of tokens; auto: flex on a GPU."""
     compile: bool | None = None
-    """Compile every block of the model with torch.compile, for rows of any length. null: on a
-    GPU."""
+    """Compile every block of the model with torch.compile, once for each of the few lengths that
+    rows are then padded to (shares of `data.row_tokens`). null: on a GPU."""
     checkpointing: Literal["none", "selective", "full"] = "none"
     """What is computed again in the backward pass instead of kept: nothing, every second block, or
     every block of the parts that train."""

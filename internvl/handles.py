@@ -110,7 +110,7 @@ def load(
         dtype: by default bfloat16 on a GPU, float32 on a CPU.
         image_token_id: id of the placeholder token, for a folder without tokenizer files.
         device_map: "auto" spreads the model over all GPUs.
-        quantize: "8bit" or "4bit", on a GPU with bitsandbytes.
+        quantize: "8bit" or "4bit" through bitsandbytes, which is made for a GPU.
         drop_path: stochastic depth of the vision tower, in training.
         attention: `transformers`' attention implementation.
 
@@ -170,18 +170,18 @@ def _load_run(folder: Path, device: torch.device, dtype: torch.dtype) -> Chat:
 
 def for_training(recipe: Recipe) -> Chat:
     """The model of a recipe, with what trains chosen and adapters attached: on the CPU in float32,
-    or quantized, which only a GPU can do, on that.
+    or quantized where it will train.
 
     What the recipe says of template, system message and tiles goes into the model's configuration,
     so that an export carries it.
 
     Raises:
-        UserError: a language model that does not train here, or quantized without a GPU.
+        UserError: a language model that does not train here, or no bitsandbytes to quantize with.
     """
     quantize = recipe.model.quantize
     chat = load(
         recipe.model.id,
-        device="cpu" if quantize is None else "cuda",
+        device="cpu" if quantize is None or recipe.device == "cpu" else None,
         dtype="float32" if quantize is None else recipe.dtype,
         quantize=quantize,
         drop_path=recipe.model.drop_path,

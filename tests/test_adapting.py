@@ -6,11 +6,14 @@ import pytest
 import tiny_run
 import torch
 from chat_folders import add_tokenizer, official_folder, shared
+from PIL import Image
+from safetensors.torch import load_file
 from test_cli import call
 
-from internvl import cli, export, handles, train
-from internvl.config import ConfigError, UserError, load_recipe, resolve
-from internvl.models import lora
+from internvl import cli, export, handles, train, zoo
+from internvl.config import ConfigError, LoraConfig, UserError, load_recipe, resolve
+from internvl.generate import Request
+from internvl.models import configs, lora, vlm
 
 LORA = {"rank": 4, "on": ["language_model", "vision_tower"]}
 
@@ -37,11 +40,61 @@ def test_the_last_blocks_of_the_tower_train_with_a_recipe(project):
     assert trained == {n for n, _ in model.named_parameters() if n.startswith(stems)}
 
 
-def test_a_quantized_recipe_needs_a_gpu(project):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(UserError, match="quantize='4bit' needs a CUDA GPU"):
-        handles.for_training(recipe(project, lora={"rank": 4}, quantize="4bit"))
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A model whose widths are multiples of 64, as 4-bit kernels on a CPU want them."""
+    official = zoo.official_config(zoo.find("InternVL2-2B"))
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 600}
+    official["vision_config"] = official["vision_config"] | small | heads | {"image_size": 56}
+    official["llm_config"] = official["llm_config"] | small | heads
+    official |= {"force_image_size": 56, "dynamic_image_size": False}
+    torch.manual_seed(0)
+    model = vlm.ChatModel(configs.from_official(official, 526))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    folder = tmp_path_factory.mktemp("wide")
+    model.save_pretrained(folder)
+    return add_tokenizer(folder, "internlm2")
+
+
+@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantized_model_answers_adapts_and_does_not_export(kind, wide, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    plain = handles.load(wide, device="cpu", dtype="bfloat16")
+    chat = handles.load(wide, device="cpu", dtype="bfloat16", quantize=kind)
+    stored = {n: p.dtype for n, p in chat.model.named_parameters()}
+    packed = {n for n, dtype in stored.items() if dtype in (torch.int8, torch.uint8)}
+    assert all(
+        n.endswith(".weight") and ("_proj" in n or "mlp.fc" in n or "layer" in n) for n in packed
+    )
+    assert not any("multi_modal_projector" in n or n.startswith("lm_head") for n in packed)
+    assert len(packed) == 2 * 7 + 2 * 6
+    pair = torch.stack([export.probe(m.model).flatten() for m in (plain, chat)])
+    assert torch.corrcoef(pair)[0, 1] > 0.9
+    request = Request([{"role": "user", "content": "Hi"}], [Image.new("RGB", (90, 60))])
+    assert isinstance(chat.answer([request], max_new_tokens=3)[0], str)
+    with pytest.raises(UserError, match="weights are quantized, and what was rounded off is lost"):
+        export.run(chat, tmp_path / "out")
+    lora.attach(chat.model, LoraConfig(rank=4))
+    with pytest.raises(UserError, match="its base is quantized; load the model without quantize"):
+        lora.merge(chat.model)
+
+
+@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+@pytest.mark.filterwarnings("ignore")
+def test_qlora_trains_and_merges_into_the_base_as_released(kind, wide, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    lines = tiny_run.make(tmp_path / "p", steps=3, run=str(tmp_path / "run"), dtype="bfloat16")
+    words = [f"model.id={wide}", "model.train=[]", "model.lora.rank=4", f"model.quantize={kind}"]
+    chosen = load_recipe(lines, [*words, "data.tiles.size=56", "data.max_tokens=512"])
+    train.run(chosen)
+    merged = load_file(export.run(tmp_path / "run", tmp_path / "merged") / "model.safetensors")
+    base = load_file(export.run(wide, tmp_path / "base") / "model.safetensors")
+    moved = {name for name, tensor in merged.items() if not torch.equal(tensor, base[name])}
+    assert moved
+    assert all("language_model.model.layers" in name and "_proj" in name for name in moved)
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,21 @@ def test_a_folder_written_by_plain_transformers(tied, tmp_path):
         assert torch.equal(chat.model(input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
+def test_a_folder_written_by_our_models_own_save_pretrained(tmp_path):
+    model = handles.load(
+        golden_folder("chat_qwen2", "v2.sel-1", tmp_path / "golden"),
+        image_token_id=IMAGE_TOKEN_ID,
+        device="cpu",
+    ).model
+    model.save_pretrained(tmp_path / "saved")
+    again = handles.load(tmp_path / "saved", device="cpu").model
+    plain = InternVLForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    for other in (again, plain):
+        assert all(
+            torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True)
+        )
+
+
 def test_an_official_file_without_an_output_matrix_is_incomplete(tmp_path):
     folder = golden_folder("chat_qwen2", "v2.sel-1", tmp_path)
     tensors = load_file(folder / "model.safetensors")

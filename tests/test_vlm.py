@@ -341,12 +341,13 @@ def test_no_tokenizer_and_no_image_token_id(tmp_path):
         vlm.load_model(folder)
 
 
-def test_quantize_without_a_gpu_says_so(tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+def test_quantize_without_bitsandbytes_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(vlm, "find_spec", lambda _: None)
     folder = golden_folder("chat_internlm2", "v2.sel-1", tmp_path)
-    with pytest.raises(ValueError, match="needs a CUDA GPU"):
+    with pytest.raises(ValueError, match=r"needs bitsandbytes: pip install 'internvl\[quant\]'"):
         vlm.load_model(folder, image_token_id=IMAGE_TOKEN_ID, quantize="4bit")
+    with pytest.raises(ValueError, match="not '2bit'"):
+        vlm.load_model(folder, image_token_id=IMAGE_TOKEN_ID, quantize="2bit")
 
 
 def test_a_device_map_never_cuts_a_block(tmp_path):

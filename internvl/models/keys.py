@@ -238,6 +238,8 @@ _HF_PREFIXES = (
     ("language_model.", "model.language_model."),
     ("vision_tower.", "model.vision_tower."),
     ("multi_modal_projector.", "model.multi_modal_projector."),
+    # As save_pretrained writes a subclass of transformers' model, ours included.
+    ("model.language_model.model.", "model.language_model."),
 )
 
 

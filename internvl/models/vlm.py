@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +225,7 @@ def load_model(
         drop_path: stochastic depth of the vision tower's last block, in training.
         attention: `transformers`' attention implementation.
         device_map: "auto" spreads the model over all GPUs (`device` is then not used).
-        quantize: "8bit" or "4bit" through bitsandbytes, on a GPU.
+        quantize: "8bit" or "4bit" through bitsandbytes, which is made for a GPU.
 
     Raises:
         ModelFolderError: what is missing, unexpected or damaged, by name, and what to do.
@@ -418,8 +419,8 @@ def _quantization(quantize: str | None, dtype: torch.dtype) -> Any:
         return None
     if quantize not in ("8bit", "4bit"):
         raise UserError(f'quantize is "8bit", "4bit" or None, not {quantize!r}')
-    if not torch.cuda.is_available():
-        raise UserError(f"quantize={quantize!r} needs a CUDA GPU; load without it on this machine")
+    if find_spec("bitsandbytes") is None:
+        raise UserError(f"quantize={quantize!r} needs bitsandbytes: pip install 'internvl[quant]'")
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -427,7 +428,7 @@ def _quantization(quantize: str | None, dtype: torch.dtype) -> Any:
         load_in_4bit=quantize == "4bit",
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["lm_head", "multi_modal_projector"],
+        llm_int8_skip_modules=["lm_head", "model.multi_modal_projector"],
     )
 
 
