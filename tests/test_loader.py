@@ -1,5 +1,7 @@
 """Steps: the same samples for any number of ranks and workers, and from any position."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -161,3 +163,12 @@ def test_all_kinds_in_one_file_become_rows(tmp_path):
     assert row.pixel_values.shape == (11, 3, 84, 84)
     assert torch.equal(step(0)[0].pixel_values, row.pixel_values)
     assert not torch.equal(step(1)[0].pixel_values, row.pixel_values)  # other JPEG qualities
+
+
+def test_a_sample_of_too_many_tiles_is_a_bad_sample(folder):
+    order, reader = build(folder)
+    reader.config = replace(reader.config, max_tiles=1, tiles=TilesConfig(size=28, min=2))
+    (step,) = loader.steps(order, reader, list, first=0, last=1, global_batch=23, total=23)
+    assert len(step.bad) == 18
+    assert "tiles, but a row takes 1; raise data.max_tiles or lower" in step.bad[0].reason
+    assert len(names(step)) == 5

@@ -371,3 +371,13 @@ def test_a_recipe_needs_a_source_and_a_prompt():
     tree["data"] = {"sources": [{"name": "x", "annotations": "y", "type": "captions"}]}
     with pytest.raises(config.ConfigError, match="data.sources.0.prompt: missing"):
         config.resolve(tree)
+
+
+def test_a_file_that_changes_and_an_epoch_without_samples(tmp_path):
+    file = write_lines(tmp_path / "x.jsonl", [chat_line("a", "b")] * 4)
+    source = opened(file, repeat=0.1)
+    with pytest.raises(DataError, match="an epoch shows no sample; raise `repeat`"):
+        order.SampleOrder([source], share_prefix=True, seed=0)
+    write_lines(file, [chat_line("a", "b")] * 5)
+    with pytest.raises(DataError, match="was changed while it is read"):
+        samples(source)

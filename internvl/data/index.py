@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from internvl import log
+from internvl.data.records import DataError
 
 _LAYOUT = b"1"  # raise when the arrays change for the same file
 _CHUNK = 1 << 25  # bytes read at once
@@ -58,8 +59,14 @@ class LineIndex:
         return len(self.starts) - 1
 
     def lines(self, indices: Sequence[int]) -> Iterator[bytes]:
-        """Some lines, in the order asked for, line ends included."""
+        """Some lines, in the order asked for, line ends included.
+
+        Raises:
+            DataError: the file has another size than when it was indexed.
+        """
         with self.path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size != self.starts[-1]:
+                raise DataError(f"{self.path} was changed while it is read; start again")
             for index in indices:
                 file.seek(int(self.starts[index]))
                 yield file.read(int(self.starts[index + 1] - self.starts[index]))

@@ -93,9 +93,13 @@ class UnitReader(Dataset[Read]):
                 bad.append(BadSample(sample.name, str(error)))
         source = self.files[ref.file].config
         most = 1 if counts else source.max_tiles or self.config.tiles.max
+        empty = empty_tiles([picture.size for picture in pictures], self.config.tiles, most)
+        if empty is not None and len(empty.pixels) > self.config.max_tiles:
+            what = f"{len(empty.pixels)} tiles, but a row takes {self.config.max_tiles}"
+            remedy = "raise data.max_tiles or lower data.tiles.max"
+            return [], [BadSample(s.name, f"{what}; {remedy}") for s in samples], None
         if not self.pixels:
-            sizes = [picture.size for picture in pictures]
-            return ready, bad, empty_tiles(sizes, self.config.tiles, most)
+            return ready, bad, empty
         tiles = tile_images(
             pictures,
             self.config.tiles,

@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from internvl.data.records import DataError
 from internvl.data.sources import Source
 
 
@@ -30,6 +31,9 @@ class SampleOrder:
     With `share_prefix`, samples of one source with the same images stay together; groups are
     shuffled, not samples. A step takes exactly `global_batch` samples of the endless sequence of
     epochs; a group that does not fit into the rest of a step goes on in the next one.
+
+    Raises:
+        DataError: `repeat` leaves no sample.
     """
 
     def __init__(self, files: Sequence[Source], *, share_prefix: bool, seed: int) -> None:
@@ -46,6 +50,8 @@ class SampleOrder:
                 line_of.append(lines)
                 group_of.append((dense + num_groups).astype(np.int32))
                 num_groups += int(dense.max(initial=-1)) + 1
+        if not num_groups:
+            raise DataError("an epoch shows no sample; raise `repeat` of the sources")
         group = np.concatenate(group_of)
         order = np.argsort(group, kind="stable")
         self._file, self._line = np.concatenate(file_of)[order], np.concatenate(line_of)[order]
