@@ -25,12 +25,11 @@ from typing import Any
 
 SHARD_BYTES = 2 * 10**9
 QUESTION = "<image>\nDescribe the picture."
-STEPS = ("use", "plain", "round_trip", "quantized")
+STEPS = ("chat", "adapt", "plain", "round_trip", "quantized")
 TINY = {
     "vision_config": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2},
     "llm_config": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4},
 }
-SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
 Numbers = dict[str, Any]
 
 
@@ -150,61 +149,69 @@ def load(folder: Path, into: Numbers, **options: Any) -> Any:
     import internvl
 
     with host_peak(into), timed(into, "load_s"):
-        chat = internvl.load(folder, dtype="bfloat16", **options)
+        model = internvl.load(folder, dtype="bfloat16", **options)
     if torch.cuda.is_available():
         into["gpu_gib"] = torch.cuda.memory_allocated() / 2**30
-    return chat
+    return model
 
 
-def answer(chat: Any, photo: Path, into: Numbers, tokens: int) -> str:
+def answer(model: Any, photo: Path, into: Numbers, tokens: int) -> str:
     """The answer to one question about the photo, and its time."""
     from internvl.generate import Request
 
     request = Request([{"role": "user", "content": QUESTION}], [photo])
     with timed(into, f"answer_{tokens}_tokens_s"):
-        return chat.answer([request], max_new_tokens=tokens, min_new_tokens=tokens)[0]
+        return model.answer([request], max_new_tokens=tokens, min_new_tokens=tokens)[0]
 
 
-def use(args: argparse.Namespace, folder: Path) -> Numbers:
-    """Load, chat, LoRA, merge, both exports."""
+def chat(args: argparse.Namespace, folder: Path) -> Numbers:
+    """Load and answer, whole and streamed."""
+    from internvl.generate import Request, encode
+
+    found: Numbers = {}
+    model = load(folder / "start", found, device=args.device)
+    request = Request([{"role": "user", "content": QUESTION}], [args.photo])
+    prompt = encode(request, model.encoder, model.tiles)
+    found |= {"tiles": len(prompt.tiles), "prompt_tokens": len(prompt.input_ids)}  # type: ignore[arg-type]
+    answer(model, args.photo, {}, 2)
+    text = answer(model, args.photo, found, args.tokens)
+    pieces = list(model.stream(request, max_new_tokens=args.tokens, min_new_tokens=args.tokens))
+    found |= {"stream_equals_answer": "".join(pieces) == text, "pieces": len(pieces)}
+    (folder / "prompt.json").write_text(json.dumps(prompt.input_ids.tolist()))
+    return found
+
+
+def adapt(args: argparse.Namespace, folder: Path) -> Numbers:
+    """LoRA, merge, both exports."""
     import torch
 
     from internvl import export
     from internvl.config import LoraConfig
-    from internvl.generate import Request, encode
     from internvl.models import lora, vlm
 
     found: Numbers = {}
-    chat = load(folder / "start", found, device=args.device)
-    request = Request([{"role": "user", "content": QUESTION}], [args.photo])
-    prompt = encode(request, chat.encoder, chat.tiles)
-    found |= {"tiles": len(prompt.tiles), "prompt_tokens": len(prompt.input_ids)}  # type: ignore[arg-type]
-    answer(chat, args.photo, {}, args.tokens)
-    text = answer(chat, args.photo, found, args.tokens)
-    pieces = list(chat.stream(request, max_new_tokens=args.tokens, min_new_tokens=args.tokens))
-    found |= {"stream_equals_answer": "".join(pieces) == text, "pieces": len(pieces)}
-    (folder / "prompt.json").write_text(json.dumps(prompt.input_ids.tolist()))
-    lora.select_trainable(chat.model, ())
+    model = load(folder / "start", found, device=args.device)
+    lora.select_trainable(model.model, ())
     with timed(found, "lora_attach_s"):
-        lora.attach(chat.model, LoraConfig(rank=128))
-    found["lora_trainable"] = vlm.count_parameters(chat.model)[0]
-    for name, parameter in chat.model.named_parameters():
+        lora.attach(model.model, LoraConfig(rank=128))
+    found["lora_trainable"] = vlm.count_parameters(model.model)[0]
+    for name, parameter in model.model.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=1e-3)
     with timed(found, "adapter_save_s"):
-        lora.save_adapter(chat.model, folder / "adapter", folder / "start")
-    adapted = export.probe(chat.model.eval())
+        lora.save_adapter(model.model, folder / "adapter", folder / "start")
+    adapted = export.probe(model.model.eval())
     with timed(found, "merge_s"):
-        lora.merge(chat.model)
-    merged = export.probe(chat.model)
+        lora.merge(model.model)
+    merged = export.probe(model.model)
     found["merge_moves_logits_std"] = float((merged - adapted).abs().max() / adapted.std())
     torch.save(merged, folder / "logits.pt")
     with timed(found, "export_hf_s"):
-        export.run(chat, folder / "hf", "hf")
+        export.run(model, folder / "hf", "hf")
     for file in (folder / "start").glob("*.safetensors"):
         file.unlink()
     with timed(found, "export_official_s"):
-        export.run(chat, folder / "official", "official")
+        export.run(model, folder / "official", "official")
     return found
 
 
@@ -261,10 +268,11 @@ def round_trip(args: argparse.Namespace, folder: Path) -> Numbers:
 
     found: Numbers = {}
     shutil.rmtree(folder / "hf", ignore_errors=True)
+    first_folder = folder / ("official" if (folder / "official").exists() else "start")
     with host_peak(found), timed(found, "two_exports_s"):
-        there = export.run(folder / "official", folder / "there", "hf", verify=False)
+        there = export.run(first_folder, folder / "there", "hf", verify=False)
         back = export.run(there, folder / "back", "official", verify=False)
-    first, second = (hub.open_folder(f).tensors for f in (folder / "official", back))
+    first, second = (hub.open_folder(f).tensors for f in (first_folder, back))
     equal = [n in second and torch.equal(t.read(), second[n].read()) for n, t in first.items()]
     found |= {"tensors": len(equal), "equal": sum(equal), "names": first.keys() == second.keys()}
     for gone in (there, back):
@@ -289,14 +297,14 @@ def quantized(args: argparse.Namespace, folder: Path) -> Numbers:
     logits = []
     for options in variants if torch.cuda.is_available() else variants[:1]:
         numbers: Numbers = {}
-        chat = load(folder / "official", numbers, **options)
-        answer(chat, args.photo, {}, 4)
-        answer(chat, args.photo, numbers, 16)
-        logits.append(export.probe(chat.model).double())
+        model = load(folder / "official", numbers, **options)
+        answer(model, args.photo, {}, 4)
+        answer(model, args.photo, numbers, 16)
+        logits.append(export.probe(model.model).double())
         pair = torch.stack([logits[0].flatten(), logits[-1].flatten()])
         numbers["logits_correlation"] = float(torch.corrcoef(pair)[0, 1])
         found[next(iter(options.values()))] = numbers
-        del chat
+        del model
         gc.collect()
         torch.cuda.empty_cache()
     if torch.cuda.is_available():
@@ -393,9 +401,10 @@ def main() -> None:
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.step:
-        steps: dict[str, Callable[[argparse.Namespace, Path], Numbers]]
-        steps = {"use": use, "plain": plain, "round_trip": round_trip, "quantized": quantized}
-        print(json.dumps(steps[args.step](args, args.to)))
+        functions: tuple[Callable[[argparse.Namespace, Path], Numbers], ...]
+        functions = (chat, adapt, plain, round_trip, quantized)
+        step = dict(zip(STEPS, functions, strict=True))[args.step]
+        print(json.dumps(step(args, args.to)))
         return
     started = time.perf_counter()
     result: Numbers = {"benchmark": "loading", **machine(args.device), "models": {}}

@@ -18,16 +18,18 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import AutoProcessor, InternVLForConditionalGeneration, PreTrainedTokenizerFast
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.internvl.processing_internvl import InternVLProcessor
 
-from internvl import export, handles
+from internvl import export, generate, handles
 from internvl.config import LoraConfig
 from internvl.data.chat import ChatEncoder
 from internvl.data.images import open_rgb
 from internvl.data.records import Message
 from internvl.data.templates import TEMPLATES
 from internvl.data.tiles import tile_images
+from internvl.generate import Request
 from internvl.models import lora, vlm
 from internvl.models.hub import ModelFolderError
 
@@ -237,6 +239,48 @@ def test_the_image_processor_cuts_as_we_do(tmp_path):
     tiles = tile_images([open_rgb(picture)], chat.tiles, chat.tiles.max)
     wanted = vlm.normalize_tiles(torch.as_tensor(tiles.pixels), torch.float32)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
+class WithoutVideo(InternVLProcessor):
+    """transformers' processor, whose video part cannot be made without torchvision."""
+
+    def check_argument_for_proper_class(self, argument_name, argument):
+        return type(argument)
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # its own
+def test_transformers_processor_makes_our_prompts(tmp_path):
+    folder = export.run(official("InternLM2ForCausalLM", tmp_path / "start"), tmp_path / "hf")
+    length = json.loads((folder / "processor_config.json").read_text())["image_seq_length"]
+    processor = WithoutVideo(
+        GotOcr2ImageProcessorPil.from_pretrained(folder),
+        PreTrainedTokenizerFast.from_pretrained(folder),
+        video_processor=None,
+        image_seq_length=length,
+        chat_template=(folder / "chat_template.jinja").read_text(encoding="utf-8"),
+    )
+    assert_same_prompt(processor, handles.load(folder, device="cpu"))
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
+def test_the_automatic_processor_makes_our_prompts(tmp_path):
+    pytest.importorskip("torchvision")
+    folder = export.run(official("InternLM2ForCausalLM", tmp_path / "start"), tmp_path / "hf")
+    assert_same_prompt(AutoProcessor.from_pretrained(folder), handles.load(folder, device="cpu"))
+
+
+def assert_same_prompt(processor, chat):
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 300, 3), dtype=np.uint8)
+    picture, question = Image.fromarray(pixels), "Describe the picture."
+    parts = [{"type": "image"}, {"type": "text", "text": question}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": parts}], add_generation_prompt=True
+    )
+    found = processor(images=[picture], text=[text], return_tensors="pt")
+    request = Request([{"role": "user", "content": f"<image>\n{question}"}], [picture])
+    wanted = generate.encode(request, chat.encoder, chat.tiles)
+    assert found["input_ids"][0].tolist() == wanted.input_ids.tolist()
+    assert found["pixel_values"].shape == wanted.tiles.shape
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
