@@ -9,6 +9,7 @@ counts, so that a busy machine slows all alike. One thread.
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -207,6 +208,13 @@ def fill(num_samples: int = 20480) -> list[dict[str, float]]:
     return found
 
 
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--photos", type=Path, required=True)
@@ -232,6 +240,7 @@ def main() -> None:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "pillow": PIL.__version__,
+            "numba": _version("numba"),
             "commit": commit.stdout.strip(),
             "photos": len(photos),
             "pictures_one_core": time_pictures(photos, pipelines, arguments.rounds),

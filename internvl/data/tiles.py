@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from internvl.config import TilesConfig
+from internvl.data import resample
 from internvl.data.images import (
     QUALITIES,
     STATISTICS,
@@ -86,12 +87,16 @@ def cut(
 
 
 def _resize_into(tiles: Tensor, image: Image.Image, how: str) -> None:
-    """Fills uint8 (rows, columns, 3, S, S): Pillow's bicubic, or torch's antialiased one on uint8.
+    """Fills uint8 (rows, columns, 3, S, S): Pillow's bicubic (compiled, where numba is installed),
+    or torch's antialiased one on uint8.
 
     Written plane by plane to its place: a copy less, and rows of S bytes instead of single ones.
     """
     rows, columns, _, size, _ = tiles.shape
     width, height = columns * size, rows * size
+    if how == "pillow" and (compiled := resample.find(width, height)) is not None:
+        compiled(np.asarray(image), tiles.numpy())
+        return
     if how == "pillow":
         for channel, plane in enumerate(image.resize((width, height)).split()):
             cells = np.asarray(plane).reshape(rows, size, columns, size)

@@ -1,0 +1,75 @@
+"""The compiled resize equals Pillow's, pixel by pixel."""
+
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from internvl.config import TilesConfig
+from internvl.data import resample, tiles
+
+
+@pytest.fixture(scope="module")
+def resize():
+    pytest.importorskip("numba")
+    found = resample.find(448, 448)
+    assert found is not None, "this Pillow resizes in another way"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("size", "grid"),
+    [
+        ((640, 480), (3, 2)),
+        ((480, 640), (1, 1)),
+        ((480, 640), (2, 3)),
+        ((37, 25), (3, 2)),
+        ((4000, 300), (12, 1)),
+        ((220, 3300), (1, 12)),
+        ((112, 112), (2, 1)),
+        ((1, 1), (2, 1)),
+        ((1, 900), (1, 6)),
+        ((449, 900), (2, 1)),
+    ],
+)
+def test_it_equals_pillow(resize, size, grid):
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    (columns, rows), side = grid, 56
+    found = np.empty((rows, columns, 3, side, side), dtype=np.uint8)
+    resize(noise, found)
+    whole = np.asarray(Image.fromarray(noise).resize((columns * side, rows * side)))
+    wanted = whole.reshape(rows, side, columns, side, 3).transpose(0, 2, 4, 1, 3)
+    assert np.array_equal(found, wanted)
+
+
+def test_random_sizes(resize):
+    draw = np.random.default_rng(1)
+    for width, height, to_width, to_height in draw.integers(10, 200, (60, 4)).tolist():
+        noise = draw.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        side = math.gcd(to_width, to_height)
+        found = np.empty((to_height // side, to_width // side, 3, side, side), dtype=np.uint8)
+        resize(noise, found)
+        wanted = np.asarray(Image.fromarray(noise).resize((to_width, to_height)))
+        joined = found.transpose(0, 3, 1, 4, 2).reshape(to_height, to_width, 3)
+        assert np.array_equal(joined, wanted), (width, height, to_width, to_height)
+
+
+def test_tiles_are_the_same_with_and_without(resize, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (427, 640, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    config = TilesConfig(size=224, max=6)
+    with_numba = tiles.tile_images([image], config, 6)
+    monkeypatch.setattr(resample, "find", lambda width, height: None)
+    without = tiles.tile_images([image], config, 6)
+    assert torch.equal(with_numba.pixels, without.pixels)
+
+
+def test_without_numba_or_for_small_pictures_pillow_does_it(monkeypatch):
+    assert resample.find(64, 64) is None
+    monkeypatch.setitem(sys.modules, "numba", None)
+    resample._checked.cache_clear()
+    assert resample.find(448, 448) is None
+    resample._checked.cache_clear()
