@@ -163,9 +163,9 @@ class DataConfig:
     video: VideoConfig = VideoConfig()
     """How a video becomes images."""
     resize: Literal["pillow", "torch"] = "pillow"
-    """How pictures are resized: as Pillow does, which is the original's way (compiled where numba is
-    installed: `internvl[fast]`), or by torch's antialiased uint8 resize, about three times as fast
-    as Pillow itself and 0.004 of 255 off on average."""
+    """pillow: as the original, pixel by pixel; compiled where numba is installed
+    (`internvl[fast]`), which is three times as fast. torch: its antialiased uint8 resize, as fast
+    without numba, 0.004 of 255 off on average."""
     normalize: Literal["imagenet", "clip", "siglip"] = "imagenet"
     """Mean and deviation that pixels are normalized with."""
     max_tokens: Positive = 8192
