@@ -331,11 +331,11 @@ def _state(media: Picture) -> tuple[Any, ...]:
 def _examine(examiner: _Examiner, checked: Checked) -> None:
     """Counts and problems of every line of every file."""
     files = examiner.reader.files
-    chunks = [
+    chunks = (
         UnitRef(number, tuple(range(start, min(start + _CHUNK, len(file)))), 0, start)
         for number, file in enumerate(files)
         for start in range(0, len(file), _CHUNK)
-    ]
+    )
     loader = DataLoader(
         examiner,
         sampler=chunks,
@@ -363,11 +363,14 @@ def _eval_problems(name: str, spec: EvalConfig) -> list[BadSample]:
     except (UserError, BadImage) as error:
         return [BadSample(f"evals.{name}", str(error))]
     problems = []
-    for image in dict.fromkeys(str(image) for request in requests for image in request.images):
-        try:
-            open_rgb(image)
-        except BadImage as error:
-            problems.append(BadSample(f"evals.{name}", f"{image}: {error}"))
+    images = list(dict.fromkeys(str(i) for request in requests for i in request.images))
+    with log.Progress("evaluation pictures", total=len(images)) as progress:
+        for image in images:
+            try:
+                open_rgb(image)
+            except BadImage as error:
+                problems.append(BadSample(f"evals.{name}", f"{image}: {error}"))
+            progress.update()
     return problems
 
 
