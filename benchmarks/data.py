@@ -72,7 +72,10 @@ def reference(script: Path) -> dict[str, Pipeline]:
 
 
 def time_pictures(photos: list[bytes], pipelines: dict[str, Pipeline], rounds: int) -> list[dict]:
-    """Milliseconds a picture of every pipeline, each picture at its best of all rounds."""
+    """Milliseconds a picture of every pipeline, each picture at its best of all rounds.
+
+    At least three rounds: a resize is compiled once a process has made a hundred of them.
+    """
     best = {name: np.full(len(photos), np.inf) for name in pipelines}
     for _ in range(rounds):
         for number, data in enumerate(photos):

@@ -1,5 +1,6 @@
 """The compiled resize equals Pillow's, pixel by pixel."""
 
+import itertools
 import math
 import sys
 
@@ -10,6 +11,13 @@ from PIL import Image
 
 from internvl.config import TilesConfig
 from internvl.data import resample, tiles
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_patience():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(resample, "_PATIENCE", 0)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +73,13 @@ def test_tiles_are_the_same_with_and_without(resize, monkeypatch):
     monkeypatch.setattr(resample, "find", lambda width, height: None)
     without = tiles.tile_images([image], config, 6)
     assert torch.equal(with_numba.pixels, without.pixels)
+
+
+def test_a_few_pictures_are_not_worth_compiling_for(resize, monkeypatch):
+    monkeypatch.setattr(resample, "_asked", itertools.count())
+    monkeypatch.setattr(resample, "_PATIENCE", 2)
+    found = [resample.find(448, 448) is not None for _ in range(3)]
+    assert found == [False, False, True]
 
 
 def test_without_numba_or_for_small_pictures_pillow_does_it(monkeypatch):

@@ -6,6 +6,7 @@ tiles. Original: Pillow's `src/libImaging/Resample.c`.
 """
 
 import importlib
+import itertools
 import math
 from collections.abc import Callable
 from functools import cache, lru_cache
@@ -16,7 +17,8 @@ from PIL import Image
 
 _BITS = 22  # of a weight, behind the point
 _LANES = 64  # rows of the picture that are summed side by side
-_LEAST_PIXELS = 1 << 16  # below this a resize costs less than the compiler's start
+_LEAST_PIXELS = 1 << 16  # smaller pictures take Pillow no time worth saving
+_PATIENCE = 100  # resizes by Pillow before this process compiles, which takes about two seconds
 
 Weights = tuple[np.ndarray, np.ndarray, np.ndarray]
 Resize = Callable[[np.ndarray, np.ndarray], None]
@@ -25,9 +27,15 @@ Resize = Callable[[np.ndarray, np.ndarray], None]
 def find(width: int, height: int) -> Resize | None:
     """What resizes to `width` x `height` pixels faster than Pillow and equally, or None.
 
-    It takes an RGB picture, uint8 (H, W, 3), and fills tiles, uint8 (rows, columns, 3, S, S).
+    It takes an RGB picture, uint8 (H, W, 3), and fills tiles, uint8 (rows, columns, 3, S, S). A
+    process that resizes a few pictures only never compiles it.
     """
-    return None if width * height < _LEAST_PIXELS else _checked()
+    if width * height < _LEAST_PIXELS or next(_asked) < _PATIENCE:
+        return None
+    return _checked()
+
+
+_asked = itertools.count()
 
 
 @cache
