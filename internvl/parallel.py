@@ -1,15 +1,36 @@
-"""Where a model lives and computes. One device today; every function takes the same model and
-returns it, so sharding over a mesh is a change of this file alone."""
+"""Where a model lives and how it computes. One device today; every function takes the model as it
+is, so sharding over a mesh is a change of this file alone.
 
-from collections.abc import Iterable
+place       weights on their device and in their type
+arrange     attention, activation checkpointing, compiled blocks, in this order
+pad         rows to one of a few lengths, so that few shapes are compiled
+ahead       the next step made while this one is worked on
+on_device   the next row copied while this one is worked on
+"""
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from internvl import dist
+from internvl.config import ComputeConfig, DataConfig
+from internvl.data.records import PackedBatch
+from internvl.models import attention
+
+T = TypeVar("T")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+ROW_SHARES = (1 / 8, 1 / 4, 1 / 2, 7 / 8, 15 / 16, 1)
+"""Parts of the longest row that rows are padded to. All but the last of a step are nearly full."""
 
 
 def place(model: nn.Module, device: torch.device, dtype: str) -> nn.Module:
@@ -27,9 +48,126 @@ def place(model: nn.Module, device: torch.device, dtype: str) -> nn.Module:
     return model.to(device)
 
 
+def arrange(model: Any, device: torch.device, compute: ComputeConfig) -> None:
+    """Choose the chat model's attention, what its backward pass computes again, and compile it.
+
+    Names and values of weights stay as they are.
+    """
+    torch.set_float32_matmul_precision("high" if compute.tf32 else "highest")
+    model.loss_chunk = compute.loss_chunk
+    if _flex(compute, device):
+        attention.register()
+        model.set_attn_implementation({"text_config": attention.FLEX})
+    if compute.checkpointing != "none":
+        _checkpoint(model, 1 if compute.checkpointing == "full" else 2)
+    if _compiles(compute, device):
+        for block in model.model.language_model.layers:
+            block.compile(dynamic=False)
+        for block in model.model.vision_tower.encoder.layer:
+            block.compile(dynamic=True)  # any number of tiles
+
+
+def _flex(compute: ComputeConfig, device: torch.device) -> bool:
+    wanted = "flex" if device.type == "cuda" else "dense"
+    return (wanted if compute.attention == "auto" else compute.attention) == "flex"
+
+
+def _compiles(compute: ComputeConfig, device: torch.device) -> bool:
+    return device.type == "cuda" if compute.compile is None else compute.compile
+
+
+def _checkpoint(model: Any, every: int) -> None:
+    """Every `every`-th block of the parts that train is computed again in the backward pass."""
+    for part in (model.model.language_model, model.model.vision_tower):
+        if any(parameter.requires_grad for parameter in part.parameters()):
+            part.gradient_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+            # transformers lets the embeddings ask for gradients, which only reentrant
+            # checkpointing needs: everything below the first trained layer would be run back.
+            part.disable_input_require_grads()
+
+
+def row_lengths(compute: ComputeConfig, device: torch.device, data: DataConfig) -> tuple[int, ...]:
+    """Lengths that rows are padded to, ascending; none where any length does."""
+    if not (_flex(compute, device) or _compiles(compute, device)):
+        return ()
+    longest = data.row_tokens or data.max_tokens
+    blocks = {math.ceil(longest * share / attention.BLOCK) for share in ROW_SHARES}
+    return tuple(sorted(number * attention.BLOCK for number in blocks))
+
+
+def pad(row: PackedBatch, lengths: Sequence[int]) -> PackedBatch:
+    """The row with padding (document -1) up to the first of `lengths` that holds it."""
+    tokens = len(row.document)
+    missing = next((length for length in lengths if length >= tokens), tokens) - tokens
+    if not missing:
+        return row
+    return replace(
+        row,
+        input_ids=F.pad(row.input_ids, (0, missing)),
+        position_ids=F.pad(row.position_ids, (0, missing)),
+        document=F.pad(row.document, (0, missing), value=-1),
+        branch=F.pad(row.branch, (0, missing)),
+    )
+
+
+def pin(row: PackedBatch) -> PackedBatch:
+    """The row in memory that a GPU can copy from by itself."""
+    pinned: dict[str, Any] = {name: t.pin_memory() for name, t in _tensors(row).items()}
+    return replace(row, **pinned)
+
+
+def _tensors(row: PackedBatch) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(row).items() if isinstance(value, Tensor)}
+
+
+def ahead(items: Iterator[T]) -> Iterator[tuple[T, float]]:
+    """Items in order with the seconds waited for each; a thread makes the next one meanwhile."""
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, items, None)
+        while True:
+            started = time.perf_counter()
+            item = following.result()
+            if item is None:
+                return
+            following = thread.submit(next, items, None)
+            yield item, time.perf_counter() - started
+
+
+def on_device(rows: Sequence[PackedBatch], device: torch.device) -> Iterator[PackedBatch]:
+    """Each row on the device; the next one is copied while this one is worked on."""
+    if device.type != "cuda":
+        yield from (row.to(device) for row in rows)
+        return
+    work, copies = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+
+    def copy(number: int) -> PackedBatch | None:
+        with torch.cuda.stream(copies):
+            return rows[number].to(device) if number < len(rows) else None
+
+    following = copy(0)
+    for number in range(1, len(rows) + 1):
+        row = following
+        assert row is not None
+        work.wait_stream(copies)
+        for tensor in _tensors(row).values():
+            tensor.record_stream(work)  # made on one stream, freed after use on the other
+        following = copy(number)
+        yield row
+
+
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager[None]:
     """Matrix products in the compute type; nothing changes for float32."""
     return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
+
+
+def several_shapes() -> AbstractContextManager[None]:
+    """Lets torch keep the code for every row length; by itself it gives up at eight graphs."""
+    return torch._dynamo.config.patch(recompile_limit=64)
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Compiled blocks run as they are written: generation has a new shape for every token."""
+    return torch.compiler.set_stance("force_eager")
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:

@@ -2,11 +2,13 @@
 
 build      recipe -> model, objective, optimizer, sample order
 train_step micro-batches -> one update, normalized by global counts
+updates    the steps that are left, one after the other, and what each measured
 run        the loop: step, log, evaluate, save
 """
 
 import fcntl
 import json
+import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +24,7 @@ from internvl.config import Recipe, UserError
 from internvl.data import loader
 from internvl.data.chat import ChatEncoder
 from internvl.data.order import SampleOrder
-from internvl.data.records import PackedBatch
+from internvl.data.records import PackedBatch, Unit
 from internvl.data.sources import open_source, source_configs
 from internvl.models import lora, vlm
 from internvl.objectives import OBJECTIVES, Objective
@@ -49,6 +51,8 @@ class Run:
     order: SampleOrder
     reader: loader.UnitReader
     num_steps: int
+    row_lengths: tuple[int, ...] = ()
+    """Lengths that rows are padded to; none where any length does."""
     step: int = 0
     num_bad: int = 0
 
@@ -62,16 +66,23 @@ class Run:
         return self.recipe.num_samples(len(self.order))
 
 
-def build(recipe: Recipe) -> Run:
-    """Everything a run needs, in the one order: load, choose what trains, adapt, place."""
+def build(recipe: Recipe, chat: handles.Chat | None = None) -> Run:
+    """Everything a run needs, in the one order: load, choose what trains, adapt, place, arrange.
+
+    Args:
+        chat: a model to train as it is, adapters included, instead of loading `recipe.model`.
+    """
     device = dist.init_from_env(recipe.device)
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
-    chat = handles.for_training(recipe)
+    chat = handles.for_training(recipe) if chat is None else chat
     encoder = chat.encoder
     files = [open_source(source) for source in source_configs(recipe.data)]
     order = SampleOrder(files, share_prefix=recipe.data.share_prefix, seed=recipe.seed)
     objective = OBJECTIVES[recipe.objective.name](recipe.objective, recipe.data, encoder)
     model = parallel.place(chat.model, device, recipe.dtype)
+    parallel.arrange(model, device, recipe.compute)
     return Run(
         recipe=recipe,
         device=device,
@@ -82,6 +93,7 @@ def build(recipe: Recipe) -> Run:
         order=order,
         reader=loader.UnitReader(files, recipe.data, objective.encode, seed=recipe.seed),
         num_steps=recipe.num_steps(len(order)),
+        row_lengths=parallel.row_lengths(recipe.compute, device, recipe.data),
     )
 
 
@@ -100,23 +112,87 @@ def train_step(run: Run, micro_batches: Sequence[PackedBatch]) -> dict[str, floa
     lr = optim.lr_at(run.step, run.num_steps, recipe.optim)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    totals: dict[str, Any] = dict.fromkeys(objective.weights, 0.0)
     run.model.train()
-    for batch in micro_batches:
-        with parallel.autocast(run.device, recipe.dtype):
-            sums = objective(run.model, batch.to(run.device))
-        terms = [objective.weights[name] * sums[name] / counts[name] for name in sums]
-        torch.stack(terms).sum().backward()
-        for name in sums:
-            totals[name] += sums[name].detach()
+    rows = parallel.on_device(micro_batches, run.device)
+    with parallel.several_shapes():
+        sums = [_backward(run, row, counts) for row in rows]
     trainable = [p for p in run.model.parameters() if p.requires_grad]
     grad_norm = parallel.clip_gradients(trainable, recipe.optim.max_grad_norm)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
-    means = {n: t / counts[n] for n, t in dist.sum_counts(_floats(totals)).items()}
+    # The one place where the host waits for the device.
+    *flat, norm = torch.cat([*sums, grad_norm[None]]).tolist()
+    num_terms = len(counts)
+    by_row = [flat[i : i + num_terms] for i in range(0, len(flat), num_terms)]
+    _check_finite(run.step, micro_batches, by_row, norm)
+    totals = dist.sum_counts({n: sum(row[i] for row in by_row) for i, n in enumerate(counts)})
+    means = {name: total / counts[name] for name, total in totals.items()}
     loss = sum(objective.weights[name] * mean for name, mean in means.items())
-    return {"loss": loss, **means, "lr": lr, "grad_norm": float(grad_norm)}
+    return {"loss": loss, **means, "lr": lr, "grad_norm": norm}
+
+
+def _backward(run: Run, batch: PackedBatch, counts: dict[str, float]) -> torch.Tensor:
+    """Adds a row's gradients; returns the sum of each term, in the order of `counts`.
+
+    Raises:
+        RunError: the GPU's memory does not hold this row.
+    """
+    try:
+        with parallel.autocast(run.device, run.recipe.dtype):
+            sums = run.objective(run.model, batch)
+        weights = run.objective.weights
+        torch.stack([weights[name] * sums[name] / counts[name] for name in counts]).sum().backward()
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"out of GPU memory in step {run.step + 1}, in a row of {batch.num_samples} samples, "
+            f"{batch.num_tokens:,} tokens and {batch.num_tiles} tiles (the first: "
+            f"{batch.names[0]}). {_relief(run.recipe)}; the same command then goes on from the "
+            "last checkpoint"
+        ) from error
+    return torch.stack([sums[name].detach().float() for name in counts])
+
+
+def _check_finite(
+    step: int, rows: Sequence[PackedBatch], sums: Sequence[Sequence[float]], norm: float
+) -> None:
+    """Stops before a loss or gradient that is no number is saved; names the samples it is from."""
+    found = [
+        row for row, terms in zip(rows, sums, strict=True) if not all(map(math.isfinite, terms))
+    ]
+    if not found and math.isfinite(norm):
+        return
+    what = "the loss" if found else "the gradient"
+    names = [name for row in found or rows for name in row.names]
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    raise RunError(
+        f"{what} of step {step} is not a finite number, in a row of {', '.join(names[:8])}{more}. "
+        "Nothing was saved since the last checkpoint; look at these samples, lower optim.lr, or "
+        "compute in float32 (dtype=float32)"
+    )
+
+
+def _relief(recipe: Recipe) -> str:
+    """The one setting that takes the most memory away without changing what is learned."""
+    if recipe.compute.checkpointing != "full":
+        better = "selective" if recipe.compute.checkpointing == "none" else "full"
+        return f"Set compute.checkpointing={better}"
+    row, sample = recipe.data.row_tokens or 0, recipe.data.max_tokens
+    if row > sample:
+        return f"Set data.row_tokens={max(sample, row // 2)}"
+    return f"Set data.max_tokens={sample // 2} (in a new run, since it cuts samples)"
+
+
+def updates(now: Run) -> Iterator[dict[str, float]]:
+    """Takes the steps that are left; after each, what it measured.
+
+    The rows of the next step are read and packed meanwhile.
+    """
+    for step, wait_s in parallel.ahead(_steps(now)):
+        started = time.perf_counter()
+        take_bad(now, step)
+        numbers = train_step(now, step.batches)
+        yield numbers | _speed(now, step, wait_s, time.perf_counter() - started + wait_s)
 
 
 def run(recipe: Recipe) -> Path:
@@ -138,11 +214,7 @@ def run(recipe: Recipe) -> Path:
         if now.step == 0:
             evaluate(now, [name for name, e in recipe.evals.items() if e.before])
         with log.Progress("steps", total=now.num_steps - now.step) as progress:
-            for step in _steps(now):
-                started = time.perf_counter()
-                take_bad(now, step)
-                numbers = train_step(now, step.batches)
-                numbers |= _speed(now, step, time.perf_counter() - started + step.wait_s)
+            for numbers in updates(now):
                 if now.step % recipe.log_every == 0 or now.step == now.num_steps:
                     metrics.append({"step": now.step, **numbers})
                     board.scalars(now.step, numbers)
@@ -191,6 +263,7 @@ def evaluate(now: Run, names: Sequence[str]) -> None:
         settings = generate.Settings(max_new_tokens=spec.max_new_tokens)
         with (
             parallel.autocast(now.device, now.recipe.dtype),
+            parallel.uncompiled(),
             log.Progress("answers", total=len(requests)) as progress,
         ):
             return generate.answers(
@@ -240,10 +313,14 @@ def summary(now: Run) -> str:
 
 
 def _steps(now: Run) -> Iterator[loader.Step]:
+    def rows(units: Sequence[Unit]) -> list[PackedBatch]:
+        packed = [parallel.pad(row, now.row_lengths) for row in now.objective.batches(units)]
+        return [parallel.pin(row) for row in packed] if now.device.type == "cuda" else packed
+
     return loader.steps(
         now.order,
         now.reader,
-        now.objective.batches,
+        rows,
         first=now.step,
         last=now.num_steps,
         global_batch=now.recipe.global_batch,
@@ -264,16 +341,18 @@ def _resume(now: Run) -> tuple[log.MetricsLog, log.TensorBoard]:
     return metrics, log.TensorBoard(now.folder / "tensorboard", purge_step=now.step + 1)
 
 
-def _speed(now: Run, step: loader.Step, seconds: float) -> dict[str, float]:
+def _speed(now: Run, step: loader.Step, wait_s: float, seconds: float) -> dict[str, float]:
     samples = sum(batch.num_samples for batch in step.batches)
     tokens = sum(batch.num_tokens for batch in step.batches)
+    limit = now.recipe.data.row_tokens or now.recipe.data.max_tokens
     return {
         "rows": len(step.batches),
         "samples": samples,
         "tokens": tokens,
+        "fill": tokens / (max(1, len(step.batches)) * limit),
         "samples_per_s": samples / seconds,
         "tokens_per_s": tokens / seconds,
-        "data_wait_s": step.wait_s,
+        "data_wait_s": wait_s,
         "step_s": seconds,
         "memory_gib": parallel.peak_memory_gib(now.device),
     }
@@ -281,10 +360,6 @@ def _speed(now: Run, step: loader.Step, seconds: float) -> dict[str, float]:
 
 def _due(now: Run, every: int) -> bool:
     return every > 0 and now.step % every == 0
-
-
-def _floats(totals: dict[str, Any]) -> dict[str, float]:
-    return {name: float(total) for name, total in totals.items()}
 
 
 @contextmanager

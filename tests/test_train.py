@@ -214,6 +214,45 @@ def _gradient(run, batches):
     return numbers["loss"], kept["gradient"] * max(1.0, norm / run.recipe.optim.max_grad_norm)
 
 
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        ([], "Set compute.checkpointing=selective"),
+        (["compute.checkpointing=selective"], "Set compute.checkpointing=full"),
+        (["compute.checkpointing=full", "data.row_tokens=512"], "Set data.row_tokens=256"),
+        (["compute.checkpointing=full"], "Set data.max_tokens=128 .in a new run"),
+    ],
+)
+def test_out_of_memory_names_the_row_and_one_setting(project, tmp_path, settings, remedy):
+    run = train.build(recipe_of(project, tmp_path, *settings))
+
+    class TooLarge(type(run.objective)):
+        def __call__(self, model, batch):
+            raise torch.OutOfMemoryError
+
+    run.objective.__class__ = TooLarge
+    row = r"a row of \d samples, \d+ tokens and \d tiles \(the first: .*train.jsonl line \d+\)"
+    with pytest.raises(train.RunError, match=f"step 1, in {row}. {remedy}"):
+        next(train.updates(run))
+
+
+def test_a_loss_that_is_no_number_stops_and_names_its_samples(project, tmp_path):
+    recipe = recipe_of(project, tmp_path, "data.max_tokens=64", "data.share_prefix=false")
+    run = train.build(recipe)
+    step = next(train._steps(run))
+    bad = step.batches[1].names
+
+    class Broken(type(run.objective)):
+        def __call__(self, model, batch):
+            sums = super().__call__(model, batch)
+            return {"sft": sums["sft"] * (float("nan") if batch.names == bad else 1.0)}
+
+    run.objective.__class__ = Broken
+    with pytest.raises(train.RunError) as caught:
+        train.train_step(run, step.batches)
+    assert f"the loss of step 1 is not a finite number, in a row of {bad[0]}. " in str(caught.value)
+
+
 def test_the_loop_reads_in_ten_minutes():
     source = Path(train.__file__).read_text(encoding="utf-8").splitlines()
     start = next(i for i, line in enumerate(source) if line.startswith("def run("))

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from internvl.config import DataConfig, ObjectiveConfig
 from internvl.data.chat import ChatEncoder
+from internvl.data.images import STATISTICS
 from internvl.data.packing import make_units, pack
 from internvl.data.records import BadSample, PackedBatch, Sample, Tiles, Unit
-from internvl.models.attention import dense_mask
+from internvl.models.attention import packed_mask
 from internvl.models.vlm import Supervision, normalize_tiles
 
 
@@ -39,23 +40,39 @@ class Sft:
         return [*units, *bad]
 
     def batches(self, units: Sequence[Unit]) -> list[PackedBatch]:
-        return pack(
+        rows = pack(
             units,
-            max_tokens=self.data.max_tokens,
+            max_tokens=self.data.row_tokens or self.data.max_tokens,
             max_tiles=self.data.max_tiles,
             weighting=self.config.weighting,
+            packing=self.data.packing,
+            num_buffers=self.data.packing_buffers,
         )
+        for row in rows:
+            self._count_placeholders(row)
+        return rows
+
+    def _count_placeholders(self, row: PackedBatch) -> None:
+        found = int((row.input_ids == self.encoder.context_id).sum())
+        wanted = row.num_tiles * self.encoder.tokens_per_tile
+        # Only the encoder writes placeholders, so no data can cause this.
+        assert found == wanted, f"{row.names}: {found} placeholders, {wanted} visual tokens"
 
     def counts(self, batch: PackedBatch) -> dict[str, float]:
         return {"sft": float(batch.loss_weights.sum())}
 
     def __call__(self, model: Any, batch: PackedBatch) -> dict[str, Tensor]:
         pixels = batch.pixel_values
+        text = model.config.text_config
+        mask = packed_mask(text._attn_implementation, batch.document, batch.branch, model.dtype)
         output = model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
-            attention_mask=dense_mask(batch.document, batch.branch),
-            pixel_values=None if pixels is None else normalize_tiles(pixels, torch.float32),
+            attention_mask=mask,
+            pixel_values=None if pixels is None else self._normalized(pixels),
             supervision=Supervision(batch.loss_positions, batch.targets, batch.loss_weights),
         )
         return {"sft": output.loss}
+
+    def _normalized(self, pixels: Tensor) -> Tensor:
+        return normalize_tiles(pixels, torch.float32, *STATISTICS[self.data.normalize])

@@ -1,0 +1,131 @@
+"""The fast masks and kernels against the dense mask."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from chat_folders import IMAGE_TOKEN_ID, golden_folder
+from torch import nn
+
+from internvl import handles
+from internvl.models import attention
+from internvl.models.attention import BLOCK
+
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+
+def structure(seed, blocks):
+    """document and branch of a random row of `blocks` blocks, as the packer makes them."""
+    rng, length = random.Random(seed), blocks * BLOCK
+    document, branch = [], []
+    number = 0
+    while len(document) < length - 40:
+        prefix = rng.choice([0, 0, 3, 90, 400])
+        branches = rng.randint(1, 5) if prefix else 1
+        sizes = [(0, prefix)] + [(b, rng.choice([1, 7, 60, 300])) for b in range(1, branches + 1)]
+        for b, size in sizes:
+            document += [number] * size
+            branch += [b] * size
+        number += 1
+    document, branch = document[: length - 10] + [-1] * 10, branch[: length - 10] + [0] * 10
+    document += [-1] * (length - len(document))
+    branch += [0] * (length - len(branch))
+    return torch.tensor(document), torch.tensor(branch)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_one_number_per_key_is_the_whole_structure(seed):
+    document, branch = structure(seed, blocks=6)
+    last = attention.last_queries(document, branch)
+    position = torch.arange(len(document))
+    seen = (position[None] <= position[:, None]) & (position[:, None] <= last[None])
+    assert torch.equal(seen, attention.dense_mask(document, branch)[0, 0])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_blocks_are_listed_exactly(seed):
+    document, branch = structure(seed, blocks=6)
+    dense = attention.dense_mask(document, branch)[0, 0].view(6, BLOCK, 6, BLOCK).transpose(1, 2)
+    some, every = dense.flatten(2).any(-1), dense.flatten(2).all(-1)
+    mask = attention.block_mask(document, branch)
+    assert torch.equal(listed(mask.kv_num_blocks, mask.kv_indices), some & ~every)
+    assert torch.equal(listed(mask.full_kv_num_blocks, mask.full_kv_indices), every)
+    assert torch.equal(listed(mask.q_num_blocks, mask.q_indices), (some & ~every).T)
+    assert torch.equal(listed(mask.full_q_num_blocks, mask.full_q_indices), every.T)
+
+
+def listed(numbers, columns):
+    table = torch.zeros(columns.shape[-2:], dtype=torch.bool)
+    for row, (number, chosen) in enumerate(zip(numbers[0, 0], columns[0, 0], strict=True)):
+        table[row, chosen[:number].long()] = True
+    return table
+
+
+class Module(nn.Module):
+    num_key_value_groups = 2
+    is_causal = True
+
+
+def attend(document, branch, device="cpu", requires_grad=False):
+    """(flex, dense) outputs and, with `requires_grad`, gradients of queries, keys and values."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(1, h, len(document), 16, generator=generator) for h in (4, 2, 2)]
+    document, branch = document.to(device), branch.to(device)
+    found = []
+    for mask in (attention.block_mask, attention.dense_mask):
+        q, k, v = (t.to(device).requires_grad_(requires_grad) for t in tensors)
+        mixed, _ = attention.flex_forward(Module(), q, k, v, mask(document, branch))
+        found.append([mixed])
+        if requires_grad:
+            mixed.square().sum().backward()
+            found[-1] += [q.grad, k.grad, v.grad]
+    return zip(*found, strict=True)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_flex_equals_dense(seed):
+    for flex, dense in attend(*structure(seed, blocks=3)):
+        torch.testing.assert_close(flex, dense, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(2))
+def test_flex_gradients_equal_dense(seed):
+    for flex, dense in attend(*structure(seed, blocks=3), device="cuda", requires_grad=True):
+        torch.testing.assert_close(flex, dense, rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_of_another_length_is_refused():
+    with pytest.raises(ValueError, match="a row of 130 tokens; FlexAttention takes multiples of"):
+        attention.block_mask(torch.zeros(130).long(), torch.ones(130).long())
+
+
+def test_the_mask_of_each_implementation():
+    document, branch = structure(0, blocks=2)
+    dense = attention.dense_mask(document, branch)
+    assert torch.equal(attention.packed_mask("sdpa", document, branch, torch.float32), dense)
+    added = attention.packed_mask("eager", document, branch, torch.float32)
+    assert torch.equal(added == 0, dense)
+    assert added.min() == torch.finfo(torch.float32).min
+    blocks = attention.packed_mask(attention.FLEX, document, branch, torch.float32)
+    assert blocks.seq_lengths == (256, 256)
+
+
+@torch.no_grad()
+def test_a_model_with_flex_computes_and_answers_the_same(tmp_path):
+    folder = golden_folder("chat_qwen2", "v2.sel-1", tmp_path)
+    model = handles.load(folder, image_token_id=IMAGE_TOKEN_ID, device="cpu", dtype="float32").model
+    document, branch = structure(1, blocks=3)
+    ids = torch.randint(10, 400, (1, len(document)), generator=torch.Generator().manual_seed(0))
+    prompt = {"input_ids": ids[:, :9], "attention_mask": torch.ones(1, 9, dtype=torch.long)}
+    wanted = model(input_ids=ids, attention_mask=attention.dense_mask(document, branch)).logits
+    answer = model.generate(**prompt, max_new_tokens=5, do_sample=False)
+    attention.register()
+    model.set_attn_implementation({"text_config": attention.FLEX})
+    assert model.config.vision_config._attn_implementation == "sdpa"
+    found = model(input_ids=ids, attention_mask=attention.block_mask(document, branch)).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert F.cosine_similarity(found.flatten(), wanted.flatten(), dim=0) > 0.999999
+    again = model.generate(**prompt, max_new_tokens=5, do_sample=False)
+    assert torch.equal(again, answer)
