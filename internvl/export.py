@@ -20,6 +20,7 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTr
 
 from internvl import handles
 from internvl.config import UserError, load_recipe
+from internvl.data.images import STATISTICS
 from internvl.data.templates import Template
 from internvl.data.tokenizers import save_tokenizer
 from internvl.handles import Chat
@@ -393,6 +394,7 @@ def processor_files(config: InternVLConfig) -> dict[str, dict[str, Any]]:
     """The processor's files as the -hf releases have them: file name -> content."""
     settings = configs.chat_settings(config)
     side = config.vision_config.image_size[0]
+    mean, std = STATISTICS[settings["normalize"]]
     dynamic = settings["dynamic_image_size"]
     images = {
         "image_processor_type": "GotOcr2ImageProcessor",
@@ -407,8 +409,8 @@ def processor_files(config: InternVLConfig) -> dict[str, dict[str, Any]]:
         "do_convert_rgb": True,
         "rescale_factor": 1 / 255,
         "resample": 3,
-        "image_mean": list(vlm.IMAGENET_MEAN),
-        "image_std": list(vlm.IMAGENET_STD),
+        "image_mean": list(mean),
+        "image_std": list(std),
     }
     shared = ("size", "do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
     videos = {key: images[key] for key in (*shared, "rescale_factor", "resample")}

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from internvl.config import TilesConfig, UserError
 from internvl.data.chat import IMAGE_MARK, ChatEncoder
-from internvl.data.images import open_rgb
+from internvl.data.images import STATISTICS, Triple, open_rgb
 from internvl.data.records import Message
 from internvl.data.tiles import tile_images
 from internvl.data.tokenizers import decode
+from internvl.models import configs
 from internvl.models.vlm import normalize_tiles
 
 Picture = str | Path | bytes | Image.Image | Tensor
@@ -163,7 +164,8 @@ def generate(
     end_id = tokenizer.convert_tokens_to_ids(encoder.template.end)
     pad_id = end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     ids, mask = pad_left(prompts, pad_id)
-    tiles = [_normalized(p.tiles.to(device)) for p in prompts if p.tiles is not None]
+    statistics = STATISTICS[configs.chat_settings(model.config)["normalize"]]
+    tiles = [_normalized(p.tiles.to(device), statistics) for p in prompts if p.tiles is not None]
     output = model.generate(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
@@ -174,9 +176,11 @@ def generate(
     return [answer_text(row, encoder) for row in output[:, ids.shape[1] :].tolist()]
 
 
-def _normalized(tiles: Tensor) -> Tensor:
+def _normalized(tiles: Tensor, statistics: tuple[Triple, Triple]) -> Tensor:
     """float32 (N, 3, S, S)."""
-    return tiles.float() if tiles.is_floating_point() else normalize_tiles(tiles, torch.float32)
+    if tiles.is_floating_point():
+        return tiles.float()
+    return normalize_tiles(tiles, torch.float32, *statistics)
 
 
 def pad_left(prompts: Sequence[Prompt], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -101,6 +101,7 @@ def load(
     quantize: str | None = None,
     drop_path: float = 0.0,
     attention: str = "sdpa",
+    image_size: int | None = None,
 ) -> Chat:
     """The model of a folder or hub id, in either layout, of an adapter folder with its base, or of
     a run folder at its newest checkpoint.
@@ -113,6 +114,7 @@ def load(
         quantize: "8bit" or "4bit" through bitsandbytes, which is made for a GPU.
         drop_path: stochastic depth of the vision tower, in training.
         attention: `transformers`' attention implementation.
+        image_size: another tile side in px; the position embeddings are resized to it.
 
     Raises:
         ModelFolderError: one sentence on what is wrong with the folder, and the remedy.
@@ -129,11 +131,13 @@ def load(
             f"{source.folder}: InternVL-14B is not a chat model; use internvl.models.dual"
         )
     head = describe(source.folder, image_token_id)
+    tiles = head.tiles if image_size is None else replace(head.tiles, size=image_size)
     model = vlm.load_model(
         source.folder,
         device=place,
         dtype=precision,
         image_token_id=head.config.image_token_id,
+        image_size=image_size,
         drop_path=drop_path,
         attention=attention,
         device_map=device_map,
@@ -141,9 +145,7 @@ def load(
     )
     if lora.is_adapter(adapter):
         lora.load_adapter(model, adapter)
-    return Chat(
-        model, head.tokenizer, head.template, head.tiles, head.system_message, source.folder
-    )
+    return Chat(model, head.tokenizer, head.template, tiles, head.system_message, source.folder)
 
 
 def is_run(folder: Path) -> bool:
@@ -185,6 +187,7 @@ def for_training(recipe: Recipe) -> Chat:
         dtype="float32" if quantize is None else recipe.dtype,
         quantize=quantize,
         drop_path=recipe.model.drop_path,
+        image_size=recipe.data.tiles.size,
     )
     model, data = chat.model, recipe.data
     if configs.language_model(model.config) == "GptOssForCausalLM":
@@ -204,6 +207,8 @@ def for_training(recipe: Recipe) -> Chat:
         "use_thumbnail": data.tiles.thumbnail,
         "min_dynamic_patch": data.tiles.min,
         "max_dynamic_patch": data.tiles.max,
+        "pad2square": data.tiles.pad_square,
+        "normalize": data.normalize,
     }
     return replace(chat, template=chosen, system_message=system, tiles=data.tiles)
 
@@ -279,14 +284,15 @@ def build(
     )
     parts.resize_vocabulary(model, len(tokenizer), num_new)
     size = model.config.vision_config.image_size[0]
-    own = tiles or tiling(settings, size)
+    own = tiles or tiling(configs.chat_settings(model.config), size)
     return Chat(model, tokenizer, chosen, own, None, folders.language)
 
 
 def tiling(settings: dict[str, Any], size: int) -> TilesConfig:
     """The checkpoint's own way to cut an image into tiles of `size` px."""
     if not settings["dynamic_image_size"]:
-        return TilesConfig(size=size, min=1, max=1, thumbnail=False)
+        pad = settings["pad2square"]
+        return TilesConfig(size=size, min=1, max=1, thumbnail=False, pad_square=pad)
     return TilesConfig(
         size=size,
         min=settings["min_dynamic_patch"],

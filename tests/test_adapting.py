@@ -1,5 +1,7 @@
 """What a recipe trains, and the chat and merge verbs on what came of it."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,11 +25,11 @@ def project(tmp_path_factory):
     return tiny_run.make(tmp_path_factory.mktemp("project"))
 
 
-def recipe(project: Path, **model: object):
+def recipe(project: Path, size: int = 64, **model: object):
     folder = project.parent
     tree = {"model": {"id": str(folder / "start"), **model}, "run": str(folder / "run")}
     source = {"name": "a", "annotations": "a.jsonl"}
-    data = {"sources": [source], "tiles": {"size": 64, "max": 1, "thumbnail": False}}
+    data = {"sources": [source], "tiles": {"size": size, "max": 1, "thumbnail": False}}
     return resolve({**tree, "data": data, "global_batch": 8, "steps": 2, "device": "cpu"})
 
 
@@ -122,7 +124,7 @@ def test_gpt_oss_does_not_train(project, tmp_path):
         official_folder("GptOssForCausalLM", tmp_path, template="Hermes-2"), "qwen2"
     )
     with pytest.raises(UserError, match="GPT-OSS answers and exports here, but does not train"):
-        handles.for_training(recipe(project, id=str(folder)))
+        handles.for_training(recipe(project, size=84, id=str(folder)))
 
 
 def test_a_run_merges_and_a_plain_model_is_refused(capsys, project, tmp_path):
@@ -173,3 +175,31 @@ def test_chat_about_a_video(capsys, project):
     video = shared("data/video/realshort.mp4")
     words = ("chat", project.parent / "start", "--prompt", "What happens?", "--max-new-tokens", 3)
     assert call(capsys, *words, "--video", video, "--frames", 2)[0] == 0
+
+
+def test_size_normalization_and_padding_of_a_recipe_reach_answers_and_exports(project, tmp_path):
+    """The position embeddings are resized once, as the original does."""
+    chosen = recipe(project)
+    tiles = replace(chosen.data.tiles, size=112, pad_square=True)
+    chosen = replace(chosen, data=replace(chosen.data, tiles=tiles, normalize="siglip"))
+    chat = handles.for_training(chosen)
+    size = chat.model.config.vision_config.image_size
+    rows = chat.model.model.vision_tower.embeddings.position_embeddings.shape[1]
+    assert (size, rows) == (
+        (112, 112),
+        1 + (112 // chat.model.config.vision_config.patch_size[0]) ** 2,
+    )
+    seen = []
+    chat.model.eval().model.vision_tower.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((*args, *kwargs.values())[0]), with_kwargs=True
+    )
+    white = Image.new("RGB", (120, 60), "white")
+    chat.answer([Request([{"role": "user", "content": "x"}], [white])], max_new_tokens=2)
+    assert seen[0].shape == (1, 3, 112, 112)
+    assert float(seen[0].max()) == pytest.approx(1)  # (1 - 0.5) / 0.5
+    for layout in ("hf", "official"):
+        again = handles.load(export.run(chat, tmp_path / layout, layout), device="cpu")
+        assert again.tiles == tiles
+        assert configs.chat_settings(again.model.config)["normalize"] == "siglip"
+    processor = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
+    assert processor["image_mean"] == [0.5, 0.5, 0.5]

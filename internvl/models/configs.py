@@ -52,8 +52,12 @@ _CHAT = {
     "use_thumbnail": False,
     "min_dynamic_patch": 1,
     "max_dynamic_patch": 6,
+    "normalize": "imagenet",
 }
-"""Official keys that travel in `internvl`, with the original class's defaults."""
+"""Official keys that travel in `internvl`, with the original class's defaults; and `normalize`, a
+recipe's `data.normalize`, which the original keeps in its command lines."""
+_OPTIONAL = {"system_message": None, "normalize": "imagenet"}
+"""Keys that are not written where they have these values."""
 
 _HF_CHAT = _CHAT | {
     # What the released -hf folders are: their processor tiles 1 to 12 with a thumbnail.
@@ -139,7 +143,7 @@ def to_official(config: InternVLConfig) -> dict[str, Any]:
     return {
         "architectures": ["InternVLChatModel"],
         "model_type": "internvl_chat",
-        **{key: chat[key] for key in _CHAT if key != "system_message" or chat[key] is not None},
+        **{key: chat[key] for key in _CHAT if key not in _OPTIONAL or chat[key] != _OPTIONAL[key]},
         **dict.fromkeys(_MOSTLY_OFF, 0),
         "select_layer": config.vision_feature_layer,
         "downsample_ratio": config.downsample_ratio,
