@@ -50,7 +50,8 @@ def models(args: Arguments) -> int:
     if args.download:
         from internvl.models import hub
 
-        described = str(hub.download(args.name, args.to))
+        name = args.name if "/" in args.name else zoo.find(args.name).repository
+        described = str(hub.download(name, args.to))
     print(described)
     return 0
 

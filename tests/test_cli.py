@@ -9,6 +9,7 @@ import pytest
 import tiny_run
 
 from internvl import cli
+from internvl.models import hub
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +131,14 @@ def test_evaluate_and_export(capsys, project, tmp_path):
     assert (code, (tmp_path / "out" / "config.json").exists()) == (0, True)
     code, _, err = call(capsys, "export", folder / "start", "--to", tmp_path / "out")
     assert (code, "exists and is not empty" in err) == (1, True)
+
+
+def test_models_downloads_by_name_or_id(capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(hub, "download", lambda name, to: asked.append(name) or to)
+    for name in ("internvl2-2b", "OpenGVLab/InternVL3-1B-hf"):
+        assert call(capsys, "models", name, "--download", "--to", "x")[:2] == (0, "x\n")
+    assert asked == ["OpenGVLab/InternVL2-2B", "OpenGVLab/InternVL3-1B-hf"]
 
 
 def test_models_and_doctor(capsys):

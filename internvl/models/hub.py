@@ -138,7 +138,8 @@ def download(name: str, to: Path | None = None, cache: Path | None = None) -> Pa
         )
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ModelFolderError(
-            f"{name}: not in the local hub cache, and the hub cannot be reached; {where}"
+            f"{name}: no such folder, not in the local hub cache, and the hub cannot be reached; "
+            f"{where}"
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
