@@ -1,0 +1,262 @@
+"""Training rates: the loop of `internvl train` itself, on random weights of the released shapes.
+
+    python benchmarks/train.py                      # every row, on a GPU; about 10 minutes
+    python benchmarks/train.py 2b_coco --profile    # one row, and where its step goes
+    python benchmarks/train.py --tiny               # the same path on a CPU, in seconds
+
+Pictures are JPEG files, decoded and tiled by the loader's workers; metrics are logged; the
+optimizer steps. A row's JSON goes to `--to`: medians over 8 steps after two of warm-up, FLOPs
+as workloads.py counts them, over the rate of an 8192³ bfloat16 product of the same process.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import workloads
+from torch._dynamo.utils import counters
+
+from internvl import config, log, parallel, train
+from internvl.data.records import PackedBatch, Unit
+from internvl.objectives.sft import Sft
+
+WARMUP = 2
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    model: str
+    rank: int | None = 128
+    captions: int = 1
+    share: bool = False
+    mixture: bool = False
+    batch: int = 64
+    """Samples of a step: 512 over 8 GPUs."""
+    row_tokens: int = 16384
+    compute: dict[str, Any] = field(default_factory=dict)
+
+
+ROWS = {
+    "2b_coco": Row("InternVL2-2B"),
+    "2b_coco_shared": Row("InternVL2-2B", captions=5, share=True, batch=320),
+    "1b_coco": Row("InternVL2-1B"),
+    "8b_coco": Row("InternVL2-8B", batch=32),
+    "2b_full": Row("InternVL2-2B", rank=None, mixture=True),
+    "8b_coco_full_checkpointing": Row("InternVL2-8B", batch=32, compute={"checkpointing": "full"}),
+    "2b_coco_eager": Row("InternVL2-2B", compute={"compile": False}),
+}
+DEFAULT = ("2b_coco", "2b_coco_shared", "1b_coco", "8b_coco", "2b_full")
+
+
+class Counting(Sft):
+    """The objective, and what every step's rows held."""
+
+    steps: list[workloads.Work]
+
+    def batches(self, units: Any) -> list[PackedBatch]:
+        rows = super().batches(units)
+        total = workloads.work_of(rows[0])
+        for row in rows[1:]:
+            total += workloads.work_of(row)
+        self.steps.append(total)
+        return rows
+
+
+def measure(name: str, row: Row, options: argparse.Namespace, ceiling: float) -> dict[str, Any]:
+    """Trains `row` for a few steps; its JSON."""
+    device = torch.device("cpu" if options.tiny else "cuda")
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        now = build(row, Path(folder), device, options)
+        built_s = time.perf_counter() - started
+        metrics = log.StepLog(Path(folder) / "run", "metrics.jsonl")
+        board = log.TensorBoard(Path(folder) / "run" / "tensorboard")
+        ends, rows, compiled = [], [], 0
+        for numbers in train.updates(now):
+            metrics.append({"step": now.step, **numbers})
+            board.scalars(now.step, numbers)
+            rows.append(numbers)
+            ends.append(time.perf_counter())
+            if now.step == WARMUP:
+                compiled = counters["stats"]["unique_graphs"]
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+        recompiled = counters["stats"]["unique_graphs"] - compiled
+        if options.profile:
+            profile(now, device)
+        board.close()
+    seconds = [b - a for a, b in itertools.pairwise(ends[WARMUP - 1 :])]
+    return report(name, row, now, rows, seconds, ceiling) | {
+        "built_s": round(built_s, 1),
+        "graphs": compiled,
+        "recompiled_after_warmup": recompiled,
+    }
+
+
+def build(row: Row, folder: Path, device: torch.device, options: argparse.Namespace) -> train.Run:
+    """The run of a row: files on disk, a random model, all else as `train.build` makes it."""
+    chat = workloads.random_chat(row.model, device, rank=row.rank, tiny=options.tiny)
+    steps = WARMUP + options.steps
+    batch = 10 if options.tiny else row.batch
+    drawn = workloads.mixture(0) if row.mixture else workloads.coco(0)
+    count = max(1, batch * min(steps, 6) // row.captions)
+    samples = list(itertools.islice(drawn, count))
+    sources = workloads.write(folder, samples, chat.encoder, captions=row.captions)
+    recipe = config.resolve(
+        {
+            "model": {"id": row.model},
+            "data": {
+                "sources": sources,
+                "tiles": {"size": chat.tiles.size, "max": 6},
+                "max_tokens": 4096,
+                "row_tokens": 4096 if options.tiny else row.row_tokens,
+                "max_tiles": 96,
+                "share_prefix": row.share,
+                "workers": 0 if options.tiny else options.workers,
+            },
+            "optim": {"lr": 4e-5, "weight_decay": 0.01, "decay_vectors": True},
+            "compute": row.compute,
+            "run": str(folder / "run"),
+            "global_batch": batch,
+            "steps": steps,
+            "device": device.type,
+        }
+    )
+    now = train.build(recipe, chat)
+    now.objective = Counting(recipe.objective, recipe.data, chat.encoder)
+    now.objective.steps = []
+    return now
+
+
+def report(
+    name: str,
+    row: Row,
+    now: train.Run,
+    rows: list[dict[str, float]],
+    seconds: list[float],
+    ceiling: float,
+) -> dict[str, Any]:
+    """The figures of a row, and what they were measured on."""
+    work = now.objective.steps[WARMUP : WARMUP + len(seconds)]
+    chat_config = now.model.config
+    fused = (chat_config.internvl or {}).get("language_model") == "InternLM2ForCausalLM"
+    needed = [workloads.flops(chat_config, step, row.rank, fused) for step in work]
+    rates = [step.samples / s for step, s in zip(work, seconds, strict=True)]
+    shares = [n / s / 1e12 / ceiling for n, s in zip(needed, seconds, strict=True)]
+    samples = sum(step.samples for step in work)
+    measured = rows[WARMUP:]
+    length = now.recipe.data.row_tokens or now.recipe.data.max_tokens
+    return {
+        "row": name,
+        "model": row.model,
+        "method": f"lora {row.rank}" if row.rank else "full",
+        "samples_per_s": round(statistics.median(rates), 2),
+        "samples_per_s_mean": round(samples / sum(seconds), 2),
+        "ceiling_share": round(statistics.median(shares), 4),
+        "ceiling_tflops": round(ceiling, 1),
+        "step_s": round(statistics.median(seconds), 4),
+        "first_step_s": round(rows[0]["step_s"], 1),
+        "data_wait_share": round(sum(r["data_wait_s"] for r in measured) / sum(seconds), 4),
+        "peak_gib": round(rows[-1]["memory_gib"], 2),
+        "samples_per_step": work[0].samples,
+        "rows_per_step": statistics.mean(r["rows"] for r in measured),
+        "row_tokens": length,
+        "fill": round(sum(w.tokens for w in work) / sum(r["rows"] for r in measured) / length, 4),
+        "tokens_per_sample": round(sum(w.tokens for w in work) / samples, 1),
+        "tiles_per_sample": round(sum(w.tiles for w in work) / samples, 3),
+        "supervised_per_sample": round(sum(w.supervised for w in work) / samples, 1),
+        "tflop_per_sample": round(sum(needed) / samples / 1e12, 3),
+        "loss": [round(r["loss"], 4) for r in rows],
+        "steps": len(seconds),
+        "warmup_steps": WARMUP,
+        "compute": row.compute,
+        "hardware": _hardware(now.device),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": _commit(),
+    }
+
+
+def profile(now: train.Run, device: torch.device) -> None:
+    """Where one more step goes, on rows that lie ready: kernels by time, and idle time."""
+    units: list[Unit] = []
+    for ref in now.order.step(0, now.recipe.global_batch, now.total_samples)[:32]:
+        units += now.reader[ref].units
+    rows = [parallel.pad(row, now.row_lengths) for row in now.objective.batches(units)]
+    if device.type != "cuda":
+        return
+    rows = [parallel.pin(row) for row in rows]
+    for _ in range(4):
+        started = time.perf_counter()
+        train.train_step(now, rows)
+        wall_s = time.perf_counter() - started
+    kinds = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as found:
+        train.train_step(now, rows)
+    on_device = torch.autograd.DeviceType.CUDA
+    events = [event for event in found.key_averages() if event.device_type == on_device]
+    busy_s = sum(event.self_device_time_total for event in events) / 1e6
+    lengths = [len(row.document) for row in rows]
+    print(f"profile: rows of {lengths} tokens, step {wall_s:.3f} s, kernels {busy_s:.3f} s")
+    for event in sorted(events, key=lambda e: -e.self_device_time_total)[:40]:
+        ms = event.self_device_time_total / 1e3
+        print(f"{ms / busy_s / 1e3:6.1%} {ms:9.2f} ms {event.count:6d} {event.key[:110]}")
+
+
+def _hardware(device: torch.device) -> str:
+    return f"1 x {torch.cuda.get_device_name()}" if device.type == "cuda" else "CPU"
+
+
+def _commit() -> str:
+    words = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or os.environ.get("COMMIT", "unknown")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("rows", nargs="*", default=DEFAULT, help=", ".join(ROWS))
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--to", type=Path, default=None, help="folder for one JSON a row")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    if options.tiny:
+        options.steps = min(options.steps, 2)
+    ceiling = workloads.matmul_tflops(torch.device("cpu" if options.tiny else "cuda"))
+    for name in options.rows:
+        started = time.perf_counter()
+        try:
+            figures = measure(name, ROWS[name], options, ceiling)
+        except Exception:  # noqa: BLE001  a row that fails must not cost the others
+            traceback.print_exc()
+            continue
+        finally:
+            gc.collect()
+            torch._dynamo.reset()
+            if not options.tiny:
+                torch.cuda.empty_cache()
+        figures["wall_s"] = round(time.perf_counter() - started, 1)
+        print(json.dumps(figures), flush=True)
+        if options.to is not None:
+            options.to.mkdir(parents=True, exist_ok=True)
+            (options.to / f"train_{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

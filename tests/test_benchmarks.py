@@ -1,0 +1,49 @@
+"""The scripts behind the figures run: on a CPU, with tiny models, through the real loop."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(script, *words):
+    command = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks" / script), *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_training_rates():
+    (row,) = run("train.py", "--tiny", "2b_coco_shared")
+    assert row["samples_per_step"] == 10
+    assert len(row["loss"]) == 4
+    assert 0 < row["fill"] <= 1
+
+
+def test_exactness_of_shared_rows():
+    (row,) = run("exactness.py", "--cpu", "--methods", "lora", "--only", "shared")
+    assert row["within"]
+    assert row["loss"] < 1e-6
+
+
+def test_flops_are_those_that_torch_counts(monkeypatch):
+    """Full training of a row without pictures, every position supervised."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import workloads
+    from torch.utils.flop_counter import FlopCounterMode
+
+    chat = workloads.random_chat("InternVL2-2B", torch.device("cpu"), rank=None, tiny=True)
+    model, length = chat.model.float(), 64
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counted:
+        ids = torch.zeros(1, length, dtype=torch.long)
+        model(input_ids=ids).logits.sum().backward()
+    # The counter knows no mask: every query sees every key.
+    work = workloads.Work(1, length, 0, length, length * length)
+    wanted = workloads.flops(model.config, work, None, fused_qkv=True)
+    assert counted.get_total_flops() == pytest.approx(wanted, rel=0.01)
