@@ -308,7 +308,7 @@ def make_report(
     folder: Path, recipe: Recipe, data: Path, timing: Timing, checked: Reloaded
 ) -> report.Report:
     """The page of the demo, from what the run folder holds."""
-    rows = log.MetricsLog(recipe.run).rows()
+    rows = log.StepLog(recipe.run, "metrics.jsonl").rows()
     evaluations = _evaluations(recipe.run)
     last = max(evaluations)
     trained, _ = count_parameters(handles.load(recipe.run).model)

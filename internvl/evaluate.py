@@ -35,10 +35,8 @@ def run(
     return measure(handles.load(folder), chosen, to or folder / "evals" / "evaluate")
 
 
-def measure(
-    chat: Chat, configs: dict[str, EvalConfig], to: Path, step: int = 0
-) -> dict[str, float]:
-    """Runs evaluations on a loaded model; writes `to`/STEP.json and the answers beside it."""
+def measure(chat: Chat, configs: dict[str, EvalConfig], to: Path) -> dict[str, float]:
+    """Runs evaluations on a loaded model; writes `to`/result.json and the answers beside it."""
 
     def answer(requests: Sequence[generate.Request], spec: EvalConfig) -> list[str]:
         with log.Progress("answers", total=len(requests)) as progress:
@@ -52,7 +50,7 @@ def measure(
                 progress=progress.update,
             )
 
-    return evals.run_all(configs, answer, to, step)
+    return evals.run_all(configs, answer, to)
 
 
 def render(metrics: dict[str, float]) -> str:

@@ -139,17 +139,17 @@ def names_file(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-class MetricsLog:
-    """metrics.jsonl of a run folder: a JSON object with a "step" on each line.
+class StepLog:
+    """A JSONL file of a run folder, such as metrics.jsonl: an object with a "step" on each line.
 
     JSON knows no NaN or infinity: such a number stands as the string "NaN", "Infinity" or
     "-Infinity", so that every line stays valid JSON; `rows` turns them into numbers again.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """The file appears with the first row; `folder` is made if missing."""
+    def __init__(self, folder: Path, name: str) -> None:
+        """The file `name` appears with the first row; `folder` is made if missing."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / name
 
     def append(self, row: Row) -> None:
         """Add one row, on disk as far as the operating system goes when this returns.
@@ -157,8 +157,8 @@ class MetricsLog:
         Raises:
             OSError: The row could not be written (disk full, …); the error names the file.
         """
-        assert "step" in row, f"a metrics row without a step: {row}"
-        line = json.dumps({key: _to_json(value) for key, value in row.items()}, allow_nan=False)
+        assert "step" in row, f"a row without a step: {row}"
+        line = _line(row)
         # Opened for every row: nothing is buffered, and truncate_after may replace the file.
         with names_file(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -185,8 +185,7 @@ class MetricsLog:
         partial = self.path.with_suffix(".jsonl.partial")
         with names_file(partial), partial.open("w", encoding="utf-8") as file:
             for row in kept:
-                encoded = {key: _to_json(value) for key, value in row.items()}
-                file.write(json.dumps(encoded, allow_nan=False) + "\n")
+                file.write(_line(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
         partial.replace(self.path)
@@ -197,6 +196,11 @@ class MetricsLog:
         except json.JSONDecodeError as error:
             raise ValueError(f"{self.path}, line {number}: not JSON ({error})") from error
         return {key: _from_json(value) for key, value in row.items()}
+
+
+def _line(row: Row) -> str:
+    values = {key: _to_json(value) for key, value in row.items()}
+    return json.dumps(values, allow_nan=False, ensure_ascii=False)
 
 
 def _to_json(value: float | int | str) -> float | int | str:

@@ -211,8 +211,7 @@ def run(recipe: Recipe) -> Path:
         now = build(recipe)
         metrics, board = _resume(now)
         logger.info(summary(now))
-        if now.step == 0:
-            evaluate(now, [name for name, e in recipe.evals.items() if e.before])
+        evaluate(now)
         with log.Progress("steps", total=now.num_steps - now.step) as progress:
             for numbers in updates(now):
                 if now.step % recipe.log_every == 0 or now.step == now.num_steps:
@@ -226,8 +225,7 @@ def run(recipe: Recipe) -> Path:
                         f"stopped at step {now.step} of {now.num_steps}; checkpoint written. "
                         "The same command goes on from there"
                     )
-                evaluate(now, [name for name, e in recipe.evals.items() if _due(now, e.every)])
-        evaluate(now, [name for name, e in recipe.evals.items() if not _due(now, e.every)])
+                evaluate(now)
         board.close()
         (recipe.run / "finished.json").write_text(json.dumps({"step": now.step}), encoding="utf-8")
     return recipe.run
@@ -253,9 +251,12 @@ def save(now: Run) -> None:
         lora.save_adapter(now.model, now.folder / "adapter", recipe.model.id)
 
 
-def evaluate(now: Run, names: Sequence[str]) -> None:
-    """Runs the named evaluations on the model as it is; writes evals/STEP.json and the answers."""
-    if not names:
+def evaluate(now: Run) -> None:
+    """Runs what is due at this step and not done yet; writes evals/STEP.json and the answers."""
+    specs = {name: spec for name, spec in now.recipe.evals.items() if _eval_due(now, spec)}
+    for name in evals.measured(now.folder / "evals", now.step):
+        specs.pop(name, None)
+    if not specs:
         return
     now.model.eval()
 
@@ -276,7 +277,6 @@ def evaluate(now: Run, names: Sequence[str]) -> None:
                 progress=progress.update,
             )
 
-    specs = {name: now.recipe.evals[name] for name in names}
     evals.run_all(specs, answer, now.folder / "evals", now.step)
 
 
@@ -286,10 +286,9 @@ def take_bad(now: Run, step: loader.Step) -> None:
         return
     if now.recipe.data.on_bad_sample == "raise":
         raise step.bad[0]
-    with (now.folder / "bad_samples.jsonl").open("a", encoding="utf-8") as file:
-        for bad in step.bad:
-            row = {"step": step.index + 1, "sample": bad.name, "reason": bad.reason}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    listed = log.StepLog(now.folder, "bad_samples.jsonl")
+    for bad in step.bad:
+        listed.append({"step": step.index + 1, "sample": bad.name, "reason": bad.reason})
     now.num_bad += len(step.bad)
     seen = (step.index + 1) * now.recipe.global_batch
     # A share of very few samples says nothing: the cap counts from the first hundred on.
@@ -297,7 +296,7 @@ def take_bad(now: Run, step: loader.Step) -> None:
         raise RunError(
             f"{now.num_bad} of the first {seen} samples are bad, more than "
             f"data.max_bad_fraction = {now.recipe.data.max_bad_fraction} allows; the last: "
-            f"{step.bad[-1]}. All are listed in {now.folder / 'bad_samples.jsonl'}"
+            f"{step.bad[-1]}. All are listed in {listed.path}"
         )
 
 
@@ -330,14 +329,15 @@ def _steps(now: Run) -> Iterator[loader.Step]:
     )
 
 
-def _resume(now: Run) -> tuple[log.MetricsLog, log.TensorBoard]:
+def _resume(now: Run) -> tuple[log.StepLog, log.TensorBoard]:
     """Puts the newest checkpoint in place and cuts the logs back to it."""
     saved = checkpoint.steps(now.folder / "checkpoints")
     if saved:
         state = checkpoint.load(now.folder / "checkpoints", saved[-1], now.model, now.optimizer)
         now.step, now.num_bad = saved[-1], state["num_bad"]
-    metrics = log.MetricsLog(now.folder)
-    metrics.truncate_after(now.step)
+    metrics = log.StepLog(now.folder, "metrics.jsonl")
+    for steps in (metrics, log.StepLog(now.folder, "bad_samples.jsonl")):
+        steps.truncate_after(now.step)
     return metrics, log.TensorBoard(now.folder / "tensorboard", purge_step=now.step + 1)
 
 
@@ -356,6 +356,12 @@ def _speed(now: Run, step: loader.Step, wait_s: float, seconds: float) -> dict[s
         "step_s": seconds,
         "memory_gib": parallel.peak_memory_gib(now.device),
     }
+
+
+def _eval_due(now: Run, spec: config.EvalConfig) -> bool:
+    if now.step == 0:
+        return spec.before
+    return now.step == now.num_steps or _due(now, spec.every)
 
 
 def _due(now: Run, every: int) -> bool:

@@ -84,7 +84,7 @@ def test_progress_line(total: int | None, done: int, elapsed_s: float, line: str
 
 
 def test_metrics_round_trip_with_numbers_json_does_not_know(tmp_path: Path) -> None:
-    metrics = log.MetricsLog(tmp_path / "run")
+    metrics = log.StepLog(tmp_path / "run", "metrics.jsonl")
     metrics.append({"step": 1, "loss": 0.5, "who": "sft"})
     metrics.append({"step": 2, "loss": math.nan, "low": -math.inf, "high": math.inf})
     lines = metrics.path.read_text(encoding="utf-8").splitlines()
@@ -101,7 +101,7 @@ def test_metrics_round_trip_with_numbers_json_does_not_know(tmp_path: Path) -> N
 
 
 def test_truncate_after_drops_later_rows_and_a_torn_line(tmp_path: Path) -> None:
-    metrics = log.MetricsLog(tmp_path)
+    metrics = log.StepLog(tmp_path, "metrics.jsonl")
     for step in range(1, 6):
         metrics.append({"step": step, "loss": math.nan})
     with metrics.path.open("a", encoding="utf-8") as file:
@@ -113,14 +113,14 @@ def test_truncate_after_drops_later_rows_and_a_torn_line(tmp_path: Path) -> None
 
 
 def test_truncate_before_the_first_row_does_nothing(tmp_path: Path) -> None:
-    metrics = log.MetricsLog(tmp_path)
+    metrics = log.StepLog(tmp_path, "metrics.jsonl")
     metrics.truncate_after(10)
     assert metrics.rows() == []
     assert not metrics.path.exists()
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
-    metrics = log.MetricsLog(tmp_path)
+    metrics = log.StepLog(tmp_path, "metrics.jsonl")
     metrics.path.write_text('{"step": 1}\n{"step"\n{"step": 3}\n', encoding="utf-8")
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON"):
         metrics.truncate_after(1)
@@ -128,7 +128,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full (Linux)")
 def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
-    metrics = log.MetricsLog(tmp_path)
+    metrics = log.StepLog(tmp_path, "metrics.jsonl")
     metrics.path.symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left") as caught:
         metrics.append({"step": 1})

@@ -29,7 +29,10 @@ def recipe_of(project, tmp_path, *overrides):
 
 
 def losses(folder):
-    return {row["step"]: (row["loss"], row["grad_norm"]) for row in log.MetricsLog(folder).rows()}
+    return {
+        row["step"]: (row["loss"], row["grad_norm"])
+        for row in log.StepLog(folder, "metrics.jsonl").rows()
+    }
 
 
 def command(project, folder, *overrides):
@@ -79,7 +82,7 @@ def test_the_run_folder(project, tmp_path):
     saved = sorted(p.name for p in (recipe.run / "checkpoints").iterdir() if p.name.isdigit())
     assert saved == ["000010", "000012"]  # keep = 2
     assert (recipe.run / "checkpoints" / "LATEST").read_text().strip() == "000012"
-    rows = log.MetricsLog(recipe.run).rows()
+    rows = log.StepLog(recipe.run, "metrics.jsonl").rows()
     assert [row["samples"] for row in rows] == [8] * 12
     assert rows[-1]["loss"] < rows[0]["loss"]
     events = EventAccumulator(str(recipe.run / "tensorboard")).Reload()
@@ -153,7 +156,7 @@ def test_bad_samples_are_raised_or_listed(project, tmp_path):
     listed = [json.loads(line) for line in (done / "bad_samples.jsonl").read_text().splitlines()]
     assert len(listed) == 2
     assert all("red-circle.png" in row["reason"] for row in listed)
-    assert sum(row["samples"] for row in log.MetricsLog(done).rows()) == 46
+    assert sum(row["samples"] for row in log.StepLog(done, "metrics.jsonl").rows()) == 46
     few = [sources, "data.on_bad_sample=skip", "data.max_bad_fraction=0.01", "steps=6"]
     with pytest.raises(train.RunError, match="max_bad_fraction"):
         train.run(recipe_of(project, tmp_path, f"run={tmp_path / 'few'}", *few))
@@ -258,3 +261,20 @@ def test_the_loop_reads_in_ten_minutes():
     start = next(i for i, line in enumerate(source) if line.startswith("def run("))
     end = next(i for i in range(start + 1, len(source)) if source[i].startswith("def "))
     assert end - start <= 100
+
+
+def test_an_evaluation_cut_off_by_a_kill_is_made_up_for(project, tmp_path):
+    folder = project.parent
+    spec = f"{{annotations: {folder}/captions.json, images: {folder}, prompt: Name it, "
+    spec += "metrics: exact, limit: 3, max_new_tokens: 3, every: 5, before: true}"
+    recipe = recipe_of(project, tmp_path, "steps=7", f"evals.shapes={spec}")
+    train.run(recipe)
+    made = sorted(path.name for path in (recipe.run / "evals").glob("*.json"))
+    assert made == ["000000.json", "000005.json", "000007.json"]
+    # As a kill within the evaluation at step 5 leaves it.
+    for name in ("finished.json", "evals/000005.json", "evals/000007.json"):
+        (recipe.run / name).unlink()
+    for name in ("000007",):
+        shutil.rmtree(recipe.run / "checkpoints" / name)
+    train.run(recipe)
+    assert sorted(path.name for path in (recipe.run / "evals").glob("*.json")) == made

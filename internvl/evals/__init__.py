@@ -15,25 +15,41 @@ Answer = Callable[[Sequence[Request], EvalConfig], list[str]]
 EVALS = {"caption": caption.Caption}
 
 
+def measured(folder: Path, step: int) -> set[str]:
+    """Names of the evaluations that STEP.json in `folder` holds already."""
+    return {name.rpartition("/")[0] for name in _read(_file(folder, step))}
+
+
 def run_all(
-    configs: Mapping[str, EvalConfig], answer: Answer, folder: Path, step: int
+    configs: Mapping[str, EvalConfig], answer: Answer, folder: Path, step: int | None = None
 ) -> dict[str, float]:
-    """Runs every evaluation; adds to STEP.json (metric -> value) and writes the answers.
+    """Runs every evaluation; adds each to STEP.json (metric -> value) and writes its answers.
+
+    Without a step, of a model that is no run's, the files are called "result".
 
     Returns the metrics of this call, named "evaluation/metric".
     """
-    stem = f"{step:06d}"
+    path = _file(folder, step)
     found: dict[str, float] = {}
     for name, config in configs.items():
         scores = EVALS[config.type](config).run(answer)
-        values = {f"{name}/{metric}": value for metric, value in scores.values.items()}
+        found |= {f"{name}/{metric}": value for metric, value in scores.values.items()}
         rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scores.rows)
-        (folder / stem).mkdir(parents=True, exist_ok=True)
-        (folder / stem / f"{name}.jsonl").write_text(rows, encoding="utf-8")
+        answers = path.with_suffix("") / f"{name}.jsonl"
+        answers.parent.mkdir(parents=True, exist_ok=True)
+        answers.write_text(rows, encoding="utf-8")
+        # One by one, and in one move: a run that is killed keeps what it has measured.
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({**_read(path), **found}, indent=1), encoding="utf-8")
+        partial.replace(path)
         shown = ", ".join(f"{metric} {value:.4f}" for metric, value in scores.values.items())
-        get_logger().info("step %d, %s: %s", step, name, shown)
-        found |= values
-    path = folder / f"{stem}.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    path.write_text(json.dumps({**before, **found}, indent=1), encoding="utf-8")
+        get_logger().info("%s%s: %s", name, "" if step is None else f" at step {step}", shown)
     return found
+
+
+def _file(folder: Path, step: int | None) -> Path:
+    return folder / ("result.json" if step is None else f"{step:06d}.json")
+
+
+def _read(path: Path) -> dict[str, float]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
