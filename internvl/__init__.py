@@ -17,7 +17,7 @@ _NAMES = {
 }
 _MODULES = ("train", "evaluate", "export", "check", "data", "models", "zoo", "doctor")
 
-__all__ = ["__version__", *_NAMES, *_MODULES]  # noqa: PLE0604
+__all__ = ["__version__", *_NAMES, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
