@@ -129,3 +129,21 @@ def test_a_model_with_flex_computes_and_answers_the_same(tmp_path):
     assert F.cosine_similarity(found.flatten(), wanted.flatten(), dim=0) > 0.999999
     again = model.generate(**prompt, max_new_tokens=5, do_sample=False)
     assert torch.equal(again, answer)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["chat_qwen2", "chat_internlm2"])
+def test_float32_weights_under_autocast(case, tmp_path):
+    """Rotated queries and keys come in float32 then, values in bfloat16."""
+    folder = golden_folder(case, "v2.sel-1", tmp_path)
+    model = handles.load(folder, image_token_id=IMAGE_TOKEN_ID, device="cpu", dtype="float32").model
+    document, branch = structure(1, blocks=2)
+    ids = torch.randint(10, 400, (1, len(document)), generator=torch.Generator().manual_seed(0))
+    found = []
+    attention.register()
+    for kind in ("sdpa", attention.FLEX):
+        model.set_attn_implementation({"text_config": kind})
+        mask = attention.packed_mask(kind, document, branch, torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(model(input_ids=ids, attention_mask=mask).logits.float())
+    torch.testing.assert_close(*found, rtol=0.05, atol=0.05)

@@ -139,6 +139,8 @@ def flex_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     assert dropout == 0.0, "FlexAttention drops no attention weights"
+    # Rotation gives float32 where weights are; not every torch casts FlexAttention's inputs.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     # Alone and uncompiled, FlexAttention would hold all L x L scores.
     alone = query.is_cuda and not torch.compiler.is_compiling()
     kernel = _compiled_flex() if alone else flex_attention
