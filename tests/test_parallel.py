@@ -59,7 +59,9 @@ def assert_same(found, wanted):
     torch.testing.assert_close(found[0], wanted[0])
     assert found[1].keys() == wanted[1].keys()
     for name, gradient in wanted[1].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+        # float32 sums in another order: the error is a share of the largest entry, not of each.
+        allowed = 1e-5 * float(gradient.abs().max()) + 1e-7
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=allowed, msg=name)
 
 
 def test_trained_weights_are_float32_and_frozen_ones_compute(model):
