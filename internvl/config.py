@@ -234,9 +234,10 @@ class ComputeConfig:
     """How a step is worked out: its speed and memory. Results are the same up to rounding."""
 
     __pydantic_config__ = _STRICT
-    attention: Literal["auto", "dense", "flex"] = "auto"
+    attention: Literal["auto", "dense", "flex", "eager"] = "auto"
     """flex: FlexAttention over the blocks of a row in which anything is seen; dense: a mask over
-    all pairs of tokens; auto: flex on a GPU."""
+    all pairs of tokens; eager: the same with all scores written out, fastest for a small model with
+    short rows on a CPU; auto: flex on a GPU, else dense."""
     compile: bool | None = None
     """Compile every block of the model with torch.compile, once for each of the few lengths that
     rows are then padded to (shares of `data.row_tokens`). null: on a GPU."""

@@ -58,6 +58,8 @@ def arrange(model: Any, device: torch.device, compute: ComputeConfig) -> None:
     if _flex(compute, device):
         attention.register()
         model.set_attn_implementation({"text_config": attention.FLEX})
+    elif compute.attention == "eager":
+        model.set_attn_implementation("eager")
     if compute.checkpointing != "none":
         _checkpoint(model, 1 if compute.checkpointing == "full" else 2)
     if _compiles(compute, device):

@@ -128,6 +128,14 @@ def test_compiled_blocks_train_the_same(model):
     assert_same(loss_and_gradients(model, row()), wanted)
 
 
+def test_written_out_scores_train_the_same(model):
+    wanted = loss_and_gradients(model, row())
+    parallel.arrange(model, CPU, ComputeConfig(attention="eager"))
+    parts = (model.config.text_config, model.config.vision_config)
+    assert [part._attn_implementation for part in parts] == ["eager", "eager"]
+    assert_same(loss_and_gradients(model, row()), wanted)
+
+
 class Doubled(nn.Module):
     def forward(self, inputs):
         return inputs * 2
