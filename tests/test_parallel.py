@@ -12,7 +12,7 @@ from internvl import handles, parallel
 from internvl.config import ComputeConfig, DataConfig, LoraConfig
 from internvl.data.records import PackedBatch
 from internvl.models import lora
-from internvl.models.attention import BLOCK, dense_mask
+from internvl.models.attention import BLOCK, packed_mask
 from internvl.models.vlm import Supervision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -44,10 +44,11 @@ def row(length=30):
 
 def loss_and_gradients(model, batch):
     model.zero_grad(set_to_none=True)
+    implementation = model.config.text_config._attn_implementation
     loss = model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
-        attention_mask=dense_mask(batch.document, batch.branch),
+        attention_mask=packed_mask(implementation, batch.document, batch.branch, model.dtype),
         supervision=Supervision(batch.loss_positions, batch.targets, batch.loss_weights),
     ).loss
     loss.backward()
