@@ -164,7 +164,7 @@ def tile_images(
         cut(image, grid, tile_size=config.size, thumbnail=config.thumbnail, resize=resize)
         for image, grid in zip(images, grids, strict=True)
     ]
-    pixels = torch.cat(each)
+    pixels = each[0] if len(each) == 1 else torch.cat(each)  # cat copies even one
     if config.max > 1 and augment is not None:
         pixels = degrade_tiles(pixels, [_quality(augment) for _ in pixels])
     return Tiles(pixels, tuple(map(len, each)), grids)
