@@ -102,13 +102,13 @@ def fetch_snapshot(repository: str, folder: Path) -> None:
     Raises:
         DataError: the hub cannot be reached or refuses; one sentence.
     """
-    import httpx
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
 
     get_logger().info("fetching the data set %s from the hub", repository)
     try:
         snapshot_download(repository, repo_type="dataset", local_dir=folder)
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except (HfHubHTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
             f"the data set {repository} cannot be fetched from the hub ({reason}); check the "
