@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 import tiny_run
@@ -31,20 +30,15 @@ def last_line(err):
 
 @pytest.mark.parametrize("verb", [None, *cli.VERBS])
 def test_help_is_instant(verb):
-    words = [sys.executable, "-m", "internvl", *([verb] if verb else []), "--help"]
-    started = time.perf_counter()
-    done = subprocess.run(words, check=True, capture_output=True, text=True)
-    assert "usage: internvl" in done.stdout
-    # Far below this on an idle machine; what matters is that no verb imports torch for it.
-    assert time.perf_counter() - started < 5
-    code = f"import sys; sys.argv = ['internvl', '{verb or ''}', '--help']\n" + (
-        "from internvl import cli\ntry: cli.main([w for w in sys.argv[1:] if w])\n"
+    """No verb imports torch to explain itself, which alone takes seconds."""
+    code = (
+        "import sys\nfrom internvl import cli\n"
+        f"try: cli.main({[*([verb] if verb else []), '--help']})\n"
         "except SystemExit: pass\nsys.exit('torch' in sys.modules)"
     )
-    assert (
-        subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode
-        == 0
-    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: internvl" in done.stdout
 
 
 @pytest.mark.parametrize(
