@@ -1,10 +1,9 @@
 """A model, adapter or run folder, measured: `evaluate.run(...)`."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from internvl import evals, generate, handles, log
+from internvl import evals, handles
 from internvl.config import EvalConfig, UserError, load_recipe
 from internvl.handles import Chat
 
@@ -37,28 +36,10 @@ def run(
 
 def measure(chat: Chat, configs: dict[str, EvalConfig], to: Path) -> dict[str, float]:
     """Runs evaluations on a loaded model; writes `to`/result.json and the answers beside it."""
-
-    def answer(requests: Sequence[generate.Request], spec: EvalConfig) -> list[str]:
-        with log.Progress("answers", total=len(requests)) as progress:
-            return generate.answers(
-                chat.model,
-                chat.encoder,
-                chat.tiles,
-                requests,
-                generate.Settings(max_new_tokens=spec.max_new_tokens),
-                batch_size=spec.batch_size,
-                progress=progress.update,
-            )
-
-    return evals.run_all(configs, answer, to)
+    return evals.run_all(configs, chat.model, chat.encoder, chat.tiles, to)
 
 
 def render(metrics: dict[str, float]) -> str:
     """A table of metrics, one line each."""
     width = max(map(len, metrics), default=0)
     return "\n".join(f"{name:{width}}  {value:8.4f}" for name, value in metrics.items())
-
-
-def to_json(metrics: dict[str, float]) -> str:
-    """The metrics as one JSON object."""
-    return json.dumps(metrics, indent=1)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from internvl import dist
-from internvl.config import ComputeConfig, DataConfig
+from internvl.config import ComputeConfig, DataConfig, UserError
 from internvl.data.records import PackedBatch
 from internvl.models import attention
 
@@ -37,10 +37,10 @@ def place(model: nn.Module, device: torch.device, dtype: str) -> nn.Module:
     """The model on its device: trained weights in float32, frozen ones in the compute type.
 
     Raises:
-        ValueError: several ranks; sharding is not built yet.
+        UserError: several ranks; sharding is not built yet.
     """
     if dist.world_size() > 1:
-        raise ValueError("training on several ranks is not built yet; start one process")
+        raise UserError("training on several ranks is not built yet; start one process")
     for parameter in model.parameters():
         kind = torch.float32 if parameter.requires_grad else DTYPES[dtype]
         if parameter.is_floating_point():

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from internvl import checkpoint, config, dist, evals, generate, handles, log, optim, parallel
+from internvl import checkpoint, config, dist, evals, handles, log, optim, parallel
 from internvl.config import Recipe, UserError
 from internvl.data import loader
 from internvl.data.chat import ChatEncoder
@@ -259,25 +259,15 @@ def evaluate(now: Run) -> None:
     if not specs:
         return
     now.model.eval()
-
-    def answer(requests: Sequence[generate.Request], spec: config.EvalConfig) -> list[str]:
-        settings = generate.Settings(max_new_tokens=spec.max_new_tokens)
-        with (
-            parallel.autocast(now.device, now.recipe.dtype),
-            parallel.uncompiled(),
-            log.Progress("answers", total=len(requests)) as progress,
-        ):
-            return generate.answers(
-                now.model,
-                now.encoder,
-                now.recipe.data.tiles,
-                requests,
-                settings,
-                batch_size=spec.batch_size,
-                progress=progress.update,
-            )
-
-    evals.run_all(specs, answer, now.folder / "evals", now.step)
+    with parallel.autocast(now.device, now.recipe.dtype), parallel.uncompiled():
+        evals.run_all(
+            specs,
+            now.model,
+            now.encoder,
+            now.recipe.data.tiles,
+            now.folder / "evals",
+            now.step,
+        )
 
 
 def take_bad(now: Run, step: loader.Step) -> None:

@@ -1,16 +1,15 @@
 """What is measured: an evaluator states data, prompt and metric."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from internvl.config import EvalConfig
+from internvl.config import EvalConfig, TilesConfig
+from internvl.data.chat import ChatEncoder
 from internvl.evals import caption
-from internvl.generate import Request
-from internvl.log import get_logger
-
-Answer = Callable[[Sequence[Request], EvalConfig], list[str]]
-"""Generates one answer per request, with the settings of an evaluation."""
+from internvl.generate import Request, Settings, answers
+from internvl.log import Progress, get_logger
 
 EVALS = {"caption": caption.Caption}
 
@@ -21,7 +20,12 @@ def measured(folder: Path, step: int) -> set[str]:
 
 
 def run_all(
-    configs: Mapping[str, EvalConfig], answer: Answer, folder: Path, step: int | None = None
+    configs: Mapping[str, EvalConfig],
+    model: Any,
+    encoder: ChatEncoder,
+    tiles: TilesConfig,
+    folder: Path,
+    step: int | None = None,
 ) -> dict[str, float]:
     """Runs every evaluation; adds each to STEP.json (metric -> value) and writes its answers.
 
@@ -29,15 +33,29 @@ def run_all(
 
     Returns the metrics of this call, named "evaluation/metric".
     """
+
+    def answer(requests: Sequence[Request], spec: EvalConfig) -> list[str]:
+        settings = Settings(max_new_tokens=spec.max_new_tokens)
+        with Progress("answers", total=len(requests)) as progress:
+            return answers(
+                model,
+                encoder,
+                tiles,
+                requests,
+                settings,
+                batch_size=spec.batch_size,
+                progress=progress.update,
+            )
+
     path = _file(folder, step)
     found: dict[str, float] = {}
     for name, config in configs.items():
         scores = EVALS[config.type](config).run(answer)
         found |= {f"{name}/{metric}": value for metric, value in scores.values.items()}
         rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scores.rows)
-        answers = path.with_suffix("") / f"{name}.jsonl"
-        answers.parent.mkdir(parents=True, exist_ok=True)
-        answers.write_text(rows, encoding="utf-8")
+        listed = path.with_suffix("") / f"{name}.jsonl"
+        listed.parent.mkdir(parents=True, exist_ok=True)
+        listed.write_text(rows, encoding="utf-8")
         # One by one, and in one move: a run that is killed keeps what it has measured.
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps({**_read(path), **found}, indent=1), encoding="utf-8")

@@ -436,12 +436,12 @@ def tokens_per_tile(config: InternVLConfig, tile_size: int) -> int:
     """Visual tokens (K) that a tile of `tile_size` pixels a side becomes.
 
     Raises:
-        ValueError: the side is no multiple of the patch side over the downsampling ratio.
+        UserError: the side is no multiple of the patch side over the downsampling ratio.
     """
     patch = config.vision_config.patch_size[0]
     step = round(patch / config.downsample_ratio)
     if tile_size % step:
-        raise ValueError(
+        raise UserError(
             f"data.tiles.size = {tile_size} does not fit this model: a tile's side must be a "
             f"multiple of {step} pixels (patches of {patch}, downsampled by "
             f"{config.downsample_ratio})"
