@@ -148,6 +148,7 @@ def loader_rate(captions: Path, resize: str, workers: int) -> dict[str, float]:
         last=num_steps,
         global_batch=global_batch,
         total=len(order),
+        workers=data.workers,
     )
     next(steps)
     started = time.perf_counter()

@@ -94,6 +94,7 @@ def measure(path: Path, images: Path, workers: int) -> dict[str, float]:
             last=ahead[-1] + 1,
             global_batch=GLOBAL_BATCH,
             total=total,
+            workers=data.workers,
         )
         next(running)
         seconds = time.perf_counter() - started

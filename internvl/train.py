@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 
 from internvl import checkpoint, config, dist, evals, handles, log, optim, parallel
 from internvl.config import Recipe, UserError
 from internvl.data import loader
-from internvl.data.chat import ChatEncoder
 from internvl.data.order import SampleOrder
 from internvl.data.records import PackedBatch, Unit
 from internvl.data.sources import open_source, source_configs
@@ -44,17 +44,20 @@ class Run:
 
     recipe: Recipe
     device: torch.device
-    model: Any
-    encoder: ChatEncoder
+    chat: handles.Chat
     objective: Objective
     optimizer: torch.optim.Optimizer
     order: SampleOrder
-    reader: loader.UnitReader
+    reader: Dataset[loader.Read]
     num_steps: int
     row_lengths: tuple[int, ...] = ()
     """Lengths that rows are padded to; none where any length does."""
     step: int = 0
     num_bad: int = 0
+
+    @property
+    def model(self) -> vlm.ChatModel:
+        return self.chat.model
 
     @property
     def folder(self) -> Path:
@@ -77,21 +80,19 @@ def build(recipe: Recipe, chat: handles.Chat | None = None) -> Run:
         torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
     chat = handles.for_training(recipe) if chat is None else chat
-    encoder = chat.encoder
     files = [open_source(source) for source in source_configs(recipe.data)]
     order = SampleOrder(files, share_prefix=recipe.data.share_prefix, seed=recipe.seed)
-    objective = OBJECTIVES[recipe.objective.name](recipe.objective, recipe.data, encoder)
-    model = parallel.place(chat.model, device, recipe.dtype)
-    parallel.arrange(model, device, recipe.compute)
+    objective = OBJECTIVES[recipe.objective.name](recipe.objective, recipe.data, chat.encoder)
+    parallel.place(chat.model, device, recipe.dtype)
+    parallel.arrange(chat.model, device, recipe.compute)
     return Run(
         recipe=recipe,
         device=device,
-        model=model,
-        encoder=encoder,
+        chat=chat,
         objective=objective,
-        optimizer=optim.build(model, recipe.optim),
+        optimizer=optim.build(chat.model, recipe.optim),
         order=order,
-        reader=loader.UnitReader(files, recipe.data, objective.encode, seed=recipe.seed),
+        reader=objective.reader(files, recipe.seed),
         num_steps=recipe.num_steps(len(order)),
         row_lengths=parallel.row_lengths(recipe.compute, device, recipe.data),
     )
@@ -113,8 +114,11 @@ def train_step(run: Run, micro_batches: Sequence[PackedBatch]) -> dict[str, floa
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     run.model.train()
-    rows = parallel.on_device(micro_batches, run.device)
     with parallel.several_shapes():
+        with parallel.autocast(run.device, recipe.dtype):
+            rows = parallel.on_device(micro_batches, run.device)
+            objective.begin_step(run.model, rows, counts)
+        rows = parallel.on_device(micro_batches, run.device)
         sums = [_backward(run, row, counts) for row in rows]
     trainable = [p for p in run.model.parameters() if p.requires_grad]
     grad_norm = parallel.clip_gradients(trainable, recipe.optim.max_grad_norm)
@@ -263,7 +267,7 @@ def evaluate(now: Run) -> None:
         evals.run_all(
             specs,
             now.model,
-            now.encoder,
+            now.chat.encoder,
             now.recipe.data.tiles,
             now.folder / "evals",
             now.step,
@@ -314,6 +318,7 @@ def _steps(now: Run) -> Iterator[loader.Step]:
         last=now.num_steps,
         global_batch=now.recipe.global_batch,
         total=now.total_samples,
+        workers=now.recipe.data.workers,
         rank=dist.rank(),
         world_size=dist.world_size(),
     )

@@ -68,6 +68,7 @@ def run(folder, *, ranks=1, workers=0, share=True, first=0, last=9, total=56, gl
             last=last,
             global_batch=global_batch,
             total=total,
+            workers=workers,
             rank=rank,
             world_size=ranks,
         ):

@@ -217,6 +217,26 @@ def _gradient(run, batches):
     return numbers["loss"], kept["gradient"] * max(1.0, norm / run.recipe.optim.max_grad_norm)
 
 
+def test_an_objective_sees_the_whole_step_before_its_first_row(project, tmp_path):
+    run = train.build(recipe_of(project, tmp_path, "data.max_tokens=64", "data.share_prefix=false"))
+    seen = []
+
+    class Whole(type(run.objective)):
+        def begin_step(self, model, batches, counts):
+            seen.append(([batch.names for batch in batches], dict(counts)))
+
+        def __call__(self, model, batch):
+            seen.append(batch.names)
+            return super().__call__(model, batch)
+
+    run.objective.__class__ = Whole
+    step = next(train._steps(run))
+    train.train_step(run, step.batches)
+    names = [batch.names for batch in step.batches]
+    supervised = sum(len(batch.targets) for batch in step.batches)
+    assert seen == [(names, {"sft": supervised}), *names]
+
+
 @pytest.mark.parametrize(
     ("settings", "remedy"),
     [

@@ -132,22 +132,26 @@ class UnitReader(Dataset[Read]):
 
 def steps(
     order: SampleOrder,
-    reader: UnitReader,
+    reader: Dataset[Read],
     pack: Callable[[Sequence[Unit]], list[PackedBatch]],
     *,
     first: int,
     last: int,
     global_batch: int,
     total: int,
+    workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Step]:
-    """Steps `first` … `last` - 1 of a run over `total` samples; rank r takes every r-th unit."""
+    """Steps `first` … `last` - 1 of a run over `total` samples; rank r takes every r-th unit.
+
+    Args:
+        workers: processes that read ahead; 0 reads in this one.
+    """
 
     def refs_of(index: int) -> list[UnitRef]:
         return order.step(index, global_batch, total)[rank::world_size]
 
-    workers = reader.config.workers
     loader = DataLoader(
         reader,
         sampler=(ref for index in range(first, last) for ref in refs_of(index)),

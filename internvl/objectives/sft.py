@@ -1,6 +1,6 @@
 """Supervised fine-tuning: next-token loss on the answers of packed rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,8 +9,10 @@ from torch import Tensor
 from internvl.config import DataConfig, ObjectiveConfig
 from internvl.data.chat import ChatEncoder
 from internvl.data.images import STATISTICS
+from internvl.data.loader import UnitReader
 from internvl.data.packing import make_units, pack
 from internvl.data.records import BadSample, PackedBatch, Sample, Tiles, Unit
+from internvl.data.sources import Source
 from internvl.models.attention import packed_mask
 from internvl.models.vlm import Supervision, normalize_tiles
 
@@ -26,6 +28,9 @@ class Sft:
         self.data = data
         self.encoder = encoder
         self.weights = {"sft": 1.0}
+
+    def reader(self, files: Sequence[Source], seed: int) -> UnitReader:
+        return UnitReader(files, self.data, self.encode, seed=seed)
 
     def encode(self, samples: Sequence[Sample], tiles: Tiles | None) -> list[Unit | BadSample]:
         per_image = () if tiles is None else tiles.per_image
@@ -60,6 +65,11 @@ class Sft:
 
     def counts(self, batch: PackedBatch) -> dict[str, float]:
         return {"sft": float(batch.loss_weights.sum())}
+
+    def begin_step(
+        self, model: Any, batches: Iterator[PackedBatch], counts: Mapping[str, float]
+    ) -> None:
+        """Nothing: a row's loss needs no other row."""
 
     def __call__(self, model: Any, batch: PackedBatch) -> dict[str, Tensor]:
         pixels = batch.pixel_values
