@@ -1,13 +1,12 @@
 """Pillow's bicubic resize of RGB, bit for bit, compiled with numba where that is installed.
 
 Pillow rounds to a byte between its two passes and keeps 22 bits of each weight, so a resize is a
-few integer sums; here they run over 64 rows at once, and the result is written straight into its
-tiles. Original: Pillow's `src/libImaging/Resample.c`.
+few integer sums; here they run over a whole row at once, and the result is written straight into
+its tiles. Original: Pillow's `src/libImaging/Resample.c`.
 """
 
 import importlib
 import itertools
-import math
 from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
@@ -16,11 +15,10 @@ import numpy as np
 from PIL import Image
 
 _BITS = 22  # of a weight, behind the point
-_LANES = 64  # rows of the picture that are summed side by side
 _LEAST_PIXELS = 1 << 16  # smaller pictures take Pillow no time worth saving
 _PATIENCE = 100  # resizes by Pillow before this process compiles, which takes about two seconds
 
-Weights = tuple[np.ndarray, np.ndarray, np.ndarray]
+Weights = tuple[np.ndarray, np.ndarray]
 Resize = Callable[[np.ndarray, np.ndarray], None]
 
 
@@ -78,17 +76,20 @@ class _Resize:
         self.down(middle, *_weights(height, to_height), tiles)
 
     def _height_only(self, picture: np.ndarray, to_height: int) -> np.ndarray:
-        """uint8 (to_height, W, 3): the pass down alone, as across the turned picture."""
+        """uint8 (to_height, W, 3): the pass down alone, of rows as they lie."""
         height, width, _ = picture.shape
-        turned = np.ascontiguousarray(picture.transpose(1, 0, 2))
-        planes = np.empty((3, width, to_height), dtype=np.uint8)
-        self.across(turned, *_weights(height, to_height), planes)
-        return np.ascontiguousarray(planes.transpose(2, 1, 0))
+        done = np.empty((to_height, width, 3), dtype=np.uint8)
+        tile = done.reshape(1, 1, 1, to_height, width * 3)
+        self.down(picture.reshape(1, height, width * 3), *_weights(height, to_height), tile)
+        return done
 
 
 @lru_cache(maxsize=4096)
 def _weights(size: int, to_size: int) -> Weights:
-    """First source pixel, number of pixels, and int32 weights (to_size, taps) of every target."""
+    """Of every target the first source pixel, uint64, and int32 weights (taps, to_size).
+
+    Taps are a multiple of four; those that a target does not need weigh nothing.
+    """
     scale = size / to_size
     stretch = max(scale, 1.0)
     support = 2.0 * stretch
@@ -96,7 +97,7 @@ def _weights(size: int, to_size: int) -> Weights:
     # Pillow truncates towards zero, then clips.
     first = np.maximum((center - support + 0.5).astype(np.int64), 0)
     count = np.minimum((center + support + 0.5).astype(np.int64), size) - first
-    tap = np.arange(math.ceil(support) * 2 + 1)
+    tap = np.arange(-(-count.max() // 4) * 4)
     distance = (tap + first[:, None] - center[:, None] + 0.5) * (1.0 / stretch)
     weight = np.where(tap < count[:, None], _bicubic(np.abs(distance)), 0.0)
     total = np.zeros(to_size)
@@ -105,7 +106,7 @@ def _weights(size: int, to_size: int) -> Weights:
     weight = weight / total[:, None]
     half = np.where(weight < 0, -0.5, 0.5)
     fixed = np.trunc(half + weight * (1 << _BITS)).astype(np.int32)
-    return first.astype(np.int32), count.astype(np.int32), fixed
+    return first.astype(np.uint64), np.ascontiguousarray(fixed.T)
 
 
 def _bicubic(x: np.ndarray) -> np.ndarray:
@@ -115,55 +116,71 @@ def _bicubic(x: np.ndarray) -> np.ndarray:
     return np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
 
 
-def _across(
-    picture: np.ndarray, first: np.ndarray, count: np.ndarray, weight: np.ndarray, out: np.ndarray
-) -> None:
-    """uint8 (H, W, 3) -> (3, H, to_width). Compiled; 64 rows are turned so that sums vectorize."""
+def _across(picture: np.ndarray, first: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:
+    """uint8 (H, W, 3) -> (3, H, to_width). Compiled.
+
+    Each pixel is packed with the three to its right, so a target reads four of them at once.
+    """
     height, width, _ = picture.shape
-    to_width = out.shape[2]
-    turned = np.empty((width * 3, _LANES), np.int32)
-    sums = np.empty(_LANES, np.int32)
-    done = np.empty((to_width, _LANES), np.uint8)
-    for top in range(0, height, _LANES):
-        lanes = min(_LANES, height - top)
-        for lane in range(lanes):
-            row = picture[top + lane].reshape(-1)
-            for x in range(width * 3):
-                turned[x, lane] = row[x]
+    taps, to_width = weight.shape
+    row = np.zeros((width + taps) * 3, np.uint8)  # black to the right: weighted with zero
+    packed = np.empty((width + taps) * 3 - 9, np.uint32)
+    sums = np.empty(to_width, np.int32)
+    read = np.empty(to_width, np.uint32)
+    for y in range(height):
+        row[: width * 3] = picture[y].reshape(-1)
+        for i in range(len(packed)):
+            low = np.uint32(row[i]) | (np.uint32(row[i + 3]) << np.uint32(8))
+            high = np.uint32(row[i + 6]) | (np.uint32(row[i + 9]) << np.uint32(8))
+            packed[i] = low | (high << np.uint32(16))
         for channel in range(3):
-            for x in range(to_width):
-                for lane in range(_LANES):
-                    sums[lane] = np.int32(1 << (_BITS - 1))
-                for tap in range(count[x]):
-                    w = weight[x, tap]
-                    source = (first[x] + tap) * 3 + channel
-                    for lane in range(_LANES):
-                        sums[lane] += turned[source, lane] * w
-                for lane in range(_LANES):
-                    done[x, lane] = min(max(sums[lane] >> _BITS, 0), 255)
-            for lane in range(lanes):
-                target = out[channel, top + lane]
+            for tap in range(0, taps, 4):
+                offset = np.uint64(3 * tap + channel)
                 for x in range(to_width):
-                    target[x] = done[x, lane]
+                    read[x] = packed[first[x] * np.uint64(3) + offset]
+                w0, w1, w2, w3 = weight[tap], weight[tap + 1], weight[tap + 2], weight[tap + 3]
+                for x in range(to_width):
+                    four = read[x]
+                    start = np.int32(1 << (_BITS - 1)) if tap == 0 else sums[x]
+                    sums[x] = (
+                        start
+                        + np.int32(four & np.uint32(255)) * w0[x]
+                        + np.int32((four >> np.uint32(8)) & np.uint32(255)) * w1[x]
+                        + np.int32((four >> np.uint32(16)) & np.uint32(255)) * w2[x]
+                        + np.int32(four >> np.uint32(24)) * w3[x]
+                    )
+            target = out[channel, y]
+            for x in range(to_width):
+                target[x] = np.uint8(min(max(sums[x] >> np.int32(_BITS), 0), 255))
 
 
-def _down(
-    planes: np.ndarray, first: np.ndarray, count: np.ndarray, weight: np.ndarray, tiles: np.ndarray
-) -> None:
-    """uint8 (3, H, columns S) -> (rows, columns, 3, S, S). Compiled."""
-    width = planes.shape[2]
-    columns, size = tiles.shape[1], tiles.shape[3]
+def _down(planes: np.ndarray, first: np.ndarray, weight: np.ndarray, tiles: np.ndarray) -> None:
+    """uint8 (C, H, columns W) -> (rows, columns, C, H', W). Compiled."""
+    channels, height, width = planes.shape
+    _, columns, _, tall, wide = tiles.shape
+    last = np.uint64(height - 1)
     sums = np.empty(width, np.int32)
-    for channel in range(3):
-        for y in range(weight.shape[0]):
-            for x in range(width):
-                sums[x] = np.int32(1 << (_BITS - 1))
-            for tap in range(count[y]):
-                w = weight[y, tap]
-                row = planes[channel, first[y] + tap]
+    for channel in range(channels):
+        plane = planes[channel]
+        for y in range(weight.shape[1]):
+            for tap in range(0, weight.shape[0], 4):
+                top = first[y] + np.uint64(tap)  # past the last row the weight is zero
+                r0, r1 = plane[min(top, last)], plane[min(top + np.uint64(1), last)]
+                r2 = plane[min(top + np.uint64(2), last)]
+                r3 = plane[min(top + np.uint64(3), last)]
+                w0, w1 = weight[tap, y], weight[tap + 1, y]
+                w2, w3 = weight[tap + 2, y], weight[tap + 3, y]
                 for x in range(width):
-                    sums[x] += np.int32(row[x]) * w
+                    start = np.int32(1 << (_BITS - 1)) if tap == 0 else sums[x]
+                    sums[x] = (
+                        start
+                        + np.int32(r0[x]) * w0
+                        + np.int32(r1[x]) * w1
+                        + np.int32(r2[x]) * w2
+                        + np.int32(r3[x]) * w3
+                    )
             for column in range(columns):
-                target = tiles[y // size, column, channel, y % size]
-                for x in range(size):
-                    target[x] = min(max(sums[column * size + x] >> _BITS, 0), 255)
+                part = sums[column * wide : (column + 1) * wide]
+                target = tiles[y // tall, column, channel, y % tall]
+                for x in range(wide):
+                    target[x] = np.uint8(min(max(part[x] >> np.int32(_BITS), 0), 255))
