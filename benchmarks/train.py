@@ -17,6 +17,7 @@ import os
 import statistics
 import subprocess
 import tempfile
+import threading
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -86,15 +87,16 @@ def measure(name: str, row: Row, options: argparse.Namespace, ceiling: float) ->
         metrics = log.StepLog(Path(folder) / "run", "metrics.jsonl")
         board = log.TensorBoard(Path(folder) / "run" / "tensorboard")
         ends, rows, compiled = [], [], 0
-        for numbers in train.updates(now):
-            metrics.append({"step": now.step, **numbers})
-            board.scalars(now.step, numbers)
-            rows.append(numbers)
-            ends.append(time.perf_counter())
-            if now.step == WARMUP:
-                compiled = counters["stats"]["unique_graphs"]
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
+        with Clocks() as clocks:
+            for numbers in train.updates(now):
+                metrics.append({"step": now.step, **numbers})
+                board.scalars(now.step, numbers)
+                rows.append(numbers)
+                ends.append(time.perf_counter())
+                if now.step == WARMUP:
+                    compiled = counters["stats"]["unique_graphs"]
+                    if device.type == "cuda":
+                        torch.cuda.reset_peak_memory_stats()
         recompiled = counters["stats"]["unique_graphs"] - compiled
         if options.profile:
             profile(now, device)
@@ -104,7 +106,42 @@ def measure(name: str, row: Row, options: argparse.Namespace, ceiling: float) ->
         "built_s": round(built_s, 1),
         "graphs": compiled,
         "recompiled_after_warmup": recompiled,
+        **clocks.between(ends[WARMUP - 1], ends[-1]),
     }
+
+
+class Clocks:
+    """The GPU's clock and power five times a second: a long run is slower than a short product."""
+
+    def __enter__(self) -> "Clocks":
+        self.samples: list[tuple[float, float, float]] = []
+        words = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]
+        try:
+            self.process = subprocess.Popen([*words, "-lms", "200"], stdout=subprocess.PIPE)
+        except FileNotFoundError:
+            self.process = None
+            return self
+        self.thread = threading.Thread(target=self._read, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.process is not None:
+            self.process.terminate()
+            self.thread.join()
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            clock, power = map(float, line.decode().split(","))
+            self.samples.append((time.perf_counter(), clock, power))
+
+    def between(self, first: float, last: float) -> dict[str, float]:
+        """Means of the samples between two times of `time.perf_counter`."""
+        chosen = [sample for sample in self.samples if first <= sample[0] <= last]
+        if not chosen:
+            return {}
+        _, clocks, powers = zip(*chosen, strict=True)
+        return {"sm_mhz": round(statistics.mean(clocks)), "watt": round(statistics.mean(powers))}
 
 
 def build(row: Row, folder: Path, device: torch.device, options: argparse.Namespace) -> train.Run:
@@ -200,10 +237,13 @@ def profile(now: train.Run, device: torch.device) -> None:
     if device.type != "cuda":
         return
     rows = [parallel.pin(row) for row in rows]
-    for _ in range(4):
-        started = time.perf_counter()
-        train.train_step(now, rows)
-        wall_s = time.perf_counter() - started
+    walls, started = [], time.perf_counter()
+    with Clocks() as clocks:
+        for _ in range(30):  # long enough for the clocks to settle where they stay
+            before = time.perf_counter()
+            train.train_step(now, rows)
+            walls.append(time.perf_counter() - before)
+    settled = clocks.between(started + sum(walls) / 2, time.perf_counter())
     kinds = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=kinds) as found:
         train.train_step(now, rows)
@@ -211,7 +251,10 @@ def profile(now: train.Run, device: torch.device) -> None:
     events = [event for event in found.key_averages() if event.device_type == on_device]
     busy_s = sum(event.self_device_time_total for event in events) / 1e6
     lengths = [len(row.document) for row in rows]
-    print(f"profile: rows of {lengths} tokens, step {wall_s:.3f} s, kernels {busy_s:.3f} s")
+    print(
+        f"profile: rows of {lengths} tokens, step {walls[3]:.3f} s at first, "
+        f"{statistics.median(walls[15:]):.3f} s later {settled}, kernels {busy_s:.3f} s"
+    )
     for event in sorted(events, key=lambda e: -e.self_device_time_total)[:40]:
         ms = event.self_device_time_total / 1e3
         print(f"{ms / busy_s / 1e3:6.1%} {ms:9.2f} ms {event.count:6d} {event.key[:110]}")
