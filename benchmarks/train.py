@@ -206,7 +206,7 @@ def report(
         "ceiling_share": round(statistics.median(shares), 4),
         "ceiling_tflops": round(ceiling, 1),
         "step_s": round(statistics.median(seconds), 4),
-        "first_step_s": round(rows[0]["step_s"], 1),
+        "first_step_s": round(now.warmup_s + rows[0]["step_s"], 1),
         "data_wait_share": round(sum(r["data_wait_s"] for r in measured) / sum(seconds), 4),
         "peak_gib": round(rows[-1]["memory_gib"], 2),
         "samples_per_step": work[0].samples,

@@ -204,6 +204,9 @@ class ObjectiveConfig:
     """sft: next-token loss on the answers."""
     weighting: Literal["token", "sample", "square"] = "token"
     """Weight of a supervised token in a sample of n: 1, 1 / n or 1 / sqrt(n)."""
+    loss_normalization: Literal["global", "micro_batch"] = "global"
+    """global: the mean over all supervised tokens of a step, however it is cut; micro_batch: the
+    mean of each row's own mean, as the original, which then depends on how samples pack."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -167,6 +167,17 @@ def several_shapes() -> AbstractContextManager[None]:
     return torch._dynamo.config.patch(recompile_limit=64)
 
 
+def same_random_numbers(device: torch.device) -> AbstractContextManager[None]:
+    """What is drawn inside is not missed afterwards: the generators' states come back."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+def wait(device: torch.device) -> None:
+    """Until a GPU has done what it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def uncompiled() -> AbstractContextManager[None]:
     """Compiled blocks run as they are written: generation has a new shape for every token."""
     return torch.compiler.set_stance("force_eager")

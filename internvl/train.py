@@ -54,6 +54,8 @@ class Run:
     """Lengths that rows are padded to; none where any length does."""
     step: int = 0
     num_bad: int = 0
+    warmup_s: float = 0.0
+    """What compiling before the first step took."""
 
     @property
     def model(self) -> vlm.ChatModel:
@@ -146,7 +148,9 @@ def _backward(run: Run, batch: PackedBatch, counts: dict[str, float]) -> torch.T
         with parallel.autocast(run.device, run.recipe.dtype):
             sums = run.objective(run.model, batch)
         weights = run.objective.weights
-        torch.stack([weights[name] * sums[name] / counts[name] for name in counts]).sum().backward()
+        loss = torch.stack([weights[name] * sums[name] / counts[name] for name in counts]).sum()
+        if loss.requires_grad:  # a row without pictures has nothing to teach the projector
+            loss.backward()
     except torch.OutOfMemoryError as error:
         raise RunError(
             f"out of GPU memory in step {run.step + 1}, in a row of {batch.num_samples} samples, "
@@ -187,11 +191,30 @@ def _relief(recipe: Recipe) -> str:
     return f"Set data.max_tokens={sample // 2} (in a new run, since it cuts samples)"
 
 
+def warm_up(now: Run) -> None:
+    """Compiles for every shape a row may have, forward and backward, and leaves no other trace:
+    gradients are dropped and random numbers come as if nothing had been drawn."""
+    started = time.perf_counter()
+    batches = now.objective.warmup_batches(now.row_lengths)
+    now.model.train()
+    with parallel.same_random_numbers(now.device), parallel.several_shapes():
+        for batch in parallel.on_device(batches, now.device):
+            _backward(now, batch, now.objective.counts(batch))
+            now.optimizer.zero_grad(set_to_none=True)
+    parallel.wait(now.device)
+    now.warmup_s = time.perf_counter() - started
+    if batches:
+        lengths = ", ".join(f"{length:,}" for length in now.row_lengths)
+        said = "compiled for rows of %s tokens in %.1f s"
+        log.get_logger().info(said, lengths, now.warmup_s)
+
+
 def updates(now: Run) -> Iterator[dict[str, float]]:
     """Takes the steps that are left; after each, what it measured.
 
-    The rows of the next step are read and packed meanwhile.
+    What is compiled is so before the first; the rows of the next one are read meanwhile.
     """
+    warm_up(now)
     for step, wait_s in parallel.ahead(_steps(now)):
         started = time.perf_counter()
         take_bad(now, step)

@@ -39,6 +39,16 @@ def test_sft_counts_weights(weighting, count):
     assert sft.weights.keys() == {"sft"}
 
 
+def test_made_up_rows_have_every_shape_and_are_as_real_ones():
+    rows = objective().warmup_batches((2, 16, 64))
+    shapes = [(len(row.document), row.num_tiles) for row in rows]
+    assert shapes == [(2, 0), (16, 0), (16, 1), (64, 0), (64, 1), (64, 2)]
+    for row in rows:
+        assert int((row.input_ids == CONTEXT).sum()) == K * row.num_tiles
+        assert objective().counts(row) == {"sft": 1.0}
+    assert objective().warmup_batches(()) == []
+
+
 def test_placeholders_are_counted_before_the_model_sees_them():
     with pytest.raises(AssertionError, match="a.jsonl line 3.*7 placeholders, 8 visual tokens"):
         objective().batches(units(2 * K - 1))

@@ -9,13 +9,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_run
 import torch
+import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch._dynamo.utils import counters
 
-from internvl import config, export, handles, log, train
-from internvl.data.records import BadSample
+from internvl import config, export, handles, log, parallel, train
+from internvl.data.records import IGNORE, BadSample, Example, Unit
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +202,31 @@ def test_accumulation_gives_the_same_gradient(project, tmp_path):
         assert torch.allclose(gradient, found[0][2], rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.parametrize("weighting", ["token", "square"])
+def test_micro_batch_normalization_is_the_mean_of_row_means(project, tmp_path, weighting):
+    """Against transformers' own forward on every row, without packing."""
+    settings = ["data.max_tokens=64", "data.share_prefix=false", f"objective.weighting={weighting}"]
+    found = {}
+    for kind in ("global", "micro_batch"):
+        run = train.build(
+            recipe_of(project, tmp_path, *settings, f"objective.loss_normalization={kind}")
+        )
+        step = next(train._steps(run))
+        found[kind] = _gradient(run, step.batches)
+    assert len({len(row.targets) for row in step.batches}) > 1
+    assert not torch.allclose(found["global"][1], found["micro_batch"][1], rtol=1e-3)
+    means = []
+    for row in step.batches:
+        pixels = run.objective._normalized(row.pixel_values)
+        logits = run.model(input_ids=row.input_ids, pixel_values=pixels).logits[0]
+        means.append(F.cross_entropy(logits[row.loss_positions], row.targets))
+    torch.stack(means).mean().backward()
+    wanted = torch.cat([p.grad.flatten() for p in run.model.parameters() if p.requires_grad])
+    loss, gradient = found["micro_batch"]
+    assert loss == pytest.approx(float(torch.stack(means).mean().detach()), rel=1e-5)
+    assert torch.allclose(gradient, wanted, rtol=1e-4, atol=2e-6)
+
+
 def _gradient(run, batches):
     """Loss and flat gradient of a step, read before the optimizer clears it."""
     kept = {}
@@ -274,6 +302,54 @@ def test_a_loss_that_is_no_number_stops_and_names_its_samples(project, tmp_path)
     with pytest.raises(train.RunError) as caught:
         train.train_step(run, step.batches)
     assert f"the loss of step 1 is not a finite number, in a row of {bad[0]}. " in str(caught.value)
+
+
+def made_up(run, num_tiles, num_words):
+    """A sample of any size, as the reader would give it."""
+    encoder = run.chat.encoder
+    ids = np.array([encoder.context_id] * (num_tiles * encoder.tokens_per_tile) + [20] * num_words)
+    labels = np.where(np.arange(len(ids)) >= len(ids) - 2, ids, IGNORE)
+    tiles = torch.zeros(num_tiles, 3, 64, 64, dtype=torch.uint8) if num_tiles else None
+    return Unit((Example("made up", ids, labels),), 0, tiles)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize(
+    "trained", ["model.train=[multi_modal_projector]", "model.train=[language_model]"]
+)
+def test_nothing_is_compiled_after_the_warm_up(project, tmp_path, trained):
+    torch._dynamo.reset()
+    counters.clear()
+    settings = ["compute.compile=true", "model.lora={rank: 4}", trained]
+    if "language" in trained:
+        settings[1] = "compute.checkpointing=selective"
+    run = train.build(recipe_of(project, tmp_path, *settings))
+    assert run.row_lengths == (128, 256)
+    weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    drawn = torch.get_rng_state()
+    train.warm_up(run)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert not run.optimizer.state
+    assert all(parameter.grad is None for parameter in run.model.parameters())
+    for name, tensor in run.model.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+    compiled = counters["stats"]["unique_graphs"]
+    assert 4 <= compiled <= 2 * len(run.row_lengths) + 2
+    sizes = [(tiles, words) for tiles in (0, 1, 2, 3, 7) for words in (5, 60, 120)]
+    for tiles, words in sizes:
+        (row,) = run.objective.batches([made_up(run, tiles, words)])
+        train.train_step(run, [parallel.pad(row, run.row_lengths)])
+    rows = run.objective.batches([made_up(run, *size) for size in sizes])
+    train.train_step(run, [parallel.pad(row, run.row_lengths) for row in rows])
+    assert counters["stats"]["unique_graphs"] == compiled
+
+
+def test_a_row_that_teaches_nothing_is_no_error(project, tmp_path):
+    """Only the projector learns, and a row has no picture."""
+    run = train.build(recipe_of(project, tmp_path, "model.train=[multi_modal_projector]"))
+    rows = [*run.objective.batches([made_up(run, 0, 9)]), *next(train._steps(run)).batches]
+    assert train.train_step(run, rows)["grad_norm"] > 0
 
 
 def test_the_loop_reads_in_ten_minutes():

@@ -34,6 +34,14 @@ class Objective(Protocol):
         """The micro-batches of one step."""
         ...
 
+    def warmup_batches(self, lengths: Sequence[int]) -> list[PackedBatch]:
+        """Made-up batches that together have every shape for which blocks are compiled.
+
+        Args:
+            lengths: that rows are padded to.
+        """
+        ...
+
     def counts(self, batch: PackedBatch) -> dict[str, float]:
         """What each term is averaged over, on CPU."""
         ...

@@ -1,8 +1,10 @@
 """Supervised fine-tuning: next-token loss on the answers of packed rows."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,14 +13,23 @@ from internvl.data.chat import ChatEncoder
 from internvl.data.images import STATISTICS
 from internvl.data.loader import UnitReader
 from internvl.data.packing import make_units, pack
-from internvl.data.records import BadSample, PackedBatch, Sample, Tiles, Unit
+from internvl.data.records import (
+    IGNORE,
+    BadSample,
+    Example,
+    PackedBatch,
+    Sample,
+    Tiles,
+    Unit,
+)
 from internvl.data.sources import Source
 from internvl.models.attention import packed_mask
 from internvl.models.vlm import Supervision, normalize_tiles
 
 
 class Sft:
-    """One term, `sft`, averaged over supervised tokens (weighted as the recipe says).
+    """One term, `sft`, averaged over supervised tokens (weighted as the recipe says), or with
+    `loss_normalization: micro_batch` over rows, whose weights then sum to one.
 
     Original: `InternVLChatModel.forward` with `loss_weight`, `dataset_packed.py`.
     """
@@ -55,6 +66,8 @@ class Sft:
         )
         for row in rows:
             self._count_placeholders(row)
+        if self.config.loss_normalization == "micro_batch":
+            return [replace(row, loss_weights=_sums_to_one(row.loss_weights)) for row in rows]
         return rows
 
     def _count_placeholders(self, row: PackedBatch) -> None:
@@ -62,6 +75,29 @@ class Sft:
         wanted = row.num_tiles * self.encoder.tokens_per_tile
         # Only the encoder writes placeholders, so no data can cause this.
         assert found == wanted, f"{row.names}: {found} placeholders, {wanted} visual tokens"
+
+    def warmup_batches(self, lengths: Sequence[int]) -> list[PackedBatch]:
+        """For every length a row without tiles and one with a tile, for the longest one with two.
+
+        A compiled tower tells one tile from many; a row without tiles may start without gradient.
+        """
+        longest = max(lengths, default=0)
+        wanted = [(length, tiles) for length in lengths for tiles in (0, 1)] + [(longest, 2)]
+        per_tile = self.encoder.tokens_per_tile
+        return [
+            self._made_up(length, tiles) for length, tiles in wanted if tiles * per_tile < length
+        ]
+
+    def _made_up(self, length: int, num_tiles: int) -> PackedBatch:
+        ids = np.zeros(length, dtype=np.int64)
+        ids[: num_tiles * self.encoder.tokens_per_tile] = self.encoder.context_id
+        labels = np.full(length, IGNORE, dtype=np.int64)
+        labels[-1] = 0
+        side = self.data.tiles.size
+        tiles = torch.zeros(num_tiles, 3, side, side, dtype=torch.uint8) if num_tiles else None
+        example = Example(f"made-up row of {length} tokens", ids, labels)
+        (row,) = pack([Unit((example,), 0, tiles)], max_tokens=length, max_tiles=num_tiles)
+        return row
 
     def counts(self, batch: PackedBatch) -> dict[str, float]:
         return {"sft": float(batch.loss_weights.sum())}
@@ -86,3 +122,7 @@ class Sft:
 
     def _normalized(self, pixels: Tensor) -> Tensor:
         return normalize_tiles(pixels, torch.float32, *STATISTICS[self.data.normalize])
+
+
+def _sums_to_one(weights: Tensor) -> Tensor:
+    return weights / weights.sum()
