@@ -1,40 +1,133 @@
 """Parameter groups, AdamW, and the learning rate as a function of the step."""
 
 import math
+import re
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-from internvl.config import OptimConfig
+from internvl.config import LayerDecayConfig, OptimConfig, UserError
+from internvl.models import keys
+
+Layer = tuple[str, int]
+"""("vision" or "qllama", number from 0): what has one learning rate under layer decay."""
 
 
 def build(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the parameters that require gradients; matrices decay, vectors do not.
 
     With `decay_vectors` everything decays, as in the original (DeepSpeed sees one flat group).
+    The rate of a group is the schedule's times its `lr_scale`.
+
+    Raises:
+        UserError: `layer_decay` for another model than InternVL-14B.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trainable if p.ndim > 1 or config.decay_vectors]
-    others = [p for p in trainable if not (p.ndim > 1 or config.decay_vectors)]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+    scales = {} if config.layer_decay is None else layer_scales(model, config.layer_decay)
+    groups: dict[tuple[Any, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decays = _decays(parameter, config)
+        layer, scale = scales.get(name, (None, 1.0))
+        weight_decay = config.weight_decay if decays else 0.0
+        empty = {"params": [], "weight_decay": weight_decay, "lr_scale": scale}
+        groups.setdefault((layer, decays), empty)["params"].append(parameter)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
+        list(groups.values()), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
     )
 
 
-def lr_at(step: int, num_steps: int, config: OptimConfig) -> float:
-    """Learning rate of step `step` (from 0): linear warm-up, then cosine to the floor.
+def _decays(parameter: nn.Parameter, config: OptimConfig) -> bool:
+    if parameter.ndim == 0:
+        return config.decay_scalars or config.decay_vectors
+    return parameter.ndim > 1 or config.decay_vectors
 
-    Original: the cosine schedule of transformers, warm-up steps rounded up.
+
+def layer_scales(model: Any, config: LayerDecayConfig) -> dict[str, tuple[Layer, float]]:
+    """Layer and share of the learning rate of every parameter of an InternVL-14B, by its name."""
+    official = _official_names(model)
+    depths = {
+        "vision": model.config.vision_config.num_hidden_layers,
+        "qllama": model.config.text_config.num_hidden_layers,
+    }
+    rates = {"vision": config.vision, "qllama": config.qllama}
+    layers = {name: layer_of(official[name], depths) for name, _ in model.named_parameters()}
+    return {
+        name: (layer, lr_scale(layer[1], depths[layer[0]], rates[layer[0]]))
+        for name, layer in layers.items()
+    }
+
+
+def _official_names(model: Any) -> dict[str, str]:
+    """The official name of every parameter; an adapter has that of the weight it is on."""
+    if model.config.model_type != "internvl_14b":
+        raise UserError("optim.layer_decay is for InternVL-14B alone; remove it")
+    plain = {
+        name: re.sub(r"\.(base_layer|lora_[AB]\.default)\.", ".", name)
+        for name, _ in model.named_parameters()
+    }
+    theirs = {
+        name: group.official[0]
+        for group in keys.groups(model.config, dict.fromkeys(plain.values()))
+        for name in group.ours
+    }
+    return {name: theirs[base] for name, base in plain.items()}
+
+
+def layer_of(official: str, depths: Mapping[str, int]) -> Layer:
+    """The layer that the original counts a parameter to: 0 for what comes before the first block,
+    i + 1 for block i, depth + 2 for what comes after the last.
+
+    Original: `get_num_layer_for_vit_and_qllama` of `trainer_monkey_patch.py`.
+
+    Args:
+        official: name of the parameter in an official checkpoint.
+        depths: blocks of "vision" and of "qllama".
     """
-    warmup = math.ceil(config.warmup_ratio * num_steps)
+    tower = "vision" if official.startswith(("vision_model.", "clip_projector.")) else "qllama"
+    block = re.search(r"\.layers\.(\d+)\.", official)
+    if block is not None:
+        return tower, int(block[1]) + 1
+    first = ("vision_model.", "query_tokens", "logit_scale", "qllama.model.embed_tokens.")
+    return tower, 0 if official.startswith(first) else depths[tower] + 2
+
+
+def lr_scale(layer: int, depth: int, rate: float) -> float:
+    """Share of the learning rate of a layer in a tower of `depth` blocks, at most 1."""
+    return min(1.0, rate ** (depth + 1 - layer))
+
+
+def set_lr(
+    optimizer: torch.optim.Optimizer, step: int, num_steps: int, config: OptimConfig
+) -> float:
+    """Sets the learning rate of every group for step `step` (from 0); returns the largest layer's.
+
+    As shipped, the first update alone has the layers' own rates: from the second on DeepSpeed's
+    schedule sets one for all.
+    """
+    lr = lr_at(step, num_steps, config)
+    uniform = config.schedule == "as_shipped" and step > 0
+    for group in optimizer.param_groups:
+        group["lr"] = lr if uniform else lr * group.get("lr_scale", 1.0)
+    return lr
+
+
+def lr_at(step: int, num_steps: int, config: OptimConfig) -> float:
+    """Learning rate of step `step` (from 0), before a layer's share.
+
+    Original: the cosine schedule of transformers, warm-up steps rounded up; as shipped,
+    `WarmupDecayLR` of DeepSpeed 0.10 to 0.15.2, whose first update has the peak.
+    """
+    warmup = config.warmup_steps
+    if warmup is None:
+        warmup = math.ceil(config.warmup_ratio * num_steps)
+    if config.schedule == "as_shipped":
+        warmup = max(2, warmup)
+        if step <= warmup:
+            return config.lr * (math.log(step) / math.log(warmup) if step else 1.0)
+        return config.lr * max(0.0, (num_steps - step + 1) / max(1, num_steps - warmup))
     if step < warmup:
         return config.lr * step / warmup
     progress = (step - warmup) / max(1, num_steps - warmup)

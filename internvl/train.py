@@ -112,9 +112,7 @@ def train_step(run: Run, micro_batches: Sequence[PackedBatch]) -> dict[str, floa
     empty = [name for name, count in counts.items() if count == 0]
     if empty:
         raise RunError(f"step {run.step + 1} has nothing to train on for {', '.join(empty)}")
-    lr = optim.lr_at(run.step, run.num_steps, recipe.optim)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
+    lr = optim.set_lr(run.optimizer, run.step, run.num_steps, recipe.optim)
     run.model.train()
     with parallel.several_shapes():
         with parallel.autocast(run.device, recipe.dtype):

@@ -1,5 +1,9 @@
 """The schedule is the one of transformers; decay reaches what the recipe says."""
 
+import json
+import math
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -39,3 +43,79 @@ def test_decay_groups(decay_vectors, decayed):
     counts = {g["weight_decay"]: sum(p.numel() for p in g["params"]) for g in groups}
     assert counts[0.1] == decayed
     assert sum(counts.values()) == 16  # the frozen layer is in none
+
+
+DEPTHS = {"vision": 48, "qllama": 32}
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "scale"),
+    [
+        ("vision_model.embeddings.class_embedding", ("vision", 0), 0.9**49),
+        ("vision_model.encoder.layers.0.ls1", ("vision", 1), 0.9**48),
+        ("vision_model.encoder.layers.47.attn.qkv.weight", ("vision", 48), 0.9),
+        ("clip_projector.norm1_q.weight", ("vision", 50), 1.0),
+        ("query_tokens", ("qllama", 0), 0.9**33),
+        ("logit_scale", ("qllama", 0), 0.9**33),
+        ("qllama.model.embed_tokens.weight", ("qllama", 0), 0.9**33),
+        ("qllama.model.layers.0.cross_attn.k_proj.weight", ("qllama", 1), 0.9**32),
+        ("qllama.model.layers.31.mlp.up_proj.weight", ("qllama", 32), 0.9),
+        ("qllama.model.norm.weight", ("qllama", 34), 1.0),
+        ("qllama.lm_head.weight", ("qllama", 34), 1.0),
+        ("clip_projector2.cross_attn.q_bias", ("qllama", 34), 1.0),
+        ("itm_head.bias", ("qllama", 34), 1.0),
+        ("text_projection", ("qllama", 34), 1.0),
+    ],
+)
+def test_layers_of_the_full_size_model(name, layer, scale):
+    assert optim.layer_of(name, DEPTHS) == layer
+    assert optim.lr_scale(layer[1], DEPTHS[layer[0]], 0.9) == pytest.approx(scale, rel=1e-12)
+
+
+def golden_settings():
+    path = Path(__file__).parent / "golden/layer_decay/groups.json"
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("setting", list(golden_settings()))
+def test_layer_scales_equal_the_original(setting):
+    golden = golden_settings()[setting]
+    rates = {"vision": golden["VIT_LAYER_DECAY_RATE"], "qllama": golden["QLLAMA_LAYER_DECAY_RATE"]}
+    for name, (scale, lr, _, group) in golden["params"].items():
+        tower, number = optim.layer_of(name, {"vision": 3, "qllama": 4})
+        assert group.startswith(f"{tower.replace('vision', 'vit')}_layer_{number}_")
+        found = optim.lr_scale(number, {"vision": 3, "qllama": 4}[tower], rates[tower])
+        assert found == pytest.approx(scale, rel=1e-12)
+        assert found * golden["learning_rate"] == pytest.approx(lr, rel=1e-12)
+
+
+# Update (from 1) -> rate in units of the peak, of 1,420 updates with 100 of warm-up.
+AS_SHIPPED = {
+    1: 1.0,
+    2: 0.0,
+    3: 0.15051,
+    10: 0.47712,
+    50: 0.84510,
+    101: 1.0,
+    102: 1.0,
+    500: 0.69848,
+    1420: 0.0015152,
+}
+
+
+def test_the_schedule_as_shipped():
+    config = OptimConfig(lr=1e-6, schedule="as_shipped", warmup_steps=100)
+    for update, share in AS_SHIPPED.items():
+        assert optim.lr_at(update - 1, 1420, config) / 1e-6 == pytest.approx(share, rel=5e-5)
+
+
+def test_as_shipped_only_the_first_update_has_a_rate_per_layer():
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr_scale": s} for s in (1.0, 0.5)]
+    optimizer = torch.optim.AdamW(groups)
+    config = OptimConfig(lr=2.0, schedule="as_shipped", warmup_steps=10)
+    for step, wanted in enumerate([[2.0, 1.0], [0.0, 0.0], [2.0 * math.log(2, 10)] * 2]):
+        optim.set_lr(optimizer, step, 100, config)
+        assert [g["lr"] for g in optimizer.param_groups] == pytest.approx(wanted)
+    documented = OptimConfig(lr=2.0, warmup_steps=10)
+    assert optim.set_lr(optimizer, 5, 100, documented) == pytest.approx(1.0)
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([1.0, 0.5])
