@@ -12,6 +12,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 GOLDEN = Path(__file__).parent / "golden"
 IMAGE_TOKEN_ID = 590
+KEPT = slice(None, None, 8)
+"""The part of the vocabulary whose golden logits are stored here."""
 PROMPT_RUNS = json.loads((GOLDEN / "chat_prompts" / "runs.json").read_text())
 """The original's chat() and batch_chat(): model, tokenizer, template -> prompts and answers."""
 
