@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from transformers import InternVLConfig, PreTrainedTokenizerFast
 
-from internvl import checkpoint, generate
+from internvl import checkpoint, generate, zoo
 from internvl.config import Recipe, TilesConfig, UserError, load_recipe
 from internvl.data.chat import ChatEncoder
 from internvl.data.templates import TEMPLATES, Template, template
 from internvl.data.tokenizers import add_special_tokens, check_vocabulary, load_tokenizer
+from internvl.embed import Dual
 from internvl.generate import Request, Settings, answers
-from internvl.models import configs, hub, lora, parts, vlm
+from internvl.models import configs, dual_files, hub, lora, parts, vlm
+from internvl.models.dual import DualModel
 from internvl.models.hub import ModelFolderError
 
 DTYPES = {
@@ -102,9 +104,9 @@ def load(
     drop_path: float = 0.0,
     attention: str = "sdpa",
     image_size: int | None = None,
-) -> Chat:
-    """The model of a folder or hub id, in either layout, of an adapter folder with its base, or of
-    a run folder at its newest checkpoint.
+) -> Any:
+    """The model of a folder or hub id, in either layout, of an adapter folder with its base, of a
+    run folder at its newest checkpoint, or of InternVL-C's own `.pth` file.
 
     Args:
         device: by default the GPU, if there is one.
@@ -116,6 +118,9 @@ def load(
         attention: `transformers`' attention implementation.
         image_size: another tile side in px; the position embeddings are resized to it.
 
+    Returns:
+        A `Chat`, or for InternVL-14B a `Dual`; which one, only the folder says.
+
     Raises:
         ModelFolderError: one sentence on what is wrong with the folder, and the remedy.
     """
@@ -123,13 +128,22 @@ def load(
     precision = _dtype(dtype, place)
     if is_run(Path(name_or_folder)):
         return _load_run(Path(name_or_folder), place, precision)
-    adapter = hub.find_folder(name_or_folder)
-    folder = lora.base_of(adapter) if lora.is_adapter(adapter) else adapter
-    source = hub.open_folder(folder)
-    if source.family != "chat":
-        raise ModelFolderError(
-            f"{source.folder}: InternVL-14B is not a chat model; use internvl.models.dual"
+    source, adapter = _source(name_or_folder)
+    if source.family == "dual":
+        if quantize is not None:
+            raise UserError(f"quantize={quantize!r}: InternVL-14B is used in bfloat16 or float32")
+        dual = dual_files.load_model(
+            source,
+            device=place,
+            dtype=precision,
+            image_size=image_size,
+            drop_path=drop_path,
+            attention=attention,
+            device_map=device_map,
         )
+        if adapter is not None:
+            lora.load_adapter(dual, adapter)
+        return Dual(dual, _caption_tokenizer(source.folder, dual), source.folder)
     head = describe(source.folder, image_token_id)
     tiles = head.tiles if image_size is None else replace(head.tiles, size=image_size)
     model = vlm.load_model(
@@ -143,9 +157,27 @@ def load(
         device_map=device_map,
         quantize=quantize,
     )
-    if lora.is_adapter(adapter):
+    if adapter is not None:
         lora.load_adapter(model, adapter)
     return Chat(model, head.tokenizer, head.template, tiles, head.system_message, source.folder)
+
+
+def _source(name_or_folder: str | Path) -> tuple[hub.ModelFolder, Path | None]:
+    """(the files of the model, the folder of its adapters or None)."""
+    if str(name_or_folder).endswith(".pth"):
+        released = zoo.official_config(zoo.find("InternVL-14B-224px"))
+        return dual_files.open_pth(Path(name_or_folder), released), None
+    folder = hub.find_folder(name_or_folder)
+    if lora.is_adapter(folder):
+        return hub.open_folder(lora.base_of(folder)), folder
+    return hub.open_folder(folder), None
+
+
+def _caption_tokenizer(folder: Path, model: DualModel) -> PreTrainedTokenizerFast | None:
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, model.config.text_config.vocab_size, folder)
+    return tokenizer
 
 
 def is_run(folder: Path) -> bool:

@@ -132,7 +132,8 @@ LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
         num_local_experts=32,
         num_experts_per_tok=4,
     ),
-    "QLLaMA": {"hidden_size": 4096},
+    "QLLaMA": _llama(32, 4096, 32, 32, 11008, 49954)
+    | {"rms_norm_eps": 1e-6, "num_query_token": 96, "cross_attention_frequency": 2},
 }
 
 
@@ -383,7 +384,14 @@ def find(name: str) -> Model:
 
 
 def official_config(model: Model) -> dict[str, Any]:
-    """The official `config.json` of a chat model, as far as its shape goes."""
+    """The official `config.json` of a model, as far as its shape goes."""
+    if model.family == "dual":
+        return {
+            "model_type": "internvl",
+            "vision_config": VISION_TOWERS[model.vision],
+            "qllama_config": LANGUAGE_MODELS[model.language],
+            "clip_embed_dim": _EMBED_DIM,
+        }
     return {
         "model_type": "internvl_chat",
         "vision_config": VISION_TOWERS[model.vision],
@@ -401,10 +409,10 @@ def official_config(model: Model) -> dict[str, Any]:
 
 
 def num_parameters(model: Model) -> int:
-    """Parameters of a model, worked out from its sizes; InternVL-14B's as published."""
-    if model.family == "dual":
-        return round(float(model.published.removesuffix("B")) * 10**9)
+    """Parameters of a model, worked out from its sizes."""
     vision, language = VISION_TOWERS[model.vision], LANGUAGE_MODELS[model.language]
+    if model.family == "dual":
+        return _tower(vision) + _language_model(language) + _queries_and_heads(vision, language)
     return _tower(vision) + _projector(vision, language) + _language_model(language)
 
 
@@ -442,6 +450,19 @@ def _language_model(sizes: dict[str, Any]) -> int:
         mlp = 3 * d * sizes["intermediate_size"]
     blocks = sizes["num_hidden_layers"] * (attention + mlp + 2 * d)
     return blocks + d + 2 * sizes["vocab_size"] * d
+
+
+_EMBED_DIM = 768
+
+
+def _queries_and_heads(vision: dict[str, Any], language: dict[str, Any]) -> int:
+    """What InternVL-14B has beside its tower and its Llama."""
+    wide, d = vision["hidden_size"], language["hidden_size"]
+    cross = -(-language["num_hidden_layers"] // language["cross_attention_frequency"])
+    cross *= 2 * d * d + 2 * wide * d + d + wide
+    pools = sum(3 * (w * w + 3 * w) + w * _EMBED_DIM + _EMBED_DIM for w in (wide, d))
+    heads = d * _EMBED_DIM + 2 * d + 2 + 1
+    return language["num_query_token"] * d + cross + pools + heads
 
 
 def memory_gib(model: Model, dtype: str) -> float:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from internvl import handles
-from internvl.models import keys, vlm
+from internvl.models import fitting, keys, vlm
 from internvl.models.hub import ModelFolderError
 from internvl.models.vlm import ChatModel, Supervision
 
@@ -231,7 +231,7 @@ def test_golden_position_embeddings_resized(key):
     # The inputs are drawn as the case says, not stored.
     seeded = torch.Generator().manual_seed(old * 1000 + new)
     table = torch.randn(1, (old // 14) ** 2 + 1, 32, generator=seeded)
-    found = vlm.resize_positions(table, (new // 14) ** 2)
+    found = fitting.resize_positions(table, (new // 14) ** 2)
     found = found[:, ::7] if key == "448to896" else found
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
@@ -267,7 +267,7 @@ def test_another_image_size_resizes_the_table(tmp_path):
     table = load_file(folder / "model.safetensors")["vision_model.embeddings.position_embedding"]
     model = vlm.load_model(folder, image_token_id=IMAGE_TOKEN_ID, image_size=112)
     found = model.model.vision_tower.embeddings.position_embeddings
-    torch.testing.assert_close(found, vlm.resize_positions(table, 64))
+    torch.testing.assert_close(found, fitting.resize_positions(table, 64))
     assert model.config.image_seq_length == 16
     assert model.get_image_features(torch.rand(1, 3, 112, 112)).pooler_output.shape == (1, 16, 64)
 

@@ -35,14 +35,16 @@ _NO_CHARACTER = re.compile("[\udc80-\udcff]")
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
     """The tokenizer of a model folder, or None where it has no tokenizer files.
 
+    A `tokenizer.model` alone is Llama's, as InternVL-14B's is.
+
     Raises:
         UserError: tokenizer files of a kind that is not known, or files that do not belong
             together.
     """
     config = _read(folder / "tokenizer_config.json")
     kind = str(config.get("tokenizer_class", "")).removesuffix("Fast")
-    if (folder / "tokenizer.model").is_file() and kind in _SENTENCEPIECE:
-        return _load_sentencepiece(folder, config, kind)
+    if (folder / "tokenizer.model").is_file() and (kind in _SENTENCEPIECE or not config):
+        return _load_sentencepiece(folder, config, kind or "LlamaTokenizer")
     if (folder / "tokenizer.json").is_file():
         # Names that a processor reads (`video_token` …) would become tokens without a row.
         named = isinstance(config.get("extra_special_tokens"), dict)
@@ -50,7 +52,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
         return PreTrainedTokenizerFast.from_pretrained(folder, **extra)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return Qwen2Tokenizer.from_pretrained(folder)
-    if not config and not (folder / "tokenizer.model").is_file():
+    if not config:
         return None
     raise UserError(
         f"{folder}: tokenizer of class {kind!r} without tokenizer.json, vocab.json or a known "

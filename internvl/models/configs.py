@@ -99,6 +99,18 @@ def vision_from_official(config: dict[str, Any]) -> dict[str, Any]:
     return {ours: config.get(official, default) for official, ours, default in _VISION}
 
 
+def vision_to_official(config: PreTrainedConfig) -> dict[str, Any]:
+    """A tower's configuration as `vision_config` of an official file."""
+    vision = config.to_dict()
+    return {
+        **{official: _plain(vision[ours]) for official, ours, _ in _VISION},
+        "architectures": ["InternVisionModel"],
+        "model_type": "intern_vit_6b",
+        "drop_path_rate": 0.0,
+        "use_flash_attn": True,
+    }
+
+
 def text_from_official(config: dict[str, Any]) -> tuple[PreTrainedConfig, str]:
     """(the language model's own `transformers` config, its official architecture)."""
     architecture = (config.get("architectures") or [""])[0]
@@ -136,10 +148,6 @@ def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
 def to_official(config: InternVLConfig) -> dict[str, Any]:
     """The official `config.json` of one of our configurations; no `auto_map`, no LoRA ranks."""
     chat = chat_settings(config)
-    vision = config.vision_config.to_dict()
-    official_vision = {official: _plain(vision[ours]) for official, ours, _ in _VISION}
-    official_vision |= {"architectures": ["InternVisionModel"], "model_type": "intern_vit_6b"}
-    official_vision |= {"drop_path_rate": 0.0, "use_flash_attn": True}
     return {
         "architectures": ["InternVLChatModel"],
         "model_type": "internvl_chat",
@@ -149,7 +157,7 @@ def to_official(config: InternVLConfig) -> dict[str, Any]:
         "downsample_ratio": config.downsample_ratio,
         "hidden_size": config.text_config.hidden_size,
         "tie_word_embeddings": bool(config.tie_word_embeddings),
-        "vision_config": official_vision,
+        "vision_config": vision_to_official(config.vision_config),
         "llm_config": _text_to_official(config.text_config, language_model(config))
         | {"tie_word_embeddings": bool(config.tie_word_embeddings)},
     }

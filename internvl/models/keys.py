@@ -1,6 +1,7 @@
 """Names of the official weights <-> ours: one table, both directions.
 
-Ours are `transformers`' names of `InternVLForConditionalGeneration`. Fused tensors of the original
+Ours are `transformers`' names of `InternVLForConditionalGeneration`, and for InternVL-14B the same
+with `models/dual.py`'s heads. Fused tensors of the original
 come apart (a rule then has several names on one side) and are put together again bit for bit. The
 table is read against the names a model really has, so that a bias or a norm that is absent needs no
 entry of its own.
@@ -13,9 +14,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import InternVLConfig
+from transformers import PreTrainedConfig
 
 from internvl.models import configs
+from internvl.models.dual_configs import DualConfig
 from internvl.models.hub import LazyTensor, ModelFolderError
 
 
@@ -35,6 +37,15 @@ class Rename:
 
     def to_official(self, tensors: list[Tensor]) -> list[Tensor]:
         return tensors
+
+
+class Transpose:
+    """A matrix the original applies from the right, as a linear layer's weight."""
+
+    def to_ours(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [tensor.T.contiguous() for tensor in tensors]
+
+    to_official = to_ours
 
 
 class Thirds:
@@ -149,6 +160,46 @@ _STOCK = (
 )
 
 
+_POOLS = (("clip_projector", "image_pool"), ("clip_projector2", "query_pool"))
+_POOL_NAMES = (
+    *((f"norm1_{x}.{{p}}", f"norm_{x}.{{p}}") for x in "qkv"),
+    *((f"cross_attn.{x}.weight", f"{x}_proj.weight") for x in "qkv"),
+    *((f"cross_attn.{x}_bias", f"{x}_proj.bias") for x in "qkv"),
+    ("cross_attn.proj.{p}", "o_proj.{p}"),
+)
+_HEADS = (
+    *(
+        Rule((f"{theirs}.{official}",), (f"{ours}.{name}",), _SAME)
+        for theirs, ours in _POOLS
+        for official, name in _POOL_NAMES
+    ),
+    Rule(("text_projection",), ("text_projection.weight",), Transpose()),
+    Rule(("logit_scale",), ("logit_scale",), _SAME),
+    Rule(("itm_head.{p}",), ("itm_head.{p}",), _SAME),
+)
+_QLLAMA = (
+    Rule(("query_tokens",), ("model.query_tokens.weight",), _SAME),
+    Rule(("qllama.lm_head.weight",), ("lm_head.weight",), _SAME),
+    Rule(("qllama.model.{rest}",), ("model.language_model.{rest}",), _SAME),
+)
+_PTH_NAMES = (
+    ("transformer.", "qllama.model."),
+    ("patch_embed.proj.", "vision_model.embeddings.patch_embedding."),
+    ("pos_embed", "vision_model.embeddings.position_embedding"),
+    ("cls_token", "vision_model.embeddings.class_embedding"),
+    ("blocks.", "vision_model.encoder.layers."),
+)
+"""InternVL-C's own file (`internvl_c_13b_224px.pth`) -> the names of InternVL-14B."""
+
+
+def pth_to_official(name: str) -> str:
+    """A name in InternVL-C's own `.pth` as InternVL-14B's official one."""
+    for theirs, official in _PTH_NAMES:
+        if name.startswith(theirs):
+            return official + name[len(theirs) :].removesuffix(".gamma")
+    return name
+
+
 def _internlm2(heads: int, kv_heads: int) -> tuple[Rule, ...]:
     theirs, ours = "language_model.model.layers.{i}", "model.language_model.layers.{i}"
     renamed = (
@@ -183,8 +234,10 @@ def _experts(num_experts: int) -> tuple[Rule, ...]:
     )
 
 
-def rules(config: InternVLConfig) -> tuple[Rule, ...]:
+def rules(config: PreTrainedConfig) -> tuple[Rule, ...]:
     """The table for one configuration; the first rule that knows a name has it."""
+    if isinstance(config, DualConfig):
+        return (*_VISION_AND_PROJECTOR, *_HEADS, *_QLLAMA)
     text = config.text_config
     architecture = configs.language_model(config)
     if architecture == "InternLM2ForCausalLM":
@@ -206,7 +259,7 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(text)
 
 
-def groups(config: InternVLConfig, names: Iterable[str]) -> list[Group]:
+def groups(config: PreTrainedConfig, names: Iterable[str]) -> list[Group]:
     """The filled-in rules that cover `names`, the model's own, each exactly once.
 
     Raises:
@@ -303,7 +356,7 @@ class Renamed:
 
 
 def official_to_ours(
-    config: InternVLConfig, names: Iterable[str], stored: Mapping[str, LazyTensor]
+    config: PreTrainedConfig, names: Iterable[str], stored: Mapping[str, LazyTensor]
 ) -> Renamed:
     """Official tensors under the names of a model. Nothing is read before it is used."""
     left = dict(stored)
@@ -323,7 +376,7 @@ def official_to_ours(
 
 
 def ours_to_official(
-    config: InternVLConfig, state: Mapping[str, Tensor]
+    config: PreTrainedConfig, state: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """(official name, tensor) of a model's weights, one group at a time."""
     for group in groups(config, state):
@@ -332,7 +385,7 @@ def ours_to_official(
 
 
 def adapters_to_ours(
-    config: InternVLConfig,
+    config: PreTrainedConfig,
     names: Iterable[str],
     adapters: Mapping[str, tuple[LazyTensor, LazyTensor]],
 ) -> dict[str, Tensor]:
@@ -356,7 +409,7 @@ def adapters_to_ours(
 
 
 def hf_to_model(
-    config: InternVLConfig, names: Iterable[str], stored: Mapping[str, LazyTensor]
+    config: PreTrainedConfig, names: Iterable[str], stored: Mapping[str, LazyTensor]
 ) -> Renamed:
     """As `official_to_ours`, for the hf layout of any `transformers` version."""
     left = dict(stored)
@@ -374,7 +427,7 @@ def hf_to_model(
 
 
 def model_to_hf(
-    config: InternVLConfig, state: Mapping[str, Tensor]
+    config: PreTrainedConfig, state: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) as the -hf releases store a model's weights: experts one by one."""
     for group in groups(config, state):

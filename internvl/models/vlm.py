@@ -1,8 +1,5 @@
 """The chat model: `transformers`' InternVL plus what training needs of its forward."""
 
-import logging
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,16 +13,11 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, Inter
 from transformers.models.internvl.modeling_internvl import InternVLCausalLMOutputWithPast
 
 from internvl.config import UserError
-from internvl.models import configs, hub, keys, lora
+from internvl.models import configs, fitting, hub, keys, lora
 from internvl.models.hub import LazyTensor, ModelFolder, ModelFolderError
-
-logger = logging.getLogger(__name__)
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 """The placeholder: each of its positions takes one visual token."""
-
-EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
-"""The two matrices with a row per token of the vocabulary."""
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -263,7 +255,7 @@ def materialize(
         state_dict=tensors,
         dtype=dtype,
         attn_implementation=_attention(config, attention),
-        device_map=device_map or _one_device(device),
+        device_map=device_map or fitting.one_device(device),
         quantization_config=_quantization(quantize, dtype),
     )
     if drop_path:
@@ -334,8 +326,8 @@ def fit_tensors(config: InternVLConfig, source: ModelFolder) -> dict[str, LazyTe
     if config.tie_word_embeddings:
         heads = {"lm_head.weight", "language_model.lm_head.weight", "language_model.output.weight"}
         renamed = replace(renamed, missing=[n for n in renamed.missing if n not in heads])
-    _check_names(source.folder, renamed)
-    return _check_shapes(source.folder, expected, renamed.tensors)
+    fitting.check_names(source.folder, renamed)
+    return fitting.check_shapes(source.folder, expected, renamed.tensors)
 
 
 def empty_model(config: InternVLConfig) -> ChatModel:
@@ -350,67 +342,6 @@ def _may_tie(source: ModelFolder) -> bool:
     by_default = source.layout == "hf"
     tied = source.config.get("tie_word_embeddings", by_default)
     return bool(tied or part.get("tie_word_embeddings", False))
-
-
-_HARMLESS = re.compile(r"rotary_emb\.inv_freq$|position_ids$")
-"""Buffers that older versions stored and that are computed."""
-
-
-def _check_names(folder: Path, renamed: keys.Renamed) -> None:
-    extra = [name for name in renamed.unexpected if not _HARMLESS.search(name)]
-    if len(extra) < len(renamed.unexpected):
-        logger.info("%s: stored buffers that are computed instead are not read", folder)
-    for what, names in (("missing", renamed.missing), ("unexpected", extra)):
-        if names:
-            raise ModelFolderError(
-                f"{folder}: {len(names)} {what} weights ({', '.join(names[:3])}"
-                f"{', …' if len(names) > 3 else ''}); config.json and the weight files are not of "
-                "the same model, or a shard is missing: download the folder again"
-            )
-
-
-def _check_shapes(
-    folder: Path, expected: Mapping[str, Tensor], tensors: dict[str, LazyTensor]
-) -> dict[str, LazyTensor]:
-    fitted = {}
-    for name, tensor in tensors.items():
-        wanted, found = tuple(expected[name].shape), tensor.shape
-        if wanted != found and name.endswith("position_embeddings"):
-            tensor = _resized(tensor, wanted)
-        elif wanted != found and name in EMBEDDINGS:
-            raise ModelFolderError(
-                f"{folder}: {name} has {found[0]} rows, config.json says vocab_size {wanted[0]}; "
-                "set vocab_size to the rows of the file, or use the config.json of these weights"
-            )
-        elif wanted != found:
-            raise ModelFolderError(
-                f"{folder}: {name} is {found}, config.json asks for {wanted}; the two are not of "
-                "the same model"
-            )
-        fitted[name] = tensor
-    return fitted
-
-
-def _resized(tensor: LazyTensor, wanted: tuple[int, ...]) -> LazyTensor:
-    return LazyTensor(wanted, tensor.dtype, lambda: resize_positions(tensor.read(), wanted[1] - 1))
-
-
-def resize_positions(table: Tensor, num_patches: int) -> Tensor:
-    """Position table (1, 1 + G², D) for another square grid of `num_patches` patches.
-
-    Bicubic in float32, the class token's row untouched (original: `resize_pos_embeddings`).
-    """
-    old, new = round((table.shape[1] - 1) ** 0.5), round(num_patches**0.5)
-    if old == new:
-        return table
-    grid = table[:, 1:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-    patches = grid.flatten(2).transpose(1, 2).to(table.dtype)
-    return torch.cat([table[:, :1], patches], dim=1)
-
-
-def _one_device(device: str | torch.device) -> dict[str, Any] | None:
-    return None if torch.device(device).type == "cpu" else {"": torch.device(device)}
 
 
 def _quantization(quantize: str | None, dtype: torch.dtype) -> Any:

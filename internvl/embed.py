@@ -1,0 +1,290 @@
+"""InternVL-14B in use: pictures and captions to embeddings, pairs to matches, pictures to captions.
+
+Original: `encode_image`, `encode_text` and `forward` of `clip_benchmark/.../internvl_huggingface`,
+and `internvl_g/eval/evaluate_caption.py`. A picture or caption gets the same answer in every batch.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from internvl.config import UserError
+from internvl.data.images import BadImage, open_rgb
+from internvl.data.pairs import (
+    PAD_ID,
+    CaptionEncoder,
+    center_square,
+    clean_caption,
+    pad_right,
+    square,
+)
+from internvl.data.tokenizers import decode
+from internvl.models.dual import DualModel, Mode
+from internvl.models.hub import ModelFolderError
+from internvl.models.vlm import normalize_tiles
+
+Picture = str | Path | bytes | Image.Image
+Pictures = Sequence[Picture] | Tensor
+"""Paths, encoded files and opened pictures; or all of them normalized already, (B, 3, S, S)."""
+Captions = Sequence[str] | Tensor
+"""Strings, or token ids padded with 0, int64 (R, L)."""
+
+
+@dataclass(frozen=True)
+class Dual:
+    """InternVL-14B with its tokenizer; in a file of InternVL-C alone what needs the queries
+    refuses."""
+
+    model: DualModel
+    tokenizer: PreTrainedTokenizerFast | None
+    """None where the folder has no tokenizer files."""
+    folder: Path
+    """Where the weights came from."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where pictures and captions go in."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def image_size(self) -> int:
+        """Side (S) of the square picture, px."""
+        return self.model.config.image_size
+
+    @property
+    def encoder(self) -> CaptionEncoder:
+        """Captions to ids. Raises ModelFolderError without a tokenizer."""
+        if self.tokenizer is None:
+            raise ModelFolderError(
+                f"{self.folder}: no tokenizer files; copy those of the release there to use text, "
+                "or pass input_ids"
+            )
+        return CaptionEncoder(self.tokenizer)
+
+    @torch.no_grad()
+    def encode_images(
+        self,
+        images: Pictures,
+        mode: Mode = "c",
+        *,
+        normalize: bool = True,
+        batch_size: int = 64,
+        crop: bool = False,
+    ) -> Tensor:
+        """Features of pictures, float32 (B, E) on the CPU, of unit length.
+
+        Args:
+            images: paths, bytes or opened pictures, or a normalized tensor (B, 3, S, S).
+            mode: "c" for InternVL-C, "g" for InternVL-G (both embed texts alike).
+            normalize: False returns what the original's `encode_image` does; for "g" that is the
+                sum of two unit vectors.
+            crop: cut the middle out, as the original does for classification, instead of resizing
+                to a square, as it does for retrieval.
+
+        Raises:
+            BadImage: a picture that cannot be read, by its place in the list.
+            UserError: an unknown mode, a tensor of another size, or "g" of a model without queries.
+        """
+        if mode not in ("c", "g"):
+            raise UserError(f'mode is "c" (InternVL-C) or "g" (InternVL-G), not {mode!r}')
+        if mode == "g":
+            self._need_queries('mode "g"')
+        batches = self._pixels(images, batch_size, crop)
+        found = [self.model.encode_image(pixels, mode).cpu() for pixels in batches]
+        return self._finished(found, normalize)
+
+    @torch.no_grad()
+    def encode_texts(
+        self,
+        texts: Sequence[str] | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        normalize: bool = True,
+        batch_size: int = 256,
+    ) -> Tensor:
+        """Features of captions, float32 (R, E) on the CPU, of unit length.
+
+        Args:
+            texts: "summarize:" is put before each.
+            input_ids: ids as they are instead, int64 (R, L); padding is 0, on the right.
+            normalize: False returns what the original's `encode_text` does.
+
+        Raises:
+            ModelFolderError: strings without a tokenizer.
+        """
+        if (texts is None) == (input_ids is None):
+            raise UserError("encode_texts takes either texts or input_ids")
+        rows = _rows(input_ids) if texts is None else [self.encoder.embedding(t) for t in texts]
+        found = _in_batches(rows, batch_size, lambda ids: self.model.encode_text(self._to(ids)))
+        return self._finished(found, normalize)
+
+    def similarity(
+        self, images: Pictures, texts: Captions, mode: Mode = "c", *, batch_size: int = 64
+    ) -> Tensor:
+        """exp(logit_scale) times the cosines of pictures and captions, float32 (B, R).
+
+        Args:
+            images: as `encode_images` takes them, or its features (B, E).
+            texts: as `encode_texts` takes them, or its features (R, E).
+        """
+        if not (isinstance(images, Tensor) and images.dim() == 2):
+            images = self.encode_images(images, mode, batch_size=batch_size)
+        if not isinstance(texts, Tensor):
+            texts = self.encode_texts(texts)
+        elif not texts.is_floating_point():
+            texts = self.encode_texts(input_ids=texts)
+        cosines = F.normalize(images.float(), dim=-1) @ F.normalize(texts.float(), dim=-1).T
+        return self.model.logit_scale.detach().float().exp().to(cosines.device) * cosines
+
+    @torch.no_grad()
+    def match(self, images: Pictures, texts: Captions, *, batch_size: int = 32) -> Tensor:
+        """Probability that picture b and caption b belong together, float32 (B,) on the CPU.
+
+        Captions are cleaned as in training and stand alone, without "summarize:".
+
+        Raises:
+            UserError: other numbers of pictures and captions, or a model without queries.
+        """
+        self._need_queries("match")
+        if len(images) != len(texts):
+            raise UserError(f"match takes pairs, not {len(images)} images and {len(texts)} texts")
+        rows = (
+            _rows(texts)
+            if isinstance(texts, Tensor)
+            else [self.encoder.matching(clean_caption(text)) for text in texts]
+        )
+        found, done = [], 0
+        for pixels in self._pixels(images, batch_size, crop=False):
+            ids = self._to(pad_right(rows[done : done + len(pixels)]))
+            done += len(pixels)
+            mask = self.model.joint_mask("itm", ids > 0)
+            states, _ = self.model.joint_states(self.model.vision_tokens(pixels), ids, mask)
+            found.append(self.model.itm_logits(states).float().softmax(-1)[:, 1].cpu())
+        return torch.cat(found) if found else torch.empty(0)
+
+    def caption(
+        self,
+        images: Pictures,
+        prompt: str = "English caption:",
+        *,
+        num_beams: int = 5,
+        max_new_tokens: int = 30,
+        min_new_tokens: int = 8,
+        length_penalty: float = 1.0,
+        batch_size: int = 16,
+    ) -> list[str]:
+        """A caption of each picture, by greedy (one beam) or beam search.
+
+        Raises:
+            UserError: a model without queries.
+            ModelFolderError: no tokenizer.
+        """
+        self._need_queries("caption")
+        text = self.model.config.text_config
+        settings = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens or None,
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+            do_sample=False,
+            eos_token_id=text.eos_token_id,
+            pad_token_id=PAD_ID,
+            use_cache=True,
+        )
+        encoder = self.encoder
+        prompt_ids = torch.tensor(encoder.prompt(prompt))
+        captions: list[str] = []
+        for pixels in self._pixels(images, batch_size, crop=False):
+            for ids in self.model.caption(pixels, prompt_ids, settings).tolist():
+                captions.append(decode(encoder.tokenizer, ids, skip_special_tokens=True).strip())
+        return captions
+
+    def _pixels(self, images: Pictures, batch_size: int, crop: bool) -> Iterator[Tensor]:
+        """Normalized pictures (at most batch_size, 3, S, S) on the model's device."""
+        if isinstance(images, Tensor):
+            wanted = (3, self.image_size, self.image_size)
+            if images.dim() != 4 or images.shape[1:] != wanted or not images.is_floating_point():
+                raise UserError(
+                    f"a tensor of images must be normalized and of shape (B, {wanted[0]}, "
+                    f"{wanted[1]}, {wanted[2]}), not {images.dtype} {tuple(images.shape)}"
+                )
+            yield from (self._to(part) for part in images.split(batch_size) if len(part))
+            return
+        for pixels in _read_ahead(images, batch_size, self.image_size, crop):
+            yield normalize_tiles(self._to(pixels), self.dtype)
+
+    def _to(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+    def _finished(self, found: list[Tensor], normalize: bool) -> Tensor:
+        features = torch.cat(found) if found else torch.empty(0, self.model.config.embed_dim)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def _need_queries(self, what: str) -> None:
+        if not self.model.num_queries:
+            raise UserError(
+                f"{self.folder}: {what} needs QLLaMA's queries, and this file holds InternVL-C "
+                "alone; load OpenGVLab/InternVL-14B-224px"
+            )
+
+
+def _rows(input_ids: Tensor | None) -> list[list[int]]:
+    """Rows of ids without their padding."""
+    assert input_ids is not None
+    lengths = ((input_ids > 0) * torch.arange(1, input_ids.shape[1] + 1)).amax(1).tolist()
+    return [row[:length] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
+
+
+def _in_batches(
+    rows: Sequence[Sequence[int]], batch_size: int, encode: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    """`encode` of all rows, in order. Rows of similar length go together, so little is padded."""
+    order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
+    found: dict[int, Tensor] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        encoded = encode(pad_right([rows[number] for number in chosen])).cpu()
+        found |= zip(chosen, encoded.split(1), strict=True)
+    return [found[number] for number in range(len(rows))]
+
+
+def _read_ahead(
+    images: Sequence[Picture], batch_size: int, size: int, crop: bool
+) -> Iterator[Tensor]:
+    """uint8 (at most batch_size, 3, S, S); threads read the next batch while one is worked on."""
+    shape = center_square if crop else square
+
+    def read(number: int) -> Tensor:
+        image = images[number]
+        try:
+            opened = image.convert("RGB") if isinstance(image, Image.Image) else open_rgb(image)
+        except BadImage as error:
+            named = f" ({image})" if isinstance(image, str | Path) else ""
+            raise BadImage(f"image {number}{named}: {error}") from None
+        return shape(opened, size)
+
+    waiting: deque[list[Future[Tensor]]] = deque()
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
+        for start in range(0, len(images), batch_size):
+            numbers = range(start, min(start + batch_size, len(images)))
+            waiting.append([threads.submit(read, number) for number in numbers])
+            if len(waiting) == 2:
+                yield _stacked(waiting.popleft())
+        yield from map(_stacked, waiting)
+
+
+def _stacked(tasks: Sequence[Future[Tensor]]) -> Tensor:
+    return torch.stack([task.result() for task in tasks])

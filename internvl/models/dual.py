@@ -1,0 +1,251 @@
+"""InternVL-14B: the vision tower and QLLaMA as one model of pictures and captions.
+
+Original: `internvl_g/internvl/model/internvl_stage2/modeling_internvl.py`. InternVL-C embeds the
+visual tokens, InternVL-G also what QLLaMA's queries make of them. The pieces of the forward pass
+are methods of their own, because each use and each loss wants others of them.
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    InternVLVisionModel,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from internvl.models.dual_configs import DualConfig
+from internvl.models.qllama import Mask, QLlamaModel, QueryTokens, attention_mask
+
+Mode = Literal["c", "g"]
+
+
+class AttentionPool(nn.Module):
+    """One embedding from many hidden states: their mean looks at all of them."""
+
+    def __init__(self, width: int, out: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm_q, self.norm_k, self.norm_v = (nn.LayerNorm(width, eps=1e-5) for _ in range(3))
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
+        self.o_proj = nn.Linear(width, out)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(B, N, D) -> (B, E)."""
+        q = self._heads(self.q_proj(self.norm_q(hidden.mean(1, keepdim=True))))
+        k = self._heads(self.k_proj(self.norm_k(hidden)))
+        v = self._heads(self.v_proj(self.norm_v(hidden)))
+        return self.o_proj(F.scaled_dot_product_attention(q, k, v).flatten(1))
+
+    def _heads(self, hidden: Tensor) -> Tensor:
+        return hidden.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+
+class Towers(nn.Module):
+    """What both families have, under the chat model's names: adapters, stochastic depth and
+    checkpointing find it here."""
+
+    def __init__(self, config: DualConfig) -> None:
+        super().__init__()
+        text = config.text_config
+        self.vision_tower = InternVLVisionModel(config.vision_config)
+        self.language_model = QLlamaModel(text)
+        self.query_tokens = QueryTokens(text) if text.num_query_tokens else None
+
+
+class DualModel(PreTrainedModel, GenerationMixin):
+    """B pictures, R captions, Q queries, N visual tokens of width W, hidden size D, embeddings E.
+
+    A model of InternVL-C alone (no queries in its configuration) has neither the queries and what
+    reads them nor an output matrix.
+    """
+
+    config: DualConfig
+    config_class = DualConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["InternVLVisionLayer", "QLlamaLayer"]  # noqa: RUF012 (transformers' way)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+
+    def __init__(self, config: DualConfig) -> None:
+        super().__init__(config)
+        text = config.text_config
+        heads, wide = config.pool_num_heads, config.vision_config.hidden_size
+        self.model = Towers(config)
+        self.image_pool = AttentionPool(wide, config.embed_dim, heads)
+        self.text_projection = nn.Linear(text.hidden_size, config.embed_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        if text.num_query_tokens:
+            self.query_pool = AttentionPool(text.hidden_size, config.embed_dim, heads)
+            self.itm_head = nn.Linear(text.hidden_size, 2)
+            self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.post_init()
+
+    @property
+    def num_queries(self) -> int:
+        """Q; 0 in a model of InternVL-C alone."""
+        return self.config.text_config.num_query_tokens
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As `transformers`; what the original leaves at zero or uninitialized starts random.
+
+        Equal queries would stay equal: nothing but their start tells them apart.
+        """
+        super()._init_weights(module)
+        if isinstance(module, QueryTokens):
+            init.normal_(module.weight, std=self.config.initializer_range)
+        elif module is self:
+            init.constant_(self.logit_scale, math.log(1 / 0.07))
+            init.normal_(self.text_projection.weight, std=self.text_projection.in_features**-0.5)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.language_model.embed_tokens
+
+    # Pictures
+
+    def vision_tokens(self, pixel_values: Tensor) -> Tensor:
+        """Normalized pictures (B, 3, S, S) -> visual tokens (B, N, W), class token included."""
+        return self.model.vision_tower(pixel_values=pixel_values).last_hidden_state
+
+    def image_embeds(self, vision: Tensor) -> Tensor:
+        """Visual tokens (B, N, W) -> InternVL-C's embeddings (B, E), not normalized."""
+        return self.image_pool(vision)
+
+    def query_states(self, vision: Tensor) -> Tensor:
+        """Visual tokens (B, N, W) -> what the queries see without a text, (B, Q, D).
+
+        These are also the queries of joint sequences under the "itc" mask.
+        """
+        return self.model.language_model(self._queries(len(vision)), None, vision)
+
+    def query_embeds(self, query_states: Tensor) -> Tensor:
+        """(B, Q, D) -> the queries' embeddings (B, E), not normalized."""
+        return self.query_pool(query_states)
+
+    # Captions
+
+    def text_states(self, input_ids: Tensor, text_mask: Tensor) -> Tensor:
+        """Captions alone, int64 and bool (R, L) -> hidden states (R, L, D).
+
+        Equal to the text of joint sequences under the "itc" mask: positions are relative.
+        """
+        mask = attention_mask("text", text_mask, 0)
+        return self.model.language_model(self._embed(input_ids), mask)
+
+    def text_embeds(self, text_states: Tensor, text_mask: Tensor) -> Tensor:
+        """The caption's last state, projected: (R, L, D), bool (R, L) -> (R, E), not normalized.
+
+        The last one is at the number of true entries less one, as in the original.
+        """
+        last = (text_mask.sum(1) - 1).clamp(min=0).to(text_states.device)
+        rows = torch.arange(len(last), device=text_states.device)
+        return self.text_projection(text_states[rows, last])
+
+    # Both
+
+    def joint_mask(self, kind: Mask, text_mask: Tensor) -> Tensor:
+        """bool (R, 1, Q + L, Q + L) for `joint_states`; masks of several kinds may be joined."""
+        return attention_mask(kind, text_mask, self.num_queries)
+
+    def joint_states(
+        self, vision: Tensor, input_ids: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Sequences of queries and a caption -> (query states (R, Q, D), text states (R, L, D)).
+
+        Args:
+            vision: visual tokens (B, N, W); keys and values are made once per picture.
+            input_ids: int64 (R, L), R a multiple of B: row r B + b goes with picture b.
+            mask: bool (R, 1, Q + L, Q + L), of `joint_mask`.
+        """
+        embeds = torch.cat([self._queries(len(input_ids)), self._embed(input_ids)], dim=1)
+        states = self.model.language_model(embeds, mask, vision)
+        queries, text = states.tensor_split([self.num_queries], dim=1)
+        return queries, text
+
+    def itm_logits(self, query_states: Tensor) -> Tensor:
+        """(R, Q, D) -> (R, 2), no match and match: the mean of the queries' logits."""
+        return self.itm_head(query_states).mean(1)
+
+    # In use
+
+    def encode_image(self, pixel_values: Tensor, mode: Mode) -> Tensor:
+        """Normalized pictures (B, 3, S, S) -> (B, E), what the original's `encode_image` returns.
+
+        For "c" the embeddings, for "g" the sum of two unit vectors, that of "c" and the queries'.
+        """
+        vision = self.vision_tokens(pixel_values)
+        image = self.image_embeds(vision).float()
+        if mode == "c":
+            return image
+        queries = self.query_embeds(self.query_states(vision)).float().to(image.device)
+        return F.normalize(image, dim=-1) + F.normalize(queries, dim=-1)
+
+    def encode_text(self, input_ids: Tensor) -> Tensor:
+        """Captions padded with 0, int64 (R, L) -> (R, E), not normalized."""
+        mask = input_ids > 0
+        return self.text_embeds(self.text_states(input_ids, mask), mask).float()
+
+    @torch.no_grad()
+    def caption(
+        self, pixel_values: Tensor, prompt_ids: Tensor, settings: GenerationConfig
+    ) -> Tensor:
+        """Tokens after the prompt, int64 (B, at most `max_new_tokens`).
+
+        Queries and prompt are read once per picture; what they left in the cache is then shared
+        out to the beams. The prompt's last token is the first that generation reads.
+
+        Args:
+            pixel_values: normalized pictures (B, 3, S, S).
+            prompt_ids: int64 (L,), the same for all pictures.
+        """
+        vision = self.vision_tokens(pixel_values)
+        prompt = prompt_ids.to(vision.device).expand(len(vision), -1)
+        cache = DynamicCache(config=self.config.text_config)
+        text_mask = torch.ones_like(prompt[:1, :-1], dtype=torch.bool)
+        embeds = torch.cat([self._queries(len(vision)), self._embed(prompt[:, :-1])], dim=1)
+        self.model.language_model(embeds, self.joint_mask("itg", text_mask), vision, cache)
+        if settings.num_beams > 1:
+            cache.batch_repeat_interleave(settings.num_beams)
+        # `generate` counts positions: any tokens can stand for what the cache holds.
+        read = F.pad(prompt, (self.num_queries, 0))
+        output = self.generate(
+            input_ids=read,
+            attention_mask=torch.ones_like(read),
+            past_key_values=cache,
+            generation_config=settings,
+        )
+        return output[:, read.shape[1] :]
+
+    # The parameters are spelled out because `generate` reads them off the signature.
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """One step of a caption: int64 (R, 1) after what the cache holds -> logits (R, 1, V).
+
+        `attention_mask` is not read: pictures have the same queries and the same prompt.
+        """
+        states = self.model.language_model(
+            self._embed(input_ids), None, past_key_values=past_key_values
+        )
+        return CausalLMOutputWithPast(logits=self.lm_head(states), past_key_values=past_key_values)
+
+    def _queries(self, num_rows: int) -> Tensor:
+        assert self.model.query_tokens is not None
+        return self.model.query_tokens(num_rows)
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        return self.get_input_embeddings()(input_ids)
