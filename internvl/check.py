@@ -25,16 +25,14 @@ from torch.utils.data import DataLoader, Dataset
 from internvl import handles, log
 from internvl import report as pages
 from internvl.config import EvalConfig, Recipe, UserError
-from internvl.data.chat import ChatEncoder
+from internvl.data.chat import ChatEncoder, marked, spans
 from internvl.data.images import BadImage, FileSlice, Picture, is_address, open_rgb
 from internvl.data.index import cache_folder
 from internvl.data.loader import UnitReader
 from internvl.data.order import SampleOrder, UnitRef
 from internvl.data.records import (
-    IGNORE,
     BadSample,
     DataError,
-    Example,
     Grid,
     PackedBatch,
     Sample,
@@ -470,18 +468,6 @@ def _small(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def spans(example: Example, encoder: ChatEncoder) -> Iterator[tuple[str, bool]]:
-    """(text, supervised) of an example's runs; placeholders are counted, not repeated."""
-    ids, labels = example.input_ids, example.labels != IGNORE
-    kind = np.where(ids == encoder.context_id, 2, labels.astype(np.int64))
-    bounds = [0, *(np.flatnonzero(np.diff(kind)) + 1).tolist(), len(ids)]
-    for start, end in pairwise(bounds):
-        if kind[start] == 2:
-            yield f"[{end - start} visual tokens]", False
-        else:
-            yield encoder.tokenizer.decode(ids[start:end].tolist()), bool(kind[start])
-
-
 def _problem_lines(problems: Sequence[BadSample]) -> Iterator[str]:
     if not problems:
         yield "no problem found"
@@ -530,9 +516,7 @@ def _render_sample(shown: Shown) -> str:
             shown.pictures, shown.grids, shown.per_image, strict=True
         )
     ]
-    text = "".join(f"⟦{text}⟧" if supervised else text for text, supervised in shown.spans)
-    body = "\n".join("  | " + line for line in text.split("\n"))
-    return "\n".join([f"{shown.sample.name} (⟦supervised⟧)", *pictures, body])
+    return "\n".join([f"{shown.sample.name} (⟦supervised⟧)", *pictures, marked(shown.spans)])
 
 
 def _page(checked: Checked) -> pages.Report:

@@ -306,6 +306,25 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What keeps an update from being applied. A loss or gradient that is no number always does."""
+
+    __pydantic_config__ = _STRICT
+    loss_spike: Annotated[float, Field(gt=0)] | None = None
+    """Robust deviations that a step's loss may lie above the median of the steps before; 10 is a
+    cautious choice. null: spikes are let through."""
+    grad_spike: Annotated[float, Field(gt=0)] | None = None
+    """The same for the norm of the gradient, before it is clipped."""
+    window: Annotated[int, Field(ge=8)] = 50
+    """Applied steps that a spike is measured against; the first ones of a run are not judged."""
+    action: Literal["stop", "skip"] = "stop"
+    """stop ends the run and names the samples; skip leaves the update out, lists it in
+    skipped_steps.jsonl, and stops above `max_skipped`."""
+    max_skipped: Positive = 10
+    """With skip: updates of a run that may be left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """What is saved on the way, for going on after an interruption."""
 
@@ -327,6 +346,7 @@ class Recipe:
     optim: OptimConfig = OptimConfig()
     compute: ComputeConfig = ComputeConfig()
     evals: dict[str, EvalConfig] = field(default_factory=dict)
+    guard: GuardConfig = GuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     run: Path
     """The run folder. Training on an existing one goes on where it stopped."""
@@ -549,6 +569,7 @@ _MAY_CHANGE = (
     "checkpoint.keep",
     "device",
     "run",
+    *(f"guard.{key.name}" for key in dataclasses.fields(GuardConfig)),
     *(f"compute.{key.name}" for key in dataclasses.fields(ComputeConfig)),
 )
 

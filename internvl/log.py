@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-Row = Mapping[str, float | int | str]
+Row = Mapping[str, float | int | str | list[str]]
 
 _BAR_DELAY_S = 2.0
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -203,7 +203,7 @@ def _line(row: Row) -> str:
     return json.dumps(values, allow_nan=False, ensure_ascii=False)
 
 
-def _to_json(value: float | int | str) -> float | int | str:
+def _to_json(value: float | int | str | list[str]) -> float | int | str | list[str]:
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

@@ -8,7 +8,6 @@ run        the loop: step, log, evaluate, save
 
 import fcntl
 import json
-import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -20,18 +19,15 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from internvl import checkpoint, config, dist, evals, handles, log, optim, parallel
+from internvl import checkpoint, config, dist, evals, guards, handles, log, optim, parallel
 from internvl.config import Recipe, UserError
 from internvl.data import loader
 from internvl.data.order import SampleOrder
 from internvl.data.records import PackedBatch, Unit
 from internvl.data.sources import open_source, source_configs
+from internvl.guards import Guard, RunError
 from internvl.models import lora, vlm
 from internvl.objectives import OBJECTIVES, Objective
-
-
-class RunError(UserError):
-    """A run that cannot start or go on; its text says what to do."""
 
 
 class Interrupted(UserError):
@@ -50,6 +46,7 @@ class Run:
     order: SampleOrder
     reader: Dataset[loader.Read]
     num_steps: int
+    guard: Guard
     row_lengths: tuple[int, ...] = ()
     """Lengths that rows are padded to; none where any length does."""
     step: int = 0
@@ -96,6 +93,7 @@ def build(recipe: Recipe, chat: handles.Chat | None = None) -> Run:
         order=order,
         reader=objective.reader(files, recipe.seed),
         num_steps=recipe.num_steps(len(order)),
+        guard=Guard(recipe.guard),
         row_lengths=parallel.row_lengths(recipe.compute, device, recipe.data),
     )
 
@@ -104,15 +102,11 @@ def train_step(run: Run, micro_batches: Sequence[PackedBatch]) -> dict[str, floa
     """One optimizer step. The gradient does not depend on how the step was cut into rows or ranks:
     sums of every term are divided by what was counted over all of them."""
     recipe, objective = run.recipe, run.objective
-    counted = dict.fromkeys(objective.weights, 0.0)
-    for batch in micro_batches:
-        for name, count in objective.counts(batch).items():
-            counted[name] += count
-    counts = dist.sum_counts(counted)
+    counted = [objective.counts(batch) for batch in micro_batches]
+    counts = dist.sum_counts({n: sum(row[n] for row in counted) for n in objective.weights})
     empty = [name for name, count in counts.items() if count == 0]
     if empty:
         raise RunError(f"step {run.step + 1} has nothing to train on for {', '.join(empty)}")
-    lr = optim.set_lr(run.optimizer, run.step, run.num_steps, recipe.optim)
     run.model.train()
     with parallel.several_shapes():
         with parallel.autocast(run.device, recipe.dtype):
@@ -122,18 +116,42 @@ def train_step(run: Run, micro_batches: Sequence[PackedBatch]) -> dict[str, floa
         sums = [_backward(run, row, counts) for row in rows]
     trainable = [p for p in run.model.parameters() if p.requires_grad]
     grad_norm = parallel.clip_gradients(trainable, recipe.optim.max_grad_norm)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    run.step += 1
     # The one place where the host waits for the device.
     *flat, norm = torch.cat([*sums, grad_norm[None]]).tolist()
-    num_terms = len(counts)
-    by_row = [flat[i : i + num_terms] for i in range(0, len(flat), num_terms)]
-    _check_finite(run.step, micro_batches, by_row, norm)
-    totals = dist.sum_counts({n: sum(row[i] for row in by_row) for i, n in enumerate(counts)})
+    by_row = [
+        dict(zip(counts, flat[start : start + len(counts)], strict=True))
+        for start in range(0, len(flat), len(counts))
+    ]
+    totals = dist.sum_counts({name: sum(row[name] for row in by_row) for name in counts})
     means = {name: total / counts[name] for name, total in totals.items()}
-    loss = sum(objective.weights[name] * mean for name, mean in means.items())
-    return {"loss": loss, **means, "lr": lr, "grad_norm": norm}
+    numbers = {"loss": _weighted(run, totals, counts), **means}
+    losses = [_weighted(run, *of_row) for of_row in zip(by_row, counted, strict=True)]
+    lr = optim.set_lr(run.optimizer, run.step, run.num_steps, recipe.optim)
+    skipped = _refused(run, micro_batches, losses, numbers["loss"], norm)
+    if not skipped:
+        run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.step += 1
+    return numbers | {"lr": lr, "grad_norm": norm} | ({"skipped": 1.0} if skipped else {})
+
+
+def _weighted(run: Run, sums: dict[str, float], counts: dict[str, float]) -> float:
+    """The total loss of terms that are given as sums and counts."""
+    return sum(w * sums[n] / counts[n] for n, w in run.objective.weights.items() if counts[n])
+
+
+def _refused(
+    run: Run, rows: Sequence[PackedBatch], losses: Sequence[float], loss: float, norm: float
+) -> bool:
+    """Whether the guard keeps this step from being applied; it stops the run or lists the step."""
+    step = run.step + 1
+    reason = run.guard.objection(step, loss, norm)
+    if reason is None:
+        run.guard.remember(loss, norm)
+        return False
+    _, names = max(dist.gather_objects(guards.worst(rows, losses)), key=lambda found: found[0])
+    guards.refuse(run.guard, step, reason, names, log.StepLog(run.folder, guards.SKIPPED))
+    return True
 
 
 def _backward(run: Run, batch: PackedBatch, counts: dict[str, float]) -> torch.Tensor:
@@ -157,25 +175,6 @@ def _backward(run: Run, batch: PackedBatch, counts: dict[str, float]) -> torch.T
             "last checkpoint"
         ) from error
     return torch.stack([sums[name].detach().float() for name in counts])
-
-
-def _check_finite(
-    step: int, rows: Sequence[PackedBatch], sums: Sequence[Sequence[float]], norm: float
-) -> None:
-    """Stops before a loss or gradient that is no number is saved; names the samples it is from."""
-    found = [
-        row for row, terms in zip(rows, sums, strict=True) if not all(map(math.isfinite, terms))
-    ]
-    if not found and math.isfinite(norm):
-        return
-    what = "the loss" if found else "the gradient"
-    names = [name for row in found or rows for name in row.names]
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    raise RunError(
-        f"{what} of step {step} is not a finite number, in a row of {', '.join(names[:8])}{more}. "
-        "Nothing was saved since the last checkpoint; look at these samples, lower optim.lr, or "
-        "compute in float32 (dtype=float32)"
-    )
 
 
 def _relief(recipe: Recipe) -> str:
@@ -213,9 +212,13 @@ def updates(now: Run) -> Iterator[dict[str, float]]:
     What is compiled is so before the first; the rows of the next one are read meanwhile.
     """
     warm_up(now)
+    first = now.step
     for step, wait_s in parallel.ahead(_steps(now)):
         started = time.perf_counter()
         take_bad(now, step)
+        if step.index == first:
+            described = now.objective.describe(step.batches)
+            log.get_logger().info("step %d: %s", first + 1, described)
         numbers = train_step(now, step.batches)
         yield numbers | _speed(now, step, wait_s, time.perf_counter() - started + wait_s)
 
@@ -269,7 +272,7 @@ def save(now: Run) -> None:
         now.step,
         now.model,
         now.optimizer,
-        {"num_bad": now.num_bad},
+        {"num_bad": now.num_bad, "guard": now.guard.state()},
         recipe.checkpoint.keep,
     )
     if recipe.model.lora is not None and now.step == now.num_steps:
@@ -351,9 +354,10 @@ def _resume(now: Run) -> tuple[log.StepLog, log.TensorBoard]:
     if saved:
         state = checkpoint.load(now.folder / "checkpoints", saved[-1], now.model, now.optimizer)
         now.step, now.num_bad = saved[-1], state["num_bad"]
+        now.guard.restore(state["guard"])
     metrics = log.StepLog(now.folder, "metrics.jsonl")
-    for steps in (metrics, log.StepLog(now.folder, "bad_samples.jsonl")):
-        steps.truncate_after(now.step)
+    for name in ("metrics.jsonl", "bad_samples.jsonl", guards.SKIPPED):
+        log.StepLog(now.folder, name).truncate_after(now.step)
     return metrics, log.TensorBoard(now.folder / "tensorboard", purge_step=now.step + 1)
 
 

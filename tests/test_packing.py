@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from internvl import handles
 from internvl.config import DataConfig, ObjectiveConfig
-from internvl.data.packing import WEIGHTS, best_fit, first_buffer, make_units, pack
+from internvl.data.packing import WEIGHTS, best_fit, first_buffer, make_units, pack, unpack
 from internvl.data.records import IGNORE, BadSample, Example, Unit
 from internvl.models.attention import dense_mask
 from internvl.models.vlm import Supervision, normalize_tiles
@@ -152,6 +152,22 @@ def test_a_prefix_is_shared(group):
     assert unit.num_tokens == sum(one.num_tokens for one in separate) - saved
     assert unit.num_tiles == len(pixels)
     assert unit.prefix >= K * len(pixels) + 2
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_row_gives_its_examples_back(share):
+    rng = np.random.default_rng(0)
+    shared = lead(rng, 1, 2)
+    # The first question is asked, the second sample answers at once: both follow the same prefix.
+    mixed = [example(rng, "asks", shared, (3, 2)), example(rng, "answers", shared, (0, 4))]
+    groups = [five_captions(rng), many_questions(rng), text_only(rng), (mixed, tiles(3, 1))]
+    (row,) = pack(units_of(groups, share), max_tokens=4096, max_tiles=48)
+    found = {example.name: example for example in unpack(row)}
+    wanted = {example.name: example for group, _ in groups for example in group}
+    assert found.keys() == wanted.keys()
+    for name, given in wanted.items():
+        assert found[name].input_ids.tolist() == given.input_ids.tolist(), name
+        assert found[name].labels.tolist() == given.labels.tolist(), name
 
 
 def test_a_prefix_without_the_picture_is_not_shared():

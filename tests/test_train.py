@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -301,7 +302,8 @@ def test_a_loss_that_is_no_number_stops_and_names_its_samples(project, tmp_path)
     run.objective.__class__ = Broken
     with pytest.raises(train.RunError) as caught:
         train.train_step(run, step.batches)
-    assert f"the loss of step 1 is not a finite number, in a row of {bad[0]}. " in str(caught.value)
+    said = f"the loss of step 1 is not a finite number, from a row of {bad[0]}. "
+    assert said in str(caught.value)
 
 
 def made_up(run, num_tiles, num_words):
@@ -343,6 +345,24 @@ def test_nothing_is_compiled_after_the_warm_up(project, tmp_path, trained):
     rows = run.objective.batches([made_up(run, *size) for size in sizes])
     train.train_step(run, [parallel.pad(row, run.row_lengths) for row in rows])
     assert counters["stats"]["unique_graphs"] == compiled
+
+
+@pytest.mark.parametrize("share", ["true", "false"])
+def test_the_log_shows_the_first_samples_and_what_is_supervised(project, tmp_path, caplog, share):
+    run = train.build(recipe_of(project, tmp_path, f"data.share_prefix={share}"))
+    with caplog.at_level("INFO", logger="internvl"):
+        log.get_logger().propagate = True
+        updates = train.updates(run)
+        next(updates)
+        next(updates)
+    (said,) = [r.getMessage() for r in caplog.records if "supervised" in r.getMessage()]
+    assert re.match(r"step 1: 8 samples in \d row\(s\), \d+ tokens, \d+\.\d% of them", said)
+    assert said.count("[16 visual tokens]") == 2
+    shown = re.findall(r"⟦(.*?)⟧", said)
+    answers = {f"{color} {shape}" for color in tiny_run.COLORS for shape in tiny_run.SHAPES}
+    told = [text.partition("<")[0].strip() for text in shown if text != "supervised"]
+    assert len(told) == 2
+    assert set(told) <= answers | set(tiny_run.COLORS)
 
 
 def test_a_row_that_teaches_nothing_is_no_error(project, tmp_path):

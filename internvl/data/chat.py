@@ -5,7 +5,7 @@ from searching the text. Originals: the `preprocess_*` functions of `internvl_ch
 dataset.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -178,3 +178,21 @@ class ChatEncoder:
                 f"{lost}. Raise data.max_tokens or lower data.tiles.max",
             )
         return row[:max_tokens], labels[:max_tokens]
+
+
+def spans(example: Example, encoder: ChatEncoder) -> Iterator[tuple[str, bool]]:
+    """(text, supervised) of an example's runs; placeholders are counted, not repeated."""
+    ids, labels = example.input_ids, example.labels != IGNORE
+    kind = np.where(ids == encoder.context_id, 2, labels.astype(np.int64))
+    bounds = [0, *(np.flatnonzero(np.diff(kind)) + 1).tolist(), len(ids)]
+    for start, end in pairwise(bounds):
+        if kind[start] == 2:
+            yield f"[{end - start} visual tokens]", False
+        else:
+            yield encoder.tokenizer.decode(ids[start:end].tolist()), bool(kind[start])
+
+
+def marked(parts: Iterable[tuple[str, bool]]) -> str:
+    """Spans as text, a bar before every line, ⟦brackets⟧ around what is supervised."""
+    text = "".join(f"⟦{text}⟧" if supervised else text for text, supervised in parts)
+    return "\n".join("  | " + line for line in text.split("\n"))

@@ -4,7 +4,7 @@ Rows are packed within one optimizer step, so no sample waits in a buffer betwee
 number is all a run needs to go on, and how a step is cut never changes which samples it holds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -188,6 +188,30 @@ def _row(units: Sequence[Unit], weighting: str) -> PackedBatch:
         loss_weights=torch.from_numpy(np.concatenate(weights)).to(torch.float32),
         names=tuple(example.name for unit in units for example in unit.examples),
     )
+
+
+def unpack(row: PackedBatch) -> Iterator[Example]:
+    """The examples of a row again, in its order, with their prefixes; tiles per image are lost."""
+    document, branch = row.document.numpy(), row.branch.numpy()
+    ids, predicted_from = row.input_ids[0].numpy(), row.loss_positions.numpy()
+    names = iter(row.names)
+    first = 0  # supervised position of the row that is the next example's first
+    for number in range(int(document.max(initial=-1)) + 1):
+        prefix = np.flatnonzero((document == number) & (branch == 0))
+        for which in range(1, int(branch[document == number].max()) + 1):
+            own = np.flatnonzero((document == number) & (branch == which))
+            places = np.concatenate([prefix, own])
+            labels = np.full(len(places), IGNORE, dtype=np.int64)
+            place_of = {int(place): at for at, place in enumerate(places)}
+            # Places of an example ascend: where they do not, the next example has begun.
+            last = 0
+            while first < len(predicted_from):
+                at = place_of.get(int(predicted_from[first]), -1) + 1
+                if at <= last:
+                    break
+                labels[at] = int(row.targets[first])
+                first, last = first + 1, at
+            yield Example(next(names), ids[places], labels)
 
 
 def _int64(parts: Sequence[np.ndarray]) -> Tensor:

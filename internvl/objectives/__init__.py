@@ -34,6 +34,10 @@ class Objective(Protocol):
         """The micro-batches of one step."""
         ...
 
+    def describe(self, batches: Sequence[PackedBatch]) -> str:
+        """What the first step holds, for the log: its size, and how its first samples read."""
+        ...
+
     def warmup_batches(self, lengths: Sequence[int]) -> list[PackedBatch]:
         """Made-up batches that together have every shape for which blocks are compiled.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,10 @@ import torch
 from torch import Tensor
 
 from internvl.config import DataConfig, ObjectiveConfig
-from internvl.data.chat import ChatEncoder
+from internvl.data.chat import ChatEncoder, marked, spans
 from internvl.data.images import STATISTICS
 from internvl.data.loader import UnitReader
-from internvl.data.packing import make_units, pack
+from internvl.data.packing import make_units, pack, unpack
 from internvl.data.records import (
     IGNORE,
     BadSample,
@@ -25,6 +26,8 @@ from internvl.data.records import (
 from internvl.data.sources import Source
 from internvl.models.attention import packed_mask
 from internvl.models.vlm import Supervision, normalize_tiles
+
+_SHOWN_SAMPLES = 2
 
 
 class Sft:
@@ -75,6 +78,18 @@ class Sft:
         wanted = row.num_tiles * self.encoder.tokens_per_tile
         # Only the encoder writes placeholders, so no data can cause this.
         assert found == wanted, f"{row.names}: {found} placeholders, {wanted} visual tokens"
+
+    def describe(self, batches: Sequence[PackedBatch]) -> str:
+        tokens, tiles = sum(b.num_tokens for b in batches), sum(b.num_tiles for b in batches)
+        supervised = sum(len(batch.targets) for batch in batches)
+        lines = [
+            f"{sum(b.num_samples for b in batches)} samples in {len(batches)} row(s), {tokens:,} "
+            f"tokens, {supervised / max(1, tokens):.1%} of them supervised, {tiles} tiles"
+        ]
+        for example in islice((e for batch in batches for e in unpack(batch)), _SHOWN_SAMPLES):
+            text = marked(spans(example, self.encoder))
+            lines.append(f"{example.name} (⟦supervised⟧)\n{text}")
+        return "\n".join(lines)
 
     def warmup_batches(self, lengths: Sequence[int]) -> list[PackedBatch]:
         """For every length a row without tiles and one with a tile, for the longest one with two.

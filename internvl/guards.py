@@ -1,0 +1,121 @@
+"""What stops a run before it spoils its weights: losses and gradients that are no numbers or spike.
+
+A step is judged before its update is applied. Spikes are measured against the steps before: their
+median, and their deviation as 1.4826 times the median distance from it, which a few outliers do not
+move. What is remembered is part of a checkpoint, so that a resumed run judges alike.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, Protocol
+
+from internvl import dist, log
+from internvl.config import GuardConfig, UserError
+
+SKIPPED = "skipped_steps.jsonl"
+"""The file of a run folder that lists every update that was not applied."""
+
+_NAMED = 8  # samples named in a sentence
+_LEAST_SHARE = 0.01  # of the median: steps that hardly differ have no deviation to speak of
+
+
+class RunError(UserError):
+    """A run that cannot start or go on; its text says what to do."""
+
+
+class Named(Protocol):
+    """A batch that can say which samples it holds."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+
+@dataclass
+class Guard:
+    """Judges steps; what it remembers of earlier ones moves with the run."""
+
+    config: GuardConfig
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    num_skipped: int = 0
+
+    def objection(self, step: int, loss: float, norm: float) -> str | None:
+        """Why the update of `step`, with this loss and gradient norm, is not applied, or None."""
+        for what, value in (("loss", loss), ("gradient", norm)):
+            if not math.isfinite(value):
+                return f"the {what} of step {step} is not a finite number"
+        for what, key, value, earlier in (
+            ("loss", "loss_spike", loss, self.losses),
+            ("gradient norm", "grad_spike", norm, self.norms),
+        ):
+            allowed = getattr(self.config, key)
+            if allowed is None or len(earlier) < self.config.window:
+                continue
+            middle, deviation = spread(earlier)
+            if value > middle + allowed * deviation:
+                return (
+                    f"the {what} of step {step} is {value:.4g}, "
+                    f"{(value - middle) / deviation:.3g} deviations above {middle:.4g}, the median "
+                    f"of the {len(earlier)} steps before (guard.{key} = {allowed:g})"
+                )
+        return None
+
+    def remember(self, loss: float, norm: float) -> None:
+        """A step that was applied: the next ones are measured against it."""
+        self.losses = [*self.losses, loss][-self.config.window :]
+        self.norms = [*self.norms, norm][-self.config.window :]
+
+    def state(self) -> dict[str, Any]:
+        """All that moves, as plain numbers."""
+        return {"losses": self.losses, "norms": self.norms, "num_skipped": self.num_skipped}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Puts `state` back."""
+        self.losses, self.norms = list(state["losses"]), list(state["norms"])
+        self.num_skipped = state["num_skipped"]
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """(median, robust deviation) of numbers that are not all zero."""
+    middle = median(values)
+    deviation = 1.4826 * median(abs(value - middle) for value in values)
+    return middle, max(deviation, _LEAST_SHARE * abs(middle), 1e-12)
+
+
+def worst(rows: Sequence[Named], losses: Sequence[float]) -> tuple[float, tuple[str, ...]]:
+    """The highest loss of a row and the samples of this row; no number counts as the highest."""
+    ranked = [loss if math.isfinite(loss) else math.inf for loss in losses]
+    if not ranked:
+        return -math.inf, ()
+    number = ranked.index(max(ranked))
+    return ranked[number], rows[number].names
+
+
+def refuse(guard: Guard, step: int, reason: str, names: Sequence[str], listed: log.StepLog) -> None:
+    """Stops the run, or lists the step as skipped, as the recipe says.
+
+    Args:
+        names: samples of the row that is the likely cause.
+
+    Raises:
+        RunError: `action: stop`, or more steps skipped than `max_skipped`.
+    """
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    found = f"{reason}, from a row of {', '.join(names[:_NAMED])}{more}"
+    if guard.config.action == "stop":
+        raise RunError(
+            f"{found}. Nothing was saved since the last checkpoint; look at these samples, lower "
+            "optim.lr, compute in float32 (dtype=float32), or go on without such steps "
+            "(guard.action=skip)"
+        )
+    guard.num_skipped += 1
+    if dist.is_main():
+        listed.append({"step": step, "reason": reason, "samples": list(names)})
+    log.get_logger().warning("%s; this update is skipped", found)
+    if guard.num_skipped > guard.config.max_skipped:
+        raise RunError(
+            f"{guard.num_skipped} steps were skipped, more than guard.max_skipped = "
+            f"{guard.config.max_skipped} allows; the last: {found}. All are listed in {listed.path}"
+        )
