@@ -191,7 +191,7 @@ def read_flickr(path: Path) -> list[Caption]:
     Raises:
         DataError: missing, not UTF-8, or lines without exactly one `.jpg,`; names the first ones.
     """
-    lines = _read_text(path).splitlines()
+    lines = read_text(path).splitlines()
     found, bad = [], []
     for number, line in enumerate(lines, start=1):
         stem, mark, caption = line.partition(".jpg,")
@@ -377,12 +377,13 @@ def images_of(row: dict[str, Any]) -> list[str]:
 def read_json(path: Path) -> Any:
     """A JSON file. Raises DataError where it is missing or not JSON."""
     try:
-        return json.loads(_read_text(path))
+        return json.loads(read_text(path))
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}); fetch it again") from None
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A text file. Raises DataError where it is missing or not UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:

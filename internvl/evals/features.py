@@ -1,0 +1,115 @@
+"""Features of many pictures or texts: encoded in chunks that outlive an interruption, and ranked
+without the matrix of all scores.
+
+Shapes: Q queries, N candidates, E width of a feature.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from internvl.log import Progress
+
+SCORES_AT_ONCE = 1 << 22
+"""Scores that exist at the same time while ranking; with what is computed from them about
+20 bytes each."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where features lie between a start and the next; `folder` None keeps them in memory only.
+
+    The folder must be of one model and one data set: files are told apart by name and number.
+    """
+
+    folder: Path | None
+    chunk: int = 256
+    """Rows of a file, and what an interruption can cost."""
+
+    def encode(self, name: str, total: int, rows: Callable[[range], Tensor]) -> Tensor:
+        """float32 (total, E) on the CPU: `rows` of every chunk, or what an earlier call kept.
+
+        Raises:
+            ValueError: a feature is no finite number.
+        """
+        found = []
+        with Progress(name, total=total) as progress:
+            for start in range(0, total, self.chunk):
+                part = range(start, min(start + self.chunk, total))
+                found.append(self._chunk(name, part, rows))
+                progress.update(len(part))
+        features = torch.cat(found)
+        if not torch.isfinite(features).all():
+            row = int((~torch.isfinite(features)).any(dim=1).nonzero()[0])
+            raise ValueError(f"{name}: row {row + 1} is not finite; try --dtype float32")
+        return features
+
+    def _chunk(self, name: str, part: range, rows: Callable[[range], Tensor]) -> Tensor:
+        if self.folder is None:
+            return rows(part).float().cpu()
+        file = self.folder / f"{name}-{part.start:07d}-{part.stop:07d}.safetensors"
+        if file.is_file():
+            return load_file(file)["features"]
+        features = rows(part).float().cpu().contiguous()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        save_file({"features": features}, partial)
+        os.replace(partial, file)
+        return features
+
+
+def ranks(queries: Tensor, candidates: Tensor, of_query: Tensor, of_candidate: Tensor) -> Tensor:
+    """int64 (Q,): how many candidates come before the best positive of each query.
+
+    A candidate is positive where `of_candidate` (N,) equals the query's `of_query` (Q,). Higher
+    scores (inner products, float32) come first; among equal ones the candidate of the lower
+    index. A query without a positive gets N. Everything is computed on the device of `queries`.
+    """
+    candidates = candidates.to(queries.device)
+    of_query, of_candidate = of_query.to(queries.device), of_candidate.to(queries.device)
+    order = torch.arange(len(candidates), device=queries.device)
+    found = [torch.zeros(0, dtype=torch.long, device=queries.device)]
+    step = max(1, SCORES_AT_ONCE // max(1, len(candidates)))
+    for part, wanted in zip(queries.split(step), of_query.split(step), strict=True):
+        scores = part.float() @ candidates.float().T
+        found.append(ranks_of_scores(scores, wanted[:, None] == of_candidate, order))
+    return torch.cat(found)
+
+
+def ranks_of_scores(scores: Tensor, positive: Tensor, order: Tensor) -> Tensor:
+    """`ranks` of scores (Q, N) that are there; `positive` bool (Q, N), `order` arange(N)."""
+    best = scores.masked_fill(~positive, -torch.inf).amax(dim=1, keepdim=True)
+    equal = scores == best
+    first = (equal & positive).to(torch.uint8).argmax(dim=1, keepdim=True)  # the first of several
+    before = (scores > best) | (equal & (order < first))
+    found = before.sum(dim=1)
+    return found.masked_fill(~positive.any(dim=1), scores.shape[1])
+
+
+def nearest(queries: Tensor, candidates: Tensor, k: int) -> Tensor:
+    """int64 (Q, k): the k best candidates of each query, best first; ties as in `ranks`."""
+    candidates = candidates.to(queries.device)
+    step = max(1, SCORES_AT_ONCE // max(1, len(candidates)))
+    return torch.cat(
+        [
+            (part.float() @ candidates.float().T).sort(dim=1, descending=True, stable=True)[1][
+                :, :k
+            ]
+            for part in queries.split(step)
+        ]
+    )
+
+
+def share_within(found: Tensor, k: int) -> float:
+    """Share of ranks below k, a mean in float32 as CLIP_benchmark prints it."""
+    return (found < k).float().mean().item()
+
+
+def too_large(ks: Sequence[int], candidates: int) -> list[int]:
+    """Those k that exceed the number of candidates."""
+    return [k for k in ks if k > candidates]
