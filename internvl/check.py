@@ -357,11 +357,10 @@ def _examine(examiner: _Examiner, checked: Checked) -> None:
 def _eval_problems(name: str, spec: EvalConfig) -> list[BadSample]:
     """What is wrong with an evaluation's annotations and pictures."""
     try:
-        requests = EVALS[spec.type](spec).requests()
+        images = EVALS[spec.type](spec).pictures()
     except (UserError, BadImage) as error:
         return [BadSample(f"evals.{name}", str(error))]
     problems = []
-    images = list(dict.fromkeys(str(i) for request in requests for i in request.images))
     with log.Progress("evaluation pictures", total=len(images)) as progress:
         for image in images:
             try:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from internvl import log
 from internvl.config import ConfigError, UserError, load_recipe
+from internvl.data import benchmarks
 
 Arguments = argparse.Namespace
 
@@ -75,29 +76,25 @@ def train(args: Arguments) -> int:
 
 
 def evaluate(args: Arguments) -> int:
-    """Measure a run's newest checkpoint, or any model on a caption file."""
+    """Measure a model on published sets or your own files, or a run as its recipe says."""
     from internvl import evaluate
 
-    if args.annotations is None:
-        print(evaluate.render(evaluate.run(args.model, args.tasks, to=args.to)))
-        return 0
-    from internvl import handles
-    from internvl.config import EvalConfig
-
-    if not args.prompt:
-        raise ConfigError("--annotations needs --prompt: the question to ask about every picture")
-    spec = EvalConfig(
-        annotations=args.annotations,
-        images=args.images or args.annotations.parent,
-        prompt=args.prompt,
-        tokenize=args.tokenize,
-        limit=args.limit,
-        max_new_tokens=args.max_new_tokens,
-        batch_size=args.batch_size,
+    fields = {name: getattr(args, name) for name in _EVAL_FIELDS}
+    metrics = evaluate.run(
+        args.model,
+        args.tasks,
+        to=args.to,
+        root=args.root,
+        dataset_root=args.dataset_root,
+        languages=args.language,
+        split=args.split,
+        output=args.output,
+        features=args.features,
+        device=args.device,
+        dtype=args.dtype,
+        **{name: value for name, value in fields.items() if value is not None},
     )
-    chat = handles.load(args.model)
-    name = args.tasks[0] if args.tasks else "caption-file"
-    print(evaluate.render(evaluate.measure(chat, {name: spec}, args.to or Path("out/evaluate"))))
+    print(evaluate.render(metrics, args.model))
     return 0
 
 
@@ -241,17 +238,7 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
         add[name].add_argument("recipe", type=Path, help="a YAML file; see recipes/")
         add[name].add_argument("overrides", nargs="*", metavar="key=value", help="optim.lr=1e-5")
     add["check"].add_argument("--report", type=Path, help="also write an HTML page there")
-    one = add["evaluate"]
-    one.add_argument("model", help="a run folder, or a model folder or hub id")
-    one.add_argument("tasks", nargs="*", metavar="TASK", help="names of a run's evals; all of them")
-    one.add_argument("--annotations", type=Path, help="COCO caption JSON, for any model")
-    one.add_argument("--images", type=Path, help="folder its pictures lie in")
-    one.add_argument("--prompt", help="the question asked about every picture")
-    one.add_argument("--tokenize", choices=("ptb", "characters", "words"), default="ptb")
-    one.add_argument("--limit", type=int, help="only the first pictures")
-    one.add_argument("--max-new-tokens", type=int, default=30)
-    one.add_argument("--batch-size", type=int, default=16)
-    one.add_argument("--to", type=Path, help="folder for the results")
+    _evaluate_arguments(add["evaluate"])
     add["chat"].add_argument("model", help="a model, adapter or run folder, or a hub id")
     _chat_arguments(add["chat"])
     for name in ("merge", "export"):
@@ -271,6 +258,56 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
     convert.add_argument("source", type=Path)
     convert.add_argument("target", type=Path)
     return top, add
+
+
+_EVAL_FIELDS = (
+    *("annotations", "images", "prompt", "tokenize", "limit", "max_new_tokens", "min_new_tokens"),
+    *("num_beams", "batch_size", "modes", "recall_k", "rerank", "form", "clean", "train"),
+    *("on_bad_sample", "classes", "templates", "key"),
+)
+"""Options of `evaluate` that are fields of EvalConfig; None leaves its default."""
+
+
+def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.formatter_class = argparse.RawDescriptionHelpFormatter
+    sub.epilog = f"tasks:\n{benchmarks.list_tasks()}"
+    sub.add_argument("model", help="a run folder, or a model folder or hub id")
+    sub.add_argument("tasks", nargs="*", metavar="TASK", help="see below, or of a run's recipe")
+    sub.add_argument("--to", type=Path, help="folder for the results")
+    sub.add_argument("--root", type=Path, default=Path("data"), help="where the sets lie")
+    sub.add_argument("--dataset-root", help="the folder of the set itself; {dataset} is filled in")
+    sub.add_argument("--split", default="test")
+    sub.add_argument("--language", type=_listed, default=(), help="en, cn …; several with commas")
+    sub.add_argument("--output", type=Path, help="append CLIP_benchmark's result lines there")
+    sub.add_argument("--features", type=Path, help="keep features there")
+    sub.add_argument("--annotations", type=Path, help="your own captions, pairs or class folders")
+    sub.add_argument("--images", type=Path, help="folder its pictures lie in")
+    sub.add_argument("--on-bad-sample", choices=("raise", "skip", "keep"))
+    sub.add_argument("--limit", type=int, help="only the first pictures")
+    sub.add_argument("--batch-size", type=int)
+    sub.add_argument("--device", help="cuda, cuda:1, cpu; by default the GPU if there is one")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    of = sub.add_argument_group("captions")
+    of.add_argument("--prompt", help="the question; by default the original's")
+    of.add_argument("--tokenize", choices=("ptb", "characters", "words"))
+    of.add_argument("--max-new-tokens", type=int)
+    of.add_argument("--min-new-tokens", type=int)
+    of.add_argument("--num-beams", type=int, help="5 for InternVL-14B, 1 for chat models")
+    of = sub.add_argument_group("retrieval")
+    of.add_argument("--mode", dest="modes", type=_listed, help="c, g or c,g (also to classify)")
+    of.add_argument("--recall-k", type=_listed, help="1,5,10")
+    of.add_argument("--rerank", type=int, help="sort the first so many by the match score (ITM)")
+    of.add_argument("--form", help="how --annotations is written; by default seen")
+    of.add_argument("--clean", action="store_true", default=None, help="clean captions")
+    of.add_argument("--train", type=Path, help="training captions; no test picture may be there")
+    of = sub.add_argument_group("classification")
+    of.add_argument("--classes", type=Path, help="JSON of class names")
+    of.add_argument("--templates", type=Path, help="JSON of texts with {c} for the class")
+    of.add_argument("--key", help="which entry of the two files")
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _chat_arguments(sub: argparse.ArgumentParser) -> None:

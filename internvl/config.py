@@ -281,28 +281,72 @@ class EvalConfig:
     """One evaluation during and after training."""
 
     __pydantic_config__ = _STRICT
-    type: Literal["caption"] = "caption"
-    """caption: generate a text for every picture and compare it with the references."""
+    type: Literal["caption", "retrieval", "classify"] = "caption"
+    """caption: generate a text for every picture and compare it with the references; retrieval:
+    recall@k from texts to pictures and back; classify: the class of every picture, zero-shot. The
+    last two are for InternVL-14B."""
     annotations: Path
-    """COCO caption JSON."""
+    """caption: COCO caption JSON. retrieval: pictures with their captions, in any form of
+    data/pairs.py. classify: a folder with a folder of pictures for each class."""
     images: Path = Path(".")
-    """Folder that image paths start from."""
-    prompt: str
-    """The question; `<image>` is put before it."""
-    tokenize: Literal["ptb", "characters", "words"] = "ptb"
-    """What the n-gram scores count: PTB tokens (English), characters (Chinese), words."""
-    metrics: Literal["all", "exact"] = "all"
-    """exact: only the share of exact answers, which needs no Java and takes no time."""
+    """Folder that image paths start from. Not for classify."""
     every: Annotated[int, Field(ge=0)] = 0
     """Steps between evaluations; 0 evaluates only at the end."""
-    limit: Positive | None = None
-    """Only the first pictures of the file, for a quick look."""
     before: bool = False
     """Also evaluate before the first step."""
-    max_new_tokens: Positive = 30
-    """Longest answer, in tokens."""
+    limit: Positive | None = None
+    """Only the first pictures, for a quick look."""
     batch_size: Positive = 16
-    """Pictures answered at once."""
+    """Pictures, or texts, that the model sees at once."""
+    on_bad_sample: Literal["raise", "skip", "keep"] = "raise"
+    """retrieval, classify: what broken and missing pictures, empty captions, pictures without
+    captions, repeated ids and leaks lead to. raise: an error that names them all; skip: they are
+    left out and listed; keep: listed only, where the rest can be measured with them."""
+
+    prompt: str | None = None
+    """caption: the question; a chat model gets `<image>` before it. null: the original's."""
+    tokenize: Literal["ptb", "characters", "words"] = "ptb"
+    """caption: what the n-gram scores count: PTB tokens (English), characters (Chinese), words."""
+    metrics: Literal["all", "exact"] = "all"
+    """caption: exact is only the share of exact answers, which needs no Java and takes no time."""
+    max_new_tokens: Positive = 30
+    """caption: longest answer, in tokens."""
+    min_new_tokens: Annotated[int, Field(ge=0)] = 0
+    """caption: shortest answer, in tokens."""
+    num_beams: Positive | None = None
+    """caption: width of the beam search. null: the original's, 5 for InternVL-14B and 1, which is
+    greedy, for chat models."""
+    pictures: Path | None = None
+    """caption: Karpathy's list of the pictures, where `annotations` has only their ids."""
+    flat: bool = False
+    """caption: pictures lie directly in `images`, whatever folder their names have."""
+
+    form: Literal[
+        "auto", "flickr", "token", "coco", "karpathy", "xtd", "csv", "jsonl", "folder"
+    ] = "auto"
+    """retrieval: how `annotations` is written; auto goes by name and content."""
+    split: str = "test"
+    """retrieval: which pictures of a Karpathy file with a `split` field."""
+    clean: bool = False
+    """retrieval: clean captions as the original does for Flickr30K and COCO."""
+    modes: tuple[Literal["c", "g"], ...] = ("c", "g")
+    """retrieval, classify: InternVL-C, InternVL-G, or both."""
+    recall_k: tuple[Positive, ...] = (1, 5, 10)
+    """retrieval: a hit is a positive among the first k."""
+    rerank: Annotated[int, Field(ge=0)] = 0
+    """retrieval: also sort the first so many of every query by the model's match score (ITM)."""
+    train: Path | None = None
+    """retrieval: pictures with captions that were trained on; those of the test must not be there.
+    The picture paths of both start from `images`."""
+
+    classes: Path | None = None
+    """classify: JSON of class names, in the order of the sorted folders, or by folder; null: the
+    folders' own names."""
+    templates: Path | None = None
+    """classify: JSON list of texts with `{c}` where the class goes; null: the class alone."""
+    key: str | None = None
+    """classify: which entry of `classes` and `templates` is meant, where they hold several data
+    sets, as CLIP_benchmark's do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -425,6 +469,14 @@ def resolve(tree: dict[str, Any], overrides: Sequence[str] = (), *, name: str = 
     if problems or recipe is None:
         raise ConfigError("\n".join([f"{name}: {len(problems)} problem(s)", *problems]))
     return recipe
+
+
+def eval_config(**keys: Any) -> EvalConfig:
+    """One evaluation outside a recipe. Raises ConfigError with every wrong value."""
+    try:
+        return TypeAdapter(EvalConfig).validate_python(keys)
+    except ValidationError as error:
+        raise ConfigError("\n".join(map(_sentence, error.errors()))) from None
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -269,6 +269,7 @@ def compare_reloaded(recipe: Recipe, exported: Path, pictures: int = 12) -> Relo
         UserError: logits differ, or an answer does.
     """
     spec = recipe.evals["test-en"]
+    assert spec.prompt is not None, "the demo's recipe has one"
     tree = json.loads(spec.annotations.read_text(encoding="utf-8"))
     paths = [spec.images / row["file_name"] for row in tree["images"][:pictures]]
     chat = handles.load(recipe.run, device="cpu", dtype="float32")

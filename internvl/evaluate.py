@@ -1,45 +1,241 @@
 """A model, adapter or run folder, measured: `evaluate.run(...)`."""
 
+import json
+import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
-from internvl import evals, handles
-from internvl.config import EvalConfig, UserError, load_recipe
-from internvl.handles import Chat
+from internvl import checkpoint, evals, handles, zoo
+from internvl.config import ConfigError, EvalConfig, eval_config, load_recipe
+from internvl.data import benchmarks
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
+_OWN_TYPES = {"caption-file": "caption", "retrieval-folder": "retrieval"} | {
+    "classify-folder": "classify"
+}
+_METRICS = {"image_retrieval": "t2i", "text_retrieval": "i2t"}
+"""CLIP_benchmark's words for the two directions, and those of the papers."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """An evaluation, and what result files call it."""
+
+    config: EvalConfig
+    task: str
+    """A key of benchmarks.TASKS; empty for the user's own data."""
+    dataset: str
+    language: str
 
 
 def run(
-    model_or_run: str | Path, tasks: Sequence[str] = (), *, to: Path | None = None
+    model_or_run: str | Path,
+    tasks: Sequence[str] = (),
+    *,
+    to: Path | None = None,
+    root: Path = Path("data"),
+    dataset_root: str | None = None,
+    languages: Sequence[str] = (),
+    split: str = "test",
+    output: Path | None = None,
+    features: Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    **fields: Any,
 ) -> dict[str, float]:
-    """Runs evaluations of a run's recipe (all, or those named in `tasks`) on its newest checkpoint.
+    """Evaluates a model on published sets, on one's own files, or as the recipe of its run says.
 
-    Returns metrics named "evaluation/metric"; they and the answers are also written to `to`, by
-    default the run's evals folder.
+    What is wrong with the data is found before the model is loaded. Features are kept while they
+    are computed, so the same call goes on after an interruption.
+
+    Args:
+        tasks: names of benchmarks.TASKS or OWN, or of evaluations of the run's recipe; by default
+            all of the recipe's, or `caption-file` for a model.
+        to: folder for `result.json` and the answers; the run's evals folder, or out/evaluate.
+        root: folder that the published sets lie in.
+        dataset_root: the folder of the one set itself; `{dataset}` is filled in.
+        languages: of sets that have several, as CLIP_benchmark writes them.
+        output: file that CLIP_benchmark's result lines are appended to; `to`/result.jsonl.
+        features: folder where features stay; otherwise they go when everything is measured.
+        fields: of EvalConfig, such as `annotations`, `modes`, `limit`.
+
+    Returns:
+        Metrics, named "evaluation/metric", each from 0 to 1 unless its evaluator says otherwise.
 
     Raises:
-        UserError: no run folder, or a task its recipe does not have.
+        ConfigError: an unknown task, or files of a set that are not there, with their addresses.
+        UserError: data that cannot be used.
     """
-    folder = Path(model_or_run)
-    if not handles.is_run(folder):
-        raise UserError(
-            f"{folder} is no run folder; to evaluate another model, give annotations and prompt: "
-            "internvl evaluate MODEL caption-file --annotations FILE --images DIR --prompt TEXT"
-        )
-    recipe = load_recipe(folder / "recipe.yaml")
-    unknown = [task for task in tasks if task not in recipe.evals]
-    if unknown:
-        known = ", ".join(recipe.evals) or "none"
-        raise UserError(f"the recipe of {folder} has no evaluation {unknown[0]!r}; known: {known}")
-    chosen = {name: recipe.evals[name] for name in tasks or recipe.evals}
-    return measure(handles.load(folder), chosen, to or folder / "evals" / "evaluate")
+    is_run = handles.is_run(Path(model_or_run))
+    in_run = load_recipe(Path(model_or_run) / "recipe.yaml").evals if is_run else {}
+    names = list(tasks) or list(in_run) or ["caption-file"]
+    jobs: dict[str, Job] = {}
+    for name in names:
+        if name in in_run:
+            jobs[name] = Job(in_run[name], "", name, "en")
+        elif name in benchmarks.TASKS:
+            jobs |= _published_set(name, root, dataset_root, languages, split, fields)
+        elif name in benchmarks.OWN:
+            jobs[name] = _own(name, languages, split, fields)
+        else:
+            raise ConfigError(benchmarks.no_such(name, in_run))
+    folder = to or (Path(model_or_run) / "evals/evaluate" if is_run else Path("out/evaluate"))
+    evaluators = evals.build({name: job.config for name, job in jobs.items()})
+    handle = handles.load(model_or_run, device=device, dtype=dtype)
+    kept = features or folder / "features"
+    own = kept / _identity(Path(model_or_run), handle)
+    metrics = evals.run_all(evaluators, handle, folder, features=own)
+    if features is None:
+        shutil.rmtree(kept, ignore_errors=True)
+    for name, job in jobs.items():
+        values = {
+            m.removeprefix(f"{name}/"): v for m, v in metrics.items() if m.startswith(f"{name}/")
+        }
+        if job.config.type == "caption":
+            _write_captions(folder, name, job)
+        else:
+            _append(output or folder / "result.jsonl", lines(job, values, str(model_or_run)))
+    return metrics
 
 
-def measure(chat: Chat, configs: dict[str, EvalConfig], to: Path) -> dict[str, float]:
-    """Runs evaluations on a loaded model; writes `to`/result.json and the answers beside it."""
-    return evals.run_all(configs, chat.model, chat.encoder, chat.tiles, to)
+def _published_set(
+    name: str,
+    root: Path,
+    dataset_root: str | None,
+    languages: Sequence[str],
+    split: str,
+    fields: dict[str, Any],
+) -> dict[str, Job]:
+    task = benchmarks.TASKS[name]
+    folder = root / task.root
+    if dataset_root is not None:
+        folder = Path(dataset_root.format(dataset=task.dataset, dataset_cleaned=task.dataset))
+    found = benchmarks.configs(name, folder, languages=languages, split=split, **fields)
+    chosen = languages or task.languages[:1]
+    return {
+        key: Job(config, name, task.dataset, language)
+        for (key, config), language in zip(found.items(), chosen, strict=True)
+    }
 
 
-def render(metrics: dict[str, float]) -> str:
-    """A table of metrics, one line each."""
+def _own(name: str, languages: Sequence[str], split: str, fields: dict[str, Any]) -> Job:
+    annotations = fields.get("annotations")
+    if annotations is None:
+        raise ConfigError(f"{name} needs --annotations: {benchmarks.OWN[name]}")
+    images = annotations if annotations.is_dir() else annotations.parent
+    given = {"images": images, "split": split, **fields, "type": _OWN_TYPES[name]}
+    language = languages[0] if languages else "en"
+    return Job(eval_config(**given), "", annotations.stem, language)
+
+
+def _identity(named: Path, handle: Any) -> str:
+    """A word for exactly these weights in this precision: names, sizes and times of their files."""
+    folders = {named, Path(handle.folder)}
+    if handles.is_run(named):
+        step = checkpoint.steps(named / "checkpoints")[-1]
+        folders.add(named / "checkpoints" / f"{step:06d}")
+    files = [file for folder in folders for pattern in _WEIGHTS for file in folder.glob(pattern)]
+    states = sorted((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
+    text = repr((str(named), handles.is_run(named) and step, states, str(handle.model.dtype)))
+    return blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def lines(job: Job, values: dict[str, float], pretrained: str) -> list[dict[str, Any]]:
+    """CLIP_benchmark's result lines: one for each mode, and for each re-ranked one."""
+    kind = "retrieval" if job.config.type == "retrieval" else "classification"
+    found = []
+    for mode in job.config.modes:
+        for prefix, task in (
+            (mode, f"zeroshot_{kind}"),
+            (f"{mode}_itm", f"zeroshot_{kind}_with_itm"),
+        ):
+            metrics = {
+                name.removeprefix(f"{prefix}_"): value
+                for name, value in values.items()
+                if name.startswith(f"{prefix}_")
+                and not name.endswith("mean_recall")
+                and name.startswith(f"{mode}_itm_") == prefix.endswith("_itm")
+            }
+            if metrics:
+                found.append(
+                    {
+                        "dataset": job.dataset,
+                        "model": f"internvl_{mode}_{kind}_hf",
+                        "pretrained": pretrained,
+                        "task": task,
+                        "metrics": metrics,
+                        "language": job.language,
+                    }
+                )
+    return found
+
+
+def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _write_captions(folder: Path, name: str, job: Job) -> None:
+    """The original's results file: [{image_id, caption}] in DATASET_yymmddHHMMSS.json."""
+    rows = (folder / "result" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [
+        {"image_id": row["image_id"], "caption": row["answer"]} for row in map(json.loads, rows)
+    ]
+    file = folder / f"{job.dataset}_{datetime.now():%y%m%d%H%M%S}.json"
+    file.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
+
+
+def published(model: str | Path, name: str) -> float | None:
+    """The published value of a metric that `run` returned as `name`, on the same scale, or None.
+
+    Only for a released model as it is: by hub id, or by a folder of the same name.
+    """
+    try:
+        released = zoo.find(str(model))
+    except zoo.UnknownModel:
+        return None
+    evaluation, _, metric = name.partition("/")
+    task, language = _task_of(evaluation)
+    percent = released.family == "dual"
+    mode = "g" if percent else "chat"
+    if metric[:2] in ("c_", "g_") and "_itm_" not in metric:
+        mode, metric = metric[0], metric[2:]
+        for theirs, ours in _METRICS.items():
+            metric = metric.replace(theirs, ours)
+    for score in zoo.scores(released.name):
+        if (score.task, score.metric, score.mode) != (task, metric, mode) or score.recipe:
+            continue
+        if score.language == language:
+            return score.value / 100 if percent else score.value
+    return None
+
+
+def _task_of(evaluation: str) -> tuple[str, str]:
+    """(task, language) as zoo.py has them."""
+    for name in ("retrieval-flickr30k", "retrieval-coco"):
+        if evaluation == f"{name}-cn":
+            return name, "zh"
+    if evaluation.startswith("retrieval-xtd-"):
+        return "retrieval-xtd", evaluation.removeprefix("retrieval-xtd-")
+    return evaluation, "en"
+
+
+def render(metrics: dict[str, float], model: str | Path = "") -> str:
+    """A table of metrics, one line each, with what was published for `model` beside."""
     width = max(map(len, metrics), default=0)
-    return "\n".join(f"{name:{width}}  {value:8.4f}" for name, value in metrics.items())
+    beside = {name: published(model, name) if str(model) else None for name in metrics}
+    head = (
+        f"{'':{width}}  measured  published\n"
+        if any(v is not None for v in beside.values())
+        else ""
+    )
+    return head + "\n".join(
+        f"{name:{width}}  {value:8.4f}"
+        + (f"  {beside[name]:9.4f}" if beside[name] is not None else "")
+        for name, value in metrics.items()
+    )

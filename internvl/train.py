@@ -288,14 +288,7 @@ def evaluate(now: Run) -> None:
         return
     now.model.eval()
     with parallel.autocast(now.device, now.recipe.dtype), parallel.uncompiled():
-        evals.run_all(
-            specs,
-            now.model,
-            now.chat.encoder,
-            now.recipe.data.tiles,
-            now.folder / "evals",
-            now.step,
-        )
+        evals.run_all(evals.build(specs), now.chat, now.folder / "evals", now.step)
 
 
 def take_bad(now: Run, step: loader.Step) -> None:

@@ -119,12 +119,26 @@ def test_evaluate_and_export(capsys, project, tmp_path):
     )
     assert code == 0
     assert "caption-file/exact" in out
-    code, _, err = call(capsys, *words)
-    assert (code, "--annotations needs --prompt" in err) == (2, True)
     code, out, _ = call(capsys, "export", folder / "start", "--to", tmp_path / "out")
     assert (code, (tmp_path / "out" / "config.json").exists()) == (0, True)
     code, _, err = call(capsys, "export", folder / "start", "--to", tmp_path / "out")
     assert (code, "exists and is not empty" in err) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["retrieval-flickr30"], "no task 'retrieval-flickr30'; did you mean retrieval-flickr30k?"),
+        (["retrieval-folder"], "retrieval-folder needs --annotations"),
+        (["retrieval-xtd", "--language", "de"], "has no language 'de'; it has en, es"),
+        (["caption-coco"], "lacks 3 file(s) or folder(s)"),
+        (["caption-coco"], "coco_karpathy_test.json: from https://github.com/OpenGVLab/"),
+        (["retrieval-folder", "--annotations", "x", "--mode", "h"], "modes.0: input should be"),
+    ],
+)
+def test_tasks_that_cannot_run_load_no_model(capsys, tmp_path, words, said):
+    code, _, err = call(capsys, "evaluate", "no/model", *words, "--root", tmp_path)
+    assert (code, said in err) == (2, True), err
 
 
 def test_models_downloads_by_name_or_id(capsys, monkeypatch):

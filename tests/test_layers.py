@@ -27,7 +27,10 @@ LEVELS = {
 LEVEL_OF = {part: level for level, parts in LEVELS.items() for part in parts}
 
 # Folders that are open sets, with what their members may share.
-OPEN_SETS: dict[str, tuple[str, ...]] = {"objectives": (), "evals": ("metrics",)}
+OPEN_SETS: dict[str, tuple[str, ...]] = {
+    "objectives": (),
+    "evals": ("features", "metrics", "scores"),
+}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 

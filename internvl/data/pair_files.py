@@ -12,7 +12,8 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import filterfalse
@@ -20,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from internvl.data import convert
-from internvl.data.images import BadImage, is_address, join_inside
+from internvl.data.images import BadImage, is_address, join_inside, open_rgb
 from internvl.data.records import BadSample, DataError
+from internvl.log import Progress
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
@@ -224,7 +226,7 @@ def _jsonl(path: Path, split: str, problems: list[BadSample]) -> Iterator[Row]:
 
 def _captions(where: str, row: dict[str, Any]) -> tuple[tuple[str, str], ...]:
     """Captions under any of their usual keys: a text or a list of texts."""
-    value = next((row[key] for key in _TEXT_KEYS if key in row), [])
+    value: Any = next((row[key] for key in _TEXT_KEYS if key in row), [])
     return tuple((where, str(text)) for text in ([value] if isinstance(value, str) else value))
 
 
@@ -366,4 +368,26 @@ def leaks(test: Pairs, train: Pairs) -> dict[int, str]:
         same = [p for p in sizes.get(os.path.getsize(path), ()) if digest(p) == digest(path)]
         if same:
             found[number] = f"the training data holds the same file as {same[0]}"
+    return found
+
+
+def broken(images: Sequence[str]) -> dict[int, str]:
+    """Pictures (by number) that cannot be decoded, and why."""
+    found: dict[int, str] = {}
+
+    def reason(path: str) -> str | None:
+        try:
+            open_rgb(path)
+        except BadImage as bad:
+            return str(bad)
+        return None
+
+    with (
+        Progress("pictures opened", total=len(images)) as progress,
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads,
+    ):
+        for number, why in enumerate(threads.map(reason, images)):
+            if why is not None:
+                found[number] = why
+            progress.update()
     return found

@@ -15,6 +15,7 @@ from typing import Any
 
 from internvl.config import UserError
 from internvl.data import convert, fetch, playground
+from internvl.data.benchmarks import COCO, FLICKR, KARPATHY, NOCAPS, NOCAPS_IMAGES, OPENGVLAB
 from internvl.data.records import DataError
 from internvl.data.tree import Missing, Tree
 
@@ -30,12 +31,6 @@ NAMES: dict[str, str] = {
 
 CHINESE_PROMPT = "请用一句话描述这张图片。"
 """Our own choice: the originals name no Chinese prompt for captions."""
-
-_OPENGVLAB = "https://github.com/OpenGVLab/InternVL/releases/download/data/"
-_KARPATHY = "https://github.com/mehdidc/retrieval_annotations/releases/download/1.0.0/"
-_COCO = "http://images.cocodataset.org/zips/"
-_FLICKR = "https://bryanplummer.com/Flickr30kEntities/ (on request)"
-_NOCAPS = "https://nocaps.s3.amazonaws.com/nocaps_val_4500_captions.json"
 
 
 @dataclass(frozen=True)
@@ -82,12 +77,12 @@ def run(name: str, root: Path, *, download: bool = False) -> Prepared:
 
 def _coco_caption(tree: Tree) -> Iterator[Path]:
     folder = tree.root / "data/coco"
-    there = [tree.has_images(folder / n, f"{_COCO}{n}.zip") for n in ("train2014", "val2014")]
+    there = [tree.has_images(folder / n, f"{COCO}{n}.zip") for n in ("train2014", "val2014")]
     pictures: set[str] = set()
     train = folder / "annotations/coco_karpathy_train_567k.jsonl"
     if _coco_train(tree, train):
         lines = [convert.images_of(row) for _, row in convert.read_jsonl(train)]
-        tree.expect(train, f"{_OPENGVLAB}coco_karpathy_train_567k.zip", captions=len(lines))
+        tree.expect(train, f"{OPENGVLAB}coco_karpathy_train_567k.zip", captions=len(lines))
         pictures.update(image for images in lines for image in images)
         yield train
     test = _coco_test(tree, folder / "annotations")
@@ -95,7 +90,7 @@ def _coco_caption(tree: Tree) -> Iterator[Path]:
         pictures.update(image for image, _ in convert.read_coco(test))
         yield test
     if all(there):
-        tree.check_images(folder, pictures, f"{_COCO}{{train2014,val2014}}.zip")
+        tree.check_images(folder, pictures, f"{COCO}{{train2014,val2014}}.zip")
 
 
 def _coco_train(tree: Tree, train: Path) -> bool:
@@ -109,7 +104,7 @@ def _coco_train(tree: Tree, train: Path) -> bool:
         tree.expect(karpathy, "the address it came from", captions=len(captions))
         convert.write_lines(train, convert.chat_lines(captions))
         return True
-    if not tree.has_file(archive, f"{_OPENGVLAB}{archive.name}"):
+    if not tree.has_file(archive, f"{OPENGVLAB}{archive.name}"):
         return False
     fetch.unpack_files(archive, [train.name], train.parent)
     if not train.is_file():
@@ -120,13 +115,13 @@ def _coco_train(tree: Tree, train: Path) -> bool:
 def _coco_test(tree: Tree, folder: Path) -> Path | None:
     """The test pictures with their references in one file that evaluations read."""
     listed, references = folder / "coco_karpathy_test.json", folder / "coco_karpathy_test_gt.json"
-    there = [tree.has_file(path, f"{_OPENGVLAB}{path.name}") for path in (listed, references)]
+    there = [tree.has_file(path, f"{OPENGVLAB}{path.name}") for path in (listed, references)]
     if not all(there):
         return None
     images = {_coco_id(row["image"]): row["image"] for row in _karpathy_rows(listed)}
-    tree.expect(listed, f"{_OPENGVLAB}{listed.name}", images=len(images))
+    tree.expect(listed, f"{OPENGVLAB}{listed.name}", images=len(images))
     annotations = convert.read_json(references).get("annotations", [])
-    tree.expect(references, f"{_OPENGVLAB}{references.name}", captions=len(annotations))
+    tree.expect(references, f"{OPENGVLAB}{references.name}", captions=len(annotations))
     target = folder / "coco_karpathy_test_captions.json"
     rows = [{"id": number, "file_name": name} for number, name in images.items()]
     merged = {"images": rows, "annotations": annotations}
@@ -155,26 +150,26 @@ def _coco_id(name: str) -> int:
 
 def _flickr30k(tree: Tree) -> Iterator[Path]:
     folder = tree.root / "data/flickr30k"
-    train = _flickr(tree, "flickr30k_train_karpathy.txt", _KARPATHY)
-    val = _flickr(tree, "flickr30k_val_karpathy.txt", _KARPATHY)
-    tree.has_file(folder / "flickr30k_test_karpathy.txt", f"{_KARPATHY}flickr30k_test_karpathy.txt")
+    train = _flickr(tree, "flickr30k_train_karpathy.txt", KARPATHY)
+    val = _flickr(tree, "flickr30k_val_karpathy.txt", KARPATHY)
+    tree.has_file(folder / "flickr30k_test_karpathy.txt", f"{KARPATHY}flickr30k_test_karpathy.txt")
     test = folder / "flickr30k_test_karpathy.json"
     if train:
         yield _as_chat(folder / "flickr30k_train_karpathy.jsonl", train, convert.CAPTION_PROMPT)
     if val:
         yield _as_coco(folder / "flickr30k_val_karpathy_captions.json", val)
     references: list[convert.Caption] = []
-    if tree.has_file(test, f"{_OPENGVLAB}{test.name}"):
+    if tree.has_file(test, f"{OPENGVLAB}{test.name}"):
         references = _below("Images", convert.read_coco(test))
-        tree.expect(test, f"{_OPENGVLAB}{test.name}", **_sizes(references))
+        tree.expect(test, f"{OPENGVLAB}{test.name}", **_sizes(references))
         yield _as_coco(folder / "flickr30k_test_karpathy_captions.json", references)
     _flickr_images(tree, [*train, *val, *references])
 
 
 def _flickr30k_cn(tree: Tree) -> Iterator[Path]:
     folder = tree.root / "data/flickr30k"
-    train = _flickr(tree, "flickr30k_cn_train.txt", _OPENGVLAB)
-    test = _flickr(tree, "flickr30k_cn_test.txt", _OPENGVLAB)
+    train = _flickr(tree, "flickr30k_cn_train.txt", OPENGVLAB)
+    test = _flickr(tree, "flickr30k_cn_test.txt", OPENGVLAB)
     if train:
         yield _as_chat(folder / "flickr30k_cn_train.jsonl", train, CHINESE_PROMPT)
     if test:
@@ -194,19 +189,19 @@ def _flickr(tree: Tree, name: str, address: str) -> list[convert.Caption]:
 
 def _flickr_images(tree: Tree, captions: Sequence[convert.Caption]) -> None:
     folder = tree.root / "data/flickr30k"
-    if tree.has_images(folder / "Images", _FLICKR):
-        tree.check_images(folder, (image for image, _ in captions), _FLICKR)
+    if tree.has_images(folder / "Images", FLICKR):
+        tree.check_images(folder, (image for image, _ in captions), FLICKR)
 
 
 def _nocaps(tree: Tree) -> Iterator[Path]:
     folder = tree.root / "data/nocaps"
     annotations = folder / "nocaps_val_4500_captions.json"
-    address = "https://nocaps.org/download"
+    address = NOCAPS_IMAGES
     there = tree.has_images(folder / "images", address)
-    if not tree.has_file(annotations, _NOCAPS):
+    if not tree.has_file(annotations, NOCAPS):
         return
     captions = _below("images", convert.read_coco(annotations))
-    tree.expect(annotations, _NOCAPS, **_sizes(captions))
+    tree.expect(annotations, NOCAPS, **_sizes(captions))
     yield _as_coco(folder / "nocaps_val_captions.json", captions)
     if there:
         tree.check_images(folder, (image for image, _ in captions), address)

@@ -1,17 +1,48 @@
 """What is measured: an evaluator states data, prompt and metric."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from internvl.config import EvalConfig, TilesConfig
-from internvl.data.chat import ChatEncoder
-from internvl.evals import caption
-from internvl.generate import Request, Settings, answers
-from internvl.log import Progress, get_logger
+from internvl.config import EvalConfig
+from internvl.evals import caption, classify, retrieval
+from internvl.evals.scores import Scores
+from internvl.log import get_logger
 
-EVALS = {"caption": caption.Caption}
+
+class Evaluator(Protocol):
+    """One evaluation with its data read. Making it finds what is wrong with the data."""
+
+    def pictures(self) -> Sequence[str]:
+        """Every picture that `run` will open."""
+        ...
+
+    def run(self, handle: Any, folder: Path | None) -> Scores:
+        """Measures a model.
+
+        Args:
+            handle: a Chat or Dual.
+            folder: where features are kept between one call and the next, for this model only;
+                None keeps nothing.
+        """
+        ...
+
+
+EVALS: dict[str, Callable[[EvalConfig], Evaluator]] = {
+    "caption": caption.Caption,
+    "retrieval": retrieval.Retrieval,
+    "classify": classify.Classify,
+}
+
+
+def build(configs: Mapping[str, EvalConfig]) -> dict[str, Evaluator]:
+    """The evaluations of a recipe, their data read.
+
+    Raises:
+        UserError: data that cannot be used.
+    """
+    return {name: EVALS[config.type](config) for name, config in configs.items()}
 
 
 def measured(folder: Path, step: int) -> set[str]:
@@ -20,37 +51,26 @@ def measured(folder: Path, step: int) -> set[str]:
 
 
 def run_all(
-    configs: Mapping[str, EvalConfig],
-    model: Any,
-    encoder: ChatEncoder,
-    tiles: TilesConfig,
+    evaluators: Mapping[str, Evaluator],
+    handle: Any,
     folder: Path,
     step: int | None = None,
+    features: Path | None = None,
 ) -> dict[str, float]:
     """Runs every evaluation; adds each to STEP.json (metric -> value) and writes its answers.
 
     Without a step, of a model that is no run's, the files are called "result".
 
+    Args:
+        handle: a Chat or Dual.
+        features: where evaluations of this very model keep what an interruption should not cost.
+
     Returns the metrics of this call, named "evaluation/metric".
     """
-
-    def answer(requests: Sequence[Request], spec: EvalConfig) -> list[str]:
-        settings = Settings(max_new_tokens=spec.max_new_tokens)
-        with Progress("answers", total=len(requests)) as progress:
-            return answers(
-                model,
-                encoder,
-                tiles,
-                requests,
-                settings,
-                batch_size=spec.batch_size,
-                progress=progress.update,
-            )
-
     path = _file(folder, step)
     found: dict[str, float] = {}
-    for name, config in configs.items():
-        scores = EVALS[config.type](config).run(answer)
+    for name, evaluator in evaluators.items():
+        scores = evaluator.run(handle, features)
         found |= {f"{name}/{metric}": value for metric, value in scores.values.items()}
         rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scores.rows)
         listed = path.with_suffix("") / f"{name}.jsonl"

@@ -1,0 +1,218 @@
+"""The published evaluation sets: where their files lie, how they are written, where to get them.
+
+Original layout: `data/` of the chat and captioning code, `--dataset_root` of CLIP_benchmark.
+Imports nothing heavy: `internvl evaluate --help` lists these.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from internvl.config import ConfigError, EvalConfig, eval_config
+
+OPENGVLAB = "https://github.com/OpenGVLab/InternVL/releases/download/data/"
+KARPATHY = "https://github.com/mehdidc/retrieval_annotations/releases/download/1.0.0/"
+COCO = "http://images.cocodataset.org/zips/"
+FLICKR = "https://bryanplummer.com/Flickr30kEntities/ (on request)"
+NOCAPS = "https://nocaps.s3.amazonaws.com/nocaps_val_4500_captions.json"
+NOCAPS_IMAGES = "https://nocaps.org/download"
+XTD = "https://raw.githubusercontent.com/adobe-research/Cross-lingual-Test-Dataset-XTD10/main/"
+_SHIPPED = "https://raw.githubusercontent.com/OpenGVLab/InternVL/main/clip_benchmark/data/"
+_COCO_IMAGES = f"{COCO}{{train2014,val2014}}.zip"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One thing that `internvl evaluate MODEL TASK` measures."""
+
+    type: Literal["caption", "retrieval", "classify"]
+    about: str
+    dataset: str
+    """What result files call it."""
+    root: str
+    """Its folder below `--root`."""
+    annotations: str
+    """Below its folder; `{split}` and `{language}` are filled in."""
+    annotations_from: str
+    """Where to get them."""
+    images: str
+    """Folder of the pictures, below its folder."""
+    images_from: str
+    pictures: str = ""
+    """See EvalConfig."""
+    flat: bool = False
+    form: str = "auto"
+    clean: bool = True
+    languages: tuple[str, ...] = ("en",)
+    """As CLIP_benchmark writes them; the first is the default."""
+
+
+TASKS: dict[str, Task] = {
+    "caption-coco": Task(
+        type="caption",
+        about="COCO captions, Karpathy's test split: 5,000 pictures",
+        dataset="coco",
+        root="coco",
+        annotations="annotations/coco_karpathy_test_gt.json",
+        annotations_from=f"{OPENGVLAB}coco_karpathy_test_gt.json",
+        pictures="annotations/coco_karpathy_test.json",
+        images=".",
+        images_from=f"{COCO}val2014.zip",
+    ),
+    "caption-flickr30k": Task(
+        type="caption",
+        about="Flickr30K captions, Karpathy's test split: 1,000 pictures",
+        dataset="flickr30k",
+        root="flickr30k",
+        annotations="flickr30k_test_karpathy.json",
+        annotations_from=f"{OPENGVLAB}flickr30k_test_karpathy.json",
+        images="Images",
+        images_from=FLICKR,
+        flat=True,
+    ),
+    "caption-nocaps": Task(
+        type="caption",
+        about="NoCaps validation captions: 4,500 pictures",
+        dataset="nocaps",
+        root="nocaps",
+        annotations="nocaps_val_4500_captions.json",
+        annotations_from=NOCAPS,
+        images="images",
+        images_from=NOCAPS_IMAGES,
+        flat=True,
+    ),
+    "retrieval-flickr30k": Task(
+        type="retrieval",
+        about="Flickr30K: 1,000 pictures, 5,000 texts",
+        dataset="flickr30k",
+        root="flickr30k",
+        annotations="flickr30k_{split}_karpathy.txt",
+        annotations_from=f"{KARPATHY}flickr30k_{{split}}_karpathy.txt",
+        images="Images",
+        images_from=FLICKR,
+        form="flickr",
+    ),
+    "retrieval-flickr30k-cn": Task(
+        type="retrieval",
+        about="Flickr30K-CN: the same pictures, 5,000 Chinese texts",
+        dataset="flickr30k",
+        root="flickr30k",
+        annotations="flickr30k_cn_{split}.txt",
+        annotations_from=f"{OPENGVLAB}flickr30k_cn_{{split}}.txt",
+        images="Images",
+        images_from=FLICKR,
+        form="flickr",
+        languages=("cn",),
+    ),
+    "retrieval-coco": Task(
+        type="retrieval",
+        about="COCO: 5,000 pictures, 25,010 texts",
+        dataset="mscoco_captions",
+        root="mscoco_captions",
+        annotations="coco_{split}_karpathy.json",
+        annotations_from=f"{KARPATHY}coco_{{split}}_karpathy.json",
+        images=".",
+        images_from=_COCO_IMAGES,
+    ),
+    "retrieval-coco-cn": Task(
+        type="retrieval",
+        about="COCO-CN: 1,000 pictures, 1,053 Chinese texts",
+        dataset="mscoco_captions",
+        root="mscoco_captions",
+        annotations="coco-cn_{split}.json",
+        annotations_from=f"{_SHIPPED}mscoco_captions/coco-cn_test.json",
+        images=".",
+        images_from=_COCO_IMAGES,
+        form="coco",
+        languages=("cn",),
+    ),
+    "retrieval-xtd": Task(
+        type="retrieval",
+        about="XTD10: 1,000 pictures, one text each, in ten languages",
+        dataset="multilingual_mscoco_captions",
+        root="mscoco_captions",
+        annotations="test_1kcaptions_{language}.txt",
+        annotations_from=f"{XTD}XTD10/ (jp: STAIR/, fr: MIC/), with test_image_names.txt",
+        images=".",
+        images_from=_COCO_IMAGES,
+        form="xtd",
+        clean=False,
+        languages=("en", "es", "it", "ko", "pl", "ru", "tr", "zh", "jp", "fr"),
+    ),
+}
+"""By name, as `internvl evaluate` calls them."""
+
+OWN = {
+    "caption-file": "captions of your own pictures (--annotations FILE --images DIR)",
+    "retrieval-folder": "your own pictures and texts (--annotations FILE-OR-FOLDER --images DIR)",
+    "classify-folder": "a folder of pictures for each class (--annotations FOLDER)",
+}
+"""Tasks on files that the user names."""
+
+
+def no_such(name: str, others: Iterable[str] = ()) -> str:
+    """What to say about a task that does not exist; `others` exist besides."""
+    known = [*others, *TASKS, *OWN]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+    return f"there is no task {name!r}; {hint}"
+
+
+def list_tasks() -> str:
+    """Every task, one line each."""
+    rows = {name: task.about for name, task in TASKS.items()} | OWN
+    return "\n".join(f"  {name:24}{about}" for name, about in rows.items())
+
+
+def configs(
+    name: str,
+    root: Path,
+    *,
+    languages: Sequence[str] = (),
+    split: str = "test",
+    **more: Any,
+) -> dict[str, EvalConfig]:
+    """The evaluation of a published set, one for each language.
+
+    Args:
+        name: a key of TASKS.
+        root: the set's own folder.
+        languages: by default the task's first.
+        more: fields of EvalConfig.
+
+    Raises:
+        ConfigError: no such language, or files that are not there, each with its address.
+    """
+    task = TASKS[name]
+    chosen = languages or task.languages[:1]
+    unknown = [language for language in chosen if language not in task.languages]
+    if unknown:
+        known = ", ".join(task.languages)
+        raise ConfigError(f"{name} has no language {unknown[0]!r}; it has {known}")
+    paths = {
+        language: root / task.annotations.format(split=split, language=language)
+        for language in chosen
+    }
+    wanted = [(path, task.annotations_from.format(split=split)) for path in paths.values()]
+    images, pictures = root / task.images, root / task.pictures if task.pictures else None
+    if pictures is not None:
+        wanted.append((pictures, OPENGVLAB + pictures.name))
+    wanted.append((images, task.images_from))
+    missing = [f"{path}: from {address}" for path, address in wanted if not path.exists()]
+    if missing:
+        raise ConfigError(
+            "\n".join([f"{name} lacks {len(missing)} file(s) or folder(s)", *missing])
+        )
+    given: dict[str, Any] = {"type": task.type, "images": images}
+    if task.type == "retrieval":
+        given |= {"form": task.form, "clean": task.clean, "split": split, "batch_size": 64}
+    else:
+        given |= {"pictures": pictures, "flat": task.flat, "min_new_tokens": 8}
+    return {
+        name if len(chosen) == 1 else f"{name}-{language}": eval_config(
+            **{**given, "annotations": path, **more}
+        )
+        for language, path in paths.items()
+    }

@@ -1,0 +1,179 @@
+"""Zero-shot classification: a picture is of the class whose texts are nearest to it.
+
+As CLIP_benchmark (`metrics/zeroshot_classification.py`), whose class names and templates are read
+from files that the user has.
+"""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from internvl.config import EvalConfig, UserError
+from internvl.data.images import STATISTICS, open_rgb
+from internvl.data.pairs import IMAGE_ENDINGS, broken
+from internvl.data.records import BadSample
+from internvl.evals.features import Store, ranks, share_within
+from internvl.evals.scores import Scores, settle
+
+_REMEDY = "put them right, or set on_bad_sample (--on-bad-sample) to skip to leave them out"
+
+
+class Classify:
+    """acc1, acc5 and mean_per_class_recall (0 to 1; acc5 is nan with fewer than five classes).
+
+    Data: a folder with a folder of pictures for each class; the class of a picture is the number of
+    its folder, sorted by name. Pictures are resized by their shorter side and cut in the middle.
+
+    Raises:
+        UserError: no pictures, broken ones, or class names or templates that do not fit.
+    """
+
+    def __init__(self, config: EvalConfig) -> None:
+        self.config = config
+        root = config.annotations
+        if not root.is_dir():
+            raise UserError(f"{root} is no folder; classify needs a folder for each class in it")
+        self.folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+        files = [
+            (str(file), number)
+            for number, name in enumerate(self.folders)
+            for file in sorted((root / name).rglob("*"))
+            if file.suffix.lower() in IMAGE_ENDINGS
+        ][: config.limit]
+        if not files:
+            raise UserError(f"{root} has no folder with pictures; classes are folders")
+        bad = broken([path for path, _ in files])
+        policy = "skip" if config.on_bad_sample == "skip" else "raise"
+        settle([BadSample(files[i][0], why) for i, why in bad.items()], policy, _REMEDY)
+        self.files = [file for number, file in enumerate(files) if number not in bad]
+        self.names = self._names()
+        self.templates = ["{c}"] if config.templates is None else self._listed(config.templates)
+        if any("{c}" not in template for template in self.templates):
+            raise UserError(f"{config.templates}: every template needs a {{c}} for the class")
+
+    def pictures(self) -> Sequence[str]:
+        """Every picture that will be opened."""
+        return [path for path, _ in self.files]
+
+    def run(self, handle: Any, folder: Path | None) -> Scores:
+        """Encodes with `handle` (Dual); keeps features in `folder`, if there is one."""
+        if not hasattr(handle, "encode_images"):
+            raise UserError("zero-shot classification needs an InternVL-14B model")
+        store = Store(self._folder(folder))
+        size, batch = handle.image_size, self.config.batch_size
+        device = handle.model.device
+
+        def weights(part: range) -> Tensor:
+            return torch.stack([self._class_weight(handle, self.names[i]) for i in part])
+
+        classes = store.encode("classes", len(self.names), weights).to(device)
+        truth = torch.tensor([number for _, number in self.files])
+        values: dict[str, float] = {}
+        listed: dict[str, list[int]] = {}
+        for mode in self.config.modes:
+
+            def rows(part: range, mode: str = mode) -> Tensor:
+                found = []
+                for start in range(part.start, part.stop, batch):
+                    some = self.files[start : min(start + batch, part.stop)]
+                    pixels = torch.stack([cropped(open_rgb(path), size) for path, _ in some])
+                    found.append(handle.encode_images(pixels, mode=mode))
+                return torch.cat(found)
+
+            images = store.encode(f"crops_{mode}", len(self.files), rows).to(device)
+            found = ranks(images, classes, truth, torch.arange(len(self.names))).cpu()
+            listed[mode] = found.tolist()
+            values |= {
+                f"{mode}_{name}": v for name, v in accuracies(found, truth, len(classes)).items()
+            }
+        rows_ = [
+            {"image": path, "class": self.names[number], "rank": {m: listed[m][i] for m in listed}}
+            for i, (path, number) in enumerate(self.files)
+        ]
+        return Scores(values, rows_)
+
+    def _class_weight(self, handle: Any, name: str) -> Tensor:
+        """(E,) the mean direction of a class's texts."""
+        texts = [template.replace("{c}", name) for template in self.templates]
+        return normalize(handle.encode_texts(texts).float().mean(dim=0), dim=-1)
+
+    def _names(self) -> list[str]:
+        if self.config.classes is None:
+            return self.folders
+        found = self._entry(self.config.classes)
+        if isinstance(found, dict):
+            lacking = [folder for folder in self.folders if folder not in found]
+            if lacking:
+                raise UserError(f"{self.config.classes} has no name for the folder {lacking[0]}")
+            return [str(found[folder]) for folder in self.folders]
+        names = self._listed(self.config.classes)
+        if len(names) != len(self.folders):
+            raise UserError(
+                f"{self.config.classes} has {len(names)} class names, but "
+                f"{self.config.annotations} has {len(self.folders)} folders"
+            )
+        return names
+
+    def _listed(self, path: Path) -> list[str]:
+        found = self._entry(path)
+        if not isinstance(found, list) or not found or not all(isinstance(t, str) for t in found):
+            raise UserError(f"{path}: a JSON list of texts is expected")
+        return found
+
+    def _entry(self, path: Path) -> Any:
+        """What a JSON file holds, or its entry for the data set that `key` names."""
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path}: {error}") from None
+        if self.config.key is None or not isinstance(tree, dict):
+            return tree
+        if self.config.key not in tree:
+            raise UserError(f"{path} has no entry {self.config.key!r}; it has {', '.join(tree)}")
+        return tree[self.config.key]
+
+    def _folder(self, folder: Path | None) -> Path | None:
+        """The part of `folder` that is for exactly these files, names and templates."""
+        if folder is None:
+            return None
+        states = [
+            (path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path, _ in self.files
+        ]
+        text = repr((states, self.names, self.templates))
+        return folder / blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def accuracies(found: Tensor, truth: Tensor, num_classes: int) -> dict[str, float]:
+    """CLIP_benchmark's metrics of the rank of each picture's class, int64 (num_images,)."""
+    hits = (found == 0).double()
+    present = truth.unique()
+    per_class = [hits[truth == number].mean().item() for number in present.tolist()]
+    return {
+        "acc1": hits.mean().item(),
+        "acc5": share_within(found, 5) if num_classes >= 5 else math.nan,
+        "mean_per_class_recall": sum(per_class) / len(per_class),
+    }
+
+
+def cropped(image: Image.Image, size: int) -> Tensor:
+    """Normalized float32 (3, S, S): the shorter side resized to S (bicubic), the middle cut out."""
+    width, height = image.size
+    short = min(width, height)
+    # As torchvision: the longer side is cut down to whole pixels, the border rounded half to even.
+    wide, tall = int(size * width / short), int(size * height / short)
+    left, top = round((wide - size) / 2), round((tall - size) / 2)
+    resized = image.convert("RGB").resize((wide, tall), Image.Resampling.BICUBIC)
+    middle = resized.crop((left, top, left + size, top + size))
+    pixels = torch.from_numpy(np.array(middle)).permute(2, 0, 1).float() / 255
+    mean, std = (torch.tensor(values)[:, None, None] for values in STATISTICS["imagenet"])
+    return (pixels - mean) / std

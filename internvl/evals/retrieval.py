@@ -1,0 +1,217 @@
+"""Retrieval: which texts find their picture, which pictures find one of their texts.
+
+Recall equals CLIP_benchmark's (`metrics/zeroshot_retrieval.py`), where an image hits when at least
+one of its captions is among the first k. Ties, which it leaves to torch.topk, go to the lower
+index here.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internvl.config import EvalConfig, UserError
+from internvl.data import pairs
+from internvl.data.captions import clean_caption
+from internvl.data.records import BadSample
+from internvl.evals.features import Store, nearest, ranks, share_within, too_large
+from internvl.evals.scores import Scores, settle
+from internvl.log import Progress
+
+_REMEDY = (
+    "put them right, or set on_bad_sample (--on-bad-sample) to skip to leave them out, or to keep"
+)
+
+
+def recalls(image_ranks: Tensor, text_ranks: Tensor, ks: Sequence[int]) -> dict[str, float]:
+    """CLIP_benchmark's metrics, in its order.
+
+    Args:
+        image_ranks: int64 (num_texts,), the rank of its picture for every text.
+        text_ranks: int64 (num_images,), the rank of the best of its texts for every picture.
+    """
+    found: dict[str, float] = {}
+    for k in ks:
+        found[f"image_retrieval_recall@{k}"] = share_within(image_ranks, k)
+        found[f"text_retrieval_recall@{k}"] = share_within(text_ranks, k)
+    return found
+
+
+class Retrieval:
+    """Recall@k in both directions, for InternVL-C and InternVL-G.
+
+    Data: pictures with captions (data/pairs.py); the pictures are squashed to a square, the texts
+    get `summarize:`, both by the model's own encoders.
+
+    Raises:
+        UserError: the file cannot be used, has problems, or fewer candidates than `recall_k`.
+    """
+
+    def __init__(self, config: EvalConfig) -> None:
+        self.config = config
+        found = pairs.read_pairs(
+            config.annotations,
+            config.images,
+            config.form,
+            clean=clean_caption if config.clean else None,
+            split=config.split,
+        )
+        found = found.without(
+            {*range(len(found.images))[config.limit :]} if config.limit else set()
+        )
+        bad = pairs.broken(found.images)
+        problems = [*found.problems, *(BadSample(found.images[i], bad[i]) for i in bad)]
+        leaked = self._leaks(found)
+        problems += [BadSample(found.images[i], leaked[i]) for i in leaked]
+        policy = "raise" if bad and config.on_bad_sample == "keep" else config.on_bad_sample
+        settle(problems, policy, _REMEDY)
+        self.pairs = found.without({*bad, *leaked} if policy == "skip" else set())
+        for what, number in (
+            ("pictures", len(self.pairs.images)),
+            ("texts", len(self.pairs.texts)),
+        ):
+            large = too_large(config.recall_k, number)
+            if large:
+                raise UserError(
+                    f"{config.annotations}: recall_k has {large[0]}, but there are only {number} "
+                    f"{what} to choose from; set recall_k (--recall-k) to smaller numbers"
+                )
+
+    def _leaks(self, found: pairs.Pairs) -> dict[int, str]:
+        if self.config.train is None:
+            return {}
+        trained = pairs.read_pairs(self.config.train, self.config.images, split="train")
+        return pairs.leaks(found, trained)
+
+    def pictures(self) -> Sequence[str]:
+        """Every picture that will be opened."""
+        return self.pairs.images
+
+    def run(self, handle: Any, folder: Path | None) -> Scores:
+        """Encodes with `handle` (Dual) and ranks; keeps features in `folder`, if there is one."""
+        if not hasattr(handle, "encode_images"):
+            raise UserError("retrieval needs an InternVL-14B model; this is a chat model")
+        store, texts_of = Store(self._folder(folder)), self.pairs.texts
+        texts = store.encode(
+            "texts",
+            len(texts_of),
+            lambda part: handle.encode_texts(texts_of[part.start : part.stop]),
+        )
+        values: dict[str, float] = {}
+        listed: dict[str, tuple[list[int], list[int]]] = {}
+        matches = _Matches(handle, self.pairs, self.config.batch_size)
+        device = handle.model.device
+        for mode in self.config.modes:
+            images = store.encode(
+                f"images_{mode}", len(self.pairs.images), self._encoder(handle, mode)
+            )
+            found = self._ranks(texts.to(device), images.to(device))
+            listed[mode] = (found[0].tolist(), found[1].tolist())
+            values |= _named(mode, recalls(*found, self.config.recall_k))
+            if self.config.rerank:
+                again = self._reranked(texts.to(device), images.to(device), found, matches)
+                values |= _named(f"{mode}_itm", recalls(*again, self.config.recall_k))
+        return Scores(values, self._rows(listed))
+
+    def _encoder(self, handle: Any, mode: str) -> Any:
+        def rows(part: range) -> Tensor:
+            paths = self.pairs.images[part.start : part.stop]
+            return handle.encode_images(paths, mode=mode, batch_size=self.config.batch_size)
+
+        return rows
+
+    def _ranks(self, texts: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(of the picture for every text, of the best text for every picture)."""
+        of_text = torch.tensor(self.pairs.image_of_text)
+        of_image = torch.arange(len(self.pairs.images))
+        return ranks(texts, images, of_text, of_image), ranks(images, texts, of_image, of_text)
+
+    def _reranked(
+        self, texts: Tensor, images: Tensor, found: tuple[Tensor, Tensor], matches: "_Matches"
+    ) -> tuple[Tensor, Tensor]:
+        """The same ranks after the first `rerank` candidates were sorted by their match score."""
+        of_text = self.pairs.image_of_text
+        near_images = nearest(texts, images, self.config.rerank).tolist()
+        near_texts = nearest(images, texts, self.config.rerank).tolist()
+        wanted = [(i, t) for t, row in enumerate(near_images) for i in row]
+        wanted += [(i, t) for i, row in enumerate(near_texts) for t in row]
+        scores = matches.scores(wanted)
+        image_ranks, text_ranks = found[0].tolist(), found[1].tolist()
+        for t, row in enumerate(near_images):
+            order = sorted(row, key=lambda i: -scores[i, t])  # stable: ties stay as they were
+            if image_ranks[t] < len(row):
+                image_ranks[t] = order.index(of_text[t])
+        for i, row in enumerate(near_texts):
+            order = sorted(row, key=lambda t: -scores[i, t])
+            hits = [place for place, t in enumerate(order) if of_text[t] == i]
+            if hits:
+                text_ranks[i] = hits[0]
+        return torch.tensor(image_ranks), torch.tensor(text_ranks)
+
+    def _rows(self, listed: dict[str, tuple[list[int], list[int]]]) -> list[dict[str, Any]]:
+        """Texts with the rank of their picture, then pictures with that of their best text."""
+        rows: list[dict[str, Any]] = [
+            {
+                "text": text,
+                "image": self.pairs.images[image],
+                "rank": {mode: listed[mode][0][number] for mode in listed},
+            }
+            for number, (text, image) in enumerate(
+                zip(self.pairs.texts, self.pairs.image_of_text, strict=True)
+            )
+        ]
+        return rows + [
+            {"image": image, "rank": {mode: listed[mode][1][number] for mode in listed}}
+            for number, image in enumerate(self.pairs.images)
+        ]
+
+    def _folder(self, folder: Path | None) -> Path | None:
+        """The part of `folder` that is for exactly these files and texts."""
+        if folder is None:
+            return None
+        states = [(path, *_state(path)) for path in self.pairs.images]
+        text = repr((states, self.pairs.texts))
+        own = folder / blake2b(text.encode(), digest_size=8).hexdigest()
+        own.mkdir(parents=True, exist_ok=True)
+        rows = {"images": self.pairs.images, "texts": self.pairs.texts}
+        (own / "rows.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+        return own
+
+
+class _Matches:
+    """Match scores of (picture, text) pairs; none is computed twice."""
+
+    def __init__(self, handle: Any, found: pairs.Pairs, batch_size: int) -> None:
+        self.handle, self.pairs, self.batch_size = handle, found, batch_size
+        self.known: dict[tuple[int, int], float] = {}
+
+    def scores(self, wanted: Sequence[tuple[int, int]]) -> dict[tuple[int, int], float]:
+        """The scores of at least these pairs."""
+        new = sorted({*wanted} - self.known.keys())  # by picture
+        with Progress("pairs matched", total=len(new)) as progress:
+            for start in range(0, len(new), self.batch_size):
+                part = new[start : start + self.batch_size]
+                images = [self.pairs.images[i] for i, _ in part]
+                found = self.handle.match(images, [self.pairs.texts[t] for _, t in part])
+                self.known.update(zip(part, found.tolist(), strict=True))
+                progress.update(len(part))
+        return self.known
+
+
+def _named(prefix: str, values: dict[str, float]) -> dict[str, float]:
+    """Values with a prefix, and their mean."""
+    mean = sum(values.values()) / len(values)
+    return {f"{prefix}_{name}": value for name, value in {**values, "mean_recall": mean}.items()}
+
+
+def _state(path: str) -> tuple[int, int]:
+    """Size and time of a file; an address has none."""
+    if not os.path.exists(path):
+        return 0, 0
+    state = os.stat(path)
+    return state.st_size, state.st_mtime_ns
