@@ -287,7 +287,7 @@ class EvalConfig:
     last two are for InternVL-14B."""
     annotations: Path
     """caption: COCO caption JSON. retrieval: pictures with their captions, in any form of
-    data/pairs.py. classify: a folder with a folder of pictures for each class."""
+    data/pair_files.py. classify: a folder with a folder of pictures for each class."""
     images: Path = Path(".")
     """Folder that image paths start from. Not for classify."""
     every: Annotated[int, Field(ge=0)] = 0

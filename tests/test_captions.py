@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from internvl.data.captions import clean_caption
+from internvl.data.pairs import clean_caption
 
 GOLDEN = Path(__file__).parent / "golden/internvl_g_data/captions.json"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from data_files import SHARED, picture
 
-from internvl.data.captions import clean_caption
-from internvl.data.pairs import FORMS, form_of_name, leaks, read_pairs
+from internvl.data.pair_files import FORMS, form_of_name, leaks, read_pairs
+from internvl.data.pairs import clean_caption
 from internvl.data.records import DataError
 
 FLICKR8K = SHARED / "data/flickr8k_cn"

@@ -118,6 +118,7 @@ def _dual_texts(dual: Any, pictures: Sequence[str], config: EvalConfig) -> list[
                 num_beams=config.num_beams or DUAL_BEAMS,
                 max_new_tokens=config.max_new_tokens,
                 min_new_tokens=config.min_new_tokens,
+                batch_size=config.batch_size,
             )
             progress.update(len(some))
     return found

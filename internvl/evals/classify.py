@@ -12,15 +12,12 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from internvl.config import EvalConfig, UserError
-from internvl.data.images import STATISTICS, open_rgb
-from internvl.data.pairs import IMAGE_ENDINGS, broken
+from internvl.data.pair_files import IMAGE_ENDINGS, broken
 from internvl.data.records import BadSample
 from internvl.evals.features import Store, ranks, share_within
 from internvl.evals.scores import Scores, settle
@@ -69,43 +66,34 @@ class Classify:
         """Encodes with `handle` (Dual); keeps features in `folder`, if there is one."""
         if not hasattr(handle, "encode_images"):
             raise UserError("zero-shot classification needs an InternVL-14B model")
-        store = Store(self._folder(folder))
-        size, batch = handle.image_size, self.config.batch_size
-        device = handle.model.device
-
-        def weights(part: range) -> Tensor:
-            return torch.stack([self._class_weight(handle, self.names[i]) for i in part])
-
-        classes = store.encode("classes", len(self.names), weights).to(device)
+        store, paths = Store(self._folder(folder)), self.pictures()
+        batch_size = self.config.batch_size
+        classes = store.encode("classes", len(self.names), lambda part: self._weights(handle, part))
         truth = torch.tensor([number for _, number in self.files])
         values: dict[str, float] = {}
         listed: dict[str, list[int]] = {}
         for mode in self.config.modes:
 
             def rows(part: range, mode: str = mode) -> Tensor:
-                found = []
-                for start in range(part.start, part.stop, batch):
-                    some = self.files[start : min(start + batch, part.stop)]
-                    pixels = torch.stack([cropped(open_rgb(path), size) for path, _ in some])
-                    found.append(handle.encode_images(pixels, mode=mode))
-                return torch.cat(found)
+                some = paths[part.start : part.stop]
+                return handle.encode_images(some, mode, batch_size=batch_size, crop=True)
 
-            images = store.encode(f"crops_{mode}", len(self.files), rows).to(device)
-            found = ranks(images, classes, truth, torch.arange(len(self.names))).cpu()
+            images = store.encode(f"crops_{mode}", len(paths), rows).to(handle.device)
+            found = ranks(images, classes, truth, torch.arange(len(classes))).cpu()
             listed[mode] = found.tolist()
-            values |= {
-                f"{mode}_{name}": v for name, v in accuracies(found, truth, len(classes)).items()
-            }
-        rows_ = [
+            metrics = accuracies(found, truth, len(classes))
+            values |= {f"{mode}_{name}": value for name, value in metrics.items()}
+        listing = [
             {"image": path, "class": self.names[number], "rank": {m: listed[m][i] for m in listed}}
             for i, (path, number) in enumerate(self.files)
         ]
-        return Scores(values, rows_)
+        return Scores(values, listing)
 
-    def _class_weight(self, handle: Any, name: str) -> Tensor:
-        """(E,) the mean direction of a class's texts."""
-        texts = [template.replace("{c}", name) for template in self.templates]
-        return normalize(handle.encode_texts(texts).float().mean(dim=0), dim=-1)
+    def _weights(self, handle: Any, part: range) -> Tensor:
+        """(C, E): the direction of the mean of each class's texts."""
+        texts = [text.replace("{c}", self.names[i]) for i in part for text in self.templates]
+        features = handle.encode_texts(texts).float()
+        return normalize(features.view(len(part), len(self.templates), -1).mean(dim=1), dim=-1)
 
     def _names(self) -> list[str]:
         if self.config.classes is None:
@@ -163,17 +151,3 @@ def accuracies(found: Tensor, truth: Tensor, num_classes: int) -> dict[str, floa
         "acc5": share_within(found, 5) if num_classes >= 5 else math.nan,
         "mean_per_class_recall": sum(per_class) / len(per_class),
     }
-
-
-def cropped(image: Image.Image, size: int) -> Tensor:
-    """Normalized float32 (3, S, S): the shorter side resized to S (bicubic), the middle cut out."""
-    width, height = image.size
-    short = min(width, height)
-    # As torchvision: the longer side is cut down to whole pixels, the border rounded half to even.
-    wide, tall = int(size * width / short), int(size * height / short)
-    left, top = round((wide - size) / 2), round((tall - size) / 2)
-    resized = image.convert("RGB").resize((wide, tall), Image.Resampling.BICUBIC)
-    middle = resized.crop((left, top, left + size, top + size))
-    pixels = torch.from_numpy(np.array(middle)).permute(2, 0, 1).float() / 255
-    mean, std = (torch.tensor(values)[:, None, None] for values in STATISTICS["imagenet"])
-    return (pixels - mean) / std

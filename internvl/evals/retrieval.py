@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from internvl.config import EvalConfig, UserError
-from internvl.data import pairs
-from internvl.data.captions import clean_caption
+from internvl.data.pair_files import Pairs, broken, leaks, read_pairs
+from internvl.data.pairs import clean_caption
 from internvl.data.records import BadSample
 from internvl.evals.features import Store, nearest, ranks, share_within, too_large
 from internvl.evals.scores import Scores, settle
@@ -45,8 +45,8 @@ def recalls(image_ranks: Tensor, text_ranks: Tensor, ks: Sequence[int]) -> dict[
 class Retrieval:
     """Recall@k in both directions, for InternVL-C and InternVL-G.
 
-    Data: pictures with captions (data/pairs.py); the pictures are squashed to a square, the texts
-    get `summarize:`, both by the model's own encoders.
+    Data: pictures with captions (data/pair_files.py). The model's own encoders squash the pictures
+    to a square and put `summarize:` before the texts.
 
     Raises:
         UserError: the file cannot be used, has problems, or fewer candidates than `recall_k`.
@@ -54,7 +54,7 @@ class Retrieval:
 
     def __init__(self, config: EvalConfig) -> None:
         self.config = config
-        found = pairs.read_pairs(
+        found = read_pairs(
             config.annotations,
             config.images,
             config.form,
@@ -64,7 +64,7 @@ class Retrieval:
         found = found.without(
             {*range(len(found.images))[config.limit :]} if config.limit else set()
         )
-        bad = pairs.broken(found.images)
+        bad = broken(found.images)
         problems = [*found.problems, *(BadSample(found.images[i], bad[i]) for i in bad)]
         leaked = self._leaks(found)
         problems += [BadSample(found.images[i], leaked[i]) for i in leaked]
@@ -82,11 +82,11 @@ class Retrieval:
                     f"{what} to choose from; set recall_k (--recall-k) to smaller numbers"
                 )
 
-    def _leaks(self, found: pairs.Pairs) -> dict[int, str]:
+    def _leaks(self, found: Pairs) -> dict[int, str]:
         if self.config.train is None:
             return {}
-        trained = pairs.read_pairs(self.config.train, self.config.images, split="train")
-        return pairs.leaks(found, trained)
+        trained = read_pairs(self.config.train, self.config.images, split="train")
+        return leaks(found, trained)
 
     def pictures(self) -> Sequence[str]:
         """Every picture that will be opened."""
@@ -105,7 +105,7 @@ class Retrieval:
         values: dict[str, float] = {}
         listed: dict[str, tuple[list[int], list[int]]] = {}
         matches = _Matches(handle, self.pairs, self.config.batch_size)
-        device = handle.model.device
+        device = handle.device
         for mode in self.config.modes:
             images = store.encode(
                 f"images_{mode}", len(self.pairs.images), self._encoder(handle, mode)
@@ -186,7 +186,7 @@ class Retrieval:
 class _Matches:
     """Match scores of (picture, text) pairs; none is computed twice."""
 
-    def __init__(self, handle: Any, found: pairs.Pairs, batch_size: int) -> None:
+    def __init__(self, handle: Any, found: Pairs, batch_size: int) -> None:
         self.handle, self.pairs, self.batch_size = handle, found, batch_size
         self.known: dict[tuple[int, int], float] = {}
 
