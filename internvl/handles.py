@@ -106,7 +106,7 @@ def load(
     image_size: int | None = None,
 ) -> Any:
     """The model of a folder or hub id, in either layout, of an adapter folder with its base, of a
-    run folder at its newest checkpoint, or of InternVL-C's own `.pth` file.
+    run folder at its newest checkpoint, or of InternVL-C's own `.pth` file (or its folder).
 
     Args:
         device: by default the GPU, if there is one.
@@ -164,10 +164,14 @@ def load(
 
 def _source(name_or_folder: str | Path) -> tuple[hub.ModelFolder, Path | None]:
     """(the files of the model, the folder of its adapters or None)."""
-    if str(name_or_folder).endswith(".pth"):
+    pth = Path(name_or_folder)
+    if pth.suffix != ".pth":
+        folder = hub.find_folder(name_or_folder)
+        alone = [] if (folder / "config.json").is_file() else list(folder.glob("*.pth"))
+        pth = alone[0] if len(alone) == 1 else folder
+    if pth.suffix == ".pth":
         released = zoo.official_config(zoo.find("InternVL-14B-224px"))
-        return dual_files.open_pth(Path(name_or_folder), released), None
-    folder = hub.find_folder(name_or_folder)
+        return dual_files.open_pth(pth, released), None
     if lora.is_adapter(folder):
         return hub.open_folder(lora.base_of(folder)), folder
     return hub.open_folder(folder), None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from chat_folders import GOLDEN
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 DUAL = GOLDEN / "internvl_14b_cg"
 _PTH = {
@@ -50,3 +50,41 @@ def pth_file(to: Path) -> Path:
     (folder / "model.safetensors").unlink()
     torch.save(stored, folder / "internvl_c.pth")
     return folder / "internvl_c.pth"
+
+
+def dual_lora_folder(to: Path, *, base_layer: bool = True) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The golden case as a LoRA run of the original saves it, and the weights it stands for.
+
+    Args:
+        base_layer: peft's newer names; older ones leave the base where it was.
+    """
+    folder = dual_folder(to, use_backbone_lora=2, use_qllama_lora=3)
+    torch.manual_seed(5)
+    stored, merged = {}, {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        part, _, rest = name.partition(".")
+        merged[name] = tensor
+        if part not in ("vision_model", "qllama"):
+            stored[name] = tensor
+            continue
+        wrapped = f"{part}.base_model.model.{rest}"
+        stem, _, kind = wrapped.rpartition(".")
+        if not stem.endswith(_ADAPTED):
+            stored[wrapped] = tensor
+            continue
+        stored[f"{stem}.base_layer.{kind}" if base_layer else wrapped] = tensor
+        if kind == "weight":
+            rank = 2 if part == "vision_model" else 3
+            a, b = torch.randn(rank, tensor.shape[1]) / 9, torch.randn(len(tensor), rank) / 9
+            stored[f"{stem}.lora_A.default.weight"] = a
+            stored[f"{stem}.lora_B.default.weight"] = b
+            merged[name] = tensor + 2 * b @ a
+    save_file(stored, folder / "model.safetensors")
+    return folder, merged
+
+
+_ADAPTED = (
+    *("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"),
+    *(f"self_attn.{x}_proj" for x in "qkvo"),
+    *("mlp.gate_proj", "mlp.down_proj", "mlp.up_proj"),
+)

@@ -1,4 +1,4 @@
-"""The weights an official chat checkpoint holds, written down from its layout alone."""
+"""The weights an official checkpoint holds, written down from its layout alone."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +11,29 @@ def official_keys(config: dict[str, Any]) -> set[str]:
         *(f"mlp1.{part}.{kind}" for part in (0, 1, 3) for kind in ("weight", "bias")),
         *_language_model(config["llm_config"]),
     }
+
+
+def official_dual_keys(config: dict[str, Any]) -> set[str]:
+    """Every weight name of an official InternVL-14B `config.json`."""
+    text = config["qllama_config"]
+    language = text | {"architectures": ["LlamaForCausalLM"]}
+    cross = range(0, text["num_hidden_layers"], text["cross_attention_frequency"])
+    return {
+        *_tower(config["vision_config"]),
+        *(f"qllama.{name.removeprefix('language_model.')}" for name in _language_model(language)),
+        *(f"qllama.model.layers.{n}.cross_attn.{x}.weight" for n in cross for x in _CROSS),
+        *("query_tokens", "text_projection", "logit_scale", "itm_head.weight", "itm_head.bias"),
+        *(f"{pool}.{name}" for pool in ("clip_projector", "clip_projector2") for name in _POOL),
+    }
+
+
+_CROSS = ("q_proj", "k_proj", "v_proj", "o_proj", "norm1", "norm2")
+_POOL = (
+    *(f"norm1_{x}.{kind}" for x in "qkv" for kind in ("weight", "bias")),
+    *(f"cross_attn.{x}.weight" for x in "qkv"),
+    *(f"cross_attn.{x}_bias" for x in "qkv"),
+    *("cross_attn.proj.weight", "cross_attn.proj.bias"),
+)
 
 
 def _tower(config: dict[str, Any]) -> Iterator[str]:

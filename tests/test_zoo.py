@@ -4,10 +4,10 @@ import subprocess
 import sys
 
 import pytest
-from official_keys import official_keys
+from official_keys import official_dual_keys, official_keys
 
 from internvl import zoo
-from internvl.models import configs, keys, vlm
+from internvl.models import configs, dual_configs, dual_files, hub, keys, vlm
 
 CHAT = [model for model in zoo.MODELS.values() if model.family == "chat"]
 
@@ -27,6 +27,55 @@ def test_sizes_and_keys_at_full_size(model):
     assert {name for group in groups for name in group.official} == official_keys(official)
     ours = [name for group in groups for name in group.ours]
     assert sorted(ours) == sorted(names)
+
+
+DUAL = {
+    "InternVL-14B-224px": 13_834_975_747,
+    "InternVL-14B-Flickr30K-FT-364px": 13_836_319_747,
+    "InternVL-14B-FlickrCN-FT-364px": 13_836_319_747,
+}
+
+
+@pytest.mark.parametrize(("name", "wanted"), DUAL.items())
+@pytest.mark.filterwarnings("ignore")
+def test_sizes_and_keys_of_internvl_14b_at_full_size(name, wanted):
+    model = zoo.find(name)
+    assert model.family == "dual"
+    assert zoo.num_parameters(model) == wanted
+    official = zoo.official_config(model)
+    config = dual_configs.from_official(official)
+    built = dual_files.empty_model(config)
+    assert vlm.count_parameters(built)[1] == wanted
+    names = built.state_dict()
+    stored = dict(keys.ours_to_official(config, names))
+    assert set(stored) == official_dual_keys(official)
+    assert len(stored) == 1048
+    lazy = {n: hub.LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for n, t in stored.items()}
+    back = keys.official_to_ours(config, names, lazy)
+    assert (back.missing, back.unexpected) == ([], [])
+    assert {n: t.shape for n, t in back.tensors.items()} == {
+        n: tuple(t.shape) for n, t in names.items()
+    }
+    assert stored["text_projection"].shape == (4096, 768)
+    assert stored["logit_scale"].shape == ()
+    if name == "InternVL-14B-224px":
+        assert 2 * wanted == 27_669_951_494  # the release's own total, in bytes
+
+
+def test_parameters_of_internvl_14b_by_part():
+    config = dual_configs.from_official(zoo.official_config(zoo.find("InternVL-14B-224px")))
+    built = dual_files.empty_model(config)
+    cross = sum(p.numel() for n, p in built.named_parameters() if ".cross_attn." in n)
+    assert cross == 956_418_048
+    for part, wanted in {
+        "model.vision_tower": 5_902_793_600,
+        "model.query_tokens": 393_216,
+        "text_projection": 3_145_728,
+        "image_pool": 33_207_168,
+        "query_pool": 53_515_008,
+        "itm_head": 8_194,
+    }.items():
+        assert vlm.count_parameters(built.get_submodule(part))[1] == wanted, part
 
 
 def test_where_the_release_prints_another_number_than_its_weights_have_the_table_says_why():

@@ -30,7 +30,13 @@ class InternVLC(ModelFolder):
 
 
 def open_pth(file: Path, config: dict[str, Any]) -> InternVLC:
-    """InternVL-C from its `.pth`; a `config.json` beside it replaces `config`."""
+    """InternVL-C from its `.pth`; a `config.json` beside it replaces `config`.
+
+    Raises:
+        ModelFolderError: no such file.
+    """
+    if not file.is_file():
+        raise ModelFolderError(f"{file}: no such file")
     beside = file.parent / "config.json"
     return InternVLC(file.parent, hub.read_json(beside) if beside.is_file() else config, file)
 
