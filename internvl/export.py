@@ -3,7 +3,6 @@
 A folder is complete or absent: it is written beside its place, read back, compared, and renamed.
 """
 
-import json
 import logging
 import math
 import shutil
@@ -14,22 +13,36 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import (
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    PreTrainedConfig,
+)
 
 from internvl import handles
 from internvl.config import UserError, load_recipe
 from internvl.data.images import STATISTICS
-from internvl.data.templates import Template
+from internvl.data.templates import jinja
 from internvl.data.tokenizers import save_tokenizer
-from internvl.handles import Chat
-from internvl.models import configs, hub, keys, lora, vlm
+from internvl.handles import Chat, Dual
+from internvl.models import (
+    configs,
+    dual_configs,
+    dual_files,
+    hub,
+    keys,
+    lora,
+    shards,
+    vlm,
+)
+from internvl.models.dual import DualModel
+from internvl.models.dual_configs import DualConfig
+from internvl.models.vlm import ChatModel
 
 logger = logging.getLogger(__name__)
 
 Format = Literal["hf", "official"]
-SHARD_BYTES = 5 * 10**9
 
 _TOKENIZER_FILES = (
     *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
@@ -45,22 +58,21 @@ class ExportError(UserError):
 class Source:
     """What is exported: weights by the model's names, read when needed."""
 
-    config: InternVLConfig
+    config: PreTrainedConfig
     weights: Mapping[str, Tensor]
-    tokenizer: PreTrainedTokenizerFast | None
-    template: Template
-    system_message: str | None
+    chat: Chat | handles.Description | None
+    """Tokenizer and template; None for InternVL-14B, which holds no conversations."""
     folder: Path
     dtype: torch.dtype | None
     """Of the floating-point weights; None leaves each as it is."""
-    logits: Callable[[], Tensor]
+    answer: Callable[[], Tensor]
     """What the model answers to the probe; called once, before anything is written."""
     device: torch.device
     """Where it answers, and where what was written is asked the same."""
 
 
 def run(
-    model_or_folder: Chat | str | Path,
+    model_or_folder: Chat | Dual | str | Path,
     to: str | Path,
     format: Format = "hf",
     *,
@@ -87,14 +99,10 @@ def run(
     if format not in ("hf", "official"):
         raise ExportError(f"format {format!r}: choose hf or official")
     source = _open(model_or_folder)
-    if format == "hf" and configs.chat_settings(source.config)["ps_version"] == "v1":
-        raise ExportError(
-            "pixel shuffle v1 (InternVL-Chat 1.1 and 1.2) exists in no class of transformers; "
-            "export this model with format official"
-        )
+    _check_format(source.config, format)
     if code_from is not None and format == "hf":
         raise ExportError("code_from belongs to format official; hf needs no code")
-    wanted = source.logits() if verify else None
+    wanted = source.answer() if verify else None
     kind = dtype or source.dtype
     with _complete_or_absent(Path(to)) as folder:
         if format == "hf":
@@ -106,6 +114,25 @@ def run(
     return Path(to)
 
 
+def _check_format(config: PreTrainedConfig, format: Format) -> None:
+    """Raises ExportError where the format cannot hold the model."""
+    if isinstance(config, DualConfig):
+        if format == "hf":
+            raise ExportError(
+                "InternVL-14B exists in no class of transformers; export it with format official"
+            )
+        if not config.text_config.num_query_tokens:
+            raise ExportError(
+                "this is InternVL-C alone, and the official layout holds InternVL-14B whole; "
+                "export OpenGVLab/InternVL-14B-224px, which has the same InternVL-C"
+            )
+    elif format == "hf" and configs.chat_settings(config)["ps_version"] == "v1":
+        raise ExportError(
+            "pixel shuffle v1 (InternVL-Chat 1.1 and 1.2) exists in no class of transformers; "
+            "export this model with format official"
+        )
+
+
 def has_adapters(folder: str | Path) -> bool:
     """Whether a run, adapter or model folder (or hub id) holds adapters that an export merges."""
     if handles.is_run(Path(folder)):
@@ -114,83 +141,84 @@ def has_adapters(folder: str | Path) -> bool:
     return lora.is_adapter(found) or keys.has_adapters(hub.open_folder(found).tensors)
 
 
-def _open(model_or_folder: Chat | str | Path) -> Source:
-    if isinstance(model_or_folder, Chat):
-        return _from_chat(model_or_folder)
+def _open(model_or_folder: Chat | Dual | str | Path) -> Source:
+    if isinstance(model_or_folder, Chat | Dual):
+        return _from_handle(model_or_folder)
     if handles.is_run(Path(model_or_folder)):
         base = load_recipe(Path(model_or_folder) / "recipe.yaml").model.id
         return _loaded(model_or_folder, hub.open_folder(base))
-    folder = hub.find_folder(model_or_folder)
-    if lora.is_adapter(folder):
-        return _loaded(folder, hub.open_folder(lora.base_of(folder)))
-    files = hub.open_folder(folder)
+    files, adapter = handles.open_files(model_or_folder)
+    if adapter is not None:
+        return _loaded(adapter, files)
     if files.layout == "official" and keys.has_adapters(files.tensors):
-        return _loaded(folder, files)
+        return _loaded(files.folder, files)
     return _from_folder(files)
 
 
 def _loaded(folder: str | Path, base: hub.ModelFolder) -> Source:
     """A folder whose adapters are merged, so that the model must be in memory."""
     place = _place(_num_bytes(base.tensors))
-    return _from_chat(handles.load(folder, device=place, dtype=_stored_dtype(base)))
+    return _from_handle(handles.load(folder, device=place, dtype=_stored_dtype(base)))
 
 
-def _from_chat(chat: Chat) -> Source:
-    if getattr(chat.model, "hf_quantizer", None) is not None:
+def _from_handle(handle: Chat | Dual) -> Source:
+    model = handle.model
+    if getattr(model, "hf_quantizer", None) is not None:
         raise ExportError(
             "the model's weights are quantized, and what was rounded off is lost; load it without "
             "quantize and export that"
         )
-    device = chat.model.device
+    device = model.device
 
-    def logits() -> Tensor:
-        num_bytes = sum(parameter.nbytes for parameter in chat.model.parameters())
+    def answer() -> Tensor:
+        num_bytes = sum(parameter.nbytes for parameter in model.parameters())
         if device.type == "cuda" and _place(num_bytes).type == "cpu":
             raise ExportError(
                 f"{device} has no room to read the export back beside the model; move the model to "
-                "the CPU first (chat.model.cpu()), or export with verify=False"
+                "the CPU first (its .model.cpu()), or export with verify=False"
             )
-        return probe(chat.model)
+        return probe(model)
 
     return Source(
-        config=chat.model.config,
-        weights=lora.MergedState(chat.model),
-        tokenizer=chat.tokenizer,
-        template=chat.template,
-        system_message=chat.system_message,
-        folder=chat.folder,
+        config=model.config,
+        weights=lora.MergedState(model),
+        chat=handle if isinstance(handle, Chat) else None,
+        folder=handle.folder,
         dtype=None,
-        logits=logits,
+        answer=answer,
         device=device,
     )
 
 
 def _from_folder(files: hub.ModelFolder) -> Source:
     """Weights go from file to file, one at a time."""
-    head = handles.describe(files.folder)
-    tensors = vlm.fit_tensors(head.config, files)
+    head = None if files.family == "dual" else handles.describe(files.folder)
+    if head is None:
+        config = dual_files.read_config(files)
+        tensors = dual_files.fit_tensors(config, files)
+    else:
+        config = head.config
+        tensors = vlm.fit_tensors(config, files)
     place = _place(_num_bytes(tensors))
-
-    def logits() -> Tensor:
-        model = vlm.load_model(
-            files.folder,
-            device=place,
-            dtype=_stored_dtype(files),
-            image_token_id=head.config.image_token_id,
-        )
-        return probe(model)
-
     return Source(
-        config=head.config,
+        config=config,
         weights=_Read(tensors),
-        tokenizer=head.tokenizer,
-        template=head.template,
-        system_message=head.system_message,
+        chat=head,
         folder=files.folder,
         dtype=None,
-        logits=logits,
+        answer=lambda: probe(_load(files, config, place, _stored_dtype(files))),
         device=place,
     )
+
+
+def _load(
+    files: hub.ModelFolder, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype
+) -> ChatModel | DualModel:
+    """The model in a folder of the official layout, or of the hf layout as we read it."""
+    if isinstance(config, DualConfig):
+        return dual_files.load_model(files, device=device, dtype=dtype)
+    image_token_id = config.image_token_id
+    return vlm.load_model(files.folder, device=device, dtype=dtype, image_token_id=image_token_id)
 
 
 def _place(num_bytes: int) -> torch.device:
@@ -246,37 +274,41 @@ def _complete_or_absent(target: Path) -> Iterator[Path]:
 
 
 def _write_hf(source: Source, folder: Path, dtype: torch.dtype | None) -> None:
+    chat = source.chat
+    assert chat is not None
     tied = bool(source.config.tie_word_embeddings)
     named = (
         (name, tensor)
         for name, tensor in keys.model_to_hf(source.config, source.weights)
         if not (tied and name == keys.HF_HEAD)
     )
-    kind = _write_weights(folder, named, dtype)
+    kind = shards.write_weights(folder, named, dtype)
     config = source.config.to_dict() | {"architectures": ["InternVLForConditionalGeneration"]}
     config["internvl"] = configs.chat_settings(source.config)
-    _write_json(folder / "config.json", config | {"dtype": kind})
-    if source.tokenizer is None:
+    shards.write_json(folder / "config.json", config | {"dtype": kind})
+    if chat.tokenizer is None:
         logger.warning("%s has no tokenizer files, so neither has the export", source.folder)
         return
-    save_tokenizer(source.tokenizer, folder)
+    save_tokenizer(chat.tokenizer, folder)
     if (source.folder / "tokenizer.model").is_file():
         shutil.copy(source.folder / "tokenizer.model", folder)
-    end = source.tokenizer.convert_tokens_to_ids(source.template.end)
-    generation = {"eos_token_id": end, "pad_token_id": source.tokenizer.pad_token_id}
-    _write_json(folder / "generation_config.json", generation)
-    text = chat_template(source.template, source.system_message)
+    end = chat.tokenizer.convert_tokens_to_ids(chat.template.end)
+    generation = {"eos_token_id": end, "pad_token_id": chat.tokenizer.pad_token_id}
+    shards.write_json(folder / "generation_config.json", generation)
+    text = jinja(chat.template, chat.system_message)
     (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
     for name, values in processor_files(source.config).items():
-        _write_json(folder / name, values)
+        shards.write_json(folder / name, values)
 
 
 def _write_official(
     source: Source, folder: Path, dtype: torch.dtype | None, code_from: Path | None
 ) -> None:
     named = keys.ours_to_official(source.config, source.weights)
-    kind = _write_weights(folder, named, dtype)
-    config = configs.to_official(source.config) | {"torch_dtype": kind}
+    kind = shards.write_weights(folder, named, dtype)
+    dual = isinstance(source.config, DualConfig)
+    to_official = dual_configs.to_official if dual else configs.to_official
+    config = to_official(source.config) | {"torch_dtype": kind}
     if code_from is not None:
         config["auto_map"] = _copy_code(code_from, folder)
     else:
@@ -284,13 +316,15 @@ def _write_official(
             "the original's Python files are not part of this export: `AutoModel` needs them and "
             "`auto_map`; copy both with code_from (--code-from FOLDER of the release)"
         )
-    _write_json(folder / "config.json", config)
-    if hub.read_json(source.folder / "config.json").get("llm_config"):
+    shards.write_json(folder / "config.json", config)
+    if dual:
+        shards.write_json(folder / "preprocessor_config.json", _clip_processor(source.config))
+    if dual or hub.read_json(source.folder / "config.json").get("llm_config"):
         for name in _TOKENIZER_FILES:
             if (source.folder / name).is_file():
                 shutil.copy(source.folder / name, folder)
-    elif source.tokenizer is not None:
-        save_tokenizer(source.tokenizer, folder)
+    elif source.chat is not None and source.chat.tokenizer is not None:
+        save_tokenizer(source.chat.tokenizer, folder)
         if (source.folder / "tokenizer.model").is_file():
             shutil.copy(source.folder / "tokenizer.model", folder)
 
@@ -307,87 +341,6 @@ def _copy_code(code_from: Path, folder: Path) -> dict[str, Any]:
     for file in files:
         shutil.copy(file, folder)
     return auto_map
-
-
-def _write_weights(
-    folder: Path, named: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None
-) -> str:
-    """Write safetensors shards of at most `SHARD_BYTES`; returns the name of the last dtype.
-
-    No more than one shard is held in memory beside the model.
-    """
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    size = total = 0
-    kind = torch.float32
-
-    def flush() -> None:
-        save_file(pending, folder / f"{len(shards):05d}.partial", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, tensor in named:
-        kept = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None)
-        kind = kept.dtype
-        if pending and size + kept.nbytes > SHARD_BYTES:
-            flush()
-            size = 0
-        # Cloned where it shares its memory: a file holds every tensor on its own.
-        pending[name] = kept.contiguous().clone() if kept.data_ptr() == tensor.data_ptr() else kept
-        size, total = size + kept.nbytes, total + kept.nbytes
-    flush()
-    _name_shards(folder, shards, total)
-    return str(kind).removeprefix("torch.")
-
-
-def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
-    """One file is model.safetensors; several are numbered and indexed."""
-    if len(shards) == 1:
-        (folder / "00000.partial").rename(folder / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"{number:05d}.partial").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    _write_json(folder / "model.safetensors.index.json", index)
-
-
-def chat_template(template: Template, system_message: str | None) -> str:
-    """A Jinja template that renders what our encoder renders.
-
-    Image parts become the placeholder and a newline, which the processor expands.
-    """
-    system = template.system_message if system_message is None else system_message
-
-    def text(value: str) -> str:
-        return json.dumps(value, ensure_ascii=False)
-
-    strip = " | trim" if template.strip else ""
-    inner = template.end_before_more or template.end
-    return (
-        "{%- macro body(message) -%}"
-        "{%- if message.content is string -%}{{ message.content" + strip + " }}"
-        "{%- else -%}{%- for part in message.content -%}"
-        '{%- if part.type == "image" -%}{{ "<IMG_CONTEXT>\\n" }}'
-        '{%- elif part.type == "video" -%}{{ "<video>\\n" }}'
-        '{%- elif part.type == "text" -%}{{ part.text' + strip + " }}"
-        "{%- endif -%}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
-        '{%- if messages[0].role != "system" -%}'
-        f"{{{{ {text(template.system[0] + system + template.system[1])} }}}}"
-        "{%- endif -%}"
-        "{%- for message in messages -%}"
-        '{%- if message.role == "system" -%}'
-        f"{{{{ {text(template.system[0])} + body(message) + {text(template.system[1])} }}}}"
-        '{%- elif message.role == "user" -%}'
-        f"{{{{ {text(template.user[0])} + body(message) + {text(template.user[1])} }}}}"
-        "{%- else -%}"
-        f"{{{{ {text(template.assistant + template.lead)} + body(message) + "
-        f"({text(template.end)} if loop.last else {text(inner)}) + {text(template.after)} }}}}"
-        "{%- endif -%}{%- endfor -%}"
-        f"{{%- if add_generation_prompt -%}}{{{{ {text(template.open)} }}}}{{%- endif -%}}"
-    )
 
 
 def processor_files(config: InternVLConfig) -> dict[str, dict[str, Any]]:
@@ -427,9 +380,43 @@ def processor_files(config: InternVLConfig) -> dict[str, dict[str, Any]]:
     }
 
 
+def _clip_processor(config: DualConfig) -> dict[str, Any]:
+    """`preprocessor_config.json` as InternVL-14B's releases have it."""
+    mean, std = STATISTICS["imagenet"]
+    return {
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "do_resize": True, "size": config.image_size, "resample": 3,
+        "do_center_crop": True, "crop_size": config.image_size,
+        "do_normalize": True, "image_mean": list(mean), "image_std": list(std),
+    }
+
+
 @torch.no_grad()
-def probe(model: InternVLForConditionalGeneration) -> Tensor:
-    """float32 (1, T, V) on CPU: the logits of a fixed picture-and-text input."""
+def probe(model: InternVLForConditionalGeneration | DualModel) -> Tensor:
+    """float32 on CPU: what a model answers to a fixed picture and text. For a chat model logits
+    (1, T, V), for InternVL-14B its embeddings and logits one after another."""
+    training = model.training
+    model.eval()
+    answer = _dual_answer(model) if isinstance(model, DualModel) else _chat_answer(model)
+    model.train(training)
+    return answer.float().cpu()
+
+
+def _dual_answer(model: DualModel) -> Tensor:
+    side, vocabulary = model.config.image_size, model.config.text_config.vocab_size
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(1, 3, side, side, generator=generator).to(model.device)
+    ids = torch.randint(1, vocabulary, (1, 8), generator=generator).to(model.device)
+    mask = model.joint_mask("itm", torch.ones_like(ids))
+    queries, text = model.joint_states(model.vision_tokens(pixels), ids, mask)
+    answers = (
+        *(model.encode_image(pixels, "c"), model.encode_image(pixels, "g")),
+        *(model.encode_text(ids), model.itm_logits(queries), model.lm_head(text)),
+    )
+    return torch.cat([answer.float().flatten() for answer in answers])
+
+
+def _chat_answer(model: InternVLForConditionalGeneration) -> Tensor:
     config, device = model.config, model.device
     side = config.vision_config.image_size[0]
     generator = torch.Generator().manual_seed(0)
@@ -438,13 +425,10 @@ def probe(model: InternVLForConditionalGeneration) -> Tensor:
     words = torch.where(words == config.image_token_id, 0, words)
     image = torch.full((vlm.tokens_per_tile(config, side),), config.image_token_id)
     ids = torch.cat([words[:4], image, words[4:]])[None]
-    training = model.training
-    model.eval()
     output = model(
         input_ids=ids.to(device), pixel_values=pixels.to(device), logits_to_keep=8, use_cache=False
     )
-    model.train(training)
-    return output.logits.float().cpu()
+    return output.logits
 
 
 def _compare(source: Source, folder: Path, format: Format, wanted: Tensor) -> None:
@@ -454,23 +438,15 @@ def _compare(source: Source, folder: Path, format: Format, wanted: Tensor) -> No
         model = InternVLForConditionalGeneration.from_pretrained(folder, dtype=kind)
         model.to(source.device)
     else:
-        image_token_id = source.config.image_token_id
-        model = vlm.load_model(
-            folder, device=source.device, dtype=kind, image_token_id=image_token_id
-        )
+        model = _load(hub.open_folder(folder), source.config, source.device, kind)
     found = probe(model)
     difference = float((found - wanted).abs().max() / wanted.std())
     allowed = 64 * torch.finfo(kind).eps
     if not difference <= allowed:
         raise ExportError(
-            f"the export's logits are {difference:.1e} of a standard deviation away from the "
+            f"the export's answers are {difference:.1e} of a standard deviation away from the "
             f"model's (allowed: {allowed:.1e}); nothing was kept"
         )
 
 
 _DTYPE_KEY = {"hf": "dtype", "official": "torch_dtype"}
-
-
-def _write_json(file: Path, value: dict[str, Any]) -> None:
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
-    file.write_text(text + "\n", encoding="utf-8")

@@ -128,7 +128,7 @@ def load(
     precision = _dtype(dtype, place)
     if is_run(Path(name_or_folder)):
         return _load_run(Path(name_or_folder), place, precision)
-    source, adapter = _source(name_or_folder)
+    source, adapter = open_files(name_or_folder)
     if source.family == "dual":
         if quantize is not None:
             raise UserError(f"quantize={quantize!r}: InternVL-14B is used in bfloat16 or float32")
@@ -162,8 +162,12 @@ def load(
     return Chat(model, head.tokenizer, head.template, tiles, head.system_message, source.folder)
 
 
-def _source(name_or_folder: str | Path) -> tuple[hub.ModelFolder, Path | None]:
-    """(the files of the model, the folder of its adapters or None)."""
+def open_files(name_or_folder: str | Path) -> tuple[hub.ModelFolder, Path | None]:
+    """(the files of the model, the folder of its adapters or None).
+
+    Raises:
+        ModelFolderError: no such folder, file or id.
+    """
     pth = Path(name_or_folder)
     if pth.suffix != ".pth":
         folder = hub.find_folder(name_or_folder)

@@ -27,10 +27,10 @@ from internvl.config import LoraConfig
 from internvl.data.chat import ChatEncoder
 from internvl.data.images import open_rgb
 from internvl.data.records import Message
-from internvl.data.templates import TEMPLATES
+from internvl.data.templates import TEMPLATES, jinja
 from internvl.data.tiles import tile_images
 from internvl.generate import Request
-from internvl.models import lora, vlm
+from internvl.models import lora, shards, vlm
 from internvl.models.hub import ModelFolderError
 
 
@@ -151,7 +151,7 @@ def test_pixel_shuffle_v1_is_official_only(tmp_path):
 
 def test_shards_and_their_index(tmp_path, monkeypatch):
     start = official("Qwen2ForCausalLM", tmp_path / "start")
-    monkeypatch.setattr(export, "SHARD_BYTES", 400_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 400_000)
     folder = export.run(start, tmp_path / "hf", "hf")
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
@@ -288,7 +288,7 @@ def test_the_chat_template_renders_what_the_encoder_does(name, tmp_path):
     folder = add_tokenizer(golden_folder("chat_internlm2", "v2.sel-1", tmp_path), "internlm2")
     tokenizer = handles.describe(folder).tokenizer
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    text = export.chat_template(TEMPLATES[name], None)
+    text = jinja(TEMPLATES[name], None)
     turns = [("user", "What is\nit? "), ("assistant", "A cat."), ("user", "Sure?")]
     messages = [Message(role, content) for role, content in turns]
     encoder = ChatEncoder(tokenizer, TEMPLATES[name], 9)
@@ -303,7 +303,7 @@ def test_the_chat_template_renders_what_the_encoder_does(name, tmp_path):
 
 def test_image_parts_become_placeholders():
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    text = export.chat_template(TEMPLATES["internvl2_5"], "S")
+    text = jinja(TEMPLATES["internvl2_5"], "S")
     parts = [{"type": "image"}, {"type": "text", "text": "What?"}]
     rendered = environment.from_string(text).render(
         messages=[{"role": "user", "content": parts}], add_generation_prompt=True

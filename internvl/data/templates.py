@@ -4,6 +4,7 @@ A prompt is the concatenation of segments, one per turn. Every template of the r
 a few strings; the encoder in chat.py reads them and knows no template by name.
 """
 
+import json
 from dataclasses import dataclass
 
 _SHUSHENG = (
@@ -131,3 +132,39 @@ def template(name: str) -> Template:
     if name not in TEMPLATES:
         raise ValueError(f"unknown conversation template {name!r}; known: {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
+
+
+def jinja(template: Template, system_message: str | None) -> str:
+    """A Jinja template that renders what our encoder renders.
+
+    Image parts become the placeholder and a newline, which the processor expands.
+    """
+    system = template.system_message if system_message is None else system_message
+
+    def text(value: str) -> str:
+        return json.dumps(value, ensure_ascii=False)
+
+    strip = " | trim" if template.strip else ""
+    inner = template.end_before_more or template.end
+    return (
+        "{%- macro body(message) -%}"
+        "{%- if message.content is string -%}{{ message.content" + strip + " }}"
+        "{%- else -%}{%- for part in message.content -%}"
+        '{%- if part.type == "image" -%}{{ "<IMG_CONTEXT>\\n" }}'
+        '{%- elif part.type == "video" -%}{{ "<video>\\n" }}'
+        '{%- elif part.type == "text" -%}{{ part.text' + strip + " }}"
+        "{%- endif -%}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
+        '{%- if messages[0].role != "system" -%}'
+        f"{{{{ {text(template.system[0] + system + template.system[1])} }}}}"
+        "{%- endif -%}"
+        "{%- for message in messages -%}"
+        '{%- if message.role == "system" -%}'
+        f"{{{{ {text(template.system[0])} + body(message) + {text(template.system[1])} }}}}"
+        '{%- elif message.role == "user" -%}'
+        f"{{{{ {text(template.user[0])} + body(message) + {text(template.user[1])} }}}}"
+        "{%- else -%}"
+        f"{{{{ {text(template.assistant + template.lead)} + body(message) + "
+        f"({text(template.end)} if loop.last else {text(inner)}) + {text(template.after)} }}}}"
+        "{%- endif -%}{%- endfor -%}"
+        f"{{%- if add_generation_prompt -%}}{{{{ {text(template.open)} }}}}{{%- endif -%}}"
+    )

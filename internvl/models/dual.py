@@ -135,7 +135,7 @@ class DualModel(PreTrainedModel, GenerationMixin):
     # Captions
 
     def text_states(self, input_ids: Tensor, text_mask: Tensor) -> Tensor:
-        """Captions alone, int64 and bool (R, L) -> hidden states (R, L, D).
+        """Captions alone, int64 and its mask (R, L) -> hidden states (R, L, D).
 
         Equal to the text of joint sequences under the "itc" mask: positions are relative.
         """
@@ -143,7 +143,7 @@ class DualModel(PreTrainedModel, GenerationMixin):
         return self.model.language_model(self._embed(input_ids), mask)
 
     def text_embeds(self, text_states: Tensor, text_mask: Tensor) -> Tensor:
-        """The caption's last state, projected: (R, L, D), bool (R, L) -> (R, E), not normalized.
+        """The caption's last state, projected: (R, L, D), mask (R, L) -> (R, E), not normalized.
 
         The last one is at the number of true entries less one, as in the original.
         """

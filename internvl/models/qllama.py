@@ -177,7 +177,7 @@ def attention_mask(kind: Mask, text: Tensor, num_queries: int) -> Tensor:
     Padding is never a key of another position; it sees itself, so that no row is without a key.
 
     Args:
-        text: True where there is text, (R, L).
+        text: not zero where there is text, (R, L), bool or int64.
     """
     rows, length = text.shape
     causal = torch.ones(length, length, dtype=torch.bool, device=text.device).tril()
@@ -189,6 +189,6 @@ def attention_mask(kind: Mask, text: Tensor, num_queries: int) -> Tensor:
         allowed[:num_queries, num_queries:] = kind == "itm"
         allowed[num_queries:, :num_queries] = kind != "itc"
         allowed[num_queries:, num_queries:] = True if kind == "itm" else causal
-    keys = torch.cat([text.new_ones(rows, num_queries), text.bool()], dim=1)
+    keys = torch.cat([causal.new_ones(rows, num_queries), text.bool()], dim=1)
     own = torch.eye(len(allowed), dtype=torch.bool, device=text.device)
     return (allowed & keys[:, None] | own)[:, None]
