@@ -226,6 +226,9 @@ class OptimConfig:
     """AdamW with a warm-up and a decay of the learning rate."""
 
     __pydantic_config__ = _STRICT
+    name: Literal["adamw", "adamw-8bit"] = "adamw"
+    """adamw-8bit keeps the two moments of every matrix in 8 bits with a scale for each 256 of them
+    (torchao): 2 instead of 8 bytes for a trained weight."""
     lr: Annotated[float, Field(gt=0)] = 4e-5
     """Peak learning rate."""
     schedule: Literal["cosine", "as_shipped"] = "cosine"
@@ -269,6 +272,9 @@ class ComputeConfig:
     checkpointing: Literal["none", "selective", "full"] = "none"
     """What is computed again in the backward pass instead of kept: nothing, every second block, or
     every block of the parts that train."""
+    offload: bool = False
+    """What the forward pass keeps for the backward pass waits in the CPU's memory. Together with
+    full checkpointing that is the input of every block."""
     loss_chunk: Positive = 1024
     """Supervised positions whose logits exist at the same time; each costs about 16 bytes per token
     of the vocabulary."""

@@ -15,14 +15,14 @@ Layer = tuple[str, int]
 """("vision" or "qllama", number from 0): what has one learning rate under layer decay."""
 
 
-def build(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW over the parameters that require gradients; matrices decay, vectors do not.
 
     With `decay_vectors` everything decays, as in the original (DeepSpeed sees one flat group).
     The rate of a group is the schedule's times its `lr_scale`.
 
     Raises:
-        UserError: `layer_decay` for another model than InternVL-14B.
+        UserError: `layer_decay` for another model than InternVL-14B, or 8 bits without torchao.
     """
     scales = {} if config.layer_decay is None else layer_scales(model, config.layer_decay)
     groups: dict[tuple[Any, bool], dict[str, Any]] = {}
@@ -34,9 +34,21 @@ def build(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         weight_decay = config.weight_decay if decays else 0.0
         empty = {"params": [], "weight_decay": weight_decay, "lr_scale": scale}
         groups.setdefault((layer, decays), empty)["params"].append(parameter)
-    return torch.optim.AdamW(
-        list(groups.values()), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
-    )
+    settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    if config.name == "adamw-8bit":
+        return _adamw_8bit()(list(groups.values()), **settings)
+    return torch.optim.AdamW(list(groups.values()), fused=True, **settings)
+
+
+def _adamw_8bit() -> Any:
+    """torchao's AdamW: moments in 8 bits as in arXiv 2110.02861, on any device."""
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError:
+        raise UserError(
+            "optim.name=adamw-8bit needs torchao: pip install 'internvl[lowbit]'"
+        ) from None
+    return AdamW8bit
 
 
 def _decays(parameter: nn.Parameter, config: OptimConfig) -> bool:
@@ -110,7 +122,11 @@ def set_lr(
     lr = lr_at(step, num_steps, config)
     uniform = config.schedule == "as_shipped" and step > 0
     for group in optimizer.param_groups:
-        group["lr"] = lr if uniform else lr * group.get("lr_scale", 1.0)
+        rate = lr if uniform else lr * group.get("lr_scale", 1.0)
+        if isinstance(group["lr"], torch.Tensor):  # torchao's step is compiled around it
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
     return lr
 
 

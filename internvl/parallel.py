@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -160,6 +160,43 @@ def on_device(rows: Sequence[PackedBatch], device: torch.device) -> Iterator[Pac
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager[None]:
     """Matrix products in the compute type; nothing changes for float32."""
     return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
+
+
+_LEAST_OFFLOADED = 4096  # bytes; smaller tensors stay where they are
+
+
+def offloaded(
+    model: nn.Module, device: torch.device, compute: ComputeConfig
+) -> AbstractContextManager[Any]:
+    """With `compute.offload`, what is saved inside for the backward pass waits on the CPU.
+
+    Weights stay. Copies are on the stream that computes, so nothing is freed or read too early.
+    """
+    if not compute.offload:
+        return nullcontext()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def copied(tensor: Tensor, home: torch.device) -> Tensor:
+        # Compiled code relies on the strides it has seen.
+        pinned = device.type == "cuda" and home.type == "cpu"
+        copy = torch.empty_strided(
+            tensor.size(), tensor.stride(), dtype=tensor.dtype, device=home, pin_memory=pinned
+        )
+        return copy.copy_(tensor, non_blocking=True)
+
+    def leave(tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
+        stays = (
+            tensor.device.type != device.type
+            or tensor.nbytes < _LEAST_OFFLOADED
+            or 0 in tensor.stride()
+            or tensor.untyped_storage().data_ptr() in weights
+        )
+        return tensor if stays else (tensor.device, copied(tensor, torch.device("cpu")))
+
+    def fetch(saved: Tensor | tuple[torch.device, Tensor]) -> Tensor:
+        return saved if isinstance(saved, Tensor) else copied(saved[1], saved[0])
+
+    return torch.autograd.graph.saved_tensors_hooks(leave, fetch)
 
 
 def several_shapes() -> AbstractContextManager[None]:

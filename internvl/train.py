@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from internvl import checkpoint, config, dist, evals, guards, handles, log, optim, parallel
+from internvl import checkpoint, config, dist, evals, guards, handles, log, optim, parallel, relief
 from internvl.config import Recipe, UserError
 from internvl.data import loader
 from internvl.data.order import SampleOrder
@@ -161,7 +161,8 @@ def _backward(run: Run, batch: PackedBatch, counts: dict[str, float]) -> torch.T
         RunError: the GPU's memory does not hold this row.
     """
     try:
-        with parallel.autocast(run.device, run.recipe.dtype):
+        autocast = parallel.autocast(run.device, run.recipe.dtype)
+        with autocast, parallel.offloaded(run.model, run.device, run.recipe.compute):
             sums = run.objective(run.model, batch)
         weights = run.objective.weights
         loss = torch.stack([weights[name] * sums[name] / counts[name] for name in counts]).sum()
@@ -171,21 +172,9 @@ def _backward(run: Run, batch: PackedBatch, counts: dict[str, float]) -> torch.T
         raise RunError(
             f"out of GPU memory in step {run.step + 1}, in a row of {batch.num_samples} samples, "
             f"{batch.num_tokens:,} tokens and {batch.num_tiles} tiles (the first: "
-            f"{batch.names[0]}). {_relief(run.recipe)}; the same command then goes on from the "
-            "last checkpoint"
+            f"{batch.names[0]}). {relief.advice(run.recipe)}"
         ) from error
     return torch.stack([sums[name].detach().float() for name in counts])
-
-
-def _relief(recipe: Recipe) -> str:
-    """The one setting that takes the most memory away without changing what is learned."""
-    if recipe.compute.checkpointing != "full":
-        better = "selective" if recipe.compute.checkpointing == "none" else "full"
-        return f"Set compute.checkpointing={better}"
-    row, sample = recipe.data.row_tokens or 0, recipe.data.max_tokens
-    if row > sample:
-        return f"Set data.row_tokens={max(sample, row // 2)}"
-    return f"Set data.max_tokens={sample // 2} (in a new run, since it cuts samples)"
 
 
 def warm_up(now: Run) -> None:

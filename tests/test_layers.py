@@ -20,7 +20,10 @@ LEVELS = {
     5: ("launch", "demo", "serve"),
     4: ("train", "evaluate", "export", "check"),
     3: ("objectives", "evals", "handles"),
-    2: ("guards", "parallel", "optim", "checkpoint", "generate", "embed", "report", "doctor"),
+    2: (
+        *("guards", "relief", "parallel", "optim", "checkpoint", "generate", "embed", "report"),
+        "doctor",
+    ),
     1: ("data", "models"),
     0: ("config", "zoo", "dist", "log"),
 }

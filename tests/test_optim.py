@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
-from internvl import optim
-from internvl.config import OptimConfig
+from internvl import checkpoint, optim
+from internvl.config import OptimConfig, UserError
 
 
 @pytest.mark.parametrize("num_steps", [10, 100, 1107])
@@ -119,3 +120,43 @@ def test_as_shipped_only_the_first_update_has_a_rate_per_layer():
     documented = OptimConfig(lr=2.0, warmup_steps=10)
     assert optim.set_lr(optimizer, 5, 100, documented) == pytest.approx(1.0)
     assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([1.0, 0.5])
+
+
+def test_8_bits_without_torchao_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(UserError, match=r"needs torchao: pip install 'internvl\[lowbit\]'"):
+        optim.build(nn.Linear(2, 2), OptimConfig(name="adamw-8bit"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_8_bit_moments_are_small_follow_the_schedule_and_resume_exactly(tmp_path):
+    pytest.importorskip("torchao", reason="moments in 8 bits need torchao: internvl[lowbit]")
+    config = OptimConfig(name="adamw-8bit", lr=1e-2, warmup_ratio=0.5)
+
+    def made():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64))
+        return model, optim.build(model, config)
+
+    def train(model, optimizer, first, last):
+        for step in range(first, last):
+            inputs = torch.randn(8, 64, generator=torch.Generator().manual_seed(step))
+            optim.set_lr(optimizer, step, 10, config)
+            (model(inputs) - inputs).pow(2).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    model, optimizer = made()
+    before = [p.clone() for p in model.parameters()]
+    train(model, optimizer, 0, 1)  # at a rate of 0
+    assert all(map(torch.equal, before, model.parameters()))
+    train(model, optimizer, 1, 4)
+    moments = optimizer.state[model[0].weight]
+    assert moments["exp_avg"].codes.dtype == torch.uint8
+    checkpoint.save(tmp_path, 4, model, optimizer, {}, keep=1)
+    train(model, optimizer, 4, 8)
+    again, fresh = made()
+    checkpoint.load(tmp_path, 4, again, fresh)
+    train(again, fresh, 4, 8)
+    assert all(map(torch.equal, again.parameters(), model.parameters()))

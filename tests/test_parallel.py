@@ -118,6 +118,55 @@ def test_recomputing_changes_nothing_and_leaves_frozen_parts_alone(model, kind, 
     assert_same(loss_and_gradients(model, row()), wanted)
 
 
+@pytest.mark.parametrize("kind", ["none", "full"])
+def test_offloading_changes_nothing(model, kind):
+    wanted = loss_and_gradients(model, row())
+    compute = ComputeConfig(checkpointing=kind, offload=True)
+    parallel.arrange(model, CPU, compute)
+    with parallel.offloaded(model, CPU, compute):
+        assert_same(loss_and_gradients(model, row()), wanted)
+
+
+def test_what_is_offloaded_is_another_tensor_and_weights_are_not():
+    layer = nn.Linear(64, 64)
+    inputs = torch.randn(64, 64)
+    wanted = inputs.sum(0)
+    with parallel.offloaded(layer, CPU, ComputeConfig(offload=True)):
+        output = layer(inputs)
+    inputs.zero_()  # what the graph keeps is not the input itself …
+    output.sum().backward()
+    torch.testing.assert_close(layer.weight.grad[0], wanted)
+    with parallel.offloaded(layer, CPU, ComputeConfig(offload=True)):
+        output = inputs.requires_grad_() @ layer.weight
+    saved = output.grad_fn._saved_mat2
+    assert saved.data_ptr() == layer.weight.data_ptr()  # … but a weight is
+
+
+@pytest.mark.gpu
+def test_offloading_frees_the_gpu(model):
+    parallel.place(model, GPU, "bfloat16")
+    held = {}
+    for offload in (False, True):
+        compute = ComputeConfig(checkpointing="full", offload=offload, attention="dense")
+        parallel.arrange(model, GPU, compute)
+        batch = row(2048).to(GPU)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        with parallel.autocast(GPU, "bfloat16"), parallel.offloaded(model, GPU, compute):
+            mask = packed_mask("sdpa", batch.document, batch.branch, model.dtype)
+            found = model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                attention_mask=mask,
+                supervision=Supervision(batch.loss_positions, batch.targets, batch.loss_weights),
+            ).loss
+        del mask
+        held[offload] = torch.cuda.memory_allocated() - before
+        found.backward()
+        model.zero_grad(set_to_none=True)
+    assert held[True] < held[False]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_compiled_blocks_train_the_same(model):

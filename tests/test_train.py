@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._dynamo.utils import counters
 
-from internvl import config, export, handles, log, parallel, train
+from internvl import config, export, handles, log, parallel, relief, train
 from internvl.data.records import IGNORE, BadSample, Example, Unit
 
 
@@ -269,14 +269,23 @@ def test_an_objective_sees_the_whole_step_before_its_first_row(project, tmp_path
 @pytest.mark.parametrize(
     ("settings", "remedy"),
     [
-        ([], "Set compute.checkpointing=selective"),
-        (["compute.checkpointing=selective"], "Set compute.checkpointing=full"),
-        (["compute.checkpointing=full", "data.row_tokens=512"], "Set data.row_tokens=256"),
-        (["compute.checkpointing=full"], "Set data.max_tokens=128 .in a new run"),
+        ([], "Set compute.checkpointing=selective; the same command"),
+        (["compute.checkpointing=selective"], "Set compute.checkpointing=full; the same command"),
+        (["compute.checkpointing=full", "data.row_tokens=512"], "Set data.row_tokens=256; the"),
+        (["compute.checkpointing=full"], "Set compute.offload=true; the same command"),
+        (
+            ["compute={checkpointing: full, offload: true}"],
+            "Set optim.name=adamw-8bit in a new run",
+        ),
+        (
+            ["compute={checkpointing: full, offload: true}", "model.train=[]", "model.lora.rank=4"],
+            "Set model.quantize=4bit in a new run",
+        ),
     ],
 )
 def test_out_of_memory_names_the_row_and_one_setting(project, tmp_path, settings, remedy):
     run = train.build(recipe_of(project, tmp_path, *settings))
+    assert relief.advice(run.recipe).startswith(remedy)
 
     class TooLarge(type(run.objective)):
         def __call__(self, model, batch):
@@ -325,7 +334,7 @@ def test_nothing_is_compiled_after_the_warm_up(project, tmp_path, trained):
     counters.clear()
     settings = ["compute.compile=true", "model.lora={rank: 4}", trained]
     if "language" in trained:
-        settings[1] = "compute.checkpointing=selective"
+        settings[:2] = ["compute={compile: true, checkpointing: selective, offload: true}"]
     run = train.build(recipe_of(project, tmp_path, *settings))
     assert run.row_lengths == (128, 256)
     weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}

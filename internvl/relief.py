@@ -1,0 +1,117 @@
+"""What to do when memory is short: the fall-back ladder, once, as data.
+
+Rungs that leave what is learned as it is come first, the cheapest of them above; a run that was
+stopped may go on with any of those. The others are for a new run. None changes how many samples a
+step holds.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from internvl.config import Recipe
+
+_SHORTEST_ROW = 256  # tokens; below, rows hold next to nothing
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One setting: what it frees and what it costs."""
+
+    key: str
+    saves: str
+    costs: str
+    value: Callable[[Recipe], str | None]
+    """What to set for a recipe, or None where it has that or cannot use it."""
+    keeps_results: bool = True
+    """Up to rounding; a run that was stopped may then go on with it."""
+
+
+def _checkpointing(recipe: Recipe) -> str | None:
+    return {"none": "selective", "selective": "full"}.get(recipe.compute.checkpointing)
+
+
+def _row_tokens(recipe: Recipe) -> str | None:
+    row, sample = recipe.data.row_tokens or recipe.data.max_tokens, recipe.data.max_tokens
+    return str(max(sample, row // 2)) if row > sample else None
+
+
+def _offload(recipe: Recipe) -> str | None:
+    return None if recipe.compute.offload else "true"
+
+
+def _adamw_8bit(recipe: Recipe) -> str | None:
+    return "adamw-8bit" if recipe.optim.name == "adamw" and recipe.model.parts else None
+
+
+def _quantize(recipe: Recipe) -> str | None:
+    frozen = recipe.model.lora is not None and "language_model" not in recipe.model.parts
+    return "4bit" if frozen and recipe.model.quantize != "4bit" else None
+
+
+def _max_tokens(recipe: Recipe) -> str | None:
+    half = recipe.data.max_tokens // 2
+    return str(half) if half >= _SHORTEST_ROW // 2 else None
+
+
+LADDER = (
+    Rung(
+        "compute.checkpointing",
+        "what every second block (selective) or every block (full) of a trained part keeps for "
+        "its backward pass, but for the block's input",
+        "a second forward pass of these blocks: about a sixth of the time, or a third",
+        _checkpointing,
+    ),
+    Rung(
+        "data.row_tokens",
+        "half of all that grows with a row, and more of the dense mask of a CPU",
+        "smaller matrix products and fuller padding: a few percent",
+        _row_tokens,
+    ),
+    Rung(
+        "compute.offload",
+        "what the backward pass waits for, which is kept in the CPU's memory instead",
+        "two copies over the bus of 2 bytes a token and hidden unit for every block",
+        _offload,
+    ),
+    Rung(
+        "optim.name",
+        "6 of the 16 bytes that a trained weight takes",
+        "moments rounded to 8 bits",
+        _adamw_8bit,
+        keeps_results=False,
+    ),
+    Rung(
+        "model.quantize",
+        "about 1.5 of the 2 bytes of a frozen weight of the language model and the tower",
+        "the frozen weights rounded to 4 bits, and a third of the speed",
+        _quantize,
+        keeps_results=False,
+    ),
+    Rung(
+        "data.max_tokens",
+        "half of all that grows with a row",
+        "longer samples are cut, or bad where a picture would be",
+        _max_tokens,
+        keeps_results=False,
+    ),
+)
+
+
+def next_rung(recipe: Recipe) -> tuple[Rung, str] | None:
+    """The first rung that this recipe has not taken, and the value to set."""
+    for rung in LADDER:
+        value = rung.value(recipe)
+        if value is not None:
+            return rung, value
+    return None
+
+
+def advice(recipe: Recipe) -> str:
+    """What to set when a row did not fit into memory, as a sentence."""
+    found = next_rung(recipe)
+    if found is None:
+        return "Take a smaller model or a larger GPU: every setting that saves memory is in use"
+    rung, value = found
+    if rung.keeps_results:
+        return f"Set {rung.key}={value}; the same command then goes on from the last checkpoint"
+    return f"Set {rung.key}={value} in a new run (it costs {rung.costs})"

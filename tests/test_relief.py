@@ -1,0 +1,52 @@
+"""The fall-back ladder: every rung is a setting of a recipe, taken one after the other."""
+
+import pytest
+
+from internvl import config, relief
+
+TREE = {
+    "model": {"id": "m"},
+    "data": {"sources": [{"name": "x", "annotations": "x.jsonl"}], "row_tokens": 32768},
+    "run": "r",
+    "global_batch": 8,
+    "epochs": 1,
+}
+
+
+def climb(**changes):
+    recipe = config.resolve({**TREE, **changes})
+    settings = []
+    while (found := relief.next_rung(recipe)) is not None:
+        rung, value = found
+        assert relief.advice(recipe).startswith(f"Set {rung.key}={value}")
+        settings.append(f"{rung.key}={value}")
+        following = config.resolve({**TREE, **changes}, settings)
+        changed = config.differences(recipe, following)
+        # What keeps the results is what a run folder may change, and the other way round.
+        assert (changed == []) is rung.keeps_results
+        recipe = following
+    assert "every setting that saves memory is in use" in relief.advice(recipe)
+    return settings
+
+
+SAME = [
+    "compute.checkpointing=selective",
+    "compute.checkpointing=full",
+    "data.row_tokens=16384",
+    "data.row_tokens=8192",
+    "compute.offload=true",
+]
+
+
+def test_full_training_ends_with_smaller_moments():
+    assert climb()[:6] == [*SAME, "optim.name=adamw-8bit"]
+
+
+def test_adapters_end_with_a_smaller_base():
+    assert climb(model={"id": "m", "lora": {"rank": 4}})[:6] == [*SAME, "model.quantize=4bit"]
+
+
+@pytest.mark.parametrize("rung", relief.LADDER, ids=lambda rung: rung.key)
+def test_every_rung_says_what_it_saves_and_costs(rung):
+    assert rung.saves
+    assert rung.costs
