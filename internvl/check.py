@@ -43,7 +43,7 @@ from internvl.data.sources import Source, open_source, source_configs
 from internvl.data.templates import template
 from internvl.evals import EVALS
 from internvl.models import hub, lora, vlm
-from internvl.objectives import OBJECTIVES, Objective
+from internvl.objectives.sft import Sft
 
 _CHUNK = 64  # lines that a worker examines at once
 _SHOWN_PROBLEMS = 20
@@ -158,7 +158,7 @@ def run(recipe: Recipe, *, report: Path | None = None) -> Checked:
     """
     checked = Checked(recipe)
     encoder = encoder_of(recipe)
-    objective = OBJECTIVES[recipe.objective.name](recipe.objective, recipe.data, encoder)
+    objective = Sft(recipe.objective, recipe.data, encoder)
     files, unusable = _open_all(recipe)
     checked.problems += unusable
     reader = UnitReader(files, recipe.data, objective.encode, seed=recipe.seed, pixels=False)
@@ -166,7 +166,7 @@ def run(recipe: Recipe, *, report: Path | None = None) -> Checked:
     for name, spec in recipe.evals.items():
         checked.problems += _eval_problems(name, spec)
     if files and not unusable:
-        order = SampleOrder(files, share_prefix=recipe.data.share_prefix, seed=recipe.seed)
+        order = SampleOrder(files, share_prefix=recipe.shares_prefix, seed=recipe.seed)
         _first_step(order, reader, objective, encoder, checked)
     if report is not None:
         pages.write(_page(checked), report)
@@ -374,7 +374,7 @@ def _eval_problems(name: str, spec: EvalConfig) -> list[BadSample]:
 def _first_step(
     order: SampleOrder,
     reader: UnitReader,
-    objective: Objective,
+    objective: Sft,
     encoder: ChatEncoder,
     checked: Checked,
 ) -> None:
@@ -431,7 +431,7 @@ def _show(
     ref: UnitRef,
     wanted: Sequence[str],
     reader: UnitReader,
-    objective: Objective,
+    objective: Sft,
     encoder: ChatEncoder,
 ) -> Iterator[Shown]:
     for sample in reader.files[ref.file].samples(ref.lines):

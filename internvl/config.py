@@ -18,7 +18,21 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Part = Literal["vision_tower", "multi_modal_projector", "language_model"]
+Tower = Literal["vision_tower", "language_model"]
+Part = Literal[
+    "vision_tower",
+    "multi_modal_projector",
+    "language_model",
+    "queries",
+    "heads",
+    "text_projection",
+    "image_pool",
+    "query_pool",
+    "itm_head",
+    "logit_scale",
+    "lm_head",
+]
+"""Of chat models the first three; InternVL-14B has no projector, but all the others."""
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -42,8 +56,8 @@ class LoraConfig:
     """Scale numerator: an adapter adds alpha / rank * B A. Default 2 * rank, as the original."""
     dropout: Fraction = 0.05
     """Dropout on the input of an adapter."""
-    on: tuple[Part, ...] = ("language_model",)
-    """Parts whose linear layers get an adapter."""
+    on: tuple[Tower, ...] = ("language_model",)
+    """Parts whose linear layers get an adapter; of QLLaMA not those of its cross-attention."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +69,10 @@ class ModelConfig:
     """Hub id or folder, official or hf layout."""
     train: tuple[Part, ...] | None = None
     """Parts whose own weights are trained; everything else is frozen, adapters come on top. null:
-    the projector and the language model, or with `lora` none."""
+    the projector and the language model, or with `lora` none. InternVL-14B's: vision_tower;
+    language_model, its queries and output matrix (lm_head) included; queries, with the
+    cross-attention; heads, which are text_projection, image_pool, query_pool, itm_head and
+    logit_scale, and each of these alone."""
     lora: LoraConfig | None = None
     """Adapters, or null for none. Usually together with `train: []`."""
     train_last_vision_blocks: Annotated[int, Field(ge=0)] = 0
@@ -200,13 +217,37 @@ class ObjectiveConfig:
     """What is minimized."""
 
     __pydantic_config__ = _STRICT
-    name: Literal["sft"] = "sft"
-    """sft: next-token loss on the answers."""
+    name: Literal["sft", "retrieval", "stage2"] = "sft"
+    """sft: next-token loss on the answers. For InternVL-14B, on pairs of a picture and a caption:
+    retrieval, contrastive in both branches (itc) and matching (itm), as its fine-tuning; stage2,
+    contrastive in the query branch, matching and captioning (itg), as its pre-training."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Weight of each term of the loss in the total, 1 where none is given; a term of weight 0 is
+    left out."""
+    micro_batch: Positive | None = None
+    """Pairs that a device encodes at once; null takes its whole share of a step. Fewer need less
+    memory and one more forward pass; the loss still compares all pairs of a step."""
+    label_smoothing: Fraction = 0.0
+    """Of the contrastive term of stage2."""
     weighting: Literal["token", "sample", "square"] = "token"
     """Weight of a supervised token in a sample of n: 1, 1 / n or 1 / sqrt(n)."""
     loss_normalization: Literal["global", "micro_batch"] = "global"
     """global: the mean over all supervised tokens of a step, however it is cut; micro_batch: the
     mean of each row's own mean, as the original, which then depends on how samples pack."""
+
+    @property
+    def packs(self) -> bool:
+        """Whether a batch is a packed row of conversations; otherwise it is pairs."""
+        return self.name == "sft"
+
+    def weights_of(self, terms: Sequence[str]) -> dict[str, float]:
+        """Weight of every term that counts."""
+        all_ = {term: self.weights.get(term, 1.0) for term in terms}
+        return {term: weight for term, weight in all_.items() if weight}
+
+
+TERMS = {"sft": ("sft",), "retrieval": ("itc", "itm"), "stage2": ("itc", "itm", "itg")}
+"""The terms of every objective."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -420,6 +461,11 @@ class Recipe:
     log_every: Positive = 1
     """Steps between lines of metrics.jsonl."""
 
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether samples of the same picture form one unit; pairs are drawn one by one."""
+        return self.objective.packs and self.data.share_prefix
+
     def num_steps(self, num_samples: int) -> int:
         """Optimizer steps of the run over an epoch of `num_samples` samples."""
         if self.steps is not None:
@@ -583,7 +629,9 @@ def _contradictions(recipe: Recipe) -> list[str]:
     problems += [
         f"data.sources.{number}.prompt: missing; a source of type {source.type} needs a question"
         for number, source in enumerate(recipe.data.sources)
-        if source.type in ("coco-captions", "captions") and source.prompt is None
+        if source.type in ("coco-captions", "captions")
+        and source.prompt is None
+        and recipe.objective.packs
     ]
     weighted = [source.weight is not None for source in recipe.data.sources]
     if any(weighted) and (not all(weighted) or recipe.data.meta is not None):
@@ -591,9 +639,29 @@ def _contradictions(recipe: Recipe) -> list[str]:
     names = [source.name for source in recipe.data.sources]
     for name in sorted({name for name in names if names.count(name) > 1}):
         problems.append(f"data.sources: two sources are called {name!r}; names must differ")
+    problems += _objective_contradictions(recipe)
     if recipe.optim.schedule == "as_shipped" and recipe.optim.min_lr_ratio:
         problems.append("optim.min_lr_ratio: the schedule as_shipped ends at 0")
     problems += _model_contradictions(recipe.model)
+    return problems
+
+
+def _objective_contradictions(recipe: Recipe) -> list[str]:
+    objective = recipe.objective
+    terms = TERMS[objective.name]
+    problems = [
+        f"objective.weights.{name}: {objective.name} has no such term; it has {', '.join(terms)}"
+        for name in objective.weights
+        if name not in terms
+    ]
+    if not problems and not objective.weights_of(terms):
+        problems.append("objective.weights: all are 0, so nothing is learned")
+    if not objective.packs and objective.loss_normalization != "global":
+        problems.append("objective.loss_normalization: micro_batch is for sft alone")
+    if not objective.packs and recipe.compute.attention in ("flex", "eager"):
+        problems.append("compute.attention: pairs are not packed; leave it at auto")
+    if objective.packs and objective.micro_batch is not None:
+        problems.append("objective.micro_batch: sft cuts a step by data.row_tokens instead")
     return problems
 
 
@@ -601,7 +669,7 @@ def _model_contradictions(model: ModelConfig) -> list[str]:
     problems = []
     if not model.parts and model.lora is None and not model.train_last_vision_blocks:
         problems.append("model.train: nothing is trained; name a part or set model.lora")
-    on: tuple[Part, ...] = () if model.lora is None else model.lora.on
+    on: tuple[Tower, ...] = () if model.lora is None else model.lora.on
     for part in sorted({*model.parts} & {*on}):
         problems.append(f"model.lora.on: {part} is also in model.train; choose one")
     if model.train_last_vision_blocks and "vision_tower" in (*model.parts, *on):
@@ -622,6 +690,7 @@ def _model_contradictions(model: ModelConfig) -> list[str]:
 _MAY_CHANGE = (
     "data.workers",
     "data.row_tokens",
+    "objective.micro_batch",
     "log_every",
     "checkpoint.every",
     "checkpoint.keep",

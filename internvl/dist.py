@@ -6,10 +6,10 @@ features travel between GPUs (NCCL).
 
 import os
 from collections.abc import Mapping
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 T = TypeVar("T")
 
@@ -105,3 +105,33 @@ def gather_objects(value: T) -> list[T]:
     values: list[T | None] = [None] * world_size()
     distributed.all_gather_object(values, value)
     return values  # type: ignore[return-value]  # filled on every rank by now
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows (n, …) of every rank, in rank order, (sum of n, …); ranks may have different n.
+
+    Gradients go back to where the rows came from: each rank gets the sum over ranks of the
+    gradient with respect to its own. Collective in forward and backward.
+    """
+    if not distributed.is_initialized():
+        return rows
+    return _GatherRows.apply(rows, gather_objects(len(rows)))
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sizes: list[int]) -> Tensor:
+        first = sum(sizes[: rank()])
+        ctx.own = slice(first, first + len(rows))
+        # As many rows from every rank as from the longest: collectives take equal shapes.
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        found = [torch.empty_like(padded) for _ in sizes]
+        distributed.all_gather(found, padded)
+        return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        summed = gradients[0].contiguous().clone()
+        distributed.all_reduce(summed)
+        return summed[ctx.own], None

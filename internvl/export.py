@@ -385,9 +385,14 @@ def _clip_processor(config: DualConfig) -> dict[str, Any]:
     mean, std = STATISTICS["imagenet"]
     return {
         "feature_extractor_type": "CLIPFeatureExtractor",
-        "do_resize": True, "size": config.image_size, "resample": 3,
-        "do_center_crop": True, "crop_size": config.image_size,
-        "do_normalize": True, "image_mean": list(mean), "image_std": list(std),
+        "do_resize": True,
+        "size": config.image_size,
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": config.image_size,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
     }
 
 

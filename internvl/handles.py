@@ -9,7 +9,7 @@ import torch
 from transformers import InternVLConfig, PreTrainedTokenizerFast
 
 from internvl import checkpoint, generate, zoo
-from internvl.config import Recipe, TilesConfig, UserError, load_recipe
+from internvl.config import ModelConfig, Recipe, TilesConfig, UserError, load_recipe
 from internvl.data.chat import ChatEncoder
 from internvl.data.templates import TEMPLATES, Template, template
 from internvl.data.tokenizers import add_special_tokens, check_vocabulary, load_tokenizer
@@ -193,7 +193,7 @@ def is_run(folder: Path) -> bool:
     return (folder / "recipe.yaml").is_file()
 
 
-def _load_run(folder: Path, device: torch.device, dtype: torch.dtype) -> Chat:
+def _load_run(folder: Path, device: torch.device, dtype: torch.dtype) -> Chat | Dual:
     """The model a run started from, with the weights of its newest checkpoint in place.
 
     Raises:
@@ -210,7 +210,7 @@ def _load_run(folder: Path, device: torch.device, dtype: torch.dtype) -> Chat:
     return replace(chat, model=chat.model.to(device, dtype).eval())
 
 
-def for_training(recipe: Recipe) -> Chat:
+def for_training(recipe: Recipe) -> Chat | Dual:
     """The model of a recipe, with what trains chosen and adapters attached: on the CPU in float32,
     or quantized where it will train.
 
@@ -218,10 +218,11 @@ def for_training(recipe: Recipe) -> Chat:
     so that an export carries it.
 
     Raises:
-        UserError: a language model that does not train here, or no bitsandbytes to quantize with.
+        UserError: a model that does not train here or with this objective, a part it does not have,
+            or no bitsandbytes to quantize with.
     """
     quantize = recipe.model.quantize
-    chat = load(
+    loaded = load(
         recipe.model.id,
         device="cpu" if quantize is None or recipe.device == "cpu" else None,
         dtype="float32" if quantize is None else recipe.dtype,
@@ -229,15 +230,30 @@ def for_training(recipe: Recipe) -> Chat:
         drop_path=recipe.model.drop_path,
         image_size=recipe.data.tiles.size,
     )
+    if recipe.objective.packs == isinstance(loaded, Dual):
+        fitting = "retrieval or stage2" if recipe.objective.packs else "sft"
+        raise UserError(
+            f"objective.name: {recipe.model.id} does not train with {recipe.objective.name}; "
+            f"choose {fitting}, or another model"
+        )
+    _choose_trainable(loaded.model, recipe.model)
+    return loaded if isinstance(loaded, Dual) else _with_settings(loaded, recipe)
+
+
+def _choose_trainable(model: Any, config: ModelConfig) -> None:
+    lora.select_trainable(model, config.parts, config.train_last_vision_blocks)
+    if config.lora is not None:
+        lora.attach(model, config.lora)
+
+
+def _with_settings(chat: Chat, recipe: Recipe) -> Chat:
+    """The chat model as the recipe wants it used."""
     model, data = chat.model, recipe.data
     if configs.language_model(model.config) == "GptOssForCausalLM":
         raise UserError(
             f"{recipe.model.id}: GPT-OSS answers and exports here, but does not train: packed rows "
             "have no sliding windows; choose a model with another language model"
         )
-    lora.select_trainable(model, recipe.model.parts, recipe.model.train_last_vision_blocks)
-    if recipe.model.lora is not None:
-        lora.attach(model, recipe.model.lora)
     chosen = template(data.template) if data.template else chat.template
     system = chat.system_message if data.system_message is None else data.system_message
     model.config.internvl = configs.chat_settings(model.config) | {

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from internvl import dist
 from internvl.config import ComputeConfig, DataConfig, UserError
-from internvl.data.records import PackedBatch
-from internvl.models import attention
+from internvl.data.records import Batch, PackedBatch
+from internvl.models import attention, vlm
 
 T = TypeVar("T")
 
@@ -49,22 +49,23 @@ def place(model: nn.Module, device: torch.device, dtype: str) -> nn.Module:
 
 
 def arrange(model: Any, device: torch.device, compute: ComputeConfig) -> None:
-    """Choose the chat model's attention, what its backward pass computes again, and compile it.
+    """Choose a chat model's attention, what the backward pass computes again, and compile.
 
     Names and values of weights stay as they are.
     """
     torch.set_float32_matmul_precision("high" if compute.tf32 else "highest")
     model.loss_chunk = compute.loss_chunk
-    if _flex(compute, device):
+    packs = isinstance(model, vlm.ChatModel)
+    if packs and _flex(compute, device):
         attention.register()
         model.set_attn_implementation({"text_config": attention.FLEX})
-    elif compute.attention == "eager":
+    elif packs and compute.attention == "eager":
         model.set_attn_implementation("eager")
     if compute.checkpointing != "none":
         _checkpoint(model, 1 if compute.checkpointing == "full" else 2)
     if _compiles(compute, device):
         for block in model.model.language_model.layers:
-            block.compile(dynamic=False)
+            block.compile(dynamic=not packs)  # rows have few lengths, captions many
         for block in model.model.vision_tower.encoder.layer:
             block.compile(dynamic=True)  # any number of tiles
 
@@ -112,13 +113,13 @@ def pad(row: PackedBatch, lengths: Sequence[int]) -> PackedBatch:
     )
 
 
-def pin(row: PackedBatch) -> PackedBatch:
-    """The row in memory that a GPU can copy from by itself."""
+def pin(row: Any) -> Any:
+    """The batch in memory that a GPU can copy from by itself."""
     pinned: dict[str, Any] = {name: t.pin_memory() for name, t in _tensors(row).items()}
     return replace(row, **pinned)
 
 
-def _tensors(row: PackedBatch) -> dict[str, Tensor]:
+def _tensors(row: Batch) -> dict[str, Tensor]:
     return {name: value for name, value in vars(row).items() if isinstance(value, Tensor)}
 
 
@@ -135,14 +136,14 @@ def ahead(items: Iterator[T]) -> Iterator[tuple[T, float]]:
             yield item, time.perf_counter() - started
 
 
-def on_device(rows: Sequence[PackedBatch], device: torch.device) -> Iterator[PackedBatch]:
-    """Each row on the device; the next one is copied while this one is worked on."""
+def on_device(rows: Sequence[Batch], device: torch.device) -> Iterator[Any]:
+    """Each batch on the device; the next one is copied while this one is worked on."""
     if device.type != "cuda":
         yield from (row.to(device) for row in rows)
         return
     work, copies = torch.cuda.current_stream(device), torch.cuda.Stream(device)
 
-    def copy(number: int) -> PackedBatch | None:
+    def copy(number: int) -> Any:
         with torch.cuda.stream(copies):
             return rows[number].to(device) if number < len(rows) else None
 

@@ -30,7 +30,14 @@ def _checkpointing(recipe: Recipe) -> str | None:
     return {"none": "selective", "selective": "full"}.get(recipe.compute.checkpointing)
 
 
+def _micro_batch(recipe: Recipe) -> str | None:
+    now = recipe.objective.micro_batch or recipe.global_batch
+    return None if recipe.objective.packs or now == 1 else str(now // 2)
+
+
 def _row_tokens(recipe: Recipe) -> str | None:
+    if not recipe.objective.packs:
+        return None
     row, sample = recipe.data.row_tokens or recipe.data.max_tokens, recipe.data.max_tokens
     return str(max(sample, row // 2)) if row > sample else None
 
@@ -44,13 +51,15 @@ def _adamw_8bit(recipe: Recipe) -> str | None:
 
 
 def _quantize(recipe: Recipe) -> str | None:
+    if not recipe.objective.packs:
+        return None
     frozen = recipe.model.lora is not None and "language_model" not in recipe.model.parts
     return "4bit" if frozen and recipe.model.quantize != "4bit" else None
 
 
 def _max_tokens(recipe: Recipe) -> str | None:
     half = recipe.data.max_tokens // 2
-    return str(half) if half >= _SHORTEST_ROW // 2 else None
+    return str(half) if recipe.objective.packs and half >= _SHORTEST_ROW // 2 else None
 
 
 LADDER = (
@@ -60,6 +69,12 @@ LADDER = (
         "its backward pass, but for the block's input",
         "a second forward pass of these blocks: about a sixth of the time, or a third",
         _checkpointing,
+    ),
+    Rung(
+        "objective.micro_batch",
+        "half of all that grows with the pairs that are encoded at once",
+        "a forward pass of pictures and captions without gradient, once a step is cut at all",
+        _micro_batch,
     ),
     Rung(
         "data.row_tokens",

@@ -23,10 +23,12 @@ from internvl import checkpoint, config, dist, evals, guards, handles, log, opti
 from internvl.config import Recipe, UserError
 from internvl.data import loader
 from internvl.data.order import SampleOrder
-from internvl.data.records import PackedBatch, Unit
+from internvl.data.records import Batch
 from internvl.data.sources import open_source, source_configs
+from internvl.embed import Dual
 from internvl.guards import Guard, RunError
 from internvl.models import lora, vlm
+from internvl.models.dual import DualModel
 from internvl.objectives import OBJECTIVES, Objective
 
 
@@ -40,7 +42,8 @@ class Run:
 
     recipe: Recipe
     device: torch.device
-    chat: handles.Chat
+    chat: handles.Chat | Dual
+    """The handle a user would hold."""
     objective: Objective
     optimizer: torch.optim.Optimizer
     order: SampleOrder
@@ -55,7 +58,7 @@ class Run:
     """What compiling before the first step took."""
 
     @property
-    def model(self) -> vlm.ChatModel:
+    def model(self) -> vlm.ChatModel | DualModel:
         return self.chat.model
 
     @property
@@ -68,7 +71,7 @@ class Run:
         return self.recipe.num_samples(len(self.order))
 
 
-def build(recipe: Recipe, chat: handles.Chat | None = None) -> Run:
+def build(recipe: Recipe, chat: handles.Chat | Dual | None = None) -> Run:
     """Everything a run needs, in the one order: load, choose what trains, adapt, place, arrange.
 
     Args:
@@ -80,7 +83,8 @@ def build(recipe: Recipe, chat: handles.Chat | None = None) -> Run:
     torch.manual_seed(recipe.seed)
     chat = handles.for_training(recipe) if chat is None else chat
     files = [open_source(source) for source in source_configs(recipe.data)]
-    order = SampleOrder(files, share_prefix=recipe.data.share_prefix, seed=recipe.seed)
+    order = SampleOrder(files, share_prefix=recipe.shares_prefix, seed=recipe.seed)
+    packs = recipe.objective.packs
     objective = OBJECTIVES[recipe.objective.name](recipe.objective, recipe.data, chat.encoder)
     parallel.place(chat.model, device, recipe.dtype)
     parallel.arrange(chat.model, device, recipe.compute)
@@ -94,11 +98,11 @@ def build(recipe: Recipe, chat: handles.Chat | None = None) -> Run:
         reader=objective.reader(files, recipe.seed),
         num_steps=recipe.num_steps(len(order)),
         guard=Guard(recipe.guard),
-        row_lengths=parallel.row_lengths(recipe.compute, device, recipe.data),
+        row_lengths=parallel.row_lengths(recipe.compute, device, recipe.data) if packs else (),
     )
 
 
-def train_step(run: Run, micro_batches: Sequence[PackedBatch]) -> dict[str, float]:
+def train_step(run: Run, micro_batches: Sequence[Batch]) -> dict[str, float]:
     """One optimizer step. The gradient does not depend on how the step was cut into rows or ranks:
     sums of every term are divided by what was counted over all of them."""
     recipe, objective = run.recipe, run.objective
@@ -111,7 +115,10 @@ def train_step(run: Run, micro_batches: Sequence[PackedBatch]) -> dict[str, floa
     with parallel.several_shapes():
         with parallel.autocast(run.device, recipe.dtype):
             rows = parallel.on_device(micro_batches, run.device)
-            objective.begin_step(run.model, rows, counts)
+            try:
+                objective.begin_step(run.model, rows, counts)
+            except torch.OutOfMemoryError as error:
+                raise _out_of_memory(run, "while all pairs are encoded") from error
         rows = parallel.on_device(micro_batches, run.device)
         sums = [_backward(run, row, counts) for row in rows]
     trainable = [p for p in run.model.parameters() if p.requires_grad]
@@ -141,7 +148,7 @@ def _weighted(run: Run, sums: dict[str, float], counts: dict[str, float]) -> flo
 
 
 def _refused(
-    run: Run, rows: Sequence[PackedBatch], losses: Sequence[float], loss: float, norm: float
+    run: Run, rows: Sequence[Batch], losses: Sequence[float], loss: float, norm: float
 ) -> bool:
     """Whether the guard keeps this step from being applied; it stops the run or lists the step."""
     step = run.step + 1
@@ -154,7 +161,7 @@ def _refused(
     return True
 
 
-def _backward(run: Run, batch: PackedBatch, counts: dict[str, float]) -> torch.Tensor:
+def _backward(run: Run, batch: Batch, counts: dict[str, float]) -> torch.Tensor:
     """Adds a row's gradients; returns the sum of each term, in the order of `counts`.
 
     Raises:
@@ -169,12 +176,17 @@ def _backward(run: Run, batch: PackedBatch, counts: dict[str, float]) -> torch.T
         if loss.requires_grad:  # a row without pictures has nothing to teach the projector
             loss.backward()
     except torch.OutOfMemoryError as error:
-        raise RunError(
-            f"out of GPU memory in step {run.step + 1}, in a row of {batch.num_samples} samples, "
-            f"{batch.num_tokens:,} tokens and {batch.num_tiles} tiles (the first: "
-            f"{batch.names[0]}). {relief.advice(run.recipe)}"
-        ) from error
+        what = (
+            f"in a row of {batch.num_samples} samples, {batch.num_tokens:,} tokens and "
+            f"{batch.num_tiles} tiles (the first: {batch.names[0]})"
+        )
+        raise _out_of_memory(run, what) from error
     return torch.stack([sums[name].detach().float() for name in counts])
+
+
+def _out_of_memory(run: Run, what: str) -> RunError:
+    where = f"out of GPU memory in step {run.step + 1}, {what}"
+    return RunError(f"{where}. {relief.advice(run.recipe)}")
 
 
 def warm_up(now: Run) -> None:
@@ -312,9 +324,11 @@ def summary(now: Run) -> str:
 
 
 def _steps(now: Run) -> Iterator[loader.Step]:
-    def rows(units: Sequence[Unit]) -> list[PackedBatch]:
-        packed = [parallel.pad(row, now.row_lengths) for row in now.objective.batches(units)]
-        return [parallel.pin(row) for row in packed] if now.device.type == "cuda" else packed
+    def rows(units: Sequence[Any]) -> Sequence[Batch]:
+        made: Sequence[Any] = now.objective.batches(units)
+        if now.row_lengths:
+            made = [parallel.pad(row, now.row_lengths) for row in made]
+        return [parallel.pin(row) for row in made] if now.device.type == "cuda" else made
 
     return loader.steps(
         now.order,
@@ -347,11 +361,12 @@ def _speed(now: Run, step: loader.Step, wait_s: float, seconds: float) -> dict[s
     samples = sum(batch.num_samples for batch in step.batches)
     tokens = sum(batch.num_tokens for batch in step.batches)
     limit = now.recipe.data.row_tokens or now.recipe.data.max_tokens
+    packs = now.recipe.objective.packs
     return {
         "rows": len(step.batches),
         "samples": samples,
         "tokens": tokens,
-        "fill": tokens / (max(1, len(step.batches)) * limit),
+        **({"fill": tokens / (max(1, len(step.batches)) * limit)} if packs else {}),
         "samples_per_s": samples / seconds,
         "tokens_per_s": tokens / seconds,
         "data_wait_s": wait_s,

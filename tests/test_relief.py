@@ -46,6 +46,13 @@ def test_adapters_end_with_a_smaller_base():
     assert climb(model={"id": "m", "lora": {"rank": 4}})[:6] == [*SAME, "model.quantize=4bit"]
 
 
+def test_pairs_are_encoded_in_smaller_parts():
+    cuts = [f"objective.micro_batch={number}" for number in (4, 2, 1)]
+    checkpointing, offload = SAME[:2], SAME[-1]
+    found = climb(objective={"name": "retrieval"}, model={"id": "m", "train": ["heads"]})
+    assert found == [*checkpointing, *cuts, offload, "optim.name=adamw-8bit"]
+
+
 @pytest.mark.parametrize("rung", relief.LADDER, ids=lambda rung: rung.key)
 def test_every_rung_says_what_it_saves_and_costs(rung):
     assert rung.saves

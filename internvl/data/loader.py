@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from internvl.config import DataConfig
 from internvl.data.images import STATISTICS, BadImage, open_rgb
 from internvl.data.order import SampleOrder, UnitRef
-from internvl.data.records import BadSample, PackedBatch, Sample, Tiles, Unit
+from internvl.data.records import BadSample, Batch, Sample, Tiles, Unit
 from internvl.data.sources import Source
 from internvl.data.tiles import empty_tiles, tile_images
 from internvl.data.video import read_frames, with_frames
@@ -25,16 +26,17 @@ Encode = Callable[[Sequence[Sample], Tiles | None], list[Unit | BadSample]]
 class Read:
     """What one group of lines became: units, and the samples that are bad."""
 
-    units: list[Unit] = field(default_factory=list)
+    units: list[Any] = field(default_factory=list)
+    """Of the objective's own kind, `Unit` or `Pair`."""
     bad: list[BadSample] = field(default_factory=list)
 
 
 @dataclass
 class Step:
-    """The rows one rank works through in an optimizer step, and how long they were waited for."""
+    """The batches one rank works through in a step, and how long they were waited for."""
 
     index: int
-    batches: list[PackedBatch]
+    batches: Sequence[Batch]
     bad: list[BadSample]
     wait_s: float
 
@@ -73,7 +75,10 @@ class UnitReader(Dataset[Read]):
             prepared, bad, tiles = self.prepare(samples, ref)
             read.bad += bad
             for unit in self.encode(prepared, tiles) if prepared else []:
-                (read.bad if isinstance(unit, BadSample) else read.units).append(unit)  # type: ignore[arg-type]
+                if isinstance(unit, BadSample):
+                    read.bad.append(unit)
+                else:
+                    read.units.append(unit)
         return read
 
     def prepare(
@@ -133,7 +138,7 @@ class UnitReader(Dataset[Read]):
 def steps(
     order: SampleOrder,
     reader: Dataset[Read],
-    pack: Callable[[Sequence[Unit]], list[PackedBatch]],
+    pack: Callable[[Sequence[Any]], Sequence[Batch]],
     *,
     first: int,
     last: int,
@@ -164,7 +169,7 @@ def steps(
     reads = iter(loader)
     for index in range(first, last):
         waiting = time.perf_counter()
-        units: list[Unit] = []
+        units: list[Any] = []
         bad: list[BadSample] = []
         for _ in refs_of(index):
             read = next(reads)

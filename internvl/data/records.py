@@ -5,13 +5,15 @@
     unit     examples of one picture that share a prefix         (data/packing.py)
     batch    what one model call takes: a packed row             (data/packing.py)
 
+Retrieval has pairs instead: sample -> `Pair` -> `PairBatch`     (data/pair_reader.py)
+
 Shape legend of the package: B samples, N tiles, S tile side (px), P patch side (px), K visual
 tokens per tile, L packed row length, T tokens of one example, M supervised positions of a row,
 D hidden size, V vocabulary.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -121,6 +123,24 @@ class Unit:
         return self.prefix + sum(len(e.input_ids) - self.prefix for e in self.examples)
 
 
+class Batch(Protocol):
+    """What the training loop asks of any batch. Its fields that are tensors go to the device."""
+
+    names: tuple[str, ...]
+    """The samples of the batch."""
+
+    @property
+    def num_samples(self) -> int: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def num_tiles(self) -> int: ...
+
+    def to(self, device: Any) -> Any: ...
+
+
 @dataclass
 class PackedBatch:
     """One packed row, on CPU until used.
@@ -162,8 +182,84 @@ class PackedBatch:
         return 0 if self.pixel_values is None else len(self.pixel_values)
 
     def to(self, device: Any) -> "PackedBatch":
-        moved: dict[str, Any] = {
-            key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for key, value in vars(self).items()
-        }
-        return PackedBatch(**moved)
+        return PackedBatch(**_moved(self, device))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A picture, its caption, and a caption of another picture. Ids are those of whole texts."""
+
+    name: str
+    pixels: Tensor
+    """uint8 (3, S, S)"""
+    image_id: int
+    """The same for captions of the same picture; 64 bits, signed."""
+    summary: tuple[int, ...]
+    """The caption as it is embedded."""
+    positive: tuple[int, ...]
+    """The caption as it stands beside its picture."""
+    negative: tuple[int, ...]
+    """The caption of another picture."""
+    written: tuple[int, ...]
+    """A prompt and the caption, to be generated."""
+    num_given: int
+    """Tokens at the start of `written` that are not supervised."""
+
+
+Match = tuple[tuple[int, ...], int]
+"""A caption that a picture is shown with, and its label: 1 its own, 0 another's, IGNORE neither."""
+
+
+@dataclass
+class PairBatch:
+    """Pairs that are encoded together, on CPU until used. Padding is 0, on the right."""
+
+    pixel_values: Tensor
+    """uint8 (B, 3, S, S)"""
+    image_ids: Tensor
+    """int64 (B,)"""
+    text_ids: Tensor
+    """int64 (B, T), captions to be embedded."""
+    text_mask: Tensor
+    """bool (B, T), true where there is text."""
+    text_counts: Tensor
+    """float32 (B,), 1; 0 for a text that is not compared."""
+    match_ids: Tensor
+    """int64 (R, T), captions beside pictures: row r goes with picture r mod B."""
+    match_mask: Tensor
+    """bool (R, T)"""
+    match_labels: Tensor
+    """int64 (R,): 1 where they belong together, else 0; -100 is not counted."""
+    written_ids: Tensor
+    """int64 (B, T), captions to be generated after a prompt."""
+    written_mask: Tensor
+    """bool (B, T)"""
+    loss_positions: Tensor
+    """int64 (M,), indices into the flattened (B, T) that predict `targets`."""
+    targets: Tensor
+    """int64 (M,)"""
+    names: tuple[str, ...]
+    """The samples of the batch."""
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.names)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the captions that are embedded."""
+        return int(self.text_mask.sum())
+
+    @property
+    def num_tiles(self) -> int:
+        return len(self.pixel_values)
+
+    def to(self, device: Any) -> "PairBatch":
+        return PairBatch(**_moved(self, device))
+
+
+def _moved(batch: Batch, device: Any) -> dict[str, Any]:
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for key, value in vars(batch).items()
+    }

@@ -76,6 +76,9 @@ class DualModel(PreTrainedModel, GenerationMixin):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
 
+    loss_chunk = 1024
+    """Supervised positions of captions whose logits exist at the same time."""
+
     def __init__(self, config: DualConfig) -> None:
         super().__init__(config)
         text = config.text_config

@@ -22,12 +22,18 @@ from internvl.config import LoraConfig, UserError
 from internvl.models import configs, hub
 from internvl.models.hub import ModelFolderError
 
+_HEADS = ("text_projection.", "image_pool.", "query_pool.", "itm_head.", "logit_scale")
 PARTS = {
     "vision_tower": ("model.vision_tower.",),
     "multi_modal_projector": ("model.multi_modal_projector.",),
-    "language_model": ("model.language_model.", "lm_head."),
+    "language_model": ("model.language_model.", "model.query_tokens.", "lm_head."),
+    "queries": ("model.query_tokens.",),  # and the cross-attention, see `_owns`
+    "heads": _HEADS,
+    "lm_head": ("lm_head.",),
+    **{name.removesuffix("."): (name,) for name in _HEADS},
 }
-"""Part -> the names it owns; the output matrix belongs to the language model."""
+"""Part -> the names it owns; the output matrix and InternVL-14B's queries belong to the language
+model, and parts of it and of the heads have names of their own."""
 
 _ADAPTER, _CONFIG_FILE, _WEIGHTS_FILE = (
     "default",
@@ -63,13 +69,15 @@ def select_trainable(
         last_vision_blocks: also train this many blocks at the end of the vision tower.
 
     Raises:
-        UserError: an unknown part, or more blocks than there are.
+        UserError: a part that this model does not have, or more blocks than there are.
     """
     chosen = tuple(parts)
-    unknown = [part for part in chosen if part not in PARTS]
+    names = [name for name, _ in model.named_parameters()]
+    known = [part for part in PARTS if any(_owns(part, name) for name in names)]
+    unknown = [part for part in chosen if part not in known]
     if unknown:
-        raise UserError(f"unknown part {unknown[0]!r}; parts are {', '.join(PARTS)}")
-    prefixes = tuple(prefix for part in chosen for prefix in PARTS[part])
+        raise UserError(f"unknown part {unknown[0]!r}; parts are {', '.join(known)}")
+    trained = {name for part in chosen for name in names if _owns(part, name)}
     if last_vision_blocks:
         blocks = list(model.get_submodule("model.vision_tower.encoder.layer").children())
         if last_vision_blocks > len(blocks):
@@ -78,11 +86,14 @@ def select_trainable(
                 f"{last_vision_blocks}"
             )
         first = len(blocks) - last_vision_blocks
-        prefixes += tuple(
-            f"model.vision_tower.encoder.layer.{i}." for i in range(first, len(blocks))
-        )
+        last = tuple(f"model.vision_tower.encoder.layer.{i}." for i in range(first, len(blocks)))
+        trained |= {name for name in names if name.startswith(last)}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(bool(prefixes) and name.startswith(prefixes))
+        parameter.requires_grad_(name in trained)
+
+
+def _owns(part: str, name: str) -> bool:
+    return name.startswith(PARTS[part]) or (part == "queries" and ".cross_attn." in name)
 
 
 def attach(model: nn.Module, settings: LoraConfig) -> nn.Module:

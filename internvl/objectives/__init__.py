@@ -1,19 +1,22 @@
 """What is minimized: the only difference between kinds of training."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from internvl.data.loader import Read
-from internvl.data.records import BadSample, PackedBatch, Sample, Tiles, Unit
+from internvl.data.records import Batch
 from internvl.data.sources import Source
-from internvl.objectives import sft
+from internvl.objectives import contrastive, sft
 
 
 class Objective(Protocol):
-    """How samples become batches, what a batch counts, and the SUM of each loss term."""
+    """How samples become batches, what a batch counts, and the SUM of each loss term.
+
+    Units and batches are of the objective's own kind: whatever its reader makes, it takes.
+    """
 
     weights: dict[str, float]
     """Weight of every term in the total."""
@@ -26,19 +29,15 @@ class Objective(Protocol):
         """
         ...
 
-    def encode(self, samples: Sequence[Sample], tiles: Tiles | None) -> list[Unit | BadSample]:
-        """Samples of the same images, and their tiles, to units."""
-        ...
-
-    def batches(self, units: Sequence[Unit]) -> list[PackedBatch]:
+    def batches(self, units: Sequence[Any]) -> Sequence[Batch]:
         """The micro-batches of one step."""
         ...
 
-    def describe(self, batches: Sequence[PackedBatch]) -> str:
+    def describe(self, batches: Sequence[Any]) -> str:
         """What the first step holds, for the log: its size, and how its first samples read."""
         ...
 
-    def warmup_batches(self, lengths: Sequence[int]) -> list[PackedBatch]:
+    def warmup_batches(self, lengths: Sequence[int]) -> Sequence[Batch]:
         """Made-up batches that together have every shape for which blocks are compiled.
 
         Args:
@@ -46,13 +45,11 @@ class Objective(Protocol):
         """
         ...
 
-    def counts(self, batch: PackedBatch) -> dict[str, float]:
+    def counts(self, batch: Any) -> dict[str, float]:
         """What each term is averaged over, on CPU."""
         ...
 
-    def begin_step(
-        self, model: Any, batches: Iterator[PackedBatch], counts: Mapping[str, float]
-    ) -> None:
+    def begin_step(self, model: Any, batches: Iterator[Any], counts: Mapping[str, float]) -> None:
         """Before the backward passes of a step, under autocast: for a loss over the whole global
         batch, which needs every batch's features (without gradient) before the first of them.
 
@@ -62,9 +59,13 @@ class Objective(Protocol):
         """
         ...
 
-    def __call__(self, model: Any, batch: PackedBatch) -> dict[str, Tensor]:
+    def __call__(self, model: Any, batch: Any) -> dict[str, Tensor]:
         """The sum of each term over a batch that is on the model's device."""
         ...
 
 
-OBJECTIVES = {"sft": sft.Sft}
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "sft": sft.Sft,
+    "retrieval": contrastive.Retrieval,
+    "stage2": contrastive.Stage2,
+}

@@ -1,0 +1,289 @@
+"""Pictures and captions of a step as each other's right and wrong answers: InternVL-14B's losses.
+
+The contrastive term compares every picture with every caption of the global batch. Where that does
+not fit on a device at once, only features travel between micro-batches: a first pass without
+gradient encodes them all, one loss over all features gives the gradient of each, and the second
+pass carries it back, a micro-batch at a time (gradient caching, Gao et al. 2021, arXiv:2101.06983).
+Both passes draw the same random numbers, so value and gradient are those of one large batch.
+
+Shapes: B pairs of a micro-batch, n pairs of this rank, N of all ranks, F features of a pair (its
+caption's first, then one for each branch of its picture), E width of an embedding.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from internvl import dist, parallel
+from internvl.config import TERMS, DataConfig, ObjectiveConfig
+from internvl.data.images import STATISTICS
+from internvl.data.pair_reader import PairReader, make_batch
+from internvl.data.pairs import CaptionEncoder
+from internvl.data.records import IGNORE, Match, Pair, PairBatch
+from internvl.data.sources import Source
+from internvl.models.vlm import normalize_tiles
+
+_SHOWN_SAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Cached:
+    """What the first pass left of a micro-batch."""
+
+    seed: int
+    """Of the random numbers that both passes draw."""
+    loss: Tensor
+    """The contrastive sum over its pairs."""
+    gradient: Tensor
+    """Of the step's contrastive sum with respect to its features, (B, F, E)."""
+    scale_gradient: Tensor
+    """Of the same with respect to the logit scale; all of it is at the first micro-batch."""
+
+
+class Retrieval:
+    """Fine-tuning: `itc`, contrastive, in both branches, with every caption of a picture as a right
+    answer, over pairs; `itm`, matching, over each pair with its caption and with another.
+
+    Original: `forward` of `internvl_stage2_retrieval/modeling_internvl.py`.
+    """
+
+    name = "retrieval"
+
+    def __init__(self, config: ObjectiveConfig, data: DataConfig, encoder: CaptionEncoder) -> None:
+        self.config = config
+        self.data = data
+        self.encoder = encoder
+        self.weights = config.weights_of(TERMS[self.name])
+        self._cached: deque[Cached] = deque()
+
+    def reader(self, files: Sequence[Source], seed: int) -> PairReader:
+        written = "itg" in self.weights
+        return PairReader(files, self.encoder, self.data.tiles.size, seed=seed, written=written)
+
+    def describe(self, batches: Sequence[PairBatch]) -> str:
+        pairs = sum(batch.num_samples for batch in batches)
+        tokens = sum(batch.num_tokens for batch in batches)
+        lines = [f"{pairs} pairs in {len(batches)} micro-batch(es), {tokens:,} tokens"]
+        read = self.encoder.tokenizer.decode
+        for batch in batches[:1]:
+            shown = zip(
+                batch.names, batch.text_ids, batch.match_ids, batch.match_labels, strict=False
+            )
+            for name, text, match, label in islice(shown, _SHOWN_SAMPLES):
+                beside = {0: "not ", 1: ""}.get(int(label), "uncounted: ")
+                lines.append(f"{name}\n{read(text[text > 0])}\n{beside}{read(match[match > 0])}")
+        return "\n".join(lines)
+
+    def warmup_batches(self, lengths: Sequence[int]) -> list[PairBatch]:
+        """None: what is compiled takes any length."""
+        return []
+
+    def batches(self, units: Sequence[Pair]) -> list[PairBatch]:
+        size = self.config.micro_batch or max(1, len(units))
+        matches = [self.matches(pair, i, len(units)) for i, pair in enumerate(units)]
+        compared = [self.is_compared(pair) for pair in units]
+        return [
+            make_batch(units[i : i + size], matches[i : i + size], compared[i : i + size])
+            for i in range(0, len(units), size)
+        ]
+
+    def matches(self, pair: Pair, number: int, total: int) -> tuple[Match, ...]:
+        """Captions that the picture of pair `number` of `total` is shown with."""
+        return (pair.negative, 0), (pair.positive, 1)
+
+    def is_compared(self, pair: Pair) -> bool:
+        """Whether its caption is embedded and compared."""
+        return True
+
+    def counts(self, batch: PairBatch) -> dict[str, float]:
+        found = {
+            "itc": float(batch.text_counts.sum()),
+            "itm": float((batch.match_labels != IGNORE).sum()),
+            "itg": float(len(batch.targets)),
+        }
+        return {name: found[name] for name in self.weights}
+
+    def begin_step(
+        self, model: Any, batches: Iterator[PairBatch], counts: Mapping[str, float]
+    ) -> None:
+        """The first pass; none where every rank has a single micro-batch."""
+        self._cached.clear()
+        first = list(islice(batches, 2))
+        if "itc" not in self.weights or set(dist.gather_objects(len(first))) == {1}:
+            return
+        seeds, encoded, numbers, counted = [], [], [], []
+        for pairs in chain(first, batches):
+            seeds.append(int(torch.randint(2**62, ())))
+            with torch.no_grad(), _random_numbers(seeds[-1], pairs.pixel_values.device):
+                vision = model.vision_tokens(self._normalized(pairs))
+                encoded.append(self.features(model, vision, pairs))
+            numbers.append(pairs.image_ids)
+            counted.append(pairs.text_counts)
+        if not encoded:  # only bad samples on this rank; the others wait for its (no) features
+            encoded = [self._no_features(model)]
+            numbers = [encoded[0].new_zeros(0, dtype=torch.long)]
+            counted = [encoded[0].new_zeros(0)]
+        own = torch.cat(encoded).requires_grad_()
+        scale = model.logit_scale.detach().float().requires_grad_()
+        losses = self._losses(own, torch.cat(numbers), scale) * torch.cat(counted)
+        gradient, scale_gradient = torch.autograd.grad(losses.sum(), [own, scale])
+        sizes = [len(part) for part in encoded]
+        losses = losses.detach()
+        for seed, loss, part in zip(
+            seeds, losses.split(sizes), gradient.split(sizes), strict=False
+        ):
+            self._cached.append(Cached(seed, loss.sum(), part, scale_gradient))
+            scale_gradient = torch.zeros_like(scale_gradient)
+
+    def __call__(self, model: Any, batch: PairBatch) -> dict[str, Tensor]:
+        cached = self._cached.popleft() if self._cached else None
+        seed = None if cached is None else cached.seed
+        with _random_numbers(seed, batch.pixel_values.device):
+            vision = model.vision_tokens(self._normalized(batch))
+            terms = {"itc": self._contrast, "itm": self._match, "itg": self._write}
+            return {name: terms[name](model, vision, batch, cached) for name in self.weights}
+
+    def features(self, model: Any, vision: Tensor, batch: PairBatch) -> Tensor:
+        """float32 (B, F, E) of unit length: captions, what the queries see, pictures."""
+        captions = model.text_states(batch.text_ids, batch.text_mask)
+        found = (
+            model.text_embeds(captions, batch.text_mask),
+            model.query_embeds(model.query_states(vision)),
+            model.image_embeds(vision),
+        )
+        return F.normalize(torch.stack([embeds.float() for embeds in found], dim=1), dim=-1)
+
+    def _no_features(self, model: Any) -> Tensor:
+        return torch.zeros(0, 3, model.config.embed_dim, device=model.device)
+
+    def targets(self, image_ids: Tensor) -> Tensor:
+        """Share of each of N pairs in being the right answer: (n, N), rows sum to one."""
+        same = image_ids[:, None] == dist.gather_rows(image_ids)
+        return same / same.sum(1, keepdim=True)
+
+    def _contrast(
+        self, model: Any, vision: Tensor, batch: PairBatch, cached: Cached | None
+    ) -> Tensor:
+        features = self.features(model, vision, batch)
+        scale = model.logit_scale.float()
+        if cached is None:
+            return (self._losses(features, batch.image_ids, scale) * batch.text_counts).sum()
+        carried = (features * cached.gradient).sum() + scale * cached.scale_gradient
+        return cached.loss + carried - carried.detach()
+
+    def _losses(self, own: Tensor, image_ids: Tensor, scale: Tensor) -> Tensor:
+        """Contrastive loss of each pair of this rank (n,) among all pairs; collective."""
+        with torch.autocast(own.device.type, enabled=False):
+            targets = self.targets(image_ids)
+            return contrastive_losses(own, dist.gather_rows(own), targets, scale)
+
+    def _match(self, model: Any, vision: Tensor, batch: PairBatch, cached: Cached | None) -> Tensor:
+        mask = model.joint_mask("itm", batch.match_mask)
+        queries, _ = model.joint_states(vision, batch.match_ids, mask)
+        logits = model.itm_logits(queries).float()
+        labels = batch.match_labels
+        return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+
+    def _write(self, model: Any, vision: Tensor, batch: PairBatch, cached: Cached | None) -> Tensor:
+        mask = model.joint_mask("itg", batch.written_mask)
+        _, states = model.joint_states(vision, batch.written_ids, mask)
+        states = states.flatten(0, 1).index_select(0, batch.loss_positions)
+        loss = states.new_zeros((), dtype=torch.float32)
+        chunk = model.loss_chunk
+        for part, targets in zip(states.split(chunk), batch.targets.split(chunk), strict=True):
+            loss = loss + checkpoint(_token_loss, model, part, targets, use_reentrant=False)
+        return loss
+
+    def _normalized(self, batch: PairBatch) -> Tensor:
+        statistics = STATISTICS[self.data.normalize]
+        return normalize_tiles(batch.pixel_values, torch.float32, *statistics)
+
+
+def _token_loss(model: Any, states: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(model.lm_head(states).float(), targets, reduction="sum")
+
+
+class Stage2(Retrieval):
+    """Pre-training: `itc` between the queries and the captions, each caption right for its own
+    picture alone; `itm`, the first half of a step's pictures with a caption of another picture, the
+    second half with their own; `itg`, captions written after a prompt, over their tokens.
+
+    A pair whose caption is empty is not compared and not matched. Original: `forward` of
+    `internvl_stage2/modeling_internvl.py`.
+    """
+
+    name = "stage2"
+
+    def matches(self, pair: Pair, number: int, total: int) -> tuple[Match, ...]:
+        """One caption, so that all ranks together show half of a step with another picture's."""
+        own = number >= total - total // 2
+        caption = pair.positive if own else pair.negative
+        empty = len(caption) <= len(self.encoder.matching(""))
+        return ((caption, IGNORE if empty else int(own)),)
+
+    def is_compared(self, pair: Pair) -> bool:
+        return len(pair.summary) > len(self.encoder.embedding(""))
+
+    def features(self, model: Any, vision: Tensor, batch: PairBatch) -> Tensor:
+        """float32 (B, F, E) of unit length: captions, what the queries see."""
+        captions = model.text_states(batch.text_ids, batch.text_mask)
+        found = (
+            model.text_embeds(captions, batch.text_mask),
+            model.query_embeds(model.query_states(vision)),
+        )
+        return F.normalize(torch.stack([embeds.float() for embeds in found], dim=1), dim=-1)
+
+    def _no_features(self, model: Any) -> Tensor:
+        return torch.zeros(0, 2, model.config.embed_dim, device=model.device)
+
+    def targets(self, image_ids: Tensor) -> Tensor:
+        """A pair's own number, smoothed: (n, N), rows sum to one."""
+        number = torch.arange(len(image_ids), device=image_ids.device)
+        number = number + (dist.rank() << 32)
+        right = (number[:, None] == dist.gather_rows(number)).float()
+        smoothing = self.config.label_smoothing
+        return (1 - smoothing) * right + smoothing / right.shape[1]
+
+
+def contrastive_losses(own: Tensor, all_: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+    """(n,): over every branch of the picture, half of the cross-entropy from the caption to the
+    pictures and half of that from the picture to the captions.
+
+    Args:
+        own: features of unit length (n, F, E), the captions' first.
+        all_: those of all pairs (N, F, E).
+        targets: share of each answer (n, N).
+        scale: logarithm of what cosines are multiplied with.
+    """
+    (caption, *pictures), (captions, *others) = own.unbind(1), all_.unbind(1)
+    return sum(
+        (
+            0.5 * (_entropy(scale, picture, captions, targets))
+            + 0.5 * (_entropy(scale, caption, other, targets))
+            for picture, other in zip(pictures, others, strict=True)
+        ),
+        start=own.new_zeros(len(own)),
+    )
+
+
+def _entropy(scale: Tensor, queries: Tensor, answers: Tensor, targets: Tensor) -> Tensor:
+    return -(targets * (scale.exp() * queries @ answers.T).log_softmax(-1)).sum(-1)
+
+
+@contextmanager
+def _random_numbers(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Draws from a seed inside, and goes on as before afterwards; None changes nothing."""
+    if seed is None:
+        yield
+        return
+    with parallel.same_random_numbers(device):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,371 @@
+"""The retrieval objectives: the original's numbers, and one gradient however a step is cut."""
+
+import json
+from dataclasses import replace
+
+import pair_runs
+import pytest
+import torch
+import torch.nn.functional as F
+from chat_folders import shared
+from ranks import run_ranks
+from safetensors.torch import load_file
+
+from internvl import handles, optim
+from internvl.config import (
+    DataConfig,
+    LayerDecayConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    SourceConfig,
+    TilesConfig,
+    load_recipe,
+)
+from internvl.data.order import UnitRef
+from internvl.data.records import IGNORE, PairBatch
+from internvl.data.sources import open_source
+from internvl.models import keys
+from internvl.objectives.contrastive import Retrieval, Stage2, contrastive_losses
+
+NOTHING = torch.zeros(0, dtype=torch.long)
+
+
+class Normalized(Retrieval):
+    """Takes pictures that are normalized already, as the golden ones are."""
+
+    def _normalized(self, batch):
+        return batch.pixel_values
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    pair_runs.make(folder)
+    return folder
+
+
+@pytest.fixture
+def dual(project):
+    return handles.load(project / "start", device="cpu", dtype="float32")
+
+
+def source(folder):
+    path = folder / "captions.txt"
+    return open_source(
+        SourceConfig(name="shapes", type="captions", annotations=path, images=str(folder))
+    )
+
+
+def objective(dual, name="retrieval", **settings):
+    kind = {"retrieval": Retrieval, "stage2": Stage2}[name]
+    config = ObjectiveConfig(name=name, **settings)
+    return kind(config, DataConfig(tiles=TilesConfig(size=84)), dual.encoder)
+
+
+def pairs(folder, made, numbers=range(8)):
+    reader = made.reader([source(folder)], seed=1)
+    return [pair for row in numbers for pair in reader[UnitRef(0, (row,), 0, row)].units]
+
+
+def gradients(model, made, units, prepare=True):
+    """{term: mean}, {name: gradient} of a step."""
+    model.zero_grad(set_to_none=True)
+    batches = made.batches(units)
+    counts = [made.counts(batch) for batch in batches]
+    total = {name: sum(count[name] for count in counts) for name in made.weights}
+    if prepare:
+        made.begin_step(model, iter(batches), total)
+    means = dict.fromkeys(total, 0.0)
+    for batch in batches:
+        sums = made(model, batch)
+        sum(made.weights[name] * sums[name] / total[name] for name in sums).backward()
+        for name, value in sums.items():
+            means[name] += float(value.detach()) / total[name]
+    return means, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found, wanted, tolerance=2e-5):
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        if "k_proj.bias" in name or "norm_k.bias" in name:
+            continue  # softmax does not see them: rounding alone
+        worst = (found[name] - gradient).abs().max() / gradient.abs().max().clamp(min=1e-6)
+        assert worst < tolerance, (name, float(worst))
+
+
+def golden_batch(tensors):
+    number = len(tensors["input.pixel_values"])
+    both = {
+        name: torch.cat([tensors[f"input.{kind}_{name}"] for kind in ("negative", "positive")])
+        for name in ("input_ids", "attention_mask")
+    }
+    return PairBatch(
+        pixel_values=tensors["input.pixel_values"],
+        image_ids=tensors["input.image_ids"][:, 0],
+        text_ids=tensors["input.summarize_input_ids"],
+        text_mask=tensors["input.summarize_attention_mask"].bool(),
+        text_counts=torch.ones(number),
+        match_ids=both["input_ids"],
+        match_mask=both["attention_mask"].bool(),
+        match_labels=torch.tensor([0] * number + [1] * number),
+        written_ids=NOTHING,
+        written_mask=NOTHING,
+        loss_positions=NOTHING,
+        targets=NOTHING,
+        names=tuple(f"golden {i}" for i in range(number)),
+    )
+
+
+def test_golden_losses_and_gradients(tmp_path, dual):
+    case = shared("golden/internvl_14b_retrieval_loss")
+    config = json.loads((case / "case.json").read_text())["config"] | {"model_type": "internvl"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to((case / "weights.safetensors").resolve())
+    golden = json.loads((case / "losses.json").read_text())
+    tensors = load_file(case / "tensors.safetensors")
+    model = handles.load(tmp_path, device="cpu", dtype="float32").model.train()
+
+    settings = OptimConfig(layer_decay=LayerDecayConfig(vision=0.9, qllama=0.9))
+    optimizer = optim.build(model, settings)
+    made = Normalized(ObjectiveConfig(name="retrieval"), DataConfig(), dual.encoder)
+    batch = golden_batch(tensors)
+    sums, counts = made(model, batch), made.counts(batch)
+    assert counts == {"itc": 6, "itm": 12}
+    for name in ("itc", "itm"):
+        mean = float((sums[name] / counts[name]).detach())
+        assert mean == pytest.approx(golden["losses"][f"loss_{name}"], rel=1e-5)
+    sum(sums[name] / counts[name] for name in sums).backward()
+    missing = [n for n, p in model.named_parameters() if p.grad is None]
+    assert missing == ["lm_head.weight"]
+    grads = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in model.named_parameters()
+    }
+    found = dict(keys.ours_to_official(model.config, grads))
+    for name, norm in golden["grad_norms"].items():
+        if norm is not None and not name.endswith(("k_bias", "norm1_k.bias")):
+            assert float(found[name].norm()) == pytest.approx(norm, rel=2e-3), name
+    for name, wanted in tensors.items():
+        if name.startswith("grad."):
+            got = found[name.removeprefix("grad.")]
+            close = {"rtol": 1e-3, "atol": 1e-4 * float(wanted.abs().max())}
+            torch.testing.assert_close(got, wanted, **close)
+    optimizer.step()
+
+
+def naive(own, targets, scale):
+    """The loss of each pair, pair by pair."""
+    found = []
+    for i, row in enumerate(own):
+        loss = 0.0
+        for branch in range(1, own.shape[1]):
+            to_text = torch.stack([scale.exp() * row[branch] @ other[0] for other in own])
+            to_image = torch.stack([scale.exp() * row[0] @ other[branch] for other in own])
+            for scores in (to_text, to_image):
+                loss = loss - 0.5 * (targets[i] * torch.log_softmax(scores, 0)).sum()
+        found.append(loss)
+    return torch.stack(found)
+
+
+def test_the_contrastive_loss_equals_the_naive_one():
+    torch.manual_seed(0)
+    own = F.normalize(torch.randn(5, 3, 6, dtype=torch.float64), dim=-1)
+    same = torch.tensor([0, 1, 0, 2, 1])
+    targets = (same[:, None] == same).double()
+    targets /= targets.sum(1, keepdim=True)
+    scale = torch.tensor(1.3, dtype=torch.float64)
+    found = contrastive_losses(own, own, targets, scale)
+    torch.testing.assert_close(found, naive(own, targets, scale))
+
+
+def test_captions_of_a_picture_share_the_target(project, dual):
+    made = objective(dual)
+    (batch,) = made.batches(pairs(project, made, range(4)))
+    wanted = torch.tensor([[0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5], [0, 0, 0.5, 0.5]])
+    assert torch.equal(made.targets(batch.image_ids), wanted)
+
+
+@pytest.mark.parametrize("name", ["retrieval", "stage2"])
+@pytest.mark.parametrize("micro_batch", [1, 3, 4])
+def test_micro_batches_equal_one_batch(project, dual, name, micro_batch):
+    whole = objective(dual, name, label_smoothing=0.1)
+    units = pairs(project, whole)
+    wanted, wanted_gradients = gradients(dual.model.train(), whole, units)
+    cut = objective(dual, name, label_smoothing=0.1, micro_batch=micro_batch)
+    found, found_gradients = gradients(dual.model, cut, units)
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert_same(found_gradients, wanted_gradients)
+    assert "logit_scale" in found_gradients
+
+
+def test_without_the_first_pass_micro_batches_would_differ(project, dual):
+    """The tests above can fail: in-batch negatives do depend on the batch."""
+    cut = objective(dual, micro_batch=4)
+    units = pairs(project, cut)
+    wanted, _ = gradients(dual.model.train(), objective(dual), units)
+    found, _ = gradients(dual.model, cut, units, prepare=False)
+    assert abs(found["itc"] - wanted["itc"]) > 0.1
+
+
+def test_both_passes_draw_the_same_random_numbers(project):
+    """With stochastic depth and adapter dropout: features of both passes are equal, and so the
+    gradient is that of a single graph over all micro-batches."""
+    changes = {
+        "model": {
+            "id": str(project / "start"),
+            "train": ["heads"],
+            "drop_path": 0.5,
+            "lora": {"rank": 4, "dropout": 0.3, "on": ["vision_tower", "language_model"]},
+        }
+    }
+    dual = handles.for_training(load_recipe(pair_runs.make(project, **changes)))
+    model = dual.model.train()
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)  # B of the adapters
+    made = objective(dual, micro_batch=3)
+    units = pairs(project, made)
+    torch.manual_seed(5)
+    found, found_gradients = gradients(model, made, units)
+
+    torch.manual_seed(5)
+    model.zero_grad(set_to_none=True)
+    batches, features, matched = made.batches(units), [], 0.0
+    seeds = [int(torch.randint(2**62, ())) for _ in batches]
+    for seed, batch in zip(seeds, batches, strict=True):
+        torch.manual_seed(seed)
+        vision = model.vision_tokens(made._normalized(batch))
+        features.append(made.features(model, vision, batch))
+        mask = model.joint_mask("itm", batch.match_mask)
+        queries, _ = model.joint_states(vision, batch.match_ids, mask)
+        logits = model.itm_logits(queries)
+        matched = matched + F.cross_entropy(logits, batch.match_labels, reduction="sum") / 16
+    own = torch.cat(features)
+    ids = torch.cat([batch.image_ids for batch in batches])
+    contrast = contrastive_losses(own, own, made.targets(ids), model.logit_scale).mean()
+    (contrast + matched).backward()
+    wanted = {"itc": contrast.item(), "itm": matched.item()}
+    assert found == pytest.approx(wanted, rel=1e-5)
+    wanted = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert_same(found_gradients, wanted, tolerance=1e-4)
+
+
+def test_padding_changes_nothing(project, dual):
+    for name in ("retrieval", "stage2"):
+        made = objective(dual, name)
+        (batch,) = made.batches(pairs(project, made))
+        assert batch.text_ids.shape[1] % 8 == 0
+        longer = {
+            key: F.pad(getattr(batch, key), (0, 80 - batch.text_ids.shape[1]))
+            for key in ("text_ids", "text_mask", "match_ids", "match_mask")
+        }
+        with torch.no_grad():
+            found, wanted = made(dual.model, replace(batch, **longer)), made(dual.model, batch)
+        for term in wanted:
+            torch.testing.assert_close(found[term], wanted[term], rtol=1e-5, atol=1e-5)
+
+
+def test_a_term_of_weight_zero_is_left_out(project, dual):
+    made = objective(dual, weights={"itm": 0.0, "itc": 2.0})
+    (batch,) = made.batches(pairs(project, made, range(2)))
+    assert made.weights == {"itc": 2.0}
+    assert made.counts(batch).keys() == made(dual.model, batch).keys() == {"itc"}
+
+
+def test_stage2_matches_half_of_a_step_with_another_caption(project, dual):
+    made = objective(dual, "stage2", micro_batch=2)
+    units = pairs(project, made, range(5))
+    batches = made.batches(units)
+    assert [len(batch.match_ids) for batch in batches] == [2, 2, 1]
+    labels = torch.cat([batch.match_labels for batch in batches]).tolist()
+    assert labels == [0, 0, 0, 1, 1]
+    for number, pair in enumerate(units):
+        row = batches[number // 2].match_ids[number % 2]
+        ids = pair.positive if labels[number] else pair.negative
+        assert tuple(row[row > 0].tolist()) == ids
+
+
+def test_stage2_equals_the_joint_sequence_of_the_original(project, dual):
+    """One pass over queries and text under the "itc" mask, and shifted labels for captioning."""
+    model, made = dual.model, objective(dual, "stage2", label_smoothing=0.1)
+    units = pairs(project, made, range(6))
+    units[2] = replace(units[2], summary=tuple(dual.encoder.embedding("")))
+    (batch,) = made.batches(units)
+    assert batch.text_counts.tolist() == [1, 1, 0, 1, 1, 1]
+    with torch.no_grad():
+        sums, counts = made(model, batch), made.counts(batch)
+        vision = model.vision_tokens(made._normalized(batch))
+        mask = model.joint_mask("itc", batch.text_mask)
+        queries, text = model.joint_states(vision, batch.text_ids, mask)
+        g = F.normalize(model.query_embeds(queries), dim=-1)
+        t = F.normalize(model.text_embeds(text, batch.text_mask), dim=-1)
+        logits = model.logit_scale.exp() * g @ t.T
+        labels = torch.tensor([0, 1, IGNORE, 3, 4, 5])
+        ways = [F.cross_entropy(x, labels, label_smoothing=0.1) for x in (logits, logits.T)]
+        itc = float(sums["itc"] / counts["itc"])
+        assert itc == pytest.approx(float(sum(ways)) / 2, rel=1e-5)
+
+        mask = model.joint_mask("itg", batch.written_mask)
+        _, text = model.joint_states(vision, batch.written_ids, mask)
+        labels = batch.written_ids.masked_fill(~batch.written_mask, IGNORE)
+        labels[:, : units[0].num_given] = IGNORE
+        logits = model.lm_head(text)[:, :-1].flatten(0, 1)
+        itg = float(sums["itg"] / counts["itg"])
+        wanted = float(F.cross_entropy(logits, labels[:, 1:].flatten()))
+        assert itg == pytest.approx(wanted, rel=1e-5)
+
+
+def test_stage2_does_not_match_empty_captions(project, dual):
+    made = objective(dual, "stage2")
+    empty = tuple(dual.encoder.matching(""))
+    units = [replace(pair, positive=empty) for pair in pairs(project, made, range(4))]
+    (batch,) = made.batches(units)
+    assert batch.match_labels.tolist() == [0, 0, IGNORE, IGNORE]
+    assert made.counts(batch)["itm"] == 2
+
+
+RANKS = """
+import sys
+sys.path.insert(0, "tests")
+from pathlib import Path
+import torch
+from torch import distributed
+from internvl import dist, handles
+from test_contrastive import gradients, objective, pairs
+
+dist.init_from_env("cpu")
+folder, rank = Path({folder!r}), dist.rank()
+dual = handles.load(folder / "start", device="cpu", dtype="float32")
+made = objective(dual, {name!r}, label_smoothing=0.1, micro_batch={micro_batch})
+units = pairs(folder, made)
+counts = dict(itc=8, itm=16, itg=0) if {name!r} == "retrieval" else dict(itc=8, itm=8, itg=0)
+own = units[rank::2] if {even} else ([units[:2], units[2:]])[rank]
+counts["itg"] = sum(len(pair.written) - pair.num_given for pair in units)
+batches = made.batches(own)
+made.begin_step(dual.model.train(), iter(batches), counts)
+for batch in batches:
+    sums = made(dual.model, batch)
+    sum(sums[term] / counts[term] for term in sums).backward()
+for name, parameter in dual.model.named_parameters():
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    distributed.all_reduce(parameter.grad)
+if rank == 0:
+    found = {{n: p.grad for n, p in dual.model.named_parameters()}}
+    torch.save(found, folder / "ranks.pt")
+dist.shutdown()
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "micro_batch", "even"),
+    [("retrieval", None, True), ("retrieval", 2, False), ("stage2", 2, True)],
+)
+def test_two_ranks_give_the_gradient_of_one(project, dual, name, micro_batch, even):
+    code = RANKS.format(folder=str(project), name=name, micro_batch=micro_batch, even=even)
+    run_ranks(code)
+    found = torch.load(project / "ranks.pt", weights_only=True)
+    whole = objective(dual, name, label_smoothing=0.1)
+    _, wanted = gradients(dual.model.train(), whole, pairs(project, whole))
+    assert_same({n: g for n, g in found.items() if n in wanted}, wanted)
+    assert all(not g.any() for n, g in found.items() if n not in wanted)
