@@ -91,7 +91,7 @@ def run(folder: Path, *, short: bool = False) -> Path:
     )
     start = folder / "start"
     if not (start / "config.json").exists():
-        timing.of("making a small model", lambda: create_model(data, start))
+        timing.of("making a small model", lambda: start_model(data, start))
     recipe = make_recipe(data, start, folder / "run", size)
     (folder / "recipe.yaml").write_text(config.to_yaml(recipe), encoding="utf-8")
     timing.of("training and evaluating", lambda: train.run(recipe))
@@ -106,32 +106,52 @@ def run(folder: Path, *, short: bool = False) -> Path:
     return page
 
 
-def create_model(data: Path, folder: Path, seed: int = 0) -> None:
-    """A fresh small InternVL-Chat in the hf layout: 2.3 million parameters, one 64 px tile.
+def start_model(data: Path, folder: Path) -> None:
+    """The model that training starts from; its tokenizer knows the training pictures' names."""
+    prompts = list(openmoji.PROMPTS.values())
+    create_model(folder, train_tokenizer(_names(data / "train.jsonl"), prompts))
 
-    Its tokenizer is trained on the names of the training pictures alone.
-    """
-    tokenizer = train_tokenizer(_names(data / "train.jsonl"))
+
+@dataclass(frozen=True)
+class Shape:
+    """A small InternVL-Chat with one tile a picture; widths are multiples of 4 heads."""
+
+    pixels: int
+    patch: int
+    vision_width: int
+    vision_blocks: int
+    language_width: int
+    language_blocks: int
+
+
+SHAPE = Shape(PIXELS, 8, 128, 4, 160, 3)
+"""2.3 million parameters."""
+
+
+def create_model(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, shape: Shape = SHAPE, seed: int = 0
+) -> None:
+    """A fresh small InternVL-Chat as a folder in the hf layout."""
     torch.manual_seed(seed)
-    shape = InternVLConfig(
+    config = InternVLConfig(
         vision_config={
-            "hidden_size": 128,
-            "num_hidden_layers": 4,
+            "hidden_size": shape.vision_width,
+            "num_hidden_layers": shape.vision_blocks,
             "num_attention_heads": 4,
-            "intermediate_size": 512,
-            "image_size": PIXELS,
-            "patch_size": 8,
+            "intermediate_size": 4 * shape.vision_width,
+            "image_size": shape.pixels,
+            "patch_size": shape.patch,
             "attention_bias": True,
             # The released 0.1 suits a trained tower; a fresh small one learns faster with 1.
             "layer_scale_init_value": 1.0,
         },
         text_config={
             "model_type": "qwen2",
-            "hidden_size": 160,
-            "num_hidden_layers": 3,
+            "hidden_size": shape.language_width,
+            "num_hidden_layers": shape.language_blocks,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "intermediate_size": 480,
+            "intermediate_size": 3 * shape.language_width,
             "vocab_size": len(tokenizer),
             "max_position_embeddings": 1024,
             "tie_word_embeddings": True,
@@ -140,10 +160,10 @@ def create_model(data: Path, folder: Path, seed: int = 0) -> None:
             "pad_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
         },
         image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
-        image_seq_length=(PIXELS // 8 // 2) ** 2,
+        image_seq_length=(shape.pixels // shape.patch // 2) ** 2,
         tie_word_embeddings=True,
     )
-    shape.internvl = {
+    config.internvl = {
         "template": TEMPLATE,
         "system_message": "",
         "dynamic_image_size": False,
@@ -151,16 +171,16 @@ def create_model(data: Path, folder: Path, seed: int = 0) -> None:
         "max_dynamic_patch": 1,
         "use_thumbnail": False,
     }
-    model = ChatModel(shape)
+    model = ChatModel(config)
     # transformers starts the position table at zero, which a trained tower overwrites anyway.
     nn.init.normal_(model.model.vision_tower.embeddings.position_embeddings, std=0.02)
-    settings = configs.chat_settings(shape)
+    settings = configs.chat_settings(config)
     export.run(
         handles.Chat(
             model=model.eval(),
             tokenizer=tokenizer,
             template=template(TEMPLATE),
-            tiles=handles.tiling(settings, PIXELS),
+            tiles=handles.tiling(settings, shape.pixels),
             system_message="",
             folder=folder,
         ),
@@ -168,20 +188,22 @@ def create_model(data: Path, folder: Path, seed: int = 0) -> None:
     )
 
 
-def train_tokenizer(names: Sequence[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Sequence[str], prompts: Sequence[str], vocab_size: int = 1000
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE with the special tokens of InternVL-Chat, from the words it will see."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    frame = ["system\n", "user\n", "assistant\n", *openmoji.PROMPTS.values()]
+    frame = ["system\n", "user\n", "assistant\n", *prompts]
     trainer = trainers.BpeTrainer(
-        vocab_size=1000,
+        vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # The words around every name count as often as frequent words do, so they become few tokens.
-    core.train_from_iterator([*names, *frame * 50], trainer)
+    # The words around every text count as often as frequent words do, so they become few tokens.
+    core.train_from_iterator([*texts, *frame * 50], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )

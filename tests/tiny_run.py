@@ -17,7 +17,7 @@ def make(folder: Path, **changes: object) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     _draw(folder)
     if not (folder / "start").exists():
-        demo.create_model(folder, folder / "start")
+        demo.start_model(folder, folder / "start")
     tree = {
         "model": {
             "id": str(folder / "start"),
