@@ -1,0 +1,80 @@
+"""GPUs as plain data: what `internvl check --plan` reckons with. Imports no torch.
+
+`memory_gib` is what torch reports as total memory, a little less than what the card is sold as;
+`tflops` is the maker's figure for dense bfloat16 products with float32 sums, `tb_per_s` the maker's
+memory rate. `products` and `copies` are the shares of the two that were reached: an 8192³ product
+of random matrices and a device copy. On an H200 they were measured (789 to 812 TFLOP/s and 4.25
+TB/s, torch 2.11); the other cards' are the same shares, which is an assumption.
+"""
+
+import difflib
+from dataclasses import dataclass
+
+from internvl.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of GPU."""
+
+    name: str
+    memory_gib: float
+    tflops: float
+    tb_per_s: float
+    products: float = 0.80
+    copies: float = 0.885
+    measured: bool = False
+    """Whether `products` and `copies` were measured on this very kind."""
+
+
+_ROWS = (
+    Gpu("B200", 178.4, 2250.0, 8.0),
+    Gpu("H200", 139.8, 989.4, 4.8, measured=True),
+    Gpu("H100-80", 79.2, 989.4, 3.35),
+    Gpu("H100-PCIe-80", 79.2, 756.0, 2.0),
+    Gpu("A100-80", 79.2, 312.0, 2.039),
+    Gpu("A100-40", 39.4, 312.0, 1.555),
+    Gpu("L40S", 44.4, 362.0, 0.864),
+    Gpu("A6000", 47.4, 154.8, 0.768),
+    Gpu("L4", 22.0, 121.0, 0.3),
+    Gpu("5090-32", 31.4, 209.5, 1.792),
+    Gpu("4090-24", 23.5, 165.2, 1.008),
+    Gpu("3090-24", 23.6, 71.0, 0.936),
+)
+GPUS: dict[str, Gpu] = {gpu.name: gpu for gpu in _ROWS}
+"""GPUs by name."""
+
+
+def find(name: str) -> Gpu:
+    """The GPU called `name`, in any capitals, with or without its memory: "a100-40", "h100".
+
+    Raises:
+        ConfigError: no such GPU; lists those that are known.
+    """
+    wanted = _plain(name)
+    for gpu in GPUS.values():
+        if wanted in (_plain(gpu.name), _plain(gpu.name.rpartition("-")[0])):
+            return gpu
+    near = difflib.get_close_matches(wanted, [_plain(known) for known in GPUS], n=1)
+    hint = f"; did you mean {next(n for n in GPUS if _plain(n) == near[0])}?" if near else ""
+    raise ConfigError(f"--gpu: {name!r} is not known{hint} Known: {', '.join(GPUS)}")
+
+
+def recognize(reported: str) -> Gpu | None:
+    """The row of a name as a driver reports it, "NVIDIA A100-SXM4-40GB"; None for others."""
+    words = _plain(reported)
+    for gpu in sorted(GPUS.values(), key=lambda gpu: -len(gpu.name)):
+        kind, _, size = gpu.name.rpartition("-") if gpu.name[-1].isdigit() else (gpu.name, "", "")
+        parts = _plain(kind or gpu.name), size
+        if parts[0] in words and (f"{size}gb" in words or not _ambiguous(gpu)):
+            return gpu
+    return None
+
+
+def _ambiguous(gpu: Gpu) -> bool:
+    stem = gpu.name.split("-")[0]
+    return sum(other.split("-")[0] == stem for other in GPUS) > 1
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace(" ", "").replace("_", "")
