@@ -6,9 +6,11 @@ and the first batch as text. What was read once is kept by its content in the ca
 a second check reads only what changed.
 """
 
+import functools
 import hashlib
 import io
 import json
+import operator
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -40,7 +42,8 @@ from internvl.data.records import (
 from internvl.data.sources import Source, open_source, source_configs
 from internvl.data.templates import template
 from internvl.evals import EVALS
-from internvl.findings import Checked, Counts, Shown
+from internvl.findings import Checked, Counts, FirstStep, Shown
+from internvl.flops import work_of
 from internvl.models import hub, lora, vlm
 from internvl.objectives.sft import Sft
 
@@ -298,6 +301,8 @@ def _first_step(
     checked.arithmetic = "\n".join(
         [_arithmetic(order, num_steps, total, recipe), _row_line(rows, units, recipe)]
     )
+    work = functools.reduce(operator.add, map(work_of, rows))
+    checked.step = FirstStep(work, tuple(row.num_tokens for row in rows), len(order))
     # One of each unit: the answers to a picture differ little, pictures do.
     shown = (next(_show(ref, rows[0].names, reader, objective, encoder), None) for ref in refs)
     checked.first = list(islice((one for one in shown if one is not None), _SHOWN_SAMPLES))

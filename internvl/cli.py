@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from internvl import log
-from internvl.config import ConfigError, UserError, load_recipe
+from internvl.config import ConfigError, Recipe, UserError, load_recipe
 from internvl.data import benchmarks
 
 Arguments = argparse.Namespace
@@ -58,12 +58,55 @@ def models(args: Arguments) -> int:
 
 
 def check(args: Arguments) -> int:
-    """Resolve a recipe, read every sample, open every image; show the first batch."""
+    """Resolve a recipe, read every sample, open every image; with --plan, memory and time."""
+    recipe = load_recipe(args.recipe, args.overrides)
+    if args.plan:
+        return _plan(recipe, args)
     from internvl import check
 
-    checked = check.run(load_recipe(args.recipe, args.overrides), report=args.report)
+    checked = check.run(recipe, report=args.report)
     print(checked.render())
     return int(bool(checked.problems))
+
+
+def _plan(recipe: Recipe, args: Arguments) -> int:
+    """The check and the plan; where the model's files are not here, the plan alone."""
+    gpu = _gpu(args.gpu)
+    from internvl import check, plan
+
+    checked = None
+    if plan.is_here(recipe):
+        checked = check.run(recipe, report=args.report)
+        print(checked.render() + "\n")
+    else:
+        log.get_logger().warning("%s is not here, so the data are not read", recipe.model.id)
+    made = plan.make(recipe, gpu, None if checked is None else checked.step, args.gpus)
+    print(made.render())
+    return int(not made.fits or (checked is not None and bool(checked.problems)))
+
+
+def _gpu(name: str) -> Any:
+    """The GPU to plan for: by name, or with "auto" this machine's.
+
+    Raises:
+        ConfigError: no such GPU, or none here that the table knows.
+    """
+    from internvl import gpus
+
+    try:
+        if name != "auto":
+            return gpus.find(name)
+    except gpus.UnknownGpu as error:
+        raise ConfigError(f"--gpu: {error}") from None
+    import torch
+
+    found = None
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0)
+        found = gpus.recognize(card.name, card.total_memory / 2**30)
+    if found is None:
+        raise ConfigError(f"--gpu: no known GPU is here; name one of {', '.join(gpus.GPUS)}")
+    return found
 
 
 def train(args: Arguments) -> int:
@@ -238,6 +281,9 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
         add[name].add_argument("recipe", type=Path, help="a YAML file; see recipes/")
         add[name].add_argument("overrides", nargs="*", metavar="key=value", help="optim.lr=1e-5")
     add["check"].add_argument("--report", type=Path, help="also write an HTML page there")
+    add["check"].add_argument("--plan", action="store_true", help="predict memory and time")
+    add["check"].add_argument("--gpu", default="auto", help="plan for it: H200, A100-40, 4090 …")
+    add["check"].add_argument("--gpus", type=int, default=1, help="plan for as many of them")
     _evaluate_arguments(add["evaluate"])
     add["chat"].add_argument("model", help="a model, adapter or run folder, or a hub id")
     _chat_arguments(add["chat"])

@@ -16,6 +16,7 @@ from internvl import report as pages
 from internvl.config import Recipe
 from internvl.data.chat import marked
 from internvl.data.records import BadSample, Grid, Sample
+from internvl.flops import Work
 
 _SHOWN_PROBLEMS = 20
 _NEAR = 0.9  # of data.max_tokens: from here on a sample is near the limit
@@ -59,6 +60,16 @@ class Shown:
     spans: tuple[tuple[str, bool], ...]
 
 
+@dataclass(frozen=True)
+class FirstStep:
+    """The rows of a run's first step, as a plan reckons with them."""
+
+    work: Work
+    row_tokens: tuple[int, ...]
+    """Tokens of each row, without padding."""
+    samples_an_epoch: int
+
+
 @dataclass
 class Checked:
     """What `run` found."""
@@ -70,6 +81,8 @@ class Checked:
     """Of every source, by its name."""
     arithmetic: str = ""
     """Samples, groups, steps and rows, in words; empty where nothing can be trained on."""
+    step: FirstStep | None = None
+    """None where nothing can be trained on."""
     first: list[Shown] = field(default_factory=list)
     """The first samples of the first row."""
 

@@ -10,8 +10,6 @@ TB/s, torch 2.11); the other cards' are the same shares, which is an assumption.
 import difflib
 from dataclasses import dataclass
 
-from internvl.config import ConfigError
-
 
 @dataclass(frozen=True)
 class Gpu:
@@ -45,35 +43,31 @@ GPUS: dict[str, Gpu] = {gpu.name: gpu for gpu in _ROWS}
 """GPUs by name."""
 
 
+class UnknownGpu(ValueError):
+    """No GPU of this name is in the table; the message lists those that are."""
+
+
 def find(name: str) -> Gpu:
     """The GPU called `name`, in any capitals, with or without its memory: "a100-40", "h100".
 
     Raises:
-        ConfigError: no such GPU; lists those that are known.
+        UnknownGpu: no such GPU; lists those that are known.
     """
     wanted = _plain(name)
     for gpu in GPUS.values():
         if wanted in (_plain(gpu.name), _plain(gpu.name.rpartition("-")[0])):
             return gpu
     near = difflib.get_close_matches(wanted, [_plain(known) for known in GPUS], n=1)
-    hint = f"; did you mean {next(n for n in GPUS if _plain(n) == near[0])}?" if near else ""
-    raise ConfigError(f"--gpu: {name!r} is not known{hint} Known: {', '.join(GPUS)}")
+    hint = f" (did you mean {next(n for n in GPUS if _plain(n) == near[0])}?)" if near else ""
+    raise UnknownGpu(f"GPU {name!r} is not in the table{hint}; known: {', '.join(GPUS)}")
 
 
-def recognize(reported: str) -> Gpu | None:
-    """The row of a name as a driver reports it, "NVIDIA A100-SXM4-40GB"; None for others."""
-    words = _plain(reported)
-    for gpu in sorted(GPUS.values(), key=lambda gpu: -len(gpu.name)):
-        kind, _, size = gpu.name.rpartition("-") if gpu.name[-1].isdigit() else (gpu.name, "", "")
-        parts = _plain(kind or gpu.name), size
-        if parts[0] in words and (f"{size}gb" in words or not _ambiguous(gpu)):
-            return gpu
-    return None
-
-
-def _ambiguous(gpu: Gpu) -> bool:
-    stem = gpu.name.split("-")[0]
-    return sum(other.split("-")[0] == stem for other in GPUS) > 1
+def recognize(reported: str, memory_gib: float) -> Gpu | None:
+    """The row of a card as its driver reports it, ("NVIDIA A100-SXM4-40GB", 39.4); or None."""
+    named = [g for g in GPUS.values() if _plain(g.name.split("-")[0]) in _plain(reported)]
+    near = [g for g in named if abs(g.memory_gib - memory_gib) < 0.1 * g.memory_gib]
+    exact = [g for g in near if ("pcie" in _plain(g.name)) == ("pcie" in _plain(reported))]
+    return next(iter(exact or near), None)
 
 
 def _plain(name: str) -> str:

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-BYTES = {"float32": 4.0, "bfloat16": 2.0, "8bit": 1.0, "4bit": 0.5}
-"""Bytes of a weight."""
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "8bit": 1.0, "4bit": 0.5 + 4 / 64}
+"""Bytes of a weight; in 4 bits, 64 weights share a float32 scale. Only the blocks' linear layers
+are kept in 8 or 4 bits (bitsandbytes), everything else is then bfloat16."""
 
 _VIT_6B = {
     "hidden_size": 3200,
@@ -467,7 +468,25 @@ def _queries_and_heads(vision: dict[str, Any], language: dict[str, Any]) -> int:
 
 def memory_gib(model: Model, dtype: str) -> float:
     """GiB of the weights alone in `dtype`, a key of BYTES."""
-    return num_parameters(model) * BYTES[dtype] / 2**30
+    packed = _packable(model) if dtype in ("8bit", "4bit") else num_parameters(model)
+    rest = num_parameters(model) - packed
+    return (packed * BYTES[dtype] + rest * BYTES["bfloat16"]) / 2**30
+
+
+def _packable(model: Model) -> int:
+    """Weights of the blocks' linear layers; a mixture's experts are none. InternVL-14B: unknown,
+    so all of them."""
+    if model.family == "dual":
+        return num_parameters(model)
+    vision, language = VISION_TOWERS[model.vision], LANGUAGE_MODELS[model.language]
+    d, f = vision["hidden_size"], vision["intermediate_size"]
+    tower = vision["num_hidden_layers"] * (4 * d * d + 2 * d * f)
+    d, heads = language["hidden_size"], language["num_attention_heads"]
+    each = language.get("head_dim") or d // heads
+    block = 2 * d * each * (heads + language["num_key_value_heads"])
+    if "num_experts_per_tok" not in language:
+        block += 3 * d * language["intermediate_size"]
+    return tower + language["num_hidden_layers"] * block
 
 
 @dataclass(frozen=True)

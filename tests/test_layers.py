@@ -19,13 +19,13 @@ LEVELS = {
     6: ("cli",),
     5: ("launch", "demo", "serve"),
     4: ("train", "evaluate", "export", "check", "plan"),
-    3: ("objectives", "evals", "handles", "findings"),
+    3: ("objectives", "evals", "handles", "findings", "footprint"),
     2: (
         *("guards", "relief", "parallel", "optim", "checkpoint", "generate", "embed", "report"),
         *("doctor", "flops"),
     ),
     1: ("data", "models"),
-    0: ("config", "zoo", "dist", "log"),
+    0: ("config", "zoo", "dist", "log", "gpus"),
 }
 LEVEL_OF = {part: level for level, parts in LEVELS.items() for part in parts}
 

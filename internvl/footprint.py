@@ -1,0 +1,311 @@
+"""Peak memory of a training step by component, worked out from a model on the meta device.
+
+Weights, gradients and optimizer states are counted parameter by parameter. What autograd keeps of a
+block is a sum over its widths, in numbers per token (D width, F inner width of the MLP, Q and K
+widths of all queries and keys, R ranks of the adapters together, each A once); of the language
+model's blocks, in the compute type unless said otherwise:
+
+    compiled, adapters   3 F + 5 D + 2 Q + 2 K + R
+    compiled, trained    3 F + 3 D + 2 Q + 2 K           and D in float32
+    as written, adapters 4 F + 6 D + 2 Q + 2 K + R       and 2 D in float32
+    as written, trained  4 F + 5 D + 2 Q + 2 K           and 4 D in float32
+
+Dropout on adapters keeps masks. The sums are what `saved_tensors_hooks` counts, which the tests do
+again on small models; the compiled ones are the choice of AOTAutograd's partitioner.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from internvl import flops
+from internvl.config import ComputeConfig, Recipe
+
+GIB = 2**30
+ABSMAX_BLOCK = 64
+"""Weights that share a float32 scale in 4 bits (NF4 without double quantization)."""
+CONTEXT_GIB = 0.6
+"""What CUDA, cuBLAS and torch's kernels take before the first tensor. Assumed."""
+SLACK = 0.04
+"""Of what comes and goes, held by torch's allocator and not used. Assumed."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The largest row of a run."""
+
+    tokens: int
+    """With padding."""
+    tiles: int
+    supervised: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes by component at the step's peak."""
+
+    parts: dict[str, float]
+    overhead: dict[str, float]
+    """What the GPU needs beyond what torch counts as allocated."""
+
+    @property
+    def allocated_gib(self) -> float:
+        """What `torch.cuda.max_memory_allocated` would say."""
+        return sum(self.parts.values()) / GIB
+
+    @property
+    def total_gib(self) -> float:
+        """What the GPU must have."""
+        return self.allocated_gib + sum(self.overhead.values()) / GIB
+
+
+def of(model: Any, recipe: Recipe, row: Shape, *, compiled: bool, attention: str) -> Footprint:
+    """The memory of a step.
+
+    Args:
+        model: on the meta device, as `parallel.place` leaves it.
+        attention: "flex", "dense" or "eager", as the run will have it.
+    """
+    fixed = states(model, recipe)
+    number = 2 if recipe.dtype == "bfloat16" else 4
+    blocks = Blocks(model, recipe.compute, number, compiled=compiled, attention=attention)
+    moving = {
+        "tiles": 6.0 * row.tiles * 3 * recipe.data.tiles.size**2,
+        "cast copies of trained weights": blocks.casts(),
+        "vision tower activations": blocks.tower(row),
+        "language model activations": blocks.decoder(row),
+    }
+    # The logits are gone when the first block is run back: the larger of the two counts.
+    passing = {
+        "gradients of a block's activations": blocks.backward(row),
+        "logits of a chunk": blocks.logits(row),
+    }
+    largest = max(passing, key=lambda name: passing[name])
+    moving[largest] = passing[largest]
+    # A frozen tower is done before the language model keeps anything.
+    frozen = blocks.frozen_tower(row) + moving["tiles"]
+    if frozen > sum(moving.values()):
+        moving = {"tiles": moving["tiles"], "vision tower, forward": blocks.frozen_tower(row)}
+    parts = {name: size for name, size in {**fixed, **moving}.items() if size}
+    overhead = {
+        "allocator": SLACK * sum(moving.values()),
+        "CUDA and kernels": CONTEXT_GIB * GIB,
+    }
+    return Footprint(parts, overhead)
+
+
+def states(model: nn.Module, recipe: Recipe) -> dict[str, float]:
+    """Bytes of weights, gradients and optimizer states: what is there whatever the rows hold."""
+    found = dict.fromkeys(
+        ("frozen weights", "quantized weights", "trained weights", "gradients", "optimizer states"),
+        0.0,
+    )
+    quantized = _quantized(model) if recipe.model.quantize else set()
+    for parameter in model.parameters():
+        size = parameter.numel() * parameter.element_size()
+        if parameter.requires_grad:
+            found["trained weights"] += size
+            found["gradients"] += size
+            found["optimizer states"] += 2 * size
+        elif id(parameter) in quantized:
+            rows = parameter.shape[0]
+            found["quantized weights"] += _quantized_size(
+                parameter.numel(), rows, str(recipe.model.quantize)
+            )
+        else:
+            found["frozen weights"] += size
+    buffers = (buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    found["frozen weights"] += sum(buffers)
+    return found
+
+
+def _quantized(model: nn.Module) -> set[int]:
+    """Ids of the weights that bitsandbytes packs: linear layers outside projector and output."""
+    kept = ("lm_head", "model.multi_modal_projector")
+    return {
+        id(module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith(kept) and "lora_" not in name
+    }
+
+
+def _quantized_size(numbers: int, rows: int, kind: str) -> float:
+    """4 bits and a float32 for every ABSMAX_BLOCK of them; or 8 bits and a float32 a row."""
+    return numbers * (0.5 + 4 / ABSMAX_BLOCK) if kind == "4bit" else numbers + 4 * rows
+
+
+class Blocks:
+    """Activation bytes of a model's parts for a row."""
+
+    def __init__(
+        self, model: Any, compute: ComputeConfig, number: int, *, compiled: bool, attention: str
+    ) -> None:
+        self.model = model
+        self.compute = compute
+        self.number = number
+        """Bytes of a number in the compute type."""
+        self.compiled = compiled
+        self.attention = attention
+        self.text, self.vision = model.config.text_config, model.config.vision_config
+        self.layers = model.model.language_model.layers
+        self.tower_layers = model.model.vision_tower.encoder.layer
+        sides = self.vision.image_size[0] // self.vision.patch_size[0]
+        self.patch_tokens = sides**2 + 1
+        self.visual_tokens = round(sides**2 * model.config.downsample_ratio**2)
+
+    def casts(self) -> float:
+        """Trained matrices once more in the compute type: a cast is kept for the backward pass."""
+        if self.number == 4:
+            return 0.0
+        total = 0.0
+        for layers in (self.layers, self.tower_layers):
+            sizes = [p.numel() for p in layers.parameters() if p.requires_grad and p.ndim > 1]
+            total += self.number * sum(sizes) * self._kept(len(layers), layers) / len(layers)
+        return total
+
+    def decoder(self, row: Shape) -> float:
+        """What the language model's blocks keep, and the hidden states around them."""
+        residual = self._residual_size()
+        around = row.tokens * self.text.hidden_size * (2 * residual + 4 + self.number)
+        visual = row.tiles * self.visual_tokens * self.number
+        around += visual * (self.text.hidden_size + 4 * self.vision.hidden_size)
+        if not self._reached():
+            return around
+        each = self.decoder_block(row.tokens)
+        count, kept = len(self.layers), self._kept(len(self.layers), self.layers)
+        entered = row.tokens * self.text.hidden_size * residual
+        again = each if kept == 0 else 0.0  # the block that is just computed again
+        return around + kept * each + (count - kept) * entered + again
+
+    def decoder_block(self, tokens: int) -> float:
+        """Bytes kept of one block of the language model for a row of `tokens`."""
+        text, block = self.text, self.layers[0]
+        d, heads, pairs = text.hidden_size, text.num_attention_heads, text.num_key_value_heads
+        q = flops.query_width(text)
+        k = q // heads * pairs
+        inner = self._inner_width()
+        expanded = k if self.attention == "flex" else q  # others repeat keys for every query head
+        mixed = 2 * q + 2 * expanded
+        own = any(p.requires_grad for n, p in block.named_parameters() if "lora_" not in n)
+        rank, masked = self._adapters(block)
+        if self.compiled:
+            narrow = 3 * inner + (3 if own else 5) * d + mixed + rank
+            wide = d if own else 0
+            narrow += q + k if hasattr(block.self_attn, "q_norm") else 0
+        else:
+            narrow = 4 * inner + (5 if own else 6) * d + mixed + rank
+            wide = (4 if own else 2) * d
+            if hasattr(block.self_attn, "q_norm"):
+                wide += q + k
+                narrow += q + k if own else 0
+        statistics = 8 + 4 * heads
+        if hasattr(block.self_attn, "q_norm"):
+            statistics += 4 * (heads + pairs)
+        each = self.number * narrow + 4 * wide + masked + statistics
+        return tokens * each + self._square(tokens, heads)
+
+    def backward(self, row: Shape) -> float:
+        """Gradients that exist together while a block's MLP is run back."""
+        if not self._reached():
+            return 0.0
+        return 3.0 * self.number * row.tokens * self._inner_width()
+
+    def tower(self, row: Shape) -> float:
+        """What a vision tower that trains keeps."""
+        if not flops.trains(self.model.model.vision_tower):
+            return 0.0
+        reached = [i for i, block in enumerate(self.tower_layers) if flops.trains(block)]
+        count = len(self.tower_layers) - (reached[0] if reached else 0)
+        tokens = row.tiles * self.patch_tokens
+        kept = self._kept(count, self.tower_layers)
+        entered = tokens * self.vision.hidden_size * 4.0
+        each = self.tower_block(tokens)
+        return kept * each + (count - kept) * entered + (0.0 if kept else each)
+
+    def tower_block(self, tokens: int) -> float:
+        """Bytes kept of one block of the tower for `tokens` patches."""
+        d, inner, heads = (
+            self.vision.hidden_size,
+            self.vision.intermediate_size,
+            self.vision.num_attention_heads,
+        )
+        block = self.tower_layers[-1]
+        own = any(p.requires_grad for n, p in block.named_parameters() if "lora_" not in n)
+        rank, masked = self._adapters(block)
+        narrow = 2 * inner + rank
+        if own:
+            narrow += (8 if self.compiled else 10) * d
+        else:
+            narrow += (9 if self.compiled else 11) * d
+        wide = ((1 if self.compiled else 2) * d) if own else 0
+        return tokens * (self.number * narrow + 4 * wide + masked + 16 + 4 * heads)
+
+    def frozen_tower(self, row: Shape) -> float:
+        """What one block of a tower without gradient holds at once."""
+        d, inner = self.vision.hidden_size, self.vision.intermediate_size
+        tokens = row.tiles * self.patch_tokens
+        return (
+            0.0
+            if flops.trains(self.model.model.vision_tower)
+            else tokens * (2 * self.number * inner + 12.0 * d)
+        )
+
+    def logits(self, row: Shape) -> float:
+        """Logits of a chunk with their gradients; the output matrix's own, where it trains."""
+        head = self.model.lm_head.weight
+        chunk = min(self.compute.loss_chunk, row.supervised)
+        total = chunk * head.shape[0] * (12.0 + 2 * self.number)
+        if head.requires_grad:
+            total += head.numel() * (4.0 + (2 * self.number if self.number == 2 else 0))
+        return total
+
+    def _adapters(self, block: nn.Module) -> tuple[float, float]:
+        """(numbers of the adapters' inner outputs, bytes of dropout's masks and copies) a token."""
+        rank = masked = 0.0
+        seen: set[int] = set()
+        for name, layer in block.named_modules():
+            if not isinstance(layer, LoraLayer):
+                continue
+            a = layer.lora_A["default"].weight
+            shared = id(a) in seen
+            seen.add(id(a))
+            if not (shared and self.compiled):
+                rank += a.shape[0]
+            dropout = layer.lora_dropout["default"]
+            rate = getattr(dropout, "p", getattr(dropout, "rate", 0.0))
+            if rate and not shared:
+                masked += a.shape[1]
+                if self.compiled and name.endswith(("q_proj", "k_proj", "v_proj", "qkv_proj")):
+                    masked += self.number * a.shape[1]
+        return rank, masked
+
+    def _square(self, tokens: int, heads: int) -> float:
+        """Of attention that writes out a mask or scores for all pairs of tokens."""
+        if self.attention == "flex":
+            return 0.0
+        if self.attention == "dense":
+            return float(self.number * tokens**2)
+        return heads * tokens**2 * (2.0 * self.number if self.compiled else self.number + 4.0)
+
+    def _inner_width(self) -> int:
+        """Inner width of the MLP; of a mixture's experts, those a token uses."""
+        experts = getattr(self.text, "num_experts_per_tok", 0) or 0
+        if experts and hasattr(self.text, "moe_intermediate_size"):
+            return experts * self.text.moe_intermediate_size
+        return self.text.intermediate_size
+
+    def _residual_size(self) -> int:
+        """Bytes of a number between blocks: trained embeddings are float32."""
+        return self.model.model.language_model.embed_tokens.weight.element_size()
+
+    def _reached(self) -> bool:
+        """Whether a gradient passes through the language model."""
+        return flops.trains(self.model)
+
+    def _kept(self, count: int, layers: nn.ModuleList) -> int:
+        """Blocks that are not computed again."""
+        if self.compute.checkpointing == "none" or not flops.trains(layers):
+            return count
+        return 0 if self.compute.checkpointing == "full" else count // 2

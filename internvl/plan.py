@@ -1,0 +1,406 @@
+"""Will it fit, and how long will it take: `plan.make(recipe, gpu, step)`. Needs no GPU, no weights.
+
+The model is built on the meta device from `config.json` (or the table of released models), frozen
+and adapted as training does it, and counted: memory by footprint.py, FLOPs by flops.py. A step
+then takes
+
+    time = loop x ( products / matmul rate + attention / its rates + bytes / memory rate )
+
+where products include padding and what checkpointing computes again, and bytes are the passes over
+activations, weights and optimizer states. The rates in `CALIBRATION` come from one profile.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from internvl import flops, footprint, parallel, zoo
+from internvl.config import ComputeConfig, Recipe, UserError
+from internvl.findings import FirstStep
+from internvl.flops import Flops, Work
+from internvl.footprint import GIB, Footprint, Shape
+from internvl.gpus import Gpu
+from internvl.models import hub, lora, vlm
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What one profiled step says of a GPU's rates.
+
+    Source: dev/LOG.md, "Where a training step goes": InternVL2-2B, LoRA of rank 128, COCO captions,
+    rows of 16,384 tokens, one H200, torch 2.11: 23.8 samples/s; of the kernels' time matrix
+    products 61 %, FlexAttention 12 %, the tower's attention 6 %, the rest pointwise.
+    """
+
+    flex: float = 0.27
+    """FlexAttention's share of the matmul rate, forward and backward together."""
+    attention: float = 0.42
+    """The same of torch's fused attention (the tower's; taken for dense rows too)."""
+    passes: float = 6.0
+    """Reads and writes of every kept activation byte, compiled."""
+    uncompiled: float = 2.0
+    """Times as many passes without the compiler. Assumed: not measured."""
+    tower_passes: float = 20.0
+    """Reads and writes of a tower block's width, forward."""
+    loop: float = 1.2
+    """A step in the loop over the time its kernels take on rows that lie ready."""
+    fill: float = 0.962
+    """Tokens of packed rows that are no padding, where rows are not known."""
+    reduce_tb_per_s: float = 0.2
+    """All-reduce of gradients between GPUs. Assumed: not measured."""
+
+
+CALIBRATION = Calibration()
+MEMORY_ERROR = 0.10
+"""Stated error of the peak; at the one measured step it is 1 %."""
+TIME_ERROR = 0.25
+"""Stated error of the time on the GPU that was profiled; on others 0.4."""
+OTHER_TIME_ERROR = 0.4
+_TEXT_TOKENS, _SUPERVISED = 64, 16  # of an assumed sample
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a step of the run holds."""
+
+    work: Work
+    """Of a whole step, over all GPUs."""
+    rows: float
+    padded: float
+    """Tokens with padding."""
+    row: Shape
+    """The largest row."""
+    samples: int | None
+    """In an epoch; None where the data are not known."""
+    source: str
+    """Where these numbers are from, for the reader."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The prediction."""
+
+    recipe: Recipe
+    gpu: Gpu
+    num_gpus: int
+    load: Load
+    memory: Footprint
+    flops: Flops
+    """Of a step, over all GPUs."""
+    parts_s: dict[str, float]
+    """Seconds of a step by what it does."""
+    trained: int
+    parameters: int
+    remedy: str = ""
+    """What makes it fit, where it does not."""
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total_gib <= self.gpu.memory_gib
+
+    @property
+    def step_s(self) -> float:
+        return sum(self.parts_s.values())
+
+    @property
+    def samples_per_s(self) -> float:
+        return self.load.work.samples / self.step_s
+
+    @property
+    def share(self) -> float:
+        """Needed FLOPs over what the GPUs' matrix products reach."""
+        rate = self.gpu.tflops * self.gpu.products * 1e12 * self.num_gpus
+        return self.flops.needed / self.step_s / rate
+
+    def render(self) -> str:
+        """The prediction as text."""
+        return "\n".join(_lines(self))
+
+
+def make(recipe: Recipe, gpu: Gpu, step: FirstStep | None = None, num_gpus: int = 1) -> Plan:
+    """Predicts memory and time of a run.
+
+    Args:
+        step: what `check` counted in the first step; None goes by stated assumptions.
+        num_gpus: each with a copy of the model and its share of every step's samples.
+
+    Raises:
+        UserError: the model is neither a folder nor a released chat model.
+    """
+    model = model_of(recipe)
+    made = _predict(recipe, model, gpu, step, num_gpus)
+    return made if made.fits else replace(made, remedy=_remedy(made, model, step))
+
+
+def model_of(recipe: Recipe) -> Any:
+    """The recipe's model on the meta device: frozen, adapted and placed as for training."""
+    model = vlm.empty_model(_config(recipe))
+    lora.select_trainable(model, recipe.model.parts, recipe.model.train_last_vision_blocks)
+    if recipe.model.lora is not None:
+        with torch.device("meta"):
+            lora.attach(model, recipe.model.lora)
+    parallel.place(model, torch.device("meta"), recipe.dtype)
+    return model
+
+
+def _config(recipe: Recipe) -> Any:
+    """The configuration of the model's folder, else of the released model of that name."""
+    folder = Path(recipe.model.id).expanduser()
+    if folder.is_dir():
+        folder = lora.base_of(folder) if lora.is_adapter(folder) else folder
+        source = hub.open_folder(folder)
+    else:
+        try:
+            model = zoo.find(recipe.model.id)
+        except zoo.UnknownModel as error:
+            raise UserError(
+                f"model.id: {recipe.model.id} is no folder, and {error}; a plan needs config.json"
+            ) from None
+        if model.family == "dual":
+            raise UserError(f"{model.name}: plans are made for chat models only")
+        source = hub.ModelFolder(folder, zoo.official_config(model))
+    # Which id is the placeholder's does not matter here, so that no tokenizer is needed.
+    return vlm.read_config(source, image_token_id=0, image_size=recipe.data.tiles.size)
+
+
+def is_here(recipe: Recipe) -> bool:
+    """Whether the model's files are on this machine, so that a check would fetch nothing."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if Path(recipe.model.id).expanduser().is_dir():
+        return True
+    try:
+        return isinstance(try_to_load_from_cache(recipe.model.id, "config.json"), str)
+    except HFValidationError:
+        return False
+
+
+def attention_of(compute: ComputeConfig) -> str:
+    """The attention a GPU computes with."""
+    return "flex" if compute.attention == "auto" else compute.attention
+
+
+def is_compiled(compute: ComputeConfig) -> bool:
+    """Whether a GPU runs compiled blocks."""
+    return compute.compile is None or compute.compile
+
+
+def _predict(recipe: Recipe, model: Any, gpu: Gpu, step: FirstStep | None, num_gpus: int) -> Plan:
+    load = load_of(recipe, model, step, num_gpus)
+    trained, parameters = vlm.count_parameters(model)
+    compiled, attention = is_compiled(recipe.compute), attention_of(recipe.compute)
+    needed = flops.count(model, load.work)
+    return Plan(
+        recipe=recipe,
+        gpu=gpu,
+        num_gpus=num_gpus,
+        load=load,
+        memory=footprint.of(model, recipe, load.row, compiled=compiled, attention=attention),
+        flops=needed,
+        parts_s=dict(_times(recipe, model, load, needed, gpu, num_gpus)),
+        trained=trained,
+        parameters=parameters,
+    )
+
+
+def load_of(recipe: Recipe, model: Any, step: FirstStep | None, num_gpus: int = 1) -> Load:
+    """What a step holds, counted or assumed."""
+    data = recipe.data
+    lengths = parallel.row_lengths(recipe.compute, torch.device("cuda"), data)
+    limit = lengths[-1] if lengths else data.row_tokens or data.max_tokens
+    per_tile = vlm.tokens_per_tile(model.config, data.tiles.size)
+    if step is None:
+        tiles = data.tiles.max + (data.tiles.thumbnail and data.tiles.max > 1)
+        tokens = min(data.max_tokens, tiles * per_tile + _TEXT_TOKENS)
+        pairs = tokens * (tokens + 1) / 2
+        work = Work(1, tokens, tiles, _SUPERVISED, pairs).scaled(recipe.global_batch)
+        padded = work.tokens / CALIBRATION.fill
+        source = (
+            f"assumed, for the data were not read: {tiles} tile(s), {_TEXT_TOKENS} tokens of text "
+            f"and {_SUPERVISED} supervised ones a sample, nothing shared"
+        )
+        rows = padded / limit
+        samples = None
+    else:
+        work = step.work
+        padded = sum(next((n for n in lengths if n >= t), t) for t in step.row_tokens)
+        rows, samples = len(step.row_tokens), step.samples_an_epoch
+        source = f"counted in the first step: {rows} row(s), {work.tokens / padded:.1%} full"
+    longest = limit
+    if rows <= num_gpus:
+        longest = next((n for n in lengths if n >= padded), math.ceil(padded))
+    share = longest / work.tokens
+    row = Shape(
+        tokens=min(limit, longest),
+        tiles=min(data.max_tiles, math.ceil(work.tiles * share)),
+        supervised=math.ceil(work.supervised * share),
+    )
+    return Load(work, rows, padded, row, samples, source)
+
+
+def _times(
+    recipe: Recipe, model: Any, load: Load, needed: Flops, gpu: Gpu, num_gpus: int
+) -> Iterator[tuple[str, float]]:
+    """Seconds of a step by what it does, the loop's own share included."""
+    known = CALIBRATION
+    rate = gpu.tflops * gpu.products * 1e12 * num_gpus
+    copy = gpu.tb_per_s * gpu.copies * 1e12 * num_gpus
+    compiled, attention = is_compiled(recipe.compute), attention_of(recipe.compute)
+    number = 2 if recipe.dtype == "bfloat16" else 4
+    padding = load.padded / load.work.tokens
+    again = {"none": 0.0, "selective": 0.5, "full": 1.0}[recipe.compute.checkpointing]
+    slower = known.loop * number / 2  # float32 products run at half the rate at best
+
+    products = padding * (needed.decoder.needed + again * needed.decoder.forward)
+    products += needed.tower.needed + needed.logits.needed
+    if flops.trains(model.model.vision_tower):
+        products += again * needed.tower.forward
+    yield "matrix products", slower * products / rate
+
+    inner, forward = needed.decoder_attention.needed, needed.decoder_attention.forward
+    mixing = inner + again * forward
+    if attention != "flex":  # every pair of a row, seen or not
+        mixing *= (load.padded / max(1.0, load.rows)) ** 2 * load.rows / load.work.pairs
+    speed = known.flex if attention == "flex" else known.attention
+    seconds = mixing / speed + needed.tower_attention.needed / known.attention
+    yield "attention", slower * seconds / rate
+
+    blocks = footprint.Blocks(model, recipe.compute, number, compiled=compiled, attention=attention)
+    vision = model.config.vision_config
+    kept = blocks.decoder_block(load.row.tokens) / load.row.tokens * load.padded
+    passes = known.passes * (1.0 if compiled else known.uncompiled) * (1 + again / 3)
+    moved = passes * kept * model.config.text_config.num_hidden_layers
+    patches = load.work.tiles * blocks.patch_tokens * vision.num_hidden_layers
+    shown = 3 if flops.trains(model.model.vision_tower) else 1
+    moved += shown * known.tower_passes * number * patches * vision.hidden_size
+    yield "pointwise", known.loop * moved / copy
+
+    trained, _ = vlm.count_parameters(model)
+    moved = num_gpus * 40.0 * trained + 18.0 * trained * max(load.rows, num_gpus)
+    if recipe.model.quantize is not None:
+        packed = footprint.states(model, recipe)["quantized weights"]
+        numbers = packed / (0.5625 if recipe.model.quantize == "4bit" else 1.0)
+        moved += (2 + again) * (packed + 4 * numbers) * max(load.rows, num_gpus)
+    yield "weights and optimizer", known.loop * moved / copy
+    if num_gpus > 1:
+        yield "gradients between GPUs", 8.0 * trained / (known.reduce_tb_per_s * 1e12)
+
+
+def _remedy(made: Plan, model: Any, step: FirstStep | None) -> str:
+    """The first setting of the ladder that makes it fit, alone or with those before it."""
+
+    def tried(recipe: Recipe) -> Plan:
+        # Nothing on the ladder changes the model: in 4 bits it has the same parameters.
+        return _predict(recipe, model, made.gpu, step, made.num_gpus)
+
+    for name, value, changed in _rungs(made.recipe):
+        alone = tried(changed)
+        if alone.fits:
+            return f"{name}={value} makes it fit: {_short(alone)}"
+    settings: dict[str, str] = {}
+    least = made
+    while not least.fits:
+        following = next(_rungs(least.recipe), None)
+        if following is None:
+            break
+        name, settings[name], changed = following
+        least = tried(changed)
+    together = " ".join(f"{name}={value}" for name, value in settings.items())
+    if least.fits:
+        return f"{together} together make it fit: {_short(least)}"
+    return (
+        f"no setting makes it fit: with {together or 'these settings'} it takes {_short(least)}; "
+        "choose LoRA, a smaller model or a larger GPU"
+    )
+
+
+def _rungs(recipe: Recipe) -> Iterator[tuple[str, str, Recipe]]:
+    """Single settings that take memory away, in the order in which to try them."""
+    compute, data = recipe.compute, recipe.data
+    stronger = {"none": ("selective", "full"), "selective": ("full",), "full": ()}
+    for kind in stronger[compute.checkpointing]:
+        chosen: Any = kind
+        changed = replace(recipe, compute=replace(compute, checkpointing=chosen))
+        yield "compute.checkpointing", kind, changed
+    row, sample = data.row_tokens or data.max_tokens, data.max_tokens
+    while row > sample:
+        row = max(sample, row // 2)
+        changed = replace(recipe, data=replace(data, row_tokens=row))
+        yield "data.row_tokens", str(row), changed
+    vision_trains = recipe.model.train_last_vision_blocks or recipe.model.parts
+    if recipe.model.lora and not vision_trains and recipe.model.quantize is None:
+        changed = replace(recipe, model=replace(recipe.model, quantize="4bit"))
+        yield "model.quantize", "4bit", changed
+
+
+def _short(made: Plan) -> str:
+    return f"{made.memory.total_gib:.1f} GiB, {made.samples_per_s:.3g} samples/s"
+
+
+def _lines(made: Plan) -> Iterator[str]:
+    recipe, gpu, memory = made.recipe, made.gpu, made.memory
+    adapters = recipe.model.lora
+    method = "full" if adapters is None else f"LoRA of rank {adapters.rank}"
+    if recipe.model.quantize:
+        method += f" on {recipe.model.quantize} weights"
+    yield (
+        f"plan for {made.num_gpus} x {gpu.name} ({gpu.memory_gib:g} GiB): {recipe.model.id}, "
+        f"{method}, {made.trained:,} of {made.parameters:,} parameters train"
+    )
+    row = made.load.row
+    yield f"  samples: {made.load.source}"
+    yield (
+        f"  largest row: {row.tokens:,} tokens, {row.tiles} tiles, checkpointing "
+        f"{recipe.compute.checkpointing}"
+    )
+    yield f"  peak memory, GiB (error up to {MEMORY_ERROR:.0%})"
+    yield from _table(memory.parts, GIB)
+    yield f"    {'allocated at the peak':<34}{memory.allocated_gib:8.2f}"
+    yield from _table(memory.overhead, GIB)
+    yield f"    {'in all':<34}{memory.total_gib:8.2f}"
+    left = gpu.memory_gib - memory.total_gib
+    near = abs(left) < MEMORY_ERROR * gpu.memory_gib
+    doubt = "; within the error, so try one step first" if near else ""
+    if made.fits:
+        yield f"  fits: {left:.1f} GiB are left{doubt}"
+    else:
+        yield f"  DOES NOT FIT: {-left:.1f} GiB too much{doubt}"
+        yield f"    {made.remedy}"
+    error = TIME_ERROR if gpu.measured else OTHER_TIME_ERROR
+    yield f"  a step of {made.load.work.samples:,.0f} samples, seconds (error up to {error:.0%})"
+    yield from _table(made.parts_s, 1.0)
+    yield f"    {'in all':<34}{made.step_s:8.2f}"
+    yield (
+        f"  {made.samples_per_s:.3g} samples/s, "
+        f"{made.flops.needed / made.load.work.samples / 1e12:.3g} TFLOP a sample, {made.share:.0%} "
+        f"of what matrix products reach ({gpu.tflops * gpu.products:.0f} TFLOP/s a GPU)"
+    )
+    if made.load.samples is not None:
+        samples = made.load.samples
+        whole = recipe.num_samples(samples) / made.samples_per_s
+        yield (
+            f"  an epoch of {samples:,} samples: {_duration(samples / made.samples_per_s)}; "
+            f"the run's {recipe.num_steps(samples):,} steps: {_duration(whole)}"
+        )
+    if not gpu.measured:
+        yield f"  the rates of {gpu.name} are its maker's, times the shares an H200 reached"
+    if made.num_gpus > 1:
+        yield "  several GPUs: a copy of the model on each; assumed, not measured"
+
+
+def _table(parts: dict[str, float], unit: float) -> Iterator[str]:
+    rows: Sequence[tuple[str, float]] = sorted(parts.items(), key=lambda item: -item[1])
+    for name, value in rows:
+        yield f"    {name:<34}{value / unit:8.2f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
