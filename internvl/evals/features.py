@@ -15,9 +15,12 @@ from torch import Tensor
 
 from internvl.log import Progress
 
-SCORES_AT_ONCE = 1 << 22
+SCORES_AT_ONCE = 1 << 20
 """Scores that exist at the same time while ranking; with what is computed from them about
 20 bytes each."""
+
+NEAR = 1e-6
+"""Scores of unit vectors that are closer than this may be equal but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,13 @@ def ranks(queries: Tensor, candidates: Tensor, of_query: Tensor, of_candidate: T
     candidates = candidates.to(queries.device)
     of_query, of_candidate = of_query.to(queries.device), of_candidate.to(queries.device)
     order = torch.arange(len(candidates), device=queries.device)
-    found = [torch.zeros(0, dtype=torch.long, device=queries.device)]
+    found = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
     step = max(1, SCORES_AT_ONCE // max(1, len(candidates)))
-    for part, wanted in zip(queries.split(step), of_query.split(step), strict=True):
-        scores = part.float() @ candidates.float().T
-        found.append(ranks_of_scores(scores, wanted[:, None] == of_candidate, order))
-    return torch.cat(found)
+    for start in range(0, len(queries), step):
+        part = slice(start, start + step)
+        scores = queries[part].float() @ candidates.float().T
+        found[part] = ranks_of_scores(scores, of_query[part, None] == of_candidate, order)
+    return found
 
 
 def ranks_of_scores(scores: Tensor, positive: Tensor, order: Tensor) -> Tensor:
@@ -89,6 +93,53 @@ def ranks_of_scores(scores: Tensor, positive: Tensor, order: Tensor) -> Tensor:
     before = (scores > best) | (equal & (order < first))
     found = before.sum(dim=1)
     return found.masked_fill(~positive.any(dim=1), scores.shape[1])
+
+
+def ranks_both_ways(texts: Tensor, images: Tensor, of_text: Tensor) -> tuple[Tensor, Tensor]:
+    """`ranks` of texts among images and of images among texts, from one product of the two.
+
+    Whether a positive comes first is counted against its score, computed beforehand; two sums of
+    the same products may differ by rounding, so what has another candidate within NEAR of it is
+    ranked again by itself.
+
+    Args:
+        texts: (num_texts, E), of unit length.
+        images: (num_images, E), of unit length.
+        of_text: int64 (num_texts,), the image of every text.
+
+    Returns:
+        int64 (num_texts,) and (num_images,), on the device of `texts`.
+    """
+    texts, images = texts.float(), images.float().to(texts.device)
+    of_text = of_text.to(texts.device)
+    num_images = len(images)
+    step = max(1, SCORES_AT_ONCE // max(1, num_images))
+    own = torch.cat(
+        [
+            (part * images[numbers]).sum(dim=1)
+            for part, numbers in zip(texts.split(step), of_text.split(step), strict=True)
+        ]
+    )
+    best = own.new_full((num_images,), -torch.inf).scatter_reduce(0, of_text, own, "amax")
+    # Filled in place: small results kept between large ones would keep the heap from shrinking.
+    text_counts = torch.zeros(2, len(texts), dtype=torch.long, device=own.device)
+    image_counts = torch.zeros(2, num_images, dtype=torch.long, device=own.device)
+    for start in range(0, len(texts), step):
+        part = slice(start, start + step)
+        scores = texts[part] @ images.T
+        for row, margin in enumerate((NEAR, -NEAR)):
+            above = scores > own[part, None] + margin
+            text_counts[row, part] = torch.count_nonzero(above, dim=1)
+            image_counts[row] += torch.count_nonzero(scores > best + margin, dim=0)
+    positives = torch.zeros_like(image_counts[0])
+    positives.index_add_(0, of_text, (own > best[of_text] - 2 * NEAR).long())
+    again_texts = (text_counts[1] - text_counts[0] != 1).nonzero().flatten()
+    again_images = ((image_counts[1] - image_counts[0] != 1) | (positives != 1)).nonzero().flatten()
+    numbers = torch.arange(num_images, device=own.device)
+    of_texts, of_images = text_counts[0], image_counts[0]
+    of_texts[again_texts] = ranks(texts[again_texts], images, of_text[again_texts], numbers)
+    of_images[again_images] = ranks(images[again_images], texts, numbers[again_images], of_text)
+    return of_texts, of_images
 
 
 def nearest(queries: Tensor, candidates: Tensor, k: int) -> Tensor:

@@ -19,7 +19,7 @@ from internvl.config import EvalConfig, UserError
 from internvl.data.pair_files import Pairs, broken, leaks, read_pairs
 from internvl.data.pairs import clean_caption
 from internvl.data.records import BadSample
-from internvl.evals.features import Store, nearest, ranks, share_within, too_large
+from internvl.evals.features import Store, nearest, ranks_both_ways, share_within, too_large
 from internvl.evals.scores import Scores, settle
 from internvl.log import Progress
 
@@ -127,9 +127,7 @@ class Retrieval:
 
     def _ranks(self, texts: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """(of the picture for every text, of the best text for every picture)."""
-        of_text = torch.tensor(self.pairs.image_of_text)
-        of_image = torch.arange(len(self.pairs.images))
-        return ranks(texts, images, of_text, of_image), ranks(images, texts, of_image, of_text)
+        return ranks_both_ways(texts, images, torch.tensor(self.pairs.image_of_text))
 
     def _reranked(
         self, texts: Tensor, images: Tensor, found: tuple[Tensor, Tensor], matches: "_Matches"
