@@ -31,6 +31,13 @@ def test_exactness_of_shared_rows():
     assert row["loss"] < 1e-6
 
 
+def test_recall_beside_the_dense_matrix():
+    chunked, dense = run("recall.py", "--small")
+    assert (chunked["method"], dense["method"]) == ("chunked", "dense")
+    assert chunked["metrics"] == dense["metrics"]
+    assert 0 < chunked["metrics"]["image_retrieval_recall@1"] < 1
+
+
 def test_flops_are_those_that_torch_counts(monkeypatch):
     """Full training of a row without pictures, every position supervised."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))

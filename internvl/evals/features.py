@@ -19,6 +19,9 @@ SCORES_AT_ONCE = 1 << 20
 """Scores that exist at the same time while ranking; with what is computed from them about
 20 bytes each."""
 
+ROWS = 256
+"""Rows of a file of features, and what an interruption can cost."""
+
 NEAR = 1e-6
 """Scores of unit vectors that are closer than this may be equal but for rounding."""
 
@@ -31,8 +34,6 @@ class Store:
     """
 
     folder: Path | None
-    chunk: int = 256
-    """Rows of a file, and what an interruption can cost."""
 
     def encode(self, name: str, total: int, rows: Callable[[range], Tensor]) -> Tensor:
         """float32 (total, E) on the CPU: `rows` of every chunk, or what an earlier call kept.
@@ -42,8 +43,8 @@ class Store:
         """
         found = []
         with Progress(name, total=total) as progress:
-            for start in range(0, total, self.chunk):
-                part = range(start, min(start + self.chunk, total))
+            for start in range(0, total, ROWS):
+                part = range(start, min(start + ROWS, total))
                 found.append(self._chunk(name, part, rows))
                 progress.update(len(part))
         features = torch.cat(found)
