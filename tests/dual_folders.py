@@ -1,9 +1,11 @@
 """Small InternVL-14B checkpoints for tests: the golden one, and its file of InternVL-C alone."""
 
+import io
 import json
 import shutil
 from pathlib import Path
 
+import sentencepiece
 import torch
 from chat_folders import GOLDEN
 from safetensors.torch import load_file, save_file
@@ -25,6 +27,23 @@ def dual_folder(to: Path, **overrides: object) -> Path:
     (to / "config.json").write_text(json.dumps(config | overrides))
     shutil.copy(DUAL / "weights.safetensors", to / "model.safetensors")
     return to
+
+
+def small_tokenizer(folder: Path) -> Path:
+    """A small SentencePiece model with byte pieces, into a folder; some 320 tokens."""
+    words = ["a photo of a red panda", "two cats on the sofa", "summarize : English caption"]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(words * 20),
+        model_writer=model,
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return folder
 
 
 def dual_golden() -> dict[str, torch.Tensor]:

@@ -1,14 +1,13 @@
 """Captions and pictures of InternVL-14B: cleaning, ids and pixels as the original makes them."""
 
-import io
 import json
 import shutil
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 from chat_folders import GOLDEN, shared
+from dual_folders import small_tokenizer
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -38,20 +37,7 @@ PROMPTS = {
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A small SentencePiece model with byte pieces, alone in its folder."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    words = ["a photo of a red panda", "two cats on the sofa", "summarize : English caption"]
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(words * 20),
-        model_writer=model,
-        vocab_size=320,
-        model_type="bpe",
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    folder = small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
     return pairs.CaptionEncoder(load_tokenizer(folder))
 
 
