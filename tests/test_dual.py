@@ -191,6 +191,19 @@ def test_every_weight_gets_its_gradient(golden, checkpointing, tmp_path):
         torch.testing.assert_close(again[name], grad, msg=name)
 
 
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_layers_compile_whole(golden, tmp_path):
+    """Without a break, for queries, captions and both; the values do not change."""
+    model = handles.load(dual_folder(tmp_path), device="cpu").model
+    blocks = [*model.model.language_model.layers, *model.model.vision_tower.encoder.layer]
+    for block in blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    found = model.encode_image(golden["input.pixel_values"], "g")
+    close(found, golden["output.encode_image.InternVL-G"])
+    close(model.encode_text(golden["input.input_ids"]), golden["output.encode_text"])
+
+
 def gradients(model, golden):
     model.zero_grad(set_to_none=True)
     ids = golden["input.input_ids"][:4]

@@ -29,6 +29,7 @@ def dual(tmp_path_factory):
     folder = small_tokenizer(dual_folder(tmp_path_factory.mktemp("dual")))
     tensors = load_file(folder / "model.safetensors")
     tensors["qllama.lm_head.weight"][310:] = 0
+    tensors["qllama.lm_head.weight"][2] *= 2  # captions end
     save_file(tensors, folder / "model.safetensors")
     return internvl.load(folder, device="cpu", dtype="float32")
 
@@ -107,6 +108,16 @@ def test_captions_are_strings_of_their_tokens(dual, images, num_beams):
     assert dual.caption(images, batch_size=2, **settings) == found
     assert dual.caption(images, prompt="two cats", **settings) != found
     assert dual.caption([]) == []
+
+
+def test_beams_are_scored_by_their_mean_unless_asked_otherwise(dual):
+    images = [picture(seed) for seed in range(4)]
+    settings = {"num_beams": 4, "max_new_tokens": 20, "min_new_tokens": 1}
+    total, mean, long = (
+        dual.caption(images, length_penalty=x, **settings) for x in (0.0, 1.0, 9.0)
+    )
+    assert dual.caption(images, **settings) == mean
+    assert mean not in (total, long)
 
 
 def test_a_picture_that_cannot_be_read_is_named(dual, images, tmp_path):

@@ -4,10 +4,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from official_keys import official_dual_keys, official_keys
 
 from internvl import zoo
-from internvl.models import configs, dual_configs, dual_files, hub, keys, vlm
+from internvl.config import LoraConfig
+from internvl.models import configs, dual_configs, dual_files, hub, keys, lora, vlm
 
 CHAT = [model for model in zoo.MODELS.values() if model.family == "chat"]
 
@@ -76,6 +78,18 @@ def test_parameters_of_internvl_14b_by_part():
         "itm_head": 8_194,
     }.items():
         assert vlm.count_parameters(built.get_submodule(part))[1] == wanted, part
+
+
+def test_adapters_of_internvl_14b_are_as_many_as_the_originals():
+    config = dual_configs.from_official(zoo.official_config(zoo.find("InternVL-14B-224px")))
+    built = dual_files.empty_model(config)
+    lora.select_trainable(built, ())
+    with torch.device("meta"):
+        lora.attach(built, LoraConfig(rank=16, on=("vision_tower", "language_model")))
+    assert vlm.count_parameters(built)[0] == 39_321_600 + 39_976_960
+    for head in (built.lm_head, built.text_projection):  # what its LoRA recipe trains beside them
+        head.requires_grad_(True)
+    assert vlm.count_parameters(built)[0] == 287_055_872
 
 
 def test_where_the_release_prints_another_number_than_its_weights_have_the_table_says_why():
