@@ -153,7 +153,8 @@ class Dual:
     def match(self, images: Pictures, texts: Captions, *, batch_size: int = 32) -> Tensor:
         """Probability that picture b and caption b belong together, float32 (B,) on the CPU.
 
-        Captions are cleaned as in training and stand alone, without "summarize:".
+        Captions are cleaned as in training and stand alone, without "summarize:". Of pairs with
+        the same path that follow each other, the picture is looked at once in a batch.
 
         Raises:
             UserError: other numbers of pictures and captions, or a model without queries.
@@ -166,12 +167,15 @@ class Dual:
             if isinstance(texts, Tensor)
             else [self.encoder.matching(clean_caption(text)) for text in texts]
         )
-        found, done = [], 0
-        for pixels in self._pixels(images, batch_size, crop=False):
-            ids = self._to(pad_right(rows[done : done + len(pixels)]))
-            done += len(pixels)
+        found = []
+        for start in range(0, len(rows), batch_size):
+            part = slice(start, start + batch_size)
+            some, places = _distinct(images[part])
+            pixels = torch.cat([*self._pixels(some, batch_size, crop=False)])
+            vision = self.model.vision_tokens(pixels)[self._to(places)]
+            ids = self._to(pad_right(rows[part]))
             mask = self.model.joint_mask("itm", ids > 0)
-            states, _ = self.model.joint_states(self.model.vision_tokens(pixels), ids, mask)
+            states, _ = self.model.joint_states(vision, ids, mask)
             found.append(self.model.itm_logits(states).float().softmax(-1)[:, 1].cpu())
         return torch.cat(found) if found else torch.empty(0)
 
@@ -239,6 +243,14 @@ class Dual:
                 f"{self.folder}: {what} needs QLLaMA's queries, and this file holds InternVL-C "
                 "alone; load OpenGVLab/InternVL-14B-224px"
             )
+
+
+def _distinct(images: Pictures) -> tuple[Pictures, Tensor]:
+    """(each picture once, int64 (B,) where each of `images` is there), where they are paths."""
+    if isinstance(images, Tensor) or not all(isinstance(i, str | Path) for i in images):
+        return images, torch.arange(len(images))
+    numbers = {image: number for number, image in enumerate(dict.fromkeys(images))}
+    return list(numbers), torch.tensor([numbers[image] for image in images])
 
 
 def _rows(input_ids: Tensor | None) -> list[list[int]]:

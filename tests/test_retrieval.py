@@ -181,6 +181,21 @@ def test_reranked_by_match(dual, data: Path) -> None:
     assert "g_text_retrieval_recall@1" in values
 
 
+def test_pairs_of_one_picture_look_at_it_once(dual, data: Path) -> None:
+    """Same paths share the tower's work, and the answers are those of single pairs."""
+    paths = [str(data / f"{n}.jpg") for n in (3, 3, 1, 3, 1)]
+    texts = [f"something {color}" for color in COLORS[:5]]
+    rows: list[int] = []
+    with dual.model.model.vision_tower.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["pixel_values"])),
+        with_kwargs=True,
+    ):
+        together = dual.match(paths, texts)
+    assert rows == [2]
+    alone = [dual.match([p], [t]) for p, t in zip(paths, texts, strict=True)]
+    assert torch.allclose(together, torch.cat(alone), atol=1e-5)
+
+
 def test_an_interrupted_evaluation_goes_on(dual, data: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(features, "ROWS", 4)
     kept = tmp_path / "features"

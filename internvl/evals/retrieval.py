@@ -195,7 +195,8 @@ class _Matches:
             for start in range(0, len(new), self.batch_size):
                 part = new[start : start + self.batch_size]
                 images = [self.pairs.images[i] for i, _ in part]
-                found = self.handle.match(images, [self.pairs.texts[t] for _, t in part])
+                texts = [self.pairs.texts[t] for _, t in part]
+                found = self.handle.match(images, texts, batch_size=len(part))
                 self.known.update(zip(part, found.tolist(), strict=True))
                 progress.update(len(part))
         return self.known
