@@ -137,7 +137,8 @@ def evaluate(args: Arguments) -> int:
         dtype=args.dtype,
         **{name: value for name, value in fields.items() if value is not None},
     )
-    print(evaluate.render(metrics, args.model))
+    whole = args.split == "test" and args.limit is None
+    print(evaluate.render(metrics, args.model if whole else ""))
     return 0
 
 

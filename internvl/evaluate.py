@@ -135,13 +135,12 @@ def _own(name: str, languages: Sequence[str], split: str, fields: dict[str, Any]
 def _identity(named: Path, handle: Any) -> str:
     """A word for exactly these weights in this precision: names, sizes and times of their files."""
     folders = {named, Path(handle.folder)}
+    files = {file for folder in folders for kind in _WEIGHTS for file in folder.glob(kind)}
     if handles.is_run(named):
         step = checkpoint.steps(named / "checkpoints")[-1]
-        folders.add(named / "checkpoints" / f"{step:06d}")
-    files = [file for folder in folders for pattern in _WEIGHTS for file in folder.glob(pattern)]
+        files |= {*(named / "checkpoints" / f"{step:06d}").rglob("*")}
     states = sorted((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
-    text = repr((str(named), handles.is_run(named) and step, states, str(handle.model.dtype)))
-    return blake2b(text.encode(), digest_size=8).hexdigest()
+    return blake2b(repr((states, str(handle.model.dtype))).encode(), digest_size=8).hexdigest()
 
 
 def lines(job: Job, values: dict[str, float], pretrained: str) -> list[dict[str, Any]]:
@@ -211,7 +210,7 @@ def published(model: str | Path, name: str) -> float | None:
         if (score.task, score.metric, score.mode) != (task, metric, mode) or score.recipe:
             continue
         if score.language == language:
-            return score.value / 100 if percent else score.value
+            return score.value / 100 if percent and metric != "average_length" else score.value
     return None
 
 
@@ -226,16 +225,15 @@ def _task_of(evaluation: str) -> tuple[str, str]:
 
 
 def render(metrics: dict[str, float], model: str | Path = "") -> str:
-    """A table of metrics, one line each, with what was published for `model` beside."""
+    """A table of metrics, one line each; where they are of a whole released test set, `model` names
+    the model, and what was published for it stands beside."""
     width = max(map(len, metrics), default=0)
-    beside = {name: published(model, name) if str(model) else None for name in metrics}
-    head = (
-        f"{'':{width}}  measured  published\n"
-        if any(v is not None for v in beside.values())
-        else ""
-    )
-    return head + "\n".join(
-        f"{name:{width}}  {value:8.4f}"
-        + (f"  {beside[name]:9.4f}" if beside[name] is not None else "")
-        for name, value in metrics.items()
-    )
+    rows = [f"{name:{width}}  {value:8.4f}" for name, value in metrics.items()]
+    beside = [published(model, name) if model else None for name in metrics]
+    if any(value is not None for value in beside):
+        rows = [
+            row if value is None else f"{row}  {value:9.4f}"
+            for row, value in zip(rows, beside, strict=True)
+        ]
+        rows.insert(0, f"{'':{width}}  measured  published")
+    return "\n".join(rows)

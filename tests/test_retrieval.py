@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from internvl import evals, evaluate, handles
 from internvl.config import UserError, eval_config
+from internvl.data import benchmarks
 from internvl.evals import features
 from internvl.evals.classify import Classify, accuracies
 from internvl.evals.retrieval import Retrieval, recalls
@@ -295,6 +296,78 @@ def test_named_sets_are_found_and_compared(data: Path, tmp_path: Path) -> None:
     assert "published" in table[0]
     (row, _) = map(json.loads, (tmp_path / "out/result.jsonl").read_text().splitlines())
     assert (row["dataset"], row["language"]) == ("flickr30k", "cn")
+
+
+def test_published_scores_of_every_task_language_and_mode() -> None:
+    model = "OpenGVLab/InternVL-14B-224px"
+    for name, value in {
+        "retrieval-flickr30k/c_image_retrieval_recall@1": 0.817,
+        "retrieval-flickr30k-cn/g_text_retrieval_recall@5": 0.994,
+        "retrieval-coco/g_image_retrieval_recall@1": 0.586,
+        "retrieval-coco-cn/c_text_retrieval_recall@10": 0.967,
+        "retrieval-xtd/g_text_retrieval_recall@10": 0.986,
+        "retrieval-xtd-ko/c_image_retrieval_recall@1": 0.583,
+        "retrieval-xtd-pl/c_image_retrieval_recall@1": None,
+        "retrieval-coco/g_itm_image_retrieval_recall@1": None,
+        "caption-coco/cider": 1.282,
+        "caption-nocaps/average_length": 10.463,
+    }.items():
+        assert evaluate.published(model, name) == pytest.approx(value), name
+    assert evaluate.published("OpenGVLab/InternVL2-2B", "caption-coco/cider") == 0.793
+    assert evaluate.published("somebody/else", "caption-coco/cider") is None
+
+
+def test_every_named_set_is_read_from_its_layout(tmp_path: Path) -> None:
+    """The documented files and folders, as small as they can be."""
+    name = "COCO_val2014_000000000042.jpg"
+    coco, flickr, nocaps = (tmp_path / x for x in ("coco", "flickr30k", "nocaps"))
+    retrieval = tmp_path / "mscoco_captions"
+    for path in (
+        *(coco / "val2014" / name, flickr / "Images/7.jpg", nocaps / "images/7.jpg"),
+        retrieval / "val2014" / name,
+    ):
+        photo(path, 1)
+    one = [{"image_id": 42, "id": 1, "caption": "A cat."}]
+    named = {"images": [{"id": 42, "file_name": "Images/7.jpg"}], "annotations": one}
+    files = {
+        coco / "annotations/coco_karpathy_test.json": [{"image": f"val2014/{name}"}],
+        coco / "annotations/coco_karpathy_test_gt.json": {"images": [], "annotations": one},
+        flickr / "flickr30k_test_karpathy.json": named,
+        nocaps / "nocaps_val_4500_captions.json": named,
+        retrieval / "coco_test_karpathy.json": {
+            "images": [{"id": 42, "file_name": name}],
+            "annotations": one,
+        },
+        retrieval / "coco-cn_test.json": {
+            "images": [{"id": 42, "file_name": f"val2014/{name}"}],
+            "annotations": one,
+        },
+    }
+    for path, tree in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(tree))
+    for path, text in {
+        flickr / "flickr30k_test_karpathy.txt": "image,caption\n7.jpg,A cat.\n",
+        flickr / "flickr30k_cn_test.txt": "image,caption\n7.jpg,A cat.\n",
+        retrieval / "test_1kcaptions_ko.txt": "A cat.\n",
+        retrieval / "test_1kcaptions_en.txt": "A cat.\n",
+        retrieval / "test_image_names.txt": f"{name}\n",
+    }.items():
+        path.write_text(text)
+    for task, described in benchmarks.TASKS.items():
+        languages = ("en", "ko") if task == "retrieval-xtd" else ()
+        found = benchmarks.configs(
+            task, tmp_path / described.root, languages=languages, recall_k=(1,)
+        )
+        assert len(found) == max(1, len(languages))
+        for config in found.values():
+            evaluator = evals.EVALS[config.type](config)
+            assert [Path(path).exists() for path in evaluator.pictures()] == [True], task
+            if isinstance(evaluator, Retrieval):
+                cleaned = "A cat." if task == "retrieval-xtd" else "a cat"
+                assert evaluator.pairs.texts == (cleaned,), task
+            else:
+                assert evaluator.ids == [42]
 
 
 def test_captions_of_a_dual(model: Path, dual, data: Path, tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def configs(
     split: str = "test",
     **more: Any,
 ) -> dict[str, EvalConfig]:
-    """The evaluation of a published set, one for each language.
+    """The evaluation of a published set, by its name; other languages than its first after that.
 
     Args:
         name: a key of TASKS.
@@ -211,8 +211,10 @@ def configs(
     else:
         given |= {"pictures": pictures, "flat": task.flat, "min_new_tokens": 8}
     return {
-        name if len(chosen) == 1 else f"{name}-{language}": eval_config(
-            **{**given, "annotations": path, **more}
-        )
+        _named(name, language): eval_config(**{**given, "annotations": path, **more})
         for language, path in paths.items()
     }
+
+
+def _named(name: str, language: str) -> str:
+    return name if language == TASKS[name].languages[0] else f"{name}-{language}"

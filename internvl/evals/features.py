@@ -19,7 +19,7 @@ SCORES_AT_ONCE = 1 << 20
 """Scores that exist at the same time while ranking; with what is computed from them about
 20 bytes each."""
 
-ROWS = 256
+ROWS = 1024
 """Rows of a file of features, and what an interruption can cost."""
 
 NEAR = 1e-6
