@@ -1,6 +1,6 @@
 """Everything that moves, saved completely or not at all, for going on exactly where a run stopped.
 
-    checkpoints/000500/         torch.distributed.checkpoint: trained weights, optimizer, RNG
+    checkpoints/000500/         torch.distributed.checkpoint: trained weights, optimizer
     checkpoints/000500/state.json   the step and what else is a plain number
     checkpoints/LATEST          names the newest one, for people
 
@@ -81,7 +81,7 @@ def save(
 def load(
     folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Puts checkpoint `step` into model, optimizer and RNG; returns its plain state.
+    """Puts checkpoint `step` into model and optimizer; returns its plain state.
 
     Raises:
         CheckpointError: it does not fit this model, or its files are damaged.
@@ -98,9 +98,6 @@ def load(
             "remove this folder to go on from the one before"
         ) from error
     set_optimizer_state_dict(model, optimizer, _prefixed(tensors, "optimizer."), options=_FLAT)
-    torch.set_rng_state(tensors["rng.cpu"])
-    if "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
     return state
 
 
@@ -120,11 +117,7 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
     """Names to the tensors that move; loading writes into the model's own."""
     trained = {f"model.{n}": p.data for n, p in model.named_parameters() if p.requires_grad}
     moments = get_optimizer_state_dict(model, optimizer, options=_FLAT)
-    tensors: dict[str, Any] = {**trained, **{f"optimizer.{k}": v for k, v in moments.items()}}
-    tensors["rng.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    return tensors
+    return {**trained, **{f"optimizer.{k}": v for k, v in moments.items()}}
 
 
 @contextmanager

@@ -460,6 +460,8 @@ class Recipe:
     """Of shuffling, dropout and fresh weights."""
     log_every: Positive = 1
     """Steps between lines of metrics.jsonl."""
+    wandb: str | None = None
+    """Project of Weights & Biases that metrics also go to; TensorBoard has them in any case."""
 
     @property
     def shares_prefix(self) -> bool:
@@ -692,6 +694,7 @@ _MAY_CHANGE = (
     "data.row_tokens",
     "objective.micro_batch",
     "log_every",
+    "wandb",
     "checkpoint.every",
     "checkpoint.keep",
     "device",

@@ -6,12 +6,16 @@ features travel between GPUs (NCCL).
 
 import os
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
 T = TypeVar("T")
+
+_LONGEST_WAIT = timedelta(hours=3)
+"""Of a rank for another one: rank 0 evaluates and saves while the others wait."""
 
 _ENV = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -39,7 +43,8 @@ def init_from_env(device: Literal["auto", "cpu", "cuda"] = "auto") -> torch.devi
     local_device = _local_device(device, int(os.environ["LOCAL_RANK"]) if launched else 0)
     if launched and not distributed.is_initialized():
         on_gpu = local_device.type == "cuda"
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        distributed.init_process_group(backend, timeout=_LONGEST_WAIT)
     return local_device
 
 
@@ -79,9 +84,8 @@ def is_main() -> bool:
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
-    if distributed.is_initialized():
-        distributed.barrier()
+    """Wait until every process is here, on the CPU."""
+    sum_counts({"here": 1.0})
 
 
 def sum_counts(counts: Mapping[str, float]) -> dict[str, float]:
@@ -135,3 +139,8 @@ class _GatherRows(torch.autograd.Function):
         summed = gradients[0].contiguous().clone()
         distributed.all_reduce(summed)
         return summed[ctx.own], None
+
+
+def from_main(value: T) -> T:
+    """Rank 0's `value` on every rank; it must pickle."""
+    return gather_objects(value)[0]

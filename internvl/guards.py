@@ -6,7 +6,9 @@ move. What is remembered is part of a checkpoint, so that a resumed run judges a
 """
 
 import math
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Protocol
@@ -119,3 +121,32 @@ def refuse(guard: Guard, step: int, reason: str, names: Sequence[str], listed: l
             f"{guard.num_skipped} steps were skipped, more than guard.max_skipped = "
             f"{guard.config.max_skipped} allows; the last: {found}. All are listed in {listed.path}"
         )
+
+
+class Stop:
+    """Whether a signal asked to stop; the loop looks after every step."""
+
+    asked = False
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to: all of them stop after the same step."""
+        return dist.sum_counts({"asked": float(self.asked)})["asked"] > 0
+
+
+@contextmanager
+def stop_signal() -> Iterator[Stop]:
+    """SIGINT and SIGTERM end the run after the current step; a second SIGINT ends it at once."""
+    stop = Stop()
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.asked = True
+        log.get_logger().info("stopping after this step; once more to stop at once")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,5 +1,5 @@
-"""Where a model lives and how it computes. One device today; every function takes the model as it
-is, so sharding over a mesh is a change of this file alone.
+"""Where a model lives and how it computes: whole on every rank, gradients summed. Every function
+takes the model as it is, so sharding over a mesh is a change of this file alone.
 
 place       weights on their device and in their type
 arrange     attention, activation checkpointing, compiled blocks, in this order
@@ -16,12 +16,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from internvl import dist
-from internvl.config import ComputeConfig, DataConfig, UserError
+from internvl.config import ComputeConfig, DataConfig
 from internvl.data.records import Batch, PackedBatch
 from internvl.models import attention, vlm
 
@@ -36,11 +37,8 @@ ROW_SHARES = (1 / 8, 1 / 4, 1 / 2, 7 / 8, 15 / 16, 1)
 def place(model: nn.Module, device: torch.device, dtype: str) -> nn.Module:
     """The model on its device: trained weights in float32, frozen ones in the compute type.
 
-    Raises:
-        UserError: several ranks; sharding is not built yet.
+    Every rank has all of it, made from the same files and seed.
     """
-    if dist.world_size() > 1:
-        raise UserError("training on several ranks is not built yet; start one process")
     for parameter in model.parameters():
         kind = torch.float32 if parameter.requires_grad else DTYPES[dtype]
         if parameter.is_floating_point():
@@ -219,6 +217,47 @@ def wait(device: torch.device) -> None:
 def uncompiled() -> AbstractContextManager[None]:
     """Compiled blocks run as they are written: generation has a new shape for every token."""
     return torch.compiler.set_stance("force_eager")
+
+
+def seed(number: int, step: int) -> None:
+    """Random numbers that depend on the recipe's seed, the step and the rank alone: no state of a
+    generator needs to be saved, and ranks do not drop the same units."""
+    mixed = np.random.SeedSequence((number, step, dist.rank())).generate_state(2, np.uint32)
+    torch.manual_seed(int(mixed[0]) << 31 | int(mixed[1]) >> 1)
+
+
+_BUCKET = 2**26  # elements that cross the network at once
+
+
+def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Adds up the gradients of all ranks on each. A parameter that no rank has one for gets none.
+
+    Losses are divided by counts over all ranks beforehand, so the sum is the whole step's gradient.
+    """
+    if dist.world_size() == 1:
+        return
+    has = {str(i): float(p.grad is not None) for i, p in enumerate(parameters)}
+    anywhere = dist.sum_counts(has)
+    wanted = [p for i, p in enumerate(parameters) if anywhere[str(i)]]
+    for bucket in _buckets(wanted):
+        parts = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket]
+        summed = torch.cat(parts)
+        distributed.all_reduce(summed)
+        for p, part in zip(bucket, summed.split([p.numel() for p in bucket]), strict=True):
+            p.grad = part.view_as(p)
+
+
+def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters in order, of one type at a time, `_BUCKET` elements or little more together."""
+    bucket: list[nn.Parameter] = []
+    for parameter in parameters:
+        full = sum(p.numel() for p in bucket) >= _BUCKET
+        if bucket and (full or bucket[0].dtype != parameter.dtype):
+            yield bucket
+            bucket = []
+        bucket.append(parameter)
+    if bucket:
+        yield bucket
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:

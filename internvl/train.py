@@ -6,12 +6,9 @@ updates    the steps that are left, one after the other, and what each measured
 run        the loop: step, log, evaluate, save
 """
 
-import fcntl
-import json
-import signal
+import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,20 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from internvl import checkpoint, config, dist, evals, guards, handles, log, optim, parallel, relief
+from internvl import (
+    boards,
+    checkpoint,
+    config,
+    dist,
+    evals,
+    guards,
+    handles,
+    log,
+    optim,
+    parallel,
+    relief,
+    runfolder,
+)
 from internvl.config import Recipe, UserError
 from internvl.data import loader
 from internvl.data.order import SampleOrder
@@ -112,6 +122,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> dict[str, float]:
     if empty:
         raise RunError(f"step {run.step + 1} has nothing to train on for {', '.join(empty)}")
     run.model.train()
+    parallel.seed(recipe.seed, run.step)
     with parallel.several_shapes():
         with parallel.autocast(run.device, recipe.dtype):
             rows = parallel.on_device(micro_batches, run.device)
@@ -122,6 +133,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> dict[str, float]:
         rows = parallel.on_device(micro_batches, run.device)
         sums = [_backward(run, row, counts) for row in rows]
     trainable = [p for p in run.model.parameters() if p.requires_grad]
+    parallel.sum_gradients(trainable)
     grad_norm = parallel.clip_gradients(trainable, recipe.optim.max_grad_norm)
     # The one place where the host waits for the device.
     *flat, norm = torch.cat([*sums, grad_norm[None]]).tolist()
@@ -190,12 +202,14 @@ def _out_of_memory(run: Run, what: str) -> RunError:
 
 
 def warm_up(now: Run) -> None:
-    """Compiles for every shape a row may have, forward and backward, and leaves no other trace:
-    gradients are dropped and random numbers come as if nothing had been drawn."""
+    """Compiles for every shape a row may have, forward and backward, and drops the gradients.
+
+    What is random in a step depends on its number, so nothing that is drawn here is missed.
+    """
     started = time.perf_counter()
     batches = now.objective.warmup_batches(now.row_lengths)
     now.model.train()
-    with parallel.same_random_numbers(now.device), parallel.several_shapes():
+    with parallel.several_shapes():
         for batch in parallel.on_device(batches, now.device):
             _backward(now, batch, now.objective.counts(batch))
             now.optimizer.zero_grad(set_to_none=True)
@@ -233,19 +247,22 @@ def run(recipe: Recipe) -> Path:
         BadSample: with `on_bad_sample: raise`.
     """
     logger = log.get_logger()
-    with _owned(recipe), _stop_signal() as stopped:
-        if finished(recipe.run):
+    dist.init_from_env(recipe.device)
+    if not dist.is_main():
+        logger.setLevel(logging.WARNING)
+    with runfolder.owned(recipe), guards.stop_signal() as stop:
+        if runfolder.finished(recipe.run):
             logger.info("the run %s is finished; choose another `run` to train again", recipe.run)
             return recipe.run
         now = build(recipe)
-        metrics, board = _resume(now)
+        metrics = _resume(now)
         logger.info(summary(now))
         evaluate(now)
         with log.Progress("steps", total=now.num_steps - now.step) as progress:
             for numbers in updates(now):
+                stopped = stop.agreed()
                 if now.step % recipe.log_every == 0 or now.step == now.num_steps:
-                    metrics.append({"step": now.step, **numbers})
-                    board.scalars(now.step, numbers)
+                    metrics.write(now.step, numbers)
                 progress.update()
                 if _due(now, recipe.checkpoint.every) or stopped or now.step == now.num_steps:
                     save(now)
@@ -255,19 +272,19 @@ def run(recipe: Recipe) -> Path:
                         "The same command goes on from there"
                     )
                 evaluate(now)
-        board.close()
-        (recipe.run / "finished.json").write_text(json.dumps({"step": now.step}), encoding="utf-8")
+        metrics.close()
+        if dist.is_main():
+            runfolder.finish(recipe.run, now.step, "all steps are done")
+        dist.barrier()
     return recipe.run
 
 
-def finished(folder: Path) -> bool:
-    """Whether the run in `folder` reached its end."""
-    return (folder / "finished.json").exists()
-
-
 def save(now: Run) -> None:
-    """A checkpoint of this step, and for LoRA the adapter as a PEFT folder."""
+    """A checkpoint of this step, and for LoRA the adapter as a PEFT folder; rank 0 writes."""
     recipe = now.recipe
+    if not dist.is_main():
+        dist.barrier()
+        return
     checkpoint.save(
         now.folder / "checkpoints",
         now.step,
@@ -278,6 +295,7 @@ def save(now: Run) -> None:
     )
     if recipe.model.lora is not None and now.step == now.num_steps:
         lora.save_adapter(now.model, now.folder / "adapter", recipe.model.id)
+    dist.barrier()
 
 
 def evaluate(now: Run) -> None:
@@ -294,21 +312,23 @@ def evaluate(now: Run) -> None:
 
 def take_bad(now: Run, step: loader.Step) -> None:
     """Raises for the step's first bad sample, or lists them all and counts, as the recipe says."""
-    if not step.bad:
+    found = [bad for of_rank in dist.gather_objects(step.bad) for bad in of_rank]
+    if not found:
         return
     if now.recipe.data.on_bad_sample == "raise":
-        raise step.bad[0]
+        raise found[0]
     listed = log.StepLog(now.folder, "bad_samples.jsonl")
-    for bad in step.bad:
-        listed.append({"step": step.index + 1, "sample": bad.name, "reason": bad.reason})
-    now.num_bad += len(step.bad)
+    if dist.is_main():
+        for bad in found:
+            listed.append({"step": step.index + 1, "sample": bad.name, "reason": bad.reason})
+    now.num_bad += len(found)
     seen = (step.index + 1) * now.recipe.global_batch
     # A share of very few samples says nothing: the cap counts from the first hundred on.
     if now.num_bad > now.recipe.data.max_bad_fraction * max(seen, 100):
         raise RunError(
             f"{now.num_bad} of the first {seen} samples are bad, more than "
             f"data.max_bad_fraction = {now.recipe.data.max_bad_fraction} allows; the last: "
-            f"{step.bad[-1]}. All are listed in {listed.path}"
+            f"{found[-1]}. All are listed in {listed.path}"
         )
 
 
@@ -319,7 +339,8 @@ def summary(now: Run) -> str:
     return (
         f"{recipe.run}: {len(now.order):,} samples an epoch in {now.order.num_groups:,} groups, "
         f"{recipe.global_batch} a step, {now.num_steps:,} steps, from step {now.step}; "
-        f"{trained:,} of {all_:,} parameters train, {recipe.dtype} on {now.device}"
+        f"{trained:,} of {all_:,} parameters train, {recipe.dtype} on "
+        f"{dist.world_size()} x {now.device.type}"
     )
 
 
@@ -344,29 +365,36 @@ def _steps(now: Run) -> Iterator[loader.Step]:
     )
 
 
-def _resume(now: Run) -> tuple[log.StepLog, log.TensorBoard]:
+def _resume(now: Run) -> boards.Metrics:
     """Puts the newest checkpoint in place and cuts the logs back to it."""
     saved = checkpoint.steps(now.folder / "checkpoints")
     if saved:
         state = checkpoint.load(now.folder / "checkpoints", saved[-1], now.model, now.optimizer)
         now.step, now.num_bad = saved[-1], state["num_bad"]
         now.guard.restore(state["guard"])
-    metrics = log.StepLog(now.folder, "metrics.jsonl")
-    for name in ("metrics.jsonl", "bad_samples.jsonl", guards.SKIPPED):
+    dist.barrier()
+    if not dist.is_main():
+        return boards.Metrics([])
+    for name in ("bad_samples.jsonl", guards.SKIPPED):
         log.StepLog(now.folder, name).truncate_after(now.step)
-    return metrics, log.TensorBoard(now.folder / "tensorboard", purge_step=now.step + 1)
+    return boards.open_metrics(now.folder, now.step, now.recipe.wandb)
 
 
 def _speed(now: Run, step: loader.Step, wait_s: float, seconds: float) -> dict[str, float]:
-    samples = sum(batch.num_samples for batch in step.batches)
-    tokens = sum(batch.num_tokens for batch in step.batches)
+    counted = {
+        "rows": len(step.batches),
+        "samples": sum(batch.num_samples for batch in step.batches),
+        "tokens": sum(batch.num_tokens for batch in step.batches),
+    }
+    summed = dist.sum_counts(counted)
+    rows, samples, tokens = (int(summed[name]) for name in counted)
     limit = now.recipe.data.row_tokens or now.recipe.data.max_tokens
     packs = now.recipe.objective.packs
     return {
-        "rows": len(step.batches),
+        "rows": rows,
         "samples": samples,
         "tokens": tokens,
-        **({"fill": tokens / (max(1, len(step.batches)) * limit)} if packs else {}),
+        **({"fill": tokens / (max(1, rows) * limit)} if packs else {}),
         "samples_per_s": samples / seconds,
         "tokens_per_s": tokens / seconds,
         "data_wait_s": wait_s,
@@ -383,58 +411,3 @@ def _eval_due(now: Run, spec: config.EvalConfig) -> bool:
 
 def _due(now: Run, every: int) -> bool:
     return every > 0 and now.step % every == 0
-
-
-@contextmanager
-def _owned(recipe: Recipe) -> Iterator[None]:
-    """The run folder, locked for this process, holding exactly this recipe."""
-    folder, text = recipe.run, config.to_yaml(recipe)
-    folder.mkdir(parents=True, exist_ok=True)
-    saved = folder / "recipe.yaml"
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(
-                f"another process is training in {folder}; wait for it or choose another `run`"
-            ) from None
-        others = [e.name for e in folder.iterdir() if e.name not in (".lock", "recipe.yaml")]
-        if not saved.exists() and others:
-            raise RunError(f"{folder} is not empty and no run; choose another `run`")
-        if saved.exists() and others:
-            changed = config.differences(config.load_recipe(saved), recipe)
-            if changed:
-                raise RunError(
-                    f"{folder} holds a run of another recipe ({'; '.join(changed)}); "
-                    "set it back to go on, or choose another `run`"
-                )
-        saved.write_text(text, encoding="utf-8")
-        yield
-
-
-class _Stop:
-    """Whether a signal asked to stop; the loop looks after every step."""
-
-    asked = False
-
-    def __bool__(self) -> bool:
-        return self.asked
-
-
-@contextmanager
-def _stop_signal() -> Iterator[_Stop]:
-    """SIGINT and SIGTERM end the run after the current step; a second SIGINT ends it at once."""
-    stop = _Stop()
-
-    def ask(number: int, frame: Any) -> None:
-        if stop.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.asked = True
-        log.get_logger().info("stopping after this step; once more to stop at once")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

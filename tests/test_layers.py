@@ -21,10 +21,10 @@ LEVELS = {
     4: ("train", "evaluate", "export", "check", "plan"),
     3: ("objectives", "evals", "handles", "findings", "footprint"),
     2: (
-        *("guards", "relief", "parallel", "optim", "checkpoint", "generate", "embed", "report"),
-        *("doctor", "flops"),
+        *("runfolder", "boards", "relief", "parallel", "optim", "checkpoint", "generate", "embed"),
+        *("report", "doctor", "flops"),
     ),
-    1: ("data", "models"),
+    1: ("data", "models", "guards"),
     0: ("config", "zoo", "dist", "log", "gpus"),
 }
 LEVEL_OF = {part: level for level, parts in LEVELS.items() for part in parts}

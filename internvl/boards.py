@@ -1,0 +1,85 @@
+"""Where the numbers of a run go: metrics.jsonl, TensorBoard and, when asked, Weights & Biases."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from internvl.config import UserError
+from internvl.log import StepLog, TensorBoard
+
+
+class WandB:
+    """The same scalars for Weights & Biases; with WANDB_MODE=offline they stay in the folder."""
+
+    def __init__(self, folder: Path, project: str) -> None:
+        """
+        Args:
+            folder: of the run; its path names the run there, so that it goes on after a stop.
+
+        Raises:
+            UserError: wandb is not installed, or refuses to start (not logged in, say).
+        """
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(
+                f"wandb={project} needs Weights & Biases: pip install 'internvl[wandb]'"
+            ) from None
+        number = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=6).hexdigest()
+        try:
+            self._run = wandb.init(
+                project=project, name=folder.name, id=number, resume="allow", dir=str(folder)
+            )
+        except wandb.errors.Error as error:
+            raise UserError(
+                f"Weights & Biases: {str(error).splitlines()[0]}; run `wandb login`, or set "
+                "WANDB_MODE=offline to keep the metrics here"
+            ) from None
+        # Our own axis: a resumed run writes steps again, which its counter would refuse.
+        self._run.define_metric("*", step_metric="step")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Send numbers of one step."""
+        self._run.log({"step": step, **values})
+
+    def close(self) -> None:
+        """Send what waits in memory."""
+        self._run.finish()
+
+
+class Metrics:
+    """Where the numbers of a run go: metrics.jsonl and boards; nowhere without both."""
+
+    def __init__(self, boards: Sequence[TensorBoard | WandB], rows: StepLog | None = None) -> None:
+        self.boards = boards
+        self.rows = rows
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """A training step, everywhere."""
+        if self.rows is not None:
+            self.rows.append({"step": step, **numbers})
+        self.show(step, numbers)
+
+    def show(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Numbers for the boards alone, such as an evaluation's."""
+        for board in self.boards:
+            board.scalars(step, numbers)
+
+    def close(self) -> None:
+        """Write out what waits in memory."""
+        for board in self.boards:
+            board.close()
+
+
+def open_metrics(folder: Path, step: int, project: str | None) -> Metrics:
+    """The metrics of the run in `folder`, cut back to `step`.
+
+    Args:
+        project: of Weights & Biases, or None to do without.
+    """
+    rows = StepLog(folder, "metrics.jsonl")
+    rows.truncate_after(step)
+    boards: list[TensorBoard | WandB] = [TensorBoard(folder / "tensorboard", purge_step=step + 1)]
+    if project is not None:
+        boards.append(WandB(folder, project))
+    return Metrics(boards, rows)

@@ -1,0 +1,111 @@
+"""Two real processes train as one does: gradients, curves, and going on with another number."""
+
+import json
+
+import pytest
+import tiny_run
+import torch
+from ranks import run_ranks
+
+from internvl import config, log, train
+
+GRADIENT = """
+import json
+import torch
+from internvl import config, parallel, train
+
+recipe = config.load_recipe({recipe!r}, {settings!r})
+run = train.build(recipe)
+run.optimizer = torch.optim.SGD([p for p in run.model.parameters() if p.requires_grad], lr=0.0)
+kept = parallel.clip_gradients
+
+def keep(parameters, limit):
+    norm = kept(parameters, 1e9)
+    torch.save([p.grad for p in parameters], {to!r} + str(train.dist.rank()) + ".pt")
+    return norm
+
+parallel.clip_gradients = keep
+step = next(train._steps(run))
+train.train_step(run, step.batches)
+print(json.dumps([name for row in step.batches for name in row.names]))
+"""
+
+TRAIN = """
+from internvl import config, train
+
+train.run(config.load_recipe({recipe!r}, {settings!r}))
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    return tiny_run.make(tmp_path_factory.mktemp("project"))
+
+
+def curve(folder):
+    rows = log.StepLog(folder, "metrics.jsonl").rows()
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert {row["samples"] for row in rows} == {8}
+    return torch.tensor([[row["loss"], row["grad_norm"]] for row in rows], dtype=torch.float64)
+
+
+def test_the_sum_over_ranks_is_the_gradient_of_one(project, tmp_path):
+    settings = ["steps=1", f"run={tmp_path / 'run'}"]
+    found = {}
+    for ranks in (1, 2):
+        to = str(tmp_path / f"{ranks}-")
+        code = GRADIENT.format(recipe=str(project), settings=settings, to=to)
+        found[ranks] = [json.loads(out) for out in run_ranks(code, num_ranks=ranks)]
+    assert all(found[2])
+    assert sorted([*found[2][0], *found[2][1]]) == sorted(found[1][0])
+    (whole, *halves) = (
+        torch.load(tmp_path / name, weights_only=True) for name in ("1-0.pt", "2-0.pt", "2-1.pt")
+    )
+    for one, first, second in zip(whole, *halves, strict=True):
+        assert (one is None) is (first is None)
+        if one is not None:
+            assert torch.equal(first, second)
+            torch.testing.assert_close(first, one, rtol=1e-4, atol=1e-6)
+
+
+def test_curves_agree_and_a_run_goes_on_with_another_number_of_ranks(project, tmp_path):
+    settings = ["steps=8", "checkpoint.every=4"]
+    alone = train.run(config.load_recipe(project, [*settings, f"run={tmp_path / 'alone'}"]))
+    together = tmp_path / "together"
+    code = TRAIN.format(recipe=str(project), settings=[*settings, f"run={together}"])
+    run_ranks(code)
+    torch.testing.assert_close(curve(together), curve(alone), rtol=1e-3, atol=1e-4)
+    assert (together / "finished.json").exists()
+    again = curve(together)
+    # As if the machine had gone after step 4 …
+    (together / "finished.json").unlink()
+    for file in sorted((together / "checkpoints" / "000008").iterdir()):
+        file.unlink()
+    (together / "checkpoints" / "000008").rmdir()
+    run_ranks(code)
+    assert torch.equal(curve(together), again)  # … with as many ranks, to the last bit
+    (together / "finished.json").unlink()
+    for file in sorted((together / "checkpoints" / "000008").iterdir()):
+        file.unlink()
+    (together / "checkpoints" / "000008").rmdir()
+    train.run(config.load_recipe(project, [*settings, f"run={together}"]))
+    torch.testing.assert_close(curve(together), again, rtol=1e-3, atol=1e-4)
+
+
+def test_ranks_list_bad_samples_once_and_stop_together(project, tmp_path):
+    pictures = project.parent
+    broken = pictures / "broken.jsonl"
+    lines = (pictures / "train.jsonl").read_text().splitlines()
+    row = json.loads(lines[0]) | {"image": "missing.png"}
+    broken.write_text("\n".join([json.dumps(row), *lines[1:]]) + "\n")
+    source = f"data.sources=[{{name: s, annotations: {broken}, images: {pictures}}}]"
+    settings = [source, "steps=6", "data.on_bad_sample=skip", "data.max_bad_fraction=0.5"]
+    done = tmp_path / "run"
+    run_ranks(TRAIN.format(recipe=str(project), settings=[*settings, f"run={done}"]))
+    (listed,) = log.StepLog(done, "bad_samples.jsonl").rows()
+    assert "missing.png" in listed["reason"]
+    rows = log.StepLog(done, "metrics.jsonl").rows()
+    assert sum(row["samples"] for row in rows) == 47
+    raising = [source, "steps=6", f"run={tmp_path / 'raised'}"]
+    with pytest.raises(AssertionError, match=r"BadSample: .*broken.jsonl line 1"):
+        run_ranks(TRAIN.format(recipe=str(project), settings=raising))
