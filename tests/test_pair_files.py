@@ -168,7 +168,7 @@ def test_duplicate_ids_and_pictures_without_captions(root: Path) -> None:
         ("a.json", '{"images": []}', "has no split 'test'"),
         ("a.csv", "one,two\n1,2\n", "must name a column `image`"),
         ("a.txt", "image,caption\n", "holds no picture with a caption"),
-        ("a.jsonl", "{}\n", "holds no picture with a caption; .*line 1: no `image`"),
+        ("a.jsonl", "{}\n", "holds no picture with a caption; 1 problem.*line 1: no `image`"),
     ],
 )
 def test_unusable_files(tmp_path: Path, name: str, content: str, what: str) -> None:

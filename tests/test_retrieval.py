@@ -130,6 +130,35 @@ def test_ranks_are_those_of_the_definition(monkeypatch, kind: str, at_once: int)
     assert found == pytest.approx(plain_recalls(texts, images, of_text.tolist()), abs=1e-7)
 
 
+def test_ranks_are_float32_under_autocast_and_tf32() -> None:
+    torch.manual_seed(1)
+    images = normalize(torch.randn(300, 32), dim=-1)
+    of_text = torch.arange(600) % 300
+    texts = normalize(images[of_text] + torch.randn(600, 32), dim=-1)
+    wanted = features.ranks_both_ways(texts, images, of_text)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = features.ranks_both_ways(texts, images, of_text)
+            rough = features.ranks_of_scores(
+                texts @ images.T, of_text[:, None] == torch.arange(300), torch.arange(300)
+            )
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert all(map(torch.equal, found, wanted))
+    assert not torch.equal(rough, wanted[0])  # the check can fail
+
+
+def test_features_that_are_no_numbers_are_not_kept(tmp_path: Path) -> None:
+    rows = torch.ones(3, 2)
+    rows[1, 0] = torch.nan
+    with pytest.raises(UserError, match="of texts hold no finite number in row 2"):
+        features.Store(tmp_path).encode("texts", 3, lambda part: rows)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_model_that_says_nothing_has_the_recall_of_chance() -> None:
     same = torch.ones(20, 4) / 2
     found = recalls(*features.ranks_both_ways(same, same, torch.arange(20)), (1, 5))

@@ -105,7 +105,7 @@ def read_pairs(
         raise DataError(f"{annotations} is not of the form {chosen!r}: {what}") from None
     found = _collect(rows, images, clean or (lambda text: text), problems)
     if not found.texts:
-        first = f"; {problems[0]}" if problems else ""
+        first = f"; {len(problems)} problem(s), the first: {problems[0]}" if problems else ""
         raise DataError(f"{annotations} holds no picture with a caption{first}")
     return found
 

@@ -5,7 +5,7 @@ Shapes: Q queries, N candidates, E width of a feature.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from internvl.config import UserError
 from internvl.log import Progress
 
 SCORES_AT_ONCE = 1 << 20
@@ -39,7 +40,7 @@ class Store:
         """float32 (total, E) on the CPU: `rows` of every chunk, or what an earlier call kept.
 
         Raises:
-            ValueError: a feature is no finite number.
+            UserError: a feature is no finite number.
         """
         found = []
         with Progress(name, total=total) as progress:
@@ -47,20 +48,25 @@ class Store:
                 part = range(start, min(start + ROWS, total))
                 found.append(self._chunk(name, part, rows))
                 progress.update(len(part))
-        features = torch.cat(found)
-        if not torch.isfinite(features).all():
-            row = int((~torch.isfinite(features)).any(dim=1).nonzero()[0])
-            raise ValueError(f"{name}: row {row + 1} is not finite; try --dtype float32")
-        return features
+        return torch.cat(found)
 
     def _chunk(self, name: str, part: range, rows: Callable[[range], Tensor]) -> Tensor:
-        if self.folder is None:
-            return rows(part).float().cpu()
-        file = self.folder / f"{name}-{part.start:07d}-{part.stop:07d}.safetensors"
-        if file.is_file():
-            return load_file(file)["features"]
+        file = None
+        if self.folder is not None:
+            file = self.folder / f"{name}-{part.start:07d}-{part.stop:07d}.safetensors"
+            if file.is_file():
+                return load_file(file)["features"]
         features = rows(part).float().cpu().contiguous()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        finite = torch.isfinite(features).all(dim=1)
+        if not finite.all():
+            number = part[int(finite.int().argmin())] + 1
+            raise UserError(
+                f"the features of {name} hold no finite number in row {number}: the weights "
+                "diverged, or their type has too small a range (try dtype float32)"
+            )
+        if file is None:
+            return features
+        file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".partial")
         save_file({"features": features}, partial)
         os.replace(partial, file)
@@ -78,10 +84,7 @@ def ranks(queries: Tensor, candidates: Tensor, of_query: Tensor, of_candidate: T
     of_query, of_candidate = of_query.to(queries.device), of_candidate.to(queries.device)
     order = torch.arange(len(candidates), device=queries.device)
     found = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
-    step = max(1, SCORES_AT_ONCE // max(1, len(candidates)))
-    for start in range(0, len(queries), step):
-        part = slice(start, start + step)
-        scores = queries[part].float() @ candidates.float().T
+    for part, scores in _scores(queries, candidates):
         found[part] = ranks_of_scores(scores, of_query[part, None] == of_candidate, order)
     return found
 
@@ -114,20 +117,17 @@ def ranks_both_ways(texts: Tensor, images: Tensor, of_text: Tensor) -> tuple[Ten
     texts, images = texts.float(), images.float().to(texts.device)
     of_text = of_text.to(texts.device)
     num_images = len(images)
-    step = max(1, SCORES_AT_ONCE // max(1, num_images))
     own = torch.cat(
         [
             (part * images[numbers]).sum(dim=1)
-            for part, numbers in zip(texts.split(step), of_text.split(step), strict=True)
+            for part, numbers in zip(texts.split(ROWS), of_text.split(ROWS), strict=True)
         ]
     )
     best = own.new_full((num_images,), -torch.inf).scatter_reduce(0, of_text, own, "amax")
     # Filled in place: small results kept between large ones would keep the heap from shrinking.
     text_counts = torch.zeros(2, len(texts), dtype=torch.long, device=own.device)
     image_counts = torch.zeros(2, num_images, dtype=torch.long, device=own.device)
-    for start in range(0, len(texts), step):
-        part = slice(start, start + step)
-        scores = texts[part] @ images.T
+    for part, scores in _scores(texts, images):
         for row, margin in enumerate((NEAR, -NEAR)):
             above = scores > own[part, None] + margin
             text_counts[row, part] = torch.count_nonzero(above, dim=1)
@@ -145,16 +145,26 @@ def ranks_both_ways(texts: Tensor, images: Tensor, of_text: Tensor) -> tuple[Ten
 
 def nearest(queries: Tensor, candidates: Tensor, k: int) -> Tensor:
     """int64 (Q, k): the k best candidates of each query, best first; ties as in `ranks`."""
-    candidates = candidates.to(queries.device)
+    found = [
+        scores.sort(dim=1, descending=True, stable=True)[1][:, :k]
+        for _, scores in _scores(queries, candidates.to(queries.device))
+    ]
+    return torch.cat(found)
+
+
+def _scores(queries: Tensor, candidates: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some queries at a time, and their scores among all candidates, in float32 throughout: also
+    under autocast, and where TF32 is allowed."""
+    queries, candidates = queries.float(), candidates.float()
     step = max(1, SCORES_AT_ONCE // max(1, len(candidates)))
-    return torch.cat(
-        [
-            (part.float() @ candidates.float().T).sort(dim=1, descending=True, stable=True)[1][
-                :, :k
-            ]
-            for part in queries.split(step)
-        ]
-    )
+    allowed = torch.get_float32_matmul_precision()
+    for start in range(0, len(queries), step):
+        part = slice(start, start + step)
+        torch.set_float32_matmul_precision("highest")
+        with torch.autocast(queries.device.type, enabled=False):
+            scores = queries[part] @ candidates.T
+        torch.set_float32_matmul_precision(allowed)
+        yield part, scores
 
 
 def share_within(found: Tensor, k: int) -> float:

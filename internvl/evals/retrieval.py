@@ -96,38 +96,31 @@ class Retrieval:
         """Encodes with `handle` (Dual) and ranks; keeps features in `folder`, if there is one."""
         if not hasattr(handle, "encode_images"):
             raise UserError("retrieval needs an InternVL-14B model; this is a chat model")
-        store, texts_of = Store(self._folder(folder)), self.pairs.texts
-        texts = store.encode(
-            "texts",
-            len(texts_of),
-            lambda part: handle.encode_texts(texts_of[part.start : part.stop]),
-        )
+        store, all_texts, paths = Store(self._folder(folder)), self.pairs.texts, self.pairs.images
+        of_text, batch_size = torch.tensor(self.pairs.image_of_text), self.config.batch_size
+        device = handle.device
+
+        def encoded(part: range) -> Tensor:
+            return handle.encode_texts(all_texts[part.start : part.stop])
+
+        texts = store.encode("texts", len(all_texts), encoded).to(device)
+        matches = _Matches(handle, self.pairs, batch_size)
         values: dict[str, float] = {}
         listed: dict[str, tuple[list[int], list[int]]] = {}
-        matches = _Matches(handle, self.pairs, self.config.batch_size)
-        device = handle.device
         for mode in self.config.modes:
-            images = store.encode(
-                f"images_{mode}", len(self.pairs.images), self._encoder(handle, mode)
-            )
-            found = self._ranks(texts.to(device), images.to(device))
+
+            def looked_at(part: range, mode: str = mode) -> Tensor:
+                some = paths[part.start : part.stop]
+                return handle.encode_images(some, mode, batch_size=batch_size)
+
+            images = store.encode(f"images_{mode}", len(paths), looked_at).to(device)
+            found = ranks_both_ways(texts, images, of_text)
             listed[mode] = (found[0].tolist(), found[1].tolist())
             values |= _named(mode, recalls(*found, self.config.recall_k))
             if self.config.rerank:
-                again = self._reranked(texts.to(device), images.to(device), found, matches)
+                again = self._reranked(texts, images, found, matches)
                 values |= _named(f"{mode}_itm", recalls(*again, self.config.recall_k))
         return Scores(values, self._rows(listed))
-
-    def _encoder(self, handle: Any, mode: str) -> Any:
-        def rows(part: range) -> Tensor:
-            paths = self.pairs.images[part.start : part.stop]
-            return handle.encode_images(paths, mode=mode, batch_size=self.config.batch_size)
-
-        return rows
-
-    def _ranks(self, texts: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(of the picture for every text, of the best text for every picture)."""
-        return ranks_both_ways(texts, images, torch.tensor(self.pairs.image_of_text))
 
     def _reranked(
         self, texts: Tensor, images: Tensor, found: tuple[Tensor, Tensor], matches: "_Matches"
@@ -142,13 +135,12 @@ class Retrieval:
         image_ranks, text_ranks = found[0].tolist(), found[1].tolist()
         for t, row in enumerate(near_images):
             order = sorted(row, key=lambda i: -scores[i, t])  # stable: ties stay as they were
-            if image_ranks[t] < len(row):
-                image_ranks[t] = order.index(of_text[t])
+            own = of_text[t]
+            image_ranks[t] = order.index(own) if own in order else max(len(row), image_ranks[t])
         for i, row in enumerate(near_texts):
             order = sorted(row, key=lambda t: -scores[i, t])
             hits = [place for place, t in enumerate(order) if of_text[t] == i]
-            if hits:
-                text_ranks[i] = hits[0]
+            text_ranks[i] = hits[0] if hits else max(len(row), text_ranks[i])
         return torch.tensor(image_ranks), torch.tensor(text_ranks)
 
     def _rows(self, listed: dict[str, tuple[list[int], list[int]]]) -> list[dict[str, Any]]:
