@@ -90,7 +90,11 @@ def load(
     tensors = _tensors(model, optimizer)
     try:
         with _quiet():
-            dcp.load(tensors, checkpoint_id=source, no_dist=True)
+            saved = dcp.FileSystemReader(source).read_metadata().state_dict_metadata
+            # A parameter that no loss has reached yet has no moments; what is here are zeros.
+            there = {k: v for k, v in tensors.items() if k in saved or not _is_moment(k)}
+            dcp.load(there, checkpoint_id=source, no_dist=True)
+            tensors |= there
         state = json.loads((source / "state.json").read_text(encoding="utf-8"))
     except (OSError, CheckpointException, RuntimeError, ValueError, EOFError) as error:
         raise CheckpointError(
@@ -118,6 +122,10 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
     trained = {f"model.{n}": p.data for n, p in model.named_parameters() if p.requires_grad}
     moments = get_optimizer_state_dict(model, optimizer, options=_FLAT)
     return {**trained, **{f"optimizer.{k}": v for k, v in moments.items()}}
+
+
+def _is_moment(name: str) -> bool:
+    return name.startswith("optimizer.state.")
 
 
 @contextmanager

@@ -35,6 +35,7 @@ Part = Literal[
 """Of chat models the first three; InternVL-14B has no projector, but all the others."""
 
 _STRICT = ConfigDict(extra="forbid")
+_BOOL = "tag:yaml.org,2002:bool"
 
 
 class UserError(ValueError):
@@ -133,13 +134,23 @@ class SourceConfig:
     __pydantic_config__ = _STRICT
     name: str
     """Used in messages and logs. Unique within a recipe."""
-    type: Literal["chat", "coco-captions", "captions", "preference", "parquet", "webdataset"] = (
-        "chat"
-    )
+    type: Literal[
+        "chat",
+        "coco-captions",
+        "captions",
+        "preference",
+        "parquet",
+        "webdataset",
+        "pairs",
+        "flickr_format",
+        "coco_format",
+    ] = "chat"
     """chat: JSONL with `conversations` (official) or `messages` (OpenAI style); coco-captions: COCO
     JSON; captions: `image,caption` CSV or `name#0<TAB>caption` lines; preference: JSONL with
     `question, chosen, rejected`; parquet: a Parquet or Arrow file, or a folder of them (Hugging
-    Face datasets); webdataset: a tar file or a folder of them."""
+    Face datasets); webdataset: a tar file or a folder of them; pairs: pictures with captions in any
+    form of data/pair_files.py, by name and content; of these flickr_format, `name.jpg,caption`
+    lines, and coco_format, a JSON list of `image` and `caption`, are the original's own."""
     annotations: Path
     """The file, or for parquet and webdataset also a folder."""
     images: str | Path = "."
@@ -485,6 +496,15 @@ class Recipe:
         return round(num_samples * self.epochs)
 
 
+class _Loader(yaml.SafeLoader):
+    """Booleans of YAML 1.2, true and false alone: the key `on` is a word."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's way)
+        first: [(tag, pattern) for tag, pattern in found if tag != _BOOL or first in "tTfF"]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file with `key=value` overrides (dotted keys, YAML values).
 
@@ -500,7 +520,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the recipe {path}: {error}") from None
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -561,7 +581,7 @@ def _apply(tree: dict[str, Any], overrides: Sequence[str]) -> Iterator[str]:
             yield f"{key}: there is no section {'.'.join(parents)} to set a key in"
             continue
         try:
-            node[last] = yaml.safe_load(value)
+            node[last] = yaml.load(value, Loader=_Loader)
         except yaml.YAMLError:
             node[last] = value
 
@@ -631,9 +651,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
     problems += [
         f"data.sources.{number}.prompt: missing; a source of type {source.type} needs a question"
         for number, source in enumerate(recipe.data.sources)
-        if source.type in ("coco-captions", "captions")
-        and source.prompt is None
-        and recipe.objective.packs
+        if source.type in _CAPTIONS and source.prompt is None and recipe.objective.packs
     ]
     weighted = [source.weight is not None for source in recipe.data.sources]
     if any(weighted) and (not all(weighted) or recipe.data.meta is not None):
@@ -689,6 +707,7 @@ def _model_contradictions(model: ModelConfig) -> list[str]:
     return problems
 
 
+_CAPTIONS = ("coco-captions", "captions", "pairs", "flickr_format", "coco_format")
 _MAY_CHANGE = (
     "data.workers",
     "data.row_tokens",

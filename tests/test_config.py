@@ -107,3 +107,17 @@ def test_the_number_of_steps(samples, batch, drop_last, steps):
 def test_reading_recipes_needs_no_torch():
     code = "import internvl.config, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_on_is_a_word_and_true_a_truth_value(tmp_path):
+    """YAML 1.1, which PyYAML reads, has a boolean for `on`."""
+    file = tmp_path / "recipe.yaml"
+    lora = "lora: {rank: 4, on: [vision_tower]}"
+    sources = "sources: [{name: a, annotations: a.jsonl, augment: true}]"
+    file.write_text(
+        f"model: {{id: m, {lora}}}\ndata: {{{sources}}}\nrun: r\nglobal_batch: 8\nsteps: 1\n"
+    )
+    found = load_recipe(file, ["model.lora.on=[language_model]", "drop_last=false"])
+    assert found.model.lora.on == ("language_model",)
+    assert found.data.sources[0].augment is True
+    assert load_recipe(file).model.lora.on == ("vision_tower",)

@@ -47,7 +47,7 @@ def caption(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:
         raise BadSample(name, "the caption is empty; write it or remove the row")
     if not row.get("image"):
         raise BadSample(name, "no image is named")
-    question = Message("user", f"{IMAGE_MARK}\n{config.prompt}")
+    question = Message("user", f"{IMAGE_MARK}\n{config.prompt or ''}")
     answer = Message("assistant", text.strip())
     return Sample(name, (question, answer), (_picture(name, row["image"], config),))
 

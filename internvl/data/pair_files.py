@@ -94,7 +94,7 @@ def read_pairs(
     Raises:
         DataError: the file is missing or not in this form, or it holds no picture with a caption.
     """
-    chosen = _guess(annotations) if form == "auto" else form
+    chosen = form_of(annotations) if form == "auto" else form
     if chosen not in FORMS:
         raise DataError(f"{chosen!r} is no form of pairs; known: {', '.join(FORMS)}")
     problems: list[BadSample] = []
@@ -321,7 +321,7 @@ def form_of_name(name: str) -> str | None:
     return "karpathy" if "coco" in name else None
 
 
-def _guess(path: Path) -> str:
+def form_of(path: Path) -> str:
     """The form of a file by its ending, and where several have one, by its beginning."""
     if path.is_dir():
         return "folder"

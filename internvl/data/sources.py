@@ -7,7 +7,7 @@ cache folder (data/index.py), except tables, which Arrow maps.
 import csv
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from internvl.config import DataConfig, SourceConfig
-from internvl.data import formats
+from internvl.data import formats, pair_files
 from internvl.data.index import LineIndex, convert_once, file_content, index_lines
 from internvl.data.records import BadSample, DataError, Sample
 from internvl.data.tables import Table
@@ -271,6 +271,42 @@ def _caption_line(line: str) -> dict[str, str]:
     return {"image": image, "caption": text}
 
 
+_FORMS = {"flickr_format": "flickr", "coco_format": "karpathy"}
+
+
+def _pairs(config: SourceConfig) -> Source:
+    """One row for every caption."""
+    path = config.annotations
+    form = _FORMS.get(config.type) or pair_files.form_of(path)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        problems: list[BadSample] = []
+        for row in pair_files.FORMS[form](path, "train", problems):
+            for where, caption in row.captions:
+                found = {"image": row.image, "caption": caption}
+                yield {"where": where.removeprefix(f"{path} "), **found}
+            if not row.captions:
+                problems.append(BadSample(row.where, f"{row.image} has no caption"))
+        for bad in problems:
+            yield {"where": bad.name.removeprefix(f"{path} "), "bad": bad.reason}
+
+    try:
+        content = _states(path.rglob("*")) if path.is_dir() else file_content(path)
+        key = [b"pairs", form.encode(), str(path).encode(), *content]
+        index = convert_once(str(path), key, rows)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"source {config.name}: {path} is not of the form {form!r} ({error})"
+        ) from None
+    return LineSource(config, index, formats.caption, converted=True)
+
+
+def _states(files: Iterable[Path]) -> list[bytes]:
+    """Name, size and time of files, where their content is too large to read for a key."""
+    found = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(files)]
+    return [repr(found).encode()]
+
+
 def _webdataset(config: SourceConfig) -> Source:
     folder = config.annotations
     tars = [folder] if folder.is_file() else sorted(folder.glob("*.tar"))
@@ -278,14 +314,12 @@ def _webdataset(config: SourceConfig) -> Source:
         if not folder.is_dir():
             raise FileNotFoundError(folder)
         raise DataError(f"source {config.name}: there is no .tar file in {folder}")
-    # Tars are too large to read for a key: name, size and time stand for the content.
-    states = [(str(tar.resolve()), tar.stat().st_size, tar.stat().st_mtime_ns) for tar in tars]
 
     def rows() -> Iterator[dict[str, Any]]:
         for tar in tars:
             yield from _tar_rows(tar, config.name)
 
-    index = convert_once(str(folder), [b"webdataset", repr(states).encode()], rows)
+    index = convert_once(str(folder), [b"webdataset", *_states(tars)], rows)
     return LineSource(config, index, formats.shard_row, converted=True)
 
 
@@ -334,4 +368,7 @@ SOURCES: dict[str, Callable[[SourceConfig], Source]] = {
     "preference": _preference,
     "parquet": _table,
     "webdataset": _webdataset,
+    "pairs": _pairs,
+    "flickr_format": _pairs,
+    "coco_format": _pairs,
 }
