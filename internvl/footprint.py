@@ -26,6 +26,8 @@ from internvl.config import ComputeConfig, Recipe
 GIB = 2**30
 ABSMAX_BLOCK = 64
 """Weights that share a float32 scale in 4 bits (NF4 without double quantization)."""
+MOMENT_BLOCK = 256
+"""Numbers of an 8-bit moment that share a float32 scale (torchao)."""
 CONTEXT_GIB = 0.6
 """What CUDA, cuBLAS and torch's kernels take before the first tensor. Assumed."""
 SLACK = 0.04
@@ -108,7 +110,7 @@ def states(model: nn.Module, recipe: Recipe) -> dict[str, float]:
         if parameter.requires_grad:
             found["trained weights"] += size
             found["gradients"] += size
-            found["optimizer states"] += 2 * size
+            found["optimizer states"] += 2 * _moment_size(parameter, recipe.optim.name)
         elif id(parameter) in quantized:
             rows = parameter.shape[0]
             found["quantized weights"] += _quantized_size(
@@ -119,6 +121,14 @@ def states(model: nn.Module, recipe: Recipe) -> dict[str, float]:
     buffers = (buffer.numel() * buffer.element_size() for buffer in model.buffers())
     found["frozen weights"] += sum(buffers)
     return found
+
+
+def _moment_size(parameter: nn.Parameter, optimizer: str) -> float:
+    """Bytes of one moment; torchao's 8-bit AdamW leaves small and odd tensors in float32."""
+    numbers = parameter.numel()
+    if optimizer == "adamw-8bit" and numbers >= 4096 and numbers % MOMENT_BLOCK == 0:
+        return numbers * (1 + 4 / MOMENT_BLOCK)
+    return numbers * parameter.element_size()
 
 
 def _quantized(model: nn.Module) -> set[int]:
@@ -177,6 +187,8 @@ class Blocks:
         count, kept = len(self.layers), self._kept(len(self.layers), self.layers)
         entered = row.tokens * self.text.hidden_size * residual
         again = each if kept == 0 else 0.0  # the block that is just computed again
+        if self.compute.offload:
+            return around + each + entered
         return around + kept * each + (count - kept) * entered + again
 
     def decoder_block(self, tokens: int) -> float:

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
-from internvl import flops, footprint, parallel, zoo
+from internvl import config, flops, footprint, parallel, relief, zoo
 from internvl.config import ComputeConfig, Recipe, UserError
 from internvl.findings import FirstStep
 from internvl.flops import Flops, Work
@@ -50,6 +51,8 @@ class Calibration:
     """A step in the loop over the time its kernels take on rows that lie ready."""
     fill: float = 0.962
     """Tokens of packed rows that are no padding, where rows are not known."""
+    bus_tb_per_s: float = 0.04
+    """Copies to the CPU and back with `compute.offload`. Assumed: not measured."""
     reduce_tb_per_s: float = 0.2
     """All-reduce of gradients between GPUs. Assumed: not measured."""
 
@@ -280,6 +283,12 @@ def _times(
     moved += shown * known.tower_passes * number * patches * vision.hidden_size
     yield "pointwise", known.loop * moved / copy
 
+    if recipe.compute.offload:
+        entered = load.padded * number * model.config.text_config.hidden_size
+        saved = again * entered + (1 - again) * kept
+        waits = 2 * saved * model.config.text_config.num_hidden_layers
+        yield "copies to the CPU and back", waits / (known.bus_tb_per_s * 1e12 * num_gpus)
+
     trained, _ = vlm.count_parameters(model)
     moved = num_gpus * 40.0 * trained + 18.0 * trained * max(load.rows, num_gpus)
     if recipe.model.quantize is not None:
@@ -298,18 +307,21 @@ def _remedy(made: Plan, model: Any, step: FirstStep | None) -> str:
         # Nothing on the ladder changes the model: in 4 bits it has the same parameters.
         return _predict(recipe, model, made.gpu, step, made.num_gpus)
 
-    for name, value, changed in _rungs(made.recipe):
-        alone = tried(changed)
-        if alone.fits:
-            return f"{name}={value} makes it fit: {_short(alone)}"
+    for rung in relief.LADDER:
+        recipe = made.recipe
+        while (value := rung.value(recipe)) is not None:
+            recipe = _set(recipe, rung.key, value)
+            alone = tried(recipe)
+            if alone.fits:
+                return f"{rung.key}={value} makes it fit: {_short(alone)}"
     settings: dict[str, str] = {}
     least = made
     while not least.fits:
-        following = next(_rungs(least.recipe), None)
+        following = relief.next_rung(least.recipe)
         if following is None:
             break
-        name, settings[name], changed = following
-        least = tried(changed)
+        settings[following[0].key] = following[1]
+        least = tried(_set(least.recipe, following[0].key, following[1]))
     together = " ".join(f"{name}={value}" for name, value in settings.items())
     if least.fits:
         return f"{together} together make it fit: {_short(least)}"
@@ -319,23 +331,8 @@ def _remedy(made: Plan, model: Any, step: FirstStep | None) -> str:
     )
 
 
-def _rungs(recipe: Recipe) -> Iterator[tuple[str, str, Recipe]]:
-    """Single settings that take memory away, in the order in which to try them."""
-    compute, data = recipe.compute, recipe.data
-    stronger = {"none": ("selective", "full"), "selective": ("full",), "full": ()}
-    for kind in stronger[compute.checkpointing]:
-        chosen: Any = kind
-        changed = replace(recipe, compute=replace(compute, checkpointing=chosen))
-        yield "compute.checkpointing", kind, changed
-    row, sample = data.row_tokens or data.max_tokens, data.max_tokens
-    while row > sample:
-        row = max(sample, row // 2)
-        changed = replace(recipe, data=replace(data, row_tokens=row))
-        yield "data.row_tokens", str(row), changed
-    vision_trains = recipe.model.train_last_vision_blocks or recipe.model.parts
-    if recipe.model.lora and not vision_trains and recipe.model.quantize is None:
-        changed = replace(recipe, model=replace(recipe.model, quantize="4bit"))
-        yield "model.quantize", "4bit", changed
+def _set(recipe: Recipe, key: str, value: str) -> Recipe:
+    return config.resolve(yaml.safe_load(config.to_yaml(recipe)), [f"{key}={value}"])
 
 
 def _short(made: Plan) -> str:

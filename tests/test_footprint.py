@@ -181,6 +181,13 @@ def test_the_tutorials_adapters_have_their_number():
     assert found["optimizer states"] == 8 * 125_829_120
 
 
+def test_moments_in_8_bits_take_a_byte_and_their_scales():
+    made = released("InternVL2-2B", lora={"rank": 128})
+    small = replace(made, optim=replace(made.optim, name="adamw-8bit"))
+    found = footprint.states(plan.model_of(small), small)["optimizer states"]
+    assert found == 2 * 125_829_120 * (1 + 4 / 256)
+
+
 @pytest.mark.parametrize("name", ["InternVL2-1B", "InternVL2-26B", "InternVL3_5-30B-A3B"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "4bit", "8bit"])
 def test_weights_take_what_the_table_of_models_says(name, dtype):
