@@ -64,7 +64,7 @@ class Plan:
     lr: float = 1.5e-3
 
 
-TINY = Plan(640, 2, photos=40, loss_photos=8, caption_photos=8, batch=80)
+TINY = Plan(640, 1, photos=40, loss_photos=8, caption_photos=8, batch=80)
 
 
 def unpack(archive: Path, folder: Path, photos: int | None) -> None:

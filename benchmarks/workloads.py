@@ -7,7 +7,7 @@ val2017; 1.15 tokens stand for a word.
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from internvl import handles, zoo
@@ -152,13 +153,19 @@ def _picture(size: tuple[int, int], seed: int) -> Image.Image:
 
 
 def random_chat(
-    name: str, device: torch.device, *, rank: int | None, tiny: bool = False
+    name: str,
+    device: torch.device,
+    *,
+    rank: int | None,
+    tiny: bool = False,
+    prepare: Callable[[nn.Module], None] | None = None,
 ) -> handles.Chat:
     """The released model `name` with random weights made on the device, and a tokenizer of words.
 
     Args:
         rank: of LoRA on the language model; None trains projector and language model themselves.
         tiny: two narrow layers of each part instead of the real sizes.
+        prepare: what to do with the model before adapters go on it.
     """
     official = zoo.official_config(zoo.find(name))
     if tiny:
@@ -167,6 +174,8 @@ def random_chat(
     config = configs.from_official(official, tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"))
     with torch.device(device):
         model = vlm.ChatModel._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    if prepare is not None:
+        prepare(model)
     lora.select_trainable(model, () if rank else ("multi_modal_projector", "language_model"))
     if rank:
         lora.attach(model, LoraConfig(rank=rank, dropout=0.0))

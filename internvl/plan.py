@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import yaml
+from transformers import InternVLConfig
 
 from internvl import config, flops, footprint, parallel, relief, zoo
 from internvl.config import ComputeConfig, Recipe, UserError
@@ -124,24 +125,31 @@ class Plan:
         return "\n".join(_lines(self))
 
 
-def make(recipe: Recipe, gpu: Gpu, step: FirstStep | None = None, num_gpus: int = 1) -> Plan:
+def make(
+    recipe: Recipe,
+    gpu: Gpu,
+    step: FirstStep | None = None,
+    num_gpus: int = 1,
+    shape: InternVLConfig | None = None,
+) -> Plan:
     """Predicts memory and time of a run.
 
     Args:
         step: what `check` counted in the first step; None goes by stated assumptions.
         num_gpus: each with a copy of the model and its share of every step's samples.
+        shape: the model's configuration; by default that of `recipe.model.id`.
 
     Raises:
         UserError: the model is neither a folder nor a released chat model.
     """
-    model = model_of(recipe)
+    model = model_of(recipe, shape)
     made = _predict(recipe, model, gpu, step, num_gpus)
     return made if made.fits else replace(made, remedy=_remedy(made, model, step))
 
 
-def model_of(recipe: Recipe) -> Any:
+def model_of(recipe: Recipe, shape: InternVLConfig | None = None) -> Any:
     """The recipe's model on the meta device: frozen, adapted and placed as for training."""
-    model = vlm.empty_model(_config(recipe))
+    model = vlm.empty_model(_config(recipe) if shape is None else shape)
     lora.select_trainable(model, recipe.model.parts, recipe.model.train_last_vision_blocks)
     if recipe.model.lora is not None:
         with torch.device("meta"):
@@ -150,7 +158,7 @@ def model_of(recipe: Recipe) -> Any:
     return model
 
 
-def _config(recipe: Recipe) -> Any:
+def _config(recipe: Recipe) -> InternVLConfig:
     """The configuration of the model's folder, else of the released model of that name."""
     folder = Path(recipe.model.id).expanduser()
     if folder.is_dir():

@@ -1,0 +1,274 @@
+"""The memory table: what training steps take, measured, beside what `check --plan` predicts.
+
+    python benchmarks/memory.py --to benchmarks/results/memory.json    # on a GPU, under 8 minutes
+    python benchmarks/memory.py 2b_lora_12gib --budget-s 100
+    python benchmarks/memory.py --tiny                                 # the same path on a CPU
+
+Random weights of the released shapes are made on the device and take three steps of the real loop
+on COCO-like pictures. Each row is a process of its own; `cap` is a hard limit on what it may
+allocate. Predicted and measured are for the same rows: the largest is padded to `data.row_tokens`.
+On a CPU only weights, gradients and optimizer states are compared.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import workloads
+from torch import nn
+
+from internvl import config, gpus, handles, plan, train
+from internvl.data.records import PackedBatch
+from internvl.findings import FirstStep
+from internvl.flops import work_of
+
+STEPS = 3
+STATES = (
+    *("frozen weights", "quantized weights", "trained weights"),
+    *("gradients", "optimizer states"),
+)
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"lora": {"rank": 128, "dropout": 0.0}},
+    "qlora": {"lora": {"rank": 128, "dropout": 0.0}, "quantize": "4bit"},
+    "full": {},
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    model: str
+    method: str
+    cap: float | None = None
+    """GiB that the process may allocate."""
+    row_tokens: int = 8192
+    compute: dict[str, Any] = field(default_factory=dict)
+
+
+_FULL = {"checkpointing": "full"}
+ROWS = {
+    "2b_lora": Row("InternVL2-2B", "lora"),
+    "8b_qlora_24gib": Row("InternVL2-8B", "qlora", cap=24, compute=_FULL),
+    "2b_lora_12gib": Row("InternVL2-2B", "lora", cap=12, compute=_FULL),
+    "26b_lora": Row("InternVL2-26B", "lora", compute=_FULL),
+    "8b_lora": Row("InternVL2-8B", "lora"),
+    "2b_full": Row("InternVL2-2B", "full"),
+    "1b_lora": Row("InternVL2-1B", "lora"),
+    "2b_lora_selective": Row("InternVL2-2B", "lora", compute={"checkpointing": "selective"}),
+    "8b_full": Row("InternVL2-8B", "full", compute=_FULL),
+    "8b_qlora": Row("InternVL2-8B", "qlora"),
+    "2b_qlora": Row("InternVL2-2B", "qlora"),
+    "1b_full": Row("InternVL2-1B", "full"),
+    "1b_qlora": Row("InternVL2-1B", "qlora"),
+    "2b_lora_eager": Row("InternVL2-2B", "lora", compute={"compile": False}),
+}
+"""The rows that the bars are about come first: a budget cuts the end off."""
+
+
+def measure(name: str, row: Row, *, tiny: bool) -> dict[str, Any]:
+    """Three steps of a row; its JSON."""
+    device = torch.device("cpu" if tiny else "cuda")
+    if row.cap is not None and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory / 2**30
+        torch.cuda.set_per_process_memory_fraction(row.cap / total)
+    with tempfile.TemporaryDirectory() as folder:
+        chat = random_chat(row, device, tiny=tiny)
+        recipe = recipe_of(row, chat, Path(folder), device, tiny=tiny)
+        now = train.build(recipe, chat)
+        now.row_lengths = now.row_lengths[-1:]  # one shape: less to compile
+        batches: list[PackedBatch] = []
+        made = now.objective.batches
+
+        def batches_of(units: Any) -> list[PackedBatch]:
+            rows = made(units)
+            batches.extend(rows)
+            return rows
+
+        now.objective.batches = batches_of
+        seconds = []
+        for numbers in train.updates(now):
+            seconds.append(round(numbers["step_s"], 3))
+            if device.type == "cuda" and now.step == 1:
+                torch.cuda.reset_peak_memory_stats()  # optimizer states are there from now on
+        return report(name, row, now, batches, seconds)
+
+
+def random_chat(row: Row, device: torch.device, *, tiny: bool) -> handles.Chat:
+    """The model with random weights, in 4 bits where the row says so."""
+    rank = METHODS[row.method].get("lora", {}).get("rank")
+    prepare = pack if row.method == "qlora" else None
+    return workloads.random_chat(row.model, device, rank=rank, tiny=tiny, prepare=prepare)
+
+
+def pack(model: nn.Module) -> None:
+    """Linear layers of the blocks in 4 bits, as `transformers` loads them."""
+    import bitsandbytes as bnb
+
+    kept = ("lm_head", "model.multi_modal_projector")
+    linears = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith(kept)
+    ]
+    for name, module in linears:
+        packed = bnb.nn.Linear4bit(
+            module.in_features,
+            module.out_features,
+            bias=module.bias is not None,
+            compute_dtype=torch.bfloat16,
+            quant_type="nf4",
+            device="meta",
+        )
+        weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
+        packed.weight = weight.to(module.weight.device)  # packs
+        packed.bias = module.bias
+        model.set_submodule(name, packed)
+    model.is_loaded_in_4bit = True  # by which PEFT chooses its layers
+
+
+def recipe_of(
+    row: Row, chat: handles.Chat, folder: Path, device: torch.device, *, tiny: bool
+) -> config.Recipe:
+    """Every step has rows enough for a few full ones."""
+    tokens = 2048 if tiny else row.row_tokens
+    batch = 8 if tiny else 4 * row.row_tokens // 1700
+    samples = list(itertools.islice(workloads.coco(0), batch))
+    return config.resolve(
+        {
+            "model": {"id": row.model, **METHODS[row.method]},
+            "data": {
+                "sources": workloads.write(folder, samples, chat.encoder),
+                "tiles": {"size": chat.tiles.size, "max": 6},
+                "max_tokens": tokens if tiny else 4096,
+                "row_tokens": tokens,
+                "max_tiles": 96,
+                "share_prefix": False,
+                "workers": 0 if tiny else 8,
+            },
+            "compute": row.compute,
+            "run": str(folder / "run"),
+            "global_batch": batch,
+            "steps": STEPS,
+            "device": device.type,
+        }
+    )
+
+
+def report(
+    name: str, row: Row, now: train.Run, batches: list[PackedBatch], seconds: list[float]
+) -> dict[str, Any]:
+    """Measured beside predicted."""
+    works = [work_of(batch) for batch in batches]
+    work = sum(works[1:], works[0]).scaled(1 / STEPS)
+    tokens = tuple(batch.num_tokens for batch in batches[-max(1, len(batches) // STEPS) :])
+    step = FirstStep(work, tokens, now.recipe.global_batch)
+    made = plan.make(now.recipe, gpus.find("H200"), step, shape=now.model.config)
+    measured: dict[str, Any] = {"states_gib": states_gib(now)}
+    predicted: dict[str, Any] = {
+        "states_gib": sum(made.memory.parts.get(part, 0.0) for part in STATES) / 2**30,
+        "allocated_gib": made.memory.allocated_gib,
+        "total_gib": made.memory.total_gib,
+        "step_s": made.step_s,
+        "parts_gib": {k: round(v / 2**30, 3) for k, v in made.memory.parts.items()},
+    }
+    error = {"states": predicted["states_gib"] / measured["states_gib"] - 1}
+    if now.device.type == "cuda":
+        free, all_ = torch.cuda.mem_get_info()
+        measured["allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        measured["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        measured["used_gib"] = (all_ - free) / 2**30
+        measured["step_s"] = min(seconds[1:])
+        error["allocated"] = predicted["allocated_gib"] / measured["allocated_gib"] - 1
+        error["total"] = predicted["total_gib"] / measured["used_gib"] - 1
+        error["step"] = predicted["step_s"] / measured["step_s"] - 1
+    return {
+        "row": name,
+        "model": row.model,
+        "method": row.method,
+        "cap_gib": row.cap,
+        "row_tokens": now.recipe.data.row_tokens,
+        "compute": row.compute,
+        "largest_tokens": max(len(batch.document) for batch in batches),
+        "most_tiles": max(batch.num_tiles for batch in batches),
+        "measured": rounded(measured),
+        "predicted": rounded(predicted),
+        "error": rounded(error),
+        "step_s": seconds,
+        "hardware": torch.cuda.get_device_name() if now.device.type == "cuda" else "CPU",
+        "torch": torch.__version__,
+        "commit": os.environ.get("COMMIT", "unknown"),
+    }
+
+
+def states_gib(now: train.Run) -> float:
+    """Weights, gradients (they are dropped after a step, so the trained weights again), states."""
+    total = 0
+    for parameter in now.model.parameters():
+        total += parameter.nbytes * (2 if parameter.requires_grad else 1)
+        state = getattr(parameter, "quant_state", None)
+        total += 0 if state is None else state.absmax.nbytes
+    total += sum(buffer.nbytes for buffer in now.model.buffers())
+    for state in now.optimizer.state.values():
+        total += sum(value.nbytes for value in state.values() if value.ndim)
+    return total / 2**30
+
+
+def rounded(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}
+
+
+def alone(name: str, options: argparse.Namespace, limit_s: float) -> dict[str, Any]:
+    """A row in a process of its own, so that nothing of it stays."""
+    words = [sys.executable, "-W", "ignore", __file__, "--one", name]
+    words += ["--tiny"] if options.tiny else []
+    started = time.perf_counter()
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=limit_s, check=False)
+    except subprocess.TimeoutExpired:
+        return {"row": name, "failed": f"not done after {limit_s:.0f} s"}
+    wall = {"wall_s": round(time.perf_counter() - started, 1)}
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1]) | wall
+    last = (done.stderr.strip() or "no message").splitlines()[-1]
+    return {"row": name, "failed": last[:400]} | wall
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("rows", nargs="*", default=list(ROWS), help=", ".join(ROWS))
+    parser.add_argument("--budget-s", type=float, default=460, help="start nothing after these")
+    parser.add_argument("--to", type=Path, default=None, help="JSON file")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(options.one, ROWS[options.one], tiny=options.tiny)))
+        return
+    unknown = [name for name in options.rows if name not in ROWS]
+    if unknown:
+        parser.error(f"unknown row {unknown[0]}; rows are {', '.join(ROWS)}")
+    started, found = time.perf_counter(), []
+    for name in options.rows:
+        left = options.budget_s - (time.perf_counter() - started)
+        if left < 10:
+            found.append({"row": name, "failed": "no time left"})
+            continue
+        found.append(alone(name, options, left))
+        print(json.dumps(found[-1]), flush=True)
+        if options.to is not None:
+            options.to.parent.mkdir(parents=True, exist_ok=True)
+            options.to.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
