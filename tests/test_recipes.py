@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from internvl import zoo
-from internvl.config import Recipe, load_recipe
+from internvl.config import TERMS, Recipe, load_recipe
 from internvl.data import convert, playground, prepare
 
 ROOT = Path(__file__).parent.parent
@@ -159,6 +159,63 @@ def test_chat_1_2_from_its_parts() -> None:
     assert (found.data.tiles.max, found.data.tiles.thumbnail) == (1, False)
     assert found.global_batch == 512
     assert found.num_steps(1_267_819) == 1_267_819 // 512
+
+
+# Of the original scripts: data set in their table, its files, epochs.
+RETRIEVAL = {
+    "flickr30k": ("flickr30k_en_train", "flickr30k/flickr30k_train_karpathy.txt", 10),
+    "flickr30k_cn": ("flickr30k_cn_train", "flickr30k/flickr30k_cn_train.txt", 10),
+    "coco": ("coco_karpathy_train", "coco/annotations/coco_karpathy_train.json", 5),
+}
+
+
+@pytest.mark.parametrize("data", RETRIEVAL)
+@pytest.mark.parametrize("method", ["full", "head", "lora"])
+def test_retrieval_finetunings(data: str, method: str) -> None:
+    found = recipe(f"internvl_14b_{method}_{data}")
+    name, annotations, epochs = RETRIEVAL[data]
+    (source,) = found.data.sources
+    assert (source.name, source.annotations) == (name, Path("data") / annotations)
+    assert source.type == ("coco_format" if data == "coco" else "flickr_format")
+    assert str(source.images) == ("data/coco" if data == "coco" else "data/flickr30k/Images")
+    assert found.epochs == epochs
+    assert not found.drop_last
+    assert found.model.id == "OpenGVLab/InternVL-14B-224px"
+    assert (found.objective.name, found.objective.micro_batch) == ("retrieval", 32)
+    assert found.objective.weights_of(TERMS["retrieval"]) == {"itc": 1.0, "itm": 1.0}
+    optim = found.optim
+    assert (optim.lr, optim.weight_decay, optim.warmup_steps) == (1e-6, 0.05, 100)
+    assert (optim.betas, optim.eps, optim.max_grad_norm) == ((0.9, 0.999), 1e-8, 1.0)
+    assert (optim.schedule, optim.min_lr_ratio) == ("cosine", 0.0)
+    assert (found.dtype, found.seed) == ("bfloat16", 42)
+    (evaluation,) = found.evals.values()
+    assert evaluation.modes == ("c", "g")
+    assert evaluation.clean
+    assert evaluation.train == source.annotations
+    full = method == "full"
+    assert found.data.tiles.size == (364 if full else 224)
+    assert found.global_batch == (32 * 32 if full else 4 * 32)
+    assert found.model.drop_path == (0.3 if full else 0.0)
+    decay = optim.layer_decay
+    assert (decay is not None) is optim.decay_scalars is full
+    if decay is not None:
+        assert (decay.vision, decay.qllama) == (0.9, 0.9)
+        assert found.model.parts == ("vision_tower", "language_model", "heads")
+    adapters = found.model.lora
+    assert (adapters is not None) is (method == "lora")
+    if adapters is not None:
+        assert (adapters.rank, adapters.alpha, adapters.dropout) == (16, None, 0.05)
+        assert adapters.on == ("vision_tower", "language_model")
+        assert found.model.parts == ("text_projection", "lm_head")
+    if method == "head":
+        assert found.model.parts == ("heads",)
+        assert "model.train=[text_projection,lm_head]" in head(path_of(found.run.name))
+    assert "optim.schedule=as_shipped" in " ".join(head(path_of(found.run.name)).split("#"))
+
+
+def path_of(name: str) -> Path:
+    (path,) = (ROOT / "recipes").rglob(f"{name}.yaml")
+    return path
 
 
 def test_the_sft_mixture_is_what_prepare_finds() -> None:

@@ -9,6 +9,7 @@ import time
 import pair_runs
 import pytest
 import torch
+from ranks import run_ranks
 
 from internvl import config, evaluate, export, handles, log, optim, train, zoo
 from internvl.config import LayerDecayConfig, LoraConfig, OptimConfig, UserError
@@ -215,3 +216,23 @@ def test_bad_pairs_are_raised_or_listed(project, tmp_path):
     done = train.run(recipe_of(project, tmp_path, f"run={tmp_path / 'skip'}", *settings, *skip))
     assert len((done / "bad_samples.jsonl").read_text().splitlines()) == 2
     assert sum(row["samples"] for row in rows(done)) == 46
+
+
+RANKS = """
+from pathlib import Path
+from internvl import config, train
+
+train.run(config.load_recipe(Path({recipe!r}), {settings!r}))
+"""
+
+
+def test_two_ranks_train_as_one(project, tmp_path):
+    settings = ["steps=4", "objective.micro_batch=2", "optim.lr=1e-4"]
+    one = train.run(recipe_of(project, tmp_path, *settings))
+    folder = tmp_path / "two"
+    code = RANKS.format(recipe=str(project / "recipe.yaml"), settings=[*settings, f"run={folder}"])
+    run_ranks(code)
+    found, wanted = losses(folder), losses(one)
+    assert found.keys() == wanted.keys()
+    for step, numbers in wanted.items():
+        assert found[step] == pytest.approx(numbers, rel=1e-3)
