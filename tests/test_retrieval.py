@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import normalize
 from transformers import PreTrainedTokenizerFast
 
-from internvl import evals, evaluate, handles
-from internvl.config import UserError, eval_config
+from internvl import evals, evaluate, handles, train
+from internvl.config import UserError, eval_config, resolve
 from internvl.data import benchmarks
 from internvl.evals import features
 from internvl.evals.classify import Classify, accuracies
@@ -500,6 +500,40 @@ def test_several_evaluations_of_a_handle(dual, data: Path, tmp_path: Path) -> No
     assert (
         len((tmp_path / "evals/000007/quick.jsonl").read_text().splitlines()) == 4 + 1 + 2 + 3 + 1
     )
+
+
+def test_during_training_and_after_it(model: Path, data: Path) -> None:
+    """What a run measured at its end is what `evaluate` measures of its folder."""
+    pairs = {"annotations": str(data / "test.txt"), "images": str(data)}
+    recipe = resolve(
+        {
+            "model": {"id": str(model), "train": ["heads"]},
+            "data": {
+                "sources": [{"name": "pairs", "type": "captions", **pairs}],
+                "tiles": {"size": 84, "max": 1},
+                "max_tokens": 80,
+                "workers": 0,
+            },
+            "objective": {"name": "retrieval"},
+            "evals": {"val": {"type": "retrieval", **pairs, "before": True}},
+            "optim": {"lr": 1e-3},
+            "run": str(data / "run"),
+            "global_batch": 5,
+            "steps": 2,
+            "dtype": "float32",
+            "device": "cpu",
+        }
+    )
+    train.run(recipe)
+    before, after = (
+        json.loads((data / f"run/evals/{step:06d}.json").read_text()) for step in (0, 2)
+    )
+    assert before.keys() == after.keys()
+    assert evaluate.run(data / "run", device="cpu") == after
+    chosen = {"annotations": data / "test.txt", "modes": ["g"], "device": "cpu"}
+    found = evaluate.run(data / "run", ["retrieval-folder"], **chosen)
+    name = "g_text_retrieval_recall@5"
+    assert found[f"retrieval-folder/{name}"] == after[f"val/{name}"]
 
 
 @pytest.mark.skipif(not FLICKR8K.is_dir(), reason="no Flickr8k-CN here")
