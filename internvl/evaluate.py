@@ -12,11 +12,19 @@ from typing import Any
 from internvl import checkpoint, evals, handles, zoo
 from internvl.config import ConfigError, EvalConfig, eval_config, load_recipe
 from internvl.data import benchmarks
+from internvl.evals import caption
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
 _OWN_TYPES = {"caption-file": "caption", "retrieval-folder": "retrieval"} | {
     "classify-folder": "classify"
 }
+_CAPTION_METRICS = {f"bleu_{n}": f"Bleu_{n}" for n in (1, 2, 3, 4)} | {
+    "meteor": "METEOR",
+    "rouge_l": "ROUGE_L",
+    "cider": "CIDEr",
+}
+"""Our names and pycocoevalcap's, in its order."""
+
 _METRICS = {"image_retrieval": "t2i", "text_retrieval": "i2t"}
 """CLIP_benchmark's words for the two directions, and those of the papers."""
 
@@ -59,7 +67,7 @@ def run(
         root: folder that the published sets lie in.
         dataset_root: the folder of the one set itself; `{dataset}` is filled in.
         languages: of sets that have several, as CLIP_benchmark writes them.
-        output: file that CLIP_benchmark's result lines are appended to; `to`/result.jsonl.
+        output: file that the originals' result lines are appended to; by default `to`/result.jsonl.
         features: folder where features stay; otherwise they go when everything is measured.
         fields: of EvalConfig, such as `annotations`, `modes`, `limit`.
 
@@ -97,6 +105,9 @@ def run(
         }
         if job.config.type == "caption":
             _write_captions(folder, name, job)
+            _append(
+                output or folder / "result.jsonl", [_summary(job, values, handle, model_or_run)]
+            )
         else:
             _append(output or folder / "result.jsonl", lines(job, values, str(model_or_run)))
     return metrics
@@ -173,7 +184,7 @@ def lines(job: Job, values: dict[str, float], pretrained: str) -> list[dict[str,
     return found
 
 
-def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def _append(path: Path, rows: Sequence[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -187,6 +198,16 @@ def _write_captions(folder: Path, name: str, job: Job) -> None:
     ]
     file = folder / f"{job.dataset}_{datetime.now():%y%m%d%H%M%S}.json"
     file.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
+
+
+def _summary(job: Job, values: dict[str, float], handle: Any, model: str | Path) -> list[Any]:
+    """The original's result line: [dataset, prompt, average length, metrics] for InternVL-G,
+    [checkpoint, dataset, average length, metrics] for chat models."""
+    metrics = {theirs: values[ours] for ours, theirs in _CAPTION_METRICS.items() if ours in values}
+    head = [str(model), job.dataset]
+    if hasattr(handle, "encode_images"):
+        head = [job.dataset, job.config.prompt or caption.DUAL_PROMPT]
+    return [*head, values["average_length"], metrics]
 
 
 def published(model: str | Path, name: str) -> float | None:

@@ -426,6 +426,31 @@ def test_captions_of_a_dual(model: Path, dual, data: Path, tmp_path: Path) -> No
     assert json.loads(file.read_text()) == wanted
     length = sum(len(text.split()) for text in captions) / 3
     assert metrics["caption-flickr30k/average_length"] == pytest.approx(length)
+    (line,) = (tmp_path / "out/result.jsonl").read_text().splitlines()
+    assert json.loads(line) == ["flickr30k", "English caption:", pytest.approx(length), {}]
+
+
+def test_interrupted_captions_go_on(dual, data: Path, tmp_path: Path) -> None:
+    tree = {
+        "images": [{"id": n, "file_name": f"{n}.jpg"} for n in range(10)],
+        "annotations": [{"image_id": n, "id": n, "caption": "x"} for n in range(10)],
+    }
+    (data / "captions.json").write_text(json.dumps(tree))
+    config = eval_config(
+        annotations=data / "captions.json",
+        images=data,
+        metrics="exact",
+        max_new_tokens=4,
+        num_beams=1,
+        batch_size=1,
+    )
+    whole = evals.EVALS["caption"](config).run(dual, tmp_path)
+    (kept,) = tmp_path.glob("captions-*.jsonl")
+    lines = kept.read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [row["answer"] for row in whole.rows]
+    kept.write_text('"kept"\n' + "\n".join(lines[1:9]) + '\n"cut o')
+    again = evals.EVALS["caption"](config).run(dual, tmp_path)
+    assert [row["answer"] for row in again.rows] == ["kept", *(r["answer"] for r in whole.rows[1:])]
 
 
 @pytest.fixture

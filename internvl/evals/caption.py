@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from internvl.config import EvalConfig, UserError
 from internvl.data.images import BadImage, join_inside
 from internvl.evals import metrics
-from internvl.evals.scores import Scores
+from internvl.evals.scores import Scores, file_state
 from internvl.generate import Request, Settings, answers
 from internvl.log import Progress
 
@@ -63,10 +64,9 @@ class Caption:
         return [self.images[i] for i in self.ids]
 
     def run(self, handle: Any, folder: Path | None) -> Scores:
-        """Generates with `handle` (Chat or Dual) and scores."""
-        generate = _dual_texts if hasattr(handle, "caption") else _chat_texts
+        """Generates with `handle` (Chat or Dual) and scores; keeps texts in `folder`, if any."""
         try:
-            texts = generate(handle, self.pictures(), self.config)
+            texts = self._texts(handle, folder)
         except BadImage as error:
             raise UserError(f"{self.config.annotations}: {error}") from None
         found = dict(zip(self.ids, texts, strict=True))
@@ -78,6 +78,28 @@ class Caption:
         if self.config.metrics == "all":
             values |= metrics.caption_scores(found, references, tokenize=self.config.tokenize)
         return Scores(values, list(self._rows(found)))
+
+    def _texts(self, handle: Any, folder: Path | None) -> list[str]:
+        """A text for every picture, in order, going on after those that are kept already."""
+        generate = _dual_texts if hasattr(handle, "caption") else _chat_texts
+        pictures, kept = self.pictures(), None
+        texts: list[str] = []
+        if folder is not None:
+            key = repr((self.config, [(path, *file_state(path)) for path in pictures]))
+            kept = folder / f"captions-{blake2b(key.encode(), digest_size=8).hexdigest()}.jsonl"
+            texts = _whole_lines(kept)
+        window = 8 * self.config.batch_size
+        with Progress("captions", total=len(pictures)) as progress:
+            progress.update(len(texts))
+            for start in range(len(texts), len(pictures), window):
+                new = generate(handle, pictures[start : start + window], self.config)
+                texts += new
+                if kept is not None:
+                    kept.parent.mkdir(parents=True, exist_ok=True)
+                    with kept.open("a", encoding="utf-8") as file:
+                        file.writelines(json.dumps(text) + "\n" for text in new)
+                progress.update(len(new))
+        return texts
 
     def _rows(self, found: dict[int, str]) -> Iterator[dict[str, Any]]:
         for i in self.ids:
@@ -93,35 +115,33 @@ class Caption:
 def _chat_texts(chat: Any, pictures: Sequence[str], config: EvalConfig) -> list[str]:
     """Answers of a chat model, in the order of the pictures."""
     message = {"role": "user", "content": f"<image>\n{config.prompt or CHAT_PROMPT}"}
+    requests = [Request([message], [picture]) for picture in pictures]
     settings = Settings(config.max_new_tokens, config.min_new_tokens, config.num_beams or 1)
-    with Progress("answers", total=len(pictures)) as progress:
-        return answers(
-            chat.model,
-            chat.encoder,
-            chat.tiles,
-            [Request([message], [picture]) for picture in pictures],
-            settings,
-            batch_size=config.batch_size,
-            progress=progress.update,
-        )
+    size = config.batch_size
+    return answers(chat.model, chat.encoder, chat.tiles, requests, settings, batch_size=size)
 
 
 def _dual_texts(dual: Any, pictures: Sequence[str], config: EvalConfig) -> list[str]:
     """Captions of InternVL-G, in the order of the pictures."""
-    found: list[str] = []
-    with Progress("captions", total=len(pictures)) as progress:
-        for start in range(0, len(pictures), config.batch_size):
-            some = pictures[start : start + config.batch_size]
-            found += dual.caption(
-                some,
-                prompt=config.prompt or DUAL_PROMPT,
-                num_beams=config.num_beams or DUAL_BEAMS,
-                max_new_tokens=config.max_new_tokens,
-                min_new_tokens=config.min_new_tokens,
-                batch_size=config.batch_size,
-            )
-            progress.update(len(some))
-    return found
+    return dual.caption(
+        pictures,
+        prompt=config.prompt or DUAL_PROMPT,
+        num_beams=config.num_beams or DUAL_BEAMS,
+        max_new_tokens=config.max_new_tokens,
+        min_new_tokens=config.min_new_tokens,
+        batch_size=config.batch_size,
+    )
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The texts in a file of JSON strings; a last line that was cut off is cut away."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def _read(path: Path) -> Any:

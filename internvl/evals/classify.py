@@ -6,7 +6,6 @@ from files that the user has.
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -20,7 +19,7 @@ from internvl.config import EvalConfig, UserError
 from internvl.data.pair_files import IMAGE_ENDINGS, broken
 from internvl.data.records import BadSample
 from internvl.evals.features import Store, ranks, share_within
-from internvl.evals.scores import Scores, settle
+from internvl.evals.scores import Scores, file_state, settle
 
 _REMEDY = "put them right, or set on_bad_sample (--on-bad-sample) to skip to leave them out"
 
@@ -134,9 +133,7 @@ class Classify:
         """The part of `folder` that is for exactly these files, names and templates."""
         if folder is None:
             return None
-        states = [
-            (path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path, _ in self.files
-        ]
+        states = [(path, *file_state(path)) for path, _ in self.files]
         text = repr((states, self.names, self.templates))
         return folder / blake2b(text.encode(), digest_size=8).hexdigest()
 

@@ -6,7 +6,6 @@ index here.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -20,7 +19,7 @@ from internvl.data.pair_files import Pairs, broken, leaks, read_pairs
 from internvl.data.pairs import clean_caption
 from internvl.data.records import BadSample
 from internvl.evals.features import Store, nearest, ranks_both_ways, share_within, too_large
-from internvl.evals.scores import Scores, settle
+from internvl.evals.scores import Scores, file_state, settle
 from internvl.log import Progress
 
 _REMEDY = (
@@ -164,7 +163,7 @@ class Retrieval:
         """The part of `folder` that is for exactly these files and texts."""
         if folder is None:
             return None
-        states = [(path, *_state(path)) for path in self.pairs.images]
+        states = [(path, *file_state(path)) for path in self.pairs.images]
         text = repr((states, self.pairs.texts))
         own = folder / blake2b(text.encode(), digest_size=8).hexdigest()
         own.mkdir(parents=True, exist_ok=True)
@@ -198,11 +197,3 @@ def _named(prefix: str, values: dict[str, float]) -> dict[str, float]:
     """Values with a prefix, and their mean."""
     mean = sum(values.values()) / len(values)
     return {f"{prefix}_{name}": value for name, value in {**values, "mean_recall": mean}.items()}
-
-
-def _state(path: str) -> tuple[int, int]:
-    """Size and time of a file; an address has none."""
-    if not os.path.exists(path):
-        return 0, 0
-    state = os.stat(path)
-    return state.st_size, state.st_mtime_ns

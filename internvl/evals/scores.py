@@ -1,5 +1,6 @@
 """What evaluators share: their results, and what becomes of the problems in their data."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,14 @@ class Scores:
     """Metric -> value."""
     rows: list[dict[str, Any]]
     """One for every picture or text."""
+
+
+def file_state(path: str) -> tuple[int, int]:
+    """Size and time of a file, by which another one under its name is told; an address has none."""
+    if not os.path.exists(path):
+        return 0, 0
+    state = os.stat(path)
+    return state.st_size, state.st_mtime_ns
 
 
 def settle(problems: Sequence[BadSample], policy: str, remedy: str) -> None:
