@@ -275,6 +275,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SHAPES, default=None)
     parser.add_argument("--samples", type=int, default=None, help="of every arm and seed")
     parser.add_argument("--points", type=int, default=6, help="checkpoints that are measured")
+    parser.add_argument("--batch", type=int, default=80, help="samples of a step")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--caption-photos", type=int, default=200)
     parser.add_argument("--minutes", type=float, default=None, help="start nothing after these")
@@ -285,7 +286,13 @@ def main() -> None:
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.size = options.size or ("tiny" if options.tiny else "small")
     samples = options.samples or (60_000 if options.device == "cpu" else 180_000)
-    plan = Plan(samples, options.points, caption_photos=options.caption_photos, lr=options.lr)
+    plan = Plan(
+        samples,
+        options.points,
+        caption_photos=options.caption_photos,
+        batch=options.batch,
+        lr=options.lr,
+    )
     if options.tiny:
         plan = TINY
     started = time.perf_counter()
