@@ -36,9 +36,10 @@ PIXELS = 128
 SHAPES = {
     # pixels, patch, tower (width, blocks), language model (width, blocks)
     "tiny": demo.Shape(PIXELS, 16, 64, 2, 64, 2),
-    "small": demo.Shape(PIXELS, 16, 160, 4, 192, 4),
-    "base": demo.Shape(PIXELS, 16, 256, 6, 320, 6),
+    "small": demo.Shape(PIXELS, 16, 160, 4, 256, 4),
+    "base": demo.Shape(PIXELS, 16, 256, 6, 256, 8),
 }
+"""0.4, 5.8 and 12.6 million parameters."""
 DENSE = {"attention": "dense", "compile": False}
 ARMS: dict[str, dict[str, Any]] = {
     "shared": {"data": {"share_prefix": True}},
@@ -274,7 +275,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--size", choices=SHAPES, default=None)
     parser.add_argument("--samples", type=int, default=None, help="of every arm and seed")
-    parser.add_argument("--points", type=int, default=6, help="checkpoints that are measured")
+    parser.add_argument("--points", type=int, default=4, help="checkpoints that are measured")
     parser.add_argument("--batch", type=int, default=80, help="samples of a step")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--caption-photos", type=int, default=200)
@@ -285,7 +286,7 @@ def main() -> None:
     options = parser.parse_args()
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.size = options.size or ("tiny" if options.tiny else "small")
-    samples = options.samples or (60_000 if options.device == "cpu" else 180_000)
+    samples = options.samples or (60_000 if options.device == "cpu" else 120_000)
     plan = Plan(
         samples,
         options.points,
