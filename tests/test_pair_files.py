@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from data_files import SHARED, picture
 
-from internvl.data.pair_files import FORMS, form_of_name, leaks, read_pairs
+from internvl.data.pair_files import FORMS, leaks, read_pairs
 from internvl.data.pairs import clean_caption
 from internvl.data.records import DataError
 
@@ -190,12 +190,6 @@ def test_leaks_by_name_and_by_bytes(root: Path) -> None:
     assert "names it too" in found[0]
     assert "renamed.jpg" in found[1]
     assert leaks(test.without({0, 1}), train) == {}
-
-
-def test_the_convention_of_names() -> None:
-    assert form_of_name("my_dataset_flickr_format") == "flickr"
-    assert form_of_name("my_dataset_coco_format") == "karpathy"
-    assert form_of_name("birds") is None
 
 
 @pytest.mark.skipif(not FLICKR8K.is_dir(), reason="no Flickr8k-CN here")

@@ -310,17 +310,6 @@ FORMS: dict[str, Callable[[Path, str, list[BadSample]], Iterator[Row]]] = {
 JSON; Karpathy's JSON; XTD's two texts; CSV with a header; JSONL; pictures with texts beside."""
 
 
-def form_of_name(name: str) -> str | None:
-    """The form that a data set's name says in the original's convention, or None.
-
-    >>> form_of_name("birds_flickr_format"), form_of_name("birds_coco_format")
-    ('flickr', 'karpathy')
-    """
-    if "flickr" in name:
-        return "flickr"
-    return "karpathy" if "coco" in name else None
-
-
 def form_of(path: Path) -> str:
     """The form of a file by its ending, and where several have one, by its beginning."""
     if path.is_dir():
