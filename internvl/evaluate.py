@@ -15,9 +15,6 @@ from internvl.data import benchmarks
 from internvl.evals import caption
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
-_OWN_TYPES = {"caption-file": "caption", "retrieval-folder": "retrieval"} | {
-    "classify-folder": "classify"
-}
 _CAPTION_METRICS = {f"bleu_{n}": f"Bleu_{n}" for n in (1, 2, 3, 4)} | {
     "meteor": "METEOR",
     "rouge_l": "ROUGE_L",
@@ -34,8 +31,6 @@ class Job:
     """An evaluation, and what result files call it."""
 
     config: EvalConfig
-    task: str
-    """A key of benchmarks.TASKS; empty for the user's own data."""
     dataset: str
     language: str
 
@@ -69,7 +64,7 @@ def run(
         languages: of sets that have several, as CLIP_benchmark writes them.
         output: file that the originals' result lines are appended to; by default `to`/result.jsonl.
         features: folder where features stay; otherwise they go when everything is measured.
-        fields: of EvalConfig, such as `annotations`, `modes`, `limit`.
+        fields: of EvalConfig, such as `annotations`, `modes`, `limit`; they override a recipe's.
 
     Returns:
         Metrics, named "evaluation/metric", each from 0 to 1 unless its evaluator says otherwise.
@@ -80,11 +75,12 @@ def run(
     """
     is_run = handles.is_run(Path(model_or_run))
     in_run = load_recipe(Path(model_or_run) / "recipe.yaml").evals if is_run else {}
-    names = list(tasks) or list(in_run) or ["caption-file"]
+    own_file = not in_run or "annotations" in fields
+    names = list(tasks) or (["caption-file"] if own_file else list(in_run))
     jobs: dict[str, Job] = {}
     for name in names:
         if name in in_run:
-            jobs[name] = Job(in_run[name], "", name, "en")
+            jobs[name] = Job(eval_config(**{**vars(in_run[name]), **fields}), name, "en")
         elif name in benchmarks.TASKS:
             jobs |= _published_set(name, root, dataset_root, languages, split, fields)
         elif name in benchmarks.OWN:
@@ -100,16 +96,14 @@ def run(
     if features is None:
         shutil.rmtree(kept, ignore_errors=True)
     for name, job in jobs.items():
-        values = {
-            m.removeprefix(f"{name}/"): v for m, v in metrics.items() if m.startswith(f"{name}/")
-        }
+        mine = f"{name}/"
+        values = {m.removeprefix(mine): v for m, v in metrics.items() if m.startswith(mine)}
         if job.config.type == "caption":
             _write_captions(folder, name, job)
-            _append(
-                output or folder / "result.jsonl", [_summary(job, values, handle, model_or_run)]
-            )
+            lines: list[Any] = [_caption_line(job, values, handle, str(model_or_run))]
         else:
-            _append(output or folder / "result.jsonl", lines(job, values, str(model_or_run)))
+            lines = _benchmark_lines(job, values, str(model_or_run))
+        _append(output or folder / "result.jsonl", lines)
     return metrics
 
 
@@ -128,7 +122,7 @@ def _published_set(
     found = benchmarks.configs(name, folder, languages=languages, split=split, **fields)
     chosen = languages or task.languages[:1]
     return {
-        key: Job(config, name, task.dataset, language)
+        key: Job(config, task.dataset, language)
         for (key, config), language in zip(found.items(), chosen, strict=True)
     }
 
@@ -138,9 +132,9 @@ def _own(name: str, languages: Sequence[str], split: str, fields: dict[str, Any]
     if annotations is None:
         raise ConfigError(f"{name} needs --annotations: {benchmarks.OWN[name]}")
     images = annotations if annotations.is_dir() else annotations.parent
-    given = {"images": images, "split": split, **fields, "type": _OWN_TYPES[name]}
+    given = {"images": images, "split": split, **fields, "type": name.partition("-")[0]}
     language = languages[0] if languages else "en"
-    return Job(eval_config(**given), "", annotations.stem, language)
+    return Job(eval_config(**given), annotations.stem, language)
 
 
 def _identity(named: Path, handle: Any) -> str:
@@ -154,7 +148,7 @@ def _identity(named: Path, handle: Any) -> str:
     return blake2b(repr((states, str(handle.model.dtype))).encode(), digest_size=8).hexdigest()
 
 
-def lines(job: Job, values: dict[str, float], pretrained: str) -> list[dict[str, Any]]:
+def _benchmark_lines(job: Job, values: dict[str, float], pretrained: str) -> list[dict[str, Any]]:
     """CLIP_benchmark's result lines: one for each mode, and for each re-ranked one."""
     kind = "retrieval" if job.config.type == "retrieval" else "classification"
     found = []
@@ -200,11 +194,11 @@ def _write_captions(folder: Path, name: str, job: Job) -> None:
     file.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
 
 
-def _summary(job: Job, values: dict[str, float], handle: Any, model: str | Path) -> list[Any]:
+def _caption_line(job: Job, values: dict[str, float], handle: Any, model: str) -> list[Any]:
     """The original's result line: [dataset, prompt, average length, metrics] for InternVL-G,
     [checkpoint, dataset, average length, metrics] for chat models."""
     metrics = {theirs: values[ours] for ours, theirs in _CAPTION_METRICS.items() if ours in values}
-    head = [str(model), job.dataset]
+    head = [model, job.dataset]
     if hasattr(handle, "encode_images"):
         head = [job.dataset, job.config.prompt or caption.DUAL_PROMPT]
     return [*head, values["average_length"], metrics]

@@ -28,6 +28,9 @@ CASES = json.loads((GOLDEN / "metrics.json").read_text())
 COLORS = ("red", "green", "blue", "gray", "purple", "orange", "black", "yellow", "white", "pink")
 
 
+_NAMES_AT_1 = ("image_retrieval_recall@1", "text_retrieval_recall@1", "mean_recall")
+
+
 def photo(path: Path, seed: int, size: tuple[int, int] = (80, 60)) -> None:
     """A picture of soft coloured patches, another for every seed."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -559,6 +562,8 @@ def test_during_training_and_after_it(model: Path, data: Path) -> None:
     found = evaluate.run(data / "run", ["retrieval-folder"], **chosen)
     name = "g_text_retrieval_recall@5"
     assert found[f"retrieval-folder/{name}"] == after[f"val/{name}"]
+    few = evaluate.run(data / "run", ["val"], limit=3, recall_k=[1], device="cpu")
+    assert [*few] == [f"val/{m}_{x}" for m in ("c", "g") for x in _NAMES_AT_1]
 
 
 @pytest.mark.skipif(not FLICKR8K.is_dir(), reason="no Flickr8k-CN here")
