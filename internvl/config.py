@@ -335,16 +335,32 @@ class ComputeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvalGuardConfig:
+    """How much worse an evaluation may get than it was before the first step: what a model knows
+    already and should not forget."""
+
+    __pydantic_config__ = _STRICT
+    metric: str
+    """A metric of this evaluation, such as CIDEr or loss."""
+    max_worsening: Annotated[float, Field(gt=0)] = 0.1
+    """Share of the first value that may be lost; for a loss, that may be added."""
+    action: Literal["stop", "warn"] = "stop"
+    """stop ends the run, with its last checkpoint; warn says so and goes on."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """One evaluation during and after training."""
 
     __pydantic_config__ = _STRICT
-    type: Literal["caption", "retrieval", "classify"] = "caption"
-    """caption: generate a text for every picture and compare it with the references; retrieval:
+    type: Literal["caption", "loss", "retrieval", "classify"] = "caption"
+    """caption: generate a text for every picture and compare it with the references; loss: the mean
+    loss over the supervised tokens of held-out samples; retrieval:
     recall@k from texts to pictures and back; classify: the class of every picture, zero-shot. The
     last two are for InternVL-14B."""
     annotations: Path
-    """caption: COCO caption JSON. retrieval: pictures with their captions, in any form of
+    """caption: COCO caption JSON. loss: chat JSONL, or with `prompt` COCO JSON or `image,caption`
+    CSV. retrieval: pictures with their captions, in any form of
     data/pair_files.py. classify: a folder with a folder of pictures for each class."""
     images: Path = Path(".")
     """Folder that image paths start from. Not for classify."""
@@ -352,6 +368,8 @@ class EvalConfig:
     """Steps between evaluations; 0 evaluates only at the end."""
     before: bool = False
     """Also evaluate before the first step."""
+    guard: EvalGuardConfig | None = None
+    """How much worse this may get than before the first step, where it is then measured too."""
     limit: Positive | None = None
     """Only the first pictures, for a quick look."""
     batch_size: Positive = 16
@@ -362,7 +380,10 @@ class EvalConfig:
     left out and listed; keep: listed only, where the rest can be measured with them."""
 
     prompt: str | None = None
-    """caption: the question; a chat model gets `<image>` before it. null: the original's."""
+    """caption, loss: the question; a chat model gets `<image>` before it. null: the original's, and
+    for loss, that `annotations` are conversations."""
+    max_tokens: Positive = 8192
+    """loss: longest sample, as `data.max_tokens`."""
     tokenize: Literal["ptb", "characters", "words"] = "ptb"
     """caption: what the n-gram scores count: PTB tokens (English), characters (Chinese), words."""
     metrics: Literal["all", "exact"] = "all"
@@ -435,6 +456,20 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 saves only at the end or when interrupted."""
     keep: Positive = 2
     """Newest checkpoints that are kept."""
+    best: str | None = None
+    """An evaluation's metric, such as val/loss or coco/CIDEr: the step where it is best is kept as
+    well, in the folder `best`, which loads, evaluates and exports as the run itself does."""
+    best_is: Literal["auto", "min", "max"] = "auto"
+    """auto: min for a loss, max for any other metric."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopConfig:
+    """When a run ends before its last step."""
+
+    __pydantic_config__ = _STRICT
+    patience: Positive | None = None
+    """Evaluations in a row without a better `checkpoint.best`; null trains to the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -450,6 +485,7 @@ class Recipe:
     evals: dict[str, EvalConfig] = field(default_factory=dict)
     guard: GuardConfig = GuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    stop: StopConfig = StopConfig()
     run: Path
     """The run folder. Training on an existing one goes on where it stopped."""
     global_batch: Positive
@@ -662,6 +698,15 @@ def _contradictions(recipe: Recipe) -> list[str]:
     problems += _objective_contradictions(recipe)
     if recipe.optim.schedule == "as_shipped" and recipe.optim.min_lr_ratio:
         problems.append("optim.min_lr_ratio: the schedule as_shipped ends at 0")
+    best = recipe.checkpoint.best
+    if best is not None and best.partition("/")[0] not in recipe.evals:
+        known = ", ".join(recipe.evals) or "none"
+        problems.append(
+            f"checkpoint.best: {best!r} is no metric of an evaluation, such as val/loss; "
+            f"evaluations: {known}"
+        )
+    if recipe.stop.patience is not None and best is None:
+        problems.append("stop.patience: name the metric that should improve in checkpoint.best")
     problems += _model_contradictions(recipe.model)
     return problems
 
@@ -716,11 +761,18 @@ _MAY_CHANGE = (
     "wandb",
     "checkpoint.every",
     "checkpoint.keep",
+    "checkpoint.best",
+    "checkpoint.best_is",
+    "stop.patience",
     "device",
     "run",
     *(f"guard.{key.name}" for key in dataclasses.fields(GuardConfig)),
     *(f"compute.{key.name}" for key in dataclasses.fields(ComputeConfig)),
 )
+
+
+def _may_change(key: str) -> bool:
+    return key in _MAY_CHANGE or (key.startswith("evals.") and ".guard" in key)
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
@@ -736,7 +788,7 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     adapter = TypeAdapter(Recipe)
     before = dict(flat(adapter.dump_python(old, mode="json"), ""))
     after = dict(flat(adapter.dump_python(new, mode="json"), ""))
-    keys = [key for key in {**before, **after} if key not in _MAY_CHANGE]
+    keys = [key for key in {**before, **after} if not _may_change(key)]
     return [
         f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
         for key in keys

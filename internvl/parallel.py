@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -217,6 +217,13 @@ def wait(device: torch.device) -> None:
 def uncompiled() -> AbstractContextManager[None]:
     """Compiled blocks run as they are written: generation has a new shape for every token."""
     return torch.compiler.set_stance("force_eager")
+
+
+@contextmanager
+def compiled() -> Iterator[None]:
+    """Inside `uncompiled`, for rows of one length: compiled blocks are again."""
+    with torch.compiler.set_stance("default"), several_shapes():
+        yield
 
 
 def seed(number: int, step: int) -> None:

@@ -7,6 +7,7 @@ run        the loop: step, log, evaluate, save
 """
 
 import logging
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from internvl import (
     parallel,
     relief,
     runfolder,
+    validation,
 )
 from internvl.config import Recipe, UserError
 from internvl.data import loader
@@ -257,9 +259,9 @@ def run(recipe: Recipe) -> Path:
         now = build(recipe)
         metrics = _resume(now)
         logger.info(summary(now))
-        evaluate(now)
+        enough = validate(now, metrics)
         with log.Progress("steps", total=now.num_steps - now.step) as progress:
-            for numbers in updates(now):
+            for numbers in updates(now) if enough is None else ():
                 stopped = stop.agreed()
                 if now.step % recipe.log_every == 0 or now.step == now.num_steps:
                     metrics.write(now.step, numbers)
@@ -271,43 +273,70 @@ def run(recipe: Recipe) -> Path:
                         f"stopped at step {now.step} of {now.num_steps}; checkpoint written. "
                         "The same command goes on from there"
                     )
-                evaluate(now)
+                enough = validate(now, metrics)
+                if enough is not None:
+                    save(now)
+                    break
+        why = enough or "all steps are done"
+        logger.info("the run ends at step %d: %s", now.step, why)
         metrics.close()
         if dist.is_main():
-            runfolder.finish(recipe.run, now.step, "all steps are done")
+            if recipe.model.lora is not None:
+                lora.save_adapter(now.model, now.folder / "adapter", recipe.model.id)
+            runfolder.finish(recipe.run, now.step, why)
         dist.barrier()
     return recipe.run
 
 
 def save(now: Run) -> None:
-    """A checkpoint of this step, and for LoRA the adapter as a PEFT folder; rank 0 writes."""
-    recipe = now.recipe
-    if not dist.is_main():
-        dist.barrier()
-        return
-    checkpoint.save(
-        now.folder / "checkpoints",
-        now.step,
-        now.model,
-        now.optimizer,
-        {"num_bad": now.num_bad, "guard": now.guard.state()},
-        recipe.checkpoint.keep,
-    )
-    if recipe.model.lora is not None and now.step == now.num_steps:
-        lora.save_adapter(now.model, now.folder / "adapter", recipe.model.id)
+    """A checkpoint of this step, written by rank 0."""
+    if dist.is_main():
+        _checkpoint(now, now.folder / "checkpoints", now.recipe.checkpoint.keep)
     dist.barrier()
 
 
-def evaluate(now: Run) -> None:
+def _checkpoint(now: Run, folder: Path, keep: int) -> None:
+    state = {"num_bad": now.num_bad, "guard": now.guard.state()}
+    checkpoint.save(folder, now.step, now.model, now.optimizer, state, keep)
+
+
+def validate(now: Run, metrics: boards.Metrics) -> str | None:
+    """Evaluates what is due and keeps the best step; why the run should end here, or None.
+
+    Raises:
+        RunError: an evaluation got worse than its guard allows; a checkpoint was written.
+    """
+    verdict = validation.Verdict()
+    if dist.is_main():
+        metrics.show(now.step, evaluate(now))
+        found = validation.history(now.folder / "evals", now.step)
+        verdict = validation.judge(now.recipe, found, now.step)
+        if verdict.best:
+            best = now.folder / "best"
+            _checkpoint(now, best / "checkpoints", keep=1)
+            shutil.copyfile(now.folder / "recipe.yaml", best / "recipe.yaml")
+    verdict = dist.from_main(verdict)
+    for sentence in verdict.warnings:
+        log.get_logger().warning("%s", sentence)
+    if verdict.forgotten:
+        save(now)
+        raise RunError(
+            f"{'; '.join(verdict.forgotten)}. The checkpoint of this step is kept; train on what "
+            "is forgotten too, lower optim.lr, or allow more and start the same command again"
+        )
+    return verdict.stop
+
+
+def evaluate(now: Run) -> dict[str, float]:
     """Runs what is due at this step and not done yet; writes evals/STEP.json and the answers."""
     specs = {name: spec for name, spec in now.recipe.evals.items() if _eval_due(now, spec)}
     for name in evals.measured(now.folder / "evals", now.step):
         specs.pop(name, None)
     if not specs:
-        return
+        return {}
     now.model.eval()
     with parallel.autocast(now.device, now.recipe.dtype), parallel.uncompiled():
-        evals.run_all(evals.build(specs), now.chat, now.folder / "evals", now.step)
+        return evals.run_all(evals.build(specs), now.chat, now.folder / "evals", now.step)
 
 
 def take_bad(now: Run, step: loader.Step) -> None:
@@ -405,7 +434,7 @@ def _speed(now: Run, step: loader.Step, wait_s: float, seconds: float) -> dict[s
 
 def _eval_due(now: Run, spec: config.EvalConfig) -> bool:
     if now.step == 0:
-        return spec.before
+        return spec.before or spec.guard is not None
     return now.step == now.num_steps or _due(now, spec.every)
 
 

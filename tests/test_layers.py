@@ -22,7 +22,7 @@ LEVELS = {
     3: ("objectives", "evals", "handles", "findings", "footprint"),
     2: (
         *("runfolder", "boards", "relief", "parallel", "optim", "checkpoint", "generate", "embed"),
-        *("report", "doctor", "flops"),
+        *("report", "doctor", "flops", "rows", "validation"),
     ),
     1: ("data", "models", "guards"),
     0: ("config", "zoo", "dist", "log", "gpus"),

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from internvl.data.records import IGNORE, BadSample, Example, PackedBatch, Unit
+from internvl.data.chat import ChatEncoder
+from internvl.data.records import IGNORE, BadSample, Example, PackedBatch, Sample, Tiles, Unit
 
 WEIGHTS = {
     "token": lambda n: 1.0,
@@ -33,6 +34,26 @@ def make_units(
         if all((e.input_ids[prefix:] != context_id).all() for e in examples):
             return [Unit(tuple(examples), prefix, tiles)]
     return [Unit((example,), 0, tiles) for example in examples]
+
+
+def encode_units(
+    encoder: ChatEncoder,
+    samples: Sequence[Sample],
+    tiles: Tiles | None,
+    max_tokens: int,
+    *,
+    share: bool,
+) -> list[Unit | BadSample]:
+    """Samples of the same images, and their tiles, to units, and the samples that are bad."""
+    examples, bad = [], []
+    for sample in samples:
+        try:
+            per_image = () if tiles is None else tiles.per_image
+            examples.append(encoder.encode(sample, per_image, max_tokens))
+        except BadSample as error:
+            bad.append(error)
+    pixels = None if tiles is None else tiles.pixels
+    return [*make_units(examples, pixels, encoder.context_id, share=share), *bad]
 
 
 def _common_prefix(examples: Sequence[Example]) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from internvl.config import EvalConfig
-from internvl.evals import caption, classify, retrieval
+from internvl.evals import caption, classify, loss, retrieval
 from internvl.evals.scores import Scores
 from internvl.log import get_logger
 
@@ -31,6 +31,7 @@ class Evaluator(Protocol):
 
 EVALS: dict[str, Callable[[EvalConfig], Evaluator]] = {
     "caption": caption.Caption,
+    "loss": loss.Loss,
     "retrieval": retrieval.Retrieval,
     "classify": classify.Classify,
 }

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from internvl.config import DataConfig, ObjectiveConfig
 from internvl.data.chat import ChatEncoder, marked, spans
-from internvl.data.images import STATISTICS
 from internvl.data.loader import UnitReader
-from internvl.data.packing import make_units, pack, unpack
+from internvl.data.packing import encode_units, pack, unpack
 from internvl.data.records import (
     IGNORE,
     BadSample,
@@ -24,8 +23,7 @@ from internvl.data.records import (
     Unit,
 )
 from internvl.data.sources import Source
-from internvl.models.attention import packed_mask
-from internvl.models.vlm import Supervision, normalize_tiles
+from internvl.rows import summed_loss
 
 _SHOWN_SAMPLES = 2
 
@@ -47,16 +45,9 @@ class Sft:
         return UnitReader(files, self.data, self.encode, seed=seed)
 
     def encode(self, samples: Sequence[Sample], tiles: Tiles | None) -> list[Unit | BadSample]:
-        per_image = () if tiles is None else tiles.per_image
-        examples, bad = [], []
-        for sample in samples:
-            try:
-                examples.append(self.encoder.encode(sample, per_image, self.data.max_tokens))
-            except BadSample as error:
-                bad.append(error)
-        pixels = None if tiles is None else tiles.pixels
-        units = make_units(examples, pixels, self.encoder.context_id, share=self.data.share_prefix)
-        return [*units, *bad]
+        return encode_units(
+            self.encoder, samples, tiles, self.data.max_tokens, share=self.data.share_prefix
+        )
 
     def batches(self, units: Sequence[Unit]) -> list[PackedBatch]:
         rows = pack(
@@ -123,20 +114,7 @@ class Sft:
         """Nothing: a row's loss needs no other row."""
 
     def __call__(self, model: Any, batch: PackedBatch) -> dict[str, Tensor]:
-        pixels = batch.pixel_values
-        text = model.config.text_config
-        mask = packed_mask(text._attn_implementation, batch.document, batch.branch, model.dtype)
-        output = model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            attention_mask=mask,
-            pixel_values=None if pixels is None else self._normalized(pixels),
-            supervision=Supervision(batch.loss_positions, batch.targets, batch.loss_weights),
-        )
-        return {"sft": output.loss}
-
-    def _normalized(self, pixels: Tensor) -> Tensor:
-        return normalize_tiles(pixels, torch.float32, *STATISTICS[self.data.normalize])
+        return {"sft": summed_loss(model, batch, self.data.normalize)}
 
 
 def _sums_to_one(weights: Tensor) -> Tensor:

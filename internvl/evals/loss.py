@@ -1,0 +1,106 @@
+"""The loss on samples that are held out: what training minimizes, without generating anything."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from internvl import parallel
+from internvl.config import DataConfig, EvalConfig, SourceConfig, UserError
+from internvl.data.loader import Read, UnitReader
+from internvl.data.order import UnitRef
+from internvl.data.packing import encode_units, pack
+from internvl.data.records import BadSample, Sample
+from internvl.data.sources import open_source
+from internvl.evals.scores import Scores, settle
+from internvl.log import Progress
+from internvl.models import attention, configs
+from internvl.rows import summed_loss
+
+_TOGETHER = 256  # samples that are packed at once
+_TILES = 48  # most tiles of a row, unless a sample has more
+
+_REMEDY = "put them right, or set on_bad_sample to skip to leave them out"
+
+
+class Loss:
+    """Mean next-token loss over the supervised tokens of all samples, in nats, every time the same.
+
+    Data: chat JSONL, or with `prompt` a caption file (COCO JSON, or `image,caption` CSV). Template,
+    tiling and normalization are the model's.
+
+    Raises:
+        UserError: the file is missing or holds nothing of that kind.
+    """
+
+    def __init__(self, config: EvalConfig) -> None:
+        self.config = config
+        kind: Literal["chat", "coco-captions", "captions"] = "chat"
+        if config.prompt is not None:
+            kind = "coco-captions" if config.annotations.suffix == ".json" else "captions"
+        self.source = open_source(
+            SourceConfig(
+                name="held out",
+                type=kind,
+                annotations=config.annotations,
+                images=config.images,
+                prompt=config.prompt,
+                insert_image_mark=True,
+            )
+        )
+        self.lines = range(min(len(self.source), config.limit or len(self.source)))
+
+    def pictures(self) -> Sequence[str]:
+        """Every picture that will be opened."""
+        samples = self.source.samples(self.lines)
+        read = (sample for sample in samples if isinstance(sample, Sample))
+        return [str(image) for sample in read for image in sample.images]
+
+    def run(self, handle: Any, folder: Path | None) -> Scores:
+        """Measures a Chat."""
+        if not hasattr(handle, "answer"):
+            raise UserError("an evaluation of type loss needs a chat model")
+        model, bad = handle.model, list[BadSample]()
+        settings = configs.chat_settings(model.config)
+        data = DataConfig(
+            tiles=handle.tiles,
+            normalize=settings["normalize"],
+            max_tokens=self.config.max_tokens,
+            max_tiles=max(_TILES, 2 * handle.tiles.max),
+        )
+        # FlexAttention is only itself when compiled, and then for one length of rows.
+        flex = model.config.text_config._attn_implementation == attention.FLEX
+        blocks = -(-data.max_tokens // attention.BLOCK)
+        lengths = (blocks * attention.BLOCK,) if flex else ()
+        total = count = 0.0
+        with ExitStack() as inside, Progress("samples", total=len(self.lines)) as progress:
+            inside.enter_context(torch.no_grad())
+            if flex:
+                inside.enter_context(parallel.compiled())
+            for read, num_lines in self._reads(data, handle.encoder):
+                bad += read.bad
+                rows = pack(read.units, max_tokens=data.max_tokens, max_tiles=data.max_tiles)
+                for row in rows:
+                    on_device = parallel.pad(row, lengths).to(model.device)
+                    total += float(summed_loss(model, on_device, data.normalize))
+                    count += len(row.targets)
+                progress.update(num_lines)
+        policy = "skip" if self.config.on_bad_sample != "raise" else "raise"
+        settle(bad, policy, _REMEDY)
+        if not count:
+            raise UserError(f"{self.config.annotations} holds no sample with an answer")
+        rows_of_bad = [{"sample": one.name, "reason": one.reason} for one in bad]
+        return Scores({"loss": total / count}, rows_of_bad)
+
+    def _reads(self, data: DataConfig, encoder: Any) -> Iterator[tuple[Read, int]]:
+        """Samples in the order of the file, those of a picture together."""
+
+        def encode(samples: Any, tiles: Any) -> Any:
+            return encode_units(encoder, samples, tiles, data.max_tokens, share=True)
+
+        reader = UnitReader([self.source], data, encode)
+        for start in range(0, len(self.lines), _TOGETHER):
+            lines = tuple(self.lines[start : start + _TOGETHER])
+            yield reader[UnitRef(0, lines, 0, start)], len(lines)
