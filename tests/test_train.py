@@ -20,6 +20,7 @@ from torch._dynamo.utils import counters
 
 from internvl import config, export, handles, log, parallel, relief, runfolder, train
 from internvl.data.records import IGNORE, BadSample, Example, Unit
+from internvl.models.vlm import normalize_tiles
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +222,7 @@ def test_micro_batch_normalization_is_the_mean_of_row_means(project, tmp_path, w
     assert not torch.allclose(found["global"][1], found["micro_batch"][1], rtol=1e-3)
     means = []
     for row in step.batches:
-        pixels = run.objective._normalized(row.pixel_values)
+        pixels = normalize_tiles(row.pixel_values, torch.float32)
         logits = run.model(input_ids=row.input_ids, pixel_values=pixels).logits[0]
         means.append(F.cross_entropy(logits[row.loss_positions], row.targets))
     torch.stack(means).mean().backward()
