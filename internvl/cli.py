@@ -72,6 +72,8 @@ def check(args: Arguments) -> int:
 def _plan(recipe: Recipe, args: Arguments) -> int:
     """The check and the plan; where the model's files are not here, the plan alone."""
     gpu = _gpu(args.gpu)
+    if args.gpus < 1:
+        raise ConfigError(f"--gpus: at least 1, not {args.gpus}")
     from internvl import check, plan
 
     checked = None

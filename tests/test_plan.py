@@ -148,6 +148,9 @@ def test_a_plan_without_model_and_data(tmp_path, capsys):
         cli.main(["check", str(path), "--plan", "--gpu", "H20O"])
     assert done.value.code == 2
     assert "did you mean H200?" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as done:
+        cli.main(["check", str(path), "--plan", "--gpu", "H200", "--gpus", "0"])
+    assert done.value.code == 2
 
 
 def test_gpus_are_found_by_what_people_and_drivers_call_them():
