@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from internvl import zoo
+from internvl import config, zoo
 from internvl.config import TERMS, Recipe, load_recipe
 from internvl.data import convert, playground, prepare
 
@@ -134,10 +134,19 @@ def test_coco_lora(model: str, max_tokens: int) -> None:
     assert found.global_batch == 512
     assert found.num_steps(566_747) == 1_106
     assert found.data.max_tokens == max_tokens
+    # What the rate was measured with; 64 tiles of 256 tokens fill such a row.
+    assert (found.data.row_tokens, found.data.max_tiles) == (16384, 64)
     assert (found.data.tiles.max, found.data.tiles.thumbnail) == (6, True)
     (evaluation,) = found.evals.values()
     assert evaluation.prompt == "Provide a one-sentence caption for the provided image."
     assert evaluation.max_new_tokens == 30
+
+
+def test_qlora_is_lora_on_a_base_in_4_bits() -> None:
+    rounded, plain = recipe("internvl2_8b_qlora"), recipe("internvl2_8b_lora")
+    changed = {text.partition(" was ")[0] for text in config.differences(plain, rounded)}
+    assert changed == {"model.quantize"}
+    assert (rounded.model.quantize, rounded.compute.checkpointing) == ("4bit", "full")
 
 
 def test_habitat_is_coco_with_other_data() -> None:
