@@ -11,8 +11,9 @@ from chat_folders import shared
 from ranks import run_ranks
 from safetensors.torch import load_file
 
-from internvl import handles, optim
+from internvl import handles, optim, parallel
 from internvl.config import (
+    ComputeConfig,
     DataConfig,
     LayerDecayConfig,
     ObjectiveConfig,
@@ -207,9 +208,8 @@ def test_without_the_first_pass_micro_batches_would_differ(project, dual):
     assert abs(found["itc"] - wanted["itc"]) > 0.1
 
 
-def test_both_passes_draw_the_same_random_numbers(project):
-    """With stochastic depth and adapter dropout: features of both passes are equal, and so the
-    gradient is that of a single graph over all micro-batches."""
+def random_model(project):
+    """With stochastic depth and adapter dropout."""
     changes = {
         "model": {
             "id": str(project / "start"),
@@ -219,10 +219,54 @@ def test_both_passes_draw_the_same_random_numbers(project):
         }
     }
     dual = handles.for_training(load_recipe(pair_runs.make(project, **changes)))
-    model = dual.model.train()
-    for parameter in model.parameters():
+    for parameter in dual.model.parameters():
         if parameter.requires_grad and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)  # B of the adapters
+    dual.model.train()
+    return dual
+
+
+class Recording(Retrieval):
+    """Keeps the features of every pass."""
+
+    def features(self, model, vision, batch):
+        found = super().features(model, vision, batch)
+        self.seen = [*getattr(self, "seen", []), found.detach()]
+        return found
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize(
+    "compute",
+    [
+        ComputeConfig(),
+        ComputeConfig(checkpointing="full"),
+        pytest.param(ComputeConfig(compile=True), marks=pytest.mark.slow),
+    ],
+    ids=["eager", "checkpointing", "compiled"],
+)
+def test_both_passes_have_the_same_features(project, compute):
+    """Compiled blocks draw other random numbers where no gradient is wanted."""
+    dual = random_model(project)
+    parallel.arrange(dual.model, torch.device("cpu"), compute)
+    settings = ObjectiveConfig(name="retrieval", micro_batch=3, weights={"itm": 0})
+    made = Recording(settings, DataConfig(tiles=TilesConfig(size=84)), dual.encoder)
+    with parallel.several_shapes():
+        gradients(dual.model, made, pairs(project, made, range(6)))
+    first, second, first_again, second_again = made.seen
+    assert torch.equal(first, first_again)
+    assert torch.equal(second, second_again)
+    torch.manual_seed(0)
+    made.seen = []
+    with parallel.several_shapes():
+        gradients(dual.model, made, pairs(project, made, range(6)))
+    assert not torch.equal(made.seen[0], first)  # there is something to draw
+
+
+def test_both_passes_draw_the_same_random_numbers(project):
+    """So the gradient is that of a single graph over all micro-batches."""
+    dual = random_model(project)
+    model = dual.model
     made = objective(dual, micro_batch=3)
     units = pairs(project, made)
     torch.manual_seed(5)
@@ -331,41 +375,40 @@ from pathlib import Path
 import torch
 from torch import distributed
 from internvl import dist, handles
-from test_contrastive import gradients, objective, pairs
+from test_contrastive import CASES, objective, pairs
 
 dist.init_from_env("cpu")
 folder, rank = Path({folder!r}), dist.rank()
-dual = handles.load(folder / "start", device="cpu", dtype="float32")
-made = objective(dual, {name!r}, label_smoothing=0.1, micro_batch={micro_batch})
-units = pairs(folder, made)
-counts = dict(itc=8, itm=16, itg=0) if {name!r} == "retrieval" else dict(itc=8, itm=8, itg=0)
-own = units[rank::2] if {even} else ([units[:2], units[2:]])[rank]
-counts["itg"] = sum(len(pair.written) - pair.num_given for pair in units)
-batches = made.batches(own)
-made.begin_step(dual.model.train(), iter(batches), counts)
-for batch in batches:
-    sums = made(dual.model, batch)
-    sum(sums[term] / counts[term] for term in sums).backward()
-for name, parameter in dual.model.named_parameters():
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    distributed.all_reduce(parameter.grad)
-if rank == 0:
-    found = {{n: p.grad for n, p in dual.model.named_parameters()}}
-    torch.save(found, folder / "ranks.pt")
+model = handles.load(folder / "start", device="cpu", dtype="float32")
+for case, (name, micro_batch, even) in enumerate(CASES):
+    made = objective(model, name, label_smoothing=0.1, micro_batch=micro_batch)
+    units = pairs(folder, made)
+    batches = made.batches(units[rank::2] if even else [units[:2], units[2:]][rank])
+    counted = [made.counts(batch) for batch in batches]
+    counts = dist.sum_counts({{term: sum(c[term] for c in counted) for term in made.weights}})
+    model.model.train().zero_grad()
+    made.begin_step(model.model, iter(batches), counts)
+    for batch in batches:
+        sums = made(model.model, batch)
+        sum(sums[term] / counts[term] for term in sums).backward()
+    found = {{}}
+    for key, parameter in model.model.named_parameters():
+        found[key] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        distributed.all_reduce(found[key])
+    if rank == 0:
+        torch.save(found, folder / f"ranks-{{case}}.pt")
 dist.shutdown()
 """
+CASES = [("retrieval", None, True), ("retrieval", 2, False), ("stage2", 2, True)]
+"""Objective, pairs of a micro-batch, whether both ranks have as many."""
 
 
-@pytest.mark.parametrize(
-    ("name", "micro_batch", "even"),
-    [("retrieval", None, True), ("retrieval", 2, False), ("stage2", 2, True)],
-)
-def test_two_ranks_give_the_gradient_of_one(project, dual, name, micro_batch, even):
-    code = RANKS.format(folder=str(project), name=name, micro_batch=micro_batch, even=even)
-    run_ranks(code)
-    found = torch.load(project / "ranks.pt", weights_only=True)
-    whole = objective(dual, name, label_smoothing=0.1)
-    _, wanted = gradients(dual.model.train(), whole, pairs(project, whole))
-    assert_same({n: g for n, g in found.items() if n in wanted}, wanted)
-    assert all(not g.any() for n, g in found.items() if n not in wanted)
+def test_two_ranks_give_the_gradient_of_one(project, dual):
+    """In one pass, and in two with 2 and 6 pairs."""
+    run_ranks(RANKS.format(folder=str(project)))
+    for case, (name, _, _) in enumerate(CASES):
+        found = torch.load(project / f"ranks-{case}.pt", weights_only=True)
+        whole = objective(dual, name, label_smoothing=0.1)
+        _, wanted = gradients(dual.model.train(), whole, pairs(project, whole))
+        assert_same({n: g for n, g in found.items() if n in wanted}, wanted)
+        assert all(not g.any() for n, g in found.items() if n not in wanted)

@@ -12,7 +12,7 @@ caption's first, then one for each branch of its picture), E width of an embeddi
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
@@ -122,9 +122,9 @@ class Retrieval:
         seeds, encoded, numbers, counted = [], [], [], []
         for pairs in chain(first, batches):
             seeds.append(int(torch.randint(2**62, ())))
-            with torch.no_grad(), _random_numbers(seeds[-1], pairs.pixel_values.device):
+            with _nothing_kept(), _random_numbers(seeds[-1], pairs.pixel_values.device):
                 vision = model.vision_tokens(self._normalized(pairs))
-                encoded.append(self.features(model, vision, pairs))
+                encoded.append(self.features(model, vision, pairs).detach())
             numbers.append(pairs.image_ids)
             counted.append(pairs.text_counts)
         if not encoded:  # only bad samples on this rank; the others wait for its (no) features
@@ -276,6 +276,13 @@ def contrastive_losses(own: Tensor, all_: Tensor, targets: Tensor, scale: Tensor
 
 def _entropy(scale: Tensor, queries: Tensor, answers: Tensor, targets: Tensor) -> Tensor:
     return -(targets * (scale.exp() * queries @ answers.T).log_softmax(-1)).sum(-1)
+
+
+def _nothing_kept() -> AbstractContextManager[None]:
+    """What the backward pass would need is let go at once, so that only memory tells this from
+    a pass with gradient. Under `no_grad` compiled blocks are other code, which draws other random
+    numbers."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing)
 
 
 @contextmanager
