@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from internvl.config import UserError
 from internvl.data.images import BadImage, open_rgb
 from internvl.data.pairs import (
-    PAD_ID,
     CaptionEncoder,
     center_square,
     clean_caption,
@@ -28,6 +27,7 @@ from internvl.data.pairs import (
     square,
 )
 from internvl.data.tokenizers import decode
+from internvl.models.beams import Search
 from internvl.models.dual import DualModel, Mode
 from internvl.models.hub import ModelFolderError
 from internvl.models.vlm import normalize_tiles
@@ -197,22 +197,18 @@ class Dual:
             ModelFolderError: no tokenizer.
         """
         self._need_queries("caption")
-        text = self.model.config.text_config
-        settings = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens or None,
+        how = Search(
             num_beams=num_beams,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            end_id=self.model.config.text_config.eos_token_id,
             length_penalty=length_penalty,
-            do_sample=False,
-            eos_token_id=text.eos_token_id,
-            pad_token_id=PAD_ID,
-            use_cache=True,
         )
         encoder = self.encoder
         prompt_ids = torch.tensor(encoder.prompt(prompt))
         captions: list[str] = []
         for pixels in self._pixels(images, batch_size, crop=False):
-            for ids in self.model.caption(pixels, prompt_ids, settings).tolist():
+            for ids in self.model.caption(pixels, prompt_ids, how).tolist():
                 captions.append(decode(encoder.tokenizer, ids, skip_special_tokens=True).strip())
         return captions
 

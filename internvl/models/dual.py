@@ -6,22 +6,15 @@ are methods of their own, because each use and each loss wants others of them.
 """
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    GenerationMixin,
-    InternVLVisionModel,
-    PreTrainedModel,
-)
+from transformers import DynamicCache, InternVLVisionModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from internvl.models.beams import Search, search
 from internvl.models.dual_configs import DualConfig
 from internvl.models.qllama import Mask, QLlamaModel, QueryTokens, attention_mask
 
@@ -61,7 +54,7 @@ class Towers(nn.Module):
         self.query_tokens = QueryTokens(text) if text.num_query_tokens else None
 
 
-class DualModel(PreTrainedModel, GenerationMixin):
+class DualModel(PreTrainedModel):
     """B pictures, R captions, Q queries, N visual tokens of width W, hidden size D, embeddings E.
 
     A model of InternVL-C alone (no queries in its configuration) has neither the queries and what
@@ -199,13 +192,8 @@ class DualModel(PreTrainedModel, GenerationMixin):
         return self.text_embeds(self.text_states(input_ids, mask), mask).float()
 
     @torch.no_grad()
-    def caption(
-        self, pixel_values: Tensor, prompt_ids: Tensor, settings: GenerationConfig
-    ) -> Tensor:
-        """Tokens after the prompt, int64 (B, at most `max_new_tokens`).
-
-        Queries and prompt are read once per picture; what they left in the cache is then shared
-        out to the beams. The prompt's last token is the first that generation reads.
+    def caption(self, pixel_values: Tensor, prompt_ids: Tensor, how: Search) -> Tensor:
+        """Tokens after the prompt, int64 (B, at most `max_new_tokens`), filled up with the end.
 
         Args:
             pixel_values: normalized pictures (B, 3, S, S).
@@ -213,38 +201,23 @@ class DualModel(PreTrainedModel, GenerationMixin):
         """
         vision = self.vision_tokens(pixel_values)
         prompt = prompt_ids.to(vision.device).expand(len(vision), -1)
+        read = self.num_queries + prompt.shape[1]
         cache = DynamicCache(config=self.config.text_config)
-        text_mask = torch.ones_like(prompt[:1, :-1], dtype=torch.bool)
-        embeds = torch.cat([self._queries(len(vision)), self._embed(prompt[:, :-1])], dim=1)
-        self.model.language_model(embeds, self.joint_mask("itg", text_mask), vision, cache)
-        if settings.num_beams > 1:
-            cache.batch_repeat_interleave(settings.num_beams)
-        # `generate` counts positions: any tokens can stand for what the cache holds.
-        read = F.pad(prompt, (self.num_queries, 0))
-        output = self.generate(
-            input_ids=read,
-            attention_mask=torch.ones_like(read),
-            past_key_values=cache,
-            generation_config=settings,
-        )
-        return output[:, read.shape[1] :]
+        embeds = torch.cat([self._queries(len(vision)), self._embed(prompt)], dim=1)
+        mask = self.joint_mask("itg", torch.ones_like(prompt[:1]))
+        states = self.model.language_model(embeds, mask, vision, cache)
 
-    # The parameters are spelled out because `generate` reads them off the signature.
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """One step of a caption: int64 (R, 1) after what the cache holds -> logits (R, 1, V).
+        def step(tokens: Tensor, seen: Tensor) -> Tensor:
+            shared = seen.new_ones(*seen.shape[:2], read)
+            mask = torch.cat([shared, seen], dim=2)[:, None]
+            place = read + seen.shape[2] // seen.shape[1] - 1
+            places = torch.full_like(tokens[:1], place)
+            states = self.model.language_model(
+                self._embed(tokens), mask, past_key_values=cache, position_ids=places
+            )
+            return self.lm_head(states)
 
-        `attention_mask` is not read: pictures have the same queries and the same prompt.
-        """
-        states = self.model.language_model(
-            self._embed(input_ids), None, past_key_values=past_key_values
-        )
-        return CausalLMOutputWithPast(logits=self.lm_head(states), past_key_values=past_key_values)
+        return search(self.lm_head(states[:, -1]), step, how)
 
     def _queries(self, num_rows: int) -> Tensor:
         assert self.model.query_tokens is not None

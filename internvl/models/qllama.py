@@ -143,6 +143,7 @@ class QLlamaModel(LlamaPreTrainedModel):
         attention_mask: Tensor | None,
         vision: Tensor | None = None,
         past_key_values: Cache | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
 
@@ -152,14 +153,14 @@ class QLlamaModel(LlamaPreTrainedModel):
                 function of this name makes it; None lets every position see all keys.
             vision: visual tokens (B, N, W); rows come in blocks of B, picture by picture.
             past_key_values: what earlier positions left; this call's are added to it.
+            position_ids: int64 (1, T); by default 0, 1, …
 
         Returns:
             (R, T, D)
         """
-        start = 0 if past_key_values is None else past_key_values.get_seq_length()
-        length = inputs_embeds.shape[1]
-        positions = torch.arange(start, start + length, device=inputs_embeds.device)[None]
-        rotary = self.rotary_emb(inputs_embeds, position_ids=positions)
+        if position_ids is None:
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+        rotary = self.rotary_emb(inputs_embeds, position_ids=position_ids)
         hidden = inputs_embeds
         for layer in self.layers:
             hidden = layer(hidden, vision, attention_mask, rotary, past_key_values=past_key_values)
