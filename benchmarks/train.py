@@ -6,7 +6,7 @@
 
 Pictures are JPEG files, decoded and tiled by the loader's workers; metrics are logged; the
 optimizer steps. A row's JSON goes to `--to`: medians over 8 steps after two of warm-up, FLOPs
-as workloads.py counts them, over the rate of an 8192³ bfloat16 product of the same process.
+as internvl/flops.py counts them, over the rate of an 8192³ bfloat16 product of the same process.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import transformers
 import workloads
 from torch._dynamo.utils import counters
 
-from internvl import config, log, parallel, train
+from internvl import config, flops, log, parallel, train
 from internvl.data.records import PackedBatch, Unit
 from internvl.objectives.sft import Sft
 
@@ -66,13 +66,13 @@ DEFAULT = ("2b_coco", "2b_coco_shared", "1b_coco", "8b_coco", "2b_full")
 class Counting(Sft):
     """The objective, and what every step's rows held."""
 
-    steps: list[workloads.Work]
+    steps: list[flops.Work]
 
     def batches(self, units: Any) -> list[PackedBatch]:
         rows = super().batches(units)
-        total = workloads.work_of(rows[0])
+        total = flops.work_of(rows[0])
         for row in rows[1:]:
-            total += workloads.work_of(row)
+            total += flops.work_of(row)
         self.steps.append(total)
         return rows
 
@@ -189,9 +189,7 @@ def report(
 ) -> dict[str, Any]:
     """The figures of a row, and what they were measured on."""
     work = now.objective.steps[WARMUP : WARMUP + len(seconds)]
-    chat_config = now.model.config
-    fused = (chat_config.internvl or {}).get("language_model") == "InternLM2ForCausalLM"
-    needed = [workloads.flops(chat_config, step, row.rank, fused) for step in work]
+    needed = [flops.count(now.model, step).needed for step in work]
     rates = [step.samples / s for step, s in zip(work, seconds, strict=True)]
     shares = [n / s / 1e12 / ceiling for n, s in zip(needed, seconds, strict=True)]
     samples = sum(step.samples for step in work)

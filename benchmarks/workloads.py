@@ -21,11 +21,9 @@ from transformers import PreTrainedTokenizerFast
 
 from internvl import handles, zoo
 from internvl.config import LoraConfig, TilesConfig
-from internvl.data.records import PackedBatch
 from internvl.data.templates import template
 from internvl.data.tiles import choose_grid
 from internvl.models import configs, lora, vlm
-from internvl.models.attention import last_queries
 
 STATS = Path(__file__).with_name("coco_stats.json")
 WORDS = 4000
@@ -213,73 +211,6 @@ def _tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
         eos_token="</s>",
         additional_special_tokens=list(special[2:]),
     )
-
-
-@dataclass(frozen=True)
-class Work:
-    """What rows hold, as FLOPs are counted from it."""
-
-    samples: int
-    tokens: int
-    tiles: int
-    supervised: int
-    pairs: int
-    """Queries and keys that see each other."""
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(*(a + b for a, b in zip(_numbers(self), _numbers(other), strict=True)))
-
-
-def _numbers(work: Work) -> tuple[int, ...]:
-    return work.samples, work.tokens, work.tiles, work.supervised, work.pairs
-
-
-def work_of(row: PackedBatch) -> Work:
-    """What a row asks for; padding asks for nothing."""
-    real = row.document >= 0
-    seen_by = last_queries(row.document, row.branch) - torch.arange(len(row.document)) + 1
-    pairs = int(seen_by[real].sum())
-    return Work(row.num_samples, row.num_tokens, row.num_tiles, len(row.targets), pairs)
-
-
-def flops(config: Any, work: Work, rank: int | None, fused_qkv: bool) -> float:
-    """FLOPs that the result needs, 2 a multiply-add: real tokens, nothing twice, logits only where
-    supervised, the tower forward only.
-
-    LoRA: frozen linear layers forward and input gradient, adapters three times, attention three
-    times, the first layer's q, k and v without input gradient. Otherwise all of the language model
-    and the projector three times.
-    """
-    text, vision = config.text_config, config.vision_config
-    hidden, ffn, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
-    head = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
-    q, kv = head * text.num_attention_heads, head * text.num_key_value_heads
-    linear = 2 * (2 * hidden * q + 2 * hidden * kv + 3 * hidden * ffn) * layers * work.tokens
-    mixing = 4 * q * work.pairs * layers
-    logits = 2 * hidden * text.vocab_size * work.supervised
-    tower, projector = _vision_flops(config, vision, work.tiles)
-    if rank is None:
-        return 3 * (linear + mixing + logits + projector) + tower
-    shared = 1 if fused_qkv else 3
-    sides = shared * hidden + q + 2 * kv + (q + hidden) + 3 * (hidden + ffn)
-    adapters = 2 * rank * sides * layers * work.tokens
-    first = 2 * hidden * (q + 2 * kv) * work.tokens + 2 * shared * rank * hidden * work.tokens
-    return 2 * linear - first + 3 * (mixing + adapters) + 2 * logits + tower + projector
-
-
-def _vision_flops(config: Any, vision: Any, tiles: int) -> tuple[float, float]:
-    hidden, ffn, layers = (
-        vision.hidden_size,
-        vision.intermediate_size,
-        vision.num_hidden_layers,
-    )
-    patches = (vision.image_size[0] // vision.patch_size[0]) ** 2
-    tokens = patches + 1
-    block = 2 * tokens * (4 * hidden * hidden + 2 * hidden * ffn) + 4 * tokens * tokens * hidden
-    patching = 2 * patches * 3 * vision.patch_size[0] ** 2 * hidden
-    wide, out = 4 * hidden, config.text_config.hidden_size
-    projector = 2 * (patches // 4) * (wide * out + out * out)
-    return tiles * (layers * block + patching), tiles * projector
 
 
 def matmul_tflops(device: torch.device) -> float:
