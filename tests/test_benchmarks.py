@@ -7,7 +7,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import torch
 from data_files import picture
 
 ROOT = Path(__file__).parent.parent
