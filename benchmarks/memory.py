@@ -13,15 +13,12 @@ On a CPU only weights, gradients and optimizer states are compared.
 import argparse
 import itertools
 import json
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import rows
 import torch
 import workloads
 from torch import nn
@@ -200,13 +197,13 @@ def report(
         "compute": row.compute,
         "largest_tokens": max(len(batch.document) for batch in batches),
         "most_tiles": max(batch.num_tiles for batch in batches),
-        "measured": rounded(measured),
-        "predicted": rounded(predicted),
-        "error": rounded(error),
+        "measured": rows.rounded(measured),
+        "predicted": rows.rounded(predicted),
+        "error": rows.rounded(error),
         "step_s": seconds,
         "hardware": torch.cuda.get_device_name() if now.device.type == "cuda" else "CPU",
         "torch": torch.__version__,
-        "commit": os.environ.get("COMMIT", "unknown"),
+        "commit": rows.commit(),
     }
 
 
@@ -223,26 +220,6 @@ def states_gib(now: train.Run) -> float:
     return total / 2**30
 
 
-def rounded(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}
-
-
-def alone(name: str, options: argparse.Namespace, limit_s: float) -> dict[str, Any]:
-    """A row in a process of its own, so that nothing of it stays."""
-    words = [sys.executable, "-W", "ignore", __file__, "--one", name]
-    words += ["--tiny"] if options.tiny else []
-    started = time.perf_counter()
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=limit_s, check=False)
-    except subprocess.TimeoutExpired:
-        return {"row": name, "failed": f"not done after {limit_s:.0f} s"}
-    wall = {"wall_s": round(time.perf_counter() - started, 1)}
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1]) | wall
-    last = (done.stderr.strip() or "no message").splitlines()[-1]
-    return {"row": name, "failed": last[:400]} | wall
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("rows", nargs="*", default=list(ROWS), help=", ".join(ROWS))
@@ -257,17 +234,7 @@ def main() -> None:
     unknown = [name for name in options.rows if name not in ROWS]
     if unknown:
         parser.error(f"unknown row {unknown[0]}; rows are {', '.join(ROWS)}")
-    started, found = time.perf_counter(), []
-    for name in options.rows:
-        left = options.budget_s - (time.perf_counter() - started)
-        if left < 10:
-            found.append({"row": name, "failed": "no time left"})
-            continue
-        found.append(alone(name, options, left))
-        print(json.dumps(found[-1]), flush=True)
-        if options.to is not None:
-            options.to.parent.mkdir(parents=True, exist_ok=True)
-            options.to.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    rows.run(__file__, options.rows, options)
 
 
 if __name__ == "__main__":

@@ -106,16 +106,16 @@ def write(
     lines: dict[int, list[str]] = {}
     made: dict[tuple[tuple[int, int], int], str] = {}
     for number, sample in enumerate(samples):
-        question = _text(rng, max(1, sample.question - fixed))
+        question = some_words(rng, max(1, sample.question - fixed))
         for _ in range(captions):
-            turns = [("human", question), ("gpt", _text(rng, max(1, sample.answer - 1)))]
+            turns = [("human", question), ("gpt", some_words(rng, max(1, sample.answer - 1)))]
             line: dict[str, Any] = {}
             if sample.size is not None:
                 # A handful of files of each size: decoding and resizing are the same work.
                 key = (sample.size, number if captions > 1 else number % 4)
                 if key not in made:
                     made[key] = f"{len(made):05d}.jpg"
-                    _picture(sample.size, len(made)).save(folder / made[key], quality=90)
+                    picture(sample.size, len(made)).save(folder / made[key], quality=90)
                 line["image"] = made[key]
                 turns[0] = ("human", "<image>\n" + question)
             line["conversations"] = [{"from": who, "value": text} for who, text in turns]
@@ -128,7 +128,7 @@ def write(
     return sources
 
 
-def _text(rng: random.Random, tokens: int) -> str:
+def some_words(rng: random.Random, tokens: int) -> str:
     return " ".join(f"w{rng.randrange(WORDS)}" for _ in range(tokens))
 
 
@@ -141,7 +141,7 @@ def _fixed_tokens(encoder: Any) -> int:
     return len(example.input_ids) - encoder.tokens_per_tile - 3
 
 
-def _picture(size: tuple[int, int], seed: int) -> Image.Image:
+def picture(size: tuple[int, int], seed: int) -> Image.Image:
     """Soft shapes with some grain: a JPEG of about the size of a photo's."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)

@@ -4,12 +4,15 @@ import json
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from data_files import picture
 
 ROOT = Path(__file__).parent.parent
+TOWERS = ["vision_tower", "language_model"]
 
 
 def run(script, *words):
@@ -64,3 +67,82 @@ def test_recall_beside_the_dense_matrix():
     assert (chunked["method"], dense["method"]) == ("chunked", "dense")
     assert chunked["metrics"] == dense["metrics"]
     assert 0 < chunked["metrics"]["image_retrieval_recall@1"] < 1
+
+
+@pytest.mark.parametrize(
+    ("choice", "passes"),
+    [
+        ({"train": ["heads"]}, 1),
+        ({"train": ["text_projection"]}, 1),
+        ({"train": ["text_projection"], "lora": {"rank": 4, "on": TOWERS}}, 2),
+        ({"train": ["language_model", "heads"]}, 2),
+        ({"train": ["vision_tower", "language_model", "heads"]}, 3),
+    ],
+)
+def test_flops_of_internvl_14b_are_those_that_torch_counts(monkeypatch, choice, passes):
+    """A step of both losses. `passes`: of the keys and values that QLLaMA's queries look at."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import dual
+    import dual_flops
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from internvl import config
+    from internvl.data.records import Pair
+    from internvl.models.qllama import CrossAttention
+    from internvl.objectives.contrastive import Retrieval
+
+    source = {"name": "pairs", "type": "pairs", "annotations": "pairs.csv"}
+    recipe = config.resolve(
+        {
+            "model": {"id": "InternVL-14B", **choice},
+            "data": {"sources": [source]},
+            "objective": {"name": "retrieval"},
+            "run": "run",
+            "global_batch": 3,
+            "steps": 1,
+        }
+    )
+    torch.manual_seed(0)
+    handle = dual.random_dual(56, torch.device("cpu"), recipe, tiny=True)
+    model, number, length = handle.model.float(), 3, 24
+    pairs = [
+        Pair(
+            name=str(row),
+            pixels=torch.zeros(3, 56, 56, dtype=torch.uint8),
+            image_id=row,
+            summary=(1, *range(5, 27), 2),
+            positive=(1, *range(5, 27), 2),
+            negative=(1, *range(6, 28), 2),
+            written=(),
+            num_given=0,
+        )
+        for row in range(number)
+    ]
+    objective = Retrieval(recipe.objective, recipe.data, handle.encoder)
+    (batch,) = objective.batches(pairs)
+    objective.begin_step(model, iter([batch]), objective.counts(batch))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
+        sum(objective(model, batch).values()).backward()
+    work = dual_flops.work_of(batch, model.num_queries)
+    dense = replace(work, text_pairs=number * length * length)
+    seen = number * ((56 // 14) ** 2 + 1)
+    again = sum(
+        2 * passes * seen * (m.k_proj.weight.numel() + m.v_proj.weight.numel())
+        for m in model.modules()
+        if isinstance(m, CrossAttention)
+    )
+    wanted = dual_flops.flops(model, dense) + again
+    assert counted.get_total_flops() == pytest.approx(wanted, rel=0.01)
+
+
+def test_internvl_14b_rows(tmp_path):
+    """Ready-made recipes on a tiny model: steps, needed FLOPs, hours."""
+    words = ("--tiny", "lora_224_kept", "caption_224", "full_364", "--to", str(tmp_path / "a.json"))
+    training, caption, full = run("dual.py", *words)
+    assert len(training["loss"]) == 5
+    assert training["tflop_per_pair"] > 0
+    assert training["hours"] > 0
+    assert caption["batch_4"]["images_per_s"] > 0
+    assert full["parameters"] == 13_836_319_747
+    assert json.loads((tmp_path / "a.json").read_text()) == [training, caption, full]
