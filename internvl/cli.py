@@ -155,6 +155,11 @@ def chat(args: Arguments) -> int:
         device_map=args.device_map,
         quantize=args.quantize,
     )
+    if not isinstance(model, handles.Chat):
+        raise UserError(
+            f"{args.model}: InternVL-14B writes captions but does not converse; use "
+            "`internvl evaluate MODEL caption-file`, or `load(...).caption(images)` in Python"
+        )
     pictures: list[Any] = [*args.image]
     marks = "<image>\n" * len(pictures)
     if args.video is not None:

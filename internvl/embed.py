@@ -98,13 +98,33 @@ class Dual:
             BadImage: a picture that cannot be read, by its place in the list.
             UserError: an unknown mode, a tensor of another size, or "g" of a model without queries.
         """
-        if mode not in ("c", "g"):
-            raise UserError(f'mode is "c" (InternVL-C) or "g" (InternVL-G), not {mode!r}')
-        if mode == "g":
+        found = self.encode_images_of(
+            images, (mode,), normalize=normalize, batch_size=batch_size, crop=crop
+        )
+        return found[mode]
+
+    @torch.no_grad()
+    def encode_images_of(
+        self,
+        images: Pictures,
+        modes: Sequence[Mode],
+        *,
+        normalize: bool = True,
+        batch_size: int = 64,
+        crop: bool = False,
+    ) -> dict[Mode, Tensor]:
+        """`encode_images` in several modes; every picture is read and looked at once."""
+        for mode in modes:
+            if mode not in ("c", "g"):
+                raise UserError(f'mode is "c" (InternVL-C) or "g" (InternVL-G), not {mode!r}')
+        if "g" in modes:
             self._need_queries('mode "g"')
-        batches = self._pixels(images, batch_size, crop)
-        found = [self.model.encode_image(pixels, mode).cpu() for pixels in batches]
-        return self._finished(found, normalize)
+        found: dict[Mode, list[Tensor]] = {mode: [] for mode in modes}
+        for pixels in self._pixels(images, batch_size, crop):
+            encoded = self.model.encode_image(pixels, modes)
+            for mode, features in zip(modes, encoded, strict=True):
+                found[mode].append(features.cpu())
+        return {mode: self._finished(features, normalize) for mode, features in found.items()}
 
     @torch.no_grad()
     def encode_texts(

@@ -415,7 +415,7 @@ def _dual_answer(model: DualModel) -> Tensor:
     mask = model.joint_mask("itm", torch.ones_like(ids))
     queries, text = model.joint_states(model.vision_tokens(pixels), ids, mask)
     answers = (
-        *(model.encode_image(pixels, "c"), model.encode_image(pixels, "g")),
+        *model.encode_image(pixels, ("c", "g")),
         *(model.encode_text(ids), model.itm_logits(queries), model.lm_head(text)),
     )
     return torch.cat([answer.float().flatten() for answer in answers])

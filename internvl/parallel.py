@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -134,12 +135,18 @@ def ahead(items: Iterator[T]) -> Iterator[tuple[T, float]]:
             yield item, time.perf_counter() - started
 
 
+@cache
+def _copy_stream(device: torch.device) -> Any:
+    """One for all steps: torch keeps freed memory apart for every stream that it was made on."""
+    return torch.cuda.Stream(device)
+
+
 def on_device(rows: Sequence[Batch], device: torch.device) -> Iterator[Any]:
     """Each batch on the device; the next one is copied while this one is worked on."""
     if device.type != "cuda":
         yield from (row.to(device) for row in rows)
         return
-    work, copies = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    work, copies = torch.cuda.current_stream(device), _copy_stream(device)
 
     def copy(number: int) -> Any:
         with torch.cuda.stream(copies):

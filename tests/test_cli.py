@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import dual_folders
 import pytest
 import tiny_run
 
@@ -171,3 +172,10 @@ def test_debug_shows_the_traceback(project, tmp_path):
                 f"run={tmp_path}/r",
             ]
         )
+
+
+def test_no_conversation_with_a_retrieval_model(capsys, tmp_path):
+    folder = dual_folders.dual_folder(tmp_path / "dual")
+    code, _, err = call(capsys, "chat", folder, "--prompt", "What is this?")
+    assert code == 1
+    assert "does not converse" in last_line(err)

@@ -199,7 +199,7 @@ def test_layers_compile_whole(golden, tmp_path):
     blocks = [*model.model.language_model.layers, *model.model.vision_tower.encoder.layer]
     for block in blocks:
         block.compile(backend="aot_eager", fullgraph=True)
-    found = model.encode_image(golden["input.pixel_values"], "g")
+    found = model.encode_image(golden["input.pixel_values"], ["g"])[0]
     close(found, golden["output.encode_image.InternVL-G"])
     close(model.encode_text(golden["input.input_ids"]), golden["output.encode_text"])
 
@@ -240,7 +240,7 @@ def test_dimensions_come_from_the_configuration():
     crossed = [layer.cross_attn is not None for layer in model.model.language_model.layers]
     assert crossed == [True, False, False, True]
     with torch.no_grad():
-        assert model.encode_image(torch.rand(2, 3, 84, 84), "g").shape == (2, 7)
+        assert model.encode_image(torch.rand(2, 3, 84, 84), ["g"])[0].shape == (2, 7)
     again = DualConfig.from_dict(config.to_dict())
     assert again.text_config.num_query_tokens == 5
     assert again.image_size == 84

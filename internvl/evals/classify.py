@@ -71,13 +71,10 @@ class Classify:
         truth = torch.tensor([number for _, number in self.files])
         values: dict[str, float] = {}
         listed: dict[str, list[int]] = {}
-        for mode in self.config.modes:
-
-            def rows(part: range, mode: str = mode) -> Tensor:
-                some = paths[part.start : part.stop]
-                return handle.encode_images(some, mode, batch_size=batch_size, crop=True)
-
-            images = store.encode(f"crops_{mode}", len(paths), rows).to(handle.device)
+        looked_at = store.encode_pictures(
+            "crops", handle, paths, self.config.modes, batch_size=batch_size, crop=True
+        )
+        for mode, images in looked_at.items():
             found = ranks(images, classes, truth, torch.arange(len(classes))).cpu()
             listed[mode] = found.tolist()
             metrics = accuracies(found, truth, len(classes))

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -49,6 +50,20 @@ class Store:
                 found.append(self._chunk(name, part, rows))
                 progress.update(len(part))
         return torch.cat(found)
+
+    def encode_pictures(
+        self, name: str, handle: Any, paths: Sequence[str], modes: Sequence[str], **how: Any
+    ) -> dict[str, Tensor]:
+        """Features of pictures in each mode, float32 (len(paths), E), on the device of `handle`
+        (Dual), which looks at every picture once. `how` goes to its `encode_images_of`.
+        """
+
+        def rows(part: range) -> Tensor:
+            found = handle.encode_images_of(paths[part.start : part.stop], modes, **how)
+            return torch.cat([found[mode] for mode in modes], dim=1)
+
+        features = self.encode(f"{name}_{''.join(modes)}", len(paths), rows).to(handle.device)
+        return dict(zip(modes, features.chunk(len(modes), dim=1), strict=True))
 
     def _chunk(self, name: str, part: range, rows: Callable[[range], Tensor]) -> Tensor:
         file = None

@@ -106,13 +106,10 @@ class Retrieval:
         matches = _Matches(handle, self.pairs, batch_size)
         values: dict[str, float] = {}
         listed: dict[str, tuple[list[int], list[int]]] = {}
-        for mode in self.config.modes:
-
-            def looked_at(part: range, mode: str = mode) -> Tensor:
-                some = paths[part.start : part.stop]
-                return handle.encode_images(some, mode, batch_size=batch_size)
-
-            images = store.encode(f"images_{mode}", len(paths), looked_at).to(device)
+        looked_at = store.encode_pictures(
+            "images", handle, paths, self.config.modes, batch_size=batch_size
+        )
+        for mode, images in looked_at.items():
             found = ranks_both_ways(texts, images, of_text)
             listed[mode] = (found[0].tolist(), found[1].tolist())
             values |= _named(mode, recalls(*found, self.config.recall_k))

@@ -6,6 +6,7 @@ are methods of their own, because each use and each loss wants others of them.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -174,17 +175,18 @@ class DualModel(PreTrainedModel):
 
     # In use
 
-    def encode_image(self, pixel_values: Tensor, mode: Mode) -> Tensor:
-        """Normalized pictures (B, 3, S, S) -> (B, E), what the original's `encode_image` returns.
-
-        For "c" the embeddings, for "g" the sum of two unit vectors, that of "c" and the queries'.
+    def encode_image(self, pixel_values: Tensor, modes: Sequence[Mode]) -> list[Tensor]:
+        """Normalized pictures (B, 3, S, S) -> (B, E) of each mode, what the original's
+        `encode_image` returns: for "c" the embeddings, for "g" the sum of two unit vectors, that of
+        "c" and the queries'. The tower runs once.
         """
         vision = self.vision_tokens(pixel_values)
         image = self.image_embeds(vision).float()
-        if mode == "c":
-            return image
-        queries = self.query_embeds(self.query_states(vision)).float().to(image.device)
-        return F.normalize(image, dim=-1) + F.normalize(queries, dim=-1)
+        found = {"c": image}
+        if "g" in modes:
+            queries = self.query_embeds(self.query_states(vision)).float().to(image.device)
+            found["g"] = F.normalize(image, dim=-1) + F.normalize(queries, dim=-1)
+        return [found[mode] for mode in modes]
 
     def encode_text(self, input_ids: Tensor) -> Tensor:
         """Captions padded with 0, int64 (R, L) -> (R, E), not normalized."""

@@ -132,10 +132,15 @@ def download(name: str, to: Path | None = None, cache: Path | None = None) -> Pa
         raise ModelFolderError(
             f"{name}: HF_HUB_OFFLINE is set, so nothing is fetched; unset it, or {where}"
         )
+    unused = ["*.h5", "*.msgpack"]
+
+    def fetch(ignore: list[str]) -> Path:
+        return Path(snapshot_download(name, local_dir=to, cache_dir=cache, ignore_patterns=ignore))
+
     try:
-        path = snapshot_download(
-            name, local_dir=to, cache_dir=cache, ignore_patterns=["*.h5", "*.msgpack"]
-        )
+        path = fetch([*unused, "*.bin", "*.bin.index.json"])
+        if not any(path.glob("*.safetensors")):  # else the same weights once more
+            path = fetch(unused)
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ModelFolderError(
             f"{name}: no such folder, not in the local hub cache, and the hub cannot be reached; "
@@ -146,7 +151,7 @@ def download(name: str, to: Path | None = None, cache: Path | None = None) -> Pa
         raise ModelFolderError(
             f"{name}: the hub answers: {reason}; check the name, or {where}"
         ) from error
-    return Path(path)
+    return path
 
 
 def read_json(file: Path) -> dict[str, Any]:
