@@ -317,7 +317,8 @@ class ComputeConfig:
     attention: Literal["auto", "dense", "flex", "eager"] = "auto"
     """flex: FlexAttention over the blocks of a row in which anything is seen; dense: a mask over
     all pairs of tokens; eager: the same with all scores written out, fastest for a small model with
-    short rows on a CPU; auto: flex on a GPU, else dense."""
+    short rows on a CPU; auto: flex on a GPU, else dense. For pairs of InternVL-14B there is no
+    flex."""
     compile: bool | None = None
     """Compile every block of the model with torch.compile, once for each of the few lengths that
     rows are then padded to (shares of `data.row_tokens`). null: on a GPU."""
@@ -723,8 +724,8 @@ def _objective_contradictions(recipe: Recipe) -> list[str]:
         problems.append("objective.weights: all are 0, so nothing is learned")
     if not objective.packs and objective.loss_normalization != "global":
         problems.append("objective.loss_normalization: micro_batch is for sft alone")
-    if not objective.packs and recipe.compute.attention in ("flex", "eager"):
-        problems.append("compute.attention: pairs are not packed; leave it at auto")
+    if not objective.packs and recipe.compute.attention == "flex":
+        problems.append("compute.attention: flex is for packed rows, not for pairs; choose auto")
     if objective.packs and objective.micro_batch is not None:
         problems.append("objective.micro_batch: sft cuts a step by data.row_tokens instead")
     return problems

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from internvl import dist
 from internvl.config import ComputeConfig, DataConfig
@@ -203,6 +204,15 @@ def offloaded(
         return saved if isinstance(saved, Tensor) else copied(saved[1], saved[0])
 
     return torch.autograd.graph.saved_tensors_hooks(leave, fetch)
+
+
+def attending(compute: ComputeConfig) -> AbstractContextManager[Any]:
+    """torch's own attention inside writes its scores out, where the recipe says so.
+
+    A chat model is told by `arrange`; InternVL-14B calls torch's attention in many places.
+    """
+    eager = compute.attention == "eager"
+    return sdpa_kernel(SDPBackend.MATH) if eager else nullcontext()
 
 
 def several_shapes() -> AbstractContextManager[None]:

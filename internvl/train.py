@@ -126,7 +126,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> dict[str, float]:
     run.model.train()
     parallel.seed(recipe.seed, run.step)
     with parallel.several_shapes():
-        with parallel.autocast(run.device, recipe.dtype):
+        with parallel.autocast(run.device, recipe.dtype), parallel.attending(recipe.compute):
             rows = parallel.on_device(micro_batches, run.device)
             try:
                 objective.begin_step(run.model, rows, counts)
@@ -181,14 +181,18 @@ def _backward(run: Run, batch: Batch, counts: dict[str, float]) -> torch.Tensor:
     Raises:
         RunError: the GPU's memory does not hold this row.
     """
+    recipe = run.recipe
+    autocast = parallel.autocast(run.device, recipe.dtype)
+    saved = parallel.offloaded(run.model, run.device, recipe.compute)
     try:
-        autocast = parallel.autocast(run.device, run.recipe.dtype)
-        with autocast, parallel.offloaded(run.model, run.device, run.recipe.compute):
-            sums = run.objective(run.model, batch)
-        weights = run.objective.weights
-        loss = torch.stack([weights[name] * sums[name] / counts[name] for name in counts]).sum()
-        if loss.requires_grad:  # a row without pictures has nothing to teach the projector
-            loss.backward()
+        # Around the backward pass too, for what is computed again there.
+        with parallel.attending(recipe.compute):
+            with autocast, saved:
+                sums = run.objective(run.model, batch)
+            weights = run.objective.weights
+            loss = torch.stack([weights[name] * sums[name] / counts[name] for name in counts]).sum()
+            if loss.requires_grad:  # a row without pictures has nothing to teach the projector
+                loss.backward()
     except torch.OutOfMemoryError as error:
         what = (
             f"in a row of {batch.num_samples} samples, {batch.num_tokens:,} tokens and "

@@ -249,3 +249,11 @@ def test_rows_come_in_order_to_a_gpu():
         assert found.input_ids.is_cuda
         assert torch.equal(found.input_ids.cpu(), given.input_ids)
     assert list(parallel.on_device([], GPU)) == []
+
+
+def test_eager_attention_writes_scores_out() -> None:
+    """Fused attention is off inside, and back on afterwards."""
+    for attention, fused in (("eager", False), ("auto", True), ("dense", True)):
+        with parallel.attending(ComputeConfig(attention=attention)):
+            assert torch.backends.cuda.flash_sdp_enabled() == fused
+    assert torch.backends.cuda.flash_sdp_enabled()

@@ -236,3 +236,21 @@ def test_two_ranks_train_as_one(project, tmp_path):
     assert found.keys() == wanted.keys()
     for step, numbers in wanted.items():
         assert found[step] == pytest.approx(numbers, rel=1e-3)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_written_out_attention_changes_no_result(project, tmp_path, checkpointing):
+    """Also cut into micro-batches, and where scores are computed again in the backward pass."""
+    found = {}
+    for attention in ("auto", "eager"):
+        recipe = recipe_of(
+            project,
+            tmp_path / attention,
+            "steps=3",
+            "objective.micro_batch=3",
+            f"compute.attention={attention}",
+            f"compute.checkpointing={checkpointing}",
+        )
+        found[attention] = losses(train.run(recipe))
+    for step in (1, 2, 3):
+        assert found["eager"][step] == pytest.approx(found["auto"][step], rel=1e-4)
