@@ -27,6 +27,33 @@ def drawing(color: str, size: tuple[int, int] = (64, 64), form: str = "PNG") -> 
     return buffer.getvalue()
 
 
+def searches() -> list[report.Search]:
+    """A picture that comes second to a name, a name that comes first to a picture, and one that is
+    not shown."""
+    pictures = [drawing(color) for color in ("crimson", "gold", "seagreen", "steelblue", "orchid")]
+    names = ["cook medium skin tone", "cook light skin tone", "woman cook dark skin tone"]
+    return [
+        report.Search(
+            language="en",
+            text="cook light skin tone",
+            rank=2,
+            hits=[report.Hit(right=i == 1, picture=p) for i, p in enumerate(pictures)],
+        ),
+        report.Search(
+            language="en",
+            picture=drawing("tomato"),
+            rank=1,
+            hits=[report.Hit(right=i == 0, text=name) for i, name in enumerate(names)],
+        ),
+        report.Search(
+            language="zh",
+            text="厨师 较浅肤色",
+            rank=1312,
+            hits=[report.Hit(right=False, picture=p) for p in pictures],
+        ),
+    ]
+
+
 def full_report() -> report.Report:
     loss = [(float(x), 6 * math.exp(-x / 90) + 0.25 + 0.2 * math.sin(x)) for x in range(0, 600, 3)]
     curves = {"English": 0.43, "Chinese": 0.55, "Korean": 0.5}
@@ -124,6 +151,7 @@ def full_report() -> report.Report:
                 ],
             ),
             report.Pictures(title="Answers", cards=cards),
+            report.Searches(title="Found", searches=searches()),
             report.Samples(title="What the model sees", samples=[sample]),
             report.Attribution(
                 title="Whose work this is",
@@ -172,9 +200,9 @@ def test_every_section_is_there_and_the_page_is_balanced():
         assert section.title in parser.text
     ids = [value for _, name, value in parser.seen if name == "id"]
     assert len(ids) == len(set(ids)) == len(full_report().sections)
-    assert page.count('class="right"') == 12
+    assert page.count('class="right"') == 12 + 2
     assert page.count('class="wrong"') == 6
-    assert page.count("✓") == 12
+    assert page.count("✓") == 12 + 2
     assert page.count("✗") == 6
 
 
@@ -192,6 +220,18 @@ def test_nothing_is_loaded_from_elsewhere():
     assert "<script" not in page
     assert "default-src 'none'" in page
     assert ("a", "href", "https://creativecommons.org/licenses/by-sa/4.0/") in parser.seen
+
+
+def test_a_search_shows_its_query_its_rank_and_the_right_result():
+    by_name, by_picture, missed = map(report._search, searches())
+    assert by_name.count("<img") == len(searches()[0].hits)
+    items = by_name.split("<li")[1:]
+    assert [i for i, item in enumerate(items) if "✓" in item] == [1]
+    assert 'class="rank wrong">rank 2<' in by_name
+    assert by_picture.count("<img") == 1
+    assert 'class="rank right">rank 1<' in by_picture
+    assert "✓" not in missed
+    assert "rank 1,312" in missed
 
 
 def evil_sections() -> list[report.Section]:
@@ -212,6 +252,15 @@ def evil_sections() -> list[report.Section]:
         report.Charts(title=EVIL, charts=[chart], note=EVIL),
         report.Pictures(
             title=EVIL, cards=[report.Card(picture=drawing("red"), answers=[answer])], note=EVIL
+        ),
+        report.Searches(
+            title=EVIL,
+            searches=[
+                report.Search(
+                    language=EVIL, text=EVIL, rank=2, hits=[report.Hit(right=True, text=EVIL)]
+                )
+            ],
+            note=EVIL,
         ),
         report.Samples(title=EVIL, samples=[sample], note=EVIL),
         report.Attribution(title=EVIL, text=f"{EVIL} https://example.org/\"onclick='x'"),
