@@ -4,17 +4,17 @@
     start     a small InternVL-Chat with fresh weights, as a model folder
     train     the ordinary loop on an ordinary recipe, evaluated before, during and after
     export    a folder that plain transformers loads; its answers are compared with ours
-    report    report.html
+    find      the same with a small InternVL-14B and pairs of pictures and names (demo_retrieval.py)
+    report    report.html                                                   (demo_report.py)
 
-Everything between start and report is the normal path; only the model is small.
+Everything between start and report is the normal path; only the models are small.
 """
 
 import json
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from PIL import Image
@@ -28,18 +28,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from internvl import config, export, handles, log, report, train
+from internvl import config, demo_report, demo_retrieval, export, handles, report, train
 from internvl.config import Recipe, UserError
 from internvl.data import openmoji
 from internvl.data.templates import template
+from internvl.demo_report import LANGUAGES, Reloaded, Timing
 from internvl.models import configs
-from internvl.models.vlm import ChatModel, count_parameters, tokens_per_tile
-
-T = TypeVar("T")
+from internvl.models.vlm import ChatModel, tokens_per_tile
 
 PIXELS = 64
 TEMPLATE = "internvl2_5"
-LANGUAGES = {"en": "English", "zh": "Chinese", "ko": "Korean"}
 TOKENIZE = {"en": "ptb", "zh": "characters", "ko": "words"}
 SPECIAL_TOKENS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
@@ -57,52 +55,48 @@ class Size:
     """Families of pictures; None takes all."""
     eval_limit: int | None
     """Held-out pictures per language; None takes all."""
+    retrieval: demo_retrieval.Size
 
 
-FULL = Size(epochs=15, limit_families=None, eval_limit=None)
-SHORT = Size(epochs=3, limit_families=40, eval_limit=12)
-
-
-@dataclass
-class Timing:
-    """Seconds of each part, in order."""
-
-    parts: dict[str, float] = field(default_factory=dict)
-
-    def of(self, name: str, work: Callable[[], T]) -> T:
-        """Does the work and notes how long it took."""
-        log.get_logger().info("%s …", name)
-        started = time.perf_counter()
-        done = work()
-        self.parts[name] = time.perf_counter() - started
-        return done
+FULL = Size(
+    epochs=13, limit_families=None, eval_limit=None, retrieval=demo_retrieval.Size(steps=800)
+)
+SHORT = Size(
+    epochs=3,
+    limit_families=40,
+    eval_limit=12,
+    retrieval=demo_retrieval.Size(steps=20, eval_limit=12),
+)
 
 
 def run(folder: Path, *, short: bool = False) -> Path:
     """Runs the whole demo in `folder`; returns the report. A second call goes on where it stopped.
 
     Raises:
-        UserError: packages are missing, or the exported model does not answer as ours does.
+        UserError: packages are missing, or an exported model does not answer as ours does.
     """
     size, timing = (SHORT if short else FULL), Timing()
     data = timing.of(
         "drawing the pictures",
         lambda: openmoji.prepare(pixels=PIXELS, limit_families=size.limit_families),
     )
-    start = folder / "start"
+    start, exported = folder / "start", folder / "model"
     if not (start / "config.json").exists():
         timing.of("making a small model", lambda: start_model(data, start))
     recipe = make_recipe(data, start, folder / "run", size)
     (folder / "recipe.yaml").write_text(config.to_yaml(recipe), encoding="utf-8")
     timing.of("training and evaluating", lambda: train.run(recipe))
-    exported = folder / "model"
     if not exported.exists():
         timing.of("exporting", lambda: export.run(recipe.run, exported))
     checked = timing.of(
         "reloading in plain transformers", lambda: compare_reloaded(recipe, exported)
     )
-    page = folder / "report.html"
-    report.write(make_report(folder, recipe, data, timing, checked), page)
+    searching = demo_retrieval.run(
+        folder / "retrieval", data, exported, size.retrieval, recipe.dtype, timing
+    )
+    page, chat = folder / "report.html", demo_report.read_run(recipe)
+    commands = _commands(folder, recipe, data)
+    report.write(demo_report.make_page(chat, data, timing, checked, searching, commands), page)
     return page
 
 
@@ -270,16 +264,6 @@ def cpu_dtype() -> str:
     return "bfloat16" if fast else "float32"
 
 
-@dataclass(frozen=True)
-class Reloaded:
-    """What plain transformers made of the exported folder."""
-
-    pictures: int
-    largest_difference: float
-    """Of the logits, float32, against ours."""
-    same_answers: int
-
-
 @torch.no_grad()
 def compare_reloaded(recipe: Recipe, exported: Path, pictures: int = 12) -> Reloaded:
     """Loads the export with transformers' own classes and holds it to our run folder.
@@ -328,68 +312,6 @@ def compare_reloaded(recipe: Recipe, exported: Path, pictures: int = 12) -> Relo
     return Reloaded(len(paths), worst, same)
 
 
-def make_report(
-    folder: Path, recipe: Recipe, data: Path, timing: Timing, checked: Reloaded
-) -> report.Report:
-    """The page of the demo, from what the run folder holds."""
-    rows = log.StepLog(recipe.run, "metrics.jsonl").rows()
-    evaluations = _evaluations(recipe.run)
-    last = max(evaluations)
-    trained, _ = count_parameters(handles.load(recipe.run).model)
-    seconds = sum(row["step_s"] for row in rows)
-    samples = sum(row["samples"] for row in rows)
-    exact = [evaluations[last][f"test-{lang}/exact"] for lang in LANGUAGES]
-    return report.Report(
-        title="InternVL, from fresh weights to a named picture",
-        subtitle=(
-            f"A {trained / 1e6:.1f} M-parameter InternVL-Chat learned to name pictures in three "
-            f"languages on a CPU in {seconds / 60:.1f} minutes."
-        ),
-        sections=(
-            report.Facts(
-                title="At a glance",
-                facts=[
-                    (f"{min(exact):.0%} – {max(exact):.0%}", "held-out pictures named exactly"),
-                    (f"{len(rows):,}", f"steps of {recipe.global_batch} samples"),
-                    (f"{samples / seconds:,.0f}", "samples a second"),
-                    (f"{rows[-1]['memory_gib']:.1f} GiB", "peak memory"),
-                    (recipe.dtype, "compute type"),
-                ],
-                note="Every held-out picture is a new combination, such as a known person with "
-                "another skin tone. Answers are greedy. Some drawings of OpenMoji equal one "
-                "another under different names, so 100 % is out of reach.",
-            ),
-            report.Scores(
-                title="Before and after, on the held-out test split",
-                scores=list(_scores(evaluations[0], evaluations[last])),
-                note="Exact: the whole name is right. BLEU-4 and CIDEr as pycocoevalcap computes "
-                "them, on words in English and Korean and on characters in Chinese; CIDEr runs "
-                "from 0 to 10.",
-            ),
-            _curves(rows, evaluations),
-            report.Pictures(
-                title="Held-out pictures and what the model says",
-                cards=_cards(recipe, last),
-                note="The first test pictures in the order of their hash; nothing was picked.",
-            ),
-            report.Text(
-                title="What ran, and how to go on",
-                paragraphs=[
-                    "; ".join(f"{name} {took:.0f} s" for name, took in timing.parts.items()) + ".",
-                    f"The exported folder was reloaded with transformers' own classes: "
-                    f"{checked.same_answers} of {checked.pictures} answers equal, logits within "
-                    f"{checked.largest_difference:.0e}.",
-                ],
-                commands=_commands(folder, recipe, data),
-            ),
-            report.Attribution(
-                title="Artwork",
-                text=(data / "ATTRIBUTION.txt").read_text(encoding="utf-8"),
-            ),
-        ),
-    )
-
-
 def _commands(folder: Path, recipe: Recipe, data: Path) -> list[str]:
     picture = next(iter(sorted((data / "images").iterdir())))
     return [
@@ -397,6 +319,8 @@ def _commands(folder: Path, recipe: Recipe, data: Path) -> list[str]:
         f"internvl check {folder / 'recipe.yaml'}",
         f"internvl train {folder / 'recipe.yaml'} run={folder / 'again'} optim.lr=1e-3",
         f"internvl export {recipe.run} --to {folder / 'official'} --format official",
+        f"internvl evaluate {folder / 'retrieval' / 'model'} retrieval-folder "
+        f"--annotations {data / 'test_en.json'} --clean",
         f"tensorboard --logdir {recipe.run / 'tensorboard'}",
     ]
 
@@ -404,85 +328,3 @@ def _commands(folder: Path, recipe: Recipe, data: Path) -> list[str]:
 def _names(file: Path) -> list[str]:
     lines = file.read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["conversations"][-1]["value"] for line in lines]
-
-
-def _evaluations(run_folder: Path) -> dict[int, dict[str, float]]:
-    """Step -> metric -> value."""
-    return {
-        int(path.stem): json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted((run_folder / "evals").glob("*.json"))
-    }
-
-
-def _scores(before: dict[str, float], after: dict[str, float]) -> list[report.Score]:
-    shown = {"exact": ("exact name", 1.0, ".1%"), "bleu_4": ("BLEU-4", 1.0, ".3f")}
-    shown |= {"cider": ("CIDEr", 10.0, ".2f")}
-    return [
-        report.Score(
-            group=language,
-            name=name,
-            before=before.get(f"test-{tag}/{metric}"),
-            after=after.get(f"test-{tag}/{metric}"),
-            best=best,
-            form=form,
-        )
-        for tag, language in LANGUAGES.items()
-        for metric, (name, best, form) in shown.items()
-    ]
-
-
-def _curves(
-    rows: Sequence[dict[str, Any]], evaluations: dict[int, dict[str, float]]
-) -> report.Charts:
-    def mean_over(width: int) -> list[tuple[float, float]]:
-        parts = [rows[i : i + width] for i in range(0, len(rows), width)]
-        return [(p[-1]["step"], sum(row["loss"] for row in p) / len(p)) for p in parts]
-
-    def accuracy(tag: str) -> list[tuple[float, float]]:
-        name = f"validation-{tag}/exact"
-        return [(step, values[name]) for step, values in evaluations.items() if name in values]
-
-    width = max(1, len(rows) // 200)
-    return report.Charts(
-        title="How it learned",
-        charts=[
-            report.Chart(
-                title=f"Training loss (mean of {width} steps)",
-                x_label="step",
-                y_label="nats per token",
-                series=[report.Series(name="loss", points=mean_over(width))],
-                from_zero=True,
-            ),
-            report.Chart(
-                title="Exact names on the validation split",
-                x_label="step",
-                y_label="share",
-                form=".0%",
-                from_zero=True,
-                series=[
-                    report.Series(name=language, points=accuracy(tag))
-                    for tag, language in LANGUAGES.items()
-                ],
-            ),
-        ],
-    )
-
-
-def _cards(recipe: Recipe, step: int, count: int = 24) -> list[report.Card]:
-    answers: dict[str, list[report.Answer]] = {}
-    for tag in LANGUAGES:
-        file = recipe.run / "evals" / f"{step:06d}" / f"test-{tag}.jsonl"
-        for line in file.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            answers.setdefault(row["image"], []).append(
-                report.Answer(
-                    language=tag,
-                    reference=row["references"][0],
-                    answer=row["answer"],
-                    right=row["exact"],
-                )
-            )
-    return [
-        report.Card(picture=Path(path).read_bytes(), answers=given)
-        for path, given in list(answers.items())[:count]
-    ]

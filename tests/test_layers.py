@@ -15,17 +15,18 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "internvl"
 
 LEVELS = {
-    7: ("__main__", "__init__"),
-    6: ("cli",),
-    5: ("launch", "demo", "serve"),
-    4: ("train", "evaluate", "export", "check", "plan"),
+    8: ("__main__", "__init__"),
+    7: ("cli",),
+    6: ("demo",),
+    5: ("launch", "serve", "demo_retrieval"),
+    4: ("train", "evaluate", "export", "check", "plan", "demo_report"),
     3: ("objectives", "evals", "handles", "findings", "footprint"),
     2: (
         *("runfolder", "boards", "relief", "parallel", "optim", "checkpoint", "generate", "embed"),
         *("report", "doctor", "flops", "rows", "validation"),
     ),
     1: ("data", "models", "guards"),
-    0: ("config", "zoo", "dist", "log", "gpus"),
+    0: ("config", "zoo", "dist", "log", "gpus", "report_style"),
 }
 LEVEL_OF = {part: level for level, parts in LEVELS.items() for part in parts}
 

@@ -73,7 +73,7 @@ def test_chat_lines_of_one_picture_are_adjacent(folder: Path):
             assert (image.mode, image.size) == ("RGB", (32, 32))
 
 
-@pytest.mark.parametrize("split", ["validation", "test"])
+@pytest.mark.parametrize("split", openmoji.SPLITS)
 def test_coco_form_says_the_same_as_the_chat_form(folder: Path, split: str):
     chat = lines(folder / f"{split}.jsonl")
     for language in openmoji.PROMPTS:

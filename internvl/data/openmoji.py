@@ -6,7 +6,7 @@ result is a folder of ordinary annotation files that the rest of the package rea
 
     images/1F600.png                      RGB, pixels x pixels, on white
     train.jsonl validation.jsonl test.jsonl   chat form, three lines per picture, one per language
-    {validation,test}_{en,zh,ko}.json     COCO caption form, one reference per picture
+    {train,validation,test}_{en,zh,ko}.json   COCO caption form, one name per picture
     ATTRIBUTION.txt  dataset.json         who drew it; what was built (its presence: complete)
 
 Every held-out name is a new combination of known parts: the untoned picture of a family and most
@@ -43,7 +43,7 @@ SPLITS = ("train", "validation", "test")
 
 INSTALL = "pip install 'internvl[demo]'"
 
-_LAYOUT = 1  # raise when the files change for the same packages, so that old folders are rebuilt
+_LAYOUT = 2  # raise when the files change for the same packages, so that old folders are rebuilt
 _CANVAS = 72  # side of an OpenMoji drawing, SVG units
 _MOST_TRIM = 8  # SVG units: sizes still tell a small square from a large one
 _MIN_TONED = 5  # families with fewer toned variants have none to spare for a fifth
@@ -262,9 +262,8 @@ def _write(
     for name, pictures in splits.items():
         lines = [line for picture in pictures for line in chat_lines(picture, pixels)]
         _write_text(folder / f"{name}.jsonl", (_json(line) for line in lines))
-    for name in ("validation", "test"):
         for language in PROMPTS:
-            captions = coco_captions(splits[name], language, pixels)
+            captions = coco_captions(pictures, language, pixels)
             _write_text(folder / f"{name}_{language}.json", [_json(captions)])
     (folder / "ATTRIBUTION.txt").write_text(attribution(openmoji), encoding="utf-8")
     counts = {name: len(pictures) for name, pictures in splits.items()}

@@ -1,0 +1,352 @@
+"""The demo's second model: a small InternVL-14B that finds pictures by their names, and names by
+their pictures, in English and in Chinese.
+
+Its vision tower is the chat model's and stays as it is; QLLaMA and the heads start fresh. Again
+everything is the normal path: a folder in the official layout, an ordinary recipe, R@k before,
+during and after, an export that is loaded and searched with.
+"""
+
+import io
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import sentencepiece
+import torch
+from torch import Tensor
+from transformers import InternVLVisionModel
+
+from internvl import config, export, handles, report, train
+from internvl.config import Recipe, UserError
+from internvl.data.pair_files import Pairs, read_pairs
+from internvl.data.pairs import clean_caption
+from internvl.data.tokenizers import load_tokenizer
+from internvl.demo_report import Run, Timing, read_run
+from internvl.models.dual import DualModel
+from internvl.models.dual_configs import DualConfig
+
+LANGUAGES = {"en": "English", "zh": "Chinese"}
+PIXELS = 64
+MODES = ("c", "g")
+RECALL_K = (1, 5)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much the retrieval part does."""
+
+    steps: int
+    eval_limit: int | None = None
+    """Held-out pictures per language; None takes all."""
+
+
+def run(
+    folder: Path, data: Path, chat: Path, size: Size, dtype: str, timing: Timing
+) -> list[report.Section]:
+    """Runs the retrieval part in `folder`; returns its sections of the page. A second call goes on
+    where it stopped.
+
+    Args:
+        chat: the folder of the chat model, whose tower this one gets.
+
+    Raises:
+        UserError: the exported model's features are not those of the trained one.
+    """
+    start, exported = folder / "start", folder / "model"
+    if not (start / "config.json").exists():
+        tower = handles.load(chat, device="cpu", dtype="float32").model.model.vision_tower
+        timing.of("making a small InternVL-14B", lambda: start_model(_names(data), tower, start))
+    recipe = make_recipe(data, start, folder / "run", size, dtype)
+    (folder / "recipe.yaml").write_text(config.to_yaml(recipe), encoding="utf-8")
+    timing.of("training and evaluating retrieval", lambda: train.run(recipe))
+    if not exported.exists():
+        timing.of("exporting it", lambda: export.run(recipe.run, exported, "official"))
+    loaded = timing.of("loading it and searching", lambda: compare_loaded(recipe, exported))
+    return make_sections(read_run(recipe), loaded)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is added to a tower; widths are multiples of 4 heads."""
+
+    width: int = 128
+    blocks: int = 3
+    queries: int = 8
+    embed_dim: int = 128
+
+
+SHAPE = Shape()
+
+
+def start_model(
+    names: Iterable[str], tower: InternVLVisionModel, folder: Path, shape: Shape = SHAPE
+) -> None:
+    """A small InternVL-14B in the official layout: a trained tower, everything else fresh.
+
+    Args:
+        names: what the tokenizer is made from.
+    """
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as beside:
+        (Path(beside) / "tokenizer.model").write_bytes(train_sentencepiece(names))
+        tokenizer = load_tokenizer(Path(beside))
+        assert tokenizer is not None
+        text = {
+            "vocab_size": len(tokenizer),
+            "hidden_size": shape.width,
+            "num_hidden_layers": shape.blocks,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "intermediate_size": 3 * shape.width,
+            "num_query_tokens": shape.queries,
+            "cross_attention_frequency": 2,
+            "vision_hidden_size": tower.config.hidden_size,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": 0,
+        }
+        config = DualConfig(
+            vision_config=tower.config,
+            text_config=text,
+            embed_dim=shape.embed_dim,
+            pool_num_heads=4,
+        )
+        model = DualModel(config)
+        model.model.vision_tower.load_state_dict(tower.state_dict())
+        export.run(handles.Dual(model.eval(), tokenizer, Path(beside)), folder, "official")
+
+
+def _names(data: Path) -> list[str]:
+    files = [data / f"train_{language}.json" for language in LANGUAGES]
+    trees = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return [row["caption"] for tree in trees for row in tree["annotations"]]
+
+
+def train_sentencepiece(names: Iterable[str], vocab_size: int = 2000) -> bytes:
+    """A `tokenizer.model` as InternVL-14B's is: SentencePiece with a piece for every byte."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([f"summarize:{name}" for name in names]),
+        model_writer=model,
+        vocab_size=vocab_size,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        character_coverage=0.995,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def make_recipe(data: Path, start: Path, run_folder: Path, size: Size, dtype: str) -> Recipe:
+    """The recipe: all but the tower trains, on both languages at once."""
+
+    def measured(split: str, language: str, **when: Any) -> dict[str, Any]:
+        return {
+            "type": "retrieval",
+            "annotations": data / f"{split}_{language}.json",
+            "images": data,
+            "clean": True,
+            "modes": MODES,
+            "recall_k": RECALL_K,
+            "batch_size": 128,
+            **when,
+        }
+
+    evals = {
+        f"test-{lang}": measured("test", lang, before=True, limit=size.eval_limit)
+        for lang in LANGUAGES
+    }
+    evals |= {
+        f"validation-{lang}": measured("validation", lang, every=200, limit=size.eval_limit)
+        for lang in LANGUAGES
+    }
+    return config.resolve(
+        {
+            "model": {"id": str(start), "train": ["language_model", "heads"]},
+            "data": {
+                "sources": [
+                    {
+                        "name": f"openmoji-{lang}",
+                        "type": "coco-captions",
+                        "annotations": data / f"train_{lang}.json",
+                        "images": data,
+                    }
+                    for lang in LANGUAGES
+                ],
+                "tiles": {"size": PIXELS, "max": 1},
+                "workers": 1,
+            },
+            # Matching (itm) would take half of a step's time, and finds nothing by itself.
+            "objective": {"name": "retrieval", "weights": {"itm": 0}},
+            "optim": {"lr": 2e-3, "warmup_ratio": 0.05, "betas": [0.9, 0.98]},
+            "evals": evals,
+            "run": run_folder,
+            "global_batch": 64,
+            "steps": size.steps,
+            "dtype": dtype,
+            "device": "cpu",
+            "threads": 1,
+            # Twice as fast: on a CPU most of a step was the backward pass of fused attention.
+            "compute": {"attention": "eager"},
+        },
+        name="the demo's recipe for retrieval",
+    )
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the exported folder finds among the test pictures of a language."""
+
+    language: str
+    pairs: Pairs
+    scores: Tensor
+    """float32 (texts, pictures); pair number n is text n and picture n."""
+
+
+def compare_loaded(recipe: Recipe, exported: Path) -> list[Found]:
+    """Loads the export and lets it search, as InternVL-G.
+
+    Raises:
+        UserError: features differ.
+    """
+    run, loaded = (
+        handles.load(folder, device="cpu", dtype="float32") for folder in (recipe.run, exported)
+    )
+    found = []
+    for language in LANGUAGES:
+        spec = recipe.evals[f"test-{language}"]
+        pairs = read_pairs(spec.annotations, spec.images, clean=clean_caption)
+        pairs = pairs.without({*range(spec.limit, len(pairs.images))} if spec.limit else set())
+        theirs, ours = (
+            [
+                *(handle.encode_images(pairs.images, mode) for mode in spec.modes),
+                handle.encode_texts(pairs.texts),
+            ]
+            for handle in (run, loaded)
+        )
+        worst = max(float((a - b).abs().max()) for a, b in zip(theirs, ours, strict=True))
+        if worst > 1e-5:
+            raise UserError(
+                f"{exported}: its features differ by up to {worst:.1e} from the trained model's"
+            )
+        found.append(Found(language, pairs, ours[-1] @ ours[spec.modes.index("g")].T))
+    return found
+
+
+def make_sections(run: Run, found: Sequence[Found]) -> list[report.Section]:
+    """What the demo's page says of retrieval."""
+    mean, losses = run.curve("itc")
+    validation = [
+        report.Series(
+            name=f"{language}, {mode.upper()}",
+            points=run.scores(f"validation-{tag}/{mode}_mean_recall"),
+        )
+        for tag, language in LANGUAGES.items()
+        for mode in MODES
+    ]
+    return [
+        report.Scores(
+            title="Finding, before and after, on the held-out test split",
+            scores=list(_scores(run.evaluations[0], run.evaluations[run.last])),
+            note=f"A {run.parameters / 1e6:.1f} M-parameter InternVL-14B. Its vision tower is the "
+            f"chat model's and stays as it is; {run.trained / 1e6:.1f} M parameters start fresh. "
+            f"{len(run.rows):,} steps of {run.recipe.global_batch} pairs took "
+            f"{run.seconds:,.0f} s, {run.samples_per_s:,.0f} pairs a second. R@k: the right one of "
+            f"{len(found[0].pairs.images)} is among the first k. InternVL-C embeds what the tower "
+            "sees, InternVL-G also what QLLaMA's queries make of it. Pictures that are drawn alike "
+            "under different names keep 100 % out of reach.",
+        ),
+        report.Charts(
+            title="How it learned to find",
+            charts=[
+                report.Chart(
+                    title=f"Contrastive loss (mean of {mean} steps)",
+                    x_label="step",
+                    y_label="nats per pair, both branches",
+                    series=[report.Series(name="loss", points=losses)],
+                    from_zero=True,
+                ),
+                report.Chart(
+                    title="Mean of R@1 and R@5, both directions, on the validation split",
+                    x_label="step",
+                    y_label="share",
+                    form=".0%",
+                    from_zero=True,
+                    series=validation,
+                ),
+            ],
+        ),
+        report.Searches(
+            title="Pictures found by a name",
+            searches=list(_by_turns([_by_name(of_language) for of_language in found])),
+            note="The first test names in the order of their hash, and the five pictures of the "
+            "test split that come first for InternVL-G; nothing was picked.",
+        ),
+        report.Searches(
+            title="Names found by a picture",
+            searches=list(_by_turns([_by_picture(of_language) for of_language in found])),
+            note="The test pictures that follow, and the five names that come first.",
+        ),
+    ]
+
+
+_QUERIES, _HITS = 6, 5
+
+
+def _scores(before: Mapping[str, float], after: Mapping[str, float]) -> Iterator[report.Score]:
+    directions = {"image": "name → picture", "text": "picture → name"}
+    for tag, language in LANGUAGES.items():
+        for mode in MODES:
+            for direction, shown in directions.items():
+                for k in RECALL_K:
+                    metric = f"test-{tag}/{mode}_{direction}_retrieval_recall@{k}"
+                    yield report.Score(
+                        group=f"{language}, InternVL-{mode.upper()}",
+                        name=f"{shown}, R@{k}",
+                        before=before.get(metric),
+                        after=after.get(metric),
+                        form=".1%",
+                    )
+
+
+def _by_name(found: Found) -> list[report.Search]:
+    pictures = [Path(path).read_bytes() for path in found.pairs.images]
+    return [
+        report.Search(
+            language=found.language,
+            text=found.pairs.texts[query],
+            rank=rank,
+            hits=[report.Hit(right=n == query, picture=pictures[n]) for n in first],
+        )
+        for query, rank, first in _ranked(found.scores, range(_QUERIES))
+    ]
+
+
+def _by_picture(found: Found) -> list[report.Search]:
+    return [
+        report.Search(
+            language=found.language,
+            picture=Path(found.pairs.images[query]).read_bytes(),
+            rank=rank,
+            hits=[report.Hit(right=n == query, text=found.pairs.texts[n]) for n in first],
+        )
+        for query, rank, first in _ranked(found.scores.T, range(_QUERIES, 2 * _QUERIES))
+    ]
+
+
+def _ranked(scores: Tensor, queries: range) -> Iterator[tuple[int, int, list[int]]]:
+    """(query, rank of its own candidate from 1, the first candidates)."""
+    for query in queries:
+        order = scores[query].sort(descending=True, stable=True)[1].tolist()
+        yield query, order.index(query) + 1, order[:_HITS]
+
+
+def _by_turns(lists: Sequence[Sequence[T]]) -> Iterator[T]:
+    for entries in zip(*lists, strict=True):
+        yield from entries
