@@ -29,22 +29,26 @@ from internvl.config import EvalConfig, Recipe, UserError
 from internvl.data.chat import ChatEncoder, spans
 from internvl.data.images import BadImage, FileSlice, Picture, is_address, open_rgb
 from internvl.data.index import cache_folder
-from internvl.data.loader import UnitReader
+from internvl.data.loader import Read, UnitReader
 from internvl.data.order import SampleOrder, UnitRef
+from internvl.data.pairs import CaptionEncoder
 from internvl.data.records import (
     BadSample,
     DataError,
     PackedBatch,
+    Pair,
     Sample,
     Tiles,
     Unit,
 )
 from internvl.data.sources import Source, open_source, source_configs
 from internvl.data.templates import template
+from internvl.data.tokenizers import load_tokenizer
 from internvl.evals import EVALS
 from internvl.findings import Checked, Counts, FirstStep, Shown
 from internvl.flops import work_of
 from internvl.models import hub, lora, vlm
+from internvl.objectives import OBJECTIVES, Objective
 from internvl.objectives.sft import Sft
 
 _CHUNK = 64  # lines that a worker examines at once
@@ -65,16 +69,24 @@ def run(recipe: Recipe, *, report: Path | None = None) -> Checked:
     """
     checked = Checked(recipe)
     encoder = encoder_of(recipe)
-    objective = Sft(recipe.objective, recipe.data, encoder)
     files, unusable = _open_all(recipe)
     checked.problems += unusable
-    reader = UnitReader(files, recipe.data, objective.encode, seed=recipe.seed, pixels=False)
+    reader: Any
+    if isinstance(encoder, CaptionEncoder):
+        pairs = OBJECTIVES[recipe.objective.name](recipe.objective, recipe.data, encoder)
+        reader = pairs.reader(files, recipe.seed)
+    else:
+        objective = Sft(recipe.objective, recipe.data, encoder)
+        reader = UnitReader(files, recipe.data, objective.encode, seed=recipe.seed, pixels=False)
     _examine(_Examiner(reader, _settings(recipe, encoder), encoder), checked)
     for name, spec in recipe.evals.items():
         checked.problems += _eval_problems(name, spec)
     if files and not unusable:
         order = SampleOrder(files, share_prefix=recipe.shares_prefix, seed=recipe.seed)
-        _first_step(order, reader, objective, encoder, checked)
+        if isinstance(encoder, CaptionEncoder):
+            _first_pairs(order, reader, pairs, checked)
+        else:
+            _first_step(order, reader, objective, encoder, checked)
     if report is not None:
         pages.write(findings.page(checked), report)
     return checked
@@ -95,11 +107,18 @@ def _open_all(recipe: Recipe) -> tuple[list[Source], list[BadSample]]:
     return files, problems
 
 
-def encoder_of(recipe: Recipe) -> ChatEncoder:
+def encoder_of(recipe: Recipe) -> ChatEncoder | CaptionEncoder:
     """The encoder that training would use, without reading weights."""
     folder = hub.find_folder(recipe.model.id)
     if lora.is_adapter(folder):
         folder = hub.find_folder(lora.base_of(folder))
+    dual = hub.open_folder(folder).family == "dual"
+    handles.check_objective(recipe, dual)
+    if dual:
+        tokenizer = load_tokenizer(folder)
+        if tokenizer is None:
+            raise UserError(f"{folder}: no tokenizer files; copy those of the release there")
+        return CaptionEncoder(tokenizer)
     head = handles.describe(folder)
     if head.tokenizer is None:
         raise UserError(f"{folder}: no tokenizer files; copy those of the release there")
@@ -129,7 +148,7 @@ class _Examiner(Dataset[_Examined]):
     A chunk whose lines, media files and settings were seen before is not read again.
     """
 
-    def __init__(self, reader: UnitReader, settings: str, encoder: ChatEncoder) -> None:
+    def __init__(self, reader: Any, settings: str, encoder: ChatEncoder | CaptionEncoder) -> None:
         self.reader = reader
         self.settings = settings
         self.encoder = encoder
@@ -166,20 +185,9 @@ class _Examiner(Dataset[_Examined]):
         read = self.reader[ref]
         rows, digests = [], []
         unknown = self.encoder.tokenizer.unk_token_id
-        for tiles, example in (
-            (unit.num_tiles, example) for unit in read.units for example in unit.examples
-        ):
-            line, sample = by_name[example.name]
-            rows.append(
-                (
-                    line,
-                    _kind(sample),
-                    len(example.input_ids),
-                    tiles,
-                    example.num_supervised,
-                    0 if unknown is None else int((example.input_ids == unknown).sum()),
-                )
-            )
+        for name, *numbers in (row for unit in read.units for row in _measures(unit, unknown)):
+            line, sample = by_name[name]
+            rows.append((line, _kind(sample), *numbers))
             digest = hashlib.blake2b(repr(_content(sample)).encode(), digest_size=8).digest()
             digests.append(int.from_bytes(digest, "little"))
         return {
@@ -189,16 +197,29 @@ class _Examiner(Dataset[_Examined]):
         }
 
 
-def _settings(recipe: Recipe, encoder: ChatEncoder) -> str:
+def _measures(unit: Unit | Pair, unknown: int | None) -> Iterator[tuple[str, int, int, int, int]]:
+    """Name, tokens, tiles, supervised and unknown tokens of every sample."""
+    if isinstance(unit, Pair):
+        strange = 0 if unknown is None else unit.summary.count(unknown)
+        yield unit.name, len(unit.summary), 1, len(unit.written) - unit.num_given, strange
+        return
+    for example in unit.examples:
+        ids = example.input_ids
+        strange = 0 if unknown is None else int((ids == unknown).sum())
+        yield example.name, len(ids), unit.num_tiles, example.num_supervised, strange
+
+
+def _settings(recipe: Recipe, encoder: ChatEncoder | CaptionEncoder) -> str:
     """All that decides how a line is read, besides the line and its source."""
     tokenizer = encoder.tokenizer.backend_tokenizer.to_str()
     data = replaced(recipe.data, sources=(), meta=None, workers=0)
+    how: tuple[Any, ...] = ()
+    if isinstance(encoder, ChatEncoder):
+        how = encoder.template, encoder.system_message, encoder.tokens_per_tile
     return repr(
         (
             hashlib.sha256(tokenizer.encode()).hexdigest(),
-            encoder.template,
-            encoder.system_message,
-            encoder.tokens_per_tile,
+            how,
             data,
             recipe.objective,
             recipe.seed,
@@ -245,7 +266,7 @@ def _examine(examiner: _Examiner, checked: Checked) -> None:
         examiner,
         sampler=chunks,
         batch_size=None,
-        num_workers=examiner.reader.config.workers,
+        num_workers=checked.recipe.data.workers,
     )
     found: list[list[_Examined]] = [[] for _ in files]
     with log.Progress("samples", total=sum(map(len, files))) as progress:
@@ -306,6 +327,20 @@ def _first_step(
     # One of each unit: the answers to a picture differ little, pictures do.
     shown = (next(_show(ref, rows[0].names, reader, objective, encoder), None) for ref in refs)
     checked.first = list(islice((one for one in shown if one is not None), _SHOWN_SAMPLES))
+
+
+def _first_pairs(
+    order: SampleOrder, reader: Dataset[Read], objective: Objective, checked: Checked
+) -> None:
+    """The arithmetic of the run, and how the first pairs of its first step read."""
+    recipe = checked.recipe
+    total = recipe.num_samples(len(order))
+    refs = order.step(0, recipe.global_batch, total)
+    units = [unit for ref in refs for unit in reader[ref].units]
+    if units:
+        steps = _arithmetic(order, recipe.num_steps(len(order)), total, recipe)
+        shown = objective.describe(objective.batches(units))
+        checked.arithmetic = f"{steps}\nthe first step: {shown}"
 
 
 def _arithmetic(order: SampleOrder, num_steps: int, total: int, recipe: Recipe) -> str:

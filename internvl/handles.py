@@ -230,14 +230,21 @@ def for_training(recipe: Recipe) -> Chat | Dual:
         drop_path=recipe.model.drop_path,
         image_size=recipe.data.tiles.size,
     )
-    if recipe.objective.packs == isinstance(loaded, Dual):
-        fitting = "retrieval or stage2" if recipe.objective.packs else "sft"
-        raise UserError(
-            f"objective.name: {recipe.model.id} does not train with {recipe.objective.name}; "
-            f"choose {fitting}, or another model"
-        )
+    check_objective(recipe, isinstance(loaded, Dual))
     _choose_trainable(loaded.model, recipe.model)
     return loaded if isinstance(loaded, Dual) else _with_settings(loaded, recipe)
+
+
+def check_objective(recipe: Recipe, dual: bool) -> None:
+    """Raises UserError where the recipe's objective is not for its model: `dual` is InternVL-14B's
+    or a chat model's."""
+    if recipe.objective.packs != dual:
+        return
+    fitting = "retrieval or stage2" if dual else "sft"
+    raise UserError(
+        f"objective.name: {recipe.model.id} does not train with {recipe.objective.name}; choose "
+        f"{fitting}, or another model"
+    )
 
 
 def _choose_trainable(model: Any, config: ModelConfig) -> None:

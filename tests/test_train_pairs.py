@@ -11,7 +11,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from internvl import config, evaluate, export, handles, log, optim, train, zoo
+from internvl import check, config, evaluate, export, handles, log, optim, train, zoo
 from internvl.config import LayerDecayConfig, LoraConfig, OptimConfig, UserError
 from internvl.models import dual_configs, dual_files, lora, vlm
 
@@ -254,3 +254,30 @@ def test_written_out_attention_changes_no_result(project, tmp_path, checkpointin
         found[attention] = losses(train.run(recipe))
     for step in (1, 2, 3):
         assert found["eager"][step] == pytest.approx(found["auto"][step], rel=1e-4)
+
+
+def test_a_check_reads_every_pair(project, tmp_path):
+    folder = tmp_path / "data"
+    pair_runs.draw(folder)
+    (folder / "0003.jpg").write_bytes(b"no picture")
+    lines = (folder / "captions.txt").read_text()
+    (folder / "captions.txt").write_text(lines + "0000.jpg,A red circle.\n0000.jpg,...\n")
+    sources = (
+        "data.sources=[{name: s, type: flickr_format, "
+        f"annotations: {folder}/captions.txt, images: {folder}}}]"
+    )
+    checked = check.run(recipe_of(project, tmp_path, sources, "epochs=2", "steps=null"))
+    said = checked.render()
+    assert [str(bad).split(":")[0].rpartition(" ")[2] for bad in checked.problems] == [
+        *("8", "9", "51")
+    ]
+    assert "50 samples an epoch in 50 groups; 2 epoch(s) of them in steps of 8" in said
+    assert "1 sample(s) equal another sample" in said
+    assert " pairs in 1 micro-batch(es)" in said
+    assert "\nsummarize:" in said
+
+
+def test_a_check_says_what_does_not_fit(project, tmp_path):
+    sources = "data.sources=[{name: s, annotations: x.jsonl}]"
+    with pytest.raises(UserError, match="does not train with sft"):
+        check.run(recipe_of(project, tmp_path, sources, "objective.name=sft"))

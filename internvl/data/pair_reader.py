@@ -2,6 +2,7 @@
 `FlickrDataset` and `COCODataset` (`internvl_g/internvl/train/dataset.py`)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import blake2b
 
 import numpy as np
@@ -58,9 +59,11 @@ class PairReader(Dataset[Read]):
 
     def __getitem__(self, ref: UnitRef) -> Read:
         read = Read()
-        for sample in self.files[ref.file].samples(ref.lines):
+        samples = self.files[ref.file].samples(ref.lines)
+        for number, (line, sample) in enumerate(zip(ref.lines, samples, strict=True)):
+            one = replace(ref, lines=(line,), row=ref.row + number)
             try:
-                read.units.append(self._pair(sample, ref))
+                read.units.append(self._pair(sample, one))
             except BadSample as bad:
                 read.bad.append(bad)
         return read

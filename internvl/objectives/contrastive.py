@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -72,7 +73,7 @@ class Retrieval:
         pairs = sum(batch.num_samples for batch in batches)
         tokens = sum(batch.num_tokens for batch in batches)
         lines = [f"{pairs} pairs in {len(batches)} micro-batch(es), {tokens:,} tokens"]
-        read = self.encoder.tokenizer.decode
+        read = partial(self.encoder.tokenizer.decode, skip_special_tokens=True)
         for batch in batches[:1]:
             shown = zip(
                 batch.names, batch.text_ids, batch.match_ids, batch.match_labels, strict=False
