@@ -190,7 +190,9 @@ def test_retrieval_finetunings(data: str, method: str) -> None:
     assert found.epochs == epochs
     assert not found.drop_last
     assert found.model.id == "OpenGVLab/InternVL-14B-224px"
-    assert (found.objective.name, found.objective.micro_batch) == ("retrieval", 32)
+    assert found.objective.name == "retrieval"
+    # Frozen towers keep nothing for a backward pass, so all pairs fit at once.
+    assert found.objective.micro_batch == (128 if method == "head" else 32)
     assert found.objective.weights_of(TERMS["retrieval"]) == {"itc": 1.0, "itm": 1.0}
     optim = found.optim
     assert (optim.lr, optim.weight_decay, optim.warmup_steps) == (1e-6, 0.05, 100)

@@ -120,21 +120,21 @@ class Retrieval:
         first = list(islice(batches, 2))
         if "itc" not in self.weights or set(dist.gather_objects(len(first))) == {1}:
             return
-        seeds, encoded, numbers, counted = [], [], [], []
+        seeds, encoded, image_ids, counted = [], [], [], []
         for pairs in chain(first, batches):
             seeds.append(int(torch.randint(2**62, ())))
             with _nothing_kept(), _random_numbers(seeds[-1], pairs.pixel_values.device):
                 vision = model.vision_tokens(self._normalized(pairs))
                 encoded.append(self.features(model, vision, pairs).detach())
-            numbers.append(pairs.image_ids)
+            image_ids.append(pairs.image_ids)
             counted.append(pairs.text_counts)
         if not encoded:  # only bad samples on this rank; the others wait for its (no) features
             encoded = [self._no_features(model)]
-            numbers = [encoded[0].new_zeros(0, dtype=torch.long)]
+            image_ids = [encoded[0].new_zeros(0, dtype=torch.long)]
             counted = [encoded[0].new_zeros(0)]
         own = torch.cat(encoded).requires_grad_()
         scale = model.logit_scale.detach().float().requires_grad_()
-        losses = self._losses(own, torch.cat(numbers), scale) * torch.cat(counted)
+        losses = self._losses(own, torch.cat(image_ids), scale) * torch.cat(counted)
         gradient, scale_gradient = torch.autograd.grad(losses.sum(), [own, scale])
         sizes = [len(part) for part in encoded]
         losses = losses.detach()
