@@ -68,7 +68,7 @@ class Shape:
     vocabulary: int = 6000
 
 
-SHAPES = {"tiny": Shape(64, 2, 2, 3, 4, 1500), "small": Shape(256, 6, 6, 9)}
+SHAPES = {"tiny": Shape(64, 2, 2, 2, 4, 1500), "small": Shape(256, 6, 6, 8)}
 
 
 @dataclass(frozen=True)

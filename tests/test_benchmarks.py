@@ -146,3 +146,27 @@ def test_internvl_14b_rows(tmp_path):
     assert caption["batch_4"]["images_per_s"] > 0
     assert full["parameters"] == 13_836_319_747
     assert json.loads((tmp_path / "a.json").read_text()) == [training, caption, full]
+
+
+@pytest.mark.slow
+def test_small_models_learn_to_retrieve(tmp_path):
+    """English captions, then Chinese ones from what was exported."""
+    captions = {}
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as packed:
+        for split, count in (("train", 12), ("test", 12)):
+            for number in range(count):
+                name = f"{split}/{number}.jpg"
+                packed.write(picture(tmp_path / name, (128, 128)), name)
+                texts = {"en": [f"A photo {number} ."] * 5, "zh": [f"照片{number}。"] * 5}
+                captions[name] = {"split": split, **texts}
+        packed.writestr("captions.json", json.dumps(captions))
+    words = [str(tmp_path / "photos.zip"), "--to", str(tmp_path / "to"), "--tiny"]
+    words += ["--arms", "english", "chinese"]
+    english, chinese, arms = run("retrieval_learning.py", *words)
+    assert (english["run"], chinese["run"]) == ("english-0", "chinese-0")
+    tree = json.loads((tmp_path / "to" / "retrieval_learning.json").read_text())
+    before, after = tree["results"]["chinese-0"]["curve"]
+    assert before | {"step": 12} == tree["results"]["english-0"]["curve"][-1]
+    gain = after["zh_c_mean_recall"] - before["zh_c_mean_recall"]
+    assert arms["gain_of_fine_tuning"]["zh_c_mean_recall"] == pytest.approx(gain, abs=1e-3)
+    assert run("retrieval_learning.py", *words) == [arms]  # not again

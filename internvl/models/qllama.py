@@ -17,9 +17,10 @@ from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaMLP,
     LlamaPreTrainedModel,
-    LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
+
+from internvl.models.norms import RMSNorm
 
 Mask = Literal["itc", "itm", "itg", "text"]
 
@@ -44,8 +45,8 @@ class CrossAttention(nn.Module):
         super().__init__()
         width, source = config.hidden_size, config.vision_hidden_size
         self.num_heads = config.num_attention_heads
-        self.norm1 = LlamaRMSNorm(width, eps=config.rms_norm_eps)
-        self.norm2 = LlamaRMSNorm(source, eps=config.rms_norm_eps)
+        self.norm1 = RMSNorm(width, eps=config.rms_norm_eps)
+        self.norm2 = RMSNorm(source, eps=config.rms_norm_eps)
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(source, width, bias=False)
         self.v_proj = nn.Linear(source, width, bias=False)
@@ -82,8 +83,8 @@ class QLlamaLayer(GradientCheckpointingLayer):
         self.self_attn = LlamaAttention(config, layer)
         self.cross_attn = CrossAttention(config) if config.has_cross_attention(layer) else None
         self.mlp = LlamaMLP(config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -133,7 +134,7 @@ class QLlamaModel(LlamaPreTrainedModel):
         self.layers = nn.ModuleList(
             QLlamaLayer(config, layer) for layer in range(config.num_hidden_layers)
         )
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.post_init()
 
