@@ -30,6 +30,8 @@ from internvl.models.dual_configs import DualConfig
 
 LANGUAGES = {"en": "English", "zh": "Chinese"}
 PIXELS = 64
+WIDTH = 128
+"""Of QLLaMA and of the embeddings."""
 MODES = ("c", "g")
 RECALL_K = (1, 5)
 
@@ -70,22 +72,7 @@ def run(
     return make_sections(read_run(recipe), loaded)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What is added to a tower; widths are multiples of 4 heads."""
-
-    width: int = 128
-    blocks: int = 3
-    queries: int = 8
-    embed_dim: int = 128
-
-
-SHAPE = Shape()
-
-
-def start_model(
-    names: Iterable[str], tower: InternVLVisionModel, folder: Path, shape: Shape = SHAPE
-) -> None:
+def start_model(names: Iterable[str], tower: InternVLVisionModel, folder: Path) -> None:
     """A small InternVL-14B in the official layout: a trained tower, everything else fresh.
 
     Args:
@@ -98,25 +85,22 @@ def start_model(
         assert tokenizer is not None
         text = {
             "vocab_size": len(tokenizer),
-            "hidden_size": shape.width,
-            "num_hidden_layers": shape.blocks,
+            "hidden_size": WIDTH,
+            "num_hidden_layers": 3,
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
-            "intermediate_size": 3 * shape.width,
-            "num_query_tokens": shape.queries,
+            "intermediate_size": 3 * WIDTH,
+            "num_query_tokens": 8,
             "cross_attention_frequency": 2,
             "vision_hidden_size": tower.config.hidden_size,
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": 0,
         }
-        config = DualConfig(
-            vision_config=tower.config,
-            text_config=text,
-            embed_dim=shape.embed_dim,
-            pool_num_heads=4,
+        shape = DualConfig(
+            vision_config=tower.config, text_config=text, embed_dim=WIDTH, pool_num_heads=4
         )
-        model = DualModel(config)
+        model = DualModel(shape)
         model.model.vision_tower.load_state_dict(tower.state_dict())
         export.run(handles.Dual(model.eval(), tokenizer, Path(beside)), folder, "official")
 
