@@ -59,7 +59,7 @@ class Size:
 
 
 FULL = Size(
-    epochs=13, limit_families=None, eval_limit=None, retrieval=demo_retrieval.Size(steps=800)
+    epochs=15, limit_families=None, eval_limit=None, retrieval=demo_retrieval.Size(steps=600)
 )
 SHORT = Size(
     epochs=3,

@@ -168,7 +168,7 @@ def make_recipe(data: Path, start: Path, run_folder: Path, size: Size, dtype: st
             },
             # Matching (itm) would take half of a step's time, and finds nothing by itself.
             "objective": {"name": "retrieval", "weights": {"itm": 0}},
-            "optim": {"lr": 2e-3, "warmup_ratio": 0.05, "betas": [0.9, 0.98]},
+            "optim": {"lr": 1e-3, "warmup_ratio": 0.05, "betas": [0.9, 0.98]},
             "evals": evals,
             "run": run_folder,
             "global_batch": 64,
