@@ -140,7 +140,7 @@ def test_internvl_14b_rows(tmp_path):
     """Ready-made recipes on a tiny model: steps, needed FLOPs, hours."""
     words = ("--tiny", "lora_224_kept", "caption_224", "full_364", "--to", str(tmp_path / "a.json"))
     training, caption, full = run("dual.py", *words)
-    assert len(training["loss"]) == 5
+    assert len(training["loss"]) == 4  # one of warm-up
     assert training["tflop_per_pair"] > 0
     assert training["hours"] > 0
     assert caption["batch_4"]["images_per_s"] > 0
