@@ -192,8 +192,8 @@ class DataConfig:
     """How a video becomes images."""
     resize: Literal["pillow", "torch"] = "pillow"
     """pillow: as the original, pixel by pixel; compiled where numba is installed
-    (`internvl[fast]`), which is three times as fast. torch: its antialiased uint8 resize, as fast
-    without numba, 0.004 of 255 off on average."""
+    (`internvl[fast]`), which is three times as fast. torch: its antialiased uint8 resize, nearly
+    as fast without numba, 0.004 of 255 off on average."""
     normalize: Literal["imagenet", "clip", "siglip"] = "imagenet"
     """Mean and deviation that pixels are normalized with."""
     max_tokens: Positive = 8192
