@@ -44,7 +44,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from internvl import config, parallel, train, zoo
+from internvl import parallel, recipes, train, zoo
 from internvl.config import ComputeConfig, Recipe
 from internvl.data.records import PairBatch
 from internvl.embed import Dual
@@ -175,7 +175,7 @@ class Counting(Retrieval):
 def build(row: Training, folder: Path, device: torch.device, *, tiny: bool) -> train.Run:
     """The run of a row: files on disk, a random model, all else as `train.build` makes it."""
     file = RECIPES / f"internvl_14b_{row.recipe}.yaml"
-    recipe = config.load_recipe(file, row.changes)
+    recipe = recipes.load_recipe(file, row.changes)
     batch = 8 if tiny else row.global_batch or recipe.global_batch
     pixels = 56 if tiny else row.pixels or recipe.data.tiles.size
     source = write_pairs(folder, 4 * batch if tiny else max(512, 2 * batch))
@@ -192,7 +192,7 @@ def build(row: Training, folder: Path, device: torch.device, *, tiny: bool) -> t
     ]
     if tiny and recipe.objective.micro_batch:
         here.append("objective.micro_batch=4")
-    recipe = config.load_recipe(file, [*row.changes, *here])
+    recipe = recipes.load_recipe(file, [*row.changes, *here])
     now = train.build(recipe, random_dual(pixels, device, recipe, tiny=tiny))
     now.objective = Counting(recipe.objective, recipe.data, now.chat.encoder)
     now.objective.steps, now.objective.queries = [], now.model.num_queries

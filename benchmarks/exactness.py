@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import workloads
 
-from internvl import config, train
+from internvl import recipes, train
 
 STEPS = 20
 DENSE = {"attention": "dense", "compile": False}
@@ -56,7 +56,7 @@ def trained(
         drawn = (s for s in workloads.coco(3) if workloads.num_tiles(s.size, s.max_tiles) == TILES)
         samples = list(itertools.islice(drawn, 6))
         sources = workloads.write(Path(folder), samples, chat.encoder, captions=5)
-        recipe = config.resolve(
+        recipe = recipes.resolve(
             {
                 "model": {"id": "tiny"},
                 "data": {"sources": sources, "tiles": {"size": chat.tiles.size, "max": 6}}

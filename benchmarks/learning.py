@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from internvl import checkpoint, config, demo, handles, log, parallel, train
+from internvl import checkpoint, config, demo, handles, log, parallel, recipes, train
 
 PROMPTS = {"en": "Describe the photo.", "zh": "描述这张照片。"}
 TOKENIZE = {"en": "ptb", "zh": "characters"}
@@ -166,7 +166,7 @@ def recipe(arm: str, seed: int, to: Path, plan: Plan, options: argparse.Namespac
         tree[section] |= values
     if on_cpu:
         tree["compute"]["attention"] = "eager"
-    return config.resolve(tree, name=f"arm {arm}")
+    return recipes.resolve(tree, name=f"arm {arm}")
 
 
 @torch.no_grad()

@@ -317,7 +317,7 @@ def qlora(args: argparse.Namespace, folder: Path) -> Numbers:
     import torch
 
     from internvl import export, train
-    from internvl.config import resolve
+    from internvl.recipes import resolve
 
     turns = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": "A photograph."}]
     row = json.dumps({"image": args.photo.name, "conversations": turns})

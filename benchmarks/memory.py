@@ -23,7 +23,7 @@ import torch
 import workloads
 from torch import nn
 
-from internvl import config, gpus, handles, plan, train
+from internvl import config, gpus, handles, plan, recipes, train
 from internvl.data.records import PackedBatch
 from internvl.findings import FirstStep
 from internvl.flops import work_of
@@ -140,7 +140,7 @@ def recipe_of(
     tokens = 2048 if tiny else row.row_tokens
     batch = 8 if tiny else 4 * row.row_tokens // 1700
     samples = list(itertools.islice(workloads.coco(0), batch))
-    return config.resolve(
+    return recipes.resolve(
         {
             "model": {"id": row.model, **METHODS[row.method]},
             "data": {

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from internvl import config, demo, embed, export, handles, log, parallel, train
+from internvl import demo, embed, export, handles, log, parallel, recipes, train
 from internvl.config import Recipe
 from internvl.data import loader
 from internvl.data.images import STATISTICS, open_rgb
@@ -234,7 +234,7 @@ def recipe(arm: str, seed: int, to: Path, plan: Plan, options: argparse.Namespac
         "threads": 1 if on_cpu else None,
         "seed": seed,
     }
-    return config.resolve(tree, name=f"arm {arm}")
+    return recipes.resolve(tree, name=f"arm {arm}")
 
 
 # Ours

@@ -29,7 +29,7 @@ import transformers
 import workloads
 from torch._dynamo.utils import counters
 
-from internvl import config, flops, log, parallel, train
+from internvl import flops, log, parallel, recipes, train
 from internvl.data.records import PackedBatch, Unit
 from internvl.objectives.sft import Sft
 
@@ -153,7 +153,7 @@ def build(row: Row, folder: Path, device: torch.device, options: argparse.Namesp
     count = max(1, batch * min(steps, 6) // row.captions)
     samples = list(itertools.islice(drawn, count))
     sources = workloads.write(folder, samples, chat.encoder, captions=row.captions)
-    recipe = config.resolve(
+    recipe = recipes.resolve(
         {
             "model": {"id": row.model},
             "data": {

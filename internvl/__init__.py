@@ -13,7 +13,7 @@ _NAMES = {
     "Chat": ("internvl.handles", "Chat"),
     "Request": ("internvl.generate", "Request"),
     "Recipe": ("internvl.config", "Recipe"),
-    "load_recipe": ("internvl.config", "load_recipe"),
+    "load_recipe": ("internvl.recipes", "load_recipe"),
 }
 _MODULES = ("train", "evaluate", "export", "check", "data", "models", "zoo", "doctor")
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from internvl import log
-from internvl.config import ConfigError, Recipe, UserError, load_recipe
+from internvl.config import ConfigError, Recipe, UserError
 from internvl.data import benchmarks
+from internvl.recipes import load_recipe
 
 Arguments = argparse.Namespace
 

@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from internvl import config, demo_report, demo_retrieval, export, handles, report, train
+from internvl import demo_report, demo_retrieval, export, handles, recipes, report, train
 from internvl.config import Recipe, UserError
 from internvl.data import openmoji
 from internvl.data.templates import template
@@ -84,7 +84,7 @@ def run(folder: Path, *, short: bool = False) -> Path:
     if not (start / "config.json").exists():
         timing.of("making a small model", lambda: start_model(data, start))
     recipe = make_recipe(data, start, folder / "run", size)
-    (folder / "recipe.yaml").write_text(config.to_yaml(recipe), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(recipes.to_yaml(recipe), encoding="utf-8")
     timing.of("training and evaluating", lambda: train.run(recipe))
     if not exported.exists():
         timing.of("exporting", lambda: export.run(recipe.run, exported))
@@ -227,7 +227,7 @@ def make_recipe(data: Path, start: Path, run_folder: Path, size: Size) -> Recipe
         )
         for lang in LANGUAGES
     }
-    return config.resolve(
+    return recipes.resolve(
         {
             "model": {
                 "id": str(start),

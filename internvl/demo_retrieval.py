@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import InternVLVisionModel
 
-from internvl import config, export, handles, report, train
+from internvl import export, handles, recipes, report, train
 from internvl.config import Recipe, UserError
 from internvl.data.pair_files import Pairs, read_pairs
 from internvl.data.pairs import clean_caption
@@ -64,7 +64,7 @@ def run(
         tower = handles.load(chat, device="cpu", dtype="float32").model.model.vision_tower
         timing.of("making a small InternVL-14B", lambda: start_model(_names(data), tower, start))
     recipe = make_recipe(data, start, folder / "run", size, dtype)
-    (folder / "recipe.yaml").write_text(config.to_yaml(recipe), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(recipes.to_yaml(recipe), encoding="utf-8")
     timing.of("training and evaluating retrieval", lambda: train.run(recipe))
     if not exported.exists():
         timing.of("exporting it", lambda: export.run(recipe.run, exported, "official"))
@@ -150,7 +150,7 @@ def make_recipe(data: Path, start: Path, run_folder: Path, size: Size, dtype: st
         f"validation-{lang}": measured("validation", lang, every=200, limit=size.eval_limit)
         for lang in LANGUAGES
     }
-    return config.resolve(
+    return recipes.resolve(
         {
             "model": {"id": str(start), "train": ["language_model", "heads"]},
             "data": {

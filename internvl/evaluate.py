@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from internvl import checkpoint, evals, handles, zoo
-from internvl.config import ConfigError, EvalConfig, eval_config, load_recipe
+from internvl.config import ConfigError, EvalConfig, eval_config
 from internvl.data import benchmarks
 from internvl.evals import caption
+from internvl.recipes import load_recipe
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
 _CAPTION_METRICS = {f"bleu_{n}": f"Bleu_{n}" for n in (1, 2, 3, 4)} | {

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from internvl import handles
-from internvl.config import UserError, load_recipe
+from internvl.config import UserError
 from internvl.data.images import STATISTICS
 from internvl.data.templates import jinja
 from internvl.data.tokenizers import save_tokenizer
@@ -39,6 +39,7 @@ from internvl.models import (
 from internvl.models.dual import DualModel
 from internvl.models.dual_configs import DualConfig
 from internvl.models.vlm import ChatModel
+from internvl.recipes import load_recipe
 
 logger = logging.getLogger(__name__)
 

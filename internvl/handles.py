@@ -9,7 +9,7 @@ import torch
 from transformers import InternVLConfig, PreTrainedTokenizerFast
 
 from internvl import checkpoint, generate, zoo
-from internvl.config import ModelConfig, Recipe, TilesConfig, UserError, load_recipe
+from internvl.config import ModelConfig, Recipe, TilesConfig, UserError
 from internvl.data.chat import ChatEncoder
 from internvl.data.templates import TEMPLATES, Template, template
 from internvl.data.tokenizers import add_special_tokens, check_vocabulary, load_tokenizer
@@ -18,6 +18,7 @@ from internvl.generate import Request, Settings, answers
 from internvl.models import configs, dual_files, hub, lora, parts, vlm
 from internvl.models.dual import DualModel
 from internvl.models.hub import ModelFolderError
+from internvl.recipes import load_recipe
 
 DTYPES = {
     "float32": torch.float32,

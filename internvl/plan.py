@@ -20,7 +20,7 @@ import torch
 import yaml
 from transformers import InternVLConfig
 
-from internvl import config, flops, footprint, parallel, relief, zoo
+from internvl import flops, footprint, parallel, recipes, relief, zoo
 from internvl.config import ComputeConfig, Recipe, UserError
 from internvl.findings import FirstStep
 from internvl.flops import Flops, Work
@@ -340,7 +340,7 @@ def _remedy(made: Plan, model: Any, step: FirstStep | None) -> str:
 
 
 def _set(recipe: Recipe, key: str, value: str) -> Recipe:
-    return config.resolve(yaml.safe_load(config.to_yaml(recipe)), [f"{key}={value}"])
+    return recipes.resolve(yaml.safe_load(recipes.to_yaml(recipe)), [f"{key}={value}"])
 
 
 def _short(made: Plan) -> str:

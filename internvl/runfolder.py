@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from internvl import config, dist
+from internvl import dist, recipes
 from internvl.config import Recipe
 from internvl.guards import RunError
 
@@ -44,7 +44,7 @@ def owned(recipe: Recipe) -> Iterator[None]:
 
 @contextmanager
 def _locked(recipe: Recipe) -> Iterator[None]:
-    folder, text = recipe.run, config.to_yaml(recipe)
+    folder, text = recipe.run, recipes.to_yaml(recipe)
     folder.mkdir(parents=True, exist_ok=True)
     saved = folder / "recipe.yaml"
     with (folder / ".lock").open("w") as lock:
@@ -58,7 +58,7 @@ def _locked(recipe: Recipe) -> Iterator[None]:
         if not saved.exists() and others:
             raise RunError(f"{folder} is not empty and no run; choose another `run`")
         if saved.exists() and others:
-            changed = config.differences(config.load_recipe(saved), recipe)
+            changed = recipes.differences(recipes.load_recipe(saved), recipe)
             if changed:
                 raise RunError(
                     f"{folder} holds a run of another recipe ({'; '.join(changed)}); "

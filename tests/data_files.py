@@ -9,7 +9,7 @@ from typing import Any
 from chat_folders import add_tokenizer, golden_folder
 from PIL import Image
 
-from internvl import config
+from internvl import config, recipes
 
 SHARED = Path(os.environ.get("INTERNVL_SHARED", Path(__file__).parents[2] / "shared"))
 
@@ -73,4 +73,4 @@ def recipe(
         "dtype": "float32",
         "device": "cpu",
     }
-    return config.resolve(tree, overrides)
+    return recipes.resolve(tree, overrides)

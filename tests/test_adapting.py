@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from test_cli import call
 
 from internvl import cli, export, handles, train, zoo
-from internvl.config import ConfigError, LoraConfig, UserError, load_recipe, resolve
+from internvl.config import ConfigError, LoraConfig, UserError
 from internvl.generate import Request
 from internvl.models import configs, lora, vlm
+from internvl.recipes import load_recipe, resolve
 
 LORA = {"rank": 4, "on": ["language_model", "vision_tower"]}
 

@@ -87,13 +87,13 @@ def test_flops_of_internvl_14b_are_those_that_torch_counts(monkeypatch, choice, 
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from internvl import config
+    from internvl import recipes
     from internvl.data.records import Pair
     from internvl.models.qllama import CrossAttention
     from internvl.objectives.contrastive import Retrieval
 
     source = {"name": "pairs", "type": "pairs", "annotations": "pairs.csv"}
-    recipe = config.resolve(
+    recipe = recipes.resolve(
         {
             "model": {"id": "InternVL-14B", **choice},
             "data": {"sources": [source]},

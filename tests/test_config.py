@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from internvl import config
-from internvl.config import ConfigError, load_recipe, resolve
+from internvl import recipes
+from internvl.config import ConfigError
+from internvl.recipes import load_recipe, resolve
 
 GOOD = {
     "model": {"id": "x"},
@@ -76,12 +77,12 @@ def test_contradictions(change, said):
 
 def test_the_resolved_recipe_reads_back(tmp_path):
     recipe = resolve({**GOOD, "evals": {"e": {"annotations": "c.json", "prompt": "?"}}})
-    (tmp_path / "recipe.yaml").write_text(config.to_yaml(recipe), encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text(recipes.to_yaml(recipe), encoding="utf-8")
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
-    assert config.differences(recipe, recipe) == []
+    assert recipes.differences(recipe, recipe) == []
     other = resolve({**GOOD, "optim": {"lr": 1.0}, "log_every": 7})
-    assert any(line.startswith("optim.lr was") for line in config.differences(recipe, other))
-    assert not any("log_every" in line for line in config.differences(recipe, other))
+    assert any(line.startswith("optim.lr was") for line in recipes.differences(recipe, other))
+    assert not any("log_every" in line for line in recipes.differences(recipe, other))
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,13 @@ from internvl.config import (
     OptimConfig,
     SourceConfig,
     TilesConfig,
-    load_recipe,
 )
 from internvl.data.order import UnitRef
 from internvl.data.records import IGNORE, PairBatch
 from internvl.data.sources import open_source
 from internvl.models import keys
 from internvl.objectives.contrastive import Retrieval, Stage2, contrastive_losses
+from internvl.recipes import load_recipe
 
 NOTHING = torch.zeros(0, dtype=torch.long)
 

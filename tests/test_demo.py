@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from internvl import config, demo, demo_retrieval, handles
+from internvl import demo, demo_retrieval, handles, recipes
 from internvl.config import UserError
 from internvl.data import openmoji
 from internvl.demo_report import Timing
@@ -70,7 +70,7 @@ def test_sections_show_both_languages_modes_and_directions(ran: tuple[Path, list
 
 def test_recall_of_the_export_is_what_the_run_measured(ran: tuple[Path, list]) -> None:
     folder = ran[0]
-    recipe = config.load_recipe(folder / "recipe.yaml")
+    recipe = recipes.load_recipe(folder / "recipe.yaml")
     measured = json.loads((folder / f"run/evals/{SIZE.steps:06d}.json").read_text())
     for found in demo_retrieval.compare_loaded(recipe, folder / "model"):
         own = torch.arange(len(found.scores))
@@ -82,7 +82,7 @@ def test_recall_of_the_export_is_what_the_run_measured(ran: tuple[Path, list]) -
 
 def test_an_export_with_other_features_is_refused(ran: tuple[Path, list]) -> None:
     folder = ran[0]
-    recipe = config.load_recipe(folder / "recipe.yaml")
+    recipe = recipes.load_recipe(folder / "recipe.yaml")
     with pytest.raises(UserError, match="features differ by up to"):
         demo_retrieval.compare_loaded(recipe, folder / "start")
 

@@ -8,9 +8,10 @@ from data_files import model_folder, recipe
 from small_models import small_model
 
 from internvl import footprint, handles, optim, parallel, plan, zoo
-from internvl.config import ComputeConfig, LoraConfig, resolve
+from internvl.config import ComputeConfig, LoraConfig
 from internvl.models import vlm
 from internvl.models.attention import dense_mask
+from internvl.recipes import resolve
 
 TOKENS = 640
 TEXT = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024}

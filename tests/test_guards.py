@@ -9,7 +9,7 @@ import pytest
 import tiny_run
 import torch
 
-from internvl import config, guards, log, train
+from internvl import guards, log, recipes, train
 from internvl.config import GuardConfig
 from internvl.guards import Guard
 
@@ -90,7 +90,7 @@ def kept(folder):
 
 def test_skipped_steps_are_listed_and_the_same_after_a_resume(project, tmp_path):
     """A limit so low that ordinary steps are skipped."""
-    recipe = config.load_recipe(project, settings(tmp_path / "run"))
+    recipe = recipes.load_recipe(project, settings(tmp_path / "run"))
     train.run(recipe)
     metrics, skipped = kept(recipe.run)
     steps = [row["step"] for row in skipped]
@@ -108,7 +108,7 @@ def test_skipped_steps_are_listed_and_the_same_after_a_resume(project, tmp_path)
 
 
 def test_a_skipped_step_leaves_the_weights_and_moments_alone(project, tmp_path):
-    run = train.build(config.load_recipe(project, settings(tmp_path / "run", loss_spike=1e-6)))
+    run = train.build(recipes.load_recipe(project, settings(tmp_path / "run", loss_spike=1e-6)))
     done = train.updates(run)
     for _ in range(30):
         before = [p.clone() for p in run.model.parameters()]
@@ -123,7 +123,7 @@ def test_a_skipped_step_leaves_the_weights_and_moments_alone(project, tmp_path):
 
 
 def test_a_spike_stops_or_too_many_do(project, tmp_path):
-    low = config.load_recipe(
+    low = recipes.load_recipe(
         project, settings(tmp_path / "a", loss_spike=1e-6, action="stop") + ["optim.lr=1e-9"]
     )
     with pytest.raises(train.RunError) as caught:
@@ -132,7 +132,7 @@ def test_a_spike_stops_or_too_many_do(project, tmp_path):
     assert "from a row of " in found
     assert "train.jsonl line" in found
     assert "(guard.action=skip)" in found
-    again = config.load_recipe(
+    again = recipes.load_recipe(
         project, settings(tmp_path / "a", loss_spike=1e-6, max_skipped=2) + ["optim.lr=1e-9"]
     )
     with pytest.raises(train.RunError, match="3 steps were skipped, more than guard.max_skipped"):

@@ -25,7 +25,7 @@ LEVELS = {
         *("runfolder", "boards", "relief", "parallel", "optim", "checkpoint", "generate", "embed"),
         *("report", "doctor", "flops", "rows", "validation"),
     ),
-    1: ("data", "models", "guards"),
+    1: ("data", "models", "recipes", "guards"),
     0: ("config", "zoo", "dist", "log", "gpus", "report_style"),
 }
 LEVEL_OF = {part: level for level, parts in LEVELS.items() for part in parts}

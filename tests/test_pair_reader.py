@@ -9,13 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from internvl.config import ConfigError, SourceConfig, resolve
+from internvl.config import ConfigError, SourceConfig
 from internvl.data.order import UnitRef
 from internvl.data.pair_reader import PairReader, image_id_of, make_batch
 from internvl.data.pairs import CaptionEncoder
 from internvl.data.records import DataError
 from internvl.data.sources import open_source
 from internvl.data.tokenizers import load_tokenizer
+from internvl.recipes import resolve
 
 
 @pytest.fixture(scope="module")

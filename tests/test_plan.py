@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from data_files import chat_line, model_folder, picture, recipe, write_lines
 
-from internvl import check, cli, config, gpus, plan
+from internvl import check, cli, config, gpus, plan, recipes
 from internvl.findings import FirstStep
 from internvl.flops import Work
 
@@ -30,7 +30,7 @@ def released(name, rank=128, **keys):
     }
     if rank:
         tree["model"]["lora"] = {"rank": rank, "dropout": 0.0}
-    return config.resolve(tree | keys)
+    return recipes.resolve(tree | keys)
 
 
 def step_of(row):
@@ -128,7 +128,7 @@ def test_data_are_counted_where_they_can_be_read(tmp_path, capsys):
     assert found.load.work == step.work
     assert "an epoch of 6 samples" in found.render()
     path = tmp_path / "recipe.yaml"
-    path.write_text(config.to_yaml(made))
+    path.write_text(recipes.to_yaml(made))
     with pytest.raises(SystemExit) as done:
         cli.main(["check", str(path), "--plan", "--gpu", "a100-40"])
     assert done.value.code == 0
@@ -139,7 +139,7 @@ def test_data_are_counted_where_they_can_be_read(tmp_path, capsys):
 
 def test_a_plan_without_model_and_data(tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
-    path.write_text(config.to_yaml(released("InternVL2-1B")))
+    path.write_text(recipes.to_yaml(released("InternVL2-1B")))
     with pytest.raises(SystemExit) as done:
         cli.main(["check", str(path), "--plan", "--gpu", "H200"])
     assert done.value.code == 0

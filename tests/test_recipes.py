@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from internvl import config, zoo
-from internvl.config import TERMS, Recipe, load_recipe
+from internvl import recipes, zoo
+from internvl.config import TERMS, Recipe
 from internvl.data import convert, playground, prepare
+from internvl.recipes import load_recipe
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -144,7 +145,7 @@ def test_coco_lora(model: str, max_tokens: int) -> None:
 
 def test_qlora_is_lora_on_a_base_in_4_bits() -> None:
     rounded, plain = recipe("internvl2_8b_qlora"), recipe("internvl2_8b_lora")
-    changed = {text.partition(" was ")[0] for text in config.differences(plain, rounded)}
+    changed = {text.partition(" was ")[0] for text in recipes.differences(plain, rounded)}
     assert changed == {"model.quantize"}
     assert (rounded.model.quantize, rounded.compute.checkpointing) == ("4bit", "full")
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from internvl import config, relief
+from internvl import recipes, relief
 
 TREE = {
     "model": {"id": "m"},
@@ -14,14 +14,14 @@ TREE = {
 
 
 def climb(**changes):
-    recipe = config.resolve({**TREE, **changes})
+    recipe = recipes.resolve({**TREE, **changes})
     settings = []
     while (found := relief.next_rung(recipe)) is not None:
         rung, value = found
         assert relief.advice(recipe).startswith(f"Set {rung.key}={value}")
         settings.append(f"{rung.key}={value}")
-        following = config.resolve({**TREE, **changes}, settings)
-        changed = config.differences(recipe, following)
+        following = recipes.resolve({**TREE, **changes}, settings)
+        changed = recipes.differences(recipe, following)
         # What keeps the results is what a run folder may change, and the other way round.
         assert (changed == []) is rung.keeps_results
         recipe = following

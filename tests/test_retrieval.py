@@ -16,11 +16,12 @@ from torch.nn.functional import normalize
 from transformers import PreTrainedTokenizerFast
 
 from internvl import evals, evaluate, handles, train
-from internvl.config import UserError, eval_config, resolve
+from internvl.config import UserError, eval_config
 from internvl.data import benchmarks
 from internvl.evals import features
 from internvl.evals.classify import Classify, accuracies
 from internvl.evals.retrieval import Retrieval, recalls
+from internvl.recipes import resolve
 
 GOLDEN = Path(__file__).parent / "golden/recall"
 FLICKR8K = SHARED / "data/flickr8k_cn"

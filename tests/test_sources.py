@@ -11,7 +11,7 @@ import pytest
 from data_files import SHARED, chat_line, picture, turns, write_lines
 from PIL import Image
 
-from internvl import config
+from internvl import config, recipes
 from internvl.config import DataConfig, SourceConfig
 from internvl.data import index, order
 from internvl.data.images import FileSlice, open_rgb
@@ -367,10 +367,10 @@ def test_broken_caption_files():
 def test_a_recipe_needs_a_source_and_a_prompt():
     tree = {"model": {"id": "x"}, "run": "r", "global_batch": 1, "epochs": 1, "data": {}}
     with pytest.raises(config.ConfigError, match="data.sources: no source; give one, or data.meta"):
-        config.resolve(tree)
+        recipes.resolve(tree)
     tree["data"] = {"sources": [{"name": "x", "annotations": "y", "type": "captions"}]}
     with pytest.raises(config.ConfigError, match="data.sources.0.prompt: missing"):
-        config.resolve(tree)
+        recipes.resolve(tree)
 
 
 def test_a_file_that_changes_and_an_epoch_without_samples(tmp_path):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._dynamo.utils import counters
 
-from internvl import config, export, handles, log, parallel, relief, runfolder, train
+from internvl import export, handles, log, parallel, recipes, relief, runfolder, train
 from internvl.data.records import IGNORE, BadSample, Example, Unit
 from internvl.models.vlm import normalize_tiles
 
@@ -30,7 +30,7 @@ def project(tmp_path_factory):
 
 
 def recipe_of(project, tmp_path, *overrides):
-    return config.load_recipe(project, [f"run={tmp_path / 'run'}", *overrides])
+    return recipes.load_recipe(project, [f"run={tmp_path / 'run'}", *overrides])
 
 
 def losses(folder):
@@ -83,7 +83,7 @@ def test_a_finished_run_says_so(project, tmp_path, caplog):
 def test_the_run_folder(project, tmp_path):
     recipe = recipe_of(project, tmp_path, "steps=12")
     train.run(recipe)
-    assert config.load_recipe(recipe.run / "recipe.yaml") == recipe
+    assert recipes.load_recipe(recipe.run / "recipe.yaml") == recipe
     saved = sorted(p.name for p in (recipe.run / "checkpoints").iterdir() if p.name.isdigit())
     assert saved == ["000010", "000012"]  # keep = 2
     assert (recipe.run / "checkpoints" / "LATEST").read_text().strip() == "000012"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from internvl import check, config, evaluate, export, handles, log, optim, train, zoo
+from internvl import check, evaluate, export, handles, log, optim, recipes, train, zoo
 from internvl.config import LayerDecayConfig, LoraConfig, OptimConfig, UserError
 from internvl.models import dual_configs, dual_files, lora, vlm
 
@@ -29,7 +29,7 @@ def project(tmp_path_factory):
 
 
 def recipe_of(project, tmp_path, *overrides):
-    return config.load_recipe(project / "recipe.yaml", [f"run={tmp_path / 'run'}", *overrides])
+    return recipes.load_recipe(project / "recipe.yaml", [f"run={tmp_path / 'run'}", *overrides])
 
 
 def rows(folder):
@@ -222,7 +222,7 @@ RANKS = """
 from pathlib import Path
 from internvl import config, train
 
-train.run(config.load_recipe(Path({recipe!r}), {settings!r}))
+train.run(recipes.load_recipe(Path({recipe!r}), {settings!r}))
 """
 
 

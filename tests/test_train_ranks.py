@@ -7,14 +7,14 @@ import tiny_run
 import torch
 from ranks import run_ranks
 
-from internvl import config, log, train
+from internvl import log, recipes, train
 
 GRADIENT = """
 import json
 import torch
-from internvl import config, parallel, train
+from internvl import parallel, recipes, train
 
-recipe = config.load_recipe({recipe!r}, {settings!r})
+recipe = recipes.load_recipe({recipe!r}, {settings!r})
 run = train.build(recipe)
 run.optimizer = torch.optim.SGD([p for p in run.model.parameters() if p.requires_grad], lr=0.0)
 kept = parallel.clip_gradients
@@ -31,9 +31,9 @@ print(json.dumps([name for row in step.batches for name in row.names]))
 """
 
 TRAIN = """
-from internvl import config, train
+from internvl import recipes, train
 
-train.run(config.load_recipe({recipe!r}, {settings!r}))
+train.run(recipes.load_recipe({recipe!r}, {settings!r}))
 """
 
 
@@ -70,7 +70,7 @@ def test_the_sum_over_ranks_is_the_gradient_of_one(project, tmp_path):
 
 def test_curves_agree_and_a_run_goes_on_with_another_number_of_ranks(project, tmp_path):
     settings = ["steps=8", "checkpoint.every=4"]
-    alone = train.run(config.load_recipe(project, [*settings, f"run={tmp_path / 'alone'}"]))
+    alone = train.run(recipes.load_recipe(project, [*settings, f"run={tmp_path / 'alone'}"]))
     together = tmp_path / "together"
     code = TRAIN.format(recipe=str(project), settings=[*settings, f"run={together}"])
     run_ranks(code)
@@ -88,7 +88,7 @@ def test_curves_agree_and_a_run_goes_on_with_another_number_of_ranks(project, tm
     for file in sorted((together / "checkpoints" / "000008").iterdir()):
         file.unlink()
     (together / "checkpoints" / "000008").rmdir()
-    train.run(config.load_recipe(project, [*settings, f"run={together}"]))
+    train.run(recipes.load_recipe(project, [*settings, f"run={together}"]))
     torch.testing.assert_close(curve(together), again, rtol=1e-3, atol=1e-4)
 
 

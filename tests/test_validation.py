@@ -8,7 +8,7 @@ import tiny_run
 import torch
 import torch.nn.functional as F
 
-from internvl import config, evals, handles, log, train, validation
+from internvl import evals, handles, log, recipes, train, validation
 from internvl.config import ConfigError, UserError
 from internvl.data.images import STATISTICS
 from internvl.data.order import UnitRef
@@ -29,7 +29,7 @@ def recipe_of(project, tmp_path, *overrides, **fields):
     spec = {"type": "loss", "annotations": f"{folder}/train.jsonl", "images": str(folder)}
     spec |= {"limit": 10, "every": 2, **fields}
     words = [f"run={tmp_path / 'run'}", f"evals.val={json.dumps(spec)}", *overrides]
-    return config.load_recipe(project, words)
+    return recipes.load_recipe(project, words)
 
 
 def test_the_loss_is_the_mean_over_supervised_tokens(project, tmp_path):
@@ -154,7 +154,7 @@ def test_verdicts(settings, best_at, stops_at):
         "global_batch": 8,
         "epochs": 1,
     }
-    recipe = config.resolve(tree)
+    recipe = recipes.resolve(tree)
     found = {step: {"val/loss": value, "val/CIDEr": value} for step, value in HISTORY.items()}
     verdicts = {
         step: validation.judge(recipe, {s: v for s, v in found.items() if s <= step}, step)

@@ -1,0 +1,277 @@
+"""Recipes: YAML files to checked trees and back. Imports no torch.
+
+    recipe = load_recipe("recipes/my.yaml", ["optim.lr=1e-5"])
+
+Everything that is wrong with a recipe is said at once.
+"""
+
+import copy
+import dataclasses
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from internvl.config import (
+    TERMS,
+    ComputeConfig,
+    ConfigError,
+    GuardConfig,
+    ModelConfig,
+    Recipe,
+    Tower,
+    sentence,
+)
+
+_BOOL = "tag:yaml.org,2002:bool"
+
+
+class _Loader(yaml.SafeLoader):
+    """Booleans of YAML 1.2, true and false alone: the key `on` is a word."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's way)
+        first: [(tag, pattern) for tag, pattern in found if tag != _BOOL or first in "tTfF"]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file with `key=value` overrides (dotted keys, YAML values).
+
+    Relative paths in a recipe start from the working directory, as on the command line.
+
+    Raises:
+        ConfigError: file missing or not YAML, unknown key, wrong type or value; all at once.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"there is no recipe {path}; see `recipes/` for examples") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error}") from None
+    try:
+        tree = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds no keys; a recipe is a YAML mapping")
+    return resolve(tree, overrides, name=str(path))
+
+
+def resolve(tree: dict[str, Any], overrides: Sequence[str] = (), *, name: str = "recipe") -> Recipe:
+    """A checked recipe from nested dictionaries. Raises ConfigError with every problem found."""
+    tree = copy.deepcopy(tree)
+    problems = list(_apply(tree, overrides))
+    problems += [f"{'.'.join(path)}: {what}" for path, what in _unknown_keys(Recipe, tree, ())]
+    recipe = None
+    try:
+        recipe = TypeAdapter(Recipe).validate_python(tree)
+    except ValidationError as error:
+        problems += [sentence(e) for e in error.errors() if not _is_echo(e)]
+    if recipe is not None:
+        problems += _contradictions(recipe)
+    if problems or recipe is None:
+        raise ConfigError("\n".join([f"{name}: {len(problems)} problem(s)", *problems]))
+    return recipe
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that `load_recipe` reads back to an equal one."""
+    tree = TypeAdapter(Recipe).dump_python(recipe, mode="json")
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def _apply(tree: dict[str, Any], overrides: Sequence[str]) -> Iterator[str]:
+    """Sets every override in `tree`; yields what cannot be set."""
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            yield f"{override!r} is not an override: write key=value, such as optim.lr=1e-5"
+            continue
+        *parents, last = key.split(".")
+        node: Any = tree
+        for parent in parents:
+            if isinstance(node, list) and parent.isdigit() and int(parent) < len(node):
+                node = node[int(parent)]
+            elif isinstance(node, dict):
+                if node.get(parent) is None:
+                    node[parent] = {}
+                node = node[parent]
+            else:
+                node = None
+        if not isinstance(node, dict):
+            yield f"{key}: there is no section {'.'.join(parents)} to set a key in"
+            continue
+        try:
+            node[last] = yaml.load(value, Loader=_Loader)
+        except yaml.YAMLError:
+            node[last] = value
+
+
+def _section_of(hint: Any) -> Any:
+    """The dataclass a type hint holds, or None. A tuple's or dict's element type counts."""
+    if dataclasses.is_dataclass(hint):
+        return hint
+    return next(filter(None, map(_section_of, get_args(hint))), None)
+
+
+def _unknown_keys(
+    section: Any, tree: Any, path: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Every key of `tree` that `section` has no field for, with the nearest valid name."""
+    if not isinstance(tree, dict):
+        return
+    hints = get_type_hints(section, include_extras=False)
+    names = [f.name for f in dataclasses.fields(section)]
+    for key, value in tree.items():
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
+            yield (*path, str(key)), f"unknown key; {hint}"
+            continue
+        inner = _section_of(hints[key])
+        if inner is None:
+            continue
+        if isinstance(value, list):
+            for index, element in enumerate(value):
+                yield from _unknown_keys(inner, element, (*path, key, str(index)))
+        elif isinstance(value, dict) and "dict" in str(hints[key]).split("[")[0]:
+            for name, element in value.items():
+                yield from _unknown_keys(inner, element, (*path, key, str(name)))
+        else:
+            yield from _unknown_keys(inner, value, (*path, key))
+
+
+def _is_echo(error: Any) -> bool:
+    """Whether pydantic repeats what another line says: unknown keys, lists of bad elements."""
+    return "unexpected" in error["type"] or (error["type"] == "too_short" and error["input"])
+
+
+def _contradictions(recipe: Recipe) -> list[str]:
+    """Values that are fine alone and wrong together."""
+    problems = []
+    if (recipe.epochs is None) == (recipe.steps is None):
+        problems.append("epochs, steps: give exactly one of the two")
+    if not recipe.data.sources and recipe.data.meta is None:
+        problems.append("data.sources: no source; give one, or data.meta")
+    if recipe.data.row_tokens is not None and recipe.data.row_tokens < recipe.data.max_tokens:
+        problems.append("data.row_tokens: smaller than data.max_tokens; a row takes any sample")
+    if recipe.data.tiles.min > recipe.data.tiles.max:
+        problems.append("data.tiles.min: larger than data.tiles.max")
+    if recipe.data.tiles.pad_square and recipe.data.tiles.max > 1:
+        problems.append("data.tiles.pad_square: only with data.tiles.max: 1, as in the original")
+    if recipe.data.video.min_frames > recipe.data.video.max_frames:
+        problems.append("data.video.min_frames: larger than data.video.max_frames")
+    problems += [
+        f"data.sources.{number}.prompt: missing; a source of type {source.type} needs a question"
+        for number, source in enumerate(recipe.data.sources)
+        if source.type in _CAPTIONS and source.prompt is None and recipe.objective.packs
+    ]
+    weighted = [source.weight is not None for source in recipe.data.sources]
+    if any(weighted) and (not all(weighted) or recipe.data.meta is not None):
+        problems.append("data.sources: give every source a weight, or none; data.meta has none")
+    names = [source.name for source in recipe.data.sources]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        problems.append(f"data.sources: two sources are called {name!r}; names must differ")
+    problems += _objective_contradictions(recipe)
+    if recipe.optim.schedule == "as_shipped" and recipe.optim.min_lr_ratio:
+        problems.append("optim.min_lr_ratio: the schedule as_shipped ends at 0")
+    best = recipe.checkpoint.best
+    if best is not None and best.partition("/")[0] not in recipe.evals:
+        known = ", ".join(recipe.evals) or "none"
+        problems.append(
+            f"checkpoint.best: {best!r} is no metric of an evaluation, such as val/loss; "
+            f"evaluations: {known}"
+        )
+    if recipe.stop.patience is not None and best is None:
+        problems.append("stop.patience: name the metric that should improve in checkpoint.best")
+    problems += _model_contradictions(recipe.model)
+    return problems
+
+
+def _objective_contradictions(recipe: Recipe) -> list[str]:
+    objective = recipe.objective
+    terms = TERMS[objective.name]
+    problems = [
+        f"objective.weights.{name}: {objective.name} has no such term; it has {', '.join(terms)}"
+        for name in objective.weights
+        if name not in terms
+    ]
+    if not problems and not objective.weights_of(terms):
+        problems.append("objective.weights: all are 0, so nothing is learned")
+    if not objective.packs and objective.loss_normalization != "global":
+        problems.append("objective.loss_normalization: micro_batch is for sft alone")
+    if not objective.packs and recipe.compute.attention == "flex":
+        problems.append("compute.attention: flex is for packed rows, not for pairs; choose auto")
+    if objective.packs and objective.micro_batch is not None:
+        problems.append("objective.micro_batch: sft cuts a step by data.row_tokens instead")
+    return problems
+
+
+def _model_contradictions(model: ModelConfig) -> list[str]:
+    problems = []
+    if not model.parts and model.lora is None and not model.train_last_vision_blocks:
+        problems.append("model.train: nothing is trained; name a part or set model.lora")
+    on: tuple[Tower, ...] = () if model.lora is None else model.lora.on
+    for part in sorted({*model.parts} & {*on}):
+        problems.append(f"model.lora.on: {part} is also in model.train; choose one")
+    if model.train_last_vision_blocks and "vision_tower" in (*model.parts, *on):
+        problems.append(
+            "model.train_last_vision_blocks: the whole vision_tower is in model.train or "
+            "model.lora.on already; choose one"
+        )
+    if model.quantize is not None:
+        full = {*model.parts} - {"multi_modal_projector"}
+        if model.lora is None or full or model.train_last_vision_blocks:
+            problems.append(
+                "model.quantize: quantized weights do not train; set model.lora, and train nothing "
+                "else but multi_modal_projector"
+            )
+    return problems
+
+
+_CAPTIONS = ("coco-captions", "captions", "pairs", "flickr_format", "coco_format")
+_MAY_CHANGE = (
+    "data.workers",
+    "data.row_tokens",
+    "objective.micro_batch",
+    "log_every",
+    "wandb",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "checkpoint.best",
+    "checkpoint.best_is",
+    "stop.patience",
+    "device",
+    "run",
+    *(f"guard.{key.name}" for key in dataclasses.fields(GuardConfig)),
+    *(f"compute.{key.name}" for key in dataclasses.fields(ComputeConfig)),
+)
+
+
+def _may_change(key: str) -> bool:
+    return key in _MAY_CHANGE or (key.startswith("evals.") and ".guard" in key)
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """Dotted keys whose values differ between two recipes and change what a run computes."""
+
+    def flat(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(tree, dict) and tree:
+            for key, value in tree.items():
+                yield from flat(value, f"{path}.{key}" if path else key)
+        else:
+            yield path, tree
+
+    adapter = TypeAdapter(Recipe)
+    before = dict(flat(adapter.dump_python(old, mode="json"), ""))
+    after = dict(flat(adapter.dump_python(new, mode="json"), ""))
+    keys = [key for key in {**before, **after} if not _may_change(key)]
+    return [
+        f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
+        for key in keys
+        if before.get(key) != after.get(key)
+    ]
