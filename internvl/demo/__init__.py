@@ -4,8 +4,8 @@
     start     a small InternVL-Chat with fresh weights, as a model folder
     train     the ordinary loop on an ordinary recipe, evaluated before, during and after
     export    a folder that plain transformers loads; its answers are compared with ours
-    find      the same with a small InternVL-14B and pairs of pictures and names (demo_retrieval.py)
-    report    report.html                                                   (demo_report.py)
+    find      the same with a small InternVL-14B and pairs of pictures and names (retrieval.py)
+    report    report.html                                                   (page.py)
 
 Everything between start and report is the normal path; only the models are small.
 """
@@ -28,11 +28,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from internvl import demo_report, demo_retrieval, export, handles, recipes, report, train
+from internvl import export, handles, recipes, report, train
 from internvl.config import Recipe, UserError
 from internvl.data import openmoji
 from internvl.data.templates import template
-from internvl.demo_report import LANGUAGES, Reloaded, Timing
+from internvl.demo import page as pages
+from internvl.demo import retrieval
+from internvl.demo.page import LANGUAGES, Reloaded, Timing
 from internvl.models import configs
 from internvl.models.vlm import ChatModel, tokens_per_tile
 
@@ -55,17 +57,15 @@ class Size:
     """Families of pictures; None takes all."""
     eval_limit: int | None
     """Held-out pictures per language; None takes all."""
-    retrieval: demo_retrieval.Size
+    retrieval: retrieval.Size
 
 
-FULL = Size(
-    epochs=15, limit_families=None, eval_limit=None, retrieval=demo_retrieval.Size(steps=600)
-)
+FULL = Size(epochs=15, limit_families=None, eval_limit=None, retrieval=retrieval.Size(steps=600))
 SHORT = Size(
     epochs=3,
     limit_families=40,
     eval_limit=12,
-    retrieval=demo_retrieval.Size(steps=20, eval_limit=12),
+    retrieval=retrieval.Size(steps=20, eval_limit=12),
 )
 
 
@@ -91,12 +91,12 @@ def run(folder: Path, *, short: bool = False) -> Path:
     checked = timing.of(
         "reloading in plain transformers", lambda: compare_reloaded(recipe, exported)
     )
-    searching = demo_retrieval.run(
+    searching = retrieval.run(
         folder / "retrieval", data, exported, size.retrieval, recipe.dtype, timing
     )
-    page, chat = folder / "report.html", demo_report.read_run(recipe)
+    page, chat = folder / "report.html", pages.read_run(recipe)
     commands = _commands(folder, recipe, data)
-    report.write(demo_report.make_page(chat, data, timing, checked, searching, commands), page)
+    report.write(pages.make_page(chat, data, timing, checked, searching, commands), page)
     return page
 
 

@@ -24,7 +24,7 @@ from internvl.config import Recipe, UserError
 from internvl.data.pair_files import Pairs, read_pairs
 from internvl.data.pairs import clean_caption
 from internvl.data.tokenizers import load_tokenizer
-from internvl.demo_report import Run, Timing, read_run
+from internvl.demo.page import Run, Timing, read_run
 from internvl.models.dual import DualModel
 from internvl.models.dual_configs import DualConfig
 
