@@ -495,9 +495,7 @@ def test_zero_shot_classes(dual, classes: Path) -> None:
 
 def test_accuracies_with_few_classes() -> None:
     found = accuracies(torch.tensor([0, 1, 0, 2]), torch.tensor([0, 0, 2, 2]), 3)
-    assert found["acc1"] == 0.5
-    assert found["acc5"] != found["acc5"]  # nan, as the original's
-    assert found["mean_per_class_recall"] == 0.5
+    assert found == {"acc1": 0.5, "mean_per_class_recall": 0.5}
 
 
 @pytest.mark.parametrize(

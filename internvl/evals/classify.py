@@ -5,7 +5,6 @@ from files that the user has.
 """
 
 import json
-import math
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -25,7 +24,7 @@ _REMEDY = "put them right, or set on_bad_sample (--on-bad-sample) to skip to lea
 
 
 class Classify:
-    """acc1, acc5 and mean_per_class_recall (0 to 1; acc5 is nan with fewer than five classes).
+    """acc1, acc5 (of five classes or more) and mean_per_class_recall, from 0 to 1.
 
     Data: a folder with a folder of pictures for each class; the class of a picture is the number of
     its folder, sorted by name. Pictures are resized by their shorter side and cut in the middle.
@@ -136,12 +135,15 @@ class Classify:
 
 
 def accuracies(found: Tensor, truth: Tensor, num_classes: int) -> dict[str, float]:
-    """CLIP_benchmark's metrics of the rank of each picture's class, int64 (num_images,)."""
+    """CLIP_benchmark's metrics of the rank of each picture's class, int64 (num_images,).
+
+    With fewer than five classes it writes a bare NaN for acc5, which is no JSON; here it is absent.
+    """
     hits = (found == 0).double()
     present = truth.unique()
     per_class = [hits[truth == number].mean().item() for number in present.tolist()]
     return {
         "acc1": hits.mean().item(),
-        "acc5": share_within(found, 5) if num_classes >= 5 else math.nan,
+        **({"acc5": share_within(found, 5)} if num_classes >= 5 else {}),
         "mean_per_class_recall": sum(per_class) / len(per_class),
     }
