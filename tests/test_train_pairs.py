@@ -220,7 +220,7 @@ def test_bad_pairs_are_raised_or_listed(project, tmp_path):
 
 RANKS = """
 from pathlib import Path
-from internvl import config, train
+from internvl import recipes, train
 
 train.run(recipes.load_recipe(Path({recipe!r}), {settings!r}))
 """
