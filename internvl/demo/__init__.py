@@ -60,7 +60,7 @@ class Size:
     retrieval: retrieval.Size
 
 
-FULL = Size(epochs=15, limit_families=None, eval_limit=None, retrieval=retrieval.Size(steps=600))
+FULL = Size(epochs=15, limit_families=None, eval_limit=None, retrieval=retrieval.Size(steps=450))
 SHORT = Size(
     epochs=3,
     limit_families=40,
