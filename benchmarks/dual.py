@@ -6,8 +6,9 @@
 
 Weights are made on the GPU in bfloat16; every row has a process of its own. Training rows are
 steps of `internvl train` on a recipe of recipes/internvl_14b, with JPEG files of COCO's sizes,
-captions of COCO's lengths, and the loader's workers; shares are needed FLOPs (dual_flops.py) over
-the rate of an 8192³ bfloat16 product of the same process. `hours` are those of the recipe's steps.
+captions of COCO's lengths, and the loader's workers; shares are needed FLOPs (dual_flops.py of the
+package) over the rate of an 8192³ bfloat16 product of the same process. `hours` are those of the
+recipe's steps.
 
     lora_224_kept   the LoRA recipe in micro-batches of 16, nothing computed again
     encode_224      pictures as C and G, texts: as loaded, and with compiled blocks
@@ -35,7 +36,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import dual_flops
 import rows as table
 import torch
 import transformers
@@ -44,7 +44,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from internvl import parallel, recipes, train, zoo
+from internvl import dual_flops, parallel, recipes, train, zoo
 from internvl.config import ComputeConfig, Recipe
 from internvl.data.records import PairBatch
 from internvl.embed import Dual
@@ -161,13 +161,12 @@ class Counting(Retrieval):
     """The objective, and what every step held."""
 
     steps: list[dual_flops.Work]
-    queries: int
 
     def batches(self, units: Any) -> list[PairBatch]:
         made = super().batches(units)
         total = dual_flops.Work(0)
         for batch in made:
-            total += dual_flops.work_of(batch, self.queries)
+            total += dual_flops.work_of(batch, self.weights)
         self.steps.append(total)
         return made
 
@@ -195,7 +194,7 @@ def build(row: Training, folder: Path, device: torch.device, *, tiny: bool) -> t
     recipe = recipes.load_recipe(file, [*row.changes, *here])
     now = train.build(recipe, random_dual(pixels, device, recipe, tiny=tiny))
     now.objective = Counting(recipe.objective, recipe.data, now.chat.encoder)
-    now.objective.steps, now.objective.queries = [], now.model.num_queries
+    now.objective.steps = []
     return now
 
 
@@ -237,7 +236,7 @@ def training(row: Training, device: torch.device, ceiling: float, tiny: bool) ->
     work = dual_flops.Work(0)
     for step in now.objective.steps[1 + row.warmup :][: row.steps]:
         work += step
-    needed = dual_flops.flops(now.model, work)
+    needed = dual_flops.count(now.model, work).needed
     total_steps = recipe_steps(now.recipe)
     return {
         "recipe": f"internvl_14b_{row.recipe}",
@@ -322,7 +321,8 @@ def encode(device: torch.device, ceiling: float, tiny: bool) -> dict[str, Any]:
         for name, (work, number, held) in kinds.items():
             with parallel.several_shapes():
                 seconds = timed(work, device, 1 if tiny else 3)
-            share = dual_flops.flops(handle.model, held) / seconds / 1e12 / ceiling
+            needed = dual_flops.count(handle.model, held).needed
+            share = needed / seconds / 1e12 / ceiling
             found[f"{name}_{form}"] = {"per_s": number / seconds, "ceiling_share": share}
     with tempfile.TemporaryDirectory() as place:
         write_pairs(Path(place), count)

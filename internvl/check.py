@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from internvl import findings, handles, log
+from internvl import dual_flops, findings, handles, log
 from internvl import report as pages
 from internvl.config import EvalConfig, Recipe, UserError
 from internvl.data.chat import ChatEncoder, spans
@@ -339,8 +339,9 @@ def _first_pairs(
     units = [unit for ref in refs for unit in reader[ref].units]
     if units:
         steps = _arithmetic(order, recipe.num_steps(len(order)), total, recipe)
-        shown = objective.describe(objective.batches(units))
-        checked.arithmetic = f"{steps}\nthe first step: {shown}"
+        batches: Sequence[Any] = objective.batches(units)
+        checked.arithmetic = f"{steps}\nthe first step: {objective.describe(batches)}"
+        checked.step = dual_flops.step_of(batches, objective.weights, len(order))
 
 
 def _arithmetic(order: SampleOrder, num_steps: int, total: int, recipe: Recipe) -> str:

@@ -16,6 +16,7 @@ from internvl import report as pages
 from internvl.config import Recipe
 from internvl.data.chat import marked
 from internvl.data.records import BadSample, Grid, Sample
+from internvl.dual_flops import PairStep
 from internvl.flops import Work
 
 _SHOWN_PROBLEMS = 20
@@ -81,7 +82,7 @@ class Checked:
     """Of every source, by its name."""
     arithmetic: str = ""
     """Samples, groups, steps and rows, in words; empty where nothing can be trained on."""
-    step: FirstStep | None = None
+    step: FirstStep | PairStep | None = None
     """None where nothing can be trained on."""
     first: list[Shown] = field(default_factory=list)
     """The first samples of the first row."""

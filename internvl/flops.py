@@ -73,12 +73,13 @@ class Flops:
     """FLOPs by what a GPU does them with."""
 
     tower: Part
-    """Matrix products of the vision tower and the projector."""
+    """Matrix products of the vision tower and of a chat model's projector."""
     tower_attention: Part
     decoder: Part
     """Matrix products of the language model's blocks."""
     decoder_attention: Part
     logits: Part
+    """The output matrix; of InternVL-14B the pools and projections as well."""
 
     @property
     def needed(self) -> float:

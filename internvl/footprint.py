@@ -9,6 +9,10 @@ model's blocks, in the compute type unless said otherwise:
     compiled, trained    3 F + 3 D + 2 Q + 2 K           and D in float32
     as written, adapters 4 F + 6 D + 2 Q + 2 K + R       and 2 D in float32
     as written, trained  4 F + 5 D + 2 Q + 2 K           and 4 D in float32
+    compiled, frozen     2 F + 2 D + 2 Q + 2 K
+    as written, frozen   3 F + 2 Q + 2 K                 and 2 D in float32
+
+where frozen ones pass a gradient on to what trains below them.
 
 Dropout on adapters keeps masks. The sums are what `saved_tensors_hooks` counts, which the tests do
 again on small models; the compiled ones are the choice of AOTAutograd's partitioner.
@@ -90,6 +94,11 @@ def of(model: Any, recipe: Recipe, row: Shape, *, compiled: bool, attention: str
     frozen = blocks.frozen_tower(row) + moving["tiles"]
     if frozen > sum(moving.values()):
         moving = {"tiles": moving["tiles"], "vision tower, forward": blocks.frozen_tower(row)}
+    return with_overhead(fixed, moving)
+
+
+def with_overhead(fixed: dict[str, float], moving: dict[str, float]) -> Footprint:
+    """The footprint of what stays and of what comes and goes."""
     parts = {name: size for name, size in {**fixed, **moving}.items() if size}
     overhead = {
         "allocator": SLACK * sum(moving.values()),
@@ -98,17 +107,23 @@ def of(model: Any, recipe: Recipe, row: Shape, *, compiled: bool, attention: str
     return Footprint(parts, overhead)
 
 
-def states(model: nn.Module, recipe: Recipe) -> dict[str, float]:
-    """Bytes of weights, gradients and optimizer states: what is there whatever the rows hold."""
+def states(model: nn.Module, recipe: Recipe, unreached: tuple[str, ...] = ()) -> dict[str, float]:
+    """Bytes of weights, gradients and optimizer states: what is there whatever the rows hold.
+
+    Args:
+        unreached: beginnings of the names that no loss gives a gradient.
+    """
     found = dict.fromkeys(
         ("frozen weights", "quantized weights", "trained weights", "gradients", "optimizer states"),
         0.0,
     )
     quantized = _quantized(model) if recipe.model.quantize else set()
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         size = parameter.numel() * parameter.element_size()
         if parameter.requires_grad:
             found["trained weights"] += size
+            if name.startswith(unreached):
+                continue
             found["gradients"] += size
             found["optimizer states"] += 2 * _moment_size(parameter, recipe.optim.name)
         elif id(parameter) in quantized:
@@ -146,6 +161,13 @@ def _quantized_size(numbers: int, rows: int, kind: str) -> float:
     return numbers * (0.5 + 4 / ABSMAX_BLOCK) if kind == "4bit" else numbers + 4 * rows
 
 
+def _own(block: nn.Module) -> bool:
+    """Whether a block's own matrices train, rather than adapters or QLLaMA's cross-attention."""
+    others = ("lora_", "cross_attn.")
+    names = (name for name, p in block.named_parameters() if p.requires_grad)
+    return any(not any(other in name for other in others) for name in names)
+
+
 class Blocks:
     """Activation bytes of a model's parts for a row."""
 
@@ -163,23 +185,29 @@ class Blocks:
         self.tower_layers = model.model.vision_tower.encoder.layer
         sides = self.vision.image_size[0] // self.vision.patch_size[0]
         self.patch_tokens = sides**2 + 1
-        self.visual_tokens = round(sides**2 * model.config.downsample_ratio**2)
 
-    def casts(self) -> float:
-        """Trained matrices once more in the compute type: a cast is kept for the backward pass."""
+    def casts(self, uses: int = 1) -> float:
+        """Trained matrices once more in the compute type: a cast is kept for the backward pass.
+
+        Args:
+            uses: how often the language model runs in a forward pass; compiled, each has its own.
+        """
         if self.number == 4:
             return 0.0
         total = 0.0
         for layers in (self.layers, self.tower_layers):
             sizes = [p.numel() for p in layers.parameters() if p.requires_grad and p.ndim > 1]
-            total += self.number * sum(sizes) * self._kept(len(layers), layers) / len(layers)
+            times = uses if self.compiled and layers is self.layers else 1
+            share = self._kept(len(layers), layers) / len(layers)
+            total += times * self.number * sum(sizes) * share
         return total
 
     def decoder(self, row: Shape) -> float:
         """What the language model's blocks keep, and the hidden states around them."""
         residual = self._residual_size()
         around = row.tokens * self.text.hidden_size * (2 * residual + 4 + self.number)
-        visual = row.tiles * self.visual_tokens * self.number
+        visual = row.tiles * (self.patch_tokens - 1) * self.model.config.downsample_ratio**2
+        visual *= self.number
         around += visual * (self.text.hidden_size + 4 * self.vision.hidden_size)
         if not self._reached():
             return around
@@ -193,27 +221,27 @@ class Blocks:
 
     def decoder_block(self, tokens: int) -> float:
         """Bytes kept of one block of the language model for a row of `tokens`."""
-        text, block = self.text, self.layers[0]
+        text, block = self.text, self.layers[-1]
         d, heads, pairs = text.hidden_size, text.num_attention_heads, text.num_key_value_heads
         q = flops.query_width(text)
         k = q // heads * pairs
         inner = self._inner_width()
         expanded = k if self.attention == "flex" else q  # others repeat keys for every query head
         mixed = 2 * q + 2 * expanded
-        own = any(p.requires_grad for n, p in block.named_parameters() if "lora_" not in n)
+        own = _own(block)
         rank, masked = self._adapters(block)
-        if self.compiled:
-            narrow = 3 * inner + (3 if own else 5) * d + mixed + rank
+        normed = q + k if hasattr(block.self_attn, "q_norm") else 0
+        if not (own or rank):  # a gradient passes, nothing is learned
+            narrow = (2 * inner + 2 * d + normed if self.compiled else 3 * inner) + mixed
+            wide = 0 if self.compiled else 2 * d + normed
+        elif self.compiled:
+            narrow = 3 * inner + (3 if own else 5) * d + mixed + rank + normed
             wide = d if own else 0
-            narrow += q + k if hasattr(block.self_attn, "q_norm") else 0
         else:
-            narrow = 4 * inner + (5 if own else 6) * d + mixed + rank
-            wide = (4 if own else 2) * d
-            if hasattr(block.self_attn, "q_norm"):
-                wide += q + k
-                narrow += q + k if own else 0
+            narrow = 4 * inner + (5 if own else 6) * d + mixed + rank + (normed if own else 0)
+            wide = (4 if own else 2) * d + normed
         statistics = 8 + 4 * heads
-        if hasattr(block.self_attn, "q_norm"):
+        if normed:
             statistics += 4 * (heads + pairs)
         each = self.number * narrow + 4 * wide + masked + statistics
         return tokens * each + self._square(tokens, heads)
@@ -232,7 +260,8 @@ class Blocks:
         count = len(self.tower_layers) - (reached[0] if reached else 0)
         tokens = row.tiles * self.patch_tokens
         kept = self._kept(count, self.tower_layers)
-        entered = tokens * self.vision.hidden_size * 4.0
+        entered = float(tokens * self.vision.hidden_size)
+        entered *= 4 if _own(self.tower_layers[-1]) else self.number
         each = self.tower_block(tokens)
         return kept * each + (count - kept) * entered + (0.0 if kept else each)
 
@@ -244,14 +273,18 @@ class Blocks:
             self.vision.num_attention_heads,
         )
         block = self.tower_layers[-1]
-        own = any(p.requires_grad for n, p in block.named_parameters() if "lora_" not in n)
+        own = _own(block)
         rank, masked = self._adapters(block)
         narrow = 2 * inner + rank
-        if own:
-            narrow += (8 if self.compiled else 10) * d
+        if self.compiled:
+            narrow += (8 if own else 9) * d
+            wide = d if own else 0
         else:
-            narrow += (9 if self.compiled else 11) * d
-        wide = ((1 if self.compiled else 2) * d) if own else 0
+            narrow += (10 if own else 11) * d
+            wide = 2 * d if own else 0
+        if self.vision.use_qk_norm:  # and RMS norms, in InternViT-6B
+            narrow += (2 if own or self.compiled else -2) * d
+            wide += 0 if self.compiled else 4 * d
         return tokens * (self.number * narrow + 4 * wide + masked + 16 + 4 * heads)
 
     def frozen_tower(self, row: Shape) -> float:

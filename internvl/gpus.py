@@ -8,6 +8,7 @@ TB/s, torch 2.11); the other cards' are the same shares, which is an assumption.
 """
 
 import difflib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -41,6 +42,56 @@ _ROWS = (
 )
 GPUS: dict[str, Gpu] = {gpu.name: gpu for gpu in _ROWS}
 """GPUs by name."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What one profiled step says of a GPU's rates.
+
+    Source: dev/LOG.md, "Where a training step goes": InternVL2-2B, LoRA of rank 128, COCO captions,
+    rows of 16,384 tokens, one H200, torch 2.11: 23.8 samples/s; of the kernels' time matrix
+    products 61 %, FlexAttention 12 %, the tower's attention 6 %, the rest pointwise.
+    """
+
+    flex: float = 0.27
+    """FlexAttention's share of the matmul rate, forward and backward together."""
+    attention: float = 0.42
+    """The same of torch's fused attention (the tower's; taken for dense rows too)."""
+    passes: float = 6.0
+    """Reads and writes of every kept activation byte, compiled."""
+    uncompiled: float = 2.0
+    """Times as many passes without the compiler. Assumed: not measured."""
+    tower_passes: float = 20.0
+    """Reads and writes of a tower block's width, forward."""
+    loop: float = 1.2
+    """A step in the loop over the time its kernels take on rows that lie ready."""
+    fill: float = 0.962
+    """Tokens of packed rows that are no padding, where rows are not known."""
+    bus_tb_per_s: float = 0.04
+    """Copies to the CPU and back with `compute.offload`. Assumed: not measured."""
+    reduce_tb_per_s: float = 0.2
+    """All-reduce of gradients between GPUs. Assumed: not measured."""
+
+
+CALIBRATION = Calibration()
+
+
+def update_times(
+    trained: int, rows: float, gpu: Gpu, num_gpus: int, quantized: float = 0.0
+) -> Iterator[tuple[str, float]]:
+    """Seconds of passes over weights, gradients and optimizer states, by what they are for.
+
+    Args:
+        trained: parameters.
+        rows: of a step, over all GPUs; each adds to the gradients.
+        quantized: bytes that quantized weights move for a row.
+    """
+    copy = gpu.tb_per_s * gpu.copies * 1e12 * num_gpus
+    batches = max(rows, num_gpus)
+    moved = num_gpus * 40.0 * trained + (18.0 * trained + quantized) * batches
+    yield "weights and optimizer", CALIBRATION.loop * moved / copy
+    if num_gpus > 1:
+        yield "gradients between GPUs", 8.0 * trained / (CALIBRATION.reduce_tb_per_s * 1e12)
 
 
 class UnknownGpu(ValueError):

@@ -7,7 +7,8 @@ then takes
     time = loop x ( products / matmul rate + attention / its rates + bytes / memory rate )
 
 where products include padding and what checkpointing computes again, and bytes are the passes over
-activations, weights and optimizer states. The rates in `CALIBRATION` come from one profile.
+activations, weights and optimizer states. The rates in `gpus.CALIBRATION` come from one profile.
+For InternVL-14B dual_footprint.py, dual_flops.py and dual_plan.py do the same.
 """
 
 import math
@@ -20,50 +21,36 @@ import torch
 import yaml
 from transformers import InternVLConfig
 
-from internvl import flops, footprint, parallel, recipes, relief, zoo
+from internvl import (
+    dual_flops,
+    dual_footprint,
+    dual_plan,
+    flops,
+    footprint,
+    gpus,
+    handles,
+    parallel,
+    recipes,
+    relief,
+    zoo,
+)
 from internvl.config import ComputeConfig, Recipe, UserError
+from internvl.dual_flops import PairStep
+from internvl.dual_plan import PairLoad
 from internvl.findings import FirstStep
 from internvl.flops import Flops, Work
 from internvl.footprint import GIB, Footprint, Shape
-from internvl.gpus import Gpu
-from internvl.models import hub, lora, vlm
+from internvl.gpus import CALIBRATION, Gpu
+from internvl.models import dual_files, hub, lora, vlm
+from internvl.models.dual_configs import DualConfig
 
-
-@dataclass(frozen=True)
-class Calibration:
-    """What one profiled step says of a GPU's rates.
-
-    Source: dev/LOG.md, "Where a training step goes": InternVL2-2B, LoRA of rank 128, COCO captions,
-    rows of 16,384 tokens, one H200, torch 2.11: 23.8 samples/s; of the kernels' time matrix
-    products 61 %, FlexAttention 12 %, the tower's attention 6 %, the rest pointwise.
-    """
-
-    flex: float = 0.27
-    """FlexAttention's share of the matmul rate, forward and backward together."""
-    attention: float = 0.42
-    """The same of torch's fused attention (the tower's; taken for dense rows too)."""
-    passes: float = 6.0
-    """Reads and writes of every kept activation byte, compiled."""
-    uncompiled: float = 2.0
-    """Times as many passes without the compiler. Assumed: not measured."""
-    tower_passes: float = 20.0
-    """Reads and writes of a tower block's width, forward."""
-    loop: float = 1.2
-    """A step in the loop over the time its kernels take on rows that lie ready."""
-    fill: float = 0.962
-    """Tokens of packed rows that are no padding, where rows are not known."""
-    bus_tb_per_s: float = 0.04
-    """Copies to the CPU and back with `compute.offload`. Assumed: not measured."""
-    reduce_tb_per_s: float = 0.2
-    """All-reduce of gradients between GPUs. Assumed: not measured."""
-
-
-CALIBRATION = Calibration()
 MEMORY_ERROR = 0.10
 """Stated error of the peak; at the one measured step it is 1 %."""
 TIME_ERROR = 0.25
 """Stated error of the time on the GPU that was profiled; on others 0.4."""
 OTHER_TIME_ERROR = 0.4
+NOT_MEASURED = "not measured on a GPU yet"
+"""What is said instead for InternVL-14B."""
 _TEXT_TOKENS, _SUPERVISED = 64, 16  # of an assumed sample
 
 
@@ -83,6 +70,11 @@ class Load:
     source: str
     """Where these numbers are from, for the reader."""
 
+    @property
+    def largest(self) -> str:
+        """The row that memory is reckoned for, in words."""
+        return f"row: {self.row.tokens:,} tokens, {self.row.tiles} tiles"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -91,7 +83,7 @@ class Plan:
     recipe: Recipe
     gpu: Gpu
     num_gpus: int
-    load: Load
+    load: Load | PairLoad
     memory: Footprint
     flops: Flops
     """Of a step, over all GPUs."""
@@ -128,9 +120,9 @@ class Plan:
 def make(
     recipe: Recipe,
     gpu: Gpu,
-    step: FirstStep | None = None,
+    step: FirstStep | PairStep | None = None,
     num_gpus: int = 1,
-    shape: InternVLConfig | None = None,
+    shape: InternVLConfig | DualConfig | None = None,
 ) -> Plan:
     """Predicts memory and time of a run.
 
@@ -140,16 +132,19 @@ def make(
         shape: the model's configuration; by default that of `recipe.model.id`.
 
     Raises:
-        UserError: the model is neither a folder nor a released chat model.
+        UserError: the model is neither a folder nor a released one, or not for this objective.
     """
     model = model_of(recipe, shape)
     made = _predict(recipe, model, gpu, step, num_gpus)
     return made if made.fits else replace(made, remedy=_remedy(made, model, step))
 
 
-def model_of(recipe: Recipe, shape: InternVLConfig | None = None) -> Any:
+def model_of(recipe: Recipe, shape: InternVLConfig | DualConfig | None = None) -> Any:
     """The recipe's model on the meta device: frozen, adapted and placed as for training."""
-    model = vlm.empty_model(_config(recipe) if shape is None else shape)
+    config = _config(recipe) if shape is None else shape
+    dual = isinstance(config, DualConfig)
+    handles.check_objective(recipe, dual)
+    model = (dual_files if dual else vlm).empty_model(config)
     lora.select_trainable(model, recipe.model.parts, recipe.model.train_last_vision_blocks)
     if recipe.model.lora is not None:
         with torch.device("meta"):
@@ -158,9 +153,9 @@ def model_of(recipe: Recipe, shape: InternVLConfig | None = None) -> Any:
     return model
 
 
-def _config(recipe: Recipe) -> InternVLConfig:
+def _config(recipe: Recipe) -> InternVLConfig | DualConfig:
     """The configuration of the model's folder, else of the released model of that name."""
-    folder = Path(recipe.model.id).expanduser()
+    folder, size = Path(recipe.model.id).expanduser(), recipe.data.tiles.size
     if folder.is_dir():
         folder = lora.base_of(folder) if lora.is_adapter(folder) else folder
         source = hub.open_folder(folder)
@@ -171,11 +166,11 @@ def _config(recipe: Recipe) -> InternVLConfig:
             raise UserError(
                 f"model.id: {recipe.model.id} is no folder, and {error}; a plan needs config.json"
             ) from None
-        if model.family == "dual":
-            raise UserError(f"{model.name}: plans are made for chat models only")
         source = hub.ModelFolder(folder, zoo.official_config(model))
+    if source.family == "dual":
+        return dual_files.read_config(source, image_size=size)
     # Which id is the placeholder's does not matter here, so that no tokenizer is needed.
-    return vlm.read_config(source, image_token_id=0, image_size=recipe.data.tiles.size)
+    return vlm.read_config(source, image_token_id=0, image_size=size)
 
 
 def is_here(recipe: Recipe) -> bool:
@@ -201,19 +196,32 @@ def is_compiled(compute: ComputeConfig) -> bool:
     return compute.compile is None or compute.compile
 
 
-def _predict(recipe: Recipe, model: Any, gpu: Gpu, step: FirstStep | None, num_gpus: int) -> Plan:
-    load = load_of(recipe, model, step, num_gpus)
-    trained, parameters = vlm.count_parameters(model)
+def _predict(
+    recipe: Recipe, model: Any, gpu: Gpu, step: FirstStep | PairStep | None, num_gpus: int
+) -> Plan:
+    load: Load | PairLoad
     compiled, attention = is_compiled(recipe.compute), attention_of(recipe.compute)
-    needed = flops.count(model, load.work)
+    if isinstance(model.config, DualConfig):
+        assert not isinstance(step, FirstStep)
+        load = dual_plan.load_of(recipe, model.num_queries, step, num_gpus)
+        needed = dual_flops.count(model, load.work)
+        memory = dual_footprint.of(model, recipe, load.pairs, load.captions, compiled=compiled)
+        times = dual_plan.times(recipe, model, load, gpu, num_gpus, compiled=compiled)
+    else:
+        assert not isinstance(step, PairStep)
+        load = load_of(recipe, model, step, num_gpus)
+        needed = flops.count(model, load.work)
+        memory = footprint.of(model, recipe, load.row, compiled=compiled, attention=attention)
+        times = _times(recipe, model, load, needed, gpu, num_gpus)
+    trained, parameters = vlm.count_parameters(model)
     return Plan(
         recipe=recipe,
         gpu=gpu,
         num_gpus=num_gpus,
         load=load,
-        memory=footprint.of(model, recipe, load.row, compiled=compiled, attention=attention),
+        memory=memory,
         flops=needed,
-        parts_s=dict(_times(recipe, model, load, needed, gpu, num_gpus)),
+        parts_s=dict(times),
         trained=trained,
         parameters=parameters,
     )
@@ -297,18 +305,16 @@ def _times(
         waits = 2 * saved * model.config.text_config.num_hidden_layers
         yield "copies to the CPU and back", waits / (known.bus_tb_per_s * 1e12 * num_gpus)
 
-    trained, _ = vlm.count_parameters(model)
-    moved = num_gpus * 40.0 * trained + 18.0 * trained * max(load.rows, num_gpus)
+    quantized = 0.0
     if recipe.model.quantize is not None:
         packed = footprint.states(model, recipe)["quantized weights"]
         numbers = packed / (0.5625 if recipe.model.quantize == "4bit" else 1.0)
-        moved += (2 + again) * (packed + 4 * numbers) * max(load.rows, num_gpus)
-    yield "weights and optimizer", known.loop * moved / copy
-    if num_gpus > 1:
-        yield "gradients between GPUs", 8.0 * trained / (known.reduce_tb_per_s * 1e12)
+        quantized = (2 + again) * (packed + 4 * numbers)
+    trained, _ = vlm.count_parameters(model)
+    yield from gpus.update_times(trained, load.rows, gpu, num_gpus, quantized)
 
 
-def _remedy(made: Plan, model: Any, step: FirstStep | None) -> str:
+def _remedy(made: Plan, model: Any, step: FirstStep | PairStep | None) -> str:
     """The first setting of the ladder that makes it fit, alone or with those before it."""
 
     def tried(recipe: Recipe) -> Plan:
@@ -350,20 +356,19 @@ def _short(made: Plan) -> str:
 def _lines(made: Plan) -> Iterator[str]:
     recipe, gpu, memory = made.recipe, made.gpu, made.memory
     adapters = recipe.model.lora
-    method = "full" if adapters is None else f"LoRA of rank {adapters.rank}"
+    method = f"training {', '.join(recipe.model.parts)}"
+    if adapters is not None:
+        method = f"LoRA of rank {adapters.rank}"
     if recipe.model.quantize:
         method += f" on {recipe.model.quantize} weights"
     yield (
         f"plan for {made.num_gpus} x {gpu.name} ({gpu.memory_gib:g} GiB): {recipe.model.id}, "
         f"{method}, {made.trained:,} of {made.parameters:,} parameters train"
     )
-    row = made.load.row
+    pairs = isinstance(made.load, PairLoad)
     yield f"  samples: {made.load.source}"
-    yield (
-        f"  largest row: {row.tokens:,} tokens, {row.tiles} tiles, checkpointing "
-        f"{recipe.compute.checkpointing}"
-    )
-    yield f"  peak memory, GiB (error up to {MEMORY_ERROR:.0%})"
+    yield f"  largest {made.load.largest}, checkpointing {recipe.compute.checkpointing}"
+    yield f"  peak memory, GiB ({NOT_MEASURED if pairs else f'error up to {MEMORY_ERROR:.0%}'})"
     yield from _table(memory.parts, GIB)
     yield f"    {'allocated at the peak':<34}{memory.allocated_gib:8.2f}"
     yield from _table(memory.overhead, GIB)
@@ -376,8 +381,11 @@ def _lines(made: Plan) -> Iterator[str]:
     else:
         yield f"  DOES NOT FIT: {-left:.1f} GiB too much{doubt}"
         yield f"    {made.remedy}"
-    error = TIME_ERROR if gpu.measured else OTHER_TIME_ERROR
-    yield f"  a step of {made.load.work.samples:,.0f} samples, seconds (error up to {error:.0%})"
+        if pairs:
+            yield "    every GPU holds all weights: they are not sharded over GPUs yet"
+    error = f"error up to {TIME_ERROR if gpu.measured else OTHER_TIME_ERROR:.0%}"
+    error = NOT_MEASURED if pairs else error
+    yield f"  a step of {made.load.work.samples:,.0f} samples, seconds ({error})"
     yield from _table(made.parts_s, 1.0)
     yield f"    {'in all':<34}{made.step_s:8.2f}"
     yield (

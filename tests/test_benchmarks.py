@@ -83,11 +83,10 @@ def test_flops_of_internvl_14b_are_those_that_torch_counts(monkeypatch, choice, 
     """A step of both losses. `passes`: of the keys and values that QLLaMA's queries look at."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import dual
-    import dual_flops
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from internvl import recipes
+    from internvl import dual_flops, recipes
     from internvl.data.records import Pair
     from internvl.models.qllama import CrossAttention
     from internvl.objectives.contrastive import Retrieval
@@ -124,7 +123,7 @@ def test_flops_of_internvl_14b_are_those_that_torch_counts(monkeypatch, choice, 
     objective.begin_step(model, iter([batch]), objective.counts(batch))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
         sum(objective(model, batch).values()).backward()
-    work = dual_flops.work_of(batch, model.num_queries)
+    work = dual_flops.work_of(batch, objective.weights)
     dense = replace(work, text_pairs=number * length * length)
     seen = number * ((56 // 14) ** 2 + 1)
     again = sum(
@@ -132,7 +131,7 @@ def test_flops_of_internvl_14b_are_those_that_torch_counts(monkeypatch, choice, 
         for m in model.modules()
         if isinstance(m, CrossAttention)
     )
-    wanted = dual_flops.flops(model, dense) + again
+    wanted = dual_flops.count(model, dense).needed + again
     assert counted.get_total_flops() == pytest.approx(wanted, rel=0.01)
 
 

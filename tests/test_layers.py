@@ -15,11 +15,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "internvl"
 
 LEVELS = {
-    7: ("__main__", "__init__"),
-    6: ("cli",),
-    5: ("launch", "demo", "serve"),
-    4: ("train", "evaluate", "export", "check", "plan"),
-    3: ("objectives", "evals", "handles", "findings", "footprint"),
+    9: ("__main__", "__init__"),
+    8: ("cli",),
+    7: ("launch", "demo", "serve"),
+    6: ("train", "evaluate", "export", "check", "plan"),
+    5: ("objectives", "evals", "handles", "findings", "dual_plan"),
+    4: ("dual_footprint",),
+    3: ("footprint", "dual_flops"),
     2: (
         *("runfolder", "boards", "relief", "parallel", "optim", "checkpoint", "generate", "embed"),
         *("report", "doctor", "flops", "rows", "validation"),

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pair_runs
 import pytest
 from data_files import chat_line, model_folder, picture, recipe, write_lines
 
@@ -11,7 +12,9 @@ from internvl import check, cli, config, gpus, plan, recipes
 from internvl.findings import FirstStep
 from internvl.flops import Work
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+RECIPES = ROOT / "recipes" / "internvl_14b"
 
 
 def released(name, rank=128, **keys):
@@ -110,7 +113,7 @@ def test_only_the_configuration_is_read(tmp_path):
 def test_an_unknown_model_is_named():
     with pytest.raises(config.UserError, match="is no folder, and no released model"):
         plan.make(released("InternVL9-2B"), gpus.find("H200"))
-    with pytest.raises(config.UserError, match="chat models only"):
+    with pytest.raises(config.UserError, match="does not train with sft; choose retrieval"):
         plan.make(released("InternVL-14B-224px"), gpus.find("H200"))
 
 
@@ -171,3 +174,62 @@ def test_quantized_weights_are_smaller():
     before = plan.make(made, gpus.find("H200")).memory.parts
     assert parts["quantized weights"] + parts["frozen weights"] < 0.4 * before["frozen weights"]
     assert parts["language model activations"] == before["language model activations"]
+
+
+def pairs(name, *changes):
+    return recipes.load_recipe(RECIPES / f"internvl_14b_{name}.yaml", changes)
+
+
+@pytest.mark.parametrize("name", ["lora_flickr30k", "head_coco", "stage2"])
+def test_recipes_of_internvl_14b_are_planned(name):
+    found = plan.make(pairs(name), gpus.find("H200"))
+    assert found.fits
+    said = found.render()
+    assert "not measured on a GPU yet" in said
+    assert "error up to" not in said
+    assert found.memory.parts["frozen weights"] > 23 * 2**30
+    # The first pass of gradient caching, where the step is cut.
+    assert ("first pass of gradient caching" in found.parts_s) == (name != "head_coco")
+
+
+def test_full_fine_tuning_of_internvl_14b_does_not_fit():
+    found = plan.make(pairs("full_flickr30k", "objective.micro_batch=2"), gpus.find("A100-80"))
+    assert not found.fits
+    parts = found.memory.parts
+    states = ("trained weights", "gradients", "optimizer states")
+    # 16 bytes a weight, 4 of the output matrix, which no loss reaches.
+    assert sum(parts[name] for name in states) == 16 * 13_836_319_747 - 12 * 4096 * 49_954
+    assert "no setting makes it fit" in found.remedy
+    assert "not sharded over GPUs yet" in found.render()
+
+
+def test_what_is_cut_and_computed_again_takes_less_and_longer():
+    changes = (
+        ("compute.checkpointing=none", "objective.micro_batch=null"),
+        ("compute.checkpointing=none", "objective.micro_batch=16"),
+        ("compute.checkpointing=selective", "objective.micro_batch=16"),
+        ("compute.checkpointing=full", "objective.micro_batch=16"),
+        ("compute.checkpointing=full", "objective.micro_batch=16", "compute.offload=true"),
+    )
+    plans = [plan.make(pairs("lora_flickr30k", *one), gpus.find("H200")) for one in changes]
+    memory = [one.memory.allocated_gib for one in plans]
+    seconds = [one.step_s for one in plans]
+    assert memory == sorted(memory, reverse=True)
+    assert seconds == sorted(seconds)
+    assert len({one.flops.needed for one in plans}) == 1
+    assert "compute.checkpointing=full makes it fit" in plans[0].remedy
+    larger = plan.make(pairs("lora_flickr30k", "data.tiles.size=364"), gpus.find("H200"))
+    assert larger.flops.needed > 1.6 * plans[0].flops.needed
+
+
+def test_pairs_are_counted_where_they_can_be_read(tmp_path):
+    made = recipes.load_recipe(pair_runs.make(tmp_path), ("objective.micro_batch=4",))
+    step = check.run(made).step
+    assert step.samples_an_epoch == 48
+    assert step.work.pictures == made.global_batch == step.work.texts == step.work.matches / 2
+    assert step.captions.text % 8 == step.captions.match % 8 == 0
+    assert step.work.text_tokens <= made.global_batch * step.captions.text
+    found = plan.make(made, gpus.find("H200"), step)
+    assert found.load.work == step.work
+    assert (found.load.pairs, found.load.rows) == (4, 2)
+    assert "an epoch of 48 samples" in found.render()

@@ -1,0 +1,241 @@
+"""Peak memory of a training step of InternVL-14B by component, from a model on the meta device.
+
+Blocks of the tower and of QLLaMA keep what footprint.py says of them. QLLaMA runs once for each
+kind of sequence: captions alone, queries alone, and queries with a caption for every match and for
+what is written. A cross-attention adds, in numbers of the compute type, for R query positions of
+width D, T positions of their sequences and N visual tokens of width W:
+
+    compiled, trained     4 R D + (W + 2 D) N            and T D in float32
+    compiled, frozen      2 R D + (W + 2 D) N + T D
+    as written, trained   4 R D + (2 W + 2 D) N          and R D + T D + W N in float32
+    as written, frozen    2 R D + 2 D N                  and R D + W N in float32
+
+Only what a gradient passes through is kept: with frozen towers, the inputs of the heads.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from internvl import footprint
+from internvl.config import TERMS, Recipe
+from internvl.dual_flops import Captions
+from internvl.flops import trains
+from internvl.footprint import Blocks, Footprint, Shape
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Equally long inputs of QLLaMA."""
+
+    rows: int
+    tokens: int
+    looks: bool
+    """Whether their first positions are queries, which look at a picture."""
+
+
+def of(model: Any, recipe: Recipe, pairs: int, captions: Captions, *, compiled: bool) -> Footprint:
+    """The memory of a step.
+
+    Args:
+        model: on the meta device, as `parallel.place` leaves it.
+        pairs: of a micro-batch (B).
+    """
+    batch = Batch(model, recipe, pairs, captions, compiled=compiled)
+    moving = {
+        "pictures and visual tokens": batch.pictures(),
+        "cast copies of trained weights": batch.casts(),
+        "vision tower activations": batch.blocks.tower(batch.shape),
+        "QLLaMA activations": batch.language(),
+        "what the heads keep": batch.heads(),
+        "features of a step, compared": 48.0 * recipe.global_batch**2,
+    }
+    if recipe.compute.offload:
+        moving["vision tower activations"] = batch.offloaded_tower()
+    # One after the other: the largest counts.
+    passing = {
+        "gradients of a block's activations": batch.backward(),
+        "a frozen block, forward": batch.forward(),
+        "logits of a chunk": batch.logits(),
+    }
+    largest = max(passing, key=lambda name: passing[name])
+    moving[largest] = passing[largest]
+    fixed = footprint.states(model, recipe, unreached(recipe))
+    return footprint.with_overhead(fixed, moving)
+
+
+def unreached(recipe: Recipe) -> tuple[str, ...]:
+    """Beginnings of the names of weights that no term of the loss reaches: they take no gradient
+    and no optimizer states, whether they train or not."""
+    terms = recipe.objective.weights_of(TERMS[recipe.objective.name])
+    reached = {
+        "itc": ("text_projection.", "query_pool.", "logit_scale"),
+        "itm": ("itm_head.",),
+        "itg": ("lm_head.",),
+    }
+    found = [name for term, names in reached.items() if term not in terms for name in names]
+    if recipe.objective.name != "retrieval" or "itc" not in terms:
+        found.append("image_pool.")
+    return tuple(found)
+
+
+class Batch:
+    """Activation bytes of a micro-batch."""
+
+    def __init__(
+        self, model: Any, recipe: Recipe, pairs: int, captions: Captions, *, compiled: bool
+    ) -> None:
+        self.model = model
+        self.recipe = recipe
+        self.pairs = pairs
+        self.captions = captions
+        self.number = 2 if recipe.dtype == "bfloat16" else 4
+        attention = "eager" if recipe.compute.attention == "eager" else "dense"
+        self.blocks = Blocks(
+            model, recipe.compute, self.number, compiled=compiled, attention=attention
+        )
+        self.shape = Shape(tokens=0, tiles=pairs, supervised=0)
+        self.width = model.config.text_config.hidden_size
+        self.seen = pairs * self.blocks.patch_tokens
+        self.language_model = model.model.language_model
+
+    def frozen_states(self) -> float:
+        """Hidden states between the blocks that nothing is kept of, as bytes."""
+        tower, kept = self.model.model.vision_tower, self.kept_of()
+        total = 0 if trains(tower) else self.seen * self._seen_width * len(tower.encoder.layer)
+        tokens = sum(one.rows * one.tokens for one in self.sequences() if one not in kept)
+        return float(self.number * (total + tokens * self.width * len(self.language_model.layers)))
+
+    def sequences(self) -> Iterator[Sequences]:
+        """What QLLaMA runs."""
+        pairs, captions, queries = self.pairs, self.captions, self.model.num_queries
+        if captions.text:
+            yield Sequences(pairs, captions.text, looks=False)
+            yield Sequences(pairs, queries, looks=True)
+        if captions.matches:
+            yield Sequences(pairs * captions.matches, queries + captions.match, looks=True)
+        if captions.written:
+            yield Sequences(pairs, queries + captions.written, looks=True)
+
+    def kept_of(self) -> list[Sequences]:
+        """Those that a gradient passes through."""
+        named = self.language_model.named_parameters()
+        alone = any(p.requires_grad for name, p in named if "cross_attn" not in name)
+        passed = trains(self.model.model)
+        return [one for one in self.sequences() if (passed if one.looks else alone)]
+
+    def pictures(self) -> float:
+        """Pixels, and what the tower makes of them, with a gradient where it trains."""
+        pixels = 6.0 * self.pairs * 3 * self.recipe.data.tiles.size**2
+        copies = 2 if trains(self.model.model.vision_tower) else 1
+        return pixels + copies * self.number * self.seen * self._seen_width
+
+    def casts(self) -> float:
+        """Trained matrices in the compute type."""
+        if self.number == 4:
+            return 0.0
+        idle = ("model.", *unreached(self.recipe))
+        heads = sum(
+            p.numel()
+            for name, p in self.model.named_parameters()
+            if p.requires_grad and p.ndim > 1 and not name.startswith(idle)
+        )
+        return self.blocks.casts(len(self.kept_of())) + float(self.number * heads)
+
+    def language(self) -> float:
+        """What QLLaMA's layers keep, and the hidden states around them."""
+        layers = list(self.language_model.layers)
+        again = _computed_again(self.recipe.compute.checkpointing, self.language_model)
+        total, largest = 0.0, 0.0
+        for one in self.kept_of():
+            residual = one.rows * one.tokens * self.width * self._residual_size(one)
+            states = one.rows * one.tokens * self.width * (4 + self.number)
+            total += 2 * residual + states + one.rows * one.tokens**2
+            for number, layer in enumerate(layers):
+                each = self.layer(one, layer)
+                largest = max(largest, each if number in again else 0.0)
+                if not self.recipe.compute.offload:
+                    total += residual if number in again else each
+        if self.recipe.compute.offload:
+            largest = max((self.layer(one, layers[0]) for one in self.kept_of()), default=0.0)
+        return total + largest
+
+    def layer(self, one: Sequences, layer: Any) -> float:
+        """Bytes kept of a layer of QLLaMA."""
+        kept = one.rows * self.blocks.decoder_block(one.tokens)
+        if not one.looks or layer.cross_attn is None:
+            return kept
+        queries = one.rows * self.model.num_queries * self.width
+        row, source = one.rows * one.tokens * self.width, self.seen * self._seen_width
+        narrow, wide = 2 * queries + 2 * self.seen * self.width, 0
+        if trains(layer.cross_attn):
+            narrow += 2 * queries + (1 if self.blocks.compiled else 2) * source
+            wide += row
+        elif self.blocks.compiled:
+            narrow += source + row
+        if not self.blocks.compiled:
+            wide += queries + source
+        return kept + float(self.number * narrow + 4 * wide)
+
+    def heads(self) -> float:
+        """What the pools and the matching head keep: as read, as keys and values, and in float32,
+        in which autocast normalizes on a GPU."""
+        passed = trains(self.model.model)
+        read = 0
+        gone = unreached(self.recipe)
+        image, queries = self.model.image_pool, self.model.query_pool
+        if "image_pool." not in gone and (trains(image) or trains(self.model.model.vision_tower)):
+            read += self.seen * self._seen_width
+        states = self.pairs * self.model.num_queries * self.width
+        if "query_pool." not in gone and (trains(queries) or passed):
+            read += states
+        wide = 8 if self.number == 2 else 0
+        matched = self.captions.matches * states if passed or trains(self.model.itm_head) else 0
+        return float(read * (4 * self.number + wide) + matched * self.number)
+
+    def offloaded_tower(self) -> float:
+        """One block of a tower that trains; the others wait in the CPU's memory."""
+        if not trains(self.model.model.vision_tower):
+            return 0.0
+        return self.blocks.tower_block(self.seen)
+
+    def backward(self) -> float:
+        """Gradients that exist together while a block's MLP is run back."""
+        sizes = [one.rows * one.tokens * self._inner for one in self.kept_of()]
+        if trains(self.model.model.vision_tower):
+            sizes.append(self.seen * self.model.config.vision_config.intermediate_size)
+        return 3.0 * self.number * max(sizes, default=0)
+
+    def forward(self) -> float:
+        """What one block without gradient holds at once."""
+        tokens = [one.rows * one.tokens for one in self.sequences() if one not in self.kept_of()]
+        each = 3.0 * self.number * self._inner + 12.0 * self.width
+        return max(self.blocks.frozen_tower(self.shape), each * max(tokens, default=0))
+
+    def logits(self) -> float:
+        """Of a chunk of the captions that are written."""
+        supervised = round(self.pairs * self.captions.supervised)
+        return self.blocks.logits(Shape(0, 0, supervised)) if supervised else 0.0
+
+    @property
+    def _inner(self) -> int:
+        return self.model.config.text_config.intermediate_size
+
+    @property
+    def _seen_width(self) -> int:
+        return self.model.config.vision_config.hidden_size
+
+    def _residual_size(self, one: Sequences) -> int:
+        """Bytes of a number between layers: trained embeddings and queries are float32."""
+        parts: list[nn.Module] = [self.language_model.embed_tokens]
+        parts += [self.model.model.query_tokens] if one.looks else []
+        return 4 if any(map(trains, parts)) else self.number
+
+
+def _computed_again(checkpointing: str, part: Any) -> range:
+    """Numbers of the layers that keep only their input; transformers counts from the first."""
+    if checkpointing == "none" or not trains(part):
+        return range(0)
+    return range(0, len(part.layers), 1 if checkpointing == "full" else 2)

@@ -1,0 +1,150 @@
+"""dual_footprint: what autograd keeps of InternVL-14B's losses, against real small models."""
+
+from functools import partial
+
+import pytest
+import torch
+from test_footprint import bytes_of, kept
+
+from internvl import dual_flops, dual_footprint, footprint, optim, parallel, plan, recipes, zoo
+from internvl.data.pair_reader import make_batch
+from internvl.data.records import Pair
+from internvl.models import dual_configs, lora
+from internvl.models.dual import DualModel
+from internvl.objectives import OBJECTIVES
+
+PAIRS, TOWERS = 3, ["vision_tower", "language_model"]
+LORA = {"rank": 16, "dropout": 0.0, "on": TOWERS}
+CHOICES = {
+    "full": {"train": [*TOWERS, "heads"]},
+    "lora": {
+        "train": ["text_projection", "lm_head"],
+        "lora": {"rank": 16, "dropout": 0, "on": TOWERS},
+    },
+    "head": {"train": ["heads"]},
+    "queries": {"train": ["queries", "query_pool", "itm_head", "logit_scale"]},
+}
+
+
+def recipe_of(choice, objective="retrieval", **compute):
+    source = {"name": "pairs", "type": "pairs", "annotations": "pairs.csv"}
+    return recipes.resolve(
+        {
+            "model": {"id": "OpenGVLab/InternVL-14B-224px", **CHOICES[choice]},
+            "data": {"sources": [source], "tiles": {"size": 56, "max": 1}},
+            "objective": {"name": objective},
+            "compute": {"compile": False, **compute},
+            "run": "run",
+            "global_batch": PAIRS,
+            "steps": 1,
+        }
+    )
+
+
+def config_of(tower_layers, layers):
+    official = zoo.official_config(zoo.find("InternVL-14B-224px"))
+    vision = {"hidden_size": 192, "num_hidden_layers": tower_layers, "num_attention_heads": 4}
+    vision |= {"intermediate_size": 640, "image_size": 56}
+    text = {"hidden_size": 256, "num_hidden_layers": layers, "num_attention_heads": 4}
+    text |= {"intermediate_size": 704, "vocab_size": 500, "num_query_token": 16}
+    parts = {
+        "vision_config": official["vision_config"] | vision,
+        "qllama_config": official["qllama_config"] | text,
+    }
+    sizes = {"clip_embed_dim": 32, "attn_pool_num_heads": 4, "force_image_size": 56}
+    return dual_configs.from_official(official | parts | sizes)
+
+
+def real(recipe, config):
+    model = DualModel._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    lora.select_trainable(model, recipe.model.parts)
+    if recipe.model.lora is not None:
+        lora.attach(model, recipe.model.lora)
+    return parallel.place(model, torch.device("cpu"), "bfloat16").train()
+
+
+def batch_of(objective):
+    words = (1, *range(5, 27), 2)
+    pairs = [
+        Pair(
+            name=str(row),
+            pixels=torch.randint(256, (3, 56, 56), dtype=torch.uint8),
+            image_id=row,
+            summary=words,
+            positive=words,
+            negative=words[::-1],
+            written=words if "itg" in objective.weights else (),
+            num_given=4 if "itg" in objective.weights else 0,
+        )
+        for row in range(PAIRS)
+    ]
+    matches = [((words, 0), (words, 1))[: 2 if objective.name == "retrieval" else 1]] * PAIRS
+    return make_batch(pairs, matches, [True] * PAIRS)
+
+
+def objective_of(recipe):
+    return OBJECTIVES[recipe.objective.name](recipe.objective, recipe.data, None)
+
+
+def losses(objective, model, batch):
+    sums = objective(model, batch)
+    return torch.stack(list(sums.values())).sum()
+
+
+def made_of(recipe, config):
+    """(bytes that autograd keeps of a micro-batch, those predicted for tower and QLLaMA)."""
+    model = real(recipe, config)
+    parallel.arrange(model, torch.device("cpu"), recipe.compute)
+    objective = objective_of(recipe)
+    batch = batch_of(objective)
+    counted = kept(model, partial(losses, objective, model, batch))
+    captions = dual_flops.step_of([batch], objective.weights, PAIRS).captions
+    made = dual_footprint.Batch(
+        plan.model_of(recipe, config),
+        recipe,
+        PAIRS,
+        captions,
+        compiled=bool(recipe.compute.compile),
+    )
+    return counted, made.casts() + made.language() + made.blocks.tower(made.shape)
+
+
+def difference(recipe, less, more):
+    counted, predicted = zip(*(made_of(recipe, config_of(*n)) for n in (less, more)), strict=True)
+    return counted[1] - counted[0], predicted[1] - predicted[0]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_what_autograd_keeps_of_blocks(choice):
+    """Two layers of QLLaMA more, of which one looks at the picture, and a block of the tower."""
+    recipe = recipe_of(choice, "stage2" if choice == "queries" else "retrieval")
+    for less, more in (((1, 2), (1, 4)), ((1, 2), (2, 2))):
+        counted, predicted = difference(recipe, less, more)
+        assert predicted == pytest.approx(counted, rel=0.03)
+
+
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_checkpointed_blocks_keep_what_enters_them(checkpointing):
+    recipe = recipe_of("lora", checkpointing=checkpointing)
+    counted, predicted = difference(recipe, (1, 2), (1, 4))
+    assert predicted == pytest.approx(counted, rel=0.03)
+
+
+@pytest.mark.parametrize(("choice", "objective"), [("full", "retrieval"), ("full", "stage2")])
+def test_states_are_those_of_the_real_run(choice, objective):
+    """Trained weights that no loss reaches take no gradient and no moments."""
+    recipe, config = recipe_of(choice, objective), config_of(1, 2)
+    model = real(recipe, config)
+    optimizer = optim.build(model, recipe.optim)
+    made = objective_of(recipe)
+    losses(made, model, batch_of(made)).backward()
+    optimizer.step()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    moments = [m for state in optimizer.state.values() for m in state.values() if m.ndim]
+    empty = plan.model_of(recipe, config)
+    found = footprint.states(empty, recipe, dual_footprint.unreached(recipe))
+    assert found["trained weights"] == bytes_of(trained)
+    assert found["gradients"] == bytes_of(p.grad for p in trained if p.grad is not None)
+    scale = 2 * 4  # two moments of one number, which have no dimension
+    assert found["optimizer states"] == bytes_of(moments) + scale
+    assert found["gradients"] < found["trained weights"]
