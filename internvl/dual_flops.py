@@ -231,9 +231,9 @@ def _is_above(trained: Collection[str], name: str) -> bool:
     if name.startswith(("image_pool", "query_pool")):
         below = ("model.",) if name.startswith("query") else (tower,)
         part = name.partition(".")[0]
-        norms = f"{part}.norm_"
+        inner = f"{part}.norm_"
         pooled = name.endswith("o_proj") and _trains(trained, part)
-        return _trains(trained, *below, norms) or pooled
+        return _trains(trained, *below, inner) or pooled
     if name == "text_projection":
         return _trains(trained, language)
     if name in ("itm_head", "lm_head"):
