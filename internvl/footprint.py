@@ -9,13 +9,12 @@ model's blocks, in the compute type unless said otherwise:
     compiled, trained    3 F + 3 D + 2 Q + 2 K           and D in float32
     as written, adapters 4 F + 6 D + 2 Q + 2 K + R       and 2 D in float32
     as written, trained  4 F + 5 D + 2 Q + 2 K           and 4 D in float32
-    compiled, frozen     2 F + 2 D + 2 Q + 2 K
+    compiled, frozen     2 F + 3 D + 2 Q + 2 K
     as written, frozen   3 F + 2 Q + 2 K                 and 2 D in float32
 
-where frozen ones pass a gradient on to what trains below them.
-
-Dropout on adapters keeps masks. The sums are what `saved_tensors_hooks` counts, which the tests do
-again on small models; the compiled ones are the choice of AOTAutograd's partitioner.
+Frozen ones pass a gradient on to what trains below them. Dropout on adapters keeps masks. The sums
+are what `saved_tensors_hooks` counts, which the tests do again on small models; the compiled ones
+are the choice of AOTAutograd's partitioner.
 """
 
 from dataclasses import dataclass
@@ -232,7 +231,7 @@ class Blocks:
         rank, masked = self._adapters(block)
         normed = q + k if hasattr(block.self_attn, "q_norm") else 0
         if not (own or rank):  # a gradient passes, nothing is learned
-            narrow = (2 * inner + 2 * d + normed if self.compiled else 3 * inner) + mixed
+            narrow = (2 * inner + 3 * d + normed if self.compiled else 3 * inner) + mixed
             wide = 0 if self.compiled else 2 * d + normed
         elif self.compiled:
             narrow = 3 * inner + (3 if own else 5) * d + mixed + rank + normed

@@ -93,6 +93,7 @@ def losses(objective, model, batch):
 
 def made_of(recipe, config):
     """(bytes that autograd keeps of a micro-batch, those predicted for tower and QLLaMA)."""
+    torch._dynamo.reset()
     model = real(recipe, config)
     parallel.arrange(model, torch.device("cpu"), recipe.compute)
     objective = objective_of(recipe)
@@ -119,6 +120,16 @@ def test_what_autograd_keeps_of_blocks(choice):
     """Two layers of QLLaMA more, of which one looks at the picture, and a block of the tower."""
     recipe = recipe_of(choice, "stage2" if choice == "queries" else "retrieval")
     for less, more in (((1, 2), (1, 4)), ((1, 2), (2, 2))):
+        counted, predicted = difference(recipe, less, more)
+        assert predicted == pytest.approx(counted, rel=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("choice", ["full", "lora", "queries"])
+def test_what_autograd_keeps_of_compiled_blocks(choice):
+    recipe = recipe_of(choice, "stage2" if choice == "queries" else "retrieval", compile=True)
+    for less, more in (((1, 1), (1, 2)), ((1, 2), (1, 3))):
         counted, predicted = difference(recipe, less, more)
         assert predicted == pytest.approx(counted, rel=0.03)
 
