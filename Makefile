@@ -36,7 +36,7 @@ check: $(VENV)/.dev
 	$(VENV)/bin/mypy
 
 test: $(VENV)/.dev
-	$(VENV)/bin/pytest -q
+	$(VENV)/bin/pytest -q -n 2
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
