@@ -1,6 +1,7 @@
 # make demo    first minutes: train, evaluate, export tiny models on a CPU, open report.html
 # make check   format, lint, types
 # make test    the CPU suite
+# make scripts the benchmark scripts and the demo, in small
 # make setup   only install what the demo needs
 #
 # PYTHON=python3.12            another interpreter, 3.11 or newer
@@ -23,7 +24,7 @@ $(if $(TORCH_INDEX),$(PIP_INSTALL) --no-deps --index-url $(TORCH_INDEX) torch)
 $(PIP_INSTALL) --editable '.[$(1)]'
 endef
 
-.PHONY: setup demo check test clean
+.PHONY: setup demo check test scripts clean
 
 setup: $(VENV)/.demo
 
@@ -36,7 +37,10 @@ check: $(VENV)/.dev
 	$(VENV)/bin/mypy
 
 test: $(VENV)/.dev
-	$(VENV)/bin/pytest -q -n 2
+	$(VENV)/bin/pytest -q -n 2 -m "not scripts"
+
+scripts: $(VENV)/.dev
+	$(VENV)/bin/pytest -q -n 2 -m scripts
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

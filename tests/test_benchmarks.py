@@ -11,6 +11,8 @@ import pytest
 import torch
 from data_files import picture
 
+pytestmark = pytest.mark.scripts
+
 ROOT = Path(__file__).parent.parent
 TOWERS = ["vision_tower", "language_model"]
 

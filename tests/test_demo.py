@@ -96,6 +96,7 @@ def test_a_second_call_trains_nothing_again(ran: tuple[Path, list], data: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.scripts
 def test_the_whole_demo_writes_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(demo, "SHORT", replace(demo.SHORT, epochs=0.3, limit_families=12))
