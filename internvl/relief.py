@@ -2,7 +2,7 @@
 
 Rungs that leave what is learned as it is come first, the cheapest of them above; a run that was
 stopped may go on with any of those. The others are for a new run. None changes how many samples a
-step holds.
+step holds. What a rung saves and costs is counted or estimated, not measured.
 """
 
 from collections.abc import Callable
