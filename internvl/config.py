@@ -160,7 +160,8 @@ class SourceConfig:
     num_samples: Positive | None = None
     """How many samples the source must hold; another number is an error."""
     prompt: str | None = None
-    """The question of a caption source; `<image>` is put before it."""
+    """The question of a caption source; `<image>` is put before it. For InternVL-14B, what captions
+    are written after (itg), by default "English caption:"; the other losses use none."""
     augment: bool = False
     """Degrade every tile by JPEG at a random quality of 75 to 100 (original: `data_augment`)."""
     max_tiles: Positive | None = None
@@ -396,7 +397,16 @@ class EvalConfig:
     """caption: pictures lie directly in `images`, whatever folder their names have."""
 
     form: Literal[
-        "auto", "flickr", "token", "coco", "karpathy", "xtd", "csv", "jsonl", "folder"
+        "auto",
+        "flickr",
+        "token",
+        "coco",
+        "karpathy",
+        "xtd",
+        "csv",
+        "jsonl",
+        "folder",
+        "webdataset",
     ] = "auto"
     """retrieval: how `annotations` is written; auto goes by name and content."""
     split: str = "test"

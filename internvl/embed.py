@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from internvl.config import UserError
-from internvl.data.images import BadImage, open_rgb
+from internvl.data.images import BadImage, FileSlice, open_rgb
 from internvl.data.pairs import (
     CaptionEncoder,
     center_square,
@@ -32,7 +32,7 @@ from internvl.models.dual import DualModel, Mode
 from internvl.models.hub import ModelFolderError
 from internvl.models.vlm import normalize_tiles
 
-Picture = str | Path | bytes | Image.Image
+Picture = str | Path | bytes | FileSlice | Image.Image
 Pictures = Sequence[Picture] | Tensor
 """Paths, encoded files and opened pictures; or all of them normalized already, (B, 3, S, S)."""
 Captions = Sequence[str] | Tensor
@@ -262,8 +262,8 @@ class Dual:
 
 
 def _distinct(images: Pictures) -> tuple[Pictures, Tensor]:
-    """(each picture once, int64 (B,) where each of `images` is there), where they are paths."""
-    if isinstance(images, Tensor) or not all(isinstance(i, str | Path) for i in images):
+    """(each picture once, int64 (B,) where each of `images` is there), where they are files."""
+    if isinstance(images, Tensor) or not all(isinstance(i, str | Path | FileSlice) for i in images):
         return images, torch.arange(len(images))
     numbers = {image: number for number, image in enumerate(dict.fromkeys(images))}
     return list(numbers), torch.tensor([numbers[image] for image in images])
@@ -300,7 +300,7 @@ def _read_ahead(
         try:
             opened = image.convert("RGB") if isinstance(image, Image.Image) else open_rgb(image)
         except BadImage as error:
-            named = f" ({image})" if isinstance(image, str | Path) else ""
+            named = f" ({image})" if isinstance(image, str | Path | FileSlice) else ""
             raise BadImage(f"image {number}{named}: {error}") from None
         return shape(opened, size)
 

@@ -116,6 +116,7 @@ def test_training_continues_the_prompt_of_inference(name):
     ("messages", "images", "says"),
     [
         ((), 0, "the conversation is empty"),
+        ((("assistant", "a"),), 1, "no question before the caption; set its source's prompt"),
         ((("user", "a"), ("user", "b"), ("assistant", "c")), 0, "1 and 2 are both from user"),
         ((("user", "a"), ("assistant", "b")), 1, "0 <image> mark.s. in the questions, but 1"),
         ((("user", "<image>"), ("assistant", "b")), 0, "1 <image> mark.s. in the questions, but 0"),

@@ -1,13 +1,15 @@
 """Pairs are read from every published form, and what is wrong with them is named."""
 
+import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
 from data_files import SHARED, picture
 
-from internvl.data.pair_files import FORMS, leaks, read_pairs
+from internvl.data.pair_files import FORMS, broken, leaks, read_pairs
 from internvl.data.pairs import clean_caption
 from internvl.data.records import DataError
 
@@ -29,6 +31,16 @@ def write(path: Path, *lines: str) -> Path:
 
 def tree(path: Path, value: object) -> Path:
     path.write_text(json.dumps(value), encoding="utf-8")
+    return path
+
+
+def shard(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
     return path
 
 
@@ -61,6 +73,10 @@ def forms(root: Path) -> dict[str, Path]:
         picture(folder / f"{name}.jpg")
     write(folder / "1.txt", "one, red", "Also one")
     write(folder / "2.txt", "two")
+    jpegs = {name: (root / name).read_bytes() for name in ("1.jpg", "2.jpg")}
+    listed = json.dumps({"caption": "two"}).encode()
+    shard(root / "shards/0.tar", {"1.jpg": jpegs["1.jpg"], "1.txt": b"one, red\nAlso one\n"})
+    shard(root / "shards/1.tar", {"2.jpg": jpegs["2.jpg"], "2.json": listed, "2.txt": b"2"})
     lines = ("1.jpg#0\tone, red", "2.jpg#0\ttwo", "1.jpg#1\tAlso one")
     rows = ({"image": "1.jpg", "captions": ["one, red", "Also one"]}, {"image": "2.jpg"})
     listed = [{"image": "1.jpg", "caption": ["one, red", "Also one"]}]
@@ -78,10 +94,11 @@ def forms(root: Path) -> dict[str, Path]:
             root / "p.jsonl", json.dumps(rows[0]), json.dumps(rows[1] | {"text": "two"})
         ),
         "folder": folder,
+        "webdataset": root / "shards",
     }
 
 
-@pytest.mark.parametrize("form", [name for name in FORMS if name != "xtd"])
+@pytest.mark.parametrize("form", [name for name in FORMS if name not in ("xtd", "webdataset")])
 @pytest.mark.parametrize("named", [True, False])
 def test_every_form_is_the_same_pairs(root: Path, form: str, named: bool) -> None:
     path = forms(root)[form]
@@ -92,6 +109,49 @@ def test_every_form_is_the_same_pairs(root: Path, form: str, named: bool) -> Non
     assert found.images == tuple(str(images / name) for name in found.names)
     assert found.texts == ("one, red", "also one", "two")
     assert found.image_of_text == (0, 0, 1)
+
+
+@pytest.mark.parametrize("form", ["webdataset", "auto"])
+def test_shards_are_the_same_pairs(root: Path, form: str) -> None:
+    found = read_pairs(forms(root)["webdataset"], root, form, clean=clean_caption)
+    assert found.problems == ()
+    assert found.texts == ("one, red", "also one", "two")
+    assert found.image_of_text == (0, 0, 1)
+    assert [picture.read() for picture in found.images] == [
+        (root / name).read_bytes() for name in ("1.jpg", "2.jpg")
+    ]
+    assert broken(found.images) == {}
+    one = read_pairs(root / "shards/1.tar", root)
+    assert (one.names, one.texts) == (("1.tar/2.jpg",), ("two",))
+
+
+def test_what_is_wrong_in_shards_is_named_by_key(root: Path) -> None:
+    jpeg = (root / "1.jpg").read_bytes()
+    members = {"a.jpg": jpeg, "a.txt": b"fine", "b.jpg": jpeg, "c.txt": b"nothing to see"}
+    members |= {"d.jpg": jpeg, "d.json": b"{", "e.jpg": jpeg[:50], "e.txt": b"cut"}
+    members |= {"f.jpg": jpeg, "f.txt": b"again\n\n"}
+    found = read_pairs(shard(root / "0.tar", members), root)
+    whole = "\n".join(map(str, found.problems))
+    for part in (
+        "0.tar b: 0.tar/b.jpg has no caption",
+        "0.tar c: a pair has one picture, not 0",
+        "0.tar d: d.json cannot be read",
+        "0.tar f: the caption is empty",
+    ):
+        assert part in whole
+    assert len(found.problems) == 4
+    assert found.names == ("0.tar/a.jpg", "0.tar/e.jpg", "0.tar/f.jpg")
+    assert broken(found.images).keys() == {1}
+    # Names in tars are numbers: another picture of the same name is no leak, an equal one is.
+    other = {"a.jpg": (root / "2.jpg").read_bytes(), "a.txt": b"x", "z.jpg": jpeg, "z.txt": b"y"}
+    train = read_pairs(shard(root / "train.tar", other), root)
+    where = f"z.jpg in {root}/train.tar"
+    assert leaks(found, train) == dict.fromkeys(
+        (0, 2), f"the training data holds the same file as {where}"
+    )
+    (root / "1.tgz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(DataError, match="1.tgz is no uncompressed tar"):
+        read_pairs(root / "1.tgz", root)
 
 
 def test_xtd_and_the_splits_of_karpathy(root: Path) -> None:

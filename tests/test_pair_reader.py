@@ -1,6 +1,7 @@
 """Training pairs: what is drawn is a function of (seed, epoch, sample); bad ones are named."""
 
 import json
+import tarfile
 from collections import Counter
 
 import numpy as np
@@ -185,6 +186,36 @@ def test_every_form_gives_one_sample_for_each_caption(tmp_path, name):
     assert read == [(one, "red"), (one, "red"), (two, "blue, circle")]
     assert found.groups[0] == found.groups[1] != found.groups[2]
     assert image_id_of(one) != image_id_of(two)
+
+
+def test_tars_need_no_prompt(project, encoder, tmp_path):
+    """As `pairs`, a caption a line, they are the same pairs as those of the files; as `webdataset`
+    there is one for each picture."""
+    for number in range(4):
+        texts = pair_runs.captions_of("red", pair_runs.SHAPES[number])
+        (tmp_path / f"{number}.txt").write_text("\n".join(texts), encoding="utf-8")
+        with tarfile.open(tmp_path / f"{number // 2}.tar", "a") as tar:
+            tar.add(project / f"{number:04d}.jpg", f"{number}.jpg")
+            tar.add(tmp_path / f"{number}.txt", f"{number}.txt")
+    wanted = reader(project, encoder)
+    made = PairReader([source(tmp_path, ".", "pairs")], encoder, 28, seed=0)
+    ids = set()
+    for line in range(8):
+        ours, theirs = only(made[ref(line)]), only(wanted[ref(line)])
+        assert torch.equal(ours.pixels, theirs.pixels)
+        assert (ours.summary, ours.positive) == (theirs.summary, theirs.positive)
+        assert ours.negative != ours.positive
+        assert ours.name.startswith(f"{tmp_path} {line // 4}.tar {line // 2}")
+        ids.add(ours.image_id)
+    assert len(ids) == 4
+    groups = made.files[0].groups
+    assert groups[::2].tolist() == groups[1::2].tolist()
+    assert len({*groups}) == 4
+    one_each = source(tmp_path / "1.tar", ".", "webdataset")
+    assert len(one_each) == 2
+    pair = only(PairReader([one_each], encoder, 28, seed=0, written=True)[ref(0)])
+    prompt = encoder.prompt("English caption:")
+    assert list(pair.written[: len(prompt)]) == prompt
 
 
 def test_the_original_formats_by_their_names(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -196,6 +197,27 @@ def test_retrieval_of_a_model_in_both_modes(dual, data: Path, tmp_path: Path) ->
     assert scores.values == {}
     assert len(scores.rows) == len(lines) + 10
     assert scores.rows[0].keys() == {"text", "image", "rank"}
+
+
+def test_retrieval_in_shards_is_that_of_the_files(dual, data: Path, tmp_path: Path) -> None:
+    """The same pictures and texts in two tars: the same ranks, recalls and match scores."""
+    found = Retrieval(spec(data)).pairs
+    for part in range(2):
+        with tarfile.open(data / f"{part}.tar", "w") as tar:
+            for n in range(5 * part, 5 * part + 5):
+                texts = [t for t, i in zip(found.texts, found.image_of_text, strict=True) if i == n]
+                (data / f"{n}.txt").write_text("\n".join(texts), encoding="utf-8")
+                tar.add(data / f"{n}.jpg", f"{n}.jpg")
+                tar.add(data / f"{n}.txt", f"{n}.txt")
+    files = Retrieval(spec(data, rerank=4)).run(dual, None)
+    shards = eval_config(
+        type="retrieval", annotations=data, batch_size=4, rerank=4, form="webdataset"
+    )
+    for _ in range(2):  # the second time from its kept features
+        scores = Retrieval(shards).run(dual, tmp_path / "features")
+        assert scores.values == files.values
+        assert [row["rank"] for row in scores.rows] == [row["rank"] for row in files.rows]
+    assert scores.rows[0]["image"] == f"0.jpg in {data}/0.tar"
 
 
 def test_reranked_by_match(dual, data: Path) -> None:

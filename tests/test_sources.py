@@ -203,9 +203,8 @@ def test_tables(tmp_path):
     parquet.write_table(captions, tmp_path / "c.parquet")
     (one,) = good(opened(tmp_path / "c.parquet", "parquet", prompt="Say:", images="/i"))
     assert (one.images, one.messages[1].content) == (("/i/a.png",), "A square.")
-    assert "for captions, set the source's `prompt`" in says(
-        opened(tmp_path / "c.parquet", "parquet")
-    )
+    (one,) = good(opened(tmp_path / "c.parquet", "parquet", images="/i"))
+    assert [message.role for message in one.messages] == ["assistant"]
     stream = tmp_path / "saved" / "data-00000.arrow"
     stream.parent.mkdir()
     with (
@@ -236,6 +235,8 @@ def test_webdataset(tmp_path):
     assert np.array_equal(open_rgb(chat.images[0]), Image.open(tmp_path / "a.png"))
     assert caption.messages[1].content == "A square."
     assert "000.tar 0003: 0003.json cannot be read" in says(source, 2)
+    (alone,) = opened(tmp_path, "webdataset").samples([1])
+    assert alone.messages == caption.messages[1:]
 
 
 def test_files_that_cannot_be_used(tmp_path):

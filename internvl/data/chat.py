@@ -123,6 +123,8 @@ class ChatEncoder:
         turns = messages[1:] if messages and messages[0].role == "system" else messages
         if not turns:
             raise BadSample(sample.name, "the conversation is empty")
+        if sample.images and len(turns) == 1 and turns[0].role == "assistant":
+            raise BadSample(sample.name, "no question before the caption; set its source's prompt")
         if turns[-1].role != "assistant":
             raise BadSample(sample.name, "it ends with a question; add the answer or remove it")
         for number, (turn, following) in enumerate(pairwise(turns), start=1):

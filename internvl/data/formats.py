@@ -41,15 +41,22 @@ def chat(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:
 
 
 def caption(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:
-    """`image` and `caption`: the source's prompt is the question."""
+    """`image` and `caption`: the source's prompt is the question; without one there is only the
+    answer, which is enough for a pair."""
     text = row.get("caption")
     if not isinstance(text, str) or not text.strip():
         raise BadSample(name, "the caption is empty; write it or remove the row")
     if not row.get("image"):
         raise BadSample(name, "no image is named")
-    question = Message("user", f"{IMAGE_MARK}\n{config.prompt or ''}")
-    answer = Message("assistant", text.strip())
-    return Sample(name, (question, answer), (_picture(name, row["image"], config),))
+    messages = [Message("assistant", text.strip())]
+    if config.prompt is not None:
+        messages.insert(0, Message("user", f"{IMAGE_MARK}\n{config.prompt}"))
+    return Sample(name, tuple(messages), (_picture(name, row["image"], config),))
+
+
+def sliced_caption(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:
+    """`caption` of a row that is ours, its `image` the fields of FileSlice."""
+    return caption(name, {**row, "image": FileSlice(*row["image"])}, config)
 
 
 def preference(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:
@@ -73,12 +80,10 @@ def table_row(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:
     row = {key: value for key, value in row.items() if value is not None}
     if "conversations" in row or "messages" in row:
         return chat(name, row, config)
-    if config.prompt is None:
+    if not row.keys() & {"caption", "text"}:
         found = ", ".join(row)
         raise BadSample(
-            name,
-            f"no column `conversations` or `messages` (there are: {found}); for captions, set "
-            "the source's `prompt`",
+            name, f"no column `conversations`, `messages` or `caption` (there are: {found})"
         )
     return caption(name, {"caption": row.get("caption", row.get("text")), **row}, config)
 
@@ -93,8 +98,8 @@ def shard_row(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:
             kept = {k: v for k, v in row["row"].items() if k not in ("image", "images")}
             return chat(name, {**kept, "images": slices}, config)
     text = (row.get("row") or {}).get("caption", row.get("caption"))
-    if config.prompt is None:
-        raise BadSample(name, "no conversation in it; for captions, set the source's `prompt`")
+    if text is None:
+        raise BadSample(name, "neither a conversation nor a caption in it")
     return caption(name, {"image": slices[0] if slices else None, "caption": text}, config)
 
 

@@ -17,6 +17,9 @@ MAX_PIXELS = 178_956_970
 """Largest picture that is decoded (Pillow's own error limit): 512 MiB as RGB."""
 
 Triple = tuple[float, float, float]
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+"""Of picture files, in lower case."""
+
 STATISTICS: dict[str, tuple[Triple, Triple]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": ((0.4814546, 0.4578275, 0.40821073), (0.2686295, 0.2613025, 0.2757711)),
@@ -44,6 +47,12 @@ class FileSlice:
 
     def __str__(self) -> str:
         return f"{self.name} in {self.path}"
+
+    def read(self) -> bytes:
+        """The encoded picture."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
 
 
 Picture = str | Path | bytes | FileSlice
@@ -90,9 +99,7 @@ def _file(source: Picture) -> str | Path | io.BytesIO:
     if isinstance(source, bytes):
         return io.BytesIO(source)
     if isinstance(source, FileSlice):
-        with open(source.path, "rb") as file:
-            file.seek(source.offset)
-            return io.BytesIO(file.read(source.size))
+        return io.BytesIO(source.read())
     if is_address(source):
         return io.BytesIO(read_address(str(source)))
     return source

@@ -20,12 +20,17 @@ from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
-from internvl.data import convert
-from internvl.data.images import BadImage, is_address, join_inside, open_rgb
+from internvl.data import convert, tars
+from internvl.data.images import (
+    IMAGE_ENDINGS,
+    BadImage,
+    FileSlice,
+    is_address,
+    join_inside,
+    open_rgb,
+)
 from internvl.data.records import BadSample, DataError
 from internvl.log import Progress
-
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 _COCO_NAME = re.compile(r"COCO_((?:train|val|test)20\d\d)_")
 _TEXT_KEYS = ("caption", "captions", "text", "texts")
@@ -42,14 +47,16 @@ class Row:
     """(where, caption) of each."""
     repeats: bool = False
     """Whether further entries may name the same picture; otherwise that is a duplicate."""
+    picture: FileSlice | None = None
+    """Where it is no file below the folder of pictures."""
 
 
 @dataclass(frozen=True)
 class Pairs:
     """Pictures in the order of their file, captions in the order of their pictures."""
 
-    images: tuple[str, ...]
-    """Paths."""
+    images: tuple[str | FileSlice, ...]
+    """Paths, or places in tars."""
     names: tuple[str, ...]
     """The pictures as the file names them."""
     texts: tuple[str, ...]
@@ -85,8 +92,8 @@ def read_pairs(
     or after cleaning), pictures without captions, missing pictures, pictures that are named twice.
 
     Args:
-        annotations: a file of one of FORMS, or a folder of pictures.
-        images: folder that the names of pictures start from.
+        annotations: a file of one of FORMS, or a folder of pictures or tars.
+        images: folder that the names of pictures start from; those of tars are in them.
         form: a key of FORMS; "auto" goes by the file's name and content.
         clean: applied to every caption.
         split: which pictures of a Karpathy file with a `split` field.
@@ -114,7 +121,7 @@ def _collect(
     rows: Iterable[Row], root: str | Path, clean: Callable[[str], str], problems: list[BadSample]
 ) -> Pairs:
     """Rows with the same picture become one picture."""
-    paths: dict[str, str] = {}  # name -> path
+    paths: dict[str, str | FileSlice] = {}  # name -> path
     first: dict[str, str] = {}  # name -> where
     captions: dict[str, list[str]] = {}
     for row in rows:
@@ -125,7 +132,7 @@ def _collect(
             continue
         if row.image not in first:
             first[row.image] = row.where
-            path = _path(row, root, problems)
+            path = row.picture or _path(row, root, problems)
             if path is not None:
                 paths[row.image] = path
         for where, caption in row.captions:
@@ -296,6 +303,26 @@ def _folder(path: Path, split: str, problems: list[BadSample]) -> Iterator[Row]:
             yield Row(str(image), str(image.relative_to(path)), lines)
 
 
+def _webdataset(path: Path, split: str, problems: list[BadSample]) -> Iterator[Row]:
+    """Tars with a picture under each key, and its captions: those of its `.json`, or the lines of
+    its `.txt`."""
+    for tar in tars.shards(path):
+        for row in tars.shard_rows(tar):
+            where = f"{path} {row['where']}"
+            if "bad" in row:
+                problems.append(BadSample(where, row["bad"]))
+                continue
+            if len(row["slices"]) != 1:
+                what = f"a pair has one picture, not {len(row['slices'])}"
+                problems.append(BadSample(where, what))
+                continue
+            tree, lines = row.get("row"), row.get("caption", "").splitlines()
+            captions = _captions(where, tree) if isinstance(tree, dict) else ()
+            picture = FileSlice(*row["slices"][0])
+            texts = captions or tuple((where, line) for line in lines)
+            yield Row(where, f"{tar.name}/{picture.name}", texts, picture=picture)
+
+
 FORMS: dict[str, Callable[[Path, str, list[BadSample]], Iterator[Row]]] = {
     "flickr": _flickr,
     "token": _token,
@@ -305,15 +332,19 @@ FORMS: dict[str, Callable[[Path, str, list[BadSample]], Iterator[Row]]] = {
     "csv": _table,
     "jsonl": _jsonl,
     "folder": _folder,
+    "webdataset": _webdataset,
 }
 """How pairs are written down: `name.jpg,caption` lines; `name#0<TAB>caption` lines; COCO caption
-JSON; Karpathy's JSON; XTD's two texts; CSV with a header; JSONL; pictures with texts beside."""
+JSON; Karpathy's JSON; XTD's two texts; CSV with a header; JSONL; pictures with texts beside; tars
+of them."""
 
 
 def form_of(path: Path) -> str:
     """The form of a file by its ending, and where several have one, by its beginning."""
     if path.is_dir():
-        return "folder"
+        return "webdataset" if any(path.glob("*.tar")) else "folder"
+    if path.name.endswith((".tar", ".tar.gz", ".tgz")):
+        return "webdataset"
     ending = path.suffix.lower()
     if ending == ".json":
         tree = convert.read_json(path)
@@ -332,39 +363,52 @@ def form_of(path: Path) -> str:
 def leaks(test: Pairs, train: Pairs) -> dict[int, str]:
     """Pictures of `test` (by number) that `train` shows too, and how that was seen.
 
-    By the file's name without its folder, or by equal bytes under another name. Only files of
-    equal size are read.
+    By the file's name without its folder, or by equal bytes under another name; in tars, where
+    names are mere numbers, by equal bytes alone. Only files of equal size are read.
     """
-    by_name = {Path(name).stem: path for name, path in zip(train.names, train.images, strict=True)}
-    sizes: dict[int, list[str]] = {}
-    for path in filterfalse(is_address, train.images):
-        sizes.setdefault(os.path.getsize(path), []).append(path)
-    digests: dict[str, bytes] = {}
+    by_name = {
+        Path(name).stem: path
+        for name, path in zip(train.names, train.images, strict=True)
+        if isinstance(path, str)
+    }
+    sizes: dict[int, list[str | FileSlice]] = {}
+    for path in filterfalse(_is_far, train.images):
+        sizes.setdefault(_size(path), []).append(path)
+    digests: dict[str | FileSlice, bytes] = {}
 
-    def digest(path: str) -> bytes:
+    def digest(path: str | FileSlice) -> bytes:
         if path not in digests:
-            digests[path] = blake2b(Path(path).read_bytes(), digest_size=16).digest()
+            content = path.read() if isinstance(path, FileSlice) else Path(path).read_bytes()
+            digests[path] = blake2b(content, digest_size=16).digest()
         return digests[path]
 
     found: dict[int, str] = {}
     for number, (name, path) in enumerate(zip(test.names, test.images, strict=True)):
-        other = by_name.get(Path(name).stem)
+        other = by_name.get(Path(name).stem) if isinstance(path, str) else None
         if other is not None:
             found[number] = f"the training data names it too ({other})"
             continue
-        if is_address(path):
+        if _is_far(path):
             continue
-        same = [p for p in sizes.get(os.path.getsize(path), ()) if digest(p) == digest(path)]
+        same = [p for p in sizes.get(_size(path), ()) if digest(p) == digest(path)]
         if same:
             found[number] = f"the training data holds the same file as {same[0]}"
     return found
 
 
-def broken(images: Sequence[str]) -> dict[int, str]:
+def _is_far(path: str | FileSlice) -> bool:
+    return isinstance(path, str) and is_address(path)
+
+
+def _size(path: str | FileSlice) -> int:
+    return path.size if isinstance(path, FileSlice) else os.path.getsize(path)
+
+
+def broken(images: Sequence[str | FileSlice]) -> dict[int, str]:
     """Pictures (by number) that cannot be decoded, and why."""
     found: dict[int, str] = {}
 
-    def reason(path: str) -> str | None:
+    def reason(path: str | FileSlice) -> str | None:
         try:
             open_rgb(path)
         except BadImage as bad:

@@ -6,23 +6,21 @@ cache folder (data/index.py), except tables, which Arrow maps.
 
 import csv
 import json
-import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from internvl.config import DataConfig, SourceConfig
-from internvl.data import formats, pair_files
+from internvl.data import formats, pair_files, tars
 from internvl.data.index import LineIndex, convert_once, file_content, index_lines
 from internvl.data.records import BadSample, DataError, Sample
 from internvl.data.tables import Table
 
 Parse = Callable[[str, dict[str, Any], SourceConfig], Sample]
 
-_IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 _META_KEYS = {
     "root": "images",
     "annotation": "annotations",
@@ -278,12 +276,14 @@ def _pairs(config: SourceConfig) -> Source:
     """One row for every caption."""
     path = config.annotations
     form = _FORMS.get(config.type) or pair_files.form_of(path)
+    in_tars = form == "webdataset"
 
     def rows() -> Iterator[dict[str, Any]]:
         problems: list[BadSample] = []
         for row in pair_files.FORMS[form](path, "train", problems):
+            image = row.image if row.picture is None else astuple(row.picture)
             for where, caption in row.captions:
-                found = {"image": row.image, "caption": caption}
+                found = {"image": image, "caption": caption}
                 yield {"where": where.removeprefix(f"{path} "), **found}
             if not row.captions:
                 problems.append(BadSample(row.where, f"{row.image} has no caption"))
@@ -291,14 +291,16 @@ def _pairs(config: SourceConfig) -> Source:
             yield {"where": bad.name.removeprefix(f"{path} "), "bad": bad.reason}
 
     try:
-        content = _states(path.rglob("*")) if path.is_dir() else file_content(path)
+        files = tars.shards(path) if in_tars else path.rglob("*") if path.is_dir() else None
+        content = file_content(path) if files is None else _states(files)
         key = [b"pairs", form.encode(), str(path).encode(), *content]
         index = convert_once(str(path), key, rows)
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"source {config.name}: {path} is not of the form {form!r} ({error})"
         ) from None
-    return LineSource(config, index, formats.caption, converted=True)
+    parse = formats.sliced_caption if in_tars else formats.caption
+    return LineSource(config, index, parse, converted=True)
 
 
 def _states(files: Iterable[Path]) -> list[bytes]:
@@ -308,57 +310,15 @@ def _states(files: Iterable[Path]) -> list[bytes]:
 
 
 def _webdataset(config: SourceConfig) -> Source:
-    folder = config.annotations
-    tars = [folder] if folder.is_file() else sorted(folder.glob("*.tar"))
-    if not tars:
-        if not folder.is_dir():
-            raise FileNotFoundError(folder)
-        raise DataError(f"source {config.name}: there is no .tar file in {folder}")
+    path = config.annotations
+    files = tars.shards(path)
 
     def rows() -> Iterator[dict[str, Any]]:
-        for tar in tars:
-            yield from _tar_rows(tar, config.name)
+        for tar in files:
+            yield from tars.shard_rows(tar)
 
-    index = convert_once(str(folder), [b"webdataset", *_states(tars)], rows)
+    index = convert_once(str(path), [b"webdataset", *_states(files)], rows)
     return LineSource(config, index, formats.shard_row, converted=True)
-
-
-def _tar_rows(path: Path, name: str) -> Iterator[dict[str, Any]]:
-    """A row for every run of members with the same stem; pictures as slices of the tar."""
-    row: dict[str, Any] | None = None
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                dot, ending = member.name.rpartition("/")[2].partition(".")[1:]
-                key = member.name.removesuffix(dot + ending)
-                if row is None or row["where"] != f"{path.name} {key}":
-                    if row is not None:
-                        yield row
-                    row = {"where": f"{path.name} {key}", "slices": []}
-                _add_member(row, tar, member, "." + ending.lower())
-    except tarfile.TarError as error:
-        raise DataError(f"source {name}: {path} is no uncompressed tar ({error})") from None
-    if row is not None:
-        yield row
-
-
-def _add_member(
-    row: dict[str, Any], tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str
-) -> None:
-    if ending.endswith(_IMAGE_ENDINGS):
-        row["slices"].append([str(tar.name), member.offset_data, member.size, member.name])
-    elif ending in (".json", ".txt"):
-        file = tar.extractfile(member)
-        assert file is not None, "isfile was checked"
-        try:
-            text = file.read().decode()
-            row["row" if ending == ".json" else "caption"] = (
-                json.loads(text) if ending == ".json" else text
-            )
-        except ValueError as error:
-            row["bad"] = f"{member.name} cannot be read ({error})"
 
 
 SOURCES: dict[str, Callable[[SourceConfig], Source]] = {

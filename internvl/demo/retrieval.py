@@ -300,7 +300,7 @@ def _scores(before: Mapping[str, float], after: Mapping[str, float]) -> Iterator
 
 
 def _by_name(found: Found) -> list[report.Search]:
-    pictures = [Path(path).read_bytes() for path in found.pairs.images]
+    pictures = [Path(str(path)).read_bytes() for path in found.pairs.images]
     return [
         report.Search(
             language=found.language,
@@ -316,7 +316,7 @@ def _by_picture(found: Found) -> list[report.Search]:
     return [
         report.Search(
             language=found.language,
-            picture=Path(found.pairs.images[query]).read_bytes(),
+            picture=Path(str(found.pairs.images[query])).read_bytes(),
             rank=rank,
             hits=[report.Hit(right=n == query, text=found.pairs.texts[n]) for n in first],
         )

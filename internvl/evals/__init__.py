@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from internvl.config import EvalConfig
+from internvl.data.images import FileSlice
 from internvl.evals import caption, classify, loss, retrieval
 from internvl.evals.scores import Scores
 from internvl.log import get_logger
@@ -14,7 +15,7 @@ from internvl.log import get_logger
 class Evaluator(Protocol):
     """One evaluation with its data read. Making it finds what is wrong with the data."""
 
-    def pictures(self) -> Sequence[str]:
+    def pictures(self) -> Sequence[str | FileSlice]:
         """Every picture that `run` will open."""
         ...
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from internvl.config import EvalConfig, UserError
-from internvl.data.pair_files import IMAGE_ENDINGS, broken
+from internvl.data.images import IMAGE_ENDINGS
+from internvl.data.pair_files import broken
 from internvl.data.records import BadSample
 from internvl.evals.features import Store, ranks, share_within
 from internvl.evals.scores import Scores, file_state, settle

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from internvl.config import UserError
+from internvl.data.images import FileSlice
 from internvl.log import Progress
 
 SCORES_AT_ONCE = 1 << 20
@@ -52,7 +53,12 @@ class Store:
         return torch.cat(found)
 
     def encode_pictures(
-        self, name: str, handle: Any, paths: Sequence[str], modes: Sequence[str], **how: Any
+        self,
+        name: str,
+        handle: Any,
+        paths: Sequence[str | FileSlice],
+        modes: Sequence[str],
+        **how: Any,
     ) -> dict[str, Tensor]:
         """Features of pictures in each mode, float32 (len(paths), E), on the device of `handle`
         (Dual), which looks at every picture once. `how` goes to its `encode_images_of`.

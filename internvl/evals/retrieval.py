@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from internvl.config import EvalConfig, UserError
+from internvl.data.images import FileSlice
 from internvl.data.pair_files import Pairs, broken, leaks, read_pairs
 from internvl.data.pairs import clean_caption
 from internvl.data.records import BadSample
@@ -64,9 +65,9 @@ class Retrieval:
             {*range(len(found.images))[config.limit :]} if config.limit else set()
         )
         bad = broken(found.images)
-        problems = [*found.problems, *(BadSample(found.images[i], bad[i]) for i in bad)]
+        problems = [*found.problems, *(BadSample(str(found.images[i]), bad[i]) for i in bad)]
         leaked = self._leaks(found)
-        problems += [BadSample(found.images[i], leaked[i]) for i in leaked]
+        problems += [BadSample(str(found.images[i]), leaked[i]) for i in leaked]
         policy = "raise" if bad and config.on_bad_sample == "keep" else config.on_bad_sample
         settle(problems, policy, _REMEDY)
         self.pairs = found.without({*bad, *leaked} if policy == "skip" else set())
@@ -87,7 +88,7 @@ class Retrieval:
         trained = read_pairs(self.config.train, self.config.images, split="train")
         return leaks(found, trained)
 
-    def pictures(self) -> Sequence[str]:
+    def pictures(self) -> Sequence[str | FileSlice]:
         """Every picture that will be opened."""
         return self.pairs.images
 
@@ -144,7 +145,7 @@ class Retrieval:
         rows: list[dict[str, Any]] = [
             {
                 "text": text,
-                "image": self.pairs.images[image],
+                "image": str(self.pairs.images[image]),
                 "rank": {mode: listed[mode][0][number] for mode in listed},
             }
             for number, (text, image) in enumerate(
@@ -152,7 +153,7 @@ class Retrieval:
             )
         ]
         return rows + [
-            {"image": image, "rank": {mode: listed[mode][1][number] for mode in listed}}
+            {"image": str(image), "rank": {mode: listed[mode][1][number] for mode in listed}}
             for number, image in enumerate(self.pairs.images)
         ]
 
@@ -164,7 +165,7 @@ class Retrieval:
         text = repr((states, self.pairs.texts))
         own = folder / blake2b(text.encode(), digest_size=8).hexdigest()
         own.mkdir(parents=True, exist_ok=True)
-        rows = {"images": self.pairs.images, "texts": self.pairs.texts}
+        rows = {"images": [*map(str, self.pairs.images)], "texts": self.pairs.texts}
         (own / "rows.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
         return own
 

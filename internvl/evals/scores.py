@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from internvl.config import UserError
+from internvl.data.images import FileSlice
 from internvl.data.records import BadSample
 from internvl.log import get_logger
 
@@ -22,8 +23,10 @@ class Scores:
     """One for every picture or text."""
 
 
-def file_state(path: str) -> tuple[int, int]:
-    """Size and time of a file, by which another one under its name is told; an address has none."""
+def file_state(picture: str | FileSlice) -> tuple[int, int]:
+    """Size and time of a file, by which another one under its name is told; an address has none,
+    a picture in a tar those of the tar."""
+    path = picture.path if isinstance(picture, FileSlice) else picture
     if not os.path.exists(path):
         return 0, 0
     state = os.stat(path)
