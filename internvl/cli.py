@@ -126,7 +126,7 @@ def evaluate(args: Arguments) -> int:
     from internvl import evaluate
 
     fields = {name: getattr(args, name) for name in _EVAL_FIELDS}
-    metrics = evaluate.run(
+    found = evaluate.measure(
         args.model,
         args.tasks,
         to=args.to,
@@ -140,8 +140,8 @@ def evaluate(args: Arguments) -> int:
         dtype=args.dtype,
         **{name: value for name, value in fields.items() if value is not None},
     )
-    whole = args.split == "test" and args.limit is None
-    print(evaluate.render(metrics, args.model if whole else ""))
+    model = args.model if args.split == "test" else ""
+    print(evaluate.render(found.metrics, model, found.counts))
     return 0
 
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import blake2b
@@ -36,7 +36,22 @@ class Job:
     language: str
 
 
-def run(
+@dataclass(frozen=True)
+class Measured:
+    """What was found of a model."""
+
+    metrics: dict[str, float]
+    """Named "evaluation/metric", each from 0 to 1 unless its evaluator says otherwise."""
+    counts: dict[str, dict[str, int]]
+    """Evaluation -> what it measured on, such as pictures and texts, and how many."""
+
+
+def run(model_or_run: str | Path, tasks: Sequence[str] = (), **how: Any) -> dict[str, float]:
+    """The metrics of `measure`, which takes the same."""
+    return measure(model_or_run, tasks, **how).metrics
+
+
+def measure(
     model_or_run: str | Path,
     tasks: Sequence[str] = (),
     *,
@@ -50,7 +65,7 @@ def run(
     device: str | None = None,
     dtype: str | None = None,
     **fields: Any,
-) -> dict[str, float]:
+) -> Measured:
     """Evaluates a model on published sets, on one's own files, or as the recipe of its run says.
 
     What is wrong with the data is found before the model is loaded. Features are kept while they
@@ -68,7 +83,7 @@ def run(
         fields: of EvalConfig, such as `annotations`, `modes`, `limit`; they override a recipe's.
 
     Returns:
-        Metrics, named "evaluation/metric", each from 0 to 1 unless its evaluator says otherwise.
+        Metrics, and what they were measured on.
 
     Raises:
         ConfigError: an unknown task, or files of a set that are not there, with their addresses.
@@ -105,7 +120,7 @@ def run(
         else:
             lines = _benchmark_lines(job, values, str(model_or_run))
         _append(output or folder / "result.jsonl", lines)
-    return metrics
+    return Measured(metrics, {name: evaluators[name].counts() for name in jobs})
 
 
 def _published_set(
@@ -210,6 +225,8 @@ def published(model: str | Path, name: str) -> float | None:
 
     Only for a released model as it is: by hub id, or by a folder of the same name.
     """
+    if handles.is_run(Path(model)):
+        return None
     try:
         released = zoo.find(str(model))
     except zoo.UnknownModel:
@@ -240,16 +257,42 @@ def _task_of(evaluation: str) -> tuple[str, str]:
     return evaluation, "en"
 
 
-def render(metrics: dict[str, float], model: str | Path = "") -> str:
-    """A table of metrics, one line each; where they are of a whole released test set, `model` names
-    the model, and what was published for it stands beside."""
+def render(
+    metrics: dict[str, float],
+    model: str | Path = "",
+    counts: Mapping[str, Mapping[str, int]] | None = None,
+) -> str:
+    """A table of metrics, one line each, and beside each what was published for it.
+
+    Args:
+        model: whose published values; empty for none.
+        counts: of `Measured`. A published value stands only beside an evaluation of as many
+            pictures and texts as the whole published set has; others get a note.
+    """
     width = max(map(len, metrics), default=0)
-    rows = [f"{name:{width}}  {value:8.4f}" for name, value in metrics.items()]
-    beside = [published(model, name) if model else None for name in metrics]
-    if any(value is not None for value in beside):
-        rows = [
-            row if value is None else f"{row}  {value:9.4f}"
-            for row, value in zip(rows, beside, strict=True)
-        ]
-        rows.insert(0, f"{'':{width}}  measured  published")
-    return "\n".join(rows)
+    rows, notes, compared = [], dict[str, None](), False
+    for name, value in metrics.items():
+        row = f"{name:{width}}  {value:8.4f}"
+        known = published(model, name) if model and counts is not None else None
+        if known is not None and counts is not None:
+            evaluation = name.partition("/")[0]
+            note = _partial(evaluation, counts[evaluation])
+            if note:
+                notes[note] = None
+            else:
+                row, compared = f"{row}  {known:9.4f}", True
+        rows.append(row)
+    head = [f"{'':{width}}  measured  published"] if compared else []
+    return "\n".join([*head, *rows, *notes])
+
+
+def _partial(evaluation: str, counts: Mapping[str, int]) -> str:
+    """How the set that was measured on differs from the whole published one; empty if not."""
+    task = benchmarks.published_set(evaluation)
+    if task is None:
+        return ""
+    whole = f"{task.num_pictures:,} pictures and {task.num_texts:,} texts"
+    here = " and ".join(f"{number:,} {what}" for what, number in counts.items())
+    if here == whole:
+        return ""
+    return f"{evaluation}: published values are for {whole}; this set has {here}"

@@ -343,11 +343,20 @@ def test_named_sets_are_found_and_compared(data: Path, tmp_path: Path) -> None:
         shutil.copy(data / f"{n}.jpg", root / f"Images/{n}.jpg")
     shutil.copy(data / "test.txt", root / "flickr30k_cn_test.txt")
     options = {"root": tmp_path / "data", "to": tmp_path / "out"}
-    metrics = evaluate.run(folder, ["retrieval-flickr30k-cn"], **options)
-    table = evaluate.render(metrics, folder).splitlines()
+    found = evaluate.measure(folder, ["retrieval-flickr30k-cn"], **options)
+    table = evaluate.render(found.metrics, folder, found.counts).splitlines()
+    assert not any("0.9290" in row for row in table)
+    assert table[-1] == (
+        "retrieval-flickr30k-cn: published values are for 1,000 pictures and 5,000 texts; this set "
+        "has 10 pictures and 19 texts"
+    )
+    # Beside results of as many they stand.
+    whole = {"retrieval-flickr30k-cn": {"pictures": 1000, "texts": 5000}}
+    table = evaluate.render(found.metrics, folder, whole).splitlines()
     line = next(row for row in table if "g_text_retrieval_recall@1 " in row)
     assert line.split()[-1] == "0.9290"
     assert "published" in table[0]
+    assert not any("this set has" in row for row in table)
     (row, _) = map(json.loads, (tmp_path / "out/result.jsonl").read_text().splitlines())
     assert (row["dataset"], row["language"]) == ("flickr30k", "cn")
 
@@ -417,6 +426,7 @@ def test_every_named_set_is_read_from_its_layout(tmp_path: Path) -> None:
         for config in found.values():
             evaluator = evals.EVALS[config.type](config)
             assert [Path(path).exists() for path in evaluator.pictures()] == [True], task
+            assert evaluator.counts() == {"pictures": 1, "texts": 1}, task
             if isinstance(evaluator, Retrieval):
                 cleaned = "A cat." if task == "retrieval-xtd" else "a cat"
                 assert evaluator.pairs.texts == (cleaned,), task

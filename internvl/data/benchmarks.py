@@ -29,6 +29,9 @@ class Task:
 
     type: Literal["caption", "retrieval", "classify"]
     about: str
+    num_pictures: int
+    """Of the whole test split, which published results are for."""
+    num_texts: int
     dataset: str
     """What result files call it."""
     root: str
@@ -52,7 +55,9 @@ class Task:
 TASKS: dict[str, Task] = {
     "caption-coco": Task(
         type="caption",
-        about="COCO captions, Karpathy's test split: 5,000 pictures",
+        about="COCO captions, Karpathy's test split",
+        num_pictures=5_000,
+        num_texts=25_010,
         dataset="coco",
         root="coco",
         annotations="annotations/coco_karpathy_test_gt.json",
@@ -63,7 +68,9 @@ TASKS: dict[str, Task] = {
     ),
     "caption-flickr30k": Task(
         type="caption",
-        about="Flickr30K captions, Karpathy's test split: 1,000 pictures",
+        about="Flickr30K captions, Karpathy's test split",
+        num_pictures=1_000,
+        num_texts=5_000,
         dataset="flickr30k",
         root="flickr30k",
         annotations="flickr30k_test_karpathy.json",
@@ -74,7 +81,9 @@ TASKS: dict[str, Task] = {
     ),
     "caption-nocaps": Task(
         type="caption",
-        about="NoCaps validation captions: 4,500 pictures",
+        about="NoCaps validation captions",
+        num_pictures=4_500,
+        num_texts=45_000,
         dataset="nocaps",
         root="nocaps",
         annotations="nocaps_val_4500_captions.json",
@@ -85,7 +94,9 @@ TASKS: dict[str, Task] = {
     ),
     "retrieval-flickr30k": Task(
         type="retrieval",
-        about="Flickr30K: 1,000 pictures, 5,000 texts",
+        about="Flickr30K",
+        num_pictures=1_000,
+        num_texts=5_000,
         dataset="flickr30k",
         root="flickr30k",
         annotations="flickr30k_{split}_karpathy.txt",
@@ -96,7 +107,9 @@ TASKS: dict[str, Task] = {
     ),
     "retrieval-flickr30k-cn": Task(
         type="retrieval",
-        about="Flickr30K-CN: the same pictures, 5,000 Chinese texts",
+        about="Flickr30K-CN, Chinese texts of the same pictures",
+        num_pictures=1_000,
+        num_texts=5_000,
         dataset="flickr30k",
         root="flickr30k",
         annotations="flickr30k_cn_{split}.txt",
@@ -108,7 +121,9 @@ TASKS: dict[str, Task] = {
     ),
     "retrieval-coco": Task(
         type="retrieval",
-        about="COCO: 5,000 pictures, 25,010 texts",
+        about="COCO",
+        num_pictures=5_000,
+        num_texts=25_010,
         dataset="mscoco_captions",
         root="mscoco_captions",
         annotations="coco_{split}_karpathy.json",
@@ -118,7 +133,9 @@ TASKS: dict[str, Task] = {
     ),
     "retrieval-coco-cn": Task(
         type="retrieval",
-        about="COCO-CN: 1,000 pictures, 1,053 Chinese texts",
+        about="COCO-CN, Chinese texts",
+        num_pictures=1_000,
+        num_texts=1_053,
         dataset="mscoco_captions",
         root="mscoco_captions",
         annotations="coco-cn_{split}.json",
@@ -130,7 +147,9 @@ TASKS: dict[str, Task] = {
     ),
     "retrieval-xtd": Task(
         type="retrieval",
-        about="XTD10: 1,000 pictures, one text each, in ten languages",
+        about="XTD10, in ten languages",
+        num_pictures=1_000,
+        num_texts=1_000,
         dataset="multilingual_mscoco_captions",
         root="mscoco_captions",
         annotations="test_1kcaptions_{language}.txt",
@@ -162,7 +181,10 @@ def no_such(name: str, others: Iterable[str] = ()) -> str:
 
 def list_tasks() -> str:
     """Every task, one line each."""
-    rows = {name: task.about for name, task in TASKS.items()} | OWN
+    rows = {
+        name: f"{task.about}: {task.num_pictures:,} pictures, {task.num_texts:,} texts"
+        for name, task in TASKS.items()
+    } | OWN
     return "\n".join(f"  {name:24}{about}" for name, about in rows.items())
 
 
@@ -214,6 +236,14 @@ def configs(
         _named(name, language): eval_config(**{**given, "annotations": path, **more})
         for language, path in paths.items()
     }
+
+
+def published_set(evaluation: str) -> Task | None:
+    """The set that an evaluation of this name is of, see `configs`."""
+    for name, task in TASKS.items():
+        if any(evaluation == _named(name, language) for language in task.languages):
+            return task
+    return None
 
 
 def _named(name: str, language: str) -> str:

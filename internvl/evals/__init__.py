@@ -19,6 +19,10 @@ class Evaluator(Protocol):
         """Every picture that `run` will open."""
         ...
 
+    def counts(self) -> dict[str, int]:
+        """What it measures on, such as pictures and texts, and how many there are."""
+        ...
+
     def run(self, handle: Any, folder: Path | None) -> Scores:
         """Measures a model.
 

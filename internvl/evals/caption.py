@@ -63,6 +63,11 @@ class Caption:
         """Every picture that will be opened, in the order of `ids`."""
         return [self.images[i] for i in self.ids]
 
+    def counts(self) -> dict[str, int]:
+        """See `Evaluator.counts`."""
+        references = sum(len(self.references[i]) for i in self.ids)
+        return {"pictures": len(self.ids), "texts": references}
+
     def run(self, handle: Any, folder: Path | None) -> Scores:
         """Generates with `handle` (Chat or Dual) and scores; keeps texts in `folder`, if any."""
         try:

@@ -61,6 +61,10 @@ class Classify:
         """Every picture that will be opened."""
         return [path for path, _ in self.files]
 
+    def counts(self) -> dict[str, int]:
+        """See `Evaluator.counts`."""
+        return {"pictures": len(self.files), "classes": len(self.names)}
+
     def run(self, handle: Any, folder: Path | None) -> Scores:
         """Encodes with `handle` (Dual); keeps features in `folder`, if there is one."""
         if not hasattr(handle, "encode_images"):

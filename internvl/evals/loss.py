@@ -58,6 +58,10 @@ class Loss:
         read = (sample for sample in samples if isinstance(sample, Sample))
         return [str(image) for sample in read for image in sample.images]
 
+    def counts(self) -> dict[str, int]:
+        """See `Evaluator.counts`."""
+        return {"samples": len(self.lines)}
+
     def run(self, handle: Any, folder: Path | None) -> Scores:
         """Measures a Chat."""
         if not hasattr(handle, "answer"):

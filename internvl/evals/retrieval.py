@@ -92,6 +92,10 @@ class Retrieval:
         """Every picture that will be opened."""
         return self.pairs.images
 
+    def counts(self) -> dict[str, int]:
+        """See `Evaluator.counts`."""
+        return {"pictures": len(self.pairs.images), "texts": len(self.pairs.texts)}
+
     def run(self, handle: Any, folder: Path | None) -> Scores:
         """Encodes with `handle` (Dual) and ranks; keeps features in `folder`, if there is one."""
         if not hasattr(handle, "encode_images"):
