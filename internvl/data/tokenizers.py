@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
@@ -136,9 +136,12 @@ def _with_ids(
 
 
 def _adds_space(model: Path) -> bool:
-    """Whether this SentencePiece model puts a space before a text."""
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(model)).encode("a", out_type=str)
-    return bool(pieces) and pieces[0].startswith(_SPACE)
+    """Whether this SentencePiece model puts a space before a text.
+
+    Read off the file: sentencepiece 0.2.2 refuses to run InternLM2's, for a piece with a null.
+    """
+    read = sentencepiece_model_pb2.ModelProto.FromString(model.read_bytes())
+    return bool(read.normalizer_spec.add_dummy_prefix)
 
 
 def decode(

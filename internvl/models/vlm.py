@@ -13,7 +13,7 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, Inter
 from transformers.models.internvl.modeling_internvl import InternVLCausalLMOutputWithPast
 
 from internvl.config import UserError
-from internvl.models import configs, fitting, hub, keys, lora
+from internvl.models import configs, fitting, hub, keys, lora, patches
 from internvl.models.hub import LazyTensor, ModelFolder, ModelFolderError
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"
@@ -53,6 +53,7 @@ class ChatModel(InternVLForConditionalGeneration):
         super().__init__(config)
         if configs.chat_settings(config)["ps_version"] == "v1":
             self.model = ColumnMajorModel(config)
+        patches.as_product(self.model.vision_tower.embeddings.patch_embeddings.projection)
 
     loss_chunk = 1024
     """Supervised positions whose logits exist at the same time."""
