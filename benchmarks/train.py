@@ -58,6 +58,11 @@ ROWS = {
     "8b_coco": Row("InternVL2-8B", batch=32),
     "2b_full": Row("InternVL2-2B", rank=None, mixture=True),
     "8b_coco_full_checkpointing": Row("InternVL2-8B", batch=32, compute={"checkpointing": "full"}),
+    "2b_coco_float8": Row("InternVL2-2B", compute={"float8": True}),
+    "2b_coco_shared_float8": Row(
+        "InternVL2-2B", captions=5, share=True, batch=320, compute={"float8": True}
+    ),
+    "8b_coco_float8": Row("InternVL2-8B", batch=32, compute={"float8": True}),
     "2b_coco_eager": Row("InternVL2-2B", compute={"compile": False}),
 }
 DEFAULT = ("2b_coco", "2b_coco_shared", "1b_coco", "8b_coco", "2b_full")

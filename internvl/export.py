@@ -30,6 +30,7 @@ from internvl.models import (
     configs,
     dual_configs,
     dual_files,
+    float8,
     hub,
     keys,
     lora,
@@ -168,6 +169,11 @@ def _from_handle(handle: Chat | Dual) -> Source:
         raise ExportError(
             "the model's weights are quantized, and what was rounded off is lost; load it without "
             "quantize and export that"
+        )
+    if float8.is_used(model):
+        raise ExportError(
+            "the model's frozen weights are in float8 for training; export the run folder instead, "
+            "which takes them as released"
         )
     device = model.device
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from internvl.data.records import PackedBatch
+from internvl.models import float8
 from internvl.models.attention import last_queries
 
 _FIRST = ("q_proj", "k_proj", "v_proj", "qkv_proj")
@@ -59,13 +60,16 @@ def work_of(row: PackedBatch) -> Work:
 
 @dataclass(frozen=True)
 class Part:
-    """FLOPs of a part: of its forward, and of all that is needed of it."""
+    """FLOPs of a part: of its forward, of all that is needed of it, and of that in float8."""
 
     forward: float = 0.0
     needed: float = 0.0
+    float8: float = 0.0
 
     def __add__(self, other: "Part") -> "Part":
-        return Part(self.forward + other.forward, self.needed + other.needed)
+        return Part(
+            self.forward + other.forward, self.needed + other.needed, self.float8 + other.float8
+        )
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,8 @@ def _matrices(module: nn.Module, tokens: float, below: bool) -> Part:
 
 def _product(matrix: nn.Parameter, tokens: float, below: bool) -> Part:
     forward = 2 * matrix.numel() * tokens
-    return Part(forward, forward * (1 + matrix.requires_grad + below))
+    needed = forward * (1 + matrix.requires_grad + below)
+    return Part(forward, needed, needed if matrix.dtype == float8.E4M3 else 0.0)
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, float]]:

@@ -24,6 +24,8 @@ class Gpu:
     copies: float = 0.885
     measured: bool = False
     """Whether `products` and `copies` were measured on this very kind."""
+    float8: bool = True
+    """Whether it has float8 products: compute capability 8.9 and above."""
 
 
 _ROWS = (
@@ -31,14 +33,14 @@ _ROWS = (
     Gpu("H200", 139.8, 989.4, 4.8, measured=True),
     Gpu("H100-80", 79.2, 989.4, 3.35),
     Gpu("H100-PCIe-80", 79.2, 756.0, 2.0),
-    Gpu("A100-80", 79.2, 312.0, 2.039),
-    Gpu("A100-40", 39.4, 312.0, 1.555),
+    Gpu("A100-80", 79.2, 312.0, 2.039, float8=False),
+    Gpu("A100-40", 39.4, 312.0, 1.555, float8=False),
     Gpu("L40S", 44.4, 362.0, 0.864),
-    Gpu("A6000", 47.4, 154.8, 0.768),
+    Gpu("A6000", 47.4, 154.8, 0.768, float8=False),
     Gpu("L4", 22.0, 121.0, 0.3),
     Gpu("5090-32", 31.4, 209.5, 1.792),
     Gpu("4090-24", 23.5, 165.2, 1.008),
-    Gpu("3090-24", 23.6, 71.0, 0.936),
+    Gpu("3090-24", 23.6, 71.0, 0.936, float8=False),
 )
 GPUS: dict[str, Gpu] = {gpu.name: gpu for gpu in _ROWS}
 """GPUs by name."""
@@ -57,6 +59,9 @@ class Calibration:
     """FlexAttention's share of the matmul rate, forward and backward together."""
     attention: float = 0.42
     """The same of torch's fused attention (the tower's; taken for dense rows too)."""
+    float8: float = 1.5
+    """Times the bfloat16 rate of products in float8, what they round included. An estimate: not
+    measured."""
     passes: float = 6.0
     """Reads and writes of every kept activation byte, compiled."""
     uncompiled: float = 2.0

@@ -2,12 +2,13 @@
 takes the model as it is, so sharding over a mesh is a change of this file alone.
 
 place       weights on their device and in their type
-arrange     attention, activation checkpointing, compiled blocks, in this order
+arrange     attention, float8, activation checkpointing, compiled blocks, in this order
 pad         rows to one of a few lengths, so that few shapes are compiled
 ahead       the next step made while this one is worked on
 on_device   the next row copied while this one is worked on
 """
 
+import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from internvl import dist
 from internvl.config import ComputeConfig, DataConfig
 from internvl.data.records import Batch, PackedBatch
-from internvl.models import attention, vlm
+from internvl.models import attention, float8, vlm
 
 T = TypeVar("T")
 
@@ -51,7 +52,10 @@ def place(model: nn.Module, device: torch.device, dtype: str) -> nn.Module:
 def arrange(model: Any, device: torch.device, compute: ComputeConfig) -> None:
     """Choose a chat model's attention, what the backward pass computes again, and compile.
 
-    Names and values of weights stay as they are.
+    Names and values of weights stay as they are, but for the frozen ones under `compute.float8`.
+
+    Raises:
+        UserError: float8 products that this GPU does not have, or nothing frozen to use them for.
     """
     torch.set_float32_matmul_precision("high" if compute.tf32 else "highest")
     model.loss_chunk = compute.loss_chunk
@@ -61,6 +65,8 @@ def arrange(model: Any, device: torch.device, compute: ComputeConfig) -> None:
         model.set_attn_implementation({"text_config": attention.FLEX})
     elif packs and compute.attention == "eager":
         model.set_attn_implementation("eager")
+    if compute.float8:
+        float8.freeze(model, device)
     if compute.checkpointing != "none":
         _checkpoint(model, 1 if compute.checkpointing == "full" else 2)
     if _compiles(compute, device):
@@ -181,7 +187,10 @@ def offloaded(
     """
     if not compute.offload:
         return nullcontext()
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    weights = {
+        tensor.untyped_storage().data_ptr()
+        for tensor in itertools.chain(model.parameters(), model.buffers())
+    }
 
     def copied(tensor: Tensor, home: torch.device) -> Tensor:
         # Compiled code relies on the strides it has seen.

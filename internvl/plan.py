@@ -41,7 +41,7 @@ from internvl.findings import FirstStep
 from internvl.flops import Flops, Work
 from internvl.footprint import GIB, Footprint, Shape
 from internvl.gpus import CALIBRATION, Gpu
-from internvl.models import dual_files, hub, lora, vlm
+from internvl.models import dual_files, float8, hub, lora, vlm
 from internvl.models.dual_configs import DualConfig
 
 MEMORY_ERROR = 0.10
@@ -132,8 +132,13 @@ def make(
         shape: the model's configuration; by default that of `recipe.model.id`.
 
     Raises:
-        UserError: the model is neither a folder nor a released one, or not for this objective.
+        UserError: the model is neither a folder nor a released one, or not for this objective;
+            float8 on a GPU that has none.
     """
+    if recipe.compute.float8 and not gpu.float8:
+        raise UserError(
+            f"compute.float8: {gpu.name} has no float8 products; set compute.float8=false"
+        )
     model = model_of(recipe, shape)
     made = _predict(recipe, model, gpu, step, num_gpus)
     return made if made.fits else replace(made, remedy=_remedy(made, model, step))
@@ -150,6 +155,8 @@ def model_of(recipe: Recipe, shape: InternVLConfig | DualConfig | None = None) -
         with torch.device("meta"):
             lora.attach(model, recipe.model.lora)
     parallel.place(model, torch.device("meta"), recipe.dtype)
+    if recipe.compute.float8:
+        float8.freeze(model, torch.device("meta"))
     return model
 
 
@@ -275,10 +282,9 @@ def _times(
     again = {"none": 0.0, "selective": 0.5, "full": 1.0}[recipe.compute.checkpointing]
     slower = known.loop * number / 2  # float32 products run at half the rate at best
 
-    products = padding * (needed.decoder.needed + again * needed.decoder.forward)
-    products += needed.tower.needed + needed.logits.needed
-    if flops.trains(model.model.vision_tower):
-        products += again * needed.tower.forward
+    again_tower = again if flops.trains(model.model.vision_tower) else 0.0
+    products = padding * _in_bfloat16(needed.decoder, again)
+    products += _in_bfloat16(needed.tower, again_tower) + needed.logits.needed
     yield "matrix products", slower * products / rate
 
     inner, forward = needed.decoder_attention.needed, needed.decoder_attention.forward
@@ -312,6 +318,12 @@ def _times(
         quantized = (2 + again) * (packed + 4 * numbers)
     trained, _ = vlm.count_parameters(model)
     yield from gpus.update_times(trained, load.rows, gpu, num_gpus, quantized)
+
+
+def _in_bfloat16(part: flops.Part, again: float) -> float:
+    """FLOPs of bfloat16 products that take the time of a part's, `again` of its forward twice."""
+    faster = part.float8 / max(1.0, part.needed) * (1 - 1 / CALIBRATION.float8)
+    return (part.needed + again * part.forward) * (1 - faster)
 
 
 def _remedy(made: Plan, model: Any, step: FirstStep | PairStep | None) -> str:
@@ -361,6 +373,8 @@ def _lines(made: Plan) -> Iterator[str]:
         method = f"LoRA of rank {adapters.rank}"
     if recipe.model.quantize:
         method += f" on {recipe.model.quantize} weights"
+    if recipe.compute.float8:
+        method += " with float8 products (their rate is an estimate)"
     yield (
         f"plan for {made.num_gpus} x {gpu.name} ({gpu.memory_gib:g} GiB): {recipe.model.id}, "
         f"{method}, {made.trained:,} of {made.parameters:,} parameters train"

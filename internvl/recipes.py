@@ -189,6 +189,8 @@ def _contradictions(recipe: Recipe) -> list[str]:
     if recipe.stop.patience is not None and best is None:
         problems.append("stop.patience: name the metric that should improve in checkpoint.best")
     problems += _model_contradictions(recipe.model)
+    if recipe.compute.float8:
+        problems += _float8_contradictions(recipe)
     return problems
 
 
@@ -233,6 +235,17 @@ def _model_contradictions(model: ModelConfig) -> list[str]:
     return problems
 
 
+def _float8_contradictions(recipe: Recipe) -> list[str]:
+    problems = []
+    if not recipe.objective.packs:
+        problems.append("compute.float8: is for chat models, which train with objective sft")
+    if recipe.model.quantize is not None:
+        problems.append("compute.float8: model.quantize packs the same weights; choose one")
+    if recipe.dtype != "bfloat16":
+        problems.append("compute.float8: its products give bfloat16; set dtype: bfloat16")
+    return problems
+
+
 _CAPTIONS = ("coco-captions", "captions", "pairs", "flickr_format", "coco_format")
 _MAY_CHANGE = (
     "data.workers",
@@ -248,7 +261,7 @@ _MAY_CHANGE = (
     "device",
     "run",
     *(f"guard.{key.name}" for key in dataclasses.fields(GuardConfig)),
-    *(f"compute.{key.name}" for key in dataclasses.fields(ComputeConfig)),
+    *(f"compute.{k.name}" for k in dataclasses.fields(ComputeConfig) if k.name != "float8"),
 )
 
 

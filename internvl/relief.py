@@ -54,6 +54,7 @@ def _quantize(recipe: Recipe) -> str | None:
     if not recipe.objective.packs:
         return None
     frozen = recipe.model.lora is not None and "language_model" not in recipe.model.parts
+    frozen = frozen and not recipe.compute.float8
     return "4bit" if frozen and recipe.model.quantize != "4bit" else None
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from internvl.config import LoraConfig, UserError
-from internvl.models import configs, hub
+from internvl.models import configs, float8, hub
 from internvl.models.hub import ModelFolderError
 
 _HEADS = ("text_projection.", "image_pool.", "query_pool.", "itm_head.", "logit_scale")
@@ -370,7 +370,7 @@ def merge(model: nn.Module) -> nn.Module:
     Each layer is checked: before and after it gives the same output, within its dtype's rounding.
 
     Raises:
-        UserError: no adapters (merged already), or a quantized base.
+        UserError: no adapters (merged already), or a base that is quantized or in float8.
         RuntimeError: a merged layer that does not compute the same.
     """
     adapted = [(name, module) for name, module in model.named_modules() if _is_layer(module)]
@@ -398,6 +398,11 @@ def _is_layer(module: nn.Module) -> bool:
 def merged_weight(layer: LoraLayer, name: str) -> Tensor:
     """W + alpha / rank * B A (out, in), summed in float32 and rounded once to W's dtype."""
     weight = layer.get_base_layer().weight.detach()
+    if weight.dtype == float8.E4M3:
+        raise UserError(
+            f"{name}: its base is in float8 for training; merge from the adapter in the run folder "
+            "instead, which takes the weights as released"
+        )
     if not weight.is_floating_point() or type(weight).__name__ in ("Params4bit", "Int8Params"):
         raise UserError(
             f"{name}: its base is quantized; load the model without quantize, then the adapters, "
