@@ -36,12 +36,21 @@ class Sequences:
     """Whether their first positions are queries, which look at a picture."""
 
 
-def of(model: Any, recipe: Recipe, pairs: int, captions: Captions, *, compiled: bool) -> Footprint:
+def of(
+    model: Any,
+    recipe: Recipe,
+    pairs: int,
+    captions: Captions,
+    *,
+    compiled: bool,
+    micro_batches: int = 1,
+) -> Footprint:
     """The memory of a step.
 
     Args:
         model: on the meta device, as `parallel.place` leaves it.
         pairs: of a micro-batch (B).
+        micro_batches: of a step on one GPU.
     """
     batch = Batch(model, recipe, pairs, captions, compiled=compiled)
     moving = {
@@ -50,6 +59,7 @@ def of(model: Any, recipe: Recipe, pairs: int, captions: Captions, *, compiled: 
         "vision tower activations": batch.blocks.tower(batch.shape),
         "QLLaMA activations": batch.language(),
         "what the heads keep": batch.heads(),
+        "visual tokens kept for the second pass": batch.kept(micro_batches - 1),
         "features of a step, compared": 48.0 * recipe.global_batch**2,
     }
     if recipe.compute.offload:
@@ -101,12 +111,31 @@ class Batch:
         self.seen = pairs * self.blocks.patch_tokens
         self.language_model = model.model.language_model
 
+    def kept(self, micro_batches: int) -> float:
+        """Bytes of what a frozen tower saw in so many micro-batches, as far as a step keeps it for
+        its second pass; one that drops blocks at random does not see the same again."""
+        terms = self.recipe.objective.weights_of(TERMS[self.recipe.objective.name])
+        tower = self.model.model.vision_tower
+        if "itc" not in terms or trains(tower) or self.recipe.model.drop_path:
+            return 0.0
+        each = self.visual_tokens(1)
+        return each * min(micro_batches, self.model.kept_bytes // each)
+
+    def visual_tokens(self, micro_batches: int) -> float:
+        """Bytes of what the tower makes of the pictures of so many."""
+        return float(micro_batches * self.number * self.seen * self._seen_width)
+
+    def frozen_tower_states(self) -> float:
+        """Hidden states between the tower's blocks, where it is frozen, as bytes."""
+        tower = self.model.model.vision_tower
+        blocks = 0 if trains(tower) else len(tower.encoder.layer)
+        return float(self.number * self.seen * self._seen_width * blocks)
+
     def frozen_states(self) -> float:
-        """Hidden states between the blocks that nothing is kept of, as bytes."""
-        tower, kept = self.model.model.vision_tower, self.kept_of()
-        total = 0 if trains(tower) else self.seen * self._seen_width * len(tower.encoder.layer)
+        """Those between QLLaMA's layers that nothing is kept of."""
+        kept = self.kept_of()
         tokens = sum(one.rows * one.tokens for one in self.sequences() if one not in kept)
-        return float(self.number * (total + tokens * self.width * len(self.language_model.layers)))
+        return float(self.number * tokens * self.width * len(self.language_model.layers))
 
     def sequences(self) -> Iterator[Sequences]:
         """What QLLaMA runs."""
@@ -130,7 +159,7 @@ class Batch:
         """Pixels, and what the tower makes of them, with a gradient where it trains."""
         pixels = 6.0 * self.pairs * 3 * self.recipe.data.tiles.size**2
         copies = 2 if trains(self.model.model.vision_tower) else 1
-        return pixels + copies * self.number * self.seen * self._seen_width
+        return pixels + self.visual_tokens(copies)
 
     def casts(self) -> float:
         """Trained matrices in the compute type."""

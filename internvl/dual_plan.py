@@ -1,9 +1,9 @@
 """How long a step of InternVL-14B takes: what plan.py does for rows of conversations, for pairs.
 
 What is computed is the needed FLOPs (dual_flops.py) with padding and every token of a caption with
-every other, one more forward pass where a step is cut into micro-batches (gradient caching), and
-what checkpointing computes again. The rates are those of chat models: nothing of this was measured
-on a GPU yet.
+every other, one more forward pass where a step is cut into micro-batches (gradient caching; not of
+a frozen tower, whose output is kept), and what checkpointing computes again. The rates are those of
+chat models: nothing of this was measured on a GPU yet.
 """
 
 import math
@@ -85,7 +85,10 @@ def times(
     computed = dual_flops.count(model, load.captions.work(samples, queries))
     encoded = replace(load.captions, matches=0, written=0, supervised=0)
     first = dual_flops.count(model, encoded.work(samples, queries))
-    cached = 1.0 if load.captions.text and load.rows > num_gpus else 0.0
+    micro_batches = round(load.rows / num_gpus)
+    cached = 1.0 if load.captions.text and micro_batches > 1 else 0.0
+    batch = dual_footprint.Batch(model, recipe, load.pairs, load.captions, compiled=compiled)
+    seen_again = cached * (1 - batch.kept(micro_batches) / batch.visual_tokens(micro_batches))
     share = {"none": 0.0, "selective": 0.5, "full": 1.0}[recipe.compute.checkpointing]
     vision, language = model.model.vision_tower, model.model.language_model
     again_seen, again = share * flops.trains(vision), share * flops.trains(language)
@@ -93,7 +96,8 @@ def times(
     def run(name: str, again: float) -> tuple[float, float]:
         """(FLOPs of the pass with gradient, those of the first pass)."""
         part: flops.Part = getattr(computed, name)
-        return part.needed + again * part.forward, cached * getattr(first, name).forward
+        before = seen_again if name.startswith("tower") else cached
+        return part.needed + again * part.forward, before * getattr(first, name).forward
 
     products = [run("tower", again_seen), run("decoder", again), run("logits", 0.0)]
     mixing = [run("tower_attention", again_seen), run("decoder_attention", again)]
@@ -109,9 +113,9 @@ def times(
         batch = dual_footprint.Batch(model, made, load.pairs, load.captions, compiled=compiled)
         return batch.language() + batch.blocks.tower(batch.shape)
 
-    batch = dual_footprint.Batch(model, recipe, load.pairs, load.captions, compiled=compiled)
     passes = known.passes * (1.0 if compiled else known.uncompiled) * (1 + (share + cached) / 3)
-    moved = passes * kept("none") + (1 + cached) * known.tower_passes * batch.frozen_states()
+    states = (1 + seen_again) * batch.frozen_tower_states() + (1 + cached) * batch.frozen_states()
+    moved = passes * kept("none") + known.tower_passes * states
     yield "pointwise", known.loop * moved * load.rows / copy
     if recipe.compute.offload:
         waits = 2 * kept(recipe.compute.checkpointing) * load.rows

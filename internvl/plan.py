@@ -212,7 +212,14 @@ def _predict(
         assert not isinstance(step, FirstStep)
         load = dual_plan.load_of(recipe, model.num_queries, step, num_gpus)
         needed = dual_flops.count(model, load.work)
-        memory = dual_footprint.of(model, recipe, load.pairs, load.captions, compiled=compiled)
+        memory = dual_footprint.of(
+            model,
+            recipe,
+            load.pairs,
+            load.captions,
+            compiled=compiled,
+            micro_batches=round(load.rows / num_gpus),
+        )
         times = dual_plan.times(recipe, model, load, gpu, num_gpus, compiled=compiled)
     else:
         assert not isinstance(step, PairStep)

@@ -74,7 +74,7 @@ LADDER = (
     Rung(
         "objective.micro_batch",
         "half of all that grows with the pairs that are encoded at once",
-        "a forward pass of pictures and captions without gradient, once a step is cut at all",
+        "a forward pass without gradient, but of a frozen tower, once a step is cut at all",
         _micro_batch,
     ),
     Rung(

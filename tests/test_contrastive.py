@@ -226,6 +226,77 @@ def random_model(project):
     return dual
 
 
+def frozen_tower(project, drop_path=0.0):
+    """Heads train, and adapters with dropout on QLLaMA; the tower does not."""
+    lora = {"rank": 4, "dropout": 0.3, "on": ["language_model"]}
+    model = {"id": str(project / "start"), "train": ["heads"], "lora": lora}
+    changes = {"model": {**model, "drop_path": drop_path}}
+    dual = handles.for_training(load_recipe(pair_runs.make(project, **changes)))
+    for parameter in dual.model.parameters():
+        if parameter.requires_grad and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    dual.model.train()
+    return dual
+
+
+def looks(model, made, units):
+    """(pictures that the tower looked at, the step's means and gradients)."""
+    seen = []
+    torch.manual_seed(5)
+    with model.model.vision_tower.register_forward_hook(
+        lambda module, args, output: seen.append(len(output.last_hidden_state))
+    ):
+        return seen, gradients(model, made, units)
+
+
+@pytest.mark.parametrize("name", ["retrieval", "stage2"])
+def test_a_frozen_tower_looks_once(project, name):
+    """What it saw serves both passes, and not a bit of the result changes."""
+    dual = frozen_tower(project)
+    made = objective(dual, name, micro_batch=3)
+    units = pairs(project, made)
+    seen, found = looks(dual.model, made, units)
+    assert seen == [3, 3, 2]
+    assert not made._cached
+    dual.model.kept_bytes = 0
+    seen, wanted = looks(dual.model, made, units)
+    assert seen == [3, 3, 2, 3, 3, 2]
+    assert found[0] == wanted[0]
+    assert all(torch.equal(found[1][n], wanted[1][n]) for n in wanted[1])
+    with torch.no_grad():
+        vision = dual.model.vision_tokens(torch.zeros(3, 3, 84, 84))
+    dual.model.kept_bytes = vision.nbytes  # room for one of them
+    seen, again = looks(dual.model, made, units)
+    assert seen == [3, 3, 2, 3, 2]
+    assert again[0] == wanted[0]
+
+
+def test_micro_batches_under_a_frozen_tower_equal_one_batch(project):
+    dual = frozen_tower(project)
+    for module in dual.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    whole, cut = objective(dual), objective(dual, micro_batch=3)
+    units = pairs(project, whole)
+    seen, (means, wanted) = looks(dual.model, whole, units)
+    assert seen == [8]
+    seen, (found, cached) = looks(dual.model, cut, units)
+    assert seen == [3, 3, 2]
+    assert found == pytest.approx(means, rel=1e-5)
+    assert_same(cached, wanted)
+
+
+def test_a_frozen_tower_that_drops_blocks_looks_twice(project):
+    dual = frozen_tower(project, drop_path=0.5)
+    settings = ObjectiveConfig(name="retrieval", micro_batch=4, weights={"itm": 0})
+    made = Recording(settings, DataConfig(tiles=TilesConfig(size=84)), dual.encoder)
+    seen, _ = looks(dual.model, made, pairs(project, made))
+    assert seen == [4, 4, 4, 4]
+    first, second, first_again, second_again = made.seen
+    assert torch.equal(first, first_again)
+    assert torch.equal(second, second_again)
+
+
 class Recording(Retrieval):
     """Keeps the features of every pass."""
 

@@ -1,12 +1,24 @@
 """dual_footprint: what autograd keeps of InternVL-14B's losses, against real small models."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from test_footprint import bytes_of, kept
 
-from internvl import dual_flops, dual_footprint, footprint, optim, parallel, plan, recipes, zoo
+from internvl import (
+    dual_flops,
+    dual_footprint,
+    dual_plan,
+    footprint,
+    gpus,
+    optim,
+    parallel,
+    plan,
+    recipes,
+    zoo,
+)
 from internvl.data.pair_reader import make_batch
 from internvl.data.records import Pair
 from internvl.models import dual_configs, lora
@@ -133,6 +145,45 @@ def test_what_autograd_keeps_of_compiled_blocks(choice):
         counted, predicted = difference(recipe, less, more)
         # Captions alone cast no cross-attention, which the prediction leaves out of account.
         assert predicted == pytest.approx(counted, rel=0.06)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_what_a_frozen_tower_saw_is_kept_for_the_second_pass(choice):
+    recipe, config = recipe_of(choice), config_of(1, 2)
+    model, objective = real(recipe, config), objective_of(recipe)
+    batches = [batch_of(objective)] * 3
+    with torch.autocast("cpu", torch.bfloat16):
+        objective.begin_step(model, iter(batches), {})
+    saw = [cached.vision for cached in objective._cached if cached.vision is not None]
+    captions = dual_flops.step_of(batches[:1], objective.weights, PAIRS).captions
+    empty = plan.model_of(recipe, config)
+    batch = dual_footprint.Batch(empty, recipe, PAIRS, captions, compiled=False)
+    assert batch.kept(3) == sum(vision.nbytes for vision in saw)
+    assert bool(saw) == (choice in ("head", "queries"))
+    empty.kept_bytes = batch.visual_tokens(1)
+    assert batch.kept(3) == (batch.visual_tokens(1) if saw else 0)
+
+
+def test_a_plan_knows_who_looks_twice():
+    """Cutting a step costs the tower's forward pass, but not where its output is kept."""
+    config = config_of(2, 2)
+
+    def first_pass(choice, **changes):
+        recipe = recipe_of(choice)
+        cut = replace(
+            recipe,
+            global_batch=4 * PAIRS,
+            objective=replace(recipe.objective, micro_batch=PAIRS),
+            model=replace(recipe.model, **changes),
+        )
+        load = dual_plan.load_of(cut, 16, None)
+        times = dual_plan.times(
+            cut, plan.model_of(cut, config), load, gpus.find("H200"), 1, compiled=False
+        )
+        return dict(times)["first pass of gradient caching"]
+
+    assert first_pass("head") < first_pass("head", drop_path=0.1)
+    assert first_pass("full") == first_pass("full", drop_path=0.1)
 
 
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])

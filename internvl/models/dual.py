@@ -75,6 +75,9 @@ class DualModel(PreTrainedModel):
     loss_chunk = 1024
     """Supervised positions of captions whose logits exist at the same time."""
 
+    kept_bytes = 6 * 2**30
+    """Most of a frozen tower's output that a step keeps between its passes (gradient caching)."""
+
     def __init__(self, config: DualConfig) -> None:
         super().__init__(config)
         text = config.text_config

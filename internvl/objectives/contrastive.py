@@ -4,7 +4,8 @@ The contrastive term compares every picture with every caption of the global bat
 not fit on a device at once, only features travel between micro-batches: a first pass without
 gradient encodes them all, one loss over all features gives the gradient of each, and the second
 pass carries it back, a micro-batch at a time (gradient caching, Gao et al. 2021, arXiv:2101.06983).
-Both passes draw the same random numbers, so value and gradient are those of one large batch.
+Both passes draw the same random numbers, so value and gradient are those of one large batch. What
+a frozen tower saw in the first pass is kept for the second.
 
 Shapes: B pairs of a micro-batch, n pairs of this rank, N of all ranks, F features of a pair (its
 caption's first, then one for each branch of its picture), E width of an embedding.
@@ -47,6 +48,8 @@ class Cached:
     """Of the step's contrastive sum with respect to its features, (B, F, E)."""
     scale_gradient: Tensor
     """Of the same with respect to the logit scale; all of it is at the first micro-batch."""
+    vision: Tensor | None
+    """Visual tokens, (B, N, W), where the tower would see the same again."""
 
 
 class Retrieval:
@@ -120,11 +123,18 @@ class Retrieval:
         first = list(islice(batches, 2))
         if "itc" not in self.weights or set(dist.gather_objects(len(first))) == {1}:
             return
-        seeds, encoded, image_ids, counted = [], [], [], []
+        seeds, seen, encoded, image_ids, counted = [], [], [], [], []
+        room = model.kept_bytes
         for pairs in chain(first, batches):
+            device = pairs.pixel_values.device
             seeds.append(int(torch.randint(2**62, ())))
-            with _nothing_kept(), _random_numbers(seeds[-1], pairs.pixel_values.device):
+            with _nothing_kept(), _random_numbers(seeds[-1], device):
+                before = _random_state(device)
                 vision = model.vision_tokens(self._normalized(pairs))
+                same = not vision.requires_grad and torch.equal(before, _random_state(device))
+                keep = same and vision.nbytes <= room
+                room -= vision.nbytes if keep else 0
+                seen.append(vision if keep else None)
                 encoded.append(self.features(model, vision, pairs).detach())
             image_ids.append(pairs.image_ids)
             counted.append(pairs.text_counts)
@@ -138,17 +148,19 @@ class Retrieval:
         gradient, scale_gradient = torch.autograd.grad(losses.sum(), [own, scale])
         sizes = [len(part) for part in encoded]
         losses = losses.detach()
-        for seed, loss, part in zip(
-            seeds, losses.split(sizes), gradient.split(sizes), strict=False
+        for seed, vision, loss, part in zip(
+            seeds, seen, losses.split(sizes), gradient.split(sizes), strict=False
         ):
-            self._cached.append(Cached(seed, loss.sum(), part, scale_gradient))
+            self._cached.append(Cached(seed, loss.sum(), part, scale_gradient, vision))
             scale_gradient = torch.zeros_like(scale_gradient)
 
     def __call__(self, model: Any, batch: PairBatch) -> dict[str, Tensor]:
         cached = self._cached.popleft() if self._cached else None
         seed = None if cached is None else cached.seed
         with _random_numbers(seed, batch.pixel_values.device):
-            vision = model.vision_tokens(self._normalized(batch))
+            vision = None if cached is None else cached.vision
+            if vision is None:
+                vision = model.vision_tokens(self._normalized(batch))
             terms = {"itc": self._contrast, "itm": self._match, "itg": self._write}
             return {name: terms[name](model, vision, batch, cached) for name in self.weights}
 
@@ -284,6 +296,11 @@ def _nothing_kept() -> AbstractContextManager[None]:
     a pass with gradient. Under `no_grad` compiled blocks are other code, which draws other random
     numbers."""
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing)
+
+
+def _random_state(device: torch.device) -> Tensor:
+    """Of the generator that the device draws from."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 @contextmanager
