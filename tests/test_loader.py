@@ -97,6 +97,46 @@ def test_ranks_and_workers_see_the_same_steps(folder, ranks, workers):
     assert found == wanted
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_workers_hand_over_in_groups_is_what_was_read(folder, tmp_path, ranks):
+    """Units, their pixels and bad samples, in the same order, in groups of other sizes each."""
+    rows = [chat_line("<image>\nW?", str(n), image=f"{folder}/{n % 9}.png") for n in range(40)]
+    rows[11] = b"{"
+    rows[23] = chat_line("<image>\nW?", "gone", image="none.png")
+    write_lines(tmp_path / "chat.jsonl", rows)
+    source = SourceConfig(name="chat", annotations=tmp_path / "chat.jsonl", images="/")
+    data = DataConfig(sources=(source,), tiles=TilesConfig(size=28, max=4))
+    files = [open_source(source)]
+    order = SampleOrder(files, share_prefix=False, seed=3)
+    reader = loader.UnitReader(files, data, encode)
+
+    def found(workers, rank):
+        for step in loader.steps(
+            order,
+            reader,
+            list,
+            first=0,
+            last=3,
+            global_batch=37,
+            total=100,
+            workers=workers,
+            rank=rank,
+            world_size=ranks,
+        ):
+            yield names(step), [unit.tiles for unit in step.batches], [str(b) for b in step.bad]
+
+    num_bad = 0
+    for rank in range(ranks):
+        steps = [[*found(workers, rank)] for workers in (0, 1, 3)]
+        for wanted, *others in zip(*steps, strict=True):
+            num_bad += len(wanted[2])
+            for other in others:
+                assert (other[0], other[2]) == (wanted[0], wanted[2])
+                assert all(map(torch.equal, other[1], wanted[1]))
+    assert num_bad in (4, 5, 6)  # 2 in each of two epochs and a half
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_it_goes_on_from_the_middle(folder, workers):
     whole = run(folder, last=8)

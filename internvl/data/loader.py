@@ -1,5 +1,7 @@
 """Annotation lines to the packed rows of each step, read ahead by worker processes."""
 
+import io
+import pickle
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from internvl.config import DataConfig
 from internvl.data.images import STATISTICS, BadImage, open_rgb
@@ -135,6 +138,60 @@ class UnitReader(Dataset[Read]):
         return np.random.default_rng((self.seed, ref.epoch, ref.file, ref.row, number))
 
 
+_TOGETHER, _AHEAD = 8, 2
+"""Units that a worker hands over at once, and groups of them that it is ahead."""
+
+
+class _Sent:
+    """What a worker read of a group, all its tensors as one: each that crosses alone costs the
+    main process a file descriptor, which takes longer than to unpickle the rest."""
+
+    def __init__(self, reads: Sequence[Read]) -> None:
+        tensors: list[Tensor] = []
+        buffer = io.BytesIO()
+        pickler = pickle.Pickler(buffer, pickle.HIGHEST_PROTOCOL)
+
+        def outside(value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.dtype != torch.uint8:
+                return None
+            tensors.append(value)
+            return value.shape
+
+        pickler.persistent_id = outside  # type: ignore[method-assign]
+        pickler.dump(list(reads))
+        self.rest = buffer.getvalue()
+        size = sum(tensor.numel() for tensor in tensors)
+        self.pixels = torch.empty(size, dtype=torch.uint8).share_memory_()
+        if tensors:
+            torch.cat([tensor.flatten() for tensor in tensors], out=self.pixels)
+
+    def reads(self) -> list[Read]:
+        """What went in; tensors share one memory."""
+        start = 0
+
+        def place(shape: torch.Size) -> Tensor:
+            nonlocal start
+            end = start + shape.numel()
+            part = self.pixels[start:end].view(shape)
+            start = end
+            return part
+
+        unpickler = pickle.Unpickler(io.BytesIO(self.rest))
+        unpickler.persistent_load = place  # type: ignore[method-assign]
+        return unpickler.load()
+
+
+class _Groups(Dataset[Any]):
+    """What a reader makes of several references."""
+
+    def __init__(self, reader: Dataset[Read]) -> None:
+        self.reader = reader
+
+    def __getitem__(self, refs: Sequence[UnitRef]) -> list[Read] | _Sent:
+        reads = [self.reader[ref] for ref in refs]
+        return reads if get_worker_info() is None else _Sent(reads)
+
+
 def steps(
     order: SampleOrder,
     reader: Dataset[Read],
@@ -154,25 +211,27 @@ def steps(
         workers: processes that read ahead; 0 reads in this one.
     """
 
-    def refs_of(index: int) -> list[UnitRef]:
-        return order.step(index, global_batch, total)[rank::world_size]
+    def groups_of(index: int) -> list[list[UnitRef]]:
+        refs = order.step(index, global_batch, total)[rank::world_size]
+        return [refs[start : start + _TOGETHER] for start in range(0, len(refs), _TOGETHER)]
 
     loader = DataLoader(
-        reader,
-        sampler=(ref for index in range(first, last) for ref in refs_of(index)),
+        _Groups(reader),
+        sampler=(group for index in range(first, last) for group in groups_of(index)),
         batch_size=None,
         num_workers=workers,
-        prefetch_factor=16 if workers else None,
+        prefetch_factor=_AHEAD if workers else None,
         # Its own: a loader draws a seed when it starts, which would shift dropout after a resume.
         generator=torch.Generator(),
     )
-    reads = iter(loader)
+    groups = iter(loader)
     for index in range(first, last):
         waiting = time.perf_counter()
         units: list[Any] = []
         bad: list[BadSample] = []
-        for _ in refs_of(index):
-            read = next(reads)
-            units += read.units
-            bad += read.bad
+        for _ in groups_of(index):
+            found = next(groups)
+            for read in found.reads() if isinstance(found, _Sent) else found:
+                units += read.units
+                bad += read.bad
         yield Step(index, pack(units), bad, time.perf_counter() - waiting)
