@@ -31,7 +31,7 @@ from PIL import Image
 from internvl.config import DataConfig, ObjectiveConfig, SourceConfig, TilesConfig
 from internvl.data import loader
 from internvl.data.chat import ChatEncoder
-from internvl.data.images import open_rgb
+from internvl.data.images import read_rgb
 from internvl.data.order import SampleOrder
 from internvl.data.packing import best_fit, first_buffer
 from internvl.data.records import BadSample
@@ -51,7 +51,7 @@ def ours(resize: str) -> Pipeline:
     """JPEG bytes -> uint8 tiles."""
 
     def run(data: bytes) -> torch.Tensor:
-        tiles = tile_images([open_rgb(data)], TILES, TILES.max, resize=resize)
+        tiles = tile_images([read_rgb(data)], TILES, TILES.max, resize=resize)
         assert tiles is not None
         return tiles.pixels
 
@@ -102,7 +102,7 @@ def difference(photos: list[bytes]) -> dict[str, float]:
         gaps, most = [], 0
         for data in photos:
             image = Image.open(io.BytesIO(data)).convert("RGB")
-            tiles = tile_images([image], TILES, TILES.max, resize=resize)
+            tiles = tile_images([read_rgb(data)], TILES, TILES.max, resize=resize)
             assert tiles is not None
             columns, rows = tiles.grids[0]
             whole = image.resize((448 * columns, 448 * rows))
@@ -245,6 +245,7 @@ def main() -> None:
             "torch": torch.__version__,
             "pillow": PIL.__version__,
             "numba": _version("numba"),
+            "simplejpeg": _version("simplejpeg"),
             "commit": commit.stdout.strip(),
             "photos": len(photos),
             "pictures_one_core": time_pictures(photos, pipelines, arguments.rounds),

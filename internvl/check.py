@@ -27,7 +27,7 @@ from internvl import dual_flops, findings, handles, log
 from internvl import report as pages
 from internvl.config import EvalConfig, Recipe, UserError
 from internvl.data.chat import ChatEncoder, spans
-from internvl.data.images import BadImage, FileSlice, Picture, is_address, open_rgb
+from internvl.data.images import BadImage, FileSlice, Picture, is_address, read_rgb
 from internvl.data.index import cache_folder
 from internvl.data.loader import Read, UnitReader
 from internvl.data.order import SampleOrder, UnitRef
@@ -292,7 +292,7 @@ def _eval_problems(name: str, spec: EvalConfig) -> list[BadSample]:
     with log.Progress("evaluation pictures", total=len(images)) as progress:
         for image in images:
             try:
-                open_rgb(image)
+                read_rgb(image)
             except BadImage as error:
                 problems.append(BadSample(f"evals.{name}", f"{image}: {error}"))
             progress.update()
@@ -404,8 +404,9 @@ def _media_names(sample: Sample, tiles: Tiles | None) -> tuple[str, ...]:
     return tuple("(bytes)" if isinstance(i, bytes) else str(i) for i in sample.images)
 
 
-def _small(image: Image.Image) -> bytes:
+def _small(picture: np.ndarray) -> bytes:
     """A JPEG of at most _PICTURE pixels a side."""
+    image = Image.fromarray(picture)
     image.thumbnail((_PICTURE, _PICTURE))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from internvl.config import TilesConfig, UserError
 from internvl.data.chat import IMAGE_MARK, ChatEncoder
-from internvl.data.images import STATISTICS, Triple, open_rgb
+from internvl.data.images import STATISTICS, Triple, read_rgb
 from internvl.data.records import Message
 from internvl.data.tiles import tile_images
 from internvl.data.tokenizers import decode
@@ -118,8 +118,11 @@ def _tiles(images: Sequence[Picture], config: TilesConfig) -> tuple[Tensor | Non
                 "one for every image of the request"
             )
         return torch.cat(given), tuple(map(len, given))
-    pictures = [p if isinstance(p, Image.Image) else open_rgb(p) for p in images]  # type: ignore[arg-type]
-    cut = tile_images([picture.convert("RGB") for picture in pictures], config, config.max)
+    pictures = [
+        image.convert("RGB") if isinstance(image, Image.Image) else read_rgb(image)  # type: ignore[arg-type]
+        for image in images
+    ]
+    cut = tile_images(pictures, config, config.max)
     return (None, ()) if cut is None else (cut.pixels, cut.per_image)
 
 

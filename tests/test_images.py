@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from internvl.config import TilesConfig
 from internvl.data import images, tiles
-from internvl.data.images import BadImage, FileSlice, join_inside, open_rgb
+from internvl.data.images import BadImage, FileSlice, join_inside, open_rgb, read_rgb
 from internvl.models.vlm import normalize_tiles
 
 PIXELS = load_file(GOLDEN / "dynamic_tiles" / "images.safetensors")
@@ -176,10 +176,12 @@ def test_every_broken_file_is_read_or_named():
     for name in READ:
         config = TilesConfig(size=28)
         cut = tiles.tile_images([open_rgb(BROKEN / name)], config, 12)
+        assert np.array_equal(open_rgb(BROKEN / name), read_rgb(BROKEN / name))
         assert cut.pixels.float().std() > 0, name  # 16-bit gray is not all white
     for name, says in NAMED.items():
-        with pytest.raises(BadImage, match=says):
-            open_rgb(BROKEN / name)
+        for read in (open_rgb, read_rgb):
+            with pytest.raises(BadImage, match=says):
+                read(BROKEN / name)
 
 
 @pytest.mark.skipif(not BROKEN.is_dir(), reason="no broken files here")
@@ -188,7 +190,7 @@ def test_bombs_stay_small():
     code = (
         "import re, sys; from internvl.data.images import *\n"
         "for path in sys.argv[1:]:\n"
-        "    try: open_rgb(path)\n"
+        "    try: read_rgb(path)\n"
         "    except BadImage: pass\n"
         "peak_kib = int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
         "sys.exit(peak_kib > 2**20)"

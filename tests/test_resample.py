@@ -65,6 +65,28 @@ def test_random_sizes(resize):
         assert np.array_equal(joined, wanted), (width, height, to_width, to_height)
 
 
+def test_the_order_of_passes():
+    draw = np.random.default_rng(2)
+    height_first = 0
+    for width, height, to_width, to_height in draw.integers(10, 200, (60, 4)).tolist():
+        noise = draw.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        picture, size = Image.fromarray(noise), (to_width, to_height)
+        first = resample.height_first(picture.size, size)
+        between = (width, to_height) if first else (to_width, height)
+        in_two = picture.resize(between).resize(size)
+        assert np.array_equal(picture.resize(size), in_two), (picture.size, size)
+        height_first += first
+    assert (height_first > 0) == resample._may_begin_with_height()
+
+
+def test_another_order_of_passes_is_noticed(resize, monkeypatch):
+    found = resample._may_begin_with_height()
+    monkeypatch.setattr(resample, "_may_begin_with_height", lambda: not found)
+    resample._checked.cache_clear()
+    assert resample._checked() is None
+    resample._checked.cache_clear()
+
+
 def test_tiles_are_the_same_with_and_without(resize, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 256, (427, 640, 3), dtype=np.uint8)
     image = Image.fromarray(noise)

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from chat_folders import GOLDEN
@@ -69,6 +70,8 @@ def test_every_size_up_to_a_bound(most):
 
 @pytest.mark.parametrize("case", CASE["images"], ids=lambda case: f"{case['w']}x{case['h']}")
 def test_golden_pixels(case):
+    if case["h"] > 5 * case["w"] and int(PIL.__version__.split(".")[0]) < 13:
+        pytest.skip("the golden tiles are Pillow 13's, which shrinks the height of this one first")
     name = f"image{case['image']}"
     raw = PIXELS.get(f"{name}.raw", PIXELS[f"{name}.pixels"])
     image = Image.fromarray(raw.numpy()).convert("RGB")

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from internvl.config import DataConfig
-from internvl.data.images import STATISTICS, BadImage, open_rgb
+from internvl.data.images import STATISTICS, BadImage, read_rgb, size_of
 from internvl.data.order import SampleOrder, UnitRef
 from internvl.data.records import BadSample, Batch, Sample, Tiles, Unit
 from internvl.data.sources import Source
@@ -101,7 +100,7 @@ class UnitReader(Dataset[Read]):
                 bad.append(BadSample(sample.name, str(error)))
         source = self.files[ref.file].config
         most = 1 if counts else source.max_tiles or self.config.tiles.max
-        empty = empty_tiles([picture.size for picture in pictures], self.config.tiles, most)
+        empty = empty_tiles([size_of(picture) for picture in pictures], self.config.tiles, most)
         if empty is not None and len(empty.pixels) > self.config.max_tiles:
             what = f"{len(empty.pixels)} tiles, but a row takes {self.config.max_tiles}"
             remedy = "raise data.max_tiles or lower data.tiles.max"
@@ -118,16 +117,19 @@ class UnitReader(Dataset[Read]):
         )
         return ready, bad, tiles
 
-    def pictures(self, sample: Sample, ref: UnitRef) -> tuple[list[Image.Image], list[int]]:
-        """RGB images, or the frames of every video and how many each has. Raises BadImage."""
+    def pictures(self, sample: Sample, ref: UnitRef) -> tuple[list[np.ndarray], list[int]]:
+        """RGB images, or the frames of every video and how many each has; all uint8 (H, W, 3).
+
+        Raises BadImage.
+        """
         if sample.videos:
             draw = self._draw(ref, "frames")
             frames = [read_frames(video, self.config.video, draw) for video in sample.videos]
-            return [frame for part in frames for frame in part], list(map(len, frames))
+            return [np.asarray(frame) for part in frames for frame in part], list(map(len, frames))
         images = []
         for source in sample.images:
             try:
-                images.append(open_rgb(source))
+                images.append(read_rgb(source))
             except BadImage as error:
                 named = isinstance(source, bytes) or str(source) in str(error)
                 raise BadImage(str(error) if named else f"{source!s}: {error}") from None

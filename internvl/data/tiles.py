@@ -17,10 +17,12 @@ from internvl.data import resample
 from internvl.data.images import (
     QUALITIES,
     STATISTICS,
+    Rgb,
     Triple,
     degrade,
     degrade_tiles,
     pad_square,
+    size_of,
 )
 from internvl.data.records import Grid, Tiles
 
@@ -69,7 +71,7 @@ def num_tiles(grid: Grid, thumbnail: bool) -> int:
 
 
 def cut(
-    image: Image.Image, grid: Grid, *, tile_size: int, thumbnail: bool, resize: str = "pillow"
+    image: Rgb, grid: Grid, *, tile_size: int, thumbnail: bool, resize: str = "pillow"
 ) -> Tensor:
     """An RGB image as tiles, uint8 (N, 3, S, S): row by row, then the thumbnail.
 
@@ -80,13 +82,14 @@ def cut(
     tiles = torch.empty(
         (columns * rows + with_thumbnail, 3, tile_size, tile_size), dtype=torch.uint8
     )
-    _resize_into(tiles[: columns * rows].unflatten(0, (rows, columns)), image, resize)
+    picture = np.asarray(image)
+    _resize_into(tiles[: columns * rows].unflatten(0, (rows, columns)), picture, resize)
     if with_thumbnail:
-        _resize_into(tiles[-1:].unflatten(0, (1, 1)), image, resize)
+        _resize_into(tiles[-1:].unflatten(0, (1, 1)), picture, resize)
     return tiles
 
 
-def _resize_into(tiles: Tensor, image: Image.Image, how: str) -> None:
+def _resize_into(tiles: Tensor, picture: np.ndarray, how: str) -> None:
     """Fills uint8 (rows, columns, 3, S, S): Pillow's bicubic (compiled, where numba is installed),
     or torch's antialiased one on uint8.
 
@@ -95,18 +98,19 @@ def _resize_into(tiles: Tensor, image: Image.Image, how: str) -> None:
     rows, columns, _, size, _ = tiles.shape
     width, height = columns * size, rows * size
     if how == "pillow" and (compiled := resample.find(width, height)) is not None:
-        compiled(np.asarray(image), tiles.numpy())
+        compiled(picture, tiles.numpy())
         return
     if how == "pillow":
-        for channel, plane in enumerate(image.resize((width, height)).split()):
+        resized = Image.fromarray(picture).resize((width, height))
+        for channel, plane in enumerate(resized.split()):
             cells = np.asarray(plane).reshape(rows, size, columns, size)
             tiles.numpy()[:, :, channel] = cells.swapaxes(1, 2)
         return
     # Channels last in memory: the layout of torch's vectorized kernel.
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-    if image.height - height > max(0, 2 * (image.width - width)):
-        # Where it saves most, Pillow shrinks the height first; rounding between makes it differ.
-        pixels = _interpolate(pixels, image.width, height)
+    pixels = torch.from_numpy(np.require(picture, requirements="W")).permute(2, 0, 1)[None]
+    size_before = size_of(picture)
+    if resample.height_first(size_before, (width, height)):
+        pixels = _interpolate(pixels, size_before[0], height)
     whole = _interpolate(pixels, width, height)[0]
     cells = whole.unflatten(1, (rows, size)).unflatten(3, (columns, size))
     tiles.copy_(cells.permute(1, 3, 0, 2, 4))
@@ -137,7 +141,7 @@ def choose_grids(
 
 
 def tile_images(
-    images: Sequence[Image.Image],
+    images: Sequence[Rgb],
     config: TilesConfig,
     max_tiles: int,
     *,
@@ -155,14 +159,17 @@ def tile_images(
     """
     if not images:
         return None
-    grids = choose_grids([image.size for image in images], config, max_tiles)
+    pictures = [np.asarray(image) for image in images]
+    grids = choose_grids([size_of(picture) for picture in pictures], config, max_tiles)
     if config.max == 1 and augment is not None:
-        images = [degrade(image, _quality(augment)) for image in images]
+        pictures = [
+            np.asarray(degrade(Image.fromarray(picture), _quality(augment))) for picture in pictures
+        ]
     elif config.pad_square:
-        images = [pad_square(image, mean) for image in images]
+        pictures = [np.asarray(pad_square(Image.fromarray(p), mean)) for p in pictures]
     each = [
-        cut(image, grid, tile_size=config.size, thumbnail=config.thumbnail, resize=resize)
-        for image, grid in zip(images, grids, strict=True)
+        cut(picture, grid, tile_size=config.size, thumbnail=config.thumbnail, resize=resize)
+        for picture, grid in zip(pictures, grids, strict=True)
     ]
     pixels = each[0] if len(each) == 1 else torch.cat(each)  # cat copies even one
     if config.max > 1 and augment is not None:
