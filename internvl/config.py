@@ -302,6 +302,9 @@ class OptimConfig:
     """Added to the root of the second moment."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this global norm."""
+    offload: bool = False
+    """The two moments of every weight wait in the CPU's memory: 8 of the 16 bytes of a trained
+    weight. They visit the GPU to be updated, so results are the same. Only with adamw."""
 
 
 @dataclass(frozen=True, kw_only=True)

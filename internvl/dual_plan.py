@@ -121,4 +121,5 @@ def times(
         waits = 2 * kept(recipe.compute.checkpointing) * load.rows
         yield "copies to the CPU and back", waits / (known.bus_tb_per_s * 1e12 * num_gpus)
     trained, _ = vlm.count_parameters(model)
-    yield from gpus.update_times(trained, load.rows, gpu, num_gpus)
+    offloaded = recipe.optim.offload
+    yield from gpus.update_times(trained, load.rows, gpu, num_gpus, offloaded=offloaded)

@@ -124,7 +124,8 @@ def states(model: nn.Module, recipe: Recipe, unreached: tuple[str, ...] = ()) ->
             if name.startswith(unreached):
                 continue
             found["gradients"] += size
-            found["optimizer states"] += 2 * _moment_size(parameter, recipe.optim.name)
+            if not recipe.optim.offload:
+                found["optimizer states"] += 2 * _moment_size(parameter, recipe.optim.name)
         elif id(parameter) in quantized:
             rows = parameter.shape[0]
             found["quantized weights"] += _quantized_size(

@@ -82,7 +82,13 @@ CALIBRATION = Calibration()
 
 
 def update_times(
-    trained: int, rows: float, gpu: Gpu, num_gpus: int, quantized: float = 0.0
+    trained: int,
+    rows: float,
+    gpu: Gpu,
+    num_gpus: int,
+    quantized: float = 0.0,
+    *,
+    offloaded: bool = False,
 ) -> Iterator[tuple[str, float]]:
     """Seconds of passes over weights, gradients and optimizer states, by what they are for.
 
@@ -90,11 +96,14 @@ def update_times(
         trained: parameters.
         rows: of a step, over all GPUs; each adds to the gradients.
         quantized: bytes that quantized weights move for a row.
+        offloaded: whether the moments wait in the CPU's memory.
     """
     copy = gpu.tb_per_s * gpu.copies * 1e12 * num_gpus
     batches = max(rows, num_gpus)
     moved = num_gpus * 40.0 * trained + (18.0 * trained + quantized) * batches
     yield "weights and optimizer", CALIBRATION.loop * moved / copy
+    if offloaded:
+        yield "moments from the CPU and back", 16.0 * trained / (CALIBRATION.bus_tb_per_s * 1e12)
     if num_gpus > 1:
         yield "gradients between GPUs", 8.0 * trained / (CALIBRATION.reduce_tb_per_s * 1e12)
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,73 @@ def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if config.name == "adamw-8bit":
         return _adamw_8bit()(list(groups.values()), **settings)
-    return torch.optim.AdamW(list(groups.values()), fused=True, **settings)
+    kind = OffloadedAdamW if config.offload else torch.optim.AdamW
+    return kind(list(groups.values()), fused=True, **settings)
+
+
+class OffloadedAdamW(torch.optim.AdamW):
+    """AdamW whose moments wait in the CPU's memory and visit the device to be updated, some
+    parameters at a time. The update is the device's own, so every number is AdamW's."""
+
+    def step(self, closure: Any = None) -> Any:
+        """Applies the gradients that are there."""
+        groups = self.param_groups
+        try:
+            for group in groups:
+                reached = [p for p in group["params"] if p.grad is not None]
+                for parameters in _buckets(reached):
+                    self.param_groups = [{**group, "params": parameters}]
+                    self._update(parameters)
+        finally:
+            self.param_groups = groups
+
+    def _update(self, parameters: Sequence[nn.Parameter]) -> None:
+        waiting = [(p, key, self.state[p].get(key)) for p in parameters for key in _MOMENTS]
+        for parameter, key, moment in waiting:
+            if moment is not None:
+                self.state[parameter][key] = moment.to(parameter.device, non_blocking=True)
+        super().step()
+        for parameter, key, moment in waiting:
+            updated = self.state[parameter][key]
+            if updated.device.type != "cpu":
+                if moment is None:
+                    moment = torch.empty_like(updated, device="cpu", pin_memory=True)
+                self.state[parameter][key] = moment.copy_(updated, non_blocking=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As AdamW's, once the copies to the CPU have ended."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As AdamW's, but the moments stay in the CPU's memory."""
+        states = state_dict["state"]
+        rest = {
+            number: {key: value for key, value in state.items() if key not in _MOMENTS}
+            for number, state in states.items()
+        }
+        super().load_state_dict({**state_dict, "state": rest})
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        own = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, own, strict=True):
+            for key in _MOMENTS & states.get(number, {}).keys():
+                self.state[parameter][key] = states[number][key].cpu()
+
+
+_MOMENTS = {"exp_avg", "exp_avg_sq"}
+_BUCKET = 2**25  # parameters that are updated together, unless one alone is larger
+
+
+def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    bucket: list[nn.Parameter] = []
+    for parameter in parameters:
+        if bucket and sum(p.numel() for p in bucket) + parameter.numel() > _BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(parameter)
+    if bucket:
+        yield bucket
 
 
 def _adamw_8bit() -> Any:

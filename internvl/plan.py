@@ -324,7 +324,8 @@ def _times(
         numbers = packed / (0.5625 if recipe.model.quantize == "4bit" else 1.0)
         quantized = (2 + again) * (packed + 4 * numbers)
     trained, _ = vlm.count_parameters(model)
-    yield from gpus.update_times(trained, load.rows, gpu, num_gpus, quantized)
+    offloaded = recipe.optim.offload
+    yield from gpus.update_times(trained, load.rows, gpu, num_gpus, quantized, offloaded=offloaded)
 
 
 def _in_bfloat16(part: flops.Part, again: float) -> float:
@@ -421,6 +422,8 @@ def _lines(made: Plan) -> Iterator[str]:
             f"  an epoch of {samples:,} samples: {_duration(samples / made.samples_per_s)}; "
             f"the run's {recipe.num_steps(samples):,} steps: {_duration(whole)}"
         )
+    if recipe.optim.offload:
+        yield f"  the CPU's memory holds {8 * made.trained / GIB:.1f} GiB of moments for each GPU"
     if not gpu.measured:
         yield f"  the rates of {gpu.name} are its maker's, times the shares an H200 reached"
     if made.num_gpus > 1:

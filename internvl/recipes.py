@@ -179,6 +179,8 @@ def _contradictions(recipe: Recipe) -> list[str]:
     problems += _objective_contradictions(recipe)
     if recipe.optim.schedule == "as_shipped" and recipe.optim.min_lr_ratio:
         problems.append("optim.min_lr_ratio: the schedule as_shipped ends at 0")
+    if recipe.optim.offload and recipe.optim.name != "adamw":
+        problems.append("optim.offload: only with optim.name: adamw; choose one of the two")
     best = recipe.checkpoint.best
     if best is not None and best.partition("/")[0] not in recipe.evals:
         known = ", ".join(recipe.evals) or "none"
@@ -258,6 +260,7 @@ _MAY_CHANGE = (
     "checkpoint.best",
     "checkpoint.best_is",
     "stop.patience",
+    "optim.offload",
     "device",
     "run",
     *(f"guard.{key.name}" for key in dataclasses.fields(GuardConfig)),

@@ -46,8 +46,9 @@ def _offload(recipe: Recipe) -> str | None:
     return None if recipe.compute.offload else "true"
 
 
-def _adamw_8bit(recipe: Recipe) -> str | None:
-    return "adamw-8bit" if recipe.optim.name == "adamw" and recipe.model.parts else None
+def _offload_moments(recipe: Recipe) -> str | None:
+    plain = recipe.optim.name == "adamw" and not recipe.optim.offload
+    return "true" if plain and recipe.model.parts else None
 
 
 def _quantize(recipe: Recipe) -> str | None:
@@ -90,11 +91,10 @@ LADDER = (
         _offload,
     ),
     Rung(
-        "optim.name",
-        "6 of the 16 bytes that a trained weight takes",
-        "moments rounded to 8 bits",
-        _adamw_8bit,
-        keeps_results=False,
+        "optim.offload",
+        "8 of the 16 bytes that a trained weight takes, which are in the CPU's memory instead",
+        "16 bytes a trained weight over the bus in every step",
+        _offload_moments,
     ),
     Rung(
         "model.quantize",

@@ -7,7 +7,7 @@ import torch
 from data_files import model_folder, recipe
 from small_models import small_model
 
-from internvl import footprint, handles, optim, parallel, plan, zoo
+from internvl import footprint, gpus, handles, optim, parallel, plan, zoo
 from internvl.config import ComputeConfig, LoraConfig
 from internvl.models import vlm
 from internvl.models.attention import dense_mask
@@ -187,6 +187,19 @@ def test_moments_in_8_bits_take_a_byte_and_their_scales():
     small = replace(made, optim=replace(made.optim, name="adamw-8bit"))
     found = footprint.states(plan.model_of(small), small)["optimizer states"]
     assert found == 2 * 125_829_120 * (1 + 4 / 256)
+
+
+def test_moments_on_the_cpu_take_nothing_and_are_copied():
+    made = released("InternVL2-2B", lora={"rank": 128})
+    there = replace(made, optim=replace(made.optim, offload=True))
+    before, after = (footprint.states(plan.model_of(made), recipe) for recipe in (made, there))
+    assert after == before | {"optimizer states": 0.0}
+    copies = "moments from the CPU and back"
+    h200 = gpus.find("H200")
+    known, with_copies = (plan.make(recipe, h200) for recipe in (made, there))
+    assert with_copies.parts_s[copies] == 16 * 125_829_120 / (0.04 * 1e12)
+    assert copies not in known.parts_s
+    assert "the CPU's memory holds 0.9 GiB of moments" in with_copies.render()
 
 
 @pytest.mark.parametrize("name", ["InternVL2-1B", "InternVL2-26B", "InternVL3_5-30B-A3B"])

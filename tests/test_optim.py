@@ -160,3 +160,71 @@ def test_8_bit_moments_are_small_follow_the_schedule_and_resume_exactly(tmp_path
     checkpoint.load(tmp_path, 4, again, fresh)
     train(again, fresh, 4, 8)
     assert all(map(torch.equal, again.parameters(), model.parameters()))
+
+
+def small_model(device="cpu"):
+    torch.manual_seed(0)
+    parts = nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 64), nn.Linear(64, 5)
+    return nn.Sequential(*parts).to(device)
+
+
+def steps_of(model, optimizer, config, first, last):
+    """Clipped, under a schedule, every fifth refused by a guard; a layer without gradients."""
+    for step in range(first, last):
+        inputs = torch.randn(8, 64, generator=torch.Generator().manual_seed(step))
+        inputs = inputs.to(model[0].weight.device)
+        optim.set_lr(optimizer, step, 20, config)
+        (model[:3](inputs) - inputs).pow(2).sum().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        if step % 5 != 3:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("bucket", [1, 6500, 2**25])
+def test_offloaded_moments_change_no_bit(tmp_path, monkeypatch, bucket):
+    """Not in steps on end, and not where a run goes on with or without them from a checkpoint."""
+    monkeypatch.setattr(optim, "_BUCKET", bucket)
+    configs = [OptimConfig(lr=1e-2, warmup_ratio=0.2, offload=o) for o in (False, True)]
+    wanted, found = small_model(), small_model()
+    plain, offloaded = (optim.build(m, c) for m, c in zip((wanted, found), configs, strict=True))
+    for model, optimizer, config in ((wanted, plain, configs[0]), (found, offloaded, configs[1])):
+        steps_of(model, optimizer, config, 0, 7)
+        checkpoint.save(tmp_path / str(config.offload), 7, model, optimizer, {}, keep=1)
+        steps_of(model, optimizer, config, 7, 12)
+    assert all(map(torch.equal, found.parameters(), wanted.parameters()))
+    assert [len(g["params"]) for g in offloaded.param_groups] == [3, 3]
+    for before in (False, True):
+        for after in configs:
+            again = small_model()
+            fresh = optim.build(again, after)
+            checkpoint.load(tmp_path / str(before), 7, again, fresh)
+            steps_of(again, fresh, after, 7, 12)
+            assert all(map(torch.equal, again.parameters(), wanted.parameters()))
+            for parameter, theirs in zip(again.parameters(), wanted.parameters(), strict=True):
+                for key, value in plain.state.get(theirs, {}).items():
+                    assert torch.equal(fresh.state[parameter][key], value), key
+
+
+@pytest.mark.gpu
+def test_offloaded_moments_are_not_on_the_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(optim, "_BUCKET", 6500)
+    config, plain = (OptimConfig(lr=1e-2, offload=offload) for offload in (True, False))
+    model, wanted = small_model("cuda"), small_model("cuda")
+    optimizer = optim.build(model, config)
+    steps_of(model, optimizer, config, 0, 7)
+    checkpoint.save(tmp_path, 7, model, optimizer, {}, keep=1)
+    steps_of(model, optimizer, config, 7, 12)
+    steps_of(wanted, optim.build(wanted, plain), plain, 0, 12)
+    assert all(map(torch.equal, model.parameters(), wanted.parameters()))
+    again = small_model("cuda")
+    fresh = optim.build(again, config)
+    checkpoint.load(tmp_path, 7, again, fresh)
+    for held in (optimizer, fresh):
+        moments = [s[key] for s in held.state.values() for key in ("exp_avg", "exp_avg_sq")]
+        assert {moment.device.type for moment in moments} == {"cpu"}
+    assert all(
+        moment.is_pinned() for s in optimizer.state.values() for moment in s.values() if moment.ndim
+    )
+    steps_of(again, fresh, config, 7, 12)
+    assert all(map(torch.equal, again.parameters(), wanted.parameters()))

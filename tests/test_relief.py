@@ -3,6 +3,7 @@
 import pytest
 
 from internvl import recipes, relief
+from internvl.config import ConfigError
 
 TREE = {
     "model": {"id": "m"},
@@ -38,8 +39,11 @@ SAME = [
 ]
 
 
-def test_full_training_ends_with_smaller_moments():
-    assert climb()[:6] == [*SAME, "optim.name=adamw-8bit"]
+def test_full_training_ends_with_moments_on_the_cpu():
+    assert climb()[:6] == [*SAME, "optim.offload=true"]
+    assert "optim.offload=true" not in climb(optim={"name": "adamw-8bit"})
+    with pytest.raises(ConfigError, match="optim.offload: only with optim.name: adamw"):
+        climb(optim={"name": "adamw-8bit", "offload": True})
 
 
 def test_adapters_end_with_a_smaller_base():
@@ -50,7 +54,7 @@ def test_pairs_are_encoded_in_smaller_parts():
     cuts = [f"objective.micro_batch={number}" for number in (4, 2, 1)]
     checkpointing, offload = SAME[:2], SAME[-1]
     found = climb(objective={"name": "retrieval"}, model={"id": "m", "train": ["heads"]})
-    assert found == [*checkpointing, *cuts, offload, "optim.name=adamw-8bit"]
+    assert found == [*checkpointing, *cuts, offload, "optim.offload=true"]
 
 
 @pytest.mark.parametrize("rung", relief.LADDER, ids=lambda rung: rung.key)

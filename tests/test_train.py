@@ -279,7 +279,7 @@ def test_an_objective_sees_the_whole_step_before_its_first_row(project, tmp_path
         (["compute.checkpointing=full"], "Set compute.offload=true; the same command"),
         (
             ["compute={checkpointing: full, offload: true}"],
-            "Set optim.name=adamw-8bit in a new run",
+            "Set optim.offload=true; the same command",
         ),
         (
             ["compute={checkpointing: full, offload: true}", "model.train=[]", "model.lora.rank=4"],
