@@ -1,4 +1,4 @@
-"""The compiled resize equals Pillow's, pixel by pixel."""
+"""The compiled resizes equal Pillow's and torch's, pixel by pixel."""
 
 import itertools
 import math
@@ -20,12 +20,24 @@ def _no_patience():
         yield
 
 
+@pytest.fixture(scope="module", params=["pillow", "torch"])
+def how(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def resize():
+def resize(how):
     pytest.importorskip("numba")
-    found = resample.find(448, 448)
-    assert found is not None, "this Pillow resizes in another way"
+    found = resample.find(448, 448, how)
+    assert found is not None, f"this {how} resizes in another way"
     return found
+
+
+def slow(picture, width, height, how):
+    """The same by Pillow or torch itself, uint8 (height, width, 3)."""
+    if how == "pillow":
+        return np.asarray(Image.fromarray(picture).resize((width, height)))
+    return resample.by_torch(picture, width, height).permute(1, 2, 0).numpy()
 
 
 @pytest.mark.parametrize(
@@ -43,24 +55,24 @@ def resize():
         ((449, 900), (2, 1)),
     ],
 )
-def test_it_equals_pillow(resize, size, grid):
+def test_it_equals_the_slow_one(resize, how, size, grid):
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     (columns, rows), side = grid, 56
     found = np.empty((rows, columns, 3, side, side), dtype=np.uint8)
     resize(noise, found)
-    whole = np.asarray(Image.fromarray(noise).resize((columns * side, rows * side)))
+    whole = slow(noise, columns * side, rows * side, how)
     wanted = whole.reshape(rows, side, columns, side, 3).transpose(0, 2, 4, 1, 3)
     assert np.array_equal(found, wanted)
 
 
-def test_random_sizes(resize):
+def test_random_sizes(resize, how):
     draw = np.random.default_rng(1)
     for width, height, to_width, to_height in draw.integers(10, 200, (60, 4)).tolist():
         noise = draw.integers(0, 256, (height, width, 3), dtype=np.uint8)
         side = math.gcd(to_width, to_height)
         found = np.empty((to_height // side, to_width // side, 3, side, side), dtype=np.uint8)
         resize(noise, found)
-        wanted = np.asarray(Image.fromarray(noise).resize((to_width, to_height)))
+        wanted = slow(noise, to_width, to_height, how)
         joined = found.transpose(0, 3, 1, 4, 2).reshape(to_height, to_width, 3)
         assert np.array_equal(joined, wanted), (width, height, to_width, to_height)
 
@@ -79,34 +91,35 @@ def test_the_order_of_passes():
     assert (height_first > 0) == resample._may_begin_with_height()
 
 
-def test_another_order_of_passes_is_noticed(resize, monkeypatch):
+def test_another_order_of_passes_is_noticed(monkeypatch):
+    pytest.importorskip("numba")
     found = resample._may_begin_with_height()
     monkeypatch.setattr(resample, "_may_begin_with_height", lambda: not found)
     resample._checked.cache_clear()
-    assert resample._checked() is None
+    assert resample._checked("pillow") is None
     resample._checked.cache_clear()
 
 
-def test_tiles_are_the_same_with_and_without(resize, monkeypatch):
+def test_tiles_are_the_same_with_and_without(resize, how, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 256, (427, 640, 3), dtype=np.uint8)
     image = Image.fromarray(noise)
     config = TilesConfig(size=224, max=6)
-    with_numba = tiles.tile_images([image], config, 6)
-    monkeypatch.setattr(resample, "find", lambda width, height: None)
-    without = tiles.tile_images([image], config, 6)
+    with_numba = tiles.tile_images([image], config, 6, resize=how)
+    monkeypatch.setattr(resample, "find", lambda width, height, how: None)
+    without = tiles.tile_images([image], config, 6, resize=how)
     assert torch.equal(with_numba.pixels, without.pixels)
 
 
-def test_a_few_pictures_are_not_worth_compiling_for(resize, monkeypatch):
+def test_a_few_pictures_are_not_worth_compiling_for(resize, how, monkeypatch):
     monkeypatch.setattr(resample, "_asked", itertools.count())
     monkeypatch.setattr(resample, "_PATIENCE", 2)
-    found = [resample.find(448, 448) is not None for _ in range(3)]
+    found = [resample.find(448, 448, how) is not None for _ in range(3)]
     assert found == [False, False, True]
 
 
-def test_without_numba_or_for_small_pictures_pillow_does_it(monkeypatch):
-    assert resample.find(64, 64) is None
+def test_without_numba_or_for_small_pictures_the_slow_one_does_it(monkeypatch):
+    assert resample.find(64, 64, "pillow") is None
     monkeypatch.setitem(sys.modules, "numba", None)
     resample._checked.cache_clear()
-    assert resample.find(448, 448) is None
+    assert resample.find(448, 448, "pillow") is None
     resample._checked.cache_clear()

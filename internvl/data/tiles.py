@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from internvl.config import TilesConfig
 from internvl.data import resample
@@ -82,7 +81,7 @@ def cut(
     tiles = torch.empty(
         (columns * rows + with_thumbnail, 3, tile_size, tile_size), dtype=torch.uint8
     )
-    picture = np.asarray(image)
+    picture = np.ascontiguousarray(image)
     _resize_into(tiles[: columns * rows].unflatten(0, (rows, columns)), picture, resize)
     if with_thumbnail:
         _resize_into(tiles[-1:].unflatten(0, (1, 1)), picture, resize)
@@ -90,34 +89,25 @@ def cut(
 
 
 def _resize_into(tiles: Tensor, picture: np.ndarray, how: str) -> None:
-    """Fills uint8 (rows, columns, 3, S, S): Pillow's bicubic (compiled, where numba is installed),
-    or torch's antialiased one on uint8.
+    """Fills uint8 (rows, columns, 3, S, S): Pillow's bicubic or torch's antialiased one on uint8,
+    compiled where numba is installed.
 
     Written plane by plane to its place: a copy less, and rows of S bytes instead of single ones.
     """
     rows, columns, _, size, _ = tiles.shape
     width, height = columns * size, rows * size
-    if how == "pillow" and (compiled := resample.find(width, height)) is not None:
+    compiled = resample.find(width, height, how)
+    if compiled is not None:
         compiled(picture, tiles.numpy())
-        return
-    if how == "pillow":
+    elif how == "pillow":
         resized = Image.fromarray(picture).resize((width, height))
         for channel, plane in enumerate(resized.split()):
             cells = np.asarray(plane).reshape(rows, size, columns, size)
             tiles.numpy()[:, :, channel] = cells.swapaxes(1, 2)
-        return
-    # Channels last in memory: the layout of torch's vectorized kernel.
-    pixels = torch.from_numpy(np.require(picture, requirements="W")).permute(2, 0, 1)[None]
-    size_before = size_of(picture)
-    if resample.height_first(size_before, (width, height)):
-        pixels = _interpolate(pixels, size_before[0], height)
-    whole = _interpolate(pixels, width, height)[0]
-    cells = whole.unflatten(1, (rows, size)).unflatten(3, (columns, size))
-    tiles.copy_(cells.permute(1, 3, 0, 2, 4))
-
-
-def _interpolate(pixels: Tensor, width: int, height: int) -> Tensor:
-    return F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
+    else:
+        whole = resample.by_torch(picture, width, height)
+        cells = whole.unflatten(1, (rows, size)).unflatten(3, (columns, size))
+        tiles.copy_(cells.permute(1, 3, 0, 2, 4))
 
 
 def choose_grids(
