@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from internvl import dist
 from internvl.config import ComputeConfig, DataConfig
 from internvl.data.records import Batch, PackedBatch
-from internvl.models import attention, float8, vlm
+from internvl.models import attention, float8, joined, vlm
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ def place(model: nn.Module, device: torch.device, dtype: str) -> nn.Module:
 
 
 def arrange(model: Any, device: torch.device, compute: ComputeConfig) -> None:
-    """Choose a chat model's attention, what the backward pass computes again, and compile.
+    """Join adapters with their weights, choose attention, what is computed again, and compile.
 
     Names and values of weights stay as they are, but for the frozen ones under `compute.float8`.
 
@@ -67,6 +67,7 @@ def arrange(model: Any, device: torch.device, compute: ComputeConfig) -> None:
         model.set_attn_implementation("eager")
     if compute.float8:
         float8.freeze(model, device)
+    joined.join(model)  # with the weights that are left
     if compute.checkpointing != "none":
         _checkpoint(model, 1 if compute.checkpointing == "full" else 2)
     if _compiles(compute, device):

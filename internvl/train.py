@@ -39,7 +39,7 @@ from internvl.data.records import Batch
 from internvl.data.sources import open_source, source_configs
 from internvl.embed import Dual
 from internvl.guards import Guard, RunError
-from internvl.models import lora, vlm
+from internvl.models import joined, lora, vlm
 from internvl.models.dual import DualModel
 from internvl.objectives import OBJECTIVES, Objective
 
@@ -100,12 +100,14 @@ def build(recipe: Recipe, chat: handles.Chat | Dual | None = None) -> Run:
     objective = OBJECTIVES[recipe.objective.name](recipe.objective, recipe.data, chat.encoder)
     parallel.place(chat.model, device, recipe.dtype)
     parallel.arrange(chat.model, device, recipe.compute)
+    optimizer = optim.build(chat.model, recipe.optim)
+    optimizer.register_step_post_hook(lambda *_: joined.refresh(chat.model))
     return Run(
         recipe=recipe,
         device=device,
         chat=chat,
         objective=objective,
-        optimizer=optim.build(chat.model, recipe.optim),
+        optimizer=optimizer,
         order=order,
         reader=objective.reader(files, recipe.seed),
         num_steps=recipe.num_steps(len(order)),
@@ -403,6 +405,7 @@ def _resume(now: Run) -> boards.Metrics:
     saved = checkpoint.steps(now.folder / "checkpoints")
     if saved:
         state = checkpoint.load(now.folder / "checkpoints", saved[-1], now.model, now.optimizer)
+        joined.refresh(now.model)
         now.step, now.num_bad = saved[-1], state["num_bad"]
         now.guard.restore(state["guard"])
     dist.barrier()

@@ -188,7 +188,7 @@ def test_fused_projections_share_one_mask_of_dropout(recompute, tmp_path):
 
 def test_shared_dropout_keeps_the_mean_and_rests_in_evaluation():
     torch.manual_seed(0)
-    drawn = lora.DrawnDropout(0.25)
+    drawn = lora.DrawnDropout(0.25, keep=True)
     repeated = lora.RepeatedDropout(drawn, last=True)
     inputs = torch.ones(50, 400)
     found = drawn(inputs)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from internvl.config import LoraConfig, UserError
-from internvl.models import configs, float8, hub
+from internvl.models import configs, float8, hub, joined
 from internvl.models.hub import ModelFolderError
 
 _HEADS = ("text_projection.", "image_pool.", "query_pool.", "itm_head.", "logit_scale")
@@ -131,6 +131,8 @@ def inject(
         layer.lora_A.float()
         layer.lora_B.float()
         layer.get_base_layer().requires_grad_(False)
+        if dropout:
+            layer.lora_dropout[_ADAPTER] = DrawnDropout(dropout)
         layer.train(model.training)
         if name.endswith(".v_proj") and (_fused(model, name) if share is None else share):
             _share_a(model, name.replace(".v_proj", ".q_proj"))
@@ -163,20 +165,26 @@ def _fused(model: Any, name: str) -> bool:
 
 
 class DrawnDropout(nn.Module):
-    """Dropout whose mask is kept for the layers that share the input."""
+    """Dropout whose mask layers that share the input can take over, and a backward pass apply."""
 
-    def __init__(self, rate: float) -> None:
+    def __init__(self, rate: float, *, keep: bool = False) -> None:
         super().__init__()
         self.rate = rate
+        self.keep = keep
+        """Whether `RepeatedDropout` layers wait for the mask."""
         self.dropped: Tensor | None = None
+
+    def draw(self, inputs: Tensor) -> Tensor:
+        """bool, of the same shape: what becomes zero."""
+        dropped = torch.empty_like(inputs, dtype=torch.bool).bernoulli_(self.rate)
+        self.dropped = dropped if self.keep else None
+        return dropped
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Any shape -> the same, some entries zero and the others scaled by 1 / (1 - rate)."""
         if not self.training or self.rate == 0:
             return inputs
-        shape = torch.empty_like(inputs, dtype=torch.bool)
-        self.dropped = shape.bernoulli_(self.rate)
-        return inputs.masked_fill(self.dropped, 0) / (1 - self.rate)
+        return inputs.masked_fill(self.draw(inputs), 0) / (1 - self.rate)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"
@@ -189,15 +197,21 @@ class RepeatedDropout(nn.Module):
         super().__init__()
         self.first = first
         self.last = last
+        self.rate = first.rate
+
+    def draw(self, inputs: Tensor) -> Tensor:
+        """bool, of the shape of `inputs`: what `first` drew."""
+        dropped = self.first.dropped
+        assert dropped is not None
+        if self.last:
+            self.first.dropped = None
+        return dropped
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Any shape -> the same, with the mask of `first`."""
-        dropped = self.first.dropped
-        if not self.training or dropped is None:
+        if not self.training:
             return inputs
-        if self.last:
-            self.first.dropped = None
-        return inputs.masked_fill(dropped, 0) / (1 - self.first.rate)
+        return inputs.masked_fill(self.draw(inputs), 0) / (1 - self.rate)
 
 
 def _share_a(model: Any, name: str) -> None:
@@ -207,14 +221,13 @@ def _share_a(model: Any, name: str) -> None:
     """
     stem = name.removesuffix("q_proj")
     q, k, v = (model.get_submodule(f"{stem}{x}_proj") for x in "qkv")
-    drawn = DrawnDropout(getattr(q.lora_dropout[_ADAPTER], "p", 0.0))
-    q.lora_dropout[_ADAPTER] = drawn
+    drawn = q.lora_dropout[_ADAPTER]
     for layer in (k, v):
         layer.lora_A[_ADAPTER] = q.lora_A[_ADAPTER]
-        if drawn.rate:
+        if isinstance(drawn, DrawnDropout):
+            drawn.keep = True
             layer.lora_dropout[_ADAPTER] = RepeatedDropout(drawn, last=layer is v)
-    for layer in (q, k, v):
-        layer.train(model.training)
+            layer.train(model.training)
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -373,6 +386,7 @@ def merge(model: nn.Module) -> nn.Module:
         UserError: no adapters (merged already), or a base that is quantized or in float8.
         RuntimeError: a merged layer that does not compute the same.
     """
+    joined.part(model)
     adapted = [(name, module) for name, module in model.named_modules() if _is_layer(module)]
     if not adapted:
         raise UserError("the model has no adapters; were they merged already?")
