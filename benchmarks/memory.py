@@ -209,12 +209,14 @@ def report(
 
 def states_gib(now: train.Run) -> float:
     """Weights, gradients (they are dropped after a step, so the trained weights again), states."""
-    total = 0
+    held = {}  # adapters share a buffer with their weights
+    for tensor in (*now.model.parameters(), *now.model.buffers()):
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    total = sum(held.values())
     for parameter in now.model.parameters():
-        total += parameter.nbytes * (2 if parameter.requires_grad else 1)
+        total += parameter.nbytes if parameter.requires_grad else 0
         state = getattr(parameter, "quant_state", None)
         total += 0 if state is None else state.absmax.nbytes
-    total += sum(buffer.nbytes for buffer in now.model.buffers())
     for state in now.optimizer.state.values():
         total += sum(value.nbytes for value in state.values() if value.ndim)
     return total / 2**30

@@ -5,18 +5,22 @@ block is a sum over its widths, in numbers per token (D width, F inner width of 
 widths of all queries and keys, R ranks of the adapters together, each A once); of the language
 model's blocks, in the compute type unless said otherwise:
 
-    compiled, adapters   3 F + 5 D + 2 Q + 2 K + R
+    compiled, adapters   2 F + 2 D + 2 Q + 2 K + J       with dropout R and masks instead of J
+    compiled, apart      3 F + 5 D + 2 Q + 2 K + R
     compiled, trained    3 F + 3 D + 2 Q + 2 K           and D in float32
-    as written, adapters 4 F + 6 D + 2 Q + 2 K + R       and 2 D in float32
+    as written, adapters 3 F + 2 Q + 2 K + J             and 2 D in float32
+    as written, apart    4 F + 6 D + 2 Q + 2 K + R       and 2 D in float32
     as written, trained  4 F + 5 D + 2 Q + 2 K           and 4 D in float32
     compiled, frozen     2 F + 3 D + 2 Q + 2 K
     as written, frozen   3 F + 2 Q + 2 K                 and 2 D in float32
 
-Frozen ones pass a gradient on to what trains below them. Dropout on adapters keeps masks. The sums
-are what `saved_tensors_hooks` counts, which the tests do again on small models; the compiled ones
+J is R and the inputs of all adapters that are joined with their weights (joined.py); apart are
+those on 4 bits or float8. Frozen blocks pass a gradient on to what trains below them. The sums are
+what `saved_tensors_hooks` counts, which the tests do again on small models; the compiled ones
 are the choice of AOTAutograd's partitioner.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +79,10 @@ def of(model: Any, recipe: Recipe, row: Shape, *, compiled: bool, attention: str
     """
     fixed = states(model, recipe)
     number = 2 if recipe.dtype == "bfloat16" else 4
-    blocks = Blocks(model, recipe.compute, number, compiled=compiled, attention=attention)
+    joined = not recipe.model.quantize
+    blocks = Blocks(
+        model, recipe.compute, number, compiled=compiled, attention=attention, joined=joined
+    )
     moving = {
         "tiles": 6.0 * row.tiles * 3 * recipe.data.tiles.size**2,
         "cast copies of trained weights": blocks.casts(),
@@ -135,6 +142,11 @@ def states(model: nn.Module, recipe: Recipe, unreached: tuple[str, ...] = ()) ->
             found["frozen weights"] += size
     buffers = (buffer.numel() * buffer.element_size() for buffer in model.buffers())
     found["frozen weights"] += sum(buffers)
+    if not recipe.model.quantize:  # B once more, beside the weight it is joined with
+        for layer in _adapted(model):
+            weight = layer.base_layer.weight
+            copies = layer.lora_B["default"].weight.numel() * weight.element_size()
+            found["frozen weights"] += copies if _joins(layer) else 0
     return found
 
 
@@ -168,11 +180,28 @@ def _own(block: nn.Module) -> bool:
     return any(not any(other in name for other in others) for name in names)
 
 
+def _adapted(part: nn.Module) -> Iterator[Any]:
+    return (module for module in part.modules() if isinstance(module, LoraLayer))
+
+
+def _joins(layer: Any) -> bool:
+    """Whether `joined.join` takes this layer, if its base is not quantized."""
+    base = layer.base_layer
+    return type(base) is nn.Linear and not base.weight.requires_grad
+
+
 class Blocks:
     """Activation bytes of a model's parts for a row."""
 
     def __init__(
-        self, model: Any, compute: ComputeConfig, number: int, *, compiled: bool, attention: str
+        self,
+        model: Any,
+        compute: ComputeConfig,
+        number: int,
+        *,
+        compiled: bool,
+        attention: str,
+        joined: bool = True,
     ) -> None:
         self.model = model
         self.compute = compute
@@ -180,6 +209,8 @@ class Blocks:
         """Bytes of a number in the compute type."""
         self.compiled = compiled
         self.attention = attention
+        self.joined = joined and any(_joins(layer) for layer in _adapted(model))
+        """Whether adapters are."""
         self.text, self.vision = model.config.text_config, model.config.vision_config
         self.layers = model.model.language_model.layers
         self.tower_layers = model.model.vision_tower.encoder.layer
@@ -196,7 +227,11 @@ class Blocks:
             return 0.0
         total = 0.0
         for layers in (self.layers, self.tower_layers):
-            sizes = [p.numel() for p in layers.parameters() if p.requires_grad and p.ndim > 1]
+            sizes = [
+                p.numel()
+                for name, p in layers.named_parameters()
+                if p.requires_grad and p.ndim > 1 and not (self.joined and "lora_B" in name)
+            ]
             times = uses if self.compiled and layers is self.layers else 1
             share = self._kept(len(layers), layers) / len(layers)
             total += times * self.number * sum(sizes) * share
@@ -229,11 +264,17 @@ class Blocks:
         expanded = k if self.attention == "flex" else q  # others repeat keys for every query head
         mixed = 2 * q + 2 * expanded
         own = _own(block)
-        rank, masked = self._adapters(block)
+        rank, inputs, masked = self._adapters(block)
         normed = q + k if hasattr(block.self_attn, "q_norm") else 0
         if not (own or rank):  # a gradient passes, nothing is learned
             narrow = (2 * inner + 3 * d + normed if self.compiled else 3 * inner) + mixed
             wide = 0 if self.compiled else 2 * d + normed
+        elif rank and self.joined and self.compiled:
+            narrow = 2 * inner + 2 * d + mixed + inputs + rank + normed
+            wide = 0
+        elif rank and self.joined:
+            narrow = mixed + inputs + rank + (4 * inner + 2 * d if masked else 3 * inner)
+            wide = 2 * d + normed
         elif self.compiled:
             narrow = 3 * inner + (3 if own else 5) * d + mixed + rank + normed
             wide = d if own else 0
@@ -274,9 +315,13 @@ class Blocks:
         )
         block = self.tower_layers[-1]
         own = _own(block)
-        rank, masked = self._adapters(block)
+        rank, inputs, masked = self._adapters(block)
         narrow = 2 * inner + rank
-        if self.compiled:
+        if rank and self.joined:
+            kept_apart = masked and not self.compiled
+            narrow = inputs + rank + (2 * inner + 8 * d if kept_apart else inner + 6 * d)
+            wide = 0
+        elif self.compiled:
             narrow += (8 if own else 9) * d
             wide = d if own else 0
         else:
@@ -306,25 +351,32 @@ class Blocks:
             total += head.numel() * (4.0 + (2 * self.number if self.number == 2 else 0))
         return total
 
-    def _adapters(self, block: nn.Module) -> tuple[float, float]:
-        """(numbers of the adapters' inner outputs, bytes of dropout's masks and copies) a token."""
-        rank = masked = 0.0
+    def _adapters(self, block: nn.Module) -> tuple[float, float, float]:
+        """(numbers of the adapters' inner outputs, of inputs that are kept beside them, bytes of
+        dropout's masks and copies) a token.
+
+        The compiler finds the language model's shared inputs; the tower's it keeps as they are.
+        """
+        rank = inputs = masked = 0.0
         seen: set[int] = set()
+        language = block is self.layers[-1]
         for name, layer in block.named_modules():
             if not isinstance(layer, LoraLayer):
                 continue
             a = layer.lora_A["default"].weight
             shared = id(a) in seen
             seen.add(id(a))
-            if not (shared and self.compiled):
-                rank += a.shape[0]
             dropout = layer.lora_dropout["default"]
-            rate = getattr(dropout, "p", getattr(dropout, "rate", 0.0))
+            rate = getattr(dropout, "rate", 0.0)
+            if not (shared and self.compiled and (language or not self.joined)):
+                rank += a.shape[0]
+                inputs += 0 if rate or not self.joined else a.shape[1]
             if rate and not shared:
                 masked += a.shape[1]
-                if self.compiled and name.endswith(("q_proj", "k_proj", "v_proj", "qkv_proj")):
+                apart = self.compiled and not self.joined
+                if apart and name.endswith(("q_proj", "k_proj", "v_proj", "qkv_proj")):
                     masked += self.number * a.shape[1]
-        return rank, masked
+        return rank, inputs, masked
 
     def _square(self, tokens: int, heads: int) -> float:
         """Of attention that writes out a mask or scores for all pairs of tokens."""

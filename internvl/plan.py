@@ -302,7 +302,14 @@ def _times(
     seconds = mixing / speed + needed.tower_attention.needed / known.attention
     yield "attention", slower * seconds / rate
 
-    blocks = footprint.Blocks(model, recipe.compute, number, compiled=compiled, attention=attention)
+    blocks = footprint.Blocks(
+        model,
+        recipe.compute,
+        number,
+        compiled=compiled,
+        attention=attention,
+        joined=not recipe.model.quantize,
+    )
     vision = model.config.vision_config
     kept = blocks.decoder_block(load.row.tokens) / load.row.tokens * load.padded
     passes = known.passes * (1.0 if compiled else known.uncompiled) * (1 + again / 3)

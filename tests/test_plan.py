@@ -173,7 +173,8 @@ def test_quantized_weights_are_smaller():
     parts = plan.make(quantized, gpus.find("H200")).memory.parts
     before = plan.make(made, gpus.find("H200")).memory.parts
     assert parts["quantized weights"] + parts["frozen weights"] < 0.4 * before["frozen weights"]
-    assert parts["language model activations"] == before["language model activations"]
+    kept = parts["language model activations"] / before["language model activations"]
+    assert kept == pytest.approx(1, abs=0.1)  # adapters on 4 bits are not joined
 
 
 def pairs(name, *changes):

@@ -140,8 +140,8 @@ def _adds_space(model: Path) -> bool:
 
     Read off the file: sentencepiece 0.2.2 refuses to run InternLM2's, for a piece with a null.
     """
-    read = sentencepiece_model_pb2.ModelProto.FromString(model.read_bytes())
-    return bool(read.normalizer_spec.add_dummy_prefix)
+    file: Any = sentencepiece_model_pb2
+    return bool(file.ModelProto.FromString(model.read_bytes()).normalizer_spec.add_dummy_prefix)
 
 
 def decode(

@@ -99,7 +99,7 @@ def join(model: nn.Module) -> int:
     for module in model.modules():
         if type(module) is not Linear or type(module.base_layer) is not nn.Linear:
             continue
-        weight, b = module.base_layer.weight, module.lora_B[_ADAPTER].weight
+        weight, b = module.base_layer.weight, _b(module)
         if weight.requires_grad:
             continue
         joined = torch.cat([weight.detach(), b.detach().to(weight.dtype)], 1)
@@ -116,7 +116,7 @@ def refresh(model: nn.Module) -> None:
     layers = list(_joined(model))
     if layers:
         places = [layer.joined[:, layer.in_features :] for layer in layers]
-        torch._foreach_copy_(places, [layer.lora_B[_ADAPTER].weight for layer in layers])
+        torch._foreach_copy_(places, [_b(layer) for layer in layers])
 
 
 def part(model: nn.Module) -> None:
@@ -129,3 +129,7 @@ def part(model: nn.Module) -> None:
 
 def _joined(model: nn.Module) -> Iterator[JoinedLinear]:
     return (module for module in model.modules() if isinstance(module, JoinedLinear))
+
+
+def _b(layer: Any) -> Tensor:
+    return layer.lora_B[_ADAPTER].weight
