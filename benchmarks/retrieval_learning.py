@@ -11,7 +11,8 @@
 `ours` and `open_clip` see the same batches of cut photos and token ids, in the same order. Recall
 is over the 1,000 test photos with five captions each, a language at a time. Three seeds of `ours`
 and `open_clip`, one of the others. A finished arm and seed is not run again, so calls of a few
-minutes add up; TO/retrieval_learning.json holds the curves of all that are finished.
+minutes add up; TO/retrieval_learning.json holds the curves of all that are finished. `--join`
+puts those of several folders, whose runs were trained side by side, into one.
 """
 
 import argparse
@@ -459,6 +460,17 @@ def summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def join(folders: Sequence[Path], to: Path) -> None:
+    """One TO/retrieval_learning.json of several folders' results."""
+    trees = [json.loads((folder / "retrieval_learning.json").read_text()) for folder in folders]
+    results = {name: figures for tree in trees for name, figures in tree["results"].items()}
+    joined = {"results": results, "arms": summary(results), "setting": trees[0]["setting"]}
+    to.mkdir(parents=True, exist_ok=True)
+    file = to / "retrieval_learning.json"
+    file.write_text(json.dumps(joined, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(joined["arms"]))
+
+
 def runs(options: argparse.Namespace) -> Iterator[tuple[str, int]]:
     """One seed of every arm first: whatever is cut off, the arms can be compared."""
     known = importlib.util.find_spec("open_clip") is not None
@@ -478,8 +490,11 @@ def runs(options: argparse.Namespace) -> Iterator[tuple[str, int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("photos", type=Path, help="zip with captions.json and the photos it names")
+    parser.add_argument(
+        "photos", type=Path, nargs="?", help="zip with captions.json and the photos it names"
+    )
     parser.add_argument("--to", type=Path, required=True)
+    parser.add_argument("--join", type=Path, nargs="+", help="folders of finished runs")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--size", choices=SHAPES, default="small")
@@ -494,6 +509,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
+    if options.join:
+        join(options.join, options.to)
+        return
+    if options.photos is None:
+        parser.error("name the zip of photos")
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     plan = Plan(
         options.steps,
