@@ -186,9 +186,9 @@ class DataConfig:
     video: VideoConfig = VideoConfig()
     """How a video becomes images."""
     resize: Literal["pillow", "torch"] = "pillow"
-    """pillow: as the original, pixel by pixel. torch: its antialiased uint8 resize, 0.004 of 255 off
-    on average. Both are compiled where numba is installed (`internvl[fast]`), and then differ by a
-    tenth in time; without it torch's takes a third of Pillow's."""
+    """pillow: as the original, pixel by pixel. torch: its antialiased uint8 resize, 0.004 of 255
+    off on average. Both are compiled where numba is installed (`internvl[fast]`), and then take
+    about the same time; without it torch's takes a quarter of Pillow's."""
     normalize: Literal["imagenet", "clip", "siglip"] = "imagenet"
     """Mean and deviation that pixels are normalized with."""
     max_tokens: Positive = 8192
