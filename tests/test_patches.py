@@ -14,7 +14,8 @@ def test_the_product_is_the_convolution(height, width):
     wanted = layer(inputs)
     names, weight = list(layer.state_dict()), layer.weight
     patches.as_product(layer)
-    assert list(layer.state_dict()) == names and layer.weight is weight
+    assert list(layer.state_dict()) == names
+    assert layer.weight is weight
     assert torch.equal(layer(inputs), wanted)  # a CPU keeps the convolution
     torch.testing.assert_close(layer.product(inputs), wanted)
 
