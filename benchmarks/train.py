@@ -63,6 +63,7 @@ ROWS = {
         "InternVL2-2B", captions=5, share=True, batch=320, compute={"float8": True}
     ),
     "8b_coco_float8": Row("InternVL2-8B", batch=32, compute={"float8": True}),
+    "2b_full_float8": Row("InternVL2-2B", rank=None, mixture=True, compute={"float8": True}),
     "2b_coco_eager": Row("InternVL2-2B", compute={"compile": False}),
 }
 DEFAULT = ("2b_coco", "2b_coco_shared", "1b_coco", "8b_coco", "2b_full")
@@ -121,6 +122,7 @@ class Clocks:
     def __enter__(self) -> "Clocks":
         self.samples: list[tuple[float, float, float]] = []
         words = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]
+        words += ["-i", os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]]
         try:
             self.process = subprocess.Popen([*words, "-lms", "200"], stdout=subprocess.PIPE)
         except FileNotFoundError:
