@@ -2,7 +2,7 @@
 takes the model as it is, so sharding over a mesh is a change of this file alone.
 
 place       weights on their device and in their type
-arrange     attention, float8, activation checkpointing, compiled blocks, in this order
+arrange     attention, float8, joined adapters, checkpointing, compiled blocks, in this order
 pad         rows to one of a few lengths, so that few shapes are compiled
 ahead       the next step made while this one is worked on
 on_device   the next row copied while this one is worked on

@@ -6,8 +6,6 @@ FLOPs. Here the base weight lies in one buffer with B, and one product does both
 
     y      = [W, B] [x, s A x]
     dx, du = [W, B]' dy          du: of the inner output s A x
-
-On an H200 a decoder layer of InternVL2-2B keeps a quarter less for its backward pass this way.
 """
 
 from collections.abc import Iterator
