@@ -3,7 +3,7 @@
 What is computed is the needed FLOPs (dual_flops.py) with padding and every token of a caption with
 every other, one more forward pass where a step is cut into micro-batches (gradient caching; not of
 a frozen tower, whose output is kept), and what checkpointing computes again. The rates are those of
-chat models: nothing of this was measured on a GPU yet.
+chat models; of this the head recipe alone was measured (1.94 s a step on an H200, 1.90 predicted).
 """
 
 import math
