@@ -69,7 +69,7 @@ class Calibration:
     tower_passes: float = 20.0
     """Reads and writes of a tower block's width, forward."""
     loop: float = 1.2
-    """A step over what its parts take at short bursts: at its power limit a GPU lowers its clock."""
+    """A step over what its parts take in short bursts: at its power limit a GPU slows down."""
     fill: float = 0.962
     """Tokens of packed rows that are no padding, where rows are not known."""
     bus_tb_per_s: float = 0.04
