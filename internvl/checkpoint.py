@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from internvl.config import UserError
+from internvl.models import joined
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -102,6 +103,7 @@ def load(
             "remove this folder to go on from the one before"
         ) from error
     set_optimizer_state_dict(model, optimizer, _prefixed(tensors, "optimizer."), options=_FLAT)
+    joined.refresh(model)
     return state
 
 
@@ -115,6 +117,7 @@ def load_weights(folder: Path, step: int, model: nn.Module) -> None:
         raise CheckpointError(
             f"cannot read the checkpoint {folder / f'{step:06d}'} ({_first_line(error)})"
         ) from error
+    joined.refresh(model)
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -405,7 +405,6 @@ def _resume(now: Run) -> boards.Metrics:
     saved = checkpoint.steps(now.folder / "checkpoints")
     if saved:
         state = checkpoint.load(now.folder / "checkpoints", saved[-1], now.model, now.optimizer)
-        joined.refresh(now.model)
         now.step, now.num_bad = saved[-1], state["num_bad"]
         now.guard.restore(state["guard"])
     dist.barrier()

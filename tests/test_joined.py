@@ -5,6 +5,7 @@ import torch
 from peft.tuners.lora import Linear
 from small_models import small_model
 
+from internvl import checkpoint
 from internvl.models import joined, lora
 
 TEXT = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
@@ -76,6 +77,21 @@ def test_a_changed_b_counts_once_it_is_copied():
     assert all(layer.base_layer.weight.is_contiguous() for layer in layers(model))
     wanted, _ = run(model, "float32")
     assert error(found, wanted) < 2e-6 < error(stale, wanted)
+
+
+def test_a_loaded_checkpoint_counts(tmp_path):
+    saved, loaded = adapted().eval(), adapted().eval()
+    optimizer = torch.optim.AdamW([p for p in saved.parameters() if p.requires_grad])
+    checkpoint.save(tmp_path, 1, saved, optimizer, {}, keep=1)
+    loaded.load_state_dict(saved.state_dict())
+    with torch.no_grad():
+        for layer in layers(loaded):
+            layer.lora_B["default"].weight.zero_()
+    joined.join(loaded)
+    wanted, _ = run(saved, "float32")
+    assert error(run(loaded, "float32")[0], wanted) > 1e-3
+    checkpoint.load_weights(tmp_path, 1, loaded)
+    assert error(run(loaded, "float32")[0], wanted) < 2e-6
 
 
 def test_merging_parts_them():
