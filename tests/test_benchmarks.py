@@ -38,17 +38,22 @@ def test_memory_table():
     assert row["predicted"]["total_gib"] > row["predicted"]["allocated_gib"] > 0
 
 
-def test_learning_goes_on_where_it_stopped(tmp_path):
+def archive(folder, **counts):
+    """A zip of photos with captions: how many of each split."""
     captions = {}
-    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as packed:
-        for split, count in (("train", 4), ("val", 2)):
+    with zipfile.ZipFile(folder / "photos.zip", "w") as packed:
+        for split, count in counts.items():
             for number in range(count):
                 name = f"{split}/{number}.jpg"
-                packed.write(picture(tmp_path / name, (128, 128)), name)
+                packed.write(picture(folder / name, (128, 128)), name)
                 texts = {"en": [f"A photo {number} ."] * 5, "zh": [f"照片{number}。"] * 5}
                 captions[name] = {"split": split, **texts}
         packed.writestr("captions.json", json.dumps(captions))
-    words = [str(tmp_path / "photos.zip"), "--to", str(tmp_path / "to"), "--tiny", "--seeds", "0"]
+    return [str(folder / "photos.zip"), "--to", str(folder / "to"), "--tiny"]
+
+
+def test_learning_goes_on_where_it_stopped(tmp_path):
+    words = [*archive(tmp_path, train=4, val=2), "--seeds", "0"]
     ran, arms = run("learning.py", *words, "--arms", "shared")
     assert ran["samples"] == 640
     assert {"loss", "en_cider", "zh_bleu_4"} <= ran.keys()
@@ -58,10 +63,57 @@ def test_learning_goes_on_where_it_stopped(tmp_path):
     assert run("learning.py", *words, "--arms", "shared") == [arms]  # not again
 
 
-def test_exactness_of_shared_rows():
-    (row,) = run("exactness.py", "--cpu", "--methods", "lora", "--only", "shared")
-    assert row["within"]
-    assert row["loss"] < 1e-6
+@pytest.mark.slow
+def test_learning_in_float8_beside_bfloat16(tmp_path):
+    words = [*archive(tmp_path, train=4, val=2), "--seeds", "0"]
+    english, bfloat16, float8, arms = run(
+        "learning.py", *words, "--arms", "english", "bfloat16", "float8"
+    )
+    assert [key for key in english if key.endswith("cider")] == ["en_cider"]
+    assert [key for key in float8 if key.endswith("cider")] == ["zh_cider"]
+    results = json.loads((tmp_path / "to" / "learning.json").read_text())["results"]
+    layers = results["float8-0"]["float8_layers"]
+    assert layers == {"frozen": 2 * 6 + 2 * 7, "forward": 2 * 6 + 2 * 7, "backward": 2 * 7}
+    ours, wanted = (results[name]["train_loss"] for name in ("float8-0", "bfloat16-0"))
+    assert ours != wanted
+    assert ours == pytest.approx(wanted, rel=1e-2)
+    assert wanted[-1] < wanted[0]
+    (point,) = arms["float8_minus_bfloat16"]["points"]
+    for key in ("loss", "loss_in_float8"):
+        assert point[key]["mean"] == pytest.approx(float8[key] - bfloat16["loss"], abs=1e-5)
+    joined = ("--to", str(tmp_path / "joined"), "--join", str(tmp_path / "to"))
+    assert run("learning.py", *joined) == [arms]
+
+
+def test_effect_of_an_arm_is_taken_seed_by_seed(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import curves
+
+    losses = {"old-0": (4, 2), "old-1": (6, 3), "new-1": (7, 4), "new-0": (4, 3), "new-2": (9, 9)}
+    results = {
+        name: {
+            "curve": [{"step": n, "samples": 8 * n, "loss": loss} for n, loss in enumerate(of, 1)],
+            "train_loss": list(of),
+        }
+        for name, of in losses.items()
+    }
+    found = curves.effect(results, "new", "old")
+    assert found["seeds"] == 2
+    assert found["train_loss"] == [0.5, 1]
+    first, last = (point["loss"] for point in found["points"])
+    half = pytest.approx(0.5**0.5, abs=1e-5)
+    assert first == {"mean": 0.5, "spread": half, "spread_of_old": pytest.approx(2**0.5, abs=1e-5)}
+    assert last == {"mean": 1, "spread": 0, "spread_of_old": half}
+    assert curves.last_points(results)["old"] == {"seeds": 2, "loss": {"mean": 2.5, "spread": half}}
+
+
+def test_exactness_of_shared_rows_and_of_float8():
+    names = ("shared", "shared, bfloat16, float8")
+    shared, float8 = run("exactness.py", "--cpu", "--methods", "lora", "--only", *names)
+    assert shared["within"]
+    assert float8["within"]
+    assert shared["loss"] < 1e-6
+    assert float8["gradient"] > 0.02  # bfloat16 alone is five times nearer
 
 
 def test_recall_beside_the_dense_matrix():
@@ -152,16 +204,7 @@ def test_internvl_14b_rows(tmp_path):
 @pytest.mark.slow
 def test_small_models_learn_to_retrieve(tmp_path):
     """English captions, then Chinese ones from what was exported."""
-    captions = {}
-    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as packed:
-        for split, count in (("train", 12), ("test", 12)):
-            for number in range(count):
-                name = f"{split}/{number}.jpg"
-                packed.write(picture(tmp_path / name, (128, 128)), name)
-                texts = {"en": [f"A photo {number} ."] * 5, "zh": [f"照片{number}。"] * 5}
-                captions[name] = {"split": split, **texts}
-        packed.writestr("captions.json", json.dumps(captions))
-    words = [str(tmp_path / "photos.zip"), "--to", str(tmp_path / "to"), "--tiny"]
+    words = archive(tmp_path, train=12, test=12)
     words += ["--arms", "english", "chinese"]
     english, chinese, arms = run("retrieval_learning.py", *words)
     assert (english["run"], chinese["run"]) == ("english-0", "chinese-0")
