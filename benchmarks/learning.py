@@ -110,7 +110,7 @@ class Plan:
     """Validation photos that are captioned in each language."""
     batch: int = 80
     lr: float = 1.5e-3
-    lora_lr: float = 1e-3
+    lora_lr: float = 2e-3
 
 
 TINY = Plan(640, 1, photos=40, loss_photos=8, caption_photos=8, batch=80)
@@ -401,13 +401,13 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["shared", "packed"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
-        "--size", choices=SHAPES, default=None, help="small; large if `english` is among the arms"
+        "--size", choices=SHAPES, default=None, help="small; large for english, bfloat16, float8"
     )
     parser.add_argument("--samples", type=int, default=None, help="of every arm and seed")
     parser.add_argument("--points", type=int, default=4, help="checkpoints that are measured")
     parser.add_argument("--batch", type=int, default=80, help="samples of a step")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="where everything trains")
-    parser.add_argument("--lora-lr", type=float, default=1e-3, help="of bfloat16 and float8")
+    parser.add_argument("--lora-lr", type=float, default=2e-3, help="of bfloat16 and float8")
     parser.add_argument("--caption-photos", type=int, default=200)
     parser.add_argument("--minutes", type=float, default=None, help="start nothing after these")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=None)
@@ -420,7 +420,8 @@ def main() -> None:
     if options.photos is None:
         parser.error("name the zip of photos")
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    usual = "large" if "english" in options.arms else "small"
+    comparing = any(len(ARMS[name].languages) == 1 for name in options.arms)
+    usual = "large" if comparing else "small"
     options.size = options.size or ("tiny" if options.tiny else usual)
     samples = options.samples or (60_000 if options.device == "cpu" else 120_000)
     plan = Plan(
