@@ -2,7 +2,8 @@
 takes the model as it is, so sharding over a mesh is a change of this file alone.
 
 place       weights on their device and in their type
-arrange     attention, float8, joined adapters, checkpointing, compiled blocks, in this order
+arrange     attention, float8, joined adapters, the last block's MLP, checkpointing, compiled
+            blocks, in this order
 pad         rows to one of a few lengths, so that few shapes are compiled
 ahead       the next step made while this one is worked on
 on_device   the next row copied while this one is worked on
@@ -27,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from internvl import dist
 from internvl.config import ComputeConfig, DataConfig
 from internvl.data.records import Batch, PackedBatch
-from internvl.models import attention, float8, joined, vlm
+from internvl.models import attention, float8, joined, tail, vlm
 
 T = TypeVar("T")
 
@@ -50,7 +51,8 @@ def place(model: nn.Module, device: torch.device, dtype: str) -> nn.Module:
 
 
 def arrange(model: Any, device: torch.device, compute: ComputeConfig) -> None:
-    """Join adapters with their weights, choose attention, what is computed again, and compile.
+    """Join adapters with their weights, choose attention, cut what no loss reads, choose what is
+    computed again, and compile.
 
     Names and values of weights stay as they are, but for the frozen ones under `compute.float8`.
 
@@ -68,6 +70,8 @@ def arrange(model: Any, device: torch.device, compute: ComputeConfig) -> None:
     if compute.float8:
         float8.freeze(model, device)
     joined.join(model)  # with the weights that are left
+    if packs:
+        tail.cut(model.model.language_model.layers)
     if compute.checkpointing != "none":
         _checkpoint(model, 1 if compute.checkpointing == "full" else 2)
     if _compiles(compute, device):

@@ -13,7 +13,7 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, Inter
 from transformers.models.internvl.modeling_internvl import InternVLCausalLMOutputWithPast
 
 from internvl.config import UserError
-from internvl.models import configs, fitting, hub, keys, lora, patches
+from internvl.models import configs, fitting, hub, keys, lora, patches, tail
 from internvl.models.hub import LazyTensor, ModelFolder, ModelFolderError
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"
@@ -90,13 +90,16 @@ class ChatModel(InternVLForConditionalGeneration):
         if supervision is None:
             return super().forward(labels=labels, logits_to_keep=logits_to_keep, **inputs)
         assert input_ids is not None
-        hidden = self.model.language_model(
-            inputs_embeds=self._embed(input_ids, pixel_values),
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=False,
-        ).last_hidden_state[0]
-        hidden = hidden.index_select(0, supervision.positions)
+        language_model = self.model.language_model
+        with tail.at(language_model.layers, supervision.positions) as selected:
+            hidden = language_model(
+                inputs_embeds=self._embed(input_ids, pixel_values),
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                use_cache=False,
+            ).last_hidden_state[0]
+        if not selected:
+            hidden = hidden.index_select(0, supervision.positions)
         loss = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, len(hidden), self.loss_chunk):
             part = slice(start, start + self.loss_chunk)
