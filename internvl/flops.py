@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from internvl.data.records import PackedBatch
-from internvl.models import float8
+from internvl.models import float8, tail
 from internvl.models.attention import last_queries
 
 _FIRST = ("q_proj", "k_proj", "v_proj", "qkv_proj")
@@ -93,6 +93,9 @@ class Flops:
 def count(model: Any, work: Work) -> Flops:
     """FLOPs of one pass over `work`, forward and backward.
 
+    Every block is counted with all tokens, so that figures compare with those of others, though
+    training runs the last MLP on supervised positions alone (`last_mlp`).
+
     Args:
         model: a `ChatModel` with what trains chosen and adapters attached; the meta device does.
     """
@@ -119,6 +122,17 @@ def count(model: Any, work: Work) -> Flops:
     )
     logits = _matrices(model.lm_head, work.supervised, below or trains(decoder.norm))
     return Flops(images, mixing, products, attention, logits)
+
+
+def last_mlp(model: Any, positions: float) -> Part:
+    """Of the decoder's products those of the last MLP, where it sees supervised positions alone
+    (models/tail.py): for so many of them. Nothing where it sees every token."""
+    decoder = model.model.language_model
+    block = decoder.layers[-1]
+    if not tail.fits(block):
+        return Part()
+    below = (model.model.vision_tower, model.model.multi_modal_projector, decoder.embed_tokens)
+    return _matrices(block.mlp, positions, any(trains(part) for part in (*below, decoder.layers)))
 
 
 def query_width(text: Any) -> int:

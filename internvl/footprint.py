@@ -15,8 +15,9 @@ model's blocks, in the compute type unless said otherwise:
     as written, frozen   3 F + 2 Q + 2 K                 and 2 D in float32
 
 J is R and the inputs of all adapters that are joined with their weights (joined.py); apart are
-those on 4 bits or float8. Frozen blocks pass a gradient on to what trains below them. The sums are
-what `saved_tensors_hooks` counts, which the tests do again on small models; the compiled ones
+those on 4 bits or float8. Frozen blocks pass a gradient on to what trains below them. Of the last
+block, where models/tail.py cuts it, the MLP's part is kept for supervised positions alone. The sums
+are what `saved_tensors_hooks` counts, which the tests do again on small models; the compiled ones
 are the choice of AOTAutograd's partitioner.
 """
 
@@ -29,6 +30,7 @@ from torch import nn
 
 from internvl import flops
 from internvl.config import ComputeConfig, Recipe
+from internvl.models import tail
 
 GIB = 2**30
 ABSMAX_BLOCK = 64
@@ -240,7 +242,9 @@ class Blocks:
     def decoder(self, row: Shape) -> float:
         """What the language model's blocks keep, and the hidden states around them."""
         residual = self._residual_size()
-        around = row.tokens * self.text.hidden_size * (2 * residual + 4 + self.number)
+        left = row.supervised if tail.fits(self.layers[-1]) else row.tokens
+        around = row.tokens * residual + left * (residual + 4.0 + self.number)
+        around *= self.text.hidden_size
         visual = row.tiles * (self.patch_tokens - 1) * self.model.config.downsample_ratio**2
         visual *= self.number
         around += visual * (self.text.hidden_size + 4 * self.vision.hidden_size)
@@ -252,7 +256,25 @@ class Blocks:
         again = each if kept == 0 else 0.0  # the block that is just computed again
         if self.compute.offload:
             return around + each + entered
+        if kept == count or (kept and count % 2 == 0):  # the last block is one of them
+            around += self.last_block(row) - each
         return around + kept * each + (count - kept) * entered + again
+
+    def last_block(self, row: Shape) -> float:
+        """Bytes kept of the last one, whose MLP may see supervised positions alone."""
+        whole, block = self.decoder_block(row.tokens), self.layers[-1]
+        if not tail.fits(block):
+            return whole
+        d, inner, own = self.text.hidden_size, self._inner_width(), _own(block)
+        rank, inputs, masked = self._adapters(block.mlp)
+        apart = own or (rank and not self.joined)
+        if self.compiled:
+            narrow, wide = (3 * inner + 2 * d if apart else 2 * inner + d), 0
+        else:
+            written = 4 * inner + d if masked else 3 * inner
+            narrow, wide = (4 * inner + 2 * d if apart else written), (2 if own else 1) * d
+        each = self.number * (narrow + inputs + rank) + 4 * wide + masked + 4
+        return whole - (row.tokens - row.supervised) * each
 
     def decoder_block(self, tokens: int) -> float:
         """Bytes kept of one block of the language model for a row of `tokens`."""
@@ -359,7 +381,7 @@ class Blocks:
         """
         rank = inputs = masked = 0.0
         seen: set[int] = set()
-        language = block is self.layers[-1]
+        language = block is not self.tower_layers[-1]
         for name, layer in block.named_modules():
             if not isinstance(layer, LoraLayer):
                 continue

@@ -290,7 +290,9 @@ def _times(
     slower = known.loop * number / 2  # float32 products run at half the rate at best
 
     again_tower = again if flops.trains(model.model.vision_tower) else 0.0
-    products = padding * _in_bfloat16(needed.decoder, again)
+    whole, run = (flops.last_mlp(model, n) for n in (load.work.tokens, load.work.supervised))
+    products = padding * (_in_bfloat16(needed.decoder, again) - _in_bfloat16(whole, again))
+    products += _in_bfloat16(run, again)
     products += _in_bfloat16(needed.tower, again_tower) + needed.logits.needed
     yield "matrix products", slower * products / rate
 
@@ -311,18 +313,19 @@ def _times(
         joined=not recipe.model.quantize,
     )
     vision = model.config.vision_config
-    kept = blocks.decoder_block(load.row.tokens) / load.row.tokens * load.padded
+    num_blocks = model.config.text_config.num_hidden_layers
+    kept = (num_blocks - 1) * blocks.decoder_block(load.row.tokens) + blocks.last_block(load.row)
+    kept *= load.padded / load.row.tokens
     passes = known.passes * (1.0 if compiled else known.uncompiled) * (1 + again / 3)
-    moved = passes * kept * model.config.text_config.num_hidden_layers
+    moved = passes * kept
     patches = load.work.tiles * blocks.patch_tokens * vision.num_hidden_layers
     shown = 3 if flops.trains(model.model.vision_tower) else 1
     moved += shown * known.tower_passes * number * patches * vision.hidden_size
     yield "pointwise", known.loop * moved / copy
 
     if recipe.compute.offload:
-        entered = load.padded * number * model.config.text_config.hidden_size
-        saved = again * entered + (1 - again) * kept
-        waits = 2 * saved * model.config.text_config.num_hidden_layers
+        entered = num_blocks * load.padded * number * model.config.text_config.hidden_size
+        waits = 2 * (again * entered + (1 - again) * kept)
         yield "copies to the CPU and back", waits / (known.bus_tb_per_s * 1e12 * num_gpus)
 
     quantized = 0.0

@@ -6,7 +6,7 @@ from small_models import small_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from internvl import flops
-from internvl.models import lora
+from internvl.models import lora, tail, vlm
 
 FULL = ("multi_modal_projector", "language_model")
 ALL = ("vision_tower", *FULL)
@@ -37,6 +37,24 @@ def test_flops_are_those_that_torch_counts(name, train, rank, on):
         model(input_ids=ids, pixel_values=pixels).logits.sum().backward()
     work = flops.Work(1, length, tiles, length, length * length)
     assert counted.get_total_flops() == pytest.approx(flops.count(model, work).needed, rel=1e-3)
+
+
+def counted_flops(model, inputs):
+    with FlopCounterMode(display=False) as counted:
+        model(**inputs).loss.backward()
+    return counted.get_total_flops()
+
+
+@pytest.mark.parametrize(("train", "rank"), [(FULL, None), ((), 8)])
+def test_the_last_mlp_runs_on_supervised_positions_alone(train, rank):
+    model = small_model("InternVL3_5-8B", train, rank)
+    positions = torch.arange(6)
+    supervision = vlm.Supervision(positions, positions, torch.ones(6))
+    inputs = {"input_ids": torch.full((1, 64), 5), "supervision": supervision}
+    whole = counted_flops(model, inputs)
+    tail.cut(model.model.language_model.layers)
+    spared = whole - counted_flops(model, inputs)
+    assert spared == flops.last_mlp(model, 64).needed - flops.last_mlp(model, 6).needed > 0
 
 
 def test_an_a_that_q_k_and_v_share_is_needed_once():

@@ -38,9 +38,10 @@ def kept(model, run):
     return sum(found.values())
 
 
-def text_run(model):
+def text_run(model, supervised=1):
     document = torch.zeros(TOKENS, dtype=torch.long)
-    supervision = vlm.Supervision(torch.tensor([5]), torch.tensor([7]), torch.ones(1))
+    positions = torch.arange(supervised)
+    supervision = vlm.Supervision(positions, positions, torch.ones(supervised))
     inputs = {
         "input_ids": torch.randint(10, 400, (1, TOKENS)),
         "position_ids": torch.arange(TOKENS)[None],
@@ -114,6 +115,39 @@ def test_what_autograd_keeps_of_a_tower_block(rank, dropout, compile):
 
     counted, predicted = difference(build, run, ComputeConfig(compile=compile))
     assert predicted == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize(
+    ("name", "rank", "dropout", "compile"),
+    [
+        ("InternVL2-2B", 16, 0.0, False),
+        ("InternVL2-2B", 16, 0.05, False),
+        ("InternVL3_5-8B", None, 0.0, False),
+        ("InternVL2-2B", 16, 0.0, True),
+        ("InternVL3_5-8B", None, 0.0, True),
+    ],
+)
+def test_what_the_last_mlp_no_longer_keeps(name, rank, dropout, compile):
+    torch._dynamo.reset()
+    parts = () if rank else ("multi_modal_projector", "language_model")
+    sizes = {"text": TEXT | {"num_hidden_layers": 1}}
+    model = small_model(name, parts, rank, dropout=dropout, dtype="bfloat16", sizes=sizes)
+    (block,) = model.model.language_model.layers
+    kind, supervised = type(block), 40
+    compute = ComputeConfig(compile=compile)
+    parallel.arrange(model, torch.device("cpu"), compute)
+    cut = kept(model, text_run(model, supervised))
+    made = blocks(model, compute)
+    row = footprint.Shape(TOKENS, 0, supervised)
+    predicted = made.decoder_block(TOKENS) - made.last_block(row)
+    block.__class__ = kind
+    if compile:
+        block.compile(dynamic=False)
+    saved = kept(model, text_run(model, supervised)) - cut
+    # The norm after it, which is not compiled: its input in float32, trained its output as well.
+    norm = (TOKENS - supervised) * (TEXT["hidden_size"] * (4 if rank else 8) + 4)
+    assert saved - norm == pytest.approx(predicted, rel=0.005)
 
 
 def test_checkpointed_blocks_keep_what_enters_them():
