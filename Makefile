@@ -37,10 +37,10 @@ check: $(VENV)/.dev
 	$(VENV)/bin/mypy
 
 test: $(VENV)/.dev
-	$(VENV)/bin/pytest -q -n 2 -m "not scripts"
+	$(VENV)/bin/pytest -q -n 2 --dist worksteal -m "not scripts"
 
 scripts: $(VENV)/.dev
-	$(VENV)/bin/pytest -q -n 2 -m scripts
+	$(VENV)/bin/pytest -q -n 2 --dist worksteal -m scripts
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -31,3 +32,20 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         del os.environ["XDG_CACHE_HOME"]
     else:
         os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture
+def graphs_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compiled blocks run as the graphs that torch's compiler cut them into.
+
+    What is kept for the backward pass is decided by then; to write and build the code of these
+    graphs would take most of the time.
+    """
+    import torch
+    from torch._inductor import compile_fx
+
+    torch._dynamo.reset()
+    whole = partial(compile_fx.compile_fx, inner_compile=lambda graph, _, **settings: graph)
+    monkeypatch.setattr(compile_fx, "compile_fx", whole)
+    yield
+    torch._dynamo.reset()  # what was compiled counts against other tests' limits

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -105,7 +106,6 @@ def losses(objective, model, batch):
 
 def made_of(recipe, config):
     """(bytes that autograd keeps of a micro-batch, those predicted for tower and QLLaMA)."""
-    torch._dynamo.reset()
     model = real(recipe, config)
     parallel.arrange(model, torch.device("cpu"), recipe.compute)
     objective = objective_of(recipe)
@@ -122,27 +122,28 @@ def made_of(recipe, config):
     return counted, made.casts() + made.language() + made.blocks.tower(made.shape)
 
 
-def difference(recipe, less, more):
-    counted, predicted = zip(*(made_of(recipe, config_of(*n)) for n in (less, more)), strict=True)
-    return counted[1] - counted[0], predicted[1] - predicted[0]
+def differences(recipe, *sizes):
+    """(counted, predicted) bytes that each of `sizes` has more than the one before it."""
+    made = [made_of(recipe, config_of(*layers)) for layers in sizes]
+    for less, more in pairwise(made):
+        yield more[0] - less[0], more[1] - less[1]
 
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_what_autograd_keeps_of_blocks(choice):
     """Two layers of QLLaMA more, of which one looks at the picture, and a block of the tower."""
     recipe = recipe_of(choice, "stage2" if choice == "queries" else "retrieval")
-    for less, more in (((1, 2), (1, 4)), ((1, 2), (2, 2))):
-        counted, predicted = difference(recipe, less, more)
+    for counted, predicted in differences(recipe, (1, 4), (1, 2), (2, 2)):
         assert predicted == pytest.approx(counted, rel=0.03)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("choice", ["full", "lora", "queries"])
+@pytest.mark.usefixtures("graphs_alone")
 def test_what_autograd_keeps_of_compiled_blocks(choice):
     recipe = recipe_of(choice, "stage2" if choice == "queries" else "retrieval", compile=True)
-    for less, more in (((1, 1), (1, 2)), ((1, 2), (1, 3))):
-        counted, predicted = difference(recipe, less, more)
+    for counted, predicted in differences(recipe, (1, 1), (1, 2), (1, 3)):
         # Captions alone cast no cross-attention, which the prediction leaves out of account.
         assert predicted == pytest.approx(counted, rel=0.06)
 
@@ -189,7 +190,7 @@ def test_a_plan_knows_who_looks_twice():
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
 def test_checkpointed_blocks_keep_what_enters_them(checkpointing):
     recipe = recipe_of("lora", checkpointing=checkpointing)
-    counted, predicted = difference(recipe, (1, 2), (1, 4))
+    ((counted, predicted),) = differences(recipe, (1, 2), (1, 4))
     assert predicted == pytest.approx(counted, rel=0.03)
 
 

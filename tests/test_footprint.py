@@ -60,7 +60,6 @@ def difference(build, run, compute):
     """(counted, predicted) bytes of two blocks more."""
     counted, predicted = [], []
     for layers in (2, 4):
-        torch._dynamo.reset()
         model = build(layers)
         parallel.arrange(model, torch.device("cpu"), compute)
         counted.append(kept(model, run(model)))
@@ -83,6 +82,7 @@ def difference(build, run, compute):
         ("InternVL3_5-8B", None, 0.0),
     ],
 )
+@pytest.mark.usefixtures("graphs_alone")
 def test_what_autograd_keeps_of_a_decoder_block(name, rank, dropout, compile):
     parts = () if rank else ("multi_modal_projector", "language_model")
 
@@ -98,6 +98,7 @@ def test_what_autograd_keeps_of_a_decoder_block(name, rank, dropout, compile):
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize(("rank", "dropout"), [(None, 0.0), (16, 0.0), (16, 0.05)])
+@pytest.mark.usefixtures("graphs_alone")
 def test_what_autograd_keeps_of_a_tower_block(rank, dropout, compile):
     # A CPU's layer norm takes no bfloat16 weights with float32 inputs: the projector trains too.
     parts = ("multi_modal_projector",) if rank else ("vision_tower", "multi_modal_projector")
@@ -128,8 +129,8 @@ def test_what_autograd_keeps_of_a_tower_block(rank, dropout, compile):
         ("InternVL3_5-8B", None, 0.0, True),
     ],
 )
+@pytest.mark.usefixtures("graphs_alone")
 def test_what_the_last_mlp_no_longer_keeps(name, rank, dropout, compile):
-    torch._dynamo.reset()
     parts = () if rank else ("multi_modal_projector", "language_model")
     sizes = {"text": TEXT | {"num_hidden_layers": 1}}
     model = small_model(name, parts, rank, dropout=dropout, dtype="bfloat16", sizes=sizes)
@@ -148,6 +149,26 @@ def test_what_the_last_mlp_no_longer_keeps(name, rank, dropout, compile):
     # The norm after it, which is not compiled: its input in float32, trained its output as well.
     norm = (TOKENS - supervised) * (TEXT["hidden_size"] * (4 if rank else 8) + 4)
     assert saved - norm == pytest.approx(predicted, rel=0.005)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize(("rank", "dropout"), [(None, 0.0), (16, 0.05)])
+def test_compiled_code_keeps_what_its_graphs_do(request, rank, dropout):
+    """The sizes of the tests above are those of real compiled blocks."""
+
+    def counted():
+        parts = () if rank else ("multi_modal_projector", "language_model")
+        sizes = {"text": TEXT | {"num_hidden_layers": 1}}
+        model = small_model(
+            "InternVL2-2B", parts, rank, dropout=dropout, dtype="bfloat16", sizes=sizes
+        )
+        parallel.arrange(model, torch.device("cpu"), ComputeConfig(compile=True))
+        return kept(model, text_run(model))
+
+    torch._dynamo.reset()
+    compiled = counted()
+    request.getfixturevalue("graphs_alone")
+    assert counted() == compiled
 
 
 def test_checkpointed_blocks_keep_what_enters_them():
