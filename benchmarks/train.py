@@ -45,25 +45,31 @@ class Row:
     captions: int = 1
     share: bool = False
     mixture: bool = False
-    batch: int = 64
-    """Samples of a step: 512 over 8 GPUs."""
-    row_tokens: int = 16384
+    batch: int = 512
+    """Samples of a step, as in the recipe."""
+    row_tokens: int = 16640
+    """Nine pictures of seven tiles, as in the recipe."""
     compute: dict[str, Any] = field(default_factory=dict)
 
 
+FLOAT8 = {"float8": True}
+
 ROWS = {
     "2b_coco": Row("InternVL2-2B"),
-    "2b_coco_shared": Row("InternVL2-2B", captions=5, share=True, batch=320),
+    "2b_coco_shared": Row("InternVL2-2B", captions=5, share=True, row_tokens=17152),
     "1b_coco": Row("InternVL2-1B"),
-    "8b_coco": Row("InternVL2-8B", batch=32),
-    "2b_full": Row("InternVL2-2B", rank=None, mixture=True),
-    "8b_coco_full_checkpointing": Row("InternVL2-8B", batch=32, compute={"checkpointing": "full"}),
-    "2b_coco_float8": Row("InternVL2-2B", compute={"float8": True}),
+    "8b_coco": Row("InternVL2-8B", batch=128),
+    "2b_full": Row("InternVL2-2B", rank=None, mixture=True, batch=128, row_tokens=16384),
+    "8b_coco_full_checkpointing": Row("InternVL2-8B", batch=128, compute={"checkpointing": "full"}),
+    "2b_coco_float8": Row("InternVL2-2B", compute=FLOAT8),
     "2b_coco_shared_float8": Row(
-        "InternVL2-2B", captions=5, share=True, batch=320, compute={"float8": True}
+        "InternVL2-2B", captions=5, share=True, row_tokens=17152, compute=FLOAT8
     ),
-    "8b_coco_float8": Row("InternVL2-8B", batch=32, compute={"float8": True}),
-    "2b_full_float8": Row("InternVL2-2B", rank=None, mixture=True, compute={"float8": True}),
+    "8b_coco_float8": Row("InternVL2-8B", batch=128, compute=FLOAT8),
+    "2b_full_float8": Row(
+        "InternVL2-2B", rank=None, mixture=True, batch=128, row_tokens=16384, compute=FLOAT8
+    ),
+    "2b_coco_flex": Row("InternVL2-2B", compute={"attention": "flex"}),
     "2b_coco_eager": Row("InternVL2-2B", compute={"compile": False}),
 }
 DEFAULT = ("2b_coco", "2b_coco_shared", "1b_coco", "8b_coco", "2b_full")

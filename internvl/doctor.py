@@ -29,6 +29,7 @@ _EXTRAS = {
     "demo": "internvl demo",
     "video": "frames from video files",
     "quant": "4- and 8-bit weights on a GPU",
+    "flash": "FlashAttention 4's kernels on a Hopper or Blackwell GPU",
 }
 # Often looked for here, and not used.
 _UNUSED = {

@@ -26,7 +26,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from internvl import dist
-from internvl.config import ComputeConfig, DataConfig
+from internvl.config import ComputeConfig, DataConfig, UserError
 from internvl.data.records import Batch, PackedBatch
 from internvl.models import attention, float8, joined, tail, vlm
 
@@ -34,8 +34,9 @@ T = TypeVar("T")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-ROW_SHARES = (1 / 8, 1 / 4, 1 / 2, 7 / 8, 15 / 16, 1)
-"""Parts of the longest row that rows are padded to. All but the last of a step are nearly full."""
+ROW_SHARES = (1 / 4, 1 / 2, 1)
+"""Parts of the longest row that rows are padded to. All but the last of a step are nearly full,
+and each length is compiled anew, for 5 s or more."""
 
 
 def place(model: nn.Module, device: torch.device, dtype: str) -> nn.Module:
@@ -62,10 +63,11 @@ def arrange(model: Any, device: torch.device, compute: ComputeConfig) -> None:
     torch.set_float32_matmul_precision("high" if compute.tf32 else "highest")
     model.loss_chunk = compute.loss_chunk
     packs = isinstance(model, vlm.ChatModel)
-    if packs and _flex(compute, device):
+    kind = _attention(compute, device)
+    if packs and kind in ("flex", "flash"):
         attention.register()
-        model.set_attn_implementation({"text_config": attention.FLEX})
-    elif packs and compute.attention == "eager":
+        model.set_attn_implementation(_KERNELS[kind])
+    elif packs and kind == "eager":
         model.set_attn_implementation("eager")
     if compute.float8:
         float8.freeze(model, device)
@@ -81,9 +83,28 @@ def arrange(model: Any, device: torch.device, compute: ComputeConfig) -> None:
             block.compile(dynamic=True)  # any number of tiles
 
 
-def _flex(compute: ComputeConfig, device: torch.device) -> bool:
-    wanted = "flex" if device.type == "cuda" else "dense"
-    return (wanted if compute.attention == "auto" else compute.attention) == "flex"
+_KERNELS = {
+    "flex": {"text_config": attention.FLEX},
+    "flash": {"text_config": attention.FLASH, "vision_config": attention.TOWER},
+}
+
+
+def _attention(compute: ComputeConfig, device: torch.device) -> str:
+    """What `auto` stands for on this device, and what was asked for is there.
+
+    Raises:
+        UserError: FlashAttention 4 is asked for and not there.
+    """
+    if compute.attention == "flash" and not attention.has_flash(device):
+        raise UserError(
+            "compute.attention: flash needs FlashAttention 4 and a GPU of compute capability 9 or "
+            "10 (Hopper, Blackwell): pip install 'internvl[flash]', or compute.attention=flex"
+        )
+    if compute.attention != "auto":
+        return compute.attention
+    if device.type != "cuda":
+        return "dense"
+    return "flash" if attention.has_flash(device) else "flex"
 
 
 def _compiles(compute: ComputeConfig, device: torch.device) -> bool:
@@ -102,7 +123,8 @@ def _checkpoint(model: Any, every: int) -> None:
 
 def row_lengths(compute: ComputeConfig, device: torch.device, data: DataConfig) -> tuple[int, ...]:
     """Lengths that rows are padded to, ascending; none where any length does."""
-    if not (_flex(compute, device) or _compiles(compute, device)):
+    blocks_wide = _attention(compute, device) in _KERNELS
+    if not (blocks_wide or _compiles(compute, device)):
         return ()
     longest = data.row_tokens or data.max_tokens
     blocks = {math.ceil(longest * share / attention.BLOCK) for share in ROW_SHARES}

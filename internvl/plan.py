@@ -195,7 +195,7 @@ def is_here(recipe: Recipe) -> bool:
 
 def attention_of(compute: ComputeConfig) -> str:
     """The attention a GPU computes with."""
-    return "flex" if compute.attention == "auto" else compute.attention
+    return "flex" if compute.attention in ("auto", "flash") else compute.attention
 
 
 def is_compiled(compute: ComputeConfig) -> bool:

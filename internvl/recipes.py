@@ -208,8 +208,10 @@ def _objective_contradictions(recipe: Recipe) -> list[str]:
         problems.append("objective.weights: all are 0, so nothing is learned")
     if not objective.packs and objective.loss_normalization != "global":
         problems.append("objective.loss_normalization: micro_batch is for sft alone")
-    if not objective.packs and recipe.compute.attention == "flex":
-        problems.append("compute.attention: flex is for packed rows, not for pairs; choose auto")
+    blocks = recipe.compute.attention in ("flex", "flash")
+    if not objective.packs and blocks:
+        kind = recipe.compute.attention
+        problems.append(f"compute.attention: {kind} is for packed rows, not for pairs; choose auto")
     if objective.packs and objective.micro_batch is not None:
         problems.append("objective.micro_batch: sft cuts a step by data.row_tokens instead")
     return problems

@@ -96,6 +96,53 @@ def test_flex_gradients_equal_dense(seed):
         torch.testing.assert_close(flex, dense, rtol=1e-4, atol=1e-4)
 
 
+def flash_or_skip():
+    if not attention.has_flash(torch.device("cuda")):
+        pytest.skip("FlashAttention 4 is not installed")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("width", [64, 128])
+def test_flash_gradients_are_those_of_triton(seed, width):
+    flash_or_skip()
+    document, branch = (part.cuda() for part in structure(seed, blocks=3))
+    mask = attention.block_mask(document, branch)
+    found = []
+    for backend in ("TRITON", "FLASH"):
+        torch.manual_seed(seed)
+        parts = [
+            torch.randn(1, heads, len(document), width, device="cuda", dtype=torch.bfloat16)
+            for heads in (4, 2, 2)
+        ]
+        for part in parts:
+            part.requires_grad_()
+        mixed, _ = attention.flex_forward(None, *parts, mask, backend=backend)
+        mixed.float().square().sum().backward()
+        found.append([mixed, *(part.grad for part in parts)])
+    for triton, flash in zip(*found, strict=True):
+        assert (triton - flash).float().norm() < 0.01 * triton.float().norm()
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_flash_over_whole_tiles():
+    flash_or_skip()
+    parts = [torch.randn(3, 4, 1025, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    wanted = F.scaled_dot_product_attention(*(part.float() for part in parts)).transpose(1, 2)
+    for kernel in (attention.tower_forward, torch.compile(attention.tower_forward)):
+        found, _ = kernel(None, *parts)
+        assert (found - wanted).norm() < 0.01 * wanted.norm()
+
+
+def test_a_tower_that_trains_keeps_its_attention():
+    parts = [torch.randn(2, 2, 9, 16, requires_grad=True) for _ in range(3)]
+    layer = torch.nn.Module()
+    layer.is_causal = False
+    found, _ = attention.tower_forward(layer, *parts)
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(*parts).transpose(1, 2))
+
+
 def test_a_row_of_another_length_is_refused():
     with pytest.raises(ValueError, match="a row of 130 tokens; FlexAttention takes multiples of"):
         attention.block_mask(torch.zeros(130).long(), torch.ones(130).long())
@@ -108,8 +155,9 @@ def test_the_mask_of_each_implementation():
     added = attention.packed_mask("eager", document, branch, torch.float32)
     assert torch.equal(added == 0, dense)
     assert added.min() == torch.finfo(torch.float32).min
-    blocks = attention.packed_mask(attention.FLEX, document, branch, torch.float32)
-    assert blocks.seq_lengths == (256, 256)
+    for kind in (attention.FLEX, attention.FLASH):
+        blocks = attention.packed_mask(kind, document, branch, torch.float32)
+        assert blocks.seq_lengths == (256, 256)
 
 
 @torch.no_grad()

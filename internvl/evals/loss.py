@@ -75,7 +75,7 @@ class Loss:
             max_tiles=max(_TILES, 2 * handle.tiles.max),
         )
         # FlexAttention is only itself when compiled, and then for one length of rows.
-        flex = model.config.text_config._attn_implementation == attention.FLEX
+        flex = model.config.text_config._attn_implementation in (attention.FLEX, attention.FLASH)
         blocks = -(-data.max_tokens // attention.BLOCK)
         lengths = (blocks * attention.BLOCK,) if flex else ()
         total = count = 0.0

@@ -2,14 +2,16 @@
 
     dense   bool (1, 1, L, L): the definition, for CPUs and as what the fast path is held to
     flex    FlexAttention over the 128 x 128 blocks of a row in which anything is seen
+    flash   the same blocks through FlashAttention 4's kernels, where that package is installed
 
 Documents and branches are contiguous, so the queries that see a key are contiguous as well: the key
 itself up to the last token of its branch, or of its document where it is in the prefix. That one
 number per key is the whole structure, and what a block holds follows from its smallest and largest.
 """
 
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,17 +20,35 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-FLEX = "internvl_flex"
-"""Name of the block-sparse attention among `transformers`' attention implementations."""
+FLEX, FLASH = "internvl_flex", "internvl_flash"
+"""Names of the block-sparse attention among `transformers`' attention implementations."""
+
+TOWER = "internvl_tower_flash"
+"""Name of FlashAttention 4's kernel for whole tiles of a frozen tower."""
 
 BLOCK = 128
-"""Side of a block, in tokens; rows for `FLEX` are a multiple of it."""
+"""Side of a block, in tokens; rows for `FLEX` and `FLASH` are a multiple of it."""
+
+_FLASH_WIDTH = 128
+"""Head size that FlashAttention 4 is used for: on an H200 it was slower than Triton's kernel for
+heads of 64 that share keys seven to one."""
 
 
 def register() -> None:
-    """Make `FLEX` known to `transformers`; doing it again changes nothing."""
+    """Make the names above known to `transformers`; doing it again changes nothing."""
     AttentionInterface.register(FLEX, flex_forward)
-    AttentionMaskInterface.register(FLEX, sdpa_mask)
+    AttentionInterface.register(FLASH, partial(flex_forward, backend="FLASH"))
+    AttentionInterface.register(TOWER, tower_forward)
+    for name in (FLEX, FLASH, TOWER):
+        AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def has_flash(device: torch.device) -> bool:
+    """Whether FlashAttention 4 is installed and this GPU is one it is written for."""
+    if device.type != "cuda" or not torch.cuda.is_available() or find_spec("flash_attn") is None:
+        return False
+    capable = torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return capable and find_spec("flash_attn.cute") is not None
 
 
 def packed_mask(
@@ -40,7 +60,7 @@ def packed_mask(
         document, branch: int64 (L,), as in a `PackedBatch`.
         dtype: of the attention scores, for a mask that is added to them ("eager").
     """
-    if implementation == FLEX:
+    if implementation in (FLEX, FLASH):
         return block_mask(document, branch)
     seen = dense_mask(document, branch)
     if implementation == "eager":
@@ -96,6 +116,8 @@ def block_mask(document: Tensor, branch: Tensor) -> BlockMask:
     some = below & (farthest[None, :] >= first_query) & ~full
     some.fill_diagonal_(True)
 
+    last = last.to(torch.int32)  # FlashAttention's indices
+
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (query <= last[key])
 
@@ -128,6 +150,7 @@ def flex_forward(
     attention_mask: BlockMask | Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    backend: Literal["TRITON", "FLASH"] = "TRITON",
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """`transformers`' attention signature: (1, heads, L, head size) -> (1, L, heads, head size).
@@ -144,5 +167,52 @@ def flex_forward(
     # Alone and uncompiled, FlexAttention would hold all L x L scores.
     alone = query.is_cuda and not torch.compiler.is_compiling()
     kernel = _compiled_flex() if alone else flex_attention
-    mixed = kernel(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True)
+    if query.shape[-1] != _FLASH_WIDTH:
+        backend = "TRITON"
+    mixed = kernel(
+        query,
+        key,
+        value,
+        block_mask=attention_mask,
+        scale=scaling,
+        enable_gqa=True,
+        kernel_options={"BACKEND": backend},
+    )
     return mixed.transpose(1, 2), None
+
+
+def tower_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The same signature for whole tiles, (N, heads, T, head size) -> (N, T, heads, head size).
+
+    FlashAttention 4 where there is no gradient and in 16 bits, else `transformers`' own "sdpa".
+    """
+    if query.requires_grad or value.dtype not in (torch.bfloat16, torch.float16):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    parts = (part.to(value.dtype).transpose(1, 2) for part in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return flash_tiles(*parts, scale), None
+
+
+@torch.library.custom_op("internvl::flash_tiles", mutates_args=())
+def flash_tiles(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Every token sees every token of its tile: (N, T, heads, head size), without gradient."""
+    from flash_attn.cute import flash_attn_func
+
+    found = flash_attn_func(query, key, value, softmax_scale=scale)
+    return found[0] if isinstance(found, tuple) else found
+
+
+@flash_tiles.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    return torch.empty_like(query, memory_format=torch.contiguous_format)

@@ -13,7 +13,7 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, Inter
 from transformers.models.internvl.modeling_internvl import InternVLCausalLMOutputWithPast
 
 from internvl.config import UserError
-from internvl.models import configs, fitting, hub, keys, lora, patches, tail
+from internvl.models import configs, fitting, gelu, hub, keys, lora, patches, tail
 from internvl.models.hub import LazyTensor, ModelFolder, ModelFolderError
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"
@@ -54,6 +54,7 @@ class ChatModel(InternVLForConditionalGeneration):
         if configs.chat_settings(config)["ps_version"] == "v1":
             self.model = ColumnMajorModel(config)
         patches.as_product(self.model.vision_tower.embeddings.patch_embeddings.projection)
+        gelu.rationalize(self.model.vision_tower)
 
     loss_chunk = 1024
     """Supervised positions whose logits exist at the same time."""
