@@ -35,6 +35,9 @@ from internvl.objectives.sft import Sft
 
 WARMUP = 2
 
+_DRAWN = 1024
+"""Samples on disk; epochs go on from there."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -163,7 +166,7 @@ def build(row: Row, folder: Path, device: torch.device, options: argparse.Namesp
     steps = WARMUP + options.steps
     batch = 10 if options.tiny else row.batch
     drawn = workloads.mixture(0) if row.mixture else workloads.coco(0)
-    count = max(1, batch * min(steps, 6) // row.captions)
+    count = max(1, min(batch * steps, _DRAWN) // row.captions)
     samples = list(itertools.islice(drawn, count))
     sources = workloads.write(folder, samples, chat.encoder, captions=row.captions)
     recipe = recipes.resolve(

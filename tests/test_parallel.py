@@ -97,7 +97,8 @@ def test_a_row_takes_the_first_length_that_holds_it():
     padded = [len(parallel.pad(row(), lengths).document) for lengths in ((), (30,), (16, 40, 64))]
     assert padded == [30, 30, 40]
     assert parallel.pad(row(), (64,)).num_tokens == 30
-    assert parallel.pad(row(), (64,)).document[30:].unique().tolist() == [-1]
+    padding = parallel.pad(row(), (30 + 2 * BLOCK + 1,)).document[30:]
+    assert padding.tolist() == [-1] * BLOCK + [-2] * BLOCK + [-3]
 
 
 def test_padding_changes_neither_loss_nor_gradients(model):

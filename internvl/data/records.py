@@ -155,7 +155,7 @@ class PackedBatch:
     position_ids: Tensor
     """int64 (1, L); restarts with every document, a branch goes on from its prefix."""
     document: Tensor
-    """int64 (L,), 0, 1, …; -1 is padding."""
+    """int64 (L,), 0, 1, …; below 0 is padding."""
     branch: Tensor
     """int64 (L,); 0 is the prefix."""
     pixel_values: Tensor | None

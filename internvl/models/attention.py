@@ -72,7 +72,7 @@ def dense_mask(document: Tensor, branch: Tensor) -> Tensor:
     """bool (1, 1, L, L), true where a query (rows) may attend to a key (columns).
 
     document, branch: int64 (L,). A query sees itself and earlier positions of its own document
-    that are in the prefix (branch 0) or in its own branch. Padding (document -1) sees padding.
+    that are in the prefix (branch 0) or in its own branch. Padding (documents below 0) likewise.
     """
     length = len(document)
     query = document.new_ones(length, length, dtype=torch.bool).tril_()

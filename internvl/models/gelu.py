@@ -1,40 +1,36 @@
-"""The tower's GELU without erf: an H200 spends more on its error function than on reading and
-writing the numbers, 3.6 % of a training step of InternVL2-2B."""
+"""The tower's GELU by torch's own kernel, also where blocks are compiled for any number of tiles.
+
+There the compiler's kernel took 0.52 ms for a row's 63 tiles on an H200, torch's own 0.34.
+"""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
-_P = 0.3275911
-_COEFFICIENTS = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
-"""Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26: |error| of erf < 1.5e-7."""
 
-
-class RationalGelu(GELUActivation):
-    """GELU by a rational approximation when training in bfloat16 on a GPU.
-
-    Everywhere else `transformers`' own, so answers are those of the released model, bit for bit.
-    """
+class OwnKernelGelu(GELUActivation):
+    """GELU that a compiler leaves alone on a GPU where no gradient is needed: in a frozen tower."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Of any shape, in the same type."""
-        fast = self.training and input.is_cuda and input.dtype == torch.bfloat16
-        return gelu(input) if fast else super().forward(input)
+        alone = input.is_cuda and not input.requires_grad and torch.compiler.is_compiling()
+        return gelu(input) if alone else super().forward(input)
 
 
+@torch.library.custom_op("internvl::gelu", mutates_args=())
 def gelu(input: Tensor) -> Tensor:
-    """x Φ(x), computed in float32; within 3e-7 |x| of the exact one before it is rounded."""
-    x = input.float()
-    scaled = x * 0.5**0.5
-    t = 1 / (1 + _P * scaled.abs())
-    a1, a2, a3, a4, a5 = _COEFFICIENTS
-    series = t * (a1 + t * (a2 + t * (a3 + t * (a4 + t * a5))))
-    tail = 0.5 * series * torch.exp(-scaled * scaled)  # the normal distribution beyond |x|
-    return (x * torch.where(x > 0, 1 - tail, tail)).to(input.dtype)
+    """x Φ(x), without gradient."""
+    return F.gelu(input)
 
 
-def rationalize(tower: nn.Module) -> None:
-    """Every exact GELU of a tower computes as a `RationalGelu` from now on."""
+@gelu.register_fake
+def _(input: Tensor) -> Tensor:
+    return torch.empty_like(input)
+
+
+def keep_kernel(tower: nn.Module) -> None:
+    """Every exact GELU of a tower is an `OwnKernelGelu` from now on."""
     for module in tower.modules():
         if type(module) is GELUActivation:
-            module.__class__ = RationalGelu
+            module.__class__ = OwnKernelGelu

@@ -54,7 +54,7 @@ class ChatModel(InternVLForConditionalGeneration):
         if configs.chat_settings(config)["ps_version"] == "v1":
             self.model = ColumnMajorModel(config)
         patches.as_product(self.model.vision_tower.embeddings.patch_embeddings.projection)
-        gelu.rationalize(self.model.vision_tower)
+        gelu.keep_kernel(self.model.vision_tower)
 
     loss_chunk = 1024
     """Supervised positions whose logits exist at the same time."""
