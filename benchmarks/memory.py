@@ -82,6 +82,8 @@ def measure(name: str, row: Row, *, tiny: bool) -> dict[str, Any]:
         chat = random_chat(row, device, tiny=tiny)
         recipe = recipe_of(row, chat, Path(folder), device, tiny=tiny)
         now = train.build(recipe, chat)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what drawing random weights took; files take no such detour
         now.row_lengths = now.row_lengths[-1:]  # one shape: less to compile
         batches: list[PackedBatch] = []
         made = now.objective.batches

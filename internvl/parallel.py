@@ -34,9 +34,9 @@ T = TypeVar("T")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-ROW_SHARES = (1 / 4, 1 / 2, 1)
+ROW_SHARES = (1 / 2, 1)
 """Parts of the longest row that rows are padded to. All but the last of a step are nearly full,
-and each length is compiled anew, for 5 s or more."""
+and every length is compiled for, some 15 s each."""
 
 
 def place(model: nn.Module, device: torch.device, dtype: str) -> nn.Module:

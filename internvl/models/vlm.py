@@ -113,8 +113,10 @@ class ChatModel(InternVLForConditionalGeneration):
         embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is None:
             return embeds
-        visual = self.model.get_image_features(pixel_values=pixel_values).pooler_output
-        visual = visual.flatten(0, 1).to(embeds.dtype)
+        # Twice where it is alone: compiled blocks would have code of their own for one tile.
+        tiles = pixel_values if len(pixel_values) > 1 else pixel_values.repeat(2, 1, 1, 1)
+        visual = self.model.get_image_features(pixel_values=tiles).pooler_output
+        visual = visual[: len(pixel_values)].flatten(0, 1).to(embeds.dtype)
         placeholders = input_ids[0] == self.config.image_token_id
         positions = torch.nonzero_static(placeholders, size=len(visual)).squeeze(1)
         return embeds[0].index_copy(0, positions, visual)[None]

@@ -85,16 +85,13 @@ class Sft:
         return "\n".join(lines)
 
     def warmup_batches(self, lengths: Sequence[int]) -> list[PackedBatch]:
-        """For every length a row without tiles and one with a tile, for the longest one with two.
+        """For every length a row with two tiles, or what fits, and one without.
 
-        A compiled tower tells one tile from many; a row without tiles may start without gradient.
+        A row without tiles may start without gradient.
         """
-        longest = max(lengths, default=0)
-        wanted = [(length, tiles) for length in lengths for tiles in (0, 1)] + [(longest, 2)]
         per_tile = self.encoder.tokens_per_tile
-        return [
-            self._made_up(length, tiles) for length, tiles in wanted if tiles * per_tile < length
-        ]
+        most = {length: min(2, (length - 1) // per_tile) for length in lengths}
+        return [self._made_up(length, tiles) for length in lengths for tiles in {most[length], 0}]
 
     def _made_up(self, length: int, num_tiles: int) -> PackedBatch:
         ids = np.zeros(length, dtype=np.int64)
