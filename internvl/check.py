@@ -25,12 +25,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from internvl import dual_flops, findings, handles, log
 from internvl import report as pages
-from internvl.config import EvalConfig, Recipe, UserError
+from internvl.config import DataConfig, EvalConfig, Recipe, UserError
 from internvl.data.chat import ChatEncoder, spans
 from internvl.data.images import BadImage, FileSlice, Picture, is_address, read_rgb
 from internvl.data.index import cache_folder
 from internvl.data.loader import Read, UnitReader
 from internvl.data.order import SampleOrder, UnitRef
+from internvl.data.packing import best_fit
 from internvl.data.pairs import CaptionEncoder
 from internvl.data.records import (
     BadSample,
@@ -48,11 +49,13 @@ from internvl.evals import EVALS
 from internvl.findings import Checked, Counts, FirstStep, Shown
 from internvl.flops import work_of
 from internvl.models import hub, lora, vlm
+from internvl.models.attention import BLOCK
 from internvl.objectives import OBJECTIVES, Objective
 from internvl.objectives.sft import Sft
 
 _CHUNK = 64  # lines that a worker examines at once
 _SHOWN_SAMPLES = 4
+_WORTH_SAYING = 0.02  # of a row
 _PICTURE = 512  # longest side of a picture in the report, pixels
 _COLUMNS = ("line", "kind", "tokens", "tiles", "supervised", "unknown")
 
@@ -320,7 +323,10 @@ def _first_step(
         checked.problems.append(bad)
         return
     checked.arithmetic = "\n".join(
-        [_arithmetic(order, num_steps, total, recipe), _row_line(rows, units, recipe)]
+        [
+            _arithmetic(order, num_steps, total, recipe),
+            _row_line(rows, units, recipe) + _better_rows(units, recipe.data),
+        ]
     )
     work = functools.reduce(operator.add, map(work_of, rows))
     checked.step = FirstStep(work, tuple(row.num_tokens for row in rows), len(order))
@@ -370,6 +376,24 @@ def _row_line(rows: Sequence[PackedBatch], units: Sequence[Unit], recipe: Recipe
         f"{recipe.data.max_tiles} tiles, {tokens / (len(rows) * limit):.1%} full, {tiles} tiles, "
         f"{sum(len(row.targets) for row in rows):,} supervised tokens{saved}"
     )
+
+
+def _better_rows(units: Sequence[Unit], data: DataConfig) -> str:
+    """A `data.row_tokens` close to this one that these units fill better, where there is one."""
+    sizes = [(unit.num_tokens, unit.num_tiles) for unit in units]
+    limit = data.row_tokens or data.max_tokens
+    if data.packing != "best-fit" or max(tokens for tokens, _ in sizes) > limit:
+        return ""
+
+    def fill(length: int) -> float:
+        rows = best_fit(sizes, length, data.max_tiles)
+        return sum(tokens for tokens, _ in sizes) / (length * len(rows)) if len(rows) > 1 else 0.0
+
+    first = max(data.max_tokens, limit * 7 // 8)
+    best = max(range(-(-first // BLOCK) * BLOCK, limit * 9 // 8, BLOCK), key=fill, default=limit)
+    if fill(best) < fill(limit) + _WORTH_SAYING:
+        return ""
+    return f"; data.row_tokens={best} would be {fill(best):.1%} full"
 
 
 def _show(

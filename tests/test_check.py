@@ -3,10 +3,13 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from data_files import SHARED, chat_line, model_folder, picture, recipe, write_lines
 
 from internvl import check
+from internvl.config import DataConfig
+from internvl.data.records import Example, Unit
 
 QUESTION, ANSWER = "<image>\nWhat is this?", "A gradient."
 
@@ -183,3 +186,17 @@ def test_a_meta_file_is_checked(model, images, tmp_path):
     found = check.run(replace(base, data=data))
     assert len(found.counts["good"]) == 2
     assert ["holds 2 samples, not 3" in str(problem) for problem in found.problems] == [True]
+
+
+def test_rows_that_samples_fill_better_are_named():
+    def said(tokens, **data):
+        example = Example("x", np.zeros(tokens, np.int64), np.zeros(tokens, np.int64))
+        settings = {"max_tokens": 512, "row_tokens": 2048, **data}
+        source = {"name": "x", "annotations": "x.jsonl"}
+        units = [Unit((example,), 0, None)] * 70
+        return check._better_rows(units, DataConfig(sources=[source], **settings))
+
+    assert said(310) == "; data.row_tokens=2176 would be 99.7% full"  # 7 x 310 tokens
+    assert said(290) == ""  # 7 x 290 fill 2,048 well enough
+    assert said(310, packing="official") == ""
+    assert said(2100, max_tokens=2048) == ""  # cut into pieces, if at all
