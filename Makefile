@@ -1,4 +1,4 @@
-# make demo    first minutes: train, evaluate, export tiny models on a CPU, open report.html
+# make demo    first minutes: train, evaluate, export tiny models on two cores, open report.html
 # make check   format, lint, types
 # make test    the CPU suite
 # make scripts the benchmark scripts and the demo, in small

@@ -28,12 +28,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from internvl import export, handles, recipes, report, train
+from internvl import export, handles, recipes, report
 from internvl.config import Recipe, UserError
 from internvl.data import openmoji
 from internvl.data.templates import template
 from internvl.demo import page as pages
-from internvl.demo import retrieval
+from internvl.demo import ranks, retrieval
 from internvl.demo.page import LANGUAGES, Reloaded, Timing
 from internvl.models import configs
 from internvl.models.vlm import ChatModel, tokens_per_tile
@@ -84,8 +84,9 @@ def run(folder: Path, *, short: bool = False) -> Path:
     if not (start / "config.json").exists():
         timing.of("making a small model", lambda: start_model(data, start))
     recipe = make_recipe(data, start, folder / "run", size)
-    (folder / "recipe.yaml").write_text(recipes.to_yaml(recipe), encoding="utf-8")
-    timing.of("training and evaluating", lambda: train.run(recipe))
+    file = folder / "recipe.yaml"
+    file.write_text(recipes.to_yaml(recipe), encoding="utf-8")
+    timing.of("training and evaluating", lambda: ranks.train_in_two(recipe, file))
     if not exported.exists():
         timing.of("exporting", lambda: export.run(recipe.run, exported))
     checked = timing.of(
@@ -239,6 +240,8 @@ def make_recipe(data: Path, start: Path, run_folder: Path, size: Size) -> Recipe
                 ],
                 "tiles": {"size": PIXELS, "max": 1, "thumbnail": False},
                 "max_tokens": 512,
+                # So that half a step's samples, what one of the two processes has, are one row.
+                "row_tokens": 1024,
                 "workers": 1,
             },
             "optim": {"lr": 1.5e-3, "warmup_ratio": 0.05, "betas": [0.9, 0.98]},
@@ -248,9 +251,7 @@ def make_recipe(data: Path, start: Path, run_folder: Path, size: Size) -> Recipe
             "epochs": size.epochs,
             "dtype": cpu_dtype(),
             "device": "cpu",
-            # Two threads wait for each other more than they gain on layers this small, and far more
-            # on a machine that does something else too; the second core reads the pictures.
-            "threads": 1,
+            "threads": 1,  # in each of the two processes
             "compute": {"attention": "eager"},
         },
         name="the demo's recipe",

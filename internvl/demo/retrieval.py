@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from transformers import InternVLVisionModel
 
-from internvl import export, handles, recipes, report, train
+from internvl import export, handles, recipes, report
 from internvl.config import Recipe, UserError
 from internvl.data.pair_files import Pairs, read_pairs
 from internvl.data.pairs import clean_caption
 from internvl.data.tokenizers import load_tokenizer
+from internvl.demo import ranks
 from internvl.demo.page import Run, Timing, read_run
 from internvl.models.dual import DualModel
 from internvl.models.dual_configs import DualConfig
@@ -64,8 +65,9 @@ def run(
         tower = handles.load(chat, device="cpu", dtype="float32").model.model.vision_tower
         timing.of("making a small InternVL-14B", lambda: start_model(_names(data), tower, start))
     recipe = make_recipe(data, start, folder / "run", size, dtype)
-    (folder / "recipe.yaml").write_text(recipes.to_yaml(recipe), encoding="utf-8")
-    timing.of("training and evaluating retrieval", lambda: train.run(recipe))
+    file = folder / "recipe.yaml"
+    file.write_text(recipes.to_yaml(recipe), encoding="utf-8")
+    timing.of("training and evaluating retrieval", lambda: ranks.train_in_two(recipe, file))
     if not exported.exists():
         timing.of("exporting it", lambda: export.run(recipe.run, exported, "official"))
     loaded = timing.of("loading it and searching", lambda: compare_loaded(recipe, exported))
