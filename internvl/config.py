@@ -315,9 +315,10 @@ class ComputeConfig:
     attention: Literal["auto", "dense", "flex", "flash", "eager"] = "auto"
     """flex: FlexAttention over the blocks of a row in which anything is seen; flash: the same with
     FlashAttention 4's kernels (Hopper, Blackwell; `pip install internvl[flash]`); dense: a mask
-    over all pairs of tokens; eager: the same with all scores written out, fastest for a small model
-    with short rows on a CPU; auto: flash where it is installed, else flex, on a CPU dense. For
-    pairs of InternVL-14B there is neither flex nor flash."""
+    over all pairs of tokens; eager: the same with all scores written out, on a CPU document by
+    document, fastest there for a small model and short documents; auto: flash where it is
+    installed, else flex, on a CPU dense. For pairs of InternVL-14B there is neither flex nor flash.
+    """
     compile: bool | None = None
     """Compile every block of the model with torch.compile, once for each of the few lengths that
     rows are then padded to (shares of `data.row_tokens`). null: on a GPU."""

@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from internvl import dist
 from internvl.config import ComputeConfig, DataConfig, UserError
 from internvl.data.records import Batch, PackedBatch
-from internvl.models import attention, float8, joined, tail, vlm
+from internvl.models import attention, documents, float8, joined, tail, vlm
 
 T = TypeVar("T")
 
@@ -68,7 +68,12 @@ def arrange(model: Any, device: torch.device, compute: ComputeConfig) -> None:
         attention.register()
         model.set_attn_implementation(_KERNELS[kind])
     elif packs and kind == "eager":
-        model.set_attn_implementation("eager")
+        text = "eager"
+        # What is so already needs more of its attention than scores (GPT-OSS's sinks).
+        if device.type == "cpu" and model.config.text_config._attn_implementation != "eager":
+            documents.register()
+            text = documents.DOCUMENTS
+        model.set_attn_implementation({"text_config": text, "vision_config": "eager"})
     if compute.float8:
         float8.freeze(model, device)
     joined.join(model)  # with the weights that are left

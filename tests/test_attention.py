@@ -11,6 +11,7 @@ from torch import nn
 from internvl import handles
 from internvl.models import attention
 from internvl.models.attention import BLOCK
+from internvl.models.documents import documents_forward, documents_mask
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -67,20 +68,31 @@ class Module(nn.Module):
     is_causal = True
 
 
-def attend(document, branch, device="cpu", requires_grad=False):
-    """(flex, dense) outputs and, with `requires_grad`, gradients of queries, keys and values."""
+FLEX = (attention.flex_forward, attention.block_mask)
+DOCUMENTS = (documents_forward, documents_mask)
+
+
+def attend(document, branch, device="cpu", requires_grad=False, fast=FLEX):
+    """(fast, dense) outputs and, with `requires_grad`, gradients of queries, keys and values."""
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(1, h, len(document), 16, generator=generator) for h in (4, 2, 2)]
     document, branch = document.to(device), branch.to(device)
     found = []
-    for mask in (attention.block_mask, attention.dense_mask):
+    for forward, mask in (fast, (attention.flex_forward, attention.dense_mask)):
         q, k, v = (t.to(device).requires_grad_(requires_grad) for t in tensors)
-        mixed, _ = attention.flex_forward(Module(), q, k, v, mask(document, branch))
+        mixed, _ = forward(Module(), q, k, v, mask(document, branch))
         found.append([mixed])
         if requires_grad:
             mixed.square().sum().backward()
             found[-1] += [q.grad, k.grad, v.grad]
     return zip(*found, strict=True)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_documents_side_by_side_equal_dense(seed):
+    rows = structure(seed, blocks=3)
+    for documents, dense in attend(*rows, requires_grad=True, fast=DOCUMENTS):
+        torch.testing.assert_close(documents, dense, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("seed", range(4))

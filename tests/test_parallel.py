@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from chat_folders import IMAGE_TOKEN_ID, golden_folder
+from chat_folders import IMAGE_TOKEN_ID, golden_folder, official_folder
 from torch import nn
 
 from internvl import handles, parallel
@@ -13,6 +13,7 @@ from internvl.config import ComputeConfig, DataConfig, LoraConfig, UserError
 from internvl.data.records import PackedBatch
 from internvl.models import lora
 from internvl.models.attention import BLOCK, packed_mask
+from internvl.models.documents import DOCUMENTS
 from internvl.models.vlm import Supervision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -189,8 +190,15 @@ def test_written_out_scores_train_the_same(model):
     wanted = loss_and_gradients(model, row())
     parallel.arrange(model, CPU, ComputeConfig(attention="eager"))
     parts = (model.config.text_config, model.config.vision_config)
-    assert [part._attn_implementation for part in parts] == ["eager", "eager"]
+    assert [part._attn_implementation for part in parts] == [DOCUMENTS, "eager"]
     assert_same(loss_and_gradients(model, row()), wanted)
+
+
+def test_attention_with_sinks_stays_its_own(tmp_path):
+    folder = official_folder("GptOssForCausalLM", tmp_path)
+    chat = handles.load(folder, image_token_id=IMAGE_TOKEN_ID, device="cpu", dtype="float32")
+    parallel.arrange(chat.model, CPU, ComputeConfig(attention="eager"))
+    assert chat.model.config.text_config._attn_implementation == "eager"
 
 
 class Doubled(nn.Module):

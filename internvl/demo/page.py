@@ -119,7 +119,10 @@ def make_page(
                     (f"{min(exact):.0%} – {max(exact):.0%}", "held-out pictures named exactly"),
                     (f"{len(chat.rows):,}", f"steps of {chat.recipe.global_batch} samples"),
                     (f"{chat.samples_per_s:,.0f}", "samples a second"),
-                    (f"{chat.rows[-1]['memory_gib']:.1f} GiB", "peak memory"),
+                    (
+                        f"{chat.rows[-1]['memory_gib']:.1f} GiB",
+                        "peak memory of each process",
+                    ),
                     (chat.recipe.dtype, "compute type"),
                 ],
                 note="Every held-out picture is a new combination, such as a known person with "

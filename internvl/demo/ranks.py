@@ -6,12 +6,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 from torch import distributed
 
 from internvl import dist, runfolder, train
 from internvl.config import Recipe
+
+_LONGEST_WAIT = timedelta(minutes=10)
+"""For the other process, which never works alone for longer than a step."""
 
 
 def train_in_two(recipe: Recipe, file: Path) -> None:
@@ -43,7 +47,9 @@ def _another(file: Path) -> Iterator[None]:
     )
     try:
         where = f"tcp://localhost:{port}"
-        distributed.init_process_group("gloo", init_method=where, rank=0, world_size=2)
+        distributed.init_process_group(
+            "gloo", init_method=where, rank=0, world_size=2, timeout=_LONGEST_WAIT
+        )
         yield
     except BaseException:
         other.terminate()

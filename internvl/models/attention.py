@@ -20,6 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from internvl.models.documents import DOCUMENTS, documents_mask
+
 FLEX, FLASH = "internvl_flex", "internvl_flash"
 """Names of the block-sparse attention among `transformers`' attention implementations."""
 
@@ -62,6 +64,8 @@ def packed_mask(
     """
     if implementation in (FLEX, FLASH):
         return block_mask(document, branch)
+    if implementation == DOCUMENTS:
+        return documents_mask(document, branch)
     seen = dense_mask(document, branch)
     if implementation == "eager":
         return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)

@@ -1,0 +1,78 @@
+"""Attention of a packed row document by document, for a CPU: the scores of N short documents are
+N T² numbers instead of the L² of `attention.dense_mask`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+DOCUMENTS = "internvl_documents"
+"""Its name among `transformers`' attention implementations."""
+
+
+def register() -> None:
+    """Make `DOCUMENTS` known to `transformers`; doing it again changes nothing."""
+    AttentionInterface.register(DOCUMENTS, documents_forward)
+    AttentionMaskInterface.register(DOCUMENTS, sdpa_mask)
+
+
+def documents_mask(document: Tensor, branch: Tensor) -> Tensor:
+    """`attention.dense_mask` document by document: float32 (N, 1, T, T) to be added to scores, zero
+    where a query may attend to a key. Documents shorter than T are padded with tokens that see
+    nothing.
+    """
+    sizes = torch.unique_consecutive(document, return_counts=True)[1]
+    place = torch.arange(int(sizes.max()), device=document.device)
+    there = place < sizes[:, None]
+    number = branch.new_full(there.shape, -1).masked_scatter_(there, branch)
+    visible = (number[:, None, :] == 0) | (number[:, None, :] == number[:, :, None])
+    visible &= (place[:, None] >= place) & there[:, :, None]
+    mask = torch.zeros(visible.shape, device=document.device)
+    return mask.masked_fill_(~visible, torch.finfo(mask.dtype).min)[:, None]
+
+
+def documents_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`transformers`' attention signature: (1, heads, L, head size) -> (1, L, heads, head size).
+
+    Args:
+        attention_mask: what `documents_mask` made of the row. With a mask of truth values or none
+            (when answers are generated) this is `transformers`' own "sdpa".
+    """
+    if attention_mask is None or attention_mask.dtype == torch.bool:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    assert dropout == 0.0, "attention of documents drops no attention weights"
+    number, _, longest, _ = attention_mask.shape
+    # A token sees at least itself, and padding nothing.
+    there = attention_mask.diagonal(dim1=2, dim2=3).flatten() == 0
+    places = there.nonzero().squeeze(1)
+
+    def apart(states: Tensor) -> Tensor:
+        """(1, heads, L, head size) -> (N, heads, T, head size)."""
+        _, heads, _, size = states.shape
+        rows = states.new_zeros(number * longest, heads, size)
+        rows = rows.index_copy(0, places, states[0].transpose(0, 1))
+        return rows.view(number, longest, heads, size).transpose(1, 2)
+
+    groups = query.shape[1] // key.shape[1]
+    # Rotation gives float32 where weights are.
+    query, key, value = (apart(states.to(value.dtype)) for states in (query, key, value))
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = query @ key.transpose(2, 3) * scale + attention_mask
+    mixed = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+    return mixed.transpose(1, 2).flatten(0, 1).index_select(0, places)[None], None
