@@ -261,20 +261,25 @@ class Blocks:
         return around + kept * each + (count - kept) * entered + again
 
     def last_block(self, row: Shape) -> float:
-        """Bytes kept of the last one, whose MLP may see supervised positions alone."""
-        whole, block = self.decoder_block(row.tokens), self.layers[-1]
-        if not tail.fits(block):
+        """Bytes kept of the last one, whose MLP may see supervised positions alone, uncompiled."""
+        whole = self.decoder_block(row.tokens)
+        if not tail.fits(self.layers[-1]):
             return whole
+        all_of_it, positions = self._mlp_token(self.compiled), self._mlp_token(False)
+        return whole - row.tokens * all_of_it + row.supervised * positions
+
+    def _mlp_token(self, compiled: bool) -> float:
+        """Bytes kept of a token by the last block's second half."""
+        block = self.layers[-1]
         d, inner, own = self.text.hidden_size, self._inner_width(), _own(block)
         rank, inputs, masked = self._adapters(block.mlp)
         apart = own or (rank and not self.joined)
-        if self.compiled:
+        if compiled:
             narrow, wide = (3 * inner + 2 * d if apart else 2 * inner + d), 0
         else:
             written = 4 * inner + d if masked else 3 * inner
             narrow, wide = (4 * inner + 2 * d if apart else written), (2 if own else 1) * d
-        each = self.number * (narrow + inputs + rank) + 4 * wide + masked + 4
-        return whole - (row.tokens - row.supervised) * each
+        return self.number * (narrow + inputs + rank) + 4 * wide + masked + 4
 
     def decoder_block(self, tokens: int) -> float:
         """Bytes kept of one block of the language model for a row of `tokens`."""

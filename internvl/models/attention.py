@@ -20,12 +20,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from internvl import log
 from internvl.models.documents import DOCUMENTS, documents_mask
 
-FLEX, FLASH = "internvl_flex", "internvl_flash"
-"""Names of the block-sparse attention among `transformers`' attention implementations."""
+FLEX, FLASH = "internvl_flex", "internvl_fa4"
+"""Names of the block-sparse attention among `transformers`' attention implementations, which takes
+every name with "flash" in it for one of its own."""
 
-TOWER = "internvl_tower_flash"
+TOWER = "internvl_fa4_tiles"
 """Name of FlashAttention 4's kernel for whole tiles of a frozen tower."""
 
 BLOCK = 128
@@ -47,10 +49,22 @@ def register() -> None:
 
 def has_flash(device: torch.device) -> bool:
     """Whether FlashAttention 4 is installed and this GPU is one it is written for."""
-    if device.type != "cuda" or not torch.cuda.is_available() or find_spec("flash_attn") is None:
+    if device.type != "cuda" or not torch.cuda.is_available():
         return False
-    capable = torch.cuda.get_device_capability(device)[0] in (9, 10)
-    return capable and find_spec("flash_attn.cute") is not None
+    return torch.cuda.get_device_capability(device)[0] in (9, 10) and _flash_works()
+
+
+@cache
+def _flash_works() -> bool:
+    if find_spec("flash_attn") is None:
+        return False
+    try:
+        import flash_attn.cute.interface  # noqa: F401
+    except ImportError as error:
+        said = "FlashAttention 4 is not used, for it cannot be imported: %s"
+        log.get_logger().warning(said, error)
+        return False
+    return True
 
 
 def packed_mask(

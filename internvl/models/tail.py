@@ -11,7 +11,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -34,17 +33,14 @@ class Tail(GradientCheckpointingLayer):
         self, hidden_states: Tensor, *, positions: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
         """(B, L, D) -> (B, L, D), or (B, M, D) with `positions`."""
-        attend = _compiled(_attend, False) if self.compiled else _attend
-        feed_forward = _compiled(_feed_forward, True) if self.compiled else _feed_forward
+        attend = _compiled_attend() if self.compiled else _attend
         hidden = attend(self, hidden_states, **kwargs)
-        if positions is None:
-            return feed_forward(self, hidden)
-        # Two at least: the compiler would make code of its own for one, and for none.
-        taken = F.pad(positions, (0, max(0, 2 - len(positions))))
-        return feed_forward(self, hidden.index_select(1, taken))[:, : len(positions)]
+        if positions is not None:
+            hidden = hidden.index_select(1, positions)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Its two halves: the first for each length of a row, the second for any number."""
+        """The first half, for each length of a row; few positions gain nothing from the second."""
         self.compiled = True
 
 
@@ -101,11 +97,6 @@ def _attend(block: Any, hidden: Tensor, **kwargs: Any) -> Tensor:
     return hidden + mixed
 
 
-def _feed_forward(block: Any, hidden: Tensor) -> Tensor:
-    """(B, M, D) -> (B, M, D): norm, MLP and what is added to it."""
-    return hidden + block.mlp(block.post_attention_layernorm(hidden))
-
-
 @cache
-def _compiled(half: Any, dynamic: bool) -> Any:
-    return torch.compile(half, dynamic=dynamic)
+def _compiled_attend() -> Any:
+    return torch.compile(_attend, dynamic=False)

@@ -26,8 +26,6 @@ from internvl.data.sources import Source
 from internvl.rows import summed_loss
 
 _SHOWN_SAMPLES = 2
-_SUPERVISED = 64
-"""Labels of a made-up row. The compiler tunes the last MLP to it; its code takes any number."""
 
 
 class Sft:
@@ -97,7 +95,7 @@ class Sft:
         ids = np.zeros(length, dtype=np.int64)
         ids[: num_tiles * self.encoder.tokens_per_tile] = self.encoder.context_id
         labels = np.full(length, IGNORE, dtype=np.int64)
-        labels[max(length - _SUPERVISED, num_tiles * self.encoder.tokens_per_tile) :] = 0
+        labels[-1] = 0
         side = self.data.tiles.size
         tiles = torch.zeros(num_tiles, 3, side, side, dtype=torch.uint8) if num_tiles else None
         example = Example(f"made-up row of {length} tokens", ids, labels)
