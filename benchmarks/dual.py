@@ -10,11 +10,11 @@ captions of COCO's lengths, and the loader's workers; shares are needed FLOPs (d
 package) over the rate of an 8192³ bfloat16 product of the same process. `hours` are those of the
 recipe's steps.
 
-    lora_224_kept   the LoRA recipe in micro-batches of 16, nothing computed again
+    lora_224_kept   the LoRA recipe in micro-batches of 32, nothing computed again
     encode_224      pictures as C and G, texts: as loaded, and with compiled blocks
     head_224        the head recipe: all 128 pairs at once
     caption_224     beam 5, 30 tokens, batch 1, 16 and 64
-    lora_364        LoRA at 364 px, global batch 1,024 in micro-batches of 8, nothing computed again
+    lora_364        LoRA at 364 px, global batch 1,024 in micro-batches of 16, nothing computed again
     full_364        all weights: says what one GPU lacks for it
     lora_224        the recipe as it is: 4 micro-batches of 32, checkpointing
     lora_224_once   all 128 pairs at once, no gradient caching, checkpointing
@@ -74,13 +74,13 @@ class Training:
 _KEPT = "compute.checkpointing=none"
 _LORA = "lora_flickr30k"
 ROWS: dict[str, Training | str] = {
-    "lora_224_kept": Training(_LORA, (_KEPT, "objective.micro_batch=16"), steps=3),
+    "lora_224_kept": Training(_LORA, (_KEPT, "objective.micro_batch=32"), steps=3),
     "encode_224": "encode",
     "head_224": Training("head_flickr30k", steps=6),
     "caption_224": "caption",
     "lora_364": Training(
         _LORA,
-        (_KEPT, "objective.micro_batch=8"),
+        (_KEPT, "objective.micro_batch=16"),
         pixels=364,
         global_batch=1024,
         warmup=0,

@@ -86,9 +86,10 @@ def times(
     encoded = replace(load.captions, matches=0, written=0, supervised=0)
     first = dual_flops.count(model, encoded.work(samples, queries))
     micro_batches = round(load.rows / num_gpus)
-    cached = 1.0 if load.captions.text and micro_batches > 1 else 0.0
+    twice = max(0, micro_batches - 1)  # the first goes on from where the first pass left it
+    cached = twice / max(1, micro_batches) if load.captions.text else 0.0
     batch = dual_footprint.Batch(model, recipe, load.pairs, load.captions, compiled=compiled)
-    seen_again = cached * (1 - batch.kept(micro_batches) / batch.visual_tokens(micro_batches))
+    seen_again = cached * (1 - batch.kept(twice) / batch.visual_tokens(max(1, twice)))
     share = {"none": 0.0, "selective": 0.5, "full": 1.0}[recipe.compute.checkpointing]
     vision, language = model.model.vision_tower, model.model.language_model
     again_seen, again = share * flops.trains(vision), share * flops.trains(language)

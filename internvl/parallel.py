@@ -39,6 +39,11 @@ ROW_SHARES = (1 / 2, 1)
 and every length is compiled for, some 15 s each."""
 
 
+_COMPILE = {"fallback_random": True}
+"""Masks of dropout by torch's own generator, which makes four numbers at a time. Inside compiled
+kernels every number costs as much as four, and those were bound by it."""
+
+
 def place(model: nn.Module, device: torch.device, dtype: str) -> nn.Module:
     """The model on its device: trained weights in float32, frozen ones in the compute type.
 
@@ -83,9 +88,10 @@ def arrange(model: Any, device: torch.device, compute: ComputeConfig) -> None:
         _checkpoint(model, 1 if compute.checkpointing == "full" else 2)
     if _compiles(compute, device):
         for block in model.model.language_model.layers:
-            block.compile(dynamic=not packs)  # rows have few lengths, captions many
+            # Rows have few lengths, captions many.
+            block.compile(dynamic=not packs, options=_COMPILE)
         for block in model.model.vision_tower.encoder.layer:
-            block.compile(dynamic=True)  # any number of tiles
+            block.compile(dynamic=True, options=_COMPILE)  # any number of tiles
 
 
 _KERNELS = {

@@ -128,7 +128,9 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> dict[str, float]:
     run.model.train()
     parallel.seed(recipe.seed, run.step)
     with parallel.several_shapes():
-        with parallel.autocast(run.device, recipe.dtype), parallel.attending(recipe.compute):
+        autocast = parallel.autocast(run.device, recipe.dtype)
+        saved = parallel.offloaded(run.model, run.device, recipe.compute)
+        with autocast, parallel.attending(recipe.compute), saved:
             rows = parallel.on_device(micro_batches, run.device)
             try:
                 objective.begin_step(run.model, rows, counts)

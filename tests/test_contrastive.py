@@ -256,18 +256,18 @@ def test_a_frozen_tower_looks_once(project, name):
     made = objective(dual, name, micro_batch=3)
     units = pairs(project, made)
     seen, found = looks(dual.model, made, units)
-    assert seen == [3, 3, 2]
+    assert seen == [3, 2, 3]
     assert not made._cached
     dual.model.kept_bytes = 0
     seen, wanted = looks(dual.model, made, units)
-    assert seen == [3, 3, 2, 3, 3, 2]
+    assert seen == [3, 2, 3, 3, 2]  # the first comes last, and goes on from there
     assert found[0] == wanted[0]
     assert all(torch.equal(found[1][n], wanted[1][n]) for n in wanted[1])
     with torch.no_grad():
         vision = dual.model.vision_tokens(torch.zeros(3, 3, 84, 84))
     dual.model.kept_bytes = vision.nbytes  # room for one of them
     seen, again = looks(dual.model, made, units)
-    assert seen == [3, 3, 2, 3, 2]
+    assert seen == [3, 2, 3, 2]
     assert again[0] == wanted[0]
 
 
@@ -283,7 +283,7 @@ def test_micro_batches_under_a_frozen_tower_equal_one_batch(project):
     seen, (means, wanted) = looks(dual.model, whole, units)
     assert seen == [8]
     seen, (found, cached) = looks(dual.model, cut, units)
-    assert seen == [3, 3, 2]
+    assert seen == [3, 2, 3]
     assert found == pytest.approx(means, rel=1e-5)
     assert_same(cached, wanted)
 
@@ -293,9 +293,8 @@ def test_a_frozen_tower_that_drops_blocks_looks_twice(project):
     settings = ObjectiveConfig(name="retrieval", micro_batch=4, weights={"itm": 0})
     made = Recording(settings, DataConfig(tiles=TilesConfig(size=84)), dual.encoder)
     seen, _ = looks(dual.model, made, pairs(project, made))
-    assert seen == [4, 4, 4, 4]
-    first, second, first_again, second_again = made.seen
-    assert torch.equal(first, first_again)
+    assert seen == [4, 4, 4]
+    second, _, second_again = made.seen
     assert torch.equal(second, second_again)
 
 
@@ -326,14 +325,13 @@ def test_both_passes_have_the_same_features(project, compute):
     made = Recording(settings, DataConfig(tiles=TilesConfig(size=84)), dual.encoder)
     with parallel.several_shapes():
         gradients(dual.model, made, pairs(project, made, range(6)))
-    first, second, first_again, second_again = made.seen
-    assert torch.equal(first, first_again)
+    second, first, second_again = made.seen
     assert torch.equal(second, second_again)
     torch.manual_seed(0)
     made.seen = []
     with parallel.several_shapes():
         gradients(dual.model, made, pairs(project, made, range(6)))
-    assert not torch.equal(made.seen[0], first)  # there is something to draw
+    assert not torch.equal(made.seen[1], first)  # there is something to draw
     torch._dynamo.reset()  # what was compiled counts against other tests' limits
 
 
@@ -349,9 +347,11 @@ def test_both_passes_draw_the_same_random_numbers(project):
     torch.manual_seed(5)
     model.zero_grad(set_to_none=True)
     batches, features, matched = made.batches(units), [], 0.0
-    seeds = [int(torch.randint(2**62, ())) for _ in batches]
+    # The first micro-batch goes on from the generator's state.
+    seeds = [None, *(int(torch.randint(2**62, ())) for _ in batches[1:])]
     for seed, batch in zip(seeds, batches, strict=True):
-        torch.manual_seed(seed)
+        if seed is not None:
+            torch.manual_seed(seed)
         vision = model.vision_tokens(made._normalized(batch))
         features.append(made.features(model, vision, batch))
         mask = model.joint_mask("itm", batch.match_mask)

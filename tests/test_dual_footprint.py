@@ -155,14 +155,16 @@ def test_what_a_frozen_tower_saw_is_kept_for_the_second_pass(choice):
     batches = [batch_of(objective)] * 3
     with torch.autocast("cpu", torch.bfloat16):
         objective.begin_step(model, iter(batches), {})
-    saw = [cached.vision for cached in objective._cached if cached.vision is not None]
+    first, *others = objective._cached
+    assert first.features is not None  # goes on from here, so nothing is seen again
+    saw = [cached.vision for cached in others if cached.vision is not None]
     captions = dual_flops.step_of(batches[:1], objective.weights, PAIRS).captions
     empty = plan.model_of(recipe, config)
     batch = dual_footprint.Batch(empty, recipe, PAIRS, captions, compiled=False)
-    assert batch.kept(3) == sum(vision.nbytes for vision in saw)
+    assert batch.kept(2) == sum(vision.nbytes for vision in saw)
     assert bool(saw) == (choice in ("head", "queries"))
     empty.kept_bytes = batch.visual_tokens(1)
-    assert batch.kept(3) == (batch.visual_tokens(1) if saw else 0)
+    assert batch.kept(2) == (batch.visual_tokens(1) if saw else 0)
 
 
 def test_a_plan_knows_who_looks_twice():

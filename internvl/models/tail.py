@@ -7,7 +7,6 @@ products, so these positions are taken out before it, not after it.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ class Tail(GradientCheckpointingLayer):
 
     positions: Tensor | None = None
     """int64 (M,), while a forward pass is `at` them; they may repeat."""
-    compiled = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Given here as an argument, and so remembered for what is computed again later.
@@ -33,15 +31,19 @@ class Tail(GradientCheckpointingLayer):
         self, hidden_states: Tensor, *, positions: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
         """(B, L, D) -> (B, L, D), or (B, M, D) with `positions`."""
-        attend = _compiled_attend() if self.compiled else _attend
-        hidden = attend(self, hidden_states, **kwargs)
+        hidden = self.attend(hidden_states, **kwargs)
         if positions is not None:
             hidden = hidden.index_select(1, positions)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
+    def attend(self, hidden: Tensor, **kwargs: Any) -> Tensor:
+        """(B, L, D) -> (B, L, D): norm, attention and what is added to it."""
+        mixed, _ = self.self_attn(hidden_states=self.input_layernorm(hidden), **kwargs)
+        return hidden + mixed
+
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """The first half, for each length of a row; few positions gain nothing from the second."""
-        self.compiled = True
+        self.attend = torch.compile(self.attend, *args, **kwargs)  # type: ignore[method-assign]
 
 
 class LlamaTail(Tail, LlamaDecoderLayer):
@@ -89,14 +91,3 @@ def at(blocks: Sequence[nn.Module], positions: Tensor) -> Iterator[bool]:
         yield True
     finally:
         last.positions = None
-
-
-def _attend(block: Any, hidden: Tensor, **kwargs: Any) -> Tensor:
-    """(B, L, D) -> (B, L, D): norm, attention and what is added to it."""
-    mixed, _ = block.self_attn(hidden_states=block.input_layernorm(hidden), **kwargs)
-    return hidden + mixed
-
-
-@cache
-def _compiled_attend() -> Any:
-    return torch.compile(_attend, dynamic=False)

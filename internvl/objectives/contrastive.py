@@ -40,8 +40,8 @@ _SHOWN_SAMPLES = 3
 class Cached:
     """What the first pass left of a micro-batch."""
 
-    seed: int
-    """Of the random numbers that both passes draw."""
+    seed: int | None
+    """Of the random numbers that both passes draw; None where there is nothing to draw again."""
     loss: Tensor
     """The contrastive sum over its pairs."""
     gradient: Tensor
@@ -49,7 +49,9 @@ class Cached:
     scale_gradient: Tensor
     """Of the same with respect to the logit scale; all of it is at the first micro-batch."""
     vision: Tensor | None
-    """Visual tokens, (B, N, W), where the tower would see the same again."""
+    """Visual tokens, (B, N, W), where the tower would see the same again, or with their graph."""
+    features: Tensor | None
+    """With their graph, of the micro-batch that comes next: nothing of it is computed again."""
 
 
 class Retrieval:
@@ -123,9 +125,11 @@ class Retrieval:
         first = list(islice(batches, 2))
         if "itc" not in self.weights or set(dist.gather_objects(len(first))) == {1}:
             return
-        seeds, seen, encoded, image_ids, counted = [], [], [], [], []
-        room = model.kept_bytes
-        for pairs in chain(first, batches):
+        seen, encoded, image_ids, counted = [], [], [], []
+        seeds: list[int | None] = []
+        room, features = model.kept_bytes, None
+        # The first comes last: it is the next to be trained on, and its graph is kept for that.
+        for pairs in chain(first[1:], batches):
             device = pairs.pixel_values.device
             seeds.append(int(torch.randint(2**62, ())))
             with _nothing_kept(), _random_numbers(seeds[-1], device):
@@ -138,6 +142,14 @@ class Retrieval:
                 encoded.append(self.features(model, vision, pairs).detach())
             image_ids.append(pairs.image_ids)
             counted.append(pairs.text_counts)
+        for pairs in first[:1]:
+            vision = model.vision_tokens(self._normalized(pairs))
+            features = self.features(model, vision, pairs)
+            seeds.insert(0, None)
+            seen.insert(0, vision)
+            encoded.insert(0, features.detach())
+            image_ids.insert(0, pairs.image_ids)
+            counted.insert(0, pairs.text_counts)
         if not encoded:  # only bad samples on this rank; the others wait for its (no) features
             encoded = [self._no_features(model)]
             image_ids = [encoded[0].new_zeros(0, dtype=torch.long)]
@@ -151,8 +163,8 @@ class Retrieval:
         for seed, vision, loss, part in zip(
             seeds, seen, losses.split(sizes), gradient.split(sizes), strict=False
         ):
-            self._cached.append(Cached(seed, loss.sum(), part, scale_gradient, vision))
-            scale_gradient = torch.zeros_like(scale_gradient)
+            self._cached.append(Cached(seed, loss.sum(), part, scale_gradient, vision, features))
+            scale_gradient, features = torch.zeros_like(scale_gradient), None
 
     def __call__(self, model: Any, batch: PairBatch) -> dict[str, Tensor]:
         cached = self._cached.popleft() if self._cached else None
@@ -185,7 +197,9 @@ class Retrieval:
     def _contrast(
         self, model: Any, vision: Tensor, batch: PairBatch, cached: Cached | None
     ) -> Tensor:
-        features = self.features(model, vision, batch)
+        features = None if cached is None else cached.features
+        if features is None:
+            features = self.features(model, vision, batch)
         scale = model.logit_scale.float()
         if cached is None:
             return (self._losses(features, batch.image_ids, scale) * batch.text_counts).sum()
