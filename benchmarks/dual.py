@@ -14,7 +14,7 @@ recipe's steps.
     encode_224      pictures as C and G, texts: as loaded, and with compiled blocks
     head_224        the head recipe: all 128 pairs at once
     caption_224     beam 5, 30 tokens, batch 1, 16 and 64
-    lora_364        LoRA at 364 px, global batch 1,024 in micro-batches of 16, nothing computed again
+    lora_364        LoRA at 364 px, global batch 1,024 in micro-batches of 16, nothing again
     full_364        all weights: says what one GPU lacks for it
     lora_224        the recipe as it is: 4 micro-batches of 32, checkpointing
     lora_224_once   all 128 pairs at once, no gradient caching, checkpointing
