@@ -333,10 +333,8 @@ def made_up(run, num_tiles, num_words):
 @pytest.mark.parametrize(
     "trained", ["model.train=[multi_modal_projector]", "model.train=[language_model]"]
 )
-def test_nothing_is_compiled_after_the_warm_up(project, tmp_path, trained, request):
-    torch._dynamo.reset()
-    if "projector" in trained:  # code for one of the two is enough
-        request.getfixturevalue("graphs_alone")
+@pytest.mark.usefixtures("graphs_alone")
+def test_nothing_is_compiled_after_the_warm_up(project, tmp_path, trained):
     counters.clear()
     settings = ["compute.compile=true", "model.lora={rank: 4}", trained]
     if "language" in trained:
