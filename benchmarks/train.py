@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import transformers
 import workloads
+from rows import commit
 from torch._dynamo.utils import counters
 
 from internvl import flops, log, parallel, recipes, train
@@ -238,7 +239,7 @@ def report(
         "hardware": _hardware(now.device),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -276,12 +277,6 @@ def profile(now: train.Run, device: torch.device) -> None:
 
 def _hardware(device: torch.device) -> str:
     return f"1 x {torch.cuda.get_device_name()}" if device.type == "cuda" else "CPU"
-
-
-def _commit() -> str:
-    words = ["git", "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or os.environ.get("COMMIT", "unknown")
 
 
 def main() -> None:
