@@ -134,8 +134,8 @@ def _checkpoint(model: Any, every: int) -> None:
 
 def row_lengths(compute: ComputeConfig, device: torch.device, data: DataConfig) -> tuple[int, ...]:
     """Lengths that rows are padded to, ascending; none where any length does."""
-    blocks_wide = _attention(compute, device) in _KERNELS
-    if not (blocks_wide or _compiles(compute, device)):
+    auto = compute.attention == "auto" and device.type == "cuda"
+    if not (auto or compute.attention in _KERNELS or _compiles(compute, device)):
         return ()
     longest = data.row_tokens or data.max_tokens
     blocks = {math.ceil(longest * share / attention.BLOCK) for share in ROW_SHARES}

@@ -79,6 +79,7 @@ def test_trained_weights_are_float32_and_frozen_ones_compute(model):
         ({}, CPU, ()),
         ({}, GPU, (512, 1024)),
         ({"attention": "dense", "compile": False}, GPU, ()),
+        ({"attention": "flash"}, GPU, (512, 1024)),  # a plan needs no GPU
         ({"compile": True}, CPU, (512, 1024)),
     ],
 )
@@ -88,10 +89,9 @@ def test_lengths_of_rows(compute, device, lengths):
     assert all(length % BLOCK == 0 for length in lengths)
 
 
-def test_flash_is_refused_where_it_is_not():
-    data = DataConfig(sources=SOURCES)
+def test_flash_is_refused_where_it_is_not(model):
     with pytest.raises(UserError, match=r"pip install 'internvl\[flash\]'"):
-        parallel.row_lengths(ComputeConfig(attention="flash"), CPU, data)
+        parallel.arrange(model, CPU, ComputeConfig(attention="flash"))
 
 
 def test_a_row_takes_the_first_length_that_holds_it():
