@@ -135,8 +135,8 @@ def test_coco_lora(model: str, max_tokens: int) -> None:
     assert found.global_batch == 512
     assert found.num_steps(566_747) == 1_106
     assert found.data.max_tokens == max_tokens
-    # What the rate was measured with; 64 tiles of 256 tokens fill such a row.
-    assert (found.data.row_tokens, found.data.max_tiles) == (16384, 64)
+    # What the rate was measured with: nine pictures of seven tiles, their questions and captions.
+    assert (found.data.row_tokens, found.data.max_tiles) == (16640, 64)
     assert (found.data.tiles.max, found.data.tiles.thumbnail) == (6, True)
     (evaluation,) = found.evals.values()
     assert evaluation.prompt == "Provide a one-sentence caption for the provided image."
