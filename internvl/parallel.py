@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from internvl import dist
@@ -269,6 +270,26 @@ def attending(compute: ComputeConfig) -> AbstractContextManager[Any]:
 def several_shapes() -> AbstractContextManager[None]:
     """Lets torch keep the code for every row length; by itself it gives up at eight graphs."""
     return torch._dynamo.config.patch(recompile_limit=64)
+
+
+@contextmanager
+def compiling(compute: ComputeConfig, device: torch.device) -> Iterator[None]:
+    """Inside, code is built for the first time.
+
+    Raises:
+        UserError: FlashAttention 4 and this torch do not go together, and what to do.
+    """
+    try:
+        with several_shapes():
+            yield
+    except (BackendCompilerFailed, TypeError) as error:  # TypeError: called as another version is
+        if _attention(compute, device) != "flash":
+            raise
+        raise UserError(
+            "FlashAttention 4 does not run as this torch calls it "
+            f"({str(error).strip().splitlines()[0]}): take another version of flash-attn-4, or do "
+            "without it, compute.attention=flex"
+        ) from error
 
 
 def same_random_numbers(device: torch.device) -> AbstractContextManager[None]:

@@ -219,7 +219,7 @@ def warm_up(now: Run) -> None:
     started = time.perf_counter()
     batches = now.objective.warmup_batches(now.row_lengths)
     now.model.train()
-    with parallel.several_shapes():
+    with parallel.compiling(now.recipe.compute, now.device):
         for batch in parallel.on_device(batches, now.device):
             _backward(now, batch, now.objective.counts(batch))
             now.optimizer.zero_grad(set_to_none=True)

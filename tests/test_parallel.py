@@ -94,6 +94,15 @@ def test_flash_is_refused_where_it_is_not(model):
         parallel.arrange(model, CPU, ComputeConfig(attention="flash"))
 
 
+def test_what_fails_to_compile_is_blamed_on_flash_alone(monkeypatch):
+    with pytest.raises(TypeError, match="ours"), parallel.compiling(ComputeConfig(), CPU):
+        raise TypeError("ours")
+    monkeypatch.setattr(parallel.attention, "has_flash", lambda device: True)
+    wanted = "as this torch calls it .no such argument.: .* compute.attention=flex"
+    with pytest.raises(UserError, match=wanted), parallel.compiling(ComputeConfig(), GPU):
+        raise TypeError("no such argument\nand more")
+
+
 def test_a_row_takes_the_first_length_that_holds_it():
     padded = [len(parallel.pad(row(), lengths).document) for lengths in ((), (30,), (16, 40, 64))]
     assert padded == [30, 30, 40]
