@@ -56,6 +56,7 @@ from internvl.objectives.sft import Sft
 _CHUNK = 64  # lines that a worker examines at once
 _SHOWN_SAMPLES = 4
 _WORTH_SAYING = 0.02  # of a row
+_MOST_PACKED = 512  # units that row lengths are tried on
 _PICTURE = 512  # longest side of a picture in the report, pixels
 _COLUMNS = ("line", "kind", "tokens", "tiles", "supervised", "unknown")
 
@@ -380,7 +381,7 @@ def _row_line(rows: Sequence[PackedBatch], units: Sequence[Unit], recipe: Recipe
 
 def _better_rows(units: Sequence[Unit], data: DataConfig) -> str:
     """A `data.row_tokens` close to this one that these units fill better, where there is one."""
-    sizes = [(unit.num_tokens, unit.num_tiles) for unit in units]
+    sizes = [(unit.num_tokens, unit.num_tiles) for unit in units[:_MOST_PACKED]]
     limit = data.row_tokens or data.max_tokens
     if data.packing != "best-fit" or max(tokens for tokens, _ in sizes) > limit:
         return ""

@@ -203,6 +203,17 @@ def test_written_out_scores_train_the_same(model):
     assert_same(loss_and_gradients(model, row()), wanted)
 
 
+def test_one_long_document_among_short_ones_is_not_taken_apart(model):
+    """Twelve times 19 x 19 scores would be more than 30 x 30."""
+    uneven = replace(row(), document=torch.cat([torch.zeros(19), torch.arange(1, 12)]).long())
+    assert packed_mask(DOCUMENTS, row().document, row().branch, torch.float32).shape[0] == 2
+    mask = packed_mask(DOCUMENTS, uneven.document, uneven.branch, torch.float32)
+    assert mask.shape == (1, 1, 30, 30)
+    wanted = loss_and_gradients(model, uneven)
+    parallel.arrange(model, CPU, ComputeConfig(attention="eager"))
+    assert_same(loss_and_gradients(model, uneven), wanted)
+
+
 def test_attention_with_sinks_stays_its_own(tmp_path):
     folder = official_folder("GptOssForCausalLM", tmp_path)
     chat = handles.load(folder, image_token_id=IMAGE_TOKEN_ID, device="cpu", dtype="float32")

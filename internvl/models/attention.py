@@ -21,7 +21,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from internvl import log
-from internvl.models.documents import DOCUMENTS, documents_mask
+from internvl.models import documents
+from internvl.models.documents import DOCUMENTS
 
 FLEX, FLASH = "internvl_flex", "internvl_fa4"
 """Names of the block-sparse attention among `transformers`' attention implementations, which takes
@@ -78,10 +79,10 @@ def packed_mask(
     """
     if implementation in (FLEX, FLASH):
         return block_mask(document, branch)
-    if implementation == DOCUMENTS:
-        return documents_mask(document, branch)
+    if implementation == DOCUMENTS and documents.saves(document):
+        return documents.documents_mask(document, branch)
     seen = dense_mask(document, branch)
-    if implementation == "eager":
+    if implementation in ("eager", DOCUMENTS):
         return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
     return seen
 

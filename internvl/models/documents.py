@@ -20,6 +20,12 @@ def register() -> None:
     AttentionMaskInterface.register(DOCUMENTS, sdpa_mask)
 
 
+def saves(document: Tensor) -> bool:
+    """Whether N T² is less than L²: not for one long document among many short ones."""
+    sizes = torch.unique_consecutive(document, return_counts=True)[1]
+    return len(sizes) * int(sizes.max()) ** 2 < len(document) ** 2
+
+
 def documents_mask(document: Tensor, branch: Tensor) -> Tensor:
     """`attention.dense_mask` document by document: float32 (N, 1, T, T) to be added to scores, zero
     where a query may attend to a key. Documents shorter than T are padded with tokens that see
@@ -48,8 +54,9 @@ def documents_forward(
     """`transformers`' attention signature: (1, heads, L, head size) -> (1, L, heads, head size).
 
     Args:
-        attention_mask: what `documents_mask` made of the row. With a mask of truth values or none
-            (when answers are generated) this is `transformers`' own "sdpa".
+        attention_mask: what `documents_mask` made of the row, or the same for all of it as one
+            document, (1, 1, L, L). With a mask of truth values or none (when answers are
+            generated) this is `transformers`' own "sdpa".
     """
     if attention_mask is None or attention_mask.dtype == torch.bool:
         return sdpa_attention_forward(
