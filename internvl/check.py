@@ -383,14 +383,15 @@ def _better_rows(units: Sequence[Unit], data: DataConfig) -> str:
     """A `data.row_tokens` close to this one that these units fill better, where there is one."""
     sizes = [(unit.num_tokens, unit.num_tiles) for unit in units[:_MOST_PACKED]]
     limit = data.row_tokens or data.max_tokens
-    if data.packing != "best-fit" or max(tokens for tokens, _ in sizes) > limit:
+    largest = max(tokens for tokens, _ in sizes)  # more than a sample's where captions share one
+    if data.packing != "best-fit" or largest > limit:
         return ""
 
     def fill(length: int) -> float:
         rows = best_fit(sizes, length, data.max_tiles)
         return sum(tokens for tokens, _ in sizes) / (length * len(rows)) if len(rows) > 1 else 0.0
 
-    first = max(data.max_tokens, limit * 7 // 8)
+    first = max(data.max_tokens, largest, limit * 7 // 8)
     best = max(range(-(-first // BLOCK) * BLOCK, limit * 9 // 8, BLOCK), key=fill, default=limit)
     if fill(best) < fill(limit) + _WORTH_SAYING:
         return ""

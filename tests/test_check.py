@@ -200,3 +200,4 @@ def test_rows_that_samples_fill_better_are_named():
     assert said(290) == ""  # 7 x 290 fill 2,048 well enough
     assert said(310, packing="official") == ""
     assert said(2100, max_tokens=2048) == ""  # cut into pieces, if at all
+    assert said(2000) == ""  # a shorter row would not hold one
