@@ -3,12 +3,19 @@
 Blocks of the tower and of QLLaMA keep what footprint.py says of them. QLLaMA runs once for each
 kind of sequence: captions alone, queries alone, and queries with a caption for every match and for
 what is written. A cross-attention adds, in numbers of the compute type, for R query positions of
-width D, T positions of their sequences and N visual tokens of width W:
+width D and T positions of their sequences, in each kind that looks at the picture,
 
-    compiled, trained     4 R D + (W + 2 D) N            and T D in float32
-    compiled, frozen      2 R D + (W + 2 D) N + T D
-    as written, trained   4 R D + (2 W + 2 D) N          and R D + T D + W N in float32
-    as written, frozen    2 R D + 2 D N                  and R D + W N in float32
+    compiled, trained     4 R D                          and T D in float32
+    compiled, frozen      2 R D + T D
+    as written, trained   4 R D                          and R D + T D in float32
+    as written, frozen    2 R D                          and R D in float32
+
+and for N visual tokens of width W once, whatever is computed again:
+
+    compiled, trained     (W + 2 D) N
+    compiled, frozen      2 D N
+    as written, trained   (2 W + 2 D) N                  and W N in float32
+    as written, frozen    2 D N                          and W N in float32
 
 Only what a gradient passes through is kept: with frozen towers, the inputs of the heads.
 """
@@ -171,13 +178,28 @@ class Batch:
             for name, p in self.model.named_parameters()
             if p.requires_grad and p.ndim > 1 and not name.startswith(idle)
         )
-        return self.blocks.casts(len(self.kept_of())) + float(self.number * heads)
+        kept = self.kept_of()
+        return self.blocks.casts(len(kept)) + float(self.number * (heads - self._fewer_casts(kept)))
+
+    def _fewer_casts(self, kept: list[Sequences]) -> float:
+        """Numbers of cross-attention's matrices that not every use of QLLaMA casts: keys and values
+        are made once, outside of what is computed again, and captions alone do not look."""
+        layers = self.language_model.layers
+        again = _computed_again(self.recipe.compute.checkpointing, self.language_model)
+        share = 1 - len(again) / len(layers)
+        uses = len(kept) if self.blocks.compiled else 1
+        looking = min(uses, sum(one.looks for one in kept))
+        return sum(
+            p.numel() * (uses * share - (1 if ".k_" in name or ".v_" in name else looking * share))
+            for name, p in layers.named_parameters()
+            if ".cross_attn." in name and p.requires_grad and p.ndim > 1
+        )
 
     def language(self) -> float:
         """What QLLaMA's layers keep, and the hidden states around them."""
         layers = list(self.language_model.layers)
         again = _computed_again(self.recipe.compute.checkpointing, self.language_model)
-        total, largest = 0.0, 0.0
+        total, largest = self.looks(), 0.0
         for one in self.kept_of():
             residual = one.rows * one.tokens * self.width * self._residual_size(one)
             states = one.rows * one.tokens * self.width * (4 + self.number)
@@ -191,21 +213,37 @@ class Batch:
             largest = max((self.layer(one, layers[0]) for one in self.kept_of()), default=0.0)
         return total + largest
 
+    def looks(self) -> float:
+        """Bytes kept of the pictures' keys and values, and of what they are made from."""
+        if not any(one.looks for one in self.kept_of()):
+            return 0.0
+        return float(sum(self.look(layer) for layer in self.language_model.layers))
+
+    def look(self, layer: Any) -> int:
+        if layer.cross_attn is None:
+            return 0
+        source, made = self.seen * self._seen_width, 2 * self.seen * self.width
+        if self.recipe.compute.offload:
+            return self.number * made
+        if trains(layer.cross_attn):
+            made += (1 if self.blocks.compiled else 2) * source
+        return self.number * made + (0 if self.blocks.compiled else 4 * source)
+
     def layer(self, one: Sequences, layer: Any) -> float:
         """Bytes kept of a layer of QLLaMA."""
         kept = one.rows * self.blocks.decoder_block(one.tokens)
         if not one.looks or layer.cross_attn is None:
             return kept
         queries = one.rows * self.model.num_queries * self.width
-        row, source = one.rows * one.tokens * self.width, self.seen * self._seen_width
-        narrow, wide = 2 * queries + 2 * self.seen * self.width, 0
+        row = one.rows * one.tokens * self.width
+        narrow, wide = 2 * queries, 0
         if trains(layer.cross_attn):
-            narrow += 2 * queries + (1 if self.blocks.compiled else 2) * source
+            narrow += 2 * queries
             wide += row
         elif self.blocks.compiled:
-            narrow += source + row
+            narrow += row
         if not self.blocks.compiled:
-            wide += queries + source
+            wide += queries
         return kept + float(self.number * narrow + 4 * wide)
 
     def heads(self) -> float:

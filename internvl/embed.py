@@ -192,10 +192,10 @@ class Dual:
             part = slice(start, start + batch_size)
             some, places = _distinct(images[part])
             pixels = torch.cat([*self._pixels(some, batch_size, crop=False)])
-            vision = self.model.vision_tokens(pixels)[self._to(places)]
+            seen = self.model.look(self.model.vision_tokens(pixels)[self._to(places)])
             ids = self._to(pad_right(rows[part]))
             mask = self.model.joint_mask("itm", ids > 0)
-            states, _ = self.model.joint_states(vision, ids, mask)
+            states, _ = self.model.joint_states(seen, ids, mask)
             found.append(self.model.itm_logits(states).float().softmax(-1)[:, 1].cpu())
         return torch.cat(found) if found else torch.empty(0)
 

@@ -301,8 +301,8 @@ def test_a_frozen_tower_that_drops_blocks_looks_twice(project):
 class Recording(Retrieval):
     """Keeps the features of every pass."""
 
-    def features(self, model, vision, batch):
-        found = super().features(model, vision, batch)
+    def features(self, model, seen, batch):
+        found = super().features(model, seen, batch)
         self.seen = [*getattr(self, "seen", []), found.detach()]
         return found
 
@@ -360,10 +360,10 @@ def test_both_passes_draw_the_same_random_numbers(project):
     for seed, batch in zip(seeds, batches, strict=True):
         if seed is not None:
             torch.manual_seed(seed)
-        vision = model.vision_tokens(made._normalized(batch))
-        features.append(made.features(model, vision, batch))
+        seen = model.look(model.vision_tokens(made._normalized(batch)))
+        features.append(made.features(model, seen, batch))
         mask = model.joint_mask("itm", batch.match_mask)
-        queries, _ = model.joint_states(vision, batch.match_ids, mask)
+        queries, _ = model.joint_states(seen, batch.match_ids, mask)
         logits = model.itm_logits(queries)
         matched = matched + F.cross_entropy(logits, batch.match_labels, reduction="sum") / 16
     own = torch.cat(features)
@@ -420,9 +420,9 @@ def test_stage2_equals_the_joint_sequence_of_the_original(project, dual):
     assert batch.text_counts.tolist() == [1, 1, 0, 1, 1, 1]
     with torch.no_grad():
         sums, counts = made(model, batch), made.counts(batch)
-        vision = model.vision_tokens(made._normalized(batch))
+        seen = model.look(model.vision_tokens(made._normalized(batch)))
         mask = model.joint_mask("itc", batch.text_mask)
-        queries, text = model.joint_states(vision, batch.text_ids, mask)
+        queries, text = model.joint_states(seen, batch.text_ids, mask)
         g = F.normalize(model.query_embeds(queries), dim=-1)
         t = F.normalize(model.text_embeds(text, batch.text_mask), dim=-1)
         logits = model.logit_scale.exp() * g @ t.T
@@ -432,7 +432,7 @@ def test_stage2_equals_the_joint_sequence_of_the_original(project, dual):
         assert itc == pytest.approx(float(sum(ways)) / 2, rel=1e-5)
 
         mask = model.joint_mask("itg", batch.written_mask)
-        _, text = model.joint_states(vision, batch.written_ids, mask)
+        _, text = model.joint_states(seen, batch.written_ids, mask)
         labels = batch.written_ids.masked_fill(~batch.written_mask, IGNORE)
         labels[:, : units[0].num_given] = IGNORE
         logits = model.lm_head(text)[:, :-1].flatten(0, 1)

@@ -32,7 +32,7 @@ def log_probabilities(model, vision, rows):
     """Of the next token, nothing cached: (rows, V), for prompt and tokens so far."""
     ids = torch.tensor(rows)
     mask = model.joint_mask("itg", torch.ones_like(ids, dtype=torch.bool))
-    _, text = model.joint_states(vision.expand(len(ids), -1, -1), ids, mask)
+    _, text = model.joint_states(model.look(vision.expand(len(ids), -1, -1)), ids, mask)
     return model.lm_head(text[:, -1]).float().log_softmax(-1)
 
 

@@ -144,8 +144,7 @@ def test_what_autograd_keeps_of_blocks(choice):
 def test_what_autograd_keeps_of_compiled_blocks(choice):
     recipe = recipe_of(choice, "stage2" if choice == "queries" else "retrieval", compile=True)
     for counted, predicted in differences(recipe, (1, 1), (1, 2), (1, 3)):
-        # Captions alone cast no cross-attention, which the prediction leaves out of account.
-        assert predicted == pytest.approx(counted, rel=0.06)
+        assert predicted == pytest.approx(counted, rel=0.03)
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -156,7 +155,7 @@ def test_what_a_frozen_tower_saw_is_kept_for_the_second_pass(choice):
     with torch.autocast("cpu", torch.bfloat16):
         objective.begin_step(model, iter(batches), {})
     first, *others = objective._cached
-    assert first.features is not None  # goes on from here, so nothing is seen again
+    assert first.kept is not None  # goes on from here, so nothing is seen again
     saw = [cached.vision for cached in others if cached.vision is not None]
     captions = dual_flops.step_of(batches[:1], objective.weights, PAIRS).captions
     empty = plan.model_of(recipe, config)
@@ -193,7 +192,9 @@ def test_a_plan_knows_who_looks_twice():
 def test_checkpointed_blocks_keep_what_enters_them(checkpointing):
     recipe = recipe_of("lora", checkpointing=checkpointing)
     ((counted, predicted),) = differences(recipe, (1, 2), (1, 4))
-    assert predicted == pytest.approx(counted, rel=0.03)
+    # Checkpointing itself holds the pictures' keys and values, where no hook sees them.
+    held = 2 * 2 * PAIRS * 17 * 256
+    assert predicted == pytest.approx(counted + held, rel=0.03)
 
 
 @pytest.mark.parametrize(("choice", "objective"), [("full", "retrieval"), ("full", "stage2")])

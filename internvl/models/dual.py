@@ -18,7 +18,7 @@ from transformers import initialization as init
 from internvl.models import norms
 from internvl.models.beams import Search, search
 from internvl.models.dual_configs import DualConfig
-from internvl.models.qllama import Mask, QLlamaModel, QueryTokens, attention_mask
+from internvl.models.qllama import Mask, QLlamaModel, QueryTokens, Seen, attention_mask
 
 Mode = Literal["c", "g"]
 
@@ -123,12 +123,16 @@ class DualModel(PreTrainedModel):
         """Visual tokens (B, N, W) -> InternVL-C's embeddings (B, E), not normalized."""
         return self.image_pool(vision)
 
-    def query_states(self, vision: Tensor) -> Tensor:
-        """Visual tokens (B, N, W) -> what the queries see without a text, (B, Q, D).
+    def look(self, vision: Tensor) -> Seen:
+        """Visual tokens (B, N, W) as QLLaMA looks at them; one look serves all its uses."""
+        return self.model.language_model.look(vision)
+
+    def query_states(self, seen: Seen) -> Tensor:
+        """What the queries see of B pictures without a text, (B, Q, D).
 
         These are also the queries of joint sequences under the "itc" mask.
         """
-        return self.model.language_model(self._queries(len(vision)), None, vision)
+        return self.model.language_model(self._queries(len(seen)), None, seen)
 
     def query_embeds(self, query_states: Tensor) -> Tensor:
         """(B, Q, D) -> the queries' embeddings (B, E), not normalized."""
@@ -159,18 +163,16 @@ class DualModel(PreTrainedModel):
         """bool (R, 1, Q + L, Q + L) for `joint_states`; masks of several kinds may be joined."""
         return attention_mask(kind, text_mask, self.num_queries)
 
-    def joint_states(
-        self, vision: Tensor, input_ids: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def joint_states(self, seen: Seen, input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Sequences of queries and a caption -> (query states (R, Q, D), text states (R, L, D)).
 
         Args:
-            vision: visual tokens (B, N, W); keys and values are made once per picture.
+            seen: B pictures.
             input_ids: int64 (R, L), R a multiple of B: row r B + b goes with picture b.
             mask: bool (R, 1, Q + L, Q + L), of `joint_mask`.
         """
         embeds = torch.cat([self._queries(len(input_ids)), self._embed(input_ids)], dim=1)
-        states = self.model.language_model(embeds, mask, vision)
+        states = self.model.language_model(embeds, mask, seen)
         queries, text = states.tensor_split([self.num_queries], dim=1)
         return queries, text
 
@@ -189,7 +191,9 @@ class DualModel(PreTrainedModel):
         image = self.image_embeds(vision).float()
         found = {"c": image}
         if "g" in modes:
-            queries = self.query_embeds(self.query_states(vision)).float().to(image.device)
+            queries = (
+                self.query_embeds(self.query_states(self.look(vision))).float().to(image.device)
+            )
             found["g"] = F.normalize(image, dim=-1) + F.normalize(queries, dim=-1)
         return [found[mode] for mode in modes]
 
@@ -206,13 +210,13 @@ class DualModel(PreTrainedModel):
             pixel_values: normalized pictures (B, 3, S, S).
             prompt_ids: int64 (L,), the same for all pictures.
         """
-        vision = self.vision_tokens(pixel_values)
-        prompt = prompt_ids.to(vision.device).expand(len(vision), -1)
+        shown = self.look(self.vision_tokens(pixel_values))
+        prompt = prompt_ids.to(shown.tokens.device).expand(len(shown), -1)
         read = self.num_queries + prompt.shape[1]
         cache = DynamicCache(config=self.config.text_config)
-        embeds = torch.cat([self._queries(len(vision)), self._embed(prompt)], dim=1)
+        embeds = torch.cat([self._queries(len(shown)), self._embed(prompt)], dim=1)
         mask = self.joint_mask("itg", torch.ones_like(prompt[:1]))
-        states = self.model.language_model(embeds, mask, vision, cache)
+        states = self.model.language_model(embeds, mask, shown, cache)
 
         def step(tokens: Tensor, seen: Tensor) -> Tensor:
             shared = seen.new_ones(*seen.shape[:2], read)

@@ -5,7 +5,8 @@ positions are `transformers`' Llama; ours is the cross-attention, in every n-th 
 self-attention and MLP and on the query positions alone.
 """
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,22 @@ from transformers.models.llama.modeling_llama import (
 from internvl.models.norms import RMSNorm
 
 Mask = Literal["itc", "itm", "itg", "text"]
+KeysValues = tuple[Tensor, Tensor]
+"""Of B pictures with N visual tokens, each (B, heads, N, D / heads)."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Pictures as QLLaMA looks at them, whatever stands beside its queries."""
+
+    tokens: Tensor
+    """Visual tokens, (B, N, W)."""
+    looks: tuple[KeysValues | None, ...]
+    """One for each layer, on its device; None where it does not look."""
+
+    def __len__(self) -> int:
+        """B."""
+        return len(self.tokens)
 
 
 class QLlamaConfig(LlamaConfig):
@@ -39,7 +56,10 @@ class QLlamaConfig(LlamaConfig):
 
 
 class CrossAttention(nn.Module):
-    """Queries attend to all visual tokens: no mask, no positions, no bias, no gate."""
+    """Queries attend to all visual tokens: no mask, no positions, no bias, no gate.
+
+    Called, it makes keys and values, which every use of a picture shares; `attend` uses them.
+    """
 
     def __init__(self, config: QLlamaConfig) -> None:
         super().__init__()
@@ -52,20 +72,25 @@ class CrossAttention(nn.Module):
         self.v_proj = nn.Linear(source, width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, queries: Tensor, vision: Tensor) -> Tensor:
-        """queries (R B, Q, D), vision (B, N, W) -> (R B, Q, D).
-
-        Row r B + b looks at picture b. Its R blocks become one longer query, so that keys and
-        values are made, and kept, once per picture.
-        """
-        images, (rows, length, width) = len(vision), queries.shape
+    def forward(self, vision: Tensor) -> KeysValues:
+        """Visual tokens (B, N, W) -> their keys and values."""
         vision = self.norm2(vision)
-        q = self._heads(self.q_proj(self.norm1(queries)), (rows // images, images, length))
-        q = q.permute(1, 3, 0, 2, 4).flatten(2, 3)
         k, v = (
             self._heads(project(vision), vision.shape[:2]).transpose(1, 2)
             for project in (self.k_proj, self.v_proj)
         )
+        return k, v
+
+    def attend(self, queries: Tensor, seen: KeysValues) -> Tensor:
+        """queries (R B, Q, D), keys and values of B pictures -> (R B, Q, D).
+
+        Row r B + b looks at picture b. Its R blocks become one longer query, so that no picture's
+        keys and values are repeated.
+        """
+        k, v = seen
+        images, (rows, length, width) = len(k), queries.shape
+        q = self._heads(self.q_proj(self.norm1(queries)), (rows // images, images, length))
+        q = q.permute(1, 3, 0, 2, 4).flatten(2, 3)
         attended = F.scaled_dot_product_attention(q, k, v)
         blocks = attended.unflatten(2, (rows // images, length)).permute(2, 0, 3, 1, 4)
         return self.o_proj(blocks.reshape(rows, length, width))
@@ -89,12 +114,12 @@ class QLlamaLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden: Tensor,
-        vision: Tensor | None,
+        seen: KeysValues | None,
         attention_mask: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor],
         past_key_values: Cache | None = None,
     ) -> Tensor:
-        """hidden (R B, T, D) -> the same; with `vision` (B, N, W) its first Q are queries."""
+        """hidden (R B, T, D) -> the same; with `seen` of B pictures its first Q are queries."""
         attended, _ = self.self_attn(
             self.input_layernorm(hidden),
             position_embeddings=position_embeddings,
@@ -103,11 +128,17 @@ class QLlamaLayer(GradientCheckpointingLayer):
             is_causal=False,  # the mask says everything
         )
         hidden = hidden + attended
-        if self.cross_attn is not None and vision is not None:
+        if self.cross_attn is not None and seen is not None:
             queries, text = hidden.tensor_split([self.num_queries], dim=1)
-            queries = queries + self.cross_attn(queries, vision)
+            queries = queries + self.cross_attn.attend(queries, seen)
             hidden = torch.cat([queries, text], dim=1)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Keys and values are made outside of `forward`, so they are compiled by themselves."""
+        super().compile(*args, **kwargs)
+        if self.cross_attn is not None:
+            self.cross_attn.compile(*args, **kwargs)
 
 
 class QueryTokens(nn.Module):
@@ -138,21 +169,27 @@ class QLlamaModel(LlamaPreTrainedModel):
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.post_init()
 
+    def look(self, vision: Tensor) -> Seen:
+        """Visual tokens (B, N, W), for as many calls as look at these pictures."""
+        parts: list[Any] = [layer.cross_attn for layer in self.layers]
+        looks = tuple(None if part is None else part(vision) for part in parts)
+        return Seen(vision, looks)
+
     def forward(
         self,
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
-        vision: Tensor | None = None,
+        seen: Seen | None = None,
         past_key_values: Cache | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
 
         Args:
-            inputs_embeds: (R, T, D); with `vision` the first Q positions are the queries.
+            inputs_embeds: (R, T, D); with `seen` the first Q positions are the queries.
             attention_mask: bool (R, 1, T, keys), True where a position may attend, as the
                 function of this name makes it; None lets every position see all keys.
-            vision: visual tokens (B, N, W); rows come in blocks of B, picture by picture.
+            seen: B pictures; rows come in blocks of B, picture by picture.
             past_key_values: what earlier positions left; this call's are added to it.
             position_ids: int64 (1, T); by default 0, 1, …
 
@@ -163,8 +200,9 @@ class QLlamaModel(LlamaPreTrainedModel):
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         rotary = self.rotary_emb(inputs_embeds, position_ids=position_ids)
         hidden = inputs_embeds
-        for layer in self.layers:
-            hidden = layer(hidden, vision, attention_mask, rotary, past_key_values=past_key_values)
+        looks = (None,) * len(self.layers) if seen is None else seen.looks
+        for layer, look in zip(self.layers, looks, strict=True):
+            hidden = layer(hidden, look, attention_mask, rotary, past_key_values=past_key_values)
         return self.norm(hidden)
 
 

@@ -31,6 +31,7 @@ from internvl.data.pair_reader import PairReader, make_batch
 from internvl.data.pairs import CaptionEncoder
 from internvl.data.records import IGNORE, Match, Pair, PairBatch
 from internvl.data.sources import Source
+from internvl.models.qllama import Seen
 from internvl.models.vlm import normalize_tiles
 
 _SHOWN_SAMPLES = 3
@@ -49,9 +50,10 @@ class Cached:
     scale_gradient: Tensor
     """Of the same with respect to the logit scale; all of it is at the first micro-batch."""
     vision: Tensor | None
-    """Visual tokens, (B, N, W), where the tower would see the same again, or with their graph."""
-    features: Tensor | None
-    """With their graph, of the micro-batch that comes next: nothing of it is computed again."""
+    """Visual tokens, (B, N, W), where the tower would see the same again."""
+    kept: tuple[Seen, Tensor] | None
+    """Pictures and features with their graph, of the micro-batch that comes next: nothing of it is
+    computed again."""
 
 
 class Retrieval:
@@ -125,9 +127,9 @@ class Retrieval:
         first = list(islice(batches, 2))
         if "itc" not in self.weights or set(dist.gather_objects(len(first))) == {1}:
             return
-        seen, encoded, image_ids, counted = [], [], [], []
+        visions, encoded, image_ids, counted = [], [], [], []
         seeds: list[int | None] = []
-        room, features = model.kept_bytes, None
+        room, kept = model.kept_bytes, None
         # The first comes last: it is the next to be trained on, and its graph is kept for that.
         for pairs in chain(first[1:], batches):
             device = pairs.pixel_values.device
@@ -138,15 +140,16 @@ class Retrieval:
                 same = not vision.requires_grad and torch.equal(before, _random_state(device))
                 keep = same and vision.nbytes <= room
                 room -= vision.nbytes if keep else 0
-                seen.append(vision if keep else None)
-                encoded.append(self.features(model, vision, pairs).detach())
+                visions.append(vision if keep else None)
+                encoded.append(self.features(model, model.look(vision), pairs).detach())
             image_ids.append(pairs.image_ids)
             counted.append(pairs.text_counts)
         for pairs in first[:1]:
-            vision = model.vision_tokens(self._normalized(pairs))
-            features = self.features(model, vision, pairs)
+            seen = model.look(model.vision_tokens(self._normalized(pairs)))
+            features = self.features(model, seen, pairs)
+            kept = seen, features
             seeds.insert(0, None)
-            seen.insert(0, vision)
+            visions.insert(0, None)
             encoded.insert(0, features.detach())
             image_ids.insert(0, pairs.image_ids)
             counted.insert(0, pairs.text_counts)
@@ -161,28 +164,34 @@ class Retrieval:
         sizes = [len(part) for part in encoded]
         losses = losses.detach()
         for seed, vision, loss, part in zip(
-            seeds, seen, losses.split(sizes), gradient.split(sizes), strict=False
+            seeds, visions, losses.split(sizes), gradient.split(sizes), strict=False
         ):
-            self._cached.append(Cached(seed, loss.sum(), part, scale_gradient, vision, features))
-            scale_gradient, features = torch.zeros_like(scale_gradient), None
+            self._cached.append(Cached(seed, loss.sum(), part, scale_gradient, vision, kept))
+            scale_gradient, kept = torch.zeros_like(scale_gradient), None
 
     def __call__(self, model: Any, batch: PairBatch) -> dict[str, Tensor]:
         cached = self._cached.popleft() if self._cached else None
         seed = None if cached is None else cached.seed
         with _random_numbers(seed, batch.pixel_values.device):
-            vision = None if cached is None else cached.vision
-            if vision is None:
-                vision = model.vision_tokens(self._normalized(batch))
+            seen = self._seen(model, batch, cached)
             terms = {"itc": self._contrast, "itm": self._match, "itg": self._write}
-            return {name: terms[name](model, vision, batch, cached) for name in self.weights}
+            return {name: terms[name](model, seen, batch, cached) for name in self.weights}
 
-    def features(self, model: Any, vision: Tensor, batch: PairBatch) -> Tensor:
+    def _seen(self, model: Any, batch: PairBatch, cached: Cached | None) -> Seen:
+        if cached is not None and cached.kept is not None:
+            return cached.kept[0]
+        vision = None if cached is None else cached.vision
+        if vision is None:
+            vision = model.vision_tokens(self._normalized(batch))
+        return model.look(vision)
+
+    def features(self, model: Any, seen: Seen, batch: PairBatch) -> Tensor:
         """float32 (B, F, E) of unit length: captions, what the queries see, pictures."""
         captions = model.text_states(batch.text_ids, batch.text_mask)
         found = (
             model.text_embeds(captions, batch.text_mask),
-            model.query_embeds(model.query_states(vision)),
-            model.image_embeds(vision),
+            model.query_embeds(model.query_states(seen)),
+            model.image_embeds(seen.tokens),
         )
         return F.normalize(torch.stack([embeds.float() for embeds in found], dim=1), dim=-1)
 
@@ -194,12 +203,11 @@ class Retrieval:
         same = image_ids[:, None] == dist.gather_rows(image_ids)
         return same / same.sum(1, keepdim=True)
 
-    def _contrast(
-        self, model: Any, vision: Tensor, batch: PairBatch, cached: Cached | None
-    ) -> Tensor:
-        features = None if cached is None else cached.features
-        if features is None:
-            features = self.features(model, vision, batch)
+    def _contrast(self, model: Any, seen: Seen, batch: PairBatch, cached: Cached | None) -> Tensor:
+        if cached is not None and cached.kept is not None:
+            _, features = cached.kept
+        else:
+            features = self.features(model, seen, batch)
         scale = model.logit_scale.float()
         if cached is None:
             return (self._losses(features, batch.image_ids, scale) * batch.text_counts).sum()
@@ -212,16 +220,16 @@ class Retrieval:
             targets = self.targets(image_ids)
             return contrastive_losses(own, dist.gather_rows(own), targets, scale)
 
-    def _match(self, model: Any, vision: Tensor, batch: PairBatch, cached: Cached | None) -> Tensor:
+    def _match(self, model: Any, seen: Seen, batch: PairBatch, cached: Cached | None) -> Tensor:
         mask = model.joint_mask("itm", batch.match_mask)
-        queries, _ = model.joint_states(vision, batch.match_ids, mask)
+        queries, _ = model.joint_states(seen, batch.match_ids, mask)
         logits = model.itm_logits(queries).float()
         labels = batch.match_labels
         return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
 
-    def _write(self, model: Any, vision: Tensor, batch: PairBatch, cached: Cached | None) -> Tensor:
+    def _write(self, model: Any, seen: Seen, batch: PairBatch, cached: Cached | None) -> Tensor:
         mask = model.joint_mask("itg", batch.written_mask)
-        _, states = model.joint_states(vision, batch.written_ids, mask)
+        _, states = model.joint_states(seen, batch.written_ids, mask)
         states = states.flatten(0, 1).index_select(0, batch.loss_positions)
         loss = states.new_zeros((), dtype=torch.float32)
         chunk = model.loss_chunk
@@ -259,12 +267,12 @@ class Stage2(Retrieval):
     def is_compared(self, pair: Pair) -> bool:
         return len(pair.summary) > len(self.encoder.embedding(""))
 
-    def features(self, model: Any, vision: Tensor, batch: PairBatch) -> Tensor:
+    def features(self, model: Any, seen: Seen, batch: PairBatch) -> Tensor:
         """float32 (B, F, E) of unit length: captions, what the queries see."""
         captions = model.text_states(batch.text_ids, batch.text_mask)
         found = (
             model.text_embeds(captions, batch.text_mask),
-            model.query_embeds(model.query_states(vision)),
+            model.query_embeds(model.query_states(seen)),
         )
         return F.normalize(torch.stack([embeds.float() for embeds in found], dim=1), dim=-1)
 
