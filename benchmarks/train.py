@@ -31,6 +31,7 @@ from rows import commit
 from torch._dynamo.utils import counters
 
 from internvl import flops, log, parallel, recipes, train
+from internvl.data.packing import padded_tokens
 from internvl.data.records import PackedBatch, Unit
 from internvl.objectives.sft import Sft
 
@@ -60,14 +61,14 @@ FLOAT8 = {"float8": True}
 
 ROWS = {
     "2b_coco": Row("InternVL2-2B"),
-    "2b_coco_shared": Row("InternVL2-2B", captions=5, share=True, row_tokens=17152),
+    "2b_coco_shared": Row("InternVL2-2B", captions=5, share=True, row_tokens=18944),
     "1b_coco": Row("InternVL2-1B"),
     "8b_coco": Row("InternVL2-8B", batch=128),
     "2b_full": Row("InternVL2-2B", rank=None, mixture=True, batch=128, row_tokens=16384),
     "8b_coco_full_checkpointing": Row("InternVL2-8B", batch=128, compute={"checkpointing": "full"}),
     "2b_coco_float8": Row("InternVL2-2B", compute=FLOAT8),
     "2b_coco_shared_float8": Row(
-        "InternVL2-2B", captions=5, share=True, row_tokens=17152, compute=FLOAT8
+        "InternVL2-2B", captions=5, share=True, row_tokens=18944, compute=FLOAT8
     ),
     "8b_coco_float8": Row("InternVL2-8B", batch=128, compute=FLOAT8),
     "2b_full_float8": Row(
@@ -83,6 +84,8 @@ class Counting(Sft):
     """The objective, and what every step's rows held."""
 
     steps: list[flops.Work]
+    padded: list[int]
+    """Tokens of a step's rows, padding included."""
 
     def batches(self, units: Any) -> list[PackedBatch]:
         rows = super().batches(units)
@@ -90,6 +93,8 @@ class Counting(Sft):
         for row in rows[1:]:
             total += flops.work_of(row)
         self.steps.append(total)
+        longest = self.data.row_tokens or self.data.max_tokens
+        self.padded.append(sum(padded_tokens(row.num_tokens, longest) for row in rows))
         return rows
 
 
@@ -192,7 +197,7 @@ def build(row: Row, folder: Path, device: torch.device, options: argparse.Namesp
     )
     now = train.build(recipe, chat)
     now.objective = Counting(recipe.objective, recipe.data, chat.encoder)
-    now.objective.steps = []
+    now.objective.steps, now.objective.padded = [], []
     return now
 
 
@@ -206,6 +211,7 @@ def report(
 ) -> dict[str, Any]:
     """The figures of a row, and what they were measured on."""
     work = now.objective.steps[WARMUP : WARMUP + len(seconds)]
+    padded = now.objective.padded[WARMUP : WARMUP + len(seconds)]
     needed = [flops.count(now.model, step).needed for step in work]
     rates = [step.samples / s for step, s in zip(work, seconds, strict=True)]
     shares = [n / s / 1e12 / ceiling for n, s in zip(needed, seconds, strict=True)]
@@ -227,7 +233,7 @@ def report(
         "samples_per_step": work[0].samples,
         "rows_per_step": statistics.mean(r["rows"] for r in measured),
         "row_tokens": length,
-        "fill": round(sum(w.tokens for w in work) / sum(r["rows"] for r in measured) / length, 4),
+        "fill": round(sum(w.tokens for w in work) / sum(padded), 4),
         "tokens_per_sample": round(sum(w.tokens for w in work) / samples, 1),
         "tiles_per_sample": round(sum(w.tiles for w in work) / samples, 3),
         "supervised_per_sample": round(sum(w.supervised for w in work) / samples, 1),

@@ -31,7 +31,7 @@ from internvl.data.images import BadImage, FileSlice, Picture, is_address, read_
 from internvl.data.index import cache_folder
 from internvl.data.loader import Read, UnitReader
 from internvl.data.order import SampleOrder, UnitRef
-from internvl.data.packing import best_fit
+from internvl.data.packing import least_padded, padded_tokens
 from internvl.data.pairs import CaptionEncoder
 from internvl.data.records import (
     BadSample,
@@ -365,6 +365,7 @@ def _row_line(rows: Sequence[PackedBatch], units: Sequence[Unit], recipe: Recipe
     """The rows of the first step, and what sharing prefixes saves in it."""
     limit = recipe.data.row_tokens or recipe.data.max_tokens
     tokens = sum(row.num_tokens for row in rows)
+    padded = sum(padded_tokens(row.num_tokens, limit) for row in rows)
     tiles = sum(row.num_tiles for row in rows)
     alone = sum(len(example.input_ids) for unit in units for example in unit.examples)
     tiles_alone = sum(unit.num_tiles * len(unit.examples) for unit in units)
@@ -374,7 +375,7 @@ def _row_line(rows: Sequence[PackedBatch], units: Sequence[Unit], recipe: Recipe
         saved += f" and {tiles_alone / tiles:.2f} times the tiles" if tiles else ""
     return (
         f"the first step: {len(rows)} row(s) of at most {limit:,} tokens and "
-        f"{recipe.data.max_tiles} tiles, {tokens / (len(rows) * limit):.1%} full, {tiles} tiles, "
+        f"{recipe.data.max_tiles} tiles, {tokens / padded:.1%} full, {tiles} tiles, "
         f"{sum(len(row.targets) for row in rows):,} supervised tokens{saved}"
     )
 
@@ -388,8 +389,9 @@ def _better_rows(units: Sequence[Unit], data: DataConfig) -> str:
         return ""
 
     def fill(length: int) -> float:
-        rows = best_fit(sizes, length, data.max_tiles)
-        return sum(tokens for tokens, _ in sizes) / (length * len(rows)) if len(rows) > 1 else 0.0
+        rows = least_padded(sizes, length, data.max_tiles)
+        held = [sum(sizes[i][0] for i in row) for row in rows]
+        return sum(held) / sum(padded_tokens(n, length) for n in held) if len(rows) > 1 else 0.0
 
     first = max(data.max_tokens, largest, limit * 7 // 8)
     best = max(range(-(-first // BLOCK) * BLOCK, limit * 9 // 8, BLOCK), key=fill, default=limit)

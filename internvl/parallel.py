@@ -28,16 +28,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from internvl import dist
 from internvl.config import ComputeConfig, DataConfig, UserError
+from internvl.data.packing import ROW_SHARES
 from internvl.data.records import Batch, PackedBatch
 from internvl.models import attention, documents, float8, joined, tail, vlm
 
 T = TypeVar("T")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-ROW_SHARES = (1 / 2, 1)
-"""Parts of the longest row that rows are padded to. All but the last of a step are nearly full,
-and every length is compiled for, some 15 s each."""
 
 
 _COMPILE = {"fallback_random": True}

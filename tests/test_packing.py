@@ -10,7 +10,16 @@ from safetensors.torch import load_file
 
 from internvl import handles
 from internvl.config import DataConfig, ObjectiveConfig
-from internvl.data.packing import WEIGHTS, best_fit, first_buffer, make_units, pack, unpack
+from internvl.data.packing import (
+    WEIGHTS,
+    best_fit,
+    first_buffer,
+    least_padded,
+    make_units,
+    pack,
+    padded_tokens,
+    unpack,
+)
 from internvl.data.records import IGNORE, BadSample, Example, Unit
 from internvl.models.attention import dense_mask
 from internvl.models.vlm import Supervision, normalize_tiles
@@ -327,3 +336,26 @@ def test_rows_of_a_mixture_are_full():
     rows = best_fit(sizes, 16384, 64)
     filled = sum(tokens for tokens, _ in sizes) / (16384 * len(rows))
     assert filled >= 0.97
+
+
+def padded(rows, sizes, max_tokens):
+    return sum(padded_tokens(sum(sizes[i][0] for i in row), max_tokens) for row in rows)
+
+
+def test_short_rows_take_what_whole_ones_would_pad():
+    sizes = [(100, 0)] * 12  # of rows of ten: one whole and a fifth, or two of five eighths
+    rows = least_padded(sizes, 1000, 64)
+    assert sorted(len(row) for row in rows) == [6, 6]
+    assert sorted(i for row in rows for i in row) == list(range(12))
+    assert least_padded([(700, 0), (700, 0)], 1000, 64) == [[0], [1]]  # none fits a short row
+
+
+@pytest.mark.parametrize("count", [5, 40, 128])
+def test_no_piece_is_lost_and_no_more_is_padded(count):
+    sizes = v12_like(count)
+    rows = least_padded(sizes, 16384, 64)
+    assert sorted(i for row in rows for i in row) == list(range(count))
+    for row in rows:
+        assert sum(sizes[i][0] for i in row) <= 16384
+        assert sum(sizes[i][1] for i in row) <= 64
+    assert padded(rows, sizes, 16384) <= padded(best_fit(sizes, 16384, 64), sizes, 16384)

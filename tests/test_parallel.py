@@ -77,10 +77,10 @@ def test_trained_weights_are_float32_and_frozen_ones_compute(model):
     ("compute", "device", "lengths"),
     [
         ({}, CPU, ()),
-        ({}, GPU, (512, 1024)),
+        ({}, GPU, (640, 1024)),
         ({"attention": "dense", "compile": False}, GPU, ()),
-        ({"attention": "flash"}, GPU, (512, 1024)),  # a plan needs no GPU
-        ({"compile": True}, CPU, (512, 1024)),
+        ({"attention": "flash"}, GPU, (640, 1024)),  # a plan needs no GPU
+        ({"compile": True}, CPU, (640, 1024)),
     ],
 )
 def test_lengths_of_rows(compute, device, lengths):

@@ -339,8 +339,8 @@ def test_nothing_is_compiled_after_the_warm_up(project, tmp_path, trained):
     settings = ["compute.compile=true", "model.lora={rank: 4}", trained]
     if "language" in trained:
         settings[:2] = ["compute={compile: true, checkpointing: selective, offload: true}"]
-    run = train.build(recipe_of(project, tmp_path, *settings))
-    assert run.row_lengths == (128, 256)
+    run = train.build(recipe_of(project, tmp_path, *settings, "data.row_tokens=384"))
+    assert run.row_lengths == (256, 384)
     weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     train.warm_up(run)
     assert not run.optimizer.state

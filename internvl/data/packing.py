@@ -20,6 +20,13 @@ WEIGHTS = {
 }
 """Weight of each supervised token in a sample that has n of them."""
 
+ROW_SHARES = (5 / 8, 1)
+"""Parts of the longest row that rows are padded to: a short row and a whole one. Both are compiled
+for, some 15 s each. A half would do less: sums of 5/8 and 1 lie an eighth apart."""
+
+_MOST_SHORT = 4
+"""Short rows that packing tries to open a step with."""
+
 
 def make_units(
     examples: Sequence[Example], tiles: Tensor | None, context_id: int, *, share: bool
@@ -77,7 +84,7 @@ def pack(
     """Rows of at most `max_tokens` tokens and `max_tiles` tiles that hold every example once.
 
     Args:
-        packing: "best-fit" or "official", see `best_fit` and `first_buffer`.
+        packing: "best-fit" or "official", see `least_padded` and `first_buffer`.
         num_buffers: rows that official packing keeps open.
 
     Raises:
@@ -88,29 +95,57 @@ def pack(
     if packing == "official":
         rows = first_buffer(sizes, max_tokens, max_tiles, num_buffers)
     else:
-        rows = best_fit(sizes, max_tokens, max_tiles)
+        rows = least_padded(sizes, max_tokens, max_tiles)
     return [_row([pieces[i] for i in row], weighting) for row in rows]
 
 
-def best_fit(sizes: Sequence[tuple[int, int]], max_tokens: int, max_tiles: int) -> list[list[int]]:
+def padded_tokens(tokens: int, max_tokens: int) -> int:
+    """What a row of `tokens` costs, of `ROW_SHARES` of the longest (blocks not rounded up)."""
+    return next(n for n in (int(max_tokens * share) for share in ROW_SHARES) if n >= tokens)
+
+
+def least_padded(
+    sizes: Sequence[tuple[int, int]], max_tokens: int, max_tiles: int
+) -> list[list[int]]:
+    """Rows by `best_fit`, with as many short ones as make the fewest tokens, padding included.
+
+    A step's tokens seldom fill whole rows alone, and its last row would be padded for the rest.
+    """
+
+    def cost(rows: list[list[int]]) -> int:
+        return sum(padded_tokens(sum(sizes[i][0] for i in row), max_tokens) for row in rows)
+
+    tried = (
+        best_fit(sizes, max_tokens, max_tiles, num_short=number)
+        for number in range(_MOST_SHORT + 1)
+    )
+    return min(tried, key=cost)
+
+
+def best_fit(
+    sizes: Sequence[tuple[int, int]], max_tokens: int, max_tiles: int, *, num_short: int = 0
+) -> list[list[int]]:
     """Rows as numbers of pieces of `sizes` (tokens, tiles), each within a row's budgets.
 
     Largest first: a piece goes into the fullest row that still takes it. Tiles cost tokens, so
-    tokens measure both.
+    tokens measure both. The first `num_short` rows are short ones, as far as a piece fits them.
     """
+    short = padded_tokens(0, max_tokens)
     rows: list[list[int]] = []
+    limits: list[int] = []
     used: list[tuple[int, int]] = []
     for piece in sorted(range(len(sizes)), key=lambda i: -sizes[i][0]):
         tokens, tiles = sizes[piece]
         fitting = [
             row
             for row, (t, n) in enumerate(used)
-            if t + tokens <= max_tokens and n + tiles <= max_tiles
+            if t + tokens <= limits[row] and n + tiles <= max_tiles
         ]
         if fitting:
             row = max(fitting, key=lambda row: used[row][0])
         else:
             row = len(rows)
+            limits.append(short if row < num_short and tokens <= short else max_tokens)
             rows.append([])
             used.append((0, 0))
         rows[row].append(piece)
