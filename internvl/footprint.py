@@ -5,7 +5,7 @@ block is a sum over its widths, in numbers per token (D width, F inner width of 
 widths of all queries and keys, R ranks of the adapters together, each A once); of the language
 model's blocks, in the compute type unless said otherwise:
 
-    compiled, adapters   2 F + 2 D + 2 Q + 2 K + J       with dropout R and masks instead of J
+    compiled, adapters   2 F + 2 D + 2 Q + 2 K + J       with dropout R instead of J
     compiled, apart      3 F + 5 D + 2 Q + 2 K + R
     compiled, trained    3 F + 3 D + 2 Q + 2 K           and D in float32
     as written, adapters 3 F + 2 Q + 2 K + J             and 2 D in float32
@@ -15,10 +15,11 @@ model's blocks, in the compute type unless said otherwise:
     as written, frozen   3 F + 2 Q + 2 K                 and 2 D in float32
 
 J is R and the inputs of all adapters that are joined with their weights (joined.py); apart are
-those on 4 bits or float8. Frozen blocks pass a gradient on to what trains below them. Of the last
-block, where models/tail.py cuts it, the MLP's part is kept for supervised positions alone. The sums
-are what `saved_tensors_hooks` counts, which the tests do again on small models; the compiled ones
-are the choice of AOTAutograd's partitioner.
+those on 4 bits or float8. They keep masks of dropout, the others seeds (dropped.py). Frozen blocks
+pass a gradient on to what trains below them. Of the last block, where models/tail.py cuts it, the
+MLP's part is kept for supervised positions alone. The sums are what `saved_tensors_hooks` counts,
+which the tests do again on small models; the compiled ones are the choice of AOTAutograd's
+partitioner.
 """
 
 from collections.abc import Iterator
@@ -300,7 +301,7 @@ class Blocks:
             narrow = 2 * inner + 2 * d + mixed + inputs + rank + normed
             wide = 0
         elif rank and self.joined:
-            narrow = mixed + inputs + rank + (4 * inner + 2 * d if masked else 3 * inner)
+            narrow = mixed + inputs + rank + (3 * inner if inputs else 4 * inner + 2 * d)
             wide = 2 * d + normed
         elif self.compiled:
             narrow = 3 * inner + (3 if own else 5) * d + mixed + rank + normed
@@ -345,7 +346,7 @@ class Blocks:
         rank, inputs, masked = self._adapters(block)
         narrow = 2 * inner + rank
         if rank and self.joined:
-            kept_apart = masked and not self.compiled
+            kept_apart = not (inputs or self.compiled)
             narrow = inputs + rank + (2 * inner + 8 * d if kept_apart else inner + 6 * d)
             wide = 0
         elif self.compiled:
@@ -398,10 +399,9 @@ class Blocks:
             if not (shared and self.compiled and (language or not self.joined)):
                 rank += a.shape[0]
                 inputs += 0 if rate or not self.joined else a.shape[1]
-            if rate and not shared:
+            if rate and not shared and not self.joined:
                 masked += a.shape[1]
-                apart = self.compiled and not self.joined
-                if apart and name.endswith(("q_proj", "k_proj", "v_proj", "qkv_proj")):
+                if self.compiled and name.endswith(("q_proj", "k_proj", "v_proj", "qkv_proj")):
                     masked += self.number * a.shape[1]
         return rank, inputs, masked
 

@@ -6,15 +6,19 @@ FLOPs. Here the base weight lies in one buffer with B, and one product does both
 
     y      = [W, B] [x, s A x]
     dx, du = [W, B]' dy          du: of the inner output s A x
+
+On a GPU dropout before A leaves no mask in memory (dropped.py).
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
+
+from internvl.models import dropped as kernels
 
 _ADAPTER = "default"
 
@@ -34,14 +38,17 @@ class JoinedLinear(Linear):
         x = x.to(kind)
         dropout = self.lora_dropout[_ADAPTER]
         rate = getattr(dropout, "rate", 0.0) if self.training else 0.0
-        dropped = dropout.draw(x) if rate else None
+        dropped = None
+        if rate:
+            dropped = dropout.draw_seed(x) if kernels.used(x) else dropout.draw(x)
         a, b = self.lora_A[_ADAPTER].weight, self.lora_B[_ADAPTER].weight
         fixed = (self.joined, self.base_layer.bias, self.scaling[_ADAPTER])
         return _Joined.apply(x, a.to(kind), b, dropped, rate, *fixed)
 
 
 class _Joined(torch.autograd.Function):
-    """The layer; `dropped` is where dropout at `rate` makes the input of A zero, or None."""
+    """The layer; `dropped` is where dropout at `rate` makes the input of A zero: a mask (bool, of
+    the input's shape), its seed (int32), or None."""
 
     @staticmethod
     def forward(
@@ -55,8 +62,11 @@ class _Joined(torch.autograd.Function):
         bias: Tensor | None,
         scale: float,
     ) -> Tensor:
-        seen = x if dropped is None else x.masked_fill(dropped, 0) / (1 - rate)
-        inner = F.linear(seen, a)
+        if _is_seed(dropped):
+            inner = kernels.down(_rows(x), a, dropped, rate).view(*x.shape[:-1], len(a))
+        else:
+            seen = x if dropped is None else x.masked_fill(dropped, 0) / (1 - rate)
+            inner = F.linear(seen, a)
         both = torch.cat([x, inner * scale], -1)
         widths = [x.shape[-1], inner.shape[-1]]
         # With dropout x itself is kept: the compiler would keep it beside `both`.
@@ -71,15 +81,24 @@ class _Joined(torch.autograd.Function):
         gradient = gradients[0].to(joined.dtype)
         dx, du = (gradient @ joined).split([x.shape[-1], len(a)], -1)
         db = (_rows(gradient).t() @ _rows(inner)).float()
-        du = du * (ctx.scale / (1 - ctx.rate))
-        through_a = du @ a
-        if dropped is not None:
-            db = db * ctx.scale
-            # Not written as in `forward`: the compiler would keep that instead of the mask.
-            x = x * dropped.logical_not()
-            through_a = through_a.masked_fill(dropped, 0)
-        da = _rows(du).t() @ _rows(x)
+        du = du * ctx.scale
+        if dropped is None:
+            return dx + du @ a, _rows(du).t() @ _rows(x), db, *[None] * 5
+        db = db * ctx.scale
+        # x is changed before it is used: as it is, the compiler would keep it rather than make it
+        # again from what it keeps anyway.
+        factor = 1 / (1 - ctx.rate)
+        if _is_seed(dropped):
+            through_a = kernels.up(_rows(du), a, dropped, ctx.rate).view(x.shape)
+            da = kernels.across(_rows(du), _rows(x * factor), dropped, ctx.rate)
+        else:
+            through_a = (du @ a * factor).masked_fill(dropped, 0)
+            da = _rows(du).t() @ _rows(x * dropped.logical_not() * factor)
         return dx + through_a, da, db, *[None] * 5
+
+
+def _is_seed(dropped: Tensor | None) -> TypeGuard[Tensor]:
+    return dropped is not None and dropped.dtype == torch.int32
 
 
 def _rows(values: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from internvl.config import LoraConfig, UserError
-from internvl.models import configs, float8, hub, joined
+from internvl.models import configs, dropped, float8, hub, joined
 from internvl.models.hub import ModelFolderError
 
 _HEADS = ("text_projection.", "image_pool.", "query_pool.", "itm_head.", "logit_scale")
@@ -176,9 +176,15 @@ class DrawnDropout(nn.Module):
 
     def draw(self, inputs: Tensor) -> Tensor:
         """bool, of the same shape: what becomes zero."""
-        dropped = torch.empty_like(inputs, dtype=torch.bool).bernoulli_(self.rate)
-        self.dropped = dropped if self.keep else None
-        return dropped
+        return self._drawn(torch.empty_like(inputs, dtype=torch.bool).bernoulli_(self.rate))
+
+    def draw_seed(self, inputs: Tensor) -> Tensor:
+        """What dropped.py's kernels make the mask of, int32 (2,)."""
+        return self._drawn(dropped.seed(inputs.device))
+
+    def _drawn(self, mask: Tensor) -> Tensor:
+        self.dropped = mask if self.keep else None
+        return mask
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Any shape -> the same, some entries zero and the others scaled by 1 / (1 - rate)."""
@@ -200,12 +206,14 @@ class RepeatedDropout(nn.Module):
         self.rate = first.rate
 
     def draw(self, inputs: Tensor) -> Tensor:
-        """bool, of the shape of `inputs`: what `first` drew."""
-        dropped = self.first.dropped
-        assert dropped is not None
+        """bool, of the shape of `inputs`, or a seed: what `first` drew."""
+        drawn = self.first.dropped
+        assert drawn is not None
         if self.last:
             self.first.dropped = None
-        return dropped
+        return drawn
+
+    draw_seed = draw
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Any shape -> the same, with the mask of `first`."""
