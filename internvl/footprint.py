@@ -278,7 +278,7 @@ class Blocks:
         if compiled:
             narrow, wide = (3 * inner + 2 * d if apart else 2 * inner + d), 0
         else:
-            written = 4 * inner + d if masked else 3 * inner
+            written = 3 * inner if inputs else 4 * inner + d
             narrow, wide = (4 * inner + 2 * d if apart else written), (2 if own else 1) * d
         return self.number * (narrow + inputs + rank) + 4 * wide + masked + 4
 
