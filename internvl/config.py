@@ -233,6 +233,9 @@ class ObjectiveConfig:
     micro_batch: Positive | None = None
     """Pairs that a device encodes at once; null takes its whole share of a step. Fewer need less
     memory and one more forward pass; the loss still compares all pairs of a step."""
+    kept_micro_batches: Positive = 1
+    """Micro-batches that keep the graph of their features from that first pass and are not encoded
+    again; each needs memory for it."""
     label_smoothing: Fraction = 0.0
     """Of the contrastive term of stage2."""
     weighting: Literal["token", "sample", "square"] = "token"

@@ -17,10 +17,12 @@ and for N visual tokens of width W once, whatever is computed again:
     as written, trained   (2 W + 2 D) N                  and W N in float32
     as written, frozen    2 D N                          and W N in float32
 
+Of a step in micro-batches, the features' graph of one is gone before its other terms are computed;
+the further ones that keep theirs from the first pass hold tower and features until they are next.
 Only what a gradient passes through is kept: with frozen towers, the inputs of the heads.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +43,8 @@ class Sequences:
     tokens: int
     looks: bool
     """Whether their first positions are queries, which look at a picture."""
+    compared: bool
+    """Whether features come from them; otherwise queries stand beside a caption."""
 
 
 def of(
@@ -60,13 +64,16 @@ def of(
         micro_batches: of a step on one GPU.
     """
     batch = Batch(model, recipe, pairs, captions, compiled=compiled)
+    cut = micro_batches > 1 and captions.text > 0
+    kept = min(micro_batches, recipe.objective.kept_micro_batches)
     moving = {
         "pictures and visual tokens": batch.pictures(),
         "cast copies of trained weights": batch.casts(),
         "vision tower activations": batch.blocks.tower(batch.shape),
-        "QLLaMA activations": batch.language(),
+        "QLLaMA activations": batch.language_in_turn() if cut else batch.language(),
         "what the heads keep": batch.heads(),
-        "visual tokens kept for the second pass": batch.kept(micro_batches - 1),
+        "graphs kept for the second pass": (kept - 1) * batch.encoded() if cut else 0.0,
+        "visual tokens kept for the second pass": batch.kept(micro_batches - kept),
         "features of a step, compared": 48.0 * recipe.global_batch**2,
     }
     if recipe.compute.offload:
@@ -148,12 +155,13 @@ class Batch:
         """What QLLaMA runs."""
         pairs, captions, queries = self.pairs, self.captions, self.model.num_queries
         if captions.text:
-            yield Sequences(pairs, captions.text, looks=False)
-            yield Sequences(pairs, queries, looks=True)
+            yield Sequences(pairs, captions.text, looks=False, compared=True)
+            yield Sequences(pairs, queries, looks=True, compared=True)
         if captions.matches:
-            yield Sequences(pairs * captions.matches, queries + captions.match, looks=True)
+            rows, tokens = pairs * captions.matches, queries + captions.match
+            yield Sequences(rows, tokens, looks=True, compared=False)
         if captions.written:
-            yield Sequences(pairs, queries + captions.written, looks=True)
+            yield Sequences(pairs, queries + captions.written, looks=True, compared=False)
 
     def kept_of(self) -> list[Sequences]:
         """Those that a gradient passes through."""
@@ -197,10 +205,34 @@ class Batch:
 
     def language(self) -> float:
         """What QLLaMA's layers keep, and the hidden states around them."""
+        return self.looks() + self._language(self.kept_of())
+
+    def language_in_turn(self) -> float:
+        """The same where the features' graph is gone before the other terms are computed, beside
+        the gradients that it left of keys, values and visual tokens."""
+        compared = self._language([one for one in self.kept_of() if one.compared])
+        beside = self._language([one for one in self.kept_of() if not one.compared])
+        return self.looks() + max(compared, beside + (self.looks_gradients() if beside else 0.0))
+
+    def looks_gradients(self) -> float:
+        """Bytes of gradients of keys, values and visual tokens, where there are any."""
+        layers = sum(layer.cross_attn is not None for layer in self.language_model.layers)
+        made = 2.0 * self.number * self.seen * self.width * layers
+        return made + self.visual_tokens(1) if self.looks() else 0.0
+
+    def encoded(self) -> float:
+        """Bytes kept of a micro-batch whose features have their graph."""
+        if self.recipe.compute.offload:
+            return 0.0
+        compared = [one for one in self.kept_of() if one.compared]
+        blocks = self.blocks.tower(self.shape) + self.blocks.casts(len(compared))
+        return self.pictures() + blocks + self.looks() + self._language(compared)
+
+    def _language(self, sequences: Sequence[Sequences]) -> float:
         layers = list(self.language_model.layers)
         again = _computed_again(self.recipe.compute.checkpointing, self.language_model)
-        total, largest = self.looks(), 0.0
-        for one in self.kept_of():
+        total, largest = 0.0, 0.0
+        for one in sequences:
             residual = one.rows * one.tokens * self.width * self._residual_size(one)
             states = one.rows * one.tokens * self.width * (4 + self.number)
             total += 2 * residual + states + one.rows * one.tokens**2
@@ -210,7 +242,7 @@ class Batch:
                 if not self.recipe.compute.offload:
                     total += residual if number in again else each
         if self.recipe.compute.offload:
-            largest = max((self.layer(one, layers[0]) for one in self.kept_of()), default=0.0)
+            largest = max((self.layer(one, layers[0]) for one in sequences), default=0.0)
         return total + largest
 
     def looks(self) -> float:

@@ -87,7 +87,8 @@ def times(
     encoded = replace(load.captions, matches=0, written=0, supervised=0)
     first = dual_flops.count(model, encoded.work(samples, queries))
     micro_batches = round(load.rows / num_gpus)
-    twice = max(0, micro_batches - 1)  # the first goes on from where the first pass left it
+    # The first go on from where the first pass left them.
+    twice = max(0, micro_batches - recipe.objective.kept_micro_batches)
     cached = twice / max(1, micro_batches) if load.captions.text else 0.0
     batch = dual_footprint.Batch(model, recipe, load.pairs, load.captions, compiled=compiled)
     seen_again = cached * (1 - batch.kept(twice) / batch.visual_tokens(max(1, twice)))

@@ -255,6 +255,7 @@ _MAY_CHANGE = (
     "data.workers",
     "data.row_tokens",
     "objective.micro_batch",
+    "objective.kept_micro_batches",
     "log_every",
     "wandb",
     "checkpoint.every",

@@ -68,6 +68,11 @@ def pairs(folder, made, numbers=range(8)):
     return [pair for row in numbers for pair in reader[UnitRef(0, (row,), 0, row)].units]
 
 
+def backward(loss):
+    if loss.requires_grad:  # the contrastive term may be done already
+        loss.backward()
+
+
 def gradients(model, made, units, prepare=True):
     """{term: mean}, {name: gradient} of a step."""
     model.zero_grad(set_to_none=True)
@@ -79,7 +84,7 @@ def gradients(model, made, units, prepare=True):
     means = dict.fromkeys(total, 0.0)
     for batch in batches:
         sums = made(model, batch)
-        sum(made.weights[name] * sums[name] / total[name] for name in sums).backward()
+        backward(sum(made.weights[name] * sums[name] / total[name] for name in sums))
         for name, value in sums.items():
             means[name] += float(value.detach()) / total[name]
     return means, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -187,12 +192,13 @@ def test_captions_of_a_picture_share_the_target(project, dual):
 
 
 @pytest.mark.parametrize("name", ["retrieval", "stage2"])
-@pytest.mark.parametrize("micro_batch", [1, 3, 4])
-def test_micro_batches_equal_one_batch(project, dual, name, micro_batch):
+@pytest.mark.parametrize(("micro_batch", "kept"), [(1, 1), (3, 1), (4, 1), (2, 2), (2, 3), (3, 9)])
+def test_micro_batches_equal_one_batch(project, dual, name, micro_batch, kept):
     whole = objective(dual, name, label_smoothing=0.1)
     units = pairs(project, whole)
     wanted, wanted_gradients = gradients(dual.model.train(), whole, units)
-    cut = objective(dual, name, label_smoothing=0.1, micro_batch=micro_batch)
+    settings = {"micro_batch": micro_batch, "kept_micro_batches": kept}
+    cut = objective(dual, name, label_smoothing=0.1, **settings)
     found, found_gradients = gradients(dual.model, cut, units)
     assert found == pytest.approx(wanted, rel=1e-5)
     assert_same(found_gradients, wanted_gradients)
@@ -343,25 +349,34 @@ def test_both_passes_have_the_same_features(project, compute):
     torch._dynamo.reset()  # what was compiled counts against other tests' limits
 
 
-def test_both_passes_draw_the_same_random_numbers(project):
+@pytest.mark.parametrize("kept", [1, 2, 3])
+def test_both_passes_draw_the_same_random_numbers(project, kept):
     """So the gradient is that of a single graph over all micro-batches."""
     dual = random_model(project)
     model = dual.model
-    made = objective(dual, micro_batch=3)
+    made = objective(dual, micro_batch=2, kept_micro_batches=kept)
     units = pairs(project, made)
     torch.manual_seed(5)
     found, found_gradients = gradients(model, made, units)
 
     torch.manual_seed(5)
     model.zero_grad(set_to_none=True)
-    batches, features, matched = made.batches(units), [], 0.0
-    # The first micro-batch goes on from the generator's state.
-    seeds = [None, *(int(torch.randint(2**62, ())) for _ in batches[1:])]
-    for seed, batch in zip(seeds, batches, strict=True):
+    batches = made.batches(units)
+    seeds = [int(torch.randint(2**62, ())) for _ in batches[kept:]]
+
+    def encode(batch):
+        seen = model.look(model.vision_tokens(made._normalized(batch)))
+        return seen, made.features(model, seen, batch)
+
+    # Those that are kept go on from the generator's state, first their features, then the rest.
+    left = [(None, batch, encode(batch)) for batch in batches[:kept]]
+    left += zip(seeds, batches[kept:], [None] * len(seeds), strict=True)
+    features, matched = [], 0.0
+    for seed, batch, encoded in left:
         if seed is not None:
             torch.manual_seed(seed)
-        seen = model.look(model.vision_tokens(made._normalized(batch)))
-        features.append(made.features(model, seen, batch))
+        seen, found_here = encoded or encode(batch)
+        features.append(found_here)
         mask = model.joint_mask("itm", batch.match_mask)
         queries, _ = model.joint_states(seen, batch.match_ids, mask)
         logits = model.itm_logits(queries)
@@ -457,7 +472,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 from internvl import dist, handles
-from test_contrastive import CASES, objective, pairs
+from test_contrastive import CASES, backward, objective, pairs
 
 dist.init_from_env("cpu")
 folder, rank = Path({folder!r}), dist.rank()
@@ -472,7 +487,7 @@ for case, (name, micro_batch, even) in enumerate(CASES):
     made.begin_step(model.model, iter(batches), counts)
     for batch in batches:
         sums = made(model.model, batch)
-        sum(sums[term] / counts[term] for term in sums).backward()
+        backward(sum(sums[term] / counts[term] for term in sums))
     found = {{}}
     for key, parameter in model.model.named_parameters():
         found[key] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

@@ -1,5 +1,6 @@
 """dual_footprint: what autograd keeps of InternVL-14B's losses, against real small models."""
 
+import weakref
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -137,6 +138,57 @@ def test_what_autograd_keeps_of_blocks(choice):
         assert predicted == pytest.approx(counted, rel=0.03)
 
 
+class Saved:
+    """Holds a tensor for the backward pass."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+def peak_of(recipe, config):
+    """(most bytes that autograd keeps at a time in a step of three micro-batches, predicted)."""
+    model, objective = real(recipe, config), objective_of(recipe)
+    parallel.arrange(model, torch.device("cpu"), recipe.compute)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    alive, peak = weakref.WeakSet(), 0
+
+    def pack(tensor):
+        nonlocal peak
+        saved = Saved(tensor)
+        alive.add(saved)
+        storages = {one.tensor.untyped_storage() for one in alive}
+        sizes = {s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in own}
+        peak = max(peak, sum(sizes.values()))
+        return saved
+
+    batches = [batch_of(objective)] * 3
+    counts = dict.fromkeys(objective.weights, 3.0)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        with torch.autocast("cpu", torch.bfloat16):
+            objective.begin_step(model, iter(batches), counts)
+        for batch in batches:
+            with torch.autocast("cpu", torch.bfloat16):
+                total = losses(objective, model, batch)
+            total.backward()
+    captions = dual_flops.step_of(batches[:1], objective.weights, PAIRS).captions
+    made = dual_footprint.Batch(
+        plan.model_of(recipe, config), recipe, PAIRS, captions, compiled=False
+    )
+    found = (recipe.objective.kept_micro_batches - 1) * made.encoded() + made.casts()
+    found += made.blocks.tower(made.shape) + made.language_in_turn()
+    return peak, found - made.looks_gradients()  # which no hook sees
+
+
+@pytest.mark.parametrize("kept_micro_batches", [1, 2, 3])
+def test_the_peak_of_a_step_in_micro_batches(kept_micro_batches):
+    recipe = recipe_of("lora")
+    settings = replace(recipe.objective, kept_micro_batches=kept_micro_batches)
+    recipe = replace(recipe, objective=settings)
+    made = [peak_of(recipe, config_of(*layers)) for layers in ((1, 2), (1, 4), (2, 4))]
+    for less, more in pairwise(made):
+        assert more[1] - less[1] == pytest.approx(more[0] - less[0], rel=0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("choice", ["full", "lora", "queries"])
@@ -153,7 +205,7 @@ def test_what_a_frozen_tower_saw_is_kept_for_the_second_pass(choice):
     model, objective = real(recipe, config), objective_of(recipe)
     batches = [batch_of(objective)] * 3
     with torch.autocast("cpu", torch.bfloat16):
-        objective.begin_step(model, iter(batches), {})
+        objective.begin_step(model, iter(batches), {"itc": 3 * PAIRS})
     first, *others = objective._cached
     assert first.kept is not None  # goes on from here, so nothing is seen again
     saw = [cached.vision for cached in others if cached.vision is not None]

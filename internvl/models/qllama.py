@@ -5,6 +5,7 @@ positions are `transformers`' Llama; ours is the cross-attention, in every n-th 
 self-attention and MLP and on the query positions alone.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,6 +41,18 @@ class Seen:
     def __len__(self) -> int:
         """B."""
         return len(self.tokens)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All it holds."""
+        yield self.tokens
+        for look in self.looks:
+            yield from look or ()
+
+    def of(self, tensors: Iterable[Tensor]) -> "Seen":
+        """The same of other tensors, in the order of `tensors`."""
+        others = iter(tensors)
+        tokens = next(others)
+        return Seen(tokens, tuple(look and (next(others), next(others)) for look in self.looks))
 
 
 class QLlamaConfig(LlamaConfig):

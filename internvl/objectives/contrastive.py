@@ -5,7 +5,10 @@ not fit on a device at once, only features travel between micro-batches: a first
 gradient encodes them all, one loss over all features gives the gradient of each, and the second
 pass carries it back, a micro-batch at a time (gradient caching, Gao et al. 2021, arXiv:2101.06983).
 Both passes draw the same random numbers, so value and gradient are those of one large batch. What
-a frozen tower saw in the first pass is kept for the second.
+a frozen tower saw in the first pass is kept for the second, and the micro-batches that come first
+in the second come last in the first, for which they keep their graph. The features' gradient is
+carried back as far as the pictures before the other terms are computed, so that never both graphs
+of QLLaMA are there; the pictures' gradients of all terms go on together.
 
 Shapes: B pairs of a micro-batch, n pairs of this rank, N of all ranks, F features of a pair (its
 caption's first, then one for each branch of its picture), E width of an embedding.
@@ -16,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from typing import Any
 
 import torch
@@ -46,14 +49,23 @@ class Cached:
     loss: Tensor
     """The contrastive sum over its pairs."""
     gradient: Tensor
-    """Of the step's contrastive sum with respect to its features, (B, F, E)."""
+    """Of the step's loss with respect to its features, (B, F, E)."""
     scale_gradient: Tensor
     """Of the same with respect to the logit scale; all of it is at the first micro-batch."""
     vision: Tensor | None
     """Visual tokens, (B, N, W), where the tower would see the same again."""
-    kept: tuple[Seen, Tensor] | None
-    """Pictures and features with their graph, of the micro-batch that comes next: nothing of it is
-    computed again."""
+    kept: "Encoded | None"
+    """With its graph, of micro-batches of which nothing is computed again."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A micro-batch with its graph."""
+
+    seen: Seen
+    leaves: Seen
+    """The same, where the features' graph begins: it is run back by itself."""
+    features: Tensor
 
 
 class Retrieval:
@@ -124,14 +136,15 @@ class Retrieval:
     ) -> None:
         """The first pass; none where every rank has a single micro-batch."""
         self._cached.clear()
-        first = list(islice(batches, 2))
+        number = self.config.kept_micro_batches
+        first = list(islice(batches, max(2, number)))
         if "itc" not in self.weights or set(dist.gather_objects(len(first))) == {1}:
             return
         visions, encoded, image_ids, counted = [], [], [], []
         seeds: list[int | None] = []
-        room, kept = model.kept_bytes, None
-        # The first comes last: it is the next to be trained on, and its graph is kept for that.
-        for pairs in chain(first[1:], batches):
+        room = model.kept_bytes
+        # The first come last: they are the next to be trained on, and their graphs are kept for it.
+        for pairs in chain(first[number:], batches):
             device = pairs.pixel_values.device
             seeds.append(int(torch.randint(2**62, ())))
             with _nothing_kept(), _random_numbers(seeds[-1], device):
@@ -144,15 +157,10 @@ class Retrieval:
                 encoded.append(self.features(model, model.look(vision), pairs).detach())
             image_ids.append(pairs.image_ids)
             counted.append(pairs.text_counts)
-        for pairs in first[:1]:
-            seen = model.look(model.vision_tokens(self._normalized(pairs)))
-            features = self.features(model, seen, pairs)
-            kept = seen, features
-            seeds.insert(0, None)
-            visions.insert(0, None)
-            encoded.insert(0, features.detach())
-            image_ids.insert(0, pairs.image_ids)
-            counted.insert(0, pairs.text_counts)
+        kept = [self._encoded(model, pairs, None) for pairs in first[:number]]
+        encoded[:0] = [one.features.detach() for one in kept]
+        image_ids[:0] = [pairs.image_ids for pairs in first[:number]]
+        counted[:0] = [pairs.text_counts for pairs in first[:number]]
         if not encoded:  # only bad samples on this rank; the others wait for its (no) features
             encoded = [self._no_features(model)]
             image_ids = [encoded[0].new_zeros(0, dtype=torch.long)]
@@ -160,30 +168,52 @@ class Retrieval:
         own = torch.cat(encoded).requires_grad_()
         scale = model.logit_scale.detach().float().requires_grad_()
         losses = self._losses(own, torch.cat(image_ids), scale) * torch.cat(counted)
-        gradient, scale_gradient = torch.autograd.grad(losses.sum(), [own, scale])
+        weight = self.weights["itc"] / counts["itc"]
+        gradient, scale_gradient = torch.autograd.grad(weight * losses.sum(), [own, scale])
         sizes = [len(part) for part in encoded]
-        losses = losses.detach()
-        for seed, vision, loss, part in zip(
-            seeds, visions, losses.split(sizes), gradient.split(sizes), strict=False
+        left = chain(((None, None, one) for one in kept), zip(seeds, visions, repeat(None)))
+        for (seed, vision, one), loss, part in zip(
+            left, losses.detach().split(sizes), gradient.split(sizes), strict=False
         ):
-            self._cached.append(Cached(seed, loss.sum(), part, scale_gradient, vision, kept))
-            scale_gradient, kept = torch.zeros_like(scale_gradient), None
+            self._cached.append(Cached(seed, loss.sum(), part, scale_gradient, vision, one))
+            scale_gradient = torch.zeros_like(scale_gradient)
 
     def __call__(self, model: Any, batch: PairBatch) -> dict[str, Tensor]:
+        """The terms' sums. After a first pass that of `itc` has no gradient: it is carried back
+        here, as far as the pictures if other terms go on from them."""
         cached = self._cached.popleft() if self._cached else None
         seed = None if cached is None else cached.seed
         with _random_numbers(seed, batch.pixel_values.device):
-            seen = self._seen(model, batch, cached)
-            terms = {"itc": self._contrast, "itm": self._match, "itg": self._write}
-            return {name: terms[name](model, seen, batch, cached) for name in self.weights}
+            if cached is None:
+                seen = model.look(model.vision_tokens(self._normalized(batch)))
+                sums = {"itc": self._contrast(model, seen, batch)} if "itc" in self.weights else {}
+            else:
+                seen, sums = self._carry(model, batch, cached), {"itc": cached.loss}
+            terms = {"itm": self._match, "itg": self._write}
+            sums |= {n: terms[n](model, seen, batch) for n in self.weights if n in terms}
+        return sums
 
-    def _seen(self, model: Any, batch: PairBatch, cached: Cached | None) -> Seen:
-        if cached is not None and cached.kept is not None:
-            return cached.kept[0]
-        vision = None if cached is None else cached.vision
+    def _encoded(self, model: Any, pairs: PairBatch, vision: Tensor | None) -> Encoded:
+        """With a graph; `vision` where it is known."""
         if vision is None:
-            vision = model.vision_tokens(self._normalized(batch))
-        return model.look(vision)
+            vision = model.vision_tokens(self._normalized(pairs))
+        seen = leaves = model.look(vision)
+        if len(self.weights) > 1:
+            leaves = seen.of(t.detach().requires_grad_(t.requires_grad) for t in seen.tensors())
+        return Encoded(seen, leaves, self.features(model, leaves, pairs))
+
+    def _carry(self, model: Any, batch: PairBatch, cached: Cached) -> Seen:
+        """Carries the gradient of the features back; returns what other terms look at."""
+        one = cached.kept or self._encoded(model, batch, cached.vision)
+        with torch.autocast(one.features.device.type, enabled=False):
+            if one.features.requires_grad:
+                one.features.backward(cached.gradient)
+            if model.logit_scale.requires_grad:
+                model.logit_scale.float().backward(cached.scale_gradient)
+        if one.leaves is one.seen:
+            return one.seen
+        gradients = [leaf.grad for leaf in one.leaves.tensors()]
+        return one.seen.of(_Joined.apply(gradients, *one.seen.tensors()))
 
     def features(self, model: Any, seen: Seen, batch: PairBatch) -> Tensor:
         """float32 (B, F, E) of unit length: captions, what the queries see, pictures."""
@@ -203,16 +233,9 @@ class Retrieval:
         same = image_ids[:, None] == dist.gather_rows(image_ids)
         return same / same.sum(1, keepdim=True)
 
-    def _contrast(self, model: Any, seen: Seen, batch: PairBatch, cached: Cached | None) -> Tensor:
-        if cached is not None and cached.kept is not None:
-            _, features = cached.kept
-        else:
-            features = self.features(model, seen, batch)
-        scale = model.logit_scale.float()
-        if cached is None:
-            return (self._losses(features, batch.image_ids, scale) * batch.text_counts).sum()
-        carried = (features * cached.gradient).sum() + scale * cached.scale_gradient
-        return cached.loss + carried - carried.detach()
+    def _contrast(self, model: Any, seen: Seen, batch: PairBatch) -> Tensor:
+        features, scale = self.features(model, seen, batch), model.logit_scale.float()
+        return (self._losses(features, batch.image_ids, scale) * batch.text_counts).sum()
 
     def _losses(self, own: Tensor, image_ids: Tensor, scale: Tensor) -> Tensor:
         """Contrastive loss of each pair of this rank (n,) among all pairs; collective."""
@@ -220,14 +243,14 @@ class Retrieval:
             targets = self.targets(image_ids)
             return contrastive_losses(own, dist.gather_rows(own), targets, scale)
 
-    def _match(self, model: Any, seen: Seen, batch: PairBatch, cached: Cached | None) -> Tensor:
+    def _match(self, model: Any, seen: Seen, batch: PairBatch) -> Tensor:
         mask = model.joint_mask("itm", batch.match_mask)
         queries, _ = model.joint_states(seen, batch.match_ids, mask)
         logits = model.itm_logits(queries).float()
         labels = batch.match_labels
         return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
 
-    def _write(self, model: Any, seen: Seen, batch: PairBatch, cached: Cached | None) -> Tensor:
+    def _write(self, model: Any, seen: Seen, batch: PairBatch) -> Tensor:
         mask = model.joint_mask("itg", batch.written_mask)
         _, states = model.joint_states(seen, batch.written_ids, mask)
         states = states.flatten(0, 1).index_select(0, batch.loss_positions)
@@ -240,6 +263,25 @@ class Retrieval:
     def _normalized(self, batch: PairBatch) -> Tensor:
         statistics = STATISTICS[self.data.normalize]
         return normalize_tiles(batch.pixel_values, torch.float32, *statistics)
+
+
+class _Joined(torch.autograd.Function):
+    """Tensors as they are, of which other uses have had their gradients already."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[Tensor | None], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.gradients = gradients
+        outputs = tuple(tensor.view_as(tensor) for tensor in tensors)
+        ctx.mark_non_differentiable(
+            *(new for new, old in zip(outputs, tensors, strict=True) if not old.requires_grad)
+        )
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *own: Tensor | None) -> tuple[Tensor | None, ...]:
+        pairs = zip(own, ctx.gradients, strict=True)
+        return None, *(b if a is None else a if b is None else b.add_(a) for a, b in pairs)
 
 
 def _token_loss(model: Any, states: Tensor, targets: Tensor) -> Tensor:
