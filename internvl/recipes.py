@@ -214,6 +214,8 @@ def _objective_contradictions(recipe: Recipe) -> list[str]:
         problems.append(f"compute.attention: {kind} is for packed rows, not for pairs; choose auto")
     if objective.packs and objective.micro_batch is not None:
         problems.append("objective.micro_batch: sft cuts a step by data.row_tokens instead")
+    if objective.packs and objective.kept_micro_batches != 1:
+        problems.append("objective.kept_micro_batches: sft encodes nothing before a step")
     return problems
 
 

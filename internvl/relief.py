@@ -35,6 +35,10 @@ def _micro_batch(recipe: Recipe) -> str | None:
     return None if recipe.objective.packs or now == 1 else str(now // 2)
 
 
+def _kept_micro_batches(recipe: Recipe) -> str | None:
+    return "1" if recipe.objective.kept_micro_batches > 1 else None
+
+
 def _row_tokens(recipe: Recipe) -> str | None:
     if not recipe.objective.packs:
         return None
@@ -65,6 +69,12 @@ def _max_tokens(recipe: Recipe) -> str | None:
 
 
 LADDER = (
+    Rung(
+        "objective.kept_micro_batches",
+        "the graphs of all features but those of one micro-batch",
+        "a second forward pass for the features of these micro-batches",
+        _kept_micro_batches,
+    ),
     Rung(
         "compute.checkpointing",
         "what every second block (selective) or every block (full) of a trained part keeps for "
