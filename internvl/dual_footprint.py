@@ -1,9 +1,9 @@
 """Peak memory of a training step of InternVL-14B by component, from a model on the meta device.
 
 Blocks of the tower and of QLLaMA keep what footprint.py says of them. QLLaMA runs once for each
-kind of sequence: captions alone, queries alone, and queries with a caption for every match and for
-what is written. A cross-attention adds, in numbers of the compute type, for R query positions of
-width D and T positions of their sequences, in each kind that looks at the picture,
+kind of sequence, queries with a caption: for the features, for every match and for what is written.
+A cross-attention adds, in numbers of the compute type, for R query positions of width D and T
+positions of their sequences, in each kind,
 
     compiled, trained     4 R D                          and T D in float32
     compiled, frozen      2 R D + T D
@@ -26,8 +26,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from internvl import footprint
 from internvl.config import TERMS, Recipe
 from internvl.dual_flops import Captions
@@ -37,14 +35,12 @@ from internvl.footprint import Blocks, Footprint, Shape
 
 @dataclass(frozen=True)
 class Sequences:
-    """Equally long inputs of QLLaMA."""
+    """Equally long inputs of QLLaMA: queries, then a caption."""
 
     rows: int
     tokens: int
-    looks: bool
-    """Whether their first positions are queries, which look at a picture."""
     compared: bool
-    """Whether features come from them; otherwise queries stand beside a caption."""
+    """Whether features come from them."""
 
 
 def of(
@@ -155,20 +151,16 @@ class Batch:
         """What QLLaMA runs."""
         pairs, captions, queries = self.pairs, self.captions, self.model.num_queries
         if captions.text:
-            yield Sequences(pairs, captions.text, looks=False, compared=True)
-            yield Sequences(pairs, queries, looks=True, compared=True)
+            yield Sequences(pairs, queries + captions.text, compared=True)
         if captions.matches:
             rows, tokens = pairs * captions.matches, queries + captions.match
-            yield Sequences(rows, tokens, looks=True, compared=False)
+            yield Sequences(rows, tokens, compared=False)
         if captions.written:
-            yield Sequences(pairs, queries + captions.written, looks=True, compared=False)
+            yield Sequences(pairs, queries + captions.written, compared=False)
 
     def kept_of(self) -> list[Sequences]:
         """Those that a gradient passes through."""
-        named = self.language_model.named_parameters()
-        alone = any(p.requires_grad for name, p in named if "cross_attn" not in name)
-        passed = trains(self.model.model)
-        return [one for one in self.sequences() if (passed if one.looks else alone)]
+        return list(self.sequences()) if trains(self.model.model) else []
 
     def pictures(self) -> float:
         """Pixels, and what the tower makes of them, with a gradient where it trains."""
@@ -191,16 +183,15 @@ class Batch:
 
     def _fewer_casts(self, kept: list[Sequences]) -> float:
         """Numbers of cross-attention's matrices that not every use of QLLaMA casts: keys and values
-        are made once, outside of what is computed again, and captions alone do not look."""
+        are made once, outside of what is computed again."""
         layers = self.language_model.layers
         again = _computed_again(self.recipe.compute.checkpointing, self.language_model)
         share = 1 - len(again) / len(layers)
         uses = len(kept) if self.blocks.compiled else 1
-        looking = min(uses, sum(one.looks for one in kept))
         return sum(
-            p.numel() * (uses * share - (1 if ".k_" in name or ".v_" in name else looking * share))
+            p.numel() * (uses * share - 1)
             for name, p in layers.named_parameters()
-            if ".cross_attn." in name and p.requires_grad and p.ndim > 1
+            if ".cross_attn." in name and (".k_" in name or ".v_" in name) and p.requires_grad
         )
 
     def language(self) -> float:
@@ -233,7 +224,7 @@ class Batch:
         again = _computed_again(self.recipe.compute.checkpointing, self.language_model)
         total, largest = 0.0, 0.0
         for one in sequences:
-            residual = one.rows * one.tokens * self.width * self._residual_size(one)
+            residual = one.rows * one.tokens * self.width * self._residual_size()
             states = one.rows * one.tokens * self.width * (4 + self.number)
             total += 2 * residual + states + one.rows * one.tokens**2
             for number, layer in enumerate(layers):
@@ -247,7 +238,7 @@ class Batch:
 
     def looks(self) -> float:
         """Bytes kept of the pictures' keys and values, and of what they are made from."""
-        if not any(one.looks for one in self.kept_of()):
+        if not self.kept_of():
             return 0.0
         return float(sum(self.look(layer) for layer in self.language_model.layers))
 
@@ -264,7 +255,7 @@ class Batch:
     def layer(self, one: Sequences, layer: Any) -> float:
         """Bytes kept of a layer of QLLaMA."""
         kept = one.rows * self.blocks.decoder_block(one.tokens)
-        if not one.looks or layer.cross_attn is None:
+        if layer.cross_attn is None:
             return kept
         queries = one.rows * self.model.num_queries * self.width
         row = one.rows * one.tokens * self.width
@@ -326,10 +317,9 @@ class Batch:
     def _seen_width(self) -> int:
         return self.model.config.vision_config.hidden_size
 
-    def _residual_size(self, one: Sequences) -> int:
+    def _residual_size(self) -> int:
         """Bytes of a number between layers: trained embeddings and queries are float32."""
-        parts: list[nn.Module] = [self.language_model.embed_tokens]
-        parts += [self.model.model.query_tokens] if one.looks else []
+        parts = (self.language_model.embed_tokens, self.model.model.query_tokens)
         return 4 if any(map(trains, parts)) else self.number
 
 

@@ -50,19 +50,21 @@ def test_the_operators_apply_that_mask():
     du = du[:, 200:]
     torch.testing.assert_close(dropped.across(du, x, seed, 0.3) / 0.7, du.t() @ seen)
     torch.testing.assert_close(dropped.up(du, a, seed, 0.3), (du @ a).masked_fill(mask, 0) / 0.7)
+    operators = torch.ops.internvl
     for operator, arguments in (
-        (dropped.down, (x, a)),
-        (dropped.across, (du, x)),
-        (dropped.up, (du, a)),
+        (operators.dropped_down, (x, a)),
+        (operators.dropped_across, (du, x)),
+        (operators.dropped_up, (du, a)),
     ):
-        torch.library.opcheck(operator, (*arguments, seed, 0.3))
+        tests = ("test_schema", "test_faketensor")  # no gradient: joined.py has its own
+        torch.library.opcheck(operator, (*arguments, seed, 0.3), test_utils=tests)
 
 
 def block_with_adapters(device="cpu"):
     """A decoder layer, its adapters with dropout, in float32."""
     torch.manual_seed(0)
     sizes = {"text": {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}}
-    model = small_model("InternVL2-2B", (), 8, dropout=0.3, dtype="float32", sizes=sizes)
+    model = small_model("InternVL2-2B", (), 8, dropout=0.25, dtype="float32", sizes=sizes)
     for module in model.modules():
         if isinstance(module, Linear):
             nn.init.normal_(module.lora_B["default"].weight, std=0.05)

@@ -7,16 +7,15 @@ from torch import Tensor
 
 
 @triton.jit
-def _kept(seed, index, below):
-    """Whether entries of these numbers stay; `dropped.mask` is the same in torch."""
+def _hashed(seed, m, k, half):
+    """32 random bits for row m and columns k and k + half; `dropped.mask` is the same in torch."""
     s0 = tl.load(seed).to(tl.uint32, bitcast=True)
     s1 = tl.load(seed + 1).to(tl.uint32, bitcast=True)
-    h = index.to(tl.uint32) + s0
+    h = (m.to(tl.uint32) * half)[:, None] + k.to(tl.uint32)[None, :] + s0
     h = (h ^ (h >> 16)) * 0x7FEB352D
     h = h ^ s1
     h = (h ^ (h >> 15)) * 0x846CA68B
-    h = h ^ (h >> 16)
-    return h >= below.to(tl.uint32)
+    return h ^ (h >> 16)
 
 
 @triton.jit
@@ -29,7 +28,7 @@ def _down(
     factor,
     rows,
     row_stride,
-    inputs: tl.constexpr,
+    half: tl.constexpr,
     rank: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -39,15 +38,18 @@ def _down(
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     r = tl.arange(0, BLOCK_R)
     total = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for start in range(0, inputs, BLOCK_K):
+    for start in range(0, half, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        inside = (m < rows)[:, None] & (k < inputs)[None, :]
-        values = tl.load(x + m.to(tl.int64)[:, None] * row_stride + k[None, :], inside, other=0.0)
-        kept = _kept(seed, m.to(tl.int64)[:, None] * inputs + k[None, :], below)
-        values = tl.where(kept, values, 0.0).to(x.dtype.element_ty)
-        known = (k < inputs)[:, None] & (r < rank)[None, :]
-        weights = tl.load(a + r[None, :] * inputs + k[:, None], known, other=0.0)
-        total = tl.dot(values, weights, total, input_precision=PRECISION)
+        bits = _hashed(seed, m, k, half)
+        inside = (m < rows)[:, None] & (k < half)[None, :]
+        known = (k < half)[:, None] & (r < rank)[None, :]
+        place = x + m.to(tl.int64)[:, None] * row_stride + k[None, :]
+        weights = a + r[None, :] * (2 * half) + k[:, None]
+        first = tl.load(place, inside & ((bits & 0xFFFF) >= below), other=0.0)
+        total = tl.dot(first, tl.load(weights, known, other=0.0), total, input_precision=PRECISION)
+        second = tl.load(place + half, inside & ((bits >> 16) >= below), other=0.0)
+        weights = tl.load(weights + half, known, other=0.0)
+        total = tl.dot(second, weights, total, input_precision=PRECISION)
     place = out + m.to(tl.int64)[:, None] * rank + r[None, :]
     total = (total * factor).to(out.dtype.element_ty)
     tl.store(place, total, (m < rows)[:, None] & (r < rank)[None, :])
@@ -64,7 +66,7 @@ def _across(
     each,
     du_stride,
     row_stride,
-    inputs: tl.constexpr,
+    half: tl.constexpr,
     rank: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -74,18 +76,23 @@ def _across(
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     part = tl.program_id(1)
     r = tl.arange(0, BLOCK_R)
-    total = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
+    total1 = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
+    total2 = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
     for start in range(part * each, min(part * each + each, rows), BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
-        inside = (m < rows)[:, None] & (k < inputs)[None, :]
-        values = tl.load(x + m.to(tl.int64)[:, None] * row_stride + k[None, :], inside, other=0.0)
-        kept = _kept(seed, m.to(tl.int64)[:, None] * inputs + k[None, :], below)
-        values = tl.where(kept, values, 0.0).to(x.dtype.element_ty)
+        bits = _hashed(seed, m, k, half)
+        inside = (m < rows)[:, None] & (k < half)[None, :]
         known = (r < rank)[:, None] & (m < rows)[None, :]
         back = tl.load(du + m.to(tl.int64)[None, :] * du_stride + r[:, None], known, other=0.0)
-        total = tl.dot(back, values, total, input_precision=PRECISION)
-    place = out + (part * rank + r)[:, None] * inputs + k[None, :]
-    tl.store(place, total, (r < rank)[:, None] & (k < inputs)[None, :])
+        place = x + m.to(tl.int64)[:, None] * row_stride + k[None, :]
+        first = tl.load(place, inside & ((bits & 0xFFFF) >= below), other=0.0)
+        total1 = tl.dot(back, first, total1, input_precision=PRECISION)
+        second = tl.load(place + half, inside & ((bits >> 16) >= below), other=0.0)
+        total2 = tl.dot(back, second, total2, input_precision=PRECISION)
+    place = out + (part * rank + r)[:, None] * (2 * half) + k[None, :]
+    known = (r < rank)[:, None] & (k < half)[None, :]
+    tl.store(place, total1, known)
+    tl.store(place + half, total2, known)
 
 
 @triton.jit
@@ -98,7 +105,7 @@ def _up(
     factor,
     rows,
     du_stride,
-    inputs: tl.constexpr,
+    half: tl.constexpr,
     rank: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -108,23 +115,28 @@ def _up(
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     r = tl.arange(0, BLOCK_R)
+    bits = _hashed(seed, m, k, half)
     known = (m < rows)[:, None] & (r < rank)[None, :]
     back = tl.load(du + m.to(tl.int64)[:, None] * du_stride + r[None, :], known, other=0.0)
-    known = (r < rank)[:, None] & (k < inputs)[None, :]
-    weights = tl.load(a + r[:, None] * inputs + k[None, :], known, other=0.0)
-    total = tl.dot(back, weights, input_precision=PRECISION)
-    index = m.to(tl.int64)[:, None] * inputs + k[None, :]
-    total = tl.where(_kept(seed, index, below), total * factor, 0.0).to(out.dtype.element_ty)
-    tl.store(out + index, total, (m < rows)[:, None] & (k < inputs)[None, :])
+    known = (r < rank)[:, None] & (k < half)[None, :]
+    weights = a + r[:, None] * (2 * half) + k[None, :]
+    inside = (m < rows)[:, None] & (k < half)[None, :]
+    place = out + m.to(tl.int64)[:, None] * (2 * half) + k[None, :]
+    total = tl.dot(back, tl.load(weights, known, other=0.0), input_precision=PRECISION) * factor
+    total = tl.where((bits & 0xFFFF) >= below, total, 0.0)
+    tl.store(place, total.to(out.dtype.element_ty), inside)
+    weights = tl.load(weights + half, known, other=0.0)
+    total = tl.dot(back, weights, input_precision=PRECISION) * factor
+    total = tl.where((bits >> 16) >= below, total, 0.0)
+    tl.store(place + half, total.to(out.dtype.element_ty), inside)
 
 
-def _common(x: Tensor, a: Tensor) -> dict[str, object]:
-    rank = len(a)
+def _shape(inputs: int, rank: int, dtype: torch.dtype) -> dict[str, object]:
     return {
-        "inputs": a.shape[1],
+        "half": inputs // 2,
         "rank": rank,
         "BLOCK_R": max(16, triton.next_power_of_2(rank)),
-        "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }
 
 
@@ -138,7 +150,7 @@ def down(x: Tensor, a: Tensor, seed: Tensor, below: int, factor: float) -> Tenso
     x, a, rows = _plain(x), a.contiguous(), len(x)
     out = x.new_empty(rows, len(a))
     # Few rows are shared by as many of the GPU's processors as there are.
-    block = 64 if rows >= 4096 else 32 if rows >= 2048 else 16
+    block = 32 if rows > 4096 else 16
     if rows:
         _down[(triton.cdiv(rows, block),)](
             x,
@@ -152,55 +164,52 @@ def down(x: Tensor, a: Tensor, seed: Tensor, below: int, factor: float) -> Tenso
             BLOCK_M=block,
             BLOCK_K=128 if len(a) <= 64 else 64,
             num_warps=4,
-            num_stages=4,
-            **_common(x, a),
+            num_stages=4 if len(a) <= 64 else 3,
+            **_shape(x.shape[1], len(a), x.dtype),
         )
     return out
 
 
-_PARTS = 8
+_PARTS = 16
 """Sums over rows that are made side by side, then added in a fixed order."""
 
 
 def across(du: Tensor, x: Tensor, seed: Tensor, below: int) -> Tensor:
-    """du (M, R), x (M, K) -> (R, K)."""
+    """du (M, R), x (M, K) -> float32 (R, K)."""
     du, x, rows = _plain(du), _plain(x), len(x)
     rank, inputs = du.shape[1], x.shape[1]
-    block_m, block_k = 64, 128 if rank <= 64 else 64
+    if not rows:
+        return x.new_zeros((rank, inputs), dtype=torch.float32)
+    block_m, block_k = 64, 64
     each = triton.cdiv(triton.cdiv(rows, block_m), _PARTS) * block_m
-    parts = triton.cdiv(rows, each) if rows else 0
-    out = x.new_zeros if not parts else x.new_empty
-    sums = out((max(1, parts), rank, inputs), dtype=torch.float32)
-    if parts:
-        _across[(triton.cdiv(inputs, block_k), parts)](
-            du,
-            x,
-            seed,
-            sums,
-            below,
-            rows,
-            each,
-            du.stride(0),
-            x.stride(0),
-            BLOCK_M=block_m,
-            BLOCK_K=block_k,
-            num_warps=4,
-            num_stages=4,
-            inputs=inputs,
-            rank=rank,
-            BLOCK_R=max(16, triton.next_power_of_2(rank)),
-            PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-        )
-    return sums.sum(0).to(x.dtype)
+    parts = triton.cdiv(rows, each)
+    sums = x.new_empty((parts, rank, inputs), dtype=torch.float32)
+    _across[(triton.cdiv(inputs // 2, block_k), parts)](
+        du,
+        x,
+        seed,
+        sums,
+        below,
+        rows,
+        each,
+        du.stride(0),
+        x.stride(0),
+        BLOCK_M=block_m,
+        BLOCK_K=block_k,
+        num_warps=4,
+        num_stages=3,
+        **_shape(inputs, rank, x.dtype),
+    )
+    return sums.sum(0)
 
 
 def up(du: Tensor, a: Tensor, seed: Tensor, below: int, factor: float) -> Tensor:
     """du (M, R), A (R, K) -> (M, K)."""
     du, a, rows = _plain(du), a.contiguous(), len(du)
     out = du.new_empty(rows, a.shape[1])
-    block_m, block_k = 64, 128
+    block_m, block_k = 32, 128
     if rows:
-        _up[(triton.cdiv(rows, block_m), triton.cdiv(a.shape[1], block_k))](
+        _up[(triton.cdiv(rows, block_m), triton.cdiv(a.shape[1] // 2, block_k))](
             du,
             a,
             seed,
@@ -213,6 +222,6 @@ def up(du: Tensor, a: Tensor, seed: Tensor, below: int, factor: float) -> Tensor
             BLOCK_K=block_k,
             num_warps=4,
             num_stages=1,
-            **_common(du, a),
+            **_shape(a.shape[1], len(a), du.dtype),
         )
     return out

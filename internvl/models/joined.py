@@ -39,11 +39,13 @@ class JoinedLinear(Linear):
         dropout = self.lora_dropout[_ADAPTER]
         rate = getattr(dropout, "rate", 0.0) if self.training else 0.0
         dropped = None
-        if rate:
-            dropped = dropout.draw_seed(x) if kernels.used(x) else dropout.draw(x)
+        if rate and kernels.used(x):
+            dropped, rate = dropout.draw_seed(x), kernels.possible(rate)
+        elif rate:
+            dropped = dropout.draw(x)
         a, b = self.lora_A[_ADAPTER].weight, self.lora_B[_ADAPTER].weight
         fixed = (self.joined, self.base_layer.bias, self.scaling[_ADAPTER])
-        return _Joined.apply(x, a.to(kind), b, dropped, rate, *fixed)
+        return _Joined.apply(x, a, b, dropped, rate, *fixed)
 
 
 class _Joined(torch.autograd.Function):
@@ -62,6 +64,7 @@ class _Joined(torch.autograd.Function):
         bias: Tensor | None,
         scale: float,
     ) -> Tensor:
+        a = a.to(x.dtype)
         if _is_seed(dropped):
             inner = kernels.down(_rows(x), a, dropped, rate).view(*x.shape[:-1], len(a))
         else:
@@ -83,7 +86,7 @@ class _Joined(torch.autograd.Function):
         db = (_rows(gradient).t() @ _rows(inner)).float()
         du = du * ctx.scale
         if dropped is None:
-            return dx + du @ a, _rows(du).t() @ _rows(x), db, *[None] * 5
+            return dx + du @ a, (_rows(du).t() @ _rows(x)).float(), db, *[None] * 5
         db = db * ctx.scale
         # x is changed before it is used: as it is, the compiler would keep it rather than make it
         # again from what it keeps anyway.
@@ -93,7 +96,7 @@ class _Joined(torch.autograd.Function):
             da = kernels.across(_rows(du), _rows(x * factor), dropped, ctx.rate)
         else:
             through_a = (du @ a * factor).masked_fill(dropped, 0)
-            da = _rows(du).t() @ _rows(x * dropped.logical_not() * factor)
+            da = (_rows(du).t() @ _rows(x * dropped.logical_not() * factor)).float()
         return dx + through_a, da, db, *[None] * 5
 
 

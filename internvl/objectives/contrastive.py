@@ -217,13 +217,18 @@ class Retrieval:
 
     def features(self, model: Any, seen: Seen, batch: PairBatch) -> Tensor:
         """float32 (B, F, E) of unit length: captions, what the queries see, pictures."""
-        captions = model.text_states(batch.text_ids, batch.text_mask)
+        queries, captions = self._apart(model, seen, batch)
         found = (
             model.text_embeds(captions, batch.text_mask),
-            model.query_embeds(model.query_states(seen)),
+            model.query_embeds(queries),
             model.image_embeds(seen.tokens),
         )
         return F.normalize(torch.stack([embeds.float() for embeds in found], dim=1), dim=-1)
+
+    def _apart(self, model: Any, seen: Seen, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """What queries and captions are without each other, in one pass: (B, Q, D), (B, L, D)."""
+        mask = model.joint_mask("itc", batch.text_mask)
+        return model.joint_states(seen, batch.text_ids, mask)
 
     def _no_features(self, model: Any) -> Tensor:
         return torch.zeros(0, 3, model.config.embed_dim, device=model.device)
@@ -311,10 +316,10 @@ class Stage2(Retrieval):
 
     def features(self, model: Any, seen: Seen, batch: PairBatch) -> Tensor:
         """float32 (B, F, E) of unit length: captions, what the queries see."""
-        captions = model.text_states(batch.text_ids, batch.text_mask)
+        queries, captions = self._apart(model, seen, batch)
         found = (
             model.text_embeds(captions, batch.text_mask),
-            model.query_embeds(model.query_states(seen)),
+            model.query_embeds(queries),
         )
         return F.normalize(torch.stack([embeds.float() for embeds in found], dim=1), dim=-1)
 
