@@ -18,6 +18,7 @@ recipe's steps.
     full_364        all weights: says what one GPU lacks for it
     lora_224        the recipe as it is: 4 micro-batches of 32, checkpointing
     lora_224_once   all 128 pairs at once, no gradient caching, checkpointing
+    lora_224_kept_16  micro-batches of 16, of which four keep their graph from the first pass
 
 Those that the budget cuts off are measured by a second call that names them.
 """
@@ -89,6 +90,11 @@ ROWS: dict[str, Training | str] = {
     "full_364": "full",
     "lora_224": Training(_LORA, steps=3),
     "lora_224_once": Training(_LORA, ("objective.micro_batch=null",), steps=3),
+    "lora_224_kept_16": Training(
+        _LORA,
+        (_KEPT, "objective.micro_batch=16", "objective.kept_micro_batches=4"),
+        steps=3,
+    ),
 }
 
 
