@@ -381,13 +381,9 @@ class Blocks:
 
     def _adapters(self, block: nn.Module) -> tuple[float, float, float]:
         """(numbers of the adapters' inner outputs, of inputs that are kept beside them, bytes of
-        dropout's masks and copies) a token.
-
-        The compiler finds the language model's shared inputs; the tower's it keeps as they are.
-        """
+        dropout's masks and copies) a token; of those that share one A once."""
         rank = inputs = masked = 0.0
         seen: set[int] = set()
-        language = block is not self.tower_layers[-1]
         for name, layer in block.named_modules():
             if not isinstance(layer, LoraLayer):
                 continue
@@ -396,7 +392,7 @@ class Blocks:
             seen.add(id(a))
             dropout = layer.lora_dropout["default"]
             rate = getattr(dropout, "rate", 0.0)
-            if not (shared and self.compiled and (language or not self.joined)):
+            if not (shared and (self.compiled or self.joined)):
                 rank += a.shape[0]
                 inputs += 0 if rate or not self.joined else a.shape[1]
             if rate and not shared and not self.joined:

@@ -70,6 +70,9 @@ def arrange(model: Any, device: torch.device, compute: ComputeConfig) -> None:
     if packs and kind in ("flex", "flash"):
         attention.register()
         model.set_attn_implementation(_KERNELS[kind])
+    elif kind == "flash":
+        attention.register()
+        model.model.vision_tower.set_attn_implementation(attention.TOWER)
     elif packs and kind == "eager":
         text = "eager"
         # What is so already needs more of its attention than scores (GPT-OSS's sinks).
@@ -150,12 +153,17 @@ def pad(row: PackedBatch, lengths: Sequence[int]) -> PackedBatch:
     if not missing:
         return row
     padding = -1 - torch.arange(missing) // attention.BLOCK
+    starts = row.starts
+    if starts is not None:
+        ends = torch.arange(tokens, tokens + missing, attention.BLOCK, dtype=starts.dtype)[1:]
+        starts = torch.cat([starts, ends, starts.new_tensor([tokens + missing])])
     return replace(
         row,
         input_ids=F.pad(row.input_ids, (0, missing)),
         position_ids=F.pad(row.position_ids, (0, missing)),
         document=torch.cat([row.document, padding]),
         branch=F.pad(row.branch, (0, missing)),
+        starts=starts,
     )
 
 

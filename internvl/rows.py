@@ -19,13 +19,14 @@ def summed_loss(model: Any, row: PackedBatch, normalize: str) -> Tensor:
         normalize: which mean and deviation pixels are normalized with, a key of `STATISTICS`.
     """
     implementation = model.config.text_config._attn_implementation
+    mask = packed_mask(implementation, row.document, row.branch, model.dtype, row.starts)
     pixels = row.pixel_values
     if pixels is not None:
         pixels = normalize_tiles(pixels, torch.float32, *STATISTICS[normalize])
     return model(
         input_ids=row.input_ids,
         position_ids=row.position_ids,
-        attention_mask=packed_mask(implementation, row.document, row.branch, model.dtype),
+        attention_mask=mask,
         pixel_values=pixels,
         supervision=Supervision(row.loss_positions, row.targets, row.loss_weights),
     ).loss

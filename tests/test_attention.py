@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from chat_folders import IMAGE_TOKEN_ID, golden_folder
 from torch import nn
+from torch._dynamo.utils import counters
 
 from internvl import handles
 from internvl.models import attention
@@ -136,18 +137,109 @@ def test_flash_gradients_are_those_of_triton(seed, width):
         assert (triton - flash).float().norm() < 0.01 * triton.float().norm()
 
 
+def documents_alone(seed, blocks):
+    """document and branch of a row without branches, and where its documents start."""
+    document, _ = structure(seed, blocks)
+    sizes = torch.unique_consecutive(document, return_counts=True)[1]
+    return document, torch.zeros_like(document), F.pad(sizes.cumsum(0), (1, 0)).int()
+
+
+def starts_mask(starts):
+    return attention.packed_mask(attention.FLASH, starts, starts, torch.bfloat16, starts)
+
+
+def test_starts_take_the_place_of_blocks_in_16_bits():
+    document, branch, starts = documents_alone(0, blocks=2)
+    mask = starts_mask(starts)
+    assert mask.shape == (1, 1, 1, len(starts))
+    assert torch.equal(mask[0, 0, 0], starts)
+    wide = attention.packed_mask(attention.FLASH, document, branch, torch.float32, starts)
+    assert wide.seq_lengths == (256, 256)
+    with torch.autocast("cpu", torch.bfloat16):
+        kept = attention.packed_mask(attention.FLASH, document, branch, torch.float32, starts)
+    assert torch.equal(kept, mask)
+    for kind in ("sdpa", attention.FLEX):
+        other = attention.packed_mask(kind, document, branch, torch.bfloat16, starts)
+        assert other.shape[-2:] == (256, 256)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_documents_by_their_starts_equal_dense(seed):
+    document, branch, starts = documents_alone(seed, blocks=3)
+    fast = (attention.flex_forward, lambda *_: starts_mask(starts))
+    for found, dense in attend(document, branch, requires_grad=True, fast=fast):
+        torch.testing.assert_close(found, dense, rtol=1e-4, atol=2e-5)
+
+
+def test_any_number_of_documents_is_one_graph():
+    torch._dynamo.reset()
+    compiled = torch.compile(attention.flex_forward, dynamic=False, backend="aot_eager")
+    before = counters["stats"]["unique_graphs"]
+    for ends in ([40], [7, 40], [1, 2, 9, 33, 40]):
+        parts = [torch.randn(1, heads, 40, 16, requires_grad=True) for heads in (4, 2, 2)]
+        mask = starts_mask(torch.tensor([0, *ends], dtype=torch.int32))
+        found, wanted = (
+            kernel(Module(), *parts, mask)[0] for kernel in (compiled, attention.flex_forward)
+        )
+        torch.testing.assert_close(found, wanted)
+        found.sum().backward()
+    assert counters["stats"]["unique_graphs"] == before + 1
+
+
+def attended(kernel, parts, *arguments):
+    """Output and gradients of queries, keys and values, for a gradient that is not constant."""
+    parts = [part.detach().requires_grad_() for part in parts]
+    mixed, _ = kernel(None, *parts, *arguments)
+    mixed.float().square().sum().backward()
+    return [mixed.detach(), *(part.grad for part in parts)]
+
+
+def assert_within(found, wanted, share=0.01):
+    for one, other in zip(found, wanted, strict=True):
+        one, other = one.float().cpu(), other.float().cpu()
+        assert (one - other).norm() < share * other.norm()
+
+
 @pytest.mark.gpu
-@torch.no_grad()
-def test_flash_over_whole_tiles():
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_flash_over_documents(seed, width):
     flash_or_skip()
-    parts = [torch.randn(3, 4, 1025, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-    wanted = F.scaled_dot_product_attention(*(part.float() for part in parts)).transpose(1, 2)
+    _, _, starts = documents_alone(seed, blocks=3)
+    mask = starts_mask(starts)
+    parts = [torch.randn(1, h, int(starts[-1]), width, dtype=torch.bfloat16) for h in (4, 2, 2)]
+    wanted = attended(attention.flex_forward, parts, mask)
+    on_gpu = [part.cuda() for part in parts]
+    for kernel in (attention.flex_forward, torch.compile(attention.flex_forward)):
+        assert_within(attended(kernel, on_gpu, mask.cuda()), wanted)
+
+
+def tiles(width):
+    return [torch.randn(3, 4, 321, width, dtype=torch.bfloat16) for _ in range(3)]
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_tiles_by_the_operator_equal_torchs_own(width):
+    parts = tiles(width)
+    wanted = attended(
+        lambda _, *parts: (F.scaled_dot_product_attention(*parts).transpose(1, 2), None),
+        [part.float() for part in parts],
+    )
+    assert_within(attended(attention.tower_forward, parts), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 128])
+def test_flash_over_whole_tiles(width):
+    flash_or_skip()
+    parts = tiles(width)
+    wanted = attended(attention.tower_forward, parts)
+    on_gpu = [part.cuda() for part in parts]
     for kernel in (attention.tower_forward, torch.compile(attention.tower_forward)):
-        found, _ = kernel(None, *parts)
-        assert (found - wanted).norm() < 0.01 * wanted.norm()
+        assert_within(attended(kernel, on_gpu), wanted)
 
 
-def test_a_tower_that_trains_keeps_its_attention():
+def test_a_tower_in_float32_keeps_its_attention():
     parts = [torch.randn(2, 2, 9, 16, requires_grad=True) for _ in range(3)]
     layer = torch.nn.Module()
     layer.is_causal = False

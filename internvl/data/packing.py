@@ -5,6 +5,7 @@ number is all a run needs to go on, and how a step is cut never changes which sa
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -80,12 +81,14 @@ def pack(
     weighting: str = "token",
     packing: str = "best-fit",
     num_buffers: int = 20,
+    branches: bool = True,
 ) -> list[PackedBatch]:
     """Rows of at most `max_tokens` tokens and `max_tiles` tiles that hold every example once.
 
     Args:
         packing: "best-fit" or "official", see `least_padded` and `first_buffer`.
         num_buffers: rows that official packing keeps open.
+        branches: whether units may hold several examples; without, rows say where documents start.
 
     Raises:
         BadSample: a single sample exceeds a row.
@@ -96,7 +99,14 @@ def pack(
         rows = first_buffer(sizes, max_tokens, max_tiles, num_buffers)
     else:
         rows = least_padded(sizes, max_tokens, max_tiles)
-    return [_row([pieces[i] for i in row], weighting) for row in rows]
+    made = [_row([pieces[i] for i in row], weighting) for row in rows]
+    return made if branches else [replace(row, starts=_starts(row.document)) for row in made]
+
+
+def _starts(document: Tensor) -> Tensor:
+    """Where each of contiguous documents begins, and their end: int32 (D + 1,)."""
+    sizes = torch.unique_consecutive(document, return_counts=True)[1]
+    return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).int()
 
 
 def padded_tokens(tokens: int, max_tokens: int) -> int:

@@ -168,6 +168,9 @@ class PackedBatch:
     """float32 (M,)"""
     names: tuple[str, ...]
     """The samples of the row."""
+    starts: Tensor | None = None
+    """int32 (D + 1,): where the documents begin, those of padding too, and the row's end. None in
+    a run whose documents may have branches."""
 
     @property
     def num_samples(self) -> int:

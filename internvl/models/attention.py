@@ -2,7 +2,8 @@
 
     dense   bool (1, 1, L, L): the definition, for CPUs and as what the fast path is held to
     flex    FlexAttention over the 128 x 128 blocks of a row in which anything is seen
-    flash   the same blocks through FlashAttention 4's kernels, where that package is installed
+    flash   the same through FlashAttention 4's kernels, where that package is installed; a row
+            whose documents have no branches by its kernel for documents of any length (flash.py)
 
 Documents and branches are contiguous, so the queries that see a key are contiguous as well: the key
 itself up to the last token of its branch, or of its document where it is in the prefix. That one
@@ -10,7 +11,6 @@ number per key is the whole structure, and what a block holds follows from its s
 """
 
 from functools import cache, partial
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from internvl import log
-from internvl.models import documents
+from internvl.models import documents, flash
 from internvl.models.documents import DOCUMENTS
 
 FLEX, FLASH = "internvl_flex", "internvl_fa4"
@@ -29,14 +29,14 @@ FLEX, FLASH = "internvl_flex", "internvl_fa4"
 every name with "flash" in it for one of its own."""
 
 TOWER = "internvl_fa4_tiles"
-"""Name of FlashAttention 4's kernel for whole tiles of a frozen tower."""
+"""Name of FlashAttention 4's kernel for whole tiles."""
 
 BLOCK = 128
 """Side of a block, in tokens; rows for `FLEX` and `FLASH` are a multiple of it."""
 
 _FLASH_WIDTH = 128
-"""Head size that FlashAttention 4 is used for: on an H200 it was slower than Triton's kernel for
-heads of 64 that share keys seven to one."""
+"""Head size that FlashAttention 4 takes blocks for: on an H200 it was slower than Triton's kernel
+for heads of 64 that share keys seven to one. Documents it takes at any size."""
 
 
 def register() -> None:
@@ -57,7 +57,7 @@ def has_flash(device: torch.device) -> bool:
 
 @cache
 def _flash_works() -> bool:
-    if find_spec("flash_attn") is None:
+    if not flash.installed():
         return False
     try:
         import flash_attn.cute.interface  # noqa: F401
@@ -69,14 +69,25 @@ def _flash_works() -> bool:
 
 
 def packed_mask(
-    implementation: str, document: Tensor, branch: Tensor, dtype: torch.dtype
+    implementation: str,
+    document: Tensor,
+    branch: Tensor,
+    dtype: torch.dtype,
+    starts: Tensor | None = None,
 ) -> BlockMask | Tensor:
     """What `implementation` takes as the attention mask of a packed row.
 
     Args:
         document, branch: int64 (L,), as in a `PackedBatch`.
         dtype: of the attention scores, for a mask that is added to them ("eager").
+        starts: int32 (D + 1,), as in a `PackedBatch`.
     """
+    if implementation == FLASH and starts is not None and _computes_in(dtype, starts) in flash.HALF:
+        # Four dimensions, or transformers takes it for padding. Any number of documents is the
+        # same code.
+        mask = starts[None, None, None]
+        torch._dynamo.maybe_mark_dynamic(mask, 3)
+        return mask
     if implementation in (FLEX, FLASH):
         return block_mask(document, branch)
     if implementation == DOCUMENTS and documents.saves(document):
@@ -85,6 +96,11 @@ def packed_mask(
     if implementation in ("eager", DOCUMENTS):
         return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
     return seen
+
+
+def _computes_in(dtype: torch.dtype, like: Tensor) -> torch.dtype:
+    kind = like.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
 
 
 def dense_mask(document: Tensor, branch: Tensor) -> Tensor:
@@ -174,8 +190,15 @@ def flex_forward(
 ) -> tuple[Tensor, None]:
     """`transformers`' attention signature: (1, heads, L, head size) -> (1, L, heads, head size).
 
-    Without a `BlockMask` (when answers are generated) this is `transformers`' own "sdpa".
+    Without one of the masks of `packed_mask` (when answers are generated) this is `transformers`'
+    own "sdpa".
     """
+    if isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.int32:
+        assert dropout == 0.0, "FlashAttention 4 drops no attention weights"
+        q, k, v = (part[0].to(value.dtype).transpose(0, 1) for part in (query, key, value))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        mixed = flash.attend(q, k, v, attention_mask[0, 0, 0], causal=True, scale=scale)
+        return mixed[None], None
     if not isinstance(attention_mask, BlockMask):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -186,7 +209,7 @@ def flex_forward(
     # Alone and uncompiled, FlexAttention would hold all L x L scores.
     alone = query.is_cuda and not torch.compiler.is_compiling()
     kernel = _compiled_flex() if alone else flex_attention
-    if query.shape[-1] != _FLASH_WIDTH:
+    if query.shape[-1] != _FLASH_WIDTH or value.dtype not in flash.HALF:
         backend = "TRITON"
     mixed = kernel(
         query,
@@ -212,26 +235,14 @@ def tower_forward(
 ) -> tuple[Tensor, None]:
     """The same signature for whole tiles, (N, heads, T, head size) -> (N, T, heads, head size).
 
-    FlashAttention 4 where there is no gradient and in 16 bits, else `transformers`' own "sdpa".
+    FlashAttention 4 in 16 bits, else `transformers`' own "sdpa".
     """
-    if query.requires_grad or value.dtype not in (torch.bfloat16, torch.float16):
+    if value.dtype not in flash.HALF:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    parts = (part.to(value.dtype).transpose(1, 2) for part in (query, key, value))
+    assert attention_mask is None, "a tile's tokens see all of it"
+    assert dropout == 0.0, "FlashAttention 4 drops no attention weights"
+    q, k, v = (part.to(value.dtype).transpose(1, 2) for part in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return flash_tiles(*parts, scale), None
-
-
-@torch.library.custom_op("internvl::flash_tiles", mutates_args=())
-def flash_tiles(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Every token sees every token of its tile: (N, T, heads, head size), without gradient."""
-    from flash_attn.cute import flash_attn_func
-
-    found = flash_attn_func(query, key, value, softmax_scale=scale)
-    return found[0] if isinstance(found, tuple) else found
-
-
-@flash_tiles.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    return torch.empty_like(query, memory_format=torch.contiguous_format)
+    return flash.attend(q, k, v, None, causal=False, scale=scale), None

@@ -7,7 +7,9 @@ FLOPs. Here the base weight lies in one buffer with B, and one product does both
     y      = [W, B] [x, s A x]
     dx, du = [W, B]' dy          du: of the inner output s A x
 
-On a GPU dropout before A leaves no mask in memory (dropped.py).
+Where q, k and v share one A, as the original's fused projection does, they share the buffer as
+well, row below row, and the input with its inner output; backward is one product. On a GPU dropout
+before A leaves no mask in memory (dropped.py).
 """
 
 from collections.abc import Iterator
@@ -26,14 +28,17 @@ _ADAPTER = "default"
 class JoinedLinear(Linear):
     """PEFT's LoRA layer, its parameters as they are, with one product for base and B.
 
-    `joined` is (out, in + rank) in the base's type. The base's weight is a view of it; B is copied
-    there by `refresh` whenever it has changed.
+    `joined` is (out, in + rank) in the base's type, `out` of this layer and its `followers`. Their
+    bases' weights are views of it; every B is copied there by `refresh` whenever it has changed.
     """
 
     joined: Tensor
+    followers: "tuple[Follower, ...]"
+    """Layers that are called with the same input after this one: a tuple, so that their parameters
+    keep one name."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(…, in) -> (…, out) in the base's type."""
+        """(…, in) -> (…, out) in the base's type; the followers' outputs wait with them."""
         kind = self.joined.dtype
         x = x.to(kind)
         dropout = self.lora_dropout[_ADAPTER]
@@ -43,27 +48,45 @@ class JoinedLinear(Linear):
             dropped, rate = dropout.draw_seed(x), kernels.possible(rate)
         elif rate:
             dropped = dropout.draw(x)
-        a, b = self.lora_A[_ADAPTER].weight, self.lora_B[_ADAPTER].weight
-        fixed = (self.joined, self.base_layer.bias, self.scaling[_ADAPTER])
-        return _Joined.apply(x, a, b, dropped, rate, *fixed)
+        if rate and self.followers:
+            dropout.dropped = None  # which would wait for them
+        layers: list[Any] = [self, *self.followers]
+        fixed = (self.joined, [layer.base_layer.bias for layer in layers], self.scaling[_ADAPTER])
+        a, bs = self.lora_A[_ADAPTER].weight, [_b(layer) for layer in layers]
+        own, *others = _Joined.apply(x, a, dropped, rate, *fixed, *bs)
+        for follower, output in zip(self.followers, others, strict=True):
+            follower.output = output
+        return own
+
+
+class Follower(Linear):
+    """A layer whose output another one has made, from the same input."""
+
+    output: Tensor | None = None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the leader made of this input."""
+        output, self.output = self.output, None
+        assert output is not None, "called before the layer that it follows"
+        return output
 
 
 class _Joined(torch.autograd.Function):
-    """The layer; `dropped` is where dropout at `rate` makes the input of A zero: a mask (bool, of
-    the input's shape), its seed (int32), or None."""
+    """The layers side by side; `dropped` is where dropout at `rate` makes the input of A zero: a
+    mask (bool, of the input's shape), its seed (int32), or None."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         a: Tensor,
-        b: Tensor,
         dropped: Tensor | None,
         rate: float,
         joined: Tensor,
-        bias: Tensor | None,
+        biases: list[Tensor | None],
         scale: float,
-    ) -> Tensor:
+        *bs: Tensor,
+    ) -> tuple[Tensor, ...]:
         a = a.to(x.dtype)
         if _is_seed(dropped):
             inner = kernels.down(_rows(x), a, dropped, rate).view(*x.shape[:-1], len(a))
@@ -75,18 +98,22 @@ class _Joined(torch.autograd.Function):
         # With dropout x itself is kept: the compiler would keep it beside `both`.
         kept = both.split(widths, -1) if dropped is None else (x, inner)
         ctx.save_for_backward(*kept, a, dropped, joined)
-        ctx.rate, ctx.scale = rate, scale
-        return F.linear(both, joined, bias)
+        ctx.rate, ctx.scale, ctx.outputs = rate, scale, [len(b) for b in bs]
+        # Outputs of their own: as parts of one, what is kept of the last would keep all of it.
+        parts = zip(joined.split(ctx.outputs), biases, strict=True)
+        return tuple(F.linear(both, part, bias) for part, bias in parts)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, inner, a, dropped, joined = ctx.saved_tensors
-        gradient = gradients[0].to(joined.dtype)
+        each = [gradient.to(joined.dtype) for gradient in gradients]
+        gradient = torch.cat(each, -1) if len(each) > 1 else each[0]
         dx, du = (gradient @ joined).split([x.shape[-1], len(a)], -1)
         db = (_rows(gradient).t() @ _rows(inner)).float()
         du = du * ctx.scale
         if dropped is None:
-            return dx + du @ a, (_rows(du).t() @ _rows(x)).float(), db, *[None] * 5
+            da = (_rows(du).t() @ _rows(x)).float()
+            return dx + du @ a, da, *[None] * 5, *db.split(ctx.outputs)
         db = db * ctx.scale
         # x is changed before it is used: as it is, the compiler would keep it rather than make it
         # again from what it keeps anyway.
@@ -97,7 +124,7 @@ class _Joined(torch.autograd.Function):
         else:
             through_a = (du @ a * factor).masked_fill(dropped, 0)
             da = (_rows(du).t() @ _rows(x * dropped.logical_not() * factor)).float()
-        return dx + through_a, da, db, *[None] * 5
+        return dx + through_a, da, *[None] * 5, *db.split(ctx.outputs)
 
 
 def _is_seed(dropped: Tensor | None) -> TypeGuard[Tensor]:
@@ -115,39 +142,58 @@ def join(model: nn.Module) -> int:
     Those with another base (4 bits, float8) stay as PEFT computes them. Names and values of
     parameters do not change.
     """
-    count = 0
+    groups: dict[tuple[int, torch.dtype], list[Any]] = {}
+    module: Any
     for module in model.modules():
         if type(module) is not Linear or type(module.base_layer) is not nn.Linear:
             continue
-        weight, b = module.base_layer.weight, _b(module)
+        weight = module.base_layer.weight
         if weight.requires_grad:
             continue
-        joined = torch.cat([weight.detach(), b.detach().to(weight.dtype)], 1)
-        module.register_buffer("joined", joined, persistent=False)
-        weight.data = joined[:, : weight.shape[1]]
-        module.__class__ = JoinedLinear
-        count += 1
-    return count
+        # Who shares A is called in the order of the modules (lora.py).
+        groups.setdefault((id(module.lora_A[_ADAPTER]), weight.dtype), []).append(module)
+    for leader, *followers in groups.values():
+        _join(leader, followers)
+    return sum(map(len, groups.values()))
+
+
+def _join(leader: Linear, followers: list[Linear]) -> None:
+    layers = [leader, *followers]
+    weights = [layer.base_layer.weight for layer in layers]
+    bs = torch.cat([_b(layer).detach().to(weights[0]) for layer in layers])
+    joined = torch.cat([torch.cat([weight.detach() for weight in weights]), bs], 1)
+    leader.register_buffer("joined", joined, persistent=False)
+    for weight, rows in zip(weights, joined.split([len(w) for w in weights]), strict=True):
+        weight.data = rows[:, : weight.shape[1]]
+    leader.__class__ = JoinedLinear
+    for follower in followers:
+        follower.__class__ = Follower
+    leader.followers = tuple(followers)
 
 
 @torch.no_grad()
 def refresh(model: nn.Module) -> None:
     """Copies every B to its place beside the base: after a step, or a loaded checkpoint."""
-    layers = list(_joined(model))
-    if layers:
-        places = [layer.joined[:, layer.in_features :] for layer in layers]
-        torch._foreach_copy_(places, [_b(layer) for layer in layers])
+    places, bs = [], []
+    for leader in _leaders(model):
+        new = [_b(layer) for layer in (leader, *leader.followers)]
+        places += leader.joined[:, leader.in_features :].split([len(b) for b in new])
+        bs += new
+    if bs:
+        torch._foreach_copy_(places, bs)
 
 
 def part(model: nn.Module) -> None:
     """Undoes `join`."""
-    for layer in list(_joined(model)):
-        layer.base_layer.weight.data = layer.base_layer.weight.data.contiguous()
-        del layer.joined
-        layer.__class__ = Linear
+    for leader in list(_leaders(model)):
+        layers: list[Any] = [leader, *leader.followers]
+        for layer in layers:
+            layer.base_layer.weight.data = layer.base_layer.weight.data.contiguous()
+            layer.__class__ = Linear
+        del leader.joined, leader.followers
 
 
-def _joined(model: nn.Module) -> Iterator[JoinedLinear]:
+def _leaders(model: nn.Module) -> Iterator[JoinedLinear]:
     return (module for module in model.modules() if isinstance(module, JoinedLinear))
 
 

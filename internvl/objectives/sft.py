@@ -57,6 +57,7 @@ class Sft:
             weighting=self.config.weighting,
             packing=self.data.packing,
             num_buffers=self.data.packing_buffers,
+            branches=self.data.share_prefix,
         )
         for row in rows:
             self._count_placeholders(row)
@@ -99,7 +100,12 @@ class Sft:
         side = self.data.tiles.size
         tiles = torch.zeros(num_tiles, 3, side, side, dtype=torch.uint8) if num_tiles else None
         example = Example(f"made-up row of {length} tokens", ids, labels)
-        (row,) = pack([Unit((example,), 0, tiles)], max_tokens=length, max_tiles=num_tiles)
+        (row,) = pack(
+            [Unit((example,), 0, tiles)],
+            max_tokens=length,
+            max_tiles=num_tiles,
+            branches=self.data.share_prefix,
+        )
         return row
 
     def counts(self, batch: PackedBatch) -> dict[str, float]:

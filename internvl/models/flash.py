@@ -1,0 +1,160 @@
+"""FlashAttention 4's kernels as an operator with a gradient, which compiled blocks can call.
+
+Whole tiles, (N, T, heads, width), or a row of documents one after the other, (L, heads, width),
+each attending to itself alone; keys and values may have fewer heads. flash-attn-4 has no operators
+of its own; called are the functions that torch calls as well (torch.nn.attention). On a CPU the
+same is written out, in float32: what the kernels are held to.
+"""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HALF = (torch.bfloat16, torch.float16)
+"""Types the kernels take."""
+
+_LIBRARY = torch.library.Library("internvl", "FRAGMENT")
+_LIBRARY.define(
+    "flash(Tensor q, Tensor k, Tensor v, Tensor? starts, bool causal, float scale) "
+    "-> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "flash_backward(Tensor gradient, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "Tensor? starts, bool causal, float scale) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, *, causal: bool, scale: float
+) -> Tensor:
+    """What queries mix of the values: of the shape of `q`, contiguous.
+
+    Args:
+        q, k, v: (N, T, heads, width), or (L, heads, width) with `starts`.
+        starts: int32 (D + 1,), where the documents of a row begin, and its end.
+        causal: whether a query sees earlier keys and its own alone.
+    """
+    return torch.ops.internvl.flash(q, k, v, starts, causal, scale)[0]
+
+
+def installed() -> bool:
+    """Whether the package is there; whether it can be imported is another question."""
+    return find_spec("flash_attn") is not None
+
+
+@torch.library.impl(_LIBRARY, "flash", "CUDA")
+def _(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    documents = {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
+    how = {"softmax_scale": scale, "causal": causal, "return_lse": True}
+    out, lse = _flash_attn_fwd(q, k, v, **documents, **how)
+    return out, lse
+
+
+@torch.library.impl(_LIBRARY, "flash_backward", "CUDA")
+def _(
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    starts: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    dq, dk, dv = (part.new_empty(part.shape) for part in (q, k, v))
+    documents = {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
+    how = {"softmax_scale": scale, "causal": causal, "dq": dq, "dk": dk, "dv": dv}
+    _flash_attn_bwd(q, k, v, out, gradient.contiguous(), lse, **documents, **how)
+    return dq, dk, dv
+
+
+@torch.library.impl(_LIBRARY, "flash", "CPU")
+def _(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    scores, values = _scores(q, k, starts, causal, scale), _wide(v, q)
+    lse = scores.logsumexp(-1)
+    out = (scores - lse[..., None]).exp() @ values
+    return out.transpose(-2, -3).to(q.dtype).contiguous(), lse
+
+
+@torch.library.impl(_LIBRARY, "flash_backward", "CPU")
+def _(
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    starts: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shares = (_scores(q, k, starts, causal, scale) - lse[..., None]).exp()
+    dout, mixed = (part.float().transpose(-2, -3) for part in (gradient, out))
+    from_shares = dout @ _wide(v, q).mT
+    ds = shares * (from_shares - (dout * mixed).sum(-1, keepdim=True)) * scale
+    dq, dk, dv = ds @ _wide(k, q), ds.mT @ _wide(q, q), shares.mT @ dout
+    shared = q.shape[-2] // k.shape[-2]
+    dk, dv = (part.unflatten(-3, (-1, shared)).sum(-3) for part in (dk, dv))
+    pairs = zip((dq, dk, dv), (q, k, v), strict=True)
+    dq, dk, dv = (part.transpose(-2, -3).to(like.dtype).contiguous() for part, like in pairs)
+    return dq, dk, dv
+
+
+def _wide(part: Tensor, q: Tensor) -> Tensor:
+    """(…, T, heads, width) -> float32 (…, heads of q, T, width)."""
+    return part.float().transpose(-2, -3).repeat_interleave(q.shape[-2] // part.shape[-2], -3)
+
+
+def _scores(q: Tensor, k: Tensor, starts: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """float32 (…, heads, T, T), minus infinity where a query does not see a key."""
+    place = torch.arange(q.shape[-3], device=q.device)
+    seen = torch.ones(len(place), len(place), dtype=torch.bool, device=q.device)
+    if causal:
+        seen = seen.tril()
+    if starts is not None:
+        document = torch.searchsorted(starts, place, right=True)
+        seen = seen & (document[:, None] == document[None, :])
+    scores = _wide(q, q) @ _wide(k, q).mT * scale
+    return scores.masked_fill(~seen, -torch.inf)
+
+
+@torch.library.register_fake("internvl::flash", lib=_LIBRARY)
+def _(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    *outer, tokens, heads, _ = q.shape
+    out = q.new_empty((*outer, tokens, heads, v.shape[-1]))
+    return out, q.new_empty((*outer, heads, tokens), dtype=torch.float32)
+
+
+@torch.library.register_fake("internvl::flash_backward", lib=_LIBRARY)
+def _(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, starts, ctx.causal, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, starts)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    *saved, starts = ctx.saved_tensors
+    found = torch.ops.internvl.flash_backward(gradient, *saved, starts, ctx.causal, ctx.scale)
+    return *found, None, None, None
+
+
+torch.library.register_autograd("internvl::flash", _backward, setup_context=_remember, lib=_LIBRARY)
