@@ -418,12 +418,31 @@ def test_stage2_matches_half_of_a_step_with_another_caption(project, dual):
     units = pairs(project, made, range(5))
     batches = made.batches(units)
     assert [len(batch.match_ids) for batch in batches] == [2, 2, 1]
-    labels = torch.cat([batch.match_labels for batch in batches]).tolist()
-    assert labels == [0, 0, 0, 1, 1]
+    found = {
+        name: (int(label), tuple(row[row > 0].tolist()))
+        for batch in batches
+        for name, label, row in zip(batch.names, batch.match_labels, batch.match_ids, strict=True)
+    }
+    assert list(found) != [pair.name for pair in units]  # the longest come first
     for number, pair in enumerate(units):
-        row = batches[number // 2].match_ids[number % 2]
-        ids = pair.positive if labels[number] else pair.negative
-        assert tuple(row[row > 0].tolist()) == ids
+        own = number > 2
+        assert found[pair.name] == (own, pair.positive if own else pair.negative)
+
+
+def test_pairs_of_like_length_are_encoded_together(project, dual):
+    """Less padding; all that a step holds is the same."""
+    made = objective(dual, micro_batch=2)
+    units = pairs(project, made)
+    units = [
+        replace(pair, summary=pair.summary * (1 + 5 * (i % 2))) for i, pair in enumerate(units)
+    ]
+    batches = made.batches(units)
+    widths = [batch.text_ids.shape[1] for batch in batches]
+    assert widths == sorted(widths, reverse=True)
+    assert widths[0] > widths[-1]
+    assert sorted(n for batch in batches for n in batch.names) == sorted(p.name for p in units)
+    (whole,) = objective(dual).batches(units)
+    assert list(whole.names) == [pair.name for pair in units]
 
 
 def test_stage2_equals_the_joint_sequence_of_the_original(project, dual):

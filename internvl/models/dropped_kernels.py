@@ -19,6 +19,12 @@ def _hashed(seed, m, k, half):
 
 
 @triton.jit
+def _kept(values, bits, below):
+    # Not a mask of the load: neighbours that differ in it would be read one number at a time.
+    return tl.where(bits >= below, values, 0.0).to(values.dtype)
+
+
+@triton.jit
 def _down(
     x,
     a,
@@ -45,9 +51,9 @@ def _down(
         known = (k < half)[:, None] & (r < rank)[None, :]
         place = x + m.to(tl.int64)[:, None] * row_stride + k[None, :]
         weights = a + r[None, :] * (2 * half) + k[:, None]
-        first = tl.load(place, inside & ((bits & 0xFFFF) >= below), other=0.0)
+        first = _kept(tl.load(place, inside, other=0.0), bits & 0xFFFF, below)
         total = tl.dot(first, tl.load(weights, known, other=0.0), total, input_precision=PRECISION)
-        second = tl.load(place + half, inside & ((bits >> 16) >= below), other=0.0)
+        second = _kept(tl.load(place + half, inside, other=0.0), bits >> 16, below)
         weights = tl.load(weights + half, known, other=0.0)
         total = tl.dot(second, weights, total, input_precision=PRECISION)
     place = out + m.to(tl.int64)[:, None] * rank + r[None, :]
@@ -85,9 +91,9 @@ def _across(
         known = (r < rank)[:, None] & (m < rows)[None, :]
         back = tl.load(du + m.to(tl.int64)[None, :] * du_stride + r[:, None], known, other=0.0)
         place = x + m.to(tl.int64)[:, None] * row_stride + k[None, :]
-        first = tl.load(place, inside & ((bits & 0xFFFF) >= below), other=0.0)
+        first = _kept(tl.load(place, inside, other=0.0), bits & 0xFFFF, below)
         total1 = tl.dot(back, first, total1, input_precision=PRECISION)
-        second = tl.load(place + half, inside & ((bits >> 16) >= below), other=0.0)
+        second = _kept(tl.load(place + half, inside, other=0.0), bits >> 16, below)
         total2 = tl.dot(back, second, total2, input_precision=PRECISION)
     place = out + (part * rank + r)[:, None] * (2 * half) + k[None, :]
     known = (r < rank)[:, None] & (k < half)[None, :]

@@ -93,15 +93,11 @@ class _Joined(torch.autograd.Function):
         else:
             seen = x if dropped is None else x.masked_fill(dropped, 0) / (1 - rate)
             inner = F.linear(seen, a)
-        both = torch.cat([x, inner * scale], -1)
-        widths = [x.shape[-1], inner.shape[-1]]
-        # With dropout x itself is kept: the compiler would keep it beside `both`.
-        kept = both.split(widths, -1) if dropped is None else (x, inner)
-        ctx.save_for_backward(*kept, a, dropped, joined)
+        kept, outputs = _outputs(x, inner * scale, joined, [len(b) for b in bs], biases)
+        # With dropout x itself is kept: the compiler would keep it beside what it is joined in.
+        ctx.save_for_backward(*(kept if dropped is None else (x, inner)), a, dropped, joined)
         ctx.rate, ctx.scale, ctx.outputs = rate, scale, [len(b) for b in bs]
-        # Outputs of their own: as parts of one, what is kept of the last would keep all of it.
-        parts = zip(joined.split(ctx.outputs), biases, strict=True)
-        return tuple(F.linear(both, part, bias) for part, bias in parts)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -125,6 +121,26 @@ class _Joined(torch.autograd.Function):
             through_a = (du @ a * factor).masked_fill(dropped, 0)
             da = (_rows(du).t() @ _rows(x * dropped.logical_not() * factor)).float()
         return dx + through_a, da, *[None] * 5, *db.split(ctx.outputs)
+
+
+def _outputs(
+    x: Tensor, inner: Tensor, joined: Tensor, widths: list[int], biases: list[Tensor | None]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """((x, s A x) as they are to be kept, y of each layer)."""
+    inputs = x.shape[-1]
+    if inputs > len(joined):  # a narrow y is written twice sooner than a wide x
+        (bias,) = biases
+        weight, b = joined.split([inputs, joined.shape[1] - inputs], 1)
+        y = torch.addmm(F.linear(_rows(inner), b, bias), _rows(x), weight.t())
+        return (x, inner), (y.view(*x.shape[:-1], -1),)
+    both = torch.cat([x, inner], -1)
+    kept = both.split([inputs, inner.shape[-1]], -1)
+    if len(set(widths)) == 1 and len(widths) > 1:
+        bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
+        return kept, F.linear(both, joined, bias).split(widths, -1)
+    # Fewer keys than queries: as parts of one output, the values that are kept would keep it whole.
+    parts = zip(joined.split(widths), biases, strict=True)
+    return kept, tuple(F.linear(both, part, bias) for part, bias in parts)
 
 
 def _is_seed(dropped: Tensor | None) -> TypeGuard[Tensor]:

@@ -107,12 +107,16 @@ class Retrieval:
         return []
 
     def batches(self, units: Sequence[Pair]) -> list[PairBatch]:
+        """Micro-batches of pairs whose captions are of about the same length, the longest first: a
+        step has the same gradient in any order, and padding is computed as well."""
         size = self.config.micro_batch or max(1, len(units))
-        matches = [self.matches(pair, i, len(units)) for i, pair in enumerate(units)]
-        compared = [self.is_compared(pair) for pair in units]
+        shown = [(pair, self.matches(pair, i, len(units))) for i, pair in enumerate(units)]
+        if size < len(units):
+            shown.sort(key=lambda one: _longest(*one), reverse=True)
+        parts = [shown[i : i + size] for i in range(0, len(shown), size)]
         return [
-            make_batch(units[i : i + size], matches[i : i + size], compared[i : i + size])
-            for i in range(0, len(units), size)
+            make_batch(pairs, matches, [self.is_compared(pair) for pair in pairs])
+            for pairs, matches in (zip(*part, strict=True) for part in parts)
         ]
 
     def matches(self, pair: Pair, number: int, total: int) -> tuple[Match, ...]:
@@ -287,6 +291,12 @@ class _Joined(torch.autograd.Function):
     def backward(ctx: Any, *own: Tensor | None) -> tuple[Tensor | None, ...]:
         pairs = zip(own, ctx.gradients, strict=True)
         return None, *(b if a is None else a if b is None else b.add_(a) for a, b in pairs)
+
+
+def _longest(pair: Pair, matches: Sequence[Match]) -> int:
+    """Tokens of the longest caption that a pair is encoded with."""
+    texts = (pair.summary, pair.written, *(text for text, _ in matches))
+    return max(map(len, texts))
 
 
 def _token_loss(model: Any, states: Tensor, targets: Tensor) -> Tensor:
