@@ -188,9 +188,13 @@ def make_batch(
     )
 
 
+def padded_length(tokens: int) -> int:
+    """What texts of `tokens` are padded to."""
+    return -(-tokens // _MULTIPLE) * _MULTIPLE
+
+
 def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """int64 ids and bool mask (R, T), T a multiple of 8, so that few lengths occur."""
-    longest = max(map(len, rows))
-    ids = pad_right(rows, -(-longest // _MULTIPLE) * _MULTIPLE)
+    ids = pad_right(rows, padded_length(max(map(len, rows))))
     lengths = torch.tensor([len(row) for row in rows])
     return ids, torch.arange(ids.shape[1]) < lengths[:, None]

@@ -1,10 +1,11 @@
 """LoRA's dropout where no mask lies in memory: kernels that make it from a seed as they go.
 
-A's product, its gradient and the gradient of its input read the activations once each; drawing a
-mask, keeping it, and writing the masked activations would be five times the traffic, and a byte for
-every number of them until the backward pass. A hash of place and seed (lowbias32 of Wellons'
-hash-prospector, keyed before both multiplications) has 16 bits each for columns k and k + K / 2; an
-entry is dropped where they are below a share of 2^16, so a seed is the same mask in every kernel.
+A's product reads the activations once, and the backward pass once more, for A's gradient and that
+of the input; drawing a mask, keeping it, and writing the masked activations would be a multiple of
+the traffic, and a byte for every number of them until the backward pass. A hash of place and seed
+(lowbias32 of Wellons' hash-prospector, keyed before both multiplications) has 16 bits each for
+columns k and k + K / 2; an entry is dropped where they are below a share of 2^16, so a seed is the
+same mask in every kernel.
 
 Shapes: M rows, K inputs, an even number, R ranks; a seed is int32 (2,) on the device.
 """
@@ -53,12 +54,10 @@ def _below(rate: float) -> int:
 
 # Not `custom_op`, whose wrapper took the processor 20 us a call: 3,000 calls in a micro-batch.
 _LIBRARY = torch.library.Library("internvl", "FRAGMENT")
-for _name, _arguments in (
-    ("dropped_down", "Tensor x, Tensor a"),
-    ("dropped_across", "Tensor du, Tensor x"),
-    ("dropped_up", "Tensor du, Tensor a"),
-):
-    _LIBRARY.define(f"{_name}({_arguments}, Tensor seed, float rate) -> Tensor")
+_LIBRARY.define("dropped_down(Tensor x, Tensor a, Tensor seed, float rate) -> Tensor")
+_LIBRARY.define(
+    "dropped_back(Tensor du, Tensor x, Tensor a, Tensor seed, float rate) -> (Tensor, Tensor)"
+)
 
 
 def down(x: Tensor, a: Tensor, seed: Tensor, rate: float) -> Tensor:
@@ -66,15 +65,16 @@ def down(x: Tensor, a: Tensor, seed: Tensor, rate: float) -> Tensor:
     return torch.ops.internvl.dropped_down(x, a, seed, rate)
 
 
-def across(du: Tensor, x: Tensor, seed: Tensor, rate: float) -> Tensor:
-    """du' x where nothing is dropped, A's gradient where x has the factor 1 / (1 - rate) already:
-    du (M, R), x (M, K) -> float32 (R, K)."""
-    return torch.ops.internvl.dropped_across(du, x, seed, rate)
+def back(du: Tensor, x: Tensor, a: Tensor, seed: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+    """The gradients through A: of its input, (du A) with dropout, (M, K), and of A, du' x where
+    nothing is dropped, float32 (R, K).
 
-
-def up(du: Tensor, a: Tensor, seed: Tensor, rate: float) -> Tensor:
-    """The input's gradient through A, (du A) with dropout: du (M, R), A (R, K) -> (M, K)."""
-    return torch.ops.internvl.dropped_up(du, a, seed, rate)
+    Args:
+        du: (M, R).
+        x: (M, K), with the factor 1 / (1 - rate) already.
+        a: (R, K).
+    """
+    return torch.ops.internvl.dropped_back(du, x, a, seed, rate)
 
 
 @torch.library.impl(_LIBRARY, "dropped_down", "CPU")
@@ -82,14 +82,11 @@ def _(x: Tensor, a: Tensor, seed: Tensor, rate: float) -> Tensor:
     return (x.masked_fill(mask(seed, len(x), x.shape[1], rate), 0) / (1 - rate)) @ a.t()
 
 
-@torch.library.impl(_LIBRARY, "dropped_across", "CPU")
-def _(du: Tensor, x: Tensor, seed: Tensor, rate: float) -> Tensor:
-    return du.t().float() @ x.masked_fill(mask(seed, len(x), x.shape[1], rate), 0).float()
-
-
-@torch.library.impl(_LIBRARY, "dropped_up", "CPU")
-def _(du: Tensor, a: Tensor, seed: Tensor, rate: float) -> Tensor:
-    return (du @ a).masked_fill(mask(seed, len(du), a.shape[1], rate), 0) / (1 - rate)
+@torch.library.impl(_LIBRARY, "dropped_back", "CPU")
+def _(du: Tensor, x: Tensor, a: Tensor, seed: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+    gone = mask(seed, len(x), x.shape[1], rate)
+    through = (du @ a).masked_fill(gone, 0) / (1 - rate)
+    return through, du.t().float() @ x.masked_fill(gone, 0).float()
 
 
 @torch.library.impl(_LIBRARY, "dropped_down", "CUDA")
@@ -99,18 +96,11 @@ def _(x: Tensor, a: Tensor, seed: Tensor, rate: float) -> Tensor:
     return dropped_kernels.down(x, a, seed, _below(rate), 1 / (1 - rate))
 
 
-@torch.library.impl(_LIBRARY, "dropped_across", "CUDA")
-def _(du: Tensor, x: Tensor, seed: Tensor, rate: float) -> Tensor:
+@torch.library.impl(_LIBRARY, "dropped_back", "CUDA")
+def _(du: Tensor, x: Tensor, a: Tensor, seed: Tensor, rate: float) -> tuple[Tensor, Tensor]:
     from internvl.models import dropped_kernels
 
-    return dropped_kernels.across(du, x, seed, _below(rate))
-
-
-@torch.library.impl(_LIBRARY, "dropped_up", "CUDA")
-def _(du: Tensor, a: Tensor, seed: Tensor, rate: float) -> Tensor:
-    from internvl.models import dropped_kernels
-
-    return dropped_kernels.up(du, a, seed, _below(rate), 1 / (1 - rate))
+    return dropped_kernels.back(du, x, a, seed, _below(rate), 1 / (1 - rate))
 
 
 @torch.library.register_fake("internvl::dropped_down", lib=_LIBRARY)
@@ -118,11 +108,6 @@ def _(x: Tensor, a: Tensor, seed: Tensor, rate: float) -> Tensor:
     return x.new_empty(x.shape[0], a.shape[0])
 
 
-@torch.library.register_fake("internvl::dropped_across", lib=_LIBRARY)
-def _(du: Tensor, x: Tensor, seed: Tensor, rate: float) -> Tensor:
-    return x.new_empty(du.shape[1], x.shape[1], dtype=torch.float32)
-
-
-@torch.library.register_fake("internvl::dropped_up", lib=_LIBRARY)
-def _(du: Tensor, a: Tensor, seed: Tensor, rate: float) -> Tensor:
-    return du.new_empty(du.shape[0], a.shape[1])
+@torch.library.register_fake("internvl::dropped_back", lib=_LIBRARY)
+def _(du: Tensor, x: Tensor, a: Tensor, seed: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(a.shape, dtype=torch.float32)

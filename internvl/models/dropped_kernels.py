@@ -62,12 +62,15 @@ def _down(
 
 
 @triton.jit
-def _across(
+def _back(
     du,
     x,
+    a,
     seed,
+    through,
     out,
     below,
+    factor,
     rows,
     each,
     du_stride,
@@ -82,59 +85,33 @@ def _across(
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     part = tl.program_id(1)
     r = tl.arange(0, BLOCK_R)
+    known = (r < rank)[:, None] & (k < half)[None, :]
+    place = a + r[:, None] * (2 * half) + k[None, :]
+    weights1, weights2 = tl.load(place, known, other=0.0), tl.load(place + half, known, other=0.0)
     total1 = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
     total2 = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
     for start in range(part * each, min(part * each + each, rows), BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
         bits = _hashed(seed, m, k, half)
+        low, high = bits & 0xFFFF, bits >> 16
         inside = (m < rows)[:, None] & (k < half)[None, :]
-        known = (r < rank)[:, None] & (m < rows)[None, :]
-        back = tl.load(du + m.to(tl.int64)[None, :] * du_stride + r[:, None], known, other=0.0)
-        place = x + m.to(tl.int64)[:, None] * row_stride + k[None, :]
-        first = _kept(tl.load(place, inside, other=0.0), bits & 0xFFFF, below)
-        total1 = tl.dot(back, first, total1, input_precision=PRECISION)
-        second = _kept(tl.load(place + half, inside, other=0.0), bits >> 16, below)
-        total2 = tl.dot(back, second, total2, input_precision=PRECISION)
+        row = m.to(tl.int64)[:, None]
+        back = du + row * du_stride + r[None, :]
+        back = tl.load(back, (m < rows)[:, None] & (r < rank)[None, :], other=0.0)
+        turned = tl.trans(back)
+        place = x + row * row_stride + k[None, :]
+        first = _kept(tl.load(place, inside, other=0.0), low, below)
+        total1 = tl.dot(turned, first, total1, input_precision=PRECISION)
+        second = _kept(tl.load(place + half, inside, other=0.0), high, below)
+        total2 = tl.dot(turned, second, total2, input_precision=PRECISION)
+        place = through + row * (2 * half) + k[None, :]
+        first = tl.dot(back, weights1, input_precision=PRECISION) * factor
+        tl.store(place, _kept(first, low, below).to(through.dtype.element_ty), inside)
+        second = tl.dot(back, weights2, input_precision=PRECISION) * factor
+        tl.store(place + half, _kept(second, high, below).to(through.dtype.element_ty), inside)
     place = out + (part * rank + r)[:, None] * (2 * half) + k[None, :]
-    known = (r < rank)[:, None] & (k < half)[None, :]
     tl.store(place, total1, known)
     tl.store(place + half, total2, known)
-
-
-@triton.jit
-def _up(
-    du,
-    a,
-    seed,
-    out,
-    below,
-    factor,
-    rows,
-    du_stride,
-    half: tl.constexpr,
-    rank: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    r = tl.arange(0, BLOCK_R)
-    bits = _hashed(seed, m, k, half)
-    known = (m < rows)[:, None] & (r < rank)[None, :]
-    back = tl.load(du + m.to(tl.int64)[:, None] * du_stride + r[None, :], known, other=0.0)
-    known = (r < rank)[:, None] & (k < half)[None, :]
-    weights = a + r[:, None] * (2 * half) + k[None, :]
-    inside = (m < rows)[:, None] & (k < half)[None, :]
-    place = out + m.to(tl.int64)[:, None] * (2 * half) + k[None, :]
-    total = tl.dot(back, tl.load(weights, known, other=0.0), input_precision=PRECISION) * factor
-    total = tl.where((bits & 0xFFFF) >= below, total, 0.0)
-    tl.store(place, total.to(out.dtype.element_ty), inside)
-    weights = tl.load(weights + half, known, other=0.0)
-    total = tl.dot(back, weights, input_precision=PRECISION) * factor
-    total = tl.where((bits >> 16) >= below, total, 0.0)
-    tl.store(place + half, total.to(out.dtype.element_ty), inside)
 
 
 def _shape(inputs: int, rank: int, dtype: torch.dtype) -> dict[str, object]:
@@ -180,22 +157,28 @@ _PARTS = 16
 """Sums over rows that are made side by side, then added in a fixed order."""
 
 
-def across(du: Tensor, x: Tensor, seed: Tensor, below: int) -> Tensor:
-    """du (M, R), x (M, K) -> float32 (R, K)."""
-    du, x, rows = _plain(du), _plain(x), len(x)
-    rank, inputs = du.shape[1], x.shape[1]
+def back(
+    du: Tensor, x: Tensor, a: Tensor, seed: Tensor, below: int, factor: float
+) -> tuple[Tensor, Tensor]:
+    """du (M, R), x (M, K), A (R, K) -> (M, K), float32 (R, K)."""
+    du, x, a, rows = _plain(du), _plain(x), a.contiguous(), len(x)
+    rank, inputs = a.shape
+    through = x.new_empty((rows, inputs))
     if not rows:
-        return x.new_zeros((rank, inputs), dtype=torch.float32)
+        return through, x.new_zeros((rank, inputs), dtype=torch.float32)
     block_m, block_k = 64, 64
     each = triton.cdiv(triton.cdiv(rows, block_m), _PARTS) * block_m
     parts = triton.cdiv(rows, each)
     sums = x.new_empty((parts, rank, inputs), dtype=torch.float32)
-    _across[(triton.cdiv(inputs // 2, block_k), parts)](
+    _back[(triton.cdiv(inputs // 2, block_k), parts)](
         du,
         x,
+        a,
         seed,
+        through,
         sums,
         below,
+        factor,
         rows,
         each,
         du.stride(0),
@@ -206,28 +189,4 @@ def across(du: Tensor, x: Tensor, seed: Tensor, below: int) -> Tensor:
         num_stages=3,
         **_shape(inputs, rank, x.dtype),
     )
-    return sums.sum(0)
-
-
-def up(du: Tensor, a: Tensor, seed: Tensor, below: int, factor: float) -> Tensor:
-    """du (M, R), A (R, K) -> (M, K)."""
-    du, a, rows = _plain(du), a.contiguous(), len(du)
-    out = du.new_empty(rows, a.shape[1])
-    block_m, block_k = 32, 128
-    if rows:
-        _up[(triton.cdiv(rows, block_m), triton.cdiv(a.shape[1] // 2, block_k))](
-            du,
-            a,
-            seed,
-            out,
-            below,
-            factor,
-            rows,
-            du.stride(0),
-            BLOCK_M=block_m,
-            BLOCK_K=block_k,
-            num_warps=4,
-            num_stages=1,
-            **_shape(a.shape[1], len(a), du.dtype),
-        )
-    return out
+    return through, sums.sum(0)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, InternVLVisionModel, PreTrainedModel
 from transformers import initialization as init
 
-from internvl.models import norms
+from internvl.models import gelu, norms, patches
 from internvl.models.beams import Search, search
 from internvl.models.dual_configs import DualConfig
 from internvl.models.qllama import Mask, QLlamaModel, QueryTokens, Seen, attention_mask
@@ -53,6 +53,8 @@ class Towers(nn.Module):
         text = config.text_config
         self.vision_tower = InternVLVisionModel(config.vision_config)
         norms.fuse(self.vision_tower)
+        patches.as_product(self.vision_tower.embeddings.patch_embeddings.projection)
+        gelu.keep_kernel(self.vision_tower)
         self.language_model = QLlamaModel(text)
         self.query_tokens = QueryTokens(text) if text.num_query_tokens else None
 

@@ -115,8 +115,8 @@ class _Joined(torch.autograd.Function):
         # again from what it keeps anyway.
         factor = 1 / (1 - ctx.rate)
         if _is_seed(dropped):
-            through_a = kernels.up(_rows(du), a, dropped, ctx.rate).view(x.shape)
-            da = kernels.across(_rows(du), _rows(x * factor), dropped, ctx.rate)
+            through_a, da = kernels.back(_rows(du), _rows(x * factor), a, dropped, ctx.rate)
+            through_a = through_a.view(x.shape)
         else:
             through_a = (du @ a * factor).masked_fill(dropped, 0)
             da = (_rows(du).t() @ _rows(x * dropped.logical_not() * factor)).float()

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from internvl import dist, parallel
 from internvl.config import TERMS, DataConfig, ObjectiveConfig
 from internvl.data.images import STATISTICS
-from internvl.data.pair_reader import PairReader, make_batch
+from internvl.data.pair_reader import PairReader, make_batch, padded_length
 from internvl.data.pairs import CaptionEncoder
 from internvl.data.records import IGNORE, Match, Pair, PairBatch
 from internvl.data.sources import Source
@@ -63,9 +63,10 @@ class Encoded:
     """A micro-batch with its graph."""
 
     seen: Seen
-    leaves: Seen
-    """The same, where the features' graph begins: it is run back by itself."""
     features: Tensor
+    gradients: list[Tensor | None] | None
+    """Of what is seen, once the features' graph has been run back by itself; None where it goes on
+    below."""
 
 
 class Retrieval:
@@ -112,7 +113,7 @@ class Retrieval:
         size = self.config.micro_batch or max(1, len(units))
         shown = [(pair, self.matches(pair, i, len(units))) for i, pair in enumerate(units)]
         if size < len(units):
-            shown.sort(key=lambda one: _longest(*one), reverse=True)
+            shown.sort(key=lambda one: _lengths(*one), reverse=True)
         parts = [shown[i : i + size] for i in range(0, len(shown), size)]
         return [
             make_batch(pairs, matches, [self.is_compared(pair) for pair in pairs])
@@ -201,10 +202,13 @@ class Retrieval:
         """With a graph; `vision` where it is known."""
         if vision is None:
             vision = model.vision_tokens(self._normalized(pairs))
-        seen = leaves = model.look(vision)
-        if len(self.weights) > 1:
-            leaves = seen.of(t.detach().requires_grad_(t.requires_grad) for t in seen.tensors())
-        return Encoded(seen, leaves, self.features(model, leaves, pairs))
+        seen = model.look(vision)
+        if len(self.weights) == 1:
+            return Encoded(seen, self.features(model, seen, pairs), None)
+        leaves = [t.detach().requires_grad_(t.requires_grad) for t in seen.tensors()]
+        gradients: list[Tensor | None] = [None] * len(leaves)
+        begin = (_Begin.apply(leaf, gradients, place) for place, leaf in enumerate(leaves))
+        return Encoded(seen, self.features(model, seen.of(begin), pairs), gradients)
 
     def _carry(self, model: Any, batch: PairBatch, cached: Cached) -> Seen:
         """Carries the gradient of the features back; returns what other terms look at."""
@@ -214,10 +218,9 @@ class Retrieval:
                 one.features.backward(cached.gradient)
             if model.logit_scale.requires_grad:
                 model.logit_scale.float().backward(cached.scale_gradient)
-        if one.leaves is one.seen:
+        if one.gradients is None:
             return one.seen
-        gradients = [leaf.grad for leaf in one.leaves.tensors()]
-        return one.seen.of(_Joined.apply(gradients, *one.seen.tensors()))
+        return one.seen.of(_Joined.apply(one.gradients, *one.seen.tensors()))
 
     def features(self, model: Any, seen: Seen, batch: PairBatch) -> Tensor:
         """float32 (B, F, E) of unit length: captions, what the queries see, pictures."""
@@ -274,6 +277,21 @@ class Retrieval:
         return normalize_tiles(batch.pixel_values, torch.float32, *statistics)
 
 
+class _Begin(torch.autograd.Function):
+    """A leaf as it is, whose gradient goes to a place in a list: the leaf itself would copy it into
+    its own order of dimensions."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, gradients: list[Tensor | None], place: int) -> Tensor:
+        ctx.gradients, ctx.place = gradients, place
+        return leaf.view_as(leaf)
+
+    @staticmethod
+    def backward(ctx: Any, *own: Tensor) -> tuple[None, ...]:
+        ctx.gradients[ctx.place] = own[0]
+        return None, None, None
+
+
 class _Joined(torch.autograd.Function):
     """Tensors as they are, of which other uses have had their gradients already."""
 
@@ -293,10 +311,10 @@ class _Joined(torch.autograd.Function):
         return None, *(b if a is None else a if b is None else b.add_(a) for a, b in pairs)
 
 
-def _longest(pair: Pair, matches: Sequence[Match]) -> int:
-    """Tokens of the longest caption that a pair is encoded with."""
-    texts = (pair.summary, pair.written, *(text for text, _ in matches))
-    return max(map(len, texts))
+def _lengths(pair: Pair, matches: Sequence[Match]) -> tuple[int, int]:
+    """What a pair's captions are padded to at least: those with the picture, and those alone."""
+    beside = max(len(pair.written), *(len(text) for text, _ in matches))
+    return padded_length(beside), padded_length(len(pair.summary))
 
 
 def _token_loss(model: Any, states: Tensor, targets: Tensor) -> Tensor:
