@@ -86,8 +86,9 @@ def _back(
     part = tl.program_id(1)
     r = tl.arange(0, BLOCK_R)
     known = (r < rank)[:, None] & (k < half)[None, :]
-    place = a + r[:, None] * (2 * half) + k[None, :]
-    weights1, weights2 = tl.load(place, known, other=0.0), tl.load(place + half, known, other=0.0)
+    weights = a + r[:, None] * (2 * half) + k[None, :]
+    weights1 = tl.load(weights, known, other=0.0)
+    weights2 = tl.load(weights + half, known, other=0.0)
     total1 = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
     total2 = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
     for start in range(part * each, min(part * each + each, rows), BLOCK_M):
@@ -96,22 +97,21 @@ def _back(
         low, high = bits & 0xFFFF, bits >> 16
         inside = (m < rows)[:, None] & (k < half)[None, :]
         row = m.to(tl.int64)[:, None]
-        back = du + row * du_stride + r[None, :]
-        back = tl.load(back, (m < rows)[:, None] & (r < rank)[None, :], other=0.0)
-        turned = tl.trans(back)
+        own = (m < rows)[:, None] & (r < rank)[None, :]
+        back = tl.load(du + row * du_stride + r[None, :], own, other=0.0)
         place = x + row * row_stride + k[None, :]
         first = _kept(tl.load(place, inside, other=0.0), low, below)
-        total1 = tl.dot(turned, first, total1, input_precision=PRECISION)
+        total1 = tl.dot(tl.trans(back), first, total1, input_precision=PRECISION)
         second = _kept(tl.load(place + half, inside, other=0.0), high, below)
-        total2 = tl.dot(turned, second, total2, input_precision=PRECISION)
-        place = through + row * (2 * half) + k[None, :]
-        first = tl.dot(back, weights1, input_precision=PRECISION) * factor
-        tl.store(place, _kept(first, low, below).to(through.dtype.element_ty), inside)
-        second = tl.dot(back, weights2, input_precision=PRECISION) * factor
-        tl.store(place + half, _kept(second, high, below).to(through.dtype.element_ty), inside)
-    place = out + (part * rank + r)[:, None] * (2 * half) + k[None, :]
-    tl.store(place, total1, known)
-    tl.store(place + half, total2, known)
+        total2 = tl.dot(tl.trans(back), second, total2, input_precision=PRECISION)
+        up1 = _kept(tl.dot(back, weights1, input_precision=PRECISION) * factor, low, below)
+        up2 = _kept(tl.dot(back, weights2, input_precision=PRECISION) * factor, high, below)
+        to = through + row * (2 * half) + k[None, :]
+        tl.store(to, up1.to(through.dtype.element_ty), inside)
+        tl.store(to + half, up2.to(through.dtype.element_ty), inside)
+    sums = out + (part * rank + r)[:, None] * (2 * half) + k[None, :]
+    tl.store(sums, total1, known)
+    tl.store(sums + half, total2, known)
 
 
 def _shape(inputs: int, rank: int, dtype: torch.dtype) -> dict[str, object]:
@@ -147,7 +147,7 @@ def down(x: Tensor, a: Tensor, seed: Tensor, below: int, factor: float) -> Tenso
             BLOCK_M=block,
             BLOCK_K=128 if len(a) <= 64 else 64,
             num_warps=4,
-            num_stages=4 if len(a) <= 64 else 3,
+            num_stages=4 if len(a) <= 64 else 2,
             **_shape(x.shape[1], len(a), x.dtype),
         )
     return out
@@ -166,7 +166,7 @@ def back(
     through = x.new_empty((rows, inputs))
     if not rows:
         return through, x.new_zeros((rank, inputs), dtype=torch.float32)
-    block_m, block_k = 64, 64
+    block_m, block_k = 32, 64
     each = triton.cdiv(triton.cdiv(rows, block_m), _PARTS) * block_m
     parts = triton.cdiv(rows, each)
     sums = x.new_empty((parts, rank, inputs), dtype=torch.float32)
@@ -185,7 +185,7 @@ def back(
         x.stride(0),
         BLOCK_M=block_m,
         BLOCK_K=block_k,
-        num_warps=4,
+        num_warps=4 if rank <= 64 else 8,
         num_stages=3,
         **_shape(inputs, rank, x.dtype),
     )
