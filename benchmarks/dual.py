@@ -6,7 +6,8 @@
 
 Weights are made on the GPU in bfloat16; every row has a process of its own. Training rows are
 steps of `internvl train` on a recipe of recipes/internvl_14b, with JPEG files of COCO's sizes,
-captions of COCO's lengths, and the loader's workers; shares are needed FLOPs (dual_flops.py of the
+captions of COCO's lengths, and the loader's workers (of a row with one step alone, `first_wait_s`
+for its first pairs is left out); shares are needed FLOPs (dual_flops.py of the
 package) over the rate of an 8192³ bfloat16 product of the same process. `hours` are those of the
 recipe's steps.
 
@@ -14,7 +15,7 @@ recipe's steps.
     encode_224      pictures as C and G, texts: as loaded, and with compiled blocks
     head_224        the head recipe: all 128 pairs at once
     caption_224     beam 5, 30 tokens, batch 1, 16 and 64
-    lora_364        LoRA at 364 px, global batch 1,024 in micro-batches of 16, nothing again
+    lora_364        LoRA at 364 px, global batch 1,024 in micro-batches of 24, nothing again
     full_364        all weights: says what one GPU lacks for it
     lora_224        the recipe as it is: 4 micro-batches of 32, checkpointing
     lora_224_once   all 128 pairs at once, no gradient caching, checkpointing
@@ -81,7 +82,7 @@ ROWS: dict[str, Training | str] = {
     "caption_224": "caption",
     "lora_364": Training(
         _LORA,
-        (_KEPT, "objective.micro_batch=16"),
+        (_KEPT, "objective.micro_batch=24"),
         pixels=364,
         global_batch=1024,
         warmup=0,
@@ -239,6 +240,9 @@ def training(row: Training, device: torch.device, ceiling: float, tiny: bool) ->
             if len(rows) == row.warmup and device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
     seconds = [b - a for a, b in itertools.pairwise(ends)][row.warmup :]
+    # A step's pairs are read during the one before; where there is none, it waits for them.
+    first_wait_s = 0.0 if row.warmup else rows[0]["data_wait_s"]
+    seconds[0] -= first_wait_s
     work = dual_flops.Work(0)
     for step in now.objective.steps[1 + row.warmup :][: row.steps]:
         work += step
@@ -253,6 +257,7 @@ def training(row: Training, device: torch.device, ceiling: float, tiny: bool) ->
         "step_s": statistics.median(seconds),
         "pairs_per_s": now.recipe.global_batch / statistics.median(seconds),
         "data_wait_s": statistics.mean(numbers["data_wait_s"] for numbers in rows[row.warmup :]),
+        "first_wait_s": first_wait_s,
         "ceiling_share": needed / sum(seconds) / 1e12 / ceiling,
         "tflop_per_pair": needed / work.pictures / 1e12,
         "text_tokens_per_pair": work.text_tokens / work.pictures,

@@ -1,6 +1,6 @@
 """Do the fast paths train the same? A small model, the loop itself, 20 steps of the same samples.
 
-    python benchmarks/exactness.py            # on a GPU: its attention and compiled blocks too
+    python benchmarks/exactness.py            # on a GPU: FlexAttention and compiled blocks too
     python benchmarks/exactness.py --cpu
     python benchmarks/exactness.py --only "flex, compiled, bfloat16, float8"
 
@@ -21,7 +21,6 @@ import torch
 import workloads
 
 from internvl import recipes, train
-from internvl.models.attention import has_flash
 
 STEPS = 20
 DENSE = {"attention": "dense", "compile": False}
@@ -41,11 +40,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "flex, compiled": ({}, {"attention": "flex", "compile": True}, "float32"),
     "plain, bfloat16": (PLAIN, DENSE, "bfloat16"),
     "flex, compiled, bfloat16": ({}, {"attention": "flex", "compile": True}, "bfloat16"),
-    "flash, compiled, bfloat16": (
-        {"share_prefix": False},
-        {"attention": "flash", "compile": True},
-        "bfloat16",
-    ),
     "flex, compiled, bfloat16, float8": (
         {},
         {"attention": "flex", "compile": True, "float8": True},
@@ -119,14 +113,10 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args()
     device = "cpu" if options.cpu else "cuda"
-    attention = {"dense", "flex", "flash"}
     if options.cpu:  # torch has no backward pass of FlexAttention there
-        attention = {"dense"}
-    elif not has_flash(torch.device(device)):
-        attention.remove("flash")
-    options.only = [name for name in options.only if VARIANTS[name][1]["attention"] in attention]
+        options.only = [name for name in options.only if VARIANTS[name][1]["attention"] != "flex"]
     if not options.only:
-        parser.error("variants with flex need a GPU, those with flash FlashAttention 4 as well")
+        parser.error("variants with flex need a GPU")
     rows = []
     for rank in (4 if method == "lora" else None for method in options.methods):
         wanted = trained(PLAIN, DENSE, "float32", device, rank)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from internvl.data.records import PackedBatch
-from internvl.models import float8, tail
+from internvl.models import configs, float8, tail
 from internvl.models.attention import last_queries
 
 _FIRST = ("q_proj", "k_proj", "v_proj", "qkv_proj")
@@ -137,8 +137,7 @@ def last_mlp(model: Any, positions: float) -> Part:
 
 def query_width(text: Any) -> int:
     """Width of all queries of a language model together."""
-    each = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return each * text.num_attention_heads
+    return configs.head_width(text) * text.num_attention_heads
 
 
 def trains(module: nn.Module) -> bool:

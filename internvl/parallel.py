@@ -30,7 +30,7 @@ from internvl import dist
 from internvl.config import ComputeConfig, DataConfig, UserError
 from internvl.data.packing import ROW_SHARES
 from internvl.data.records import Batch, PackedBatch
-from internvl.models import attention, documents, float8, joined, tail, vlm
+from internvl.models import attention, configs, documents, flash, float8, joined, tail, vlm
 
 T = TypeVar("T")
 
@@ -69,7 +69,7 @@ def arrange(model: Any, device: torch.device, compute: ComputeConfig) -> None:
     kind = _attention(compute, device)
     if packs and kind in ("flex", "flash"):
         attention.register()
-        model.set_attn_implementation(_KERNELS[kind])
+        model.set_attn_implementation(_kernels(kind, model.config.text_config))
     elif kind == "flash":
         attention.register()
         model.model.vision_tower.set_attn_implementation(attention.TOWER)
@@ -99,6 +99,14 @@ _KERNELS = {
     "flex": {"text_config": attention.FLEX},
     "flash": {"text_config": attention.FLASH, "vision_config": attention.TOWER},
 }
+
+
+def _kernels(kind: str, text: Any) -> dict[str, str]:
+    """What the parts of a chat model attend with, by the names of their configurations."""
+    names = _KERNELS[kind]
+    if kind == "flash" and configs.head_width(text) not in flash.WIDTHS:
+        names = names | {"text_config": attention.FLEX}
+    return names
 
 
 def _attention(compute: ComputeConfig, device: torch.device) -> str:

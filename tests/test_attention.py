@@ -239,8 +239,9 @@ def test_flash_over_whole_tiles(width):
         assert_within(attended(kernel, on_gpu), wanted)
 
 
-def test_a_tower_in_float32_keeps_its_attention():
-    parts = [torch.randn(2, 2, 9, 16, requires_grad=True) for _ in range(3)]
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 64), (torch.bfloat16, 16)])
+def test_a_tower_in_float32_or_of_other_heads_keeps_its_attention(dtype, width):
+    parts = [torch.randn(2, 2, 9, width, dtype=dtype, requires_grad=True) for _ in range(3)]
     layer = torch.nn.Module()
     layer.is_causal = False
     found, _ = attention.tower_forward(layer, *parts)
@@ -281,6 +282,27 @@ def test_a_model_with_flex_computes_and_answers_the_same(tmp_path):
     assert F.cosine_similarity(found.flatten(), wanted.flatten(), dim=0) > 0.999999
     again = model.generate(**prompt, max_new_tokens=5, do_sample=False)
     assert torch.equal(again, answer)
+
+
+@pytest.mark.parametrize("case", ["chat_qwen2", "chat_internlm2"])
+def test_a_model_that_is_told_where_documents_start(case, tmp_path):
+    folder = golden_folder(case, "v2.sel-1", tmp_path)
+    model = handles.load(folder, image_token_id=IMAGE_TOKEN_ID, device="cpu", dtype="float32").model
+    document, branch, starts = documents_alone(1, blocks=2)
+    ids = torch.randint(10, 400, (1, len(document)), generator=torch.Generator().manual_seed(0))
+    attention.register()
+    found = []
+    for kind, mask in (
+        ("sdpa", attention.dense_mask(document, branch)),
+        (attention.FLASH, starts_mask(starts)),
+    ):
+        model.set_attn_implementation({"text_config": kind})
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        logits.square().mean().backward()
+        found.append([logits, *(p.grad for p in model.parameters() if p.grad is not None)])
+        model.zero_grad(set_to_none=True)
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() < 1e-5 * other.norm()
 
 
 @torch.no_grad()

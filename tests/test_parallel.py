@@ -7,11 +7,12 @@ import pytest
 import torch
 from chat_folders import IMAGE_TOKEN_ID, golden_folder, official_folder
 from torch import nn
+from transformers import LlamaConfig
 
 from internvl import handles, parallel
 from internvl.config import ComputeConfig, DataConfig, LoraConfig, UserError
 from internvl.data.records import PackedBatch
-from internvl.models import lora
+from internvl.models import attention, lora
 from internvl.models.attention import BLOCK, packed_mask
 from internvl.models.documents import DOCUMENTS
 from internvl.models.vlm import Supervision
@@ -92,6 +93,16 @@ def test_lengths_of_rows(compute, device, lengths):
 def test_flash_is_refused_where_it_is_not(model):
     with pytest.raises(UserError, match=r"pip install 'internvl\[flash\]'"):
         parallel.arrange(model, CPU, ComputeConfig(attention="flash"))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kind"), [(8, attention.FLASH), (4, attention.FLASH), (16, attention.FLEX)]
+)
+def test_heads_of_other_sizes_are_left_to_flex(heads, kind):
+    """A kernel of FlashAttention 4 did not compile for heads of 16."""
+    text = LlamaConfig(hidden_size=512, num_attention_heads=heads)
+    names = parallel._kernels("flash", text)
+    assert names == {"text_config": kind, "vision_config": attention.TOWER}
 
 
 def test_what_fails_to_compile_is_blamed_on_flash_alone(monkeypatch):
@@ -288,7 +299,7 @@ def test_rows_come_in_order_to_a_gpu():
 
 def test_eager_attention_writes_scores_out() -> None:
     """Fused attention is off inside, and back on afterwards."""
-    for attention, fused in (("eager", False), ("auto", True), ("dense", True)):
-        with parallel.attending(ComputeConfig(attention=attention)):
+    for kind, fused in (("eager", False), ("auto", True), ("dense", True)):
+        with parallel.attending(ComputeConfig(attention=kind)):
             assert torch.backends.cuda.flash_sdp_enabled() == fused
     assert torch.backends.cuda.flash_sdp_enabled()

@@ -235,14 +235,14 @@ def tower_forward(
 ) -> tuple[Tensor, None]:
     """The same signature for whole tiles, (N, heads, T, head size) -> (N, T, heads, head size).
 
-    FlashAttention 4 in 16 bits, else `transformers`' own "sdpa".
+    FlashAttention 4 in 16 bits, for the heads it is used for and without dropout, else
+    `transformers`' own "sdpa".
     """
-    if value.dtype not in flash.HALF:
+    if value.dtype not in flash.HALF or value.shape[-1] not in flash.WIDTHS or dropout:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     assert attention_mask is None, "a tile's tokens see all of it"
-    assert dropout == 0.0, "FlashAttention 4 drops no attention weights"
     q, k, v = (part.to(value.dtype).transpose(1, 2) for part in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return flash.attend(q, k, v, None, causal=False, scale=scale), None

@@ -214,6 +214,11 @@ def language_model(config: PreTrainedConfig) -> str:
     return names[model_type]
 
 
+def head_width(text: Any) -> int:
+    """Width of one head of a language model of this configuration."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
 def _plain(value: Any) -> Any:
     """Ours keeps sides as pairs; the original one number."""
     return value[0] if isinstance(value, list | tuple) else value

@@ -15,6 +15,9 @@ from torch import Tensor
 HALF = (torch.bfloat16, torch.float16)
 """Types the kernels take."""
 
+WIDTHS = (64, 128)
+"""Head sizes they are used for, those of the released models; at 16 one did not compile."""
+
 _LIBRARY = torch.library.Library("internvl", "FRAGMENT")
 _LIBRARY.define(
     "flash(Tensor q, Tensor k, Tensor v, Tensor? starts, bool causal, float scale) "
