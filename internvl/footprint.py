@@ -356,7 +356,8 @@ class Blocks:
             narrow += (10 if own else 11) * d
             wide = 2 * d if own else 0
         if self.vision.use_qk_norm:  # and RMS norms, in InternViT-6B
-            narrow += (2 if own or self.compiled else -2) * d
+            # Joined, q and k are parts of what v keeps.
+            narrow += (2 if own or self.compiled else 0 if rank and self.joined else -2) * d
             wide += 0 if self.compiled else 4 * d
         return tokens * (self.number * narrow + 4 * wide + masked + 16 + 4 * heads)
 
@@ -394,7 +395,10 @@ class Blocks:
             rate = getattr(dropout, "rate", 0.0)
             if not (shared and (self.compiled or self.joined)):
                 rank += a.shape[0]
-                inputs += 0 if rate or not self.joined else a.shape[1]
+                # Wider than the output, it is kept as it is: v's is k's, o's is attention's output.
+                wide = a.shape[1] > layer.get_base_layer().out_features
+                kept = wide and name.endswith(("v_proj", "o_proj"))
+                inputs += 0 if rate or kept or not self.joined else a.shape[1]
             if rate and not shared and not self.joined:
                 masked += a.shape[1]
                 if self.compiled and name.endswith(("q_proj", "k_proj", "v_proj", "qkv_proj")):

@@ -132,7 +132,7 @@ def _outputs(
         (bias,) = biases
         weight, b = joined.split([inputs, joined.shape[1] - inputs], 1)
         y = torch.addmm(F.linear(_rows(inner), b, bias), _rows(x), weight.t())
-        return (x, inner), (y.view(*x.shape[:-1], -1),)
+        return (x, inner), (y.view(*x.shape[:-1], len(joined)),)
     both = torch.cat([x, inner], -1)
     kept = both.split([inputs, inner.shape[-1]], -1)
     if len(set(widths)) == 1 and len(widths) > 1:
