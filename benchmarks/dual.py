@@ -6,10 +6,10 @@
 
 Weights are made on the GPU in bfloat16; every row has a process of its own. Training rows are
 steps of `internvl train` on a recipe of recipes/internvl_14b, with JPEG files of COCO's sizes,
-captions of COCO's lengths, and the loader's workers (of a row with one step alone, `first_wait_s`
-for its first pairs is left out); shares are needed FLOPs (dual_flops.py of the
+captions of COCO's lengths, and the loader's workers; shares are needed FLOPs (dual_flops.py of the
 package) over the rate of an 8192³ bfloat16 product of the same process. `hours` are those of the
-recipe's steps.
+recipe's steps. Of a row that measures its first step, `first_wait_s` is left out: a later step's
+pairs are read during the one before.
 
     lora_224_kept   the LoRA recipe in micro-batches of 32, nothing computed again
     encode_224      pictures as C and G, texts: as loaded, and with compiled blocks

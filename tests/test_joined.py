@@ -52,6 +52,34 @@ def test_outputs_and_gradients_are_those_of_two_products(name, dropout, dtype, a
         assert error(found[1][key], gradient) < allowed, key
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_tower_whose_q_k_and_v_are_one_product(dropout):
+    """As many keys as queries, and biases; the layers that follow the first have its dropout."""
+    model = small_model(
+        "InternVL2-2B", ("multi_modal_projector",), 8, on=("vision_tower",), dropout=dropout
+    )
+    for layer in layers(model):
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
+    pixels, found = torch.rand(2, 3, 56, 56), []
+    for join in (False, True):
+        if join:
+            joined.join(model)
+            first = model.model.vision_tower.encoder.layer[0].attention.q_proj
+            assert [type(layer).__name__ for layer in first.followers] == ["Follower"] * 2
+        torch.manual_seed(0)
+        output = model.model.get_image_features(pixels).pooler_output
+        output.square().mean().backward()
+        trained = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        found.append((output.detach(), trained))
+    assert error(found[1][0], found[0][0]) < 2e-6
+    assert found[0][1].keys() == found[1][1].keys()
+    for name, gradient in found[0][1].items():
+        assert float((found[1][1][name] - gradient).norm()) < 2e-5 * float(gradient.norm()) + 1e-9
+    drawn = first.lora_dropout["default"]
+    assert getattr(drawn, "dropped", None) is None  # nothing waits for the next step
+
+
 def test_names_and_values_stay(tmp_path):
     model = adapted()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

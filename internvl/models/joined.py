@@ -128,10 +128,11 @@ def _outputs(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """((x, s A x) as they are to be kept, y of each layer)."""
     inputs = x.shape[-1]
-    if inputs > len(joined):  # a narrow y is written twice sooner than a wide x
-        (bias,) = biases
+    if len(biases) == 1 and inputs > len(
+        joined
+    ):  # a narrow y is written twice sooner than a wide x
         weight, b = joined.split([inputs, joined.shape[1] - inputs], 1)
-        y = torch.addmm(F.linear(_rows(inner), b, bias), _rows(x), weight.t())
+        y = torch.addmm(F.linear(_rows(inner), b, biases[0]), _rows(x), weight.t())
         return (x, inner), (y.view(*x.shape[:-1], len(joined)),)
     both = torch.cat([x, inner], -1)
     kept = both.split([inputs, inner.shape[-1]], -1)
