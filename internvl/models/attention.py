@@ -36,7 +36,7 @@ BLOCK = 128
 
 _FLASH_WIDTH = 128
 """Head size that FlashAttention 4 takes blocks for: on an H200 it was slower than Triton's kernel
-for heads of 64 that share keys seven to one. Documents it takes at any size."""
+for heads of 64 that share keys seven to one. Documents it takes at either size."""
 
 
 def register() -> None:

@@ -16,7 +16,7 @@ HALF = (torch.bfloat16, torch.float16)
 """Types the kernels take."""
 
 WIDTHS = (64, 128)
-"""Head sizes they are used for, those of the released models; at 16 one did not compile."""
+"""Head sizes they are used for and were tested with; at 16 one did not compile."""
 
 _LIBRARY = torch.library.Library("internvl", "FRAGMENT")
 _LIBRARY.define(
