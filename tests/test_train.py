@@ -199,6 +199,15 @@ def test_bad_samples_are_raised_or_listed(project, tmp_path):
     assert len(listed) == 2
     assert all("red-circle.png" in row["reason"] for row in listed)
     assert sum(row["samples"] for row in log.StepLog(done, "metrics.jsonl").rows()) == 46
+    with (folder / "train.jsonl").open("a") as file:
+        turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "red \ud83d"}]
+        file.write(json.dumps({"conversations": turns}) + "\n")
+    skip = [*skip, f"run={tmp_path / 'half'}", "steps=7"]
+    done = train.run(recipe_of(project, tmp_path, *skip))
+    listed = [json.loads(line) for line in (done / "bad_samples.jsonl").read_text().splitlines()]
+    assert [row["sample"].rpartition(" ")[2] for row in listed if "half a" in row["reason"]] == [
+        "49"
+    ]
     few = [sources, "data.on_bad_sample=skip", "data.max_bad_fraction=0.01", "steps=6"]
     with pytest.raises(train.RunError, match="max_bad_fraction"):
         train.run(recipe_of(project, tmp_path, f"run={tmp_path / 'few'}", *few))
