@@ -101,8 +101,10 @@ def order_of(recipe: Recipe, files: Sequence[Source], done: int) -> Order:
     if dist.is_main():
         evals = changes.of_evals(recipe.evals)
         changes.write(recipe.run, replace(found, evals=evals, earlier=earlier))
-    how = {"share_prefix": recipe.shares_prefix, "seed": recipe.seed}
-    return GrownOrder(files, earlier, **how) if earlier else SampleOrder(files, **how)
+    share, seed = recipe.shares_prefix, recipe.seed
+    if earlier:
+        return GrownOrder(files, earlier, share_prefix=share, seed=seed)
+    return SampleOrder(files, share_prefix=share, seed=seed)
 
 
 def _earlier(recipe: Recipe, files: Sequence[Source], done: int) -> tuple[Earlier, ...]:
