@@ -205,6 +205,10 @@ class DataConfig:
     original's buffers, in the order of the data."""
     packing_buffers: Positive = 20
     """Open rows of official packing (original: `max_buffer_size`)."""
+    allow_overflow: bool = False
+    """With official packing: once half of `packing_buffers` are open, a sample that no row takes
+    goes into one that it overfills, as in the original. The row is cut at `row_tokens`; what was
+    cut off goes on as a row from its next picture on, and text before that is lost, as there."""
     template: str | None = None
     """Conversation template; null takes the checkpoint's own."""
     system_message: str | None = None
@@ -214,6 +218,12 @@ class DataConfig:
     above `max_bad_fraction`."""
     max_bad_fraction: Fraction = 0.01
     """With skip: the run stops when more than this share of the samples seen so far were bad."""
+    changed: Literal["refuse", "accept"] = "refuse"
+    """What a run does that goes on and finds its annotations changed. refuse: it says which and
+    how, and stops. accept: it goes on with them. Where samples were only added at the end, the
+    epoch that has begun ends as it would have, each sample once, and the new ones come from the
+    next on; otherwise the order is a new one, and samples may come twice or not at all in this
+    epoch."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Processes that read and encode ahead of training; 0 does it in the training process."""
 
@@ -533,7 +543,7 @@ class Recipe:
         """Whether samples of the same picture form one unit; pairs are drawn one by one."""
         return self.objective.packs and self.data.share_prefix
 
-    def num_steps(self, num_samples: int) -> int:
+    def num_steps(self, num_samples: float) -> int:
         """Optimizer steps of the run over an epoch of `num_samples` samples."""
         if self.steps is not None:
             return self.steps
@@ -542,7 +552,7 @@ class Recipe:
         whole, rest = divmod(total, self.global_batch)
         return whole if self.drop_last or rest == 0 else whole + 1
 
-    def num_samples(self, num_samples: int) -> int:
+    def num_samples(self, num_samples: float) -> int:
         """Samples that the whole run shows, over an epoch of `num_samples` samples."""
         if self.steps is not None or self.drop_last:
             return self.num_steps(num_samples) * self.global_batch

@@ -159,6 +159,12 @@ def _contradictions(recipe: Recipe) -> list[str]:
         problems.append("data.sources: no source; give one, or data.meta")
     if recipe.data.row_tokens is not None and recipe.data.row_tokens < recipe.data.max_tokens:
         problems.append("data.row_tokens: smaller than data.max_tokens; a row takes any sample")
+    if recipe.data.allow_overflow and (
+        recipe.data.packing != "official" or recipe.data.share_prefix
+    ):
+        problems.append(
+            "data.allow_overflow: only with data.packing: official and data.share_prefix: false"
+        )
     if recipe.data.tiles.min > recipe.data.tiles.max:
         problems.append("data.tiles.min: larger than data.tiles.max")
     if recipe.data.tiles.pad_square and recipe.data.tiles.max > 1:
@@ -255,6 +261,7 @@ def _float8_contradictions(recipe: Recipe) -> list[str]:
 _CAPTIONS = ("coco-captions", "captions", "pairs", "flickr_format", "coco_format")
 _MAY_CHANGE = (
     "data.workers",
+    "data.changed",
     "data.row_tokens",
     "objective.micro_batch",
     "objective.kept_micro_batches",

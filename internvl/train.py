@@ -34,9 +34,9 @@ from internvl import (
 )
 from internvl.config import Recipe, UserError
 from internvl.data import loader
-from internvl.data.order import SampleOrder
+from internvl.data.order import Order, SampleOrder
 from internvl.data.records import Batch
-from internvl.data.sources import open_source, source_configs
+from internvl.data.sources import Source, open_source, source_configs
 from internvl.embed import Dual
 from internvl.guards import Guard, RunError
 from internvl.models import joined, lora, vlm
@@ -58,7 +58,7 @@ class Run:
     """The handle a user would hold."""
     objective: Objective
     optimizer: torch.optim.Optimizer
-    order: SampleOrder
+    order: Order
     reader: Dataset[loader.Read]
     num_steps: int
     guard: Guard
@@ -80,22 +80,25 @@ class Run:
     @property
     def total_samples(self) -> int:
         """Samples of the whole run."""
-        return self.recipe.num_samples(len(self.order))
+        return self.recipe.num_samples(self.order.epoch_size(self.recipe.epochs))
 
 
-def build(recipe: Recipe, chat: handles.Chat | Dual | None = None) -> Run:
+def build(
+    recipe: Recipe, chat: handles.Chat | Dual | None = None, order: Order | None = None
+) -> Run:
     """Everything a run needs, in the one order: load, choose what trains, adapt, place, arrange.
 
     Args:
         chat: a model to train as it is, adapters included, instead of loading `recipe.model`.
+        order: of the samples, instead of that of a run that begins.
     """
     device = dist.init_from_env(recipe.device)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
     chat = handles.for_training(recipe) if chat is None else chat
-    files = [open_source(source) for source in source_configs(recipe.data)]
-    order = SampleOrder(files, share_prefix=recipe.shares_prefix, seed=recipe.seed)
+    if order is None:
+        order = SampleOrder(_files(recipe), share_prefix=recipe.shares_prefix, seed=recipe.seed)
     packs = recipe.objective.packs
     objective = OBJECTIVES[recipe.objective.name](recipe.objective, recipe.data, chat.encoder)
     parallel.place(chat.model, device, recipe.dtype)
@@ -109,11 +112,15 @@ def build(recipe: Recipe, chat: handles.Chat | Dual | None = None) -> Run:
         objective=objective,
         optimizer=optimizer,
         order=order,
-        reader=objective.reader(files, recipe.seed),
-        num_steps=recipe.num_steps(len(order)),
+        reader=objective.reader(order.files, recipe.seed),
+        num_steps=recipe.num_steps(order.epoch_size(recipe.epochs)),
         guard=Guard(recipe.guard),
         row_lengths=parallel.row_lengths(recipe.compute, device, recipe.data) if packs else (),
     )
+
+
+def _files(recipe: Recipe) -> list[Source]:
+    return [open_source(source) for source in source_configs(recipe.data)]
 
 
 def train_step(run: Run, micro_batches: Sequence[Batch]) -> dict[str, float]:
@@ -252,7 +259,8 @@ def run(recipe: Recipe) -> Path:
     """Trains until the recipe's end, going on from the run folder's newest checkpoint.
 
     Raises:
-        RunError: the run folder holds another recipe, or another process is training in it.
+        RunError: the run folder holds another recipe or other data, or another process is training
+            in it.
         Interrupted: SIGINT or SIGTERM; a checkpoint was written.
         BadSample: with `on_bad_sample: raise`.
     """
@@ -264,7 +272,9 @@ def run(recipe: Recipe) -> Path:
         if runfolder.finished(recipe.run):
             logger.info("the run %s is finished; choose another `run` to train again", recipe.run)
             return recipe.run
-        now = build(recipe)
+        done = max(checkpoint.steps(recipe.run / "checkpoints"), default=0) * recipe.global_batch
+        order = runfolder.order_of(recipe, _files(recipe), done)
+        now = build(recipe, order=order)
         metrics = _resume(now)
         logger.info(summary(now))
         enough = validate(now, metrics)

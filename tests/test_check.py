@@ -66,6 +66,10 @@ BAD = [
     ({"image": "wide.jpg", "conversations": "text"}, "must be a list of turns"),
     ({"image": 3, "conversations": []}, "`image` must be a path"),
     ([1, 2], "a JSON object is expected, not list"),
+    (rb'{"image": "wide.jpg", "conversations": [{"from": "human", "value": "\ud83d"}]}', "half a"),
+    (rb'{"id": "\udc00", "image": "wide.jpg", "conversations": []}', "`id` holds half a character"),
+    (b'{"image": "wide.jpg", "image": "small.jpg", "conversations": []}', "'image' stands twice"),
+    (chat_line(QUESTION, ANSWER, image="wide\0.jpg"), "holds a NUL character"),
 ]
 
 
@@ -78,6 +82,17 @@ def test_every_problem_is_named_with_its_line(model, images, tmp_path):
         with pytest.raises(type(by_line[line]), match=says):
             raise by_line[line]
     assert f"{len(expected)} problem(s)" in found.render()
+
+
+def test_half_a_character_spares_the_lines_of_the_same_image(model, images, tmp_path):
+    """Line 2 is bad; 1 and 3 share their image, and training would give them one row."""
+    rows = [chat_line(QUESTION, ANSWER, image="wide.jpg"), None]
+    rows[1] = json.dumps(chat_line(QUESTION, "red \ud83d", image="wide.jpg")).encode()
+    found = checked(model, images, [*rows, rows[0]], tmp_path)
+    (bad,) = found.problems
+    assert str(bad).startswith(f"{tmp_path / 'chat.jsonl'} line 2: `conversations[1].value` holds")
+    assert found.counts["chat"].line.tolist() == [0, 2]
+    assert "2 good samples" in found.render()
 
 
 def test_a_missing_or_empty_annotation_file(model, images, tmp_path):

@@ -307,6 +307,105 @@ def test_official_packing_by_hand():
     assert first_buffer([(60, 1), (60, 2), (60, 3)], 100, 8, 1) == [[1], [2], [0]]
 
 
+def test_official_packing_counts_the_white_tile_of_a_text():
+    """Rows of the original's `PackedDataset`: 6 tiles, 100 tokens, 3 buffers, no overflow."""
+    sizes = [
+        *((41, 0), (49, 1), (5, 0), (49, 3), (30, 0), (32, 3), (39, 2), (20, 3), (58, 0), (7, 0)),
+        *((19, 2), (25, 1), (35, 2), (26, 2), (11, 2), (6, 0), (4, 3), (6, 1), (12, 3), (59, 0)),
+        *((14, 0), (40, 3), (46, 0), (17, 0)),
+    ]
+    wanted = [
+        *([5, 6], [7, 8, 10], [3, 4, 9], [11, 12, 13, 15], [0, 1, 2, 16], [14, 17, 18]),
+        *([21, 22], [19, 20, 23]),
+    ]
+    assert first_buffer(sizes, 100, 6, 3) == wanted
+    units = [sized(tokens, num_tiles, str(i)) for i, (tokens, num_tiles) in enumerate(sizes)]
+    rows = pack(units, max_tokens=100, max_tiles=6, packing="official", num_buffers=3)
+    assert [row.names for row in rows] == [tuple(map(str, row)) for row in wanted]
+    # The white tile itself is not shown to the model.
+    assert [row.num_tiles for row in rows] == [sum(sizes[i][1] for i in row) for row in wanted]
+
+
+CONTEXT = 2
+
+
+def overflowing(number, question, images, answer, per_image=1):
+    """A sample of a question, image blocks of three placeholders a tile, and an answer."""
+    block = [1, *[CONTEXT] * 3 * per_image, 3] * images
+    ids = [100 + number] * question + block + [100 + number] * answer
+    labels = [IGNORE] * (len(ids) - answer) + [100 + number] * answer
+    count = images * per_image
+    pixels = torch.full((count, 3, 1, 1), number, dtype=torch.uint8) if count else None
+    example = Example(str(number), np.array(ids), np.array(labels), (per_image,) * images)
+    return Unit((example,), 0, pixels)
+
+
+def overfilled(units, max_tokens=50, max_tiles=8, num_buffers=4):
+    """(name, tokens, tiles, supervised) of every sample of every row."""
+    rows = pack(
+        units,
+        max_tokens=max_tokens,
+        max_tiles=max_tiles,
+        packing="official",
+        num_buffers=num_buffers,
+        branches=False,
+        overflow_id=CONTEXT,
+    )
+    for row in rows:
+        assert row.num_tiles * 3 == int((row.input_ids == CONTEXT).sum())
+        assert row.position_ids[0, row.starts[:-1]].tolist() == [0] * row.num_samples
+    return [
+        [
+            (e.name, len(e.input_ids), int((e.input_ids == 1).sum()), e.num_supervised)
+            for e in unpack(row)
+        ]
+        for row in rows
+    ]
+
+
+def test_overflow_cuts_rows_as_the_original_does():
+    """Rows of the original's `PackedDataset`: 8 tiles, 50 tokens, 4 buffers, overflow."""
+    specs = [
+        *((2, 3, 6), (5, 3, 13), (5, 1, 6), (1, 1, 11), (0, 3, 13), (3, 2, 6), (4, 3, 13)),
+        *((4, 2, 10), (3, 3, 13), (4, 1, 6), (5, 3, 8), (5, 1, 11), (5, 1, 13), (5, 3, 6)),
+    ]
+    assert overfilled([overflowing(i, *spec) for i, spec in enumerate(specs)]) == [
+        [("1", 33, 3, 13), ("3", 17, 1, 11)],
+        [("6", 23, 2, 13), ("7", 24, 2, 10), ("8", 3, 0, 0)],
+        [("4", 28, 3, 13), ("5", 19, 2, 6)],
+        [("0", 23, 3, 6), ("2", 16, 1, 6), ("6", 9, 1, 0)],
+        [("8", 28, 3, 13), ("9", 15, 1, 6), ("10", 5, 0, 0)],
+        [("10", 23, 3, 8), ("11", 21, 1, 11), ("12", 5, 0, 0)],
+        [("12", 18, 1, 13), ("13", 26, 3, 6)],
+    ]
+
+
+def test_overflow_keeps_images_of_several_tiles_whole():
+    """The original counts one tile an image when it cuts, and stops on these."""
+    units = [overflowing(0, 0, 1, 30, 3), overflowing(1, 8, 2, 9, 2), overflowing(2, 20, 0, 22)]
+    # Token 50 lies in the first image of 1, so the row of 0 ends before it, and the rest of 1 is a
+    # row with more tiles, which leaves first. The text overfills the other, and has no image.
+    assert overfilled(units, num_buffers=1) == [
+        [("1", 25, 2, 9)],
+        [("0", 41, 1, 30), ("1", 8, 0, 0), ("2", 1, 0, 0)],
+    ]
+
+
+def test_a_sample_without_anything_supervised_weighs_nothing():
+    ids = np.arange(5, 10)
+    silent = Unit((Example("silent", ids, np.full(5, IGNORE)),), 0, None)
+    for weighting in WEIGHTS:
+        (row,) = pack([silent, sized(4)], max_tokens=20, max_tiles=1, weighting=weighting)
+        assert (row.num_samples, row.targets.tolist()) == (2, [1, 2, 3])
+        assert row.loss_weights.sum() == pytest.approx(WEIGHTS[weighting](3) * 3)
+        (row,) = pack([silent], max_tokens=20, max_tiles=1, weighting=weighting)
+        assert (len(row.loss_weights), WEIGHTS[weighting](0)) == (0, 1.0 * (weighting == "token"))
+        sft = objective(weighting)
+        sft.config = ObjectiveConfig(weighting=weighting, loss_normalization="micro_batch")
+        (row,) = sft.batches([silent])
+        assert sft.counts(row) == {"sft": 0.0}
+
+
 def test_official_packing_gives_the_same_loss(model):
     groups = [group(np.random.default_rng(0)) for group in GROUPS]
     units = units_of(groups, share=True)

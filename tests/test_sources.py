@@ -299,6 +299,142 @@ def test_a_wrong_meta_file_names_everything(tmp_path):
         source_configs(DataConfig(meta=tmp_path / "none.json"))
 
 
+def meta_line(tmp_path):
+    """(annotation file of one sample, absolute path of its image)"""
+    image = picture(tmp_path / "a.png", (8, 8))
+    row = chat_line("What?", "A.", image=str(image))
+    return str(write_lines(tmp_path / "x.jsonl", [row])), str(image)
+
+
+def test_an_empty_root_is_no_folder(tmp_path, monkeypatch):
+    file, image = meta_line(tmp_path)
+    entry = {"annotation": file, "repeat_time": 1}
+    for root in ({"root": ""}, {"root": None}, {}, {"root": "/"}):
+        (source,) = source_configs(meta(tmp_path, a={**entry, **root}))
+        (sample,) = good(open_source(source))
+        assert sample.images == (image,)
+    # The recipe says it in the same way.
+    assert good(opened(tmp_path / "x.jsonl", images=""))[0].images == (image,)
+    tree = {
+        "model": {"id": "x"},
+        "run": "r",
+        "global_batch": 1,
+        "epochs": 1,
+        "data": {"sources": [{"name": "x", "annotations": file, "images": ""}]},
+    }
+    (source,) = recipes.resolve(tree).data.sources
+    assert good(open_source(source))[0].images == (image,)
+    # Relative paths start from the working directory, and do not leave it.
+    monkeypatch.chdir(tmp_path)
+    rows = [chat_line("<image>", "A.", image=p) for p in ("b/../a.png", "../a.png", "s3://b/k.png")]
+    rows += [chat_line("<video>", "A.", video="b/frames/")]
+    source = opened(write_lines(tmp_path / "y.jsonl", rows), images="")
+    first, outside, address, frames = samples(source)
+    assert (first.images, address.images) == ((image,), ("s3://b/k.png",))
+    assert frames.videos == (Video(f"{tmp_path}/b/frames/"),)
+    assert "'../a.png' leaves the image folder '.'; name a folder above it" in str(outside)
+    source = opened(tmp_path / "x.jsonl", images="/elsewhere")
+    assert "leaves the image folder '/elsewhere'; name a folder above it (`images` of" in says(
+        source
+    )
+    relative = write_lines(tmp_path / "z.jsonl", [chat_line("<image>", "A.", image="tmp/a.png")])
+    assert good(opened(relative, images="/"))[0].images == ("/tmp/a.png",)
+
+
+META_PROBLEMS = [
+    ("{", "cannot read the meta file .*not JSON"),
+    ("[" * 100_000, "nested too deeply"),
+    ("[]", "a JSON object of data sets by name is expected"),
+    ("{}", "names no data set"),
+    ('{"a": {}, "a": {}}', "the key 'a' stands twice in one object; keep one"),
+    ('{"a\\ud83d": {}}', "holds half a character"),
+    ('{"a": {"annotation": "x", "repeat_time": NaN}}', "`repeat_time` must be a number above 0"),
+    ('{"a": {"annotation": "x", "repeat_time": 1e999}}', "`repeat_time` must be a number above 0"),
+    ('{"a": {"annotation": "x", "repeat_time": 1' + "0" * 400 + "}}", "`repeat_time` must be"),
+    ('{"a": {"annotation": "x", "max_dynamic_patch": 2.5}}', "must be a whole number, not 2.5"),
+    ('{"a": {"annotation": ""}}', "`annotation` must be the path of a file"),
+    ('{"a": {"annotation": "x", "root": 1}}', "`root` must be a folder"),
+    ('{"图里有狗": 1}'.encode("gbk"), "not UTF-8; save the file as UTF-8"),
+    ("{}".encode("utf-16"), "not UTF-8; save the file as UTF-8"),
+]
+
+
+@pytest.mark.parametrize(("text", "problem"), META_PROBLEMS)
+def test_a_meta_file_that_is_none_is_a_sentence(text, problem, tmp_path):
+    path = tmp_path / "meta.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(DataError, match=problem) as error:
+        source_configs(DataConfig(meta=path))
+    assert str(path) in str(error.value)
+
+
+def test_meta_and_recipe_may_begin_with_a_byte_order_mark(tmp_path):
+    file, _ = meta_line(tmp_path)
+    path = tmp_path / "meta.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"a": {"annotation": file}}).encode())
+    assert [source.name for source in source_configs(DataConfig(meta=path))] == ["a"]
+    text = f"{{model: {{id: x}}, run: r, global_batch: 1, epochs: 1, data: {{meta: {path}}}}}"
+    (tmp_path / "recipe.yaml").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert recipes.load_recipe(tmp_path / "recipe.yaml").data.meta == path
+
+
+def test_a_tar_with_texts_that_are_none(tmp_path):
+    image = picture(tmp_path / "a.png", (8, 8)).read_bytes()
+    members = [
+        ("1.png", image),
+        ("1.json", json.dumps({"caption": "red \ud83d"}).encode()),
+        ("2.png", image),
+        ("2.json", b"\xef\xbb\xbf" + json.dumps({"caption": "two"}).encode()),
+        ("3.png", image),
+        ("3.json", b'{"caption":' + b"[" * 100_000),
+        ("4.png", image),
+        ("4.txt", b"\xff\xfe"),
+        ("图片.png", image),
+        ("图片.txt", b"five"),
+    ]
+    with tarfile.open(tmp_path / "0.tar", "w", encoding="gbk") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    source = opened(tmp_path / "0.tar", "webdataset")
+    found = samples(source)
+    bad = {n: str(s) for n, s in enumerate(found, start=1) if isinstance(s, BadSample)}
+    assert list(bad) == [1, 3, 4]
+    assert r"1: 1.json cannot be read (`caption` holds half a character (\ud83d)" in bad[1]
+    assert "3.json cannot be read (its lists and objects are nested too deeply" in bad[3]
+    assert "4.txt cannot be read ('utf-8' codec" in bad[4]
+    assert [found[n].messages[0].content for n in (1, 4)] == ["two", "five"]
+    found[4].name.encode()  # a name that is no UTF-8 can be printed, and its image read
+    assert open_rgb(found[4].images[0]).size == (8, 8)
+
+
+def test_a_table_with_texts_that_are_none(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    ends = np.array([0, 2, 4, 6], dtype=np.int32).tobytes()
+    buffers = [None, pyarrow.py_buffer(ends), pyarrow.py_buffer(b"ok\xff\xfehi")]
+    broken = pyarrow.Array.from_buffers(pyarrow.string(), 3, buffers)
+    whole = pyarrow.array(["a", "b", "c"])
+    for image, text, wanted in ((whole, broken, ("ok", "hi")), (broken, whole, ("a", "c"))):
+        parquet.write_table(pyarrow.table({"image": image, "text": text}), tmp_path / "x.parquet")
+        source = opened(tmp_path / "x.parquet", "parquet")
+        first, bad, last = samples(source)
+        assert (first.messages[-1].content, last.messages[-1].content) == wanted
+        assert f"{tmp_path / 'x.parquet'} row 2: a text in it is not UTF-8" in str(bad)
+        assert len(set(source.groups.tolist())) == 3
+
+
+def test_pairs_and_captions_with_half_a_character(tmp_path):
+    rows = [{"image": "a.png", "caption": c} for c in ("red", "blue \ud83d", "green")]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "x.jsonl").write_text(lines)
+    first, bad, last = samples(opened(tmp_path / "x.jsonl", "pairs"))
+    assert (first.messages[0].content, last.messages[0].content) == ("red", "green")
+    assert f"{tmp_path / 'x.jsonl'} line 2: " in str(bad)
+    assert "half a character" in str(bad)
+
+
 def test_weights(tmp_path):
     def source(name, lines, weight):
         file = write_lines(tmp_path / f"{name}.jsonl", [chat_line(name, "b")] * lines)

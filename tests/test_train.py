@@ -126,6 +126,40 @@ def test_a_second_process_and_another_recipe_are_refused(project, tmp_path):
         train.run(recipe_of(project, tmp_path, f"run={tmp_path / 'full'}"))
 
 
+def test_annotations_that_grew_under_a_run(project, tmp_path):
+    """Stopped at step 2, four lines more: refused, or the first epoch ends as it had begun."""
+    file = tmp_path / "train.jsonl"
+    lines = (project.parent / "train.jsonl").read_text().splitlines()
+    images = f"{{name: shapes, annotations: {file}, images: {project.parent}}}"
+    keys = (f"data.sources=[{images}]", "checkpoint.every=2", "checkpoint.keep=9")
+    keys += ("steps=7", "data.share_prefix=false")
+
+    def start(name, *overrides):
+        return train.run(recipe_of(project, tmp_path, f"run={tmp_path / name}", *keys, *overrides))
+
+    def stop_at_step_2(name):
+        run = tmp_path / name
+        (run / "finished.json").unlink()
+        for step in (4, 6, 7):
+            shutil.rmtree(run / "checkpoints" / f"{step:06d}")
+
+    file.write_text("\n".join(lines))
+    straight = losses(start("straight"))
+    shutil.copytree(tmp_path / "straight", tmp_path / "grown")
+    stop_at_step_2("grown")
+    file.write_text("\n".join([*lines, *lines[:4]]))
+    with pytest.raises(train.RunError, match=r"train.jsonl had 48 samples, has 52; the first ones"):
+        start("grown")
+    grown = losses(start("grown", "data.changed=accept"))
+    assert list(grown) == list(range(1, 8))
+    for step in range(1, 7):  # 6 steps of 8 are the 48 samples of the first epoch
+        assert grown[step] == straight[step]
+    assert grown[7] != straight[7]
+    file.write_text("\n".join(lines))
+    stop_at_step_2("straight")
+    assert losses(start("straight")) == straight
+
+
 def test_lora_moves_only_what_it_says_and_merges_equal(project, tmp_path):
     recipe = recipe_of(
         project, tmp_path, "steps=4", "model.train=[multi_modal_projector]", "model.lora={rank: 4}"
@@ -165,6 +199,15 @@ def test_bad_samples_are_raised_or_listed(project, tmp_path):
     assert len(listed) == 2
     assert all("red-circle.png" in row["reason"] for row in listed)
     assert sum(row["samples"] for row in log.StepLog(done, "metrics.jsonl").rows()) == 46
+    with (folder / "train.jsonl").open("a") as file:
+        turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "red \ud83d"}]
+        file.write(json.dumps({"conversations": turns}) + "\n")
+    skip = [*skip, f"run={tmp_path / 'half'}", "steps=7"]
+    done = train.run(recipe_of(project, tmp_path, *skip))
+    listed = [json.loads(line) for line in (done / "bad_samples.jsonl").read_text().splitlines()]
+    assert [row["sample"].rpartition(" ")[2] for row in listed if "half a" in row["reason"]] == [
+        "49"
+    ]
     few = [sources, "data.on_bad_sample=skip", "data.max_bad_fraction=0.01", "steps=6"]
     with pytest.raises(train.RunError, match="max_bad_fraction"):
         train.run(recipe_of(project, tmp_path, f"run={tmp_path / 'few'}", *few))

@@ -21,7 +21,8 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from internvl.config import UserError
-from internvl.data.records import DataError
+from internvl.data import json_rows
+from internvl.data.records import BadSample, DataError
 from internvl.log import Progress
 
 Box = tuple[float, float, float, float]
@@ -247,6 +248,9 @@ def coco_form(captions: Iterable[Caption]) -> dict[str, list[dict[str, Any]]]:
 
 def _convert_captions(source: Path, target: Path) -> Converted:
     captions = read_coco(source) if source.suffix == ".json" else read_flickr(source)
+    for number, caption in enumerate(captions, start=1):
+        for what in json_rows.halves(dict(zip(("image", "caption"), caption, strict=True))):
+            raise DataError(f"{source} caption {number}: {what}")
     counts = {
         "lines": write_lines(target, chat_lines(captions)),
         "images": len({image for image, _ in captions}),
@@ -272,7 +276,7 @@ def parquet_rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
         try:
             for batch in parquet.ParquetFile(path).iter_batches(batch_size=_ROWS_AT_ONCE):
                 yield from batch.to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path} cannot be read as parquet: {error}") from None
 
 
@@ -347,25 +351,29 @@ def _suffix(data: bytes, stem: str) -> str:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of every line that is not blank.
+    """(line number, object) of every line that is not blank, or of every entry of a JSON list.
 
     Raises:
         DataError: missing, or a line that is no JSON object; names file and line.
     """
     try:
+        if json_rows.is_list(path):
+            for number, entry in enumerate(json_rows.entries(path), start=1):
+                yield number, _object(f"{path} entry {number}", entry.encode())
+            return
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise DataError(f"{path} line {number}: not JSON ({error})") from None
-                if not isinstance(row, dict):
-                    raise DataError(f"{path} line {number}: a JSON object is expected")
-                yield number, row
+                if line.strip():
+                    yield number, _object(f"{path} line {number}", line)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _object(name: str, line: bytes) -> dict[str, Any]:
+    try:
+        return json_rows.parse_row(name, line)
+    except BadSample as bad:
+        raise DataError(str(bad)) from None
 
 
 def images_of(row: dict[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ A row is a JSON object; what is wrong with it is a BadSample that says so.
 
 import base64
 import binascii
+import sys
 from typing import Any
 
 from internvl.config import SourceConfig
@@ -160,7 +161,8 @@ def _listed(name: str, row: dict[str, Any], key: str) -> list[Any]:
         return []
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(v, str | bytes | dict | FileSlice) for v in values):
-        raise BadSample(name, f"`{key}` must be a path or a list of paths")
+        said = f", not {value!r}" if isinstance(value, int | float) else ""
+        raise BadSample(name, f"`{key}` must be a path or a list of paths{said}")
     return values
 
 
@@ -182,6 +184,8 @@ def _path(name: str, value: Any, config: SourceConfig) -> str:
     path = value.get("path") if isinstance(value, dict) else value
     if not isinstance(path, str) or not path:
         raise BadSample(name, "an image or video has neither a path nor bytes")
+    if "\0" in path:
+        raise BadSample(name, f"the path {path!r} holds a NUL character; write the file's name")
     try:
         return join_inside(config.images, path)
     except BadImage as bad:
@@ -193,7 +197,7 @@ def _clip(name: str, row: dict[str, Any]) -> tuple[float | None, float | None]:
     if clip is None:
         return None, None
     numbers = isinstance(clip, list) and all(isinstance(t, int | float) for t in clip)
-    if not numbers or len(clip) != 2 or not 0 <= clip[0] < clip[1]:
+    if not numbers or len(clip) != 2 or not 0 <= clip[0] < clip[1] <= sys.float_info.max:
         raise BadSample(name, f"`clip` must be [start, end] in seconds, not {clip!r}")
     return float(clip[0]), float(clip[1])
 

@@ -190,8 +190,13 @@ def _too_large(pixels: int | None) -> str:
 def join_inside(root: str | Path, path: str) -> str:
     """`root / path`, which must stay inside `root` (annotation files are untrusted too).
 
-    Raises BadImage otherwise.
+    An empty `root` is no folder: absolute paths and addresses stand for themselves, others start
+    from the working directory and must stay inside it. Raises BadImage otherwise.
     """
+    if not str(root):
+        if is_address(path):
+            return path
+        root = "/" if os.path.isabs(path) else "."
     if is_address(root):
         protocol, _, base = str(root).partition("://")
         base = base.rstrip("/")
@@ -199,12 +204,16 @@ def join_inside(root: str | Path, path: str) -> str:
         full = posixpath.normpath(inner if inner != path else posixpath.join(base, path))
         result = f"{protocol}://{full}"
     else:
-        base = os.path.abspath(root).rstrip(os.sep)
+        base = os.path.abspath(root)
         full = result = os.path.normpath(os.path.join(base, path))
+        base = base.rstrip(os.sep)  # nothing is left of "/", which holds every path
         # A folder of frames is named with a slash at its end.
         result += os.sep if path.endswith("/") else ""
     if full != base and not full.startswith(base + "/"):
-        raise BadImage(f"the image path {path!r} leaves the image folder {root}")
+        raise BadImage(
+            f"the image path {path!r} leaves the image folder {str(root)!r}; name a folder above "
+            "it (`images` of a source, `root` in a meta file), or an empty one for absolute paths"
+        )
     return result
 
 

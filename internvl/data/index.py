@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from internvl import log
+from internvl.data import json_rows
 from internvl.data.records import DataError
 
 _LAYOUT = b"1"  # raise when the arrays change for the same file
@@ -37,15 +39,20 @@ class LineIndex:
     """Random access to the lines of a file.
 
     `starts` is int64 (lines + 1,), `groups` int32 (lines,): the same number for lines with the
-    same pictures. Both are mapped from `folder`; a pickled index is two paths.
+    same pictures. Both are mapped from `folder`; a pickled index is two paths and a digest.
     """
 
-    def __init__(self, path: Path, folder: Path) -> None:
+    def __init__(self, path: Path, folder: Path, digest: str) -> None:
+        """
+        Args:
+            digest: SHA-256 of the file, in hexadecimal digits.
+        """
         self.path = path
         self.folder = folder
+        self.digest = digest
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "folder": self.folder}
+        return {"path": self.path, "folder": self.folder, "digest": self.digest}
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -78,17 +85,31 @@ def index_lines(path: Path, cache: Path | None = None) -> LineIndex:
     Raises:
         OSError: the file cannot be read.
     """
-    digest = hashlib.sha256(_LAYOUT)
-    for chunk in _chunks(path):
-        digest.update(chunk)
-    folder = (cache or cache_folder()) / digest.hexdigest()[:32]
+    digest = digest_of(path)
+    folder = (cache or cache_folder()) / f"{digest[:32]}-{_LAYOUT.decode()}"
     if not folder.is_dir():
         starts, groups = _scan(path)
         with complete_or_absent(folder) as partial:
             np.save(partial / "starts.npy", starts)
             np.save(partial / "groups.npy", groups)
         log.get_logger().info("%s: %s lines indexed in %s", path, f"{len(groups):,}", folder)
-    return LineIndex(path, folder)
+    return LineIndex(path, folder, digest)
+
+
+def digest_of(path: Path, size: int | None = None, without: bytes = b"") -> str:
+    """SHA-256 of a file's first `size` bytes (None: all), in hexadecimal digits.
+
+    Args:
+        without: left out wherever it stands in a line.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    pieces = _whole_lines(path, size) if without else _chunks(path, size)
+    for piece in pieces:
+        digest.update(piece.replace(without, b"") if without else piece)
+    return digest.hexdigest()
 
 
 def convert_once(
@@ -96,10 +117,36 @@ def convert_once(
 ) -> LineIndex:
     """Rows of another form as an indexed JSONL file in the cache, written where `key` is new.
 
+    A row that JSON in UTF-8 cannot hold becomes one that says so under `bad`.
+
     Args:
         name: what is converted, for the log.
         key: pieces of the content that the rows depend on.
-        rows: makes the rows, in order.
+        rows: makes the rows, in order; `where` says what a row was in the file.
+    """
+    return write_once(name, key, lambda: map(_line, rows()))
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        # Names of a tar's members are not always UTF-8; the sample may be a good one.
+        row = row | {"where": json_rows.printable(row["where"])}
+        why = next(json_rows.halves(row), None)
+    except RecursionError:
+        why = json_rows.TOO_DEEP
+    row = row if why is None else {"where": row["where"], "bad": why}
+    return json.dumps(row, ensure_ascii=False).encode()
+
+
+def write_once(name: str, key: Iterable[bytes], lines: Callable[[], Iterable[bytes]]) -> LineIndex:
+    """Lines made of a file of another form, indexed in the cache, written where `key` is new.
+
+    Args:
+        name: what is converted, for the log.
+        key: pieces of the content that the lines depend on.
+        lines: makes the lines, in order, without their ends.
     """
     digest = hashlib.sha256(_LAYOUT)
     for piece in key:
@@ -108,10 +155,10 @@ def convert_once(
     if not folder.is_dir():
         with (
             complete_or_absent(folder) as partial,
-            (partial / "rows.jsonl").open("w", encoding="utf-8") as file,
+            (partial / "rows.jsonl").open("wb") as file,
         ):
-            for row in rows():
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            for line in lines():
+                file.write(line + b"\n")
         log.get_logger().info("%s: read into %s", name, folder)
     return index_lines(folder / "rows.jsonl")
 
@@ -140,16 +187,19 @@ def complete_or_absent(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
+def _chunks(path: Path, size: int | None = None) -> Iterator[bytes]:
+    """The first `size` bytes of a file (None: all), in pieces."""
+    left = sys.maxsize if size is None else size
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
+        while left > 0 and (chunk := file.read(min(_CHUNK, left))):
+            left -= len(chunk)
             yield chunk
 
 
-def _whole_lines(path: Path) -> Iterator[bytes]:
-    """The file in pieces that end with a line."""
+def _whole_lines(path: Path, size: int | None = None) -> Iterator[bytes]:
+    """The same in pieces that end with a line."""
     rest = b""
-    for chunk in _chunks(path):
+    for chunk in _chunks(path, size):
         cut = chunk.rfind(b"\n") + 1
         if cut:
             yield rest + chunk[:cut]

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from internvl.config import DataConfig
 from internvl.data.images import STATISTICS, BadImage, read_rgb, size_of
-from internvl.data.order import SampleOrder, UnitRef
+from internvl.data.order import Order, UnitRef
 from internvl.data.records import BadSample, Batch, Sample, Tiles, Unit
 from internvl.data.sources import Source
 from internvl.data.tiles import empty_tiles, tile_images
@@ -195,7 +195,7 @@ class _Groups(Dataset[Any]):
 
 
 def steps(
-    order: SampleOrder,
+    order: Order,
     reader: Dataset[Read],
     pack: Callable[[Sequence[Any]], Sequence[Batch]],
     *,

@@ -4,14 +4,15 @@ It is a function of (seed, epoch) alone, so a position in it is one integer: the
 number of ranks and workers sees the same steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-from internvl.data.records import DataError
-from internvl.data.sources import Source
+from internvl.config import SourceConfig
+from internvl.data.records import BadSample, DataError, Sample
+from internvl.data.sources import Content, Source
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,21 @@ class SampleOrder:
 
     def step(self, step: int, global_batch: int, total: int) -> list[UnitRef]:
         """The units of step `step` (from 0) of a run over `total` samples in all."""
-        first, last = step * global_batch, min((step + 1) * global_batch, total)
+        return self.between(step * global_batch, min((step + 1) * global_batch, total))
+
+    def between(self, first: int, last: int, epoch: int = 0) -> list[UnitRef]:
+        """The units of samples `first` … `last` - 1 of the epochs from number `epoch` on."""
         refs: list[UnitRef] = []
         while first < last:
-            epoch, position = divmod(first, len(self))
+            passed, position = divmod(first, len(self))
             taken = min(last - first, len(self) - position)
-            refs += self._units(epoch, position, position + taken)
+            refs += self._units(epoch + passed, position, position + taken)
             first += taken
         return refs
+
+    def epoch_size(self, epochs: float | None) -> float:
+        """Samples of a mean epoch of a run; see `GrownOrder`."""
+        return len(self)
 
     def _units(self, epoch: int, first: int, last: int) -> list[UnitRef]:
         rows, groups = self._shuffled(epoch)
@@ -99,6 +107,106 @@ class SampleOrder:
         first = np.repeat((np.cumsum(sizes) - sizes).astype(np.int32), sizes)
         within = np.arange(len(groups), dtype=np.int32) - first
         return self._starts[groups] + within, groups
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The first samples of a source that has grown."""
+
+    source: Source
+    num_samples: int
+
+    @property
+    def config(self) -> SourceConfig:
+        return self.source.config
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    @property
+    def groups(self) -> np.ndarray:
+        return self.source.groups[: self.num_samples]
+
+    def samples(self, indices: Sequence[int]) -> Iterator[Sample | BadSample]:
+        """See `Source.samples`."""
+        return self.source.samples(indices)
+
+    def content(self) -> Content:
+        """See `Source.content`."""
+        return self.source.content()
+
+    def begins_with(self, content: Content) -> bool:
+        """See `Source.begins_with`."""
+        return self.source.begins_with(content)
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """How much the sources held in the first epochs of a run: `samples` of each, up to the end of
+    an epoch, sample number `until` of the run."""
+
+    until: int
+    samples: tuple[int, ...]
+
+
+class GrownOrder:
+    """The order of a run whose sources have grown while it was stopped.
+
+    Epochs that had begun end in the order they had, over the samples there were; from the next one
+    on every epoch shows all.
+
+    Raises:
+        DataError: see `SampleOrder`.
+    """
+
+    def __init__(
+        self, files: Sequence[Source], earlier: Sequence[Earlier], *, share_prefix: bool, seed: int
+    ) -> None:
+        self.files = files
+        self._parts: list[tuple[int, int, SampleOrder]] = []  # first sample, first epoch, order
+        first = epoch = 0
+        for had in earlier:
+            parts = [Prefix(file, n) for file, n in zip(files, had.samples, strict=True)]
+            order = SampleOrder(parts, share_prefix=share_prefix, seed=seed)
+            self._parts.append((first, epoch, order))
+            epoch += (had.until - first) // len(order)
+            first = had.until
+        self.last = SampleOrder(files, share_prefix=share_prefix, seed=seed)
+        self._parts.append((first, epoch, self.last))
+
+    def __len__(self) -> int:
+        """Samples in an epoch from now on."""
+        return len(self.last)
+
+    @property
+    def num_groups(self) -> int:
+        return self.last.num_groups
+
+    def step(self, step: int, global_batch: int, total: int) -> list[UnitRef]:
+        """See `SampleOrder.step`."""
+        first, last = step * global_batch, min((step + 1) * global_batch, total)
+        refs: list[UnitRef] = []
+        ends = [*(start for start, _, _ in self._parts[1:]), total]
+        for (start, epoch, order), end in zip(self._parts, ends, strict=True):
+            refs += order.between(max(first, start) - start, min(last, end) - start, epoch)
+        return refs
+
+    def epoch_size(self, epochs: float | None) -> float:
+        """Samples of a mean epoch of a run of so many, which may have begun with smaller ones."""
+        if epochs is None:
+            return len(self)
+        start, epoch, order = next(
+            part for part in reversed(self._parts) if part[1] <= epochs or part[1] == 0
+        )
+        return (start + round((epochs - epoch) * len(order))) / epochs
+
+    def end_of_epoch(self, sample: int) -> int:
+        """Where the epoch ends that sample number `sample` of the run is in, or begins."""
+        start, _, order = next(part for part in reversed(self._parts) if part[0] <= sample)
+        return start + -(-(sample - start) // len(order)) * len(order)
+
+
+Order = SampleOrder | GrownOrder
 
 
 def effective_repeats(files: Sequence[Source]) -> list[float]:

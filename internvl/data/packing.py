@@ -5,7 +5,8 @@ number is all a run needs to go on, and how a step is cut never changes which sa
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +17,11 @@ from internvl.data.records import IGNORE, BadSample, Example, PackedBatch, Sampl
 
 WEIGHTS = {
     "token": lambda n: 1.0,
-    "sample": lambda n: 1.0 / n,
-    "square": lambda n: 1.0 / n**0.5,
+    "sample": lambda n: 1.0 / n if n else 0.0,
+    "square": lambda n: 1.0 / n**0.5 if n else 0.0,
 }
-"""Weight of each supervised token in a sample that has n of them."""
+"""Weight of each supervised token in a sample that has n of them; of none it is 0, as in the
+original's `packed_collate_fn`."""
 
 ROW_SHARES = (5 / 8, 1)
 """Parts of the longest row that rows are padded to: a short row and a whole one. Both are compiled
@@ -82,24 +84,30 @@ def pack(
     packing: str = "best-fit",
     num_buffers: int = 20,
     branches: bool = True,
+    overflow_id: int | None = None,
 ) -> list[PackedBatch]:
     """Rows of at most `max_tokens` tokens and `max_tiles` tiles that hold every example once.
 
     Args:
-        packing: "best-fit" or "official", see `least_padded` and `first_buffer`.
+        packing: "best-fit" or "official", see `least_padded` and `official_rows`.
         num_buffers: rows that official packing keeps open.
         branches: whether units may hold several examples; without, rows say where documents start.
+        overflow_id: token id of a placeholder, where official packing may overfill a row and cut
+            it (`Overflow`); None keeps every example whole.
 
     Raises:
         BadSample: a single sample exceeds a row.
     """
     pieces = [piece for unit in units for piece in _fit(unit, max_tokens, max_tiles)]
-    sizes = [(piece.num_tokens, piece.num_tiles) for piece in pieces]
     if packing == "official":
-        rows = first_buffer(sizes, max_tokens, max_tiles, num_buffers)
+        cut = None if overflow_id is None else Overflow(overflow_id, max_tokens)
+        opened = [Buffer.of([piece]) for piece in pieces]
+        filled = official_rows(opened, max_tokens, max_tiles, num_buffers, cut)
+        rows = [buffer.pieces for buffer in filled]
     else:
-        rows = least_padded(sizes, max_tokens, max_tiles)
-    made = [_row([pieces[i] for i in row], weighting) for row in rows]
+        sizes = [(piece.num_tokens, piece.num_tiles) for piece in pieces]
+        rows = [[pieces[i] for i in row] for row in least_padded(sizes, max_tokens, max_tiles)]
+    made = [_row(row, weighting) for row in rows]
     return made if branches else [replace(row, starts=_starts(row.document)) for row in made]
 
 
@@ -163,32 +171,149 @@ def best_fit(
     return rows
 
 
+@dataclass
+class Buffer:
+    """A row of official packing while it is open."""
+
+    tokens: int
+    tiles: int
+    """A sample without images counts one: the original gives it a white tile, which is masked later
+    but takes its place in the row. What was cut off a sample with images counts those it has."""
+    pieces: list[Any]
+
+    @classmethod
+    def of(cls, units: Sequence[Unit]) -> "Buffer":
+        tiles = sum(1 if unit.tiles is None else unit.num_tiles for unit in units)
+        return cls(sum(unit.num_tokens for unit in units), tiles, list(units))
+
+
 def first_buffer(
     sizes: Sequence[tuple[int, int]], max_tokens: int, max_tiles: int, num_buffers: int
 ) -> list[list[int]]:
-    """Rows as the original's `PackedDataset` fills them, without overflow, from one step's pieces.
+    """Rows of official packing as numbers of pieces of `sizes` (tokens, tiles), none overfilled."""
+    pieces = [Buffer(tokens, max(1, tiles), [i]) for i, (tokens, tiles) in enumerate(sizes)]
+    return [row.pieces for row in official_rows(pieces, max_tokens, max_tiles, num_buffers)]
+
+
+def official_rows(
+    pieces: Sequence[Buffer],
+    max_tokens: int,
+    max_tiles: int,
+    num_buffers: int,
+    overflow: "Overflow | None" = None,
+) -> list[Buffer]:
+    """Rows as the original's `PackedDataset` fills them, from one step's pieces in their order.
 
     A piece joins the first open buffer that takes it. Buffers are kept with the most tiles first;
     one leaves when it is full by tokens, when it is first and full by tiles, or when more than
     `num_buffers` are open. What is open at the end leaves in that order.
+
+    Args:
+        overflow: cuts what exceeds `max_tokens`. With it a piece that no buffer takes overfills the
+            last one that has room for its tiles, once half of `num_buffers` are open.
     """
-    rows: list[list[int]] = []
-    buffers: list[tuple[int, int, list[int]]] = []  # (tokens, tiles, pieces)
-    for piece, (tokens, tiles) in enumerate(sizes):
-        merged = (tokens, tiles, [piece])
-        for place, (t, n, pieces) in enumerate(buffers):
-            if t + tokens <= max_tokens and n + tiles <= max_tiles:
-                merged = (t + tokens, n + tiles, [*pieces, piece])
-                del buffers[place]
+    rows: list[Buffer] = []
+    buffers: list[Buffer] = []
+    for piece in pieces:
+        roomy = [i for i, b in enumerate(buffers) if b.tiles + piece.tiles <= max_tiles]
+        place = next((i for i in roomy if buffers[i].tokens + piece.tokens <= max_tokens), None)
+        if place is None and overflow and roomy and len(buffers) >= num_buffers // 2:
+            place = roomy[-1]
+        merged = piece
+        if place is not None:
+            open_ = buffers.pop(place)
+            tokens, tiles = open_.tokens + piece.tokens, open_.tiles + piece.tiles
+            merged = Buffer(tokens, tiles, [*open_.pieces, *piece.pieces])
+        for buffer in overflow.cut(merged) if overflow else [merged]:
+            if buffer.tokens >= max_tokens:
+                rows.append(buffer)
+            else:
+                buffers.insert(sum(b.tiles >= buffer.tiles for b in buffers), buffer)
+        while buffers and (buffers[0].tiles == max_tiles or len(buffers) > num_buffers):
+            rows.append(buffers.pop(0))
+    return rows + buffers
+
+
+@dataclass(frozen=True)
+class Overflow:
+    """Cuts overfull buffers (original: `PackedDataset.split_buffer`).
+
+    A row ends after `max_tokens` tokens, or before the image block that is there. The next one
+    begins with that block, or with the next one behind the cut; text up to it is lost, and so is
+    what follows where there is no image any more. A part without an image or with no more than 1
+    supervised token in 256 is dropped. Here as there a row's samples are weighted by what is left
+    of them; images of several tiles stay whole (the original fails on them), and positions of a
+    part begin at 0, which moves all of a document alike.
+    """
+
+    context_id: int
+    """Token id of a placeholder."""
+    max_tokens: int
+    least_supervised: float = 1 / 256
+
+    def cut(self, buffer: Buffer) -> list[Buffer]:
+        """The parts of a buffer, none longer than `max_tokens`; itself where it is not."""
+        if buffer.tokens <= self.max_tokens:
+            return [buffer]
+        parts, rest = [], buffer
+        while rest.tokens > self.max_tokens:
+            starts, ends = self._blocks(rest.pieces)
+            inside = (starts <= self.max_tokens) & (self.max_tokens < ends)
+            end = int(starts[inside][0]) if inside.any() else self.max_tokens
+            following = starts[starts >= end]
+            parts.append(Buffer.of(_between(rest.pieces, 0, end, self.context_id)))
+            if not len(following):
+                rest = Buffer.of([])
                 break
-        if merged[0] >= max_tokens:
-            rows.append(merged[2])
-        else:
-            place = sum(n >= merged[1] for _, n, _ in buffers)
-            buffers.insert(place, merged)
-        while buffers and (buffers[0][1] == max_tiles or len(buffers) > num_buffers):
-            rows.append(buffers.pop(0)[2])
-    return rows + [pieces for _, _, pieces in buffers]
+            begin = int(following[0])
+            rest = Buffer.of(_between(rest.pieces, begin, rest.tokens, self.context_id))
+        return [part for part in (*parts, rest) if self._is_valid(part)]
+
+    def _blocks(self, units: Sequence[Unit]) -> tuple[np.ndarray, np.ndarray]:
+        """int64 first and past-the-last token of every image block, `<img>` and `</img>` too."""
+        starts, ends = _runs(_ids(units), self.context_id)
+        return starts - 1, ends + 1
+
+    def _is_valid(self, part: Buffer) -> bool:
+        if not part.tokens or not part.tiles:
+            return False
+        supervised = sum(e.num_supervised for unit in part.pieces for e in unit.examples)
+        return supervised / part.tokens > self.least_supervised
+
+
+def _ids(units: Sequence[Unit]) -> np.ndarray:
+    return np.concatenate([unit.examples[0].input_ids for unit in units])
+
+
+def _runs(ids: np.ndarray, context_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where runs of placeholders begin and end: int64 (images,) each."""
+    edges = np.diff((ids == context_id).astype(np.int8), prepend=0, append=0)
+    return np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+
+
+def _between(units: Sequence[Unit], first: int, last: int, context_id: int) -> list[Unit]:
+    """What of units of one example each lies in tokens `first` … `last` - 1 of their row.
+
+    No image block may lie across either of the two.
+    """
+    found: list[Unit] = []
+    start = 0
+    for unit in units:
+        (example,) = unit.examples
+        a, b = max(0, first - start), min(len(example.input_ids), last - start)
+        start += len(example.input_ids)
+        if a >= b:
+            continue
+        image_starts, _ = _runs(example.input_ids, context_id)
+        inside = (a <= image_starts) & (image_starts < b)
+        numbers = np.flatnonzero(inside)
+        per_image = example.tiles_per_image
+        lo, hi = (int(numbers[0]), int(numbers[-1]) + 1) if len(numbers) else (0, 0)
+        before, shown = sum(per_image[:lo]), per_image[lo:hi]
+        tiles = None if unit.tiles is None else unit.tiles[before : before + sum(shown)]
+        part = Example(example.name, example.input_ids[a:b], example.labels[a:b], shown)
+        found.append(Unit((part,), 0, tiles))
+    return found
 
 
 def _fit(unit: Unit, max_tokens: int, max_tiles: int) -> list[Unit]:
@@ -242,7 +367,7 @@ def _row(units: Sequence[Unit], weighting: str) -> PackedBatch:
                 targets.append(example.labels[where])
                 weights.append(np.full(len(where), WEIGHTS[weighting](len(where))))
             start += len(part)
-    tiles = [unit.tiles for unit in units if unit.tiles is not None]
+    tiles = [unit.tiles for unit in units if unit.tiles is not None and len(unit.tiles)]
     return PackedBatch(
         input_ids=_int64(ids)[None],
         position_ids=_int64(positions)[None],

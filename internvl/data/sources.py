@@ -6,6 +6,8 @@ cache folder (data/index.py), except tables, which Arrow maps.
 
 import csv
 import json
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -15,7 +17,15 @@ import numpy as np
 
 from internvl.config import DataConfig, SourceConfig
 from internvl.data import formats, pair_files, tars
-from internvl.data.index import LineIndex, convert_once, file_content, index_lines
+from internvl.data.index import (
+    LineIndex,
+    convert_once,
+    digest_of,
+    file_content,
+    index_lines,
+    write_once,
+)
+from internvl.data.json_rows import entries, is_list, parse, parse_row, printable
 from internvl.data.records import BadSample, DataError, Sample
 from internvl.data.tables import Table
 
@@ -29,6 +39,16 @@ _META_KEYS = {
     "length": "num_samples",
     "max_dynamic_patch": "max_tiles",
 }
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a source's annotations hold, to tell later whether they were changed."""
+
+    samples: int
+    size: int
+    """Bytes of the lines; 0 where they are of another form."""
+    digest: str
 
 
 class Source(Protocol):
@@ -48,6 +68,14 @@ class Source(Protocol):
         """Some samples, in order; a bad one yields what is wrong with it."""
         ...
 
+    def content(self) -> Content:
+        """What the annotations hold, wherever they lie; images and videos are not looked at."""
+        ...
+
+    def begins_with(self, content: Content) -> bool:
+        """Whether these annotations are those of `content` with samples added at their end."""
+        ...
+
 
 @dataclass(frozen=True)
 class LineSource:
@@ -58,6 +86,8 @@ class LineSource:
     parse: Parse
     converted: bool = False
     """The lines are ours, made of a file of another form: `where` says what a row was there."""
+    unit: str = "line"
+    """What a row is called, with its number from 1 on."""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -69,9 +99,9 @@ class LineSource:
     def samples(self, indices: Sequence[int]) -> Iterator[Sample | BadSample]:
         """See `Source.samples`."""
         for index, line in zip(indices, self.index.lines(indices), strict=True):
-            name = f"{self.config.annotations} line {index + 1}"
+            name = f"{self.config.annotations} {self.unit} {index + 1}"
             try:
-                row = _row(name, line)
+                row = parse_row(name, line)
                 if self.converted:
                     name = f"{self.config.annotations} {row['where']}"
                 if "bad" in row and self.converted:
@@ -79,6 +109,33 @@ class LineSource:
                 yield self.parse(name, row, self.config)
             except BadSample as bad:
                 yield bad
+
+    def content(self) -> Content:
+        """See `Source.content`."""
+        without = self._folder()
+        if without:
+            return Content(len(self), 0, digest_of(self.index.path, None, without))
+        return Content(len(self), int(self.index.starts[-1]), self.index.digest)
+
+    def begins_with(self, content: Content) -> bool:
+        """See `Source.begins_with`."""
+        if content.samples > len(self):
+            return False
+        without = self._folder()
+        end = int(self.index.starts[content.samples])
+        # The last line may have had no end yet, when there was nothing after it.
+        size = end if without else content.size
+        if size not in (end, end - 1, end - 2):
+            return False
+        return digest_of(self.index.path, size, without) == content.digest
+
+    def _folder(self) -> bytes:
+        """What rows of tars hold besides their content: where the tars lie."""
+        if not self.converted:
+            return b""
+        path = os.path.abspath(self.config.annotations)
+        folder = path if os.path.isdir(path) else os.path.dirname(path)
+        return json.dumps(folder + os.sep, ensure_ascii=False)[1:-1].encode()
 
 
 @dataclass(frozen=True)
@@ -100,9 +157,25 @@ class TableSource:
         for index in indices:
             name = f"{self.config.annotations} row {index + 1}"
             try:
-                yield formats.table_row(name, self.table.row(index), self.config)
+                row = self.table.row(index)
+            except UnicodeDecodeError:
+                yield BadSample(name, "a text in it is not UTF-8; write the table anew")
+                continue
+            try:
+                yield formats.table_row(name, row, self.config)
             except BadSample as bad:
                 yield bad
+
+    def content(self) -> Content:
+        """See `Source.content`."""
+        return Content(len(self), 0, self.table.digest())
+
+    def begins_with(self, content: Content) -> bool:
+        """See `Source.begins_with`: tables grow by whole files."""
+        ends = self.table.ends.tolist()
+        if content.samples not in ends:
+            return False
+        return self.table.digest(ends.index(content.samples) + 1) == content.digest
 
 
 def open_source(config: SourceConfig) -> Source:
@@ -122,8 +195,11 @@ def open_source(config: SourceConfig) -> Source:
         raise DataError(
             f"source {config.name}: {config.annotations} is not UTF-8; save it as UTF-8"
         ) from None
-    except OSError as error:
-        what = f"cannot read {config.annotations}: {error}"
+    except (OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        # Python refuses a path with a NUL character by a ValueError.
+        what = f"cannot read {str(config.annotations)!r}: {error}"
         raise DataError(f"source {config.name}: {what}") from None
     if not len(source):
         raise DataError(f"source {config.name}: {config.annotations} is empty; it holds no sample")
@@ -135,6 +211,25 @@ def open_source(config: SourceConfig) -> Source:
     return source
 
 
+def meta_entries(path: Path) -> dict[str, Any]:
+    """What a meta file says, data set by data set, not yet checked.
+
+    Raises:
+        DataError: it is missing, or no JSON object.
+    """
+    try:
+        tree = parse(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"there is no meta file {path}; check data.meta") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read the meta file {path}: {error}") from None
+    if not isinstance(tree, dict):
+        raise DataError(f"{path}: a JSON object of data sets by name is expected")
+    if not tree:
+        raise DataError(f"{path} names no data set")
+    return tree
+
+
 def source_configs(data: DataConfig) -> list[SourceConfig]:
     """The recipe's sources, those of its meta file first.
 
@@ -143,14 +238,7 @@ def source_configs(data: DataConfig) -> list[SourceConfig]:
     """
     if data.meta is None:
         return list(data.sources)
-    try:
-        tree = json.loads(data.meta.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"there is no meta file {data.meta}; check data.meta") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read the meta file {data.meta}: {error}") from None
-    if not isinstance(tree, dict):
-        raise DataError(f"{data.meta}: a JSON object of data sets by name is expected")
+    tree = meta_entries(data.meta)
     taken = {source.name for source in data.sources}
     problems = [f"{name}: data.sources has this name too" for name in tree if name in taken]
     problems += [
@@ -165,44 +253,56 @@ def _meta_problems(entry: Any) -> Iterator[str]:
     if not isinstance(entry, dict):
         yield "a JSON object is expected"
         return
-    for key, kind in (("root", str), ("annotation", str)):
-        if not isinstance(entry.get(key), kind):
-            yield f"`{key}` must be a path"
+    root, annotation = entry.get("root"), entry.get("annotation")
+    if root is not None and not isinstance(root, str):
+        yield "`root` must be a folder"
+    if not isinstance(annotation, str) or not annotation:
+        yield "`annotation` must be the path of a file"
     for key in ("repeat_time", "length", "max_dynamic_patch"):
         value = entry.get(key, 1)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        if not _is_positive(value):
             yield f"`{key}` must be a number above 0, not {value!r}"
+        elif key != "repeat_time" and value != int(value):
+            yield f"`{key}` must be a whole number, not {value!r}"
     if not isinstance(entry.get("data_augment", False), bool):
         yield "`data_augment` must be true or false"
+
+
+def _is_positive(value: Any) -> bool:
+    """Whether this is a number above 0 that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 < value <= sys.float_info.max
 
 
 def _from_meta(name: str, entry: dict[str, Any]) -> SourceConfig:
     """A meta entry under the original's rules: a mark is put where a single picture has none."""
     known = {ours: entry[key] for key, ours in _META_KEYS.items() if key in entry}
     known["annotations"] = Path(known["annotations"])
+    # As in the original, paths are then absolute, or start from the working directory.
+    known["images"] = entry.get("root") or ""
+    for key in ("num_samples", "max_tiles"):
+        if key in known:
+            known[key] = int(known[key])
     return SourceConfig(name=name, insert_image_mark=True, **known)
 
 
-def _row(name: str, line: bytes) -> dict[str, Any]:
-    if not line.strip():
-        raise BadSample(name, "the line is blank; remove it")
-    try:
-        row = json.loads(line)
-    except UnicodeDecodeError:
-        raise BadSample(name, "not UTF-8; save the file as UTF-8") from None
-    except ValueError as error:
-        raise BadSample(name, f"not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise BadSample(name, f"a JSON object is expected, not {type(row).__name__}")
-    return row
+def _json(config: SourceConfig, parse: Parse) -> Source:
+    """JSON Lines, or a JSON list, whose entries are written as lines into the cache once."""
+    path = config.annotations
+    if not is_list(path):
+        return LineSource(config, index_lines(path), parse)
+    key = [b"list", *file_content(path)]
+    index = write_once(str(path), key, lambda: (entry.encode() for entry in entries(path)))
+    return LineSource(config, index, parse, unit="entry")
 
 
 def _chat(config: SourceConfig) -> Source:
-    return LineSource(config, index_lines(config.annotations), formats.chat)
+    return _json(config, formats.chat)
 
 
 def _preference(config: SourceConfig) -> Source:
-    return LineSource(config, index_lines(config.annotations), formats.preference)
+    return _json(config, formats.preference)
 
 
 def _table(config: SourceConfig) -> Source:
@@ -315,7 +415,9 @@ def _webdataset(config: SourceConfig) -> Source:
 
     def rows() -> Iterator[dict[str, Any]]:
         for tar in files:
-            yield from tars.shard_rows(tar)
+            for row in tars.shard_rows(tar):
+                slices = [[*place, printable(name)] for *place, name in row["slices"]]
+                yield row | {"slices": slices}
 
     index = convert_once(str(path), [b"webdataset", *_states(files)], rows)
     return LineSource(config, index, formats.shard_row, converted=True)

@@ -2,7 +2,7 @@
 
 import hashlib
 import importlib
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +44,17 @@ class Table:
         return [_map(file) for file in self.files]
 
     @cached_property
-    def _ends(self) -> np.ndarray:
+    def ends(self) -> np.ndarray:
+        """int64 (files,): rows up to the end of every file."""
         return np.cumsum([len(table) for table in self._tables])
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self.ends[-1])
 
     def row(self, index: int) -> dict[str, Any]:
         """Row `index` as Python values."""
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        before = int(self._ends[number - 1]) if number else 0
+        number = int(np.searchsorted(self.ends, index, side="right"))
+        before = int(self.ends[number - 1]) if number else 0
         return self._tables[number].slice(index - before, 1).to_pylist()[0]
 
     @cached_property
@@ -63,12 +64,59 @@ class Table:
         for table in self._tables:
             names = [name for name in table.column_names if name in _MEDIA]
             for batch in table.select(names).to_batches(max_chunksize=_BATCH):
-                for position, row in enumerate(batch.to_pylist()):
+                for position, row in enumerate(_rows(batch)):
                     named = [value for value in row.values() if value]
                     text = repr(named) if named else f"row {len(digests)} {position}"
                     digests.append(hashlib.blake2b(text.encode(), digest_size=8).digest())
         keys = np.frombuffer(b"".join(digests), dtype=np.uint64)
         return np.unique(keys, return_inverse=True)[1].astype(np.int32)
+
+    def digest(self, files: int | None = None) -> str:
+        """SHA-256 of the first files' rows (None: all) in hexadecimal digits.
+
+        Of bytes of pictures only their sizes count: reading all of them would take too long.
+        """
+        digest = hashlib.sha256()
+        for table in self._tables[:files]:
+            digest.update(repr((len(table), table.schema.names)).encode())
+            for column in table.columns:
+                for chunk in column.chunks:
+                    _update(digest, chunk)
+        return digest.hexdigest()
+
+
+def _update(digest: Any, array: Any) -> None:
+    """Adds an Arrow array's values to a digest, of binary ones only where they begin."""
+    types = _arrow().types
+    kind = array.type
+    if types.is_struct(kind):
+        for number in range(kind.num_fields):
+            _update(digest, array.field(number))
+        return
+    buffers = array.buffers()
+    if types.is_dictionary(kind):
+        _update(digest, array.dictionary)
+    if types.is_list(kind) or types.is_large_list(kind):
+        _update(digest, array.values)
+        buffers = buffers[:2]
+    elif types.is_binary(kind) or types.is_large_binary(kind):
+        buffers = buffers[:2]
+    for buffer in buffers:
+        digest.update(b"-" if buffer is None else memoryview(buffer))
+
+
+def _rows(batch: Any) -> list[dict[str, Any]]:
+    """A batch as Python values; a row with a text that is not UTF-8 is empty."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        rows = []
+        for number in range(len(batch)):
+            try:
+                rows += batch.slice(number, 1).to_pylist()
+            except UnicodeDecodeError:
+                rows.append({})
+        return rows
 
 
 def _arrow() -> Any:
@@ -93,7 +141,6 @@ def _map(file: Path) -> Any:
             raise DataError(f"{file} is no Arrow file ({error})") from None
 
 
-@lru_cache(maxsize=1024)
 def _as_arrow(file: Path) -> Path:
     """A Parquet file as Arrow in the cache; name, size and time stand for its content."""
     arrow = _arrow()

@@ -1,12 +1,12 @@
 """Webdataset shards: uncompressed tars whose members of one stem are a sample."""
 
-import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from internvl.data.images import IMAGE_ENDINGS
+from internvl.data.json_rows import parse
 from internvl.data.records import DataError
 
 
@@ -62,9 +62,10 @@ def _add_member(
         file = tar.extractfile(member)
         assert file is not None, "isfile was checked"
         try:
-            text = file.read().decode()
-            row["row" if ending == ".json" else "caption"] = (
-                json.loads(text) if ending == ".json" else text
-            )
+            data = file.read()
+            if ending == ".json":
+                row["row"] = parse(data)
+            else:
+                row["caption"] = data.decode("utf-8-sig")
         except ValueError as error:
             row["bad"] = f"{member.name} cannot be read ({error})"

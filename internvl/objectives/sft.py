@@ -58,6 +58,7 @@ class Sft:
             packing=self.data.packing,
             num_buffers=self.data.packing_buffers,
             branches=self.data.share_prefix,
+            overflow_id=self.encoder.context_id if self.data.allow_overflow else None,
         )
         for row in rows:
             self._count_placeholders(row)
@@ -121,4 +122,5 @@ class Sft:
 
 
 def _sums_to_one(weights: Tensor) -> Tensor:
-    return weights / weights.sum()
+    # A row may have nothing supervised; it then has no weights either.
+    return weights / weights.sum() if len(weights) else weights
