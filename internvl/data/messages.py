@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from internvl.data.arguments import not_a_text
 from internvl.data.records import BadSample, Message
 
 IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"
@@ -110,7 +111,8 @@ def from_openai(
             question, or a key that would not be honoured.
     """
     if isinstance(turns, str | bytes | Mapping | Message) or not isinstance(turns, Sequence):
-        raise BadSample(name, f"`messages` must be a list; it is a {type(turns).__name__}")
+        reason = f"`messages` must be a list; it is a {type(turns).__name__}"
+        raise BadSample(name, f'{reason}. Write [{{"role": "user", "content": …}}]')
     messages, slots = [], []
     for number, turn in enumerate(turns, start=1):
         if isinstance(turn, Message):
@@ -216,6 +218,9 @@ def _text(name: str, number: int, key: str, turn: Mapping[str, Any]) -> str:
     text = turn.get(key)
     if not isinstance(text, str):
         raise BadSample(name, f"turn {number} has no text under `{key}`")
+    reason = not_a_text(text)
+    if reason is not None:
+        raise BadSample(name, f"turn {number} {reason}")
     return text
 
 
