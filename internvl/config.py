@@ -564,4 +564,7 @@ def sentence(error: Any) -> str:
     if error["type"] == "missing":
         return f"{where}: missing; it has no default"
     found = error.get("input")
+    if error["type"] == "tuple_type":
+        remedy = f"write [{found}]" if isinstance(found, str | int | float) else "begin with - or ["
+        return f"{where}: must be a list, not {found!r}; {remedy}"
     return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}, not {found!r}"

@@ -270,7 +270,7 @@ class Dual:
 
     def _listed(self, images: Pictures) -> list[Picture] | Tensor:
         """Images as a list, or as the normalized tensor (B, 3, S, S) that they are."""
-        if not isinstance(images, Tensor):
+        if not isinstance(images, Tensor) or (images.dtype == torch.uint8 and images.dim() < 4):
             return list_images(images)
         wanted = (3, self.image_size, self.image_size)
         batch = images[None] if images.dim() == 3 else images
@@ -316,7 +316,8 @@ def _distinct(images: list[Picture] | Tensor) -> tuple[list[Picture] | Tensor, T
 
 def _rows(input_ids: Tensor | None) -> list[list[int]]:
     """Rows of ids without their padding. Raises UserError for ids of another shape or type."""
-    assert input_ids is not None
+    if not isinstance(input_ids, Tensor):
+        raise UserError(f"input_ids must be a tensor, int64 (R, L), not {type(input_ids).__name__}")
     input_ids = torch.atleast_2d(input_ids)
     if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
         raise UserError(

@@ -62,16 +62,17 @@ def list_images(images: Any) -> list[Any]:
         UserError: without an order, or nothing of the kind.
     """
     if isinstance(images, _ONE_IMAGE):
-        return [images]
-    if isinstance(images, np.ndarray) and images.dtype.kind not in "OUS":
-        return list(images) if images.ndim > 3 else [images]
-    return listed(images, "images")
+        images = [images]
+    elif isinstance(images, np.ndarray) and images.dtype.kind not in "OUS":
+        images = list(images) if images.ndim > 3 else [images]
+    # NumPy's own strings are strings and arrays at once.
+    return [str(i) if isinstance(i, str) else i for i in listed(images, "images")]
 
 
 def listed(values: Any, nouns: str) -> list[Any]:
     """Lists an ordered collection. Raises UserError where `values` is none."""
     if isinstance(values, np.ndarray):
-        return list(np.atleast_1d(values).ravel())
+        return np.atleast_1d(values).ravel().tolist()
     if isinstance(values, Mapping | set | frozenset):
         raise UserError(f"{nouns}: a {type(values).__name__} has no places; give a list")
     if isinstance(values, bytes) or not isinstance(values, Iterable):
