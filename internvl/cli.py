@@ -151,14 +151,16 @@ def chat(args: Arguments) -> int:
     from internvl.data.images import as_rgb
     from internvl.generate import Settings
 
-    # Before a model is loaded, and once: what is wrong here is not the fault of a question.
+    # Before a model is loaded: what is wrong here is not the fault of a question.
     settings = Settings(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_p=args.top_p,
         num_beams=args.num_beams,
     )
-    images: list[Any] = [as_rgb(image) for image in args.image]
+    for image in args.image:
+        as_rgb(image)  # only to see that it can be: how it is read, the model says
+    images: list[Any] = [*args.image]
     model = handles.load(
         args.model,
         device=args.device,
