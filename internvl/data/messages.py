@@ -6,7 +6,7 @@ system messages hold no marks: there both are plain text, as in the original's `
 
 import base64
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -86,8 +86,8 @@ def from_official(name: str, turns: Any) -> tuple[Message, ...]:
         raise BadSample(name, f"`conversations` must be a list of turns; it is {given}")
     messages = []
     for number, turn in enumerate(turns, start=1):
-        role = _role(name, number, turn, "from", tuple(OFFICIAL_ROLES))
-        messages.append(Message(OFFICIAL_ROLES[role], _text(name, number, "value", turn)))
+        role = OFFICIAL_ROLES[_role(name, number, turn, "from", OFFICIAL_ROLES)]
+        messages.append(Message(role, _text(name, number, "value", turn.get("value"))))
     return tuple(messages)
 
 
@@ -126,7 +126,7 @@ def from_openai(
             slots += [slot for _, own in read for slot in own]
         elif role == "user" and isinstance(content, str):
             slots += _slots(content)
-        messages.append(Message(role, _text(name, number, "content", {"content": content})))
+        messages.append(Message(role, _text(name, number, "content", content)))
     return tuple(messages), slots
 
 
@@ -202,8 +202,8 @@ def _part(name: str, number: int, role: str, part: Any) -> tuple[str, list[Slot]
     raise BadSample(name, f"turn {number} has a part of type {kind!r}; known: text, image, video")
 
 
-def _role(name: str, number: int, turn: Any, key: str, roles: Sequence[str]) -> str:
-    role = turn.get(key) if isinstance(turn, Mapping) else None
+def _role(name: str, number: int, turn: Any, key: str, roles: Collection[str]) -> str:
+    role = turn.get(key) if type(turn) is dict or isinstance(turn, Mapping) else None
     if isinstance(role, str) and role in roles:
         return role
     reason = f"turn {number} is from {role!r}; known: {', '.join(roles)}"
@@ -214,8 +214,9 @@ def _role(name: str, number: int, turn: Any, key: str, roles: Sequence[str]) -> 
     raise BadSample(name, reason)
 
 
-def _text(name: str, number: int, key: str, turn: Mapping[str, Any]) -> str:
-    text = turn.get(key)
+def _text(name: str, number: int, key: str, text: Any) -> str:
+    if isinstance(text, str) and text.isascii():
+        return text
     if not isinstance(text, str):
         raise BadSample(name, f"turn {number} has no text under `{key}`")
     reason = not_a_text(text)
