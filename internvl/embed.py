@@ -351,9 +351,12 @@ def _read_ahead(
         try:
             opened = as_rgb(image)
         except BadImage as error:
-            named = f" ({image})" if isinstance(image, str | Path | FileSlice) else ""
-            reason = str(error).removeprefix(f"{image}: ")
-            raise BadImage(f"image {number}{named}: {reason}") from None
+            reason = str(error)
+            if isinstance(image, str | Path | FileSlice):
+                # Named here in any case; what reads a file begins with its name.
+                reason = reason.removeprefix(f"{image}: ")
+                raise BadImage(f"image {number} ({image}): {reason}") from None
+            raise BadImage(f"image {number}: {reason}") from None
         opened = Image.fromarray(opened) if isinstance(opened, np.ndarray) else opened
         return shape(opened, size)
 
