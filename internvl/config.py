@@ -553,9 +553,15 @@ class Recipe:
 def eval_config(**keys: Any) -> EvalConfig:
     """One evaluation outside a recipe. Raises ConfigError with every wrong value."""
     try:
-        return TypeAdapter(EvalConfig).validate_python(keys)
+        config = TypeAdapter(EvalConfig).validate_python(keys)
     except ValidationError as error:
         raise ConfigError("\n".join(map(sentence, error.errors()))) from None
+    if config.min_new_tokens > config.max_new_tokens:
+        raise ConfigError(
+            f"min_new_tokens: {config.min_new_tokens}, larger than max_new_tokens, "
+            f"{config.max_new_tokens}"
+        )
+    return config
 
 
 def sentence(error: Any) -> str:

@@ -165,6 +165,11 @@ def _contradictions(recipe: Recipe) -> list[str]:
         problems.append("data.tiles.min: larger than data.tiles.max")
     if recipe.data.tiles.pad_square and recipe.data.tiles.max > 1:
         problems.append("data.tiles.pad_square: only with data.tiles.max: 1, as in the original")
+    problems += [
+        f"evals.{name}.min_new_tokens: larger than max_new_tokens"
+        for name, evaluation in recipe.evals.items()
+        if evaluation.min_new_tokens > evaluation.max_new_tokens
+    ]
     if recipe.data.video.min_frames > recipe.data.video.max_frames:
         problems.append("data.video.min_frames: larger than data.video.max_frames")
     problems += [
