@@ -100,9 +100,6 @@ def _normalized(text: str) -> str:
 
 
 def _check_pairs(candidates: Mapping[Key, str], references: Mapping[Key, Sequence[str]]) -> None:
-    alone = [key for key, texts in references.items() if isinstance(texts, str)]
-    if alone:
-        raise ValueError(f"the references of {alone[0]!r} are one text; they must be a list")
     if not candidates:
         raise ValueError("there are no candidates to score")
     if candidates.keys() != references.keys():
