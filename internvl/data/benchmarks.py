@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from internvl.config import ConfigError, EvalConfig, eval_config
-from internvl.data.arguments import list_texts
 
 OPENGVLAB = "https://github.com/OpenGVLab/InternVL/releases/download/data/"
 KARPATHY = "https://github.com/mehdidc/retrieval_annotations/releases/download/1.0.0/"
@@ -209,7 +208,7 @@ def configs(
         ConfigError: no such language, or files that are not there, each with its address.
     """
     task = TASKS[name]
-    chosen = list_texts(languages, "language") or task.languages[:1]
+    chosen = ([languages] if isinstance(languages, str) else languages) or task.languages[:1]
     unknown = [language for language in chosen if language not in task.languages]
     if unknown:
         known = ", ".join(task.languages)
