@@ -148,7 +148,19 @@ def evaluate(args: Arguments) -> int:
 def chat(args: Arguments) -> int:
     """A conversation in the terminal; with --prompt one answer."""
     from internvl import handles
+    from internvl.data.images import as_rgb
+    from internvl.generate import Settings
 
+    # Before a model is loaded: what is wrong here is not the fault of a question.
+    settings = Settings(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        num_beams=args.num_beams,
+    )
+    for image in args.image:
+        as_rgb(image)  # only to see that it can be: how it is read, the model says
+    images: list[Any] = [*args.image]
     model = handles.load(
         args.model,
         device=args.device,
@@ -161,31 +173,58 @@ def chat(args: Arguments) -> int:
             f"{args.model}: InternVL-14B writes captions but does not converse; use "
             "`internvl evaluate MODEL caption-file`, or `load(...).caption(images)` in Python"
         )
-    pictures: list[Any] = [*args.image]
-    marks = "<image>\n" * len(pictures)
+    video_marks = ""
     if args.video is not None:
         model, frames = _frames(model, args.video, args.frames)
-        pictures += frames
-        marks += "".join(f"Frame{i}: <image>\n" for i in range(1, len(frames) + 1))
-    settings = {
-        "max_new_tokens": args.max_new_tokens,
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "num_beams": args.num_beams,
-    }
+        images += frames
+        video_marks = "".join(f"Frame{i}: <image>\n" for i in range(1, len(frames) + 1))
+
+    def marked(question: str) -> str:
+        return _marked(question, len(args.image), video_marks)
+
+    if args.prompt:
+        turns = [{"role": "user", "content": marked(args.prompt)}]
+        _say(model, handles.Request(turns, images), vars(settings))
+        return 0
+    return _converse(model, images, marked, vars(settings))
+
+
+def _converse(
+    model: Any, images: list[Any], marked: Callable[[str], str], settings: dict[str, Any]
+) -> int:
+    """Asks for questions and answers them until the input ends. What is wrong with a question is
+    said, and it is asked for again."""
+    from internvl.generate import Request
+
     turns: list[dict[str, str]] = []
     while True:
         try:
-            prompt = args.prompt or input("> ")
+            prompt = input("> ")
+            if not prompt.strip():
+                continue
+            question = prompt if turns else marked(prompt)  # the images belong to the first one
+            asked = [*turns, {"role": "user", "content": question}]
+            answer = _say(model, Request(asked, images), settings)
         except EOFError:
             return 0
-        if not turns and "<image>" not in prompt:  # they belong to the first question
-            prompt = marks + prompt
-        turns.append({"role": "user", "content": prompt})
-        answer = _say(model, handles.Request(turns, pictures), settings)
-        if args.prompt:
-            return 0
-        turns.append({"role": "assistant", "content": answer})
+        except (UserError, UnicodeDecodeError) as error:
+            print(f"internvl: {error}", file=sys.stderr)
+            continue
+        if answer:
+            turns = [*asked, {"role": "assistant", "content": answer}]
+        else:
+            print("internvl: the answer is empty; the question is forgotten", file=sys.stderr)
+
+
+def _marked(question: str, num_images: int, video_marks: str) -> str:
+    """A first question with the marks of its images and video, where it has none of its own."""
+    from internvl.data.messages import IMAGE_MARK, VIDEO_MARK, count_marks, fill_marks
+
+    if count_marks(question, IMAGE_MARK):
+        return question
+    if video_marks and count_marks(question, VIDEO_MARK) == 1:
+        return f"{IMAGE_MARK}\n" * num_images + fill_marks(question, VIDEO_MARK, video_marks.strip)
+    return f"{IMAGE_MARK}\n" * num_images + video_marks + question
 
 
 def _say(model: Any, request: Any, settings: dict[str, Any]) -> str:

@@ -563,9 +563,15 @@ class Recipe:
 def eval_config(**keys: Any) -> EvalConfig:
     """One evaluation outside a recipe. Raises ConfigError with every wrong value."""
     try:
-        return TypeAdapter(EvalConfig).validate_python(keys)
+        config = TypeAdapter(EvalConfig).validate_python(keys)
     except ValidationError as error:
         raise ConfigError("\n".join(map(sentence, error.errors()))) from None
+    if config.min_new_tokens > config.max_new_tokens:
+        raise ConfigError(
+            f"min_new_tokens: {config.min_new_tokens}, larger than max_new_tokens, "
+            f"{config.max_new_tokens}"
+        )
+    return config
 
 
 def sentence(error: Any) -> str:
@@ -574,4 +580,7 @@ def sentence(error: Any) -> str:
     if error["type"] == "missing":
         return f"{where}: missing; it has no default"
     found = error.get("input")
+    if error["type"] == "tuple_type":
+        remedy = f"write [{found}]" if isinstance(found, str | int | float) else "begin with - or ["
+        return f"{where}: must be a list, not {found!r}; {remedy}"
     return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}, not {found!r}"

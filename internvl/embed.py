@@ -1,4 +1,4 @@
-"""InternVL-14B in use: pictures and captions to embeddings, pairs to matches, pictures to captions.
+"""InternVL-14B in use: images and captions to embeddings, pairs to matches, images to captions.
 
 Original: `encode_image`, `encode_text` and `forward` of `clip_benchmark/.../internvl_huggingface`,
 and `internvl_g/eval/evaluate_caption.py`. A picture or caption gets the same answer in every batch.
@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -18,7 +20,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from internvl.config import UserError
-from internvl.data.images import BadImage, FileSlice, open_rgb
+from internvl.data.arguments import (
+    check_number,
+    check_whole,
+    list_images,
+    list_texts,
+    not_a_text,
+)
+from internvl.data.images import BadImage, FileSlice, as_rgb
 from internvl.data.pairs import (
     CaptionEncoder,
     center_square,
@@ -32,11 +41,12 @@ from internvl.models.dual import DualModel, Mode
 from internvl.models.hub import ModelFolderError
 from internvl.models.vlm import normalize_tiles
 
-Picture = str | Path | bytes | FileSlice | Image.Image
-Pictures = Sequence[Picture] | Tensor
-"""Paths, encoded files and opened pictures; or all of them normalized already, (B, 3, S, S)."""
-Captions = Sequence[str] | Tensor
-"""Strings, or token ids padded with 0, int64 (R, L)."""
+Picture = str | Path | bytes | FileSlice | Image.Image | np.ndarray
+Pictures = Sequence[Picture] | Picture | Tensor
+"""Paths, encoded files, opened images and uint8 arrays (H, W, 3); or all of them normalized
+already, (B, 3, S, S). One alone is a row of its own."""
+Captions = Sequence[str] | str | Tensor
+"""Strings, or token ids padded with 0, int64 (R, L). One alone is a row of its own."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,8 @@ class Dual:
         """Features of pictures, float32 (B, E) on the CPU, of unit length.
 
         Args:
-            images: paths, bytes or opened pictures, or a normalized tensor (B, 3, S, S).
+            images: one, or several: paths, bytes, opened images or uint8 arrays (H, W, 3), or a
+                normalized tensor (B, 3, S, S).
             mode: "c" for InternVL-C, "g" for InternVL-G (both embed texts alike).
             normalize: False returns what the original's `encode_image` does; for "g" that is the
                 sum of two unit vectors.
@@ -107,13 +118,14 @@ class Dual:
     def encode_images_of(
         self,
         images: Pictures,
-        modes: Sequence[Mode],
+        modes: Sequence[Mode] | Mode,
         *,
         normalize: bool = True,
         batch_size: int = 64,
         crop: bool = False,
     ) -> dict[Mode, Tensor]:
         """`encode_images` in several modes; every picture is read and looked at once."""
+        modes = cast("list[Mode]", list_texts(modes, "mode"))
         for mode in modes:
             if mode not in ("c", "g"):
                 raise UserError(f'mode is "c" (InternVL-C) or "g" (InternVL-G), not {mode!r}')
@@ -129,7 +141,7 @@ class Dual:
     @torch.no_grad()
     def encode_texts(
         self,
-        texts: Sequence[str] | None = None,
+        texts: Sequence[str] | str | None = None,
         *,
         input_ids: Tensor | None = None,
         normalize: bool = True,
@@ -138,16 +150,21 @@ class Dual:
         """Features of captions, float32 (R, E) on the CPU, of unit length.
 
         Args:
-            texts: "summarize:" is put before each.
+            texts: one, or several; "summarize:" is put before each.
             input_ids: ids as they are instead, int64 (R, L); padding is 0, on the right.
             normalize: False returns what the original's `encode_text` does.
 
         Raises:
+            UserError: what is no text, or ids of another shape.
             ModelFolderError: strings without a tokenizer.
         """
+        check_whole("batch_size", batch_size, 1)
         if (texts is None) == (input_ids is None):
             raise UserError("encode_texts takes either texts or input_ids")
-        rows = _rows(input_ids) if texts is None else [self.encoder.embedding(t) for t in texts]
+        if texts is None:
+            rows = _rows(input_ids)
+        else:
+            rows = [self.encoder.embedding(text) for text in list_texts(texts)]
         found = _in_batches(rows, batch_size, lambda ids: self.model.encode_text(self._to(ids)))
         return self._finished(found, normalize)
 
@@ -160,12 +177,13 @@ class Dual:
             images: as `encode_images` takes them, or its features (B, E).
             texts: as `encode_texts` takes them, or its features (R, E).
         """
-        if not (isinstance(images, Tensor) and images.dim() == 2):
+        if not (isinstance(images, Tensor) and images.dim() <= 2):
             images = self.encode_images(images, mode, batch_size=batch_size)
         if not isinstance(texts, Tensor):
             texts = self.encode_texts(texts)
         elif not texts.is_floating_point():
             texts = self.encode_texts(input_ids=texts)
+        images, texts = self._features(images, "images"), self._features(texts, "texts")
         cosines = F.normalize(images.float(), dim=-1) @ F.normalize(texts.float(), dim=-1).T
         return self.model.logit_scale.detach().float().exp().to(cosines.device) * cosines
 
@@ -180,13 +198,14 @@ class Dual:
             UserError: other numbers of pictures and captions, or a model without queries.
         """
         self._need_queries("match")
-        if len(images) != len(texts):
-            raise UserError(f"match takes pairs, not {len(images)} images and {len(texts)} texts")
-        rows = (
-            _rows(texts)
-            if isinstance(texts, Tensor)
-            else [self.encoder.matching(clean_caption(text)) for text in texts]
-        )
+        check_whole("batch_size", batch_size, 1)
+        images = self._listed(images)
+        if isinstance(texts, Tensor):
+            rows = _rows(texts)
+        else:
+            rows = [self.encoder.matching(clean_caption(text)) for text in list_texts(texts)]
+        if len(images) != len(rows):
+            raise UserError(f"match takes pairs, not {len(images)} images and {len(rows)} texts")
         found = []
         for start in range(0, len(rows), batch_size):
             part = slice(start, start + batch_size)
@@ -213,10 +232,17 @@ class Dual:
         """A caption of each picture, by greedy (one beam) or beam search.
 
         Raises:
-            UserError: a model without queries.
+            UserError: a model without queries, or a setting out of range.
             ModelFolderError: no tokenizer.
         """
         self._need_queries("caption")
+        reason = not_a_text(prompt)
+        if reason is not None:
+            raise UserError(f"prompt {reason}")
+        check_whole("num_beams", num_beams, 1)
+        check_whole("max_new_tokens", max_new_tokens, 1)
+        check_whole("min_new_tokens", min_new_tokens, 0)
+        check_number("length_penalty", length_penalty)
         how = Search(
             num_beams=num_beams,
             max_new_tokens=max_new_tokens,
@@ -234,17 +260,36 @@ class Dual:
 
     def _pixels(self, images: Pictures, batch_size: int, crop: bool) -> Iterator[Tensor]:
         """Normalized pictures (at most batch_size, 3, S, S) on the model's device."""
+        check_whole("batch_size", batch_size, 1)
+        images = self._listed(images)
         if isinstance(images, Tensor):
-            wanted = (3, self.image_size, self.image_size)
-            if images.dim() != 4 or images.shape[1:] != wanted or not images.is_floating_point():
-                raise UserError(
-                    f"a tensor of images must be normalized and of shape (B, {wanted[0]}, "
-                    f"{wanted[1]}, {wanted[2]}), not {images.dtype} {tuple(images.shape)}"
-                )
             yield from (self._to(part) for part in images.split(batch_size) if len(part))
             return
         for pixels in _read_ahead(images, batch_size, self.image_size, crop):
             yield normalize_tiles(self._to(pixels), self.dtype)
+
+    def _listed(self, images: Pictures) -> list[Picture] | Tensor:
+        """Images as a list, or as the normalized tensor (B, 3, S, S) that they are."""
+        if not isinstance(images, Tensor) or (images.dtype == torch.uint8 and images.dim() < 4):
+            return list_images(images)
+        wanted = (3, self.image_size, self.image_size)
+        batch = images[None] if images.dim() == 3 else images
+        if batch.dim() != 4 or batch.shape[1:] != wanted or not images.is_floating_point():
+            raise UserError(
+                f"a tensor of images must be normalized and of shape (B, {wanted[0]}, "
+                f"{wanted[1]}, {wanted[2]}), not {images.dtype} {tuple(images.shape)}"
+            )
+        return batch
+
+    def _features(self, features: Tensor, nouns: str) -> Tensor:
+        """Features as rows, (B, E)."""
+        rows, width = torch.atleast_2d(features), self.model.config.embed_dim
+        if rows.shape[1] != width or not rows.is_floating_point():
+            raise UserError(
+                f"features of {nouns} must be float (B, {width}), not {features.dtype} "
+                f"{tuple(features.shape)}"
+            )
+        return rows
 
     def _to(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
@@ -261,7 +306,7 @@ class Dual:
             )
 
 
-def _distinct(images: Pictures) -> tuple[Pictures, Tensor]:
+def _distinct(images: list[Picture] | Tensor) -> tuple[list[Picture] | Tensor, Tensor]:
     """(each picture once, int64 (B,) where each of `images` is there), where they are files."""
     if isinstance(images, Tensor) or not all(isinstance(i, str | Path | FileSlice) for i in images):
         return images, torch.arange(len(images))
@@ -270,8 +315,14 @@ def _distinct(images: Pictures) -> tuple[Pictures, Tensor]:
 
 
 def _rows(input_ids: Tensor | None) -> list[list[int]]:
-    """Rows of ids without their padding."""
-    assert input_ids is not None
+    """Rows of ids without their padding. Raises UserError for ids of another shape or type."""
+    if not isinstance(input_ids, Tensor):
+        raise UserError(f"input_ids must be a tensor, int64 (R, L), not {type(input_ids).__name__}")
+    input_ids = torch.atleast_2d(input_ids)
+    if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise UserError(
+            f"input_ids must be int64 (R, L), not {input_ids.dtype} {tuple(input_ids.shape)}"
+        )
     lengths = ((input_ids > 0) * torch.arange(1, input_ids.shape[1] + 1)).amax(1).tolist()
     return [row[:length] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
 
@@ -298,10 +349,15 @@ def _read_ahead(
     def read(number: int) -> Tensor:
         image = images[number]
         try:
-            opened = image.convert("RGB") if isinstance(image, Image.Image) else open_rgb(image)
+            opened = as_rgb(image)
         except BadImage as error:
-            named = f" ({image})" if isinstance(image, str | Path | FileSlice) else ""
-            raise BadImage(f"image {number}{named}: {error}") from None
+            reason = str(error)
+            if isinstance(image, str | Path | FileSlice):
+                # Named here in any case; what reads a file begins with its name.
+                reason = reason.removeprefix(f"{image}: ")
+                raise BadImage(f"image {number} ({image}): {reason}") from None
+            raise BadImage(f"image {number}: {reason}") from None
+        opened = Image.fromarray(opened) if isinstance(opened, np.ndarray) else opened
         return shape(opened, size)
 
     waiting: deque[list[Future[Tensor]]] = deque()

@@ -12,6 +12,7 @@ from typing import Any
 from internvl import checkpoint, evals, handles, zoo
 from internvl.config import ConfigError, EvalConfig, eval_config
 from internvl.data import benchmarks
+from internvl.data.arguments import list_texts
 from internvl.evals import caption
 from internvl.recipes import load_recipe
 
@@ -46,22 +47,22 @@ class Measured:
     """Evaluation -> what it measured on, such as pictures and texts, and how many."""
 
 
-def run(model_or_run: str | Path, tasks: Sequence[str] = (), **how: Any) -> dict[str, float]:
+def run(model_or_run: str | Path, tasks: Sequence[str] | str = (), **how: Any) -> dict[str, float]:
     """The metrics of `measure`, which takes the same."""
     return measure(model_or_run, tasks, **how).metrics
 
 
 def measure(
     model_or_run: str | Path,
-    tasks: Sequence[str] = (),
+    tasks: Sequence[str] | str = (),
     *,
-    to: Path | None = None,
-    root: Path = Path("data"),
+    to: str | Path | None = None,
+    root: str | Path = Path("data"),
     dataset_root: str | None = None,
-    languages: Sequence[str] = (),
+    languages: Sequence[str] | str = (),
     split: str = "test",
-    output: Path | None = None,
-    features: Path | None = None,
+    output: str | Path | None = None,
+    features: str | Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
     **fields: Any,
@@ -89,10 +90,14 @@ def measure(
         ConfigError: an unknown task, or files of a set that are not there, with their addresses.
         UserError: data that cannot be used.
     """
+    tasks, languages = list_texts(tasks, "task"), list_texts(languages, "language")
+    root, to, output, features = Path(root), _path(to), _path(output), _path(features)
+    if isinstance(fields.get("modes"), str):
+        fields["modes"] = [fields["modes"]]
     is_run = handles.is_run(Path(model_or_run))
     in_run = load_recipe(Path(model_or_run) / "recipe.yaml").evals if is_run else {}
     own_file = not in_run or "annotations" in fields
-    names = list(tasks) or (["caption-file"] if own_file else list(in_run))
+    names = tasks or (["caption-file"] if own_file else list(in_run))
     jobs: dict[str, Job] = {}
     for name in names:
         if name in in_run:
@@ -123,6 +128,10 @@ def measure(
     return Measured(metrics, {name: evaluators[name].counts() for name in jobs})
 
 
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
 def _published_set(
     name: str,
     root: Path,
@@ -144,9 +153,9 @@ def _published_set(
 
 
 def _own(name: str, languages: Sequence[str], split: str, fields: dict[str, Any]) -> Job:
-    annotations = fields.get("annotations")
-    if annotations is None:
+    if fields.get("annotations") is None:
         raise ConfigError(f"{name} needs --annotations: {benchmarks.OWN[name]}")
+    annotations = Path(fields["annotations"])
     images = annotations if annotations.is_dir() else annotations.parent
     given = {"images": images, "split": split, **fields, "type": name.partition("-")[0]}
     language = languages[0] if languages else "en"

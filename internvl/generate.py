@@ -1,4 +1,4 @@
-"""Requests to answers, batched: pictures and messages in, strings out.
+"""Requests to answers, batched: images and messages in, strings out.
 
 Original: `InternVLChatModel.chat` and `batch_chat`; one request of a batch gets the answer it would
 get alone.
@@ -6,9 +6,9 @@ get alone.
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,40 +18,79 @@ from PIL import Image
 from torch import Tensor
 
 from internvl.config import TilesConfig, UserError
-from internvl.data.chat import IMAGE_MARK, ChatEncoder
-from internvl.data.images import STATISTICS, Triple, read_rgb
-from internvl.data.records import Message
+from internvl.data.arguments import check_number, check_whole, list_images, listed, nearest
+from internvl.data.chat import ChatEncoder
+from internvl.data.images import STATISTICS, BadImage, FileSlice, Triple, as_rgb
+from internvl.data.messages import (
+    IMAGE_MARK,
+    VIDEO_MARK,
+    from_base64,
+    from_openai,
+    has_marks,
+    in_order,
+)
+from internvl.data.records import BadSample, Message
 from internvl.data.tiles import tile_images
 from internvl.data.tokenizers import decode
 from internvl.models import configs
 from internvl.models.vlm import normalize_tiles
 
-Picture = str | Path | bytes | Image.Image | Tensor
-"""A path, an encoded file, an opened picture, or its normalized tiles, float (N, 3, S, S)."""
+Picture = str | Path | bytes | FileSlice | Image.Image | np.ndarray | Tensor
+"""A path, `data:` address or encoded file; an opened image, uint8 array (H, W) or (H, W, C) or
+tensor (C, H, W); or an image's normalized tiles, float (N, 3, S, S)."""
 
 
 @dataclass(frozen=True)
 class Request:
     """A conversation that waits for an answer.
 
-    messages: turns as Message or {"role": …, "content": …}; the last one is the user's. `<image>`
-    marks say where the images belong; without any, they are put before the last question.
-    images: either all pictures, which are tiled, or all tiles of a picture each.
+    messages: turns as Message or {"role": …, "content": …}, under the rules of training data; the
+    last one is the user's. `<image>` marks say where the images belong, `\\<image>` is the word;
+    without any mark, the images are put before the last question. A content may be a list of
+    OpenAI's parts, and their images then stand where the parts do.
+    images: one, or several; either all images, which are tiled, or all tiles of an image each.
     """
 
-    messages: Sequence[Message | dict[str, str]]
-    images: Sequence[Picture] = ()
+    messages: Sequence[Message | Mapping[str, Any]]
+    images: Sequence[Picture] | Picture = ()
+
+    def __post_init__(self) -> None:
+        images = () if self.images is None else list_images(self.images)
+        object.__setattr__(self, "images", images)  # frozen, once it is made
+
+
+_REFUSED = {
+    "max_length": "use max_new_tokens",
+    "min_length": "use min_new_tokens",
+    "eos_token_id": "the template's end is used",
+    "pad_token_id": "the tokenizer's is used",
+    "do_sample": "set temperature",
+    "use_cache": "it is always used",
+    "stop_strings": "cut the answer instead",
+    **dict.fromkeys(
+        ("num_return_sequences", "return_dict_in_generate"), "an answer is one text; ask again"
+    ),
+    **dict.fromkeys(
+        ("num_beam_groups", "penalty_alpha", "dola_layers", "constraints", "force_words_ids"),
+        "transformers would run code from the hub for it",
+    ),
+}
+"""Keys of GenerationConfig that cannot be followed here, and what to do instead."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How answers are generated; greedy unless said otherwise."""
+    """How answers are generated; greedy unless said otherwise.
+
+    Raises:
+        UserError: a value out of range, or a key of `extra` that would not be followed.
+    """
 
     max_new_tokens: int = 1024
     min_new_tokens: int = 0
     num_beams: int = 1
     temperature: float | None = None
-    """Sampling temperature; None does not sample. Sampling draws from torch's generator, so
+    """Sampling temperature; None or 0 does not sample. Sampling draws from torch's generator, so
     `torch.manual_seed` fixes it."""
     top_p: float = 1.0
     """Sampling: the likeliest tokens that together have this probability."""
@@ -61,11 +100,41 @@ class Settings:
     extra: dict[str, Any] = field(default_factory=dict)
     """Handed to transformers' GenerationConfig as it is, such as length_penalty."""
 
+    def __post_init__(self) -> None:
+        check_whole("max_new_tokens", self.max_new_tokens, 1)
+        check_whole("min_new_tokens", self.min_new_tokens, 0)
+        check_whole("num_beams", self.num_beams, 1)
+        check_whole("top_k", self.top_k, 0)
+        check_number("top_p", self.top_p, above=0, most=1)
+        check_number("repetition_penalty", self.repetition_penalty, above=0)
+        # 0 is what other libraries' greedy search is called with.
+        if self.temperature is not None and self.temperature != 0:
+            check_number("temperature", self.temperature, above=0)
+        if self.min_new_tokens > self.max_new_tokens:
+            raise UserError(
+                f"min_new_tokens ({self.min_new_tokens}) is above max_new_tokens "
+                f"({self.max_new_tokens})"
+            )
+        _check_extra(self.extra)
+
+    @classmethod
+    def of(cls, **keys: Any) -> "Settings":
+        """Makes settings of keyword arguments. Raises UserError that names an unknown one."""
+        known = [own.name for own in fields(cls)]
+        for key in keys:
+            if key in known:
+                continue
+            if key in _generation_keys() - _REFUSED.keys():
+                raise UserError(f"{key} is a setting of transformers: write extra={{{key!r}: …}}")
+            remedy = _REFUSED.get(key) or nearest(key, known)
+            raise UserError(f"there is no setting {key!r}; {remedy}")
+        return cls(**keys)
+
     def config(self, end_id: int, pad_id: int) -> Any:
         """As transformers' GenerationConfig; generation stops at `end_id`."""
         from transformers import GenerationConfig
 
-        sample = self.temperature is not None
+        sample = bool(self.temperature)
         chosen: dict[str, Any] = {
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -85,6 +154,27 @@ class Settings:
         )
 
 
+def _generation_keys() -> set[str]:
+    """The settings that transformers knows; it takes any other name without a word."""
+    from transformers import GenerationConfig
+
+    return {key for key in GenerationConfig().to_dict() if not key.startswith("_")}
+
+
+def _check_extra(extra: Any) -> None:
+    if not isinstance(extra, Mapping):
+        raise UserError(f"extra must be a dict of settings, not {type(extra).__name__}")
+    if not extra:
+        return
+    known, own = _generation_keys() - _REFUSED.keys(), {own.name for own in fields(Settings)}
+    for key in extra:
+        if key in own:
+            raise UserError(f"extra: {key} is a setting of its own; write {key}=…")
+        if key not in known:
+            remedy = _REFUSED.get(key) or nearest(str(key), sorted(known))
+            raise UserError(f"extra: {key!r} is not followed here; {remedy}")
+
+
 @dataclass(frozen=True)
 class Prompt:
     """An encoded request: `input_ids` int64 (T,); `tiles` (N, 3, S, S), uint8 or, normalized
@@ -94,22 +184,40 @@ class Prompt:
     tiles: Tensor | None
 
 
-def encode(request: Request, encoder: ChatEncoder, tiles: TilesConfig) -> Prompt:
-    """Opens a request's pictures and renders its prompt.
+def encode(
+    request: Request, encoder: ChatEncoder, tiles: TilesConfig, name: str = "request"
+) -> Prompt:
+    """Opens a request's images and renders its prompt; `name` is what messages call it.
 
     Raises:
-        BadImage: a picture cannot be read.
-        BadSample: the marks do not match the pictures.
-        UserError: tiles of another shape, or beside pictures.
+        BadImage: an image cannot be read.
+        BadSample: turns that training would refuse, or marks that do not match the images.
+        UserError: tiles of another shape, or beside images.
     """
-    pixels, per_image = _tiles(request.images, tiles)
-    ids = encoder.prompt(_with_marks(request, len(per_image)), per_image)
+    messages, images = _conversation(request, encoder, name)
+    pixels, per_image = _tiles(images, tiles, name)
+    ids = encoder.prompt(_with_marks(messages, len(per_image)), per_image, name)
     return Prompt(ids, pixels)
 
 
-def _tiles(images: Sequence[Picture], config: TilesConfig) -> tuple[Tensor | None, tuple[int, ...]]:
+def _conversation(
+    request: Request, encoder: ChatEncoder, name: str
+) -> tuple[Sequence[Message], list[Any]]:
+    """(messages in order, images in the order of their marks), checked as training data is."""
+    if not isinstance(request, Request):
+        given = type(request).__name__
+        raise UserError(f"{name} is a {given}, not internvl.Request(messages, images)")
+    messages, slots = from_openai(name, request.messages, strict=True)
+    if any(mark == VIDEO_MARK and value is not None for mark, value in slots):
+        raise BadSample(name, "it has a part of type video; give its frames as images")
+    return encoder.ordered(name, messages, "user"), in_order(slots, IMAGE_MARK, request.images)  # type: ignore[arg-type]
+
+
+def _tiles(
+    images: Sequence[Any], config: TilesConfig, name: str
+) -> tuple[Tensor | None, tuple[int, ...]]:
     """(all tiles or None, tiles of each image)."""
-    given = [image for image in images if isinstance(image, Tensor)]
+    given = [i for i in images if isinstance(i, Tensor) and (i.dim() > 3 or i.is_floating_point())]
     if given:
         wanted = (3, config.size, config.size)
         if len(given) < len(images) or any(t.shape[1:] != wanted or t.dim() != 4 for t in given):
@@ -118,19 +226,26 @@ def _tiles(images: Sequence[Picture], config: TilesConfig) -> tuple[Tensor | Non
                 "one for every image of the request"
             )
         return torch.cat(given), tuple(map(len, given))
-    pictures = [
-        image.convert("RGB") if isinstance(image, Image.Image) else read_rgb(image)  # type: ignore[arg-type]
-        for image in images
-    ]
-    cut = tile_images(pictures, config, config.max)
+    opened = [_open(image, f"{name}: image {number}") for number, image in enumerate(images)]
+    cut = tile_images(opened, config, config.max)
     return (None, ()) if cut is None else (cut.pixels, cut.per_image)
+
+
+def _open(image: Any, name: str) -> Any:
+    """RGB of one image. Raises BadImage that begins with `name`."""
+    if isinstance(image, str) and image.startswith("data:"):
+        image = from_base64(name, image)
+    try:
+        return as_rgb(image)
+    except BadImage as error:
+        raise BadImage(f"{name}: {error}") from None
 
 
 def answers(
     model: Any,
     encoder: ChatEncoder,
     tiles: TilesConfig,
-    requests: Sequence[Request],
+    requests: Sequence[Request] | Request,
     settings: Settings,
     *,
     batch_size: int = 16,
@@ -139,12 +254,20 @@ def answers(
     """One answer per request, in order. `progress` is told how many more are done.
 
     Requests of similar length are answered together, so little is padded.
+
+    Raises:
+        BadSample, UserError: see `encode`; the turns of all are checked before the first answer.
     """
+    check_whole("batch_size", batch_size, 1)
+    requests = [requests] if isinstance(requests, Request) else listed(requests, "requests")
+    names = [f"requests[{i}]" for i in range(len(requests))] if len(requests) > 1 else ["request"]
+    for request, name in zip(requests, names, strict=False):
+        _conversation(request, encoder, name)
     found: list[str | None] = [None] * len(requests)
     window = batch_size * 8
     for start in range(0, len(requests), window):
         indices = range(start, min(start + window, len(requests)))
-        prompts = {i: encode(requests[i], encoder, tiles) for i in indices}
+        prompts = {i: encode(requests[i], encoder, tiles, names[i]) for i in indices}
         order = sorted(indices, key=lambda i: -len(prompts[i].input_ids))
         for batch in _batches(order, batch_size):
             texts = generate(model, encoder, [prompts[i] for i in batch], settings)
@@ -286,11 +409,9 @@ def _batches(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
         yield order[start : start + size]
 
 
-def _with_marks(request: Request, num_images: int) -> list[Message]:
-    """The messages as records, with the images' marks before the last question if none is there."""
-    messages = [m if isinstance(m, Message) else Message(**m) for m in request.messages]
-    if num_images and not any(IMAGE_MARK in m.content for m in messages if m.role == "user"):
-        last = messages[-1]
-        marks = f"{IMAGE_MARK}\n" * num_images
-        messages[-1] = Message(last.role, marks + last.content)
-    return messages
+def _with_marks(messages: Sequence[Message], num_images: int) -> Sequence[Message]:
+    """The messages with the images' marks before the last question if no question has one."""
+    if not num_images or has_marks(messages, IMAGE_MARK):
+        return messages
+    *earlier, last = messages
+    return [*earlier, Message(last.role, f"{IMAGE_MARK}\n" * num_images + last.content)]

@@ -69,14 +69,18 @@ class Chat:
 
     def answer(
         self,
-        requests: Sequence[Request],
+        requests: Sequence[Request] | Request,
         *,
         max_new_tokens: int = 1024,
         batch_size: int = 16,
         **settings: Any,
     ) -> list[str]:
-        """One answer per request, in order; `settings` are fields of `generate.Settings`."""
-        chosen = Settings(max_new_tokens=max_new_tokens, **settings)
+        """One answer per request, in order; `settings` are fields of `generate.Settings`.
+
+        Raises:
+            UserError: an unknown setting, one out of range, or a bad request; see `encode` there.
+        """
+        chosen = Settings.of(max_new_tokens=max_new_tokens, **settings)
         return answers(
             self.model, self.encoder, self.tiles, requests, chosen, batch_size=batch_size
         )
@@ -89,7 +93,7 @@ class Chat:
         Raises:
             UserError: with beam search, whose text is known at the end only.
         """
-        chosen = Settings(max_new_tokens=max_new_tokens, **settings)
+        chosen = Settings.of(max_new_tokens=max_new_tokens, **settings)
         prompt = generate.encode(request, self.encoder, self.tiles)
         return generate.stream(self.model, self.encoder, prompt, chosen)
 

@@ -38,7 +38,7 @@ class _Loader(yaml.SafeLoader):
     }
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] | str = ()) -> Recipe:
     """The recipe in a YAML file with `key=value` overrides (dotted keys, YAML values).
 
     Relative paths in a recipe start from the working directory, as on the command line.
@@ -61,7 +61,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return resolve(tree, overrides, name=str(path))
 
 
-def resolve(tree: dict[str, Any], overrides: Sequence[str] = (), *, name: str = "recipe") -> Recipe:
+def resolve(
+    tree: dict[str, Any], overrides: Sequence[str] | str = (), *, name: str = "recipe"
+) -> Recipe:
     """A checked recipe from nested dictionaries. Raises ConfigError with every problem found."""
     tree = copy.deepcopy(tree)
     problems = list(_apply(tree, overrides))
@@ -84,9 +86,9 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
-def _apply(tree: dict[str, Any], overrides: Sequence[str]) -> Iterator[str]:
+def _apply(tree: dict[str, Any], overrides: Sequence[str] | str) -> Iterator[str]:
     """Sets every override in `tree`; yields what cannot be set."""
-    for override in overrides:
+    for override in [overrides] if isinstance(overrides, str) else overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             yield f"{override!r} is not an override: write key=value, such as optim.lr=1e-5"
@@ -169,6 +171,11 @@ def _contradictions(recipe: Recipe) -> list[str]:
         problems.append("data.tiles.min: larger than data.tiles.max")
     if recipe.data.tiles.pad_square and recipe.data.tiles.max > 1:
         problems.append("data.tiles.pad_square: only with data.tiles.max: 1, as in the original")
+    problems += [
+        f"evals.{name}.min_new_tokens: larger than max_new_tokens"
+        for name, evaluation in recipe.evals.items()
+        if evaluation.min_new_tokens > evaluation.max_new_tokens
+    ]
     if recipe.data.video.min_frames > recipe.data.video.max_frames:
         problems.append("data.video.min_frames: larger than data.video.max_frames")
     problems += [

@@ -130,6 +130,28 @@ def test_bad_conversations(messages, images, says):
         encoder("internvl2_5").encode(sample, (1,) * images, MAX_TOKENS)
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_mark_after_a_backslash_is_the_word(name):
+    """As the original reads it in a sample without images: as text like any other."""
+    encode = encoder(name)
+    ids = encode.encode(
+        conversation(r"Is \<image> or \<video> a tag?", r"Not \<image>: <image>"), ()
+    )
+    text = encode.tokenizer.decode(ids.input_ids.tolist())
+    assert "Is <image> or <video> a tag?" in text
+    assert r"Not \<image>: <image>" in text  # answers are as they are
+    turns = conversation("<image>\nIs the tag \\<image>?", "Yes.").messages
+    example = encode.encode(Sample("x", turns, ("a.png",)), (2,))
+    assert (example.input_ids == encode.context_id).sum() == 2
+    assert "</img>\nIs the tag <image>?" in encode.tokenizer.decode(example.input_ids.tolist())
+    prompt = encode.prompt(turns[:1], (2,))
+    assert example.input_ids[: len(prompt)].tolist() == prompt.tolist()
+    with pytest.raises(BadSample, match=r"2 <image> mark.*1 image.*\\<image> .* where the word"):
+        encode.prompt([Message("user", "<image> or <image>?")], (1,))
+    with pytest.raises(BadSample, match="1 <video> mark.s. in the questions, but 0 video"):
+        encode.encode(conversation("What is <video>?", "A tag."), ())
+
+
 def test_a_long_answer_is_cut_without_its_end():
     example = encoder("Hermes-2").encode(conversation("Hello?", "yes " * 300), (), MAX_TOKENS)
     assert len(example.input_ids) == MAX_TOKENS

@@ -3,6 +3,7 @@
 import io
 
 import accelerate
+import numpy as np
 import pytest
 import torch
 from dual_folders import dual_folder, dual_golden, pth_file, small_tokenizer
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import internvl
 from internvl import handles
+from internvl.config import UserError
 from internvl.data.images import BadImage
 from internvl.data.pairs import center_square, clean_caption, pad_right, square
 from internvl.models.vlm import normalize_tiles
@@ -128,6 +130,85 @@ def test_a_picture_that_cannot_be_read_is_named(dual, images, tmp_path):
         dual.encode_images([b"no picture"])
     with pytest.raises(BadImage, match="there is no image"):
         dual.caption([tmp_path / "none.png"])
+
+
+def test_one_text_or_image_is_one_row(dual, images, tmp_path):
+    text, array = "a red panda", np.asarray(images[0])
+    (tmp_path / "a.png").write_bytes(encoded(images[0]))
+    path = tmp_path / "a.png"
+    wanted, seen = dual.encode_texts([text]), dual.encode_images([images[0]])
+    for given in (text, np.str_(text), (text,), iter([text]), np.array([text]), np.array(text)):
+        assert torch.equal(dual.encode_texts(given), wanted)
+    one = [images[0], path, str(path), encoded(images[0]), array, array[None]]
+    pixels = normalize_tiles(square(images[0], 84)[None], torch.float32)
+    for given in (*one, [array], iter([path]), np.array([str(path)]), pixels, pixels[0]):
+        assert torch.equal(dual.encode_images(given), seen)
+    gray = array[..., 0]
+    assert torch.equal(dual.encode_images(gray), dual.encode_images(Image.fromarray(gray)))
+    assert dual.encode_images(np.stack([array] * 3)).shape == (3, 48)
+    assert torch.equal(dual.encode_images_of(path, "c")["c"], seen)
+    assert dual.similarity(path, text).shape == (1, 1)
+    torch.testing.assert_close(dual.similarity(path, text), dual.similarity(seen[0], wanted[0]))
+    ids = torch.tensor(dual.encoder.embedding(text))
+    torch.testing.assert_close(dual.encode_texts(input_ids=ids), wanted)
+    assert torch.equal(dual.match(path, text), dual.match([path], [text]))
+    assert dual.match(array, text).shape == (1,)
+    settings = {"num_beams": 1, "max_new_tokens": 8}
+    assert dual.caption(str(path), **settings) == dual.caption([path], **settings)
+
+
+def test_texts_and_images_that_are_refused(dual, images):
+    for texts, says in (
+        (["a", None], "text 1 is a NoneType"),
+        ([["a"]], "text 0 is a list"),
+        (["a", float("nan")], r"text 1 is a float \(nan\), not a text"),
+        (["a \ud83d"], r"text 0 has half of a character \(\\ud83d\) at place 2"),
+        ({"a"}, "texts: a set has no places; give a list"),
+        ({"a": 1}, "texts: a dict has no places"),
+        (b"a", "texts must be a list, not bytes"),
+        (5, "texts must be a list, not int"),
+    ):
+        for call in (dual.encode_texts, lambda t: dual.similarity(images, t)):
+            with pytest.raises(UserError, match=says):
+                call(texts)
+        with pytest.raises(UserError, match=says):
+            dual.match(images[:1], texts)
+    with pytest.raises(UserError, match="images must be a list, not int"):
+        dual.encode_images(3)
+    with pytest.raises(BadImage, match="image 0: .*uint8"):
+        dual.encode_images(np.zeros((8, 8, 3)))
+    with pytest.raises(UserError, match="mode is \"c\" .* not 'cg'"):
+        dual.encode_images_of(images, "cg")
+    with pytest.raises(UserError, match="1 images and 2 texts"):
+        dual.match(images[0], ["a", "b"])
+    with pytest.raises(UserError, match=r"features of images must be float \(B, 48\)"):
+        dual.similarity(torch.ones(1, 40), "a")
+    with pytest.raises(UserError, match=r"input_ids must be int64 \(R, L\), not torch.float32"):
+        dual.encode_texts(input_ids=torch.ones(1, 3))
+    with pytest.raises(UserError, match="input_ids must be a tensor"):
+        dual.encode_texts(input_ids=[[1, 2]])
+    with pytest.raises(UserError, match="prompt is a list"):
+        dual.caption(images, ["a"])
+
+
+@pytest.mark.parametrize(
+    "keys", [{"num_beams": 0}, {"max_new_tokens": 0}, {"min_new_tokens": -1}, {"batch_size": 0}]
+)
+def test_settings_of_a_caption(keys, dual, images):
+    with pytest.raises(UserError, match=f"{next(iter(keys))} must be a whole number"):
+        dual.caption(images, **keys)
+    with pytest.raises(UserError, match="length_penalty must be a number, not nan"):
+        dual.caption(images, length_penalty=float("nan"))
+
+
+@pytest.mark.parametrize("size", [0, -1, True])
+def test_batches_of_nothing(size, dual, images):
+    for call, given in (
+        *((dual.encode_images, [images]), (dual.encode_texts, ["a"])),
+        *((dual.match, [images[:1], "a"]), (dual.caption, [images])),
+    ):
+        with pytest.raises(UserError, match="batch_size must be a whole number of at least 1"):
+            call(*given, batch_size=size)
 
 
 def test_weights_may_be_elsewhere_until_they_are_used(images, tmp_path):

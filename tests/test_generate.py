@@ -1,5 +1,7 @@
 """Answers: those of the original's chat(); batches, streams, beams and samples of our own."""
 
+import base64
+
 import numpy as np
 import pytest
 import torch
@@ -14,8 +16,10 @@ from chat_folders import (
 from PIL import Image
 
 from internvl import generate, handles
+from internvl.config import UserError
 from internvl.data.chat import ChatEncoder
-from internvl.data.records import Message, Sample
+from internvl.data.images import BadImage
+from internvl.data.records import BadSample, Message, Sample
 from internvl.data.templates import TEMPLATES
 from internvl.data.tokenizers import load_tokenizer
 from internvl.generate import Request
@@ -182,6 +186,189 @@ def test_samples_follow_torchs_seed(chat):
     assert sample(3, temperature=1.5, top_k=1) == greedy
     assert sample(3, temperature=1.5, top_p=1e-6) == greedy
     assert sample(3, temperature=1e-4) == greedy
+
+
+@pytest.mark.parametrize(
+    ("turns", "says"),
+    [
+        ([("human", "Hi")], "turn 1 is from 'human'; known: system, user, assistant"),
+        ([("user", "Hi"), ("assistant", "call"), ("tool", "42")], "turn 3 is from 'tool'"),
+        ([("user", "Hi"), ("system", "Be short"), ("user", "Ho")], "turn 2 is from system; only"),
+        ([("user", "Hi"), ("user", "Ho")], "turns 1 and 2 are both from user"),
+        ([("user", "Hi"), ("assistant", "Ho")], "it ends with an answer"),
+        ([("user", "Hi"), ("assistant", " "), ("user", "Ho")], "an answer is empty"),
+        ([], "the conversation is empty"),
+        ([("user", "<IMG_CONTEXT>")], "the text must not contain <IMG_CONTEXT>"),
+        ([("user", "What is <image>?")], r"1 <image> mark.*0 image.* and \\<image>"),
+        ([("user", "What is <video>?")], "1 <video> mark.s. in the questions, but 0 video"),
+    ],
+)
+def test_inference_refuses_what_training_refuses(turns, says, chat):
+    messages = [{"role": role, "content": text} for role, text in turns]
+    request = Request(messages)
+    with pytest.raises(BadSample, match=f"^request: .*{says}"):
+        chat.answer([request])
+    with pytest.raises(BadSample, match=f"^request: .*{says}"):
+        chat.stream(request)
+    good = Request([{"role": "user", "content": "Hi"}])
+    with pytest.raises(BadSample, match=rf"^requests\[1\]: .*{says}"):
+        chat.answer([good, request, good])
+    with pytest.raises(BadSample, match=says):
+        chat.answer([Request([Message(role, text) for role, text in turns])])
+    if turns and turns[-1][0] == "user" and turns[0][0] == "user":
+        answered = [*(Message(*turn) for turn in turns), Message("assistant", "Yes.")]
+        with pytest.raises(BadSample, match=says):
+            chat.encoder.encode(Sample("x", tuple(answered)), ())
+
+
+def test_a_request_is_one_and_its_messages_a_list(chat):
+    request = Request([{"role": "user", "content": "Hi"}])
+    assert chat.answer(request, max_new_tokens=3) == chat.answer([request], max_new_tokens=3)
+    assert chat.answer((r for r in [request]), max_new_tokens=3) == chat.answer(
+        [request], max_new_tokens=3
+    )
+    assert chat.answer([]) == []
+    with pytest.raises(
+        UserError, match=r"request is a dict, not internvl.Request\(messages, images"
+    ):
+        chat.answer([{"role": "user", "content": "Hi"}])
+    with pytest.raises(UserError, match="request is a list, not internvl.Request"):
+        chat.stream([request])
+    with pytest.raises(UserError, match="requests must be a list, not int"):
+        chat.answer(5)
+    with pytest.raises(BadSample, match="`messages` must be a list; it is a str"):
+        chat.answer([Request("Hello")])
+
+
+def test_an_answer_that_opens_a_conversation_is_dropped_as_in_training(chat):
+    turns = [{"role": "user", "content": "Hi"}]
+    greeted = [{"role": "assistant", "content": "Welcome."}, *turns]
+    found = [generate.encode(Request(m), chat.encoder, chat.tiles) for m in (turns, greeted)]
+    assert found[0].input_ids.tolist() == found[1].input_ids.tolist()
+
+
+def test_an_image_is_the_same_however_a_request_gives_it(chat, tmp_path):
+    image = noise(200, 90, 5)
+    image.save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    address = "data:image/png;base64," + base64.b64encode(data).decode()
+    array = np.asarray(image)
+    question = [{"role": "user", "content": "<image>\nWhat?"}]
+    wanted = generate.encode(Request(question, [image]), chat.encoder, chat.tiles)
+    path = tmp_path / "a.png"
+    one = [image, str(path), path, data, array, address, torch.tensor(array).movedim(-1, 0)]
+    given = [*one, *([i] for i in one), array[None], (image,), iter([path]), np.array([str(path)])]
+    requests = [Request(question, images) for images in given]
+    for part in ({"image": image}, {"image": array}, {"path": path}, {"url": str(path)}):
+        parts = [{"type": "image", **part}, {"type": "text", "text": "What?"}]
+        requests.append(Request([{"role": "user", "content": parts}]))
+    inline = {"type": "image_url", "image_url": {"url": address}}
+    words = {"type": "text", "text": "What?"}
+    requests.append(Request([{"role": "user", "content": [inline, words]}]))
+    for request in requests:
+        prompt = generate.encode(request, chat.encoder, chat.tiles)
+        assert prompt.input_ids.tolist() == wanted.input_ids.tolist()
+        assert torch.equal(prompt.tiles, wanted.tiles)
+    assert Request(question, None).images == ()
+    two = Request(question, np.stack([array, array]))
+    with pytest.raises(BadSample, match="1 <image> mark.* but 2 image"):
+        chat.answer([two])
+
+
+def test_parts_and_images_are_in_the_order_of_their_marks(chat):
+    parts = [{"type": "image", "image": PICTURES[0]}, {"type": "text", "text": "or <image>?"}]
+    mixed = Request([{"role": "user", "content": parts}], PICTURES[1])
+    text = [{"role": "user", "content": "<image>\nor <image>?"}]
+    found, wanted = (
+        generate.encode(request, chat.encoder, chat.tiles)
+        for request in (mixed, Request(text, PICTURES[:2]))
+    )
+    assert torch.equal(found.tiles, wanted.tiles)
+    assert found.input_ids.tolist() == wanted.input_ids.tolist()
+    video = Request([{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}])
+    with pytest.raises(BadSample, match="a part of type video; give its frames as images"):
+        chat.answer([video])
+
+
+def test_an_image_that_cannot_be_read_is_named_with_its_request(chat, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    good = Request([{"role": "user", "content": "Hi"}])
+    bad = Request([{"role": "user", "content": "Hi"}], [PICTURES[0], tmp_path / "broken.png"])
+    with pytest.raises(BadImage, match=r"^requests\[1\]: image 1: .*not an image"):
+        chat.answer([good, bad])
+    floats = Request([{"role": "user", "content": "Hi"}], np.zeros((9, 9, 3)))
+    with pytest.raises(BadImage, match="^request: image 0: .*uint8"):
+        chat.answer(floats)
+    with pytest.raises(BadSample, match="^request: image 0: an image is not base64"):
+        chat.answer(Request(good.messages, "data:image/png;base64,é"))
+    with pytest.raises(UserError, match="images: a set has no places; give a list"):
+        Request(good.messages, {"a.png"})
+
+
+@pytest.mark.parametrize("temperature", [0, 0.0, None, np.float32(0)])
+@pytest.mark.parametrize("more", [{}, BEAMS, {"top_p": 0.5, "top_k": 3}])
+def test_a_temperature_of_zero_is_greedy(temperature, more, chat):
+    request = Request([{"role": "user", "content": "Hello"}])
+    more = {"max_new_tokens": 8, **more}
+    plain = {key: value for key, value in more.items() if not key.startswith("top_")}
+    assert chat.answer(request, temperature=temperature, **more) == chat.answer(request, **plain)
+    if "num_beams" not in more:
+        pieces = chat.stream(request, temperature=temperature, **more)
+        assert ["".join(pieces)] == chat.answer(request, **plain)
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"temperature": -0.1}, "temperature must be a number above 0, not -0.1"),
+        ({"temperature": float("nan")}, "temperature must be a number above 0, not nan"),
+        ({"temperature": float("inf")}, "temperature must be"),
+        ({"temperature": "hot"}, "temperature must be a number above 0, not 'hot'"),
+        ({"temperature": True}, "temperature must be"),
+        ({"top_p": 0.0}, "top_p must be a number above 0 and at most 1, not 0.0"),
+        ({"top_p": 1.1}, "top_p must be"),
+        ({"top_p": None}, "top_p must be"),
+        ({"top_p": float("nan")}, "top_p must be"),
+        ({"top_k": -1}, "top_k must be a whole number of at least 0, not -1"),
+        ({"top_k": 1.5}, "top_k must be a whole number"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, not 0"),
+        ({"max_new_tokens": None}, "max_new_tokens must be"),
+        ({"min_new_tokens": -1}, "min_new_tokens must be"),
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, r"min_new_tokens \(9\) is above max_new"),
+        ({"num_beams": 0}, "num_beams must be"),
+        ({"num_beams": True}, "num_beams must be"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be a number above 0, not 0"),
+        ({"max_tokens": 5}, "there is no setting 'max_tokens'; did you mean max_new_tokens"),
+        ({"temprature": 5}, "there is no setting 'temprature'; did you mean temperature"),
+        ({"zzz": 5}, "there is no setting 'zzz'; known are max_new_tokens, min_new_tokens"),
+        ({"do_sample": True}, "there is no setting 'do_sample'; set temperature"),
+        (
+            {"length_penalty": 0.5},
+            "is a setting of transformers: write extra={'length_penalty': …}",
+        ),
+        (
+            {"extra": {"length_penaltie": 1}},
+            "'length_penaltie' is not followed here; did you mean l",
+        ),
+        ({"extra": {"max_new_tokens": 1}}, "extra: max_new_tokens is a setting of its own"),
+        ({"extra": {"num_return_sequences": 2}}, "not followed here; an answer is one text"),
+        ({"extra": {"max_length": 2}}, "not followed here; use max_new_tokens"),
+        ({"extra": {"eos_token_id": 2}}, "not followed here; the template's end"),
+        ({"extra": {"_from_model_config": 2}}, "not followed here"),
+        ({"extra": [1]}, "extra must be a dict of settings, not list"),
+    ],
+)
+def test_settings_that_are_refused(keys, says, chat):
+    request = Request([{"role": "user", "content": "Hello"}])
+    for use in (chat.answer, chat.stream):
+        with pytest.raises(UserError, match=says):
+            use(request, **keys)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0])
+def test_batches_of_no_request(size, chat):
+    with pytest.raises(UserError, match="batch_size must be a whole number of at least 1"):
+        chat.answer([Request([{"role": "user", "content": "Hello"}])], batch_size=size)
 
 
 def test_settings_become_the_generation_config():

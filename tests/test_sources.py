@@ -115,6 +115,37 @@ def test_a_mark_is_put_only_where_the_source_says_so(tmp_path):
     assert video.messages[0].content == "<video>\nWhat?"
 
 
+@pytest.mark.parametrize(
+    ("questions", "keys", "marked"),
+    [
+        (["Hello", "<image>\nWhat?"], {"image": "a.jpg"}, None),  # it has one, in a later question
+        (["Hello", "<video>\nWhat?"], {"video": "a.mp4"}, None),
+        (["Hello", "And?"], {"image": "a.jpg"}, "<image>\nHello"),
+        (["Hello", "And?"], {"image": ["a.jpg"]}, "<image>\nHello"),
+        ([r"Is \<image> a tag?", "And?"], {"image": "a.jpg"}, "<image>\n" + r"Is \<image> a tag?"),
+        (["Hello", "<image>"], {"video": "a.mp4"}, "<video>\nHello"),
+        (["Hello", "And?"], {"image": ["a.jpg", "b.jpg"]}, None),
+        (["Hello", "And?"], {}, None),
+    ],
+)
+def test_a_mark_is_put_only_where_no_question_has_one(questions, keys, marked, tmp_path):
+    texts = [questions[0], "An answer with <image>.", questions[1], "Yes."]
+    row = {**chat_line(*texts[:2]), "conversations": turns(*texts), **keys}
+    row["conversations"].insert(0, {"from": "system", "value": "Be <image> short."})
+    file = write_lines(tmp_path / "x.jsonl", [row])
+    (plain,) = good(opened(file))
+    (found,) = good(opened(file, insert_image_mark=True))
+    assert found.messages[1].content == (marked or questions[0])
+    assert [*found.messages[:1], *found.messages[2:]] == [*plain.messages[:1], *plain.messages[2:]]
+
+
+def test_parts_with_and_without_images_of_their_own(tmp_path):
+    parts = [{"type": "image", "image": "b.png"}, {"type": "text", "text": "or <image>?"}]
+    (sample,) = good(opened(write_lines(tmp_path / "x.jsonl", [openai(parts, images=["a.png"])])))
+    assert [image.rpartition("/")[2] for image in sample.images] == ["b.png", "a.png"]
+    assert sample.messages[0].content == "<image>\nor <image>?"
+
+
 def test_groups_are_lines_of_the_same_pictures(tmp_path):
     rows = [
         chat_line("1", "a", image="a.jpg"),

@@ -128,6 +128,8 @@ def test_a_mark_becomes_a_line_per_frame():
     for wrong, counts in ((sample("No mark"), [3]), (sample("<video><image>"), [3])):
         with pytest.raises(BadImage, match="write one mark where each video belongs"):
             video.with_frames(wrong, counts, label)
+    words = video.with_frames(sample(r"<video>\<image> \<video>"), [1], label)
+    assert words.messages[0].content == r"Frame-1: <image>\<image> \<video>"
 
 
 CLIPS = SHARED / "data" / "video"

@@ -192,7 +192,7 @@ def configs(
     name: str,
     root: Path,
     *,
-    languages: Sequence[str] = (),
+    languages: Sequence[str] | str = (),
     split: str = "test",
     **more: Any,
 ) -> dict[str, EvalConfig]:
@@ -208,7 +208,7 @@ def configs(
         ConfigError: no such language, or files that are not there, each with its address.
     """
     task = TASKS[name]
-    chosen = languages or task.languages[:1]
+    chosen = ([languages] if isinstance(languages, str) else languages) or task.languages[:1]
     unknown = [language for language in chosen if language not in task.languages]
     if unknown:
         known = ", ".join(task.languages)

@@ -11,10 +11,16 @@ from typing import Any
 
 import numpy as np
 
+from internvl.data.messages import (
+    IMAGE_MARK,
+    check_marks,
+    check_order,
+    fill_marks,
+    unescape,
+)
 from internvl.data.records import IGNORE, BadSample, Example, Message, Sample
 from internvl.data.templates import Template
 
-IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"
 IMAGE_START, IMAGE_CONTEXT, IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
 _BLOCK = IMAGE_START + IMAGE_CONTEXT + IMAGE_END
 
@@ -56,8 +62,13 @@ class ChatEncoder:
             BadSample: turns out of order, an empty or missing answer, marks that do not match the
                 images, or nothing supervised within `max_tokens`.
         """
-        messages = self._in_order(sample)
-        self._check_marks(sample.name, messages, len(tiles_per_image))
+        if sample.images and [m.role for m in sample.messages if m.role != "system"] == [
+            "assistant"
+        ]:
+            reason = "no question before the caption; set its source's prompt"
+            raise BadSample(sample.name, reason)
+        messages = self.ordered(sample.name, sample.messages, last="assistant")
+        check_marks(sample.name, messages, len(tiles_per_image))
         ids, labels = self._labelled(self._pieces(messages))
         row, supervised = self._expand(sample.name, ids, labels, tiles_per_image)
         if max_tokens is not None and len(row) > max_tokens:
@@ -70,10 +81,19 @@ class ChatEncoder:
         self, messages: Sequence[Message], tiles_per_image: Sequence[int], name: str = "request"
     ) -> np.ndarray:
         """int64 (T,): the conversation up to an answer that is still to be generated."""
-        self._check_marks(name, messages, len(tiles_per_image))
+        check_marks(name, messages, len(tiles_per_image))
         text = "".join(text for text, _ in self._pieces(messages)) + self.template.open
         row, _ = self._expand(name, self.bos + self._ids(text), None, tiles_per_image)
         return row
+
+    def ordered(self, name: str, messages: Sequence[Message], last: str) -> Sequence[Message]:
+        """Checks the order of a conversation, see `check_order`; drops an answer that opens it
+        where the template has no place for one, as the original does in training."""
+        check_order(name, messages, last)
+        head = int(messages[0].role == "system")
+        if messages[head].role == "assistant" and not self.template.leading_answer:
+            return [*messages[:head], *messages[head + 1 :]]
+        return messages
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
@@ -109,43 +129,13 @@ class ChatEncoder:
         for number, message in enumerate(messages, start=1):
             content = message.content.strip() if template.strip else message.content
             if message.role == "user":
-                content = content.replace(IMAGE_MARK, _BLOCK)
+                content = unescape(fill_marks(content, IMAGE_MARK, lambda: _BLOCK))
                 pieces.append((template.user[0] + content + template.user[1], False))
             else:
                 inner = template.end_before_more if number < len(messages) else ""
                 answer = template.lead + content + (inner or template.end)
                 pieces += [(template.assistant, False), (answer, True), (template.after, False)]
         return pieces
-
-    def _in_order(self, sample: Sample) -> Sequence[Message]:
-        """The messages, which must alternate and end with an answer that is not empty."""
-        messages = list(sample.messages)
-        turns = messages[1:] if messages and messages[0].role == "system" else messages
-        if not turns:
-            raise BadSample(sample.name, "the conversation is empty")
-        if sample.images and len(turns) == 1 and turns[0].role == "assistant":
-            raise BadSample(sample.name, "no question before the caption; set its source's prompt")
-        if turns[-1].role != "assistant":
-            raise BadSample(sample.name, "it ends with a question; add the answer or remove it")
-        for number, (turn, following) in enumerate(pairwise(turns), start=1):
-            if turn.role == following.role or following.role == "system":
-                what = f"turns {number} and {number + 1} are both from {turn.role}"
-                raise BadSample(sample.name, f"{what}; questions and answers must alternate")
-        for turn in turns:
-            if turn.role == "assistant" and not turn.content.strip():
-                raise BadSample(sample.name, "an answer is empty; write it or remove the sample")
-        if turns[0].role == "assistant" and not self.template.leading_answer:
-            return messages[: len(messages) - len(turns)] + turns[1:]
-        return messages
-
-    def _check_marks(self, name: str, messages: Sequence[Message], num_images: int) -> None:
-        marks = sum(m.content.count(IMAGE_MARK) for m in messages if m.role == "user")
-        if marks != num_images:
-            raise BadSample(
-                name,
-                f"{marks} {IMAGE_MARK} mark(s) in the questions, but {num_images} image(s); "
-                "write one mark where each image belongs",
-            )
 
     def _expand(
         self,

@@ -3,31 +3,40 @@
 A row is a JSON object; what is wrong with it is a BadSample that says so.
 """
 
-import base64
-import binascii
 import sys
+from dataclasses import replace
 from typing import Any
 
 from internvl.config import SourceConfig
-from internvl.data.chat import IMAGE_MARK, VIDEO_MARK
 from internvl.data.images import BadImage, FileSlice, Picture, join_inside
+from internvl.data.messages import (
+    IMAGE_MARK,
+    VIDEO_MARK,
+    Slot,
+    from_base64,
+    from_official,
+    from_openai,
+    has_marks,
+    in_order,
+)
 from internvl.data.records import BadSample, Message, Sample, Video
 
-_OFFICIAL_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-_ROLES = {role: role for role in ("system", "user", "assistant")}
 _USED = {"conversations", "messages", "image", "images", "video", "videos", "clip"}
 
 
 def chat(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:
     """`conversations` with `image` or `video`, or `messages` with `images` or `videos`."""
+    slots: list[Slot] = []
     if "messages" in row and "conversations" not in row:
-        messages, parts = _openai_messages(name, row["messages"])
+        messages, slots = from_openai(name, row["messages"])
     else:
-        messages, parts = _official_messages(name, row.get("conversations")), []
-    images = [*_listed(name, row, "image"), *_listed(name, row, "images")]
-    images += [value for kind, value in parts if kind == IMAGE_MARK and value is not None]
-    videos = [*_listed(name, row, "video"), *_listed(name, row, "videos")]
-    videos += [value for kind, value in parts if kind == VIDEO_MARK and value is not None]
+        messages = from_official(name, row.get("conversations"))
+    images = in_order(
+        slots, IMAGE_MARK, [*_listed(name, row, "image"), *_listed(name, row, "images")]
+    )
+    videos = in_order(
+        slots, VIDEO_MARK, [*_listed(name, row, "video"), *_listed(name, row, "videos")]
+    )
     if images and videos:
         raise BadSample(name, "it has images and videos; only one kind can be in a sample")
     start_s, end_s = _clip(name, row)
@@ -104,56 +113,6 @@ def shard_row(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:
     return caption(name, {"image": slices[0] if slices else None, "caption": text}, config)
 
 
-def _official_messages(name: str, turns: Any) -> tuple[Message, ...]:
-    if not isinstance(turns, list):
-        found = "missing" if turns is None else f"a {type(turns).__name__}"
-        raise BadSample(name, f"`conversations` must be a list of turns; it is {found}")
-    messages = []
-    for number, turn in enumerate(turns, start=1):
-        role = _role(name, number, turn, "from", _OFFICIAL_ROLES)
-        if not isinstance(turn.get("value"), str):
-            raise BadSample(name, f"turn {number} has no text under `value`")
-        messages.append(Message(role, turn["value"]))
-    return tuple(messages)
-
-
-def _openai_messages(name: str, turns: Any) -> tuple[tuple[Message, ...], list[tuple[str, Any]]]:
-    """The messages, and (mark, picture or None) of every part that is no text."""
-    if not isinstance(turns, list):
-        raise BadSample(name, f"`messages` must be a list; it is a {type(turns).__name__}")
-    messages, parts = [], []
-    for number, turn in enumerate(turns, start=1):
-        role = _role(name, number, turn, "role", _ROLES)
-        content = turn.get("content")
-        if isinstance(content, list):
-            read = [_part(name, number, part) for part in content]
-            parts += [(mark, value) for mark, value, _ in read if mark]
-            content = "".join(text for _, _, text in read)
-        if not isinstance(content, str):
-            raise BadSample(name, f"turn {number} has no text under `content`")
-        messages.append(Message(role, content))
-    return tuple(messages), parts
-
-
-def _part(name: str, number: int, part: Any) -> tuple[str, Any, str]:
-    """(mark or "", picture or None, text) of one part of a message."""
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text" and isinstance(part.get("text"), str):
-        return "", None, part["text"]
-    for mark, word in ((IMAGE_MARK, "image"), (VIDEO_MARK, "video")):
-        if kind in (word, f"{word}_url"):
-            value = part.get(word, part.get(f"{word}_url", part.get("path", part.get("url"))))
-            return mark, value.get("url") if isinstance(value, dict) else value, f"{mark}\n"
-    raise BadSample(name, f"turn {number} has a part of type {kind!r}; known: text, image, video")
-
-
-def _role(name: str, number: int, turn: Any, key: str, roles: dict[str, str]) -> str:
-    role = turn.get(key) if isinstance(turn, dict) else None
-    if not isinstance(role, str) or role not in roles:
-        raise BadSample(name, f"turn {number} is from {role!r}; known: {', '.join(roles)}")
-    return roles[role]
-
-
 def _listed(name: str, row: dict[str, Any], key: str) -> list[Any]:
     """The media under a key: one, a list, or none."""
     value = row.get(key)
@@ -173,10 +132,7 @@ def _picture(name: str, value: Any, config: SourceConfig) -> Picture:
     if isinstance(value, bytes | FileSlice):
         return value
     if isinstance(value, str) and value.startswith("data:"):
-        try:
-            return base64.b64decode(value.partition(",")[2], validate=True)
-        except binascii.Error as error:
-            raise BadSample(name, f"an image is not base64 ({error})") from None
+        return from_base64(name, value)
     return _path(name, value, config)
 
 
@@ -203,14 +159,16 @@ def _clip(name: str, row: dict[str, Any]) -> tuple[float | None, float | None]:
 
 
 def _with_mark(sample: Sample) -> Sample:
-    """The original's rule: a single image or video without a mark stands before the question."""
-    media = len(sample.images) + len(sample.videos)
+    """Puts the mark of a single image or video before the first question if no question has one.
+
+    The original looks at the first question alone, and a mark in a later one is a word to it then.
+    """
     mark = IMAGE_MARK if sample.images else VIDEO_MARK
+    if len(sample.images) + len(sample.videos) != 1 or has_marks(sample.messages, mark):
+        return sample
     for index, message in enumerate(sample.messages):
         if message.role == "user":
-            if media == 1 and mark not in message.content:
-                marked = Message("user", f"{mark}\n{message.content}")
-                messages = (*sample.messages[:index], marked, *sample.messages[index + 1 :])
-                return Sample(sample.name, messages, sample.images, sample.videos, sample.extra)
-            break
+            marked = Message("user", f"{mark}\n{message.content}")
+            messages = (*sample.messages[:index], marked, *sample.messages[index + 1 :])
+            return replace(sample, messages=messages)
     return sample

@@ -15,8 +15,14 @@ import numpy as np
 from PIL import Image, ImageSequence
 
 from internvl.config import VideoConfig
-from internvl.data.chat import IMAGE_MARK, VIDEO_MARK
 from internvl.data.images import BadImage, is_address, open_rgb, read_address
+from internvl.data.messages import (
+    IMAGE_MARK,
+    VIDEO_MARK,
+    fill_marks,
+    has_marks,
+    wrong_marks,
+)
 from internvl.data.records import Message, Sample, Video
 
 
@@ -70,20 +76,19 @@ def with_frames(sample: Sample, counts: Sequence[int], label: str) -> Sample:
     Raises:
         BadImage: the marks do not match the videos.
     """
-    questions = [m.content for m in sample.messages if m.role == "user"]
-    marks = sum(text.count(VIDEO_MARK) for text in questions)
-    if marks != len(counts) or any(IMAGE_MARK in text for text in questions):
-        raise BadImage(
-            f"{marks} {VIDEO_MARK} mark(s) in the questions, but {len(counts)} video(s); write one "
-            f"mark where each video belongs, and no {IMAGE_MARK}"
-        )
+    reason = wrong_marks(sample.messages, VIDEO_MARK, len(counts))
+    if reason is None and has_marks(sample.messages, IMAGE_MARK):
+        remedy = f"write one mark where each video belongs, and no {IMAGE_MARK} but \\{IMAGE_MARK}"
+        reason = f"it has videos, and {IMAGE_MARK} in a question; {remedy} for the word"
+    if reason is not None:
+        raise BadImage(reason)
     left = list(counts)
 
-    def lines(match: re.Match[str]) -> str:
+    def lines() -> str:
         return "\n".join(label.format(number) for number in range(1, left.pop(0) + 1))
 
     messages = tuple(
-        Message(m.role, re.sub(VIDEO_MARK, lines, m.content)) if m.role == "user" else m
+        Message(m.role, fill_marks(m.content, VIDEO_MARK, lines)) if m.role == "user" else m
         for m in sample.messages
     )
     return Sample(sample.name, messages, sample.images, sample.videos, sample.extra)

@@ -60,7 +60,7 @@ class Adapter:
 
 
 def select_trainable(
-    model: nn.Module, parts: Iterable[str], last_vision_blocks: int | None = None
+    model: nn.Module, parts: Iterable[str] | str, last_vision_blocks: int | None = None
 ) -> None:
     """Train the weights of `parts` and freeze all others.
 
@@ -71,7 +71,7 @@ def select_trainable(
     Raises:
         UserError: a part that this model does not have, or more blocks than there are.
     """
-    chosen = tuple(parts)
+    chosen = (parts,) if isinstance(parts, str) else tuple(parts)
     names = [name for name, _ in model.named_parameters()]
     known = [part for part in PARTS if any(_owns(part, name) for name in names)]
     unknown = [part for part in chosen if part not in known]

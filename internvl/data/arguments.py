@@ -1,0 +1,105 @@
+"""Arguments of public calls: one text, path or image is a list of one; numbers are in range."""
+
+import difflib
+import math
+import os
+from collections.abc import Collection, Iterable, Mapping
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from internvl.config import UserError
+from internvl.data.images import FileSlice
+
+_ONE_IMAGE = (str, bytes, bytearray, memoryview, os.PathLike, FileSlice, Image.Image, Tensor)
+
+
+def list_texts(texts: Any, noun: str = "text") -> list[str]:
+    """Lists texts, or names; a single one becomes a list of one.
+
+    Args:
+        texts: a string, or any ordered collection of strings (arrays and series included).
+        noun: what messages call one of them.
+
+    Raises:
+        UserError: without an order, or one of them is no text.
+    """
+    values = [texts] if isinstance(texts, str) else listed(texts, f"{noun}s")
+    for number, value in enumerate(values):
+        reason = not_a_text(value)
+        if reason is not None:
+            raise UserError(f"{noun} {number} {reason}")
+    return values
+
+
+def not_a_text(value: Any) -> str | None:
+    """Says why a value is no text that can be encoded, None where it is one.
+
+    >>> not_a_text(3.5)
+    'is a float (3.5), not a text'
+    """
+    if not isinstance(value, str):
+        return f"is a {type(value).__name__} ({str(value)[:40]}), not a text"
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(value[error.start])[1:-1]
+        return f"has half of a character ({half}) at place {error.start}; replace it"
+    return None
+
+
+def list_images(images: Any) -> list[Any]:
+    """Lists images; a single one, in whatever form, becomes a list of one.
+
+    Args:
+        images: one path, encoded file, Pillow image, tensor or array (H, W) or (H, W, C); or
+            several of them: a collection, or an array (B, H, W, C).
+
+    Raises:
+        UserError: without an order, or nothing of the kind.
+    """
+    if isinstance(images, _ONE_IMAGE):
+        images = [images]
+    elif isinstance(images, np.ndarray) and images.dtype.kind not in "OUS":
+        images = list(images) if images.ndim > 3 else [images]
+    # NumPy's own strings are strings and arrays at once.
+    return [str(i) if isinstance(i, str) else i for i in listed(images, "images")]
+
+
+def listed(values: Any, nouns: str) -> list[Any]:
+    """Lists an ordered collection. Raises UserError where `values` is none."""
+    if isinstance(values, np.ndarray):
+        return np.atleast_1d(values).ravel().tolist()
+    if isinstance(values, Mapping | set | frozenset):
+        raise UserError(f"{nouns}: a {type(values).__name__} has no places; give a list")
+    if isinstance(values, bytes) or not isinstance(values, Iterable):
+        raise UserError(f"{nouns} must be a list, not {type(values).__name__}")
+    return list(values)
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Raises UserError unless `value` is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise UserError(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+
+def check_number(
+    name: str, value: Any, *, above: float | None = None, most: float = math.inf
+) -> None:
+    """Raises UserError unless `value` is a finite number above `above` and at most `most`."""
+    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if number and (above is None or value > above) and value <= most:
+        return
+    bounds = [] if above is None else [f"above {above:g}"]
+    bounds += [] if math.isinf(most) else [f"at most {most:g}"]
+    span = f" {' and '.join(bounds)}" if bounds else ""
+    raise UserError(f"{name} must be a number{span}, not {value!r}")
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """Names the known word next to a mistyped one, or all of them."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"

@@ -1,0 +1,241 @@
+"""Turns -> messages: roles, order and image marks, by one set of rules in training and inference.
+
+An unescaped mark in a question stands for an image or a video; `\\<image>` is the word. Answers and
+system messages hold no marks: there both are plain text, as in the original's `internvl2_5`.
+"""
+
+import base64
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from internvl.data.arguments import not_a_text
+from internvl.data.records import BadSample, Message
+
+IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"
+
+Slot = tuple[str, Any]
+"""(mark, the image or video of a message's part; None where the sample's next one is meant)."""
+
+OFFICIAL_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+ROLES = ("system", "user", "assistant")
+
+_ESCAPED = re.compile(rf"\\({IMAGE_MARK}|{VIDEO_MARK})")
+_UNESCAPED = {mark: re.compile(rf"(?<!\\){mark}") for mark in (IMAGE_MARK, VIDEO_MARK)}
+
+_CHANGES_TRAINING = {"weight": (1, True), "loss": (1, True), "tool_calls": (), "function_call": ()}
+"""Keys of a message that change what is trained, and the values that change nothing."""
+
+
+def count_marks(text: str, mark: str) -> int:
+    """Counts the marks of a question that stand for an image or video.
+
+    >>> count_marks(r"<image> Is \\<image> a tag?", "<image>")
+    1
+    """
+    return len(_UNESCAPED[mark].findall(text)) if mark in text else 0
+
+
+def fill_marks(text: str, mark: str, fill: Callable[[], str]) -> str:
+    """Replaces every mark of a question by what `fill` returns; escaped ones stay escaped."""
+    return _UNESCAPED[mark].sub(lambda _: fill(), text) if mark in text else text
+
+
+def unescape(text: str) -> str:
+    """Takes the backslash from escaped marks.
+
+    >>> unescape(r"Is \\<image> a tag?")
+    'Is <image> a tag?'
+    """
+    return _ESCAPED.sub(r"\1", text) if "\\" in text else text
+
+
+def has_marks(messages: Sequence[Message], mark: str) -> bool:
+    """Whether any question of a conversation has the mark."""
+    return any(count_marks(m.content, mark) for m in messages if m.role == "user")
+
+
+def wrong_marks(messages: Sequence[Message], mark: str, number: int) -> str | None:
+    """Says what is wrong and how to mend it where the questions have not `number` marks."""
+    marks = sum(count_marks(m.content, mark) for m in messages if m.role == "user")
+    if marks == number:
+        return None
+    noun = mark.strip("<>")
+    remedy = f"write one mark where each {noun} belongs"
+    if marks > number:
+        remedy += f", and \\{mark} (in JSON \\\\{mark}) where the word is meant"
+    return f"{marks} {mark} mark(s) in the questions, but {number} {noun}(s); {remedy}"
+
+
+def check_marks(name: str, messages: Sequence[Message], num_images: int) -> None:
+    """Raises BadSample where marks and images differ in number, or a video has become no frames."""
+    reason = wrong_marks(messages, IMAGE_MARK, num_images) or wrong_marks(messages, VIDEO_MARK, 0)
+    if reason is not None:
+        raise BadSample(name, reason)
+
+
+def from_official(name: str, turns: Any) -> tuple[Message, ...]:
+    """Reads `conversations`: turns of `from` (human, gpt, system) and `value`.
+
+    Raises:
+        BadSample: not a list, an unknown role, or a value that is no text.
+    """
+    if not isinstance(turns, list):
+        given = "missing" if turns is None else f"a {type(turns).__name__}"
+        raise BadSample(name, f"`conversations` must be a list of turns; it is {given}")
+    messages = []
+    for number, turn in enumerate(turns, start=1):
+        role = OFFICIAL_ROLES[_role(name, number, turn, "from", OFFICIAL_ROLES)]
+        messages.append(Message(role, _text(name, number, "value", turn.get("value"))))
+    return tuple(messages)
+
+
+def from_openai(
+    name: str, turns: Any, *, strict: bool = False
+) -> tuple[tuple[Message, ...], list[Slot]]:
+    """Reads `messages`: turns of `role` and `content`, a text or a list of parts.
+
+    A part that is an image becomes `<image>` and a new line, a video likewise.
+
+    Args:
+        turns: dicts, or `Message`.
+        strict: refuse every key with a value that is not known here, rather than those alone that
+            change what is trained.
+
+    Returns:
+        The messages, and the slots of all their marks in order.
+
+    Raises:
+        BadSample: not a list, an unknown role, a part that is not known, a media part outside a
+            question, or a key that would not be honoured.
+    """
+    if isinstance(turns, str | bytes | Mapping | Message) or not isinstance(turns, Sequence):
+        reason = f"`messages` must be a list; it is a {type(turns).__name__}"
+        raise BadSample(name, f'{reason}. Write [{{"role": "user", "content": …}}]')
+    messages, slots = [], []
+    for number, turn in enumerate(turns, start=1):
+        if isinstance(turn, Message):
+            turn = {"role": turn.role, "content": turn.content}
+        role = _role(name, number, turn, "role", ROLES)
+        _check_keys(name, number, turn, strict)
+        content = turn.get("content")
+        if isinstance(content, list | tuple):
+            read = [_part(name, number, role, part) for part in content]
+            content = "".join(text for text, _ in read)
+            slots += [slot for _, own in read for slot in own]
+        elif role == "user" and isinstance(content, str):
+            slots += _slots(content)
+        messages.append(Message(role, _text(name, number, "content", content)))
+    return tuple(messages), slots
+
+
+def in_order(slots: Sequence[Slot], mark: str, given: Sequence[Any]) -> list[Any]:
+    """Lists the media of a sample in the order of their marks.
+
+    A part's own medium stands where its part does; the other marks take the next of `given`.
+    """
+    left = iter(given)
+    placed = [next(left, None) if value is None else value for kind, value in slots if kind == mark]
+    return [*(value for value in placed if value is not None), *left]
+
+
+def check_order(name: str, messages: Sequence[Message], last: str) -> None:
+    """Checks that a conversation alternates, after a system message perhaps.
+
+    Args:
+        last: role of the last turn: "assistant" in training, "user" for an inference.
+
+    Raises:
+        BadSample: it is empty, out of order, ends with the other role, or has an empty answer.
+    """
+    if not any(message.role != "system" for message in messages):
+        raise BadSample(name, "the conversation is empty")
+    if messages[-1].role != last and messages[-1].role != "system":
+        ends = "a question; add the answer or remove it"
+        if last == "user":
+            ends = "an answer; add the question that is to be answered"
+        raise BadSample(name, f"it ends with {ends}")
+    for number, (turn, following) in enumerate(pairwise(messages), start=1):
+        if following.role == "system":
+            reason = f"turn {number + 1} is from system; only the first turn may be"
+            raise BadSample(name, reason)
+        if turn.role == following.role:
+            reason = f"turns {number} and {number + 1} are both from {turn.role}"
+            raise BadSample(name, f"{reason}; questions and answers must alternate")
+    for message in messages:
+        if message.role == "assistant" and not message.content.strip():
+            raise BadSample(name, "an answer is empty; write it or remove the sample")
+
+
+def from_base64(name: str, address: str) -> bytes:
+    """Decodes a `data:` address. Raises BadSample where it is not base64."""
+    try:
+        return base64.b64decode(address.partition(",")[2], validate=True)
+    except ValueError as error:
+        raise BadSample(name, f"an image is not base64 ({error})") from None
+
+
+def _slots(text: str) -> Iterator[Slot]:
+    """The marks that are written in a question, in order."""
+    if IMAGE_MARK in text or VIDEO_MARK in text:
+        for match in re.finditer(rf"(?<!\\)({IMAGE_MARK}|{VIDEO_MARK})", text):
+            yield match[0], None
+
+
+def _part(name: str, number: int, role: str, part: Any) -> tuple[str, list[Slot]]:
+    """(text, its slots) of one part of a message."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"], list(_slots(part["text"])) if role == "user" else []
+    for mark, word in ((IMAGE_MARK, "image"), (VIDEO_MARK, "video")):
+        if kind in (word, f"{word}_url"):
+            if role != "user":
+                reason = f"turn {number} is from {role} and has a part of type {kind!r}"
+                raise BadSample(name, f"{reason}; only questions may")
+            # Tables give every part every key, most of them None.
+            keys = (word, f"{word}_url", "path", "url")
+            value = next((part[key] for key in keys if part.get(key) is not None), None)
+            # Two kinds of dictionaries: OpenAI's {"url": …}, and {"bytes": …, "path": …} of tables.
+            inner = value.get("url", value) if isinstance(value, Mapping) else value
+            return f"{mark}\n", [(mark, inner)]
+    raise BadSample(name, f"turn {number} has a part of type {kind!r}; known: text, image, video")
+
+
+def _role(name: str, number: int, turn: Any, key: str, roles: Collection[str]) -> str:
+    role = turn.get(key) if type(turn) is dict or isinstance(turn, Mapping) else None
+    if isinstance(role, str) and role in roles:
+        return role
+    reason = f"turn {number} is from {role!r}; known: {', '.join(roles)}"
+    if not isinstance(turn, Mapping):
+        reason += f"; it must be an object with the key `{key}`, not {type(turn).__name__}"
+    elif key not in turn:
+        reason += f"; it has no key `{key}`, but {', '.join(map(str, turn)) or 'none'}"
+    raise BadSample(name, reason)
+
+
+def _text(name: str, number: int, key: str, text: Any) -> str:
+    if isinstance(text, str) and text.isascii():
+        return text
+    if not isinstance(text, str):
+        raise BadSample(name, f"turn {number} has no text under `{key}`")
+    reason = not_a_text(text)
+    if reason is not None:
+        raise BadSample(name, f"turn {number} {reason}")
+    return text
+
+
+def _check_keys(name: str, number: int, turn: Mapping[str, Any], strict: bool) -> None:
+    """Refuses keys of a message that would be lost."""
+    if len(turn) <= 2 and "role" in turn and "content" in turn:
+        return
+    for key, value in turn.items():
+        if key in ("role", "content") or value is None or value in ([], {}, ""):
+            continue
+        if key not in _CHANGES_TRAINING:
+            if not strict:
+                continue
+        elif value in _CHANGES_TRAINING[key]:
+            continue
+        reason = f"turn {number} has the key `{key}` ({value!r}), which would not be followed"
+        raise BadSample(name, f"{reason}; remove it")
