@@ -117,7 +117,8 @@ def test_slices_and_missing_files(tmp_path):
         (b"", "is empty"),
         (b"<html>", "not an image Pillow knows"),
         (data[: len(data) // 2], "cannot be decoded"),
-        (f"file://{tmp_path}/no.png", "there is nothing at"),
+        (f"file://{tmp_path}/no.png", "there is no image file:"),
+        ("memory://no.png", "there is nothing at"),
     ):
         with pytest.raises(BadImage, match=says):
             open_rgb(wrong)
@@ -227,3 +228,52 @@ def test_extreme_pictures(name, grid):
     whole = np.asarray(image.resize((56 * columns, 56 * rows)))
     last = whole[(rows - 1) * 56 :, (columns - 1) * 56 :]
     assert np.array_equal(pixels[columns * rows - 1].permute(1, 2, 0).numpy(), last)
+
+
+def test_whatever_holds_an_image_becomes_rgb(tmp_path):
+    colors = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    alpha = np.full((6, 9, 1), 7, np.uint8)
+    gray = colors[:, :, :1]
+    file = tmp_path / "x.png"
+    Image.fromarray(colors).save(file)
+    data = file.read_bytes()
+    three = np.repeat(gray, 3, axis=2)
+    palette = Image.fromarray(colors).quantize(4)
+    wide = Image.fromarray(gray[:, :, 0].astype(np.uint16) * 257)
+    for image, pixels in (
+        *((file, colors), (str(file), colors), (data, colors), (bytearray(data), colors)),
+        (FileSlice(str(file), 0, len(data), "x"), colors),
+        *((colors, colors), (gray, three), (gray[:, :, 0], three)),
+        (np.concatenate([colors, alpha], 2), colors),
+        *((colors[::-1], colors[::-1]), (np.asfortranarray(colors), colors)),
+        (torch.from_numpy(colors).permute(2, 0, 1), colors),
+        (torch.from_numpy(gray[:, :, 0].copy()), three),
+        (Image.fromarray(colors), colors),
+        (Image.fromarray(colors).convert("RGBA"), colors),
+        *((palette, palette.convert("RGB")), (wide, three), (Image.open(file), colors)),
+        (Image.fromarray(gray[:, :, 0]), three),
+        (Image.new("1", (9, 6), 1), np.full((6, 9, 3), 255)),
+    ):
+        assert np.array_equal(images.as_rgb(image), pixels), type(image)
+
+
+@pytest.mark.parametrize(
+    ("image", "says"),
+    [
+        (np.zeros((6, 9, 3), np.float32), "holds uint8 from 0 to 255, not float32"),
+        (np.zeros((6, 9, 3), bool), "not bool"),
+        (torch.zeros(3, 6, 9), "as tensor holds uint8 from 0 to 255, not float32"),
+        (np.zeros((2, 6, 9, 3), np.uint8), r"not \(2, 6, 9, 3\)"),
+        (np.zeros((3, 6, 9), np.uint8), r"or \(H, W, C\) with C of 1, 3 or 4, not \(3, 6, 9\)"),
+        (torch.zeros(6, 9, 3, dtype=torch.uint8), r"\(C, H, W\) .*, not \(6, 9, 3\)"),
+        (np.zeros(5, np.uint8), r"not \(5,\)"),
+        (np.zeros((0, 9, 3), np.uint8), "9 x 0 pixels is empty"),
+        (Image.new("F", (3, 3)), "32 bits a channel"),
+        (Image.new("RGB", (0, 3)), "is empty"),
+        (None, "not NoneType"),
+        (["x.png"], "not list"),
+    ],
+)
+def test_what_is_no_image_is_refused(image, says):
+    with pytest.raises(BadImage, match=says):
+        images.as_rgb(image)
