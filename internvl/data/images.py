@@ -81,7 +81,7 @@ def open_rgb(source: Picture) -> Image.Image:
         BadImage: no regular file, empty, no image, damaged, of 32 bits a channel, without pixels,
             or of more than MAX_PIXELS of them; the message begins with the file.
     """
-    with _opened(source) as image:
+    with opened(source) as image:
         return _to_rgb(image, name_of(source))
 
 
@@ -90,7 +90,7 @@ def read_rgb(source: Picture) -> np.ndarray:
 
     Raises BadImage for the same files.
     """
-    with _opened(source) as image:
+    with opened(source) as image:
         if image.format == "JPEG" and image.fp is not None:
             image.fp.seek(0)
             decoded = jpeg.decode(image.fp.read())
@@ -111,7 +111,7 @@ def as_rgb(image: Any) -> Rgb:
         BadImage: see `open_rgb`; a number type or shape other than these, or another type.
     """
     if isinstance(image, Image.Image):
-        _check_size(image.size, "")
+        check_size(image.size, "")
         return _to_rgb(image, "")
     if isinstance(image, np.ndarray | np.generic):
         return _array_to_rgb(np.asarray(image), "array", "(H, W, C)")
@@ -143,7 +143,7 @@ def _array_to_rgb(pixels: np.ndarray, what: str, axes: str) -> np.ndarray:
             f"an image as {what} has the shape (H, W) or {axes} with C of 1, 3 or 4, not "
             f"{tuple(shape)}"
         )
-    _check_size((shape[1], shape[0]), "")
+    check_size((shape[1], shape[0]), "")
     if len(shape) == 2 or shape[2] == 1:
         return np.repeat(pixels.reshape(shape[0], shape[1], 1), 3, axis=2)
     return np.ascontiguousarray(pixels[:, :, :3])
@@ -165,17 +165,22 @@ def _bad(name: str, reason: str) -> BadImage:
 
 
 @contextmanager
-def _opened(source: Picture) -> Iterator[ImageFile.ImageFile]:
-    """The image of a file before it is decoded; its size is checked. Raises BadImage."""
-    name, file = name_of(source), _file(source)
-    with _foreign(name):
+def opened(source: Picture, what: str = "image") -> Iterator[ImageFile.ImageFile]:
+    """The image (`what`, for messages) of a file before it is decoded; its size is checked.
+
+    Raises BadImage.
+    """
+    name, file = name_of(source), _file(source, what)
+    with foreign(name, what):
         try:
             image = Image.open(file)
         except UnidentifiedImageError:
-            what = "the image file is empty" if _is_empty(source) else "not an image Pillow knows"
-            raise _bad(name, f"{what}; replace the file") from None
+            reason = (
+                f"the {what} file is empty" if _is_empty(source) else "not an image Pillow knows"
+            )
+            raise _bad(name, f"{reason}; replace the file") from None
     with image:
-        _check_size(image.size, name)
+        check_size(image.size, name)
         if image.format == "EPS":
             # Pillow would start Ghostscript, which may run for ever, on somebody's program.
             raise _bad(name, "EPS is not read; save the image as PNG")
@@ -183,8 +188,8 @@ def _opened(source: Picture) -> Iterator[ImageFile.ImageFile]:
 
 
 @contextmanager
-def _foreign(name: str) -> Iterator[None]:
-    """Around single calls of Pillow on foreign bytes: any exception becomes BadImage.
+def foreign(name: str, what: str = "image") -> Iterator[None]:
+    """Around single calls of a decoder on foreign bytes: any exception becomes BadImage.
 
     Our own code stays outside, so that its mistakes are seen as what they are.
     """
@@ -195,30 +200,36 @@ def _foreign(name: str) -> Iterator[None]:
             yield
     except BadImage:
         raise
-    except Image.DecompressionBombError:
-        raise _bad(name, _too_large(None)) from None
-    # Its plugins let pass whatever happens to them on damaged files: OSError, SyntaxError,
-    # ValueError, KeyError, RuntimeError, AttributeError, struct.error, MemoryError …
+    # Pillow's plugins and PyAV let pass whatever happens to them on damaged files: OSError,
+    # SyntaxError, ValueError, KeyError, RuntimeError, AttributeError, struct.error, MemoryError …
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the file system's
-            raise _bad(name, f"the image cannot be read ({error.strerror})") from error
-        reason = " ".join((str(error) or type(error).__name__).split())[:_LONGEST_REASON]
-        raise _bad(name, f"the image cannot be decoded ({reason}); replace the file") from error
+        raise undecodable(name, what, error) from error
 
 
-def _file(source: Picture) -> str | Path | io.BytesIO:
-    """What Pillow opens. Raises BadImage where it is not there or no regular file."""
+def undecodable(name: str, what: str, error: Exception) -> BadImage:
+    """What a decoder raised for the image or video (`what`) of this name, as a sentence."""
+    if isinstance(error, Image.DecompressionBombError):
+        return _bad(name, _too_large(None))
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if type(error) in (KeyError, IndexError, AssertionError):  # their words need their names
+        reason = f"{type(error).__name__} {error}"
+    reason = " ".join(reason.split())[:_LONGEST_REASON]
+    return _bad(name, f"the {what} cannot be decoded ({reason}); replace the file")
+
+
+def _file(source: Picture, what: str) -> str | Path | io.BytesIO:
+    """What Pillow opens. Raises BadImage where `what` is not there or no regular file."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
     if isinstance(source, FileSlice):
-        check_file(source.path, name_of(source))
+        check_file(source.path, name_of(source), what)
         data = source.read()
         if len(data) < source.size:
-            raise BadImage(f"{name_of(source)}: the file ends within the image; it is truncated")
+            raise BadImage(f"{name_of(source)}: the file ends within this {what}; it is truncated")
         return io.BytesIO(data)
     if is_address(source):
-        return io.BytesIO(read_address(str(source)))
-    check_file(source, name_of(source))
+        return io.BytesIO(read_address(str(source), what))
+    check_file(source, name_of(source), what)
     return source
 
 
@@ -276,7 +287,7 @@ def _is_empty(source: Picture) -> bool:
     return not is_address(source) and os.path.getsize(source) == 0
 
 
-def _check_size(size: tuple[int, int], name: str) -> None:
+def check_size(size: tuple[int, int], name: str) -> None:
     """Raises BadImage for more than MAX_PIXELS or none; width and height in pixels."""
     width, height = size
     if width * height > MAX_PIXELS:
@@ -287,7 +298,7 @@ def _check_size(size: tuple[int, int], name: str) -> None:
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     """Decodes a Pillow image, of any mode, to RGB. Raises BadImage."""
-    with _foreign(name):
+    with foreign(name):
         image.load()
     if image.mode == "RGB":
         return image
@@ -296,7 +307,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         return Image.fromarray(((gray + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise _bad(name, "the image has 32 bits a channel; save it with 8")
-    with _foreign(name):
+    with foreign(name):
         return image.convert("RGB")
 
 
