@@ -19,7 +19,7 @@ from torch import Tensor
 
 from internvl.config import TilesConfig, UserError
 from internvl.data.chat import IMAGE_MARK, ChatEncoder
-from internvl.data.images import STATISTICS, Triple, read_rgb
+from internvl.data.images import STATISTICS, Exif, Triple, as_rgb
 from internvl.data.records import Message
 from internvl.data.tiles import tile_images
 from internvl.data.tokenizers import decode
@@ -94,7 +94,9 @@ class Prompt:
     tiles: Tensor | None
 
 
-def encode(request: Request, encoder: ChatEncoder, tiles: TilesConfig) -> Prompt:
+def encode(
+    request: Request, encoder: ChatEncoder, tiles: TilesConfig, *, exif: Exif = "ignore"
+) -> Prompt:
     """Opens a request's pictures and renders its prompt.
 
     Raises:
@@ -102,12 +104,14 @@ def encode(request: Request, encoder: ChatEncoder, tiles: TilesConfig) -> Prompt
         BadSample: the marks do not match the pictures.
         UserError: tiles of another shape, or beside pictures.
     """
-    pixels, per_image = _tiles(request.images, tiles)
+    pixels, per_image = _tiles(request.images, tiles, exif)
     ids = encoder.prompt(_with_marks(request, len(per_image)), per_image)
     return Prompt(ids, pixels)
 
 
-def _tiles(images: Sequence[Picture], config: TilesConfig) -> tuple[Tensor | None, tuple[int, ...]]:
+def _tiles(
+    images: Sequence[Picture], config: TilesConfig, exif: Exif
+) -> tuple[Tensor | None, tuple[int, ...]]:
     """(all tiles or None, tiles of each image)."""
     given = [image for image in images if isinstance(image, Tensor)]
     if given:
@@ -118,10 +122,7 @@ def _tiles(images: Sequence[Picture], config: TilesConfig) -> tuple[Tensor | Non
                 "one for every image of the request"
             )
         return torch.cat(given), tuple(map(len, given))
-    pictures = [
-        image.convert("RGB") if isinstance(image, Image.Image) else read_rgb(image)  # type: ignore[arg-type]
-        for image in images
-    ]
+    pictures = [as_rgb(image, exif) for image in images]
     cut = tile_images(pictures, config, config.max)
     return (None, ()) if cut is None else (cut.pixels, cut.per_image)
 
@@ -140,11 +141,12 @@ def answers(
 
     Requests of similar length are answered together, so little is padded.
     """
+    exif = configs.chat_settings(model.config)["exif"]
     found: list[str | None] = [None] * len(requests)
     window = batch_size * 8
     for start in range(0, len(requests), window):
         indices = range(start, min(start + window, len(requests)))
-        prompts = {i: encode(requests[i], encoder, tiles) for i in indices}
+        prompts = {i: encode(requests[i], encoder, tiles, exif=exif) for i in indices}
         order = sorted(indices, key=lambda i: -len(prompts[i].input_ids))
         for batch in _batches(order, batch_size):
             texts = generate(model, encoder, [prompts[i] for i in batch], settings)

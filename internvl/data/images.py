@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -66,26 +66,43 @@ Picture = str | Path | bytes | FileSlice
 Rgb = Image.Image | np.ndarray
 """A decoded picture: Pillow's in mode RGB, or uint8 (H, W, 3)."""
 
+Exif = Literal["ignore", "apply"]
+"""Whether an image is turned as its EXIF orientation says; `data.exif`."""
+
+_ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
+_ORIENTATION_TAG = 0x0112
 _LONGEST_NAME, _LONGEST_REASON = 300, 200
 
 
-def open_rgb(source: Picture) -> Image.Image:
+def open_rgb(source: Picture, exif: Exif = "ignore") -> Image.Image:
     """Decodes an image file (or its bytes) to RGB, size (W, H).
 
     As the original: `convert("RGB")` (palette and alpha flattened, first frame of an animation),
     EXIF orientation not applied. Unlike it, a truncated file is an error, and 16-bit gray is
     scaled to 8 bits where Pillow's conversion would make it white.
 
+    Args:
+        exif: "apply" turns the image upright as Pillow's `exif_transpose`. Where EXIF cannot be
+            read, or says none of 1 to 8, it stays as it is.
+
     Raises:
         BadImage: no regular file, empty, no image, damaged, of 32 bits a channel, without pixels,
             or of more than MAX_PIXELS of them; the message begins with the file.
     """
     with opened(source) as image:
-        return _to_rgb(image, name_of(source))
+        return _upright(_to_rgb(image, name_of(source)), image, exif)
 
 
-def read_rgb(source: Picture) -> np.ndarray:
+def read_rgb(source: Picture, exif: Exif = "ignore") -> np.ndarray:
     """The same pixels, uint8 (H, W, 3), in less time where simplejpeg is installed.
 
     Raises BadImage for the same files.
@@ -94,25 +111,28 @@ def read_rgb(source: Picture) -> np.ndarray:
         if image.format == "JPEG" and image.fp is not None:
             image.fp.seek(0)
             decoded = jpeg.decode(image.fp.read())
-            if decoded is not None:
+            if decoded is not None and (exif == "ignore" or _orientation(image) is None):
                 return decoded
-        return np.asarray(_to_rgb(image, name_of(source)))
+            if decoded is not None:
+                return np.asarray(_upright(Image.fromarray(decoded), image, exif))
+        return np.asarray(_upright(_to_rgb(image, name_of(source)), image, exif))
 
 
-def as_rgb(image: Any) -> Rgb:
+def as_rgb(image: Any, exif: Exif = "ignore") -> Rgb:
     """Turns whatever holds one image into RGB: Pillow's, or uint8 (H, W, 3).
 
     Args:
         image: what `read_rgb` takes; a Pillow image of any mode; an array, uint8 (H, W) or
             (H, W, C); or a tensor, uint8 (H, W) or, as torchvision's, (C, H, W). C is 1 (gray),
             3 (RGB) or 4 (RGBA, whose alpha is dropped as in a file).
+        exif: see `open_rgb`; also for a Pillow image that still has its EXIF.
 
     Raises:
         BadImage: see `open_rgb`; a number type or shape other than these, or another type.
     """
     if isinstance(image, Image.Image):
         check_size(image.size, "")
-        return _to_rgb(image, "")
+        return _upright(_to_rgb(image, ""), image, exif)
     if isinstance(image, np.ndarray | np.generic):
         return _array_to_rgb(np.asarray(image), "array", "(H, W, C)")
     if isinstance(image, Tensor):
@@ -120,9 +140,9 @@ def as_rgb(image: Any) -> Rgb:
             image = image.movedim(0, -1)
         return _array_to_rgb(image.detach().cpu().numpy(), "tensor", "(C, H, W)")
     if isinstance(image, bytearray | memoryview):
-        return read_rgb(bytes(image))
+        return read_rgb(bytes(image), exif)
     if isinstance(image, str | bytes | FileSlice | os.PathLike):
-        return read_rgb(image)  # type: ignore[arg-type]  # Path is one PathLike
+        return read_rgb(image, exif)  # type: ignore[arg-type]  # Path is one PathLike
     raise BadImage(
         f"an image is a path, bytes, a Pillow image, a uint8 array or a uint8 tensor, not "
         f"{type(image).__name__}"
@@ -309,6 +329,23 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         raise _bad(name, "the image has 32 bits a channel; save it with 8")
     with foreign(name):
         return image.convert("RGB")
+
+
+def _upright(rgb: Image.Image, image: Image.Image, exif: Exif) -> Image.Image:
+    """`rgb`, decoded from `image`, turned as the EXIF orientation of `image` says."""
+    method = _orientation(image) if exif == "apply" else None
+    return rgb if method is None else rgb.transpose(method)
+
+
+def _orientation(image: Image.Image) -> Image.Transpose | None:
+    """What turns a Pillow image upright, once it is loaded (JPEG: opened); None where nothing."""
+    try:
+        with foreign(""):
+            orientation = image.getexif().get(_ORIENTATION_TAG)
+    except BadImage:
+        # A damaged block says as little as none; viewers show such an image as it is stored, too.
+        return None
+    return _ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
 
 
 def size_of(picture: np.ndarray) -> tuple[int, int]:

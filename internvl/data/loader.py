@@ -124,16 +124,12 @@ class UnitReader(Dataset[Read]):
         """
         if sample.videos:
             draw = self._draw(ref, "frames")
-            frames = [read_frames(video, self.config.video, draw) for video in sample.videos]
+            frames = [
+                read_frames(video, self.config.video, draw, self.config.exif)
+                for video in sample.videos
+            ]
             return [np.asarray(frame) for part in frames for frame in part], list(map(len, frames))
-        images = []
-        for source in sample.images:
-            try:
-                images.append(read_rgb(source))
-            except BadImage as error:
-                named = isinstance(source, bytes) or str(source) in str(error)
-                raise BadImage(str(error) if named else f"{source!s}: {error}") from None
-        return images, []
+        return [read_rgb(source, self.config.exif) for source in sample.images], []
 
     def _draw(self, ref: UnitRef, what: str) -> np.random.Generator:
         number = ("frames", "augment").index(what)

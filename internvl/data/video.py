@@ -21,6 +21,7 @@ from internvl.config import VideoConfig
 from internvl.data.chat import IMAGE_MARK, VIDEO_MARK
 from internvl.data.images import (
     BadImage,
+    Exif,
     check_file,
     check_size,
     foreign,
@@ -83,14 +84,21 @@ def choose_frames(
     return np.concatenate([chosen, np.full(wanted - count, chosen[-1])])
 
 
-def read_frames(video: Video, config: VideoConfig, draw: np.random.Generator) -> list[Image.Image]:
-    """The RGB frames that stand for a video: a file PyAV reads, a GIF, or a folder of frames.
+def read_frames(
+    video: Video, config: VideoConfig, draw: np.random.Generator, exif: Exif = "ignore"
+) -> list[Image.Image]:
+    """The RGB frames that stand for a video: a file PyAV reads, an animation that Pillow reads
+    (GIF, WebP, APNG), or a folder of frames, whose EXIF orientation `exif` is about.
+
+    Frames are those that a player shows, in their order: turned by the display matrix, without
+    those that an edit list hides. Pixels stay as they are stored if they are not square, and both
+    fields of interlaced frames together, as decord gives them.
 
     Raises:
         BadImage: it is missing, cannot be decoded, or ends before the part that is meant.
     """
     if video.path.endswith(os.sep):
-        return _folder_frames(video, config, draw)
+        return _folder_frames(video, config, draw, exif)
     if video.path.lower().endswith(_ANIMATIONS):
         return _animation_frames(video, config, draw)
     return _decoded_frames(video, config, draw)
@@ -376,24 +384,27 @@ def _animation_frames(
 
 
 def _folder_frames(
-    video: Video, config: VideoConfig, draw: np.random.Generator
+    video: Video, config: VideoConfig, draw: np.random.Generator, exif: Exif
 ) -> list[Image.Image]:
     """Frames `…_<number>.jpg` in the order of their numbers, chosen from only if too many."""
     try:
         names = os.listdir(video.path)
-    except OSError as error:
-        raise BadImage(f"the frame folder {video.path} cannot be read ({error})") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL, or half a surrogate pair
+        raise BadImage(f"the frame folder {name_of(video.path)} cannot be read ({error})") from None
     numbered = sorted(
-        (int(match[1]), name) for name in names if (match := re.search(r"(\d+)\.\w+$", name))
+        (int(match[1]), name)
+        for name in names
+        # Beside every file of a Mac may lie a hidden one with what else it knows of it.
+        if not name.startswith(".") and (match := re.search(r"(\d+)\.\w+$", name))
     )
     if not numbered:
-        raise BadImage(f"{video.path} holds no frame named like frame_1.jpg")
+        raise BadImage(f"{name_of(video.path)} holds no frame named like frame_1.jpg")
     wanted = int(draw.integers(config.min_frames, config.max_frames, endpoint=True))
     chosen = np.arange(len(numbered))
     if len(numbered) > wanted:
         exact = VideoConfig(min_frames=wanted, max_frames=wanted, sampling=config.sampling)
         chosen = choose_frames(len(numbered), 1.0, exact, draw)
-    return [open_rgb(os.path.join(video.path, numbered[i][1])) for i in chosen]
+    return [open_rgb(os.path.join(video.path, numbered[i][1]), exif) for i in chosen]
 
 
 def _av() -> Any:
