@@ -431,7 +431,7 @@ def damaged(data, draw):
 def files_of_every_format():
     small = Image.fromarray(UPRIGHT[:24, :20])
     Image.init()
-    for form in sorted(Image.SAVE.keys() - {"PDF", "EPS", "IM"})  # IM: deprecated:
+    for form in sorted(Image.SAVE.keys() - {"PDF", "EPS", "IM"}):  # IM is deprecated
         for mode in ("RGB", "L", "P"):
             try:
                 yield form, encoded(small.convert(mode), form)

@@ -69,7 +69,9 @@ def choose_frames(
         end_s = min(num_frames / fps, step_s * (config.max_frames + 1))  # a header may say years
         times = np.arange(step_s / 2, end_s + step_s / 2, step_s)
         indices = np.around(times * fps).astype(np.int64)
-        return indices[indices < num_frames][: config.max_frames]
+        indices = indices[indices < num_frames][: config.max_frames]
+        # A video of less than half a step still is its middle frame.
+        return indices if len(indices) else np.array([(num_frames - 1) // 2])
     wanted = int(draw.integers(config.min_frames, config.max_frames, endpoint=True))
     count = min(wanted, num_frames)
     bounds = np.linspace(0, num_frames, count + 1).astype(np.int64)
