@@ -301,7 +301,8 @@ def _read_ahead(
             opened = image.convert("RGB") if isinstance(image, Image.Image) else open_rgb(image)
         except BadImage as error:
             named = f" ({image})" if isinstance(image, str | Path | FileSlice) else ""
-            raise BadImage(f"image {number}{named}: {error}") from None
+            reason = str(error).removeprefix(f"{image}: ")
+            raise BadImage(f"image {number}{named}: {reason}") from None
         return shape(opened, size)
 
     waiting: deque[list[Future[Tensor]]] = deque()

@@ -80,6 +80,7 @@ _ORIENTATIONS = {
 }
 _CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 _ORIENTATION_TAG = 0x0112
+_JPEG_SIDE = 65_500
 _LONGEST_NAME, _LONGEST_REASON = 300, 200
 
 
@@ -393,7 +394,15 @@ def pad_square(image: Image.Image, mean: Triple) -> Image.Image:
 
 
 def degrade(image: Image.Image, quality: int) -> Image.Image:
-    """The RGB image after JPEG at this quality (original: `simulate_jpeg_degradation`)."""
+    """The RGB image after JPEG at this quality (original: `simulate_jpeg_degradation`).
+
+    Raises BadImage for a side of more pixels than JPEG has.
+    """
+    if max(image.size) > _JPEG_SIDE:
+        raise BadImage(
+            f"an image of {image.width} x {image.height} pixels cannot be degraded, for JPEG ends "
+            f"at {_JPEG_SIDE:,}; shrink it, or set `augment: false` for its source"
+        )
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=quality)
     with Image.open(buffer) as degraded:

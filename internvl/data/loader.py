@@ -107,14 +107,17 @@ class UnitReader(Dataset[Read]):
             return [], [BadSample(s.name, f"{what}; {remedy}") for s in samples], None
         if not self.pixels:
             return ready, bad, empty
-        tiles = tile_images(
-            pictures,
-            self.config.tiles,
-            most,
-            resize=self.config.resize,
-            mean=STATISTICS[self.config.normalize][0],
-            augment=self._draw(ref, "augment") if source.augment else None,
-        )
+        try:
+            tiles = tile_images(
+                pictures,
+                self.config.tiles,
+                most,
+                resize=self.config.resize,
+                mean=STATISTICS[self.config.normalize][0],
+                augment=self._draw(ref, "augment") if source.augment else None,
+            )
+        except BadImage as error:
+            return [], [BadSample(sample.name, str(error)) for sample in samples], None
         return ready, bad, tiles
 
     def pictures(self, sample: Sample, ref: UnitRef) -> tuple[list[np.ndarray], list[int]]:
