@@ -300,8 +300,9 @@ def _read_ahead(
         try:
             opened = image.convert("RGB") if isinstance(image, Image.Image) else open_rgb(image)
         except BadImage as error:
-            named = f" ({image})" if isinstance(image, str | Path | FileSlice) else ""
-            reason = str(error).removeprefix(f"{image}: ")
+            named, reason = "", str(error)
+            if isinstance(image, str | Path | FileSlice):  # the name is said once
+                named, reason = f" ({image})", reason.removeprefix(f"{image}: ")
             raise BadImage(f"image {number}{named}: {reason}") from None
         return shape(opened, size)
 

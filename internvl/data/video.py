@@ -147,6 +147,8 @@ class _Timing:
     """The time at which a player shows 0:00."""
     fps: float
     """Frames a second on average, 0 where it is not known."""
+    rewind: int | None = None
+    """Where to seek to for the first packet; None where that is not sure to lead there."""
 
     def times_s(self) -> np.ndarray | None:
         """float64 (frames + 1,): when each frame begins and the last one ends, from 0:00 on; None
@@ -224,14 +226,21 @@ def _decoded_frames(
     with _open(source, name) as (container, stream):
         timing = _shown(container, stream, name)
         wanted = _choose(video, timing, config, draw)
-    frames, decoded = _decode(source, wanted, name)
+        if timing.rewind is not None:  # saves half of the time to open a short video twice
+            with foreign(name, "video"):
+                container.seek(timing.rewind, stream=stream)
+            frames, decoded = _decode(container, stream, wanted, name)
+    if timing.rewind is None:
+        with _open(source, name) as (container, stream):
+            frames, decoded = _decode(container, stream, wanted, name)
     if frames is None:
         # Some packets give no frame to show, as those that others only refer to, or that refer to
         # what was cut off. What can be decoded is then the measure.
         if not decoded:
             raise BadImage(f"{name}: the video cannot be decoded (not one frame); replace the file")
         wanted = _choose(video, replace(timing, shown=decoded), config, draw_again)
-        frames, _ = _decode(source, wanted, name)
+        with _open(source, name) as (container, stream):
+            frames, _ = _decode(container, stream, wanted, name)
     if frames is None:
         raise BadImage(f"{name} ends before frame {int(wanted[-1])}; replace the file")
     return frames
@@ -288,47 +297,54 @@ def _shown(container: Any, stream: Any, name: str) -> _Timing:
     """
     # What is in a QuickTime file after its edit lists; other headers count packets.
     expected = len(stream.index_entries) if "mov" in container.format.name else stream.frames
+    matroska = "matroska" in container.format.name  # which says how long it is, not how many
     shown: list[tuple[int | None, int]] = []
-    num_packets, end_s = 0, 0.0
+    num_packets, end_s, rewind = 0, 0.0, None
     for packet in _each(container.demux(), name):
-        if packet.pts is not None:
+        if matroska and packet.pts is not None:
             end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
         last = not packet.size and packet.pts is packet.dts is None  # of no content at all
         if packet.stream_index != stream.index or last:
             continue
+        if not num_packets and packet.is_keyframe and _has_index(container):
+            rewind = packet.pts if packet.dts is None else packet.dts
         num_packets += 1
         if packet.size and not packet.is_discard:
             shown.append((packet.pts, packet.duration or 0))
         if num_packets > MAX_FRAMES:
             raise BadImage(f"{name} has more than {MAX_FRAMES:,} frames; cut it")
     declared_s = (container.duration or 0) / _MICROSECONDS
-    if num_packets < expected or ("matroska" in container.format.name and end_s < 0.9 * declared_s):
+    if num_packets < expected or (matroska and end_s < 0.9 * declared_s):
         raise BadImage(f"{name} ends earlier than its header says; the file is truncated")
     if not shown:
         raise BadImage(f"{name} has no frame to show; replace the file")
     with foreign(name, "video"):
         fps = float(stream.average_rate or stream.guessed_rate or 0)
     begins_s = (container.start_time or 0) / _MICROSECONDS
-    return _Timing(shown, float(stream.time_base or 0), begins_s, fps if 0 < fps < 1e6 else 0.0)
+    fps = fps if 0 < fps < 1e6 else 0.0
+    return _Timing(shown, float(stream.time_base or 0), begins_s, fps, rewind)
+
+
+def _has_index(container: Any) -> bool:
+    """Whether seeking is exact. Others, such as MPEG-TS, guess or cannot go back at all."""
+    return "mov" in container.format.name or "matroska" in container.format.name
 
 
 def _decode(
-    source: str | bytes, wanted: np.ndarray, name: str
+    container: Any, stream: Any, wanted: np.ndarray, name: str
 ) -> tuple[list[Image.Image] | None, list[tuple[int | None, int]]]:
     """(the RGB frames of these numbers, decoded in order until the last one, or None where there
     are fewer; begin and duration of all that were decoded)."""
     chosen: dict[int, Image.Image] = {}
     decoded: list[tuple[int | None, int]] = []
     needed, last = set(wanted.tolist()), int(wanted[-1])
-    # Opened anew: some formats cannot go back to their beginning.
-    with _open(source, name) as (container, stream):
-        for number, frame in enumerate(_each(container.decode(stream), name)):
-            decoded.append((frame.pts, frame.duration or 0))
-            if number in needed:
-                check_size((frame.width, frame.height), name)
-                chosen[number] = _upright(frame, name)
-            if number == last:
-                return [chosen[number] for number in wanted.tolist()], decoded
+    for number, frame in enumerate(_each(container.decode(stream), name)):
+        decoded.append((frame.pts, frame.duration or 0))
+        if number in needed:
+            check_size((frame.width, frame.height), name)
+            chosen[number] = _upright(frame, name)
+        if number == last:
+            return [chosen[number] for number in wanted.tolist()], decoded
     return None, decoded
 
 
