@@ -298,7 +298,7 @@ def _eval_problems(name: str, spec: EvalConfig) -> list[BadSample]:
             try:
                 read_rgb(image)
             except BadImage as error:
-                problems.append(BadSample(f"evals.{name}", f"{image}: {error}"))
+                problems.append(BadSample(f"evals.{name}", str(error)))
             progress.update()
     return problems
 

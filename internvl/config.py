@@ -191,6 +191,10 @@ class DataConfig:
     about the same time; without it torch's takes a quarter of Pillow's."""
     normalize: Literal["imagenet", "clip", "siglip"] = "imagenet"
     """Mean and deviation that pixels are normalized with."""
+    exif: Literal["ignore", "apply"] = "ignore"
+    """ignore: an image is taken as it is stored, as in the original; apply: it is turned as its
+    EXIF orientation says, as viewers show it, in training and by the exported model too. Not for
+    InternVL-14B."""
     max_tokens: Positive = 8192
     """Longest sample. A longer one loses its end, as in the original, but never part of a picture
     or every answer: then it is a bad sample."""

@@ -351,12 +351,10 @@ def _read_ahead(
         try:
             opened = as_rgb(image)
         except BadImage as error:
-            reason = str(error)
-            if isinstance(image, str | Path | FileSlice):
-                # Named here in any case; what reads a file begins with its name.
-                reason = reason.removeprefix(f"{image}: ")
-                raise BadImage(f"image {number} ({image}): {reason}") from None
-            raise BadImage(f"image {number}: {reason}") from None
+            named, reason = "", str(error)
+            if isinstance(image, str | Path | FileSlice):  # the name is said once
+                named, reason = f" ({image})", reason.removeprefix(f"{image}: ")
+            raise BadImage(f"image {number}{named}: {reason}") from None
         opened = Image.fromarray(opened) if isinstance(opened, np.ndarray) else opened
         return shape(opened, size)
 

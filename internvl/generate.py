@@ -20,7 +20,7 @@ from torch import Tensor
 from internvl.config import TilesConfig, UserError
 from internvl.data.arguments import check_number, check_whole, list_images, listed, nearest
 from internvl.data.chat import ChatEncoder
-from internvl.data.images import STATISTICS, BadImage, FileSlice, Triple, as_rgb
+from internvl.data.images import STATISTICS, BadImage, Exif, FileSlice, Triple, as_rgb
 from internvl.data.messages import (
     IMAGE_MARK,
     VIDEO_MARK,
@@ -185,7 +185,12 @@ class Prompt:
 
 
 def encode(
-    request: Request, encoder: ChatEncoder, tiles: TilesConfig, name: str = "request"
+    request: Request,
+    encoder: ChatEncoder,
+    tiles: TilesConfig,
+    name: str = "request",
+    *,
+    exif: Exif = "ignore",
 ) -> Prompt:
     """Opens a request's images and renders its prompt; `name` is what messages call it.
 
@@ -195,7 +200,7 @@ def encode(
         UserError: tiles of another shape, or beside images.
     """
     messages, images = _conversation(request, encoder, name)
-    pixels, per_image = _tiles(images, tiles, name)
+    pixels, per_image = _tiles(images, tiles, name, exif)
     ids = encoder.prompt(_with_marks(messages, len(per_image)), per_image, name)
     return Prompt(ids, pixels)
 
@@ -214,7 +219,7 @@ def _conversation(
 
 
 def _tiles(
-    images: Sequence[Any], config: TilesConfig, name: str
+    images: Sequence[Any], config: TilesConfig, name: str, exif: Exif
 ) -> tuple[Tensor | None, tuple[int, ...]]:
     """(all tiles or None, tiles of each image)."""
     given = [i for i in images if isinstance(i, Tensor) and (i.dim() > 3 or i.is_floating_point())]
@@ -226,17 +231,17 @@ def _tiles(
                 "one for every image of the request"
             )
         return torch.cat(given), tuple(map(len, given))
-    opened = [_open(image, f"{name}: image {number}") for number, image in enumerate(images)]
+    opened = [_open(image, f"{name}: image {number}", exif) for number, image in enumerate(images)]
     cut = tile_images(opened, config, config.max)
     return (None, ()) if cut is None else (cut.pixels, cut.per_image)
 
 
-def _open(image: Any, name: str) -> Any:
+def _open(image: Any, name: str, exif: Exif) -> Any:
     """RGB of one image. Raises BadImage that begins with `name`."""
     if isinstance(image, str) and image.startswith("data:"):
         image = from_base64(name, image)
     try:
-        return as_rgb(image)
+        return as_rgb(image, exif)
     except BadImage as error:
         raise BadImage(f"{name}: {error}") from None
 
@@ -263,11 +268,12 @@ def answers(
     names = [f"requests[{i}]" for i in range(len(requests))] if len(requests) > 1 else ["request"]
     for request, name in zip(requests, names, strict=False):
         _conversation(request, encoder, name)
+    exif = configs.chat_settings(model.config)["exif"]
     found: list[str | None] = [None] * len(requests)
     window = batch_size * 8
     for start in range(0, len(requests), window):
         indices = range(start, min(start + window, len(requests)))
-        prompts = {i: encode(requests[i], encoder, tiles, names[i]) for i in indices}
+        prompts = {i: encode(requests[i], encoder, tiles, names[i], exif=exif) for i in indices}
         order = sorted(indices, key=lambda i: -len(prompts[i].input_ids))
         for batch in _batches(order, batch_size):
             texts = generate(model, encoder, [prompts[i] for i in batch], settings)

@@ -94,7 +94,9 @@ class Chat:
             UserError: with beam search, whose text is known at the end only.
         """
         chosen = Settings.of(max_new_tokens=max_new_tokens, **settings)
-        prompt = generate.encode(request, self.encoder, self.tiles)
+        prompt = generate.encode(
+            request, self.encoder, self.tiles, exif=configs.chat_settings(self.model.config)["exif"]
+        )
         return generate.stream(self.model, self.encoder, prompt, chosen)
 
 
@@ -277,6 +279,7 @@ def _with_settings(chat: Chat, recipe: Recipe) -> Chat:
         "max_dynamic_patch": data.tiles.max,
         "pad2square": data.tiles.pad_square,
         "normalize": data.normalize,
+        "exif": data.exif,
     }
     return replace(chat, template=chosen, system_message=system, tiles=data.tiles)
 

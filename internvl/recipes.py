@@ -219,6 +219,10 @@ def _objective_contradictions(recipe: Recipe) -> list[str]:
     ]
     if not problems and not objective.weights_of(terms):
         problems.append("objective.weights: all are 0, so nothing is learned")
+    if not objective.packs and recipe.data.exif != "ignore":
+        problems.append(
+            "data.exif: apply is for chat models; turn the images of InternVL-14B beforehand"
+        )
     if not objective.packs and objective.loss_normalization != "global":
         problems.append("objective.loss_normalization: micro_batch is for sft alone")
     blocks = recipe.compute.attention in ("flex", "flash")

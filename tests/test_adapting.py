@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_run
 import torch
@@ -303,3 +304,28 @@ def test_size_normalization_and_padding_of_a_recipe_reach_answers_and_exports(pr
         assert configs.chat_settings(again.model.config)["normalize"] == "siglip"
     processor = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
     assert processor["image_mean"] == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("exif", ["ignore", "apply"])
+def test_exif_orientation_of_a_recipe_reaches_training_answers_and_exports(project, tmp_path, exif):
+    chosen = recipe(project)
+    chat = handles.for_training(replace(chosen, data=replace(chosen.data, exif=exif)))
+    stored = Image.fromarray(np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)).resize((60, 40))
+    orientation = Image.Exif()
+    orientation[0x0112] = 6
+    file = tmp_path / "turned.png"
+    stored.save(file, exif=orientation)
+    shown = stored.transpose(Image.Transpose.ROTATE_270) if exif == "apply" else stored
+    folders = [export.run(chat, tmp_path / layout, layout) for layout in ("hf", "official")]
+    for model in (chat, *(handles.load(folder, device="cpu") for folder in folders)):
+        seen = []
+        model.model.eval().model.vision_tower.register_forward_pre_hook(
+            lambda _, args, kwargs, seen=seen: seen.append((*args, *kwargs.values())[0]),
+            with_kwargs=True,
+        )
+        for image in (file, shown):
+            model.answer([Request([{"role": "user", "content": "x"}], [image])], max_new_tokens=2)
+        assert torch.equal(seen[0], seen[-1])
+        assert configs.chat_settings(model.model.config)["exif"] == exif
+    official = json.loads((tmp_path / "official" / "config.json").read_text())
+    assert official.get("exif") == (exif if exif == "apply" else None)

@@ -7,11 +7,13 @@ import pytest
 import torch
 from chat_folders import GOLDEN
 from data_files import chat_line, picture, write_lines
+from PIL import Image
 
 from internvl.config import DataConfig, ObjectiveConfig, SourceConfig, TilesConfig
 from internvl.data import loader
 from internvl.data.chat import ChatEncoder
-from internvl.data.order import SampleOrder
+from internvl.data.images import open_rgb, size_of
+from internvl.data.order import SampleOrder, UnitRef
 from internvl.data.records import IGNORE, Example, Unit
 from internvl.data.sources import open_source
 from internvl.data.templates import template
@@ -213,3 +215,29 @@ def test_a_sample_of_too_many_tiles_is_a_bad_sample(folder):
     assert len(step.bad) == 18
     assert "tiles, but a row takes 1; raise data.max_tiles or lower" in step.bad[0].reason
     assert len(names(step)) == 5
+
+
+def test_exif_orientation_and_images_beyond_jpeg(tmp_path):
+    orientation = Image.Exif()
+    orientation[0x0112] = 6
+    file = picture(tmp_path / "turned.jpg", (60, 40), exif=orientation)
+    picture(tmp_path / "frames" / "frame_1.jpg", (60, 40), exif=orientation)
+    Image.new("RGB", (65_600, 1)).save(tmp_path / "wide.png")
+    rows = [
+        chat_line("<image>\nWhat?", "1", image="turned.jpg"),
+        chat_line("<video>\nWhat?", "1", video="frames/"),
+        chat_line("<image>\nWhat?", "1", image="wide.png"),
+    ]
+    path = write_lines(tmp_path / "chat.jsonl", rows)
+    source = SourceConfig(name="chat", annotations=path, images=tmp_path, augment=True)
+    for exif, size in (("ignore", (60, 40)), ("apply", (40, 60))):
+        data = DataConfig(sources=(source,), exif=exif, tiles=TilesConfig(size=28, max=1))
+        reader = loader.UnitReader([open_source(source)], data, encode)
+        ref = UnitRef(0, (0,), 0)
+        for line in (0, 1):
+            (sample,) = reader.files[0].samples([line])
+            (pixels, *_), _ = reader.pictures(sample, ref)
+            assert size_of(pixels) == size
+            assert np.array_equal(pixels, open_rgb(file, exif))
+        (bad,) = reader[UnitRef(0, (2,), 0, 2)].bad
+        assert "65600 x 1 pixels cannot be degraded" in bad.reason

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from internvl import recipes, zoo
-from internvl.config import TERMS, Recipe
+from internvl.config import TERMS, ConfigError, Recipe
 from internvl.data import convert, playground, prepare
 from internvl.recipes import load_recipe
 
@@ -264,3 +264,10 @@ def test_the_data_guide_names_what_exists() -> None:
     for block in re.findall(r"```json\n(.*?)```", guide, re.DOTALL):
         for text in [block] if block.startswith("{\n") else block.splitlines():
             json.loads(text)
+
+
+def test_exif_orientation_is_for_chat_models() -> None:
+    tree = {"model": {"id": "x"}, "data": {"exif": "apply"}, "run": "r", "global_batch": 1}
+    assert recipes.resolve(tree, ["epochs=1"]).data.exif == "apply"
+    with pytest.raises(ConfigError, match=r"data\.exif: apply is for chat models; turn the images"):
+        recipes.resolve(tree, ["epochs=1", "objective.name=retrieval"])

@@ -5,7 +5,6 @@
 What is written is there whole or not at all: it is built beside its place and renamed.
 """
 
-import io
 import json
 import os
 import re
@@ -18,10 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
 from internvl.config import UserError
 from internvl.data import json_rows
+from internvl.data.images import BadImage, opened
 from internvl.data.records import BadSample, DataError
 from internvl.log import Progress
 
@@ -341,10 +339,10 @@ def _is_picture(value: Any) -> bool:
 
 def _suffix(data: bytes, stem: str) -> str:
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with opened(data) as image:
             return _SUFFIX.get(image.format or "", f".{(image.format or 'img').lower()}")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
-        raise DataError(f"row {stem}: its bytes are no image Pillow knows") from None
+    except BadImage as error:
+        raise DataError(f"row {stem}: {error}") from None
 
 
 # Files

@@ -3,11 +3,13 @@
 import io
 import os
 import posixpath
+import stat
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -64,72 +66,208 @@ Picture = str | Path | bytes | FileSlice
 Rgb = Image.Image | np.ndarray
 """A decoded picture: Pillow's in mode RGB, or uint8 (H, W, 3)."""
 
+Exif = Literal["ignore", "apply"]
+"""Whether an image is turned as its EXIF orientation says; `data.exif`."""
 
-def open_rgb(source: Picture) -> Image.Image:
-    """The picture in a file (or its bytes) as RGB, size (W, H).
+_ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
+_ORIENTATION_TAG = 0x0112
+_JPEG_SIDE = 65_500
+_LONGEST_NAME, _LONGEST_REASON = 300, 200
+
+
+def open_rgb(source: Picture, exif: Exif = "ignore") -> Image.Image:
+    """Decodes an image file (or its bytes) to RGB, size (W, H).
 
     As the original: `convert("RGB")` (palette and alpha flattened, first frame of an animation),
     EXIF orientation not applied. Unlike it, a truncated file is an error, and 16-bit gray is
     scaled to 8 bits where Pillow's conversion would make it white.
 
+    Args:
+        exif: "apply" turns the image upright as Pillow's `exif_transpose`. Where EXIF cannot be
+            read, or says none of 1 to 8, it stays as it is.
+
     Raises:
-        BadImage: missing, empty, no picture, truncated, of 32 bits a channel, or more than
-            MAX_PIXELS pixels.
+        BadImage: no regular file, empty, no image, damaged, of 32 bits a channel, without pixels,
+            or of more than MAX_PIXELS of them; the message begins with the file.
     """
-    with _opened(source) as image:
-        return _to_rgb(image)
+    with opened(source) as image:
+        return _upright(_to_rgb(image, name_of(source)), image, exif)
 
 
-def read_rgb(source: Picture) -> np.ndarray:
+def read_rgb(source: Picture, exif: Exif = "ignore") -> np.ndarray:
     """The same pixels, uint8 (H, W, 3), in less time where simplejpeg is installed.
 
     Raises BadImage for the same files.
     """
-    with _opened(source) as image:
+    with opened(source) as image:
         if image.format == "JPEG" and image.fp is not None:
             image.fp.seek(0)
             decoded = jpeg.decode(image.fp.read())
-            if decoded is not None:
+            if decoded is not None and (exif == "ignore" or _orientation(image) is None):
                 return decoded
-        return np.asarray(_to_rgb(image))
+            if decoded is not None:
+                return np.asarray(_upright(Image.fromarray(decoded), image, exif))
+        return np.asarray(_upright(_to_rgb(image, name_of(source)), image, exif))
+
+
+def as_rgb(image: Any, exif: Exif = "ignore") -> Rgb:
+    """Turns whatever holds one image into RGB: Pillow's, or uint8 (H, W, 3).
+
+    Args:
+        image: what `read_rgb` takes; a Pillow image of any mode; an array, uint8 (H, W) or
+            (H, W, C); or a tensor, uint8 (H, W) or, as torchvision's, (C, H, W). C is 1 (gray),
+            3 (RGB) or 4 (RGBA, whose alpha is dropped as in a file).
+        exif: see `open_rgb`; also for a Pillow image that still has its EXIF.
+
+    Raises:
+        BadImage: see `open_rgb`; a number type or shape other than these, or another type.
+    """
+    if isinstance(image, Image.Image):
+        check_size(image.size, "")
+        return _upright(_to_rgb(image, ""), image, exif)
+    if isinstance(image, np.ndarray | np.generic):
+        return _array_to_rgb(np.asarray(image), "array", "(H, W, C)")
+    if isinstance(image, Tensor):
+        if image.dim() == 3:
+            image = image.movedim(0, -1)
+        return _array_to_rgb(image.detach().cpu().numpy(), "tensor", "(C, H, W)")
+    if isinstance(image, bytearray | memoryview):
+        return read_rgb(bytes(image), exif)
+    if isinstance(image, str | bytes | FileSlice | os.PathLike):
+        return read_rgb(image, exif)  # type: ignore[arg-type]  # Path is one PathLike
+    raise BadImage(
+        f"an image is a path, bytes, a Pillow image, a uint8 array or a uint8 tensor, not "
+        f"{type(image).__name__}"
+    )
+
+
+def _array_to_rgb(pixels: np.ndarray, what: str, axes: str) -> np.ndarray:
+    """RGB of an array with its channels last; `what` and `axes` say how the caller gave it."""
+    if pixels.dtype != np.uint8:
+        raise BadImage(
+            f"an image as {what} holds uint8 from 0 to 255, not {pixels.dtype}; scale and round it"
+        )
+    shape = pixels.shape
+    if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] not in _CHANNELS):
+        if what == "tensor" and len(shape) == 3:
+            shape = (shape[2], *shape[:2])
+        raise BadImage(
+            f"an image as {what} has the shape (H, W) or {axes} with C of 1, 3 or 4, not "
+            f"{tuple(shape)}"
+        )
+    check_size((shape[1], shape[0]), "")
+    if len(shape) == 2 or shape[2] == 1:
+        return np.repeat(pixels.reshape(shape[0], shape[1], 1), 3, axis=2)
+    return np.ascontiguousarray(pixels[:, :, :3])
+
+
+def name_of(source: Picture) -> str:
+    """The path or address of an image, for messages; bytes have none, "".
+
+    Annotation files are untrusted: what cannot be printed is escaped, what is endless is cut.
+    """
+    if isinstance(source, bytes):
+        return ""
+    name = str(source).encode("utf-8", "backslashreplace").decode()
+    return name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…"
+
+
+def _bad(name: str, reason: str) -> BadImage:
+    return BadImage(f"{name}: {reason}" if name else reason)
 
 
 @contextmanager
-def _opened(source: Picture) -> Iterator[ImageFile.ImageFile]:
-    """The picture before it is decoded. Raises BadImage for everything that happens within, too."""
+def opened(source: Picture, what: str = "image") -> Iterator[ImageFile.ImageFile]:
+    """The image (`what`, for messages) of a file before it is decoded; its size is checked.
+
+    Raises BadImage.
+    """
+    name, file = name_of(source), _file(source, what)
+    with foreign(name, what):
+        try:
+            image = Image.open(file)
+        except UnidentifiedImageError:
+            reason = (
+                f"the {what} file is empty" if _is_empty(source) else "not an image Pillow knows"
+            )
+            raise _bad(name, f"{reason}; replace the file") from None
+    with image:
+        check_size(image.size, name)
+        if image.format == "EPS":
+            # Pillow would start Ghostscript, which may run for ever, on somebody's program.
+            raise _bad(name, "EPS is not read; save the image as PNG")
+        yield image
+
+
+@contextmanager
+def foreign(name: str, what: str = "image") -> Iterator[None]:
+    """Around single calls of a decoder on foreign bytes: any exception becomes BadImage.
+
+    Our own code stays outside, so that its mistakes are seen as what they are.
+    """
     try:
         with warnings.catch_warnings():
-            # Pillow warns from half the limit on; the limit itself is checked below.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(_file(source)) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise BadImage(_too_large(width * height))
-                yield image
-    except FileNotFoundError:
-        raise BadImage(f"there is no image {source!s}") from None
-    except IsADirectoryError:
-        raise BadImage(f"the image {source!s} is a folder") from None
-    except Image.DecompressionBombError:
-        raise BadImage(_too_large(None)) from None
-    except UnidentifiedImageError:
-        what = "the image file is empty" if _is_empty(source) else "not an image Pillow knows"
-        raise BadImage(f"{what}; replace the file") from None
-    except (OSError, SyntaxError, ValueError, MemoryError) as error:
-        if isinstance(error, BadImage):
-            raise
-        raise BadImage(f"the image cannot be decoded ({error}); replace the file") from None
+            # On sizes (checked here), metadata and the like; none is a reason to stop.
+            warnings.filterwarnings("ignore", module=r"PIL\b")
+            yield
+    except BadImage:
+        raise
+    # Pillow's plugins and PyAV let pass whatever happens to them on damaged files: OSError,
+    # SyntaxError, ValueError, KeyError, RuntimeError, AttributeError, struct.error, MemoryError …
+    except Exception as error:
+        raise undecodable(name, what, error) from error
 
 
-def _file(source: Picture) -> str | Path | io.BytesIO:
-    """What Pillow opens."""
+def undecodable(name: str, what: str, error: Exception) -> BadImage:
+    """What a decoder raised for the image or video (`what`) of this name, as a sentence."""
+    if isinstance(error, Image.DecompressionBombError):
+        return _bad(name, _too_large(None))
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if type(error) in (KeyError, IndexError, AssertionError):  # their words need their names
+        reason = f"{type(error).__name__} {error}"
+    reason = " ".join(reason.split())[:_LONGEST_REASON]
+    return _bad(name, f"the {what} cannot be decoded ({reason}); replace the file")
+
+
+def _file(source: Picture, what: str) -> str | Path | io.BytesIO:
+    """What Pillow opens. Raises BadImage where `what` is not there or no regular file."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
     if isinstance(source, FileSlice):
-        return io.BytesIO(source.read())
+        check_file(source.path, name_of(source), what)
+        data = source.read()
+        if len(data) < source.size:
+            raise BadImage(f"{name_of(source)}: the file ends within this {what}; it is truncated")
+        return io.BytesIO(data)
     if is_address(source):
-        return io.BytesIO(read_address(str(source)))
+        return io.BytesIO(read_address(str(source), what))
+    check_file(source, name_of(source), what)
     return source
+
+
+def check_file(path: str | Path, name: str, what: str = "image") -> None:
+    """Raises BadImage, which says `what` with `name` is meant, where `path` is no regular file: to
+    open a pipe or a device may wait for ever."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadImage(f"there is no {what} {name}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL, or half a surrogate pair
+        reason = error.strerror if isinstance(error, OSError) else "no possible file name"
+        raise BadImage(f"{name}: the {what} cannot be read ({reason})") from None
+    if stat.S_ISDIR(mode):
+        raise BadImage(f"the {what} {name} is a folder")
+    if not stat.S_ISREG(mode):
+        raise BadImage(f"the {what} {name} is a pipe or a device, not a file")
 
 
 def is_address(path: str | Path) -> bool:
@@ -137,23 +275,29 @@ def is_address(path: str | Path) -> bool:
     return "://" in str(path)
 
 
-def read_address(address: str) -> bytes:
+def read_address(address: str, what: str = "image") -> bytes:
     """The bytes at an fsspec address.
 
     Raises:
         BadImage: they cannot be read, or a package for this kind of storage is missing.
     """
     import fsspec
+    from fsspec.implementations.local import LocalFileSystem
 
+    name = name_of(address)
     try:
-        with fsspec.open(address, "rb") as file:
-            return file.read()
-    except ImportError as error:
-        raise BadImage(f"{address}: {error}") from None
+        system, path = fsspec.url_to_fs(address)
+    except Exception as error:  # see below
+        raise BadImage(f"{name} cannot be read ({error})") from error
+    if isinstance(system, LocalFileSystem):
+        check_file(path, name, what)
+    try:
+        return system.cat_file(path)
     except FileNotFoundError:
-        raise BadImage(f"there is nothing at {address}") from None
-    except (OSError, ValueError) as error:
-        raise BadImage(f"{address} cannot be read ({error})") from None
+        raise BadImage(f"there is nothing at {name}") from None
+    # Every storage has a client of its own with exceptions of its own.
+    except Exception as error:
+        raise BadImage(f"{name} cannot be read ({error})") from error
 
 
 def _is_empty(source: Picture) -> bool:
@@ -164,16 +308,45 @@ def _is_empty(source: Picture) -> bool:
     return not is_address(source) and os.path.getsize(source) == 0
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
+def check_size(size: tuple[int, int], name: str) -> None:
+    """Raises BadImage for more than MAX_PIXELS or none; width and height in pixels."""
+    width, height = size
+    if width * height > MAX_PIXELS:
+        raise _bad(name, _too_large(width * height))
+    if width < 1 or height < 1:
+        raise _bad(name, f"the image of {width} x {height} pixels is empty; replace the file")
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Decodes a Pillow image, of any mode, to RGB. Raises BadImage."""
+    with foreign(name):
         image.load()
+    if image.mode == "RGB":
         return image
     if image.mode.startswith("I;16"):
         gray = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((gray + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise BadImage("the image has 32 bits a channel; save it with 8")
-    return image.convert("RGB")
+        raise _bad(name, "the image has 32 bits a channel; save it with 8")
+    with foreign(name):
+        return image.convert("RGB")
+
+
+def _upright(rgb: Image.Image, image: Image.Image, exif: Exif) -> Image.Image:
+    """`rgb`, decoded from `image`, turned as the EXIF orientation of `image` says."""
+    method = _orientation(image) if exif == "apply" else None
+    return rgb if method is None else rgb.transpose(method)
+
+
+def _orientation(image: Image.Image) -> Image.Transpose | None:
+    """What turns a Pillow image upright, once it is loaded (JPEG: opened); None where nothing."""
+    try:
+        with foreign(""):
+            orientation = image.getexif().get(_ORIENTATION_TAG)
+    except BadImage:
+        # A damaged block says as little as none; viewers show such an image as it is stored, too.
+        return None
+    return _ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
 
 
 def size_of(picture: np.ndarray) -> tuple[int, int]:
@@ -230,7 +403,15 @@ def pad_square(image: Image.Image, mean: Triple) -> Image.Image:
 
 
 def degrade(image: Image.Image, quality: int) -> Image.Image:
-    """The RGB image after JPEG at this quality (original: `simulate_jpeg_degradation`)."""
+    """The RGB image after JPEG at this quality (original: `simulate_jpeg_degradation`).
+
+    Raises BadImage for a side of more pixels than JPEG has.
+    """
+    if max(image.size) > _JPEG_SIDE:
+        raise BadImage(
+            f"an image of {image.width} x {image.height} pixels cannot be degraded, for JPEG ends "
+            f"at {_JPEG_SIDE:,}; shrink it, or set `augment: false` for its source"
+        )
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=quality)
     with Image.open(buffer) as degraded:

@@ -23,7 +23,7 @@ from internvl import log
 from internvl.data import json_rows
 from internvl.data.records import DataError
 
-_LAYOUT = b"1"  # raise when the arrays change for the same file
+_LAYOUT = b"2"  # raise when the arrays change for the same file
 _CHUNK = 1 << 25  # bytes read at once
 _KEYS = (b'"image', b'"video')
 _MEDIA = re.compile(rb'"(?:image|video)s?"\s*:\s*(\[[^\]]*\]|"(?:[^"\\]|\\.)*")')

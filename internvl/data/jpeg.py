@@ -23,7 +23,12 @@ def decode(data: bytes) -> np.ndarray | None:
     try:
         colors = simplejpeg.decode_jpeg_header(data)[2]
         return simplejpeg.decode_jpeg(data) if colors in ("Gray", "YCbCr") else None
-    except (ValueError, MemoryError):  # also where libjpeg-turbo only warns
+    except (
+        ValueError,
+        MemoryError,
+        RuntimeError,
+        OverflowError,
+    ):  # also where libjpeg-turbo only warns
         return None
 
 

@@ -107,14 +107,17 @@ class UnitReader(Dataset[Read]):
             return [], [BadSample(s.name, f"{what}; {remedy}") for s in samples], None
         if not self.pixels:
             return ready, bad, empty
-        tiles = tile_images(
-            pictures,
-            self.config.tiles,
-            most,
-            resize=self.config.resize,
-            mean=STATISTICS[self.config.normalize][0],
-            augment=self._draw(ref, "augment") if source.augment else None,
-        )
+        try:
+            tiles = tile_images(
+                pictures,
+                self.config.tiles,
+                most,
+                resize=self.config.resize,
+                mean=STATISTICS[self.config.normalize][0],
+                augment=self._draw(ref, "augment") if source.augment else None,
+            )
+        except BadImage as error:
+            return [], [BadSample(sample.name, str(error)) for sample in samples], None
         return ready, bad, tiles
 
     def pictures(self, sample: Sample, ref: UnitRef) -> tuple[list[np.ndarray], list[int]]:
@@ -124,16 +127,12 @@ class UnitReader(Dataset[Read]):
         """
         if sample.videos:
             draw = self._draw(ref, "frames")
-            frames = [read_frames(video, self.config.video, draw) for video in sample.videos]
+            frames = [
+                read_frames(video, self.config.video, draw, self.config.exif)
+                for video in sample.videos
+            ]
             return [np.asarray(frame) for part in frames for frame in part], list(map(len, frames))
-        images = []
-        for source in sample.images:
-            try:
-                images.append(read_rgb(source))
-            except BadImage as error:
-                named = isinstance(source, bytes) or str(source) in str(error)
-                raise BadImage(str(error) if named else f"{source!s}: {error}") from None
-        return images, []
+        return [read_rgb(source, self.config.exif) for source in sample.images], []
 
     def _draw(self, ref: UnitRef, what: str) -> np.random.Generator:
         number = ("frames", "augment").index(what)

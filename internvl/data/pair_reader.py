@@ -75,8 +75,7 @@ class PairReader(Dataset[Read]):
         try:
             pixels = random_square(open_rgb(picture), self.size, draw)
         except BadImage as error:
-            known = isinstance(picture, bytes) or str(picture) in str(error)
-            raise BadSample(name, str(error) if known else f"{picture!s}: {error}") from None
+            raise BadSample(name, str(error)) from None
         image_id = image_id_of(picture)
         negative = self._other_caption(name, ref, image_id, draw)
         written, num_given = self._written(ref, caption) if self.written else ((), 0)

@@ -17,7 +17,7 @@ def shards(path: Path) -> list[Path]:
         FileNotFoundError: there is neither.
         DataError: a folder without tars.
     """
-    found = [path] if path.is_file() else sorted(path.glob("*.tar"))
+    found = [path] if path.is_file() else sorted(t for t in path.glob("*.tar") if _is_data(t.name))
     if not found:
         if not path.is_dir():
             raise FileNotFoundError(path)
@@ -28,37 +28,75 @@ def shards(path: Path) -> list[Path]:
 def shard_rows(path: Path) -> Iterator[dict[str, Any]]:
     """A row for every run of members with the same stem.
 
+    What a Mac adds (`._x.jpg` beside x.jpg, .DS_Store, __MACOSX/) is left out, as all hidden files.
+
     Keys: `where`, tar and stem; `slices`, its pictures as the fields of FileSlice; `row`, what its
-    .json holds; `caption`, the text of its .txt; `bad`, why one of the two cannot be read.
+    .json holds; `caption`, the text of its .txt; `bad`, why one of them cannot be read.
 
     Raises:
-        DataError: the file is no uncompressed tar.
+        DataError: the file is no uncompressed tar, or damaged.
     """
     row: dict[str, Any] | None = None
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                dot, ending = member.name.rpartition("/")[2].partition(".")[1:]
-                key = member.name.removesuffix(dot + ending)
-                if row is None or row["where"] != f"{path.name} {key}":
-                    if row is not None:
-                        yield row
-                    row = {"where": f"{path.name} {key}", "slices": []}
-                _add_member(row, tar, member, "." + ending.lower())
-    except tarfile.TarError as error:
-        raise DataError(f"{path} is no uncompressed tar ({error})") from None
+    for tar, member in _members(path):
+        # A name that is not UTF-8 would not survive the JSON of an index.
+        name = member.name.encode("utf-8", "backslashreplace").decode()
+        if member.isdir() or not _is_data(name):
+            continue
+        dot, ending = name.rpartition("/")[2].partition(".")[1:]
+        key = name.removesuffix(dot + ending)
+        if row is None or row["where"] != f"{path.name} {key}":
+            if row is not None:
+                yield row
+            row = {"where": f"{path.name} {key}", "slices": []}
+        _add_member(row, tar, member, name, "." + ending.lower())
     if row is not None:
         yield row
 
 
+def _is_data(name: str) -> bool:
+    """Whether a path holds data, not what an operating system keeps for itself."""
+    names = name.split("/")
+    hidden = any(part.startswith(".") and part not in (".", "..") for part in names)
+    return not hidden and "__MACOSX" not in names
+
+
+def _members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """(tar, member) in the order of the file. Raises DataError."""
+    try:
+        tar = tarfile.open(path, "r:")  # noqa: SIM115  # closed below, outside of this `try`
+    except OSError:
+        raise
+    except Exception as error:  # see below
+        raise DataError(f"{path} is no uncompressed tar ({error})") from error
+    with tar:
+        members = iter(tar)
+        while True:
+            try:
+                member = next(members, None)
+            # tarfile parses untrusted headers and lets pass what happens to it there: TarError,
+            # ValueError, OverflowError, EOFError, RecursionError, OSError of a seek …
+            except Exception as error:
+                raise DataError(f"{path} is damaged ({error}); write it anew") from error
+            if member is None:
+                return
+            if member.size < 0:  # tarfile would go back and read the same members for ever
+                raise DataError(
+                    f"{path} is damaged (a member of {member.size} bytes); write it anew"
+                )
+            yield tar, member
+
+
 def _add_member(
-    row: dict[str, Any], tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str
+    row: dict[str, Any], tar: tarfile.TarFile, member: tarfile.TarInfo, name: str, ending: str
 ) -> None:
-    if ending.endswith(IMAGE_ENDINGS):
-        row["slices"].append([str(tar.name), member.offset_data, member.size, member.name])
-    elif ending in (".json", ".txt"):
+    is_image = ending.endswith(IMAGE_ENDINGS)
+    if not is_image and ending not in (".json", ".txt"):
+        return
+    if not member.isfile() or member.issparse():
+        row["bad"] = f"{name} is a link or sparse; write the file itself into the tar"
+    elif is_image:
+        row["slices"].append([str(tar.name), member.offset_data, member.size, name])
+    else:
         file = tar.extractfile(member)
         assert file is not None, "isfile was checked"
         try:
@@ -67,5 +105,5 @@ def _add_member(
                 row["row"] = parse(data)
             else:
                 row["caption"] = data.decode("utf-8-sig")
-        except ValueError as error:
-            row["bad"] = f"{member.name} cannot be read ({error})"
+        except (ValueError, RecursionError, tarfile.ReadError) as error:
+            row["bad"] = f"{name} cannot be read ({error})"

@@ -3,19 +3,34 @@
 Original: `internvl_chat/internvl/train/dataset.py`, `get_frame_indices`, `read_frames_decord`.
 """
 
+import copy
 import importlib
 import io
-import math
 import os
 import re
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageSequence
+from PIL import Image
 
 from internvl.config import VideoConfig
-from internvl.data.images import BadImage, is_address, open_rgb, read_address
+from internvl.data.images import (
+    BadImage,
+    Exif,
+    check_file,
+    check_size,
+    foreign,
+    is_address,
+    name_of,
+    open_rgb,
+    opened,
+    read_address,
+    undecodable,
+)
 from internvl.data.messages import (
     IMAGE_MARK,
     VIDEO_MARK,
@@ -24,6 +39,27 @@ from internvl.data.messages import (
     wrong_marks,
 )
 from internvl.data.records import Message, Sample, Video
+
+MAX_FRAMES = 10_000_000
+"""Most frames of a video, a day at 115 a second: edit lists can repeat a few without end."""
+
+_ANIMATIONS = (".gif", ".webp", ".png", ".apng")
+_MICROSECONDS = 1_000_000
+_LATE_S, _SAME_S = 0.1, 1e-6
+_ATTACHED_PIC = 0x400
+_MATRIX = struct.Struct("=9i")
+_ASKEW = 0.0175
+"""Sine of the degree by which a display matrix may miss a right angle."""
+_METHODS = {
+    (False, True, False): Image.Transpose.FLIP_LEFT_RIGHT,
+    (False, False, True): Image.Transpose.FLIP_TOP_BOTTOM,
+    (False, True, True): Image.Transpose.ROTATE_180,
+    (True, False, False): Image.Transpose.TRANSPOSE,
+    (True, True, False): Image.Transpose.ROTATE_270,
+    (True, False, True): Image.Transpose.ROTATE_90,
+    (True, True, True): Image.Transpose.TRANSVERSE,
+}
+"""By (rows become columns, then left and right change places, then top and bottom)."""
 
 
 def choose_frames(
@@ -36,9 +72,12 @@ def choose_frames(
     """
     if config.sampling.startswith("fps"):
         step_s = 1 / float(config.sampling.removeprefix("fps"))
-        times = np.arange(step_s / 2, num_frames / fps + step_s / 2, step_s)
+        end_s = min(num_frames / fps, step_s * (config.max_frames + 1))  # a header may say years
+        times = np.arange(step_s / 2, end_s + step_s / 2, step_s)
         indices = np.around(times * fps).astype(np.int64)
-        return indices[indices < num_frames][: config.max_frames]
+        indices = indices[indices < num_frames][: config.max_frames]
+        # A video of less than half a step still is its middle frame.
+        return indices if len(indices) else np.array([(num_frames - 1) // 2])
     wanted = int(draw.integers(config.min_frames, config.max_frames, endpoint=True))
     count = min(wanted, num_frames)
     bounds = np.linspace(0, num_frames, count + 1).astype(np.int64)
@@ -53,16 +92,23 @@ def choose_frames(
     return np.concatenate([chosen, np.full(wanted - count, chosen[-1])])
 
 
-def read_frames(video: Video, config: VideoConfig, draw: np.random.Generator) -> list[Image.Image]:
-    """The RGB frames that stand for a video: a file PyAV reads, a GIF, or a folder of frames.
+def read_frames(
+    video: Video, config: VideoConfig, draw: np.random.Generator, exif: Exif = "ignore"
+) -> list[Image.Image]:
+    """The RGB frames that stand for a video: a file PyAV reads, an animation that Pillow reads
+    (GIF, WebP, APNG), or a folder of frames, whose EXIF orientation `exif` is about.
+
+    Frames are those that a player shows, in their order: turned by the display matrix, without
+    those that an edit list hides. Pixels stay as they are stored if they are not square, and both
+    fields of interlaced frames together, as decord gives them.
 
     Raises:
         BadImage: it is missing, cannot be decoded, or ends before the part that is meant.
     """
     if video.path.endswith(os.sep):
-        return _folder_frames(video, config, draw)
-    if video.path.endswith(".gif"):
-        return _gif_frames(video, config, draw)
+        return _folder_frames(video, config, draw, exif)
+    if video.path.lower().endswith(_ANIMATIONS):
+        return _animation_frames(video, config, draw)
     return _decoded_frames(video, config, draw)
 
 
@@ -94,15 +140,86 @@ def with_frames(sample: Sample, counts: Sequence[int], label: str) -> Sample:
     return Sample(sample.name, messages, sample.images, sample.videos, sample.extra)
 
 
-def _part(video: Video, num_frames: int, fps: float) -> tuple[int, int]:
-    """(first frame, number of frames) of the part that is meant."""
-    if video.start_s is None or video.end_s is None:
+@dataclass(frozen=True)
+class _Timing:
+    """When the frames of a video are shown."""
+
+    shown: Sequence[tuple[int | None, int]]
+    """(begin, duration) of every frame, in units of `unit_s`; a begin is None where the file does
+    not say it, a duration 0."""
+    unit_s: float
+    begins_s: float
+    """The time at which a player shows 0:00."""
+    fps: float
+    """Frames a second on average, 0 where it is not known."""
+    rewind: int | None = None
+    """Where to seek to for the first packet; None where that is not sure to lead there."""
+
+    def times_s(self) -> np.ndarray | None:
+        """float64 (frames + 1,): when each frame begins and the last one ends, from 0:00 on; None
+        where that is not known."""
+        begins = [begin for begin, _ in self.shown if begin is not None]
+        if len(begins) < len(self.shown):
+            return None
+        last, duration = max(
+            (begin, duration) for begin, duration in self.shown if begin is not None
+        )
+        times_s = np.array([*sorted(begins), last + duration], dtype=np.float64) * self.unit_s
+        if not duration and self.fps > 0:
+            times_s[-1] += 1 / self.fps
+        # A few hundredths are the sound's lead, not a wait for the first frame.
+        late = times_s[0] - self.begins_s >= _LATE_S
+        return times_s - (self.begins_s if late else times_s[0])
+
+
+def _choose(
+    video: Video, timing: _Timing, config: VideoConfig, draw: np.random.Generator
+) -> np.ndarray:
+    """int64 numbers, ascending, of the frames that stand for a video or the part of it."""
+    num_frames, fps, times_s = len(timing.shown), timing.fps, timing.times_s()
+    if times_s is not None:
+        if fps <= 0 and times_s[-1] > times_s[0]:
+            fps = num_frames / float(times_s[-1] - times_s[0])
+        # Within half a frame of regular times the number of a frame says when it is shown.
+        if np.all(np.abs(times_s[:-1] * fps - np.arange(num_frames)) < 0.5):
+            times_s = None
+    if fps <= 0:
+        if num_frames > 1 and _needs_times(video, config):
+            raise BadImage(f"{name_of(video.path)} does not say how many frames a second it has")
+        fps = 1.0  # decides nothing
+    first, count = _part(video, num_frames, fps, times_s)
+    return choose_frames(count, fps, config, draw) + first
+
+
+def _needs_times(video: Video, config: VideoConfig) -> bool:
+    return video.start_s is not None or config.sampling.startswith("fps")
+
+
+def _part(video: Video, num_frames: int, fps: float, times_s: np.ndarray | None) -> tuple[int, int]:
+    """(first frame, number of frames) of the part that is meant.
+
+    Frames at regular times are counted by `fps`, as in the original; otherwise `times_s`, float
+    (num_frames + 1,), says when each begins and the last one ends.
+    """
+    start_s, end_s = video.start_s, video.end_s
+    if start_s is None or end_s is None:
         return 0, num_frames
-    first, count = int(video.start_s * fps), int((video.end_s - video.start_s) * fps)
-    if count < 1 or first + count > num_frames + 1:
+    if times_s is None:
+        lasts_s = num_frames / fps
+        first = int(min(start_s, lasts_s) * fps)
+        # A part shorter than a frame is the frame that is shown then.
+        count = max(int(min(end_s - start_s, 2 * lasts_s + 2 / fps) * fps), 1)
+        inside = first < num_frames and first + count <= num_frames + 1
+    else:
+        lasts_s = float(times_s[-1])
+        # A frame is shown until the next one begins.
+        first = max(int(np.searchsorted(times_s, start_s + _SAME_S, "right")) - 1, 0)
+        count = max(int(np.searchsorted(times_s, end_s - _SAME_S, "left")) - first, 1)
+        inside = first < num_frames and end_s <= lasts_s + 1 / fps
+    if not inside:
         raise BadImage(
-            f"{video.path}: `clip` is {video.start_s:g} to {video.end_s:g} s, but the video lasts "
-            f"{num_frames / fps:.2f} s"
+            f"{name_of(video.path)}: `clip` is {start_s:g} to {end_s:g} s, but the video lasts "
+            f"{lasts_s:.2f} s"
         )
     return first, min(count, num_frames - first)
 
@@ -110,82 +227,207 @@ def _part(video: Video, num_frames: int, fps: float) -> tuple[int, int]:
 def _decoded_frames(
     video: Video, config: VideoConfig, draw: np.random.Generator
 ) -> list[Image.Image]:
+    name, source, draw_again = name_of(video.path), _source(video.path), copy.deepcopy(draw)
+    with _open(source, name) as (container, stream):
+        timing = _shown(container, stream, name)
+        wanted = _choose(video, timing, config, draw)
+        if timing.rewind is not None:  # saves half of the time to open a short video twice
+            with foreign(name, "video"):
+                container.seek(timing.rewind, stream=stream)
+            frames, decoded = _decode(container, stream, wanted, name)
+    if timing.rewind is None:
+        with _open(source, name) as (container, stream):
+            frames, decoded = _decode(container, stream, wanted, name)
+    if frames is None:
+        # Some packets give no frame to show, as those that others only refer to, or that refer to
+        # what was cut off. What can be decoded is then the measure.
+        if not decoded:
+            raise BadImage(f"{name}: the video cannot be decoded (not one frame); replace the file")
+        wanted = _choose(video, replace(timing, shown=decoded), config, draw_again)
+        with _open(source, name) as (container, stream):
+            frames, _ = _decode(container, stream, wanted, name)
+    if frames is None:
+        raise BadImage(f"{name} ends before frame {int(wanted[-1])}; replace the file")
+    return frames
+
+
+def _source(path: str) -> str | bytes:
+    """What PyAV opens: a regular file, or the bytes at an address. Raises BadImage."""
+    if is_address(path):
+        return read_address(path, "video")
+    check_file(path, name_of(path), "video")
+    return path
+
+
+@contextmanager
+def _open(source: str | bytes, name: str) -> Iterator[tuple[Any, Any]]:
+    """(container, stream) of the video that a player would show. Raises BadImage."""
     av = _av()
-    source = io.BytesIO(read_address(video.path)) if is_address(video.path) else video.path
-    try:
-        with av.open(source) as container:
-            if not container.streams.video:
-                raise BadImage(f"{video.path} has no video stream")
-            stream = container.streams.video[0]
-            fps = float(stream.average_rate or 0)
-            if not math.isfinite(fps) or fps <= 0:
-                raise BadImage(f"{video.path} does not say how many frames a second it has")
-            num_frames = stream.frames or _count_frames(container, stream)
-            first, count = _part(video, num_frames, fps)
-            wanted = choose_frames(count, fps, config, draw) + first
-            return _pick(container, stream, wanted, video.path)
-    except FileNotFoundError:
-        raise BadImage(f"there is no video {video.path}") from None
-    except (av.FFmpegError, OSError, ValueError) as error:
-        if isinstance(error, BadImage):
-            raise
-        raise BadImage(f"{video.path} cannot be decoded ({error})") from None
+    with foreign(name, "video"):
+        # A title in another encoding is no reason to refuse a video.
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        container = av.open(file, metadata_errors="replace")
+    with container:
+        with foreign(name, "video"):
+            stream = container.streams.best("video")
+            cover = stream is not None and bool(stream.disposition & _ATTACHED_PIC)
+            size = (0, 0) if stream is None else (stream.width, stream.height)
+        if stream is None or cover:
+            raise BadImage(f"{name} has no video stream")
+        if all(size):  # some streams say it in their frames only
+            check_size(size, name)
+        yield container, stream
 
 
-def _count_frames(container: Any, stream: Any) -> int:
-    count = sum(1 for packet in container.demux(stream) if packet.size)
-    container.seek(0)
-    return count
+def _each(items: Iterable[Any], name: str) -> Iterator[Any]:
+    """The packets or frames that PyAV yields. Raises BadImage for what goes wrong in there."""
+    iterator = iter(items)
+    while True:
+        try:
+            item = next(iterator, None)
+        except Exception as error:  # of a decoder alone, see `foreign`
+            raise undecodable(name, "video", error) from error
+        if item is None:
+            return
+        yield item
 
 
-def _pick(container: Any, stream: Any, wanted: np.ndarray, path: str) -> list[Image.Image]:
-    """The frames of these numbers, decoded in order until the last one."""
-    found: dict[int, Image.Image] = {}
+def _shown(container: Any, stream: Any, name: str) -> _Timing:
+    """The timing of the frames to be shown, by their packets: a hundredth of the time to decode.
+
+    A header counts what is stored; what an edit list hides is marked in the packets only.
+
+    Raises:
+        BadImage: nothing is shown, or the file ends earlier than its header says.
+    """
+    # What is in a QuickTime file after its edit lists; other headers count packets.
+    expected = len(stream.index_entries) if "mov" in container.format.name else stream.frames
+    matroska = "matroska" in container.format.name  # which says how long it is, not how many
+    shown: list[tuple[int | None, int]] = []
+    num_packets, end_s, rewind = 0, 0.0, None
+    for packet in _each(container.demux(), name):
+        if matroska and packet.pts is not None:
+            end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        last = not packet.size and packet.pts is packet.dts is None  # of no content at all
+        if packet.stream_index != stream.index or last:
+            continue
+        if not num_packets and packet.is_keyframe and _has_index(container):
+            rewind = packet.pts if packet.dts is None else packet.dts
+        num_packets += 1
+        if packet.size and not packet.is_discard:
+            shown.append((packet.pts, packet.duration or 0))
+        if num_packets > MAX_FRAMES:
+            raise BadImage(f"{name} has more than {MAX_FRAMES:,} frames; cut it")
+    declared_s = (container.duration or 0) / _MICROSECONDS
+    if num_packets < expected or (matroska and end_s < 0.9 * declared_s):
+        raise BadImage(f"{name} ends earlier than its header says; the file is truncated")
+    if not shown:
+        raise BadImage(f"{name} has no frame to show; replace the file")
+    with foreign(name, "video"):
+        fps = float(stream.average_rate or stream.guessed_rate or 0)
+    begins_s = (container.start_time or 0) / _MICROSECONDS
+    fps = fps if 0 < fps < 1e6 else 0.0
+    return _Timing(shown, float(stream.time_base or 0), begins_s, fps, rewind)
+
+
+def _has_index(container: Any) -> bool:
+    """Whether seeking is exact. Others, such as MPEG-TS, guess or cannot go back at all."""
+    return "mov" in container.format.name or "matroska" in container.format.name
+
+
+def _decode(
+    container: Any, stream: Any, wanted: np.ndarray, name: str
+) -> tuple[list[Image.Image] | None, list[tuple[int | None, int]]]:
+    """(the RGB frames of these numbers, decoded in order until the last one, or None where there
+    are fewer; begin and duration of all that were decoded)."""
+    chosen: dict[int, Image.Image] = {}
+    decoded: list[tuple[int | None, int]] = []
     needed, last = set(wanted.tolist()), int(wanted[-1])
-    for number, frame in enumerate(container.decode(stream)):
+    for number, frame in enumerate(_each(container.decode(stream), name)):
+        decoded.append((frame.pts, frame.duration or 0))
         if number in needed:
-            found[number] = frame.to_image()
+            check_size((frame.width, frame.height), name)
+            chosen[number] = _upright(frame, name)
         if number == last:
-            break
-    missing = needed - found.keys()
-    if missing:
-        raise BadImage(f"{path} ends before frame {min(missing)}; the file is truncated")
-    return [found[number] for number in wanted.tolist()]
+            return [chosen[number] for number in wanted.tolist()], decoded
+    return None, decoded
 
 
-def _gif_frames(video: Video, config: VideoConfig, draw: np.random.Generator) -> list[Image.Image]:
-    try:
-        with Image.open(video.path) as image:
-            frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
-            duration_ms = image.info.get("duration", 100) or 100
-    except FileNotFoundError:
-        raise BadImage(f"there is no video {video.path}") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise BadImage(f"{video.path} cannot be decoded ({error})") from None
-    fps = 1000 / duration_ms
-    first, count = _part(video, len(frames), fps)
-    return [frames[i] for i in choose_frames(count, fps, config, draw) + first]
+def _upright(frame: Any, name: str) -> Image.Image:
+    """A frame as RGB, turned and mirrored as its display matrix says.
+
+    A matrix between right angles is ignored, as players do.
+    """
+    with foreign(name, "video"):
+        image = frame.to_image()
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+        if matrix is None or len(bytes(matrix)) != _MATRIX.size:
+            return image
+        a, b, _, c, d, *_ = _MATRIX.unpack(bytes(matrix))
+    # x, y of the file are shown at a x + c y, b x + d y.
+    largest = max(map(abs, (a, b, c, d)))
+    if max(abs(b), abs(c)) < _ASKEW * largest:
+        method = _METHODS.get((False, a < 0, d < 0))
+    elif max(abs(a), abs(d)) < _ASKEW * largest:
+        method = _METHODS.get((True, c < 0, b < 0))
+    else:
+        method = None
+    return image if method is None else image.transpose(method)
+
+
+def _animation_frames(
+    video: Video, config: VideoConfig, draw: np.random.Generator
+) -> list[Image.Image]:
+    """Frames of what Pillow knows as an animation, drawn over each other as it is shown."""
+    name, still = name_of(video.path), 0
+    with opened(video.path, "video") as image:
+        with foreign(name, "video"):
+            # The image of an APNG for those that do not know animation is not part of it.
+            still = int(getattr(image, "default_image", False))
+            num_frames = getattr(image, "n_frames", 1) - still
+        if num_frames > MAX_FRAMES:
+            raise BadImage(f"{name} has more than {MAX_FRAMES:,} frames; cut it")
+        shown: list[tuple[int | None, int]] = [(None, 0)] * num_frames
+        if _needs_times(video, config):
+            begin = 0
+            for number in range(num_frames):
+                with foreign(name, "video"):
+                    image.seek(number + still)
+                    image.load()
+                    duration = int(image.info.get("duration") or 100)
+                shown[number] = begin, duration
+                begin += duration
+        wanted = _choose(video, _Timing(shown, 1 / 1000, 0.0, 0.0), config, draw)
+        chosen: dict[int, Image.Image] = {}
+        for number in sorted(set(wanted.tolist())):
+            with foreign(name, "video"):
+                image.seek(number + still)
+                chosen[number] = image.convert("RGB")
+    return [chosen[number] for number in wanted.tolist()]
 
 
 def _folder_frames(
-    video: Video, config: VideoConfig, draw: np.random.Generator
+    video: Video, config: VideoConfig, draw: np.random.Generator, exif: Exif
 ) -> list[Image.Image]:
     """Frames `…_<number>.jpg` in the order of their numbers, chosen from only if too many."""
     try:
         names = os.listdir(video.path)
-    except OSError as error:
-        raise BadImage(f"the frame folder {video.path} cannot be read ({error})") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL, or half a surrogate pair
+        raise BadImage(f"the frame folder {name_of(video.path)} cannot be read ({error})") from None
     numbered = sorted(
-        (int(match[1]), name) for name in names if (match := re.search(r"(\d+)\.\w+$", name))
+        (int(match[1]), name)
+        for name in names
+        # Beside every file of a Mac may lie a hidden one with what else it knows of it.
+        if not name.startswith(".") and (match := re.search(r"(\d+)\.\w+$", name))
     )
     if not numbered:
-        raise BadImage(f"{video.path} holds no frame named like frame_1.jpg")
+        raise BadImage(f"{name_of(video.path)} holds no frame named like frame_1.jpg")
     wanted = int(draw.integers(config.min_frames, config.max_frames, endpoint=True))
     chosen = np.arange(len(numbered))
     if len(numbered) > wanted:
         exact = VideoConfig(min_frames=wanted, max_frames=wanted, sampling=config.sampling)
         chosen = choose_frames(len(numbered), 1.0, exact, draw)
-    return [open_rgb(os.path.join(video.path, numbered[i][1])) for i in chosen]
+    return [open_rgb(os.path.join(video.path, numbered[i][1]), exif) for i in chosen]
 
 
 def _av() -> Any:

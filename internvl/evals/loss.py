@@ -71,6 +71,7 @@ class Loss:
         data = DataConfig(
             tiles=handle.tiles,
             normalize=settings["normalize"],
+            exif=settings["exif"],
             max_tokens=self.config.max_tokens,
             max_tiles=max(_TILES, 2 * handle.tiles.max),
         )

@@ -53,10 +53,11 @@ _CHAT = {
     "min_dynamic_patch": 1,
     "max_dynamic_patch": 6,
     "normalize": "imagenet",
+    "exif": "ignore",
 }
-"""Official keys that travel in `internvl`, with the original class's defaults; and `normalize`, a
-recipe's `data.normalize`, which the original keeps in its command lines."""
-_OPTIONAL = {"system_message": None, "normalize": "imagenet"}
+"""Official keys that travel in `internvl`, with the original class's defaults; and of a recipe
+`data.normalize`, which the original keeps in its command lines, and `data.exif`."""
+_OPTIONAL = {"system_message": None, "normalize": "imagenet", "exif": "ignore"}
 """Keys that are not written where they have these values."""
 
 _HF_CHAT = _CHAT | {
