@@ -217,17 +217,36 @@ def read_tensors(folder: Path) -> tuple[Path, dict[str, LazyTensor]]:
     file = folder / WEIGHTS_FILE
     if not file.is_file() and (folder / _PICKLED_FILE).is_file():
         file = folder / _PICKLED_FILE
-        loaded: Any = hub.load_pickled(file)
-        if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
-            raise ModelFolderError(
-                f"{file}: not a plain dict of tensors; save the adapter again with save_pretrained"
-            )
-    if not file.is_file():
+        tensors = {name: _in_memory(tensor) for name, tensor in _unpickled(file).items()}
+    elif not file.is_file():
         raise ModelFolderError(f"{file}: missing; copy the adapter folder again")
-    tensors = dict(hub.open_tensors(file))
+    else:
+        tensors = dict(hub.open_tensors(file))
     if not tensors:
         raise ModelFolderError(f"{file}: holds no tensors; copy the adapter folder again")
     return file, tensors
+
+
+def _unpickled(file: Path) -> dict[str, Tensor]:
+    try:
+        # Not mapped as a model's files are: adapters are small, and old files cannot be mapped.
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    # Whatever torch's unpickler makes of a damaged or foreign file.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelFolderError(
+            f"{file}: not a plain file of tensors ({reason}); copy the adapter folder again, or "
+            "save it as safetensors"
+        ) from error
+    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise ModelFolderError(
+            f"{file}: not a plain dict of tensors; save the adapter again with save_pretrained"
+        )
+    return {str(name): tensor for name, tensor in loaded.items()}
+
+
+def _in_memory(tensor: Tensor) -> LazyTensor:
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
 @dataclass(frozen=True)
@@ -508,6 +527,7 @@ class _Layers:
                     "files are not of one adapter"
                 )
         parts = {_part(self.naming.modules[module][0]) for module in adapted}
+        left_out: set[str] = set()
         for theirs, ours in self.naming.modules.items():
             if theirs in adapted or not _takes_adapter(self.model.get_submodule(ours[0])):
                 continue
@@ -519,9 +539,10 @@ class _Layers:
                     f"(target_modules = {_short(self.settings.target_modules)}); copy the adapter "
                     "folder again"
                 )
-            # A part that the file leaves out as a whole was not trained: its B would be zero.
-            logger.warning("%s: has no adapters for %s", self.file, _part(ours[0]))
-            parts.add(_part(ours[0]))
+            left_out.add(_part(ours[0]))
+        # A part that the file leaves out as a whole was not trained: in PEFT its B is zero.
+        for part in sorted(left_out):
+            logger.warning("%s: has no adapters for %s", self.file, part)
         self._check_replaced(entries, adapted)
 
     def _check_replaced(self, entries: list[Entry], adapted: Iterable[str]) -> None:

@@ -17,7 +17,7 @@ from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import Linear
+from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
@@ -155,9 +155,10 @@ def _rows(values: Tensor) -> Tensor:
 
 
 def is_plain(layer: Any) -> bool:
-    """Whether an adapted layer computes W x + b + s B A x on a linear layer and nothing else."""
+    """Whether a layer computes W x + b + s B A x, with one adapter, and nothing else."""
     return (
-        list(layer.lora_A) == [_ADAPTER]
+        isinstance(layer, LoraLayer)
+        and list(layer.lora_A) == [_ADAPTER]
         and isinstance(layer.lora_A[_ADAPTER], nn.Linear)
         and not isinstance(layer, ParamWrapper)
         and not layer.lora_variant

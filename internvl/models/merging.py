@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -181,7 +182,7 @@ class MergedState(Mapping[str, Tensor]):
     def __init__(self, model: nn.Module) -> None:
         self._layers = {unwrapped(name): layer for name, layer in adapted_layers(model)}
         self._state = {
-            name.replace(".base_layer.", "."): tensor
+            re.sub(r"(\.base_layer)+\.", ".", name): tensor
             for name, tensor in model.state_dict().items()
             if ".lora_" not in name
         }
