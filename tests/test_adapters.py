@@ -1,7 +1,6 @@
 """Adapter folders: every setting of PEFT equals PEFT's logits or is refused by name."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 from internvl import export, handles
 from internvl.config import UserError
-from internvl.models import adapters, lora, merging
+from internvl.models import joined, lora, merging
 from internvl.models.hub import ModelFolderError
 
 EXACT = 1e-5
@@ -418,20 +417,40 @@ def test_fused_layers_of_official_names_come_apart(alone, tmp_path):
         loaded(official)
 
 
+def swapped(old: str, new: str) -> Any:
+    return lambda state: {name.replace(old, new): tensor for name, tensor in state.items()}
+
+
+def without(word: str) -> Any:
+    return lambda state: {name: tensor for name, tensor in state.items() if word not in name}
+
+
+def narrower(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {n: t[:, :-1].clone() if "q_proj.lora_A" in n else t for n, t in state.items()}
+
+
+def with_more(*names: str) -> Any:
+    return lambda state: state | {name: torch.zeros(4, 64) for name in names}
+
+
+UP = "layers.1.mlp.up_proj"
+LAYER = "model.language_model.layers.0.mlp.up_proj"
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda s: {n.replace("layers.1.", "layers.9."): t for n, t in s.items()}, "layers.9.*of another model"),
-        (lambda s: {n.replace("q_proj", "query"): t for n, t in s.items()}, "does not have .8 of 56"),
-        (lambda s: {n: t for n, t in s.items() if "layers.1.mlp.up_proj.lora_B" not in n}, "up_proj.lora_B.weight is missing, and its layer"),
-        (lambda s: {n: t for n, t in s.items() if "layers.1.mlp.up_proj" not in n}, "no tensors for model.language_model.layers.1.mlp.up_proj"),
-        (lambda s: {n: t[:, :-1].clone() if "q_proj.lora_A" in n else t for n, t in s.items()}, r"q_proj.lora_A.weight is \(4, 63\), and \(4, 64\) is needed"),
-        (lambda s: s | {"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 64)}, "lm_head.lora_A.weight is for a layer that adapter_config.json does not name"),
-        (lambda s: s | {next(iter(s)).replace(".weight", ".b.weight"): torch.zeros(1), next(iter(s)).replace(".weight", ".a.weight"): torch.zeros(1)}, "holds 2 adapters .a, b."),
-        (lambda s: s | {"something": torch.zeros(1)}, "something is for a layer"),
-        (lambda s: {}, "holds no tensors"),
+        (swapped("layers.1.", "layers.9."), "layers.9.*of another model"),
+        (swapped("q_proj", "query"), "does not have .8 of 56"),
+        (without(f"{UP}.lora_B"), "up_proj.lora_B.weight is missing, and its layer"),
+        (without(UP), "no tensors for model.language_model.layers.1.mlp.up_proj"),
+        (narrower, r"q_proj.lora_A.weight is \(4, 63\), and \(4, 64\) is needed"),
+        (with_more("lm_head.lora_A.weight"), "is for a layer that adapter_config.json does not"),
+        (with_more(*(f"{LAYER}.lora_A.{x}.weight" for x in "ab")), "holds 2 adapters .a, b."),
+        (with_more("something"), "something is for a layer"),
+        (lambda _: {}, "holds no tensors"),
     ],
-)  # fmt: skip
+)
 def test_tensors_that_do_not_fit(change, sentence, copied):
     file = copied / "adapter_model.safetensors"
     save_file(change(load_file(file)), file)
@@ -563,8 +582,6 @@ def test_merging_notices_a_scale_that_is_not_the_settings(copied):
 
 
 def test_joined_products_take_plain_layers_of_one_scale_alone(base, tmp_path):
-    from internvl.models import joined
-
     settings = {"alpha_pattern": {"k_proj": 64}, "target_modules": QKV, "lora_dropout": 0.0}
     folder = peft_folders.write(base, tmp_path / "a", **settings)
     file = folder / "adapter_model.safetensors"
@@ -585,6 +602,5 @@ def test_joined_products_take_plain_layers_of_one_scale_alone(base, tmp_path):
     for name, parameter in trained.named_parameters():
         if name.endswith("base_layer.bias"):
             parameter.requires_grad_(True)
-    with_bias = [n for n, m in trained.named_modules() if getattr(m, "base_layer", None) is not None
-                 and m.base_layer.bias is not None]  # fmt: skip
-    assert joined.join(trained) == sum(1 for _ in merging.adapted_layers(trained)) - len(with_bias)
+    bases = [layer.get_base_layer() for _, layer in merging.adapted_layers(trained)]
+    assert joined.join(trained) == sum(base.bias is None for base in bases)

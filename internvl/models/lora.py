@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from internvl.config import LoraConfig, UserError
-from internvl.models import adapters, configs, dropped, joined, merging
+from internvl.models import adapter_layers, adapters, configs, dropped, joined, merging
 from internvl.models.adapters import base_of as base_of
 from internvl.models.adapters import is_adapter as is_adapter
 from internvl.models.hub import ModelFolderError
@@ -293,8 +293,8 @@ def load_adapter(model: Any, folder: Path) -> Any:
     if has_adapters(model):
         raise UserError("the model has adapters already; merge them first")
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    resolved = adapters.resolve(model, folder)
-    adapters.apply(model, resolved)
+    resolved = adapter_layers.resolve(model, folder)
+    adapter_layers.apply(model, resolved)
     dropout = resolved.settings.lora_dropout
     for name, layer in _layers(model):
         layer.get_base_layer().requires_grad_(False)
@@ -316,13 +316,15 @@ def _keep_trainable(model: nn.Module, trained: set[str]) -> None:
 
 def _equal_a(model: Any, stem: str) -> bool:
     """Whether q, k and v have the same A and are plain LoRA of one scale."""
-    q, k, v = (getattr(model.get_submodule(stem[:-1]), f"{x}_proj", None) for x in "qkv")
-    if not all(layer is not None and joined.is_plain(layer) for layer in (q, k, v)):
+    attention = model.get_submodule(stem[:-1])
+    layers: list[Any] = [getattr(attention, f"{x}_proj", None) for x in "qkv"]
+    if not all(joined.is_plain(layer) for layer in layers):
         return False
-    a = q.lora_A[_ADAPTER].weight
+    q, *others = layers
     return all(
-        layer.scaling == q.scaling and torch.equal(layer.lora_A[_ADAPTER].weight, a)
-        for layer in (k, v)
+        layer.scaling == q.scaling
+        and torch.equal(layer.lora_A[_ADAPTER].weight, q.lora_A[_ADAPTER].weight)
+        for layer in others
     )
 
 
