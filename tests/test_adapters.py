@@ -242,6 +242,7 @@ def test_settings_that_are_refused_by_name(field, copied):
     ("keys", "sentence"),
     [
         ({"init_lora_weights": "corda"}, "corda' changed the base by statistics"),
+        ({"init_lora_weights": "loftq"}, "peft .* cannot use it"),
         ({"use_hadamard": True}, "use_hadamard = True is not known to peft"),
         ({"target_modules": None}, "names no target_modules"),
         ({"target_modules": "("}, "peft .* cannot use it"),
