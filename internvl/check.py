@@ -48,7 +48,7 @@ from internvl.data.tokenizers import load_tokenizer
 from internvl.evals import EVALS
 from internvl.findings import Checked, Counts, FirstStep, Shown
 from internvl.flops import work_of
-from internvl.models import hub, lora, vlm
+from internvl.models import vlm
 from internvl.models.attention import BLOCK
 from internvl.objectives import OBJECTIVES, Objective
 from internvl.objectives.sft import Sft
@@ -113,10 +113,8 @@ def _open_all(recipe: Recipe) -> tuple[list[Source], list[BadSample]]:
 
 def encoder_of(recipe: Recipe) -> ChatEncoder | CaptionEncoder:
     """The encoder that training would use, without reading weights."""
-    folder = hub.find_folder(recipe.model.id)
-    if lora.is_adapter(folder):
-        folder = hub.find_folder(lora.base_of(folder))
-    dual = hub.open_folder(folder).family == "dual"
+    source, _ = handles.open_files(recipe.model.id)
+    folder, dual = source.folder, source.family == "dual"
     handles.check_objective(recipe, dual)
     if dual:
         tokenizer = load_tokenizer(folder)

@@ -27,13 +27,14 @@ from internvl.data.templates import jinja
 from internvl.data.tokenizers import save_tokenizer
 from internvl.handles import Chat, Dual
 from internvl.models import (
+    adapters,
     configs,
     dual_configs,
     dual_files,
     float8,
     hub,
     keys,
-    lora,
+    merging,
     shards,
     vlm,
 )
@@ -140,7 +141,9 @@ def has_adapters(folder: str | Path) -> bool:
     if handles.is_run(Path(folder)):
         return load_recipe(Path(folder) / "recipe.yaml").model.lora is not None
     found = hub.find_folder(folder)
-    return lora.is_adapter(found) or keys.has_adapters(hub.open_folder(found).tensors)
+    if adapters.is_adapter(found) or adapters.is_beside_model(found):
+        return True
+    return keys.has_adapters(hub.open_folder(found).tensors)
 
 
 def _open(model_or_folder: Chat | Dual | str | Path) -> Source:
@@ -148,7 +151,7 @@ def _open(model_or_folder: Chat | Dual | str | Path) -> Source:
         return _from_handle(model_or_folder)
     if handles.is_run(Path(model_or_folder)):
         base = load_recipe(Path(model_or_folder) / "recipe.yaml").model.id
-        return _loaded(model_or_folder, hub.open_folder(base))
+        return _loaded(model_or_folder, handles.open_files(base)[0])
     files, adapter = handles.open_files(model_or_folder)
     if adapter is not None:
         return _loaded(adapter, files)
@@ -188,7 +191,7 @@ def _from_handle(handle: Chat | Dual) -> Source:
 
     return Source(
         config=model.config,
-        weights=lora.MergedState(model),
+        weights=merging.MergedState(model),
         chat=handle if isinstance(handle, Chat) else None,
         folder=handle.folder,
         dtype=None,

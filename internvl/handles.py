@@ -15,7 +15,7 @@ from internvl.data.templates import TEMPLATES, Template, template
 from internvl.data.tokenizers import add_special_tokens, check_vocabulary, load_tokenizer
 from internvl.embed import Dual
 from internvl.generate import Request, Settings, answers
-from internvl.models import configs, dual_files, hub, lora, parts, vlm
+from internvl.models import adapters, configs, dual_files, hub, lora, parts, vlm
 from internvl.models.dual import DualModel
 from internvl.models.hub import ModelFolderError
 from internvl.recipes import load_recipe
@@ -135,7 +135,44 @@ def load(
     precision = _dtype(dtype, place)
     if is_run(Path(name_or_folder)):
         return _load_run(Path(name_or_folder), place, precision)
+    given: dict[str, Any] = {
+        "image_token_id": image_token_id,
+        "device_map": device_map,
+        "quantize": quantize,
+        "drop_path": drop_path,
+        "attention": attention,
+        "image_size": image_size,
+    }
     source, adapter = open_files(name_or_folder)
+    if adapter is None:
+        return _load_files(source, place, precision, **given)
+    if adapter == source.folder:
+        return _adapted(_load_files(source, place, precision, **given), adapter)
+    base = load(adapters.base_of(adapter), device=place, dtype=precision, **given)
+    return _adapted(base, adapter)
+
+
+def _adapted(base: Chat | Dual, folder: Path) -> Chat | Dual:
+    """The model with the adapters of a folder; those it has already are merged first."""
+    if lora.has_adapters(base.model):
+        lora.merge(base.model)
+    lora.load_adapter(base.model, folder)
+    return base
+
+
+def _load_files(
+    source: hub.ModelFolder,
+    place: torch.device,
+    precision: torch.dtype,
+    *,
+    image_token_id: int | None,
+    device_map: str | dict[str, Any] | None,
+    quantize: str | None,
+    drop_path: float,
+    attention: str,
+    image_size: int | None,
+) -> Chat | Dual:
+    """The model of opened files; arguments as for `load`."""
     if source.family == "dual":
         if quantize is not None:
             raise UserError(f"quantize={quantize!r}: InternVL-14B is used in bfloat16 or float32")
@@ -148,8 +185,6 @@ def load(
             attention=attention,
             device_map=device_map,
         )
-        if adapter is not None:
-            lora.load_adapter(dual, adapter)
         return Dual(dual, _caption_tokenizer(source.folder, dual), source.folder)
     head = describe(source.folder, image_token_id)
     tiles = head.tiles if image_size is None else replace(head.tiles, size=image_size)
@@ -164,13 +199,20 @@ def load(
         device_map=device_map,
         quantize=quantize,
     )
-    if adapter is not None:
-        lora.load_adapter(model, adapter)
     return Chat(model, head.tokenizer, head.template, tiles, head.system_message, source.folder)
 
 
-def open_files(name_or_folder: str | Path) -> tuple[hub.ModelFolder, Path | None]:
+def open_files(
+    name_or_folder: str | Path, *, above: tuple[Path, ...] = ()
+) -> tuple[hub.ModelFolder, Path | None]:
     """(the files of the model, the folder of its adapters or None).
+
+    Adapters beside a model's weights are that model's, as in transformers, whatever base they name.
+    The base of an adapter folder may have adapters of its own, or be a run; the files are then
+    those of the model below them all.
+
+    Args:
+        above: the adapter folders that led here.
 
     Raises:
         ModelFolderError: no such folder, file or id.
@@ -183,9 +225,19 @@ def open_files(name_or_folder: str | Path) -> tuple[hub.ModelFolder, Path | None
     if pth.suffix == ".pth":
         released = zoo.official_config(zoo.find("InternVL-14B-224px"))
         return dual_files.open_pth(pth, released), None
-    if lora.is_adapter(folder):
-        return hub.open_folder(lora.base_of(folder)), folder
-    return hub.open_folder(folder), None
+    if folder.resolve() in above:
+        raise ModelFolderError(
+            f"{above[-1] / adapters.CONFIG_FILE}: base_model_name_or_path leads back to {folder}; "
+            "set it to the model the adapters were trained on"
+        )
+    beneath = (*above, folder.resolve())
+    if is_run(folder):
+        return open_files(load_recipe(folder / "recipe.yaml").model.id, above=beneath)[0], None
+    if adapters.is_adapter(folder):
+        return open_files(adapters.base_of(folder), above=beneath)[0], folder
+    if not (folder / "config.json").is_file():
+        adapters.check_complete(folder)
+    return hub.open_folder(folder), folder if adapters.is_beside_model(folder) else None
 
 
 def _caption_tokenizer(folder: Path, model: DualModel) -> PreTrainedTokenizerFast | None:
@@ -255,6 +307,13 @@ def check_objective(recipe: Recipe, dual: bool) -> None:
 
 
 def _choose_trainable(model: Any, config: ModelConfig) -> None:
+    if lora.has_adapters(model):
+        if config.quantize is not None:
+            raise UserError(
+                f"model.quantize: {config.id} has adapters, which quantized weights cannot take "
+                f"in; `internvl merge {config.id} --to FOLDER`, and set model.id to FOLDER"
+            )
+        lora.merge(model)  # training goes on from what the model computes
     lora.select_trainable(model, config.parts, config.train_last_vision_blocks)
     if config.lora is not None:
         lora.attach(model, config.lora)

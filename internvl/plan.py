@@ -163,8 +163,7 @@ def _config(recipe: Recipe) -> InternVLConfig | DualConfig:
     """The configuration of the model's folder, else of the released model of that name."""
     folder, size = Path(recipe.model.id).expanduser(), recipe.data.tiles.size
     if folder.is_dir():
-        folder = lora.base_of(folder) if lora.is_adapter(folder) else folder
-        source = hub.open_folder(folder)
+        source, _ = handles.open_files(folder)
     else:
         try:
             model = zoo.find(recipe.model.id)

@@ -5,16 +5,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import peft_folders
 import pytest
 import tiny_run
 import torch
-from chat_folders import add_tokenizer, official_folder, shared
+from chat_folders import IMAGE_TOKEN_ID, add_tokenizer, official_folder, shared
+from peft import LoraConfig as LoraSettings
+from peft import get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
 from test_cli import call
+from test_lora import official_lora_folder
 
 from internvl import cli, export, generate, handles, train, zoo
-from internvl.config import ConfigError, LoraConfig, UserError
+from internvl.config import ConfigError, LoraConfig, ModelConfig, UserError
 from internvl.generate import Request
 from internvl.models import configs, lora, vlm
 from internvl.recipes import load_recipe, resolve
@@ -329,3 +333,56 @@ def test_exif_orientation_of_a_recipe_reaches_training_answers_and_exports(proje
         assert configs.chat_settings(model.model.config)["exif"] == exif
     official = json.loads((tmp_path / "official" / "config.json").read_text())
     assert official.get("exif") == (exif if exif == "apply" else None)
+
+
+def test_training_goes_on_from_adapters_of_any_kind(project, tmp_path):
+    """They are merged, so that what trains starts from what PEFT computes; and on top of those."""
+    base = export.run(project.parent / "start", tmp_path / "hf")
+    settings = {"use_dora": True, "target_modules": ["q_proj", "embed_tokens"], "bias": "all"}
+    with peft_folders.quiet():
+        given = LoraSettings(r=4, lora_alpha=16, **settings)
+        adapted = get_peft_model(peft_folders.plain(base), given)
+        for number, value in enumerate(p for p in adapted.parameters() if p.requires_grad):
+            value.data += 0.02 * torch.randn(value.shape, generator=torch.manual_seed(number))
+        adapted.save_pretrained(tmp_path / "adapter")
+    peft_folders.changed_config(tmp_path / "adapter", base_model_name_or_path=str(base))
+    expected = export.probe(adapted.base_model.model)
+    before = recipe(project, id=str(tmp_path / "adapter"), train=[], lora={"rank": 4})
+    start = handles.for_training(before)
+    torch.testing.assert_close(export.probe(start.model), expected, atol=5e-5, rtol=0)
+    assert {n for n, p in start.model.named_parameters() if p.requires_grad} == {
+        n for n, _ in start.model.named_parameters() if ".lora_" in n
+    }
+    words = ["model.train=[]", "model.lora.rank=4", f"model.id={tmp_path / 'adapter'}"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    train.run(load_recipe(tiny_run.make(project.parent, steps=2, run=str(first)), words))
+    run = handles.load(first, device="cpu").model
+    assert not torch.equal(export.probe(run), export.probe(start.model))
+    found = export.probe(handles.load(first / "adapter", device="cpu").model)
+    torch.testing.assert_close(found, export.probe(run), atol=5e-5, rtol=0)
+    merged = handles.load(export.run(first, tmp_path / "merged"), device="cpu").model
+    torch.testing.assert_close(export.probe(merged), export.probe(run), atol=1e-4, rtol=0)
+    words[-1] = f"model.id={first}"  # a run that has adapters, and adapters on top
+    train.run(load_recipe(tiny_run.make(project.parent, steps=2, run=str(second)), words))
+    run = handles.load(second, device="cpu").model
+    found = export.probe(handles.load(second / "adapter", device="cpu").model)
+    torch.testing.assert_close(found, export.probe(run), atol=5e-5, rtol=0)
+    in_4_bits = replace(before.model, quantize="4bit")
+    with pytest.raises(UserError, match=r"has adapters, which quantized weights cannot .* merge"):
+        handles._choose_trainable(run, in_4_bits)
+
+
+def test_adapters_on_an_official_checkpoint_that_has_some(tmp_path):
+    """As the original's use_llm_lora writes them: merged, then adapters on top."""
+    folder, _ = official_lora_folder(tmp_path / "official")
+    model = vlm.load_model(folder, image_token_id=IMAGE_TOKEN_ID)
+    expected = export.probe(model)
+    handles._choose_trainable(model, ModelConfig(id=str(folder), lora=LoraConfig(rank=2)))
+    torch.testing.assert_close(export.probe(model), expected, atol=1e-4, rtol=0)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    lora.save_adapter(model, tmp_path / "upper", folder)
+    upper = handles.load(tmp_path / "upper", device="cpu", image_token_id=IMAGE_TOKEN_ID)
+    torch.testing.assert_close(export.probe(upper.model), export.probe(model))
+    assert not torch.allclose(export.probe(model), expected, atol=0.01)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from dual_folders import dual_folder, dual_golden, dual_lora_folder, pth_file
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil
 
 from internvl import export, handles
@@ -137,3 +137,41 @@ def test_an_export_that_computes_something_else_is_not_kept(tmp_path, monkeypatc
     with pytest.raises(export.ExportError, match="nothing was kept"):
         export.run(dual, tmp_path / "out", "official")
     assert not (tmp_path / "out").exists()
+
+
+def test_adapters_of_other_names_and_settings(tmp_path):
+    """Official names of InternVL-14B, whose q, k and v of the tower are one layer, and patterns."""
+    from internvl.config import LoraConfig
+
+    base = dual_folder(tmp_path / "base")
+    dual = handles.load(base, device="cpu", dtype="float32")
+    lora.select_trainable(dual.model, ())
+    lora.attach(dual.model, LoraConfig(rank=2, on=("vision_tower",)))
+    for name, parameter in dual.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    lora.save_adapter(dual.model, tmp_path / "ours", base)
+    expected = export.probe(dual.model)
+    stored = load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    stem = "base_model.model.model.vision_tower.encoder.layer."
+    state = {}
+    for name, tensor in stored.items():
+        theirs = name.replace(stem, "base_model.model.vision_model.encoder.layers.")
+        theirs = theirs.replace("attention.projection_layer", "attn.proj")
+        if ".q_proj." in theirs:
+            parts = [stored[name.replace("q_proj", f"{x}_proj")] for x in "qkv"]
+            whole = parts[0] if "lora_A" in name else torch.cat(parts)
+            state[theirs.replace("attention.q_proj", "attn.qkv")] = whole
+        elif "k_proj" not in name and "v_proj" not in name:
+            state[theirs] = tensor
+    save_file(state, tmp_path / "ours" / "adapter_model.safetensors")
+    file = tmp_path / "ours" / "adapter_config.json"
+    config = json.loads(file.read_text()) | {"target_modules": ["qkv", "proj", "fc1", "fc2"]}
+    file.write_text(json.dumps(config))
+    again = handles.load(tmp_path / "ours", device="cpu", dtype="float32")
+    torch.testing.assert_close(export.probe(again.model), expected, atol=1e-5, rtol=0)
+    config["alpha_pattern"] = {"fc1": 40}
+    file.write_text(json.dumps(config))
+    other = handles.load(tmp_path / "ours", device="cpu", dtype="float32").model
+    block = other.model.vision_tower.encoder.layer[0].mlp
+    assert (block.fc1.scaling["default"], block.fc2.scaling["default"]) == (20, 2)

@@ -17,7 +17,8 @@ from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import Linear
+from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from internvl.models import dropped as kernels
@@ -153,25 +154,47 @@ def _rows(values: Tensor) -> Tensor:
     return values.reshape(-1, values.shape[-1])
 
 
+def is_plain(layer: Any) -> bool:
+    """Whether a layer computes W x + b + s B A x, with one adapter, and nothing else."""
+    return (
+        isinstance(layer, LoraLayer)
+        and list(layer.lora_A) == [_ADAPTER]
+        and isinstance(layer.lora_A[_ADAPTER], nn.Linear)
+        and not isinstance(layer, ParamWrapper)
+        and not layer.lora_variant
+        and not layer.lora_bias[_ADAPTER]
+        and not getattr(layer, "fan_in_fan_out", False)
+    )
+
+
 def join(model: nn.Module) -> int:
     """Joins every adapter on a frozen linear layer with its base; how many.
 
-    Those with another base (4 bits, float8) stay as PEFT computes them. Names and values of
-    parameters do not change.
+    Those with another base (4 bits, float8), and those that compute more than plain LoRA (DoRA, a
+    bias that trains, …), stay as PEFT computes them. Names and values of parameters do not change.
     """
-    groups: dict[tuple[int, torch.dtype], list[Any]] = {}
+    groups: dict[tuple[int, torch.dtype, float], list[Any]] = {}
     module: Any
     for module in model.modules():
         if type(module) is not Linear or type(module.base_layer) is not nn.Linear:
             continue
+        if not is_plain(module) or not _can_drop(module.lora_dropout[_ADAPTER]):
+            continue
         weight = module.base_layer.weight
-        if weight.requires_grad:
+        # One product has no gradients for the base and gives all its rows one scale.
+        if any(parameter.requires_grad for parameter in module.base_layer.parameters()):
             continue
         # Who shares A is called in the order of the modules (lora.py).
-        groups.setdefault((id(module.lora_A[_ADAPTER]), weight.dtype), []).append(module)
+        group = (id(module.lora_A[_ADAPTER]), weight.dtype, module.scaling[_ADAPTER])
+        groups.setdefault(group, []).append(module)
     for leader, *followers in groups.values():
         _join(leader, followers)
     return sum(map(len, groups.values()))
+
+
+def _can_drop(dropout: nn.Module) -> bool:
+    """Whether the layer's dropout is none, or one whose mask can be had (lora.py)."""
+    return isinstance(dropout, nn.Identity) or hasattr(dropout, "rate")
 
 
 def _join(leader: Linear, followers: list[Linear]) -> None:

@@ -5,7 +5,6 @@ written as a folder that plain `peft` loads onto plain `transformers`' model.
 """
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,16 @@ from typing import Any
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from internvl.config import LoraConfig, UserError
-from internvl.models import configs, dropped, float8, hub, joined
+from internvl.models import adapter_layers, adapters, configs, dropped, joined, merging
+from internvl.models.adapters import base_of as base_of
+from internvl.models.adapters import is_adapter as is_adapter
 from internvl.models.hub import ModelFolderError
+from internvl.models.merging import MergedState as MergedState
+from internvl.models.merging import merge as merge
 
 _HEADS = ("text_projection.", "image_pool.", "query_pool.", "itm_head.", "logit_scale")
 PARTS = {
@@ -35,11 +37,7 @@ PARTS = {
 """Part -> the names it owns; the output matrix and InternVL-14B's queries belong to the language
 model, and parts of it and of the heads have names of their own."""
 
-_ADAPTER, _CONFIG_FILE, _WEIGHTS_FILE = (
-    "default",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-)
+_ADAPTER = "default"
 _PEFT_PREFIX = "base_model.model."
 _LINEARS = {
     "vision_tower": r"model\.vision_tower\.encoder\.layer\.\d+\."
@@ -136,10 +134,7 @@ def inject(
         layer.train(model.training)
         if name.endswith(".v_proj") and (_fused(model, name) if share is None else share):
             _share_a(model, name.replace(".v_proj", ".q_proj"))
-    # Injecting freezes everything else; what select_trainable chose stays chosen.
-    for name, parameter in model.named_parameters():
-        if name in trained:
-            parameter.requires_grad_(True)
+    _keep_trainable(model, trained)
     return model
 
 
@@ -242,25 +237,25 @@ def has_adapters(model: nn.Module) -> bool:
     return any(True for _ in _layers(model))
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """(name without wrappers, adapted layer)."""
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            yield _unwrapped(name), module
-
-
-def _unwrapped(name: str) -> str:
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+    for name, module in merging.adapted_layers(model):
+        yield merging.unwrapped(name), module
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """The adapters' weights by the names of a PEFT folder, on CPU; collective when sharded.
 
     Raises:
-        UserError: the model has no adapters.
+        UserError: the model has no adapters, or others than plain LoRA.
     """
     state = {}
     for name, layer in _layers(model):
+        if not joined.is_plain(layer):
+            raise UserError(
+                f"{name}: its adapter is more than plain LoRA, which is not written here; export "
+                "the model, which merges it"
+            )
         for kind in ("lora_A", "lora_B"):
             weight = getattr(layer, kind)[_ADAPTER].weight.detach()
             whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
@@ -281,49 +276,56 @@ def save_adapter(model: Any, folder: Path, base: str | Path | None = None) -> No
     config["inference_mode"] = True
     config = {key: getattr(value, "value", value) for key, value in config.items()}
     text = json.dumps(config, indent=2, sort_keys=True, default=sorted)
-    save_file(state, folder / _WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / _CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    save_file(state, folder / adapters.WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / adapters.CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds adapters instead of a model."""
-    return (folder / _CONFIG_FILE).is_file() and not (folder / "config.json").is_file()
-
-
-def base_of(folder: Path) -> Path:
-    """The folder of the model an adapter folder belongs to."""
-    base = hub.read_json(folder / _CONFIG_FILE).get("base_model_name_or_path")
-    if not base:
-        raise ModelFolderError(
-            f"{folder / _CONFIG_FILE}: names no base_model_name_or_path; set it to the model the "
-            "adapters were trained on"
-        )
-    return hub.find_folder(base)
-
-
-def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
-    """Put the adapters of a PEFT folder onto `model`.
+def load_adapter(model: Any, folder: Path) -> Any:
+    """Put the adapters of a PEFT folder onto `model`, so that it computes what `peft` computes.
 
     q, k and v share one A where those of the file are equal.
 
     Raises:
-        ModelFolderError: adapters of another kind, or for another model.
+        UserError: the model has adapters already.
+        ModelFolderError: a damaged folder, a setting that is not computed here, or adapters of
+            another model.
     """
-    config = hub.read_json(folder / _CONFIG_FILE)
-    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("use_rslora"):
-        raise ModelFolderError(f"{folder / _CONFIG_FILE}: only plain LoRA adapters are supported")
-    weights = folder / _WEIGHTS_FILE
-    if not weights.is_file():
-        raise ModelFolderError(f"{weights}: missing; copy the adapter folder again")
-    state = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in load_file(weights).items()}
-    inject(
-        model,
-        _stored_adapters(config, state, folder),
-        config.get("lora_dropout", 0.0),
-        share=_equal_a(state),
-    )
-    _fill(model, state, folder)
+    if has_adapters(model):
+        raise UserError("the model has adapters already; merge them first")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    resolved = adapter_layers.resolve(model, folder)
+    adapter_layers.apply(model, resolved)
+    dropout = resolved.settings.lora_dropout
+    for name, layer in _layers(model):
+        layer.get_base_layer().requires_grad_(False)
+        if joined.is_plain(layer) and dropout:
+            layer.lora_dropout[_ADAPTER] = DrawnDropout(dropout)
+        layer.train(model.training)
+        if name.endswith(".v_proj") and _equal_a(model, name.removesuffix("v_proj")):
+            _share_a(model, name.replace(".v_proj", ".q_proj"))
+    _keep_trainable(model, trained)
     return model
+
+
+def _keep_trainable(model: nn.Module, trained: set[str]) -> None:
+    """Injecting freezes everything else; what select_trainable chose stays chosen."""
+    for name, parameter in model.named_parameters():
+        if name in trained:
+            parameter.requires_grad_(True)
+
+
+def _equal_a(model: Any, stem: str) -> bool:
+    """Whether q, k and v have the same A and are plain LoRA of one scale."""
+    attention = model.get_submodule(stem[:-1])
+    layers: list[Any] = [getattr(attention, f"{x}_proj", None) for x in "qkv"]
+    if not all(joined.is_plain(layer) for layer in layers):
+        return False
+    q, *others = layers
+    return all(
+        layer.scaling == q.scaling
+        and torch.equal(layer.lora_A[_ADAPTER].weight, q.lora_A[_ADAPTER].weight)
+        for layer in others
+    )
 
 
 def load_official(model: nn.Module, state: Mapping[str, Tensor], folder: Path) -> nn.Module:
@@ -339,31 +341,6 @@ def load_official(model: nn.Module, state: Mapping[str, Tensor], folder: Path) -
     inject(model, adapters)
     _fill(model, state, folder)
     return model
-
-
-def _stored_adapters(
-    config: dict[str, Any], state: Mapping[str, Tensor], folder: Path
-) -> dict[str, Adapter]:
-    found: dict[str, Adapter] = {}
-    alphas = {re.compile(p): a for p, a in dict(config.get("alpha_pattern") or {}).items()}
-    for name, tensor in state.items():
-        module = name.removesuffix(".lora_A.weight")
-        part = next((p for p, names in PARTS.items() if name.startswith(names)), None)
-        if part not in _LINEARS or not re.fullmatch(_LINEARS[part], re.sub(r"\.lora_.*", "", name)):
-            raise ModelFolderError(f"{folder}: adapter for {name}, which takes none here")
-        if module != name:
-            alpha = next((a for p, a in alphas.items() if p.search(module)), config["lora_alpha"])
-            found.setdefault(part, Adapter(tensor.shape[0], float(alpha)))
-    return found
-
-
-def _equal_a(state: Mapping[str, Tensor]) -> bool:
-    queries = [name for name in state if name.endswith(".q_proj.lora_A.weight")]
-    return bool(queries) and all(
-        torch.equal(state[name], state.get(name.replace("q_proj", other), state[name][:0]))
-        for name in queries
-        for other in ("k_proj", "v_proj")
-    )
 
 
 def _fill(model: nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:
@@ -383,81 +360,3 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:
                 weight.copy_(stored)
     if left:
         raise ModelFolderError(f"{folder}: adapters for unknown layers, {next(iter(left))}")
-
-
-def merge(model: nn.Module) -> nn.Module:
-    """Add every adapter to its weight, W + alpha / rank * B A, and take the adapters out.
-
-    Each layer is checked: before and after it gives the same output, within its dtype's rounding.
-
-    Raises:
-        UserError: no adapters (merged already), or a base that is quantized or in float8.
-        RuntimeError: a merged layer that does not compute the same.
-    """
-    joined.part(model)
-    adapted = [(name, module) for name, module in model.named_modules() if _is_layer(module)]
-    if not adapted:
-        raise UserError("the model has no adapters; were they merged already?")
-    for name, layer in adapted:
-        base = layer.get_base_layer()
-        merged = merged_weight(layer, name)
-        probe = torch.randn(4, merged.shape[1], device=merged.device)
-        update = probe @ _delta(layer).T
-        wanted = probe @ base.weight.detach().float().T + update
-        with torch.no_grad():
-            base.weight.copy_(merged)
-        error = (probe @ base.weight.float().T - wanted).abs().max() / wanted.abs().max()
-        if not error <= 8 * torch.finfo(merged.dtype).eps:
-            raise RuntimeError(f"{name}: merging changed its output by {float(error):.1e}")
-        model.set_submodule(name, base)
-    return model
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, LoraLayer)
-
-
-def merged_weight(layer: LoraLayer, name: str) -> Tensor:
-    """W + alpha / rank * B A (out, in), summed in float32 and rounded once to W's dtype."""
-    weight = layer.get_base_layer().weight.detach()
-    if weight.dtype == float8.E4M3:
-        raise UserError(
-            f"{name}: its base is in float8 for training; merge from the adapter in the run folder "
-            "instead, which takes the weights as released"
-        )
-    if not weight.is_floating_point() or type(weight).__name__ in ("Params4bit", "Int8Params"):
-        raise UserError(
-            f"{name}: its base is quantized; load the model without quantize, then the adapters, "
-            "and merge that"
-        )
-    return (weight.float() + _delta(layer)).to(weight.dtype)
-
-
-def _delta(layer: LoraLayer) -> Tensor:
-    a = layer.lora_A[_ADAPTER].weight.detach().float()
-    b = layer.lora_B[_ADAPTER].weight.detach().float()
-    return (b @ a) * layer.scaling[_ADAPTER]
-
-
-class MergedState(Mapping[str, Tensor]):
-    """The weights a merged model would have, worked out one at a time when asked for."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._layers = dict(_layers(model))
-        self._state = {
-            name.replace(".base_layer.", "."): tensor
-            for name, tensor in model.state_dict().items()
-            if ".lora_" not in name
-        }
-
-    def __getitem__(self, name: str) -> Tensor:
-        module = name.removesuffix(".weight")
-        if module in self._layers and module != name:
-            return merged_weight(self._layers[module], module)
-        return self._state[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._state)
-
-    def __len__(self) -> int:
-        return len(self._state)

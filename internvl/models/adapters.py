@@ -1,0 +1,229 @@
+"""PEFT adapter folders: which file, which base, and settings that are refused by name."""
+
+import dataclasses
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import __version__ as peft_version
+from torch import Tensor
+
+from internvl.models import hub
+from internvl.models.hub import LazyTensor, ModelFolderError
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_PICKLED_FILE = "adapter_model.bin"
+
+MERGE_REMEDY = "merge it with peft (merge_and_unload) and use the merged model"
+_REFUSED = {
+    "layer_replication": "repeats layers of its base, which then is no InternVL model any more; "
+    "train an adapter without it",
+    "megatron_config": "is for the layers of Megatron-LM; set it to null if the adapter sits on "
+    "plain linear layers",
+    "alora_invocation_tokens": "switches the adapter on at a certain place of the text, which is "
+    "not computed here and cannot be merged; use the adapter through peft, or train one without it",
+    "arrow_config": "routes each token among several adapters, which cannot be merged; combine "
+    "them with peft's add_weighted_adapter, and load the result",
+    "use_qalora": "is for a base quantized by GPTQ, whose inputs it pools; train an adapter "
+    "without it",
+}
+"""Settings that are not computed here: field -> why, and the remedy."""
+_HEADS_OF_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+_TRAINING_ONLY = ("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "merge_weights", "enable_lora")
+"""Keys that other trainers or older versions of PEFT write and that `peft` does not read."""
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds adapters and no model (a `config.json` alone is no model)."""
+    return (folder / CONFIG_FILE).is_file() and not _has_model(folder)
+
+
+def is_beside_model(folder: Path) -> bool:
+    """Whether a model folder also holds adapters, which then belong to it, as in transformers."""
+    return (folder / CONFIG_FILE).is_file() and _has_model(folder)
+
+
+def _has_model(folder: Path) -> bool:
+    if not (folder / "config.json").is_file():
+        return False
+    names = ("model.safetensors", "pytorch_model.bin")
+    known = [folder / f"{name}{end}" for name in names for end in ("", ".index.json")]
+    shards = (file for file in folder.glob("*.safetensors") if file.name != WEIGHTS_FILE)
+    return any(file.is_file() for file in known) or any(True for _ in shards)
+
+
+def check_complete(folder: Path) -> None:
+    """Raises ModelFolderError for the weights of an adapter without its configuration."""
+    for name in (WEIGHTS_FILE, _PICKLED_FILE):
+        if (folder / name).is_file() and not (folder / CONFIG_FILE).is_file():
+            raise ModelFolderError(
+                f"{folder / CONFIG_FILE}: missing beside {name}; copy the adapter folder again"
+            )
+
+
+def base_of(folder: Path) -> Path:
+    """The folder of the model that an adapter folder belongs to (itself an adapter's, perhaps).
+
+    Raises:
+        ModelFolderError: no base is named, or it is not there.
+    """
+    file = folder / CONFIG_FILE
+    config = hub.read_json(file)
+    base = config.get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
+        raise ModelFolderError(
+            f"{file}: names no base_model_name_or_path; set it to the model the adapters were "
+            "trained on"
+        )
+    if not Path(base).expanduser().exists() and config.get("revision") not in (None, "main"):
+        raise ModelFolderError(
+            f"{file}: revision = {config['revision']!r} of the base is not fetched here; download "
+            "it into a folder and set base_model_name_or_path to that"
+        )
+    if Path(base).suffix == ".pth" and Path(base).is_file():
+        return Path(base)
+    try:
+        found = hub.find_folder(base)
+    except ModelFolderError as error:
+        raise ModelFolderError(
+            f"{file}: its base model is not there ({error}); set base_model_name_or_path to the "
+            "folder of that model"
+        ) from error
+    if found.resolve() == folder.resolve():
+        raise ModelFolderError(
+            f"{file}: base_model_name_or_path is this folder, which has no model; set it to the "
+            "model the adapters were trained on"
+        )
+    return found
+
+
+def read_settings(folder: Path) -> PeftLoraConfig:
+    """`adapter_config.json` as PEFT's configuration.
+
+    A key that PEFT does not know is named in the log and has no effect, as in PEFT itself.
+
+    Raises:
+        ModelFolderError: no LoRA, or a setting that is not computed here, by name.
+    """
+    file = folder / CONFIG_FILE
+    tree = hub.read_json(file)
+    if tree.get("peft_type") != "LORA":
+        raise ModelFolderError(
+            f"{file}: peft_type = {tree.get('peft_type')!r}; only LoRA adapters are read here, so "
+            + MERGE_REMEDY
+        )
+    fields = {field.name for field in dataclasses.fields(PeftLoraConfig)}
+    _check_unknown(file, {key: value for key, value in tree.items() if key not in fields})
+    for key, reason in _REFUSED.items():
+        if tree.get(key):
+            raise ModelFolderError(f"{file}: {key} = {tree[key]!r} {reason}")
+    _check_values(file, tree)
+    with foreign_errors(file):
+        return PeftLoraConfig(**{key: value for key, value in tree.items() if key in fields})
+
+
+def _check_unknown(file: Path, unknown: Mapping[str, Any]) -> None:
+    for key, value in unknown.items():
+        if key.startswith("use_") and value:
+            # A switch that is on and that this PEFT does not know surely changes the function.
+            raise ModelFolderError(
+                f"{file}: {key} = {value!r} is not known to peft {peft_version}; install the peft "
+                "that wrote this folder and merge it there, or remove the key if it is about "
+                "training alone"
+            )
+        if value not in (None, False, [], {}) and key not in _TRAINING_ONLY:
+            logger.warning(
+                "%s: %s is not known to peft %s and has no effect", file, key, peft_version
+            )
+
+
+def _check_values(file: Path, tree: Mapping[str, Any]) -> None:
+    """Raises ModelFolderError for values of known settings that are not computed here."""
+    init = tree.get("init_lora_weights", True)
+    if str(init).lower().startswith("corda"):
+        raise ModelFolderError(
+            f"{file}: init_lora_weights = {init!r} changed the base by statistics that no adapter "
+            "folder holds; save it through peft's path_initial_model_for_weight_conversion, which "
+            "makes plain LoRA of it"
+        )
+    if tree.get("task_type") in _HEADS_OF_TASKS:
+        raise ModelFolderError(
+            f"{file}: task_type = {tree['task_type']!r} has a head of its own, which a chat model "
+            "has not; use the adapter through peft"
+        )
+    if tree.get("bias", "none") not in ("none", "all", "lora_only"):
+        raise ModelFolderError(f"{file}: bias = {tree['bias']!r}; it is none, all or lora_only")
+    if not tree.get("target_modules") and not tree.get("target_parameters"):
+        raise ModelFolderError(
+            f"{file}: names no target_modules; copy the adapter folder again, or set it to the "
+            "layers that the adapters sit on"
+        )
+
+
+@contextmanager
+def foreign_errors(file: Path) -> Iterator[None]:
+    """PEFT's exceptions as a sentence, its warnings as lines of the log."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+        except ModelFolderError:
+            raise
+        # What PEFT makes of a setting is its own: it raises ValueError, TypeError, KeyError,
+        # re.error, ImportError and others.
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ModelFolderError(
+                f"{file}: peft {peft_version} cannot use it ({reason}); correct the setting, or "
+                "save the adapter again"
+            ) from error
+    for warning in caught:
+        logger.warning("%s: %s", file, str(warning.message).strip().splitlines()[0])
+
+
+def read_tensors(folder: Path) -> tuple[Path, dict[str, LazyTensor]]:
+    """(file, tensors by their names in it); safetensors first, as PEFT does.
+
+    Raises:
+        ModelFolderError: no such file, or one that is damaged or empty.
+    """
+    file = folder / WEIGHTS_FILE
+    if not file.is_file() and (folder / _PICKLED_FILE).is_file():
+        file = folder / _PICKLED_FILE
+        tensors = {name: _in_memory(tensor) for name, tensor in _unpickled(file).items()}
+    elif not file.is_file():
+        raise ModelFolderError(f"{file}: missing; copy the adapter folder again")
+    else:
+        tensors = dict(hub.open_tensors(file))
+    if not tensors:
+        raise ModelFolderError(f"{file}: holds no tensors; copy the adapter folder again")
+    return file, tensors
+
+
+def _unpickled(file: Path) -> dict[str, Tensor]:
+    try:
+        # Not mapped as a model's files are: adapters are small, and old files cannot be mapped.
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    # Whatever torch's unpickler makes of a damaged or foreign file.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelFolderError(
+            f"{file}: not a plain file of tensors ({reason}); copy the adapter folder again, or "
+            "save it as safetensors"
+        ) from error
+    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise ModelFolderError(
+            f"{file}: not a plain dict of tensors; save the adapter again with save_pretrained"
+        )
+    return {str(name): tensor for name, tensor in loaded.items()}
+
+
+def _in_memory(tensor: Tensor) -> LazyTensor:
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
