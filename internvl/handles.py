@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from transformers import InternVLConfig, PreTrainedTokenizerFast
 
-from internvl import checkpoint, generate, zoo
+from internvl import checkpoint, generate, inherited, zoo
 from internvl.config import ModelConfig, Recipe, TilesConfig, UserError
 from internvl.data.chat import ChatEncoder
 from internvl.data.templates import TEMPLATES, Template, template
 from internvl.data.tokenizers import add_special_tokens, check_vocabulary, load_tokenizer
 from internvl.embed import Dual
 from internvl.generate import Request, Settings, answers
+from internvl.inherited import Completed, tiling
 from internvl.models import configs, dual_files, hub, lora, parts, vlm
 from internvl.models.dual import DualModel
 from internvl.models.hub import ModelFolderError
@@ -222,6 +223,8 @@ def for_training(recipe: Recipe) -> Chat | Dual:
         UserError: a model that does not train here or with this objective, a part it does not have,
             or no bitsandbytes to quantize with.
     """
+    if not inherited.is_complete(recipe):
+        recipe = complete(recipe).recipe
     quantize = recipe.model.quantize
     loaded = load(
         recipe.model.id,
@@ -229,11 +232,42 @@ def for_training(recipe: Recipe) -> Chat | Dual:
         dtype="float32" if quantize is None else recipe.dtype,
         quantize=quantize,
         drop_path=recipe.model.drop_path,
-        image_size=recipe.data.tiles.size,
+        image_size=recipe.data.tiling.size,
     )
     check_objective(recipe, isinstance(loaded, Dual))
     _choose_trainable(loaded.model, recipe.model)
     return loaded if isinstance(loaded, Dual) else _with_settings(loaded, recipe)
+
+
+def complete(recipe: Recipe) -> Completed:
+    """The recipe with what it leaves open taken from its run folder, where a run goes on, else from
+    its checkpoint; no weight is read.
+
+    Raises:
+        ModelFolderError: the checkpoint cannot be used.
+        UserError: what the recipe says does not fit it; all in one sentence.
+    """
+    if is_run(recipe.run):
+        saved = _recipe_of(recipe.run)
+        if saved.model.id == recipe.model.id:
+            return inherited.complete(recipe, inherited.of_run(saved, recipe.run / "recipe.yaml"))
+    return inherited.complete(recipe, _checkpoint_of(recipe.model.id))
+
+
+def _checkpoint_of(name: str) -> inherited.Checkpoint:
+    """What a model or run folder, or a hub id, says of images and conversations."""
+    if is_run(Path(name)):
+        return inherited.of_run(_recipe_of(Path(name)), Path(name) / "recipe.yaml")
+    files, _ = open_files(name)
+    return inherited.of_files(files, inherited.named(name, files.folder))
+
+
+def _recipe_of(run: Path) -> Recipe:
+    """The recipe in a run folder, complete: earlier versions left the template open there."""
+    recipe = load_recipe(run / "recipe.yaml")
+    if inherited.is_complete(recipe):
+        return recipe
+    return inherited.complete(recipe, _checkpoint_of(recipe.model.id)).recipe
 
 
 def check_objective(recipe: Recipe, dual: bool) -> None:
@@ -262,19 +296,20 @@ def _with_settings(chat: Chat, recipe: Recipe) -> Chat:
             f"{recipe.model.id}: GPT-OSS answers and exports here, but does not train: packed rows "
             "have no sliding windows; choose a model with another language model"
         )
-    chosen = template(data.template) if data.template else chat.template
+    tiles, chosen = data.tiling, template(data.template) if data.template else chat.template
     system = chat.system_message if data.system_message is None else data.system_message
     model.config.internvl = configs.chat_settings(model.config) | {
         "template": chosen.name,
-        "system_message": system,
-        "dynamic_image_size": data.tiles.max > 1,
-        "use_thumbnail": data.tiles.thumbnail,
-        "min_dynamic_patch": data.tiles.min,
-        "max_dynamic_patch": data.tiles.max,
-        "pad2square": data.tiles.pad_square,
-        "normalize": data.normalize,
+        # As a release says it: null where the template's own holds.
+        "system_message": None if system == chosen.system_message else system,
+        "dynamic_image_size": tiles.max > 1,
+        "use_thumbnail": tiles.thumbnail,
+        "min_dynamic_patch": tiles.min,
+        "max_dynamic_patch": tiles.max,
+        "pad2square": tiles.pad_square,
+        "normalize": data.statistics,
     }
-    return replace(chat, template=chosen, system_message=system, tiles=data.tiles)
+    return replace(chat, template=chosen, system_message=system, tiles=tiles)
 
 
 def describe(folder: Path, image_token_id: int | None = None) -> Description:
@@ -350,19 +385,6 @@ def build(
     size = model.config.vision_config.image_size[0]
     own = tiles or tiling(configs.chat_settings(model.config), size)
     return Chat(model, tokenizer, chosen, own, None, folders.language)
-
-
-def tiling(settings: dict[str, Any], size: int) -> TilesConfig:
-    """The checkpoint's own way to cut an image into tiles of `size` px."""
-    if not settings["dynamic_image_size"]:
-        pad = settings["pad2square"]
-        return TilesConfig(size=size, min=1, max=1, thumbnail=False, pad_square=pad)
-    return TilesConfig(
-        size=size,
-        min=settings["min_dynamic_patch"],
-        max=settings["max_dynamic_patch"],
-        thumbnail=settings["use_thumbnail"],
-    )
 
 
 def _known_template(name: str | None, folder: Path) -> Template:

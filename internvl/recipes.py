@@ -22,6 +22,7 @@ from internvl.config import (
     GuardConfig,
     ModelConfig,
     Recipe,
+    TilesConfig,
     Tower,
     sentence,
 )
@@ -66,9 +67,10 @@ def resolve(tree: dict[str, Any], overrides: Sequence[str] = (), *, name: str = 
     tree = copy.deepcopy(tree)
     problems = list(_apply(tree, overrides))
     problems += [f"{'.'.join(path)}: {what}" for path, what in _unknown_keys(Recipe, tree, ())]
+    _leave_open(tree.get("data"))
     recipe = None
     try:
-        recipe = TypeAdapter(Recipe).validate_python(tree)
+        recipe = _closed(TypeAdapter(Recipe).validate_python(tree))
     except ValidationError as error:
         problems += [sentence(e) for e in error.errors() if not _is_echo(e)]
     if recipe is not None:
@@ -76,6 +78,24 @@ def resolve(tree: dict[str, Any], overrides: Sequence[str] = (), *, name: str = 
     if problems or recipe is None:
         raise ConfigError("\n".join([f"{name}: {len(problems)} problem(s)", *problems]))
     return recipe
+
+
+def _leave_open(data: Any) -> None:
+    """What a recipe does not say of images is its checkpoint's; a `DataConfig` made in Python has
+    plain defaults instead, for it may have no checkpoint."""
+    if isinstance(data, dict):
+        if data.get("tiles") is None:
+            data["tiles"] = {}
+        data.setdefault("normalize", None)
+
+
+def _closed(recipe: Recipe) -> Recipe:
+    """The same recipe, its tiles as TilesConfig where it leaves none of them open."""
+    tiles = recipe.data.tiles
+    if isinstance(tiles, TilesConfig) or tiles.open:
+        return recipe
+    complete = TilesConfig(**vars(tiles))
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, tiles=complete))
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -159,9 +179,10 @@ def _contradictions(recipe: Recipe) -> list[str]:
         problems.append("data.sources: no source; give one, or data.meta")
     if recipe.data.row_tokens is not None and recipe.data.row_tokens < recipe.data.max_tokens:
         problems.append("data.row_tokens: smaller than data.max_tokens; a row takes any sample")
-    if recipe.data.tiles.min > recipe.data.tiles.max:
+    tiles = recipe.data.tiles
+    if tiles.max is not None and tiles.min is not None and tiles.min > tiles.max:
         problems.append("data.tiles.min: larger than data.tiles.max")
-    if recipe.data.tiles.pad_square and recipe.data.tiles.max > 1:
+    if tiles.pad_square and tiles.max is not None and tiles.max > 1:
         problems.append("data.tiles.pad_square: only with data.tiles.max: 1, as in the original")
     if recipe.data.video.min_frames > recipe.data.video.max_frames:
         problems.append("data.video.min_frames: larger than data.video.max_frames")

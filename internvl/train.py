@@ -25,6 +25,7 @@ from internvl import (
     evals,
     guards,
     handles,
+    inherited,
     log,
     optim,
     parallel,
@@ -90,6 +91,8 @@ def build(recipe: Recipe, chat: handles.Chat | Dual | None = None) -> Run:
         chat: a model to train as it is, adapters included, instead of loading `recipe.model`.
     """
     device = dist.init_from_env(recipe.device)
+    if not inherited.is_complete(recipe):
+        recipe = _completed(recipe, chat)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
@@ -114,6 +117,15 @@ def build(recipe: Recipe, chat: handles.Chat | Dual | None = None) -> Run:
         guard=Guard(recipe.guard),
         row_lengths=parallel.row_lengths(recipe.compute, device, recipe.data) if packs else (),
     )
+
+
+def _completed(recipe: Recipe, chat: handles.Chat | Dual | None) -> Recipe:
+    """The recipe with what it leaves open from the model that is given, else as `handles.complete`
+    has it."""
+    if chat is None:
+        return handles.complete(recipe).recipe
+    start = inherited.of_config(chat.model.config, "the model that is given")
+    return inherited.complete(recipe, start).recipe
 
 
 def train_step(run: Run, micro_batches: Sequence[Batch]) -> dict[str, float]:
@@ -260,13 +272,16 @@ def run(recipe: Recipe) -> Path:
     dist.init_from_env(recipe.device)
     if not dist.is_main():
         logger.setLevel(logging.WARNING)
+    completed = handles.complete(recipe)
+    recipe = completed.recipe
+    dist.barrier()  # every rank has read the run folder's recipe before rank 0 writes it anew
     with runfolder.owned(recipe), guards.stop_signal() as stop:
         if runfolder.finished(recipe.run):
             logger.info("the run %s is finished; choose another `run` to train again", recipe.run)
             return recipe.run
         now = build(recipe)
         metrics = _resume(now)
-        logger.info(summary(now))
+        logger.info("%s\n%s", summary(now), completed.render())
         enough = validate(now, metrics)
         with log.Progress("steps", total=now.num_steps - now.step) as progress:
             for numbers in updates(now) if enough is None else ():
