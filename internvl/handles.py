@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import InternVLConfig, PreTrainedTokenizerFast
 
-from internvl import checkpoint, generate, inherited, zoo
+from internvl import checkpoint, generate, inherited, parallel, zoo
 from internvl.config import ModelConfig, Recipe, TilesConfig, UserError
 from internvl.data.chat import ChatEncoder
 from internvl.data.templates import TEMPLATES, Template, template
@@ -126,7 +126,7 @@ def load(
     Raises:
         ModelFolderError: one sentence on what is wrong with the folder, and the remedy.
     """
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = device_of(device)
     precision = _dtype(dtype, place)
     if is_run(Path(name_or_folder)):
         return _load_run(Path(name_or_folder), place, precision)
@@ -162,6 +162,11 @@ def load(
     if adapter is not None:
         lora.load_adapter(model, adapter)
     return Chat(model, head.tokenizer, head.template, tiles, head.system_message, source.folder)
+
+
+def device_of(device: str | torch.device | None) -> torch.device:
+    """The device that is named; by default the GPU, if there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def open_files(name_or_folder: str | Path) -> tuple[hub.ModelFolder, Path | None]:
@@ -201,7 +206,12 @@ def _load_run(folder: Path, device: torch.device, dtype: torch.dtype) -> Chat | 
     Raises:
         ModelFolderError: the run has no checkpoint yet.
     """
-    recipe = load_recipe(folder / "recipe.yaml")
+    chat = _restored(folder, load_recipe(folder / "recipe.yaml"))
+    return replace(chat, model=chat.model.to(device, dtype).eval())
+
+
+def _restored(folder: Path, recipe: Recipe) -> Chat | Dual:
+    """As `for_training` makes it, with the weights of the run's newest checkpoint."""
     # Adapters trained on a quantized base are used and merged on the base as it was released.
     recipe = replace(recipe, model=replace(recipe.model, quantize=None))
     saved = checkpoint.steps(folder / "checkpoints")
@@ -209,7 +219,24 @@ def _load_run(folder: Path, device: torch.device, dtype: torch.dtype) -> Chat | 
         raise ModelFolderError(f"{folder}: the run has no checkpoint yet; train it first")
     chat = for_training(recipe)
     checkpoint.load_weights(folder / "checkpoints", saved[-1], chat.model)
-    return replace(chat, model=chat.model.to(device, dtype).eval())
+    return chat
+
+
+def load_as_trained(folder: Path, device: torch.device, dtype: str) -> Chat | Dual:
+    """The model of a run as its own evaluations have it: trained weights in float32, frozen ones in
+    `dtype`, the recipe's attention; for use within `parallel.evaluating`.
+
+    The weights under adapters are as released: neither quantized nor in float8.
+
+    Raises:
+        ModelFolderError: the run has no checkpoint yet.
+    """
+    recipe = load_recipe(folder / "recipe.yaml")
+    chat = _restored(folder, recipe)
+    parallel.place(chat.model, device, dtype)
+    compute = parallel.possible(replace(recipe.compute, float8=False), device)
+    parallel.arrange(chat.model, device, compute)
+    return replace(chat, model=chat.model.eval())
 
 
 def for_training(recipe: Recipe) -> Chat | Dual:
@@ -245,13 +272,15 @@ def complete(recipe: Recipe) -> Completed:
 
     Raises:
         ModelFolderError: the checkpoint cannot be used.
-        UserError: what the recipe says does not fit it; all in one sentence.
+        UserError: the objective or the tiles do not fit it; of tiles all in one sentence.
     """
     if is_run(recipe.run):
         saved = _recipe_of(recipe.run)
         if saved.model.id == recipe.model.id:
             return inherited.complete(recipe, inherited.of_run(saved, recipe.run / "recipe.yaml"))
-    return inherited.complete(recipe, _checkpoint_of(recipe.model.id))
+    start = _checkpoint_of(recipe.model.id)
+    check_objective(recipe, start.dual)
+    return inherited.complete(recipe, start)
 
 
 def _checkpoint_of(name: str) -> inherited.Checkpoint:

@@ -156,12 +156,15 @@ def complete(recipe: Recipe, shape: InternVLConfig | DualConfig | None = None) -
     Raises:
         UserError: as `make`.
     """
-    if shape is not None:
-        return inherited.complete(recipe, inherited.of_config(shape, "the model's configuration"))
-    if is_here(recipe):
+    if shape is None and is_here(recipe):
         return handles.complete(recipe)
-    name = "table of released models (config.json is not here)"
-    return inherited.complete(recipe, inherited.of_files(_files(recipe), name))
+    if shape is not None:
+        start = inherited.of_config(shape, "the model's configuration")
+    else:
+        name = "table of released models (config.json is not here)"
+        start = inherited.of_files(_files(recipe), name)
+    handles.check_objective(recipe, start.dual)
+    return inherited.complete(recipe, start)
 
 
 def model_of(recipe: Recipe, shape: InternVLConfig | DualConfig | None = None) -> Any:

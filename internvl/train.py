@@ -358,7 +358,7 @@ def evaluate(now: Run) -> dict[str, float]:
     if not specs:
         return {}
     now.model.eval()
-    with parallel.autocast(now.device, now.recipe.dtype), parallel.uncompiled():
+    with parallel.evaluating(now.device, now.recipe.dtype):
         return evals.run_all(evals.build(specs), now.chat, now.folder / "evals", now.step)
 
 
