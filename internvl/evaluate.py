@@ -184,6 +184,7 @@ def _open_run(folder: Path, recipe: Recipe, device: str | None, dtype: str | Non
     inside += f" on {recipe.model.quantize} weights" if recipe.model.quantize else ""
     where = place.type if recipe.device == "auto" else recipe.device
     attention = recipe.compute.attention
+    computing: AbstractContextManager[None]
     if chosen not in parallel.DTYPES:  # float16, which nothing trains in
         handle = handles.load(folder, device=place, dtype=chosen)
         here, computing = f"{chosen} weights", nullcontext()

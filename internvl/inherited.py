@@ -24,6 +24,11 @@ _NAMES = {
     "pad_square": "pad2square",
 }
 """Fields of `TilesConfig` and the official keys of config.json."""
+_OF_14B: dict[str, Any] = {
+    **{"data.tiles.min": 1, "data.tiles.max": 1, "data.tiles.pad_square": False},
+    **{"data.normalize": "imagenet", "data.template": None, "data.system_message": None},
+}
+"""What InternVL-14B honours of these keys, and nothing else."""
 _SHOWN = 32  # characters of a value in a table
 
 
@@ -107,12 +112,9 @@ def of_config(config: Any, name: str, said: dict[str, Any] | None = None) -> Che
     """
     size, patch = config.vision_config.image_size[0], config.vision_config.patch_size[0]
     if isinstance(config, DualConfig):
-        one = TilesConfig(size=size, min=1, max=1, thumbnail=False)
-        values = {"data.tiles.size": size}
-        fixed = {f"data.tiles.{f.name}": getattr(one, f.name) for f in fields(one)}
-        fixed |= {"data.normalize": "imagenet", "data.template": None, "data.system_message": None}
-        sources = dict.fromkeys(fixed, "InternVL-14B")
-        return Checkpoint(True, fixed | values, sources | {"data.tiles.size": name}, patch, size)
+        values = _OF_14B | {"data.tiles.size": size, "data.tiles.thumbnail": False}
+        sources = dict.fromkeys(values, "InternVL-14B") | {"data.tiles.size": name}
+        return Checkpoint(True, values, sources, patch, size)
     settings = configs.chat_settings(config)
     tiles = vars(tiling(settings, size))
     values = {f"data.tiles.{key}": value for key, value in tiles.items()}
@@ -233,9 +235,7 @@ def _problems(
 def _unused(values: dict[str, Any], stated: Sequence[str] | set[str]) -> Iterator[str]:
     """What InternVL-14B would not honour: an image is one square tile, stretched, of ImageNet's
     mean and deviation, and there are no conversations."""
-    fixed = {"data.tiles.min": 1, "data.tiles.max": 1, "data.tiles.pad_square": False}
-    fixed |= {"data.normalize": "imagenet", "data.template": None, "data.system_message": None}
-    for key, only in fixed.items():
+    for key, only in _OF_14B.items():
         if key in stated and values[key] != only:
             remedy = "leave it out" if only is None else f"leave it out or set {str(only).lower()}"
             yield f"{key} = {str(values[key]).lower()} is not for InternVL-14B: {remedy}"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pair_runs
 import pytest
+import yaml
 from data_files import chat_line, model_folder, picture, recipe, write_lines
 
 from internvl import check, cli, config, gpus, plan, recipes
@@ -236,7 +237,7 @@ def test_tiles_of_a_released_model_that_is_not_here(model, objective, size, most
     tree = yaml.safe_load(recipes.to_yaml(released(model, rank=0)))
     tree["data"] |= {"tiles": None, "normalize": None, "template": None, "system_message": None}
     recipe = recipes.resolve(tree | {"objective": {"name": objective}})
-    made = plan.make(recipe, gpus.find("H200"), num_gpus=64)
+    made = plan.complete(recipe)
     assert (made.recipe.data.tiling.size, made.recipe.data.tiling.max) == (size, most)
     said = [line.split(maxsplit=2) for line in made.render().splitlines()]
     source = "table of released models (config.json is not here)"
