@@ -25,8 +25,12 @@ _NAMES = {
 }
 """Fields of `TilesConfig` and the official keys of config.json."""
 _OF_14B: dict[str, Any] = {
-    **{"data.tiles.min": 1, "data.tiles.max": 1, "data.tiles.pad_square": False},
-    **{"data.normalize": "imagenet", "data.template": None, "data.system_message": None},
+    "data.tiles.min": 1,
+    "data.tiles.max": 1,
+    "data.tiles.pad_square": False,
+    "data.normalize": "imagenet",
+    "data.template": None,
+    "data.system_message": None,
 }
 """What InternVL-14B honours of these keys, and nothing else."""
 _SHOWN = 32  # characters of a value in a table
