@@ -71,7 +71,9 @@ def run(recipe: Recipe, *, report: Path | None = None) -> Checked:
     Raises:
         UserError: the model's folder cannot be used. Problems of the data are collected instead.
     """
-    checked = Checked(recipe)
+    completed = handles.complete(recipe)
+    recipe = completed.recipe
+    checked = Checked(recipe, inherited=completed.render())
     encoder = encoder_of(recipe)
     files, unusable = _open_all(recipe)
     checked.problems += unusable
@@ -112,7 +114,11 @@ def _open_all(recipe: Recipe) -> tuple[list[Source], list[BadSample]]:
 
 
 def encoder_of(recipe: Recipe) -> ChatEncoder | CaptionEncoder:
-    """The encoder that training would use, without reading weights."""
+    """The encoder that training would use, without reading weights.
+
+    Args:
+        recipe: with nothing left open.
+    """
     source, _ = handles.open_files(recipe.model.id)
     folder, dual = source.folder, source.family == "dual"
     handles.check_objective(recipe, dual)
@@ -128,7 +134,7 @@ def encoder_of(recipe: Recipe) -> ChatEncoder | CaptionEncoder:
     return ChatEncoder(
         head.tokenizer,
         template(data.template) if data.template else head.template,
-        vlm.tokens_per_tile(head.config, data.tiles.size),
+        vlm.tokens_per_tile(head.config, data.tiling.size),
         head.system_message if data.system_message is None else data.system_message,
     )
 

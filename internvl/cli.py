@@ -142,6 +142,7 @@ def evaluate(args: Arguments) -> int:
     )
     model = args.model if args.split == "test" else ""
     print(evaluate.render(found.metrics, model, found.counts))
+    print(f"computed in {found.computed}")
     return 0
 
 
@@ -380,7 +381,11 @@ def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--limit", type=int, help="only the first pictures")
     sub.add_argument("--batch-size", type=int)
     sub.add_argument("--device", help="cuda, cuda:1, cpu; by default the GPU if there is one")
-    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    sub.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="by default a run's own; of a model, bfloat16 on a GPU and float32 on a CPU",
+    )
     of = sub.add_argument_group("captions")
     of.add_argument("--prompt", help="the question; by default the original's")
     of.add_argument("--tokenize", choices=("ptb", "characters", "words"))

@@ -5,7 +5,7 @@ it; the resolved one is saved in the run folder.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -88,12 +88,37 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TilesConfig:
-    """How an image becomes tiles (dynamic resolution)."""
+class TilesChoice:
+    """How an image becomes tiles (dynamic resolution): what a recipe says of it. What it leaves
+    out, or null, is the checkpoint's own."""
+
+    __pydantic_config__ = _STRICT
+    size: Positive | None = None
+    """Side of a tile, in pixels. A multiple of twice the patch size. Another one than the
+    checkpoint's resizes its position embeddings."""
+    min: Positive | None = None
+    """Fewest tiles an image may become."""
+    max: Positive | None = None
+    """Most tiles an image may become, thumbnail not counted; for InternVL-14B always 1."""
+    thumbnail: bool | None = None
+    """Append the whole image as one more tile where it was cut into several."""
+    pad_square: bool | None = None
+    """Pad a picture to a square (in the mean colour) instead of stretching it. Only with
+    `max: 1`; a source with `augment` ignores it, as the original does."""
+
+    @property
+    def open(self) -> tuple[str, ...]:
+        """Names of the fields that are left to the checkpoint."""
+        return tuple(f.name for f in fields(self) if getattr(self, f.name) is None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TilesConfig(TilesChoice):
+    """How an image becomes tiles, nothing left open; a recipe's once its checkpoint is known."""
 
     __pydantic_config__ = _STRICT
     size: Positive = 448
-    """Side of a tile, in pixels. A multiple of twice the patch size."""
+    """Side of a tile, in pixels."""
     min: Positive = 1
     """Fewest tiles an image may become."""
     max: Positive = 12
@@ -101,8 +126,7 @@ class TilesConfig:
     thumbnail: bool = True
     """Append the whole image as one more tile where it was cut into several."""
     pad_square: bool = False
-    """Pad a picture to a square (in the mean colour) instead of stretching it. Only with
-    `max: 1`; a source with `augment` ignores it, as the original does."""
+    """Pad a picture to a square instead of stretching it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,20 +205,21 @@ class DataConfig:
     meta: Path | None = None
     """A meta file of the original (`root, annotation, repeat_time, data_augment, …` of each data
     set); its entries become sources before those above, with `insert_image_mark` as there."""
-    tiles: TilesConfig = TilesConfig()
-    """How an image becomes tiles."""
+    tiles: TilesChoice = TilesConfig()
+    """How an image becomes tiles. In a recipe, what is left out is the checkpoint's."""
     video: VideoConfig = VideoConfig()
     """How a video becomes images."""
     resize: Literal["pillow", "torch"] = "pillow"
     """pillow: as the original, pixel by pixel. torch: its antialiased uint8 resize, 0.004 of 255
     off on average. Both are compiled where numba is installed (`internvl[fast]`), and then take
     about the same time; without it torch's takes a quarter of Pillow's."""
-    normalize: Literal["imagenet", "clip", "siglip"] = "imagenet"
-    """Mean and deviation that pixels are normalized with."""
-    exif: Literal["ignore", "apply"] = "ignore"
+    normalize: Literal["imagenet", "clip", "siglip"] | None = "imagenet"
+    """Mean and deviation that pixels are normalized with. In a recipe, null or nothing takes the
+    checkpoint's."""
+    exif: Literal["ignore", "apply"] | None = "ignore"
     """ignore: an image is taken as it is stored, as in the original; apply: it is turned as its
     EXIF orientation says, as viewers show it, in training and by the exported model too. Not for
-    InternVL-14B."""
+    InternVL-14B. In a recipe, null or nothing takes the checkpoint's."""
     max_tokens: Positive = 8192
     """Longest sample. A longer one loses its end, as in the original, but never part of a picture
     or every answer: then it is a bad sample."""
@@ -216,7 +241,8 @@ class DataConfig:
     template: str | None = None
     """Conversation template; null takes the checkpoint's own."""
     system_message: str | None = None
-    """Replaces the template's system message where a conversation has none."""
+    """Replaces the template's system message where a conversation has none; null takes the
+    checkpoint's, and where it has none either, the template's."""
     on_bad_sample: Literal["raise", "skip"] = "raise"
     """raise stops the run; skip leaves the sample out, lists it in bad_samples.jsonl, and stops
     above `max_bad_fraction`."""
@@ -230,6 +256,28 @@ class DataConfig:
     epoch."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Processes that read and encode ahead of training; 0 does it in the training process."""
+
+    @property
+    def tiling(self) -> TilesConfig:
+        """`tiles` with nothing left open. Raises ValueError before the checkpoint filled them in
+        (handles.complete)."""
+        if not isinstance(self.tiles, TilesConfig):
+            raise ValueError(f"data.tiles: {', '.join(self.tiles.open)} left to the checkpoint")
+        return self.tiles
+
+    @property
+    def orientation(self) -> Literal["ignore", "apply"]:
+        """`exif`. Raises ValueError as `tiling` does."""
+        if self.exif is None:
+            raise ValueError("data.exif: left to the checkpoint")
+        return self.exif
+
+    @property
+    def statistics(self) -> str:
+        """`normalize`, a key of data.images.STATISTICS. Raises ValueError as `tiling` does."""
+        if self.normalize is None:
+            raise ValueError("data.normalize: left to the checkpoint")
+        return self.normalize
 
 
 @dataclass(frozen=True, kw_only=True)

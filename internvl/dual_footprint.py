@@ -164,7 +164,7 @@ class Batch:
 
     def pictures(self) -> float:
         """Pixels, and what the tower makes of them, with a gradient where it trains."""
-        pixels = 6.0 * self.pairs * 3 * self.recipe.data.tiles.size**2
+        pixels = 6.0 * self.pairs * 3 * self.model.config.image_size**2
         copies = 2 if trains(self.model.model.vision_tower) else 1
         return pixels + self.visual_tokens(copies)
 

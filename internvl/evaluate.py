@@ -3,17 +3,19 @@
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from internvl import checkpoint, evals, handles, zoo
-from internvl.config import ConfigError, EvalConfig, eval_config
+from internvl import checkpoint, evals, handles, parallel, zoo
+from internvl.config import ConfigError, EvalConfig, Recipe, eval_config
 from internvl.data import benchmarks
 from internvl.data.arguments import list_texts
 from internvl.evals import caption
+from internvl.models import hub
 from internvl.recipes import load_recipe
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
@@ -45,6 +47,30 @@ class Measured:
     """Named "evaluation/metric", each from 0 to 1 unless its evaluator says otherwise."""
     counts: dict[str, dict[str, int]]
     """Evaluation -> what it measured on, such as pictures and texts, and how many."""
+    computed: str = ""
+    """In which precision, and where a run's own evaluations compute otherwise, what differs:
+    "float32; inside the run: bfloat16 autocast"."""
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """How a model computes, in words: in this evaluation, and in the run or folder it is from."""
+
+    here: tuple[str, ...]
+    there: tuple[str, ...]
+    whose: str
+
+    @property
+    def differs(self) -> str:
+        """What differs, as `Measured.computed`; empty where nothing does."""
+        pairs = [(h, t) for h, t in zip(self.here, self.there, strict=True) if h != t]
+        if not pairs:
+            return ""
+        here, there = (", ".join(words) for words in zip(*pairs, strict=True))
+        return f"{here}; {self.whose}: {there}"
+
+    def __str__(self) -> str:
+        return self.differs or ", ".join(self.here)
 
 
 def run(model_or_run: str | Path, tasks: Sequence[str] | str = (), **how: Any) -> dict[str, float]:
@@ -70,7 +96,10 @@ def measure(
     """Evaluates a model on published sets, on one's own files, or as the recipe of its run says.
 
     What is wrong with the data is found before the model is loaded. Features are kept while they
-    are computed, so the same call goes on after an interruption.
+    are computed, so the same call goes on after an interruption. A run is measured as it measures
+    itself (trained weights in float32, products in its `dtype`, its attention and threads): the
+    last step's scores are the same. What differs is in `computed`, in `result.json` as
+    NAME/computed, and in CLIP_benchmark's lines.
 
     Args:
         tasks: names of benchmarks.TASKS or OWN, or of evaluations of the run's recipe; by default
@@ -79,6 +108,8 @@ def measure(
         root: folder that the published sets lie in.
         dataset_root: the folder of the one set itself; `{dataset}` is filled in.
         languages: of sets that have several, as CLIP_benchmark writes them.
+        dtype: of a run, the compute type, by default its own; of a model, that of all weights, by
+            default bfloat16 on a GPU and float32 on a CPU.
         output: file that the originals' result lines are appended to; by default `to`/result.jsonl.
         features: folder where features stay; otherwise they go when everything is measured.
         fields: of EvalConfig, such as `annotations`, `modes`, `limit`; they override a recipe's.
@@ -95,7 +126,8 @@ def measure(
     if isinstance(fields.get("modes"), str):
         fields["modes"] = [fields["modes"]]
     is_run = handles.is_run(Path(model_or_run))
-    in_run = load_recipe(Path(model_or_run) / "recipe.yaml").evals if is_run else {}
+    recipe = load_recipe(Path(model_or_run) / "recipe.yaml") if is_run else None
+    in_run = {} if recipe is None else recipe.evals
     own_file = not in_run or "annotations" in fields
     names = tasks or (["caption-file"] if own_file else list(in_run))
     jobs: dict[str, Job] = {}
@@ -110,12 +142,20 @@ def measure(
             raise ConfigError(benchmarks.no_such(name, in_run))
     folder = to or (Path(model_or_run) / "evals/evaluate" if is_run else Path("out/evaluate"))
     evaluators = evals.build({name: job.config for name, job in jobs.items()})
-    handle = handles.load(model_or_run, device=device, dtype=dtype)
     kept = features or folder / "features"
-    own = kept / _identity(Path(model_or_run), handle)
-    metrics = evals.run_all(evaluators, handle, folder, features=own)
+    with parallel.threads(None if recipe is None else recipe.threads):
+        if recipe is None:
+            opened = _open_model(model_or_run, device, dtype)
+        else:
+            opened = _open_run(Path(model_or_run), recipe, device, dtype)
+        handle, computed = opened.handle, opened.computed
+        own = kept / _identity(Path(model_or_run), handle, computed)
+        with opened.computing:
+            metrics = evals.run_all(evaluators, handle, folder, features=own)
+    _note(folder / "result.json", list(jobs), computed.differs)
     if features is None:
         shutil.rmtree(kept, ignore_errors=True)
+    differs = computed.differs
     for name, job in jobs.items():
         mine = f"{name}/"
         values = {m.removeprefix(mine): v for m, v in metrics.items() if m.startswith(mine)}
@@ -124,8 +164,79 @@ def measure(
             lines: list[Any] = [_caption_line(job, values, handle, str(model_or_run))]
         else:
             lines = _benchmark_lines(job, values, str(model_or_run))
+            lines = [line | ({"computed": differs} if differs else {}) for line in lines]
         _append(output or folder / "result.jsonl", lines)
-    return Measured(metrics, {name: evaluators[name].counts() for name in jobs})
+    counts = {name: evaluators[name].counts() for name in jobs}
+    return Measured(metrics, counts, str(computed))
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A model that is ready to be measured, within `computing`."""
+
+    handle: Any
+    computing: AbstractContextManager[None]
+    computed: _Computed
+
+
+def _open_run(folder: Path, recipe: Recipe, device: str | None, dtype: str | None) -> _Opened:
+    """The model of a run as its own evaluations have it, or where `dtype` names another compute
+    type, in that."""
+    place = handles.device_of(device)
+    chosen = dtype or recipe.dtype
+    inside = _precision(recipe.dtype)
+    inside += " with float8 products" if recipe.compute.float8 else ""
+    inside += f" on {recipe.model.quantize} weights" if recipe.model.quantize else ""
+    where = place.type if recipe.device == "auto" else recipe.device
+    attention = recipe.compute.attention
+    computing: AbstractContextManager[None]
+    if chosen not in parallel.DTYPES:  # float16, which nothing trains in
+        handle = handles.load(folder, device=place, dtype=chosen)
+        here, computing = f"{chosen} weights", nullcontext()
+        used = "torch's own"
+    else:
+        handle = handles.load_as_trained(folder, place, chosen)
+        here, computing = _precision(chosen), parallel.evaluating(place, chosen)
+        used = parallel.possible(recipe.compute, place).attention
+    words = _Computed(
+        (here, place.type, f"attention {used}"),
+        (inside, where, f"attention {attention}"),
+        "inside the run",
+    )
+    return _Opened(handle, computing, words)
+
+
+def _precision(dtype: str) -> str:
+    """What a run's `dtype` means: trained weights are in float32 in any case."""
+    return dtype if dtype == "float32" else f"{dtype} autocast"
+
+
+def _open_model(name: str | Path, device: str | None, dtype: str | None) -> _Opened:
+    """A model that is no run's, its weights in one type."""
+    handle = handles.load(name, device=device, dtype=dtype)
+    here = str(handle.model.dtype).removeprefix("torch.")
+    stored = _stored(Path(handle.folder)) or here
+    return _Opened(handle, nullcontext(), _Computed((here,), (stored,), "the folder's weights"))
+
+
+def _stored(folder: Path) -> str | None:
+    """The type that config.json says the weights have."""
+    if not (folder / "config.json").is_file():
+        return None
+    config = hub.read_json(folder / "config.json")
+    return config.get("dtype") or config.get("torch_dtype")
+
+
+def _note(file: Path, names: Sequence[str], differs: str) -> None:
+    """Says in `result.json` of these evaluations how they were computed otherwise than inside the
+    run; nothing, where they were not."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    for name in names:
+        found.pop(f"{name}/computed", None)
+        found |= {f"{name}/computed": differs} if differs else {}
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    partial.replace(file)
 
 
 def _path(path: str | Path | None) -> Path | None:
@@ -162,7 +273,7 @@ def _own(name: str, languages: Sequence[str], split: str, fields: dict[str, Any]
     return Job(eval_config(**given), annotations.stem, language)
 
 
-def _identity(named: Path, handle: Any) -> str:
+def _identity(named: Path, handle: Any, computed: _Computed) -> str:
     """A word for exactly these weights in this precision: names, sizes and times of their files."""
     folders = {named, Path(handle.folder)}
     files = {file for folder in folders for kind in _WEIGHTS for file in folder.glob(kind)}
@@ -170,7 +281,7 @@ def _identity(named: Path, handle: Any) -> str:
         step = checkpoint.steps(named / "checkpoints")[-1]
         files |= {*(named / "checkpoints" / f"{step:06d}").rglob("*")}
     states = sorted((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
-    return blake2b(repr((states, str(handle.model.dtype))).encode(), digest_size=8).hexdigest()
+    return blake2b(repr((states, computed.here)).encode(), digest_size=8).hexdigest()
 
 
 def _benchmark_lines(job: Job, values: dict[str, float], pretrained: str) -> list[dict[str, Any]]:

@@ -76,6 +76,9 @@ class Checked:
     """What `run` found."""
 
     recipe: Recipe
+    """With nothing left open."""
+    inherited: str = ""
+    """What holds of images and conversations, and where it is from, in lines."""
     problems: list[BadSample] = field(default_factory=list)
     """All bad samples and unusable files, by file and line."""
     counts: dict[str, Counts] = field(default_factory=dict)
@@ -88,9 +91,10 @@ class Checked:
     """The first samples of the first row."""
 
     def render(self) -> str:
-        """The findings as text: problems, sources, arithmetic, first batch."""
+        """The findings as text: problems, what holds, sources, arithmetic, first batch."""
         parts = [
             "\n".join(_problem_lines(self.problems)),
+            self.inherited,
             "\n".join(_source_line(name, counts) for name, counts in self.counts.items()),
             "\n".join(self.summary()),
             self.arithmetic,
@@ -203,6 +207,9 @@ def page(checked: Checked) -> pages.Report:
         charts = [_chart(what, checked.joined(what)) for what in ("tokens", "tiles")]
         sections.append(pages.Text(title="Sources", paragraphs=lines))
         sections.append(pages.Charts(title="Sizes", charts=charts))
+    if checked.inherited:
+        title, *held = checked.inherited.splitlines()
+        sections.append(pages.Text(title=title.capitalize(), paragraphs=held))
     if checked.first:
         shown = [_page_sample(one) for one in checked.first]
         sections.append(pages.Samples(title="First samples", samples=shown))

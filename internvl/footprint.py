@@ -87,7 +87,7 @@ def of(model: Any, recipe: Recipe, row: Shape, *, compiled: bool, attention: str
         model, recipe.compute, number, compiled=compiled, attention=attention, joined=joined
     )
     moving = {
-        "tiles": 6.0 * row.tiles * 3 * recipe.data.tiles.size**2,
+        "tiles": 6.0 * row.tiles * 3 * model.config.vision_config.image_size[0] ** 2,
         "cast copies of trained weights": blocks.casts(),
         "vision tower activations": blocks.tower(row),
         "language model activations": blocks.decoder(row),

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from transformers import InternVLConfig, PreTrainedTokenizerFast
 
-from internvl import checkpoint, generate, zoo
+from internvl import checkpoint, generate, inherited, parallel, zoo
 from internvl.config import ModelConfig, Recipe, TilesConfig, UserError
 from internvl.data.chat import ChatEncoder
 from internvl.data.templates import TEMPLATES, Template, template
 from internvl.data.tokenizers import add_special_tokens, check_vocabulary, load_tokenizer
 from internvl.embed import Dual
 from internvl.generate import Request, Settings, answers
+from internvl.inherited import Completed, tiling
 from internvl.models import adapters, configs, dual_files, hub, lora, parts, vlm
 from internvl.models.dual import DualModel
 from internvl.models.hub import ModelFolderError
@@ -131,7 +132,7 @@ def load(
     Raises:
         ModelFolderError: one sentence on what is wrong with the folder, and the remedy.
     """
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = device_of(device)
     precision = _dtype(dtype, place)
     if is_run(Path(name_or_folder)):
         return _load_run(Path(name_or_folder), place, precision)
@@ -202,6 +203,11 @@ def _load_files(
     return Chat(model, head.tokenizer, head.template, tiles, head.system_message, source.folder)
 
 
+def device_of(device: str | torch.device | None) -> torch.device:
+    """The device that is named; by default the GPU, if there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def open_files(
     name_or_folder: str | Path, *, above: tuple[Path, ...] = ()
 ) -> tuple[hub.ModelFolder, Path | None]:
@@ -258,7 +264,12 @@ def _load_run(folder: Path, device: torch.device, dtype: torch.dtype) -> Chat | 
     Raises:
         ModelFolderError: the run has no checkpoint yet.
     """
-    recipe = load_recipe(folder / "recipe.yaml")
+    chat = _restored(folder, load_recipe(folder / "recipe.yaml"))
+    return replace(chat, model=chat.model.to(device, dtype).eval())
+
+
+def _restored(folder: Path, recipe: Recipe) -> Chat | Dual:
+    """As `for_training` makes it, with the weights of the run's newest checkpoint."""
     # Adapters trained on a quantized base are used and merged on the base as it was released.
     recipe = replace(recipe, model=replace(recipe.model, quantize=None))
     saved = checkpoint.steps(folder / "checkpoints")
@@ -266,7 +277,24 @@ def _load_run(folder: Path, device: torch.device, dtype: torch.dtype) -> Chat | 
         raise ModelFolderError(f"{folder}: the run has no checkpoint yet; train it first")
     chat = for_training(recipe)
     checkpoint.load_weights(folder / "checkpoints", saved[-1], chat.model)
-    return replace(chat, model=chat.model.to(device, dtype).eval())
+    return chat
+
+
+def load_as_trained(folder: Path, device: torch.device, dtype: str) -> Chat | Dual:
+    """The model of a run as its own evaluations have it: trained weights in float32, frozen ones in
+    `dtype`, the recipe's attention; for use within `parallel.evaluating`.
+
+    The weights under adapters are as released: neither quantized nor in float8.
+
+    Raises:
+        ModelFolderError: the run has no checkpoint yet.
+    """
+    recipe = load_recipe(folder / "recipe.yaml")
+    chat = _restored(folder, recipe)
+    parallel.place(chat.model, device, dtype)
+    compute = parallel.possible(replace(recipe.compute, float8=False), device)
+    parallel.arrange(chat.model, device, compute)
+    return replace(chat, model=chat.model.eval())
 
 
 def for_training(recipe: Recipe) -> Chat | Dual:
@@ -280,6 +308,8 @@ def for_training(recipe: Recipe) -> Chat | Dual:
         UserError: a model that does not train here or with this objective, a part it does not have,
             or no bitsandbytes to quantize with.
     """
+    if not inherited.is_complete(recipe):
+        recipe = complete(recipe).recipe
     quantize = recipe.model.quantize
     loaded = load(
         recipe.model.id,
@@ -287,11 +317,44 @@ def for_training(recipe: Recipe) -> Chat | Dual:
         dtype="float32" if quantize is None else recipe.dtype,
         quantize=quantize,
         drop_path=recipe.model.drop_path,
-        image_size=recipe.data.tiles.size,
+        image_size=recipe.data.tiling.size,
     )
     check_objective(recipe, isinstance(loaded, Dual))
     _choose_trainable(loaded.model, recipe.model)
     return loaded if isinstance(loaded, Dual) else _with_settings(loaded, recipe)
+
+
+def complete(recipe: Recipe) -> Completed:
+    """The recipe with what it leaves open taken from its run folder, where a run goes on, else from
+    its checkpoint; no weight is read.
+
+    Raises:
+        ModelFolderError: the checkpoint cannot be used.
+        UserError: the objective or the tiles do not fit it; of tiles all in one sentence.
+    """
+    if is_run(recipe.run):
+        saved = _recipe_of(recipe.run)
+        if saved.model.id == recipe.model.id:
+            return inherited.complete(recipe, inherited.of_run(saved, recipe.run / "recipe.yaml"))
+    start = _checkpoint_of(recipe.model.id)
+    check_objective(recipe, start.dual)
+    return inherited.complete(recipe, start)
+
+
+def _checkpoint_of(name: str) -> inherited.Checkpoint:
+    """What a model or run folder, or a hub id, says of images and conversations."""
+    if is_run(Path(name)):
+        return inherited.of_run(_recipe_of(Path(name)), Path(name) / "recipe.yaml")
+    files, _ = open_files(name)
+    return inherited.of_files(files, inherited.named(name, files.folder))
+
+
+def _recipe_of(run: Path) -> Recipe:
+    """The recipe in a run folder, complete: earlier versions left the template open there."""
+    recipe = load_recipe(run / "recipe.yaml")
+    if inherited.is_complete(recipe):
+        return recipe
+    return inherited.complete(recipe, _checkpoint_of(recipe.model.id)).recipe
 
 
 def check_objective(recipe: Recipe, dual: bool) -> None:
@@ -327,20 +390,21 @@ def _with_settings(chat: Chat, recipe: Recipe) -> Chat:
             f"{recipe.model.id}: GPT-OSS answers and exports here, but does not train: packed rows "
             "have no sliding windows; choose a model with another language model"
         )
-    chosen = template(data.template) if data.template else chat.template
+    tiles, chosen = data.tiling, template(data.template) if data.template else chat.template
     system = chat.system_message if data.system_message is None else data.system_message
     model.config.internvl = configs.chat_settings(model.config) | {
         "template": chosen.name,
-        "system_message": system,
-        "dynamic_image_size": data.tiles.max > 1,
-        "use_thumbnail": data.tiles.thumbnail,
-        "min_dynamic_patch": data.tiles.min,
-        "max_dynamic_patch": data.tiles.max,
-        "pad2square": data.tiles.pad_square,
-        "normalize": data.normalize,
+        # As a release says it: null where the template's own holds.
+        "system_message": None if system == chosen.system_message else system,
+        "dynamic_image_size": tiles.max > 1,
+        "use_thumbnail": tiles.thumbnail,
+        "min_dynamic_patch": tiles.min,
+        "max_dynamic_patch": tiles.max,
+        "pad2square": tiles.pad_square,
+        "normalize": data.statistics,
         "exif": data.exif,
     }
-    return replace(chat, template=chosen, system_message=system, tiles=data.tiles)
+    return replace(chat, template=chosen, system_message=system, tiles=tiles)
 
 
 def describe(folder: Path, image_token_id: int | None = None) -> Description:
@@ -416,19 +480,6 @@ def build(
     size = model.config.vision_config.image_size[0]
     own = tiles or tiling(configs.chat_settings(model.config), size)
     return Chat(model, tokenizer, chosen, own, None, folders.language)
-
-
-def tiling(settings: dict[str, Any], size: int) -> TilesConfig:
-    """The checkpoint's own way to cut an image into tiles of `size` px."""
-    if not settings["dynamic_image_size"]:
-        pad = settings["pad2square"]
-        return TilesConfig(size=size, min=1, max=1, thumbnail=False, pad_square=pad)
-    return TilesConfig(
-        size=size,
-        min=settings["min_dynamic_patch"],
-        max=settings["max_dynamic_patch"],
-        thumbnail=settings["use_thumbnail"],
-    )
 
 
 def _known_template(name: str | None, folder: Path) -> Template:

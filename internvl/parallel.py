@@ -109,6 +109,13 @@ def _kernels(kind: str, text: Any) -> dict[str, str]:
     return names
 
 
+def possible(compute: ComputeConfig, device: torch.device) -> ComputeConfig:
+    """The same settings, attention chosen anew where this device has no FlashAttention 4."""
+    if compute.attention == "flash" and not attention.has_flash(device):
+        return replace(compute, attention="auto")
+    return compute
+
+
 def _attention(compute: ComputeConfig, device: torch.device) -> str:
     """What `auto` stands for on this device, and what was asked for is there.
 
@@ -319,6 +326,26 @@ def wait(device: torch.device) -> None:
 def uncompiled() -> AbstractContextManager[None]:
     """Compiled blocks run as they are written: generation has a new shape for every token."""
     return torch.compiler.set_stance("force_eager")
+
+
+@contextmanager
+def evaluating(device: torch.device, dtype: str) -> Iterator[None]:
+    """How a run's evaluations compute, in the run and from outside: compiled blocks as they are
+    written, matrix products in the compute type."""
+    with autocast(device, dtype), uncompiled():
+        yield
+
+
+@contextmanager
+def threads(number: int | None) -> Iterator[None]:
+    """Inside, so many CPU threads compute; None leaves them as they are."""
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from internvl import (
     footprint,
     gpus,
     handles,
+    inherited,
     parallel,
     recipes,
     relief,
@@ -41,6 +42,7 @@ from internvl.findings import FirstStep
 from internvl.flops import Flops, Work
 from internvl.footprint import GIB, Footprint, Shape
 from internvl.gpus import CALIBRATION, Gpu
+from internvl.inherited import Completed
 from internvl.models import dual_files, float8, hub, lora, vlm
 from internvl.models.dual_configs import DualConfig
 
@@ -80,6 +82,7 @@ class Plan:
     """The prediction."""
 
     recipe: Recipe
+    """With nothing left open."""
     gpu: Gpu
     num_gpus: int
     load: Load | PairLoad
@@ -92,6 +95,8 @@ class Plan:
     parameters: int
     remedy: str = ""
     """What makes it fit, where it does not."""
+    inherited: str = ""
+    """What holds of images and conversations, and where it is from, in lines."""
 
     @property
     def fits(self) -> bool:
@@ -131,16 +136,35 @@ def make(
         shape: the model's configuration; by default that of `recipe.model.id`.
 
     Raises:
-        UserError: the model is neither a folder nor a released one, or not for this objective;
-            float8 on a GPU that has none.
+        UserError: the model is neither a folder nor a released one, or not for this objective or
+            these tiles; float8 on a GPU that has none.
     """
     if recipe.compute.float8 and not gpu.float8:
         raise UserError(
             f"compute.float8: {gpu.name} has no float8 products; set compute.float8=false"
         )
-    model = model_of(recipe, shape)
-    made = _predict(recipe, model, gpu, step, num_gpus)
+    completed = complete(recipe, shape)
+    model = model_of(completed.recipe, shape)
+    made = _predict(completed.recipe, model, gpu, step, num_gpus)
+    made = replace(made, inherited=completed.render())
     return made if made.fits else replace(made, remedy=_remedy(made, model, step))
+
+
+def complete(recipe: Recipe, shape: InternVLConfig | DualConfig | None = None) -> Completed:
+    """As handles.complete; where the model's files are not here, from the table of released models.
+
+    Raises:
+        UserError: as `make`.
+    """
+    if shape is None and is_here(recipe):
+        return handles.complete(recipe)
+    if shape is not None:
+        start = inherited.of_config(shape, "the model's configuration")
+    else:
+        name = "table of released models (config.json is not here)"
+        start = inherited.of_files(_files(recipe), name)
+    handles.check_objective(recipe, start.dual)
+    return inherited.complete(recipe, start)
 
 
 def model_of(recipe: Recipe, shape: InternVLConfig | DualConfig | None = None) -> Any:
@@ -161,21 +185,25 @@ def model_of(recipe: Recipe, shape: InternVLConfig | DualConfig | None = None) -
 
 def _config(recipe: Recipe) -> InternVLConfig | DualConfig:
     """The configuration of the model's folder, else of the released model of that name."""
-    folder, size = Path(recipe.model.id).expanduser(), recipe.data.tiles.size
-    if folder.is_dir():
-        source, _ = handles.open_files(folder)
-    else:
-        try:
-            model = zoo.find(recipe.model.id)
-        except zoo.UnknownModel as error:
-            raise UserError(
-                f"model.id: {recipe.model.id} is no folder, and {error}; a plan needs config.json"
-            ) from None
-        source = hub.ModelFolder(folder, zoo.official_config(model))
+    source, size = _files(recipe), recipe.data.tiles.size
     if source.family == "dual":
         return dual_files.read_config(source, image_size=size)
     # Which id is the placeholder's does not matter here, so that no tokenizer is needed.
     return vlm.read_config(source, image_token_id=0, image_size=size)
+
+
+def _files(recipe: Recipe) -> hub.ModelFolder:
+    """The model's folder, else what is known of the released model of that name."""
+    folder = Path(recipe.model.id).expanduser()
+    if folder.is_dir():
+        return handles.open_files(folder)[0]
+    try:
+        model = zoo.find(recipe.model.id)
+    except zoo.UnknownModel as error:
+        raise UserError(
+            f"model.id: {recipe.model.id} is no folder, and {error}; a plan needs config.json"
+        ) from None
+    return hub.ModelFolder(folder, zoo.official_config(model))
 
 
 def is_here(recipe: Recipe) -> bool:
@@ -244,9 +272,10 @@ def load_of(recipe: Recipe, model: Any, step: FirstStep | None, num_gpus: int = 
     data = recipe.data
     lengths = parallel.row_lengths(recipe.compute, torch.device("cuda"), data)
     limit = lengths[-1] if lengths else data.row_tokens or data.max_tokens
-    per_tile = vlm.tokens_per_tile(model.config, data.tiles.size)
     if step is None:
-        tiles = data.tiles.max + (data.tiles.thumbnail and data.tiles.max > 1)
+        tiling = data.tiling
+        per_tile = vlm.tokens_per_tile(model.config, tiling.size)
+        tiles = tiling.max + (tiling.thumbnail and tiling.max > 1)
         tokens = min(data.max_tokens, tiles * per_tile + _TEXT_TOKENS)
         pairs = tokens * (tokens + 1) / 2
         work = Work(1, tokens, tiles, _SUPERVISED, pairs).scaled(recipe.global_batch)
@@ -395,6 +424,7 @@ def _lines(made: Plan) -> Iterator[str]:
         f"plan for {made.num_gpus} x {gpu.name} ({gpu.memory_gib:g} GiB): {recipe.model.id}, "
         f"{method}, {made.trained:,} of {made.parameters:,} parameters train"
     )
+    yield from made.inherited.splitlines()
     yield f"  samples: {made.load.source}"
     yield f"  largest {made.load.largest}, checkpointing {recipe.compute.checkpointing}"
     yield f"  peak memory, GiB (error up to {MEMORY_ERROR:.0%})"

@@ -22,6 +22,7 @@ from internvl.config import (
     GuardConfig,
     ModelConfig,
     Recipe,
+    TilesConfig,
     Tower,
     sentence,
 )
@@ -68,9 +69,10 @@ def resolve(
     tree = copy.deepcopy(tree)
     problems = list(_apply(tree, overrides))
     problems += [f"{'.'.join(path)}: {what}" for path, what in _unknown_keys(Recipe, tree, ())]
+    _leave_open(tree.get("data"))
     recipe = None
     try:
-        recipe = TypeAdapter(Recipe).validate_python(tree)
+        recipe = _closed(TypeAdapter(Recipe).validate_python(tree))
     except ValidationError as error:
         problems += [sentence(e) for e in error.errors() if not _is_echo(e)]
     if recipe is not None:
@@ -78,6 +80,25 @@ def resolve(
     if problems or recipe is None:
         raise ConfigError("\n".join([f"{name}: {len(problems)} problem(s)", *problems]))
     return recipe
+
+
+def _leave_open(data: Any) -> None:
+    """What a recipe does not say of images is its checkpoint's; a `DataConfig` made in Python has
+    plain defaults instead, for it may have no checkpoint."""
+    if isinstance(data, dict):
+        if data.get("tiles") is None:
+            data["tiles"] = {}
+        data.setdefault("normalize", None)
+        data.setdefault("exif", None)
+
+
+def _closed(recipe: Recipe) -> Recipe:
+    """The same recipe, its tiles as TilesConfig where it leaves none of them open."""
+    tiles = recipe.data.tiles
+    if isinstance(tiles, TilesConfig) or tiles.open:
+        return recipe
+    complete = TilesConfig(**vars(tiles))
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, tiles=complete))
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -167,9 +188,10 @@ def _contradictions(recipe: Recipe) -> list[str]:
         problems.append(
             "data.allow_overflow: only with data.packing: official and data.share_prefix: false"
         )
-    if recipe.data.tiles.min > recipe.data.tiles.max:
+    tiles = recipe.data.tiles
+    if tiles.max is not None and tiles.min is not None and tiles.min > tiles.max:
         problems.append("data.tiles.min: larger than data.tiles.max")
-    if recipe.data.tiles.pad_square and recipe.data.tiles.max > 1:
+    if tiles.pad_square and tiles.max is not None and tiles.max > 1:
         problems.append("data.tiles.pad_square: only with data.tiles.max: 1, as in the original")
     problems += [
         f"evals.{name}.min_new_tokens: larger than max_new_tokens"
@@ -219,7 +241,7 @@ def _objective_contradictions(recipe: Recipe) -> list[str]:
     ]
     if not problems and not objective.weights_of(terms):
         problems.append("objective.weights: all are 0, so nothing is learned")
-    if not objective.packs and recipe.data.exif != "ignore":
+    if not objective.packs and recipe.data.exif == "apply":
         problems.append(
             "data.exif: apply is for chat models; turn the images of InternVL-14B beforehand"
         )

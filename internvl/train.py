@@ -25,6 +25,7 @@ from internvl import (
     evals,
     guards,
     handles,
+    inherited,
     log,
     optim,
     parallel,
@@ -93,6 +94,8 @@ def build(
         order: of the samples, instead of that of a run that begins.
     """
     device = dist.init_from_env(recipe.device)
+    if not inherited.is_complete(recipe):
+        recipe = _completed(recipe, chat)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
@@ -121,6 +124,15 @@ def build(
 
 def _files(recipe: Recipe) -> list[Source]:
     return [open_source(source) for source in source_configs(recipe.data)]
+
+
+def _completed(recipe: Recipe, chat: handles.Chat | Dual | None) -> Recipe:
+    """The recipe with what it leaves open from the model that is given, else as `handles.complete`
+    has it."""
+    if chat is None:
+        return handles.complete(recipe).recipe
+    start = inherited.of_config(chat.model.config, "the model that is given")
+    return inherited.complete(recipe, start).recipe
 
 
 def train_step(run: Run, micro_batches: Sequence[Batch]) -> dict[str, float]:
@@ -268,6 +280,9 @@ def run(recipe: Recipe) -> Path:
     dist.init_from_env(recipe.device)
     if not dist.is_main():
         logger.setLevel(logging.WARNING)
+    completed = handles.complete(recipe)
+    recipe = completed.recipe
+    dist.barrier()  # every rank has read the run folder's recipe before rank 0 writes it anew
     with runfolder.owned(recipe), guards.stop_signal() as stop:
         if runfolder.finished(recipe.run):
             logger.info("the run %s is finished; choose another `run` to train again", recipe.run)
@@ -276,7 +291,7 @@ def run(recipe: Recipe) -> Path:
         order = runfolder.order_of(recipe, _files(recipe), done)
         now = build(recipe, order=order)
         metrics = _resume(now)
-        logger.info(summary(now))
+        logger.info("%s\n%s", summary(now), completed.render())
         enough = validate(now, metrics)
         with log.Progress("steps", total=now.num_steps - now.step) as progress:
             for numbers in updates(now) if enough is None else ():
@@ -353,7 +368,7 @@ def evaluate(now: Run) -> dict[str, float]:
     if not specs:
         return {}
     now.model.eval()
-    with parallel.autocast(now.device, now.recipe.dtype), parallel.uncompiled():
+    with parallel.evaluating(now.device, now.recipe.dtype):
         return evals.run_all(evals.build(specs), now.chat, now.folder / "evals", now.step)
 
 

@@ -49,6 +49,19 @@ def test_good_data(model, images, tmp_path):
     assert found.counts["chat"].tiles.tolist() == [3] * 5 + [0]
 
 
+def test_what_a_checkpoint_says_is_shown_with_its_source(model, images, tmp_path):
+    """The model has tiles of 84 px, 1 to 6 of them with a thumbnail."""
+    rows = [chat_line(QUESTION, ANSWER, image="wide.jpg")]
+    found = checked(model, images, rows, tmp_path, tiles={"max": 1}, template="Hermes-2")
+    assert found.counts["chat"].tiles.tolist() == [1]
+    lines = [line.split() for line in found.render().splitlines()]
+    config = str(model / "config.json")
+    assert ["data.tiles.size", "84", config] in lines
+    assert ["data.tiles.max", "1", "recipe"] in lines
+    assert ["data.tiles.thumbnail", "true", config] in lines
+    assert ["data.template", "'Hermes-2'", "recipe"] in lines
+
+
 BAD = [
     (b'{"image": "wide.jpg", "conversations": [', "not JSON"),
     (b"", "blank"),

@@ -4,9 +4,10 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from internvl import recipes
-from internvl.config import ConfigError
+from internvl.config import ConfigError, DataConfig, TilesChoice, TilesConfig
 from internvl.recipes import load_recipe, resolve
 
 GOOD = {
@@ -83,6 +84,22 @@ def test_the_resolved_recipe_reads_back(tmp_path):
     other = resolve({**GOOD, "optim": {"lr": 1.0}, "log_every": 7})
     assert any(line.startswith("optim.lr was") for line in recipes.differences(recipe, other))
     assert not any("log_every" in line for line in recipes.differences(recipe, other))
+
+
+def test_what_a_recipe_leaves_out_of_tiles_is_open():
+    """And what is made in Python is what it says."""
+    data = resolve(GOOD, ["data.tiles.max=6"]).data
+    assert data.tiles == TilesChoice(max=6)
+    assert data.normalize is None
+    for name in ("tiling", "statistics"):
+        with pytest.raises(ValueError, match="left to the checkpoint"):
+            getattr(data, name)
+    assert (DataConfig().tiling, DataConfig().statistics) == (TilesConfig(), "imagenet")
+    whole = ["data.tiles={size: 28, min: 1, max: 2, thumbnail: true, pad_square: false}"]
+    recipe = resolve(GOOD, [*whole, "data.normalize=clip"])
+    assert recipe.data.tiling == TilesConfig(size=28, max=2)
+    again = resolve(yaml.safe_load(recipes.to_yaml(recipe)))
+    assert again == recipe
 
 
 @pytest.mark.parametrize(

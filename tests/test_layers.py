@@ -24,7 +24,7 @@ LEVELS = {
     3: ("footprint", "dual_flops"),
     2: (
         *("runfolder", "boards", "relief", "parallel", "optim", "checkpoint", "generate", "embed"),
-        *("report", "doctor", "flops", "rows", "validation"),
+        *("report", "doctor", "flops", "rows", "validation", "inherited"),
     ),
     1: ("data", "models", "recipes", "guards"),
     0: ("config", "zoo", "dist", "log", "gpus"),

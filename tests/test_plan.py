@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pair_runs
 import pytest
+import yaml
 from data_files import chat_line, model_folder, picture, recipe, write_lines
 
 from internvl import check, cli, config, gpus, plan, recipes
@@ -221,6 +222,26 @@ def test_what_is_cut_and_computed_again_takes_less_and_longer():
     assert "compute.checkpointing=full makes it fit" in plans[0].remedy
     larger = plan.make(pairs("lora_flickr30k", "data.tiles.size=364"), gpus.find("H200"))
     assert larger.flops.needed > 1.6 * plans[0].flops.needed
+
+
+@pytest.mark.parametrize(
+    ("model", "objective", "size", "most"),
+    [
+        ("InternVL-14B-224px", "retrieval", 224, 1),
+        ("InternVL-14B-Flickr30K-FT-364px", "retrieval", 364, 1),
+        ("InternVL2-2B", "sft", 448, 12),
+        ("InternVL-Chat-V1-2", "sft", 448, 1),
+    ],
+)
+def test_tiles_of_a_released_model_that_is_not_here(model, objective, size, most):
+    tree = yaml.safe_load(recipes.to_yaml(released(model, rank=0)))
+    tree["data"] |= {"tiles": None, "normalize": None, "template": None, "system_message": None}
+    recipe = recipes.resolve(tree | {"objective": {"name": objective}})
+    made = plan.complete(recipe)
+    assert (made.recipe.data.tiling.size, made.recipe.data.tiling.max) == (size, most)
+    said = [line.split(maxsplit=2) for line in made.render().splitlines()]
+    source = "table of released models (config.json is not here)"
+    assert ["data.tiles.size", str(size), source] in said
 
 
 def test_pairs_are_counted_where_they_can_be_read(tmp_path):

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._dynamo.utils import counters
 
-from internvl import export, handles, log, parallel, recipes, relief, runfolder, train
+from internvl import evaluate, export, handles, log, parallel, recipes, relief, runfolder, train
+from internvl.config import TilesConfig
 from internvl.data.records import IGNORE, BadSample, Example, Unit
 from internvl.models.vlm import normalize_tiles
 
@@ -83,7 +84,7 @@ def test_a_finished_run_says_so(project, tmp_path, caplog):
 def test_the_run_folder(project, tmp_path):
     recipe = recipe_of(project, tmp_path, "steps=12")
     train.run(recipe)
-    assert recipes.load_recipe(recipe.run / "recipe.yaml") == recipe
+    assert recipes.load_recipe(recipe.run / "recipe.yaml") == handles.complete(recipe).recipe
     saved = sorted(p.name for p in (recipe.run / "checkpoints").iterdir() if p.name.isdigit())
     assert saved == ["000010", "000012"]  # keep = 2
     assert (recipe.run / "checkpoints" / "LATEST").read_text().strip() == "000012"
@@ -449,3 +450,113 @@ def test_an_evaluation_cut_off_by_a_kill_is_made_up_for(project, tmp_path):
         shutil.rmtree(recipe.run / "checkpoints" / name)
     train.run(recipe)
     assert sorted(path.name for path in (recipe.run / "evals").glob("*.json")) == made
+
+
+def open_recipe(project, tmp_path, *overrides):
+    """A recipe that says nothing of tiles, on a start model of its own."""
+    start = tmp_path / "start"
+    if not start.exists():
+        shutil.copytree(project.parent / "start", start)
+    return recipe_of(project, tmp_path, f"model.id={start}", "data.tiles={}", *overrides)
+
+
+def test_a_recipe_without_tiles_trains_as_its_checkpoint_is(project, tmp_path, caplog):
+    """And goes on so, whatever becomes of the checkpoint's config.json."""
+    recipe = open_recipe(project, tmp_path, "steps=2")
+    log.get_logger().propagate = True
+    with caplog.at_level("INFO", logger="internvl"):
+        train.run(recipe)
+    source = tmp_path / "start/config.json"
+    assert f"data.tiles.size        64             {source}" in caplog.text
+    saved = recipes.load_recipe(recipe.run / "recipe.yaml")
+    assert saved.data.tiles == TilesConfig(size=64, min=1, max=1, thumbnail=False)
+    assert (saved.data.normalize, saved.data.template) == ("imagenet", "internvl2_5")
+    assert saved.data.system_message == ""
+    stated = train.run(recipe_of(project, tmp_path / "stated", "steps=2"))
+    assert losses(stated) == losses(recipe.run)
+    config = json.loads(source.read_text())
+    config["internvl"] |= {"max_dynamic_patch": 9, "dynamic_image_size": True}
+    source.write_text(json.dumps(config))
+    again = handles.complete(recipe)
+    assert again.recipe.data == saved.data
+    assert {setting.source for setting in again.settings} == {str(recipe.run / "recipe.yaml")}
+    other = handles.complete(open_recipe(project, tmp_path, f"run={tmp_path / 'other'}"))
+    assert other.recipe.data.tiling.max == 9
+
+
+def evaluated(project):
+    folder = project.parent
+    captions = (
+        f"{{annotations: {folder / 'captions.json'}, images: {folder}, prompt: 'What is this?'"
+    )
+    loss = f"{{type: loss, annotations: {folder / 'train.jsonl'}, images: {folder}}}"
+    return [
+        f"evals.captions={captions}, metrics: exact, max_new_tokens: 8, batch_size: 5}}",
+        f"evals.held={loss}",
+    ]
+
+
+def answers_of(folder):
+    return {file.name: file.read_text() for file in folder.glob("*.jsonl")}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_run_measures_the_same_inside_and_outside(project, tmp_path, dtype, method):
+    lora = ["model.train=[]", "model.lora={rank: 4}", "compute.attention=eager"]
+    overrides = [*evaluated(project), f"dtype={dtype}", *(lora if method == "lora" else [])]
+    run = train.run(recipe_of(project, tmp_path, "steps=2", *overrides))
+    inside = json.loads((run / "evals/000002.json").read_text())
+    to = tmp_path / "outside"
+    outside = evaluate.measure(run, device="cpu", to=to)
+    assert outside.metrics == inside
+    assert json.loads((to / "result.json").read_text()) == inside
+    assert answers_of(to / "result") == answers_of(run / "evals/000002")
+    inner = "bfloat16 autocast" if dtype == "bfloat16" else dtype
+    assert outside.computed.startswith(f"{inner}, cpu, attention")
+    other = "float32" if dtype == "bfloat16" else "bfloat16"
+    outer = "bfloat16 autocast" if other == "bfloat16" else other
+    said = f"{outer}; inside the run: {inner}"
+    found = evaluate.measure(run, ["held"], device="cpu", dtype=other, to=to)
+    assert found.computed == said
+    written = json.loads((to / "result.json").read_text())
+    assert written["held/computed"] == said
+    assert "captions/computed" not in written
+    assert found.metrics["held/loss"] != inside["held/loss"]
+
+
+@pytest.mark.parametrize("format", ["hf", "official"])
+def test_an_export_measures_what_its_run_measured(project, tmp_path, format):
+    run = train.run(recipe_of(project, tmp_path, "steps=2", *evaluated(project)))
+    inside = json.loads((run / "evals/000002.json").read_text())
+    export.run(run, tmp_path / "export", format)
+    folder = project.parent
+    found = evaluate.measure(
+        tmp_path / "export",
+        device="cpu",
+        to=tmp_path / "outside",
+        annotations=folder / "captions.json",
+        images=folder,
+        prompt="What is this?",
+        metrics="exact",
+        max_new_tokens=8,
+        batch_size=5,
+    )
+    names = ("exact", "average_length")
+    assert [found.metrics[f"caption-file/{n}"] for n in names] == [
+        inside[f"captions/{n}"] for n in names
+    ]
+    answers = tmp_path / "outside/result/caption-file.jsonl"
+    assert answers.read_text() == (run / "evals/000002/captions.jsonl").read_text()
+    assert found.computed == "float32"
+    half = evaluate.measure(
+        tmp_path / "export",
+        device="cpu",
+        dtype="bfloat16",
+        to=tmp_path / "half",
+        annotations=folder / "captions.json",
+        images=folder,
+        limit=2,
+        metrics="exact",
+    )
+    assert half.computed == "bfloat16; the folder's weights: float32"

@@ -281,3 +281,39 @@ def test_a_check_says_what_does_not_fit(project, tmp_path):
     sources = "data.sources=[{name: s, annotations: x.jsonl}]"
     with pytest.raises(UserError, match="does not train with sft"):
         check.run(recipe_of(project, tmp_path, sources, "objective.name=sft"))
+
+
+@pytest.mark.parametrize(("dtype", "how"), [("float32", []), ("bfloat16", []), ("bfloat16", LORA)])
+def test_a_run_measures_the_same_inside_and_outside(project, tmp_path, dtype, how):
+    """Also without a word on tiles, and where all weights are in float32, its export does."""
+    files = {"annotations": str(project / "captions.txt"), "images": str(project)}
+    evals = {"shapes": {"type": "retrieval", **files, "recall_k": [1, 5], "rerank": 3}}
+    settings = [f"evals={json.dumps(evals)}", f"dtype={dtype}", "data.tiles={}"]
+    folder = train.run(recipe_of(project, tmp_path, "steps=2", *settings, *how))
+    assert recipes.load_recipe(folder / "recipe.yaml").data.tiling.size == 84
+    inside = json.loads((folder / "evals/000002.json").read_text())
+    found = evaluate.measure(folder, device="cpu", to=tmp_path / "outside")
+    assert found.metrics == inside
+    ranks = [
+        path / "shapes.jsonl" for path in (tmp_path / "outside/result", folder / "evals/000002")
+    ]
+    assert ranks[0].read_text() == ranks[1].read_text()
+    if dtype == "float32":
+        export.run(folder, tmp_path / "export", "official")
+        own = evaluate.measure(
+            tmp_path / "export",
+            ["retrieval-folder"],
+            device="cpu",
+            to=tmp_path / "exported",
+            annotations=project / "captions.txt",
+            images=project,
+            recall_k=[1, 5],
+            rerank=3,
+        )
+        scores = {name.replace("retrieval-folder", "shapes"): v for name, v in own.metrics.items()}
+        assert scores == inside
+        return
+    other = evaluate.measure(folder, device="cpu", dtype="float32", to=tmp_path / "other")
+    assert other.computed == "float32; inside the run: bfloat16 autocast"
+    line = json.loads((tmp_path / "other/result.jsonl").read_text().splitlines()[0])
+    assert line["computed"] == other.computed

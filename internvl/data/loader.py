@@ -99,8 +99,8 @@ class UnitReader(Dataset[Read]):
             except BadImage as error:
                 bad.append(BadSample(sample.name, str(error)))
         source = self.files[ref.file].config
-        most = 1 if counts else source.max_tiles or self.config.tiles.max
-        empty = empty_tiles([size_of(picture) for picture in pictures], self.config.tiles, most)
+        most = 1 if counts else source.max_tiles or self.config.tiling.max
+        empty = empty_tiles([size_of(picture) for picture in pictures], self.config.tiling, most)
         if empty is not None and len(empty.pixels) > self.config.max_tiles:
             what = f"{len(empty.pixels)} tiles, but a row takes {self.config.max_tiles}"
             remedy = "raise data.max_tiles or lower data.tiles.max"
@@ -110,10 +110,10 @@ class UnitReader(Dataset[Read]):
         try:
             tiles = tile_images(
                 pictures,
-                self.config.tiles,
+                self.config.tiling,
                 most,
                 resize=self.config.resize,
-                mean=STATISTICS[self.config.normalize][0],
+                mean=STATISTICS[self.config.statistics][0],
                 augment=self._draw(ref, "augment") if source.augment else None,
             )
         except BadImage as error:
@@ -128,11 +128,11 @@ class UnitReader(Dataset[Read]):
         if sample.videos:
             draw = self._draw(ref, "frames")
             frames = [
-                read_frames(video, self.config.video, draw, self.config.exif)
+                read_frames(video, self.config.video, draw, self.config.orientation)
                 for video in sample.videos
             ]
             return [np.asarray(frame) for part in frames for frame in part], list(map(len, frames))
-        return [read_rgb(source, self.config.exif) for source in sample.images], []
+        return [read_rgb(source, self.config.orientation) for source in sample.images], []
 
     def _draw(self, ref: UnitRef, what: str) -> np.random.Generator:
         number = ("frames", "augment").index(what)

@@ -89,7 +89,7 @@ class Loss:
                 rows = pack(read.units, max_tokens=data.max_tokens, max_tiles=data.max_tiles)
                 for row in rows:
                     on_device = parallel.pad(row, lengths).to(model.device)
-                    total += float(summed_loss(model, on_device, data.normalize))
+                    total += float(summed_loss(model, on_device, data.statistics))
                     count += len(row.targets)
                 progress.update(num_lines)
         policy = "skip" if self.config.on_bad_sample != "raise" else "raise"

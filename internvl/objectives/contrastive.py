@@ -87,7 +87,7 @@ class Retrieval:
 
     def reader(self, files: Sequence[Source], seed: int) -> PairReader:
         written = "itg" in self.weights
-        return PairReader(files, self.encoder, self.data.tiles.size, seed=seed, written=written)
+        return PairReader(files, self.encoder, self.data.tiling.size, seed=seed, written=written)
 
     def describe(self, batches: Sequence[PairBatch]) -> str:
         pairs = sum(batch.num_samples for batch in batches)
@@ -273,7 +273,7 @@ class Retrieval:
         return loss
 
     def _normalized(self, batch: PairBatch) -> Tensor:
-        statistics = STATISTICS[self.data.normalize]
+        statistics = STATISTICS[self.data.statistics]
         return normalize_tiles(batch.pixel_values, torch.float32, *statistics)
 
 

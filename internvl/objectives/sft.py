@@ -98,7 +98,7 @@ class Sft:
         ids[: num_tiles * self.encoder.tokens_per_tile] = self.encoder.context_id
         labels = np.full(length, IGNORE, dtype=np.int64)
         labels[-1] = 0
-        side = self.data.tiles.size
+        side = self.data.tiling.size
         tiles = torch.zeros(num_tiles, 3, side, side, dtype=torch.uint8) if num_tiles else None
         example = Example(f"made-up row of {length} tokens", ids, labels)
         (row,) = pack(
@@ -118,7 +118,7 @@ class Sft:
         """Nothing: a row's loss needs no other row."""
 
     def __call__(self, model: Any, batch: PackedBatch) -> dict[str, Tensor]:
-        return {"sft": summed_loss(model, batch, self.data.normalize)}
+        return {"sft": summed_loss(model, batch, self.data.statistics)}
 
 
 def _sums_to_one(weights: Tensor) -> Tensor:
