@@ -267,7 +267,9 @@ def test_the_data_guide_names_what_exists() -> None:
 
 
 def test_exif_orientation_is_for_chat_models() -> None:
-    tree = {"model": {"id": "x"}, "data": {"exif": "apply"}, "run": "r", "global_batch": 1}
+    sources = [{"name": "a", "annotations": "a.jsonl"}]
+    data = {"exif": "apply", "sources": sources}
+    tree = {"model": {"id": "x"}, "data": data, "run": "r", "global_batch": 1}
     assert recipes.resolve(tree, ["epochs=1"]).data.exif == "apply"
     with pytest.raises(ConfigError, match=r"data\.exif: apply is for chat models; turn the images"):
         recipes.resolve(tree, ["epochs=1", "objective.name=retrieval"])
