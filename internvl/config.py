@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from internvl.errors import UserError
+
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Tower = Literal["vision_tower", "language_model"]
@@ -30,10 +32,6 @@ Part = Literal[
 """Of chat models the first three; InternVL-14B has no projector, but all the others."""
 
 _STRICT = ConfigDict(extra="forbid")
-
-
-class UserError(ValueError):
-    """Something a user can put right; its text is the whole message, remedy included."""
 
 
 class ConfigError(UserError):
