@@ -4,6 +4,7 @@ Every number that changes a result is a field here. `recipes.py` reads the tree 
 it; the resolved one is saved in the run folder.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -561,5 +562,7 @@ def sentence(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"] if part != "dataclass")
     if error["type"] == "missing":
         return f"{where}: missing; it has no default"
+    # Pydantic names the type it tried as well, where a value may have several.
+    where = re.split(r"\.(?=[\w-]+\[)|\.(?:str|int|float|bool)$", where)[0]
     found = error.get("input")
     return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}, not {found!r}"

@@ -785,8 +785,8 @@ def read_run(folder: Path) -> Problems:
         model, optimizer = small_training()
         for step in checkpoint.steps(run / "checkpoints"):
             state = checkpoint.load(run / "checkpoints", step, model, optimizer)
-            int(state["num_bad"])
-            Guard(recipe.guard).restore(state["guard"])
+            checkpoint.whole_number(state, "num_bad")
+            Guard(recipe.guard).restore(state.get("guard"))
         rows = log.StepLog(run, "metrics.jsonl")
         rows.truncate_after(1)
         found = validation.history(run / "evals", 5)

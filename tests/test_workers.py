@@ -3,6 +3,7 @@
 import faulthandler
 import os
 import pickle
+import re
 import signal
 
 import pytest
@@ -56,14 +57,12 @@ def kill(number):
     return do
 
 
+# Torch looks every five seconds whether its workers live: few of these tests kill one.
 @pytest.mark.parametrize(
     ("number", "said"),
     [
         (signal.SIGKILL, r"killed by signal 9 \(SIGKILL\).*memory ran out: lower data\.workers"),
         (signal.SIGSEGV, r"signal 11 \(SIGSEGV\).*a decoder or another library crashed"),
-        (signal.SIGABRT, r"signal 6 \(SIGABRT\).*a decoder or another library crashed"),
-        (signal.SIGBUS, r"signal 7 \(SIGBUS\).*shared memory is full.*--shm-size"),
-        (signal.SIGTERM, r"signal 15 \(SIGTERM\).*start the same command again"),
     ],
 )
 def test_a_worker_that_was_killed_is_a_sentence(source, number, said):
@@ -72,6 +71,24 @@ def test_a_worker_that_was_killed_is_a_sentence(source, number, said):
     assert "chat.jsonl line" in str(raised.value)
     assert "\n" not in str(raised.value)
     assert isinstance(raised.value, DataError)
+
+
+@pytest.mark.parametrize(
+    ("code", "how", "said"),
+    [
+        (-9, None, r"was killed by signal 9 \(SIGKILL\); it was reading a line 3; most likely the"),
+        (None, "Killed", r"was killed by signal 9 \(SIGKILL\).*memory ran out"),
+        (None, "Bus error", r"signal 7 \(SIGBUS\).*shared memory is full.*--shm-size"),
+        (-6, None, r"signal 6 \(SIGABRT\).*a decoder or another library crashed"),
+        (-11, None, r"signal 11 \(SIGSEGV\).*remove the file from the annotations"),
+        (-15, None, r"signal 15 \(SIGTERM\).*start the same command again"),
+        (-63, None, r"signal 63 \("),
+        (7, None, r"ended with exit code 7; it was reading a line 3; if the machine's memory"),
+        (None, None, r"\(loader worker, pid 5\) ended; it was reading"),
+    ],
+)
+def test_what_a_death_means(code, how, said):
+    assert re.search(said, workers.death_sentence(5, code, how, "a line 3"))
 
 
 def test_the_samples_that_it_had_are_named(source):
@@ -193,11 +210,10 @@ def test_check_says_which_lines(monkeypatch, project):
         check.run(recipe)
 
 
-@pytest.mark.parametrize("verb", ["check", "train"])
-def test_the_command_line_says_it(monkeypatch, capsys, project, verb):
+def test_the_command_line_says_it(monkeypatch, capsys, project):
     kill_at_line_4(monkeypatch)
     with pytest.raises(SystemExit) as stopped:
-        cli.main([verb, str(project), "data.workers=2", "steps=6"])
+        cli.main(["train", str(project), "data.workers=2", "steps=6"])
     err = capsys.readouterr().err
     assert stopped.value.code == 1
     last = err.strip().splitlines()[-1]

@@ -13,6 +13,7 @@ import signal
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
@@ -132,7 +133,10 @@ class Reading(Generic[Job]):
         """
         others = set(multiprocessing.active_children())
         with self.named_deaths():
-            results = iter(self.loader)
+            # In a thread, because in the main one torch would set a signal handler that raises at
+            # whatever line a death finds the program; so it is noticed here, within five seconds.
+            with ThreadPoolExecutor(1) as thread:
+                results = thread.submit(iter, self.loader).result()
             self.processes = [p for p in multiprocessing.active_children() if p not in others]
             for result in results:
                 if isinstance(result, _Failed):
@@ -142,8 +146,8 @@ class Reading(Generic[Job]):
 
     @contextmanager
     def named_deaths(self) -> Iterator[None]:
-        """Inside, a worker's death is a sentence, wherever it is noticed: torch raises from a
-        signal handler, so that any line of the main thread may be where."""
+        """Inside, a worker's death is a sentence. Where other code has used a loader of torch's,
+        any line of the main thread may be where it is noticed, by the signal handler of that."""
         try:
             yield
         except RuntimeError as error:
