@@ -565,4 +565,5 @@ def sentence(error: Any) -> str:
     # Pydantic names the type it tried as well, where a value may have several.
     where = re.split(r"\.(?=[\w-]+\[)|\.(?:str|int|float|bool)$", where)[0]
     found = error.get("input")
-    return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}, not {found!r}"
+    said = "input should be a path" if error["type"] == "path_type" else error["msg"]
+    return f"{where}: {said[0].lower()}{said[1:]}, not {found!r}"

@@ -255,7 +255,7 @@ def _read_all(reader: Reader, seeds: Sequence[int], work: Path) -> None:
             log.flush()
             # A loop outside Python does not hear the timer of `cpu_bound`; this ends it.
             used = resource.getrusage(resource.RUSAGE_SELF)
-            last = int(used.ru_utime + used.ru_stime + 2 * MOST_CPU_S)
+            last = int(used.ru_utime + used.ru_stime + 2 * MOST_CPU_S) + 2
             resource.setrlimit(resource.RLIMIT_CPU, (last, resource.RLIM_INFINITY))
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()

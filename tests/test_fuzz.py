@@ -1,4 +1,4 @@
-"""Whatever a reader is given: it reads it, or says in one sentence which file, where, and what to do.
+"""Whatever a reader is given: it reads it, or one sentence says which file, where, what to do.
 
 `python tests/fuzz.py READER SEED` reads one of these inputs again.
 """
