@@ -102,7 +102,8 @@ def load(
         state = log.read_object(source / "state.json", _GO_BACK)
     except UserError as error:
         raise CheckpointError(str(error)) from None
-    except Exception as error:  # what is read is a pickle: where damaged, it may raise anything
+    # What is read is a pickle: where damaged, it may raise anything. Torch's is no Exception.
+    except (Exception, CheckpointException) as error:
         raise CheckpointError(
             f"cannot read the checkpoint {source} ({_first_line(error)}); {_GO_BACK}"
         ) from error
@@ -128,7 +129,7 @@ def load_weights(folder: Path, step: int, model: nn.Module) -> None:
     try:
         with _quiet():
             dcp.load(weights, checkpoint_id=folder / f"{step:06d}", no_dist=True)
-    except Exception as error:  # see `load`
+    except (Exception, CheckpointException) as error:  # see `load`
         source = folder / f"{step:06d}"
         raise CheckpointError(
             f"cannot read the checkpoint {source} ({_first_line(error)}); {_GO_BACK}"

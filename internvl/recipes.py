@@ -60,7 +60,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         tree = _parsed(text)
     except ValueError as error:
         raise ConfigError(
-            f"{path} is not YAML: {error}; compare it with those in `recipes/`"
+            f"{path} is not YAML: {error}; write it as those in `recipes/` are"
         ) from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds no keys; write `key: value` lines, as `recipes/` has them")

@@ -114,7 +114,7 @@ def read_case(reader: Reader, folder: Path) -> tuple[str, str] | None:
             problems = list(reader.read(folder))
     except TooSlow:
         return f"hangs at {_place(sys.exc_info()[1])}", traceback.format_exc()
-    except Exception as error:
+    except BaseException as error:  # some of torch's are no Exception
         problems = [error]
         where = f" at {_place(error)}"
     else:
