@@ -74,7 +74,7 @@ _REMEDIES = {
 
 def _explain_os(error: OSError) -> str:
     """Path, meaning and remedy. What a library raises itself has no number, but has words."""
-    path = error.filename if error.filename is not None else error.filename2
+    path = error.filename
     known = _REMEDIES.get(error.errno or 0)
     if known is None:
         known = f"{error.strerror or _first_line(error) or type(error).__name__}; check the file"
@@ -86,7 +86,8 @@ def _explain_os(error: OSError) -> str:
 def _explain_bug(error: BaseException) -> str:
     """What nobody has foreseen; where a note says which sample it was about, with it."""
     notes = [note for note in getattr(error, "__notes__", ()) if "\n" not in note]
-    what = ", ".join([f"{type(error).__name__}: {_first_line(error)}", *notes[:1]])
+    said = ": ".join(filter(None, (type(error).__name__, _first_line(error))))
+    what = ", ".join([said, *notes[:1]])
     return f"{what}. This is a bug in internvl: --debug shows where; please report it"
 
 

@@ -207,7 +207,7 @@ def raising(monkeypatch, error):
         (OSError(errno.EROFS, "x", "out"), 1, "out: the file system is read-only; choose"),
         (OSError(errno.EISDIR, "x", b"out"), 1, "out: this is a folder, and a file is expected"),
         (OSError(errno.ENOTDIR, "x", "out/a"), 1, "out/a: this is a file or lies below one"),
-        (OSError(errno.ENOENT, "x", None, None, "b"), 1, "b: there is no such file or folder"),
+        (OSError(errno.ENOENT, "x", "a", None, "b"), 1, "a: there is no such file or folder"),
         (OSError(errno.EPIPE, "Broken pipe", "fifo"), 1, "fifo: Broken pipe; check the file"),
         (OSError(errno.EMFILE, "x", "a"), 1, "a: too many files are open at once; raise"),
         (OSError("Invalid IPC stream"), 1, "Invalid IPC stream; check the file (--debug shows"),
@@ -221,7 +221,7 @@ def raising(monkeypatch, error):
         (RuntimeError("Connection closed by peer [::1]:1"), 1, "another process of this run ended"),
         (KeyError("x"), 1, "KeyError: 'x'. This is a bug in internvl: --debug shows where"),
         (RuntimeError("first\nsecond"), 1, "RuntimeError: first. This is a bug"),
-        (AssertionError(), 1, "AssertionError: . This is a bug"),
+        (AssertionError(), 1, "AssertionError. This is a bug"),
         (KeyboardInterrupt(), 130, ""),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, ""),
     ],
@@ -288,7 +288,11 @@ def test_errors_of_our_own_are_one_family():
         (["check", "{tmp}"], 2, "cannot read the recipe {tmp}"),
         (["check", "{tmp}/gone.yaml"], 2, "there is no recipe {tmp}/gone.yaml"),
         (["check", "{tmp}/text.png"], 2, "{tmp}/text.png holds no keys"),
-        (["check", "{recipe}", "data.template=chatml"], 2, "chatml"),
+        (
+            ["check", "{recipe}", "data.template=chatml"],
+            1,
+            "unknown conversation template 'chatml'",
+        ),
         (["check", "{recipe}", "--report", "{tmp}/text.png/a.html"], 1, "text.png"),
         (["train", "{recipe}", "run={tmp}/text.png"], 1, "text.png"),
         (["train", "{recipe}", "run={tmp}/text.png/run"], 1, "text.png"),
@@ -329,7 +333,7 @@ def test_output_that_cannot_be_written_is_said():
 def test_a_terminal_without_a_character_shows_its_escape(monkeypatch):
     narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", narrow)
-    monkeypatch.setitem(cli.VERBS, "doctor", lambda args: print("图") or 0)
+    monkeypatch.setitem(cli.VERBS, "doctor", lambda args: sys.stdout.write("图\n") * 0)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["doctor"])
     assert (stopped.value.code, narrow.buffer.getvalue()) == (0, b"\\u56fe\n")

@@ -65,7 +65,7 @@ class _Failed:
             self.error = error
         except Exception:  # noqa: BLE001 (a foreign exception may do anything when it is pickled)
             self.error = RuntimeError(f"{type(error).__name__}: {error}")
-            self.error.__notes__ = error.__notes__  # type: ignore[attr-defined]
+            self.error.__notes__ = error.__notes__
 
 
 class _Named(Dataset[Any], Generic[Job]):
