@@ -1,6 +1,7 @@
 # make demo    first minutes: train, evaluate, export tiny models on two cores, open report.html
 # make check   format, lint, types
 # make test    the CPU suite
+# make test-slow  20,000 damaged files for all readers; `make test` reads some hundreds
 # make scripts the benchmark scripts and the demo, in small
 # make setup   only install what the demo needs
 #
@@ -24,7 +25,7 @@ $(if $(TORCH_INDEX),$(PIP_INSTALL) --no-deps --index-url $(TORCH_INDEX) torch)
 $(PIP_INSTALL) --editable '.[$(1)]'
 endef
 
-.PHONY: setup demo check test scripts clean
+.PHONY: setup demo check test test-slow scripts clean
 
 setup: $(VENV)/.demo
 
@@ -37,7 +38,10 @@ check: $(VENV)/.dev
 	$(VENV)/bin/mypy
 
 test: $(VENV)/.dev
-	$(VENV)/bin/pytest -q -n 2 --dist worksteal -m "not scripts"
+	$(VENV)/bin/pytest -q -n 2 --dist worksteal -m "not scripts and not slow_fuzz"
+
+test-slow: $(VENV)/.dev
+	$(VENV)/bin/pytest -q -n 2 --dist worksteal -m slow_fuzz tests/test_fuzz.py
 
 scripts: $(VENV)/.dev
 	$(VENV)/bin/pytest -q -n 2 --dist worksteal -m scripts

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from internvl import dual_flops, findings, handles, log
 from internvl import report as pages
@@ -45,6 +45,7 @@ from internvl.data.records import (
 from internvl.data.sources import Source, open_source, source_configs
 from internvl.data.templates import template
 from internvl.data.tokenizers import load_tokenizer
+from internvl.data.workers import Reading, describe_refs, name_failing
 from internvl.evals import EVALS
 from internvl.findings import Checked, Counts, FirstStep, Shown
 from internvl.flops import work_of
@@ -270,15 +271,19 @@ def _examine(examiner: _Examiner, checked: Checked) -> None:
         for number, file in enumerate(files)
         for start in range(0, len(file), _CHUNK)
     )
-    loader = DataLoader(
+    reading = Reading(
         examiner,
-        sampler=chunks,
-        batch_size=None,
-        num_workers=checked.recipe.data.workers,
+        chunks,
+        name=lambda ref, error: name_failing(examiner.reader, files, [ref], error),
+        describe=lambda ref: describe_refs(files, [ref]),
+        workers=checked.recipe.data.workers,
     )
     found: list[list[_Examined]] = [[] for _ in files]
-    with log.Progress("samples", total=sum(map(len, files))) as progress:
-        for examined in loader:
+    with (
+        reading.named_deaths(),
+        log.Progress("samples", total=sum(map(len, files))) as progress,
+    ):
+        for examined in reading:
             found[examined.file].append(examined)
             # Within a chunk they come by picture; a reader looks for them by line.
             checked.problems += sorted(examined.bad, key=lambda bad: (len(bad.name), bad.name))

@@ -26,8 +26,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from internvl import log
 from internvl.config import UserError
 from internvl.models import joined
+
+_GO_BACK = "remove this folder to go on from the one before"
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -96,15 +99,28 @@ def load(
             there = {k: v for k, v in tensors.items() if k in saved or not _is_moment(k)}
             dcp.load(there, checkpoint_id=source, no_dist=True)
             tensors |= there
-        state = json.loads((source / "state.json").read_text(encoding="utf-8"))
-    except (OSError, CheckpointException, RuntimeError, ValueError, EOFError) as error:
+        state = log.read_object(source / "state.json", _GO_BACK)
+    except UserError as error:
+        raise CheckpointError(str(error)) from None
+    # What is read is a pickle: where damaged, it may raise anything. Torch's is no Exception.
+    except (Exception, CheckpointException) as error:
         raise CheckpointError(
-            f"cannot read the checkpoint {source} ({_first_line(error)}); "
-            "remove this folder to go on from the one before"
+            f"cannot read the checkpoint {source} ({_first_line(error)}); {_GO_BACK}"
         ) from error
     set_optimizer_state_dict(model, optimizer, _prefixed(tensors, "optimizer."), options=_FLAT)
     joined.refresh(model)
     return state
+
+
+def whole_number(state: dict[str, Any], key: str) -> int:
+    """A number of a checkpoint's plain state. Raises CheckpointError where there is none."""
+    value = state.get(key)
+    if isinstance(value, bool) or not isinstance(value, int):
+        what = f"`{key}` is {value!r}, not a number"
+        raise CheckpointError(
+            f"state.json of the newest checkpoint is damaged ({what}); {_GO_BACK}"
+        )
+    return value
 
 
 def load_weights(folder: Path, step: int, model: nn.Module) -> None:
@@ -113,9 +129,10 @@ def load_weights(folder: Path, step: int, model: nn.Module) -> None:
     try:
         with _quiet():
             dcp.load(weights, checkpoint_id=folder / f"{step:06d}", no_dist=True)
-    except (OSError, CheckpointException, RuntimeError, ValueError, EOFError) as error:
+    except (Exception, CheckpointException) as error:  # see `load`
+        source = folder / f"{step:06d}"
         raise CheckpointError(
-            f"cannot read the checkpoint {folder / f'{step:06d}'} ({_first_line(error)})"
+            f"cannot read the checkpoint {source} ({_first_line(error)}); {_GO_BACK}"
         ) from error
     joined.refresh(model)
 
@@ -165,4 +182,7 @@ def _why(error: BaseException, target: Path, needed: int) -> str:
 def _first_line(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
+    known = isinstance(error, OSError | CheckpointException | RuntimeError | ValueError | EOFError)
+    if not known:  # of a damaged pickle: Python's words on it say nothing
+        return "it is damaged"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

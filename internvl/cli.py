@@ -1,10 +1,12 @@
 """The command line: `internvl VERB …`. The only place that prints or exits.
 
 Exit codes: 0 done; 1 the work failed, one sentence on standard error; 2 the command or recipe is
-wrong. Each verb imports what it needs when it runs, so `--help` is instant.
+wrong; 130 stopped by Ctrl-C, 141 nobody reads the output any more, both without a word. Each verb
+imports what it needs when it runs, so `--help` is instant.
 """
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -12,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from internvl import log
+from internvl import errors, log
 from internvl.config import ConfigError, Recipe, UserError
 from internvl.data import benchmarks
 from internvl.recipes import load_recipe
@@ -445,27 +447,59 @@ def _set_up_libraries(*, downloading: bool) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
+_INTERRUPTED, _NOBODY_READS = 130, 141
+"""What a shell reports of SIGINT and SIGPIPE."""
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a verb and exits with its code."""
+    _print_anything()
     args = parse(sys.argv[1:] if argv is None else argv)
     log.setup(logging.DEBUG if args.debug else logging.INFO)
     _set_up_libraries(downloading=getattr(args, "download", False))
+    code, message = _outcome(args)
+    if message:
+        print(f"internvl: {message}", file=sys.stderr)
     try:
-        sys.exit(VERBS[args.verb](args))
-    except KeyboardInterrupt:
-        code, message = 1, "stopped"
-    except Exception as error:
-        if args.debug:
-            raise
-        code, message = _explain(error)
-    print(f"internvl: {message}", file=sys.stderr)
+        sys.stdout.flush()
+    except OSError:  # said already; Python would fail again when it exits
+        _close_output()
     sys.exit(code)
 
 
-def _explain(error: Exception) -> tuple[int, str]:
-    """(exit code, the sentence) for what went wrong."""
-    if isinstance(error, UserError):
-        return (2 if isinstance(error, ConfigError) else 1), str(error)
-    if isinstance(error, OSError):
-        return 1, f"{error.filename or 'a file'}: {error.strerror or error}"
-    return 1, f"{type(error).__name__}: {error} (--debug shows where)"
+def _outcome(args: Arguments) -> tuple[int, str]:
+    """Runs a verb; (exit code, what to say of an error). With --debug errors stay as they are."""
+    try:
+        code = VERBS[args.verb](args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return _INTERRUPTED, ""
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and error.filename is None:
+            return _NOBODY_READS, ""
+        if args.debug:
+            raise
+        return (2 if isinstance(error, ConfigError) else 1), _explain(error)
+    return code, ""
+
+
+def _explain(error: Exception) -> str:
+    """The sentence for what went wrong."""
+    if "DataLoader worker" in str(error):
+        from internvl.data import workers
+
+        return workers.explain(error) or errors.explain(error)
+    return errors.explain(error)
+
+
+def _print_anything() -> None:
+    """A terminal that cannot show a character shows its escape; that is no reason to stop."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _close_output() -> None:
+    """So that Python does not write what is left when it exits, and fail again."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())

@@ -4,12 +4,15 @@ Every number that changes a result is a field here. `recipes.py` reads the tree 
 it; the resolved one is saved in the run folder.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from internvl.errors import UserError
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -30,10 +33,6 @@ Part = Literal[
 """Of chat models the first three; InternVL-14B has no projector, but all the others."""
 
 _STRICT = ConfigDict(extra="forbid")
-
-
-class UserError(ValueError):
-    """Something a user can put right; its text is the whole message, remedy included."""
 
 
 class ConfigError(UserError):
@@ -631,8 +630,11 @@ def sentence(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"] if part != "dataclass")
     if error["type"] == "missing":
         return f"{where}: missing; it has no default"
+    # Pydantic names the type it tried as well, where a value may have several.
+    where = re.split(r"\.(?=[\w-]+\[)|\.(?:str|int|float|bool)$", where)[0]
     found = error.get("input")
     if error["type"] == "tuple_type":
         remedy = f"write [{found}]" if isinstance(found, str | int | float) else "begin with - or ["
         return f"{where}: must be a list, not {found!r}; {remedy}"
-    return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}, not {found!r}"
+    said = "input should be a path" if error["type"] == "path_type" else error["msg"]
+    return f"{where}: {said[0].lower()}{said[1:]}, not {found!r}"

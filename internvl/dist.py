@@ -12,6 +12,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, distributed
 
+from internvl.errors import UserError
+
 T = TypeVar("T")
 
 _LONGEST_WAIT = timedelta(hours=3)
@@ -30,13 +32,13 @@ def init_from_env(device: Literal["auto", "cpu", "cuda"] = "auto") -> torch.devi
         This process's own device, made current when it is a GPU.
 
     Raises:
-        ValueError: No GPU for this process, or half of torchrun's variables are missing.
+        UserError: No GPU for this process, or half of torchrun's variables are missing.
     """
     present = [name for name in _ENV if name in os.environ]
     launched = "WORLD_SIZE" in present or "RANK" in present
     missing = [name for name in _ENV if name not in present]
     if launched and missing:
-        raise ValueError(
+        raise UserError(
             f"the environment has {', '.join(present)} but not {', '.join(missing)}: "
             "start several processes with torchrun, or unset them for a single one"
         )
@@ -53,7 +55,7 @@ def _local_device(device: str, local_rank: int) -> torch.device:
     if device == "cpu" or (device == "auto" and num_gpus == 0):
         return torch.device("cpu")
     if local_rank >= num_gpus:
-        raise ValueError(
+        raise UserError(
             f"local rank {local_rank} has no GPU of its own ({num_gpus} visible): start at most "
             "as many processes as GPUs, or set device=cpu"
         )

@@ -11,6 +11,8 @@ import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from internvl.errors import UserError
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -108,7 +110,7 @@ def update_times(
         yield "gradients between GPUs", 8.0 * trained / (CALIBRATION.reduce_tb_per_s * 1e12)
 
 
-class UnknownGpu(ValueError):
+class UnknownGpu(UserError):
     """No GPU of this name is in the table; the message lists those that are."""
 
 

@@ -73,10 +73,17 @@ class Guard:
         """All that moves, as plain numbers."""
         return {"losses": self.losses, "norms": self.norms, "num_skipped": self.num_skipped}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Puts `state` back."""
-        self.losses, self.norms = list(state["losses"]), list(state["norms"])
-        self.num_skipped = state["num_skipped"]
+    def restore(self, state: Any) -> None:
+        """Puts `state` back. Raises RunError where it is none."""
+        try:
+            losses, norms = (list(map(float, state[key])) for key in ("losses", "norms"))
+            num_skipped = int(state["num_skipped"])
+        except (KeyError, TypeError, ValueError):
+            raise RunError(
+                "state.json of the newest checkpoint is damaged (`guard`); remove this "
+                "checkpoint's folder to go on from the one before"
+            ) from None
+        self.losses, self.norms, self.num_skipped = losses, norms, num_skipped
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:

@@ -18,6 +18,8 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from internvl.errors import UserError
+
 Row = Mapping[str, float | int | str | list[str]]
 
 _BAR_DELAY_S = 2.0
@@ -139,12 +141,43 @@ def names_file(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file that a run wrote.
+
+    Args:
+        remedy: what to do where the file was damaged since.
+
+    Raises:
+        UserError: it cannot be read, or holds something else; names the file.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); {remedy}") from None
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, nested too deeply
+        raise UserError(f"{path} is damaged ({error}); {remedy}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged (it holds no JSON object); {remedy}")
+    return found
+
+
+def read_numbers(path: Path, remedy: str) -> dict[str, float]:
+    """As `read_object`, for a file of numbers by name."""
+    found = read_object(path, remedy)
+    for name, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"{path} is damaged ({name!r} is no number); {remedy}")
+    return found
+
+
 class StepLog:
     """A JSONL file of a run folder, such as metrics.jsonl: an object with a "step" on each line.
 
     JSON knows no NaN or infinity: such a number stands as the string "NaN", "Infinity" or
     "-Infinity", so that every line stays valid JSON; `rows` turns them into numbers again.
     """
+
+    _REMEDY = "remove this line, or move the file away; training needs none of it"
 
     def __init__(self, folder: Path, name: str) -> None:
         """The file `name` appears with the first row; `folder` is made if missing."""
@@ -167,11 +200,16 @@ class StepLog:
         """All rows, oldest first. A last line cut short by a crash is left out.
 
         Raises:
-            ValueError: Any other line is not JSON; names file and line.
+            UserError: Any other line is no object with a step; names file and line.
         """
         if not self.path.exists():
             return []
-        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
+        try:
+            lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
+        except OSError as error:
+            raise UserError(f"cannot read {self.path} ({error.strerror}); {self._REMEDY}") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.path} is not UTF-8 ({error.reason}); {self._REMEDY}") from None
         return [self._parse(number, line) for number, line in enumerate(lines, start=1)]
 
     def truncate_after(self, step: int) -> None:
@@ -191,10 +229,14 @@ class StepLog:
         partial.replace(self.path)
 
     def _parse(self, number: int, line: str) -> dict[str, Any]:
+        where = f"{self.path}, line {number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{self.path}, line {number}: not JSON ({error})") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: not JSON ({error}); {self._REMEDY}") from None
+        step = row.get("step") if isinstance(row, dict) else None
+        if isinstance(step, bool) or not isinstance(step, int):
+            raise UserError(f"{where}: no object with a step; {self._REMEDY}")
         return {key: _from_json(value) for key, value in row.items()}
 
 

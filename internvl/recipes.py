@@ -27,6 +27,7 @@ from internvl.config import (
     sentence,
 )
 
+_SHOWN = 100  # characters of an override in a message
 _BOOL = "tag:yaml.org,2002:bool"
 
 
@@ -48,18 +49,36 @@ def load_recipe(path: str | Path, overrides: Sequence[str] | str = ()) -> Recipe
         ConfigError: file missing or not YAML, unknown key, wrong type or value; all at once.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"there is no recipe {path}; see `recipes/` for examples") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the recipe {path}: {error}") from None
+    except UnicodeDecodeError as error:
+        what = f"it is not UTF-8 ({error.reason} at byte {error.start})"
+        raise ConfigError(f"cannot read the recipe {path}: {what}; save it as UTF-8") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        raise ConfigError(f"cannot read the recipe {path}: {error}; check the path") from None
     try:
-        tree = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        tree = _parsed(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is not YAML: {error}; write it as those in `recipes/` are"
+        ) from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds no keys; a recipe is a YAML mapping")
+        raise ConfigError(f"{path} holds no keys; write `key: value` lines, as `recipes/` has them")
     return resolve(tree, overrides, name=str(path))
+
+
+def _parsed(text: str) -> Any:
+    """What YAML says. Raises ValueError with one line on why it is none, and where."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    # PyYAML's makers of dates, numbers and keys let Python's own errors through.
+    except (ValueError, TypeError, OverflowError, AttributeError) as error:
+        raise ValueError(f"a value cannot be read ({error})") from None
 
 
 def resolve(
@@ -112,7 +131,8 @@ def _apply(tree: dict[str, Any], overrides: Sequence[str] | str) -> Iterator[str
     for override in [overrides] if isinstance(overrides, str) else overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
-            yield f"{override!r} is not an override: write key=value, such as optim.lr=1e-5"
+            shown = override if len(override) < _SHOWN else f"{override[:_SHOWN]}…"
+            yield f"{shown!r} is not an override: write key=value, such as optim.lr=1e-5"
             continue
         *parents, last = key.split(".")
         node: Any = tree
@@ -129,8 +149,8 @@ def _apply(tree: dict[str, Any], overrides: Sequence[str] | str) -> Iterator[str
             yield f"{key}: there is no section {'.'.join(parents)} to set a key in"
             continue
         try:
-            node[last] = yaml.load(value, Loader=_Loader)
-        except yaml.YAMLError:
+            node[last] = _parsed(value)
+        except ValueError:
             node[last] = value
 
 
@@ -221,7 +241,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
         known = ", ".join(recipe.evals) or "none"
         problems.append(
             f"checkpoint.best: {best!r} is no metric of an evaluation, such as val/loss; "
-            f"evaluations: {known}"
+            f"known evaluations: {known}"
         )
     if recipe.stop.patience is not None and best is None:
         problems.append("stop.patience: name the metric that should improve in checkpoint.best")

@@ -432,8 +432,8 @@ def _resume(now: Run) -> boards.Metrics:
     saved = checkpoint.steps(now.folder / "checkpoints")
     if saved:
         state = checkpoint.load(now.folder / "checkpoints", saved[-1], now.model, now.optimizer)
-        now.step, now.num_bad = saved[-1], state["num_bad"]
-        now.guard.restore(state["guard"])
+        now.step, now.num_bad = saved[-1], checkpoint.whole_number(state, "num_bad")
+        now.guard.restore(state.get("guard"))
     dist.barrier()
     if not dist.is_main():
         return boards.Metrics([])

@@ -3,12 +3,14 @@ forgotten. All of it follows from the files in the run's evals folder, so a resu
 alike.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from internvl.config import EvalConfig, Recipe
+from internvl.log import read_numbers
+
+_REMEDY = "remove it; without it, its step counts as not measured"
 
 History = Mapping[int, Mapping[str, float]]
 """Step -> metric -> value, ascending."""
@@ -29,13 +31,9 @@ class Verdict:
 
 
 def history(folder: Path, last: int) -> History:
-    """The evaluations in `folder` up to step `last`."""
+    """The evaluations in `folder` up to step `last`. Raises UserError for a damaged file."""
     files = {int(p.stem): p for p in folder.glob("*.json") if p.stem.isdigit()}
-    return {
-        step: json.loads(files[step].read_text(encoding="utf-8"))
-        for step in sorted(files)
-        if step <= last
-    }
+    return {step: read_numbers(files[step], _REMEDY) for step in sorted(files) if step <= last}
 
 
 def smaller_is_better(metric: str) -> bool:

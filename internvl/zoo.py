@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from internvl.errors import UserError
+
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "8bit": 1.0, "4bit": 0.5 + 4 / 64}
 """Bytes of a weight; in 4 bits, 64 weights share a float32 scale. Only the blocks' linear layers
 are kept in 8 or 4 bits (bitsandbytes), everything else is then bfloat16."""
@@ -365,7 +367,7 @@ MODELS: dict[str, Model] = {model.name: model for model in _ROWS}
 """Released models by name."""
 
 
-class UnknownModel(ValueError):
+class UnknownModel(UserError):
     """No released model has this name; the message names the nearest ones."""
 
 

@@ -1,14 +1,21 @@
 """What a user sees: exit codes and one sentence with the remedy."""
 
+import errno
+import importlib
+import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import dual_folders
 import pytest
 import tiny_run
 
-from internvl import cli
+from internvl import cli, zoo
+from internvl.config import ConfigError, UserError
+from internvl.data.images import BadImage
+from internvl.data.records import BadSample, DataError
 from internvl.models import hub
 
 
@@ -172,6 +179,164 @@ def test_debug_shows_the_traceback(project, tmp_path):
                 f"run={tmp_path}/r",
             ]
         )
+
+
+# Whatever goes wrong at the edge
+
+
+def raising(monkeypatch, error):
+    """A verb that fails with an error."""
+
+    def verb(args):
+        raise error
+
+    monkeypatch.setitem(cli.VERBS, "doctor", verb)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UserError("a.png: cut; replace it"), 1, "a.png: cut; replace it"),
+        (DataError("x.jsonl: gone; check it"), 1, "x.jsonl: gone; check it"),
+        (BadSample("x.jsonl line 3", "no text"), 1, "x.jsonl line 3: no text"),
+        (BadImage("there is no image a.png"), 1, "there is no image a.png"),
+        (zoo.UnknownModel("no model X; nearest: Y"), 1, "no model X; nearest: Y"),
+        (ConfigError("optim.lr: wrong"), 2, "optim.lr: wrong"),
+        (OSError(errno.EACCES, "x", "out"), 1, "out: permission denied; allow it"),
+        (OSError(errno.ENOSPC, "x", "out/a"), 1, "out/a: the disk is full; free some space"),
+        (OSError(errno.EROFS, "x", "out"), 1, "out: the file system is read-only; choose"),
+        (OSError(errno.EISDIR, "x", b"out"), 1, "out: this is a folder, and a file is expected"),
+        (OSError(errno.ENOTDIR, "x", "out/a"), 1, "out/a: this is a file or lies below one"),
+        (OSError(errno.ENOENT, "x", "a", None, "b"), 1, "a: there is no such file or folder"),
+        (OSError(errno.EPIPE, "Broken pipe", "fifo"), 1, "fifo: Broken pipe; check the file"),
+        (OSError(errno.EMFILE, "x", "a"), 1, "a: too many files are open at once; raise"),
+        (OSError("Invalid IPC stream"), 1, "Invalid IPC stream; check the file (--debug shows"),
+        (MemoryError("Unable to allocate 9 GiB"), 1, "memory ran out (Unable to allocate 9 GiB)"),
+        (
+            ModuleNotFoundError("No module named 'av'"),
+            1,
+            "(No module named 'av'); `internvl doctor",
+        ),
+        (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed. "), 1, "SIGKILL"),
+        (RuntimeError("Connection closed by peer [::1]:1"), 1, "another process of this run ended"),
+        (KeyError("x"), 1, "KeyError: 'x'. This is a bug in internvl: --debug shows where"),
+        (RuntimeError("first\nsecond"), 1, "RuntimeError: first. This is a bug"),
+        (AssertionError(), 1, "AssertionError. This is a bug"),
+        (KeyboardInterrupt(), 130, ""),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, ""),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_every_error_is_a_sentence(capfd, monkeypatch, error, code, said):
+    monkeypatch.setattr(cli, "_close_output", lambda: None)
+    raising(monkeypatch, error)
+    found, _, err = call(capfd, "doctor")
+    assert (found, said in err) == (code, True), err
+    assert "Traceback" not in err
+    assert bool(err) == bool(said)
+    if said:
+        assert err.startswith("internvl: ")
+        assert err.count("\n") == 1
+
+
+def test_a_bug_says_which_sample_it_was_about(capsys, monkeypatch):
+    error = KeyError("x")
+    error.add_note("while reading a.jsonl line 3")
+    error.add_note("Traceback\n  of a worker")
+    raising(monkeypatch, error)
+    last = call(capsys, "doctor")[2]
+    assert last.startswith("internvl: KeyError: 'x', while reading a.jsonl line 3. This is a bug")
+
+
+def subclasses(kind):
+    return {kind}.union(*map(subclasses, kind.__subclasses__()))
+
+
+def test_errors_of_our_own_are_one_family():
+    """Every exception class of the package is a UserError, which the command line prints as it
+    is."""
+    for file in sorted(Path(cli.__file__).parent.rglob("*.py")):
+        names = file.relative_to(Path(cli.__file__).parent).with_suffix("").parts
+        if names[-1] not in ("__main__", "dropped_kernels", "flash"):
+            importlib.import_module(".".join(("internvl", *names)))
+    ours = {kind for kind in subclasses(BaseException) if kind.__module__.startswith("internvl.")}
+    assert {BadImage, BadSample, zoo.UnknownModel} <= ours
+    assert {kind.__name__ for kind in ours if not issubclass(kind, UserError)} == set()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["chat", "{model}", "--image", "{tmp}", "--prompt", "x"], 1, "{tmp} is a folder"),
+        (["chat", "{model}", "--image", "{tmp}/text.png", "--prompt", "x"], 1, "not an image"),
+        (["chat", "{model}", "--video", "{tmp}/gone.mp4", "--prompt", "x"], 1, "{tmp}/gone.mp4"),
+        (["chat", "{tmp}/gone", "--prompt", "x"], 1, "{tmp}/gone: no such folder"),
+        (["chat", "{tmp}/text.png", "--prompt", "x"], 1, "{tmp}/text.png"),
+        (["chat", "{tmp}", "--prompt", "x"], 1, "config.json"),
+        (["evaluate", "{model}", "--annotations", "{tmp}/gone.json"], 1, "{tmp}/gone.json"),
+        (["evaluate", "{model}", "--annotations", "{tmp}"], 1, "{tmp}"),
+        (["evaluate", "{model}", "--annotations", "{tmp}/text.png"], 1, "{tmp}/text.png"),
+        (["export", "{model}", "--to", "{tmp}/text.png/out"], 1, "{tmp}/text.png"),
+        (["export", "{tmp}/gone", "--to", "{tmp}/out"], 1, "{tmp}/gone: no such folder"),
+        (["merge", "{tmp}/gone", "--to", "{tmp}/out"], 1, "{tmp}/gone"),
+        (["merge", "{model}", "--to", "{tmp}/out"], 1, "has no adapters to merge"),
+        (["data", "convert", "captions", "{tmp}/gone", "{tmp}/out"], 1, "there is no {tmp}/gone"),
+        (["data", "convert", "captions", "{tmp}", "{tmp}/out"], 1, "{tmp}"),
+        (["data", "convert", "frames", "{tmp}", "{tmp}/out"], 1, "no conversion 'frames'"),
+        (["data", "convert", "captions", "{tmp}/c.txt", "{tmp}/text.png/out"], 1, "text.png"),
+        (["data", "prepare", "cocoa", "--root", "{tmp}"], 1, "no data set 'cocoa' to prepare"),
+        (["check", "{tmp}"], 2, "cannot read the recipe {tmp}"),
+        (["check", "{tmp}/gone.yaml"], 2, "there is no recipe {tmp}/gone.yaml"),
+        (["check", "{tmp}/text.png"], 2, "{tmp}/text.png holds no keys"),
+        (
+            ["check", "{recipe}", "data.template=chatml"],
+            1,
+            "unknown conversation template 'chatml'",
+        ),
+        (["check", "{recipe}", "--report", "{tmp}/text.png/a.html"], 1, "text.png"),
+        (["train", "{recipe}", "run={tmp}/text.png"], 1, "text.png"),
+        (["train", "{recipe}", "run={tmp}/text.png/run"], 1, "text.png"),
+        (["models", "InternVL9-1B"], 2, "'InternVL9-1B'; nearest"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_paths_are_named(capsys, project, tmp_path, monkeypatch, words, code, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.png").write_text("text", encoding="utf-8")
+    (tmp_path / "c.txt").write_text("image,caption\na.jpg,red\n", encoding="utf-8")
+    names = {"tmp": tmp_path, "model": project.parent / "start", "recipe": project}
+    found, out, err = call(capsys, *(word.format(**names) for word in words))
+    assert found == code, out + err
+    last = last_line(err) if err.strip() else last_line(out)
+    assert said.format(**names) in out + err, out + err
+    assert "Traceback" not in err
+    assert "This is a bug" not in last
+
+
+def test_output_that_nobody_reads_is_no_error():
+    command = f"{sys.executable} -m internvl models; echo $? >&2"
+    done = subprocess.run(
+        ["bash", "-c", f"({command}) | true"], check=False, capture_output=True, text=True
+    )
+    assert done.stderr.strip() in ("141", "0")  # 0 where it was quicker than the reader
+
+
+def test_output_that_cannot_be_written_is_said():
+    command = [sys.executable, "-m", "internvl", "models"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, check=False, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("internvl: a file cannot be read or written: the disk is full")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_terminal_without_a_character_shows_its_escape(monkeypatch):
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    monkeypatch.setitem(cli.VERBS, "doctor", lambda args: sys.stdout.write("图\n") * 0)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["doctor"])
+    assert (stopped.value.code, narrow.buffer.getvalue()) == (0, b"\\u56fe\n")
 
 
 def test_no_conversation_with_a_retrieval_model(capsys, tmp_path):

@@ -28,6 +28,7 @@ LEVELS = {
     ),
     1: ("data", "models", "recipes", "guards"),
     0: ("config", "zoo", "dist", "log", "gpus"),
+    -1: ("errors",),
 }
 LEVEL_OF = {part: level for level, parts in LEVELS.items() for part in parts}
 

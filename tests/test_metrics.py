@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from internvl.config import UserError
 from internvl.evals import metrics
 
 pytest.importorskip("pycocoevalcap")
@@ -149,7 +150,7 @@ def test_a_meteor_that_fails_loses_only_its_own_number(
 
 def test_a_tokenizer_that_fails_says_why(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(metrics, "_beside", lambda module, file: Path("/nowhere") / file)
-    with pytest.raises(RuntimeError, match=r"PTB tokenizer .* exit status 1: .*PTBTokenizer"):
+    with pytest.raises(UserError, match=r"PTB tokenizer .* exit status 1: .*PTBTokenizer"):
         metrics.caption_scores({1: "a"}, {1: ["a"]}, tokenize="ptb")
 
 

@@ -1,5 +1,6 @@
 """Files from public addresses: resumed where they stopped, checked for length, unpacked whole."""
 
+import errno
 import hashlib
 import http.client
 import os
@@ -168,8 +169,13 @@ def _extract(archive: Path, folder: Path) -> None:
         else:
             with tarfile.open(archive) as tar:
                 tar.extractall(folder, filter="data")
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
-        raise DataError(_broken(archive, error)) from None
+    except OSError as error:
+        # A place outside the archive is EINVAL; what else has a number is the disk's.
+        if error.errno in (None, errno.EINVAL):
+            raise DataError(_broken(archive, error)) from None
+        raise OSError(error.errno, error.strerror, error.filename or str(folder)) from None
+    except Exception as error:  # zlib's, struct's …: a damaged archive may raise anything
+        raise DataError(_broken(archive, error)) from error
 
 
 def _broken(archive: Path, error: Exception) -> str:

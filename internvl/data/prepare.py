@@ -100,7 +100,7 @@ def _coco_train(tree: Tree, train: Path) -> bool:
         return True
     if not archive.is_file() and karpathy.is_file():
         rows = _karpathy_rows(karpathy)
-        captions = [(row["image"], row["caption"].strip()) for row in rows]
+        captions = [(row["image"], _caption(karpathy, row)) for row in rows]
         tree.expect(karpathy, "the address it came from", captions=len(captions))
         convert.write_lines(train, convert.chat_lines(captions))
         return True
@@ -118,9 +118,13 @@ def _coco_test(tree: Tree, folder: Path) -> Path | None:
     there = [tree.has_file(path, f"{OPENGVLAB}{path.name}") for path in (listed, references)]
     if not all(there):
         return None
-    images = {_coco_id(row["image"]): row["image"] for row in _karpathy_rows(listed)}
+    images = {_coco_id(row["image"], listed): row["image"] for row in _karpathy_rows(listed)}
     tree.expect(listed, f"{OPENGVLAB}{listed.name}", images=len(images))
-    annotations = convert.read_json(references).get("annotations", [])
+    tree_of_references = convert.read_json(references)
+    known = tree_of_references if isinstance(tree_of_references, dict) else {}
+    annotations = known.get("annotations")
+    if not isinstance(annotations, list):
+        raise DataError(f"{references} has no list of annotations; fetch it again")
     tree.expect(references, f"{OPENGVLAB}{references.name}", captions=len(annotations))
     target = folder / "coco_karpathy_test_captions.json"
     rows = [{"id": number, "file_name": name} for number, name in images.items()]
@@ -131,18 +135,34 @@ def _coco_test(tree: Tree, folder: Path) -> Path | None:
 
 def _karpathy_rows(path: Path) -> list[dict[str, Any]]:
     rows = convert.read_json(path)
-    if not isinstance(rows, list) or not all("image" in row for row in rows):
+    named = isinstance(rows, list) and all(
+        isinstance(row, dict) and isinstance(row.get("image"), str) for row in rows
+    )
+    if not named:
         raise DataError(f"{path} is not Karpathy's list of pictures; fetch it again")
     return rows
 
 
-def _coco_id(name: str) -> int:
+def _caption(path: Path, row: dict[str, Any]) -> str:
+    caption = row.get("caption")
+    if not isinstance(caption, str):
+        raise DataError(f"{path}: {row['image']} has no text as `caption`; fetch it again")
+    return caption.strip()
+
+
+def _coco_id(name: str, listed: Path = Path("the list")) -> int:
     """The number at the end of a COCO file name.
 
     >>> _coco_id("val2014/COCO_val2014_000000391895.jpg")
     391895
+
+    Raises:
+        DataError: there is none; names the file `listed` that it stands in.
     """
-    return int(Path(name).stem.rpartition("_")[2])
+    number = Path(name).stem.rpartition("_")[2]
+    if not number.isascii() or not number.isdigit():
+        raise DataError(f"{listed}: {name!r} is no name of a COCO picture; fetch it again")
+    return int(number)
 
 
 # Flickr30K, NoCaps

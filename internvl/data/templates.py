@@ -7,6 +7,8 @@ a few strings; the encoder in chat.py reads them and knows no template by name.
 import json
 from dataclasses import dataclass
 
+from internvl.errors import UserError
+
 _SHUSHENG = (
     "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "
     "是一个有用无害的人工智能助手。"
@@ -128,9 +130,9 @@ TEMPLATES = {
 
 
 def template(name: str) -> Template:
-    """The template called `name`. Raises ValueError naming the known ones."""
+    """The template called `name`. Raises UserError naming the known ones."""
     if name not in TEMPLATES:
-        raise ValueError(f"unknown conversation template {name!r}; known: {', '.join(TEMPLATES)}")
+        raise UserError(f"unknown conversation template {name!r}; known: {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
 
 

@@ -9,7 +9,7 @@ from internvl.config import EvalConfig
 from internvl.data.images import FileSlice
 from internvl.evals import caption, classify, loss, retrieval
 from internvl.evals.scores import Scores
-from internvl.log import get_logger
+from internvl.log import get_logger, read_numbers
 
 
 class Evaluator(Protocol):
@@ -96,4 +96,4 @@ def _file(folder: Path, step: int | None) -> Path:
 
 
 def _read(path: Path) -> dict[str, float]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_numbers(path, "remove it, to measure again") if path.exists() else {}

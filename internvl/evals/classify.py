@@ -121,9 +121,10 @@ class Classify:
     def _entry(self, path: Path) -> Any:
         """What a JSON file holds, or its entry for the data set that `key` names."""
         try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path}: {error}") from None
+            tree = json.loads(path.read_text(encoding="utf-8-sig"))
+        except (OSError, ValueError, RecursionError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"cannot read {path} ({why}); a JSON file is expected") from None
         if self.config.key is None or not isinstance(tree, dict):
             return tree
         if self.config.key not in tree:

