@@ -7,13 +7,13 @@ tokens (the space that SentencePiece puts before a text), the slow one's rule is
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
-from transformers import LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from transformers import BatchEncoding, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from internvl.config import UserError
 
@@ -27,6 +27,12 @@ SPECIAL_TOKENS = (
 
 _SENTENCEPIECE = {"LlamaTokenizer", "InternLM2Tokenizer", "InternLM3Tokenizer"}
 _SPACE = "▁"
+_END_MARK = "\ufdd0"
+"""A code point that is no character and never will be."""
+_CONTROL = {"<s>", "</s>"}
+"""Pieces without text, where they are not special tokens."""
+_ADDITIONAL = "additional_special_tokens"
+_NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _NO_CHARACTER = re.compile("[\udc80-\udcff]")
 """What Python makes of bytes that are no UTF-8, one each."""
@@ -48,8 +54,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
     if (folder / "tokenizer.json").is_file():
         # Names that a processor reads (`video_token` …) would become tokens without a row.
         named = isinstance(config.get("extra_special_tokens"), dict)
-        extra: dict[str, Any] = {"extra_special_tokens": {}} if named else {}
-        return PreTrainedTokenizerFast.from_pretrained(folder, **extra)
+        extra: dict[str, Any] = {"extra_special_tokens": config.get(_ADDITIONAL) or []}
+        whole = _END_MARK in _normalizer(folder)
+        made = WholeTextTokenizer if whole else PreTrainedTokenizerFast
+        return made.from_pretrained(folder, **(extra if named else {}))
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return Qwen2Tokenizer.from_pretrained(folder)
     if not config:
@@ -60,88 +68,213 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
     )
 
 
+class WholeTextTokenizer(PreTrainedTokenizerFast):
+    """SentencePiece with `legacy: false` (Phi-3): one "▁" before a whole text, none before a piece.
+
+    The slow tokenizer puts "▁" before a text, cuts it at the added tokens, and drops the "▁" again
+    if a special token comes next. The backend's normalizer does all of that, so that an export does
+    too, but for one case: to a normalizer a text that is one added token looks like the content of
+    that token. Such a text gets an end mark here, which the normalizer removes.
+    """
+
+    def _encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> BatchEncoding:
+        return super()._encode_plus(self._marked(text), text_pair, **kwargs)
+
+    def _marked(self, text: Any) -> Any:
+        if isinstance(text, list | tuple):
+            return [self._marked(entry) for entry in text]
+        if not isinstance(text, str) or text not in self.added_tokens_encoder:
+            return text
+        normalized = self.backend_tokenizer.normalizer.normalize_str(text + _END_MARK)
+        # A special token takes no "▁", so that its text stays as it is.
+        return text + _END_MARK if normalized == _SPACE + text else text
+
+
 def _load_sentencepiece(folder: Path, config: dict[str, Any], kind: str) -> PreTrainedTokenizerFast:
     """SentencePiece files through the Llama tokenizer, with the slow tokenizer's leading spaces.
 
-    Slow tokenizers cut a text at its special tokens and hand each piece to SentencePiece, which
+    Slow tokenizers cut a text at its added tokens and hand each piece to SentencePiece, which
     puts a space before it if the model file says so (InternLM2's says no). Llama's with
     `legacy=False` (Phi-3) does so at the start of the text only.
     """
+    # Read off the file: sentencepiece 0.2.2 refuses to run InternLM2's, for a piece with a null.
+    file: Any = sentencepiece_model_pb2
+    model = file.ModelProto.FromString((folder / "tokenizer.model").read_bytes())
     tokenizer = LlamaTokenizer.from_pretrained(
         folder,
         add_bos_token=config.get("add_bos_token", True),
         add_eos_token=False,
         add_prefix_space=False,
     )
-    added = _added_tokens(folder, config)
-    if any(tokenizer.convert_tokens_to_ids(entry["content"]) != entry["id"] for entry in added):
-        tokenizer = _with_ids(tokenizer, added)
-    replace = normalizers.Replace(" ", _SPACE)
-    steps: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    spaced = bool(model.normalizer_spec.add_dummy_prefix)
+    whole = spaced and kind == "LlamaTokenizer" and config.get("legacy") is False
+    special = _special_tokens(folder, config)
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    _sort_merges(backend["model"], model)
+    _set_added_tokens(backend, _added_tokens(folder, config, special), normalized=whole)
+    core = Tokenizer.from_str(json.dumps(backend))
+    known = core.get_vocab()
+    named = {name: str(special[name][0]) for name in special if name != _ADDITIONAL}
+    made = (WholeTextTokenizer if whole else PreTrainedTokenizerFast)(
+        tokenizer_object=core,
+        clean_up_tokenization_spaces=False,
+        model_max_length=tokenizer.model_max_length,
+        extra_special_tokens=[str(t) for t in special.get(_ADDITIONAL, ()) if str(t) in known],
+        **{name: token for name, token in named.items() if token in known},
+    )
+    _set_spaces(made, spaced)
+    return made
+
+
+def _set_spaces(tokenizer: PreTrainedTokenizerFast, spaced: bool) -> None:
+    """Where "▁" is put before a text or its pieces, and taken away from a decoded text."""
     backend = tokenizer.backend_tokenizer
-    backend.pre_tokenizer = None
-    backend.normalizer = replace
-    if _adds_space(folder / "tokenizer.model"):
+    steps: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if spaced:
         steps.append(decoders.Strip(content=" ", left=1))
-        if kind == "LlamaTokenizer" and config.get("legacy") is False:
-            backend.normalizer = None
-            backend.pre_tokenizer = pre_tokenizers.Metaspace(
-                replacement=_SPACE, prepend_scheme="first", split=False
-            )
-        else:
-            backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), replace])
     backend.decoder = decoders.Sequence(steps)
-    return tokenizer
+    backend.pre_tokenizer = None
+    replace = normalizers.Replace(" ", _SPACE)
+    if isinstance(tokenizer, WholeTextTokenizer):
+        _mark_whole_texts(tokenizer)
+    elif spaced:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), replace])
+    else:
+        backend.normalizer = replace
 
 
-def _added_tokens(folder: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
-    """The tokens that a release adds to its SentencePiece model, with the ids it gives them."""
+def _mark_whole_texts(tokenizer: WholeTextTokenizer, new: Sequence[str] = ()) -> None:
+    """The normalizer of `WholeTextTokenizer` for its added tokens, and for `new` ones to come.
+
+    All of its added tokens are "normalized", so that it sees a text before it is cut. It leaves
+    their own content alone, and the spaces to the pre-tokenizer: a token that strips white space
+    would not know "▁" for it.
+    """
+    special = set(tokenizer.all_special_tokens)
+    added = {str(token): token for token in tokenizer.added_tokens_decoder.values()}
+    others = [content for content in [*added, *new] if content not in special]
+    dropping = []
+    for content in sorted(special & set(added), key=len, reverse=True):
+        # "<img>" drops the mark, but not where a longer token "<img>x" stands.
+        longer = [o[len(content) :] for o in others if o.startswith(content) and o != content]
+        unless = f"(?!{_any_of(longer)})" if longer else ""
+        dropping.append((r"\s*" if added[content].lstrip else "") + re.escape(content) + unless)
+    alone = rf"(?:{_any_of(others)})\z|" if others else ""
+    behind = "|".join(rf"\A{_SPACE}{re.escape(content)}" for content in others) or r"\A\z"
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Sequence(
+        [
+            normalizers.Replace(_SPACE, " "),
+            normalizers.Prepend(_SPACE),
+            normalizers.Replace(Regex(rf"\A{_SPACE}(?={alone}{'|'.join(dropping) or '(?!)'})"), ""),
+            normalizers.Replace(Regex(rf"(?<={behind}){_END_MARK}\z"), ""),
+        ]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(
+        replacement=_SPACE, prepend_scheme="never", split=False
+    )
+
+
+def _any_of(contents: Iterable[str]) -> str:
+    return "|".join(re.escape(content) for content in contents)
+
+
+def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, list[AddedToken]]:
+    """The special tokens by name ("bos_token" …), as the slow Llama tokenizer knows them.
+
+    `special_tokens_map.json` counts where `tokenizer_config.json` lists no added tokens.
+    """
+    values = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | config
+    if config.get("added_tokens_decoder") is None:
+        values |= _read(folder / "special_tokens_map.json")
+        values[_ADDITIONAL] = [*(config.get(_ADDITIONAL) or ()), *(values.get(_ADDITIONAL) or ())]
+    named = {name: [values[name]] for name in _NAMES if values.get(name) is not None}
+    named[_ADDITIONAL] = list(values.get(_ADDITIONAL) or ())
+    return {name: [_token(value) for value in entries] for name, entries in named.items()}
+
+
+def _token(value: str | dict[str, Any]) -> AddedToken:
+    if isinstance(value, str):
+        return AddedToken(value, special=True, normalized=False)
+    return AddedToken(
+        value["content"],
+        special=True,
+        normalized=False,
+        **{key: bool(value.get(key)) for key in ("lstrip", "rstrip", "single_word")},
+    )
+
+
+def _added_tokens(
+    folder: Path, config: dict[str, Any], special: dict[str, list[AddedToken]]
+) -> list[dict[str, Any]]:
+    """The tokens that a release adds to its SentencePiece model, with the ids it gives them; id
+    None for special tokens that it lists without one."""
     named = config.get("added_tokens_decoder")
     if named is None:
         known = _read(folder / "added_tokens.json")
         named = {number: {"content": token, "special": True} for token, number in known.items()}
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return [plain | entry | {"id": int(number)} for number, entry in named.items()]
+    plain = {"single_word": False, "lstrip": False, "rstrip": False}
+    added = [plain | entry | {"id": int(number)} for number, entry in named.items()]
+    listed = {entry["content"] for entry in added}
+    for token in (token for tokens in special.values() for token in tokens):
+        if token.content not in listed:
+            flags = {key: getattr(token, key) for key in plain}
+            added.append({"content": token.content, "special": True, "id": None, **flags})
+            listed.add(token.content)
+    return added
 
 
-def _with_ids(
-    tokenizer: PreTrainedTokenizerFast, added: Sequence[dict[str, Any]]
-) -> PreTrainedTokenizerFast:
-    """The tokenizer with exactly these ids for added tokens.
+def _sort_merges(model: dict[str, Any], sentencepiece_model: Any) -> None:
+    """Merges in the order of SentencePiece's scores; `transformers` has that of the ids.
+
+    They differ in Llama's vocabulary, where runs of spaces come first and score last. Of pairs with
+    one score SentencePiece merges the leftmost, for which there is no fixed order: exact for runs
+    (the longest left part first); of other pairs that with the mark of a word's start comes first.
+    """
+    scores = {piece.piece: piece.score for piece in sentencepiece_model.pieces}
+
+    def order(pair: tuple[str, str]) -> tuple[float, bool, int, int]:
+        left, right = pair
+        return (scores.get(left + right, 0.0), left.startswith(_SPACE), len(left), len(right))
+
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    model["merges"] = sorted(merges, key=order, reverse=True)
+
+
+def _set_added_tokens(
+    backend: dict[str, Any], added: Sequence[dict[str, Any]], *, normalized: bool
+) -> None:
+    """The added tokens of a serialized tokenizer, with exactly these ids.
 
     InternLM2 gives `<|im_end|>` the id of a piece that its SentencePiece model keeps free; the fast
     tokenizer would append it instead, and so move all that follow.
+
+    Args:
+        normalized: whether they are looked for in the normalized text. The slow tokenizers know no
+            such thing, so that what the files say of it does not count.
     """
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    tokens = {entry["content"]: entry["id"] for entry in added}
-    replaced = set(tokens.values())
     vocabulary = backend["model"]["vocab"]
     size = len(vocabulary)
+    tokens = {e["content"]: e["id"] for e in added if e["id"] is not None}
+    replaced = set(tokens.values())
     kept = {token: number for token, number in vocabulary.items() if number not in replaced}
     kept |= {token: number for token, number in tokens.items() if number < size}
     backend["model"]["vocab"] = dict(sorted(kept.items(), key=lambda item: item[1]))
+    free = max([size - 1, *replaced]) + 1
+    for entry in added:
+        if entry["id"] is None:
+            tokens[entry["content"]] = kept.get(entry["content"], free)
+            free += entry["content"] not in kept
     others = [
         entry
         for entry in backend["added_tokens"]
         if entry["content"] not in tokens and kept.get(entry["content"]) == entry["id"]
     ]
-    backend["added_tokens"] = sorted([*others, *added], key=lambda entry: entry["id"])
-    names = ("bos_token", "eos_token", "unk_token", "pad_token")
-    own = {name: getattr(tokenizer, name) for name in names}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
-        clean_up_tokenization_spaces=False,
-        **{name: token for name, token in own.items() if token in kept},
+    named = [entry | {"id": tokens[entry["content"]]} for entry in added]
+    backend["added_tokens"] = sorted(
+        [entry | {"normalized": normalized} for entry in [*others, *named]],
+        key=lambda entry: entry["id"],
     )
-
-
-def _adds_space(model: Path) -> bool:
-    """Whether this SentencePiece model puts a space before a text.
-
-    Read off the file: sentencepiece 0.2.2 refuses to run InternLM2's, for a piece with a null.
-    """
-    file: Any = sentencepiece_model_pb2
-    return bool(file.ModelProto.FromString(model.read_bytes()).normalizer_spec.add_dummy_prefix)
 
 
 def decode(
@@ -154,15 +287,69 @@ def decode(
     """
     if not _has_byte_pieces(tokenizer):
         return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+    if not tokenizer.backend_tokenizer.decoder.decode([_SPACE]):
+        return _llama_text(tokenizer, ids, skip_special_tokens)
     added = tokenizer.added_tokens_decoder
     kept = [i for i in ids if not (skip_special_tokens and i in added and added[i].special)]
+    return _joined(tokenizer.convert_ids_to_tokens(kept))
+
+
+def _llama_text(
+    tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], skip_special_tokens: bool
+) -> str:
+    """What the slow Llama tokenizer decodes: texts between added tokens, joined by spaces.
+
+    Only bos, eos, unk, pad and the additional special tokens are skipped, not every added token
+    that is called special (Phi-3's `<|user|>` is not).
+    """
+    special = set(tokenizer.all_special_tokens)
+    added = tokenizer.added_tokens_decoder
+    extra = set(tokenizer.extra_special_tokens)
+    texts: list[str] = []
+    pending: list[str] = []
+    for number, token in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):
+        if skip_special_tokens and token in special:
+            continue
+        appended = token in extra and number >= tokenizer.vocab_size
+        if number not in added or (token in special and not appended):
+            pending.append(token)
+            continue
+        if pending and (text := _between(pending, special, tokenizer)):
+            texts.append(text)
+        pending = []
+        texts.append(token)
+    return " ".join([*texts, _between(pending, special, tokenizer)] if pending else texts)
+
+
+def _between(tokens: Sequence[str], special: set[str], tokenizer: PreTrainedTokenizerFast) -> str:
+    """Text of a run of tokens, special ones among them, without its leading space.
+
+    Without `legacy: false` every run between special tokens loses one more, and a space comes
+    before a special token.
+    """
+    legacy = not isinstance(tokenizer, WholeTextTokenizer)
+    text, pieces = "", [tokens[0].removeprefix(_SPACE), *tokens[1:]]
+    run: list[str] = []
+    for number, piece in enumerate(pieces):
+        if piece not in special:
+            run += [] if piece in _CONTROL else [piece]
+            continue
+        if legacy and number and pieces[number - 1] not in special:
+            text += " "
+        text += _joined(run, strip=legacy) + piece
+        run = []
+    return text + _joined(run, strip=legacy)
+
+
+def _joined(pieces: Sequence[str], *, strip: bool = False) -> str:
+    """The text of SentencePiece pieces; `strip` takes one space off the first that has any text."""
     raw = bytearray()
-    for piece in tokenizer.convert_ids_to_tokens(kept):
+    for piece in pieces:
         byte = _BYTE_PIECE.fullmatch(piece)
+        if strip and piece:
+            strip, piece = False, piece.removeprefix(_SPACE)
         raw += bytes([int(byte[1], 16)]) if byte else piece.replace(_SPACE, " ").encode()
-    text = _NO_CHARACTER.sub("\ufffd", raw.decode(errors="surrogateescape"))
-    strips = not tokenizer.backend_tokenizer.decoder.decode([_SPACE])
-    return text.removeprefix(" ") if strips else text
+    return _NO_CHARACTER.sub("\ufffd", raw.decode(errors="surrogateescape"))
 
 
 def _has_byte_pieces(tokenizer: PreTrainedTokenizerFast) -> bool:
@@ -175,6 +362,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     config = _read(file) | {
+        # Beside the names below, which are the processor's: `decode` skips these.
+        _ADDITIONAL: [str(token) for token in tokenizer.extra_special_tokens],
         "tokenizer_class": "PreTrainedTokenizerFast",
         "processor_class": "InternVLProcessor",
         "extra_special_tokens": {
@@ -201,7 +390,11 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerFast) -> int:
     """Add what a chat model needs and the tokenizer lacks; the number of tokens added."""
     known = tokenizer.get_vocab()
     new = [token for token in SPECIAL_TOKENS if token not in known]
-    return tokenizer.add_tokens(new, special_tokens=True)
+    whole = isinstance(tokenizer, WholeTextTokenizer)
+    if whole:
+        _mark_whole_texts(tokenizer, new)
+    tokens = [AddedToken(token, special=True, normalized=whole) for token in new]
+    return tokenizer.add_tokens(tokens, special_tokens=True)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int, folder: Path) -> None:
@@ -212,6 +405,12 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int, folder: Path
             f"{folder}: the tokenizer knows ids up to {largest}, the model has {rows} embedding "
             "rows; the tokenizer files are not of this model, take those of its release"
         )
+
+
+def _normalizer(folder: Path) -> str:
+    """The normalizer of `tokenizer.json`, as text."""
+    normalizer = _read(folder / "tokenizer.json").get("normalizer")
+    return json.dumps(normalizer, ensure_ascii=False)
 
 
 def _read(file: Path) -> dict[str, Any]:
