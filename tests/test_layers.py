@@ -27,6 +27,7 @@ LEVELS = {
         *("report", "doctor", "flops", "rows", "validation"),
     ),
     1: ("data", "models", "recipes", "guards"),
+    0.5: ("files",),
     0: ("config", "zoo", "dist", "log", "gpus"),
 }
 LEVEL_OF = {part: level for level, parts in LEVELS.items() for part in parts}
