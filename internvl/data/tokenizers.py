@@ -7,7 +7,8 @@ tokens (the space that SentencePiece puts before a text), the slow one's rule is
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from transformers import BatchEncoding, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from internvl.config import UserError
+from internvl.files import ModelFolderError, describe, first_line, read_object
 
 logger = logging.getLogger(__name__)
 
@@ -44,28 +46,115 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
     A `tokenizer.model` alone is Llama's, as InternVL-14B's is.
 
     Raises:
-        UserError: tokenizer files of a kind that is not known, or files that do not belong
-            together.
+        ModelFolderError: tokenizer files of a kind that is not known, damaged ones, or files that
+            do not belong together.
     """
     config = _read(folder / "tokenizer_config.json")
+    check_files(folder, config)
     kind = str(config.get("tokenizer_class", "")).removesuffix("Fast")
     if (folder / "tokenizer.model").is_file() and (kind in _SENTENCEPIECE or not config):
-        return _load_sentencepiece(folder, config, kind or "LlamaTokenizer")
+        with _reading(folder, "tokenizer.model"):
+            return _load_sentencepiece(folder, config, kind or "LlamaTokenizer")
     if (folder / "tokenizer.json").is_file():
         # Names that a processor reads (`video_token` …) would become tokens without a row.
         named = isinstance(config.get("extra_special_tokens"), dict)
         extra: dict[str, Any] = {"extra_special_tokens": config.get(_ADDITIONAL) or []}
-        whole = _END_MARK in _normalizer(folder)
-        made = WholeTextTokenizer if whole else PreTrainedTokenizerFast
-        return made.from_pretrained(folder, **(extra if named else {}))
+        with _reading(folder, "tokenizer.json"):
+            whole = _END_MARK in _normalizer(folder)
+            made = WholeTextTokenizer if whole else PreTrainedTokenizerFast
+            return made.from_pretrained(folder, **(extra if named else {}))
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        return Qwen2Tokenizer.from_pretrained(folder)
+        with _reading(folder, "vocab.json and merges.txt"):
+            return Qwen2Tokenizer.from_pretrained(folder)
     if not config:
         return None
-    raise UserError(
+    raise ModelFolderError(
         f"{folder}: tokenizer of class {kind!r} without tokenizer.json, vocab.json or a known "
         "tokenizer.model; copy the tokenizer files of the release there"
     )
+
+
+_OBJECTS = ("tokenizer.json", "added_tokens.json", "special_tokens_map.json", "vocab.json")
+
+
+def check_files(folder: Path, config: dict[str, Any]) -> None:
+    """Raises ModelFolderError where a tokenizer file is not what its name says, naming it."""
+    for name in ("tokenizer.model", "merges.txt"):
+        file = folder / name
+        if file.is_file() and (meaning := describe(file)):
+            raise ModelFolderError(f"{file}: {meaning}")
+    trees = {name: _read(folder / name) for name in _OBJECTS}
+    for name in ("added_tokens.json", "vocab.json"):
+        for token, number in trees[name].items():
+            if not _is_id(number):
+                raise _wrong(folder / name, token, number, "the number of the token is expected")
+    entries = config.get("added_tokens_decoder")
+    if entries is not None and not isinstance(entries, dict):
+        raise _wrong(folder / "tokenizer_config.json", "added_tokens_decoder", entries, _BY_NUMBER)
+    for number, entry in (entries or {}).items():
+        if not re.fullmatch(r"\d{1,9}", number) or not _is_token(entry):
+            file = folder / "tokenizer_config.json"
+            raise _wrong(file, f"added_tokens_decoder.{number}", entry, _BY_NUMBER)
+    for name, tree in (
+        ("tokenizer_config.json", config),
+        ("special_tokens_map.json", trees["special_tokens_map.json"]),
+    ):
+        _check_special(folder / name, tree)
+
+
+_BY_NUMBER = "an object of numbers and their tokens (content, lstrip, rstrip …) is expected"
+
+
+def _check_special(file: Path, tree: dict[str, Any]) -> None:
+    for key in _NAMES:
+        value = tree.get(key)
+        if value is not None and not isinstance(value, str) and not _is_token(value):
+            raise _wrong(file, key, value, "a token is expected")
+    entries = tree.get(_ADDITIONAL)
+    tokens = entries if isinstance(entries, list) else None
+    valid = tokens is not None and all(isinstance(t, str) or _is_token(t) for t in tokens)
+    if entries is not None and not valid:
+        raise _wrong(file, _ADDITIONAL, entries, "a list of tokens is expected")
+
+
+def _is_id(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 10**9
+
+
+def _is_token(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
+        return False
+    flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
+    return all(isinstance(entry[flag], bool) for flag in flags if flag in entry)
+
+
+def _wrong(file: Path, key: str, value: Any, expected: str) -> ModelFolderError:
+    shown = repr(value)
+    shown = shown if len(shown) <= 60 else shown[:60] + "…"
+    return ModelFolderError(
+        f"{file}: {key} is {shown}, {expected}; copy the file again from the release"
+    )
+
+
+@contextmanager
+def _reading(folder: Path, names: str) -> Iterator[None]:
+    """What the tokenizer libraries say of damaged files, as one sentence that names them.
+
+    Raises:
+        ModelFolderError: in place of any other exception.
+    """
+    try:
+        yield
+    except ModelFolderError:
+        raise
+    # Rust's parsers panic, with an exception that is no Exception; the libraries raise anything.
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ModelFolderError(
+            f"{folder}: no tokenizer can be made of {names} there ({type(error).__name__}: "
+            f"{first_line(error)}); copy the tokenizer files of the release there again"
+        ) from error
 
 
 class WholeTextTokenizer(PreTrainedTokenizerFast):
@@ -414,4 +503,4 @@ def _normalizer(folder: Path) -> str:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_object(file) if file.is_file() else {}
