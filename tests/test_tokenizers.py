@@ -7,6 +7,7 @@ import shutil
 import pytest
 import sentencepiece
 from chat_folders import GOLDEN, shared
+from mutations import HTML_PAGE, LFS_POINTER
 from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer
 
@@ -18,6 +19,7 @@ from internvl.data.tokenizers import (
     load_tokenizer,
     save_tokenizer,
 )
+from internvl.files import ModelFolderError
 
 MASKS = GOLDEN / "label_masks"
 PHI3 = GOLDEN / "tokenizer_phi3"
@@ -316,3 +318,75 @@ def test_a_tokenizer_of_another_model_is_named(tmp_path):
     check_vocabulary(tokenizer, 572, tmp_path)
     with pytest.raises(ValueError, match="ids up to 571, the model has 500"):
         check_vocabulary(tokenizer, 500, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("base", "name", "content", "says"),
+    [
+        ("qwen2", "tokenizer.json", LFS_POINTER, "a Git LFS pointer.*`git lfs pull`"),
+        ("qwen2", "tokenizer.json", b"", "empty .0 bytes"),
+        ("qwen2", "tokenizer_config.json", HTML_PAGE, "a web page"),
+        ("qwen2", "tokenizer_config.json", b'{"a": ', "not JSON"),
+        ("qwen2", "tokenizer_config.json", b"[]", "expected an object, found list"),
+        ("qwen2", "special_tokens_map.json", b'{"eos_token": 3}', "eos_token is 3, a token is"),
+        ("qwen2", "special_tokens_map.json", LFS_POINTER, "a Git LFS pointer"),
+        ("qwen2", "added_tokens.json", b'{"<img>": "7"}', "<img> is '7', the number of the token"),
+        ("qwen2", "added_tokens.json", LFS_POINTER, "a Git LFS pointer"),
+        ("qwen2", "vocab.json", b'{"a": null}', "a is None, the number of the token"),
+        ("qwen2", "merges.txt", LFS_POINTER, "a Git LFS pointer"),
+        (
+            *("qwen2", "tokenizer_config.json"),
+            b'{"added_tokens_decoder": [1]}',
+            r"added_tokens_decoder is \[1\], an object of numbers",
+        ),
+        (
+            *("qwen2", "tokenizer_config.json"),
+            b'{"additional_special_tokens": "<img>"}',
+            "additional_special_tokens is '<img>', a list of tokens",
+        ),
+        ("internlm2", "tokenizer.model", LFS_POINTER, "a Git LFS pointer"),
+        ("internlm2", "tokenizer.model", bytes(500), "zero bytes"),
+        ("internlm2", "tokenizer.model", b"no model, but text", "no tokenizer can be made"),
+    ],
+)
+def test_files_that_are_not_what_their_name_says(base, name, content, says, tmp_path):
+    """Those that hold another thing, and those that hold the wrong values."""
+    folder = copy(
+        base, tmp_path / "folder", ("tokenizer.json",) if name != "tokenizer.json" else ()
+    )
+    (folder / name).write_bytes(content)
+    with pytest.raises(ModelFolderError, match=says) as caught:
+        load_tokenizer(folder)
+    assert str(folder) in str(caught.value)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"{}", b'{"model": {"type": "BPE"}}', b'{"model": 3}'])
+def test_a_tokenizer_json_without_a_tokenizer(content, tmp_path):
+    folder = copy("qwen2", tmp_path / "folder")
+    (folder / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ModelFolderError, match=f"{folder}: no tokenizer .* tokenizer.json there"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("without", [(), ("tokenizer.json",)])
+@pytest.mark.parametrize("name", ["internlm2", "qwen2"])
+def test_byte_order_marks_are_no_fault(name, without, tmp_path):
+    folder = copy(name, tmp_path / "folder", without)
+    for file in (*folder.glob("*.json"), *folder.glob("*.txt")):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    tokenizer = load_tokenizer(folder)
+    for text, ids in golden_ids(name).items():
+        assert tokenizer(text, verbose=False).input_ids == ids
+
+
+def test_an_added_token_whose_id_cannot_be_is_named(tmp_path):
+    """Ids below it are missing: it would get another id, and so another row."""
+    for file in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(PHI3 / file, tmp_path)
+    config = json.loads((PHI3 / "tokenizer_config.json").read_text())
+    del config["added_tokens_decoder"]["522"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelFolderError, match=r"<\|end\|> has id 523, but ids below it"):
+        load_tokenizer(tmp_path)

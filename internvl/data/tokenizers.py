@@ -4,17 +4,20 @@ The releases were trained with slow tokenizers. Where today's fast ones would di
 tokens (the space that SentencePiece puts before a text), the slow one's rule is set here.
 """
 
+import codecs
 import json
 import logging
 import re
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
-from transformers import BatchEncoding, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import BatchEncoding, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from internvl.config import UserError
 from internvl.files import ModelFolderError, describe, first_line, read_object
@@ -34,6 +37,7 @@ _END_MARK = "\ufdd0"
 _CONTROL = {"<s>", "</s>"}
 """Pieces without text, where they are not special tokens."""
 _ADDITIONAL = "additional_special_tokens"
+_STRIPS = ("lstrip", "rstrip", "single_word")
 _NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _NO_CHARACTER = re.compile("[\udc80-\udcff]")
@@ -51,10 +55,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
     """
     config = _read(folder / "tokenizer_config.json")
     check_files(folder, config)
+    with _without_byte_order_marks(folder) as readable:
+        return _load(folder, readable, config)
+
+
+def _load(folder: Path, readable: Path, config: dict[str, Any]) -> PreTrainedTokenizerFast | None:
+    """The tokenizer of `folder`, whose files are read from `readable`."""
     kind = str(config.get("tokenizer_class", "")).removesuffix("Fast")
     if (folder / "tokenizer.model").is_file() and (kind in _SENTENCEPIECE or not config):
         with _reading(folder, "tokenizer.model"):
-            return _load_sentencepiece(folder, config, kind or "LlamaTokenizer")
+            return _load_sentencepiece(readable, config, kind or "LlamaTokenizer")
     if (folder / "tokenizer.json").is_file():
         # Names that a processor reads (`video_token` …) would become tokens without a row.
         named = isinstance(config.get("extra_special_tokens"), dict)
@@ -62,16 +72,38 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
         with _reading(folder, "tokenizer.json"):
             whole = _END_MARK in _normalizer(folder)
             made = WholeTextTokenizer if whole else PreTrainedTokenizerFast
-            return made.from_pretrained(folder, **(extra if named else {}))
+            return made.from_pretrained(readable, **(extra if named else {}))
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         with _reading(folder, "vocab.json and merges.txt"):
-            return Qwen2Tokenizer.from_pretrained(folder)
+            return Qwen2Tokenizer.from_pretrained(readable)
     if not config:
         return None
     raise ModelFolderError(
         f"{folder}: tokenizer of class {kind!r} without tokenizer.json, vocab.json or a known "
         "tokenizer.model; copy the tokenizer files of the release there"
     )
+
+
+@contextmanager
+def _without_byte_order_marks(folder: Path) -> Iterator[Path]:
+    """The folder, or a copy of its tokenizer files where one begins with a byte-order mark, which
+    `transformers` does not read."""
+    present = [folder / name for name in (*_OBJECTS, "tokenizer_config.json", "merges.txt")]
+    present = [file for file in present if file.is_file()]
+    if not any(_starts_with_mark(file) for file in present):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        for file in present:
+            (Path(copy) / file.name).write_bytes(file.read_bytes().removeprefix(codecs.BOM_UTF8))
+        if (folder / "tokenizer.model").is_file():
+            shutil.copy(folder / "tokenizer.model", copy)
+        yield Path(copy)
+
+
+def _starts_with_mark(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(3) == codecs.BOM_UTF8
 
 
 _OBJECTS = ("tokenizer.json", "added_tokens.json", "special_tokens_map.json", "vocab.json")
@@ -124,7 +156,7 @@ def _is_id(number: Any) -> bool:
 def _is_token(entry: Any) -> bool:
     if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
         return False
-    flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
+    flags = (*_STRIPS, "normalized", "special")
     return all(isinstance(entry[flag], bool) for flag in flags if flag in entry)
 
 
@@ -189,26 +221,24 @@ def _load_sentencepiece(folder: Path, config: dict[str, Any], kind: str) -> PreT
     # Read off the file: sentencepiece 0.2.2 refuses to run InternLM2's, for a piece with a null.
     file: Any = sentencepiece_model_pb2
     model = file.ModelProto.FromString((folder / "tokenizer.model").read_bytes())
-    tokenizer = LlamaTokenizer.from_pretrained(
-        folder,
-        add_bos_token=config.get("add_bos_token", True),
-        add_eos_token=False,
-        add_prefix_space=False,
-    )
+    if model.trainer_spec.model_type != file.TrainerSpec.BPE:
+        raise ModelFolderError(
+            f"{folder / 'tokenizer.model'}: a SentencePiece model of another type than BPE, which "
+            "no InternVL has; copy the tokenizer.model of the release there"
+        )
     spaced = bool(model.normalizer_spec.add_dummy_prefix)
     whole = spaced and kind == "LlamaTokenizer" and config.get("legacy") is False
     special = _special_tokens(folder, config)
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    _sort_merges(backend["model"], model)
-    _set_added_tokens(backend, _added_tokens(folder, config, special), normalized=whole)
-    core = Tokenizer.from_str(json.dumps(backend))
+    core = _core(folder, model, _added_tokens(folder, config, special), normalized=whole)
     known = core.get_vocab()
     named = {name: str(special[name][0]) for name in special if name != _ADDITIONAL}
     made = (WholeTextTokenizer if whole else PreTrainedTokenizerFast)(
         tokenizer_object=core,
+        add_bos_token=bool(config.get("add_bos_token", True)),
+        add_eos_token=False,
         clean_up_tokenization_spaces=False,
-        model_max_length=tokenizer.model_max_length,
-        extra_special_tokens=[str(t) for t in special.get(_ADDITIONAL, ()) if str(t) in known],
+        model_max_length=config.get("model_max_length"),
+        extra_special_tokens=[str(t) for t in special[_ADDITIONAL] if str(t) in known],
         **{name: token for name, token in named.items() if token in known},
     )
     _set_spaces(made, spaced)
@@ -289,7 +319,7 @@ def _token(value: str | dict[str, Any]) -> AddedToken:
         value["content"],
         special=True,
         normalized=False,
-        **{key: bool(value.get(key)) for key in ("lstrip", "rstrip", "single_word")},
+        **{key: bool(value.get(key)) for key in _STRIPS},
     )
 
 
@@ -302,7 +332,7 @@ def _added_tokens(
     if named is None:
         known = _read(folder / "added_tokens.json")
         named = {number: {"content": token, "special": True} for token, number in known.items()}
-    plain = {"single_word": False, "lstrip": False, "rstrip": False}
+    plain = dict.fromkeys(_STRIPS, False)
     added = [plain | entry | {"id": int(number)} for number, entry in named.items()]
     listed = {entry["content"] for entry in added}
     for token in (token for tokens in special.values() for token in tokens):
@@ -313,57 +343,64 @@ def _added_tokens(
     return added
 
 
-def _sort_merges(model: dict[str, Any], sentencepiece_model: Any) -> None:
+def _core(
+    folder: Path, model: Any, added: Sequence[dict[str, Any]], *, normalized: bool
+) -> Tokenizer:
+    """SentencePiece's pieces and merges, and the added tokens with exactly their ids.
+
+    InternLM2 gives `<|im_end|>` the id of a piece that its SentencePiece model keeps free; the fast
+    tokenizer would append it instead, and so move all that follow.
+
+    Args:
+        normalized: whether added tokens are looked for in the normalized text. The slow tokenizers
+            know no such thing, so that what the files say of it does not count.
+
+    Raises:
+        ModelFolderError: ids that no tokenizer gives, for some before them are left out.
+    """
+    tokens = {entry["content"]: entry["id"] for entry in added if entry["id"] is not None}
+    replaced = set(tokens.values())
+    pieces = {p.piece: n for n, p in enumerate(model.pieces) if n not in replaced}
+    pieces |= {token: n for token, n in tokens.items() if n < len(model.pieces)}
+    core = Tokenizer(
+        models.BPE(vocab=pieces, merges=_merges(model, pieces), fuse_unk=True, byte_fallback=True)
+    )
+    defined = [p.piece for p in model.pieces if p.type == p.USER_DEFINED and p.piece in pieces]
+    entries = [
+        *({"content": p, "id": pieces[p], "special": False} for p in defined if p not in tokens),
+        *added,
+    ]
+    last = len(model.pieces) + len(entries)
+    for entry in sorted(entries, key=lambda e: last if e["id"] is None else e["id"]):
+        flags = {key: entry[key] for key in (*_STRIPS, "special") if key in entry}
+        core.add_tokens([AddedToken(entry["content"], normalized=normalized, **flags)])
+        if entry["id"] is not None and core.token_to_id(entry["content"]) != entry["id"]:
+            raise ModelFolderError(
+                f"{folder}: the added token {entry['content']} has id {entry['id']}, but ids below "
+                "it are missing; copy the tokenizer files of the release there again"
+            )
+    return core
+
+
+def _merges(model: Any, pieces: dict[str, int]) -> list[tuple[str, str]]:
     """Merges in the order of SentencePiece's scores; `transformers` has that of the ids.
 
     They differ in Llama's vocabulary, where runs of spaces come first and score last. Of pairs with
     one score SentencePiece merges the leftmost, for which there is no fixed order: exact for runs
     (the longest left part first); of other pairs that with the mark of a word's start comes first.
     """
-    scores = {piece.piece: piece.score for piece in sentencepiece_model.pieces}
-
-    def order(pair: tuple[str, str]) -> tuple[float, bool, int, int]:
-        left, right = pair
-        return (scores.get(left + right, 0.0), left.startswith(_SPACE), len(left), len(right))
-
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    model["merges"] = sorted(merges, key=order, reverse=True)
-
-
-def _set_added_tokens(
-    backend: dict[str, Any], added: Sequence[dict[str, Any]], *, normalized: bool
-) -> None:
-    """The added tokens of a serialized tokenizer, with exactly these ids.
-
-    InternLM2 gives `<|im_end|>` the id of a piece that its SentencePiece model keeps free; the fast
-    tokenizer would append it instead, and so move all that follow.
-
-    Args:
-        normalized: whether they are looked for in the normalized text. The slow tokenizers know no
-            such thing, so that what the files say of it does not count.
-    """
-    vocabulary = backend["model"]["vocab"]
-    size = len(vocabulary)
-    tokens = {e["content"]: e["id"] for e in added if e["id"] is not None}
-    replaced = set(tokens.values())
-    kept = {token: number for token, number in vocabulary.items() if number not in replaced}
-    kept |= {token: number for token, number in tokens.items() if number < size}
-    backend["model"]["vocab"] = dict(sorted(kept.items(), key=lambda item: item[1]))
-    free = max([size - 1, *replaced]) + 1
-    for entry in added:
-        if entry["id"] is None:
-            tokens[entry["content"]] = kept.get(entry["content"], free)
-            free += entry["content"] not in kept
-    others = [
-        entry
-        for entry in backend["added_tokens"]
-        if entry["content"] not in tokens and kept.get(entry["content"]) == entry["id"]
-    ]
-    named = [entry | {"id": tokens[entry["content"]]} for entry in added]
-    backend["added_tokens"] = sorted(
-        [entry | {"normalized": normalized} for entry in [*others, *named]],
-        key=lambda entry: entry["id"],
-    )
+    scored = []
+    for piece in model.pieces:
+        text = piece.piece
+        if piece.type != piece.NORMAL or text not in pieces:
+            continue
+        for cut in range(1, len(text)):
+            left, right = text[:cut], text[cut:]
+            if left in pieces and right in pieces:
+                order = (piece.score, left.startswith(_SPACE), cut, len(right))
+                scored.append((order, left, right))
+    scored.sort(key=lambda entry: entry[0], reverse=True)
+    return [(left, right) for _, left, right in scored]
 
 
 def decode(

@@ -6,11 +6,11 @@ zero too many from filling the memory.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from internvl.files import ModelFolderError
 
@@ -34,8 +34,9 @@ def _number(low: float, high: float, *, above: bool = False) -> Rule:
     """A finite number; `above` leaves the lower bound out."""
 
     def allows(value: Any) -> bool:
-        if not isinstance(value, int | float) or isinstance(value, bool) or not isfinite(value):
+        if not isinstance(value, int | float) or isinstance(value, bool):
             return False
+        # NaN compares false, infinity is above every bound.
         return (low < value if above else low <= value) and value <= high
 
     return Rule(f"a number {'above' if above else 'from'} {low:g} to {high:g}", allows)
@@ -111,7 +112,20 @@ _LANGUAGE: dict[str, Rule] = {
     **dict.fromkeys(("rope_scaling", "rope_parameters"), _or_null(_OBJECT)),
     **dict.fromkeys(("bias", "qkv_bias", "attention_bias", "mlp_bias"), _or_null(_SWITCH)),
     "tie_word_embeddings": _or_null(_SWITCH),
+    "partial_rotary_factor": _number(0, 1, above=True),
     "model_type": _TEXT,
+}
+
+_FACTOR = _number(0, 1e9, above=True)
+# "su" is the original's name of "longrope".
+_WAY = _or_null(_one_of("default", "su", *sorted(ROPE_INIT_FUNCTIONS)))
+_ROPE: dict[str, Rule] = {
+    **dict.fromkeys(("type", "rope_type"), _WAY),
+    **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "beta_fast"), _FACTOR),
+    **dict.fromkeys(("beta_slow", "rope_theta"), _FACTOR),
+    "attention_factor": _or_null(_FACTOR),
+    "original_max_position_embeddings": _or_null(_whole(1, 10**8)),
+    "partial_rotary_factor": _number(0, 1, above=True),
 }
 
 _QLLAMA: dict[str, Rule] = {
@@ -151,10 +165,7 @@ def check_chat(file: Path, config: dict[str, Any]) -> None:
     if config.get("internvl") is not None:
         _check(file, "internvl", _section(file, config, "internvl"), _CHAT)
     _check_vision(file, _section(file, config, "vision_config"))
-    section = _section(file, config, language)
-    _check(file, language, section, _LANGUAGE)
-    _check_architectures(file, language, section)
-    _check_heads(file, language, section)
+    check_language(file, _section(file, config, language), language)
 
 
 def check_dual(file: Path, config: dict[str, Any]) -> None:
@@ -166,9 +177,26 @@ def check_dual(file: Path, config: dict[str, Any]) -> None:
     _check_heads(file, "qllama_config", language)
 
 
-def _check_vision(file: Path, vision: dict[str, Any]) -> None:
-    _check(file, "vision_config", vision, _VISION)
-    _check_heads(file, "vision_config", vision)
+def check_tower(file: Path, config: dict[str, Any]) -> None:
+    """Raises ModelFolderError where a standalone InternViT's `config.json` is wrong."""
+    if config.get("vision_config") is None:
+        _check_vision(file, config, "")
+    else:
+        _check_vision(file, _section(file, config, "vision_config"))
+
+
+def check_language(file: Path, config: dict[str, Any], section: str = "") -> None:
+    """Raises ModelFolderError where a language model's `config.json` or section is wrong."""
+    _check(file, section, config, _LANGUAGE)
+    _check_architectures(file, section, config)
+    _check_heads(file, section, config)
+    for key in ("rope_scaling", "rope_parameters"):
+        _check_rope(file, f"{section}.{key}".lstrip("."), config.get(key) or {}, config)
+
+
+def _check_vision(file: Path, vision: dict[str, Any], section: str = "vision_config") -> None:
+    _check(file, section, vision, _VISION)
+    _check_heads(file, section, vision)
 
 
 @contextmanager
@@ -219,6 +247,26 @@ def _check_architectures(file: Path, section: str, values: dict[str, Any]) -> No
     named = values.get("architectures")
     if named is not None and not (isinstance(named, list) and all(map(_TEXT.allows, named))):
         raise _wrong(file, section, "architectures", named, "a list of names is expected")
+
+
+def _check_rope(
+    file: Path, section: str, scaling: dict[str, Any], language: dict[str, Any]
+) -> None:
+    """Position scaling: a known way, and one factor for every rotated pair."""
+    _check(file, section, scaling, _ROPE)
+    width, heads = language.get("hidden_size"), language.get("num_attention_heads")
+    if not (width and heads):
+        return
+    share = language.get("partial_rotary_factor", scaling.get("partial_rotary_factor", 1))
+    pairs = int((language.get("head_dim") or width // heads) * share) // 2
+    for key in ("short_factor", "long_factor"):
+        factors = scaling.get(key, [1.0] * pairs)
+        if (
+            not isinstance(factors, list)
+            or len(factors) != pairs
+            or not all(map(_FACTOR.allows, factors))
+        ):
+            raise _wrong(file, section, key, factors, f"a list of {pairs} factors is expected")
 
 
 def _check_heads(file: Path, section: str, values: dict[str, Any]) -> None:

@@ -72,8 +72,8 @@ def fit_tensors(config: DualConfig, source: ModelFolder) -> dict[str, LazyTensor
     config_checks.check_quantization(file, source.config, source.tensors)
     with config_checks.building(file):
         expected = empty_model(config).state_dict()
-    base = keys.take_apart(source.tensors).base
-    renamed = keys.official_to_ours(config, expected, base)
+        base = keys.take_apart(source.tensors).base
+        renamed = keys.official_to_ours(config, expected, base)
     fitting.check_names(source.folder, renamed, log_unexpected=True)
     return fitting.check_shapes(source.folder, expected, renamed.tensors)
 

@@ -332,11 +332,11 @@ def fit_tensors(config: InternVLConfig, source: ModelFolder) -> dict[str, LazyTe
     config_checks.check_quantization(file, source.config, source.tensors)
     with config_checks.building(file):
         expected = empty_model(config).state_dict()
-    if source.layout == "hf":
-        renamed = keys.hf_to_model(config, expected, source.tensors)
-    else:
-        base = keys.take_apart(source.tensors).base
-        renamed = keys.official_to_ours(config, expected, base)
+        if source.layout == "hf":
+            renamed = keys.hf_to_model(config, expected, source.tensors)
+        else:
+            base = keys.take_apart(source.tensors).base
+            renamed = keys.official_to_ours(config, expected, base)
     config.tie_word_embeddings = "lm_head.weight" not in renamed.tensors and _may_tie(source)
     if config.tie_word_embeddings:
         heads = {"lm_head.weight", "language_model.lm_head.weight", "language_model.output.weight"}
