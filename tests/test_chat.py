@@ -161,6 +161,22 @@ def test_a_long_answer_is_cut_without_its_end():
 LLAMA = SHARED / "data" / "tokenizers" / "llama2_tokenizer.model"
 
 
+PHI3 = GOLDEN / "tokenizer_phi3"
+
+
+@pytest.mark.parametrize("chat", json.loads((PHI3 / "slow.json").read_text())["chats"])
+def test_phi3_ids_and_labels_are_those_of_the_slow_tokenizer(chat):
+    """preprocess_phi3 over the slow tokenizer's ids: four visual tokens an image."""
+    encode = ChatEncoder(load_tokenizer(PHI3), template("phi3-chat"), 4)
+    images = sum(turn.count("<image>") for turn in chat["turns"])
+    messages = [Message(("user", "assistant")[i % 2], t) for i, t in enumerate(chat["turns"])]
+    example = encode.encode(Sample("golden", tuple(messages), ("x",) * images), (1,) * images)
+    assert example.input_ids.tolist() == chat["ids"]
+    assert example.labels.tolist() == chat["labels"]
+    prompt = encode.prompt(messages[:-1], (1,) * images).tolist()
+    assert prompt == chat["ids"][: len(prompt)]
+
+
 @pytest.mark.skipif(not LLAMA.is_file(), reason="no Llama tokenizer here")
 @pytest.mark.parametrize("name", ["vicuna_v1.1", "internvl_zh", "phi3-chat"])
 def test_sentencepiece_templates(name, tmp_path):

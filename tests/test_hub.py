@@ -1,13 +1,18 @@
 """Folders and ids: what is found, what is missing, and what never runs."""
 
+import itertools
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
 from chat_folders import IMAGE_TOKEN_ID, golden_folder
+from data_files import model_folder
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
+from internvl import export
 from internvl.models import hub, vlm
 from internvl.models.hub import ModelFolderError
 
@@ -155,3 +160,148 @@ def test_the_id_of_a_special_token(file, content, tmp_path):
     (tmp_path / file).write_text(json.dumps(content))
     assert hub.special_token_id(tmp_path, "<IMG_CONTEXT>") == 7
     assert hub.special_token_id(tmp_path, "<img>") is None
+
+
+def stored_as(tensors, folder, form):
+    """Write weights in one of the forms that folders have them in."""
+    names = sorted(tensors)
+    if form == "model.safetensors":
+        save_file(tensors, folder / form)
+    elif form == "pytorch_model.bin":
+        torch.save(tensors, folder / form)
+    else:
+        end = "bin" if "bin" in form else "safetensors"
+        stem = form.removesuffix(f".{end}.index.json")
+        shards = {f"{stem}-0000{i + 1}-of-00002.{end}": names[i::2] for i in (0, 1)}
+        for file, part in shards.items():
+            write = torch.save if end == "bin" else save_file
+            write({name: tensors[name] for name in part}, folder / file)
+        weight_map = {name: file for file, part in shards.items() for name in part}
+        (folder / form).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+FORMS = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+NORM = "language_model.norm.weight"
+
+
+def marked(tensors, value):
+    """The weights, with one tensor by which they are told."""
+    name = next(
+        name for name in tensors if name.endswith((NORM, "language_model.model.norm.weight"))
+    )
+    return tensors | {name: torch.full_like(tensors[name], value)}
+
+
+@pytest.mark.parametrize(
+    "forms", [pair for pair in itertools.permutations(FORMS, 2) if pair[0] != FORMS[0]] + [FORMS]
+)
+def test_of_several_forms_the_one_that_transformers_takes(forms, tmp_path):
+    """In both layouts: the value of a weight tells which file was read."""
+    export.run(str(model_folder(tmp_path / "official")), tmp_path / "hf", "hf")
+    values = {}
+    for layout in ("official", "hf"):
+        folder = tmp_path / layout
+        tensors = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        for value, form in enumerate(forms, start=2):
+            stored_as(marked(tensors, value), folder, form)
+        model = vlm.load_model(folder, image_token_id=IMAGE_TOKEN_ID)
+        values[layout] = model.model.language_model.norm.weight[0].item()
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    taken = plain.model.language_model.norm.weight[0].item()
+    assert values == {"official": taken, "hf": taken}
+    assert taken == 2 + min(range(len(forms)), key=lambda i: FORMS.index(forms[i]))
+
+
+def test_the_file_that_config_json_names(tmp_path):
+    folder = golden(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(marked(tensors, 7), folder / "other.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+
+    def load(named):
+        text = json.dumps(config | {"transformers_weights": named})
+        (folder / "config.json").write_text(text)
+        return vlm.load_model(folder, image_token_id=IMAGE_TOKEN_ID)
+
+    assert load("other.safetensors").model.language_model.norm.weight[0] == 7
+    for named in ("../other.safetensors", "model.bin", 3, "none.safetensors"):
+        with pytest.raises(ModelFolderError, match="transformers_weights"):
+            load(named)
+
+
+def test_a_lone_file_and_a_whole_set_without_an_index_are_read(tmp_path):
+    folder = golden(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+    assert set(hub.open_folder(folder).tensors) == set(tensors)
+    (folder / "model.fp16.safetensors").unlink()
+    stored_as(tensors, folder, "model.safetensors.index.json")
+    (folder / "model.safetensors.index.json").unlink()
+    assert set(hub.open_folder(folder).tensors) == set(tensors)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("model.fp16.safetensors", "model.fp32.safetensors"),
+        ("model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"),
+        ("a-00001-of-00002.safetensors", "b-00002-of-00002.safetensors"),
+    ],
+)
+def test_files_of_which_nothing_says_which_to_take(names, tmp_path):
+    folder = golden(tmp_path)
+    for name in names:
+        shutil.copy(folder / "model.safetensors", folder / name)
+    (folder / "model.safetensors").unlink()
+    says = f"{names[0]} and {names[1]} lie side by side.*keep one.*or copy"
+    with pytest.raises(ModelFolderError, match=says):
+        _ = hub.open_folder(folder).tensors
+
+
+def test_shards_of_two_models_are_told_by_what_both_hold(tmp_path):
+    folder = golden(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    stored_as(tensors, folder, "model.safetensors.index.json")
+    second = folder / "model-00002-of-00002.safetensors"
+    name = sorted(tensors)[0]
+    save_file(load_file(second) | {name: tensors[name]}, second)
+    assert torch.equal(hub.open_folder(folder).tensors[name].read(), tensors[name])
+    save_file(load_file(second) | {name: tensors[name] + 1}, second)
+    says = f"{second.name}: holds another {name} than model-00001-of-00002.safetensors"
+    with pytest.raises(ModelFolderError, match=says):
+        _ = hub.open_folder(folder).tensors
+
+
+@pytest.mark.parametrize(
+    ("index", "says"),
+    [
+        ({}, "weight_map must say .*found NoneType"),
+        ({"weight_map": {}}, "found nothing in it"),
+        ({"weight_map": ["a"]}, "found list"),
+        ({"weight_map": {"a": 3}}, "weight_map names 3 for a"),
+        ({"weight_map": {"a": ""}}, "weight_map names '' for a"),
+        ({"weight_map": {"a": "../x.safetensors"}}, "which is no file of this folder"),
+    ],
+)
+def test_an_index_that_is_none(index, says, tmp_path):
+    folder = golden(tmp_path)
+    (folder / "model.safetensors").unlink()
+    file = folder / "model.safetensors.index.json"
+    file.write_text(json.dumps(index))
+    with pytest.raises(ModelFolderError, match=f"{file}: .*{says}.*copy it again"):
+        hub.weight_files(folder)
+
+
+@pytest.mark.parametrize("number", [None, "x", -1, 1.5, [7]])
+def test_an_id_that_is_no_number(number, tmp_path):
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<IMG_CONTEXT>": number}))
+    if number is None:
+        assert hub.special_token_id(tmp_path, "<IMG_CONTEXT>") is None
+        return
+    with pytest.raises(ModelFolderError, match="added_tokens.json: the id of <IMG_CONTEXT> is"):
+        hub.special_token_id(tmp_path, "<IMG_CONTEXT>")

@@ -27,6 +27,7 @@ LEVELS = {
         *("report", "doctor", "flops", "rows", "validation", "inherited"),
     ),
     1: ("data", "models", "recipes", "guards"),
+    0.5: ("files",),
     0: ("config", "zoo", "dist", "log", "gpus"),
     -1: ("errors",),
 }

@@ -7,6 +7,9 @@ import shutil
 import pytest
 import sentencepiece
 from chat_folders import GOLDEN, shared
+from mutations import HTML_PAGE, LFS_POINTER
+from sentencepiece import sentencepiece_model_pb2
+from transformers import AutoTokenizer
 
 from internvl.data.tokenizers import (
     SPECIAL_TOKENS,
@@ -16,8 +19,11 @@ from internvl.data.tokenizers import (
     load_tokenizer,
     save_tokenizer,
 )
+from internvl.files import ModelFolderError
 
 MASKS = GOLDEN / "label_masks"
+PHI3 = GOLDEN / "tokenizer_phi3"
+"""SentencePiece with `legacy: false`, and what the slow tokenizer makes of texts (slow.json)."""
 MARKS = ["<|im_start|>", "<|im_end|>", "<|user|>", "<img>", "<IMG_CONTEXT>", "</img>"]
 
 
@@ -84,16 +90,20 @@ def llama_model(tmp_path_factory):
 
 
 def slow_ids(model: sentencepiece.SentencePieceProcessor, text: str, *, legacy: bool) -> list[int]:
-    """Cut at special tokens, then SentencePiece; a space before every piece, or the first only."""
-    ids, first = [1], True
-    for piece in re.split("(" + "|".join(map(re.escape, MARKS)) + ")", text):
+    """Cut at added tokens, then SentencePiece; a mark before every piece, or one before the text.
+
+    None of the added tokens is a special one here, so that the mark stays before them.
+    """
+    ids = [1]
+    for piece in re.split(
+        "(" + "|".join(map(re.escape, MARKS)) + ")", text if legacy else "▁" + text
+    ):
         if piece in MARKS:
             ids.append(model.get_piece_size() + MARKS.index(piece))
-        elif piece and (legacy or first):
+        elif piece and legacy:
             ids += model.encode(piece)
         elif piece:  # the space is put before an anchor instead, which is then cut off
             ids += model.encode("<unk>" + piece)[len(model.encode("<unk>")) :]
-        first = first and not piece
     return ids
 
 
@@ -122,6 +132,76 @@ def test_llama_like_models_get_the_slow_tokenizers_spaces(legacy, llama_model, t
         assert tokenizer(text, verbose=False).input_ids == slow_ids(model, text, legacy=legacy), (
             text
         )
+
+
+@pytest.fixture(scope="module", params=["legacy_false", "legacy_true"])
+def phi3(request, tmp_path_factory):
+    """(folder like Phi-3's, {text: ids and texts of the slow tokenizer})."""
+    folder = tmp_path_factory.mktemp("phi3") / "folder"
+    shutil.copytree(PHI3, folder)
+    rows = json.loads((folder / "slow.json").read_text())[request.param]
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["legacy"] = request.param == "legacy_true"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder, rows
+
+
+def test_ids_and_texts_of_the_slow_llama_tokenizer(phi3, tmp_path):
+    """207 texts: special tokens at any place, leading spaces, marks, emoji, one token alone."""
+    folder, rows = phi3
+    tokenizer = load_tokenizer(folder)
+    save_tokenizer(tokenizer, tmp_path)
+    saved = load_tokenizer(tmp_path)
+    for text, (ids, without_special, whole) in rows.items():
+        for each in (tokenizer, saved):
+            assert each(text, verbose=False).input_ids == ids, text
+            assert decode(each, ids, skip_special_tokens=True) == without_special
+            assert decode(each, ids, skip_special_tokens=False) == whole
+    assert tokenizer(list(rows)[:20]).input_ids == [ids for ids, *_ in list(rows.values())[:20]]
+    encoded = tokenizer("<|end|>", return_offsets_mapping=True, add_special_tokens=False)
+    assert encoded.offset_mapping[-1] == (0, 7)
+
+
+def test_other_programs_read_the_saved_tokenizer_alike(phi3, tmp_path):
+    """But for texts that are one added token and nothing else."""
+    folder, rows = phi3
+    save_tokenizer(load_tokenizer(folder), tmp_path)
+    plain = AutoTokenizer.from_pretrained(tmp_path)
+    differing = [text for text, (ids, *_) in rows.items() if plain(text).input_ids != ids]
+    alone = [token.content for token in plain.added_tokens_decoder.values()]
+    assert set(differing) <= set(alone)
+
+
+def test_tokens_added_later_are_cut_like_those_of_the_release(tmp_path):
+    """As the original adds them to the slow tokenizer of a language model."""
+    for file in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(PHI3 / file, tmp_path)
+    config = json.loads((PHI3 / "tokenizer_config.json").read_text())
+    entries = config["added_tokens_decoder"].items()
+    config["added_tokens_decoder"] = {i: e for i, e in entries if int(i) < 525}
+    config.pop("additional_special_tokens")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    assert add_special_tokens(tokenizer) == 9
+    # "<img>" is now an added token that is none of the special ones: the mark stays before it.
+    assert tokenizer("<img>Hi").input_ids == [1, 390, 525, 426, 394]
+    assert tokenizer("<img>").input_ids == [1, 390, 525]
+    assert tokenizer("Hi<img>Hi").input_ids == [1, 293, 394, 525, 426, 394]
+
+
+def test_merges_follow_sentencepieces_scores(llama_model, tmp_path):
+    """Llama's vocabulary has the runs of spaces first and scores them last."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(llama_model.read_bytes())
+    for length in (2, 3, 4, 5):
+        piece = proto.pieces.add()
+        piece.piece, piece.score = "▁" * length, -1e9
+    proto.pieces.insert(259, proto.pieces.pop(len(proto.pieces) - 4))  # a pair of spaces, early
+    (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    model = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    tokenizer = load_tokenizer(tmp_path)
+    for text in (*("a" + " " * n + "dog" for n in range(12)), "  dog", "\n    the   cat", "x  "):
+        assert tokenizer(text).input_ids == [1, *model.encode(text)], text
 
 
 def test_decoding_as_sentencepiece_does(llama_model, tmp_path):
@@ -238,3 +318,75 @@ def test_a_tokenizer_of_another_model_is_named(tmp_path):
     check_vocabulary(tokenizer, 572, tmp_path)
     with pytest.raises(ValueError, match="ids up to 571, the model has 500"):
         check_vocabulary(tokenizer, 500, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("base", "name", "content", "says"),
+    [
+        ("qwen2", "tokenizer.json", LFS_POINTER, "a Git LFS pointer.*`git lfs pull`"),
+        ("qwen2", "tokenizer.json", b"", "empty .0 bytes"),
+        ("qwen2", "tokenizer_config.json", HTML_PAGE, "a web page"),
+        ("qwen2", "tokenizer_config.json", b'{"a": ', "not JSON"),
+        ("qwen2", "tokenizer_config.json", b"[]", "expected an object, found list"),
+        ("qwen2", "special_tokens_map.json", b'{"eos_token": 3}', "eos_token is 3, a token is"),
+        ("qwen2", "special_tokens_map.json", LFS_POINTER, "a Git LFS pointer"),
+        ("qwen2", "added_tokens.json", b'{"<img>": "7"}', "<img> is '7', the number of the token"),
+        ("qwen2", "added_tokens.json", LFS_POINTER, "a Git LFS pointer"),
+        ("qwen2", "vocab.json", b'{"a": null}', "a is None, the number of the token"),
+        ("qwen2", "merges.txt", LFS_POINTER, "a Git LFS pointer"),
+        (
+            *("qwen2", "tokenizer_config.json"),
+            b'{"added_tokens_decoder": [1]}',
+            r"added_tokens_decoder is \[1\], an object of numbers",
+        ),
+        (
+            *("qwen2", "tokenizer_config.json"),
+            b'{"additional_special_tokens": "<img>"}',
+            "additional_special_tokens is '<img>', a list of tokens",
+        ),
+        ("internlm2", "tokenizer.model", LFS_POINTER, "a Git LFS pointer"),
+        ("internlm2", "tokenizer.model", bytes(500), "zero bytes"),
+        ("internlm2", "tokenizer.model", b"no model, but text", "no tokenizer can be made"),
+    ],
+)
+def test_files_that_are_not_what_their_name_says(base, name, content, says, tmp_path):
+    """Those that hold another thing, and those that hold the wrong values."""
+    folder = copy(
+        base, tmp_path / "folder", ("tokenizer.json",) if name != "tokenizer.json" else ()
+    )
+    (folder / name).write_bytes(content)
+    with pytest.raises(ModelFolderError, match=says) as caught:
+        load_tokenizer(folder)
+    assert str(folder) in str(caught.value)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"{}", b'{"model": {"type": "BPE"}}', b'{"model": 3}'])
+def test_a_tokenizer_json_without_a_tokenizer(content, tmp_path):
+    folder = copy("qwen2", tmp_path / "folder")
+    (folder / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ModelFolderError, match=f"{folder}: no tokenizer .* tokenizer.json there"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("without", [(), ("tokenizer.json",)])
+@pytest.mark.parametrize("name", ["internlm2", "qwen2"])
+def test_byte_order_marks_are_no_fault(name, without, tmp_path):
+    folder = copy(name, tmp_path / "folder", without)
+    for file in (*folder.glob("*.json"), *folder.glob("*.txt")):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    tokenizer = load_tokenizer(folder)
+    for text, ids in golden_ids(name).items():
+        assert tokenizer(text, verbose=False).input_ids == ids
+
+
+def test_an_added_token_whose_id_cannot_be_is_named(tmp_path):
+    """Ids below it are missing: it would get another id, and so another row."""
+    for file in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(PHI3 / file, tmp_path)
+    config = json.loads((PHI3 / "tokenizer_config.json").read_text())
+    del config["added_tokens_decoder"]["522"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelFolderError, match=r"<\|end\|> has id 523, but ids below it"):
+        load_tokenizer(tmp_path)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internvl.models import dual_configs, fitting, hub, keys, lora, vlm
+from internvl.models import config_checks, dual_configs, fitting, hub, keys, lora, vlm
 from internvl.models.dual import DualModel
 from internvl.models.dual_configs import DualConfig
 from internvl.models.hub import LazyTensor, ModelFolder, ModelFolderError
@@ -53,7 +53,10 @@ def read_config(source: ModelFolder, image_size: int | None = None) -> DualConfi
     if source.family != "dual":
         raise ModelFolderError(f"{source.folder}: this is a chat model, not InternVL-14B")
     official = source.config | ({"force_image_size": image_size} if image_size else {})
-    return dual_configs.from_official(official, queries=not isinstance(source, InternVLC))
+    file = source.folder / "config.json"
+    config_checks.check_dual(file, official)
+    with config_checks.building(file):
+        return dual_configs.from_official(official, queries=not isinstance(source, InternVLC))
 
 
 def fit_tensors(config: DualConfig, source: ModelFolder) -> dict[str, LazyTensor]:
@@ -65,9 +68,12 @@ def fit_tensors(config: DualConfig, source: ModelFolder) -> dict[str, LazyTensor
     Raises:
         ModelFolderError: missing weights, or other shapes than the config's.
     """
-    expected = empty_model(config).state_dict()
-    base = keys.take_apart(source.tensors).base
-    renamed = keys.official_to_ours(config, expected, base)
+    file = source.folder / "config.json"
+    config_checks.check_quantization(file, source.config, source.tensors)
+    with config_checks.building(file):
+        expected = empty_model(config).state_dict()
+        base = keys.take_apart(source.tensors).base
+        renamed = keys.official_to_ours(config, expected, base)
     fitting.check_names(source.folder, renamed, log_unexpected=True)
     return fitting.check_shapes(source.folder, expected, renamed.tensors)
 

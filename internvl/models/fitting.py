@@ -58,9 +58,9 @@ def check_shapes(
     fitted = {}
     for name, tensor in tensors.items():
         wanted, found = tuple(expected[name].shape), tensor.shape
-        if wanted != found and name.endswith("position_embeddings"):
+        if wanted != found and name.endswith("position_embeddings") and _grids(wanted, found):
             tensor = _resized(tensor, wanted)
-        elif wanted != found and name in EMBEDDINGS:
+        elif wanted != found and name in EMBEDDINGS and found[1:] == wanted[1:]:
             raise ModelFolderError(
                 f"{folder}: {name} has {found[0]} rows, config.json says vocab_size {wanted[0]}; "
                 "set vocab_size to the rows of the file, or use the config.json of these weights"
@@ -72,6 +72,14 @@ def check_shapes(
             )
         fitted[name] = tensor
     return fitted
+
+
+def _grids(*shapes: tuple[int, ...]) -> bool:
+    """Whether all are position tables (1, 1 + G², D) of one width."""
+    if any(len(shape) != 3 or shape[0] != 1 or shape[1] < 2 for shape in shapes):
+        return False
+    square = all(round((rows - 1) ** 0.5) ** 2 == rows - 1 for _, rows, _ in shapes)
+    return square and len({width for _, _, width in shapes}) == 1
 
 
 def _resized(tensor: LazyTensor, wanted: tuple[int, ...]) -> LazyTensor:

@@ -4,32 +4,48 @@ Nothing from a checkpoint is ever run: `config.json` is read as data, weights ar
 `.bin` files through torch's `weights_only=True`.
 """
 
-import json
+import logging
 import os
-from collections.abc import Callable, Iterator
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from internvl.config import UserError
+from internvl import files
+from internvl.files import ModelFolderError as ModelFolderError  # here for those who read folders
+from internvl.files import read_object
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
 }
+_FORMATS = (("model.safetensors", True), ("pytorch_model.bin", False))
+"""Names of the weights in the order in which `transformers` looks for them; whether safetensors."""
 
-
-class ModelFolderError(UserError):
-    """A model folder that cannot be used: which file, why, and what to do."""
+_NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -58,9 +74,9 @@ class ModelFolder:
     @property
     def family(self) -> str:
         """ "chat" or "dual" (InternVL-14B). Raises ModelFolderError for anything else."""
-        if "llm_config" in self.config or "text_config" in self.config:
+        if self._has("llm_config") or self._has("text_config"):
             return "chat"
-        if "qllama_config" in self.config:
+        if self._has("qllama_config"):
             return "dual"
         raise ModelFolderError(
             f"{self.folder / 'config.json'}: model type {self.config.get('model_type')!r} is "
@@ -71,15 +87,15 @@ class ModelFolder:
     @property
     def layout(self) -> str:
         """ "official" (names of the original repository) or "hf" (names of transformers)."""
-        return "hf" if "text_config" in self.config else "official"
+        return "hf" if self._has("text_config") else "official"
+
+    def _has(self, section: str) -> bool:
+        return self.config.get(section) is not None
 
     @cached_property
     def tensors(self) -> dict[str, LazyTensor]:
         """Every tensor of the folder by its name in the file. Raises ModelFolderError."""
-        tensors: dict[str, LazyTensor] = {}
-        for file in weight_files(self.folder):
-            tensors.update(open_tensors(file))
-        return tensors
+        return merge_tensors(weight_files(self.folder, self.config.get("transformers_weights")))
 
 
 def open_folder(name_or_folder: str | Path, cache: Path | None = None) -> ModelFolder:
@@ -154,43 +170,133 @@ def download(name: str, to: Path | None = None, cache: Path | None = None) -> Pa
     return path
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises ModelFolderError naming the file."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelFolderError(f"{file}: missing, so this is not a complete model folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+read_json = read_object
+
+
+def weight_files(folder: Path, named: Any = None) -> list[Path]:
+    """The weight files of a folder, those that `transformers` takes: model.safetensors, else the
+    shards of its index, else pytorch_model.bin, else the shards of that one's index.
+
+    Where none of the four is there: a complete set of numbered shards, or a lone safetensors file.
+
+    Args:
+        named: `transformers_weights` of config.json, which names the file or index outright.
+
+    Raises:
+        ModelFolderError: no weights, shards that are not there, or files of which nothing says
+            which ones are the model's.
+    """
+    if named is not None:
+        return _named_file(folder, named)
+    candidates = [folder / f"{name}{end}" for name, _ in _FORMATS for end in ("", ".index.json")]
+    present = [file for file in candidates if file.is_file()]
+    if not present:
+        return _unnamed_files(folder)
+    taken = present[0]
+    if len(present) > 1:
+        logger.warning(
+            "%s: takes %s, as transformers does; %s beside it %s not read",
+            folder,
+            taken.name,
+            ", ".join(file.name for file in present[1:]),
+            "is" if len(present) == 2 else "are",
+        )
+    return _shards(taken) if taken.name.endswith(".index.json") else [taken]
+
+
+def _named_file(folder: Path, named: Any) -> list[Path]:
+    ends = (".safetensors", ".safetensors.index.json")
+    if not isinstance(named, str) or PurePath(named).name != named or not named.endswith(ends):
         raise ModelFolderError(
-            f"{file}: not JSON ({error}); copy it again from the release"
-        ) from error
-    if not isinstance(value, dict):
-        raise ModelFolderError(f"{file}: expected an object, found {type(value).__name__}")
-    return value
+            f"{folder / 'config.json'}: transformers_weights is {named!r}, a safetensors file of "
+            "this folder or its index is expected; remove the key to take model.safetensors"
+        )
+    file = folder / named
+    if not file.is_file():
+        raise ModelFolderError(
+            f"{file}: missing, and transformers_weights of config.json names it; copy it there, or "
+            "remove the key to take model.safetensors"
+        )
+    return _shards(file) if named.endswith(".json") else [file]
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The shards of a folder: those of its index, else every weight file; safetensors first."""
-    for suffix, stem in ((".safetensors", "model"), (".bin", "pytorch_model")):
-        index = folder / f"{stem}{suffix}.index.json"
-        if index.is_file():
-            files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
-            missing = [file.name for file in files if not file.is_file()]
-            if missing:
-                raise ModelFolderError(
-                    f"{index}: names {len(missing)} shards that are not there "
-                    f"({', '.join(missing[:3])}); the download is not complete, start it again"
-                )
-            return files
-        single = folder / f"{stem}{suffix}"
-        if single.is_file():
-            return [single]
-    found = sorted(folder.glob("*.safetensors"))
-    if not found:
+def _unnamed_files(folder: Path) -> list[Path]:
+    """Weights under other names and without an index."""
+    names = sorted(file.name for file in folder.glob("*.safetensors"))
+    weights = [name for name in names if not name.startswith("adapter_")]
+    if not weights:
         raise ModelFolderError(
             f"{folder}: no model.safetensors, no pytorch_model.bin, and no index of either"
         )
-    return found
+    if len(weights) > 1 and not _is_whole_set(weights):
+        raise ModelFolderError(
+            f"{folder}: {weights[0]} and {weights[1]} lie side by side without an index, and "
+            "nothing says which are the model's; keep one and name it model.safetensors, or copy "
+            "model.safetensors.index.json of the release there"
+        )
+    return [folder / name for name in weights]
+
+
+def _is_whole_set(names: Sequence[str]) -> bool:
+    """Whether these are all of the shards "NAME-00001-of-0000N.safetensors" of one model."""
+    matches = [_NUMBERED.fullmatch(name) for name in names]
+    parts = [match.groups() for match in matches if match]
+    if len(parts) < len(names) or len({(stem, count) for stem, _, count in parts}) > 1:
+        return False
+    return sorted(int(number) for _, number, _ in parts) == [*range(1, int(parts[0][2]) + 1)]
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names."""
+    weight_map = read_object(index).get("weight_map")
+    again = "copy it again from the release"
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelFolderError(
+            f"{index}: weight_map must say in which file each tensor is, found "
+            f"{type(weight_map).__name__ if weight_map != {} else 'nothing in it'}; {again}"
+        )
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not name or PurePath(name).name != name or "\0" in name:
+            raise ModelFolderError(
+                f"{index}: weight_map names {name!r} for {tensor}, which is no file of this "
+                f"folder; {again}"
+            )
+    shards = [index.parent / name for name in sorted(set(weight_map.values()))]
+    missing = [file.name for file in shards if not file.is_file()]
+    if missing:
+        raise ModelFolderError(
+            f"{index}: names {len(missing)} shards that are not there "
+            f"({', '.join(missing[:3])}); the download is not complete, start it again"
+        )
+    return shards
+
+
+def merge_tensors(shards: Sequence[Path]) -> dict[str, LazyTensor]:
+    """The tensors of all files by name.
+
+    Raises:
+        ModelFolderError: a file is damaged, or two hold different tensors of one name.
+    """
+    tensors: dict[str, LazyTensor] = {}
+    owners: dict[str, Path] = {}
+    for file in shards:
+        for name, tensor in open_tensors(file):
+            if name in tensors and not _equal(tensors[name], tensor):
+                raise ModelFolderError(
+                    f"{file}: holds another {name} than {owners[name].name}, and both are shards "
+                    "of this model; they are of two models, so download the folder again or remove "
+                    "the older files"
+                )
+            tensors[name], owners[name] = tensor, file
+    return tensors
+
+
+def _equal(one: LazyTensor, other: LazyTensor) -> bool:
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    # As bytes: NaN equals itself, and 8-bit floats have no comparison.
+    first, second = (tensor.read().contiguous().view(-1) for tensor in (one, other))
+    return torch.equal(first.view(torch.uint8), second.view(torch.uint8))
 
 
 def open_tensors(file: Path) -> Iterator[tuple[str, LazyTensor]]:
@@ -206,17 +312,22 @@ def open_tensors(file: Path) -> Iterator[tuple[str, LazyTensor]]:
                 dtype = _DTYPES.get(part.get_dtype(), torch.float32)
                 yield name, LazyTensor(tuple(part.get_shape()), dtype, _reader(file, name))
     except (SafetensorError, OSError) as error:
-        raise ModelFolderError(
-            f"{file}: cannot be read ({error}); it is truncated or damaged, download it again"
-        ) from error
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> ModelFolderError:
+    return files.explain_safetensors(file, error)
 
 
 def _reader(file: Path, name: str) -> Callable[[], Tensor]:
     def read() -> Tensor:
         # Opened for each tensor: an open file keeps every page it has shown resident, so that a
         # model loaded in another dtype would need its files' size on top of its own.
-        with safe_open(file, framework="pt") as opened:
-            return opened.get_tensor(name)
+        try:
+            with safe_open(file, framework="pt") as opened:
+                return opened.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise _damaged(file, error) from error
 
     return read
 
@@ -225,31 +336,75 @@ def _constant(tensor: Tensor) -> Callable[[], Tensor]:
     return lambda: tensor
 
 
-@lru_cache(maxsize=1)
 def load_pickled(file: Path) -> dict[str, Tensor]:
     """The tensors of a `.bin` or `.pth` file, mapped into memory. Raises ModelFolderError."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        status = file.stat()
+    except OSError as error:
+        raise files.unreadable(file, error) from error
+    return _load_pickled(file, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=1)
+def _load_pickled(file: Path, changed_ns: int, size: int) -> dict[str, Tensor]:
+    """Time and size are part of the key: another file of the same name is read anew."""
+    remedy = "use the safetensors files of the release"
+    try:
+        # Old files are no zip archives, and cannot be mapped.
+        mapped = zipfile.is_zipfile(file)
+        held = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    # Whatever bytes a damaged pickle holds, torch raises: KeyError, EOFError, RuntimeError …
     except Exception as error:
+        meaning = files.describe(file)
         raise ModelFolderError(
-            f"{file}: not a plain file of tensors ({str(error).splitlines()[0]}); "
-            "use the safetensors files of the release"
+            f"{file}: {meaning or f'not a plain file of tensors ({files.first_line(error)})'}; "
+            f"{remedy}"
         ) from error
+    if not isinstance(held, dict):
+        raise ModelFolderError(f"{file}: holds a {type(held).__name__}, not tensors; {remedy}")
+    for name, value in held.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ModelFolderError(
+                f"{file}: holds {type(value).__name__} under {name!r} where only tensors belong, "
+                f"as a training checkpoint does; {remedy}"
+            )
+    return held
 
 
 def special_token_id(folder: Path, token: str) -> int | None:
-    """The id of an added token, read from the folder's tokenizer files; None if none names it."""
-    added = folder / "added_tokens.json"
-    if added.is_file() and token in (known := read_json(added)):
-        return int(known[token])
-    config = folder / "tokenizer_config.json"
-    if config.is_file():
-        for number, entry in read_json(config).get("added_tokens_decoder", {}).items():
-            if entry.get("content") == token:
-                return int(number)
-    full = folder / "tokenizer.json"
-    if full.is_file():
-        for entry in read_json(full).get("added_tokens", []):
-            if entry["content"] == token:
-                return int(entry["id"])
+    """The id of an added token, read from the folder's tokenizer files; None if none names it.
+
+    Raises:
+        ModelFolderError: one of the files is damaged, or gives the token an id that is no number.
+    """
+    for name, find in _TOKEN_FILES:
+        file = folder / name
+        number = find(read_object(file), token) if file.is_file() else None
+        if number is None:
+            continue
+        if isinstance(number, int | str) and re.fullmatch(r"\d{1,9}", str(number)):
+            return int(number)
+        raise ModelFolderError(
+            f"{file}: the id of {token} is {number!r}, not a number; copy it again from the release"
+        )
     return None
+
+
+def _by_content(entries: Any, token: str) -> dict[str, Any]:
+    known = entries if isinstance(entries, list) else []
+    return next((e for e in known if isinstance(e, dict) and e.get("content") == token), {})
+
+
+def _in_decoder(tree: dict[str, Any], token: str) -> Any:
+    entries = tree.get("added_tokens_decoder")
+    items = entries.items() if isinstance(entries, dict) else ()
+    named = (n for n, e in items if isinstance(e, dict) and e.get("content") == token)
+    return next(named, None)
+
+
+_TOKEN_FILES: tuple[tuple[str, Callable[[dict[str, Any], str], Any]], ...] = (
+    ("added_tokens.json", lambda tree, token: tree.get(token)),
+    ("tokenizer_config.json", _in_decoder),
+    ("tokenizer.json", lambda tree, token: _by_content(tree.get("added_tokens"), token).get("id")),
+)
+"""Files that name added tokens, and how each gives an id."""

@@ -8,7 +8,7 @@ entry of its own.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -371,7 +371,7 @@ def official_to_ours(
             ]
             continue
         for index, name in enumerate(group.ours):
-            tensors[name] = _lazy_part(group.change.to_ours, present, index)
+            tensors[name] = _lazy_part(group, present, index)
     return Renamed(tensors, missing, sorted(left))
 
 
@@ -419,8 +419,15 @@ def hf_to_model(
         if _per_expert(group) and group.official[0] in left:
             sources = [left.pop(name) for name in group.official if name in left]
             if len(sources) == len(group.official):
-                tensors[group.ours[0]] = _lazy_part(group.change.to_ours, sources, 0)
-    tensors |= {hf_to_ours(name): tensor for name, tensor in left.items()}
+                tensors[group.ours[0]] = _lazy_part(group, sources, 0)
+    for name, tensor in left.items():
+        ours = hf_to_ours(name)
+        if ours in tensors:
+            raise ModelFolderError(
+                f"the weights hold {ours_to_hf(ours)} twice, as {name} and under another name; "
+                "remove one of the two files, or download the folder again"
+            )
+        tensors[ours] = tensor
     missing = [ours_to_hf(name) for name in expected if name not in tensors]
     unexpected = [ours_to_hf(name) for name in sorted(set(tensors) - set(expected))]
     return Renamed({n: t for n, t in tensors.items() if n in set(expected)}, missing, unexpected)
@@ -442,12 +449,21 @@ def _per_expert(group: Group) -> bool:
     return isinstance(group.change, Experts | Stack)
 
 
-def _lazy_part(
-    change: Callable[[list[Tensor]], list[Tensor]], sources: list[LazyTensor], index: int
-) -> LazyTensor:
-    """Part `index` of what `sources` become; its shape is worked out on tensors without data."""
+def _lazy_part(group: Group, sources: list[LazyTensor], index: int) -> LazyTensor:
+    """Part `index` of what `sources` become; its shape is worked out on tensors without data.
+
+    Raises:
+        ModelFolderError: they do not come apart that way.
+    """
+    change = group.change.to_ours
     empty = [torch.empty(source.shape, dtype=source.dtype, device="meta") for source in sources]
-    shape = tuple(change(empty)[index].shape)
+    try:
+        shape = tuple(change(empty)[index].shape)
+    except (RuntimeError, IndexError) as error:
+        raise ModelFolderError(
+            f"config.json: does not fit the weight {group.official[0]}, which is "
+            f"{sources[0].shape} in the file; the two are not of the same model"
+        ) from error
     return LazyTensor(
         shape, sources[0].dtype, lambda: change([source.read() for source in sources])[index]
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import InternVLConfig
 from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector
 
-from internvl.models import configs, hub, vlm
+from internvl.models import config_checks, configs, hub, vlm
 from internvl.models.hub import LazyTensor, ModelFolder, ModelFolderError
 from internvl.models.vlm import ChatModel
 
@@ -59,6 +59,9 @@ def assemble(
         ModelFolderError: a part is missing or does not fit.
     """
     vision_folder, language_folder = (hub.open_folder(f) for f in (parts.vision, parts.language))
+    language_file = language_folder.folder / "config.json"
+    config_checks.check_tower(vision_folder.folder / "config.json", vision_folder.config)
+    config_checks.check_language(language_file, language_folder.config)
     tensors = _tower_tensors(vision_folder) | _language_tensors(language_folder)
     vision = vision_folder.config
     config = {
@@ -69,7 +72,8 @@ def assemble(
     # The files' rows count, not the config's: some language models come with padded tables.
     rows = next(t.shape[0] for n, t in tensors.items() if n.endswith(_EMBEDDINGS))
     config["llm_config"] = config["llm_config"] | {"vocab_size": rows}
-    shape = configs.from_official(config, image_token_id)
+    with config_checks.building(language_file):
+        shape = configs.from_official(config, image_token_id)
     tensors |= _projector_tensors(parts.projector, shape)
     source = _Assembled(parts.language, config, tensors)
     return vlm.materialize(

@@ -13,7 +13,7 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, Inter
 from transformers.models.internvl.modeling_internvl import InternVLCausalLMOutputWithPast
 
 from internvl.config import UserError
-from internvl.models import configs, fitting, gelu, hub, keys, lora, patches, tail
+from internvl.models import config_checks, configs, fitting, gelu, hub, keys, lora, patches, tail
 from internvl.models.hub import LazyTensor, ModelFolder, ModelFolderError
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"
@@ -291,11 +291,16 @@ def read_config(
     """
     if source.family != "chat":
         raise ModelFolderError(f"{source.folder}: this is InternVL-14B, not a chat model")
+    file = source.folder / "config.json"
+    config_checks.check_chat(file, source.config)
     if source.layout == "hf":
-        config = InternVLConfig(**source.config)
+        with config_checks.building(file):
+            config = InternVLConfig(**config_checks.without_quantization(source.config))
         config.image_token_id = config.image_token_id if image_token_id is None else image_token_id
     else:
-        config = configs.from_official(source.config, _image_token_id(source, image_token_id))
+        placeholder = _image_token_id(source, image_token_id)
+        with config_checks.building(file):
+            config = configs.from_official(source.config, placeholder)
     settings = configs.chat_settings(config)
     side = image_size or settings["force_image_size"]
     if side:
@@ -323,12 +328,15 @@ def fit_tensors(config: InternVLConfig, source: ModelFolder) -> dict[str, LazyTe
     Raises:
         ModelFolderError: missing or unexpected weights, or other shapes than the config's.
     """
-    expected = empty_model(config).state_dict()
-    if source.layout == "hf":
-        renamed = keys.hf_to_model(config, expected, source.tensors)
-    else:
-        base = keys.take_apart(source.tensors).base
-        renamed = keys.official_to_ours(config, expected, base)
+    file = source.folder / "config.json"
+    config_checks.check_quantization(file, source.config, source.tensors)
+    with config_checks.building(file):
+        expected = empty_model(config).state_dict()
+        if source.layout == "hf":
+            renamed = keys.hf_to_model(config, expected, source.tensors)
+        else:
+            base = keys.take_apart(source.tensors).base
+            renamed = keys.official_to_ours(config, expected, base)
     config.tie_word_embeddings = "lm_head.weight" not in renamed.tensors and _may_tie(source)
     if config.tie_word_embeddings:
         heads = {"lm_head.weight", "language_model.lm_head.weight", "language_model.output.weight"}

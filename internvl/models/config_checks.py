@@ -1,0 +1,331 @@
+"""`config.json` before a model is made of it: every key that counts has a type and a range.
+
+What is wrong is one sentence with file and key. Bounds are far above any release: they keep a typed
+zero too many from filling the memory.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from internvl.files import ModelFolderError
+
+
+class Rule(NamedTuple):
+    """What a key may hold."""
+
+    expected: str
+    """In words, "a whole number from 1 to 1000" for instance."""
+    allows: Callable[[Any], bool]
+
+
+def _whole(low: int, high: int) -> Rule:
+    return Rule(
+        f"a whole number from {low} to {high}",
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high,
+    )
+
+
+def _number(low: float, high: float, *, above: bool = False) -> Rule:
+    """A finite number; `above` leaves the lower bound out."""
+
+    def allows(value: Any) -> bool:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return False
+        # NaN compares false, infinity is above every bound.
+        return (low < value if above else low <= value) and value <= high
+
+    return Rule(f"a number {'above' if above else 'from'} {low:g} to {high:g}", allows)
+
+
+def _one_of(*values: str) -> Rule:
+    return Rule(" or ".join(map(repr, values)), lambda v: isinstance(v, str) and v in values)
+
+
+def _or_null(rule: Rule) -> Rule:
+    return Rule(f"{rule.expected} or null", lambda v: v is None or rule.allows(v))
+
+
+def _or_pair(rule: Rule) -> Rule:
+    """One number for a square, or a pair of it twice, as the hf layout has it."""
+
+    def allows(value: Any) -> bool:
+        if isinstance(value, list | tuple):
+            return len(value) == 2 and value[0] == value[1] and rule.allows(value[0])
+        return rule.allows(value)
+
+    return Rule(rule.expected, allows)
+
+
+_FLAG = Rule("true or false", lambda v: isinstance(v, bool))
+# Releases write 0 and 1 as well.
+_SWITCH = Rule("true or false", lambda v: isinstance(v, int) and v in (0, 1))
+_TEXT = Rule("a text", lambda v: isinstance(v, str))
+_OBJECT = Rule("an object", lambda v: isinstance(v, dict))
+_SIZE, _LAYERS, _SIDE = _whole(1, 10**6), _whole(1, 1000), _whole(1, 8192)
+_VOCABULARY = _whole(1, 10**8)
+_SHARE = _number(0, 1)
+_EPS = _number(0, 1, above=True)
+_SCALE = _number(-1e6, 1e6)
+_ACTIVATION = Rule(
+    "an activation that transformers knows", lambda v: isinstance(v, str) and v in ACT2FN
+)
+
+_VISION: dict[str, Rule] = {
+    "hidden_size": _SIZE,
+    "num_hidden_layers": _LAYERS,
+    "num_attention_heads": _SIZE,
+    "intermediate_size": _SIZE,
+    "num_channels": _whole(1, 16),
+    "patch_size": _or_pair(_SIDE),
+    "image_size": _or_pair(_SIDE),
+    **dict.fromkeys(("qkv_bias", "attention_bias", "qk_normalization", "use_qk_norm"), _SWITCH),
+    "norm_type": _one_of("rms_norm", "layer_norm"),
+    "layer_norm_eps": _EPS,
+    "hidden_act": _ACTIVATION,
+    **dict.fromkeys(("dropout", "projection_dropout", "attention_dropout"), _SHARE),
+    "hidden_dropout_prob": _SHARE,
+    "initializer_range": _number(0, 1e6),
+    **dict.fromkeys(("initializer_factor", "layer_scale_init_value"), _SCALE),
+}
+"""Keys of both layouts."""
+
+_LANGUAGE: dict[str, Rule] = {
+    "vocab_size": _VOCABULARY,
+    **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads"), _SIZE),
+    "num_hidden_layers": _LAYERS,
+    **dict.fromkeys(("num_key_value_heads", "head_dim", "max_window_layers"), _or_null(_SIZE)),
+    "max_position_embeddings": _whole(1, 10**8),
+    "original_max_position_embeddings": _whole(1, 10**8),
+    **dict.fromkeys(("num_experts", "num_local_experts", "moe_intermediate_size"), _SIZE),
+    **dict.fromkeys(("num_experts_per_tok", "decoder_sparse_step"), _SIZE),
+    "sliding_window": _or_null(_whole(1, 10**8)),
+    "rms_norm_eps": _EPS,
+    "rope_theta": _or_null(_number(0, 1e12, above=True)),
+    "hidden_act": _ACTIVATION,
+    "initializer_range": _number(0, 1e6),
+    **dict.fromkeys(("attention_dropout", "resid_pdrop", "embd_pdrop"), _SHARE),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), _or_null(_OBJECT)),
+    **dict.fromkeys(("bias", "qkv_bias", "attention_bias", "mlp_bias"), _or_null(_SWITCH)),
+    "tie_word_embeddings": _or_null(_SWITCH),
+    "partial_rotary_factor": _number(0, 1, above=True),
+    "model_type": _TEXT,
+}
+
+_FACTOR = _number(0, 1e9, above=True)
+# "su" is the original's name of "longrope".
+_WAY = _or_null(_one_of("default", "su", *sorted(ROPE_INIT_FUNCTIONS)))
+_ROPE: dict[str, Rule] = {
+    **dict.fromkeys(("type", "rope_type"), _WAY),
+    **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "beta_fast"), _FACTOR),
+    **dict.fromkeys(("beta_slow", "rope_theta"), _FACTOR),
+    "attention_factor": _or_null(_FACTOR),
+    "original_max_position_embeddings": _or_null(_whole(1, 10**8)),
+    "partial_rotary_factor": _number(0, 1, above=True),
+}
+
+_QLLAMA: dict[str, Rule] = {
+    **_LANGUAGE,
+    "num_query_token": _or_null(_whole(1, 10_000)),
+    "cross_attention_frequency": _or_null(_LAYERS),
+}
+
+_CHAT: dict[str, Rule] = {
+    **dict.fromkeys(("template", "system_message"), _or_null(_TEXT)),
+    "ps_version": _one_of("v1", "v2"),
+    **dict.fromkeys(("pad2square", "dynamic_image_size", "use_thumbnail"), _SWITCH),
+    "force_image_size": _or_null(_SIDE),
+    **dict.fromkeys(("min_dynamic_patch", "max_dynamic_patch"), _whole(1, 10_000)),
+    "downsample_ratio": _number(0, 1, above=True),
+    **dict.fromkeys(("select_layer", "vision_feature_layer"), _whole(-1000, 1000)),
+    **dict.fromkeys(("use_backbone_lora", "use_llm_lora"), _or_null(_whole(0, 10**6))),
+    "image_token_id": _or_null(_whole(0, 10**8)),
+    "tie_word_embeddings": _or_null(_SWITCH),
+    "normalize": _one_of("imagenet", "clip", "siglip"),
+}
+_DUAL: dict[str, Rule] = {
+    **dict.fromkeys(("clip_embed_dim", "attn_pool_num_heads"), _SIZE),
+    "label_smoothing": _SHARE,
+    "initializer_range": _number(0, 1e6),
+    "force_image_size": _or_null(_SIDE),
+    "num_query_token": _or_null(_whole(1, 10_000)),
+    "cross_attention_frequency": _or_null(_LAYERS),
+    **dict.fromkeys(("use_backbone_lora", "use_qllama_lora"), _or_null(_whole(0, 10**6))),
+}
+
+
+def check_chat(file: Path, config: dict[str, Any]) -> None:
+    """Raises ModelFolderError where a chat model's `config.json`, of either layout, is wrong."""
+    language = "text_config" if config.get("text_config") is not None else "llm_config"
+    _check(file, "", config, _CHAT)
+    if config.get("internvl") is not None:
+        _check(file, "internvl", _section(file, config, "internvl"), _CHAT)
+    _check_vision(file, _section(file, config, "vision_config"))
+    check_language(file, _section(file, config, language), language)
+
+
+def check_dual(file: Path, config: dict[str, Any]) -> None:
+    """Raises ModelFolderError where InternVL-14B's `config.json` is wrong."""
+    _check(file, "", config, _DUAL)
+    _check_vision(file, _section(file, config, "vision_config"))
+    language = _section(file, config, "qllama_config")
+    _check(file, "qllama_config", language, _QLLAMA)
+    _check_heads(file, "qllama_config", language)
+
+
+def check_tower(file: Path, config: dict[str, Any]) -> None:
+    """Raises ModelFolderError where a standalone InternViT's `config.json` is wrong."""
+    if config.get("vision_config") is None:
+        _check_vision(file, config, "")
+    else:
+        _check_vision(file, _section(file, config, "vision_config"))
+
+
+def check_language(file: Path, config: dict[str, Any], section: str = "") -> None:
+    """Raises ModelFolderError where a language model's `config.json` or section is wrong."""
+    _check(file, section, config, _LANGUAGE)
+    _check_architectures(file, section, config)
+    _check_heads(file, section, config)
+    for key in ("rope_scaling", "rope_parameters"):
+        _check_rope(file, f"{section}.{key}".lstrip("."), config.get(key) or {}, config)
+
+
+def _check_vision(file: Path, vision: dict[str, Any], section: str = "vision_config") -> None:
+    _check(file, section, vision, _VISION)
+    _check_heads(file, section, vision)
+
+
+@contextmanager
+def building(file: Path) -> Iterator[None]:
+    """What `transformers` says of values that this file does not know, as one sentence.
+
+    Raises:
+        ModelFolderError: naming the file, in place of any other exception.
+    """
+    try:
+        yield
+    except ModelFolderError as error:
+        if str(file.parent) in str(error):
+            raise
+        raise ModelFolderError(f"{file.parent}/{error}") from error
+    # A configuration's values reach whatever code transformers has for them: each raises its own.
+    except Exception as error:
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])[:300]
+        raise ModelFolderError(
+            f"{file}: its values do not make a model ({type(error).__name__}: {reason}); take the "
+            "config.json of the release"
+        ) from error
+
+
+def _section(file: Path, config: dict[str, Any], name: str) -> dict[str, Any]:
+    if name not in config:
+        raise ModelFolderError(f"{file}: {name} is missing; take the config.json of the release")
+    _check(file, "", config, {name: _OBJECT})
+    return config[name]
+
+
+def _check(file: Path, section: str, values: Mapping[str, Any], rules: dict[str, Rule]) -> None:
+    for key, rule in rules.items():
+        if key in values and not rule.allows(values[key]):
+            raise _wrong(file, section, key, values[key], f"{rule.expected} is expected")
+
+
+def _wrong(file: Path, section: str, key: str, value: Any, reason: str) -> ModelFolderError:
+    shown = repr(value)
+    shown = shown if len(shown) <= 60 else shown[:60] + "…"
+    name = f"{section}.{key}" if section else key
+    return ModelFolderError(
+        f"{file}: {name} is {shown}, {reason}; set it as the release's config.json does"
+    )
+
+
+def _check_architectures(file: Path, section: str, values: dict[str, Any]) -> None:
+    named = values.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(map(_TEXT.allows, named))):
+        raise _wrong(file, section, "architectures", named, "a list of names is expected")
+
+
+def _check_rope(
+    file: Path, section: str, scaling: dict[str, Any], language: dict[str, Any]
+) -> None:
+    """Position scaling: a known way, and one factor for every rotated pair."""
+    _check(file, section, scaling, _ROPE)
+    width, heads = language.get("hidden_size"), language.get("num_attention_heads")
+    if not (width and heads):
+        return
+    share = language.get("partial_rotary_factor", scaling.get("partial_rotary_factor", 1))
+    pairs = int((language.get("head_dim") or width // heads) * share) // 2
+    for key in ("short_factor", "long_factor"):
+        factors = scaling.get(key, [1.0] * pairs)
+        if (
+            not isinstance(factors, list)
+            or len(factors) != pairs
+            or not all(map(_FACTOR.allows, factors))
+        ):
+            raise _wrong(file, section, key, factors, f"a list of {pairs} factors is expected")
+
+
+def _check_heads(file: Path, section: str, values: dict[str, Any]) -> None:
+    """Heads share the width, and key heads the heads, without a rest."""
+    width, heads = values.get("hidden_size"), values.get("num_attention_heads")
+    if width and heads and values.get("head_dim") is None and width % heads:
+        raise _wrong(file, section, "num_attention_heads", heads, f"a divisor of {width} is needed")
+    key_heads = values.get("num_key_value_heads")
+    if heads and key_heads and heads % key_heads:
+        raise _wrong(
+            file, section, "num_key_value_heads", key_heads, f"a divisor of {heads} is needed"
+        )
+
+
+_QUANTIZATION = "quantization_config"
+_PACKED = (
+    *(".qweight", ".qzeros", ".g_idx", ".scales", ".SCB", ".absmax", ".quant_map"),
+    *(".weight_scale", ".weight_scale_inv", ".weight_packed", ".weight_format", ".quant_state"),
+    *("_proj_blocks", "_proj_scales"),
+)
+"""Ends of the names under which quantized weights are stored; bitsandbytes' lie below `.weight`."""
+
+
+def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """An hf `config.json` without the keys that make `transformers` quantize; see
+    `check_quantization`, which judges them with the weights at hand."""
+    text = {k: v for k, v in config["text_config"].items() if k != _QUANTIZATION}
+    return {k: v for k, v in config.items() if k != _QUANTIZATION} | {"text_config": text}
+
+
+def check_quantization(file: Path, config: dict[str, Any], names: Iterable[str]) -> None:
+    """Weights are plain, and config.json does not say otherwise.
+
+    Args:
+        names: of the folder's tensors.
+
+    Raises:
+        ModelFolderError: quantized weights, or plain ones beside a `quantization_config`, which
+            `transformers` would quantize or refuse.
+    """
+    packed = next((n for n in names if n.endswith(_PACKED) or ".quant_state." in n), None)
+    # What the original's llm_config says of it nothing reads: the weights alone count there.
+    text = config.get("text_config") or {}
+    acted_on = config.get(_QUANTIZATION) or text.get(_QUANTIZATION)
+    if packed:
+        said = acted_on or (config.get("llm_config") or {}).get(_QUANTIZATION)
+        raise ModelFolderError(
+            f"{file.parent}: its weights are quantized{_method(said)} ({packed}), which are not "
+            "read here; take the unquantized release, and load it with quantize='4bit' to save "
+            "memory"
+        )
+    if acted_on:
+        raise ModelFolderError(
+            f"{file}: quantization_config{_method(acted_on)} is left over, for the weights beside "
+            "it are not quantized; remove this key to use them as they are, and load them with "
+            "quantize='4bit' to save memory"
+        )
+
+
+def _method(said: Any) -> str:
+    method = said.get("quant_method") if isinstance(said, dict) else None
+    return f" ({method})" if isinstance(method, str) else ""
