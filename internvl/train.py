@@ -62,6 +62,8 @@ class Run:
     reader: Dataset[loader.Read]
     num_steps: int
     guard: Guard
+    evaluators: dict[str, evals.Evaluator]
+    """The recipe's evaluations with their data read; rank 0 has them."""
     row_lengths: tuple[int, ...] = ()
     """Lengths that rows are padded to; none where any length does."""
     step: int = 0
@@ -93,6 +95,8 @@ def build(recipe: Recipe, chat: handles.Chat | Dual | None = None) -> Run:
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
+    # Before the model: what is wrong with an evaluation must not cost the training before it.
+    evaluators = evals.build(recipe.evals) if dist.is_main() else {}
     chat = handles.for_training(recipe) if chat is None else chat
     files = [open_source(source) for source in source_configs(recipe.data)]
     order = SampleOrder(files, share_prefix=recipe.shares_prefix, seed=recipe.seed)
@@ -112,6 +116,7 @@ def build(recipe: Recipe, chat: handles.Chat | Dual | None = None) -> Run:
         reader=objective.reader(files, recipe.seed),
         num_steps=recipe.num_steps(len(order)),
         guard=Guard(recipe.guard),
+        evaluators=evaluators,
         row_lengths=parallel.row_lengths(recipe.compute, device, recipe.data) if packs else (),
     )
 
@@ -337,14 +342,14 @@ def validate(now: Run, metrics: boards.Metrics) -> str | None:
 
 def evaluate(now: Run) -> dict[str, float]:
     """Runs what is due at this step and not done yet; writes evals/STEP.json and the answers."""
-    specs = {name: spec for name, spec in now.recipe.evals.items() if _eval_due(now, spec)}
+    due = {n: now.evaluators[n] for n, spec in now.recipe.evals.items() if _eval_due(now, spec)}
     for name in evals.measured(now.folder / "evals", now.step):
-        specs.pop(name, None)
-    if not specs:
+        due.pop(name, None)
+    if not due:
         return {}
     now.model.eval()
     with parallel.autocast(now.device, now.recipe.dtype), parallel.uncompiled():
-        return evals.run_all(evals.build(specs), now.chat, now.folder / "evals", now.step)
+        return evals.run_all(due, now.chat, now.folder / "evals", now.step)
 
 
 def take_bad(now: Run, step: loader.Step) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from data_files import SHARED, picture
 
-from internvl.data.pair_files import FORMS, broken, leaks, read_pairs
+from internvl.data.captions import FORMS
+from internvl.data.pair_files import broken, leaks, read_pairs
 from internvl.data.pairs import clean_caption
 from internvl.data.records import DataError
 

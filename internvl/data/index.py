@@ -106,12 +106,13 @@ def convert_once(
         digest.update(piece)
     folder = cache_folder() / f"rows-{digest.hexdigest()[:32]}"
     if not folder.is_dir():
+        encode = json.JSONEncoder(ensure_ascii=False).encode  # `json.dumps` would make one a row
         with (
             complete_or_absent(folder) as partial,
             (partial / "rows.jsonl").open("w", encoding="utf-8") as file,
         ):
             for row in rows():
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(encode(row) + "\n")
         log.get_logger().info("%s: read into %s", name, folder)
     return index_lines(folder / "rows.jsonl")
 

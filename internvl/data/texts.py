@@ -64,7 +64,7 @@ def parse_line(text: str) -> Any:
         ValueError: it is not JSON, or nested too deeply.
     """
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return _DECODER.decode(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -79,8 +79,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return marked
 
 
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)  # `json.loads` would make one a line
+
+
 def parse_json(path: Path, text: str) -> Any:
-    """Parses the text of a JSON file as `parse_line` does. Raises DataError where it is not JSON."""
+    """Parses the text of a JSON file as `parse_line`. Raises DataError where it is not JSON."""
     try:
         return parse_line(text)
     except ValueError as error:
