@@ -273,7 +273,7 @@ def _comma(line: str) -> tuple[str, str] | str:
     end = _NAME_END.search(line)
     if end is None:
         name, mark, text = line.partition(",")
-        return (name, text) if mark else "neither `image,caption` nor `name#0<TAB>caption`"
+        return (name, text) if mark else "not `name.jpg,caption`"
     ending, name, text = end[0], line[: end.end() - 1], line[end.end() :]
     if ending.lower() in text.lower():
         return f"not `name.jpg,caption`: `{ending}` stands in it twice; quote the caption"
@@ -310,7 +310,7 @@ def _any_line(line: str) -> tuple[str, str] | str:
         return piped[1], piped[2]
     if "#" in line and _SPACED.fullmatch(line):
         return _tab(line)
-    return _comma(line)
+    return _comma(line) if "," in line else "neither `image,caption` nor `name#0<TAB>caption`"
 
 
 def _lines(file: CaptionFile, split: Split) -> None:
@@ -432,19 +432,26 @@ def _records(text: str) -> Iterator[tuple[int, list[str] | str]]:
 def _any_json(file: CaptionFile) -> None:
     """A `.json` or `.jsonl` file by what it holds: COCO, Karpathy, a list of entries, or lines."""
     text = read_text(file.path)
-    first = text.lstrip("\ufeff \n\t")[:1]
-    whole = text.rstrip()
-    if first == "{" and "\n{" in whole and _is_object(whole.partition("\n")[0]):
+    whole, named_lines = text.strip(), file.path.suffix.lower() == ".jsonl"
+    first, more, _ = whole.partition("\n")
+    tree: Any = None
+    lines = bool(more) and _is_object(first)
+    if not lines:
+        try:
+            tree = parse_line(whole)
+        except ValueError as error:
+            if not named_lines:
+                raise DataError(f"{file.path} is not JSON ({error}); fetch it again") from None
+            lines = True
+    if isinstance(tree, dict) and not tree.keys() & {"images", "annotations"}:
+        lines = lines or named_lines or "image" in tree
+    if lines:
         file.form = "jsonl"
         _json_lines(file, text)
         return
-    tree = parse_json(file.path, text)
     if isinstance(tree, dict) and "annotations" in tree:
         file.form = "coco"
         _coco(file, tree=tree)
-    elif isinstance(tree, dict) and "images" not in tree and ("image" in tree):
-        file.form = "jsonl"
-        _json_lines(file, text)
     else:
         file.form = "karpathy"
         _karpathy(file, tree)
@@ -458,8 +465,9 @@ def _is_object(line: str) -> bool:
 
 
 def _json_lines(file: CaptionFile, text: str | None = None) -> None:
+    given = text is not None
     text = read_text(file.path) if text is None else text
-    if text.lstrip().startswith("["):
+    if text.lstrip().startswith("[") and not given:
         _entries(file, parse_json(file.path, text))
         return
     for number, line in _numbered_lines(text):

@@ -131,13 +131,11 @@ class Classify:
                 raise UserError(f"{path} has no name for the folder {lacking[0]}")
             extra = [name for name in found if name not in self.folders]
             if extra:  # with fewer classes than meant the task would be an easier one
-                self.problems.append(
-                    BadSample(
-                        str(path),
-                        f"it names {len(extra)} folder(s) that are not in {self.config.annotations}: "
-                        f"{', '.join(extra[:5])}{', …' if len(extra) > 5 else ''}",
-                    )
+                some = ", ".join(extra[:5]) + (", …" if len(extra) > 5 else "")
+                lacks = (
+                    f"it names {len(extra)} folder(s) that {self.config.annotations} lacks: {some}"
                 )
+                self.problems.append(BadSample(str(path), lacks))
             names = [found[folder] for folder in self.folders]
         else:
             names = self._listed(path)

@@ -9,8 +9,8 @@ import torch
 
 from internvl import parallel
 from internvl.config import DataConfig, EvalConfig, SourceConfig, UserError
-from internvl.data.loader import Read, UnitReader
 from internvl.data.images import FileSlice
+from internvl.data.loader import Read, UnitReader
 from internvl.data.order import UnitRef
 from internvl.data.packing import encode_units, pack
 from internvl.data.pair_files import broken
