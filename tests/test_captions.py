@@ -178,6 +178,8 @@ def test_captions_that_are_no_text(root: Path, form: str, value: Any, expected: 
         ([{**A, "id": None}], [(1, "x")], ["images entry 1: its `id` is null", "no image 1"]),
         ([{**A, "id": 1.5}], [], ["its `id` is the number 1.5; write an integer or a text"]),
         ([{**A, "id": True}], [], ["its `id` is true"]),
+        ([{**A, "id": HALF}], [], ["images entry 1: its `id` holds half a character"]),
+        ([A], [(1, "x"), {"id": HALF, "image_id": 7}], ["annotations entry 2: there is no image"]),
         ([{"file_name": "a.png"}], [], ["images entry 1: no `id`"]),
         ([{"id": 1}], [(1, "x")], ["neither `file_name` nor `image` names it (1 caption(s)"]),
         ([{"id": 1, "file_name": 7}], [], ["the image's name is the number 7"]),

@@ -109,7 +109,7 @@ class CaptionFile:
 
     def bad(self, where: str, reason: str) -> None:
         """Adds a problem."""
-        self._add(where, BAD, printable(reason))
+        self._add(printable(where), BAD, printable(reason))
 
     def _add(self, where: str, image: int, text: str) -> None:
         self.places.append(where)
@@ -539,7 +539,10 @@ def _coco(file: CaptionFile, *, tree: Any = None, chosen: Path | None = None) ->
                 file.bad(f"annotations entry {number}", reason)
                 continue
         mark = row.get("id", number)
-        where = f"annotation {mark}" if type(mark) in (int, str) else f"annotations entry {number}"
+        where = f"annotation {mark}"
+        if type(mark) is not int:
+            good = type(mark) is str and text_problem(mark) is None
+            where = where if good else f"annotations entry {number}"
         image_id = row.get("image_id")
         if type(image_id) not in (int, str):
             image_id, reason = _image_id(row, "image_id")
@@ -581,6 +584,8 @@ def _image_id(row: dict[str, Any], key: str) -> tuple[ImageId, str | None]:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int | str):
         return 0, f"its `{key}` is {json_type(value)}; write an integer or a text"
+    if isinstance(value, str) and text_problem(value):
+        return 0, f"its `{key}` {text_problem(value)}"
     return value, None
 
 
