@@ -27,7 +27,7 @@ from internvl import dual_flops, findings, handles, log
 from internvl import report as pages
 from internvl.config import DataConfig, EvalConfig, Recipe, UserError
 from internvl.data.chat import ChatEncoder, spans
-from internvl.data.images import BadImage, FileSlice, Picture, is_address, read_rgb
+from internvl.data.images import FileSlice, Picture, is_address
 from internvl.data.index import cache_folder
 from internvl.data.loader import Read, UnitReader
 from internvl.data.order import SampleOrder, UnitRef
@@ -47,6 +47,7 @@ from internvl.data.templates import template
 from internvl.data.tokenizers import load_tokenizer
 from internvl.data.workers import Reading, describe_refs, name_failing
 from internvl.evals import EVALS
+from internvl.evals.scores import DataProblems
 from internvl.findings import Checked, Counts, FirstStep, Shown
 from internvl.flops import work_of
 from internvl.models import vlm
@@ -296,20 +297,14 @@ def _examine(examiner: _Examiner, checked: Checked) -> None:
 
 
 def _eval_problems(name: str, spec: EvalConfig) -> list[BadSample]:
-    """What is wrong with an evaluation's annotations and pictures."""
+    """What is wrong with an evaluation's annotations and images: making it reads and opens them."""
     try:
-        images = EVALS[spec.type](spec).pictures()
-    except (UserError, BadImage) as error:
+        EVALS[spec.type](spec)
+    except DataProblems as error:
+        return [BadSample(f"evals.{name}", str(problem)) for problem in error.problems]
+    except UserError as error:
         return [BadSample(f"evals.{name}", str(error))]
-    problems = []
-    with log.Progress("evaluation pictures", total=len(images)) as progress:
-        for image in images:
-            try:
-                read_rgb(image)
-            except BadImage as error:
-                problems.append(BadSample(f"evals.{name}", str(error)))
-            progress.update()
-    return problems
+    return []
 
 
 def _first_step(

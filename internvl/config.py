@@ -163,11 +163,12 @@ class SourceConfig:
         "coco_format",
     ] = "chat"
     """chat: JSONL with `conversations` (official) or `messages` (OpenAI style); coco-captions: COCO
-    JSON; captions: `image,caption` CSV or `name#0<TAB>caption` lines; preference: JSONL with
+    JSON; captions: any form of data/captions.py, by name and content; preference: JSONL with
     `question, chosen, rejected`; parquet: a Parquet or Arrow file, or a folder of them (Hugging
     Face datasets); webdataset: a tar file or a folder of them; pairs: pictures with captions in any
-    form of data/pair_files.py, by name and content; of these flickr_format, `name.jpg,caption`
-    lines, and coco_format, a JSON list of `image` and `caption`, are the original's own."""
+    form of data/captions.py, captions of an image together; of these flickr_format,
+    `name.jpg,caption` lines, and coco_format, a JSON list of `image` and `caption`, are the
+    original's own."""
     annotations: Path
     """The file, or for parquet and webdataset also a folder."""
     images: str | Path = "."
@@ -429,9 +430,9 @@ class EvalConfig:
     recall@k from texts to pictures and back; classify: the class of every picture, zero-shot. The
     last two are for InternVL-14B."""
     annotations: Path
-    """caption: COCO caption JSON. loss: chat JSONL, or with `prompt` COCO JSON or `image,caption`
-    CSV. retrieval: pictures with their captions, in any form of
-    data/pair_files.py. classify: a folder with a folder of pictures for each class."""
+    """caption, retrieval: images with their captions in any form of data/captions.py, usually COCO
+    JSON. loss: chat JSONL, or with `prompt` captions. classify: a folder with a folder of images
+    for each class."""
     images: Path = Path(".")
     """Folder that image paths start from. Not for classify."""
     every: Annotated[int, Field(ge=0)] = 0
@@ -445,9 +446,9 @@ class EvalConfig:
     batch_size: Positive = 16
     """Pictures, or texts, that the model sees at once."""
     on_bad_sample: Literal["raise", "skip", "keep"] = "raise"
-    """retrieval, classify: what broken and missing pictures, empty captions, pictures without
-    captions, repeated ids and leaks lead to. raise: an error that names them all; skip: they are
-    left out and listed; keep: listed only, where the rest can be measured with them."""
+    """What broken and missing pictures, captions that are no text or of no listed picture, pictures
+    without captions, repeated ids and leaks lead to. raise: an error that names them all; skip:
+    they are left out and listed; keep: listed only, where the rest can be measured with them."""
 
     prompt: str | None = None
     """caption, loss: the question; a chat model gets `<image>` before it. null: the original's, and

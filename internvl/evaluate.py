@@ -324,7 +324,9 @@ def _write_captions(folder: Path, name: str, job: Job) -> None:
     """The original's results file: [{image_id, caption}] in DATASET_yymmddHHMMSS.json."""
     rows = (folder / "result" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     found = [
-        {"image_id": row["image_id"], "caption": row["answer"]} for row in map(json.loads, rows)
+        {"image_id": row["image_id"], "caption": row["answer"]}
+        for row in map(json.loads, rows)
+        if "answer" in row  # the others say what was left out
     ]
     file = folder / f"{job.dataset}_{datetime.now():%y%m%d%H%M%S}.json"
     file.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")

@@ -63,6 +63,8 @@ class Run:
     reader: Dataset[loader.Read]
     num_steps: int
     guard: Guard
+    evaluators: dict[str, evals.Evaluator]
+    """The recipe's evaluations with their data read; rank 0 has them."""
     row_lengths: tuple[int, ...] = ()
     """Lengths that rows are padded to; none where any length does."""
     step: int = 0
@@ -99,6 +101,8 @@ def build(
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
+    # Before the model: what is wrong with an evaluation must not cost the training before it.
+    evaluators = evals.build(recipe.evals) if dist.is_main() else {}
     chat = handles.for_training(recipe) if chat is None else chat
     if order is None:
         order = SampleOrder(_files(recipe), share_prefix=recipe.shares_prefix, seed=recipe.seed)
@@ -118,6 +122,7 @@ def build(
         reader=objective.reader(order.files, recipe.seed),
         num_steps=recipe.num_steps(order.epoch_size(recipe.epochs)),
         guard=Guard(recipe.guard),
+        evaluators=evaluators,
         row_lengths=parallel.row_lengths(recipe.compute, device, recipe.data) if packs else (),
     )
 
@@ -362,14 +367,14 @@ def validate(now: Run, metrics: boards.Metrics) -> str | None:
 
 def evaluate(now: Run) -> dict[str, float]:
     """Runs what is due at this step and not done yet; writes evals/STEP.json and the answers."""
-    specs = {name: spec for name, spec in now.recipe.evals.items() if _eval_due(now, spec)}
+    due = {n: now.evaluators[n] for n, spec in now.recipe.evals.items() if _eval_due(now, spec)}
     for name in evals.measured(now.folder / "evals", now.step):
-        specs.pop(name, None)
-    if not specs:
+        due.pop(name, None)
+    if not due:
         return {}
     now.model.eval()
     with parallel.evaluating(now.device, now.recipe.dtype):
-        return evals.run_all(evals.build(specs), now.chat, now.folder / "evals", now.step)
+        return evals.run_all(due, now.chat, now.folder / "evals", now.step)
 
 
 def take_bad(now: Run, step: loader.Step) -> None:

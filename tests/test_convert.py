@@ -134,7 +134,7 @@ def test_coco_form_and_back(tmp_path: Path) -> None:
     assert [row["id"] for row in json.loads(path.read_text())["images"]] == [1, 2]
 
 
-@pytest.mark.parametrize("tree", [[], {"images": []}, {"images": [{"id": 1}], "annotations": []}])
+@pytest.mark.parametrize("tree", [[], {"images": []}, {"images": [{"id": 1}], "annotations": {}}])
 def test_what_is_no_coco_file_is_said(tmp_path: Path, tree: object) -> None:
     path = tmp_path / "coco.json"
     path.write_text(json.dumps(tree))
@@ -146,7 +146,8 @@ def test_what_is_no_coco_file_is_said(tmp_path: Path, tree: object) -> None:
 def test_broken_caption_files() -> None:
     folder = SHARED / "data/broken"
     with pytest.raises(
-        DataError, match=r"4 line\(s\) are not `name.jpg,caption`: lines 3, 5, 6, 7"
+        DataError,
+        match=r"4 problem\(s\)(.|\n)*line 3: (.|\n)*line 5: (.|\n)*line 6: (.|\n)*line 8: ",
     ):
         convert.read_flickr(folder / "captions_bad_rows.txt")
     with pytest.raises(DataError, match="not UTF-8"):

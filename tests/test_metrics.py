@@ -186,3 +186,31 @@ def test_exact_match_ignores_case_and_white_space_only():
     references = {1: ["Red apple"], 2: ["STRASSE"], 3: ["眼镜"], 4: ["don't", "do not"]}
     candidates = {1: " red\n apple ", 2: "straße", 3: "眼 镜", 4: "Do  NOT"}
     assert metrics.exact_match(candidates, references) == 0.75
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "said"),
+    [
+        ("red \ud83d", "red", "the answer of 7 holds half a character \\(U\\+D83D at place 5\\)"),
+        ("red", "\udc00", "reference 2 of 7 holds half a character"),
+        (3, "red", "the answer of 7 is the number 3, not text"),
+        ("red", None, "reference 2 of 7 is null, not text"),
+        ("red", "a\0b", "reference 2 of 7 holds a NUL character"),
+    ],
+)
+def test_what_is_no_text_is_named(answer, reference, said: str):
+    for score in (
+        metrics.exact_match,
+        lambda *texts: metrics.caption_scores(*texts, tokenize="ptb"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            score({7: answer}, {7: ["fine", reference]})
+
+
+def test_odd_characters_of_an_answer_are_scored():
+    odd = "a \ufffd dog\x1c runs\u2028 \U0001f600 \u200b\ufeff |||"
+    truth = {1: ["a dog runs \U0001f600"], 2: ["a cat"]}
+    for tokenize in ("ptb", "characters", "words"):
+        scores = metrics.caption_scores({1: odd, 2: "a cat"}, truth, tokenize=tokenize)
+        assert list(scores) == NAMES
+    assert metrics.whole_text("\ud83d\ude00 \ud83d!\0") == "\U0001f600 \ufffd!\ufffd"

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from data_files import SHARED, picture
 
-from internvl.data.pair_files import FORMS, broken, leaks, read_pairs
+from internvl.data.captions import FORMS
+from internvl.data.pair_files import broken, leaks, read_pairs
 from internvl.data.pairs import clean_caption
 from internvl.data.records import DataError
 
@@ -211,14 +212,15 @@ def test_duplicate_ids_and_pictures_without_captions(root: Path) -> None:
     path = tree(root / "c.json", {"images": images, "annotations": annotations})
     found = read_pairs(path, root)
     assert said(found) == [
-        "c.json annotation 11: this id is there already",
-        "c.json annotation 13: there is no image 99",
-        "c.json image 2: this id is there already",
+        "c.json annotation 13: there is no image 99 under `images`",
+        "c.json images entries 2 and 3: the id 2 is there already: entry 2 is 2.jpg, entry 3 is "
+        "3.jpg; give every image an id of its own (2 caption(s) of it)",
+        "c.json image 3: 1.jpg has no caption; write one or remove the image",
+        "c.json image 4: 3.jpg has no caption; write one or remove the image",
         "c.json image 1)",
-        "c.json image 4: 3.jpg has no caption",
     ]
-    assert "c.json image 3: 1.jpg is there already" in str(found.problems[3])
-    assert found.texts == ("one, red", "Also one", "two")
+    assert "c.json image 3: 1.jpg is there already" in str(found.problems[4])
+    assert found.texts == ("one, red", "Also one")
 
 
 @pytest.mark.parametrize(
@@ -237,7 +239,7 @@ def test_unusable_files(tmp_path: Path, name: str, content: str, what: str) -> N
         read_pairs(tmp_path / name, tmp_path)
     with pytest.raises(DataError, match="cannot read"):
         read_pairs(tmp_path / "gone.txt", tmp_path)
-    with pytest.raises(DataError, match="no form of pairs; known: flickr"):
+    with pytest.raises(DataError, match="no form of captions; known: flickr"):
         read_pairs(tmp_path / name, tmp_path, "voc")
 
 

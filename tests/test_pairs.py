@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,6 +45,17 @@ def small(tmp_path_factory):
 def test_golden_captions_are_cleaned():
     captions = json.loads((CASE / "captions.json").read_text())
     assert [pairs.clean_caption(text) for text in captions["raw"]] == captions["processed"]
+
+
+def test_cleaned_as_the_original() -> None:
+    file = Path(__file__).parent / "golden/internvl_g_data/captions.json"
+    captions = json.loads(file.read_text(encoding="utf-8"))
+    assert list(map(pairs.clean_caption, captions["raw"])) == captions["processed"]
+
+
+def test_full_width_marks_commas_and_line_ends() -> None:
+    assert pairs.clean_caption("A、B,c'd -e? \n") == "a、b,c'd -e?"
+    assert pairs.clean_caption("...") == ""
 
 
 def test_golden_ids_of_the_released_tokenizer(tmp_path):

@@ -495,6 +495,14 @@ def classes(tmp_path: Path) -> Path:
             photo(tmp_path / f"classes/n{number}/{k}.jpg", 10 * number + k, (50 + 60 * k, 90))
     named = {"birds": [f"{color} bird" for color in COLORS[:6]], "cars": []}
     (tmp_path / "classnames.json").write_text(json.dumps(named))
+    names = {f"n{n}": f"bird {n}" for n in range(6)}
+    for name, tree in {
+        "numbers.json": names | {"n1": 3},
+        "more.json": names | {"n9": "gone"},
+        "bare.json": ["a {c}", "a bird"],
+        "half.json": ["{c} \ud83d"],
+    }.items():
+        (tmp_path / name).write_text(json.dumps(tree))
     (tmp_path / "templates.json").write_text(json.dumps({"birds": ["a {c}.", "the {c}, {c}"]}))
     return tmp_path
 
@@ -525,6 +533,16 @@ def test_zero_shot_classes(dual, classes: Path) -> None:
     assert found.values["c_mean_per_class_recall"] == pytest.approx(sum(per_class) / 6)
 
 
+def test_a_class_without_an_image_is_named(classes: Path) -> None:
+    (classes / "classes/n8").mkdir()
+    spec = {"type": "classify", "annotations": classes / "classes"}
+    with pytest.raises(UserError, match="n8: this class has no image"):
+        Classify(eval_config(**spec))
+    for policy in ("keep", "skip"):  # it stays one of the classes to choose from
+        found = Classify(eval_config(**spec, on_bad_sample=policy)).counts()
+        assert found == {"pictures": 9, "classes": 7, "left out": 1}
+
+
 def test_accuracies_with_few_classes() -> None:
     found = accuracies(torch.tensor([0, 1, 0, 2]), torch.tensor([0, 0, 2, 2]), 3)
     assert found == {"acc1": 0.5, "mean_per_class_recall": 0.5}
@@ -538,6 +556,10 @@ def test_accuracies_with_few_classes() -> None:
         ({"classes": "classnames.json", "key": "cars"}, "a JSON list of texts is expected"),
         ({"templates": "templates.json"}, "a JSON list of texts is expected"),
         ({"templates": "gone.json"}, "cannot read"),
+        ({"classes": "numbers.json"}, "the name of n1 is the number 3, not text"),
+        ({"classes": "more.json"}, r"names 1 folder\(s\) that .*classes lacks: n9"),
+        ({"templates": "bare.json"}, "entry 2: 'a bird' lacks a {c}"),
+        ({"templates": "half.json"}, "entry 1 holds half a character"),
         ({"annotations": "gone"}, "is no folder"),
     ],
 )

@@ -8,7 +8,7 @@ import tiny_run
 import torch
 import torch.nn.functional as F
 
-from internvl import evals, handles, log, recipes, train, validation
+from internvl import evals, evaluate, handles, log, recipes, train, validation
 from internvl.config import ConfigError, UserError
 from internvl.data.images import STATISTICS
 from internvl.data.order import UnitRef
@@ -70,6 +70,28 @@ def test_captions_are_samples_too_and_bad_ones_are_named(project, tmp_path):
     evals.run_all(evals.build(skipping.evals), chat, tmp_path / "evals")
     listed = (tmp_path / "evals" / "result" / "val.jsonl").read_text()
     assert "broken.jsonl line 1" in json.loads(listed)["sample"]
+
+
+@pytest.mark.parametrize("kind", ["caption", "loss"])
+def test_bad_data_of_an_evaluation_is_named_before_the_model_loads(
+    project, tmp_path, kind, monkeypatch
+):
+    tree = json.loads((project.parent / "captions.json").read_text())
+    tree["annotations"][1]["caption"] = None
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(tree))
+    recipe = recipe_of(project, tmp_path, annotations=str(path), type=kind, prompt="Name it.")
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(handles, "for_training", refuse)
+    monkeypatch.setattr(handles, "load", refuse)
+    said = r"bad.json annotation \w+: the caption is null, not text"
+    with pytest.raises(UserError, match=said):
+        train.build(recipe)
+    with pytest.raises(UserError, match=said):
+        evaluate.run("no/model", annotations=path, images=project.parent)
 
 
 def test_training_lowers_it_and_the_best_step_is_a_run_of_its_own(project, tmp_path):

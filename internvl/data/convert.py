@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl.config import UserError
-from internvl.data import json_rows
+from internvl.data import captions, json_rows
 from internvl.data.images import BadImage, opened
 from internvl.data.records import BadSample, DataError
 from internvl.log import Progress
@@ -36,12 +36,11 @@ KINDS: dict[str, str] = {
     "0-1000",
     "boxes-to-unit": "chat JSONL: <box>[[x1, y1, x2, y2]]</box> in 0-1000 to [x1, y1, x2, y2] in "
     "0-1",
-    "captions": "captions (COCO JSON, or Flickr's image,caption text) to chat JSONL",
+    "captions": "captions (COCO or Karpathy's JSON, Flickr's text, CSV, JSONL) to chat JSONL",
     "parquet": "a parquet file, or a folder of them, to images/ and annotations.jsonl in a folder",
 }
 """What `run` can do."""
 
-_LINES_SHOWN = 5
 _ROWS_AT_ONCE = 64  # rows of a parquet file held in memory; their images are a few MB each
 _SUFFIX = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif"}
 
@@ -182,50 +181,32 @@ def _turns(row: dict[str, Any]) -> list[dict[str, Any]]:
 # Captions
 
 
-def read_flickr(path: Path) -> list[Caption]:
-    """A Flickr caption text: a header `image,caption`, then `<name>.jpg,<caption>` on each line.
-
-    Captions are not quoted and may hold commas; the line is cut at its only `.jpg,`.
+def read_captions(path: Path, form: str = "auto") -> list[Caption]:
+    """(image, caption) of every caption of a file, in its order, in any form of data/captions.py.
 
     Raises:
-        DataError: missing, not UTF-8, or lines without exactly one `.jpg,`; names the first ones.
+        DataError: the file is missing, not in its form, or has problems; lists the first ones.
     """
-    lines = read_text(path).splitlines()
-    found, bad = [], []
-    for number, line in enumerate(lines, start=1):
-        stem, mark, caption = line.partition(".jpg,")
-        if not line.strip() or (number == 1 and line.strip() == "image,caption"):
-            continue
-        if not mark or ".jpg," in caption or not stem.strip() or not caption.strip():
-            bad.append(number)
-            continue
-        found.append((f"{stem.strip()}.jpg", caption.strip()))
-    if bad:
-        some = ", ".join(map(str, bad[:_LINES_SHOWN])) + (", …" if len(bad) > _LINES_SHOWN else "")
-        raise DataError(f"{path}: {len(bad)} line(s) are not `name.jpg,caption`: lines {some}")
-    return found
+    file = captions.read_whole(path, form)
+    if any(image.slice is not None for image in file.images):
+        raise DataError(f"{path} holds images in tars; train on it as it is (type: webdataset)")
+    names = [image.name for image in file.images]
+    return [(names[number], text.strip()) for number, text in file.captions]
+
+
+def read_flickr(path: Path) -> list[Caption]:
+    """`read_captions` of a text of `name.jpg,caption` lines under a header `image,caption`."""
+    return read_captions(path, "flickr")
 
 
 def read_coco(path: Path) -> list[Caption]:
-    """A COCO caption JSON as (image, caption), in the order of its annotations.
-
-    An image's path is its `file_name`, or else its `image`.
-
-    Raises:
-        DataError: missing, not JSON, or not in COCO caption form.
-    """
-    tree = read_json(path)
-    try:
-        names = {row["id"]: row.get("file_name") or row["image"] for row in tree["images"]}
-        return [(names[row["image_id"]], row["caption"].strip()) for row in tree["annotations"]]
-    except (KeyError, TypeError, AttributeError) as error:
-        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise DataError(f"{path} is not a COCO caption file: {what}") from None
+    """`read_captions` of a COCO caption JSON; an image's path is its `file_name`, or `image`."""
+    return read_captions(path, "coco")
 
 
-def chat_lines(captions: Iterable[Caption], prompt: str = CAPTION_PROMPT) -> Iterator[str]:
+def chat_lines(found: Iterable[Caption], prompt: str = CAPTION_PROMPT) -> Iterator[str]:
     """A line of chat JSONL for every caption: the prompt under the image, then the caption."""
-    for number, (image, caption) in enumerate(captions):
+    for number, (image, caption) in enumerate(found):
         turns = [
             {"from": "human", "value": f"<image>\n{prompt}"},
             {"from": "gpt", "value": caption},
@@ -233,25 +214,22 @@ def chat_lines(captions: Iterable[Caption], prompt: str = CAPTION_PROMPT) -> Ite
         yield to_json({"id": number, "image": image, "conversations": turns})
 
 
-def coco_form(captions: Iterable[Caption]) -> dict[str, list[dict[str, Any]]]:
+def coco_form(found: Iterable[Caption]) -> dict[str, list[dict[str, Any]]]:
     """Captions in COCO form, as evaluations read it; images are numbered from 1 as they come."""
     ids: dict[str, int] = {}
     annotations = [
         {"id": number, "image_id": ids.setdefault(image, len(ids) + 1), "caption": caption}
-        for number, (image, caption) in enumerate(captions, start=1)
+        for number, (image, caption) in enumerate(found, start=1)
     ]
     images = [{"id": number, "file_name": image} for image, number in ids.items()]
     return {"images": images, "annotations": annotations}
 
 
 def _convert_captions(source: Path, target: Path) -> Converted:
-    captions = read_coco(source) if source.suffix == ".json" else read_flickr(source)
-    for number, caption in enumerate(captions, start=1):
-        for what in json_rows.halves(dict(zip(("image", "caption"), caption, strict=True))):
-            raise DataError(f"{source} caption {number}: {what}")
+    found = read_captions(source)
     counts = {
-        "lines": write_lines(target, chat_lines(captions)),
-        "images": len({image for image, _ in captions}),
+        "lines": write_lines(target, chat_lines(found)),
+        "images": len({image for image, _ in found}),
     }
     return Converted((target,), counts)
 
@@ -352,7 +330,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of every line that is not blank, or of every entry of a JSON list.
 
     Raises:
-        DataError: missing, or a line that is no JSON object; names file and line.
+        DataError: missing, a line that is no JSON object, or with half a character in it; names
+            file and line.
     """
     try:
         if json_rows.is_list(path):
@@ -375,27 +354,16 @@ def _object(name: str, line: bytes) -> dict[str, Any]:
 
 
 def images_of(row: dict[str, Any]) -> list[str]:
-    """The picture paths of a chat line; none where it has no picture."""
+    """The image paths of a chat line; none where it has no image.
+
+    Raises:
+        DataError: `image` is neither a path nor a list of paths.
+    """
     image = row.get("image") or []
-    return [image] if isinstance(image, str) else image
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file. Raises DataError where it is missing or not JSON."""
-    try:
-        return json.loads(read_text(path))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}); fetch it again") from None
-
-
-def read_text(path: Path) -> str:
-    """A text file. Raises DataError where it is missing or not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8; save it as UTF-8") from None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    paths = [image] if isinstance(image, str) else image
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        raise DataError(f"`image` must be a path or a list of paths, not {image!r}")
+    return paths
 
 
 def to_json(value: Any) -> str:

@@ -127,9 +127,12 @@ def convert_once(
     return write_once(name, key, lambda: map(_line, rows()))
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False)  # `json.dumps` would make one for every row
+
+
 def _line(row: dict[str, Any]) -> bytes:
     try:
-        return json.dumps(row, ensure_ascii=False).encode()
+        return _ENCODER.encode(row).encode()
     except UnicodeEncodeError:
         # Names of a tar's members are not always UTF-8; the sample may be a good one.
         row = row | {"where": json_rows.printable(row["where"])}
@@ -137,7 +140,7 @@ def _line(row: dict[str, Any]) -> bytes:
     except RecursionError:
         why = json_rows.TOO_DEEP
     row = row if why is None else {"where": row["where"], "bad": why}
-    return json.dumps(row, ensure_ascii=False).encode()
+    return _ENCODER.encode(row).encode()
 
 
 def write_once(name: str, key: Iterable[bytes], lines: Callable[[], Iterable[bytes]]) -> LineIndex:

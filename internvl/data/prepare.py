@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from internvl.config import UserError
-from internvl.data import convert, fetch, playground
+from internvl.data import captions, convert, fetch, playground
 from internvl.data.benchmarks import COCO, FLICKR, KARPATHY, NOCAPS, NOCAPS_IMAGES, OPENGVLAB
 from internvl.data.records import DataError
+from internvl.data.texts import read_json
 from internvl.data.tree import Missing, Tree
 
 NAMES: dict[str, str] = {
@@ -81,7 +82,7 @@ def _coco_caption(tree: Tree) -> Iterator[Path]:
     pictures: set[str] = set()
     train = folder / "annotations/coco_karpathy_train_567k.jsonl"
     if _coco_train(tree, train):
-        lines = [convert.images_of(row) for _, row in convert.read_jsonl(train)]
+        lines = [_images(train, number, row) for number, row in convert.read_jsonl(train)]
         tree.expect(train, f"{OPENGVLAB}coco_karpathy_train_567k.zip", captions=len(lines))
         pictures.update(image for images in lines for image in images)
         yield train
@@ -99,10 +100,9 @@ def _coco_train(tree: Tree, train: Path) -> bool:
     if train.is_file():
         return True
     if not archive.is_file() and karpathy.is_file():
-        rows = _karpathy_rows(karpathy)
-        captions = [(row["image"], _caption(karpathy, row)) for row in rows]
-        tree.expect(karpathy, "the address it came from", captions=len(captions))
-        convert.write_lines(train, convert.chat_lines(captions))
+        found = convert.read_captions(karpathy, "karpathy")
+        tree.expect(karpathy, "the address it came from", captions=len(found))
+        convert.write_lines(train, convert.chat_lines(found))
         return True
     if not tree.has_file(archive, f"{OPENGVLAB}{archive.name}"):
         return False
@@ -118,51 +118,22 @@ def _coco_test(tree: Tree, folder: Path) -> Path | None:
     there = [tree.has_file(path, f"{OPENGVLAB}{path.name}") for path in (listed, references)]
     if not all(there):
         return None
-    images = {_coco_id(row["image"], listed): row["image"] for row in _karpathy_rows(listed)}
-    tree.expect(listed, f"{OPENGVLAB}{listed.name}", images=len(images))
-    tree_of_references = convert.read_json(references)
-    known = tree_of_references if isinstance(tree_of_references, dict) else {}
-    annotations = known.get("annotations")
-    if not isinstance(annotations, list):
-        raise DataError(f"{references} has no list of annotations; fetch it again")
-    tree.expect(references, f"{OPENGVLAB}{references.name}", captions=len(annotations))
+    merged = captions.read_whole(references, "coco", images=listed)
+    tree.expect(listed, f"{OPENGVLAB}{listed.name}", images=len(merged.images))
+    tree.expect(references, f"{OPENGVLAB}{references.name}", captions=len(merged.texts))
     target = folder / "coco_karpathy_test_captions.json"
-    rows = [{"id": number, "file_name": name} for number, name in images.items()]
-    merged = {"images": rows, "annotations": annotations}
-    convert.write_lines(target, [convert.to_json(merged)])
+    rows = [{"id": image.id, "file_name": image.name} for image in merged.images]
+    ids = {image.id for image in merged.images}
+    annotations = [r for r in read_json(references)["annotations"] if r["image_id"] in ids]
+    convert.write_lines(target, [convert.to_json({"images": rows, "annotations": annotations})])
     return target
 
 
-def _karpathy_rows(path: Path) -> list[dict[str, Any]]:
-    rows = convert.read_json(path)
-    named = isinstance(rows, list) and all(
-        isinstance(row, dict) and isinstance(row.get("image"), str) for row in rows
-    )
-    if not named:
-        raise DataError(f"{path} is not Karpathy's list of pictures; fetch it again")
-    return rows
-
-
-def _caption(path: Path, row: dict[str, Any]) -> str:
-    caption = row.get("caption")
-    if not isinstance(caption, str):
-        raise DataError(f"{path}: {row['image']} has no text as `caption`; fetch it again")
-    return caption.strip()
-
-
-def _coco_id(name: str, listed: Path = Path("the list")) -> int:
-    """The number at the end of a COCO file name.
-
-    >>> _coco_id("val2014/COCO_val2014_000000391895.jpg")
-    391895
-
-    Raises:
-        DataError: there is none; names the file `listed` that it stands in.
-    """
-    number = Path(name).stem.rpartition("_")[2]
-    if not number.isascii() or not number.isdigit():
-        raise DataError(f"{listed}: {name!r} is no name of a COCO picture; fetch it again")
-    return int(number)
+def _images(path: Path, number: int, row: dict[str, Any]) -> list[str]:
+    try:
+        return convert.images_of(row)
+    except DataError as error:
+        raise DataError(f"{path} line {number}: {error}") from None
 
 
 # Flickr30K, NoCaps
@@ -202,9 +173,9 @@ def _flickr(tree: Tree, name: str, address: str) -> list[convert.Caption]:
     path = tree.root / "data/flickr30k" / name
     if not tree.has_file(path, address + name):
         return []
-    captions = _below("Images", convert.read_flickr(path))
-    tree.expect(path, address + name, **_sizes(captions))
-    return captions
+    found = _below("Images", convert.read_flickr(path))
+    tree.expect(path, address + name, **_sizes(found))
+    return found
 
 
 def _flickr_images(tree: Tree, captions: Sequence[convert.Caption]) -> None:
@@ -220,11 +191,11 @@ def _nocaps(tree: Tree) -> Iterator[Path]:
     there = tree.has_images(folder / "images", address)
     if not tree.has_file(annotations, NOCAPS):
         return
-    captions = _below("images", convert.read_coco(annotations))
-    tree.expect(annotations, NOCAPS, **_sizes(captions))
-    yield _as_coco(folder / "nocaps_val_captions.json", captions)
+    found = _below("images", convert.read_coco(annotations))
+    tree.expect(annotations, NOCAPS, **_sizes(found))
+    yield _as_coco(folder / "nocaps_val_captions.json", found)
     if there:
-        tree.check_images(folder, (image for image, _ in captions), address)
+        tree.check_images(folder, (image for image, _ in found), address)
 
 
 def _below(folder: str, captions: Iterable[convert.Caption]) -> list[convert.Caption]:

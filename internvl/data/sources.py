@@ -4,7 +4,6 @@ Nothing is held in memory but numbers. A source that is not JSONL is turned into
 cache folder (data/index.py), except tables, which Arrow maps.
 """
 
-import csv
 import json
 import os
 import sys
@@ -16,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from internvl.config import DataConfig, SourceConfig
-from internvl.data import formats, pair_files, tars
+from internvl.data import captions, formats, tars
 from internvl.data.index import (
     LineIndex,
     convert_once,
@@ -309,96 +308,41 @@ def _table(config: SourceConfig) -> Source:
     return TableSource(config, Table(config.annotations))
 
 
-def _coco_captions(config: SourceConfig) -> Source:
-    path = config.annotations
+_FORMS = {
+    "coco-captions": "coco",
+    "captions": "auto",
+    "flickr_format": "flickr",
+    "coco_format": "karpathy",
+    "pairs": "auto",
+}
+"""Source type -> form of data/captions.py."""
+
+
+def _captioned(config: SourceConfig) -> Source:
+    """One row for every caption, and one for everything that is wrong with the file."""
+    path, form = config.annotations, _FORMS[config.type]
+    # Sources of pairs put the captions of a COCO image together, as the image list has them.
+    by_image = config.type in ("pairs", "coco_format")
+    in_tars = form == "auto" and captions.form_of(path) == "webdataset"
 
     def rows() -> Iterator[dict[str, Any]]:
-        try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
-            files = {image["id"]: image["file_name"] for image in tree["images"]}
-            for number, row in enumerate(tree["annotations"], start=1):
-                where = f"annotation {row.get('id', number)}"
-                image = files.get(row["image_id"])
-                found: dict[str, Any] = {"image": image, "caption": row["caption"]}
-                if image is None:
-                    found = {"bad": f"there is no image {row['image_id']} under `images`"}
-                yield {"where": where, **found}
-        except (ValueError, KeyError, TypeError) as error:
-            what = f"key {error} missing" if isinstance(error, KeyError) else str(error)
-            raise DataError(
-                f"source {config.name}: {path} is not a COCO caption file ({what})"
-            ) from None
+        file = captions.read(path, form, split="train")
+        names = [i.name if i.slice is None else astuple(i.slice) for i in file.images]
+        order = file.by_image() if by_image and file.form == "coco" else range(len(file.texts))
+        for row in order:
+            where, number, text = file.places[row], file.numbers[row], file.texts[row]
+            if number == captions.BAD:
+                yield {"where": where, "bad": text}
+            else:
+                yield {"where": where, "image": names[number], "caption": text}
 
-    index = convert_once(str(path), [b"coco", *file_content(path)], rows)
-    return LineSource(config, index, formats.caption, converted=True)
-
-
-def _captions(config: SourceConfig) -> Source:
-    path = config.annotations
-
-    def rows() -> Iterator[dict[str, Any]]:
-        with path.open(encoding="utf-8-sig", newline=None) as file:
-            for number, line in enumerate(file, start=1):
-                row = _caption_line(line.rstrip("\n"))
-                if number > 1 or row.get("image") not in ("image", "image_name"):
-                    yield {"where": f"line {number}", **row}
-
-    index = convert_once(str(path), [b"captions", *file_content(path)], rows)
-    return LineSource(config, index, formats.caption, converted=True)
-
-
-def _caption_line(line: str) -> dict[str, str]:
-    """`image` and `caption` of `name#0<TAB>text`, `name| 0| text` or `name,text`, else `bad`.
-
-    As in the original files, a caption may hold commas without quotes.
-    """
-    if not line.strip():
-        return {"bad": "the line is blank; remove it"}
-    if "\t" in line:
-        image, _, text = line.partition("\t")
-        return {"image": image.partition("#")[0], "caption": text}
-    if line.count("|") >= 2:
-        image, _, text = line.split("|", 2)
-        return {"image": image.strip(), "caption": text}
-    if line.startswith('"'):
-        image, *rest = next(csv.reader([line]))
-        return {"image": image, "caption": ",".join(rest)}
-    image, comma, text = line.partition(",")
-    if not comma:
-        return {"bad": "neither `image,caption` nor `name#0<TAB>caption`"}
-    return {"image": image, "caption": text}
-
-
-_FORMS = {"flickr_format": "flickr", "coco_format": "karpathy"}
-
-
-def _pairs(config: SourceConfig) -> Source:
-    """One row for every caption."""
-    path = config.annotations
-    form = _FORMS.get(config.type) or pair_files.form_of(path)
-    in_tars = form == "webdataset"
-
-    def rows() -> Iterator[dict[str, Any]]:
-        problems: list[BadSample] = []
-        for row in pair_files.FORMS[form](path, "train", problems):
-            image = row.image if row.picture is None else astuple(row.picture)
-            for where, caption in row.captions:
-                found = {"image": image, "caption": caption}
-                yield {"where": where.removeprefix(f"{path} "), **found}
-            if not row.captions:
-                problems.append(BadSample(row.where, f"{row.image} has no caption"))
-        for bad in problems:
-            yield {"where": bad.name.removeprefix(f"{path} "), "bad": bad.reason}
-
+    files = tars.shards(path) if in_tars else path.rglob("*") if path.is_dir() else None
+    content = file_content(path) if files is None else _states(files)
+    key = [b"one row a caption", repr((form, by_image, str(path))).encode(), *content]
     try:
-        files = tars.shards(path) if in_tars else path.rglob("*") if path.is_dir() else None
-        content = file_content(path) if files is None else _states(files)
-        key = [b"pairs", form.encode(), str(path).encode(), *content]
         index = convert_once(str(path), key, rows)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"source {config.name}: {path} is not of the form {form!r} ({error})"
-        ) from None
+    except DataError as error:
+        raise DataError(f"source {config.name}: {error}") from None
     parse = formats.sliced_caption if in_tars else formats.caption
     return LineSource(config, index, parse, converted=True)
 
@@ -425,12 +369,12 @@ def _webdataset(config: SourceConfig) -> Source:
 
 SOURCES: dict[str, Callable[[SourceConfig], Source]] = {
     "chat": _chat,
-    "coco-captions": _coco_captions,
-    "captions": _captions,
+    "coco-captions": _captioned,
+    "captions": _captioned,
     "preference": _preference,
     "parquet": _table,
     "webdataset": _webdataset,
-    "pairs": _pairs,
-    "flickr_format": _pairs,
-    "coco_format": _pairs,
+    "pairs": _captioned,
+    "flickr_format": _captioned,
+    "coco_format": _captioned,
 }

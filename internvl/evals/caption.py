@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from internvl.config import EvalConfig, UserError
-from internvl.data.images import BadImage, join_inside
+from internvl.data import captions
+from internvl.data.captions import CaptionFile, ImageId, NamedImage
+from internvl.data.images import BadImage
+from internvl.data.pair_files import broken, image_path
+from internvl.data.records import BadSample
 from internvl.evals import metrics
-from internvl.evals.scores import Scores, file_state
+from internvl.evals.scores import Scores, file_state, left_out, settle
 from internvl.generate import Request, Settings, answers
 from internvl.log import Progress
 
@@ -19,45 +23,63 @@ DUAL_PROMPT = "English caption:"
 
 DUAL_BEAMS = 5
 
+_REMEDY = "put them right, or set on_bad_sample (--on-bad-sample) to skip to leave them out"
+
 
 class Caption:
     """Exact-match accuracy, average length in words, BLEU, METEOR, ROUGE-L and CIDEr.
 
-    Data: COCO caption JSON; prompt: the recipe's, or the original's for the kind of model;
-    metrics: evals/metrics.py.
+    Data: images with captions in any form of data/captions.py, usually COCO's; prompt: the
+    recipe's, or the original's for the kind of model; metrics: evals/metrics.py.
 
     Raises:
-        UserError: the file is missing or not in COCO form.
+        UserError: the file is missing, holds no image with a caption, or has problems.
     """
 
     def __init__(self, config: EvalConfig) -> None:
         self.config = config
-        self.references: dict[int, list[str]] = {}
-        try:
-            tree = _read(config.annotations)
-            self.images: dict[int, str] = {
-                number: join_inside(config.images, Path(name).name if config.flat else name)
-                for number, name in self._listed(tree)
-            }
-            for row in tree["annotations"]:
-                self.references.setdefault(row["image_id"], []).append(row["caption"])
-        except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, UserError):
-                raise
-            what = f"key {error} missing" if isinstance(error, KeyError) else str(error)
-            raise UserError(f"{config.annotations} is not a COCO caption file: {what}") from None
-        self.ids = [i for i in self.images if i in self.references][: config.limit]
+        file = captions.read(
+            config.annotations, config.form, split=config.split, images=config.pictures
+        )
+        self.problems = file.problems
+        self.references: dict[ImageId, list[str]] = {}
+        """id -> its captions. Where a form has no ids they are the images' numbers from 1."""
+        self.images: dict[ImageId, str] = {}
+        ids = [n if i.id is None else i.id for n, i in enumerate(file.images, start=1)]
+        for number, caption in file.captions:
+            self.references.setdefault(ids[number], []).append(caption)
+        listed = zip(ids, file.images, strict=True)
+        self._place([pair for pair in listed if pair[0] in self.references][: config.limit], file)
+        policy = "skip" if config.on_bad_sample == "skip" else "raise"
+        if config.on_bad_sample == "keep" and not self._broken:
+            policy = "keep"
+        settle(self.problems, policy, _REMEDY)
+        self.ids = list(self.images)
         if not self.ids:
             raise UserError(f"{config.annotations} has no image with a caption")
 
-    def _listed(self, tree: Any) -> Iterator[tuple[int, str]]:
-        """(id, name) of every picture."""
-        if self.config.pictures is None:
-            for row in tree["images"]:
-                yield row["id"], row["file_name"] if "file_name" in row else row["image"]
-            return
-        for row in _read(self.config.pictures):
-            yield int(Path(row["image"]).stem.rpartition("_")[2]), row["image"]
+    def _place(self, listed: Sequence[tuple[ImageId, NamedImage]], file: CaptionFile) -> None:
+        """Finds every image's file and opens it; what cannot be shown is a problem."""
+        places: dict[str, NamedImage] = {}
+        self._broken = False
+        for image_id, image in listed:
+            path, reason = image_path(image, self.config.images, flat=self.config.flat)
+            other = places.setdefault(path, image) if isinstance(path, str) else image
+            if reason is None and path is not None and not isinstance(path, str):
+                reason = "captions are written for image files, not for those in tars"
+            if reason is None and other.name != image.name:
+                reason = f"{image.name} and {other.name} are one file in the folder of images"
+            if reason is None and isinstance(path, str):
+                self.images[image_id] = path
+            else:
+                self.problems.append(file.problem(image.where, str(reason)))
+                self._broken = True
+        unreadable = broken([*self.images.values()])
+        ids = list(self.images)
+        for number, reason in unreadable.items():
+            path = self.images.pop(ids[number])
+            self.problems.append(BadSample(path, reason))
+            self._broken = True
 
     def pictures(self) -> Sequence[str]:
         """Every picture that will be opened, in the order of `ids`."""
@@ -66,7 +88,8 @@ class Caption:
     def counts(self) -> dict[str, int]:
         """See `Evaluator.counts`."""
         references = sum(len(self.references[i]) for i in self.ids)
-        return {"pictures": len(self.ids), "texts": references}
+        counts = {"pictures": len(self.ids), "texts": references}
+        return counts | ({"left out": len(self.problems)} if self.problems else {})
 
     def run(self, handle: Any, folder: Path | None) -> Scores:
         """Generates with `handle` (Chat or Dual) and scores; keeps texts in `folder`, if any."""
@@ -82,7 +105,7 @@ class Caption:
         }
         if self.config.metrics == "all":
             values |= metrics.caption_scores(found, references, tokenize=self.config.tokenize)
-        return Scores(values, list(self._rows(found)))
+        return Scores(values, [*self._rows(found), *left_out(self.problems)])
 
     def _texts(self, handle: Any, folder: Path | None) -> list[str]:
         """A text for every picture, in order, going on after those that are kept already."""
@@ -97,7 +120,8 @@ class Caption:
         with Progress("captions", total=len(pictures)) as progress:
             progress.update(len(texts))
             for start in range(len(texts), len(pictures), window):
-                new = generate(handle, pictures[start : start + window], self.config)
+                answered = generate(handle, pictures[start : start + window], self.config)
+                new = list(map(metrics.whole_text, answered))
                 texts += new
                 if kept is not None:
                     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +130,7 @@ class Caption:
                 progress.update(len(new))
         return texts
 
-    def _rows(self, found: dict[int, str]) -> Iterator[dict[str, Any]]:
+    def _rows(self, found: dict[ImageId, str]) -> Iterator[dict[str, Any]]:
         for i in self.ids:
             yield {
                 "image": self.images[i],
@@ -147,10 +171,3 @@ def _whole_lines(path: Path) -> list[str]:
     if whole != text:
         path.write_text(whole, encoding="utf-8")
     return [json.loads(line) for line in whole.splitlines()]
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"there is no annotation file {path}") from None

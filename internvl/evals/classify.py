@@ -4,7 +4,6 @@ As CLIP_benchmark (`metrics/zeroshot_classification.py`), whose class names and 
 from files that the user has.
 """
 
-import json
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -18,8 +17,9 @@ from internvl.config import EvalConfig, UserError
 from internvl.data.images import IMAGE_ENDINGS
 from internvl.data.pair_files import broken
 from internvl.data.records import BadSample
+from internvl.data.texts import RepeatedKeys, json_type, printable, read_json, text_problem
 from internvl.evals.features import Store, ranks, share_within
-from internvl.evals.scores import Scores, file_state, settle
+from internvl.evals.scores import Scores, file_state, left_out, settle
 
 _REMEDY = "put them right, or set on_bad_sample (--on-bad-sample) to skip to leave them out"
 
@@ -49,13 +49,38 @@ class Classify:
         if not files:
             raise UserError(f"{root} has no folder with pictures; classes are folders")
         bad = broken([path for path, _ in files])
-        policy = "skip" if config.on_bad_sample == "skip" else "raise"
-        settle([BadSample(files[i][0], why) for i, why in bad.items()], policy, _REMEDY)
-        self.files = [file for number, file in enumerate(files) if number not in bad]
+        self.problems = [BadSample(printable(files[i][0]), why) for i, why in bad.items()]
+        self.problems += self._unnamed(root)
+        policy = "raise" if bad and config.on_bad_sample == "keep" else config.on_bad_sample
         self.names = self._names()
         self.templates = ["{c}"] if config.templates is None else self._listed(config.templates)
-        if any("{c}" not in template for template in self.templates):
-            raise UserError(f"{config.templates}: every template needs a {{c}} for the class")
+        for number, template in enumerate(self.templates, start=1):
+            if "{c}" not in template:
+                raise UserError(
+                    f"{config.templates} entry {number}: {template!r} lacks a {{c}} for the class; "
+                    "every template needs one"
+                )
+        settle(self.problems, policy, _REMEDY)
+        self.files = [file for number, file in enumerate(files) if number not in bad]
+        if not self.files:
+            raise UserError(f"{root} holds no image that can be read")
+
+    def _unnamed(self, root: Path) -> list[BadSample]:
+        """Folders without an image: classes that nothing is measured of."""
+        problems = []
+        for name in self.folders:
+            reason = text_problem(name)
+            if reason:  # what the file system holds in another encoding
+                raise UserError(f"{root}: the name of the folder {printable(name)} {reason}")
+            files = (root / name).rglob("*")
+            if not any(file.suffix.lower() in IMAGE_ENDINGS for file in files):
+                endings = ", ".join(IMAGE_ENDINGS)
+                problems.append(
+                    BadSample(
+                        str(root / name), f"this class has no image ({endings}) in its folder"
+                    )
+                )
+        return problems
 
     def pictures(self) -> Sequence[str]:
         """Every picture that will be opened."""
@@ -63,7 +88,8 @@ class Classify:
 
     def counts(self) -> dict[str, int]:
         """See `Evaluator.counts`."""
-        return {"pictures": len(self.files), "classes": len(self.names)}
+        counts = {"pictures": len(self.files), "classes": len(self.names)}
+        return counts | ({"left out": len(self.problems)} if self.problems else {})
 
     def run(self, handle: Any, folder: Path | None) -> Scores:
         """Encodes with `handle` (Dual); keeps features in `folder`, if there is one."""
@@ -87,7 +113,7 @@ class Classify:
             {"image": path, "class": self.names[number], "rank": {m: listed[m][i] for m in listed}}
             for i, (path, number) in enumerate(self.files)
         ]
-        return Scores(values, listing)
+        return Scores(values, [*listing, *left_out(self.problems)])
 
     def _weights(self, handle: Any, part: range) -> Tensor:
         """(C, E): the direction of the mean of each class's texts."""
@@ -98,38 +124,56 @@ class Classify:
     def _names(self) -> list[str]:
         if self.config.classes is None:
             return self.folders
-        found = self._entry(self.config.classes)
+        path, found = self.config.classes, self._entry(self.config.classes)
         if isinstance(found, dict):
             lacking = [folder for folder in self.folders if folder not in found]
             if lacking:
-                raise UserError(f"{self.config.classes} has no name for the folder {lacking[0]}")
-            return [str(found[folder]) for folder in self.folders]
-        names = self._listed(self.config.classes)
+                raise UserError(f"{path} has no name for the folder {lacking[0]}")
+            extra = [name for name in found if name not in self.folders]
+            if extra:  # with fewer classes than meant the task would be an easier one
+                some = ", ".join(extra[:5]) + (", …" if len(extra) > 5 else "")
+                lacks = (
+                    f"it names {len(extra)} folder(s) that {self.config.annotations} lacks: {some}"
+                )
+                self.problems.append(BadSample(str(path), lacks))
+            names = [found[folder] for folder in self.folders]
+        else:
+            names = self._listed(path)
+        for place, name in zip(self.folders, names, strict=False):
+            self._check(path, f"the name of {place}", name)
         if len(names) != len(self.folders):
             raise UserError(
-                f"{self.config.classes} has {len(names)} class names, but "
+                f"{path} has {len(names)} class names, but "
                 f"{self.config.annotations} has {len(self.folders)} folders"
             )
         return names
 
     def _listed(self, path: Path) -> list[str]:
         found = self._entry(path)
-        if not isinstance(found, list) or not found or not all(isinstance(t, str) for t in found):
-            raise UserError(f"{path}: a JSON list of texts is expected")
+        if not isinstance(found, list) or not found:
+            raise UserError(f"{path}: a JSON list of texts is expected, not {json_type(found)}")
+        for number, text in enumerate(found, start=1):
+            self._check(path, f"entry {number}", text)
         return found
+
+    def _check(self, path: Path, place: str, text: Any) -> None:
+        reason = text_problem(text)
+        if reason is None and not text.strip():
+            reason = "is empty; write it"
+        if reason:
+            raise UserError(f"{path}: a JSON list of texts is expected, but {place} {reason}")
 
     def _entry(self, path: Path) -> Any:
         """What a JSON file holds, or its entry for the data set that `key` names."""
-        try:
-            tree = json.loads(path.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError, RecursionError) as error:
-            why = error.strerror if isinstance(error, OSError) else error
-            raise UserError(f"cannot read {path} ({why}); a JSON file is expected") from None
-        if self.config.key is None or not isinstance(tree, dict):
-            return tree
-        if self.config.key not in tree:
-            raise UserError(f"{path} has no entry {self.config.key!r}; it has {', '.join(tree)}")
-        return tree[self.config.key]
+        tree = read_json(path)
+        if self.config.key is not None and isinstance(tree, dict):
+            if self.config.key not in tree:
+                known = ", ".join(tree)
+                raise UserError(f"{path} has no entry {self.config.key!r}; it has {known}")
+            tree = tree[self.config.key]
+        if isinstance(tree, RepeatedKeys):
+            raise UserError(f"{path}: {tree.repeated!r} is there twice; remove one")
+        return tree
 
     def _folder(self, folder: Path | None) -> Path | None:
         """The part of `folder` that is for exactly these files, names and templates."""

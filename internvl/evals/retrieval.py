@@ -20,7 +20,7 @@ from internvl.data.pair_files import Pairs, broken, leaks, read_pairs
 from internvl.data.pairs import clean_caption
 from internvl.data.records import BadSample
 from internvl.evals.features import Store, nearest, ranks_both_ways, share_within, too_large
-from internvl.evals.scores import Scores, file_state, settle
+from internvl.evals.scores import Scores, file_state, left_out, settle
 from internvl.log import Progress
 
 _REMEDY = (
@@ -70,6 +70,7 @@ class Retrieval:
         problems += [BadSample(str(found.images[i]), leaked[i]) for i in leaked]
         policy = "raise" if bad and config.on_bad_sample == "keep" else config.on_bad_sample
         settle(problems, policy, _REMEDY)
+        self.problems = problems
         self.pairs = found.without({*bad, *leaked} if policy == "skip" else set())
         for what, number in (
             ("pictures", len(self.pairs.images)),
@@ -94,7 +95,8 @@ class Retrieval:
 
     def counts(self) -> dict[str, int]:
         """See `Evaluator.counts`."""
-        return {"pictures": len(self.pairs.images), "texts": len(self.pairs.texts)}
+        counts = {"pictures": len(self.pairs.images), "texts": len(self.pairs.texts)}
+        return counts | ({"left out": len(self.problems)} if self.problems else {})
 
     def run(self, handle: Any, folder: Path | None) -> Scores:
         """Encodes with `handle` (Dual) and ranks; keeps features in `folder`, if there is one."""
@@ -121,7 +123,7 @@ class Retrieval:
             if self.config.rerank:
                 again = self._reranked(texts, images, found, matches)
                 values |= _named(f"{mode}_itm", recalls(*again, self.config.recall_k))
-        return Scores(values, self._rows(listed))
+        return Scores(values, [*self._rows(listed), *left_out(self.problems)])
 
     def _reranked(
         self, texts: Tensor, images: Tensor, found: tuple[Tensor, Tensor], matches: "_Matches"

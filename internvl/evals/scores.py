@@ -8,9 +8,8 @@ from typing import Any
 from internvl.config import UserError
 from internvl.data.images import FileSlice
 from internvl.data.records import BadSample
+from internvl.data.texts import problem_lines
 from internvl.log import get_logger
-
-_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,7 @@ class Scores:
     values: dict[str, float]
     """Metric -> value."""
     rows: list[dict[str, Any]]
-    """One for every picture or text."""
+    """One for every picture or text, and one for everything that was left out."""
 
 
 def file_state(picture: str | FileSlice) -> tuple[int, int]:
@@ -33,17 +32,29 @@ def file_state(picture: str | FileSlice) -> tuple[int, int]:
     return state.st_size, state.st_mtime_ns
 
 
+class DataProblems(UserError):
+    """Problems in the data of an evaluation; the message lists the first of very many."""
+
+    def __init__(self, problems: Sequence[BadSample], remedy: str) -> None:
+        head = f"{len(problems):,} problem(s) in the data; {remedy}"
+        super().__init__("\n".join([head, *problem_lines(problems)]))
+        self.problems = problems
+
+
 def settle(problems: Sequence[BadSample], policy: str, remedy: str) -> None:
     """Raises for problems, or logs them, as `on_bad_sample` says.
 
     Raises:
-        UserError: with the policy "raise"; all problems, or the first of very many.
+        DataProblems: with the policy "raise"; all of them.
     """
     if not problems:
         return
-    lines = [str(problem) for problem in problems[:_SHOWN]]
-    if len(problems) > _SHOWN:
-        lines.append(f"and {len(problems) - _SHOWN:,} more")
     if policy == "raise":
-        raise UserError("\n".join([f"{len(problems)} problem(s) in the data; {remedy}", *lines]))
-    get_logger().warning("%d problem(s) in the data:\n%s", len(problems), "\n".join(lines))
+        raise DataProblems(problems, remedy)
+    lines = "\n".join(problem_lines(problems))
+    get_logger().warning("%d problem(s) in the data:\n%s", len(problems), lines)
+
+
+def left_out(problems: Sequence[BadSample]) -> list[dict[str, Any]]:
+    """A row of the result for everything that was not measured."""
+    return [{"sample": problem.name, "reason": problem.reason} for problem in problems]
