@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from internvl.config import LoraConfig, UserError
-from internvl.models import adapter_layers, adapters, configs, dropped, joined, merging
+from internvl.models import adapter_layers, configs, dropped, joined, merging
+from internvl.models.adapters import CONFIG_FILE, WEIGHTS_FILE
 from internvl.models.adapters import base_of as base_of
 from internvl.models.adapters import is_adapter as is_adapter
 from internvl.models.hub import ModelFolderError
@@ -276,8 +277,8 @@ def save_adapter(model: Any, folder: Path, base: str | Path | None = None) -> No
     config["inference_mode"] = True
     config = {key: getattr(value, "value", value) for key, value in config.items()}
     text = json.dumps(config, indent=2, sort_keys=True, default=sorted)
-    save_file(state, folder / adapters.WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / adapters.CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
