@@ -94,7 +94,7 @@ def count(model: Any, work: Work) -> Flops:
     """FLOPs of one pass over `work`, forward and backward.
 
     Every block is counted with all tokens, so that figures compare with those of others, though
-    training runs the last MLP on supervised positions alone (`last_mlp`).
+    training runs the last MLP on supervised positions alone (`last_mlp_flops`).
 
     Args:
         model: a `ChatModel` with what trains chosen and adapters attached; the meta device does.
@@ -124,7 +124,7 @@ def count(model: Any, work: Work) -> Flops:
     return Flops(images, mixing, products, attention, logits)
 
 
-def last_mlp(model: Any, positions: float) -> Part:
+def last_mlp_flops(model: Any, positions: float) -> Part:
     """Of the decoder's products those of the last MLP, where it sees supervised positions alone
     (models/tail.py): for so many of them. Nothing where it sees every token."""
     decoder = model.model.language_model

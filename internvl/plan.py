@@ -317,7 +317,7 @@ def _times(
     slower = known.loop * number / 2  # float32 products run at half the rate at best
 
     again_tower = again if flops.trains(model.model.vision_tower) else 0.0
-    whole, run = (flops.last_mlp(model, n) for n in (load.work.tokens, load.work.supervised))
+    whole, run = (flops.last_mlp_flops(model, n) for n in (load.work.tokens, load.work.supervised))
     products = padding * (_in_bfloat16(needed.decoder, again) - _in_bfloat16(whole, again))
     products += _in_bfloat16(run, again)
     products += _in_bfloat16(needed.tower, again_tower) + needed.logits.needed
