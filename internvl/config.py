@@ -142,9 +142,9 @@ class SourceConfig:
     """chat: JSONL with `conversations` (official) or `messages` (OpenAI style); coco-captions: COCO
     JSON; captions: any form of data/captions.py, by name and content; preference: JSONL with
     `question, chosen, rejected`; parquet: a Parquet or Arrow file, or a folder of them (Hugging
-    Face datasets); webdataset: a tar file or a folder of them; pairs: pictures with captions in any
-    form of data/captions.py, captions of an image together; of these flickr_format, `name.jpg,caption`
-    lines, and coco_format, a JSON list of `image` and `caption`, are the original's own."""
+    Face datasets); webdataset: a tar file or a folder of them; pairs: the same
+    forms as captions, and tars; of these flickr_format, `name.jpg,caption` lines, and coco_format,
+    a JSON list of `image` and `caption`, are the original's own."""
     annotations: Path
     """The file, or for parquet and webdataset also a folder."""
     images: str | Path = "."
@@ -369,7 +369,8 @@ class EvalConfig:
     last two are for InternVL-14B."""
     annotations: Path
     """caption, retrieval: images with their captions in any form of data/captions.py, usually COCO
-    JSON. loss: chat JSONL, or with `prompt` captions. classify: a folder with a folder of pictures for each class."""
+    JSON. loss: chat JSONL, or with `prompt` captions. classify: a folder with a folder of pictures
+    for each class."""
     images: Path = Path(".")
     """Folder that image paths start from. Not for classify."""
     every: Annotated[int, Field(ge=0)] = 0
@@ -384,8 +385,8 @@ class EvalConfig:
     """Pictures, or texts, that the model sees at once."""
     on_bad_sample: Literal["raise", "skip", "keep"] = "raise"
     """What broken and missing pictures, captions that are no text or of no listed picture, pictures
-    without captions, repeated ids and leaks lead to. raise: an error that names them all; skip: they are
-    left out and listed; keep: listed only, where the rest can be measured with them."""
+    without captions, repeated ids and leaks lead to. raise: an error that names them all; skip:
+    they are left out and listed; keep: listed only, where the rest can be measured with them."""
 
     prompt: str | None = None
     """caption, loss: the question; a chat model gets `<image>` before it. null: the original's, and
