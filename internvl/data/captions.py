@@ -549,7 +549,7 @@ def _coco(file: CaptionFile, *, tree: Any = None, chosen: Path | None = None) ->
             coco.add(number, row)
     else:
         coco.choose(chosen, listed)
-    numbers = coco.numbers
+    numbers, add = coco.numbers, file.caption
     for number, row in enumerate(annotations, start=1):
         if type(row) is not dict:
             reason = _object_problem(row)
@@ -570,7 +570,7 @@ def _coco(file: CaptionFile, *, tree: Any = None, chosen: Path | None = None) ->
         image = numbers.get(image_id)
         if image is not None:
             if "caption" in row:
-                file.caption(where, image, row["caption"])
+                add(where, image, row["caption"])
             else:
                 file.tried[image] = 1
                 file.bad(where, "no `caption`")
