@@ -165,10 +165,9 @@ class SourceConfig:
     """chat: JSONL with `conversations` (official) or `messages` (OpenAI style); coco-captions: COCO
     JSON; captions: any form of data/captions.py, by name and content; preference: JSONL with
     `question, chosen, rejected`; parquet: a Parquet or Arrow file, or a folder of them (Hugging
-    Face datasets); webdataset: a tar file or a folder of them; pairs: pictures with captions in any
-    form of data/captions.py, captions of an image together; of these flickr_format,
-    `name.jpg,caption` lines, and coco_format, a JSON list of `image` and `caption`, are the
-    original's own."""
+    Face datasets); webdataset: a tar file or a folder of them; pairs: the same
+    forms as captions, and tars; of these flickr_format, `name.jpg,caption` lines, and coco_format,
+    a JSON list of `image` and `caption`, are the original's own."""
     annotations: Path
     """The file, or for parquet and webdataset also a folder."""
     images: str | Path = "."

@@ -366,9 +366,12 @@ def images_of(row: dict[str, Any]) -> list[str]:
     return paths
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False)  # `json.dumps` would make one a line
+
+
 def to_json(value: Any) -> str:
     """One line of JSON, letters unescaped."""
-    return json.dumps(value, ensure_ascii=False)
+    return _ENCODER.encode(value)
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> int:

@@ -328,9 +328,12 @@ def _captioned(config: SourceConfig) -> Source:
     def rows() -> Iterator[dict[str, Any]]:
         file = captions.read(path, form, split="train")
         names = [i.name if i.slice is None else astuple(i.slice) for i in file.images]
-        order = file.by_image() if by_image and file.form == "coco" else range(len(file.texts))
-        for row in order:
-            where, number, text = file.places[row], file.numbers[row], file.texts[row]
+        places, numbers, texts = file.places, file.numbers, file.texts
+        if by_image and file.form == "coco":
+            order = file.by_image()
+            places, numbers = [places[n] for n in order], [numbers[n] for n in order]
+            texts = [texts[n] for n in order]
+        for where, number, text in zip(places, numbers, texts, strict=True):
             if number == captions.BAD:
                 yield {"where": where, "bad": text}
             else:

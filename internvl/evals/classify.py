@@ -131,7 +131,7 @@ class Classify:
                 raise UserError(f"{path} has no name for the folder {lacking[0]}")
             extra = [name for name in found if name not in self.folders]
             if extra:  # with fewer classes than meant the task would be an easier one
-                some = ", ".join(extra[:5]) + (", …" if len(extra) > 5 else "")
+                some = printable(", ".join(extra[:5])) + (", …" if len(extra) > 5 else "")
                 lacks = (
                     f"it names {len(extra)} folder(s) that {self.config.annotations} lacks: {some}"
                 )
@@ -168,7 +168,7 @@ class Classify:
         tree = read_json(path)
         if self.config.key is not None and isinstance(tree, dict):
             if self.config.key not in tree:
-                known = ", ".join(tree)
+                known = printable(", ".join(tree))
                 raise UserError(f"{path} has no entry {self.config.key!r}; it has {known}")
             tree = tree[self.config.key]
         if isinstance(tree, RepeatedKeys):
