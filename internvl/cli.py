@@ -152,7 +152,7 @@ def chat(args: Arguments) -> int:
     """A conversation in the terminal; with --prompt one answer."""
     from internvl import handles
     from internvl.data.images import as_rgb
-    from internvl.generate import Settings
+    from internvl.generate import Request, Settings
 
     # Before a model is loaded: what is wrong here is not the fault of a question.
     settings = Settings(
@@ -187,7 +187,7 @@ def chat(args: Arguments) -> int:
 
     if args.prompt:
         turns = [{"role": "user", "content": marked(args.prompt)}]
-        _say(model, handles.Request(turns, images), vars(settings))
+        _say(model, Request(turns, images), vars(settings))
         return 0
     return _converse(model, images, marked, vars(settings))
 

@@ -35,6 +35,7 @@ from internvl.data.templates import template
 from internvl.demo import page as pages
 from internvl.demo import ranks, retrieval
 from internvl.demo.page import LANGUAGES, Reloaded, Timing
+from internvl.generate import Request
 from internvl.models import configs
 from internvl.models.vlm import ChatModel, tokens_per_tile
 
@@ -303,7 +304,7 @@ def compare_reloaded(recipe: Recipe, exported: Path, pictures: int = 12) -> Relo
             do_sample=False,
         )
         answer = tokenizer.decode(produced[0, ids.shape[1] :], skip_special_tokens=True).strip()
-        request = handles.Request([{"role": "user", "content": spec.prompt}], [path])
+        request = Request([{"role": "user", "content": spec.prompt}], [path])
         same += answer == chat.answer([request], max_new_tokens=spec.max_new_tokens)[0]
     if worst > 1e-3 or same != len(paths):
         raise UserError(

@@ -19,7 +19,8 @@ from internvl.models.hub import LazyTensor, ModelFolder, ModelFolderError
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 """The placeholder: each of its positions takes one visual token."""
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
