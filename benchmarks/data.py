@@ -32,9 +32,9 @@ from internvl.config import DataConfig, ObjectiveConfig, SourceConfig, TilesConf
 from internvl.data import loader
 from internvl.data.chat import ChatEncoder
 from internvl.data.images import read_rgb
-from internvl.data.order import SampleOrder
 from internvl.data.packing import best_fit, first_buffer
 from internvl.data.records import BadSample
+from internvl.data.sampler import SampleOrder
 from internvl.data.sources import open_source
 from internvl.data.templates import template
 from internvl.data.tiles import tile_images

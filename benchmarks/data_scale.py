@@ -58,8 +58,8 @@ def measure(path: Path, images: Path, workers: int) -> dict[str, float]:
 
     from internvl.config import DataConfig, SourceConfig, TilesConfig
     from internvl.data import loader
-    from internvl.data.order import SampleOrder
     from internvl.data.records import IGNORE, Example, Unit
+    from internvl.data.sampler import SampleOrder
     from internvl.data.sources import open_source
 
     torch.set_num_threads(1)

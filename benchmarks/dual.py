@@ -6,7 +6,7 @@
 
 Weights are made on the GPU in bfloat16; every row has a process of its own. Training rows are
 steps of `internvl train` on a recipe of recipes/internvl_14b, with JPEG files of COCO's sizes,
-captions of COCO's lengths, and the loader's workers; shares are needed FLOPs (dual_flops.py of the
+captions of COCO's lengths, and the loader's workers; shares are needed FLOPs (plan/dual_flops.py of the
 package) over the rate of an 8192³ bfloat16 product of the same process. `hours` are those of the
 recipe's steps. Of a row that measures its first step, `first_wait_s` is left out: a later step's
 pairs are read during the one before.
@@ -46,13 +46,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from internvl import dual_flops, parallel, recipes, train, zoo
-from internvl.config import ComputeConfig, Recipe
+from internvl import parallel, train, zoo
+from internvl.config import ComputeConfig, Recipe, recipes
 from internvl.data.records import PairBatch
-from internvl.embed import Dual
-from internvl.models import dual_configs, lora
-from internvl.models.dual import DualModel
-from internvl.objectives.contrastive import Retrieval
+from internvl.inference.dual import Dual
+from internvl.models.adapters import lora
+from internvl.models.dual import configs as dual_configs
+from internvl.models.dual.model import DualModel
+from internvl.objectives.retrieval import Retrieval
+from internvl.plan import dual_flops
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "internvl_14b"
 BYTES_FULL = 16

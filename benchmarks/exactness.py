@@ -20,7 +20,8 @@ from typing import Any
 import torch
 import workloads
 
-from internvl import recipes, train
+from internvl import train
+from internvl.config import recipes
 
 STEPS = 20
 DENSE = {"attention": "dense", "compile": False}

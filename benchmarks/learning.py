@@ -48,9 +48,12 @@ import torch
 from rows import commit
 from torch import nn
 
-from internvl import checkpoint, config, demo, export, handles, log, parallel, recipes, train
+from internvl import config, demo, export, log, parallel, train
+from internvl.config import recipes
 from internvl.evals import metrics
-from internvl.models.float8 import Float8Linear
+from internvl.inference import load as loading
+from internvl.models.kernels.float8 import Float8Linear
+from internvl.training import checkpoint
 
 PROMPTS = {"en": "Describe the photo.", "zh": "描述这张照片。"}
 TEXT_PROMPT = "写一句话。"
@@ -271,7 +274,7 @@ def held_out(done: config.Recipe, *, float8: bool) -> train.Run:
         compute=replace(done.compute, compile=False, float8=float8),
         evals={},
     )
-    return train.build(made, handles.for_training(made))
+    return train.build(made, loading.for_training(made))
 
 
 @torch.no_grad()

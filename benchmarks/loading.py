@@ -53,14 +53,15 @@ def write_checkpoint(folder: Path, config: dict[str, Any], tokenizer: Path, devi
     """The official folder of `config` with random weights; its size and time."""
     from safetensors.torch import save_file
 
-    from internvl.models import configs, keys, vlm
+    from internvl.models import configs, keys
+    from internvl.models.chat import model as chat_model
 
     started = time.perf_counter()
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     write_tokenizer(folder, tokenizer)
     shape = configs.from_official(config, image_token_id=92546)
-    names = keys.ours_to_official(shape, vlm.empty_model(shape).state_dict())
+    names = keys.ours_to_official(shape, chat_model.empty_model(shape).state_dict())
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     sizes = [0]
     for name, tensor in names:
@@ -157,7 +158,7 @@ def load(folder: Path, into: Numbers, **options: Any) -> Any:
 
 def answer(model: Any, photo: Path, into: Numbers, tokens: int) -> str:
     """The answer to one question about the photo, and its time."""
-    from internvl.generate import Request
+    from internvl.inference.generate import Request
 
     request = Request([{"role": "user", "content": QUESTION}], [photo])
     with timed(into, f"answer_{tokens}_tokens_s"):
@@ -166,7 +167,7 @@ def answer(model: Any, photo: Path, into: Numbers, tokens: int) -> str:
 
 def chat(args: argparse.Namespace, folder: Path) -> Numbers:
     """Load and answer, whole and streamed."""
-    from internvl.generate import Request, encode
+    from internvl.inference.generate import Request, encode
 
     found: Numbers = {}
     model = load(folder / "start", found, device=args.device)
@@ -187,14 +188,15 @@ def adapt(args: argparse.Namespace, folder: Path) -> Numbers:
 
     from internvl import export
     from internvl.config import LoraConfig
-    from internvl.models import lora, vlm
+    from internvl.models.adapters import lora
+    from internvl.models.chat import model as chat_model
 
     found: Numbers = {}
     model = load(folder / "start", found, device=args.device)
     lora.select_trainable(model.model, ())
     with timed(found, "lora_attach_s"):
         lora.attach(model.model, LoraConfig(rank=128))
-    found["lora_trainable"] = vlm.count_parameters(model.model)[0]
+    found["lora_trainable"] = chat_model.count_parameters(model.model)[0]
     for name, parameter in model.model.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=1e-3)
@@ -317,7 +319,7 @@ def qlora(args: argparse.Namespace, folder: Path) -> Numbers:
     import torch
 
     from internvl import export, train
-    from internvl.recipes import resolve
+    from internvl.config.recipes import resolve
 
     turns = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": "A photograph."}]
     row = json.dumps({"image": args.photo.name, "conversations": turns})

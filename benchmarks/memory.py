@@ -23,10 +23,13 @@ import torch
 import workloads
 from torch import nn
 
-from internvl import config, gpus, handles, plan, recipes, train
+from internvl import config, plan, train
+from internvl.check.report import FirstStep
+from internvl.config import recipes
 from internvl.data.records import PackedBatch
-from internvl.findings import FirstStep
-from internvl.flops import work_of
+from internvl.inference import load as loading
+from internvl.plan import gpus
+from internvl.plan.flops import work_of
 
 STEPS = 3
 STATES = (
@@ -102,7 +105,7 @@ def measure(name: str, row: Row, *, tiny: bool) -> dict[str, Any]:
         return report(name, row, now, batches, seconds)
 
 
-def random_chat(row: Row, device: torch.device, *, tiny: bool) -> handles.Chat:
+def random_chat(row: Row, device: torch.device, *, tiny: bool) -> loading.Chat:
     """The model with random weights, in 4 bits where the row says so."""
     rank = METHODS[row.method].get("lora", {}).get("rank")
     prepare = pack if row.method == "qlora" else None
@@ -136,7 +139,7 @@ def pack(model: nn.Module) -> None:
 
 
 def recipe_of(
-    row: Row, chat: handles.Chat, folder: Path, device: torch.device, *, tiny: bool
+    row: Row, chat: loading.Chat, folder: Path, device: torch.device, *, tiny: bool
 ) -> config.Recipe:
     """Every step has rows enough for a few full ones."""
     tokens = 2048 if tiny else row.row_tokens

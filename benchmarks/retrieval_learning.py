@@ -34,22 +34,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from internvl import demo, embed, export, handles, log, parallel, recipes, train
-from internvl.config import Recipe
+from internvl import demo, export, log, parallel, train
+from internvl.config import Recipe, recipes
 from internvl.data import loader
 from internvl.data.images import STATISTICS, open_rgb
-from internvl.data.order import SampleOrder
 from internvl.data.pair_files import Pairs, read_pairs
 from internvl.data.pairs import MAX_TOKENS, clean_caption, pad_right, square
 from internvl.data.records import PairBatch
+from internvl.data.sampler import SampleOrder
 from internvl.data.sources import open_source
 from internvl.data.tokenizers import load_tokenizer
 from internvl.evals.features import ranks_both_ways
 from internvl.evals.retrieval import recalls
-from internvl.models import dual_configs
-from internvl.models.dual import DualModel
-from internvl.models.vlm import normalize_tiles
-from internvl.objectives.contrastive import Retrieval
+from internvl.inference import dual
+from internvl.inference import load as loading
+from internvl.models.chat.model import normalize_tiles
+from internvl.models.dual import configs as dual_configs
+from internvl.models.dual.model import DualModel
+from internvl.objectives.retrieval import Retrieval
 
 LANGUAGES = ("en", "zh")
 ARMS = {"ours": LANGUAGES, "open_clip": LANGUAGES, "english": ("en",), "chinese": ("zh",)}
@@ -146,7 +148,7 @@ def start_model(data: Path, folder: Path, shape: Shape, seed: int) -> None:
     model = DualModel(dual_configs.from_official(official_config(shape, len(tokenizer))))
     # transformers starts the position table at zero, which a trained tower overwrites anyway.
     nn.init.normal_(model.model.vision_tower.embeddings.position_embeddings, std=0.02)
-    export.run(embed.Dual(model.eval(), tokenizer, tokenizer_folder), folder, "official")
+    export.run(dual.Dual(model.eval(), tokenizer, tokenizer_folder), folder, "official")
 
 
 def official_config(shape: Shape, vocabulary: int) -> dict[str, Any]:
@@ -250,7 +252,7 @@ def ours(made: Recipe) -> dict[str, Any]:
         scores = json.loads(file.read_text())
         found = {k.replace("/", "_"): round(v, 4) for k, v in scores.items() if _is_recall(k)}
         curve.append({"step": int(file.stem), **found})
-    model = handles.for_training(made).model
+    model = loading.for_training(made).model
     return {
         "parameters": sum(p.numel() for p in model.parameters()) - model.lm_head.weight.numel(),
         "curve": curve,
@@ -357,7 +359,7 @@ def clip_batches(made: Recipe, device: torch.device) -> Iterator[PairBatch]:
     assert tokenizer is not None
     files = [open_source(source) for source in made.data.sources]
     order = SampleOrder(files, share_prefix=made.shares_prefix, seed=made.seed)
-    objective = Retrieval(made.objective, made.data, embed.CaptionEncoder(tokenizer))
+    objective = Retrieval(made.objective, made.data, dual.CaptionEncoder(tokenizer))
     steps = loader.steps(
         order,
         objective.reader(files, made.seed),
@@ -385,7 +387,7 @@ def clip_recalls(model: Any, made: Recipe, device: torch.device) -> dict[str, fl
     model.eval()
     tokenizer = load_tokenizer(Path(made.model.id))
     assert tokenizer is not None
-    encoder = embed.CaptionEncoder(tokenizer)
+    encoder = dual.CaptionEncoder(tokenizer)
     found: dict[str, float] = {}
     images: Tensor | None = None
     for language in LANGUAGES:

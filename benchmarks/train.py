@@ -6,7 +6,7 @@
 
 Pictures are JPEG files, decoded and tiled by the loader's workers; metrics are logged; the
 optimizer steps. A row's JSON goes to `--to`: medians over 8 steps after two of warm-up, FLOPs
-as internvl/flops.py counts them, over the rate of an 8192³ bfloat16 product of the same process.
+as internvl/plan/flops.py counts them, over the rate of an 8192³ bfloat16 product of the same process.
 """
 
 import argparse
@@ -30,10 +30,12 @@ import workloads
 from rows import commit
 from torch._dynamo.utils import counters
 
-from internvl import flops, log, parallel, recipes, train
+from internvl import log, parallel, train
+from internvl.config import recipes
 from internvl.data.packing import padded_tokens
 from internvl.data.records import PackedBatch, Unit
 from internvl.objectives.sft import Sft
+from internvl.plan import flops
 
 WARMUP = 2
 

@@ -19,11 +19,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from internvl import handles, zoo
+from internvl import zoo
 from internvl.config import LoraConfig, TilesConfig
 from internvl.data.templates import template
 from internvl.data.tiles import choose_grid
-from internvl.models import configs, lora, vlm
+from internvl.inference import load as loading
+from internvl.models import configs
+from internvl.models.adapters import lora
+from internvl.models.chat import model as chat_model
 
 STATS = Path(__file__).with_name("coco_stats.json")
 WORDS = 4000
@@ -157,7 +160,7 @@ def random_chat(
     rank: int | None,
     tiny: bool = False,
     prepare: Callable[[nn.Module], None] | None = None,
-) -> handles.Chat:
+) -> loading.Chat:
     """The released model `name` with random weights made on the device, and a tokenizer of words.
 
     Args:
@@ -171,7 +174,9 @@ def random_chat(
     tokenizer = _tokenizer(official["llm_config"]["vocab_size"])
     config = configs.from_official(official, tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"))
     with torch.device(device):
-        model = vlm.ChatModel._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+        model = chat_model.ChatModel._from_config(
+            config, dtype=torch.bfloat16, attn_implementation="sdpa"
+        )
     if prepare is not None:
         prepare(model)
     lora.select_trainable(model, () if rank else ("multi_modal_projector", "language_model"))
@@ -183,7 +188,7 @@ def random_chat(
     size = config.vision_config.image_size[0]
     tiles = TilesConfig(size=size, max=6)
     chosen = template(official["template"])
-    return handles.Chat(model, tokenizer, chosen, tiles, None, Path(name))
+    return loading.Chat(model, tokenizer, chosen, tiles, None, Path(name))
 
 
 def _shrunk(official: dict[str, Any]) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from typing import Any
 __version__ = "0.1.0"
 
 _NAMES = {
-    "load": ("internvl.handles", "load"),
-    "Chat": ("internvl.handles", "Chat"),
-    "Request": ("internvl.generate", "Request"),
+    "load": ("internvl.inference.load", "load"),
+    "Chat": ("internvl.inference.load", "Chat"),
+    "Request": ("internvl.inference.generate", "Request"),
     "Recipe": ("internvl.config", "Recipe"),
-    "load_recipe": ("internvl.recipes", "load_recipe"),
+    "load_recipe": ("internvl.config.recipes", "load_recipe"),
 }
 _MODULES = ("train", "evaluate", "export", "check", "data", "models", "zoo", "doctor")
 

@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 
 from internvl import errors, log
 from internvl.config import ConfigError, Recipe, UserError
-from internvl.data import benchmarks
-from internvl.recipes import load_recipe
+from internvl.config.recipes import load_recipe
+from internvl.datasets import published as published_sets
 
 Arguments = argparse.Namespace
 
@@ -96,7 +96,7 @@ def _gpu(name: str) -> Any:
     Raises:
         ConfigError: no such GPU, or none here that the table knows.
     """
-    from internvl import gpus
+    from internvl.plan import gpus
 
     try:
         if name != "auto":
@@ -150,9 +150,9 @@ def evaluate(args: Arguments) -> int:
 
 def chat(args: Arguments) -> int:
     """A conversation in the terminal; with --prompt one answer."""
-    from internvl import handles
     from internvl.data.images import as_rgb
-    from internvl.generate import Request, Settings
+    from internvl.inference import load as loading
+    from internvl.inference.generate import Request, Settings
 
     # Before a model is loaded: what is wrong here is not the fault of a question.
     settings = Settings(
@@ -164,14 +164,14 @@ def chat(args: Arguments) -> int:
     for image in args.image:
         as_rgb(image)  # only to see that it can be: how it is read, the model says
     images: list[Any] = [*args.image]
-    model = handles.load(
+    model = loading.load(
         args.model,
         device=args.device,
         dtype=args.dtype,
         device_map=args.device_map,
         quantize=args.quantize,
     )
-    if not isinstance(model, handles.Chat):
+    if not isinstance(model, loading.Chat):
         raise UserError(
             f"{args.model}: InternVL-14B writes captions but does not converse; use "
             "`internvl evaluate MODEL caption-file`, or `load(...).caption(images)` in Python"
@@ -197,7 +197,7 @@ def _converse(
 ) -> int:
     """Asks for questions and answers them until the input ends. What is wrong with a question is
     said, and it is asked for again."""
-    from internvl.generate import Request
+    from internvl.inference.generate import Request
 
     turns: list[dict[str, str]] = []
     while True:
@@ -281,12 +281,12 @@ def export(args: Arguments) -> int:
 def data(args: Arguments) -> int:
     """From downloads as they lie to annotation files; boxes, captions and parquet converted."""
     if args.action == "convert":
-        from internvl.data import convert
+        from internvl.datasets import convert
 
         converted = convert.run(args.name, args.source, args.target)
         print(_counts(converted.counts, converted.files))
         return 0
-    from internvl.data import prepare
+    from internvl.datasets import prepare
 
     prepared = prepare.run(args.name, args.root, download=args.download)
     print(_counts(prepared.counts, prepared.files))
@@ -367,7 +367,7 @@ _EVAL_FIELDS = (
 
 def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
     sub.formatter_class = argparse.RawDescriptionHelpFormatter
-    sub.epilog = f"tasks:\n{benchmarks.list_tasks()}"
+    sub.epilog = f"tasks:\n{published_sets.list_tasks()}"
     sub.add_argument("model", help="a run folder, or a model folder or hub id")
     sub.add_argument("tasks", nargs="*", metavar="TASK", help="see below, or of a run's recipe")
     sub.add_argument("--to", type=Path, help="folder for the results")

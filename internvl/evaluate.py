@@ -10,13 +10,15 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from internvl import checkpoint, evals, handles, parallel, zoo
+from internvl import evals, parallel, zoo
 from internvl.config import ConfigError, EvalConfig, Recipe, eval_config
-from internvl.data import benchmarks
+from internvl.config.recipes import load_recipe
 from internvl.data.arguments import list_texts
+from internvl.datasets import published as published_sets
 from internvl.evals import caption
+from internvl.inference import load as loading
 from internvl.models import hub
-from internvl.recipes import load_recipe
+from internvl.training import checkpoint
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
 _CAPTION_METRICS = {f"bleu_{n}": f"Bleu_{n}" for n in (1, 2, 3, 4)} | {
@@ -125,7 +127,7 @@ def measure(
     root, to, output, features = Path(root), _path(to), _path(output), _path(features)
     if isinstance(fields.get("modes"), str):
         fields["modes"] = [fields["modes"]]
-    is_run = handles.is_run(Path(model_or_run))
+    is_run = loading.is_run(Path(model_or_run))
     recipe = load_recipe(Path(model_or_run) / "recipe.yaml") if is_run else None
     in_run = {} if recipe is None else recipe.evals
     own_file = not in_run or "annotations" in fields
@@ -134,12 +136,12 @@ def measure(
     for name in names:
         if name in in_run:
             jobs[name] = Job(eval_config(**{**vars(in_run[name]), **fields}), name, "en")
-        elif name in benchmarks.TASKS:
+        elif name in published_sets.TASKS:
             jobs |= _published_set(name, root, dataset_root, languages, split, fields)
-        elif name in benchmarks.OWN:
+        elif name in published_sets.OWN:
             jobs[name] = _own(name, languages, split, fields)
         else:
-            raise ConfigError(benchmarks.no_such(name, in_run))
+            raise ConfigError(published_sets.no_such(name, in_run))
     folder = to or (Path(model_or_run) / "evals/evaluate" if is_run else Path("out/evaluate"))
     evaluators = evals.build({name: job.config for name, job in jobs.items()})
     kept = features or folder / "features"
@@ -182,7 +184,7 @@ class _Opened:
 def _open_run(folder: Path, recipe: Recipe, device: str | None, dtype: str | None) -> _Opened:
     """The model of a run as its own evaluations have it, or where `dtype` names another compute
     type, in that."""
-    place = handles.device_of(device)
+    place = loading.device_of(device)
     chosen = dtype or recipe.dtype
     inside = _precision(recipe.dtype)
     inside += " with float8 products" if recipe.compute.float8 else ""
@@ -191,11 +193,11 @@ def _open_run(folder: Path, recipe: Recipe, device: str | None, dtype: str | Non
     attention = recipe.compute.attention
     computing: AbstractContextManager[None]
     if chosen not in parallel.DTYPES:  # float16, which nothing trains in
-        handle = handles.load(folder, device=place, dtype=chosen)
+        handle = loading.load(folder, device=place, dtype=chosen)
         here, computing = f"{chosen} weights", nullcontext()
         used = "torch's own"
     else:
-        handle = handles.load_as_trained(folder, place, chosen)
+        handle = loading.load_as_trained(folder, place, chosen)
         here, computing = _precision(chosen), parallel.evaluating(place, chosen)
         used = parallel.possible(recipe.compute, place).attention
     words = _Computed(
@@ -213,7 +215,7 @@ def _precision(dtype: str) -> str:
 
 def _open_model(name: str | Path, device: str | None, dtype: str | None) -> _Opened:
     """A model that is no run's, its weights in one type."""
-    handle = handles.load(name, device=device, dtype=dtype)
+    handle = loading.load(name, device=device, dtype=dtype)
     here = str(handle.model.dtype).removeprefix("torch.")
     stored = _stored(Path(handle.folder)) or here
     return _Opened(handle, nullcontext(), _Computed((here,), (stored,), "the folder's weights"))
@@ -251,11 +253,11 @@ def _published_set(
     split: str,
     fields: dict[str, Any],
 ) -> dict[str, Job]:
-    task = benchmarks.TASKS[name]
+    task = published_sets.TASKS[name]
     folder = root / task.root
     if dataset_root is not None:
         folder = Path(dataset_root.format(dataset=task.dataset, dataset_cleaned=task.dataset))
-    found = benchmarks.configs(name, folder, languages=languages, split=split, **fields)
+    found = published_sets.configs(name, folder, languages=languages, split=split, **fields)
     chosen = languages or task.languages[:1]
     return {
         key: Job(config, task.dataset, language)
@@ -265,7 +267,7 @@ def _published_set(
 
 def _own(name: str, languages: Sequence[str], split: str, fields: dict[str, Any]) -> Job:
     if fields.get("annotations") is None:
-        raise ConfigError(f"{name} needs --annotations: {benchmarks.OWN[name]}")
+        raise ConfigError(f"{name} needs --annotations: {published_sets.OWN[name]}")
     annotations = Path(fields["annotations"])
     images = annotations if annotations.is_dir() else annotations.parent
     given = {"images": images, "split": split, **fields, "type": name.partition("-")[0]}
@@ -277,7 +279,7 @@ def _identity(named: Path, handle: Any, computed: _Computed) -> str:
     """A word for exactly these weights in this precision: names, sizes and times of their files."""
     folders = {named, Path(handle.folder)}
     files = {file for folder in folders for kind in _WEIGHTS for file in folder.glob(kind)}
-    if handles.is_run(named):
+    if loading.is_run(named):
         step = checkpoint.steps(named / "checkpoints")[-1]
         files |= {*(named / "checkpoints" / f"{step:06d}").rglob("*")}
     states = sorted((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
@@ -347,7 +349,7 @@ def published(model: str | Path, name: str) -> float | None:
 
     Only for a released model as it is: by hub id, or by a folder of the same name.
     """
-    if handles.is_run(Path(model)):
+    if loading.is_run(Path(model)):
         return None
     try:
         released = zoo.find(str(model))
@@ -370,7 +372,7 @@ def published(model: str | Path, name: str) -> float | None:
 
 
 def _task_of(evaluation: str) -> tuple[str, str]:
-    """(task, language) as zoo.py has them."""
+    """(task, language) as zoo/ has them."""
     for name in ("retrieval-flickr30k", "retrieval-coco"):
         if evaluation == f"{name}-cn":
             return name, "zh"
@@ -410,7 +412,7 @@ def render(
 
 def _partial(evaluation: str, counts: Mapping[str, int]) -> str:
     """How the set that was measured on differs from the whole published one; empty if not."""
-    task = benchmarks.published_set(evaluation)
+    task = published_sets.published_set(evaluation)
     if task is None:
         return ""
     whole = f"{task.num_pictures:,} pictures and {task.num_texts:,} texts"

@@ -30,7 +30,11 @@ from internvl import dist
 from internvl.config import ComputeConfig, DataConfig, UserError
 from internvl.data.packing import ROW_SHARES
 from internvl.data.records import Batch, PackedBatch
-from internvl.models import attention, configs, documents, flash, float8, joined, tail, vlm
+from internvl.models import configs
+from internvl.models.adapters import fused_lora
+from internvl.models.attention import flash4, packed, per_document
+from internvl.models.chat import model as chat_model
+from internvl.models.kernels import float8, last_mlp
 
 T = TypeVar("T")
 
@@ -65,26 +69,26 @@ def arrange(model: Any, device: torch.device, compute: ComputeConfig) -> None:
     """
     torch.set_float32_matmul_precision("high" if compute.tf32 else "highest")
     model.loss_chunk = compute.loss_chunk
-    packs = isinstance(model, vlm.ChatModel)
+    packs = isinstance(model, chat_model.ChatModel)
     kind = _attention(compute, device)
     if packs and kind in ("flex", "flash"):
-        attention.register()
+        packed.register()
         model.set_attn_implementation(_kernels(kind, model.config.text_config))
     elif kind == "flash":
-        attention.register()
-        model.model.vision_tower.set_attn_implementation(attention.TOWER)
+        packed.register()
+        model.model.vision_tower.set_attn_implementation(packed.TOWER)
     elif packs and kind == "eager":
         text = "eager"
         # What is so already needs more of its attention than scores (GPT-OSS's sinks).
         if device.type == "cpu" and model.config.text_config._attn_implementation != "eager":
-            documents.register()
-            text = documents.DOCUMENTS
+            per_document.register()
+            text = per_document.DOCUMENTS
         model.set_attn_implementation({"text_config": text, "vision_config": "eager"})
     if compute.float8:
         float8.freeze(model, device)
-    joined.join(model)  # with the weights that are left
+    fused_lora.join(model)  # with the weights that are left
     if packs:
-        tail.cut(model.model.language_model.layers)
+        last_mlp.cut(model.model.language_model.layers)
     if compute.checkpointing != "none":
         _checkpoint(model, 1 if compute.checkpointing == "full" else 2)
     if _compiles(compute, device):
@@ -96,22 +100,22 @@ def arrange(model: Any, device: torch.device, compute: ComputeConfig) -> None:
 
 
 _KERNELS = {
-    "flex": {"text_config": attention.FLEX},
-    "flash": {"text_config": attention.FLASH, "vision_config": attention.TOWER},
+    "flex": {"text_config": packed.FLEX},
+    "flash": {"text_config": packed.FLASH, "vision_config": packed.TOWER},
 }
 
 
 def _kernels(kind: str, text: Any) -> dict[str, str]:
     """What the parts of a chat model attend with, by the names of their configurations."""
     names = _KERNELS[kind]
-    if kind == "flash" and configs.head_width(text) not in flash.WIDTHS:
-        names = names | {"text_config": attention.FLEX}
+    if kind == "flash" and configs.head_width(text) not in flash4.WIDTHS:
+        names = names | {"text_config": packed.FLEX}
     return names
 
 
 def possible(compute: ComputeConfig, device: torch.device) -> ComputeConfig:
     """The same settings, attention chosen anew where this device has no FlashAttention 4."""
-    if compute.attention == "flash" and not attention.has_flash(device):
+    if compute.attention == "flash" and not packed.has_flash(device):
         return replace(compute, attention="auto")
     return compute
 
@@ -122,7 +126,7 @@ def _attention(compute: ComputeConfig, device: torch.device) -> str:
     Raises:
         UserError: FlashAttention 4 is asked for and not there.
     """
-    if compute.attention == "flash" and not attention.has_flash(device):
+    if compute.attention == "flash" and not packed.has_flash(device):
         raise UserError(
             "compute.attention: flash needs FlashAttention 4 and a GPU of compute capability 9 or "
             "10 (Hopper, Blackwell): pip install 'internvl[flash]', or compute.attention=flex"
@@ -131,7 +135,7 @@ def _attention(compute: ComputeConfig, device: torch.device) -> str:
         return compute.attention
     if device.type != "cuda":
         return "dense"
-    return "flash" if attention.has_flash(device) else "flex"
+    return "flash" if packed.has_flash(device) else "flex"
 
 
 def _compiles(compute: ComputeConfig, device: torch.device) -> bool:
@@ -154,8 +158,8 @@ def row_lengths(compute: ComputeConfig, device: torch.device, data: DataConfig) 
     if not (auto or compute.attention in _KERNELS or _compiles(compute, device)):
         return ()
     longest = data.row_tokens or data.max_tokens
-    blocks = {math.ceil(longest * share / attention.BLOCK) for share in ROW_SHARES}
-    return tuple(sorted(number * attention.BLOCK for number in blocks))
+    blocks = {math.ceil(longest * share / packed.BLOCK) for share in ROW_SHARES}
+    return tuple(sorted(number * packed.BLOCK for number in blocks))
 
 
 def pad(row: PackedBatch, lengths: Sequence[int]) -> PackedBatch:
@@ -167,10 +171,10 @@ def pad(row: PackedBatch, lengths: Sequence[int]) -> PackedBatch:
     missing = next((length for length in lengths if length >= tokens), tokens) - tokens
     if not missing:
         return row
-    padding = -1 - torch.arange(missing) // attention.BLOCK
+    padding = -1 - torch.arange(missing) // packed.BLOCK
     starts = row.starts
     if starts is not None:
-        ends = torch.arange(tokens, tokens + missing, attention.BLOCK, dtype=starts.dtype)[1:]
+        ends = torch.arange(tokens, tokens + missing, packed.BLOCK, dtype=starts.dtype)[1:]
         starts = torch.cat([starts, ends, starts.new_tensor([tokens + missing])])
     return replace(
         row,

@@ -17,32 +17,21 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from internvl import (
-    boards,
-    checkpoint,
-    config,
-    dist,
-    evals,
-    guards,
-    handles,
-    inherited,
-    log,
-    optim,
-    parallel,
-    relief,
-    runfolder,
-    validation,
-)
+from internvl import config, dist, evals, guards, log, parallel
 from internvl.config import Recipe, UserError
 from internvl.data import loader
-from internvl.data.order import Order, SampleOrder
 from internvl.data.records import Batch
+from internvl.data.sampler import Order, SampleOrder
 from internvl.data.sources import Source, open_source, source_configs
-from internvl.embed import Dual
 from internvl.guards import Guard, RunError
-from internvl.models import joined, lora, vlm
-from internvl.models.dual import DualModel
+from internvl.inference import inherited
+from internvl.inference import load as loading
+from internvl.inference.dual import Dual
+from internvl.models.adapters import fused_lora, lora
+from internvl.models.chat import model as chat_model
+from internvl.models.dual.model import DualModel
 from internvl.objectives import OBJECTIVES, Objective
+from internvl.training import checkpoint, early_stopping, memory_ladder, optim, run_folder, tracking
 
 
 class Interrupted(UserError):
@@ -55,7 +44,7 @@ class Run:
 
     recipe: Recipe
     device: torch.device
-    chat: handles.Chat | Dual
+    chat: loading.Chat | Dual
     """The handle a user would hold."""
     objective: Objective
     optimizer: torch.optim.Optimizer
@@ -73,7 +62,7 @@ class Run:
     """What compiling before the first step took."""
 
     @property
-    def model(self) -> vlm.ChatModel | DualModel:
+    def model(self) -> chat_model.ChatModel | DualModel:
         return self.chat.model
 
     @property
@@ -87,7 +76,7 @@ class Run:
 
 
 def build(
-    recipe: Recipe, chat: handles.Chat | Dual | None = None, order: Order | None = None
+    recipe: Recipe, chat: loading.Chat | Dual | None = None, order: Order | None = None
 ) -> Run:
     """Everything a run needs, in the one order: load, choose what trains, adapt, place, arrange.
 
@@ -103,7 +92,7 @@ def build(
     torch.manual_seed(recipe.seed)
     # Before the model: what is wrong with an evaluation must not cost the training before it.
     evaluators = evals.build(recipe.evals) if dist.is_main() else {}
-    chat = handles.for_training(recipe) if chat is None else chat
+    chat = loading.for_training(recipe) if chat is None else chat
     if order is None:
         order = SampleOrder(_files(recipe), share_prefix=recipe.shares_prefix, seed=recipe.seed)
     packs = recipe.objective.packs
@@ -111,7 +100,7 @@ def build(
     parallel.place(chat.model, device, recipe.dtype)
     parallel.arrange(chat.model, device, recipe.compute)
     optimizer = optim.build(chat.model, recipe.optim)
-    optimizer.register_step_post_hook(lambda *_: joined.refresh(chat.model))
+    optimizer.register_step_post_hook(lambda *_: fused_lora.refresh(chat.model))
     return Run(
         recipe=recipe,
         device=device,
@@ -131,11 +120,11 @@ def _files(recipe: Recipe) -> list[Source]:
     return [open_source(source) for source in source_configs(recipe.data)]
 
 
-def _completed(recipe: Recipe, chat: handles.Chat | Dual | None) -> Recipe:
+def _completed(recipe: Recipe, chat: loading.Chat | Dual | None) -> Recipe:
     """The recipe with what it leaves open from the model that is given, else as `handles.complete`
     has it."""
     if chat is None:
-        return handles.complete(recipe).recipe
+        return loading.complete(recipe).recipe
     start = inherited.of_config(chat.model.config, "the model that is given")
     return inherited.complete(recipe, start).recipe
 
@@ -232,7 +221,7 @@ def _backward(run: Run, batch: Batch, counts: dict[str, float]) -> torch.Tensor:
 
 def _out_of_memory(run: Run, what: str) -> RunError:
     where = f"out of GPU memory in step {run.step + 1}, {what}"
-    return RunError(f"{where}. {relief.advice(run.recipe)}")
+    return RunError(f"{where}. {memory_ladder.advice(run.recipe)}")
 
 
 def warm_up(now: Run) -> None:
@@ -285,15 +274,15 @@ def run(recipe: Recipe) -> Path:
     dist.init_from_env(recipe.device)
     if not dist.is_main():
         logger.setLevel(logging.WARNING)
-    completed = handles.complete(recipe)
+    completed = loading.complete(recipe)
     recipe = completed.recipe
     dist.barrier()  # every rank has read the run folder's recipe before rank 0 writes it anew
-    with runfolder.owned(recipe), guards.stop_signal() as stop:
-        if runfolder.finished(recipe.run):
+    with run_folder.owned(recipe), guards.stop_signal() as stop:
+        if run_folder.finished(recipe.run):
             logger.info("the run %s is finished; choose another `run` to train again", recipe.run)
             return recipe.run
         done = max(checkpoint.steps(recipe.run / "checkpoints"), default=0) * recipe.global_batch
-        order = runfolder.order_of(recipe, _files(recipe), done)
+        order = run_folder.order_of(recipe, _files(recipe), done)
         now = build(recipe, order=order)
         metrics = _resume(now)
         logger.info("%s\n%s", summary(now), completed.render())
@@ -321,7 +310,7 @@ def run(recipe: Recipe) -> Path:
         if dist.is_main():
             if recipe.model.lora is not None:
                 lora.save_adapter(now.model, now.folder / "adapter", recipe.model.id)
-            runfolder.finish(recipe.run, now.step, why)
+            run_folder.finish(recipe.run, now.step, why)
         dist.barrier()
     return recipe.run
 
@@ -338,17 +327,17 @@ def _checkpoint(now: Run, folder: Path, keep: int) -> None:
     checkpoint.save(folder, now.step, now.model, now.optimizer, state, keep)
 
 
-def validate(now: Run, metrics: boards.Metrics) -> str | None:
+def validate(now: Run, metrics: tracking.Metrics) -> str | None:
     """Evaluates what is due and keeps the best step; why the run should end here, or None.
 
     Raises:
         RunError: an evaluation got worse than its guard allows; a checkpoint was written.
     """
-    verdict = validation.Verdict()
+    verdict = early_stopping.Verdict()
     if dist.is_main():
         metrics.show(now.step, evaluate(now))
-        found = validation.history(now.folder / "evals", now.step)
-        verdict = validation.judge(now.recipe, found, now.step)
+        found = early_stopping.history(now.folder / "evals", now.step)
+        verdict = early_stopping.judge(now.recipe, found, now.step)
         if verdict.best:
             best = now.folder / "best"
             _checkpoint(now, best / "checkpoints", keep=1)
@@ -402,7 +391,7 @@ def take_bad(now: Run, step: loader.Step) -> None:
 def summary(now: Run) -> str:
     """What trains on what, in a few lines."""
     recipe = now.recipe
-    trained, all_ = vlm.count_parameters(now.model)
+    trained, all_ = chat_model.count_parameters(now.model)
     return (
         f"{recipe.run}: {len(now.order):,} samples an epoch in {now.order.num_groups:,} groups, "
         f"{recipe.global_batch} a step, {now.num_steps:,} steps, from step {now.step}; "
@@ -432,7 +421,7 @@ def _steps(now: Run) -> Iterator[loader.Step]:
     )
 
 
-def _resume(now: Run) -> boards.Metrics:
+def _resume(now: Run) -> tracking.Metrics:
     """Puts the newest checkpoint in place and cuts the logs back to it."""
     saved = checkpoint.steps(now.folder / "checkpoints")
     if saved:
@@ -441,10 +430,10 @@ def _resume(now: Run) -> boards.Metrics:
         now.guard.restore(state.get("guard"))
     dist.barrier()
     if not dist.is_main():
-        return boards.Metrics([])
+        return tracking.Metrics([])
     for name in ("bad_samples.jsonl", guards.SKIPPED):
         log.StepLog(now.folder, name).truncate_after(now.step)
-    return boards.open_metrics(now.folder, now.step, now.recipe.wandb)
+    return tracking.open_metrics(now.folder, now.step, now.recipe.wandb)
 
 
 def _speed(now: Run, step: loader.Step, wait_s: float, seconds: float) -> dict[str, float]:

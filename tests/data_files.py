@@ -9,7 +9,8 @@ from typing import Any
 from chat_folders import add_tokenizer, golden_folder
 from PIL import Image
 
-from internvl import config, recipes
+from internvl import config
+from internvl.config import recipes
 
 SHARED = Path(os.environ.get("INTERNVL_SHARED", Path(__file__).parents[2] / "shared"))
 

@@ -25,19 +25,23 @@ import yaml
 from data_files import chat_line, model_folder, picture, write_lines
 from PIL import Image
 
-from internvl import checkpoint, embed, evals, export, generate, handles, log, runfolder, validation
+from internvl import evals, export, log
 from internvl.config import DataConfig, EvalConfig, SourceConfig, TilesConfig, VideoConfig
-from internvl.data import convert, fetch, prepare, tree
+from internvl.config.recipes import load_recipe
 from internvl.data.chat import ChatEncoder
-from internvl.data.order import SampleOrder, UnitRef
 from internvl.data.pair_reader import PairReader
 from internvl.data.pairs import CaptionEncoder
+from internvl.data.sampler import SampleOrder, UnitRef
 from internvl.data.sources import open_source, source_configs
 from internvl.data.templates import template
 from internvl.data.tokenizers import load_tokenizer
-from internvl.models import lora
+from internvl.datasets import checklist, convert, prepare
+from internvl.datasets import download as fetch
+from internvl.inference import dual, generate
+from internvl.inference import load as loading
+from internvl.models.adapters import lora
 from internvl.objectives.sft import Sft
-from internvl.recipes import load_recipe
+from internvl.training import checkpoint, early_stopping, run_folder
 
 Problems = Sequence[Exception]
 TILES = TilesConfig(size=28, max=2)
@@ -400,7 +404,7 @@ def read_embedded(folder: Path) -> Problems:
     """As InternVL-14B reads them."""
     return one_by_one_of(
         only_damaged(folder),
-        lambda file: [*embed._read_ahead([str(file)], 1, 28, False)],
+        lambda file: [*dual._read_ahead([str(file)], 1, 28, False)],
     )
 
 
@@ -541,22 +545,22 @@ def read_overrides(folder: Path) -> Problems:
 
 
 def describe(folder: Path) -> Problems:
-    handles.describe(folder / "model")
+    loading.describe(folder / "model")
     return []
 
 
 def load_model(folder: Path) -> Problems:
-    handles.load(folder / "model", device="cpu")
+    loading.load(folder / "model", device="cpu")
     return []
 
 
 def load_model_file(folder: Path) -> Problems:
-    handles.load(folder / "model" / "internvl_c.pth", device="cpu")
+    loading.load(folder / "model" / "internvl_c.pth", device="cpu")
     return []
 
 
 def load_adapter(folder: Path) -> Problems:
-    handles.load(folder / "adapter", device="cpu")
+    loading.load(folder / "adapter", device="cpu")
     return []
 
 
@@ -603,7 +607,7 @@ def seed_pth(folder: Path) -> None:
 def seed_adapter(folder: Path) -> None:
     from internvl.config import LoraConfig
 
-    model = handles.load(model_folder(folder / "model"), device="cpu").model
+    model = loading.load(model_folder(folder / "model"), device="cpu").model
     lora.attach(model, LoraConfig(rank=2))
     lora.save_adapter(model, folder / "adapter", folder / "model")
 
@@ -644,7 +648,7 @@ def preparation(name: str) -> Callable[[Path], Problems]:
     def read(folder: Path) -> Problems:
         refuse = mock.Mock(side_effect=AssertionError("the network was used"))
         with (
-            mock.patch.object(tree, "EXPECTED", {}),
+            mock.patch.object(checklist, "EXPECTED", {}),
             mock.patch.object(fetch, "fetch", refuse),
             mock.patch.object(fetch, "fetch_snapshot", refuse),
         ):
@@ -727,10 +731,10 @@ def seed_synthdog(folder: Path) -> None:
 
 def read_sft(folder: Path) -> Problems:
     """One annotation file of the nine; the others and their folders of pictures lack."""
-    from internvl.data import playground
+    from internvl.datasets import playground
 
-    here = tree.Tree(folder, download=False)
-    with mock.patch.object(tree, "EXPECTED", {}):
+    here = checklist.Tree(folder, download=False)
+    with mock.patch.object(checklist, "EXPECTED", {}):
         list(playground.sft(here))
     return []
 
@@ -780,8 +784,8 @@ def read_run(folder: Path) -> Problems:
     run = folder / "run"
     given = seed_copy("run") / "run" / "recipe.yaml"
     recipe = replace(load_recipe(given), run=run)
-    with runfolder.owned(recipe):
-        runfolder.finished(run)
+    with run_folder.owned(recipe):
+        run_folder.finished(run)
         model, optimizer = small_training()
         for step in checkpoint.steps(run / "checkpoints"):
             state = checkpoint.load(run / "checkpoints", step, model, optimizer)
@@ -789,8 +793,8 @@ def read_run(folder: Path) -> Problems:
             Guard(recipe.guard).restore(state.get("guard"))
         rows = log.StepLog(run, "metrics.jsonl")
         rows.truncate_after(1)
-        found = validation.history(run / "evals", 5)
-        validation.judge(recipe, found, 5)
+        found = early_stopping.history(run / "evals", 5)
+        early_stopping.judge(recipe, found, 5)
         evals.measured(run / "evals", 5)
     return []
 

@@ -16,7 +16,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from internvl import export, handles
+from internvl import export
+from internvl.inference import load as loading
 
 IDS = torch.tensor([[5, 9, 17, 33, 65, 120, 44, 3]])
 LANGUAGE = (
@@ -118,7 +119,7 @@ def with_peft(base: Path, folder: Path) -> Any:
 
 
 def loaded(folder: Path) -> Any:
-    return handles.load(folder, device="cpu", dtype="float32").model
+    return loading.load(folder, device="cpu", dtype="float32").model
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -4,7 +4,9 @@ import torch
 
 from internvl import parallel, zoo
 from internvl.config import LoraConfig
-from internvl.models import configs, lora, vlm
+from internvl.models import configs
+from internvl.models.adapters import lora
+from internvl.models.chat import model as chat_model
 
 VISION = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION |= {"intermediate_size": 128, "image_size": 56}
@@ -35,7 +37,9 @@ def small_model(
 ):
     """A model as training has it: `train` of its parts, adapters of `rank` on `on`."""
     config = small_config(name, **(sizes or {}))
-    model = vlm.ChatModel._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    model = chat_model.ChatModel._from_config(
+        config, dtype=torch.float32, attn_implementation="sdpa"
+    )
     lora.select_trainable(model, train)
     if rank:
         lora.attach(model, LoraConfig(rank=rank, dropout=dropout, on=on))

@@ -140,9 +140,10 @@ def test_flops_of_internvl_14b_are_those_that_torch_counts(monkeypatch, choice):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from internvl import dual_flops, recipes
+    from internvl.config import recipes
     from internvl.data.records import Pair
-    from internvl.objectives.contrastive import Retrieval
+    from internvl.objectives.retrieval import Retrieval
+    from internvl.plan import dual_flops
 
     source = {"name": "pairs", "type": "pairs", "annotations": "pairs.csv"}
     recipe = recipes.resolve(

@@ -125,8 +125,8 @@ def test_allowed(file: str, source: str) -> None:
         ("train.py", "import internvl"),
         ("train.py", "from internvl import load"),  # a lazy name of the package
         ("data/chat.py", "from internvl.models import vlm"),
-        ("models/vlm.py", "def f():\n    from internvl.data.records import Batch"),
-        ("models/vlm.py", "if TYPE_CHECKING:\n    import internvl.data.records"),
+        ("models/chat/model.py", "def f():\n    from internvl.data.records import Batch"),
+        ("models/chat/model.py", "if TYPE_CHECKING:\n    import internvl.data.records"),
         ("objectives/mpo.py", "from internvl.objectives import sft"),
         ("objectives/mpo.py", "from internvl.objectives.sft import loss"),
         ("objectives/mpo.py", "from internvl.evals import metrics"),

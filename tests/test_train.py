@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._dynamo.utils import counters
 
-from internvl import evaluate, export, handles, log, parallel, recipes, relief, runfolder, train
-from internvl.config import TilesConfig
+from internvl import evaluate, export, log, parallel, train
+from internvl.config import TilesConfig, recipes
 from internvl.data.records import IGNORE, BadSample, Example, Unit
-from internvl.models.vlm import normalize_tiles
+from internvl.inference import load as loading
+from internvl.models.chat.model import normalize_tiles
+from internvl.training import memory_ladder, run_folder
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,7 @@ def test_a_finished_run_says_so(project, tmp_path, caplog):
 def test_the_run_folder(project, tmp_path):
     recipe = recipe_of(project, tmp_path, "steps=12")
     train.run(recipe)
-    assert recipes.load_recipe(recipe.run / "recipe.yaml") == handles.complete(recipe).recipe
+    assert recipes.load_recipe(recipe.run / "recipe.yaml") == loading.complete(recipe).recipe
     saved = sorted(p.name for p in (recipe.run / "checkpoints").iterdir() if p.name.isdigit())
     assert saved == ["000010", "000012"]  # keep = 2
     assert (recipe.run / "checkpoints" / "LATEST").read_text().strip() == "000012"
@@ -114,7 +116,7 @@ def test_ctrl_c_saves_and_goes_on(project, tmp_path):
 def test_a_second_process_and_another_recipe_are_refused(project, tmp_path):
     recipe = recipe_of(project, tmp_path, "steps=2")
     with (
-        runfolder.owned(recipe),
+        run_folder.owned(recipe),
         pytest.raises(train.RunError, match="another process is training"),
     ):
         train.run(recipe)
@@ -166,8 +168,8 @@ def test_lora_moves_only_what_it_says_and_merges_equal(project, tmp_path):
         project, tmp_path, "steps=4", "model.train=[multi_modal_projector]", "model.lora={rank: 4}"
     )
     train.run(recipe)
-    start = handles.load(recipe.model.id, device="cpu").model.state_dict()
-    trained = handles.load(recipe.run, device="cpu")
+    start = loading.load(recipe.model.id, device="cpu").model.state_dict()
+    trained = loading.load(recipe.run, device="cpu")
     moved = set()
     for name, tensor in trained.model.state_dict().items():
         if ".lora_" in name:
@@ -176,7 +178,7 @@ def test_lora_moves_only_what_it_says_and_merges_equal(project, tmp_path):
             moved.add(name.split(".")[1])
     assert moved == {"multi_modal_projector", "lora"}
     export.run(recipe.run, tmp_path / "merged")  # compares the logits of what it wrote itself
-    merged = handles.load(tmp_path / "merged", device="cpu")
+    merged = loading.load(tmp_path / "merged", device="cpu")
     for model in (trained.model, merged.model):
         model.eval()
     ids = torch.arange(20, 40)[None]
@@ -333,7 +335,7 @@ def test_an_objective_sees_the_whole_step_before_its_first_row(project, tmp_path
 )
 def test_out_of_memory_names_the_row_and_one_setting(project, tmp_path, settings, remedy):
     run = train.build(recipe_of(project, tmp_path, *settings))
-    assert relief.advice(run.recipe).startswith(remedy)
+    assert memory_ladder.advice(run.recipe).startswith(remedy)
 
     class TooLarge(type(run.objective)):
         def __call__(self, model, batch):
@@ -477,10 +479,10 @@ def test_a_recipe_without_tiles_trains_as_its_checkpoint_is(project, tmp_path, c
     config = json.loads(source.read_text())
     config["internvl"] |= {"max_dynamic_patch": 9, "dynamic_image_size": True}
     source.write_text(json.dumps(config))
-    again = handles.complete(recipe)
+    again = loading.complete(recipe)
     assert again.recipe.data == saved.data
     assert {setting.source for setting in again.settings} == {str(recipe.run / "recipe.yaml")}
-    other = handles.complete(open_recipe(project, tmp_path, f"run={tmp_path / 'other'}"))
+    other = loading.complete(open_recipe(project, tmp_path, f"run={tmp_path / 'other'}"))
     assert other.recipe.data.tiling.max == 9
 
 

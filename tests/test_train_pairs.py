@@ -11,9 +11,14 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from internvl import check, evaluate, export, handles, log, optim, recipes, train, zoo
-from internvl.config import LayerDecayConfig, LoraConfig, OptimConfig, UserError
-from internvl.models import dual_configs, dual_files, lora, vlm
+from internvl import check, evaluate, export, log, train, zoo
+from internvl.config import LayerDecayConfig, LoraConfig, OptimConfig, UserError, recipes
+from internvl.inference import load as loading
+from internvl.models.adapters import lora
+from internvl.models.chat import model as chat_model
+from internvl.models.dual import configs as dual_configs
+from internvl.models.dual import files as dual_files
+from internvl.training import optim
 
 LORA = [
     "model.train=[text_projection,lm_head]",
@@ -48,15 +53,15 @@ def full_size():
 def test_what_trains_at_full_size():
     model = full_size()
     lora.select_trainable(model, ("vision_tower", "language_model", "heads"))
-    assert vlm.count_parameters(model) == (13_834_975_747, 13_834_975_747)
+    assert chat_model.count_parameters(model) == (13_834_975_747, 13_834_975_747)
     lora.select_trainable(model, ("heads",))
-    assert vlm.count_parameters(model)[0] == 3_145_728 + 33_207_168 + 53_515_008 + 8_194 + 1
+    assert chat_model.count_parameters(model)[0] == 3_145_728 + 33_207_168 + 53_515_008 + 8_194 + 1
     lora.select_trainable(model, ("queries", "query_pool", "itm_head", "logit_scale"))
-    assert vlm.count_parameters(model)[0] == 956_418_048 + 393_216 + 53_515_008 + 8_194 + 1
+    assert chat_model.count_parameters(model)[0] == 956_418_048 + 393_216 + 53_515_008 + 8_194 + 1
     lora.select_trainable(model, ("text_projection", "lm_head"))
-    assert vlm.count_parameters(model)[0] == 207_757_312
+    assert chat_model.count_parameters(model)[0] == 207_757_312
     lora.attach(model, LoraConfig(rank=16, on=("vision_tower", "language_model")))
-    assert vlm.count_parameters(model)[0] == 287_055_872
+    assert chat_model.count_parameters(model)[0] == 287_055_872
     assert not any(".cross_attn." in n and ".lora_" in n for n, _ in model.named_parameters())
 
 
@@ -152,12 +157,12 @@ def test_killed_and_resumed_bit_for_bit(project, tmp_path):
 def test_adapters_merge_and_export_to_the_official_layout(project, tmp_path):
     recipe = recipe_of(project, tmp_path, *LORA, "steps=6", "optim.lr=1e-2")
     train.run(recipe)
-    trained = handles.load(recipe.run, device="cpu", dtype="float32")
-    start = handles.load(recipe.model.id, device="cpu", dtype="float32")
+    trained = loading.load(recipe.run, device="cpu", dtype="float32")
+    start = loading.load(recipe.model.id, device="cpu", dtype="float32")
     pictures = sorted(project.glob("*.jpg"))[:4]
     texts = ["a red circle", "a green square"]
     export.run(recipe.run, tmp_path / "merged", "official")
-    merged = handles.load(tmp_path / "merged", device="cpu", dtype="float32")
+    merged = loading.load(tmp_path / "merged", device="cpu", dtype="float32")
     for mode in "cg":
         found = [h.encode_images(pictures, mode=mode) for h in (trained, merged, start)]
         torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
@@ -177,12 +182,12 @@ def test_adapters_merge_and_export_to_the_official_layout(project, tmp_path):
 def test_another_size_of_pictures_resizes_the_positions(project, tmp_path):
     recipe = recipe_of(project, tmp_path, "steps=2", "data.tiles.size=112")
     train.run(recipe)
-    trained = handles.load(recipe.run, device="cpu")
+    trained = loading.load(recipe.run, device="cpu")
     assert trained.image_size == 112
     export.run(recipe.run, tmp_path / "official", "official")
     written = json.loads((tmp_path / "official/config.json").read_text())
     assert written["force_image_size"] == 112
-    again = handles.load(tmp_path / "official", device="cpu")
+    again = loading.load(tmp_path / "official", device="cpu")
     positions = "model.vision_tower.embeddings.position_embeddings"
     assert again.image_size == 112
     assert torch.equal(again.model.state_dict()[positions], trained.model.state_dict()[positions])
@@ -198,7 +203,7 @@ def test_another_size_of_pictures_resizes_the_positions(project, tmp_path):
 def test_what_does_not_fit_is_refused(project, tmp_path, overrides, said):
     sources = "data.sources=[{name: s, annotations: x.jsonl}]"
     with pytest.raises(UserError, match=said):
-        handles.for_training(recipe_of(project, tmp_path, sources, *overrides))
+        loading.for_training(recipe_of(project, tmp_path, sources, *overrides))
 
 
 def test_bad_pairs_are_raised_or_listed(project, tmp_path):

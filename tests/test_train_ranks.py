@@ -7,7 +7,8 @@ import tiny_run
 import torch
 from ranks import run_ranks
 
-from internvl import log, recipes, train
+from internvl import log, train
+from internvl.config import recipes
 
 GRADIENT = """
 import json

@@ -12,8 +12,8 @@ from typing import Any
 
 from internvl.config import EvalConfig, Recipe
 from internvl.data.index import digest_of
-from internvl.data.order import Earlier
 from internvl.data.records import DataError
+from internvl.data.sampler import Earlier
 from internvl.data.sources import Content, Source, meta_entries
 
 FILE = "data.json"

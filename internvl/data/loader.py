@@ -15,8 +15,8 @@ from torch.utils.data import Dataset, get_worker_info
 
 from internvl.config import DataConfig
 from internvl.data.images import STATISTICS, BadImage, read_rgb, size_of
-from internvl.data.order import Order, UnitRef
 from internvl.data.records import BadSample, Batch, Sample, Tiles, Unit
+from internvl.data.sampler import Order, UnitRef
 from internvl.data.sources import Source
 from internvl.data.tiles import empty_tiles, tile_images
 from internvl.data.video import read_frames, with_frames

@@ -12,7 +12,6 @@ from torch.utils.data import Dataset
 
 from internvl.data.images import BadImage, FileSlice, Picture, open_rgb
 from internvl.data.loader import Read
-from internvl.data.order import UnitRef
 from internvl.data.pairs import (
     MAX_TOKENS,
     CaptionEncoder,
@@ -21,6 +20,7 @@ from internvl.data.pairs import (
     random_square,
 )
 from internvl.data.records import BadSample, Match, Pair, PairBatch, Sample
+from internvl.data.sampler import UnitRef
 from internvl.data.sources import Source
 
 PROMPT = "English caption:"

@@ -22,8 +22,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from internvl.data.order import UnitRef
 from internvl.data.records import DataError
+from internvl.data.sampler import UnitRef
 from internvl.data.sources import Source
 
 Job = TypeVar("Job")

@@ -1,6 +1,6 @@
 """The first minutes: `internvl demo`.
 
-    prepare   pictures and their names, as ordinary annotation files    (data/openmoji.py)
+    prepare   pictures and their names, as ordinary annotation files    (datasets/openmoji.py)
     start     a small InternVL-Chat with fresh weights, as a model folder
     train     the ordinary loop on an ordinary recipe, evaluated before, during and after
     export    a folder that plain transformers loads; its answers are compared with ours
@@ -28,16 +28,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from internvl import export, handles, recipes, report
-from internvl.config import Recipe, UserError
-from internvl.data import openmoji
+from internvl import export, report
+from internvl.config import Recipe, UserError, recipes
 from internvl.data.templates import template
+from internvl.datasets import openmoji
 from internvl.demo import page as pages
 from internvl.demo import ranks, retrieval
 from internvl.demo.page import LANGUAGES, Reloaded, Timing
-from internvl.generate import Request
+from internvl.inference import load as loading
+from internvl.inference.generate import Request
 from internvl.models import configs
-from internvl.models.vlm import ChatModel, tokens_per_tile
+from internvl.models.chat.model import ChatModel, tokens_per_tile
 
 PIXELS = 64
 TEMPLATE = "internvl2_5"
@@ -172,11 +173,11 @@ def create_model(
     nn.init.normal_(model.model.vision_tower.embeddings.position_embeddings, std=0.02)
     settings = configs.chat_settings(config)
     export.run(
-        handles.Chat(
+        loading.Chat(
             model=model.eval(),
             tokenizer=tokenizer,
             template=template(TEMPLATE),
-            tiles=handles.tiling(settings, shape.pixels),
+            tiles=loading.tiling(settings, shape.pixels),
             system_message="",
             folder=folder,
         ),
@@ -280,7 +281,7 @@ def compare_reloaded(recipe: Recipe, exported: Path, pictures: int = 12) -> Relo
     assert spec.prompt is not None, "the demo's recipe has one"
     tree = json.loads(spec.annotations.read_text(encoding="utf-8"))
     paths = [spec.images / row["file_name"] for row in tree["images"][:pictures]]
-    chat = handles.load(recipe.run, device="cpu", dtype="float32")
+    chat = loading.load(recipe.run, device="cpu", dtype="float32")
     model = AutoModelForImageTextToText.from_pretrained(exported, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(exported)
     processor = GotOcr2ImageProcessorPil.from_pretrained(exported)

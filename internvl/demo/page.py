@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from internvl import handles, log, report
+from internvl import log, report
 from internvl.config import Recipe
-from internvl.models.vlm import count_parameters
+from internvl.inference import load as loading
+from internvl.models.chat.model import count_parameters
 
 T = TypeVar("T")
 
@@ -82,7 +83,7 @@ class Run:
 
 def read_run(recipe: Recipe) -> Run:
     """What the run folder of `recipe` holds."""
-    counted = count_parameters(handles.load(recipe.run).model)
+    counted = count_parameters(loading.load(recipe.run).model)
     evaluations = {
         int(path.stem): json.loads(path.read_text(encoding="utf-8"))
         for path in sorted((recipe.run / "evals").glob("*.json"))

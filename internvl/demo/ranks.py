@@ -11,8 +11,9 @@ from pathlib import Path
 
 from torch import distributed
 
-from internvl import dist, runfolder, train
+from internvl import dist, train
 from internvl.config import Recipe
+from internvl.training import run_folder
 
 _LONGEST_WAIT = timedelta(minutes=10)
 """For the other process, which never works alone for longer than a step."""
@@ -27,7 +28,7 @@ def train_in_two(recipe: Recipe, file: Path) -> None:
     Args:
         file: where the recipe is; the other process reads it there.
     """
-    if runfolder.finished(recipe.run):
+    if run_folder.finished(recipe.run):
         train.run(recipe)  # says so
         return
     with _another(file):

@@ -19,15 +19,16 @@ import torch
 from torch import Tensor
 from transformers import InternVLVisionModel
 
-from internvl import export, handles, recipes, report
-from internvl.config import Recipe, UserError
+from internvl import export, report
+from internvl.config import Recipe, UserError, recipes
 from internvl.data.pair_files import Pairs, read_pairs
 from internvl.data.pairs import clean_caption
 from internvl.data.tokenizers import load_tokenizer
 from internvl.demo import ranks
 from internvl.demo.page import Run, Timing, read_run
-from internvl.models.dual import DualModel
-from internvl.models.dual_configs import DualConfig
+from internvl.inference import load as loading
+from internvl.models.dual.configs import DualConfig
+from internvl.models.dual.model import DualModel
 
 LANGUAGES = {"en": "English", "zh": "Chinese"}
 PIXELS = 64
@@ -62,7 +63,7 @@ def run(
     """
     start, exported = folder / "start", folder / "model"
     if not (start / "config.json").exists():
-        tower = handles.load(chat, device="cpu", dtype="float32").model.model.vision_tower
+        tower = loading.load(chat, device="cpu", dtype="float32").model.model.vision_tower
         timing.of("making a small InternVL-14B", lambda: start_model(_names(data), tower, start))
     recipe = make_recipe(data, start, folder / "run", size, dtype)
     file = folder / "recipe.yaml"
@@ -104,7 +105,7 @@ def start_model(names: Iterable[str], tower: InternVLVisionModel, folder: Path) 
         )
         model = DualModel(shape)
         model.model.vision_tower.load_state_dict(tower.state_dict())
-        export.run(handles.Dual(model.eval(), tokenizer, Path(beside)), folder, "official")
+        export.run(loading.Dual(model.eval(), tokenizer, Path(beside)), folder, "official")
 
 
 def _names(data: Path) -> list[str]:
@@ -202,7 +203,7 @@ def compare_loaded(recipe: Recipe, exported: Path) -> list[Found]:
         UserError: features differ.
     """
     run, loaded = (
-        handles.load(folder, device="cpu", dtype="float32") for folder in (recipe.run, exported)
+        loading.load(folder, device="cpu", dtype="float32") for folder in (recipe.run, exported)
     )
     found = []
     for language in LANGUAGES:

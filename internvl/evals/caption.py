@@ -14,7 +14,7 @@ from internvl.data.pair_files import broken, image_path
 from internvl.data.records import BadSample
 from internvl.evals import metrics
 from internvl.evals.scores import Scores, file_state, left_out, settle
-from internvl.generate import Request, Settings, answers
+from internvl.inference.generate import Request, Settings, answers
 from internvl.log import Progress
 
 CHAT_PROMPT = "Provide a one-sentence caption for the provided image."

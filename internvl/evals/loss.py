@@ -11,15 +11,16 @@ from internvl import parallel
 from internvl.config import DataConfig, EvalConfig, SourceConfig, UserError
 from internvl.data.images import FileSlice
 from internvl.data.loader import Read, UnitReader
-from internvl.data.order import UnitRef
 from internvl.data.packing import encode_units, pack
 from internvl.data.pair_files import broken
 from internvl.data.records import BadSample, Sample
+from internvl.data.sampler import UnitRef
 from internvl.data.sources import open_source
 from internvl.evals.scores import Scores, left_out, settle
 from internvl.log import Progress
-from internvl.models import attention, configs
-from internvl.rows import summed_loss
+from internvl.models import configs
+from internvl.models.attention import packed
+from internvl.objectives.packed_loss import summed_loss
 
 _TOGETHER = 256  # samples that are packed at once
 _TILES = 48  # most tiles of a row, unless a sample has more
@@ -98,9 +99,9 @@ class Loss:
             max_tiles=max(_TILES, 2 * handle.tiles.max),
         )
         # FlexAttention is only itself when compiled, and then for one length of rows.
-        flex = model.config.text_config._attn_implementation in (attention.FLEX, attention.FLASH)
-        blocks = -(-data.max_tokens // attention.BLOCK)
-        lengths = (blocks * attention.BLOCK,) if flex else ()
+        flex = model.config.text_config._attn_implementation in (packed.FLEX, packed.FLASH)
+        blocks = -(-data.max_tokens // packed.BLOCK)
+        lengths = (blocks * packed.BLOCK,) if flex else ()
         total = count = 0.0
         with ExitStack() as inside, Progress("samples", total=len(self.lines)) as progress:
             inside.enter_context(torch.no_grad())

@@ -1,7 +1,7 @@
 """Names of the official weights <-> ours: one table, both directions.
 
 Ours are `transformers`' names of `InternVLForConditionalGeneration`, and for InternVL-14B the same
-with `models/dual.py`'s heads. Fused tensors of the original
+with `models/dual/model.py`'s heads. Fused tensors of the original
 come apart (a rule then has several names on one side) and are put together again bit for bit. The
 table is read against the names a model really has, so that a bias or a norm that is absent needs no
 entry of its own.
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from internvl.models import configs
-from internvl.models.dual_configs import DualConfig
+from internvl.models.dual.configs import DualConfig
 from internvl.models.hub import LazyTensor, ModelFolderError
 
 

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from internvl.data.loader import Read
 from internvl.data.records import Batch
 from internvl.data.sources import Source
-from internvl.objectives import contrastive, sft
+from internvl.objectives import retrieval, sft
 
 
 class Objective(Protocol):
@@ -66,6 +66,6 @@ class Objective(Protocol):
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "sft": sft.Sft,
-    "retrieval": contrastive.Retrieval,
-    "stage2": contrastive.Stage2,
+    "retrieval": retrieval.Retrieval,
+    "stage2": retrieval.Stage2,
 }

@@ -23,7 +23,7 @@ from internvl.data.records import (
     Unit,
 )
 from internvl.data.sources import Source
-from internvl.rows import summed_loss
+from internvl.objectives.packed_loss import summed_loss
 
 _SHOWN_SAMPLES = 2
 

@@ -1,0 +1,1 @@
+"""Published data sets: their layouts, download, preparation, conversion; the demo's images."""

@@ -1,0 +1,175 @@
+"""The `playground/` tree of InternVL-Chat-V1-2's SFT data: nine annotation files, 23 folders."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from internvl.data.records import DataError
+from internvl.datasets import convert
+from internvl.datasets import download as fetch
+from internvl.datasets.checklist import Missing, Tree, filled
+from internvl.log import Progress
+
+SFT_FOLDERS: dict[str, str] = {
+    "sharegpt4v_instruct_gpt4-vision_cap100k": "",
+    "llava_instruct_150k_zh": "coco",
+    "sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k": "",
+    "dvqa_train_200k": "dvqa",
+    "chartqa_train_18k": "chartqa",
+    "ai2d_train_12k": "ai2d",
+    "docvqa_train_10k": "docvqa",
+    "geoqa+": "geoqa+",
+    "synthdog_en": "synthdog-en",
+}
+"""Annotation file -> the folder below `playground/data` that its pictures' paths start from."""
+
+SYNTHDOG_PROMPT = "Read all the text in the image."
+"""Our own choice, for conversations made from parquet; the official file has its own."""
+
+_HUB = "https://huggingface.co/OpenGVLab/InternVL/resolve/main/"
+_DRIVE = "Google Drive "
+
+SFT_REPOSITORY = "OpenGVLab/InternVL-Chat-V1-2-SFT-Data"
+"""The data set as one snapshot of the hub."""
+SFT_ANNOTATIONS = _HUB + "playground.zip"
+
+_CHARTQA = "https://huggingface.co/datasets/ahmed-masry/ChartQA/resolve/main/ChartQA%20Dataset.zip"
+_DOCVQA = "https://datasets.cvc.uab.es/rrc/DocVQA/"
+_VG = "https://cs.stanford.edu/people/rak248/VG_100K_2/"
+_AI2D = _DRIVE + "1dqqa3MnrxMXaU_K9JA6C83je32ibwdOY"
+_WEB = _DRIVE + "folder 1tCUQ-sq6vdshZVkF0ZeF3K4eztkXJgax (academic use)"
+_OCR_VQA = "folder 1_GYPY5UkUy7HIcR0zq3ZCFgeZN7BAfm_ (a download script; save every file as .jpg)"
+_SYNTHDOG = _HUB + "synthdog-en-images.zip"
+SFT_IMAGES: dict[str, str] = {
+    "ai2d/abc_images": _AI2D,
+    "ai2d/images": _AI2D,
+    "chartqa/train": _CHARTQA,
+    "chartqa/val": _CHARTQA,
+    "chartqa/test": _CHARTQA,
+    "coco/train2017": "http://images.cocodataset.org/zips/train2017.zip",
+    "docvqa/train": _DOCVQA + "train.tar.gz",
+    "docvqa/val": _DOCVQA + "val.tar.gz",
+    "docvqa/test": _DOCVQA + "test.tar.gz",
+    "dvqa/images": _DRIVE + "1iKH2lTi1-QxtNUVRxTUWFvUvRHq6HAsZ",
+    "gqa/images": "https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip",
+    "llava/llava_pretrain/images": (
+        "https://huggingface.co/datasets/liuhaotian/LLaVA-Pretrain/resolve/main/images.zip"
+    ),
+    "ocr_vqa/images": _DRIVE + _OCR_VQA,
+    "sam/images": _DRIVE + "1dKumdOKSXtV7lIXdrG7jsIK_z2vZv2gs (9K pictures of 000000-000050.tar)",
+    "share_textvqa/images": _WEB,
+    "synthdog-en/images": _SYNTHDOG,
+    "textvqa/train_images": "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip",
+    "vg/VG_100K": _VG + "images.zip",
+    "vg/VG_100K_2": _VG + "images2.zip",
+    "web-celebrity/images": _WEB,
+    "web-landmark/images": _WEB,
+    "wikiart/images": _WEB,
+    "geoqa+/images": _HUB + "geoqa%2B_images.zip",
+}
+"""Folder below `playground/data` -> where its pictures come from."""
+
+
+def sft(tree: Tree) -> Iterator[Path]:
+    """Checks the nine files and their pictures; writes the meta file that names them."""
+    base = _playground(tree.root)
+    annotations = base / "opensource"
+    _annotations(base, tree.download)
+    for folder, address in SFT_IMAGES.items():
+        archive = base / "data" / f"{folder.partition('/')[0]}.zip"
+        tree.has_images(base / "data" / folder, address, [archive])
+    absent = {missing.path for missing in tree.missing}
+    meta: dict[str, dict[str, Any]] = {}
+    for name, folder in SFT_FOLDERS.items():
+        path = annotations / f"{name}.jsonl"
+        if not path.is_file():
+            tree.missing.append(Missing(path, SFT_ANNOTATIONS))
+            continue
+        images = base / "data" / folder
+        num_samples = _sft_file(tree, path, images, absent)
+        meta[name] = {
+            "root": f"{images}/",
+            "annotation": str(path),
+            "data_augment": False,
+            "repeat_time": 1,
+            "length": num_samples,
+        }
+        yield path
+    tree.counts["samples in all"] = sum(entry["length"] for entry in meta.values())
+    if len(meta) == len(SFT_FOLDERS):
+        target = base / "internvl_1_2_finetune.json"
+        convert.write_lines(target, [json.dumps(meta, indent=2, ensure_ascii=False)])
+        yield target
+
+
+def _playground(root: Path) -> Path:
+    """The folder that holds `opensource/` and `data/`: the tree's, or the snapshot itself."""
+    name = SFT_REPOSITORY.partition("/")[2]
+    for base in (root / "playground", root, root / name, root / "playground" / name):
+        if (base / "opensource").is_dir():
+            return base
+    return root / "playground"
+
+
+def _annotations(base: Path, download: bool) -> None:
+    """Unpacks the annotation files that lack; to download, takes all of the hub's where none is."""
+    folder = base / "opensource"
+    names = [f"{name}.jsonl" for name in SFT_FOLDERS]
+    archives = [base / "playground.zip", folder / "playground.zip", base.parent / "playground.zip"]
+    archive = next(filter(Path.is_file, archives), None)
+    if all((folder / name).is_file() for name in names):
+        return
+    if archive is None and download and not folder.is_dir():
+        fetch.fetch_snapshot(SFT_REPOSITORY, base)
+        return
+    if archive is None and download:
+        archive = fetch.fetch(SFT_ANNOTATIONS, archives[0])
+    if archive is not None:
+        fetch.unpack_files(archive, names, folder)
+
+
+def _sft_file(tree: Tree, path: Path, images: Path, absent: set[Path]) -> int:
+    """Counts an annotation file and looks for its pictures, except in folders known to lack."""
+    wanted: set[str] = set()
+    num_samples = 0
+    with Progress(f"samples of {path.name}") as progress:
+        for _, row in convert.read_jsonl(path):
+            num_samples += 1
+            progress.update()
+            wanted.update(convert.images_of(row))
+    tree.expect(path, SFT_ANNOTATIONS, samples=num_samples)
+    there = [name for name in wanted if not absent & set((images / name).parents)]
+    tree.check_images(images, there, f"the addresses of its folders, or {SFT_REPOSITORY} (hub)")
+    return num_samples
+
+
+def synthdog(tree: Tree) -> Iterator[Path]:
+    """Pictures and conversations from SynthDoG's parquet files, or its converted pictures."""
+    folder = _playground(tree.root) / "data/synthdog-en"
+    images, chat = folder / "images", folder / "synthdog_en_parquet.jsonl"
+    files = convert.parquet_files(folder)
+    if files and not filled(images):
+        lines: list[str] = []
+        with convert.whole_folder(images) as beside, Progress("pictures") as progress:
+            for number, row in enumerate(convert.parquet_rows(files)):
+                saved = convert.save_images(row, beside, f"{number:07d}")
+                lines.append(_synthdog_line(number, saved))
+                progress.update()
+        convert.write_lines(chat, lines)
+    if tree.has_images(images, _SYNTHDOG):
+        tree.counts["pictures"] = sum(1 for _ in images.iterdir())
+    if chat.is_file():
+        yield chat
+
+
+def _synthdog_line(number: int, row: dict[str, Any]) -> str:
+    try:
+        text = json.loads(row["ground_truth"])["gt_parse"]["text_sequence"]
+        image = row["image"]
+    except (KeyError, TypeError, ValueError):
+        raise DataError(
+            f"row {number} is not SynthDoG's: expected a picture and `ground_truth` with "
+            f"gt_parse.text_sequence, found columns {', '.join(row)}"
+        ) from None
+    return next(convert.chat_lines([(image, text)], SYNTHDOG_PROMPT))

@@ -1,0 +1,229 @@
+"""From downloads as they lie in `data/` and `playground/` to annotation files that recipes name.
+
+    prepared = prepare.run("coco-caption", Path("."))
+    for missing in prepared.missing: ...    # what to fetch, from where, to where
+
+Counts are checked against what was published, and every picture is looked for. Nothing is fetched
+unless asked; what a previous call wrote is written again.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from internvl.config import UserError
+from internvl.data import captions
+from internvl.data.records import DataError
+from internvl.data.texts import read_json
+from internvl.datasets import convert, playground
+from internvl.datasets import download as fetch
+from internvl.datasets.checklist import Missing, Tree
+from internvl.datasets.published import COCO, FLICKR, KARPATHY, NOCAPS, NOCAPS_IMAGES, OPENGVLAB
+
+NAMES: dict[str, str] = {
+    "coco-caption": "COCO captions, Karpathy split: 566,747 to train on, 5,000 pictures to test",
+    "flickr30k": "Flickr30K captions, Karpathy split: train, validation, test",
+    "flickr30k-cn": "Flickr30K-CN, the same pictures with Chinese captions: train, test",
+    "nocaps": "NoCaps validation, 4,500 pictures with new objects, to test",
+    "sft-v1.2": "InternVL-Chat-V1-2 SFT: nine annotation files, 1,267,819 conversations",
+    "synthdog": "SynthDoG-EN parquet to pictures and conversations",
+}
+"""What `run` can prepare."""
+
+CHINESE_PROMPT = "请用一句话描述这张图片。"
+"""Our own choice: the originals name no Chinese prompt for captions."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `run` made and found."""
+
+    name: str
+    files: tuple[Path, ...]
+    """Annotation files that are ready."""
+    counts: dict[str, int]
+    """What the files hold, such as {"coco_karpathy_test.json images": 5000}."""
+    missing: tuple[Missing, ...]
+    """What a run would lack; empty when everything is there."""
+
+    @property
+    def ready(self) -> bool:
+        return not self.missing
+
+
+def run(name: str, root: Path, *, download: bool = False) -> Prepared:
+    """Prepares the data set `name`.
+
+    Args:
+        name: one of NAMES.
+        root: folder that holds `data/` and `playground/`, usually the working directory; for
+            sft-v1.2 the hub's snapshot (with `opensource/` and `data/`) will do as well.
+        download: fetch what has an address that a program can fetch from.
+
+    Raises:
+        UserError: no such data set; DataError, which is one: a file is not in its form or does
+            not hold the published number of samples, or a download failed.
+    """
+    if name not in _STEPS:
+        near = difflib.get_close_matches(name, NAMES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(NAMES)}"
+        raise UserError(f"there is no data set {name!r} to prepare; {hint}")
+    tree = Tree(root, download)
+    files = _STEPS[name](tree)
+    return Prepared(name, tuple(files), tree.counts, tuple(tree.missing))
+
+
+# COCO captions
+
+
+def _coco_caption(tree: Tree) -> Iterator[Path]:
+    folder = tree.root / "data/coco"
+    there = [tree.has_images(folder / n, f"{COCO}{n}.zip") for n in ("train2014", "val2014")]
+    pictures: set[str] = set()
+    train = folder / "annotations/coco_karpathy_train_567k.jsonl"
+    if _coco_train(tree, train):
+        lines = [_images(train, number, row) for number, row in convert.read_jsonl(train)]
+        tree.expect(train, f"{OPENGVLAB}coco_karpathy_train_567k.zip", captions=len(lines))
+        pictures.update(image for images in lines for image in images)
+        yield train
+    test = _coco_test(tree, folder / "annotations")
+    if test:
+        pictures.update(image for image, _ in convert.read_coco(test))
+        yield test
+    if all(there):
+        tree.check_images(folder, pictures, f"{COCO}{{train2014,val2014}}.zip")
+
+
+def _coco_train(tree: Tree, train: Path) -> bool:
+    """Whether the official file is there, now or unpacked or made from Karpathy's own list."""
+    archive, karpathy = train.with_suffix(".zip"), train.with_name("coco_karpathy_train.json")
+    if train.is_file():
+        return True
+    if not archive.is_file() and karpathy.is_file():
+        found = convert.read_captions(karpathy, "karpathy")
+        tree.expect(karpathy, "the address it came from", captions=len(found))
+        convert.write_lines(train, convert.chat_lines(found))
+        return True
+    if not tree.has_file(archive, f"{OPENGVLAB}{archive.name}"):
+        return False
+    fetch.unpack_files(archive, [train.name], train.parent)
+    if not train.is_file():
+        raise DataError(f"{archive} holds no {train.name}; remove it and fetch it again")
+    return True
+
+
+def _coco_test(tree: Tree, folder: Path) -> Path | None:
+    """The test pictures with their references in one file that evaluations read."""
+    listed, references = folder / "coco_karpathy_test.json", folder / "coco_karpathy_test_gt.json"
+    there = [tree.has_file(path, f"{OPENGVLAB}{path.name}") for path in (listed, references)]
+    if not all(there):
+        return None
+    merged = captions.read_whole(references, "coco", images=listed)
+    tree.expect(listed, f"{OPENGVLAB}{listed.name}", images=len(merged.images))
+    tree.expect(references, f"{OPENGVLAB}{references.name}", captions=len(merged.texts))
+    target = folder / "coco_karpathy_test_captions.json"
+    rows = [{"id": image.id, "file_name": image.name} for image in merged.images]
+    ids = {image.id for image in merged.images}
+    annotations = [r for r in read_json(references)["annotations"] if r["image_id"] in ids]
+    convert.write_lines(target, [convert.to_json({"images": rows, "annotations": annotations})])
+    return target
+
+
+def _images(path: Path, number: int, row: dict[str, Any]) -> list[str]:
+    try:
+        return convert.images_of(row)
+    except DataError as error:
+        raise DataError(f"{path} line {number}: {error}") from None
+
+
+# Flickr30K, NoCaps
+
+
+def _flickr30k(tree: Tree) -> Iterator[Path]:
+    folder = tree.root / "data/flickr30k"
+    train = _flickr(tree, "flickr30k_train_karpathy.txt", KARPATHY)
+    val = _flickr(tree, "flickr30k_val_karpathy.txt", KARPATHY)
+    tree.has_file(folder / "flickr30k_test_karpathy.txt", f"{KARPATHY}flickr30k_test_karpathy.txt")
+    test = folder / "flickr30k_test_karpathy.json"
+    if train:
+        yield _as_chat(folder / "flickr30k_train_karpathy.jsonl", train, convert.CAPTION_PROMPT)
+    if val:
+        yield _as_coco(folder / "flickr30k_val_karpathy_captions.json", val)
+    references: list[convert.Caption] = []
+    if tree.has_file(test, f"{OPENGVLAB}{test.name}"):
+        references = _below("Images", convert.read_coco(test))
+        tree.expect(test, f"{OPENGVLAB}{test.name}", **_sizes(references))
+        yield _as_coco(folder / "flickr30k_test_karpathy_captions.json", references)
+    _flickr_images(tree, [*train, *val, *references])
+
+
+def _flickr30k_cn(tree: Tree) -> Iterator[Path]:
+    folder = tree.root / "data/flickr30k"
+    train = _flickr(tree, "flickr30k_cn_train.txt", OPENGVLAB)
+    test = _flickr(tree, "flickr30k_cn_test.txt", OPENGVLAB)
+    if train:
+        yield _as_chat(folder / "flickr30k_cn_train.jsonl", train, CHINESE_PROMPT)
+    if test:
+        yield _as_coco(folder / "flickr30k_cn_test_captions.json", test)
+    _flickr_images(tree, [*train, *test])
+
+
+def _flickr(tree: Tree, name: str, address: str) -> list[convert.Caption]:
+    """The captions of a Flickr text, picture paths from data/flickr30k; none if it lacks."""
+    path = tree.root / "data/flickr30k" / name
+    if not tree.has_file(path, address + name):
+        return []
+    found = _below("Images", convert.read_flickr(path))
+    tree.expect(path, address + name, **_sizes(found))
+    return found
+
+
+def _flickr_images(tree: Tree, captions: Sequence[convert.Caption]) -> None:
+    folder = tree.root / "data/flickr30k"
+    if tree.has_images(folder / "Images", FLICKR):
+        tree.check_images(folder, (image for image, _ in captions), FLICKR)
+
+
+def _nocaps(tree: Tree) -> Iterator[Path]:
+    folder = tree.root / "data/nocaps"
+    annotations = folder / "nocaps_val_4500_captions.json"
+    address = NOCAPS_IMAGES
+    there = tree.has_images(folder / "images", address)
+    if not tree.has_file(annotations, NOCAPS):
+        return
+    found = _below("images", convert.read_coco(annotations))
+    tree.expect(annotations, NOCAPS, **_sizes(found))
+    yield _as_coco(folder / "nocaps_val_captions.json", found)
+    if there:
+        tree.check_images(folder, (image for image, _ in found), address)
+
+
+def _below(folder: str, captions: Iterable[convert.Caption]) -> list[convert.Caption]:
+    """Captions whose pictures lie in `folder`, whatever folder their file gave them."""
+    return [(f"{folder}/{Path(image).name}", caption) for image, caption in captions]
+
+
+def _sizes(captions: Sequence[convert.Caption]) -> dict[str, int]:
+    return {"images": len({image for image, _ in captions}), "captions": len(captions)}
+
+
+def _as_chat(target: Path, captions: Iterable[convert.Caption], prompt: str) -> Path:
+    convert.write_lines(target, convert.chat_lines(captions, prompt))
+    return target
+
+
+def _as_coco(target: Path, captions: Iterable[convert.Caption]) -> Path:
+    convert.write_lines(target, [convert.to_json(convert.coco_form(captions))])
+    return target
+
+
+_STEPS: dict[str, Callable[[Tree], Iterator[Path]]] = {
+    "coco-caption": _coco_caption,
+    "flickr30k": _flickr30k,
+    "flickr30k-cn": _flickr30k_cn,
+    "nocaps": _nocaps,
+    "sft-v1.2": playground.sft,
+    "synthdog": playground.synthdog,
+}

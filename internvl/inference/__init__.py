@@ -1,0 +1,1 @@
+"""A loaded model in use: requests to answers, images and texts to features."""

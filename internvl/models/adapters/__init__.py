@@ -1,0 +1,1 @@
+"""Low-rank adapters: attached, fused, dropped out from a seed."""

@@ -1,0 +1,365 @@
+"""Which weights learn: parts, last blocks, and low-rank adapters (PEFT), attached and merged.
+
+Adapters are injected into the model itself, so that it keeps its class and its forward, and are
+written as a folder that plain `peft` loads onto plain `transformers`' model.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import inject_adapter_in_model
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from internvl.config import LoraConfig, UserError
+from internvl.models import configs
+from internvl.models.adapters import fused_lora, merging, seeded_dropout
+from internvl.models.adapters import layers as adapter_layers
+from internvl.models.adapters.folder import CONFIG_FILE, WEIGHTS_FILE
+from internvl.models.adapters.folder import base_of as base_of
+from internvl.models.adapters.folder import is_adapter as is_adapter
+from internvl.models.adapters.merging import MergedState as MergedState
+from internvl.models.adapters.merging import merge as merge
+from internvl.models.hub import ModelFolderError
+
+_HEADS = ("text_projection.", "image_pool.", "query_pool.", "itm_head.", "logit_scale")
+PARTS = {
+    "vision_tower": ("model.vision_tower.",),
+    "multi_modal_projector": ("model.multi_modal_projector.",),
+    "language_model": ("model.language_model.", "model.query_tokens.", "lm_head."),
+    "queries": ("model.query_tokens.",),  # and the cross-attention, see `_owns`
+    "heads": _HEADS,
+    "lm_head": ("lm_head.",),
+    **{name.removesuffix("."): (name,) for name in _HEADS},
+}
+"""Part -> the names it owns; the output matrix and InternVL-14B's queries belong to the language
+model, and parts of it and of the heads have names of their own."""
+
+_ADAPTER = "default"
+_PEFT_PREFIX = "base_model.model."
+_LINEARS = {
+    "vision_tower": r"model\.vision_tower\.encoder\.layer\.\d+\."
+    r"(attention\.(q_proj|k_proj|v_proj|projection_layer)|mlp\.(fc1|fc2))",
+    "language_model": r"model\.language_model\.layers\.\d+\."
+    r"(self_attn\.(q_proj|k_proj|v_proj|qkv_proj|o_proj)"
+    r"|mlp\.(gate_proj|up_proj|gate_up_proj|down_proj))",
+}
+"""The linear layers that take an adapter, as the original chooses them for each architecture."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Rank and scale of the adapters of one part: each adds alpha / rank * B A."""
+
+    rank: int
+    alpha: float
+
+
+def select_trainable(
+    model: nn.Module, parts: Iterable[str] | str, last_vision_blocks: int | None = None
+) -> None:
+    """Train the weights of `parts` and freeze all others.
+
+    Args:
+        parts: names of `PARTS`.
+        last_vision_blocks: also train this many blocks at the end of the vision tower.
+
+    Raises:
+        UserError: a part that this model does not have, or more blocks than there are.
+    """
+    chosen = (parts,) if isinstance(parts, str) else tuple(parts)
+    names = [name for name, _ in model.named_parameters()]
+    known = [part for part in PARTS if any(_owns(part, name) for name in names)]
+    unknown = [part for part in chosen if part not in known]
+    if unknown:
+        raise UserError(f"unknown part {unknown[0]!r}; parts are {', '.join(known)}")
+    trained = {name for part in chosen for name in names if _owns(part, name)}
+    if last_vision_blocks:
+        blocks = list(model.get_submodule("model.vision_tower.encoder.layer").children())
+        if last_vision_blocks > len(blocks):
+            raise UserError(
+                f"the vision tower has {len(blocks)} blocks, cannot train the last "
+                f"{last_vision_blocks}"
+            )
+        first = len(blocks) - last_vision_blocks
+        last = tuple(f"model.vision_tower.encoder.layer.{i}." for i in range(first, len(blocks)))
+        trained |= {name for name in names if name.startswith(last)}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+
+
+def _owns(part: str, name: str) -> bool:
+    return name.startswith(PARTS[part]) or (part == "queries" and ".cross_attn." in name)
+
+
+def attach(model: nn.Module, settings: LoraConfig) -> nn.Module:
+    """Put adapters on `settings.on`; the same model, its other weights as trainable as before.
+
+    Where the original's projection is fused (InternLM2's `wqkv`, the vision tower's `qkv`), q, k
+    and v share one A, as its one adapter does.
+
+    Raises:
+        UserError: a part without linear layers, or a model that has adapters already.
+    """
+    alpha = 2.0 * settings.rank if settings.alpha is None else settings.alpha
+    adapters = {str(part): Adapter(settings.rank, alpha) for part in settings.on}
+    return inject(model, adapters, settings.dropout)
+
+
+def inject(
+    model: nn.Module,
+    adapters: Mapping[str, Adapter],
+    dropout: float = 0.0,
+    share: bool | None = None,
+) -> nn.Module:
+    """As `attach`, with rank and alpha for each part; `share` overrules which q, k, v share A."""
+    unknown = [part for part in adapters if part not in _LINEARS]
+    if unknown:
+        raise UserError(
+            f"no adapter goes on {unknown[0]!r}; parts with adapters are {', '.join(_LINEARS)}"
+        )
+    if has_adapters(model):
+        raise UserError("the model has adapters already; merge them first")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    inject_adapter_in_model(_peft_config(adapters, dropout), model)
+    for name, layer in _layers(model):
+        # In float32 whatever the base has: their updates are far below a bfloat16 weight's steps.
+        layer.lora_A.float()
+        layer.lora_B.float()
+        layer.get_base_layer().requires_grad_(False)
+        if dropout:
+            layer.lora_dropout[_ADAPTER] = DrawnDropout(dropout)
+        layer.train(model.training)
+        if name.endswith(".v_proj") and (_fused(model, name) if share is None else share):
+            _share_a(model, name.replace(".v_proj", ".q_proj"))
+    _keep_trainable(model, trained)
+    return model
+
+
+def _peft_config(adapters: Mapping[str, Adapter], dropout: float) -> PeftLoraConfig:
+    """One PEFT configuration for all parts; ranks that differ go into its patterns."""
+    first = next(iter(adapters.values()))
+    others = {part: a for part, a in adapters.items() if a != first}
+    return PeftLoraConfig(
+        r=first.rank,
+        lora_alpha=first.alpha,
+        lora_dropout=dropout,
+        target_modules="|".join(f"({_LINEARS[part]})" for part in adapters),
+        rank_pattern={_LINEARS[part]: a.rank for part, a in others.items()},
+        alpha_pattern={_LINEARS[part]: a.alpha for part, a in others.items()},
+        bias="none",
+    )
+
+
+def _fused(model: Any, name: str) -> bool:
+    if name.startswith(PARTS["vision_tower"]):
+        return True
+    return configs.language_model(model.config) == "InternLM2ForCausalLM"
+
+
+class DrawnDropout(nn.Module):
+    """Dropout whose mask layers that share the input can take over, and a backward pass apply."""
+
+    def __init__(self, rate: float, *, keep: bool = False) -> None:
+        super().__init__()
+        self.rate = rate
+        self.keep = keep
+        """Whether `RepeatedDropout` layers wait for the mask."""
+        self.dropped: Tensor | None = None
+
+    def draw(self, inputs: Tensor) -> Tensor:
+        """bool, of the same shape: what becomes zero."""
+        return self._drawn(torch.empty_like(inputs, dtype=torch.bool).bernoulli_(self.rate))
+
+    def draw_seed(self, inputs: Tensor) -> Tensor:
+        """What dropped.py's kernels make the mask of, int32 (2,)."""
+        return self._drawn(seeded_dropout.seed(inputs.device))
+
+    def _drawn(self, mask: Tensor) -> Tensor:
+        self.dropped = mask if self.keep else None
+        return mask
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Any shape -> the same, some entries zero and the others scaled by 1 / (1 - rate)."""
+        if not self.training or self.rate == 0:
+            return inputs
+        return inputs.masked_fill(self.draw(inputs), 0) / (1 - self.rate)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"
+
+
+class RepeatedDropout(nn.Module):
+    """The mask that `first` drew in this forward; the last to use it lets it go."""
+
+    def __init__(self, first: DrawnDropout, *, last: bool) -> None:
+        super().__init__()
+        self.first = first
+        self.last = last
+        self.rate = first.rate
+
+    def draw(self, inputs: Tensor) -> Tensor:
+        """bool, of the shape of `inputs`, or a seed: what `first` drew."""
+        drawn = self.first.dropped
+        assert drawn is not None
+        if self.last:
+            self.first.dropped = None
+        return drawn
+
+    draw_seed = draw
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Any shape -> the same, with the mask of `first`."""
+        if not self.training:
+            return inputs
+        return inputs.masked_fill(self.draw(inputs), 0) / (1 - self.rate)
+
+
+def _share_a(model: Any, name: str) -> None:
+    """q's A becomes k's and v's as well: one tensor, one gradient, and one mask of dropout.
+
+    Attention calls q, k and v in this order, in a recomputed forward too.
+    """
+    stem = name.removesuffix("q_proj")
+    q, k, v = (model.get_submodule(f"{stem}{x}_proj") for x in "qkv")
+    drawn = q.lora_dropout[_ADAPTER]
+    for layer in (k, v):
+        layer.lora_A[_ADAPTER] = q.lora_A[_ADAPTER]
+        if isinstance(drawn, DrawnDropout):
+            drawn.keep = True
+            layer.lora_dropout[_ADAPTER] = RepeatedDropout(drawn, last=layer is v)
+            layer.train(model.training)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    return any(True for _ in _layers(model))
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name without wrappers, adapted layer)."""
+    for name, module in merging.adapted_layers(model):
+        yield merging.unwrapped(name), module
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters' weights by the names of a PEFT folder, on CPU; collective when sharded.
+
+    Raises:
+        UserError: the model has no adapters, or others than plain LoRA.
+    """
+    state = {}
+    for name, layer in _layers(model):
+        if not fused_lora.is_plain(layer):
+            raise UserError(
+                f"{name}: its adapter is more than plain LoRA, which is not written here; export "
+                "the model, which merges it"
+            )
+        for kind in ("lora_A", "lora_B"):
+            weight = getattr(layer, kind)[_ADAPTER].weight.detach()
+            whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+            # Cloned, because a shared A must be three tensors in the file.
+            state[f"{_PEFT_PREFIX}{name}.{kind}.weight"] = whole.to("cpu", copy=True).contiguous()
+    if not state:
+        raise UserError("the model has no adapters to save")
+    return state
+
+
+def save_adapter(model: Any, folder: Path, base: str | Path | None = None) -> None:
+    """Write the adapters as a PEFT folder; `base` is the model they belong to, by name or path."""
+    state = adapter_state(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.peft_config[_ADAPTER].to_dict()
+    config["target_modules"] = model.peft_config[_ADAPTER].target_modules
+    config["base_model_name_or_path"] = None if base is None else str(base)
+    config["inference_mode"] = True
+    config = {key: getattr(value, "value", value) for key, value in config.items()}
+    text = json.dumps(config, indent=2, sort_keys=True, default=sorted)
+    save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """Put the adapters of a PEFT folder onto `model`, so that it computes what `peft` computes.
+
+    q, k and v share one A where those of the file are equal.
+
+    Raises:
+        UserError: the model has adapters already.
+        ModelFolderError: a damaged folder, a setting that is not computed here, or adapters of
+            another model.
+    """
+    if has_adapters(model):
+        raise UserError("the model has adapters already; merge them first")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    resolved = adapter_layers.resolve(model, folder)
+    adapter_layers.apply(model, resolved)
+    dropout = resolved.settings.lora_dropout
+    for name, layer in _layers(model):
+        layer.get_base_layer().requires_grad_(False)
+        if fused_lora.is_plain(layer) and dropout:
+            layer.lora_dropout[_ADAPTER] = DrawnDropout(dropout)
+        layer.train(model.training)
+        if name.endswith(".v_proj") and _equal_a(model, name.removesuffix("v_proj")):
+            _share_a(model, name.replace(".v_proj", ".q_proj"))
+    _keep_trainable(model, trained)
+    return model
+
+
+def _keep_trainable(model: nn.Module, trained: set[str]) -> None:
+    """Injecting freezes everything else; what select_trainable chose stays chosen."""
+    for name, parameter in model.named_parameters():
+        if name in trained:
+            parameter.requires_grad_(True)
+
+
+def _equal_a(model: Any, stem: str) -> bool:
+    """Whether q, k and v have the same A and are plain LoRA of one scale."""
+    attention = model.get_submodule(stem[:-1])
+    layers: list[Any] = [getattr(attention, f"{x}_proj", None) for x in "qkv"]
+    if not all(fused_lora.is_plain(layer) for layer in layers):
+        return False
+    q, *others = layers
+    return all(
+        layer.scaling == q.scaling
+        and torch.equal(layer.lora_A[_ADAPTER].weight, q.lora_A[_ADAPTER].weight)
+        for layer in others
+    )
+
+
+def load_official(model: nn.Module, state: Mapping[str, Tensor], folder: Path) -> nn.Module:
+    """Put adapters of an official LoRA checkpoint (by our names) onto `model`; alpha is 2 rank."""
+    ranks = {
+        part: next(
+            (tensor.shape[0] for name, tensor in state.items() if name.startswith(PARTS[part])),
+            None,
+        )
+        for part in _LINEARS
+    }
+    adapters = {part: Adapter(rank, 2.0 * rank) for part, rank in ranks.items() if rank}
+    inject(model, adapters)
+    _fill(model, state, folder)
+    return model
+
+
+def _fill(model: nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Adapter weights by module name into the injected layers, each exactly once."""
+    left = dict(state)
+    for name, layer in _layers(model):
+        for kind in ("lora_A", "lora_B"):
+            weight = getattr(layer, kind)[_ADAPTER].weight
+            stored = left.pop(f"{name}.{kind}.weight", None)
+            if stored is None or stored.shape != weight.shape:
+                what = "missing" if stored is None else f"{tuple(stored.shape)}"
+                raise ModelFolderError(
+                    f"{folder}: {name}.{kind} is {what}, the model needs {tuple(weight.shape)}; "
+                    "these adapters are of another model"
+                )
+            with torch.no_grad():
+                weight.copy_(stored)
+    if left:
+        raise ModelFolderError(f"{folder}: adapters for unknown layers, {next(iter(left))}")

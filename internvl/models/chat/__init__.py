@@ -1,0 +1,1 @@
+"""The chat family: transformers' InternVL with what it lacks."""

@@ -1,0 +1,399 @@
+"""The chat model: `transformers`' InternVL plus what training needs of its forward."""
+
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLModel
+from transformers.models.internvl.modeling_internvl import InternVLCausalLMOutputWithPast
+
+from internvl.config import UserError
+from internvl.models import config_checks, configs, hub, keys
+from internvl.models import weights as model_weights
+from internvl.models.adapters import lora
+from internvl.models.hub import LazyTensor, ModelFolder, ModelFolderError
+from internvl.models.kernels import gelu, last_mlp, patch_embed
+
+IMAGE_TOKEN = "<IMG_CONTEXT>"
+"""The placeholder: each of its positions takes one visual token."""
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """What a packed row is trained on: `positions[m]` predicts `targets[m]`.
+
+    positions, targets: int64 (M,); weights: float32 (M,). Positions may repeat.
+    """
+
+    positions: Tensor
+    targets: Tensor
+    weights: Tensor
+
+
+class ColumnMajorModel(InternVLModel):
+    """Pixel shuffle v1 (Chat 1.1, 1.2): each tile's grid of visual tokens is transposed."""
+
+    def pixel_shuffle(self, vision_features: Tensor, scale_factor: float = 0.5) -> Tensor:
+        """(N, G, G, D) patches -> (N, G r, G r, D / r²), columns first."""
+        return super().pixel_shuffle(vision_features, scale_factor).transpose(1, 2).contiguous()
+
+
+class ChatModel(InternVLForConditionalGeneration):
+    """`InternVLForConditionalGeneration` whose forward can also return a summed loss.
+
+    Same modules, names and configuration: what it saves, plain `transformers` loads (pixel
+    shuffle v1 excepted, which `transformers` does not have).
+    """
+
+    def __init__(self, config: InternVLConfig) -> None:
+        super().__init__(config)
+        if configs.chat_settings(config)["ps_version"] == "v1":
+            self.model = ColumnMajorModel(config)
+        patch_embed.as_product(self.model.vision_tower.embeddings.patch_embeddings.projection)
+        gelu.keep_kernel(self.model.vision_tower)
+
+    loss_chunk = 1024
+    """Supervised positions whose logits exist at the same time."""
+
+    # The parameters are spelled out because `generate` reads them off the signature.
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        supervision: Supervision | None = None,
+        **kwargs: Any,
+    ) -> InternVLCausalLMOutputWithPast:
+        """As the parent's; with `supervision`, `loss` is the weighted SUM over its positions.
+
+        Logits are then computed at those positions only, a chunk at a time, and not returned.
+        There must be as many placeholders in `input_ids` (1, L) as visual tokens; nothing is
+        counted here, so that the host need not wait for a GPU.
+        """
+        inputs = {
+            "input_ids": input_ids,
+            "pixel_values": pixel_values,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            **kwargs,
+        }
+        if supervision is None:
+            return super().forward(labels=labels, logits_to_keep=logits_to_keep, **inputs)
+        assert input_ids is not None
+        language_model = self.model.language_model
+        with last_mlp.at(language_model.layers, supervision.positions) as selected:
+            hidden = language_model(
+                inputs_embeds=self._embed(input_ids, pixel_values),
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                use_cache=False,
+            ).last_hidden_state[0]
+        if not selected:
+            hidden = hidden.index_select(0, supervision.positions)
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(hidden), self.loss_chunk):
+            part = slice(start, start + self.loss_chunk)
+            terms = (hidden[part], supervision.targets[part], supervision.weights[part])
+            loss = loss + checkpoint(self._chunk_loss, *terms, use_reentrant=False)
+        return InternVLCausalLMOutputWithPast(loss=loss)
+
+    def _embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+        """(1, L, D) of a row (1, L): token embeddings, visual tokens at their placeholders."""
+        embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values is None:
+            return embeds
+        # Twice where it is alone: compiled blocks would have code of their own for one tile.
+        tiles = pixel_values if len(pixel_values) > 1 else pixel_values.repeat(2, 1, 1, 1)
+        visual = self.model.get_image_features(pixel_values=tiles).pooler_output
+        visual = visual[: len(pixel_values)].flatten(0, 1).to(embeds.dtype)
+        placeholders = input_ids[0] == self.config.image_token_id
+        positions = torch.nonzero_static(placeholders, size=len(visual)).squeeze(1)
+        return embeds[0].index_copy(0, positions, visual)[None]
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """As the parent's, but each sample's tiles are repeated as a block, one per beam.
+
+        The parent repeats tile by tile, which gives the beams of a picture of several tiles each
+        other's tiles.
+        """
+        if pixel_values is not None and expand_size > 1 and input_ids is not None:
+            per_tile = tokens_per_tile(self.config, pixel_values.shape[-1])
+            placeholders = (input_ids == self.config.image_token_id).sum(1)
+            samples = pixel_values.split((placeholders // per_tile).tolist())
+            pixel_values = torch.cat([tiles for tiles in samples for _ in range(expand_size)])
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **kwargs
+        )
+        return input_ids, kwargs | {"pixel_values": pixel_values}
+
+    def _chunk_loss(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        each = F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="none")
+        return (each * weights).sum()
+
+
+def normalize_tiles(
+    tiles: Tensor,
+    dtype: torch.dtype,
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
+) -> Tensor:
+    """uint8 (N, 3, S, S) on any device -> normalized (N, 3, S, S), computed in float32."""
+    shape = (1, 3, 1, 1)
+    pixels = tiles.to(torch.float32) / 255
+    pixels = (pixels - pixels.new_tensor(mean).view(shape)) / pixels.new_tensor(std).view(shape)
+    return pixels.to(dtype)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trained, all) parameters; one that several modules share counts once."""
+    sizes = [(p.requires_grad, p.numel()) for p in model.parameters()]
+    return sum(size for trained, size in sizes if trained), sum(size for _, size in sizes)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training a sample's residual is dropped with probability `rate`."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(N, T, D) -> (N, T, D), some samples zero and the others scaled by 1 / (1 - rate)."""
+        if not self.training or self.rate == 0:
+            return hidden
+        kept = hidden.new_empty(hidden.shape[0], *[1] * (hidden.dim() - 1))
+        return hidden * kept.bernoulli_(1 - self.rate) / (1 - self.rate)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
+
+
+def set_drop_path(model: InternVLForConditionalGeneration, rate: float) -> None:
+    """Stochastic depth in the vision tower, from 0 in the first block to `rate` in the last.
+
+    It takes the place of the tower's two dropouts, which no released model uses: LayerScale comes
+    after them and is per channel, so that dropping before it or after it is the same.
+    """
+    blocks = model.model.vision_tower.encoder.layer
+    for block, block_rate in zip(
+        blocks, torch.linspace(0, rate, len(blocks)).tolist(), strict=True
+    ):
+        block.attention.set_submodule("projection_dropout", DropPath(block_rate))
+        block.set_submodule("dropout", DropPath(block_rate))
+        block.train(block.training)
+
+
+def load_model(
+    folder: Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    image_token_id: int | None = None,
+    image_size: int | None = None,
+    drop_path: float = 0.0,
+    attention: str = "sdpa",
+    device_map: str | dict[str, Any] | None = None,
+    quantize: str | None = None,
+) -> ChatModel:
+    """The chat model of a folder, official or hf layout, in evaluation mode.
+
+    Tensors are read one at a time, shard by shard. Adapters that an official checkpoint carries
+    (`use_llm_lora`, `use_backbone_lora`) are attached; `lora.merge` takes them in.
+
+    Args:
+        image_token_id: id of `<IMG_CONTEXT>`; by default what the folder's files say.
+        image_size: another tile side in px; the position embeddings are resized to it.
+        drop_path: stochastic depth of the vision tower's last block, in training.
+        attention: `transformers`' attention implementation.
+        device_map: "auto" spreads the model over all GPUs (`device` is then not used).
+        quantize: "8bit" or "4bit" through bitsandbytes, which is made for a GPU.
+
+    Raises:
+        ModelFolderError: what is missing, unexpected or damaged, by name, and what to do.
+    """
+    source = hub.open_folder(folder)
+    config = read_config(source, image_token_id, image_size)
+    return materialize(
+        config,
+        source,
+        device=device,
+        dtype=dtype,
+        drop_path=drop_path,
+        attention=attention,
+        device_map=device_map,
+        quantize=quantize,
+    )
+
+
+def materialize(
+    config: InternVLConfig,
+    source: ModelFolder,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    drop_path: float = 0.0,
+    attention: str = "sdpa",
+    device_map: str | dict[str, Any] | None = None,
+    quantize: str | None = None,
+) -> ChatModel:
+    """The model of `config` with the weights of `source`; arguments as `load_model`'s."""
+    tensors = fit_tensors(config, source)
+    model = ChatModel.from_pretrained(
+        None,
+        config=config,
+        state_dict=tensors,
+        dtype=dtype,
+        attn_implementation=_attention(config, attention),
+        device_map=device_map or model_weights.one_device(device),
+        quantization_config=_quantization(quantize, dtype),
+    )
+    if drop_path:
+        set_drop_path(model, drop_path)
+    if source.layout == "official" and keys.has_adapters(source.tensors):
+        adapters = keys.take_apart(source.tensors).adapters
+        state = keys.adapters_to_ours(config, empty_model(config).state_dict(), adapters)
+        lora.load_official(model, state, source.folder)
+    return model
+
+
+def _attention(config: InternVLConfig, wanted: str) -> str | dict[str, str]:
+    """GPT-OSS's attention sinks exist in no fused kernel of torch: its layers compute eagerly."""
+    if configs.language_model(config) == "GptOssForCausalLM" and wanted == "sdpa":
+        return {"text_config": "eager", "vision_config": wanted}
+    return wanted
+
+
+def read_config(
+    source: ModelFolder, image_token_id: int | None = None, image_size: int | None = None
+) -> InternVLConfig:
+    """The configuration of a chat checkpoint of either layout, as `transformers`' class.
+
+    Raises:
+        ModelFolderError: not a chat model, unknown language model, or no image token.
+    """
+    if source.family != "chat":
+        raise ModelFolderError(f"{source.folder}: this is InternVL-14B, not a chat model")
+    file = source.folder / "config.json"
+    config_checks.check_chat(file, source.config)
+    if source.layout == "hf":
+        with config_checks.building(file):
+            config = InternVLConfig(**config_checks.without_quantization(source.config))
+        config.image_token_id = config.image_token_id if image_token_id is None else image_token_id
+    else:
+        placeholder = _image_token_id(source, image_token_id)
+        with config_checks.building(file):
+            config = configs.from_official(source.config, placeholder)
+    settings = configs.chat_settings(config)
+    side = image_size or settings["force_image_size"]
+    if side:
+        config.internvl = settings | {"force_image_size": side}
+        config.vision_config.image_size = (side, side)
+        config.image_seq_length = tokens_per_tile(config, side)
+    return config
+
+
+def _image_token_id(source: ModelFolder, given: int | None) -> int:
+    found = hub.special_token_id(source.folder, IMAGE_TOKEN) if given is None else given
+    if found is None:
+        raise ModelFolderError(
+            f"{source.folder}: no tokenizer file names {IMAGE_TOKEN}; copy the release's tokenizer "
+            "files there, or pass image_token_id"
+        )
+    return found
+
+
+def fit_tensors(config: InternVLConfig, source: ModelFolder) -> dict[str, LazyTensor]:
+    """The checkpoint's tensors under the model's names, checked against its shapes.
+
+    `config.tie_word_embeddings` is set to whether the file has no output matrix of its own.
+
+    Raises:
+        ModelFolderError: missing or unexpected weights, or other shapes than the config's.
+    """
+    file = source.folder / "config.json"
+    config_checks.check_quantization(file, source.config, source.tensors)
+    with config_checks.building(file):
+        expected = empty_model(config).state_dict()
+        if source.layout == "hf":
+            renamed = keys.hf_to_model(config, expected, source.tensors)
+        else:
+            base = keys.take_apart(source.tensors).base
+            renamed = keys.official_to_ours(config, expected, base)
+    config.tie_word_embeddings = "lm_head.weight" not in renamed.tensors and _may_tie(source)
+    if config.tie_word_embeddings:
+        heads = {"lm_head.weight", "language_model.lm_head.weight", "language_model.output.weight"}
+        renamed = replace(renamed, missing=[n for n in renamed.missing if n not in heads])
+    model_weights.check_names(source.folder, renamed)
+    return model_weights.check_shapes(source.folder, expected, renamed.tensors)
+
+
+def empty_model(config: InternVLConfig) -> ChatModel:
+    """The model without data (meta device): names and shapes at no cost."""
+    with torch.device("meta"):
+        return ChatModel(config)
+
+
+def _may_tie(source: ModelFolder) -> bool:
+    """Whether a file without an output matrix is complete; transformers ties unless told not to."""
+    part = source.config.get("llm_config") or source.config["text_config"]
+    by_default = source.layout == "hf"
+    tied = source.config.get("tie_word_embeddings", by_default)
+    return bool(tied or part.get("tie_word_embeddings", False))
+
+
+def _quantization(quantize: str | None, dtype: torch.dtype) -> Any:
+    """bitsandbytes settings; the output matrix and the projector stay as they are."""
+    if quantize is None:
+        return None
+    if quantize not in ("8bit", "4bit"):
+        raise UserError(f'quantize is "8bit", "4bit" or None, not {quantize!r}')
+    if find_spec("bitsandbytes") is None:
+        raise UserError(f"quantize={quantize!r} needs bitsandbytes: pip install 'internvl[quant]'")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_8bit=quantize == "8bit",
+        load_in_4bit=quantize == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["lm_head", "model.multi_modal_projector"],
+    )
+
+
+def tokens_per_tile(config: InternVLConfig, tile_size: int) -> int:
+    """Visual tokens (K) that a tile of `tile_size` pixels a side becomes.
+
+    Raises:
+        UserError: the side is no multiple of the patch side over the downsampling ratio.
+    """
+    patch = config.vision_config.patch_size[0]
+    step = round(patch / config.downsample_ratio)
+    if tile_size % step:
+        raise UserError(
+            f"data.tiles.size = {tile_size} does not fit this model: a tile's side must be a "
+            f"multiple of {step} pixels (patches of {patch}, downsampled by "
+            f"{config.downsample_ratio})"
+        )
+    return (tile_size // step) ** 2

@@ -1,0 +1,1 @@
+"""InternVL-14B: vision tower, QLLaMA, features, captions."""

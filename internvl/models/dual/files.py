@@ -1,0 +1,133 @@
+"""InternVL-14B from its files: the official layout, and InternVL-C's own `.pth`.
+
+Original: `clip_benchmark/clip_benchmark/models/internvl_huggingface/` and `internvl_c_pytorch/`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internvl.models import config_checks, hub, keys
+from internvl.models import weights as model_weights
+from internvl.models.adapters import lora
+from internvl.models.chat import model as chat_model
+from internvl.models.dual import configs as dual_configs
+from internvl.models.dual.configs import DualConfig
+from internvl.models.dual.model import DualModel
+from internvl.models.hub import LazyTensor, ModelFolder, ModelFolderError
+
+
+@dataclass(frozen=True)
+class InternVLC(ModelFolder):
+    """InternVL-C's own file of weights, with the configuration of the released model."""
+
+    file: Path
+
+    @property
+    def tensors(self) -> dict[str, LazyTensor]:
+        """By InternVL-14B's official names."""
+        return {keys.pth_to_official(name): t for name, t in hub.open_tensors(self.file)}
+
+
+def open_pth(file: Path, config: dict[str, Any]) -> InternVLC:
+    """InternVL-C from its `.pth`; a `config.json` beside it replaces `config`.
+
+    Raises:
+        ModelFolderError: no such file.
+    """
+    if not file.is_file():
+        raise ModelFolderError(f"{file}: no such file")
+    beside = file.parent / "config.json"
+    return InternVLC(file.parent, hub.read_json(beside) if beside.is_file() else config, file)
+
+
+def read_config(source: ModelFolder, image_size: int | None = None) -> DualConfig:
+    """The configuration of an InternVL-14B checkpoint.
+
+    Args:
+        image_size: another side (S) of the pictures, px.
+
+    Raises:
+        ModelFolderError: not InternVL-14B.
+    """
+    if source.family != "dual":
+        raise ModelFolderError(f"{source.folder}: this is a chat model, not InternVL-14B")
+    official = source.config | ({"force_image_size": image_size} if image_size else {})
+    file = source.folder / "config.json"
+    config_checks.check_dual(file, official)
+    with config_checks.building(file):
+        return dual_configs.from_official(official, queries=not isinstance(source, InternVLC))
+
+
+def fit_tensors(config: DualConfig, source: ModelFolder) -> dict[str, LazyTensor]:
+    """The checkpoint's tensors under the model's names, checked against its shapes.
+
+    Tensors that the model has no place for are named in the log: the fine-tuned releases hold
+    some that nobody documents.
+
+    Raises:
+        ModelFolderError: missing weights, or other shapes than the config's.
+    """
+    file = source.folder / "config.json"
+    config_checks.check_quantization(file, source.config, source.tensors)
+    with config_checks.building(file):
+        expected = empty_model(config).state_dict()
+        base = keys.take_apart(source.tensors).base
+        renamed = keys.official_to_ours(config, expected, base)
+    model_weights.check_names(source.folder, renamed, log_unexpected=True)
+    return model_weights.check_shapes(source.folder, expected, renamed.tensors)
+
+
+def empty_model(config: DualConfig) -> DualModel:
+    """The model without data (meta device): names and shapes at no cost."""
+    with torch.device("meta"):
+        return DualModel(config)
+
+
+def load_model(
+    source: ModelFolder,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    image_size: int | None = None,
+    drop_path: float = 0.0,
+    attention: str = "sdpa",
+    device_map: str | dict[str, Any] | None = None,
+) -> DualModel:
+    """InternVL-14B, in evaluation mode; adapters that the checkpoint carries are merged.
+
+    Tensors are read one at a time, shard by shard.
+
+    Args:
+        image_size: another side of the pictures in px; the position embeddings are resized to it.
+        drop_path: stochastic depth of the vision tower's last block, in training.
+        attention: `transformers`' attention implementation.
+        device_map: "auto" spreads the model over all GPUs (`device` is then not used).
+
+    Raises:
+        ModelFolderError: what is missing or damaged, by name, and what to do.
+    """
+    config = read_config(source, image_size)
+    model = DualModel.from_pretrained(
+        None,
+        config=config,
+        state_dict=fit_tensors(config, source),
+        dtype=dtype,
+        attn_implementation=attention,
+        device_map=device_map or model_weights.one_device(device),
+    )
+    if drop_path:
+        chat_model.set_drop_path(model, drop_path)
+    if keys.has_adapters(source.tensors):
+        lora.load_official(model, _adapters(config, source), source.folder)
+        lora.merge(model)
+    return model
+
+
+def _adapters(config: DualConfig, source: ModelFolder) -> Mapping[str, Tensor]:
+    names = empty_model(config).state_dict()
+    return keys.adapters_to_ours(config, names, keys.take_apart(source.tensors).adapters)

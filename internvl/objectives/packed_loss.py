@@ -1,0 +1,32 @@
+"""A packed row through a chat model: the loss that training minimizes and evaluation reads."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internvl.data.images import STATISTICS
+from internvl.data.records import PackedBatch
+from internvl.models.attention.packed import packed_mask
+from internvl.models.chat.model import Supervision, normalize_tiles
+
+
+def summed_loss(model: Any, row: PackedBatch, normalize: str) -> Tensor:
+    """float32 (): the weighted SUM of the next-token loss over a row's supervised positions.
+
+    Args:
+        row: on the model's device.
+        normalize: which mean and deviation pixels are normalized with, a key of `STATISTICS`.
+    """
+    implementation = model.config.text_config._attn_implementation
+    mask = packed_mask(implementation, row.document, row.branch, model.dtype, row.starts)
+    pixels = row.pixel_values
+    if pixels is not None:
+        pixels = normalize_tiles(pixels, torch.float32, *STATISTICS[normalize])
+    return model(
+        input_ids=row.input_ids,
+        position_ids=row.position_ids,
+        attention_mask=mask,
+        pixel_values=pixels,
+        supervision=Supervision(row.loss_positions, row.targets, row.loss_weights),
+    ).loss

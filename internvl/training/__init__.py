@@ -1,0 +1,1 @@
+"""What a run keeps besides weights: optimizer, checkpoints, tracking, guards, early stopping."""

@@ -1,0 +1,188 @@
+"""Everything that moves, saved completely or not at all, for going on exactly where a run stopped.
+
+    checkpoints/000500/         torch.distributed.checkpoint: trained weights, optimizer
+    checkpoints/000500/state.json   the step and what else is a plain number
+    checkpoints/LATEST          names the newest one, for people
+
+A checkpoint is written to `.000500.partial` and renamed, so a folder without a dot is complete.
+"""
+
+import errno
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from internvl import log
+from internvl.config import UserError
+from internvl.models.adapters import fused_lora
+
+_GO_BACK = "remove this folder to go on from the one before"
+
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+class CheckpointError(UserError):
+    """A checkpoint that could not be written or read; earlier ones are untouched."""
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in `folder`, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit())
+
+
+def save(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Writes checkpoint `step`, then removes all but the newest `keep`.
+
+    Raises:
+        CheckpointError: it could not be written (disk full, …). Nothing partial is left behind.
+    """
+    target, partial = folder / f"{step:06d}", folder / f".{step:06d}.partial"
+    tensors = _tensors(model, optimizer)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left_over in folder.glob(".*.partial"):
+            shutil.rmtree(left_over)
+        with _quiet():
+            dcp.save(tensors, checkpoint_id=partial, no_dist=True)
+        (partial / "state.json").write_text(json.dumps({**state, "step": step}), encoding="utf-8")
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+        (folder / ".LATEST").write_text(target.name + "\n", encoding="utf-8")
+        (folder / ".LATEST").replace(folder / "LATEST")
+    except (OSError, CheckpointException, RuntimeError) as error:
+        needed = sum(t.nbytes for t in tensors.values() if isinstance(t, Tensor))
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(_why(error, target, needed)) from error
+    for old in steps(folder)[:-keep]:
+        shutil.rmtree(folder / f"{old:06d}")
+    return target
+
+
+def load(
+    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Puts checkpoint `step` into model and optimizer; returns its plain state.
+
+    Raises:
+        CheckpointError: it does not fit this model, or its files are damaged.
+    """
+    source = folder / f"{step:06d}"
+    tensors = _tensors(model, optimizer)
+    try:
+        with _quiet():
+            saved = dcp.FileSystemReader(source).read_metadata().state_dict_metadata
+            # A parameter that no loss has reached yet has no moments; what is here are zeros.
+            there = {k: v for k, v in tensors.items() if k in saved or not _is_moment(k)}
+            dcp.load(there, checkpoint_id=source, no_dist=True)
+            tensors |= there
+        state = log.read_object(source / "state.json", _GO_BACK)
+    except UserError as error:
+        raise CheckpointError(str(error)) from None
+    # What is read is a pickle: where damaged, it may raise anything. Torch's is no Exception.
+    except (Exception, CheckpointException) as error:
+        raise CheckpointError(
+            f"cannot read the checkpoint {source} ({_first_line(error)}); {_GO_BACK}"
+        ) from error
+    set_optimizer_state_dict(model, optimizer, _prefixed(tensors, "optimizer."), options=_FLAT)
+    fused_lora.refresh(model)
+    return state
+
+
+def whole_number(state: dict[str, Any], key: str) -> int:
+    """A number of a checkpoint's plain state. Raises CheckpointError where there is none."""
+    value = state.get(key)
+    if isinstance(value, bool) or not isinstance(value, int):
+        what = f"`{key}` is {value!r}, not a number"
+        raise CheckpointError(
+            f"state.json of the newest checkpoint is damaged ({what}); {_GO_BACK}"
+        )
+    return value
+
+
+def load_weights(folder: Path, step: int, model: nn.Module) -> None:
+    """Puts only the trained weights of checkpoint `step` into `model`, for use or export."""
+    weights = {f"model.{n}": p.data for n, p in model.named_parameters() if p.requires_grad}
+    try:
+        with _quiet():
+            dcp.load(weights, checkpoint_id=folder / f"{step:06d}", no_dist=True)
+    except (Exception, CheckpointException) as error:  # see `load`
+        source = folder / f"{step:06d}"
+        raise CheckpointError(
+            f"cannot read the checkpoint {source} ({_first_line(error)}); {_GO_BACK}"
+        ) from error
+    fused_lora.refresh(model)
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Names to the tensors that move; loading writes into the model's own."""
+    trained = {f"model.{n}": p.data for n, p in model.named_parameters() if p.requires_grad}
+    moments = get_optimizer_state_dict(model, optimizer, options=_FLAT)
+    return {**trained, **{f"optimizer.{k}": v for k, v in moments.items()}}
+
+
+def _is_moment(name: str) -> bool:
+    return name.startswith("optimizer.state.")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch warns that a single process saves as a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
+        yield
+
+
+def _prefixed(tensors: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _why(error: BaseException, target: Path, needed: int) -> str:
+    """One sentence for a failed save of `needed` bytes, once what it wrote is removed again.
+
+    torch's writers report a full disk in several ways, so the space itself is looked at.
+    """
+    try:
+        free = shutil.disk_usage(target.parent).free
+    except OSError:
+        free = needed
+    errno_of = getattr(error, "errno", None)
+    if free < 1.02 * needed or errno_of in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"the disk is full: checkpoint {target} needs {needed / 2**20:.0f} MiB and "
+            f"{free / 2**20:.0f} MiB are free; it was not written, earlier ones are untouched. "
+            "Free some space (or lower checkpoint.keep) and start the same command again"
+        )
+    return f"checkpoint {target} was not written: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    known = isinstance(error, OSError | CheckpointException | RuntimeError | ValueError | EOFError)
+    if not known:  # of a damaged pickle: Python's words on it say nothing
+        return "it is damaged"
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

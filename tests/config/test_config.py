@@ -1,0 +1,140 @@
+"""Recipes: every problem at once, nearest names, overrides, and a resolved copy that reads back."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from internvl.config import ConfigError, DataConfig, TilesChoice, TilesConfig, recipes
+from internvl.config.recipes import load_recipe, resolve
+
+GOOD = {
+    "model": {"id": "x"},
+    "data": {"sources": [{"name": "a", "annotations": "a.jsonl"}]},
+    "run": "runs/x",
+    "global_batch": 8,
+    "epochs": 1,
+}
+
+
+def problems(tree, overrides=()):
+    with pytest.raises(ConfigError) as caught:
+        resolve(tree, overrides)
+    return str(caught.value).splitlines()[1:]
+
+
+def test_defaults_and_overrides():
+    recipe = resolve({**GOOD}, ["optim.lr=1e-5", "data.sources.0.repeat=2", "model.lora.rank=8"])
+    assert recipe.optim.lr == 1e-5
+    assert recipe.data.sources[0].repeat == 2.0
+    assert recipe.model.lora.rank == 8
+    assert recipe.model.parts == ()
+    assert resolve(GOOD).model.parts == ("multi_modal_projector", "language_model")
+
+
+def test_all_problems_at_once_with_the_nearest_name():
+    found = problems(
+        {
+            "model": {"id": "x", "train": ["language_modle"], "lora": {"rnk": 4}},
+            "data": {"sources": [{"name": "a", "anotations": "b"}], "tiles": {"max": "two"}},
+            "global_batch": 0,
+            "run": "r",
+        },
+        ["foo"],
+    )
+    assert "model.lora.rnk: unknown key; did you mean rank?" in found
+    assert "data.sources.0.anotations: unknown key; did you mean annotations?" in found
+    assert any(line.startswith("data.tiles.max: input should be a valid integer") for line in found)
+    assert any("'language_modle'" in line for line in found)
+    assert any(line.startswith("global_batch: input should be greater than 0") for line in found)
+    assert any("'foo' is not an override" in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"steps": 5}, "epochs, steps: give exactly one of the two"),
+        ({"epochs": None}, "epochs, steps: give exactly one of the two"),
+        ({"model": {"id": "x", "train": []}}, "nothing is trained"),
+        (
+            {"model": {"id": "x", "train": ["language_model"], "lora": {"rank": 4}}},
+            "language_model is also in model.train",
+        ),
+        (
+            {"data": {**GOOD["data"], "tiles": {"min": 4, "max": 2}}},
+            "data.tiles.min: larger than data.tiles.max",
+        ),
+        (
+            {"data": {"sources": GOOD["data"]["sources"] * 2}},
+            "two sources are called 'a'",
+        ),
+    ],
+)
+def test_contradictions(change, said):
+    assert any(said in line for line in problems({**GOOD, **change}))
+
+
+def test_the_resolved_recipe_reads_back(tmp_path):
+    recipe = resolve({**GOOD, "evals": {"e": {"annotations": "c.json", "prompt": "?"}}})
+    (tmp_path / "recipe.yaml").write_text(recipes.to_yaml(recipe), encoding="utf-8")
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+    assert recipes.differences(recipe, recipe) == []
+    other = resolve({**GOOD, "optim": {"lr": 1.0}, "log_every": 7})
+    assert any(line.startswith("optim.lr was") for line in recipes.differences(recipe, other))
+    assert not any("log_every" in line for line in recipes.differences(recipe, other))
+
+
+def test_what_a_recipe_leaves_out_of_tiles_is_open():
+    """And what is made in Python is what it says."""
+    data = resolve(GOOD, ["data.tiles.max=6"]).data
+    assert data.tiles == TilesChoice(max=6)
+    assert data.normalize is None
+    for name in ("tiling", "statistics"):
+        with pytest.raises(ValueError, match="left to the checkpoint"):
+            getattr(data, name)
+    assert (DataConfig().tiling, DataConfig().statistics) == (TilesConfig(), "imagenet")
+    whole = ["data.tiles={size: 28, min: 1, max: 2, thumbnail: true, pad_square: false}"]
+    recipe = resolve(GOOD, [*whole, "data.normalize=clip"])
+    assert recipe.data.tiling == TilesConfig(size=28, max=2)
+    again = resolve(yaml.safe_load(recipes.to_yaml(recipe)))
+    assert again == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("a: [", "is not YAML"), ("", "holds no keys"), ("- 1", "holds no keys")]
+)
+def test_files_that_are_no_recipe(tmp_path, text, said):
+    (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=said):
+        load_recipe(tmp_path / "r.yaml")
+    with pytest.raises(ConfigError, match="there is no recipe"):
+        load_recipe(tmp_path / "missing.yaml")
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch", "drop_last", "steps"),
+    [(566_747, 512, False, 1107), (566_747, 512, True, 1106), (64, 8, False, 8), (65, 8, False, 9)],
+)
+def test_the_number_of_steps(samples, batch, drop_last, steps):
+    recipe = resolve({**GOOD, "global_batch": batch, "drop_last": drop_last})
+    assert recipe.num_steps(samples) == steps
+
+
+def test_reading_recipes_needs_no_torch():
+    code = "import internvl.config, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_on_is_a_word_and_true_a_truth_value(tmp_path):
+    """YAML 1.1, which PyYAML reads, has a boolean for `on`."""
+    file = tmp_path / "recipe.yaml"
+    lora = "lora: {rank: 4, on: [vision_tower]}"
+    sources = "sources: [{name: a, annotations: a.jsonl, augment: true}]"
+    file.write_text(
+        f"model: {{id: m, {lora}}}\ndata: {{{sources}}}\nrun: r\nglobal_batch: 8\nsteps: 1\n"
+    )
+    found = load_recipe(file, ["model.lora.on=[language_model]", "drop_last=false"])
+    assert found.model.lora.on == ("language_model",)
+    assert found.data.sources[0].augment is True
+    assert load_recipe(file).model.lora.on == ("vision_tower",)

@@ -1,0 +1,348 @@
+"""Data sets from small trees of the documented shape: what is written, counted, missing."""
+
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from internvl.config import UserError
+from internvl.data.records import DataError
+from internvl.datasets import checklist, convert, playground, prepare
+from internvl.datasets import download as fetch
+
+PUBLISHED = checklist.EXPECTED
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing published has the size of these trees; nothing may use the network."""
+    monkeypatch.setattr(checklist, "EXPECTED", {})
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(fetch, "fetch", refuse)
+    monkeypatch.setattr(fetch, "fetch_snapshot", refuse)
+
+
+def write(path: Path, content: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        write(root / name, "")
+
+
+def chat(image: str | None) -> str:
+    turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    row = {"id": 0, "conversations": turns} | ({"image": image} if image else {})
+    return json.dumps(row) + "\n"
+
+
+def turns(path: Path) -> list[list[str]]:
+    """The texts of every line, its pictures being there."""
+    found = []
+    for _, row in convert.read_jsonl(path):
+        assert (path_of_images(path) / row["image"]).exists()
+        assert [turn["from"] for turn in row["conversations"]] == ["human", "gpt"]
+        found.append([turn["value"] for turn in row["conversations"]])
+    return found
+
+
+def path_of_images(annotations: Path) -> Path:
+    return (
+        annotations.parent.parent
+        if annotations.parent.name == "annotations"
+        else (annotations.parent)
+    )
+
+
+def missing(prepared: prepare.Prepared) -> list[str]:
+    return [path.path.name for path in prepared.missing]
+
+
+# COCO
+
+TRAIN, VAL = "train2014/COCO_train2014_000000000009.jpg", "val2014/COCO_val2014_000000000025.jpg"
+REFERENCES = [{"id": i, "image_id": 25, "caption": f"giraffe {i}"} for i in range(5)]
+
+
+def coco(root: Path) -> Path:
+    folder = root / "data/coco"
+    touch(folder, TRAIN, VAL)
+    rows = [{"image_id": "coco_9", "image": TRAIN, "caption": f" food {i}\n"} for i in range(2)]
+    write(folder / "annotations/coco_karpathy_train.json", rows)
+    write(folder / "annotations/coco_karpathy_test.json", [{"image": VAL, "caption": []}])
+    references = {"images": [{"id": 25}], "annotations": REFERENCES}
+    write(folder / "annotations/coco_karpathy_test_gt.json", references)
+    return folder
+
+
+def test_coco_caption_from_karpathys_list(tmp_path: Path) -> None:
+    folder = coco(tmp_path)
+    done = prepare.run("coco-caption", tmp_path)
+    assert done.ready, done.missing
+    train, test = done.files
+    assert train == folder / "annotations/coco_karpathy_train_567k.jsonl"
+    assert [texts[1] for texts in turns(train)] == ["food 0", "food 1"]
+    written = json.loads(test.read_text())
+    assert written["images"] == [{"id": 25, "file_name": VAL}]
+    assert written["annotations"] == REFERENCES
+    assert done.counts["coco_karpathy_test_gt.json captions"] == 5
+    assert done.counts["pictures"] == 2
+
+
+def test_coco_caption_from_the_official_archive(tmp_path: Path) -> None:
+    annotations = coco(tmp_path) / "annotations"
+    (annotations / "coco_karpathy_train.json").unlink()
+    with zipfile.ZipFile(annotations / "coco_karpathy_train_567k.zip", "w") as file:
+        file.writestr("coco_karpathy_train_567k.jsonl", chat(TRAIN) * 3)
+    done = prepare.run("coco-caption", tmp_path)
+    assert done.counts["coco_karpathy_train_567k.jsonl captions"] == 3
+    assert done.ready
+
+
+def test_pictures_are_unpacked_from_archives_that_lie_there(tmp_path: Path) -> None:
+    folder = coco(tmp_path)
+    (folder / VAL).unlink()
+    with zipfile.ZipFile(folder / "val2014.zip", "w") as file:
+        file.writestr(VAL, "")
+    assert prepare.run("coco-caption", tmp_path).ready
+    assert (folder / VAL).exists()
+
+
+def test_an_empty_place_lists_everything_with_its_address(tmp_path: Path) -> None:
+    done = prepare.run("coco-caption", tmp_path)
+    assert not done.ready
+    assert done.files == ()
+    assert [str(entry.path.relative_to(tmp_path / "data/coco")) for entry in done.missing] == [
+        "train2014",
+        "val2014",
+        "annotations/coco_karpathy_train_567k.zip",
+        "annotations/coco_karpathy_test.json",
+        "annotations/coco_karpathy_test_gt.json",
+    ]
+    assert str(done.missing[0]).endswith(
+        "train2014: from http://images.cocodataset.org/zips/train2014.zip"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_that_lacks_is_named(tmp_path: Path) -> None:
+    folder = coco(tmp_path)
+    (folder / TRAIN).unlink()
+    touch(folder, "train2014/other.jpg")
+    (entry,) = prepare.run("coco-caption", tmp_path).missing
+    assert entry.note == f"1 of 2 pictures lack: {TRAIN}"
+
+
+def test_a_wrong_count_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    coco(tmp_path)
+    monkeypatch.setitem(checklist.EXPECTED, "coco_karpathy_train.json", {"captions": 566_747})
+    with pytest.raises(DataError, match="holds 2 captions, expected 566,747"):
+        prepare.run("coco-caption", tmp_path)
+
+
+def test_paths_that_leave_the_folder_are_refused(tmp_path: Path) -> None:
+    folder = coco(tmp_path)
+    write(folder / "annotations/coco_karpathy_train_567k.jsonl", chat("../../secret.jpg"))
+    with pytest.raises(DataError, match="leaves the image folder"):
+        prepare.run("coco-caption", tmp_path)
+
+
+# Flickr30K, NoCaps
+
+
+def flickr(root: Path, names: tuple[str, ...]) -> Path:
+    folder = root / "data/flickr30k"
+    touch(folder, "Images/1.jpg", "Images/2.jpg")
+    for name in names:
+        write(folder / name, "image,caption\n1.jpg,A dog, running .\n2.jpg,一只猫\n")
+    return folder
+
+
+def test_flickr30k(tmp_path: Path) -> None:
+    folder = flickr(
+        tmp_path, tuple(f"flickr30k_{s}_karpathy.txt" for s in ("train", "val", "test"))
+    )
+    references = {
+        "images": [{"id": 7, "image": "flickr30k-images/2.jpg"}],
+        "annotations": [{"id": 1, "image_id": 7, "caption": "A cat"}],
+    }
+    write(folder / "flickr30k_test_karpathy.json", references)
+    done = prepare.run("flickr30k", tmp_path)
+    assert done.ready, done.missing
+    assert [path.name for path in done.files] == [
+        "flickr30k_train_karpathy.jsonl",
+        "flickr30k_val_karpathy_captions.json",
+        "flickr30k_test_karpathy_captions.json",
+    ]
+    assert turns(done.files[0])[0][1] == "A dog, running ."
+    test = json.loads(done.files[2].read_text())
+    assert test["images"] == [{"id": 1, "file_name": "Images/2.jpg"}]
+
+
+def test_flickr30k_cn(tmp_path: Path) -> None:
+    flickr(tmp_path, ("flickr30k_cn_train.txt", "flickr30k_cn_test.txt"))
+    done = prepare.run("flickr30k-cn", tmp_path)
+    assert done.ready, done.missing
+    assert turns(done.files[0])[1] == [f"<image>\n{prepare.CHINESE_PROMPT}", "一只猫"]
+
+
+def test_nocaps(tmp_path: Path) -> None:
+    folder = tmp_path / "data/nocaps"
+    touch(folder, "images/0a.jpg")
+    rows = {
+        "images": [{"id": 0, "file_name": "0a.jpg"}],
+        "annotations": [{"id": i, "image_id": 0, "caption": "x"} for i in range(10)],
+    }
+    write(folder / "nocaps_val_4500_captions.json", rows)
+    done = prepare.run("nocaps", tmp_path)
+    assert done.ready, done.missing
+    assert done.counts["nocaps_val_4500_captions.json captions"] == 10
+    assert json.loads(done.files[0].read_text())["images"][0]["file_name"] == "images/0a.jpg"
+
+
+# InternVL-Chat-V1-2 SFT, SynthDoG
+
+
+def sft(base: Path) -> None:
+    for folder in playground.SFT_IMAGES:
+        touch(base / "data" / folder, "1.jpg")
+    images = {"": "gqa/images/1.jpg", "coco": "train2017/1.jpg", "docvqa": "train/1.jpg"}
+    images["chartqa"] = "test/1.jpg"
+    for name, folder in playground.SFT_FOLDERS.items():
+        image = images.get(folder, "images/1.jpg")
+        write(base / f"opensource/{name}.jsonl", chat(image) + chat(None))
+
+
+@pytest.mark.parametrize("place", ["playground", "", "InternVL-Chat-V1-2-SFT-Data"])
+def test_sft_where_it_may_lie(tmp_path: Path, place: str) -> None:
+    base = tmp_path / place
+    sft(base)
+    done = prepare.run("sft-v1.2", tmp_path)
+    assert done.ready, done.missing
+    assert done.counts["samples in all"] == 18
+    meta = json.loads(done.files[-1].read_text())
+    assert list(meta) == list(playground.SFT_FOLDERS)
+    assert meta["geoqa+"] == {
+        "root": f"{base}/data/geoqa+/",
+        "annotation": f"{base}/opensource/geoqa+.jsonl",
+        "data_augment": False,
+        "repeat_time": 1,
+        "length": 2,
+    }
+
+
+def test_sft_folders_that_lack_are_listed_once(tmp_path: Path) -> None:
+    base = tmp_path / "playground"
+    sft(base)
+    (base / "data/gqa/images/1.jpg").unlink()
+    (base / "opensource/geoqa+.jsonl").unlink()
+    done = prepare.run("sft-v1.2", tmp_path)
+    assert missing(done) == ["images", "geoqa+.jsonl"]
+    assert done.missing[0].address.endswith("gqa/images.zip")
+    assert not (base / "internvl_1_2_finetune.json").exists()
+
+
+def test_sft_from_archives_as_they_come(tmp_path: Path) -> None:
+    base = tmp_path / "playground"
+    sft(base)
+    (base / "data/ai2d/abc_images/1.jpg").unlink()
+    (base / "data/chartqa/val/1.jpg").unlink()
+    (base / "opensource/geoqa+.jsonl").unlink()
+    for path, name in (
+        ("data/ai2d.zip", "ai2d/abc_images/1.jpg"),
+        ("data/chartqa/ChartQA Dataset.zip", "ChartQA Dataset/val/1.jpg"),
+    ):
+        with zipfile.ZipFile(base / path, "w") as file:
+            file.writestr(name, "")
+    with zipfile.ZipFile(tmp_path / "playground.zip", "w") as file:
+        file.writestr("playground/opensource/geoqa+.jsonl", chat("images/1.jpg"))
+    done = prepare.run("sft-v1.2", tmp_path)
+    assert done.ready, done.missing
+
+
+def test_sft_is_fetched_whole_where_nothing_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[tuple[str, Path]] = []
+
+    def snapshot(repository: str, folder: Path) -> None:
+        fetched.append((repository, folder))
+        sft(folder)
+
+    monkeypatch.setattr(fetch, "fetch_snapshot", snapshot)
+    assert prepare.run("sft-v1.2", tmp_path, download=True).ready
+    assert fetched == [("OpenGVLab/InternVL-Chat-V1-2-SFT-Data", tmp_path / "playground")]
+
+
+def test_the_published_total() -> None:
+    published = [PUBLISHED[f"{name}.jsonl"]["samples"] for name in playground.SFT_FOLDERS]
+    assert sum(published) == 1_267_819
+    assert len(published) == 9
+
+
+def test_synthdog_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), "green").save(buffer, "JPEG")
+    truth = json.dumps({"gt_parse": {"text_sequence": "some words"}})
+    folder = tmp_path / "playground/data/synthdog-en"
+    folder.mkdir(parents=True)
+    table = pyarrow.table(
+        {"image": [{"bytes": buffer.getvalue()}] * 3, "ground_truth": [truth] * 3}
+    )
+    parquet.write_table(table, folder / "train-00000-of-00084.parquet")
+    for _ in range(2):  # a second call finds what the first one made
+        done = prepare.run("synthdog", tmp_path)
+        assert done.ready, done.missing
+        assert done.counts == {"pictures": 3}
+        assert [texts[1] for texts in turns(done.files[0])] == ["some words"] * 3
+
+
+def test_synthdog_without_anything(tmp_path: Path) -> None:
+    done = prepare.run("synthdog", tmp_path)
+    assert done.missing[0].address.endswith("/synthdog-en-images.zip")
+
+
+# All
+
+
+def test_every_name_can_be_prepared(tmp_path: Path) -> None:
+    for name, line in prepare.NAMES.items():
+        assert not prepare.run(name, tmp_path).ready
+        assert "\n" not in line
+
+
+def test_an_unknown_name_says_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did you mean coco-caption"):
+        prepare.run("coco-captions", tmp_path)
+
+
+def test_download_fetches_what_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched = []
+
+    def take(address: str, target: Path) -> Path:
+        fetched.append(address)
+        if target.suffix == ".zip":
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with zipfile.ZipFile(target, "w") as file:
+                file.writestr("images/1.jpg", "")
+            return target
+        return write(target, {"images": [], "annotations": []})
+
+    monkeypatch.setattr(fetch, "fetch", take)
+    done = prepare.run("nocaps", tmp_path, download=True)
+    assert fetched == ["https://nocaps.s3.amazonaws.com/nocaps_val_4500_captions.json"]
+    assert missing(done) == ["images"]  # a page for people, not an address of a file
+    assert prepare.run("synthdog", tmp_path, download=True).ready
+    assert fetched[1].endswith("synthdog-en-images.zip")

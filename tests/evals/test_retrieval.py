@@ -1,0 +1,637 @@
+"""Recall as the original's, in any chunk; retrieval and classes through a real small model."""
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_files import SHARED
+from dual_folders import dual_folder
+from PIL import Image
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.functional import normalize
+from transformers import PreTrainedTokenizerFast
+
+from internvl import evals, evaluate, train
+from internvl.config import UserError, eval_config
+from internvl.config.recipes import resolve
+from internvl.datasets import published as published_sets
+from internvl.evals import features
+from internvl.evals.classify import Classify, accuracies
+from internvl.evals.retrieval import Retrieval, recalls
+from internvl.inference import load as loading
+
+GOLDEN = Path(__file__).parents[1] / "golden/recall"
+FLICKR8K = SHARED / "data/flickr8k_cn"
+CASES = json.loads((GOLDEN / "metrics.json").read_text())
+COLORS = ("red", "green", "blue", "gray", "purple", "orange", "black", "yellow", "white", "pink")
+
+
+_NAMES_AT_1 = ("image_retrieval_recall@1", "text_retrieval_recall@1", "mean_recall")
+
+
+def photo(path: Path, seed: int, size: tuple[int, int] = (80, 60)) -> None:
+    """A picture of soft coloured patches, another for every seed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(path)
+
+
+def add_small_tokenizer(folder: Path) -> Path:
+    """Bytes and a few merges, with the special ids of the Chinese Alpaca's."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["a picture of something red"], trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return add_small_tokenizer(dual_folder(tmp_path_factory.mktemp("model") / "InternVL-tiny"))
+
+
+@pytest.fixture(scope="module")
+def dual(model):
+    return loading.load(model, device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Ten pictures with one to three captions each, in the form of Flickr's text."""
+    lines = ["image,caption"]
+    for number, color in enumerate(COLORS):
+        photo(tmp_path / f"{number}.jpg", number, (60 + 9 * number, 80))
+        lines += [f"{number}.jpg,Something {color}, {k}." for k in range(1 + number % 3)]
+    (tmp_path / "test.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return tmp_path
+
+
+def plain_recalls(texts, images, of_text, ks=(1, 5, 10)):
+    """The definition, query by query, ties to the lower index."""
+    scores = (texts @ images.T).tolist()
+    found = {}
+    for k in ks:
+        hits = []
+        for t, row in enumerate(scores):
+            order = sorted(range(len(row)), key=lambda i, row=row: (-row[i], i))
+            hits.append(of_text[t] in order[:k])
+        found[f"image_retrieval_recall@{k}"] = sum(hits) / len(hits)
+        hits = []
+        for i in range(len(images)):
+            order = sorted(range(len(scores)), key=lambda t, i=i: (-scores[t][i], t))
+            hits.append(any(of_text[t] == i for t in order[:k]))
+        found[f"text_retrieval_recall@{k}"] = sum(hits) / len(hits)
+    return found
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if not n.startswith("ties")])
+def test_recall_is_the_originals(name: str) -> None:
+    golden = load_file(GOLDEN / "tensors.safetensors")
+    of_text = golden[f"{name}.text_to_image"]
+    if name == "evaluate":
+        texts, images = (normalize(golden[f"evaluate.{x}_emb"], dim=-1) for x in ("text", "image"))
+        found = features.ranks_both_ways(texts, images, of_text)
+    else:
+        scores = golden[f"{name}.scores_text_by_image"]
+        of_image = torch.arange(scores.shape[1])
+        found = (
+            features.ranks_of_scores(scores, of_text[:, None] == of_image, of_image),
+            features.ranks_of_scores(
+                scores.T, of_image[:, None] == of_text, torch.arange(len(scores))
+            ),
+        )
+    wanted = {k: v for k, v in CASES[name]["metrics"].items() if "retrieval" in k}
+    assert recalls(*found, (1, 5, 10)) == wanted  # the same float32 means, every digit
+
+
+@pytest.mark.parametrize("kind", ["random", "equal texts", "all equal", "rounded", "without texts"])
+@pytest.mark.parametrize("at_once", [1, 40, 1 << 20])
+def test_ranks_are_those_of_the_definition(monkeypatch, kind: str, at_once: int) -> None:
+    monkeypatch.setattr(features, "SCORES_AT_ONCE", at_once)
+    torch.manual_seed(3)
+    images = normalize(torch.randn(12, 7), dim=-1)
+    of_text = torch.arange(30) % (9 if kind == "without texts" else 12)
+    texts = normalize(images[of_text] + torch.randn(30, 7), dim=-1)
+    if kind == "equal texts":
+        texts[15:] = texts[:15].clone()
+    if kind == "all equal":
+        texts, images = texts[:1].repeat(30, 1), images[:1].repeat(12, 1)
+    if kind == "rounded":
+        texts, images = (normalize(x.sign(), dim=-1) for x in (texts, images))
+    found = recalls(*features.ranks_both_ways(texts, images, of_text), (1, 5, 10))
+    assert found == pytest.approx(plain_recalls(texts, images, of_text.tolist()), abs=1e-7)
+
+
+def test_ranks_are_float32_under_autocast_and_tf32() -> None:
+    torch.manual_seed(1)
+    images = normalize(torch.randn(300, 32), dim=-1)
+    of_text = torch.arange(600) % 300
+    texts = normalize(images[of_text] + torch.randn(600, 32), dim=-1)
+    wanted = features.ranks_both_ways(texts, images, of_text)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = features.ranks_both_ways(texts, images, of_text)
+            rough = features.ranks_of_scores(
+                texts @ images.T, of_text[:, None] == torch.arange(300), torch.arange(300)
+            )
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert all(map(torch.equal, found, wanted))
+    assert not torch.equal(rough, wanted[0])  # the check can fail
+
+
+def test_features_that_are_no_numbers_are_not_kept(tmp_path: Path) -> None:
+    rows = torch.ones(3, 2)
+    rows[1, 0] = torch.nan
+    with pytest.raises(UserError, match="of texts hold no finite number in row 2"):
+        features.Store(tmp_path).encode("texts", 3, lambda part: rows)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_model_that_says_nothing_has_the_recall_of_chance() -> None:
+    same = torch.ones(20, 4) / 2
+    found = recalls(*features.ranks_both_ways(same, same, torch.arange(20)), (1, 5))
+    assert list(found.values()) == pytest.approx([0.05, 0.05, 0.25, 0.25])
+
+
+def spec(data: Path, **more):
+    return eval_config(
+        type="retrieval", annotations=data / "test.txt", images=data, batch_size=4, **more
+    )
+
+
+def test_retrieval_of_a_model_in_both_modes(dual, data: Path, tmp_path: Path) -> None:
+    scores = Retrieval(spec(data, clean=True)).run(dual, tmp_path / "features")
+    kept = {
+        file.name.partition("-")[0]: load_file(file)["features"]
+        for file in (tmp_path / "features").rglob("*.safetensors")
+    }
+    lines = (data / "test.txt").read_text().splitlines()[1:]
+    texts = [line.partition(",")[2].lower().rstrip(".") for line in lines]
+    assert torch.allclose(kept["texts"], dual.encode_texts(texts), atol=1e-5)
+    of_text = [int(line.partition(".")[0]) for line in lines]
+    paths = [str(data / f"{n}.jpg") for n in range(10)]
+    for mode, images in zip("cg", kept["images_cg"].chunk(2, dim=1), strict=True):
+        assert torch.allclose(images, dual.encode_images(paths, mode), atol=1e-5)
+        wanted = plain_recalls(kept["texts"], images, of_text)
+        mean = sum(wanted.values()) / 6
+        assert scores.values.pop(f"{mode}_mean_recall") == pytest.approx(mean)
+        found = {name: scores.values.pop(f"{mode}_{name}") for name in wanted}
+        assert found == pytest.approx(wanted)
+    assert scores.values == {}
+    assert len(scores.rows) == len(lines) + 10
+    assert scores.rows[0].keys() == {"text", "image", "rank"}
+
+
+def test_retrieval_in_shards_is_that_of_the_files(dual, data: Path, tmp_path: Path) -> None:
+    """The same pictures and texts in two tars: the same ranks, recalls and match scores."""
+    found = Retrieval(spec(data)).pairs
+    for part in range(2):
+        with tarfile.open(data / f"{part}.tar", "w") as tar:
+            for n in range(5 * part, 5 * part + 5):
+                texts = [t for t, i in zip(found.texts, found.image_of_text, strict=True) if i == n]
+                (data / f"{n}.txt").write_text("\n".join(texts), encoding="utf-8")
+                tar.add(data / f"{n}.jpg", f"{n}.jpg")
+                tar.add(data / f"{n}.txt", f"{n}.txt")
+    files = Retrieval(spec(data, rerank=4)).run(dual, None)
+    shards = eval_config(
+        type="retrieval", annotations=data, batch_size=4, rerank=4, form="webdataset"
+    )
+    for _ in range(2):  # the second time from its kept features
+        scores = Retrieval(shards).run(dual, tmp_path / "features")
+        assert scores.values == files.values
+        assert [row["rank"] for row in scores.rows] == [row["rank"] for row in files.rows]
+    assert scores.rows[0]["image"] == f"0.jpg in {data}/0.tar"
+
+
+def test_reranked_by_match(dual, data: Path) -> None:
+    """All candidates re-ranked: the order is that of the match scores alone."""
+    evaluator = Retrieval(spec(data, modes=("g",), rerank=30, recall_k=(1, 5)))
+    values = evaluator.run(dual, None).values
+    found = evaluator.pairs
+    pairs = [(found.images[i], text) for i in range(len(found.images)) for text in found.texts]
+    # In the same batches: the scores of random weights differ by little more than rounding.
+    batches = [dual.match(*zip(*pairs[n : n + 4], strict=True)) for n in range(0, len(pairs), 4)]
+    table = torch.cat(batches).view(len(found.images), len(found.texts)).T
+    first = (table.argmax(dim=1) == torch.tensor(found.image_of_text)).float().mean().item()
+    assert values["g_itm_image_retrieval_recall@1"] == pytest.approx(first)
+    best = [found.image_of_text[t] == i for i, t in enumerate(table.argmax(dim=0).tolist())]
+    assert values["g_itm_text_retrieval_recall@1"] == pytest.approx(sum(best) / len(best))
+    assert "g_text_retrieval_recall@1" in values
+
+
+def test_pairs_of_one_picture_look_at_it_once(dual, data: Path) -> None:
+    """Same paths share the tower's work, and the answers are those of single pairs."""
+    paths = [str(data / f"{n}.jpg") for n in (3, 3, 1, 3, 1)]
+    texts = [f"something {color}" for color in COLORS[:5]]
+    rows: list[int] = []
+    with dual.model.model.vision_tower.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["pixel_values"])),
+        with_kwargs=True,
+    ):
+        together = dual.match(paths, texts)
+    assert rows == [2]
+    alone = [dual.match([p], [t]) for p, t in zip(paths, texts, strict=True)]
+    assert torch.allclose(together, torch.cat(alone), atol=1e-5)
+
+
+def test_an_interrupted_evaluation_goes_on(dual, data: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(features, "ROWS", 4)
+    kept = tmp_path / "features"
+    whole = Retrieval(spec(data)).run(dual, kept)
+    files = sorted(kept.rglob("*.safetensors"))
+    assert len(files) == 5 + 3  # 19 texts, 10 pictures, in fours
+    lost = [file for file in files if "images_cg" in file.name][1:]
+    for file in lost:
+        file.unlink()
+    times = {file: file.stat().st_mtime_ns for file in files if file not in lost}
+    again = Retrieval(spec(data)).run(dual, kept)
+    assert again.values == whole.values
+    assert {file: file.stat().st_mtime_ns for file in times} == times
+    assert sorted(kept.rglob("*.safetensors")) == files
+    # Another picture under the same name is other data.
+    photo(data / "3.jpg", 333)
+    Retrieval(spec(data)).run(dual, kept)
+    assert len(sorted(kept.rglob("*.safetensors"))) == 2 * len(files)
+
+
+def test_problems_are_named_before_anything_is_encoded(data: Path) -> None:
+    shutil.copy(data / "1.jpg", data / "copy.jpg")
+    (data / "train.txt").write_text("image,caption\ncopy.jpg,x\n2.jpg,y\n")
+    (data / "4.jpg").write_bytes((data / "4.jpg").read_bytes()[:500])
+    with (data / "test.txt").open("a") as file:
+        file.write("5.jpg,\ngone.jpg,nothing\n")
+    with pytest.raises(UserError) as error:
+        Retrieval(spec(data, train=data / "train.txt"))
+    said = str(error.value)
+    assert "5 problem(s) in the data" in said
+    for part in (
+        "test.txt line 21: the caption is empty",
+        f"test.txt line 22: there is no image {data}/gone.jpg",
+        "4.jpg: the image cannot be decoded",
+        "1.jpg: the training data holds the same file as",
+        "2.jpg: the training data names it too",
+    ):
+        assert part in said
+    skipped = Retrieval(spec(data, train=data / "train.txt", on_bad_sample="skip", recall_k=(1, 5)))
+    names = [Path(path).name for path in skipped.pictures()]
+    assert names == [f"{n}.jpg" for n in (0, 3, 5, 6, 7, 8, 9)]
+    with pytest.raises(UserError, match="cannot be decoded"):  # it cannot be kept
+        Retrieval(spec(data, on_bad_sample="keep"))
+    with pytest.raises(UserError, match="recall_k has 10, but there are only 7 pictures"):
+        Retrieval(spec(data, train=data / "train.txt", on_bad_sample="skip"))
+
+
+def test_a_chat_model_is_refused(data: Path) -> None:
+    with pytest.raises(UserError, match="retrieval needs an InternVL-14B model"):
+        Retrieval(spec(data)).run(object(), None)
+
+
+def test_evaluate_appends_the_lines_of_clip_benchmark(model: Path, data: Path) -> None:
+    output = data / "result.json"
+    for mode in (["c", "g"], ["g"]):
+        metrics = evaluate.run(
+            model,
+            ["retrieval-folder"],
+            annotations=data / "test.txt",
+            to=data / "out",
+            output=output,
+            modes=mode,
+            recall_k=[1, 5],
+            rerank=2 if len(mode) == 1 else 0,
+            languages=["cn"],
+        )
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(row["model"], row["task"]) for row in lines] == [
+        ("internvl_c_retrieval_hf", "zeroshot_retrieval"),
+        ("internvl_g_retrieval_hf", "zeroshot_retrieval"),
+        ("internvl_g_retrieval_hf", "zeroshot_retrieval"),
+        ("internvl_g_retrieval_hf", "zeroshot_retrieval_with_itm"),
+    ]
+    ks = [f"{way}_retrieval_recall@{k}" for k in (1, 5) for way in ("image", "text")]
+    for row in lines:
+        assert [*row] == ["dataset", "model", "pretrained", "task", "metrics", "language"]
+        assert (row["dataset"], row["pretrained"], row["language"]) == ("test", str(model), "cn")
+        assert [*row["metrics"]] == ks
+    assert lines[1]["metrics"] == lines[2]["metrics"]
+    assert lines[2]["metrics"][ks[0]] == metrics[f"retrieval-folder/g_{ks[0]}"]
+    assert not (data / "out/features").exists()
+
+
+def test_named_sets_are_found_and_compared(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "released/InternVL-14B-224px"
+    add_small_tokenizer(dual_folder(folder))
+    root = tmp_path / "data/flickr30k"
+    (root / "Images").mkdir(parents=True)
+    for n in range(10):
+        shutil.copy(data / f"{n}.jpg", root / f"Images/{n}.jpg")
+    shutil.copy(data / "test.txt", root / "flickr30k_cn_test.txt")
+    options = {"root": tmp_path / "data", "to": tmp_path / "out"}
+    found = evaluate.measure(folder, ["retrieval-flickr30k-cn"], **options)
+    table = evaluate.render(found.metrics, folder, found.counts).splitlines()
+    assert not any("0.9290" in row for row in table)
+    assert table[-1] == (
+        "retrieval-flickr30k-cn: published values are for 1,000 pictures and 5,000 texts; this set "
+        "has 10 pictures and 19 texts"
+    )
+    # Beside results of as many they stand.
+    whole = {"retrieval-flickr30k-cn": {"pictures": 1000, "texts": 5000}}
+    table = evaluate.render(found.metrics, folder, whole).splitlines()
+    line = next(row for row in table if "g_text_retrieval_recall@1 " in row)
+    assert line.split()[-1] == "0.9290"
+    assert "published" in table[0]
+    assert not any("this set has" in row for row in table)
+    (row, _) = map(json.loads, (tmp_path / "out/result.jsonl").read_text().splitlines())
+    assert (row["dataset"], row["language"]) == ("flickr30k", "cn")
+
+
+def test_published_scores_of_every_task_language_and_mode() -> None:
+    model = "OpenGVLab/InternVL-14B-224px"
+    for name, value in {
+        "retrieval-flickr30k/c_image_retrieval_recall@1": 0.817,
+        "retrieval-flickr30k-cn/g_text_retrieval_recall@5": 0.994,
+        "retrieval-coco/g_image_retrieval_recall@1": 0.586,
+        "retrieval-coco-cn/c_text_retrieval_recall@10": 0.967,
+        "retrieval-xtd/g_text_retrieval_recall@10": 0.986,
+        "retrieval-xtd-ko/c_image_retrieval_recall@1": 0.583,
+        "retrieval-xtd-pl/c_image_retrieval_recall@1": None,
+        "retrieval-coco/g_itm_image_retrieval_recall@1": None,
+        "caption-coco/cider": 1.282,
+        "caption-nocaps/average_length": 10.463,
+    }.items():
+        assert evaluate.published(model, name) == pytest.approx(value), name
+    assert evaluate.published("OpenGVLab/InternVL2-2B", "caption-coco/cider") == 0.793
+    assert evaluate.published("somebody/else", "caption-coco/cider") is None
+
+
+def test_every_named_set_is_read_from_its_layout(tmp_path: Path) -> None:
+    """The documented files and folders, as small as they can be."""
+    name = "COCO_val2014_000000000042.jpg"
+    coco, flickr, nocaps = (tmp_path / x for x in ("coco", "flickr30k", "nocaps"))
+    retrieval = tmp_path / "mscoco_captions"
+    for path in (
+        *(coco / "val2014" / name, flickr / "Images/7.jpg", nocaps / "images/7.jpg"),
+        retrieval / "val2014" / name,
+    ):
+        photo(path, 1)
+    one = [{"image_id": 42, "id": 1, "caption": "A cat."}]
+    named = {"images": [{"id": 42, "file_name": "Images/7.jpg"}], "annotations": one}
+    files = {
+        coco / "annotations/coco_karpathy_test.json": [{"image": f"val2014/{name}"}],
+        coco / "annotations/coco_karpathy_test_gt.json": {"images": [], "annotations": one},
+        flickr / "flickr30k_test_karpathy.json": named,
+        nocaps / "nocaps_val_4500_captions.json": named,
+        retrieval / "coco_test_karpathy.json": {
+            "images": [{"id": 42, "file_name": name}],
+            "annotations": one,
+        },
+        retrieval / "coco-cn_test.json": {
+            "images": [{"id": 42, "file_name": f"val2014/{name}"}],
+            "annotations": one,
+        },
+    }
+    for path, tree in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(tree))
+    for path, text in {
+        flickr / "flickr30k_test_karpathy.txt": "image,caption\n7.jpg,A cat.\n",
+        flickr / "flickr30k_cn_test.txt": "image,caption\n7.jpg,A cat.\n",
+        retrieval / "test_1kcaptions_ko.txt": "A cat.\n",
+        retrieval / "test_1kcaptions_en.txt": "A cat.\n",
+        retrieval / "test_image_names.txt": f"{name}\n",
+    }.items():
+        path.write_text(text)
+    for task, described in published_sets.TASKS.items():
+        languages = ("en", "ko") if task == "retrieval-xtd" else ()
+        found = published_sets.configs(
+            task, tmp_path / described.root, languages=languages, recall_k=(1,)
+        )
+        assert len(found) == max(1, len(languages))
+        for config in found.values():
+            evaluator = evals.EVALS[config.type](config)
+            assert [Path(path).exists() for path in evaluator.pictures()] == [True], task
+            assert evaluator.counts() == {"pictures": 1, "texts": 1}, task
+            if isinstance(evaluator, Retrieval):
+                cleaned = "A cat." if task == "retrieval-xtd" else "a cat"
+                assert evaluator.pairs.texts == (cleaned,), task
+            else:
+                assert evaluator.ids == [42]
+
+
+def test_captions_of_a_dual(model: Path, dual, data: Path, tmp_path: Path) -> None:
+    images = [{"id": 100 + n, "image": f"flickr30k-images/{n}.jpg"} for n in range(3)]
+    annotations = [{"image_id": 100 + n, "id": n, "caption": f"thing {n}"} for n in range(3)]
+    root = tmp_path / "data/flickr30k"
+    (root / "Images").mkdir(parents=True)
+    for n in range(3):
+        shutil.copy(data / f"{n}.jpg", root / f"Images/{n}.jpg")
+    tree = json.dumps({"images": images, "annotations": annotations})
+    (root / "flickr30k_test_karpathy.json").write_text(tree)
+    metrics = evaluate.run(
+        model,
+        ["caption-flickr30k"],
+        root=tmp_path / "data",
+        to=tmp_path / "out",
+        metrics="exact",
+        max_new_tokens=9,
+        batch_size=2,
+    )
+    (file,) = (tmp_path / "out").glob("flickr30k_*.json")
+    assert file.stem.rpartition("_")[2].isdigit()
+    assert len(file.stem) == len("flickr30k_yymmddHHMMSS")
+    paths = [str(data / f"{n}.jpg") for n in range(3)]
+    captions = dual.caption(paths, max_new_tokens=9)
+    wanted = [{"image_id": 100 + n, "caption": captions[n]} for n in range(3)]
+    assert json.loads(file.read_text()) == wanted
+    length = sum(len(text.split()) for text in captions) / 3
+    assert metrics["caption-flickr30k/average_length"] == pytest.approx(length)
+    (line,) = (tmp_path / "out/result.jsonl").read_text().splitlines()
+    assert json.loads(line) == ["flickr30k", "English caption:", pytest.approx(length), {}]
+
+
+def test_interrupted_captions_go_on(dual, data: Path, tmp_path: Path) -> None:
+    tree = {
+        "images": [{"id": n, "file_name": f"{n}.jpg"} for n in range(10)],
+        "annotations": [{"image_id": n, "id": n, "caption": "x"} for n in range(10)],
+    }
+    (data / "captions.json").write_text(json.dumps(tree))
+    config = eval_config(
+        annotations=data / "captions.json",
+        images=data,
+        metrics="exact",
+        max_new_tokens=4,
+        num_beams=1,
+        batch_size=1,
+    )
+    whole = evals.EVALS["caption"](config).run(dual, tmp_path)
+    (kept,) = tmp_path.glob("captions-*.jsonl")
+    lines = kept.read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [row["answer"] for row in whole.rows]
+    kept.write_text('"kept"\n' + "\n".join(lines[1:9]) + '\n"cut o')
+    again = evals.EVALS["caption"](config).run(dual, tmp_path)
+    assert [row["answer"] for row in again.rows] == ["kept", *(r["answer"] for r in whole.rows[1:])]
+
+
+@pytest.fixture
+def classes(tmp_path: Path) -> Path:
+    for number in range(6):
+        for k in range(1 + number % 2):
+            photo(tmp_path / f"classes/n{number}/{k}.jpg", 10 * number + k, (50 + 60 * k, 90))
+    named = {"birds": [f"{color} bird" for color in COLORS[:6]], "cars": []}
+    (tmp_path / "classnames.json").write_text(json.dumps(named))
+    names = {f"n{n}": f"bird {n}" for n in range(6)}
+    for name, tree in {
+        "numbers.json": names | {"n1": 3},
+        "more.json": names | {"n9": "gone"},
+        "bare.json": ["a {c}", "a bird"],
+        "half.json": ["{c} \ud83d"],
+    }.items():
+        (tmp_path / name).write_text(json.dumps(tree))
+    (tmp_path / "templates.json").write_text(json.dumps({"birds": ["a {c}.", "the {c}, {c}"]}))
+    return tmp_path
+
+
+def test_zero_shot_classes(dual, classes: Path) -> None:
+    config = eval_config(
+        type="classify",
+        annotations=classes / "classes",
+        classes=classes / "classnames.json",
+        templates=classes / "templates.json",
+        key="birds",
+        modes=("c",),
+    )
+    found = Classify(config).run(dual, None)
+    weights = []
+    for color in COLORS[:6]:
+        name = f"{color} bird"
+        mean = dual.encode_texts([f"a {name}.", f"the {name}, {name}"]).mean(dim=0)
+        weights.append(mean / mean.norm())
+    paths = sorted((classes / "classes").rglob("*.jpg"))
+    logits = 100 * dual.encode_images(paths, "c", crop=True) @ torch.stack(weights).T
+    truth = torch.tensor([int(path.parent.name[1:]) for path in paths])
+    hits = logits.argmax(dim=1) == truth
+    assert found.values["c_acc1"] == pytest.approx(hits.double().mean().item())
+    top = (logits.topk(5, dim=1)[1] == truth[:, None]).any(dim=1)
+    assert found.values["c_acc5"] == pytest.approx(top.double().mean().item())
+    per_class = [hits[truth == n].double().mean().item() for n in range(6)]
+    assert found.values["c_mean_per_class_recall"] == pytest.approx(sum(per_class) / 6)
+
+
+def test_a_class_without_an_image_is_named(classes: Path) -> None:
+    (classes / "classes/n8").mkdir()
+    spec = {"type": "classify", "annotations": classes / "classes"}
+    with pytest.raises(UserError, match="n8: this class has no image"):
+        Classify(eval_config(**spec))
+    for policy in ("keep", "skip"):  # it stays one of the classes to choose from
+        found = Classify(eval_config(**spec, on_bad_sample=policy)).counts()
+        assert found == {"pictures": 9, "classes": 7, "left out": 1}
+
+
+def test_accuracies_with_few_classes() -> None:
+    found = accuracies(torch.tensor([0, 1, 0, 2]), torch.tensor([0, 0, 2, 2]), 3)
+    assert found == {"acc1": 0.5, "mean_per_class_recall": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"classes": "classnames.json"}, "has no name for the folder n0"),
+        ({"classes": "classnames.json", "key": "cats"}, "no entry 'cats'; it has birds, cars"),
+        ({"classes": "classnames.json", "key": "cars"}, "a JSON list of texts is expected"),
+        ({"templates": "templates.json"}, "a JSON list of texts is expected"),
+        ({"templates": "gone.json"}, "cannot read"),
+        ({"classes": "numbers.json"}, "the name of n1 is the number 3, not text"),
+        ({"classes": "more.json"}, r"names 1 folder\(s\) that .*classes lacks: n9"),
+        ({"templates": "bare.json"}, "entry 2: 'a bird' lacks a {c}"),
+        ({"templates": "half.json"}, "entry 1 holds half a character"),
+        ({"annotations": "gone"}, "is no folder"),
+    ],
+)
+def test_wrong_classes(classes: Path, keys: dict[str, str], said: str) -> None:
+    given = {"annotations": "classes"} | keys
+    paths = {name: value if name == "key" else classes / value for name, value in given.items()}
+    with pytest.raises(UserError, match=said):
+        Classify(eval_config(type="classify", **paths))
+
+
+def test_several_evaluations_of_a_handle(dual, data: Path, tmp_path: Path) -> None:
+    """As `train` calls them: any mixture, into STEP.json."""
+    configs = {"val": spec(data), "quick": spec(data, limit=4, modes=("c",), recall_k=(1,))}
+    found = evals.run_all(evals.build(configs), dual, tmp_path / "evals", 7)
+    assert json.loads((tmp_path / "evals/000007.json").read_text()) == found
+    assert evals.measured(tmp_path / "evals", 7) == {"val", "quick"}
+    assert "quick/c_image_retrieval_recall@1" in found
+    assert (
+        len((tmp_path / "evals/000007/quick.jsonl").read_text().splitlines()) == 4 + 1 + 2 + 3 + 1
+    )
+
+
+def test_during_training_and_after_it(model: Path, data: Path) -> None:
+    """What a run measured at its end is what `evaluate` measures of its folder."""
+    pairs = {"annotations": str(data / "test.txt"), "images": str(data)}
+    recipe = resolve(
+        {
+            "model": {"id": str(model), "train": ["heads"]},
+            "data": {
+                "sources": [{"name": "pairs", "type": "captions", **pairs}],
+                "tiles": {"size": 84, "max": 1},
+                "max_tokens": 80,
+                "workers": 0,
+            },
+            "objective": {"name": "retrieval"},
+            "evals": {"val": {"type": "retrieval", **pairs, "before": True}},
+            "optim": {"lr": 1e-3},
+            "run": str(data / "run"),
+            "global_batch": 5,
+            "steps": 2,
+            "dtype": "float32",
+            "device": "cpu",
+        }
+    )
+    train.run(recipe)
+    before, after = (
+        json.loads((data / f"run/evals/{step:06d}.json").read_text()) for step in (0, 2)
+    )
+    assert before.keys() == after.keys()
+    assert evaluate.run(data / "run", device="cpu") == after
+    chosen = {"annotations": data / "test.txt", "modes": ["g"], "device": "cpu"}
+    found = evaluate.run(data / "run", ["retrieval-folder"], **chosen)
+    name = "g_text_retrieval_recall@5"
+    assert found[f"retrieval-folder/{name}"] == after[f"val/{name}"]
+    few = evaluate.run(data / "run", ["val"], limit=3, recall_k=[1], device="cpu")
+    assert [*few] == [f"val/{m}_{x}" for m in ("c", "g") for x in _NAMES_AT_1]
+
+
+@pytest.mark.skipif(not FLICKR8K.is_dir(), reason="no Flickr8k-CN here")
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_real_photos(dual, language: str) -> None:
+    config = eval_config(
+        type="retrieval",
+        annotations=FLICKR8K / f"flickr8k_{language}_test.txt",
+        images=FLICKR8K / "images",
+        train=FLICKR8K / f"flickr8k_{language}_train.txt",
+        clean=True,
+        limit=40,
+        modes=("g",),
+    )
+    evaluator = Retrieval(config)
+    assert (len(evaluator.pairs.images), len(evaluator.pairs.texts)) == (40, 200)
+    values = evaluator.run(dual, None).values
+    assert 0 <= values["g_image_retrieval_recall@1"] <= values["g_image_retrieval_recall@10"] <= 1

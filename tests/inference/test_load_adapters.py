@@ -1,0 +1,392 @@
+"""What a recipe trains, and the chat and merge verbs on what came of it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import peft_folders
+import pytest
+import tiny_run
+import torch
+from chat_folders import IMAGE_TOKEN_ID, add_tokenizer, official_folder, shared
+from peft import LoraConfig as LoraSettings
+from peft import get_peft_model
+from PIL import Image
+from safetensors.torch import load_file
+from test_cli import call
+from test_lora import official_lora_folder
+
+from internvl import cli, export, train, zoo
+from internvl.config import ConfigError, LoraConfig, ModelConfig, UserError
+from internvl.config.recipes import load_recipe, resolve
+from internvl.inference import generate
+from internvl.inference import load as loading
+from internvl.inference.generate import Request
+from internvl.models import configs
+from internvl.models.adapters import lora
+from internvl.models.chat import model as chat_model
+
+LORA = {"rank": 4, "on": ["language_model", "vision_tower"]}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    return tiny_run.make(tmp_path_factory.mktemp("project"))
+
+
+def recipe(project: Path, size: int = 64, **model: object):
+    folder = project.parent
+    tree = {"model": {"id": str(folder / "start"), **model}, "run": str(folder / "run")}
+    source = {"name": "a", "annotations": "a.jsonl"}
+    data = {"sources": [source], "tiles": {"size": size, "max": 1, "thumbnail": False}}
+    return resolve({**tree, "data": data, "global_batch": 8, "steps": 2, "device": "cpu"})
+
+
+def test_the_last_blocks_of_the_tower_train_with_a_recipe(project):
+    chosen = recipe(project, train=["multi_modal_projector"], train_last_vision_blocks=1)
+    model = loading.for_training(chosen).model
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    last = len(model.model.vision_tower.encoder.layer) - 1
+    stems = ("model.multi_modal_projector.", f"model.vision_tower.encoder.layer.{last}.")
+    assert trained == {n for n, _ in model.named_parameters() if n.startswith(stems)}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A model whose widths are multiples of 64, as 4-bit kernels on a CPU want them."""
+    official = zoo.official_config(zoo.find("InternVL2-2B"))
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 600}
+    official["vision_config"] = official["vision_config"] | small | heads | {"image_size": 56}
+    official["llm_config"] = official["llm_config"] | small | heads
+    official |= {"force_image_size": 56, "dynamic_image_size": False}
+    torch.manual_seed(0)
+    model = chat_model.ChatModel(configs.from_official(official, 526))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    folder = tmp_path_factory.mktemp("wide")
+    model.save_pretrained(folder)
+    return add_tokenizer(folder, "internlm2")
+
+
+@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantized_model_answers_adapts_and_does_not_export(kind, wide, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    plain = loading.load(wide, device="cpu", dtype="bfloat16")
+    chat = loading.load(wide, device="cpu", dtype="bfloat16", quantize=kind)
+    stored = {n: p.dtype for n, p in chat.model.named_parameters()}
+    packed = {n for n, dtype in stored.items() if dtype in (torch.int8, torch.uint8)}
+    assert all(
+        n.endswith(".weight") and ("_proj" in n or "mlp.fc" in n or "layer" in n) for n in packed
+    )
+    assert not any("multi_modal_projector" in n or n.startswith("lm_head") for n in packed)
+    assert len(packed) == 2 * 7 + 2 * 6
+    pair = torch.stack([export.probe(m.model).flatten() for m in (plain, chat)])
+    assert torch.corrcoef(pair)[0, 1] > 0.9
+    request = Request([{"role": "user", "content": "Hi"}], [Image.new("RGB", (90, 60))])
+    assert isinstance(chat.answer([request], max_new_tokens=3)[0], str)
+    with pytest.raises(UserError, match="weights are quantized, and what was rounded off is lost"):
+        export.run(chat, tmp_path / "out")
+    lora.attach(chat.model, LoraConfig(rank=4))
+    with pytest.raises(UserError, match="its base is quantized; load the model without quantize"):
+        lora.merge(chat.model)
+
+
+@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+@pytest.mark.filterwarnings("ignore")
+def test_qlora_trains_and_merges_into_the_base_as_released(kind, wide, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    lines = tiny_run.make(tmp_path / "p", steps=3, run=str(tmp_path / "run"), dtype="bfloat16")
+    words = [f"model.id={wide}", "model.train=[]", "model.lora.rank=4", f"model.quantize={kind}"]
+    chosen = load_recipe(lines, [*words, "data.tiles.size=56", "data.max_tokens=512"])
+    train.run(chosen)
+    merged = load_file(export.run(tmp_path / "run", tmp_path / "merged") / "model.safetensors")
+    base = load_file(export.run(wide, tmp_path / "base") / "model.safetensors")
+    moved = {name for name, tensor in merged.items() if not torch.equal(tensor, base[name])}
+    assert moved
+    assert all("language_model.model.layers" in name and "_proj" in name for name in moved)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ({"quantize": "4bit"}, "quantized weights do not train; set model.lora"),
+        ({"quantize": "8bit", "lora": LORA, "train_last_vision_blocks": 1}, "do not train"),
+        ({"lora": LORA, "train_last_vision_blocks": 1}, "vision_tower is in model.train or"),
+        ({"train": ["vision_tower"], "train_last_vision_blocks": 1}, "choose one"),
+        ({"quantize": "2bit"}, "model.quantize"),
+    ],
+)
+def test_contradictions_of_a_model(project, model, said):
+    with pytest.raises(ConfigError, match=said):
+        recipe(project, **model)
+
+
+def test_blocks_alone_are_something_to_train(project):
+    assert recipe(project, train=[], train_last_vision_blocks=2).model.parts == ()
+    assert recipe(project, quantize="4bit", lora=LORA, train=["multi_modal_projector"])
+
+
+def test_gpt_oss_does_not_train(project, tmp_path):
+    folder = add_tokenizer(
+        official_folder("GptOssForCausalLM", tmp_path, template="Hermes-2"), "qwen2"
+    )
+    with pytest.raises(UserError, match="GPT-OSS answers and exports here, but does not train"):
+        loading.for_training(recipe(project, size=84, id=str(folder)))
+
+
+def test_a_run_merges_and_a_plain_model_is_refused(capsys, project, tmp_path):
+    lines = tiny_run.make(tmp_path / "p", steps=2, run=str(tmp_path / "run"))
+    train.run(load_recipe(lines, ["model.train=[]", "model.lora.rank=4"]))
+    for number, folder in enumerate((tmp_path / "run", tmp_path / "run" / "adapter")):
+        assert export.has_adapters(folder)
+        words = ("merge", folder, "--to", tmp_path / f"merged{number}")
+        assert call(capsys, *words)[0] == 0
+        merged = loading.load(tmp_path / f"merged{number}", device="cpu").model
+        adapted = loading.load(folder, device="cpu").model
+        assert not lora.has_adapters(merged)
+        torch.testing.assert_close(export.probe(merged), export.probe(adapted))
+    code, _, err = call(capsys, "merge", project.parent / "start", "--to", tmp_path / "no")
+    assert (code, "has no adapters to merge; `internvl export`" in err) == (1, True)
+
+
+def test_a_conversation_streams_to_a_terminal(capsys, project, monkeypatch):
+    """The same text as without one, and the history reaches the next question."""
+    start, image = project.parent / "start", project.parent / "red-circle.png"
+    typed = iter(["What is this?", "Sure?"])
+
+    def ask(_: str) -> str:
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    words = ["chat", str(start), "--image", str(image), "--max-new-tokens", "5"]
+    plain = call(capsys, *words, "--prompt", "What is this?")[1]
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    with pytest.raises(SystemExit):
+        cli.main(words)
+    said = capsys.readouterr().out.splitlines()
+    assert said[: len(plain.splitlines())] == plain.splitlines()
+    assert len(said) >= 2
+
+
+def converse(capsys, monkeypatch, project, questions, *words):
+    """(exit code, answers, sentences) of a conversation with the red circle; every answer is how
+    many turns its request has, and its last question."""
+    typed, asked = iter(questions), []
+
+    def ask(_: str) -> str:
+        try:
+            text = next(typed)
+        except StopIteration:
+            raise EOFError from None
+        if isinstance(text, Exception):
+            raise text
+        return text
+
+    def answer(self, requests, **settings):
+        encoded = generate.encode(requests[0], self.encoder, self.tiles)
+        asked.append((requests[0].messages, len(encoded.input_ids), settings))
+        return [f"{len(requests[0].messages)}: <image>" if "hush" not in str(requests) else ""]
+
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr(loading.Chat, "answer", answer)
+    code, out, err = call(capsys, "chat", project.parent / "start", *words)
+    return code, out.splitlines(), [line for line in err.splitlines() if "internvl:" in line], asked
+
+
+def test_a_bad_question_does_not_end_a_conversation(capsys, project, monkeypatch):
+    image = project.parent / "red-circle.png"
+    questions = ["What are <image> and <image>?", "  ", "What is this?", "What is the tag <image>?"]
+    questions += [
+        "Half \ud83d.",
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"),
+        r"\<image>?",
+    ]
+    questions += ["And <video>?", "Say <IMG_CONTEXT>.", "Bye."]
+    code, said, wrong, asked = converse(
+        capsys, monkeypatch, project, questions, "--image", image, "--temperature", 0
+    )
+    assert (code, said) == (0, ["1: <image>", "3: <image>", "5: <image>"])
+    texts = [turn["content"] for turn in asked[-1][0]]
+    assert texts == [
+        *("<image>\nWhat is this?", "1: <image>", r"\<image>?", "3: <image>", "Bye."),
+    ]
+    assert asked[0][2]["temperature"] == 0
+    for sentence, says in zip(
+        wrong,
+        (
+            r"2 <image> mark(s) in the questions, but 1 image(s)",
+            r"\<image> (in JSON \\<image>) where the word is meant",
+            "half of a character",
+            "codec can't decode",
+            "1 <video> mark(s)",
+            "must not contain <IMG_CONTEXT>",
+        ),
+        strict=True,
+    ):
+        assert says in sentence
+
+
+def test_an_empty_answer_is_not_kept(capsys, project, monkeypatch):
+    image = project.parent / "red-circle.png"
+    code, said, wrong, asked = converse(
+        capsys, monkeypatch, project, ["hush", "What is this?"], "--image", image
+    )
+    assert (code, said) == (0, ["", "1: <image>"])
+    assert "the answer is empty; the question is forgotten" in wrong[0]
+    assert asked[1][0] == [{"role": "user", "content": "<image>\nWhat is this?"}]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--temperature", -1), "temperature must be a number above 0, not -1.0"),
+        (("--top-p", 0), "top_p must be a number above 0 and at most 1"),
+        (("--max-new-tokens", 0), "max_new_tokens must be a whole number of at least 1"),
+        (("--image", "nowhere.png"), "there is no image nowhere.png"),
+    ],
+)
+def test_what_is_wrong_before_any_question_is_said_before_the_model_loads(capsys, words, says):
+    code, _, err = call(capsys, "chat", "no-such-model", *words)
+    assert code == 1
+    assert says in err
+
+
+@pytest.mark.parametrize(
+    ("question", "images", "video", "marked"),
+    [
+        ("What?", 0, "", "What?"),
+        ("What?", 2, "", "<image>\n<image>\nWhat?"),
+        (r"Is \<image> a tag?", 1, "", "<image>\n" + r"Is \<image> a tag?"),
+        ("One <image>, two <image>?", 2, "", "One <image>, two <image>?"),
+        ("What?", 1, "Frame1: <image>\n", "<image>\nFrame1: <image>\nWhat?"),
+        ("<video>\nWhat?", 1, "Frame1: <image>\n", "<image>\nFrame1: <image>\nWhat?"),
+        (r"A \<video>?", 0, "Frame1: <image>\n", "Frame1: <image>\n" + r"A \<video>?"),
+    ],
+)
+def test_marks_of_a_first_question(question, images, video, marked):
+    assert cli._marked(question, images, video) == marked
+
+
+@pytest.mark.parametrize("options", [("--num-beams", 2), ("--temperature", 0.7, "--top-p", 0.9)])
+def test_chat_takes_settings(capsys, project, options):
+    words = ("chat", project.parent / "start", "--prompt", "Hi", "--max-new-tokens", 3)
+    assert call(capsys, *words, *options)[0] == 0
+
+
+def test_chat_about_a_video(capsys, project):
+    pytest.importorskip("av")
+    video = shared("data/video/realshort.mp4")
+    words = ("chat", project.parent / "start", "--prompt", "What happens?", "--max-new-tokens", 3)
+    assert call(capsys, *words, "--video", video, "--frames", 2)[0] == 0
+
+
+def test_size_normalization_and_padding_of_a_recipe_reach_answers_and_exports(project, tmp_path):
+    """The position embeddings are resized once, as the original does."""
+    chosen = recipe(project)
+    tiles = replace(chosen.data.tiles, size=112, pad_square=True)
+    chosen = replace(chosen, data=replace(chosen.data, tiles=tiles, normalize="siglip"))
+    chat = loading.for_training(chosen)
+    size = chat.model.config.vision_config.image_size
+    rows = chat.model.model.vision_tower.embeddings.position_embeddings.shape[1]
+    assert (size, rows) == (
+        (112, 112),
+        1 + (112 // chat.model.config.vision_config.patch_size[0]) ** 2,
+    )
+    seen = []
+    chat.model.eval().model.vision_tower.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((*args, *kwargs.values())[0]), with_kwargs=True
+    )
+    white = Image.new("RGB", (120, 60), "white")
+    chat.answer([Request([{"role": "user", "content": "x"}], [white])], max_new_tokens=2)
+    assert seen[0].shape == (1, 3, 112, 112)
+    assert float(seen[0].max()) == pytest.approx(1)  # (1 - 0.5) / 0.5
+    for layout in ("hf", "official"):
+        again = loading.load(export.run(chat, tmp_path / layout, layout), device="cpu")
+        assert again.tiles == tiles
+        assert configs.chat_settings(again.model.config)["normalize"] == "siglip"
+    processor = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
+    assert processor["image_mean"] == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("exif", ["ignore", "apply"])
+def test_exif_orientation_of_a_recipe_reaches_training_answers_and_exports(project, tmp_path, exif):
+    chosen = recipe(project)
+    chat = loading.for_training(replace(chosen, data=replace(chosen.data, exif=exif)))
+    stored = Image.fromarray(np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)).resize((60, 40))
+    orientation = Image.Exif()
+    orientation[0x0112] = 6
+    file = tmp_path / "turned.png"
+    stored.save(file, exif=orientation)
+    shown = stored.transpose(Image.Transpose.ROTATE_270) if exif == "apply" else stored
+    folders = [export.run(chat, tmp_path / layout, layout) for layout in ("hf", "official")]
+    for model in (chat, *(loading.load(folder, device="cpu") for folder in folders)):
+        seen = []
+        model.model.eval().model.vision_tower.register_forward_pre_hook(
+            lambda _, args, kwargs, seen=seen: seen.append((*args, *kwargs.values())[0]),
+            with_kwargs=True,
+        )
+        for image in (file, shown):
+            model.answer([Request([{"role": "user", "content": "x"}], [image])], max_new_tokens=2)
+        assert torch.equal(seen[0], seen[-1])
+        assert configs.chat_settings(model.model.config)["exif"] == exif
+    official = json.loads((tmp_path / "official" / "config.json").read_text())
+    assert official.get("exif") == (exif if exif == "apply" else None)
+
+
+def test_training_goes_on_from_adapters_of_any_kind(project, tmp_path):
+    """They are merged, so that what trains starts from what PEFT computes; and on top of those."""
+    base = export.run(project.parent / "start", tmp_path / "hf")
+    settings = {"use_dora": True, "target_modules": ["q_proj", "embed_tokens"], "bias": "all"}
+    with peft_folders.quiet():
+        given = LoraSettings(r=4, lora_alpha=16, **settings)
+        adapted = get_peft_model(peft_folders.plain(base), given)
+        for number, value in enumerate(p for p in adapted.parameters() if p.requires_grad):
+            value.data += 0.02 * torch.randn(value.shape, generator=torch.manual_seed(number))
+        adapted.save_pretrained(tmp_path / "adapter")
+    peft_folders.changed_config(tmp_path / "adapter", base_model_name_or_path=str(base))
+    expected = export.probe(adapted.base_model.model)
+    before = recipe(project, id=str(tmp_path / "adapter"), train=[], lora={"rank": 4})
+    start = loading.for_training(before)
+    torch.testing.assert_close(export.probe(start.model), expected, atol=5e-5, rtol=0)
+    assert {n for n, p in start.model.named_parameters() if p.requires_grad} == {
+        n for n, _ in start.model.named_parameters() if ".lora_" in n
+    }
+    words = ["model.train=[]", "model.lora.rank=4", f"model.id={tmp_path / 'adapter'}"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    train.run(load_recipe(tiny_run.make(project.parent, steps=2, run=str(first)), words))
+    run = loading.load(first, device="cpu").model
+    assert not torch.equal(export.probe(run), export.probe(start.model))
+    found = export.probe(loading.load(first / "adapter", device="cpu").model)
+    torch.testing.assert_close(found, export.probe(run), atol=5e-5, rtol=0)
+    merged = loading.load(export.run(first, tmp_path / "merged"), device="cpu").model
+    torch.testing.assert_close(export.probe(merged), export.probe(run), atol=1e-4, rtol=0)
+    words[-1] = f"model.id={first}"  # a run that has adapters, and adapters on top
+    train.run(load_recipe(tiny_run.make(project.parent, steps=2, run=str(second)), words))
+    run = loading.load(second, device="cpu").model
+    found = export.probe(loading.load(second / "adapter", device="cpu").model)
+    torch.testing.assert_close(found, export.probe(run), atol=5e-5, rtol=0)
+    in_4_bits = replace(before.model, quantize="4bit")
+    with pytest.raises(UserError, match=r"has adapters, which quantized weights cannot .* merge"):
+        loading._choose_trainable(run, in_4_bits)
+
+
+def test_adapters_on_an_official_checkpoint_that_has_some(tmp_path):
+    """As the original's use_llm_lora writes them: merged, then adapters on top."""
+    folder, _ = official_lora_folder(tmp_path / "official")
+    model = chat_model.load_model(folder, image_token_id=IMAGE_TOKEN_ID)
+    expected = export.probe(model)
+    loading._choose_trainable(model, ModelConfig(id=str(folder), lora=LoraConfig(rank=2)))
+    torch.testing.assert_close(export.probe(model), expected, atol=1e-4, rtol=0)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    lora.save_adapter(model, tmp_path / "upper", folder)
+    upper = loading.load(tmp_path / "upper", device="cpu", image_token_id=IMAGE_TOKEN_ID)
+    torch.testing.assert_close(export.probe(upper.model), export.probe(model))
+    assert not torch.allclose(export.probe(model), expected, atol=0.01)

@@ -1,0 +1,259 @@
+"""plan: against the measured steps, what does not fit, and the command line."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pair_runs
+import pytest
+import yaml
+from data_files import chat_line, model_folder, picture, recipe, write_lines
+
+from internvl import check, cli, config, plan
+from internvl.check.report import FirstStep
+from internvl.config import recipes
+from internvl.plan import gpus
+from internvl.plan.flops import Work
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+RECIPES = ROOT / "recipes" / "internvl_14b"
+
+
+def released(name, rank=128, **keys):
+    tree = {
+        "model": {"id": f"OpenGVLab/{name}"},
+        "data": {
+            "sources": [{"name": "coco", "annotations": "none.jsonl"}],
+            "tiles": {"max": 6},
+            "max_tokens": 4096,
+            "row_tokens": 16384,
+            "max_tiles": 96,
+        },
+        "run": "run",
+        "global_batch": 64,
+        "epochs": 1,
+    }
+    if rank:
+        tree["model"]["lora"] = {"rank": rank, "dropout": 0.0}
+    return recipes.resolve(tree | keys)
+
+
+def step_of(row):
+    """What a measured step held, from its JSON."""
+    samples, tokens = row["samples_per_step"], row["tokens_per_sample"]
+    shared = 5 if "shared" in row["row"] else 1  # samples of a picture, one prefix
+    pairs = samples / shared * (shared * tokens) ** 2 / 2
+    work = Work(
+        samples,
+        samples * tokens,
+        samples * row["tiles_per_sample"],
+        samples * row["supervised_per_sample"],
+        pairs,
+    )
+    rows = round(row["rows_per_step"])
+    return FirstStep(work, (round(work.tokens / rows),) * rows, 566_747)
+
+
+@pytest.mark.parametrize("name", ["2b_coco", "2b_coco_shared"])
+def test_the_prediction_is_near_what_was_measured(name):
+    """Memory within the stated error; the times are of the calibration's own rows."""
+    row = json.loads((RESULTS / f"train_{name}.json").read_text())
+    made = released(row["model"], global_batch=row["samples_per_step"])
+    made = replace(made, data=replace(made.data, row_tokens=row["row_tokens"]))
+    found = plan.make(made, gpus.find("H200"), step_of(row))
+    assert found.memory.allocated_gib == pytest.approx(row["peak_gib"], rel=plan.MEMORY_ERROR)
+    assert found.samples_per_s == pytest.approx(row["samples_per_s"], rel=plan.TIME_ERROR)
+    needed = found.flops.needed / row["samples_per_step"] / 1e12
+    assert needed == pytest.approx(row["tflop_per_sample"], rel=0.01)
+
+
+def test_what_fits_and_what_makes_it_fit():
+    h200 = plan.make(released("InternVL2-2B"), gpus.find("H200"))
+    assert h200.fits
+    assert h200.remedy == ""
+    assert "125,829,120 of" in h200.render()
+    small = plan.make(released("InternVL2-2B"), gpus.find("4090"))
+    assert not small.fits
+    text = small.render()
+    assert "DOES NOT FIT: " in text
+    assert "compute.checkpointing=full makes it fit" in text
+    made = released("InternVL2-2B", compute={"checkpointing": "full"})
+    assert plan.make(made, gpus.find("4090")).fits
+
+
+def test_the_ladder_is_climbed_together_where_no_setting_is_enough():
+    found = plan.make(released("InternVL2-Llama3-76B"), gpus.find("H200"))
+    assert "compute.checkpointing=full data.row_tokens=" in found.remedy
+    assert "model.quantize=4bit together make it fit" in found.remedy
+    full = plan.make(released("InternVL2-26B", rank=None), gpus.find("L4"))
+    assert "no setting makes it fit" in full.remedy
+
+
+def test_less_is_kept_and_more_computed_down_the_ladder():
+    kinds = ("none", "selective", "full")
+    made = [released("InternVL2-2B", compute={"checkpointing": kind}) for kind in kinds]
+    plans = [plan.make(one, gpus.find("A100-80")) for one in made]
+    memory = [one.memory.allocated_gib for one in plans]
+    seconds = [one.step_s for one in plans]
+    assert memory == sorted(memory, reverse=True)
+    assert seconds == sorted(seconds)
+    two = plan.make(made[0], gpus.find("A100-80"), num_gpus=2)
+    assert plans[0].step_s / 2 < two.step_s < plans[0].step_s
+    assert two.memory.parts["frozen weights"] == plans[0].memory.parts["frozen weights"]
+
+
+def test_only_the_configuration_is_read(tmp_path):
+    folder = model_folder(tmp_path / "model")
+    for file in folder.iterdir():
+        if file.name != "config.json":
+            file.unlink()
+    made = recipe(folder, tmp_path / "none.jsonl", tmp_path, tmp_path / "run")
+    found = plan.make(made, gpus.find("L40S"))
+    assert found.parameters == plan.model_of(made).num_parameters()
+    assert "assumed, for the data were not read" in found.render()
+
+
+def test_an_unknown_model_is_named():
+    with pytest.raises(config.UserError, match="is no folder, and no released model"):
+        plan.make(released("InternVL9-2B"), gpus.find("H200"))
+    with pytest.raises(config.UserError, match="does not train with sft; choose retrieval"):
+        plan.make(released("InternVL-14B-224px"), gpus.find("H200"))
+
+
+def test_data_are_counted_where_they_can_be_read(tmp_path, capsys):
+    folder = model_folder(tmp_path / "model")
+    picture(tmp_path / "a.jpg", (336, 168))
+    rows = [chat_line("<image>\nWhat?", f"Answer {i}.", image="a.jpg") for i in range(6)]
+    file = write_lines(tmp_path / "x.jsonl", rows)
+    made = recipe(folder, file, tmp_path, tmp_path / "run")
+    step = check.run(made).step
+    assert step.samples_an_epoch == 6
+    assert step.work.samples == made.global_batch
+    assert step.work.tiles == 3  # of one picture, shared by the four samples of the step
+    found = plan.make(made, gpus.find("H200"), step)
+    assert found.load.work == step.work
+    assert "an epoch of 6 samples" in found.render()
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipes.to_yaml(made))
+    with pytest.raises(SystemExit) as done:
+        cli.main(["check", str(path), "--plan", "--gpu", "a100-40"])
+    assert done.value.code == 0
+    said = capsys.readouterr().out
+    assert "no problem found" in said
+    assert "plan for 1 x A100-40" in said
+
+
+def test_a_plan_without_model_and_data(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipes.to_yaml(released("InternVL2-1B")))
+    with pytest.raises(SystemExit) as done:
+        cli.main(["check", str(path), "--plan", "--gpu", "H200"])
+    assert done.value.code == 0
+    assert "fits: " in capsys.readouterr().out
+    with pytest.raises(SystemExit) as done:
+        cli.main(["check", str(path), "--plan", "--gpu", "H20O"])
+    assert done.value.code == 2
+    assert "did you mean H200?" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as done:
+        cli.main(["check", str(path), "--plan", "--gpu", "H200", "--gpus", "0"])
+    assert done.value.code == 2
+
+
+def test_gpus_are_found_by_what_people_and_drivers_call_them():
+    assert gpus.find("h100").name == "H100-80"
+    assert gpus.find("a100 40").name == "A100-40"
+    assert gpus.recognize("NVIDIA H200", 139.8).name == "H200"
+    assert gpus.recognize("NVIDIA A100-SXM4-40GB", 39.4).name == "A100-40"
+    assert gpus.recognize("NVIDIA H100 PCIe", 79.2).name == "H100-PCIe-80"
+    assert gpus.recognize("NVIDIA H100 80GB HBM3", 79.1).name == "H100-80"
+    assert gpus.recognize("NVIDIA GeForce RTX 4090", 23.6).name == "4090-24"
+    assert gpus.recognize("NVIDIA T4", 15.0) is None
+
+
+def test_quantized_weights_are_smaller():
+    made = released("InternVL2-8B")
+    quantized = replace(made, model=replace(made.model, quantize="4bit"))
+    parts = plan.make(quantized, gpus.find("H200")).memory.parts
+    before = plan.make(made, gpus.find("H200")).memory.parts
+    assert parts["quantized weights"] + parts["frozen weights"] < 0.4 * before["frozen weights"]
+    kept = parts["language model activations"] / before["language model activations"]
+    assert kept == pytest.approx(1, abs=0.1)  # adapters on 4 bits are not joined
+
+
+def pairs(name, *changes):
+    return recipes.load_recipe(RECIPES / f"internvl_14b_{name}.yaml", changes)
+
+
+@pytest.mark.parametrize("name", ["lora_flickr30k", "head_coco", "stage2"])
+def test_recipes_of_internvl_14b_are_planned(name):
+    found = plan.make(pairs(name), gpus.find("H200"))
+    assert found.fits
+    said = found.render()
+    assert said.count("error up to") == 2  # of memory and time
+    assert found.memory.parts["frozen weights"] > 23 * 2**30
+    # The first pass of gradient caching, where the step is cut.
+    assert ("first pass of gradient caching" in found.parts_s) == (name != "head_coco")
+
+
+def test_full_fine_tuning_of_internvl_14b_does_not_fit():
+    found = plan.make(pairs("full_flickr30k", "objective.micro_batch=2"), gpus.find("A100-80"))
+    assert not found.fits
+    parts = found.memory.parts
+    states = ("trained weights", "gradients", "optimizer states")
+    # 16 bytes a weight, 4 of the output matrix, which no loss reaches.
+    assert sum(parts[name] for name in states) == 16 * 13_836_319_747 - 12 * 4096 * 49_954
+    assert "no setting makes it fit" in found.remedy
+    assert "not sharded over GPUs yet" in found.render()
+
+
+def test_what_is_cut_and_computed_again_takes_less_and_longer():
+    changes = (
+        ("compute.checkpointing=none", "objective.micro_batch=null"),
+        ("compute.checkpointing=none", "objective.micro_batch=16"),
+        ("compute.checkpointing=selective", "objective.micro_batch=16"),
+        ("compute.checkpointing=full", "objective.micro_batch=16"),
+        ("compute.checkpointing=full", "objective.micro_batch=16", "compute.offload=true"),
+    )
+    plans = [plan.make(pairs("lora_flickr30k", *one), gpus.find("H200")) for one in changes]
+    memory = [one.memory.allocated_gib for one in plans]
+    seconds = [one.step_s for one in plans]
+    assert memory == sorted(memory, reverse=True)
+    assert seconds == sorted(seconds)
+    assert len({one.flops.needed for one in plans}) == 1
+    assert "compute.checkpointing=full makes it fit" in plans[0].remedy
+    larger = plan.make(pairs("lora_flickr30k", "data.tiles.size=364"), gpus.find("H200"))
+    assert larger.flops.needed > 1.6 * plans[0].flops.needed
+
+
+@pytest.mark.parametrize(
+    ("model", "objective", "size", "most"),
+    [
+        ("InternVL-14B-224px", "retrieval", 224, 1),
+        ("InternVL-14B-Flickr30K-FT-364px", "retrieval", 364, 1),
+        ("InternVL2-2B", "sft", 448, 12),
+        ("InternVL-Chat-V1-2", "sft", 448, 1),
+    ],
+)
+def test_tiles_of_a_released_model_that_is_not_here(model, objective, size, most):
+    tree = yaml.safe_load(recipes.to_yaml(released(model, rank=0)))
+    tree["data"] |= {"tiles": None, "normalize": None, "template": None, "system_message": None}
+    recipe = recipes.resolve(tree | {"objective": {"name": objective}})
+    made = plan.complete(recipe)
+    assert (made.recipe.data.tiling.size, made.recipe.data.tiling.max) == (size, most)
+    said = [line.split(maxsplit=2) for line in made.render().splitlines()]
+    source = "table of released models (config.json is not here)"
+    assert ["data.tiles.size", str(size), source] in said
+
+
+def test_pairs_are_counted_where_they_can_be_read(tmp_path):
+    made = recipes.load_recipe(pair_runs.make(tmp_path), ("objective.micro_batch=4",))
+    step = check.run(made).step
+    assert step.samples_an_epoch == 48
+    assert step.work.pictures == made.global_batch == step.work.texts == step.work.matches / 2
+    assert step.captions.text % 8 == step.captions.match % 8 == 0
+    assert step.work.text_tokens <= made.global_batch * step.captions.text
+    found = plan.make(made, gpus.find("H200"), step)
+    assert found.load.work == step.work
+    assert (found.load.pairs, found.load.rows) == (4, 2)
+    assert "an epoch of 48 samples" in found.render()

@@ -1,0 +1,179 @@
+"""The table of released models against the models built from it at full size (meta device)."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from official_keys import official_dual_keys, official_keys
+
+from internvl import zoo
+from internvl.config import LoraConfig
+from internvl.models import configs, hub, keys
+from internvl.models.adapters import lora
+from internvl.models.chat import model as chat_model
+from internvl.models.dual import configs as dual_configs
+from internvl.models.dual import files as dual_files
+
+CHAT = [model for model in zoo.MODELS.values() if model.family == "chat"]
+
+
+@pytest.mark.parametrize("model", CHAT, ids=lambda model: model.name)
+@pytest.mark.filterwarnings("ignore")
+def test_sizes_and_keys_at_full_size(model):
+    official = zoo.official_config(model)
+    config = configs.from_official(official, image_token_id=7)
+    built = chat_model.empty_model(config)
+    count = chat_model.count_parameters(built)[1]
+    assert count == zoo.num_parameters(model)
+    as_printed = f"{count / 1e9:.1f}B" == model.published
+    assert as_printed or not model.published or model.note
+    names = built.state_dict()
+    groups = keys.groups(config, names)
+    assert {name for group in groups for name in group.official} == official_keys(official)
+    ours = [name for group in groups for name in group.ours]
+    assert sorted(ours) == sorted(names)
+
+
+DUAL = {
+    "InternVL-14B-224px": 13_834_975_747,
+    "InternVL-14B-Flickr30K-FT-364px": 13_836_319_747,
+    "InternVL-14B-FlickrCN-FT-364px": 13_836_319_747,
+}
+
+
+@pytest.mark.parametrize(("name", "wanted"), DUAL.items())
+@pytest.mark.filterwarnings("ignore")
+def test_sizes_and_keys_of_internvl_14b_at_full_size(name, wanted):
+    model = zoo.find(name)
+    assert model.family == "dual"
+    assert zoo.num_parameters(model) == wanted
+    official = zoo.official_config(model)
+    config = dual_configs.from_official(official)
+    built = dual_files.empty_model(config)
+    assert chat_model.count_parameters(built)[1] == wanted
+    names = built.state_dict()
+    stored = dict(keys.ours_to_official(config, names))
+    assert set(stored) == official_dual_keys(official)
+    assert len(stored) == 1048
+    lazy = {n: hub.LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for n, t in stored.items()}
+    back = keys.official_to_ours(config, names, lazy)
+    assert (back.missing, back.unexpected) == ([], [])
+    assert {n: t.shape for n, t in back.tensors.items()} == {
+        n: tuple(t.shape) for n, t in names.items()
+    }
+    assert stored["text_projection"].shape == (4096, 768)
+    assert stored["logit_scale"].shape == ()
+    if name == "InternVL-14B-224px":
+        assert 2 * wanted == 27_669_951_494  # the release's own total, in bytes
+
+
+def test_parameters_of_internvl_14b_by_part():
+    config = dual_configs.from_official(zoo.official_config(zoo.find("InternVL-14B-224px")))
+    built = dual_files.empty_model(config)
+    cross = sum(p.numel() for n, p in built.named_parameters() if ".cross_attn." in n)
+    assert cross == 956_418_048
+    for part, wanted in {
+        "model.vision_tower": 5_902_793_600,
+        "model.query_tokens": 393_216,
+        "text_projection": 3_145_728,
+        "image_pool": 33_207_168,
+        "query_pool": 53_515_008,
+        "itm_head": 8_194,
+    }.items():
+        assert chat_model.count_parameters(built.get_submodule(part))[1] == wanted, part
+
+
+def test_adapters_of_internvl_14b_are_as_many_as_the_originals():
+    config = dual_configs.from_official(zoo.official_config(zoo.find("InternVL-14B-224px")))
+    built = dual_files.empty_model(config)
+    lora.select_trainable(built, ())
+    with torch.device("meta"):
+        lora.attach(built, LoraConfig(rank=16, on=("vision_tower", "language_model")))
+    assert chat_model.count_parameters(built)[0] == 39_321_600 + 39_976_960
+    for head in (built.lm_head, built.text_projection):  # what its LoRA recipe trains beside them
+        head.requires_grad_(True)
+    assert chat_model.count_parameters(built)[0] == 287_055_872
+
+
+def test_where_the_release_prints_another_number_than_its_weights_have_the_table_says_why():
+    differs = {
+        model.name: round(zoo.num_parameters(model) / 1e9, 3)
+        for model in CHAT
+        if model.published and f"{zoo.num_parameters(model) / 1e9:.1f}B" != model.published
+    }
+    assert differs == {
+        "InternVL-Chat-V1-1": 19.013,
+        "Mini-InternVL-Chat-4B-V1-5": 4.147,
+        "InternVL2-4B": 4.147,
+        "InternVL2_5-4B": 3.713,
+    }
+    assert "4.147 B" in zoo.describe("InternVL2-4B")
+
+
+def test_sums_of_the_parts():
+    assert zoo.num_parameters(zoo.find("InternVL2-2B")) == 304_012_288 + 12_595_200 + 1_889_146_880
+    assert zoo._tower(zoo.VISION_TOWERS["InternViT-6B-448px-V1-5"]) == 5_536_496_000
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("InternVL2-2B", "InternVL2-2B"),
+        ("OpenGVLab/InternVL2-2B", "InternVL2-2B"),
+        ("pretrained/internvl2-2b/", "InternVL2-2B"),
+        ("OpenGVLab/InternVL3-1B-hf", "InternVL3-1B"),
+    ],
+)
+def test_a_model_is_found(name, found):
+    assert zoo.find(name).name == found
+
+
+def test_an_unknown_name_gets_the_nearest():
+    with pytest.raises(zoo.UnknownModel, match="'InternVL2-3B'; nearest: .*InternVL2-"):
+        zoo.find("InternVL2-3B")
+
+
+def test_published_scores_by_task_language_and_mode():
+    dual = {
+        (s.task, s.language, s.mode, s.metric): s.value for s in zoo.scores("InternVL-14B-224px")
+    }
+    assert dual["caption-coco", "en", "g", "cider"] == 128.2
+    assert dual["retrieval-flickr30k", "zh", "g", "t2i_recall@1"] == 77.7
+    assert dual["retrieval-xtd", "ko", "c", "i2t_recall@10"] == 92.2
+    tuned = [s for s in zoo.scores("InternVL2-2B") if s.recipe == "coco-lora-r128"]
+    assert {s.metric: s.value for s in tuned}["cider"] == 1.312
+    assert {s.metric: s.value for s in zoo.scores("InternVL2-Llama3-76B")}["anls"] == 82.0
+    assert zoo.scores("InternVL3-8B") == ()
+
+
+@pytest.mark.parametrize("model", zoo.MODELS.values(), ids=lambda model: model.name)
+def test_every_score_is_keyed_once(model):
+    found = [(s.task, s.metric, s.language, s.mode, s.recipe) for s in zoo.scores(model.name)]
+    assert len(set(found)) == len(found)
+
+
+def test_memory():
+    assert zoo.memory_gib(zoo.find("InternVL2-2B"), "bfloat16") == pytest.approx(4.109, abs=1e-3)
+    assert zoo.memory_gib(zoo.find("InternVL2-2B"), "4bit") == pytest.approx(1.683, abs=1e-3)
+
+
+def test_the_table_and_the_description():
+    table = zoo.render_table().splitlines()
+    assert len(table) == len(zoo.MODELS) + 1
+    assert max(len(line) for line in table) < 160
+    text = zoo.describe("InternVL2-8B")
+    for part in (
+        "8,075,365,376",
+        "published 8.1B",
+        "InternViT-300M-448px",
+        "bfloat16 15.0",
+        "16 GB",
+    ):
+        assert part in text
+    assert "does not train here" in zoo.describe("InternVL3_5-GPT-OSS-20B-A4B-Preview")
+
+
+def test_importing_it_is_light():
+    code = "import sys, internvl.zoo; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
