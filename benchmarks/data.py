@@ -33,12 +33,12 @@ from internvl.data import loader
 from internvl.data.chat import ChatEncoder
 from internvl.data.images import read_rgb
 from internvl.data.packing import best_fit, first_buffer
-from internvl.data.records import BadSample
 from internvl.data.sampler import SampleOrder
 from internvl.data.sources import open_source
 from internvl.data.templates import template
 from internvl.data.tiles import tile_images
 from internvl.data.tokenizers import load_tokenizer
+from internvl.errors import BadSample
 from internvl.objectives.sft import Sft
 
 TILES = TilesConfig(size=448, max=6)

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from internvl import errors, log
-from internvl.config import ConfigError, Recipe, UserError
+from internvl.config import Recipe
 from internvl.config.recipes import load_recipe
 from internvl.datasets import published as published_sets
+from internvl.errors import ConfigError, UnknownGpu, UnknownModel, UserError
 
 Arguments = argparse.Namespace
 
@@ -49,7 +50,7 @@ def models(args: Arguments) -> int:
         return 0
     try:
         described = zoo.describe(args.name)
-    except zoo.UnknownModel as error:
+    except UnknownModel as error:
         raise ConfigError(str(error)) from None
     if args.download:
         from internvl.models import hub
@@ -101,7 +102,7 @@ def _gpu(name: str) -> Any:
     try:
         if name != "auto":
             return gpus.find(name)
-    except gpus.UnknownGpu as error:
+    except UnknownGpu as error:
         raise ConfigError(f"--gpu: {error}") from None
     import torch
 

@@ -5,6 +5,7 @@ Imports nothing of the package: every part may use it.
 
 import errno
 import os
+from typing import Any
 
 _LONGEST_LINE = 300  # characters of a foreign exception that are shown
 
@@ -99,3 +100,59 @@ def _bracketed(error: BaseException) -> str:
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:_LONGEST_LINE] if lines else ""
+
+
+class ConfigError(UserError):
+    """Everything that is wrong with a recipe, one line each."""
+
+
+class DataError(UserError):
+    """Data that cannot be used at all, such as a missing annotation file."""
+
+
+class BadSample(UserError):
+    """A sample that cannot be trained on: its name (file and line), the reason, the remedy."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.name = name
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:  # loader workers send it through a pipe
+        return BadSample, (self.name, self.reason)
+
+
+class BadImage(UserError):
+    """A picture or video that cannot be read: the reason, in words a user can act on."""
+
+
+class WorkerDied(DataError):
+    """A process that reads data is gone; the text says why, most likely, and what to do."""
+
+
+class ModelFolderError(UserError):
+    """A model folder that cannot be used: which file, why, and what to do."""
+
+
+class RunError(UserError):
+    """A run that cannot start or go on; its text says what to do."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that could not be written or read; earlier ones are untouched."""
+
+
+class ExportError(UserError):
+    """An export that cannot be written, or that does not compute what the model does."""
+
+
+class Interrupted(UserError):
+    """Stopped by the user; what was reached is saved."""
+
+
+class UnknownModel(UserError):
+    """No released model has this name; the message names the nearest ones."""
+
+
+class UnknownGpu(UserError):
+    """No GPU of this name is in the table; the message lists those that are."""

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from internvl import evals, parallel, zoo
-from internvl.config import ConfigError, EvalConfig, Recipe, eval_config
+from internvl.config import EvalConfig, Recipe, eval_config
 from internvl.config.recipes import load_recipe
 from internvl.data.arguments import list_texts
 from internvl.datasets import published as published_sets
+from internvl.errors import ConfigError, UnknownModel
 from internvl.evals import caption
 from internvl.inference import load as loading
 from internvl.models import hub
@@ -353,7 +354,7 @@ def published(model: str | Path, name: str) -> float | None:
         return None
     try:
         released = zoo.find(str(model))
-    except zoo.UnknownModel:
+    except UnknownModel:
         return None
     evaluation, _, metric = name.partition("/")
     task, language = _task_of(evaluation)

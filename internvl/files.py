@@ -10,7 +10,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from internvl.config import UserError
+from internvl.errors import ModelFolderError
 
 _AGAIN = "download it again"
 _CUT = f"it is truncated, {_AGAIN}"
@@ -36,10 +36,6 @@ _BINARY: tuple[tuple[bytes, str], ...] = (
 )
 _HEADER_LIMIT = 100_000_000
 """Bytes of the longest header that safetensors reads."""
-
-
-class ModelFolderError(UserError):
-    """A model folder that cannot be used: which file, why, and what to do."""
 
 
 def describe(file: Path) -> str | None:

@@ -14,17 +14,14 @@ from statistics import median
 from typing import Any, Protocol
 
 from internvl import dist, log
-from internvl.config import GuardConfig, UserError
+from internvl.config import GuardConfig
+from internvl.errors import RunError
 
 SKIPPED = "skipped_steps.jsonl"
 """The file of a run folder that lists every update that was not applied."""
 
 _NAMED = 8  # samples named in a sentence
 _LEAST_SHARE = 0.01  # of the median: steps that hardly differ have no deviation to speak of
-
-
-class RunError(UserError):
-    """A run that cannot start or go on; its text says what to do."""
 
 
 class Named(Protocol):

@@ -27,9 +27,10 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from internvl import dist
-from internvl.config import ComputeConfig, DataConfig, UserError
+from internvl.config import ComputeConfig, DataConfig
 from internvl.data.packing import ROW_SHARES
 from internvl.data.records import Batch, PackedBatch
+from internvl.errors import UserError
 from internvl.models import configs
 from internvl.models.adapters import fused_lora
 from internvl.models.attention import flash4, packed, per_document

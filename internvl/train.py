@@ -18,12 +18,13 @@ import torch
 from torch.utils.data import Dataset
 
 from internvl import config, dist, evals, guards, log, parallel
-from internvl.config import Recipe, UserError
+from internvl.config import Recipe
 from internvl.data import loader
 from internvl.data.records import Batch
 from internvl.data.sampler import Order, SampleOrder
 from internvl.data.sources import Source, open_source, source_configs
-from internvl.guards import Guard, RunError
+from internvl.errors import Interrupted, RunError
+from internvl.guards import Guard
 from internvl.inference import inherited
 from internvl.inference import load as loading
 from internvl.inference.dual import Dual
@@ -32,10 +33,6 @@ from internvl.models.chat import model as chat_model
 from internvl.models.dual.model import DualModel
 from internvl.objectives import OBJECTIVES, Objective
 from internvl.training import checkpoint, early_stopping, memory_ladder, optim, run_folder, tracking
-
-
-class Interrupted(UserError):
-    """Stopped by the user; what was reached is saved."""
 
 
 @dataclass

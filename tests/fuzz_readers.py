@@ -354,8 +354,7 @@ def one_by_one(folder: Path, read: Callable[[Path], object]) -> Problems:
 
 
 def user_facing(error: BaseException) -> bool:
-    from internvl.config import UserError
-    from internvl.data.images import BadImage
+    from internvl.errors import BadImage, UserError
 
     return isinstance(error, UserError | BadImage)
 

@@ -12,10 +12,8 @@ import dual_folders
 import pytest
 import tiny_run
 
-from internvl import cli, zoo
-from internvl.config import ConfigError, UserError
-from internvl.data.images import BadImage
-from internvl.data.records import BadSample, DataError
+from internvl import cli
+from internvl.errors import BadImage, BadSample, ConfigError, DataError, UnknownModel, UserError
 from internvl.models import hub
 
 
@@ -200,7 +198,7 @@ def raising(monkeypatch, error):
         (DataError("x.jsonl: gone; check it"), 1, "x.jsonl: gone; check it"),
         (BadSample("x.jsonl line 3", "no text"), 1, "x.jsonl line 3: no text"),
         (BadImage("there is no image a.png"), 1, "there is no image a.png"),
-        (zoo.UnknownModel("no model X; nearest: Y"), 1, "no model X; nearest: Y"),
+        (UnknownModel("no model X; nearest: Y"), 1, "no model X; nearest: Y"),
         (ConfigError("optim.lr: wrong"), 2, "optim.lr: wrong"),
         (OSError(errno.EACCES, "x", "out"), 1, "out: permission denied; allow it"),
         (OSError(errno.ENOSPC, "x", "out/a"), 1, "out/a: the disk is full; free some space"),
@@ -260,7 +258,7 @@ def test_errors_of_our_own_are_one_family():
         if names[-1] not in ("__main__", "dropped_kernels", "flash"):
             importlib.import_module(".".join(("internvl", *names)))
     ours = {kind for kind in subclasses(BaseException) if kind.__module__.startswith("internvl.")}
-    assert {BadImage, BadSample, zoo.UnknownModel} <= ours
+    assert {BadImage, BadSample, UnknownModel} <= ours
     assert {kind.__name__ for kind in ours if not issubclass(kind, UserError)} == set()
 
 

@@ -11,7 +11,8 @@ import torch
 from mutations import HTML_PAGE, LFS_POINTER
 from safetensors.torch import save
 
-from internvl.files import ModelFolderError, describe, read_object
+from internvl.errors import ModelFolderError
+from internvl.files import describe, read_object
 from internvl.models import hub
 
 

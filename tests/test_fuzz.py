@@ -13,9 +13,7 @@ import fuzz
 import pytest
 from fuzz_readers import READERS, remove_seeds
 
-from internvl.config import UserError
-from internvl.data.images import BadImage
-from internvl.data.records import BadSample, DataError
+from internvl.errors import BadImage, BadSample, DataError, UserError
 
 FAST = 8
 """Inputs of every reader; of a costly one as many fewer as it costs more, but two."""

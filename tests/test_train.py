@@ -20,7 +20,8 @@ from torch._dynamo.utils import counters
 
 from internvl import evaluate, export, log, parallel, train
 from internvl.config import TilesConfig, recipes
-from internvl.data.records import IGNORE, BadSample, Example, Unit
+from internvl.data.records import IGNORE, Example, Unit
+from internvl.errors import BadSample
 from internvl.inference import load as loading
 from internvl.models.chat.model import normalize_tiles
 from internvl.training import memory_ladder, run_folder

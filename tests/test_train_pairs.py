@@ -12,7 +12,8 @@ import torch
 from ranks import run_ranks
 
 from internvl import check, evaluate, export, log, train, zoo
-from internvl.config import LayerDecayConfig, LoraConfig, OptimConfig, UserError, recipes
+from internvl.config import LayerDecayConfig, LoraConfig, OptimConfig, recipes
+from internvl.errors import UserError
 from internvl.inference import load as loading
 from internvl.models.adapters import lora
 from internvl.models.chat import model as chat_model

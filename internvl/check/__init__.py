@@ -27,27 +27,20 @@ from internvl import log
 from internvl import report as pages
 from internvl.check import report as check_report
 from internvl.check.report import Checked, Counts, FirstStep, Shown
-from internvl.config import DataConfig, EvalConfig, Recipe, UserError
+from internvl.config import DataConfig, EvalConfig, Recipe
 from internvl.data.chat import ChatEncoder, spans
 from internvl.data.images import FileSlice, Picture, is_address
 from internvl.data.index import cache_folder
 from internvl.data.loader import Read, UnitReader
 from internvl.data.packing import least_padded, padded_tokens
 from internvl.data.pairs import CaptionEncoder
-from internvl.data.records import (
-    BadSample,
-    DataError,
-    PackedBatch,
-    Pair,
-    Sample,
-    Tiles,
-    Unit,
-)
+from internvl.data.records import PackedBatch, Pair, Sample, Tiles, Unit
 from internvl.data.sampler import SampleOrder, UnitRef
 from internvl.data.sources import Source, open_source, source_configs
 from internvl.data.templates import template
 from internvl.data.tokenizers import load_tokenizer
 from internvl.data.workers import Reading, describe_refs, name_failing
+from internvl.errors import BadSample, DataError, UserError
 from internvl.evals import EVALS
 from internvl.evals.scores import DataProblems
 from internvl.inference import load as loading

@@ -15,7 +15,8 @@ import numpy as np
 from internvl import report as pages
 from internvl.config import Recipe
 from internvl.data.chat import marked
-from internvl.data.records import BadSample, Grid, Sample
+from internvl.data.records import Grid, Sample
+from internvl.errors import BadSample
 from internvl.plan.dual_flops import PairStep
 from internvl.plan.flops import Work
 

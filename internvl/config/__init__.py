@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from internvl.errors import UserError
+from internvl.errors import ConfigError, UserError
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -33,10 +33,6 @@ Part = Literal[
 """Of chat models the first three; InternVL-14B has no projector, but all the others."""
 
 _STRICT = ConfigDict(extra="forbid")
-
-
-class ConfigError(UserError):
-    """Everything that is wrong with a recipe, one line each."""
 
 
 @dataclass(frozen=True, kw_only=True)

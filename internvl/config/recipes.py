@@ -18,7 +18,6 @@ from pydantic import TypeAdapter, ValidationError
 from internvl.config import (
     TERMS,
     ComputeConfig,
-    ConfigError,
     GuardConfig,
     ModelConfig,
     Recipe,
@@ -26,6 +25,7 @@ from internvl.config import (
     Tower,
     sentence,
 )
+from internvl.errors import ConfigError
 
 _SHOWN = 100  # characters of an override in a message
 _BOOL = "tag:yaml.org,2002:bool"

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from internvl.config import UserError
 from internvl.data.images import FileSlice
+from internvl.errors import UserError
 
 _ONE_IMAGE = (str, bytes, bytearray, memoryview, os.PathLike, FileSlice, Image.Image, Tensor)
 

@@ -22,7 +22,6 @@ from internvl.data.images import (
     IMAGE_ENDINGS,
     FileSlice,
 )
-from internvl.data.records import BadSample, DataError
 from internvl.data.texts import (
     RepeatedKeys,
     json_type,
@@ -34,6 +33,7 @@ from internvl.data.texts import (
     read_text,
     text_problem,
 )
+from internvl.errors import BadSample, DataError
 
 _TEXT_KEYS = ("caption", "captions", "text", "texts")
 _IMAGE_COLUMNS = ("image", "image_name", "filepath", "file_name", "filename")

@@ -12,9 +12,9 @@ from typing import Any
 
 from internvl.config import EvalConfig, Recipe
 from internvl.data.index import digest_of
-from internvl.data.records import DataError
 from internvl.data.sampler import Earlier
 from internvl.data.sources import Content, Source, meta_entries
+from internvl.errors import DataError
 
 FILE = "data.json"
 

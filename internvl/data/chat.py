@@ -18,8 +18,9 @@ from internvl.data.messages import (
     fill_marks,
     unescape,
 )
-from internvl.data.records import IGNORE, BadSample, Example, Message, Sample
+from internvl.data.records import IGNORE, Example, Message, Sample
 from internvl.data.templates import Template
+from internvl.errors import BadSample
 
 IMAGE_START, IMAGE_CONTEXT, IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
 _BLOCK = IMAGE_START + IMAGE_CONTEXT + IMAGE_END

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from internvl.config import SourceConfig
-from internvl.data.images import BadImage, FileSlice, Picture, join_inside
+from internvl.data.images import FileSlice, Picture, join_inside
 from internvl.data.messages import (
     IMAGE_MARK,
     VIDEO_MARK,
@@ -19,7 +19,8 @@ from internvl.data.messages import (
     has_marks,
     in_order,
 )
-from internvl.data.records import BadSample, Message, Sample, Video
+from internvl.data.records import Message, Sample, Video
+from internvl.errors import BadImage, BadSample
 
 _USED = {"conversations", "messages", "image", "images", "video", "videos", "clip"}
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from internvl.data import jpeg
-from internvl.errors import UserError
+from internvl.errors import BadImage
 
 MAX_PIXELS = 178_956_970
 """Largest picture that is decoded (Pillow's own error limit): 512 MiB as RGB."""
@@ -35,10 +35,6 @@ STATISTICS: dict[str, tuple[Triple, Triple]] = {
 
 QUALITIES = range(75, 101)
 """JPEG qualities of the training augmentation."""
-
-
-class BadImage(UserError):
-    """A picture or video that cannot be read: the reason, in words a user can act on."""
 
 
 @dataclass(frozen=True)

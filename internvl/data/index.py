@@ -21,7 +21,7 @@ import numpy as np
 
 from internvl import log
 from internvl.data import json_rows
-from internvl.data.records import DataError
+from internvl.errors import DataError
 
 _LAYOUT = b"2"  # raise when the arrays change for the same file
 _CHUNK = 1 << 25  # bytes read at once

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from internvl.data.records import BadSample, DataError
+from internvl.errors import BadSample, DataError
 
 BOM = codecs.BOM_UTF8
 """What some editors write before UTF-8; it is no part of the text."""

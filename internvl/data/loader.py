@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from internvl.config import DataConfig
-from internvl.data.images import STATISTICS, BadImage, read_rgb, size_of
-from internvl.data.records import BadSample, Batch, Sample, Tiles, Unit
+from internvl.data.images import STATISTICS, read_rgb, size_of
+from internvl.data.records import Batch, Sample, Tiles, Unit
 from internvl.data.sampler import Order, UnitRef
 from internvl.data.sources import Source
 from internvl.data.tiles import empty_tiles, tile_images
 from internvl.data.video import read_frames, with_frames
 from internvl.data.workers import Reading, describe_refs, name_failing
+from internvl.errors import BadImage, BadSample
 
 Encode = Callable[[Sequence[Sample], Tiles | None], list[Unit | BadSample]]
 """An objective's part: samples of the same images, and their tiles, to units."""

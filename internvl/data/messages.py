@@ -11,7 +11,8 @@ from itertools import pairwise
 from typing import Any
 
 from internvl.data.arguments import not_a_text
-from internvl.data.records import BadSample, Message
+from internvl.data.records import Message
+from internvl.errors import BadSample
 
 IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"
 

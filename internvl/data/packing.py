@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from internvl.data.chat import ChatEncoder
-from internvl.data.records import IGNORE, BadSample, Example, PackedBatch, Sample, Tiles, Unit
+from internvl.data.records import IGNORE, Example, PackedBatch, Sample, Tiles, Unit
+from internvl.errors import BadSample
 
 WEIGHTS = {
     "token": lambda n: 1.0,

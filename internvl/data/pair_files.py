@@ -18,8 +18,8 @@ from pathlib import Path
 
 from internvl.data import captions
 from internvl.data.captions import CaptionFile, NamedImage
-from internvl.data.images import BadImage, FileSlice, is_address, join_inside, read_rgb
-from internvl.data.records import BadSample, DataError
+from internvl.data.images import FileSlice, is_address, join_inside, read_rgb
+from internvl.errors import BadImage, BadSample, DataError
 from internvl.log import Progress
 
 _COCO_NAME = re.compile(r"COCO_((?:train|val|test)20\d\d)_")

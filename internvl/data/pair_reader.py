@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from internvl.data.images import BadImage, FileSlice, Picture, open_rgb
+from internvl.data.images import FileSlice, Picture, open_rgb
 from internvl.data.loader import Read
 from internvl.data.pairs import (
     MAX_TOKENS,
@@ -19,9 +19,10 @@ from internvl.data.pairs import (
     pad_right,
     random_square,
 )
-from internvl.data.records import BadSample, Match, Pair, PairBatch, Sample
+from internvl.data.records import Match, Pair, PairBatch, Sample
 from internvl.data.sampler import UnitRef
 from internvl.data.sources import Source
+from internvl.errors import BadImage, BadSample
 
 PROMPT = "English caption:"
 """What stands before a caption that is generated, where its source has no `prompt`."""

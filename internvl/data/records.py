@@ -18,7 +18,6 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from internvl.config import UserError
 from internvl.data.images import Picture
 
 IGNORE = -100
@@ -26,22 +25,6 @@ IGNORE = -100
 
 Grid = tuple[int, int]
 """(columns, rows) of the tiles an image is cut into, the thumbnail not counted."""
-
-
-class DataError(UserError):
-    """Data that cannot be used at all, such as a missing annotation file."""
-
-
-class BadSample(UserError):
-    """A sample that cannot be trained on: its name (file and line), the reason, the remedy."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"{name}: {reason}")
-        self.name = name
-        self.reason = reason
-
-    def __reduce__(self) -> tuple[Any, ...]:  # loader workers send it through a pipe
-        return BadSample, (self.name, self.reason)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from functools import lru_cache
 import numpy as np
 
 from internvl.config import SourceConfig
-from internvl.data.records import BadSample, DataError, Sample
+from internvl.data.records import Sample
 from internvl.data.sources import Content, Source
+from internvl.errors import BadSample, DataError
 
 
 @dataclass(frozen=True)

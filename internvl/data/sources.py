@@ -25,8 +25,9 @@ from internvl.data.index import (
     write_once,
 )
 from internvl.data.json_rows import entries, is_list, parse, parse_row, printable
-from internvl.data.records import BadSample, DataError, Sample
+from internvl.data.records import Sample
 from internvl.data.tables import Table
+from internvl.errors import BadSample, DataError
 
 Parse = Callable[[str, dict[str, Any], SourceConfig], Sample]
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from internvl.data.index import cache_folder, complete_or_absent
-from internvl.data.records import DataError
+from internvl.errors import DataError
 
 _BATCH = 256  # rows read from a Parquet file at once
 _MEDIA = ("image", "images", "video", "videos")

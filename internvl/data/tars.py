@@ -7,7 +7,7 @@ from typing import Any
 
 from internvl.data.images import IMAGE_ENDINGS
 from internvl.data.json_rows import parse
-from internvl.data.records import DataError
+from internvl.errors import DataError
 
 
 def shards(path: Path) -> list[Path]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from internvl.data.records import BadSample, DataError
+from internvl.errors import BadSample, DataError
 
 PROBLEMS_SHOWN = 20
 """Problems that a message lists before it only counts them."""

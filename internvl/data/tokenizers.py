@@ -19,8 +19,8 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import BatchEncoding, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from internvl.config import UserError
-from internvl.files import ModelFolderError, describe, first_line, read_object
+from internvl.errors import ModelFolderError, UserError
+from internvl.files import describe, first_line, read_object
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,6 @@ from PIL import Image
 
 from internvl.config import VideoConfig
 from internvl.data.images import (
-    BadImage,
     Exif,
     check_file,
     check_size,
@@ -39,6 +38,7 @@ from internvl.data.messages import (
     wrong_marks,
 )
 from internvl.data.records import Message, Sample, Video
+from internvl.errors import BadImage
 
 MAX_FRAMES = 10_000_000
 """Most frames of a video, a day at 115 a second: edit lists can repeat a few without end."""

@@ -22,9 +22,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from internvl.data.records import DataError
 from internvl.data.sampler import UnitRef
 from internvl.data.sources import Source
+from internvl.errors import DataError, WorkerDied
 
 Job = TypeVar("Job")
 
@@ -49,10 +49,6 @@ _DIED = re.compile(
 )
 _SHARED_MEMORY = re.compile(r"shared memory|</torch_\d+")  # torch's own words
 _NAMED = 3  # groups of samples in a sentence
-
-
-class WorkerDied(DataError):
-    """A process that reads data is gone; the text says why, most likely, and what to do."""
 
 
 class _Failed:

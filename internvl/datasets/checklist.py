@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from internvl.data.images import BadImage, join_inside
-from internvl.data.records import DataError
+from internvl.data.images import join_inside
 from internvl.datasets import download as fetch
+from internvl.errors import BadImage, DataError
 from internvl.log import Progress
 
 EXPECTED: dict[str, dict[str, int]] = {

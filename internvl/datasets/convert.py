@@ -17,10 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from internvl.config import UserError
 from internvl.data import captions, json_rows
-from internvl.data.images import BadImage, opened
-from internvl.data.records import BadSample, DataError
+from internvl.data.images import opened
+from internvl.errors import BadImage, BadSample, DataError, UserError
 from internvl.log import Progress
 
 Box = tuple[float, float, float, float]

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Collection
 from pathlib import Path
 
-from internvl.data.records import DataError
+from internvl.errors import DataError
 from internvl.log import Progress, get_logger
 
 _CHUNK = 1 << 20  # bytes read at once

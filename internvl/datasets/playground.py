@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from internvl.data.records import DataError
 from internvl.datasets import convert
 from internvl.datasets import download as fetch
 from internvl.datasets.checklist import Missing, Tree, filled
+from internvl.errors import DataError
 from internvl.log import Progress
 
 SFT_FOLDERS: dict[str, str] = {

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from internvl.config import UserError
 from internvl.data import captions
-from internvl.data.records import DataError
 from internvl.data.texts import read_json
 from internvl.datasets import convert, playground
 from internvl.datasets import download as fetch
 from internvl.datasets.checklist import Missing, Tree
 from internvl.datasets.published import COCO, FLICKR, KARPATHY, NOCAPS, NOCAPS_IMAGES, OPENGVLAB
+from internvl.errors import DataError, UserError
 
 NAMES: dict[str, str] = {
     "coco-caption": "COCO captions, Karpathy split: 566,747 to train on, 5,000 pictures to test",

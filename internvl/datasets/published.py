@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from internvl.config import ConfigError, EvalConfig, eval_config
+from internvl.config import EvalConfig, eval_config
+from internvl.errors import ConfigError
 
 OPENGVLAB = "https://github.com/OpenGVLab/InternVL/releases/download/data/"
 KARPATHY = "https://github.com/mehdidc/retrieval_annotations/releases/download/1.0.0/"

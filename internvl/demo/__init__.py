@@ -29,12 +29,13 @@ from transformers import (
 )
 
 from internvl import export, report
-from internvl.config import Recipe, UserError, recipes
+from internvl.config import Recipe, recipes
 from internvl.data.templates import template
 from internvl.datasets import openmoji
 from internvl.demo import page as pages
 from internvl.demo import ranks, retrieval
 from internvl.demo.page import LANGUAGES, Reloaded, Timing
+from internvl.errors import UserError
 from internvl.inference import load as loading
 from internvl.inference.generate import Request
 from internvl.models import configs

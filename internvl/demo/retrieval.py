@@ -20,12 +20,13 @@ from torch import Tensor
 from transformers import InternVLVisionModel
 
 from internvl import export, report
-from internvl.config import Recipe, UserError, recipes
+from internvl.config import Recipe, recipes
 from internvl.data.pair_files import Pairs, read_pairs
 from internvl.data.pairs import clean_caption
 from internvl.data.tokenizers import load_tokenizer
 from internvl.demo import ranks
 from internvl.demo.page import Run, Timing, read_run
+from internvl.errors import UserError
 from internvl.inference import load as loading
 from internvl.models.dual.configs import DualConfig
 from internvl.models.dual.model import DualModel

@@ -6,12 +6,11 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from internvl.config import EvalConfig, UserError
+from internvl.config import EvalConfig
 from internvl.data import captions
 from internvl.data.captions import CaptionFile, ImageId, NamedImage
-from internvl.data.images import BadImage
 from internvl.data.pair_files import broken, image_path
-from internvl.data.records import BadSample
+from internvl.errors import BadImage, BadSample, UserError
 from internvl.evals import metrics
 from internvl.evals.scores import Scores, file_state, left_out, settle
 from internvl.inference.generate import Request, Settings, answers

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from internvl.config import EvalConfig, UserError
+from internvl.config import EvalConfig
 from internvl.data.images import IMAGE_ENDINGS
 from internvl.data.pair_files import broken
-from internvl.data.records import BadSample
 from internvl.data.texts import RepeatedKeys, json_type, printable, read_json, text_problem
+from internvl.errors import BadSample, UserError
 from internvl.evals.features import Store, ranks, share_within
 from internvl.evals.scores import Scores, file_state, left_out, settle
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from internvl.config import UserError
 from internvl.data.images import FileSlice
+from internvl.errors import UserError
 from internvl.log import Progress
 
 SCORES_AT_ONCE = 1 << 20

@@ -8,14 +8,15 @@ from typing import Any, Literal
 import torch
 
 from internvl import parallel
-from internvl.config import DataConfig, EvalConfig, SourceConfig, UserError
+from internvl.config import DataConfig, EvalConfig, SourceConfig
 from internvl.data.images import FileSlice
 from internvl.data.loader import Read, UnitReader
 from internvl.data.packing import encode_units, pack
 from internvl.data.pair_files import broken
-from internvl.data.records import BadSample, Sample
+from internvl.data.records import Sample
 from internvl.data.sampler import UnitRef
 from internvl.data.sources import open_source
+from internvl.errors import BadSample, UserError
 from internvl.evals.scores import Scores, left_out, settle
 from internvl.log import Progress
 from internvl.models import configs

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internvl.config import EvalConfig, UserError
+from internvl.config import EvalConfig
 from internvl.data.images import FileSlice
 from internvl.data.pair_files import Pairs, broken, leaks, read_pairs
 from internvl.data.pairs import clean_caption
-from internvl.data.records import BadSample
+from internvl.errors import BadSample, UserError
 from internvl.evals.features import Store, nearest, ranks_both_ways, share_within, too_large
 from internvl.evals.scores import Scores, file_state, left_out, settle
 from internvl.log import Progress

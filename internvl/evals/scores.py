@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from internvl.config import UserError
 from internvl.data.images import FileSlice
-from internvl.data.records import BadSample
 from internvl.data.texts import problem_lines
+from internvl.errors import BadSample, UserError
 from internvl.log import get_logger
 
 

@@ -20,11 +20,11 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from internvl.config import UserError
 from internvl.config.recipes import load_recipe
 from internvl.data.images import STATISTICS
 from internvl.data.templates import jinja
 from internvl.data.tokenizers import save_tokenizer
+from internvl.errors import ExportError, UserError
 from internvl.inference import load as loading
 from internvl.inference.load import Chat, Dual
 from internvl.models import configs, hub, keys, shards
@@ -46,10 +46,6 @@ _TOKENIZER_FILES = (
     *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt"),
 )
-
-
-class ExportError(UserError):
-    """An export that cannot be written, or that does not compute what the model does."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from internvl.config import UserError
 from internvl.data.arguments import (
     check_number,
     check_whole,
@@ -27,7 +26,7 @@ from internvl.data.arguments import (
     list_texts,
     not_a_text,
 )
-from internvl.data.images import BadImage, FileSlice, as_rgb
+from internvl.data.images import FileSlice, as_rgb
 from internvl.data.pairs import (
     CaptionEncoder,
     center_square,
@@ -36,10 +35,10 @@ from internvl.data.pairs import (
     square,
 )
 from internvl.data.tokenizers import decode
+from internvl.errors import BadImage, ModelFolderError, UserError
 from internvl.models.chat.model import normalize_tiles
 from internvl.models.dual.beam_search import Search
 from internvl.models.dual.model import DualModel, Mode
-from internvl.models.hub import ModelFolderError
 
 Picture = str | Path | bytes | FileSlice | Image.Image | np.ndarray
 Pictures = Sequence[Picture] | Picture | Tensor

@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from internvl.config import TilesConfig, UserError
+from internvl.config import TilesConfig
 from internvl.data.arguments import check_number, check_whole, list_images, listed, nearest
 from internvl.data.chat import ChatEncoder
-from internvl.data.images import STATISTICS, BadImage, Exif, FileSlice, Triple, as_rgb
+from internvl.data.images import STATISTICS, Exif, FileSlice, Triple, as_rgb
 from internvl.data.messages import (
     IMAGE_MARK,
     VIDEO_MARK,
@@ -29,9 +29,10 @@ from internvl.data.messages import (
     has_marks,
     in_order,
 )
-from internvl.data.records import BadSample, Message
+from internvl.data.records import Message
 from internvl.data.tiles import tile_images
 from internvl.data.tokenizers import decode
+from internvl.errors import BadImage, BadSample, UserError
 from internvl.models import configs
 from internvl.models.chat.model import normalize_tiles
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from internvl.config import DataConfig, Recipe, TilesConfig, UserError
+from internvl.config import DataConfig, Recipe, TilesConfig
 from internvl.data.templates import TEMPLATES
+from internvl.errors import UserError
 from internvl.models import configs
 from internvl.models.chat import model as chat_model
 from internvl.models.dual import files as dual_files

@@ -9,11 +9,12 @@ import torch
 from transformers import InternVLConfig, PreTrainedTokenizerFast
 
 from internvl import parallel, zoo
-from internvl.config import ModelConfig, Recipe, TilesConfig, UserError
+from internvl.config import ModelConfig, Recipe, TilesConfig
 from internvl.config.recipes import load_recipe
 from internvl.data.chat import ChatEncoder
 from internvl.data.templates import TEMPLATES, Template, template
 from internvl.data.tokenizers import add_special_tokens, check_vocabulary, load_tokenizer
+from internvl.errors import ModelFolderError, UserError
 from internvl.inference import generate, inherited
 from internvl.inference.dual import Dual
 from internvl.inference.generate import Request, Settings, answers
@@ -25,7 +26,6 @@ from internvl.models.chat import assemble
 from internvl.models.chat import model as chat_model
 from internvl.models.dual import files as dual_files
 from internvl.models.dual.model import DualModel
-from internvl.models.hub import ModelFolderError
 from internvl.training import checkpoint
 
 DTYPES = {

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from internvl.files import ModelFolderError
+from internvl.errors import ModelFolderError
 
 
 class Rule(NamedTuple):

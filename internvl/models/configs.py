@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, InternVLConfig, PreTrainedConfig
 
-from internvl.models.hub import ModelFolderError
+from internvl.errors import ModelFolderError
 
 LANGUAGE_MODELS = {
     "LlamaForCausalLM": "llama",

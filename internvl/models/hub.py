@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from internvl import files
-from internvl.files import ModelFolderError as ModelFolderError  # here for those who read folders
+from internvl.errors import ModelFolderError
 from internvl.files import read_object
 
 logger = logging.getLogger(__name__)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from internvl.errors import ModelFolderError
 from internvl.models import configs
 from internvl.models.dual.configs import DualConfig
-from internvl.models.hub import LazyTensor, ModelFolderError
+from internvl.models.hub import LazyTensor
 
 
 class Change(Protocol):

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from internvl.errors import ModelFolderError
 from internvl.models import keys
-from internvl.models.hub import LazyTensor, ModelFolderError
+from internvl.models.hub import LazyTensor
 
 logger = logging.getLogger(__name__)
 

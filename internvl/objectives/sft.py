@@ -13,16 +13,9 @@ from internvl.config import DataConfig, ObjectiveConfig
 from internvl.data.chat import ChatEncoder, marked, spans
 from internvl.data.loader import UnitReader
 from internvl.data.packing import encode_units, pack, unpack
-from internvl.data.records import (
-    IGNORE,
-    BadSample,
-    Example,
-    PackedBatch,
-    Sample,
-    Tiles,
-    Unit,
-)
+from internvl.data.records import IGNORE, Example, PackedBatch, Sample, Tiles, Unit
 from internvl.data.sources import Source
+from internvl.errors import BadSample
 from internvl.objectives.packed_loss import summed_loss
 
 _SHOWN_SAMPLES = 2

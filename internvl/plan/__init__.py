@@ -23,7 +23,8 @@ from transformers import InternVLConfig
 
 from internvl import parallel, zoo
 from internvl.check.report import FirstStep
-from internvl.config import ComputeConfig, Recipe, UserError, recipes
+from internvl.config import ComputeConfig, Recipe, recipes
+from internvl.errors import UnknownModel, UserError
 from internvl.inference import inherited
 from internvl.inference import load as loading
 from internvl.inference.inherited import Completed
@@ -195,7 +196,7 @@ def _files(recipe: Recipe) -> hub.ModelFolder:
         return loading.open_files(folder)[0]
     try:
         model = zoo.find(recipe.model.id)
-    except zoo.UnknownModel as error:
+    except UnknownModel as error:
         raise UserError(
             f"model.id: {recipe.model.id} is no folder, and {error}; a plan needs config.json"
         ) from None

@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from internvl.errors import UserError
+from internvl.errors import UnknownGpu
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,6 @@ def update_times(
         yield "moments from the CPU and back", 16.0 * trained / (CALIBRATION.bus_tb_per_s * 1e12)
     if num_gpus > 1:
         yield "gradients between GPUs", 8.0 * trained / (CALIBRATION.reduce_tb_per_s * 1e12)
-
-
-class UnknownGpu(UserError):
-    """No GPU of this name is in the table; the message lists those that are."""
 
 
 def find(name: str) -> Gpu:

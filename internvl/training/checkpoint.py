@@ -27,16 +27,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from internvl import log
-from internvl.config import UserError
+from internvl.errors import CheckpointError, UserError
 from internvl.models.adapters import fused_lora
 
 _GO_BACK = "remove this folder to go on from the one before"
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
-
-
-class CheckpointError(UserError):
-    """A checkpoint that could not be written or read; earlier ones are untouched."""
 
 
 def steps(folder: Path) -> list[int]:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from internvl.config import LayerDecayConfig, OptimConfig, UserError
+from internvl.config import LayerDecayConfig, OptimConfig
+from internvl.errors import UserError
 from internvl.models import keys
 
 Layer = tuple[str, int]

@@ -10,10 +10,9 @@ from pathlib import Path
 from internvl import dist, log
 from internvl.config import Recipe, recipes
 from internvl.data import changes
-from internvl.data.records import DataError
 from internvl.data.sampler import Earlier, GrownOrder, Order, Prefix, SampleOrder
 from internvl.data.sources import Source
-from internvl.guards import RunError
+from internvl.errors import DataError, RunError
 
 
 def finished(folder: Path) -> bool:

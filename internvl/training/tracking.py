@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from internvl.config import UserError
+from internvl.errors import UserError
 from internvl.log import StepLog, TensorBoard
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from internvl.errors import UserError
+from internvl.errors import UnknownModel, UserError
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "8bit": 1.0, "4bit": 0.5 + 4 / 64}
 """Bytes of a weight; in 4 bits, 64 weights share a float32 scale. Only the blocks' linear layers
@@ -365,10 +365,6 @@ _ROWS: tuple[Model, ...] = (
 )
 MODELS: dict[str, Model] = {model.name: model for model in _ROWS}
 """Released models by name."""
-
-
-class UnknownModel(UserError):
-    """No released model has this name; the message names the nearest ones."""
 
 
 def find(name: str) -> Model:

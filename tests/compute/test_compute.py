@@ -10,8 +10,9 @@ from torch import nn
 from transformers import LlamaConfig
 
 from internvl import parallel
-from internvl.config import ComputeConfig, DataConfig, LoraConfig, UserError
+from internvl.config import ComputeConfig, DataConfig, LoraConfig
 from internvl.data.records import PackedBatch
+from internvl.errors import UserError
 from internvl.inference import load as loading
 from internvl.models.adapters import lora
 from internvl.models.attention import packed

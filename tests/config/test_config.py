@@ -6,8 +6,9 @@ import sys
 import pytest
 import yaml
 
-from internvl.config import ConfigError, DataConfig, TilesChoice, TilesConfig, recipes
+from internvl.config import DataConfig, TilesChoice, TilesConfig, recipes
 from internvl.config.recipes import load_recipe, resolve
+from internvl.errors import ConfigError
 
 GOOD = {
     "model": {"id": "x"},

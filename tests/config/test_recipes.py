@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from internvl import zoo
-from internvl.config import TERMS, ConfigError, Recipe, recipes
+from internvl.config import TERMS, Recipe, recipes
 from internvl.config.recipes import load_recipe
 from internvl.datasets import convert, playground, prepare
+from internvl.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))

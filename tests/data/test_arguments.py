@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from internvl import evaluate
-from internvl.config import ConfigError, UserError, eval_config, recipes
+from internvl.config import eval_config, recipes
 from internvl.data.arguments import (
     check_number,
     check_whole,
@@ -15,6 +15,7 @@ from internvl.data.arguments import (
     nearest,
 )
 from internvl.data.images import FileSlice
+from internvl.errors import ConfigError, UserError
 from internvl.evals import metrics
 from internvl.models.adapters import lora
 

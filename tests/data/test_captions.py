@@ -8,11 +8,11 @@ import pytest
 from data_files import SHARED, picture
 
 from internvl import check
-from internvl.config import SourceConfig, UserError, eval_config
+from internvl.config import SourceConfig, eval_config
 from internvl.data import captions
-from internvl.data.records import BadSample, DataError
 from internvl.data.sources import open_source
 from internvl.datasets import convert
+from internvl.errors import BadSample, DataError, UserError
 from internvl.evals import EVALS
 from internvl.evals.scores import DataProblems
 

@@ -12,10 +12,9 @@ from ranks import run_ranks
 
 from internvl.config import SourceConfig, recipes
 from internvl.data import changes
-from internvl.data.records import DataError
 from internvl.data.sampler import Earlier, GrownOrder, SampleOrder
 from internvl.data.sources import open_source, source_configs
-from internvl.guards import RunError
+from internvl.errors import DataError, RunError
 from internvl.training import run_folder
 
 BATCH = 4

@@ -8,9 +8,10 @@ from chat_folders import GOLDEN
 from data_files import SHARED
 
 from internvl.data.chat import ChatEncoder
-from internvl.data.records import IGNORE, BadSample, Message, Sample
+from internvl.data.records import IGNORE, Message, Sample
 from internvl.data.templates import template
 from internvl.data.tokenizers import load_tokenizer
+from internvl.errors import BadSample
 
 FOLDER = GOLDEN / "label_masks"
 CONVERSATIONS = json.loads((FOLDER / "case.json").read_text())["conversations"]

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from internvl.data import jpeg
-from internvl.data.images import BadImage, FileSlice, open_rgb, read_rgb
+from internvl.data.images import FileSlice, open_rgb, read_rgb
+from internvl.errors import BadImage
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ from data_files import chat_line, write_lines
 
 from internvl.config import SourceConfig
 from internvl.data import index, json_rows
-from internvl.data.records import BadSample, DataError, Sample
+from internvl.data.records import Sample
 from internvl.data.sources import open_source
+from internvl.errors import BadSample, DataError
 
 ROWS = [
     chat_line("<image>\nOne?", "é \\u00e9", image="a.png", id=7),

@@ -13,7 +13,7 @@ from internvl.data.messages import (
     in_order,
     unescape,
 )
-from internvl.data.records import BadSample
+from internvl.errors import BadSample
 
 
 def ask(*texts):

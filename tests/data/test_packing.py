@@ -19,7 +19,8 @@ from internvl.data.packing import (
     padded_tokens,
     unpack,
 )
-from internvl.data.records import IGNORE, BadSample, Example, Unit
+from internvl.data.records import IGNORE, Example, Unit
+from internvl.errors import BadSample
 from internvl.inference import load as loading
 from internvl.models.attention.packed import dense_mask
 from internvl.models.chat.model import Supervision, normalize_tiles

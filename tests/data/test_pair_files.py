@@ -12,7 +12,7 @@ from data_files import SHARED, picture
 from internvl.data.captions import FORMS
 from internvl.data.pair_files import broken, leaks, read_pairs
 from internvl.data.pairs import clean_caption
-from internvl.data.records import DataError
+from internvl.errors import DataError
 
 FLICKR8K = SHARED / "data/flickr8k_cn"
 

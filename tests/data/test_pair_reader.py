@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from internvl.config import ConfigError, SourceConfig
+from internvl.config import SourceConfig
 from internvl.config.recipes import resolve
 from internvl.data.pair_reader import PairReader, image_id_of, make_batch
 from internvl.data.pairs import CaptionEncoder
-from internvl.data.records import DataError
 from internvl.data.sampler import UnitRef
 from internvl.data.sources import open_source
 from internvl.data.tokenizers import load_tokenizer
+from internvl.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,8 @@ import pickle
 
 import torch
 
-from internvl.data.records import BadSample, PackedBatch
+from internvl.data.records import PackedBatch
+from internvl.errors import BadSample
 
 
 def test_a_bad_sample_comes_out_of_a_worker_as_it_went_in():

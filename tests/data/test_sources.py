@@ -11,12 +11,12 @@ import pytest
 from data_files import SHARED, chat_line, picture, turns, write_lines
 from PIL import Image
 
-from internvl import config
 from internvl.config import DataConfig, SourceConfig, recipes
 from internvl.data import index, sampler
 from internvl.data.images import FileSlice, open_rgb
-from internvl.data.records import BadSample, DataError, Message, Sample, Video
+from internvl.data.records import Message, Sample, Video
 from internvl.data.sources import SOURCES, open_source, source_configs
+from internvl.errors import BadSample, ConfigError, DataError
 
 
 def opened(path, kind="chat", **keys):
@@ -534,10 +534,10 @@ def test_broken_caption_files():
 
 def test_a_recipe_needs_a_source_and_a_prompt():
     tree = {"model": {"id": "x"}, "run": "r", "global_batch": 1, "epochs": 1, "data": {}}
-    with pytest.raises(config.ConfigError, match="data.sources: no source; give one, or data.meta"):
+    with pytest.raises(ConfigError, match="data.sources: no source; give one, or data.meta"):
         recipes.resolve(tree)
     tree["data"] = {"sources": [{"name": "x", "annotations": "y", "type": "captions"}]}
-    with pytest.raises(config.ConfigError, match="data.sources.0.prompt: missing"):
+    with pytest.raises(ConfigError, match="data.sources.0.prompt: missing"):
         recipes.resolve(tree)
 
 

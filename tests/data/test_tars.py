@@ -10,7 +10,7 @@ from data_files import picture
 
 from internvl.data import tars
 from internvl.data.images import FileSlice, read_rgb
-from internvl.data.records import DataError
+from internvl.errors import DataError
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from internvl.data.tokenizers import (
     load_tokenizer,
     save_tokenizer,
 )
-from internvl.files import ModelFolderError
+from internvl.errors import ModelFolderError
 
 MASKS = GOLDEN / "label_masks"
 PHI3 = GOLDEN / "tokenizer_phi3"

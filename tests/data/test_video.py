@@ -11,8 +11,8 @@ from PIL import Image
 
 from internvl.config import VideoConfig
 from internvl.data import video
-from internvl.data.images import BadImage
 from internvl.data.records import Message, Sample, Video
+from internvl.errors import BadImage
 
 av = pytest.importorskip("av")
 

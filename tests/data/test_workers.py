@@ -14,9 +14,9 @@ from internvl import check, cli
 from internvl.config import DataConfig, SourceConfig, TilesConfig
 from internvl.config.recipes import load_recipe
 from internvl.data import formats, loader, workers
-from internvl.data.records import BadSample, DataError
 from internvl.data.sampler import SampleOrder, UnitRef
 from internvl.data.sources import open_source
+from internvl.errors import BadSample, DataError, WorkerDied
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -66,7 +66,7 @@ def kill(number):
     ],
 )
 def test_a_worker_that_was_killed_is_a_sentence(source, number, said):
-    with pytest.raises(workers.WorkerDied, match=said) as raised:
+    with pytest.raises(WorkerDied, match=said) as raised:
         list(steps(source, 2, at(17, kill(number))))
     assert "chat.jsonl line" in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -96,14 +96,14 @@ def test_the_samples_that_it_had_are_named(source):
     order = SampleOrder([source], share_prefix=False, seed=3)
     refs = order.step(0, 20, 40)
     last = refs[7].lines[0] + 1  # of the first group
-    with pytest.raises(workers.WorkerDied) as raised:
+    with pytest.raises(WorkerDied) as raised:
         list(steps(source, 1, at(last, kill(signal.SIGKILL))))
     first_group = workers.describe_refs([source], refs[:8])
     assert f"it was reading {first_group};" in str(raised.value)
 
 
 def test_a_worker_that_exits_is_a_sentence(source):
-    with pytest.raises(workers.WorkerDied, match=r"ended with exit code 3; it was reading .*chat"):
+    with pytest.raises(WorkerDied, match=r"ended with exit code 3; it was reading .*chat"):
         list(steps(source, 1, at(2, lambda: os._exit(3))))
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from internvl.config import UserError
-from internvl.data.records import DataError
 from internvl.datasets import convert
+from internvl.errors import DataError, UserError
 
 SHARED = Path(os.environ.get("INTERNVL_SHARED", Path(__file__).parents[3] / "shared"))
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from internvl.data.records import DataError
 from internvl.datasets import download as fetch
+from internvl.errors import DataError
 
 CONTENT = bytes(range(256)) * 64
 

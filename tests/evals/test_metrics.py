@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from internvl.config import UserError
+from internvl.errors import UserError
 from internvl.evals import metrics
 
 pytest.importorskip("pycocoevalcap")

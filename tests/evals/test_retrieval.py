@@ -17,9 +17,10 @@ from torch.nn.functional import normalize
 from transformers import PreTrainedTokenizerFast
 
 from internvl import evals, evaluate, train
-from internvl.config import UserError, eval_config
+from internvl.config import eval_config
 from internvl.config.recipes import resolve
 from internvl.datasets import published as published_sets
+from internvl.errors import UserError
 from internvl.evals import features
 from internvl.evals.classify import Classify, accuracies
 from internvl.evals.retrieval import Retrieval, recalls

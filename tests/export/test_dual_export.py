@@ -11,6 +11,7 @@ from transformers import CLIPImageProcessorPil
 
 from internvl import export
 from internvl.data.pairs import center_square
+from internvl.errors import ExportError
 from internvl.inference import load as loading
 from internvl.models import shards
 from internvl.models.adapters import lora
@@ -119,9 +120,9 @@ def test_bfloat16(tmp_path):
 
 
 def test_a_format_that_cannot_hold_it(tmp_path):
-    with pytest.raises(export.ExportError, match="no class of transformers; .*format official"):
+    with pytest.raises(ExportError, match="no class of transformers; .*format official"):
         export.run(dual_folder(tmp_path / "dual"), tmp_path / "out", "hf")
-    with pytest.raises(export.ExportError, match="InternVL-C alone"):
+    with pytest.raises(ExportError, match="InternVL-C alone"):
         export.run(pth_file(tmp_path / "pth"), tmp_path / "out", "official")
     assert not (tmp_path / "out").exists()
 
@@ -136,7 +137,7 @@ def test_an_export_that_computes_something_else_is_not_kept(tmp_path, monkeypatc
         return answer(model) * (1 + len(calls))
 
     monkeypatch.setattr(export, "probe", drifting)
-    with pytest.raises(export.ExportError, match="nothing was kept"):
+    with pytest.raises(ExportError, match="nothing was kept"):
         export.run(dual, tmp_path / "out", "official")
     assert not (tmp_path / "out").exists()
 

@@ -29,13 +29,13 @@ from internvl.data.images import open_rgb
 from internvl.data.records import Message
 from internvl.data.templates import TEMPLATES, jinja
 from internvl.data.tiles import tile_images
+from internvl.errors import ExportError, ModelFolderError
 from internvl.inference import generate
 from internvl.inference import load as loading
 from internvl.inference.generate import Request
 from internvl.models import shards
 from internvl.models.adapters import lora
 from internvl.models.chat import model as chat_model
-from internvl.models.hub import ModelFolderError
 
 
 def with_tokenizer(folder, name="internlm2"):
@@ -146,7 +146,7 @@ def test_adapters_are_merged(tmp_path):
 def test_pixel_shuffle_v1_is_official_only(tmp_path):
     start = golden_folder("chat_internlm2", "v1.sel-4", tmp_path / "start")
     with_tokenizer(start)
-    with pytest.raises(export.ExportError, match="pixel shuffle v1 .* format official"):
+    with pytest.raises(ExportError, match="pixel shuffle v1 .* format official"):
         export.run(start, tmp_path / "hf", "hf")
     assert not (tmp_path / "hf").exists()
     assert_same_tensors(start, export.run(start, tmp_path / "back", "official"))
@@ -180,7 +180,7 @@ def test_a_taken_target_is_refused(tmp_path):
     start = official("Qwen2ForCausalLM", tmp_path / "start")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "notes.txt").write_text("mine")
-    with pytest.raises(export.ExportError, match="not empty"):
+    with pytest.raises(ExportError, match="not empty"):
         export.run(start, tmp_path / "taken")
     assert [f.name for f in (tmp_path / "taken").iterdir()] == ["notes.txt"]
 
@@ -189,7 +189,7 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
     start = official("Qwen2ForCausalLM", tmp_path / "start")
     wrong = export.probe(chat_model.load_model(start)) + 1
     monkeypatch.setattr(export, "probe", lambda _model: wrong + torch.rand(1))
-    with pytest.raises(export.ExportError, match="nothing was kept"):
+    with pytest.raises(ExportError, match="nothing was kept"):
         export.run(start, tmp_path / "out")
     assert sorted(f.name for f in tmp_path.iterdir()) == ["start"]
 
@@ -209,7 +209,7 @@ def test_code_is_copied_only_from_a_named_folder(tmp_path, caplog):
     assert (folder / "modeling_internvl_chat.py").is_file()
     assert json.loads((folder / "config.json").read_text())["auto_map"] == auto_map
     loading.load(folder, device="cpu")
-    with pytest.raises(export.ExportError, match="no auto_map"):
+    with pytest.raises(ExportError, match="no auto_map"):
         export.run(start, tmp_path / "other", "official", code_from=start, verify=False)
 
 

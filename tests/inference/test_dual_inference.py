@@ -11,9 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import internvl
-from internvl.config import UserError
-from internvl.data.images import BadImage
 from internvl.data.pairs import center_square, clean_caption, pad_right, square
+from internvl.errors import BadImage, UserError
 from internvl.inference import load as loading
 from internvl.models.chat.model import normalize_tiles
 

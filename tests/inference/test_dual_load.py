@@ -10,13 +10,12 @@ from chat_folders import golden_folder
 from dual_folders import dual_folder, dual_golden, dual_lora_folder, pth_file
 from safetensors.torch import load_file, save_file
 
-from internvl.config import UserError
+from internvl.errors import ModelFolderError, UserError
 from internvl.inference import load as loading
 from internvl.models import hub, keys
 from internvl.models import weights as model_weights
 from internvl.models.dual import configs as dual_configs
 from internvl.models.dual import files as dual_files
-from internvl.models.hub import ModelFolderError
 
 
 def load(folder, **arguments):

@@ -15,12 +15,11 @@ from chat_folders import (
 )
 from PIL import Image
 
-from internvl.config import UserError
 from internvl.data.chat import ChatEncoder
-from internvl.data.images import BadImage
-from internvl.data.records import BadSample, Message, Sample
+from internvl.data.records import Message, Sample
 from internvl.data.templates import TEMPLATES
 from internvl.data.tokenizers import load_tokenizer
+from internvl.errors import BadImage, BadSample, UserError
 from internvl.inference import generate
 from internvl.inference import load as loading
 from internvl.inference.generate import Request

@@ -9,10 +9,10 @@ from dual_folders import dual_folder
 from safetensors.torch import load_file, save_file
 from transformers import InternVLForConditionalGeneration
 
-from internvl.config import TilesConfig, UserError, recipes
+from internvl.config import TilesConfig, recipes
 from internvl.data.templates import template
+from internvl.errors import ModelFolderError, UserError
 from internvl.inference import load as loading
-from internvl.models.hub import ModelFolderError
 
 
 def test_a_folder_becomes_a_chat(tmp_path):

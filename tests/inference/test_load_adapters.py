@@ -18,8 +18,9 @@ from test_cli import call
 from test_lora import official_lora_folder
 
 from internvl import cli, export, train, zoo
-from internvl.config import ConfigError, LoraConfig, ModelConfig, UserError
+from internvl.config import LoraConfig, ModelConfig
 from internvl.config.recipes import load_recipe, resolve
+from internvl.errors import ConfigError, UserError
 from internvl.inference import generate
 from internvl.inference import load as loading
 from internvl.inference.generate import Request

@@ -14,9 +14,8 @@ from dual_folders import dual_folder, small_tokenizer
 from safetensors.torch import load_file, save_file
 
 from internvl import export, zoo
-from internvl.config import UserError
 from internvl.data.tokenizers import load_tokenizer
-from internvl.files import ModelFolderError
+from internvl.errors import ModelFolderError, UserError
 from internvl.inference import load as loading
 from internvl.models import config_checks, hub
 from internvl.models.chat import model as chat_model

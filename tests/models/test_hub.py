@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from internvl import export
+from internvl.errors import ModelFolderError
 from internvl.models import hub
 from internvl.models.chat import model as chat_model
-from internvl.models.hub import ModelFolderError
 
 
 def golden(tmp_path):

@@ -5,9 +5,10 @@ import torch
 from chat_folders import ARCHITECTURES, IMAGE_TOKEN_ID, golden_folder, official_folder
 from safetensors.torch import load_file
 
+from internvl.errors import ModelFolderError
 from internvl.models import hub, keys
 from internvl.models.chat import model as chat_model
-from internvl.models.hub import LazyTensor, ModelFolderError
+from internvl.models.hub import LazyTensor
 
 
 def lazy(tensor):

@@ -9,9 +9,10 @@ import pytest
 import yaml
 from data_files import chat_line, model_folder, picture, recipe, write_lines
 
-from internvl import check, cli, config, plan
+from internvl import check, cli, plan
 from internvl.check.report import FirstStep
 from internvl.config import recipes
+from internvl.errors import UserError
 from internvl.plan import gpus
 from internvl.plan.flops import Work
 
@@ -115,9 +116,9 @@ def test_only_the_configuration_is_read(tmp_path):
 
 
 def test_an_unknown_model_is_named():
-    with pytest.raises(config.UserError, match="is no folder, and no released model"):
+    with pytest.raises(UserError, match="is no folder, and no released model"):
         plan.make(released("InternVL9-2B"), gpus.find("H200"))
-    with pytest.raises(config.UserError, match="does not train with sft; choose retrieval"):
+    with pytest.raises(UserError, match="does not train with sft; choose retrieval"):
         plan.make(released("InternVL-14B-224px"), gpus.find("H200"))
 
 

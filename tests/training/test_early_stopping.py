@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from internvl import evals, evaluate, log, train
-from internvl.config import ConfigError, UserError, recipes
+from internvl.config import recipes
 from internvl.data.images import STATISTICS
 from internvl.data.records import IGNORE
 from internvl.data.sampler import UnitRef
+from internvl.errors import ConfigError, UserError
 from internvl.inference import load as loading
 from internvl.models.chat.model import normalize_tiles
 from internvl.training import early_stopping

@@ -2,7 +2,8 @@
 
 import pytest
 
-from internvl.config import ConfigError, recipes
+from internvl.config import recipes
+from internvl.errors import ConfigError
 from internvl.training import memory_ladder
 
 TREE = {

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
-from internvl.config import OptimConfig, UserError
+from internvl.config import OptimConfig
+from internvl.errors import UserError
 from internvl.training import checkpoint, optim
 
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from internvl import log
-from internvl.config import UserError
+from internvl.errors import UserError
 from internvl.training import tracking
 
 

@@ -9,6 +9,7 @@ from official_keys import official_dual_keys, official_keys
 
 from internvl import zoo
 from internvl.config import LoraConfig
+from internvl.errors import UnknownModel
 from internvl.models import configs, hub, keys
 from internvl.models.adapters import lora
 from internvl.models.chat import model as chat_model
@@ -130,7 +131,7 @@ def test_a_model_is_found(name, found):
 
 
 def test_an_unknown_name_gets_the_nearest():
-    with pytest.raises(zoo.UnknownModel, match="'InternVL2-3B'; nearest: .*InternVL2-"):
+    with pytest.raises(UnknownModel, match="'InternVL2-3B'; nearest: .*InternVL2-"):
         zoo.find("InternVL2-3B")
 
 

@@ -13,8 +13,9 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import __version__ as peft_version
 from torch import Tensor
 
+from internvl.errors import ModelFolderError
 from internvl.models import hub
-from internvl.models.hub import LazyTensor, ModelFolderError
+from internvl.models.hub import LazyTensor
 
 logger = logging.getLogger(__name__)
 

@@ -22,6 +22,7 @@ from peft.tuners.tuners_utils import cast_adapter_dtype, check_target_module_exi
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from internvl.errors import ModelFolderError
 from internvl.models import keys
 from internvl.models.adapters.folder import (
     CONFIG_FILE,
@@ -31,7 +32,7 @@ from internvl.models.adapters.folder import (
     read_tensors,
 )
 from internvl.models.adapters.names import SAME, TOKENS, Entry, Naming, choose_naming, parse
-from internvl.models.hub import LazyTensor, ModelFolderError
+from internvl.models.hub import LazyTensor
 
 logger = logging.getLogger(__name__)
 

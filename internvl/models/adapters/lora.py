@@ -16,7 +16,8 @@ from peft import inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from internvl.config import LoraConfig, UserError
+from internvl.config import LoraConfig
+from internvl.errors import ModelFolderError, UserError
 from internvl.models import configs
 from internvl.models.adapters import fused_lora, merging, seeded_dropout
 from internvl.models.adapters import layers as adapter_layers
@@ -25,7 +26,6 @@ from internvl.models.adapters.folder import base_of as base_of
 from internvl.models.adapters.folder import is_adapter as is_adapter
 from internvl.models.adapters.merging import MergedState as MergedState
 from internvl.models.adapters.merging import merge as merge
-from internvl.models.hub import ModelFolderError
 
 _HEADS = ("text_projection.", "image_pool.", "query_pool.", "itm_head.", "logit_scale")
 PARTS = {

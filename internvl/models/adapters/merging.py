@@ -13,7 +13,7 @@ from peft.tuners.lora.layer import Conv2d, Embedding, ParamWrapper
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from internvl.config import UserError
+from internvl.errors import UserError
 from internvl.models.adapters import fused_lora
 from internvl.models.kernels import float8
 

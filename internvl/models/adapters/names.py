@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from internvl.errors import ModelFolderError
 from internvl.models import keys
-from internvl.models.hub import LazyTensor, ModelFolderError
+from internvl.models.hub import LazyTensor
 
 
 @dataclass(frozen=True)

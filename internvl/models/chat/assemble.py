@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import InternVLConfig
 from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector
 
+from internvl.errors import ModelFolderError
 from internvl.models import config_checks, configs, hub
 from internvl.models.chat import model as chat_model
 from internvl.models.chat.model import ChatModel
-from internvl.models.hub import LazyTensor, ModelFolder, ModelFolderError
+from internvl.models.hub import LazyTensor, ModelFolder
 
 _PROJECTOR = {"0": "layer_norm", "1": "linear_1", "3": "linear_2"}
 """Names in the original's projector files -> ours."""

@@ -12,11 +12,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLModel
 from transformers.models.internvl.modeling_internvl import InternVLCausalLMOutputWithPast
 
-from internvl.config import UserError
+from internvl.errors import ModelFolderError, UserError
 from internvl.models import config_checks, configs, hub, keys
 from internvl.models import weights as model_weights
 from internvl.models.adapters import lora
-from internvl.models.hub import LazyTensor, ModelFolder, ModelFolderError
+from internvl.models.hub import LazyTensor, ModelFolder
 from internvl.models.kernels import gelu, last_mlp, patch_embed
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from internvl.errors import ModelFolderError
 from internvl.models import config_checks, hub, keys
 from internvl.models import weights as model_weights
 from internvl.models.adapters import lora
@@ -18,7 +19,7 @@ from internvl.models.chat import model as chat_model
 from internvl.models.dual import configs as dual_configs
 from internvl.models.dual.configs import DualConfig
 from internvl.models.dual.model import DualModel
-from internvl.models.hub import LazyTensor, ModelFolder, ModelFolderError
+from internvl.models.hub import LazyTensor, ModelFolder
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from internvl.config import UserError
+from internvl.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from internvl import export
-from internvl.config import UserError
+from internvl.errors import ModelFolderError, UserError
 from internvl.inference import load as loading
 from internvl.models.adapters import fused_lora, lora, merging
-from internvl.models.hub import ModelFolderError
 
 EXACT = 1e-5
 MONTECLORA = {"num_samples": 2, "buffer_size": 4}

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers import InternVLForConditionalGeneration
 
 from internvl.config import LoraConfig
+from internvl.errors import ModelFolderError
 from internvl.inference import load as loading
 from internvl.models import configs, keys
 from internvl.models.adapters import lora
 from internvl.models.chat import model as chat_model
-from internvl.models.hub import ModelFolderError
 
 BOTH = ("language_model", "vision_tower")
 COUNTS = json.loads((GOLDEN / "lora_count" / "counts.json").read_text())

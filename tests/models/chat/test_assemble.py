@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from internvl import export
 from internvl.config import TilesConfig
 from internvl.data.tokenizers import SPECIAL_TOKENS
+from internvl.errors import ModelFolderError
 from internvl.inference import load as loading
-from internvl.models.hub import ModelFolderError
 
 
 def split(tmp_path, case="chat_qwen2", tokenizer="qwen2", rows=600):

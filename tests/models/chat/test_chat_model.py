@@ -20,12 +20,12 @@ from chat_folders import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from internvl.errors import ModelFolderError
 from internvl.inference import load as loading
 from internvl.models import keys
 from internvl.models import weights as model_weights
 from internvl.models.chat import model as chat_model
 from internvl.models.chat.model import ChatModel, Supervision
-from internvl.models.hub import ModelFolderError
 
 CASES = ("chat_internlm2", "chat_qwen2")
 VARIANTS = [

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from dual_folders import DUAL, dual_folder, dual_golden
 from safetensors.torch import load_file, save_file
 
-from internvl.config import UserError
+from internvl.errors import UserError
 from internvl.inference import load as loading
 from internvl.models.dual.configs import DualConfig, from_official
 from internvl.models.dual.model import DualModel

@@ -16,7 +16,8 @@ from torch._inductor.utils import run_and_get_code
 from torch.nn.utils import parameters_to_vector
 
 from internvl import export, log, parallel, plan, train
-from internvl.config import ComputeConfig, ConfigError, UserError, recipes
+from internvl.config import ComputeConfig, recipes
+from internvl.errors import ConfigError, UserError
 from internvl.inference import load as loading
 from internvl.models.adapters import lora
 from internvl.models.kernels import float8
