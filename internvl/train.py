@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from internvl import config, dist, evals, guards, log, parallel
+from internvl import config, dist, evals, log, parallel
 from internvl.config import Recipe
 from internvl.data import loader
 from internvl.data.records import Batch
 from internvl.data.sampler import Order, SampleOrder
 from internvl.data.sources import Source, open_source, source_configs
 from internvl.errors import Interrupted, RunError
-from internvl.guards import Guard
 from internvl.inference import inherited
 from internvl.inference import load as loading
 from internvl.inference.dual import Dual
@@ -32,7 +31,17 @@ from internvl.models.adapters import fused_lora, lora
 from internvl.models.chat import model as chat_model
 from internvl.models.dual.model import DualModel
 from internvl.objectives import OBJECTIVES, Objective
-from internvl.training import checkpoint, early_stopping, memory_ladder, optim, run_folder, tracking
+from internvl.training import (
+    checkpoint,
+    early_stopping,
+    memory_ladder,
+    optim,
+    run_folder,
+    signals,
+    spikes,
+    tracking,
+)
+from internvl.training.spikes import Guard
 
 
 @dataclass
@@ -184,8 +193,8 @@ def _refused(
     if reason is None:
         run.guard.remember(loss, norm)
         return False
-    _, names = max(dist.gather_objects(guards.worst(rows, losses)), key=lambda found: found[0])
-    guards.refuse(run.guard, step, reason, names, log.StepLog(run.folder, guards.SKIPPED))
+    _, names = max(dist.gather_objects(spikes.worst(rows, losses)), key=lambda found: found[0])
+    spikes.refuse(run.guard, step, reason, names, log.StepLog(run.folder, spikes.SKIPPED))
     return True
 
 
@@ -274,7 +283,7 @@ def run(recipe: Recipe) -> Path:
     completed = loading.complete(recipe)
     recipe = completed.recipe
     dist.barrier()  # every rank has read the run folder's recipe before rank 0 writes it anew
-    with run_folder.owned(recipe), guards.stop_signal() as stop:
+    with run_folder.owned(recipe), signals.stop_signal() as stop:
         if run_folder.finished(recipe.run):
             logger.info("the run %s is finished; choose another `run` to train again", recipe.run)
             return recipe.run
@@ -428,7 +437,7 @@ def _resume(now: Run) -> tracking.Metrics:
     dist.barrier()
     if not dist.is_main():
         return tracking.Metrics([])
-    for name in ("bad_samples.jsonl", guards.SKIPPED):
+    for name in ("bad_samples.jsonl", spikes.SKIPPED):
         log.StepLog(now.folder, name).truncate_after(now.step)
     return tracking.open_metrics(now.folder, now.step, now.recipe.wandb)
 

@@ -778,7 +778,7 @@ def seed_run(folder: Path) -> None:
 
 def read_run(folder: Path) -> Problems:
     """What a run reads when it goes on."""
-    from internvl.guards import Guard
+    from internvl.training.spikes import Guard
 
     run = folder / "run"
     given = seed_copy("run") / "run" / "recipe.yaml"

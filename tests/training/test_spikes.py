@@ -9,9 +9,10 @@ import pytest
 import tiny_run
 import torch
 
-from internvl import guards, log, train
+from internvl import log, train
 from internvl.config import GuardConfig, recipes
-from internvl.guards import Guard
+from internvl.training import spikes
+from internvl.training.spikes import Guard
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def remembering(steps, **settings):
 def test_a_spike_is_measured_against_the_median_of_the_window():
     guard = remembering(40, loss_spike=10.0, grad_spike=10.0)
     assert len(guard.losses) == 16
-    middle, deviation = guards.spread(guard.losses)
+    middle, deviation = spikes.spread(guard.losses)
     assert (middle, deviation) == (pytest.approx(2, abs=0.1), pytest.approx(0.1, abs=0.06))
     assert guard.objection(41, middle + 9.9 * deviation, 1.0) is None
     assert guard.objection(41, 0.0, 0.0) is None  # lower is no spike
@@ -42,9 +43,9 @@ def test_a_spike_is_measured_against_the_median_of_the_window():
 
 def test_one_outlier_in_the_window_moves_nothing():
     guard = remembering(16, loss_spike=10.0)
-    before = guards.spread(guard.losses)
+    before = spikes.spread(guard.losses)
     guard.losses[3] = 1e6
-    after = guards.spread(guard.losses)
+    after = spikes.spread(guard.losses)
     assert after == (pytest.approx(before[0], rel=0.05), pytest.approx(before[1], rel=0.5))
 
 
@@ -70,9 +71,9 @@ def test_the_row_that_is_named():
             self.names = names
 
     rows = [Row("a"), Row("b", "c"), Row("d")]
-    assert guards.worst(rows, [1.0, 3.0, 2.0]) == (3.0, ("b", "c"))
-    assert guards.worst(rows, [9.0, 3.0, math.nan]) == (math.inf, ("d",))
-    assert guards.worst([], []) == (-math.inf, ())
+    assert spikes.worst(rows, [1.0, 3.0, 2.0]) == (3.0, ("b", "c"))
+    assert spikes.worst(rows, [9.0, 3.0, math.nan]) == (math.inf, ("d",))
+    assert spikes.worst([], []) == (-math.inf, ())
 
 
 def settings(folder, **changes):
@@ -85,7 +86,7 @@ def kept(folder):
         (row["step"], row["loss"], row["grad_norm"], row.get("skipped"))
         for row in log.StepLog(folder, "metrics.jsonl").rows()
     ]
-    return metrics, log.StepLog(folder, guards.SKIPPED).rows()
+    return metrics, log.StepLog(folder, spikes.SKIPPED).rows()
 
 
 def test_skipped_steps_are_listed_and_the_same_after_a_resume(project, tmp_path):

@@ -1,4 +1,4 @@
-"""What stops a run before it spoils its weights: losses and gradients that are no numbers or spike.
+"""Steps that would spoil the weights: losses and gradients that are not finite or spike.
 
 A step is judged before its update is applied. Spikes are measured against the steps before: their
 median, and their deviation as 1.4826 times the median distance from it, which a few outliers do not
@@ -6,9 +6,7 @@ move. What is remembered is part of a checkpoint, so that a resumed run judges a
 """
 
 import math
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Protocol
@@ -20,7 +18,10 @@ from internvl.errors import RunError
 SKIPPED = "skipped_steps.jsonl"
 """The file of a run folder that lists every update that was not applied."""
 
+
 _NAMED = 8  # samples named in a sentence
+
+
 _LEAST_SHARE = 0.01  # of the median: steps that hardly differ have no deviation to speak of
 
 
@@ -125,32 +126,3 @@ def refuse(guard: Guard, step: int, reason: str, names: Sequence[str], listed: l
             f"{guard.num_skipped} steps were skipped, more than guard.max_skipped = "
             f"{guard.config.max_skipped} allows; the last: {found}. All are listed in {listed.path}"
         )
-
-
-class Stop:
-    """Whether a signal asked to stop; the loop looks after every step."""
-
-    asked = False
-
-    def agreed(self) -> bool:
-        """Whether any rank was asked to: all of them stop after the same step."""
-        return dist.sum_counts({"asked": float(self.asked)})["asked"] > 0
-
-
-@contextmanager
-def stop_signal() -> Iterator[Stop]:
-    """SIGINT and SIGTERM end the run after the current step; a second SIGINT ends it at once."""
-    stop = Stop()
-
-    def ask(number: int, frame: Any) -> None:
-        if stop.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.asked = True
-        log.get_logger().info("stopping after this step; once more to stop at once")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
