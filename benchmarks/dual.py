@@ -46,7 +46,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from internvl import parallel, train, zoo
+from internvl import train, zoo
+from internvl.compute import compilation, feeding, kernels, memory, placement
 from internvl.config import ComputeConfig, Recipe, recipes
 from internvl.data.records import PairBatch
 from internvl.inference.dual import Dual
@@ -281,7 +282,7 @@ def warm(now: train.Run) -> None:
     units = [unit for ref in refs[: 2 * size] for unit in now.reader[ref].units]
     batches: list[Any] = now.objective.batches(units)
     if now.device.type == "cuda":
-        batches = [parallel.pin(batch) for batch in batches]
+        batches = [feeding.pin(batch) for batch in batches]
     train.train_step(now, batches)
 
 
@@ -330,9 +331,9 @@ def encode(device: torch.device, ceiling: float, tiny: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"batch": batch, "text_tokens": length, "queries": queries}
     for form in ("loaded", "compiled"):
         if form == "compiled":
-            parallel.arrange(handle.model, device, ComputeConfig(compile=not tiny))
+            kernels.apply_compute(handle.model, device, ComputeConfig(compile=not tiny))
         for name, (work, number, held) in kinds.items():
-            with parallel.several_shapes():
+            with compilation.several_shapes():
                 seconds = timed(work, device, 1 if tiny else 3)
             needed = dual_flops.count(handle.model, held).needed
             share = needed / seconds / 1e12 / ceiling
@@ -342,7 +343,7 @@ def encode(device: torch.device, ceiling: float, tiny: bool) -> dict[str, Any]:
         paths = sorted(map(str, Path(place).glob("?????.jpg")))
         seconds = timed(lambda: handle.encode_images(paths, "c", batch_size=batch), device, 1)
     found["images_c_from_files"] = {"per_s": len(paths) / seconds}
-    return found | {"peak_gib": parallel.peak_memory_gib(device)}
+    return found | {"peak_gib": memory.peak_memory_gib(device)}
 
 
 def caption(device: torch.device, tiny: bool) -> dict[str, Any]:
@@ -358,17 +359,17 @@ def caption(device: torch.device, tiny: bool) -> dict[str, Any]:
 
         seconds = timed(work, device, 1)
         found[f"batch_{batch}"] = {"images_per_s": count / seconds}
-    return found | {"peak_gib": parallel.peak_memory_gib(device)}
+    return found | {"peak_gib": memory.peak_memory_gib(device)}
 
 
 def timed(work: Callable[[], Any], device: torch.device, repeats: int) -> float:
     """Seconds, the median of some calls after one."""
     found = []
     for _ in range(1 + repeats):
-        parallel.wait(device)
+        placement.synchronize(device)
         started = time.perf_counter()
         work()
-        parallel.wait(device)
+        placement.synchronize(device)
         found.append(time.perf_counter() - started)
     return statistics.median(found[1:])
 

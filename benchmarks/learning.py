@@ -48,7 +48,8 @@ import torch
 from rows import commit
 from torch import nn
 
-from internvl import config, demo, export, log, parallel, train
+from internvl import config, demo, export, log, train
+from internvl.compute import feeding, placement
 from internvl.config import recipes
 from internvl.evals import metrics
 from internvl.inference import load as loading
@@ -284,13 +285,13 @@ def validation_losses(now: train.Run, num_captions: int) -> dict[int, float]:
     refs = now.order.step(0, len(now.order), len(now.order))
     refs = sorted(refs, key=lambda ref: ref.lines)[:num_captions]
     units = [unit for ref in refs for unit in now.reader[ref].units]
-    rows = [parallel.pad(row, now.row_lengths) for row in now.objective.batches(units)]
+    rows = [feeding.pad(row, now.row_lengths) for row in now.objective.batches(units)]
     losses = {}
     for step in checkpoint.steps(now.folder / "checkpoints"):
         checkpoint.load_weights(now.folder / "checkpoints", step, now.model)
         total = count = 0.0
-        for row in parallel.on_device(rows, now.device):
-            with parallel.autocast(now.device, now.recipe.dtype):
+        for row in feeding.prefetch_to_device(rows, now.device):
+            with placement.autocast(now.device, now.recipe.dtype):
                 total += float(now.objective(now.model, row)["sft"])
             count += float(row.loss_weights.sum())
         losses[step] = round(total / count, 5)

@@ -34,7 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from internvl import demo, export, log, parallel, train
+from internvl import demo, export, log, train
+from internvl.compute import feeding, placement
 from internvl.config import Recipe, recipes
 from internvl.data import loader
 from internvl.data.images import STATISTICS, open_rgb
@@ -315,7 +316,7 @@ def open_clip_arm(made: Recipe, plan: Plan, shape: Shape) -> dict[str, Any]:
         model.train()
         for group in optimizer.param_groups:
             group["lr"] = plan.clip_lr * cosine(step, plan.steps, plan.warmup)
-        with parallel.autocast(device, made.dtype):
+        with placement.autocast(device, made.dtype):
             images, texts, scale = model(*clip_inputs(batch))
             loss = loss_of(images, texts, scale)
         optimizer.zero_grad()
@@ -370,7 +371,7 @@ def clip_batches(made: Recipe, device: torch.device) -> Iterator[PairBatch]:
         total=made.num_samples(len(order)),
         workers=made.data.workers,
     )
-    for step, _ in parallel.ahead(steps):
+    for step, _ in feeding.prefetch(steps):
         yield from (batch.to(device) for batch in step.batches)
 
 
@@ -392,7 +393,7 @@ def clip_recalls(model: Any, made: Recipe, device: torch.device) -> dict[str, fl
     images: Tensor | None = None
     for language in LANGUAGES:
         held_out = test_pairs(made, language)
-        with parallel.autocast(device, made.dtype):
+        with placement.autocast(device, made.dtype):
             if images is None:
                 pixels = torch.stack([square(open_rgb(path), PIXELS) for path in held_out.images])
                 photos = (

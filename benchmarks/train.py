@@ -30,7 +30,8 @@ import workloads
 from rows import commit
 from torch._dynamo.utils import counters
 
-from internvl import log, parallel, train
+from internvl import log, train
+from internvl.compute import feeding
 from internvl.config import recipes
 from internvl.data.packing import padded_tokens
 from internvl.data.records import PackedBatch, Unit
@@ -256,10 +257,10 @@ def profile(now: train.Run, device: torch.device) -> None:
     units: list[Unit] = []
     for ref in now.order.step(0, now.recipe.global_batch, now.total_samples)[:32]:
         units += now.reader[ref].units
-    rows = [parallel.pad(row, now.row_lengths) for row in now.objective.batches(units)]
+    rows = [feeding.pad(row, now.row_lengths) for row in now.objective.batches(units)]
     if device.type != "cuda":
         return
-    rows = [parallel.pin(row) for row in rows]
+    rows = [feeding.pin(row) for row in rows]
     walls, started = [], time.perf_counter()
     with Clocks() as clocks:
         for _ in range(30):  # long enough for the clocks to settle where they stay

@@ -10,7 +10,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from internvl import evals, parallel, zoo
+from internvl import evals, zoo
+from internvl.compute import backends, compilation, placement
 from internvl.config import EvalConfig, Recipe, eval_config
 from internvl.config.recipes import load_recipe
 from internvl.data.arguments import list_texts
@@ -146,7 +147,7 @@ def measure(
     folder = to or (Path(model_or_run) / "evals/evaluate" if is_run else Path("out/evaluate"))
     evaluators = evals.build({name: job.config for name, job in jobs.items()})
     kept = features or folder / "features"
-    with parallel.threads(None if recipe is None else recipe.threads):
+    with placement.threads(None if recipe is None else recipe.threads):
         if recipe is None:
             opened = _open_model(model_or_run, device, dtype)
         else:
@@ -193,14 +194,14 @@ def _open_run(folder: Path, recipe: Recipe, device: str | None, dtype: str | Non
     where = place.type if recipe.device == "auto" else recipe.device
     attention = recipe.compute.attention
     computing: AbstractContextManager[None]
-    if chosen not in parallel.DTYPES:  # float16, which nothing trains in
+    if chosen not in placement.DTYPES:  # float16, which nothing trains in
         handle = loading.load(folder, device=place, dtype=chosen)
         here, computing = f"{chosen} weights", nullcontext()
         used = "torch's own"
     else:
         handle = loading.load_as_trained(folder, place, chosen)
-        here, computing = _precision(chosen), parallel.evaluating(place, chosen)
-        used = parallel.possible(recipe.compute, place).attention
+        here, computing = _precision(chosen), compilation.evaluating(place, chosen)
+        used = backends.available_compute(recipe.compute, place).attention
     words = _Computed(
         (here, place.type, f"attention {used}"),
         (inside, where, f"attention {attention}"),

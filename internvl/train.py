@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from internvl import config, dist, evals, log, parallel
+from internvl import config, dist, evals, log
+from internvl.compute import backends, compilation, feeding, kernels, memory, placement, rng
 from internvl.config import Recipe
 from internvl.data import loader
 from internvl.data.records import Batch
@@ -31,6 +32,7 @@ from internvl.models.adapters import fused_lora, lora
 from internvl.models.chat import model as chat_model
 from internvl.models.dual.model import DualModel
 from internvl.objectives import OBJECTIVES, Objective
+from internvl.parallel import gradients
 from internvl.training import (
     checkpoint,
     early_stopping,
@@ -103,8 +105,8 @@ def build(
         order = SampleOrder(_files(recipe), share_prefix=recipe.shares_prefix, seed=recipe.seed)
     packs = recipe.objective.packs
     objective = OBJECTIVES[recipe.objective.name](recipe.objective, recipe.data, chat.encoder)
-    parallel.place(chat.model, device, recipe.dtype)
-    parallel.arrange(chat.model, device, recipe.compute)
+    placement.to_device(chat.model, device, recipe.dtype)
+    kernels.apply_compute(chat.model, device, recipe.compute)
     optimizer = optim.build(chat.model, recipe.optim)
     optimizer.register_step_post_hook(lambda *_: fused_lora.refresh(chat.model))
     return Run(
@@ -118,7 +120,7 @@ def build(
         num_steps=recipe.num_steps(order.epoch_size(recipe.epochs)),
         guard=Guard(recipe.guard),
         evaluators=evaluators,
-        row_lengths=parallel.row_lengths(recipe.compute, device, recipe.data) if packs else (),
+        row_lengths=backends.row_lengths(recipe.compute, device, recipe.data) if packs else (),
     )
 
 
@@ -145,21 +147,21 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> dict[str, float]:
     if empty:
         raise RunError(f"step {run.step + 1} has nothing to train on for {', '.join(empty)}")
     run.model.train()
-    parallel.seed(recipe.seed, run.step)
-    with parallel.several_shapes():
-        autocast = parallel.autocast(run.device, recipe.dtype)
-        saved = parallel.offloaded(run.model, run.device, recipe.compute)
-        with autocast, parallel.attending(recipe.compute), saved:
-            rows = parallel.on_device(micro_batches, run.device)
+    rng.seed_step(recipe.seed, run.step)
+    with compilation.several_shapes():
+        autocast = placement.autocast(run.device, recipe.dtype)
+        saved = memory.offloaded(run.model, run.device, recipe.compute)
+        with autocast, backends.math_attention(recipe.compute), saved:
+            rows = feeding.prefetch_to_device(micro_batches, run.device)
             try:
                 objective.begin_step(run.model, rows, counts)
             except torch.OutOfMemoryError as error:
                 raise _out_of_memory(run, "while all pairs are encoded") from error
-        rows = parallel.on_device(micro_batches, run.device)
+        rows = feeding.prefetch_to_device(micro_batches, run.device)
         sums = [_backward(run, row, counts) for row in rows]
     trainable = [p for p in run.model.parameters() if p.requires_grad]
-    parallel.sum_gradients(trainable)
-    grad_norm = parallel.clip_gradients(trainable, recipe.optim.max_grad_norm)
+    gradients.sum_gradients(trainable)
+    grad_norm = gradients.clip_gradients(trainable, recipe.optim.max_grad_norm)
     # The one place where the host waits for the device.
     *flat, norm = torch.cat([*sums, grad_norm[None]]).tolist()
     by_row = [
@@ -205,11 +207,11 @@ def _backward(run: Run, batch: Batch, counts: dict[str, float]) -> torch.Tensor:
         RunError: the GPU's memory does not hold this row.
     """
     recipe = run.recipe
-    autocast = parallel.autocast(run.device, recipe.dtype)
-    saved = parallel.offloaded(run.model, run.device, recipe.compute)
+    autocast = placement.autocast(run.device, recipe.dtype)
+    saved = memory.offloaded(run.model, run.device, recipe.compute)
     try:
         # Around the backward pass too, for what is computed again there.
-        with parallel.attending(recipe.compute):
+        with backends.math_attention(recipe.compute):
             with autocast, saved:
                 sums = run.objective(run.model, batch)
             weights = run.objective.weights
@@ -238,11 +240,11 @@ def warm_up(now: Run) -> None:
     started = time.perf_counter()
     batches = now.objective.warmup_batches(now.row_lengths)
     now.model.train()
-    with parallel.compiling(now.recipe.compute, now.device):
-        for batch in parallel.on_device(batches, now.device):
+    with compilation.compiling(now.recipe.compute, now.device):
+        for batch in feeding.prefetch_to_device(batches, now.device):
             _backward(now, batch, now.objective.counts(batch))
             now.optimizer.zero_grad(set_to_none=True)
-    parallel.wait(now.device)
+    placement.synchronize(now.device)
     now.warmup_s = time.perf_counter() - started
     if batches:
         lengths = ", ".join(f"{length:,}" for length in now.row_lengths)
@@ -257,7 +259,7 @@ def updates(now: Run) -> Iterator[dict[str, float]]:
     """
     warm_up(now)
     first = now.step
-    for step, wait_s in parallel.ahead(_steps(now)):
+    for step, wait_s in feeding.prefetch(_steps(now)):
         started = time.perf_counter()
         take_bad(now, step)
         if step.index == first:
@@ -368,7 +370,7 @@ def evaluate(now: Run) -> dict[str, float]:
     if not due:
         return {}
     now.model.eval()
-    with parallel.evaluating(now.device, now.recipe.dtype):
+    with compilation.evaluating(now.device, now.recipe.dtype):
         return evals.run_all(due, now.chat, now.folder / "evals", now.step)
 
 
@@ -410,8 +412,8 @@ def _steps(now: Run) -> Iterator[loader.Step]:
     def rows(units: Sequence[Any]) -> Sequence[Batch]:
         made: Sequence[Any] = now.objective.batches(units)
         if now.row_lengths:
-            made = [parallel.pad(row, now.row_lengths) for row in made]
-        return [parallel.pin(row) for row in made] if now.device.type == "cuda" else made
+            made = [feeding.pad(row, now.row_lengths) for row in made]
+        return [feeding.pin(row) for row in made] if now.device.type == "cuda" else made
 
     return loader.steps(
         now.order,
@@ -461,7 +463,7 @@ def _speed(now: Run, step: loader.Step, wait_s: float, seconds: float) -> dict[s
         "tokens_per_s": tokens / seconds,
         "data_wait_s": wait_s,
         "step_s": seconds,
-        "memory_gib": parallel.peak_memory_gib(now.device),
+        "memory_gib": memory.peak_memory_gib(now.device),
     }
 
 

@@ -2,7 +2,8 @@
 
 import torch
 
-from internvl import parallel, zoo
+from internvl import zoo
+from internvl.compute import placement
 from internvl.config import LoraConfig
 from internvl.models import configs
 from internvl.models.adapters import lora
@@ -43,4 +44,4 @@ def small_model(
     lora.select_trainable(model, train)
     if rank:
         lora.attach(model, LoraConfig(rank=rank, dropout=dropout, on=on))
-    return parallel.place(model, torch.device("cpu"), dtype).train()
+    return placement.to_device(model, torch.device("cpu"), dtype).train()

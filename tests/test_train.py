@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._dynamo.utils import counters
 
-from internvl import evaluate, export, log, parallel, train
+from internvl import evaluate, export, log, train
+from internvl.compute import feeding
 from internvl.config import TilesConfig, recipes
 from internvl.data.records import IGNORE, Example, Unit
 from internvl.errors import BadSample
@@ -399,9 +400,9 @@ def test_nothing_is_compiled_after_the_warm_up(project, tmp_path, trained):
     sizes = [(tiles, words) for tiles in (0, 1, 2, 3, 7) for words in (5, 60, 120)]
     for tiles, words in sizes:
         (row,) = run.objective.batches([made_up(run, tiles, words)])
-        train.train_step(run, [parallel.pad(row, run.row_lengths)])
+        train.train_step(run, [feeding.pad(row, run.row_lengths)])
     rows = run.objective.batches([made_up(run, *size) for size in sizes])
-    train.train_step(run, [parallel.pad(row, run.row_lengths) for row in rows])
+    train.train_step(run, [feeding.pad(row, run.row_lengths) for row in rows])
     assert counters["stats"]["unique_graphs"] == compiled
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from internvl import parallel
+from internvl.compute import compilation, feeding
 from internvl.config import DataConfig, EvalConfig, SourceConfig
 from internvl.data.images import FileSlice
 from internvl.data.loader import Read, UnitReader
@@ -107,12 +107,12 @@ class Loss:
         with ExitStack() as inside, Progress("samples", total=len(self.lines)) as progress:
             inside.enter_context(torch.no_grad())
             if flex:
-                inside.enter_context(parallel.compiled())
+                inside.enter_context(compilation.compiled())
             for read, num_lines in self._reads(data, handle.encoder):
                 bad += read.bad
                 rows = pack(read.units, max_tokens=data.max_tokens, max_tiles=data.max_tiles)
                 for row in rows:
-                    on_device = parallel.pad(row, lengths).to(model.device)
+                    on_device = feeding.pad(row, lengths).to(model.device)
                     total += float(summed_loss(model, on_device, data.statistics))
                     count += len(row.targets)
                 progress.update(num_lines)

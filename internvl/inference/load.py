@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import InternVLConfig, PreTrainedTokenizerFast
 
-from internvl import parallel, zoo
+from internvl import zoo
+from internvl.compute import backends, kernels, placement
 from internvl.config import ModelConfig, Recipe, TilesConfig
 from internvl.config.recipes import load_recipe
 from internvl.data.chat import ChatEncoder
@@ -298,9 +299,9 @@ def load_as_trained(folder: Path, device: torch.device, dtype: str) -> Chat | Du
     """
     recipe = load_recipe(folder / "recipe.yaml")
     chat = _restored(folder, recipe)
-    parallel.place(chat.model, device, dtype)
-    compute = parallel.possible(replace(recipe.compute, float8=False), device)
-    parallel.arrange(chat.model, device, compute)
+    placement.to_device(chat.model, device, dtype)
+    compute = backends.available_compute(replace(recipe.compute, float8=False), device)
+    kernels.apply_compute(chat.model, device, compute)
     return replace(chat, model=chat.model.eval())
 
 

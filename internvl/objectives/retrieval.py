@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from internvl import dist, parallel
+from internvl import dist
+from internvl.compute import rng
 from internvl.config import TERMS, DataConfig, ObjectiveConfig
 from internvl.data.images import STATISTICS
 from internvl.data.pair_reader import PairReader, make_batch, padded_length
@@ -406,6 +407,6 @@ def _random_numbers(seed: int | None, device: torch.device) -> Iterator[None]:
     if seed is None:
         yield
         return
-    with parallel.same_random_numbers(device):
+    with rng.preserve_rng(device):
         torch.manual_seed(seed)
         yield

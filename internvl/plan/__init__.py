@@ -23,6 +23,7 @@ from transformers import InternVLConfig
 
 from internvl import parallel, zoo
 from internvl.check.report import FirstStep
+from internvl.compute import backends, placement
 from internvl.config import ComputeConfig, Recipe, recipes
 from internvl.errors import UnknownModel, UserError
 from internvl.inference import inherited
@@ -174,7 +175,7 @@ def model_of(recipe: Recipe, shape: InternVLConfig | DualConfig | None = None) -
     if recipe.model.lora is not None:
         with torch.device("meta"):
             lora.attach(model, recipe.model.lora)
-    parallel.place(model, torch.device("meta"), recipe.dtype)
+    placement.to_device(model, torch.device("meta"), recipe.dtype)
     if recipe.compute.float8:
         float8.freeze(model, torch.device("meta"))
     return model
@@ -267,7 +268,7 @@ def _predict(
 def load_of(recipe: Recipe, model: Any, step: FirstStep | None, num_gpus: int = 1) -> Load:
     """What a step holds, counted or assumed."""
     data = recipe.data
-    lengths = parallel.row_lengths(recipe.compute, torch.device("cuda"), data)
+    lengths = backends.row_lengths(recipe.compute, torch.device("cuda"), data)
     limit = lengths[-1] if lengths else data.row_tokens or data.max_tokens
     if step is None:
         tiling = data.tiling

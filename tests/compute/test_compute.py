@@ -10,6 +10,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 from internvl import parallel
+from internvl.compute import backends, compilation, feeding, kernels, memory, placement
 from internvl.config import ComputeConfig, DataConfig, LoraConfig
 from internvl.data.records import PackedBatch
 from internvl.errors import UserError
@@ -72,7 +73,7 @@ def assert_same(found, wanted):
 
 def test_trained_weights_are_float32_and_frozen_ones_compute(model):
     lora.select_trainable(model, ["multi_modal_projector"])
-    parallel.place(model, CPU, "bfloat16")
+    placement.to_device(model, CPU, "bfloat16")
     kinds = {(p.requires_grad, p.dtype) for p in model.parameters()}
     assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
 
@@ -89,13 +90,13 @@ def test_trained_weights_are_float32_and_frozen_ones_compute(model):
 )
 def test_lengths_of_rows(compute, device, lengths):
     data = DataConfig(sources=SOURCES, max_tokens=500, row_tokens=1000)
-    assert parallel.row_lengths(ComputeConfig(**compute), device, data) == lengths
+    assert backends.row_lengths(ComputeConfig(**compute), device, data) == lengths
     assert all(length % BLOCK == 0 for length in lengths)
 
 
 def test_flash_is_refused_where_it_is_not(model):
     with pytest.raises(UserError, match=r"pip install 'internvl\[flash\]'"):
-        parallel.arrange(model, CPU, ComputeConfig(attention="flash"))
+        kernels.apply_compute(model, CPU, ComputeConfig(attention="flash"))
 
 
 @pytest.mark.parametrize(
@@ -104,30 +105,30 @@ def test_flash_is_refused_where_it_is_not(model):
 def test_heads_of_other_sizes_are_left_to_flex(heads, kind):
     """A kernel of FlashAttention 4 did not compile for heads of 16."""
     text = LlamaConfig(hidden_size=512, num_attention_heads=heads)
-    names = parallel._kernels("flash", text)
+    names = backends.attention_kernels("flash", text)
     assert names == {"text_config": kind, "vision_config": packed.TOWER}
 
 
 def test_what_fails_to_compile_is_blamed_on_flash_alone(monkeypatch):
-    with pytest.raises(TypeError, match="ours"), parallel.compiling(ComputeConfig(), CPU):
+    with pytest.raises(TypeError, match="ours"), compilation.compiling(ComputeConfig(), CPU):
         raise TypeError("ours")
     monkeypatch.setattr(parallel.attention, "has_flash", lambda device: True)
     wanted = "as this torch calls it .no such argument.: .* compute.attention=flex"
-    with pytest.raises(UserError, match=wanted), parallel.compiling(ComputeConfig(), GPU):
+    with pytest.raises(UserError, match=wanted), compilation.compiling(ComputeConfig(), GPU):
         raise TypeError("no such argument\nand more")
 
 
 def test_a_row_takes_the_first_length_that_holds_it():
-    padded = [len(parallel.pad(row(), lengths).document) for lengths in ((), (30,), (16, 40, 64))]
+    padded = [len(feeding.pad(row(), lengths).document) for lengths in ((), (30,), (16, 40, 64))]
     assert padded == [30, 30, 40]
-    assert parallel.pad(row(), (64,)).num_tokens == 30
-    padding = parallel.pad(row(), (30 + 2 * BLOCK + 1,)).document[30:]
+    assert feeding.pad(row(), (64,)).num_tokens == 30
+    padding = feeding.pad(row(), (30 + 2 * BLOCK + 1,)).document[30:]
     assert padding.tolist() == [-1] * BLOCK + [-2] * BLOCK + [-3]
 
 
 def test_padding_changes_neither_loss_nor_gradients(model):
     assert_same(
-        loss_and_gradients(model, parallel.pad(row(), (64,))), loss_and_gradients(model, row())
+        loss_and_gradients(model, feeding.pad(row(), (64,))), loss_and_gradients(model, row())
     )
 
 
@@ -138,7 +139,7 @@ def test_recomputing_changes_nothing_and_leaves_frozen_parts_alone(model, kind, 
     if with_lora:
         lora.attach(model, LoraConfig(rank=4, dropout=0.0))
     wanted = loss_and_gradients(model, row())
-    parallel.arrange(model, CPU, ComputeConfig(checkpointing=kind))
+    kernels.apply_compute(model, CPU, ComputeConfig(checkpointing=kind))
     decoders = model.model.language_model.layers
     chosen = [block.gradient_checkpointing for block in decoders]
     assert chosen == [i % every == 0 for i in range(len(decoders))]
@@ -153,8 +154,8 @@ def test_recomputing_changes_nothing_and_leaves_frozen_parts_alone(model, kind, 
 def test_offloading_changes_nothing(model, kind):
     wanted = loss_and_gradients(model, row())
     compute = ComputeConfig(checkpointing=kind, offload=True)
-    parallel.arrange(model, CPU, compute)
-    with parallel.offloaded(model, CPU, compute):
+    kernels.apply_compute(model, CPU, compute)
+    with memory.offloaded(model, CPU, compute):
         assert_same(loss_and_gradients(model, row()), wanted)
 
 
@@ -162,12 +163,12 @@ def test_what_is_offloaded_is_another_tensor_and_weights_are_not():
     layer = nn.Linear(64, 64)
     inputs = torch.randn(64, 64)
     wanted = inputs.sum(0)
-    with parallel.offloaded(layer, CPU, ComputeConfig(offload=True)):
+    with memory.offloaded(layer, CPU, ComputeConfig(offload=True)):
         output = layer(inputs)
     inputs.zero_()  # what the graph keeps is not the input itself …
     output.sum().backward()
     torch.testing.assert_close(layer.weight.grad[0], wanted)
-    with parallel.offloaded(layer, CPU, ComputeConfig(offload=True)):
+    with memory.offloaded(layer, CPU, ComputeConfig(offload=True)):
         output = inputs.requires_grad_() @ layer.weight
     saved = output.grad_fn._saved_mat2
     assert saved.data_ptr() == layer.weight.data_ptr()  # … but a weight is
@@ -175,15 +176,15 @@ def test_what_is_offloaded_is_another_tensor_and_weights_are_not():
 
 @pytest.mark.gpu
 def test_offloading_frees_the_gpu(model):
-    parallel.place(model, GPU, "bfloat16")
+    placement.to_device(model, GPU, "bfloat16")
     held = {}
     for offload in (False, True):
         compute = ComputeConfig(checkpointing="full", offload=offload, attention="dense")
-        parallel.arrange(model, GPU, compute)
+        kernels.apply_compute(model, GPU, compute)
         batch = row(2048).to(GPU)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
-        with parallel.autocast(GPU, "bfloat16"), parallel.offloaded(model, GPU, compute):
+        with placement.autocast(GPU, "bfloat16"), memory.offloaded(model, GPU, compute):
             mask = packed_mask("sdpa", batch.document, batch.branch, model.dtype)
             found = model(
                 input_ids=batch.input_ids,
@@ -203,7 +204,7 @@ def test_offloading_frees_the_gpu(model):
 def test_compiled_blocks_train_the_same(model):
     wanted = loss_and_gradients(model, row())
     names = [*model.state_dict()]
-    parallel.arrange(model, CPU, ComputeConfig(compile=True, loss_chunk=5))
+    kernels.apply_compute(model, CPU, ComputeConfig(compile=True, loss_chunk=5))
     assert model.loss_chunk == 5
     assert [*model.state_dict()] == names
     assert_same(loss_and_gradients(model, row()), wanted)
@@ -211,7 +212,7 @@ def test_compiled_blocks_train_the_same(model):
 
 def test_written_out_scores_train_the_same(model):
     wanted = loss_and_gradients(model, row())
-    parallel.arrange(model, CPU, ComputeConfig(attention="eager"))
+    kernels.apply_compute(model, CPU, ComputeConfig(attention="eager"))
     parts = (model.config.text_config, model.config.vision_config)
     assert [part._attn_implementation for part in parts] == [DOCUMENTS, "eager"]
     assert_same(loss_and_gradients(model, row()), wanted)
@@ -224,14 +225,14 @@ def test_one_long_document_among_short_ones_is_not_taken_apart(model):
     mask = packed_mask(DOCUMENTS, uneven.document, uneven.branch, torch.float32)
     assert mask.shape == (1, 1, 30, 30)
     wanted = loss_and_gradients(model, uneven)
-    parallel.arrange(model, CPU, ComputeConfig(attention="eager"))
+    kernels.apply_compute(model, CPU, ComputeConfig(attention="eager"))
     assert_same(loss_and_gradients(model, uneven), wanted)
 
 
 def test_attention_with_sinks_stays_its_own(tmp_path):
     folder = official_folder("GptOssForCausalLM", tmp_path)
     chat = loading.load(folder, image_token_id=IMAGE_TOKEN_ID, device="cpu", dtype="float32")
-    parallel.arrange(chat.model, CPU, ComputeConfig(attention="eager"))
+    kernels.apply_compute(chat.model, CPU, ComputeConfig(attention="eager"))
     assert chat.model.config.text_config._attn_implementation == "eager"
 
 
@@ -250,7 +251,7 @@ def test_generation_runs_uncompiled():
 
     block = Doubled()
     block.compile(backend=backend)
-    with parallel.uncompiled():
+    with compilation.uncompiled():
         block(torch.ones(2, 3))
     assert calls == []
     block(torch.ones(2, 3))
@@ -266,7 +267,7 @@ def test_the_next_item_is_made_while_one_is_worked_on():
             yield number
 
     seen = []
-    for number, wait_s in parallel.ahead(items()):
+    for number, wait_s in feeding.prefetch(items()):
         assert wait_s >= 0
         if number < 2:
             assert made[number + 1].wait(10)
@@ -279,7 +280,7 @@ def test_an_error_in_what_is_read_ahead_is_raised():
         yield 1
         raise ValueError("bad line")
 
-    found = parallel.ahead(items())
+    found = feeding.prefetch(items())
     assert next(found)[0] == 1
     with pytest.raises(ValueError, match="bad line"):
         next(found)
@@ -287,22 +288,22 @@ def test_an_error_in_what_is_read_ahead_is_raised():
 
 def test_rows_come_in_order():
     rows = [replace(row(), names=(name,)) for name in "abc"]
-    assert [r.names for r in parallel.on_device(rows, CPU)] == [("a",), ("b",), ("c",)]
-    assert list(parallel.on_device([], CPU)) == []
+    assert [r.names for r in feeding.prefetch_to_device(rows, CPU)] == [("a",), ("b",), ("c",)]
+    assert list(feeding.prefetch_to_device([], CPU)) == []
 
 
 @pytest.mark.gpu
 def test_rows_come_in_order_to_a_gpu():
-    rows = [parallel.pin(row(length)) for length in (20, 30, 40)]
-    for given, found in zip(rows, parallel.on_device(rows, GPU), strict=True):
+    rows = [feeding.pin(row(length)) for length in (20, 30, 40)]
+    for given, found in zip(rows, feeding.prefetch_to_device(rows, GPU), strict=True):
         assert found.input_ids.is_cuda
         assert torch.equal(found.input_ids.cpu(), given.input_ids)
-    assert list(parallel.on_device([], GPU)) == []
+    assert list(feeding.prefetch_to_device([], GPU)) == []
 
 
 def test_eager_attention_writes_scores_out() -> None:
     """Fused attention is off inside, and back on afterwards."""
     for kind, fused in (("eager", False), ("auto", True), ("dense", True)):
-        with parallel.attending(ComputeConfig(attention=kind)):
+        with backends.math_attention(ComputeConfig(attention=kind)):
             assert torch.backends.cuda.flash_sdp_enabled() == fused
     assert torch.backends.cuda.flash_sdp_enabled()

@@ -11,7 +11,7 @@ from chat_folders import shared
 from ranks import run_ranks
 from safetensors.torch import load_file
 
-from internvl import parallel
+from internvl.compute import compilation, kernels
 from internvl.config import (
     ComputeConfig,
     DataConfig,
@@ -336,16 +336,16 @@ def test_both_passes_have_the_same_features(project, compute):
     """Compiled blocks draw other random numbers where no gradient is wanted."""
     dual = random_model(project)
     one_of_each_kind(dual.model.model)
-    parallel.arrange(dual.model, torch.device("cpu"), compute)
+    kernels.apply_compute(dual.model, torch.device("cpu"), compute)
     settings = ObjectiveConfig(name="retrieval", micro_batch=3, weights={"itm": 0})
     made = Recording(settings, DataConfig(tiles=TilesConfig(size=84)), dual.encoder)
-    with parallel.several_shapes():
+    with compilation.several_shapes():
         gradients(dual.model, made, pairs(project, made, range(6)))
     second, first, second_again = made.seen
     assert torch.equal(second, second_again)
     torch.manual_seed(0)
     made.seen = []
-    with parallel.several_shapes():
+    with compilation.several_shapes():
         gradients(dual.model, made, pairs(project, made, range(6)))
     assert not torch.equal(made.seen[1], first)  # there is something to draw
     torch._dynamo.reset()  # what was compiled counts against other tests' limits

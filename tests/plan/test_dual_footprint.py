@@ -9,7 +9,8 @@ import pytest
 import torch
 from test_footprint import bytes_of, kept
 
-from internvl import parallel, plan, zoo
+from internvl import plan, zoo
+from internvl.compute import kernels, placement
 from internvl.config import recipes
 from internvl.data.pair_reader import make_batch
 from internvl.data.records import Pair
@@ -68,7 +69,7 @@ def real(recipe, config):
     lora.select_trainable(model, recipe.model.parts)
     if recipe.model.lora is not None:
         lora.attach(model, recipe.model.lora)
-    return parallel.place(model, torch.device("cpu"), "bfloat16").train()
+    return placement.to_device(model, torch.device("cpu"), "bfloat16").train()
 
 
 def batch_of(objective):
@@ -102,7 +103,7 @@ def losses(objective, model, batch):
 def made_of(recipe, config):
     """(bytes that autograd keeps of a micro-batch, those predicted for tower and QLLaMA)."""
     model = real(recipe, config)
-    parallel.arrange(model, torch.device("cpu"), recipe.compute)
+    kernels.apply_compute(model, torch.device("cpu"), recipe.compute)
     objective = objective_of(recipe)
     batch = batch_of(objective)
     counted = kept(model, partial(losses, objective, model, batch))
@@ -142,7 +143,7 @@ class Saved:
 def peak_of(recipe, config):
     """(most bytes that autograd keeps at a time in a step of three micro-batches, predicted)."""
     model, objective = real(recipe, config), objective_of(recipe)
-    parallel.arrange(model, torch.device("cpu"), recipe.compute)
+    kernels.apply_compute(model, torch.device("cpu"), recipe.compute)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     alive, peak = weakref.WeakSet(), 0
 

@@ -7,7 +7,8 @@ import torch
 from data_files import model_folder, recipe
 from small_models import small_model
 
-from internvl import parallel, plan, zoo
+from internvl import plan, zoo
+from internvl.compute import compilation, kernels, placement
 from internvl.config import ComputeConfig, LoraConfig
 from internvl.config.recipes import resolve
 from internvl.inference import load as loading
@@ -34,7 +35,7 @@ def kept(model, run):
             found[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autocast("cpu", torch.bfloat16), parallel.several_shapes():
+    with torch.autocast("cpu", torch.bfloat16), compilation.several_shapes():
         run().backward()  # compiled, if at all
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = run()
@@ -65,7 +66,7 @@ def difference(build, run, compute):
     counted, predicted = [], []
     for layers in (2, 4):
         model = build(layers)
-        parallel.arrange(model, torch.device("cpu"), compute)
+        kernels.apply_compute(model, torch.device("cpu"), compute)
         counted.append(kept(model, run(model)))
         made = blocks(model, compute)
         row = footprint.Shape(TOKENS, 3, 1)
@@ -147,7 +148,7 @@ def test_what_the_last_mlp_no_longer_keeps(name, rank, dropout, compile):
     (block,) = model.model.language_model.layers
     kind, supervised = type(block), 40
     compute = ComputeConfig(compile=compile)
-    parallel.arrange(model, torch.device("cpu"), compute)
+    kernels.apply_compute(model, torch.device("cpu"), compute)
     cut = kept(model, text_run(model, supervised))
     made = blocks(model, compute)
     row = footprint.Shape(TOKENS, 0, supervised)
@@ -168,7 +169,7 @@ def test_compiled_code_keeps_what_its_graphs_do(request):
     def counted():
         sizes = {"text": TEXT | {"num_hidden_layers": 1}}
         model = small_model("InternVL2-2B", (), 16, dropout=0.05, dtype="bfloat16", sizes=sizes)
-        parallel.arrange(model, torch.device("cpu"), ComputeConfig(compile=True))
+        kernels.apply_compute(model, torch.device("cpu"), ComputeConfig(compile=True))
         return kept(model, text_run(model))
 
     torch._dynamo.reset()
@@ -201,7 +202,7 @@ def test_states_are_those_of_the_real_run(tmp_path, method):
     }[method]
     made = run_of(folder, tmp_path, **settings)
     chat = loading.for_training(made)
-    model = parallel.place(chat.model, torch.device("cpu"), made.dtype)
+    model = placement.to_device(chat.model, torch.device("cpu"), made.dtype)
     optimizer = optim.build(model, made.optim)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -216,7 +217,7 @@ def test_states_are_those_of_the_real_run(tmp_path, method):
     assert found["gradients"] == bytes_of(p.grad for p in trained)
     # A number for a parameter's step is not counted; vectors of one number are moments.
     assert found["optimizer states"] == bytes_of(moments)
-    parallel.arrange(model, torch.device("cpu"), ComputeConfig())
+    kernels.apply_compute(model, torch.device("cpu"), ComputeConfig())
     frozen = [p for p in model.parameters() if not p.requires_grad]
     assert found["frozen weights"] == storage_of([*frozen, *model.buffers()])
 

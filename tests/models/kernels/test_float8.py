@@ -15,7 +15,8 @@ from torch import nn
 from torch._inductor.utils import run_and_get_code
 from torch.nn.utils import parameters_to_vector
 
-from internvl import export, log, parallel, plan, train
+from internvl import export, log, plan, train
+from internvl.compute import memory
 from internvl.config import ComputeConfig, recipes
 from internvl.errors import ConfigError, UserError
 from internvl.inference import load as loading
@@ -279,7 +280,7 @@ def test_a_float8_base_is_neither_merged_nor_exported(project, tmp_path):
 def test_offloading_leaves_both_copies_of_a_weight_on_the_gpu():
     layer = Float8Linear(frozen(256, 256), passes_gradient=True)
     inputs = torch.randn(64, 256, requires_grad=True)
-    with parallel.offloaded(layer, CPU, ComputeConfig(offload=True)):
+    with memory.offloaded(layer, CPU, ComputeConfig(offload=True)):
         output = layer(inputs)
     saved = output.grad_fn.next_functions[0][0].saved_tensors
     assert saved[0].data_ptr() == layer.back_weight.data_ptr()

@@ -5,7 +5,7 @@ import torch
 from small_models import small_model
 from torch._dynamo.utils import counters
 
-from internvl import parallel
+from internvl.compute import compilation, kernels, memory, placement
 from internvl.config import ComputeConfig
 from internvl.data.records import PackedBatch
 from internvl.models.adapters import fused_lora
@@ -62,7 +62,7 @@ def loss_of(model, batch):
 def run(model, batch, compute=None):
     """(loss, gradients by name)."""
     model.zero_grad(set_to_none=True)
-    with parallel.offloaded(model, CPU, compute or ComputeConfig()):
+    with memory.offloaded(model, CPU, compute or ComputeConfig()):
         loss = loss_of(model, batch)
     if loss.requires_grad:
         loss.backward()
@@ -93,7 +93,7 @@ def test_loss_and_gradients_stay(name, rank, checkpointing):
     model = made(name, rank, layers=3)
     wanted = run(model, row())
     names = [*model.state_dict()]
-    parallel.arrange(model, CPU, ComputeConfig(checkpointing=checkpointing))
+    kernels.apply_compute(model, CPU, ComputeConfig(checkpointing=checkpointing))
     assert [n for n in model.state_dict() if n in set(names)] == names
     assert_same(run(model, row()), wanted)
 
@@ -101,7 +101,7 @@ def test_loss_and_gradients_stay(name, rank, checkpointing):
 @pytest.mark.parametrize("name", FITTING)
 def test_the_last_mlp_sees_supervised_positions_alone(name):
     model = made(name)
-    parallel.arrange(model, CPU, ComputeConfig())
+    kernels.apply_compute(model, CPU, ComputeConfig())
     found = seen(model)
     loss_of(model, row())
     assert found == [80, 9]
@@ -114,7 +114,7 @@ def test_the_last_mlp_sees_supervised_positions_alone(name):
 def test_other_blocks_stay_as_they_are(name):
     model = made(name)
     before = [type(block) for block in model.model.language_model.layers]
-    parallel.arrange(model, CPU, ComputeConfig())
+    kernels.apply_compute(model, CPU, ComputeConfig())
     assert [type(block) for block in model.model.language_model.layers] == before
     assert not any(last_mlp.fits(block) for block in model.model.language_model.layers)
     assert loss_of(model, row()).detach() > 0
@@ -125,7 +125,7 @@ def test_other_blocks_stay_as_they_are(name):
 def test_few_positions_and_one_block(supervised, layers):
     model = made(rank=8, layers=layers)
     wanted = run(model, row(supervised, tiles=0))
-    parallel.arrange(model, CPU, ComputeConfig(checkpointing="full"))
+    kernels.apply_compute(model, CPU, ComputeConfig(checkpointing="full"))
     found = seen(model)
     assert_same(run(model, row(supervised, tiles=0)), wanted)
     assert found[layers - 1] == supervised
@@ -135,7 +135,7 @@ def test_offloaded_it_is_the_same():
     model = made(rank=8)
     wanted = run(model, row())
     compute = ComputeConfig(offload=True)
-    parallel.arrange(model, CPU, compute)
+    kernels.apply_compute(model, CPU, compute)
     assert_same(run(model, row(), compute), wanted)
 
 
@@ -143,10 +143,10 @@ def test_float8_products_are_the_same():
     """A token is rounded by itself, so those that are left out do not matter. None is there twice:
     its gradient would be rounded in two parts."""
     model = made(rank=8, dtype="bfloat16")
-    parallel.arrange(model, CPU, ComputeConfig(float8=True))
+    kernels.apply_compute(model, CPU, ComputeConfig(float8=True))
     last = model.model.language_model.layers[-1]
     kind = type(last)
-    with parallel.autocast(CPU, "bfloat16"):
+    with placement.autocast(CPU, "bfloat16"):
         found = run(model, row(supervised=3))
         last.__class__ = kind.__bases__[1]
         wanted = run(model, row(supervised=3))
@@ -156,7 +156,7 @@ def test_float8_products_are_the_same():
 def test_what_is_computed_again_sees_the_positions_of_its_own_row():
     model = made(rank=8)
     alone = [run(model, row(supervised)) for supervised in (9, 4)]
-    parallel.arrange(model, CPU, ComputeConfig(checkpointing="full"))
+    kernels.apply_compute(model, CPU, ComputeConfig(checkpointing="full"))
     model.zero_grad(set_to_none=True)
     losses = [loss_of(model, row(supervised)) for supervised in (9, 4)]
     model(input_ids=row(tiles=0).input_ids)
@@ -186,9 +186,9 @@ def test_compiled_it_is_the_same_and_any_number_runs_the_same_code():
     numbers = (1, 9, 0, 2, 4)
     wanted = [run(model, row(number)) for number in numbers]
     torch._dynamo.reset()
-    parallel.arrange(model, CPU, ComputeConfig(compile=True))
+    kernels.apply_compute(model, CPU, ComputeConfig(compile=True))
     graphs = []
-    with parallel.several_shapes():
+    with compilation.several_shapes():
         for number, expected in zip(numbers, wanted, strict=True):
             assert_same(run(model, row(number)), expected)
             graphs.append(counters["stats"]["unique_graphs"])

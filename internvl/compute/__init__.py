@@ -1,0 +1,1 @@
+"""What `compute:` says, applied to a model and to a step."""

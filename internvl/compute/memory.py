@@ -1,0 +1,58 @@
+"""Saved tensors offloaded to the CPU; peak memory."""
+
+import itertools
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from internvl.config import ComputeConfig
+
+_LEAST_OFFLOADED = 4096  # bytes; smaller tensors stay where they are
+
+
+def offloaded(
+    model: nn.Module, device: torch.device, compute: ComputeConfig
+) -> AbstractContextManager[Any]:
+    """With `compute.offload`, what is saved inside for the backward pass waits on the CPU.
+
+    Weights stay. Copies are on the stream that computes, so nothing is freed or read too early.
+    """
+    if not compute.offload:
+        return nullcontext()
+    weights = {
+        tensor.untyped_storage().data_ptr()
+        for tensor in itertools.chain(model.parameters(), model.buffers())
+    }
+
+    def copied(tensor: Tensor, home: torch.device) -> Tensor:
+        # Compiled code relies on the strides it has seen.
+        pinned = device.type == "cuda" and home.type == "cpu"
+        copy = torch.empty_strided(
+            tensor.size(), tensor.stride(), dtype=tensor.dtype, device=home, pin_memory=pinned
+        )
+        return copy.copy_(tensor, non_blocking=True)
+
+    def leave(tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
+        stays = (
+            tensor.device.type != device.type
+            or tensor.nbytes < _LEAST_OFFLOADED
+            or 0 in tensor.stride()
+            or tensor.untyped_storage().data_ptr() in weights
+        )
+        return tensor if stays else (tensor.device, copied(tensor, torch.device("cpu")))
+
+    def fetch(saved: Tensor | tuple[torch.device, Tensor]) -> Tensor:
+        return saved if isinstance(saved, Tensor) else copied(saved[1], saved[0])
+
+    return torch.autograd.graph.saved_tensors_hooks(leave, fetch)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far: of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

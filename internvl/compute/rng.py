@@ -1,0 +1,20 @@
+"""Random numbers that depend on seed, step and rank alone."""
+
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+
+from internvl import dist
+
+
+def preserve_rng(device: torch.device) -> AbstractContextManager[None]:
+    """What is drawn inside is not missed afterwards: the generators' states come back."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+def seed_step(number: int, step: int) -> None:
+    """Random numbers that depend on the recipe's seed_step, the step and the rank alone: no state of a
+    generator needs to be saved, and ranks do not drop the same units."""
+    mixed = np.random.SeedSequence((number, step, dist.rank())).generate_state(2, np.uint32)
+    torch.manual_seed(int(mixed[0]) << 31 | int(mixed[1]) >> 1)

@@ -1,0 +1,46 @@
+"""Gradients of all ranks summed and clipped."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, distributed, nn
+
+from internvl import dist
+
+_BUCKET = 2**26  # elements that cross the network at once
+
+
+def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Adds up the gradients of all ranks on each. A parameter that no rank has one for gets none.
+
+    Losses are divided by counts over all ranks beforehand, so the sum is the whole step's gradient.
+    """
+    if dist.world_size() == 1:
+        return
+    has = {str(i): float(p.grad is not None) for i, p in enumerate(parameters)}
+    anywhere = dist.sum_counts(has)
+    wanted = [p for i, p in enumerate(parameters) if anywhere[str(i)]]
+    for bucket in _buckets(wanted):
+        parts = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket]
+        summed = torch.cat(parts)
+        distributed.all_reduce(summed)
+        for p, part in zip(bucket, summed.split([p.numel() for p in bucket]), strict=True):
+            p.grad = part.view_as(p)
+
+
+def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters in order, of one type at a time, `_BUCKET` elements or little more together."""
+    bucket: list[nn.Parameter] = []
+    for parameter in parameters:
+        full = sum(p.numel() for p in bucket) >= _BUCKET
+        if bucket and (full or bucket[0].dtype != parameter.dtype):
+            yield bucket
+            bucket = []
+        bucket.append(parameter)
+    if bucket:
+        yield bucket
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scales gradients down to a global norm of `max_norm`; returns the norm before."""
+    return nn.utils.clip_grad_norm_(list(parameters), max_norm)
