@@ -23,6 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from internvl.models.vision import count_parameters
+
 SHARD_BYTES = 2 * 10**9
 QUESTION = "<image>\nDescribe the picture."
 STEPS = ("chat", "adapt", "plain", "round_trip", "quantized")
@@ -189,14 +191,13 @@ def adapt(args: argparse.Namespace, folder: Path) -> Numbers:
     from internvl import export
     from internvl.config import LoraConfig
     from internvl.models.adapters import lora
-    from internvl.models.chat import model as chat_model
 
     found: Numbers = {}
     model = load(folder / "start", found, device=args.device)
     lora.select_trainable(model.model, ())
     with timed(found, "lora_attach_s"):
         lora.attach(model.model, LoraConfig(rank=128))
-    found["lora_trainable"] = chat_model.count_parameters(model.model)[0]
+    found["lora_trainable"] = count_parameters(model.model)[0]
     for name, parameter in model.model.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=1e-3)

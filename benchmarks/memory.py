@@ -24,12 +24,12 @@ import workloads
 from torch import nn
 
 from internvl import config, plan, train
-from internvl.check.report import FirstStep
 from internvl.config import recipes
 from internvl.data.records import PackedBatch
-from internvl.inference import load as loading
+from internvl.inference.chat import Chat
 from internvl.plan import gpus
 from internvl.plan.flops import work_of
+from internvl.plan.work import FirstStep
 
 STEPS = 3
 STATES = (
@@ -105,7 +105,7 @@ def measure(name: str, row: Row, *, tiny: bool) -> dict[str, Any]:
         return report(name, row, now, batches, seconds)
 
 
-def random_chat(row: Row, device: torch.device, *, tiny: bool) -> loading.Chat:
+def random_chat(row: Row, device: torch.device, *, tiny: bool) -> Chat:
     """The model with random weights, in 4 bits where the row says so."""
     rank = METHODS[row.method].get("lora", {}).get("rank")
     prepare = pack if row.method == "qlora" else None
@@ -139,7 +139,7 @@ def pack(model: nn.Module) -> None:
 
 
 def recipe_of(
-    row: Row, chat: loading.Chat, folder: Path, device: torch.device, *, tiny: bool
+    row: Row, chat: Chat, folder: Path, device: torch.device, *, tiny: bool
 ) -> config.Recipe:
     """Every step has rows enough for a few full ones."""
     tokens = 2048 if tiny else row.row_tokens

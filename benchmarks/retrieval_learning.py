@@ -49,9 +49,9 @@ from internvl.evals.features import ranks_both_ways
 from internvl.evals.retrieval import recalls
 from internvl.inference import dual
 from internvl.inference import load as loading
-from internvl.models.chat.model import normalize_tiles
 from internvl.models.dual import configs as dual_configs
 from internvl.models.dual.model import DualModel
+from internvl.models.vision import normalize_tiles
 from internvl.objectives.retrieval import Retrieval
 
 LANGUAGES = ("en", "zh")

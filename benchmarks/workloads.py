@@ -23,7 +23,7 @@ from internvl import zoo
 from internvl.config import LoraConfig, TilesConfig
 from internvl.data.templates import template
 from internvl.data.tiles import choose_grid
-from internvl.inference import load as loading
+from internvl.inference.chat import Chat
 from internvl.models import configs
 from internvl.models.adapters import lora
 from internvl.models.chat import model as chat_model
@@ -160,7 +160,7 @@ def random_chat(
     rank: int | None,
     tiny: bool = False,
     prepare: Callable[[nn.Module], None] | None = None,
-) -> loading.Chat:
+) -> Chat:
     """The released model `name` with random weights made on the device, and a tokenizer of words.
 
     Args:
@@ -188,7 +188,7 @@ def random_chat(
     size = config.vision_config.image_size[0]
     tiles = TilesConfig(size=size, max=6)
     chosen = template(official["template"])
-    return loading.Chat(model, tokenizer, chosen, tiles, None, Path(name))
+    return Chat(model, tokenizer, chosen, tiles, None, Path(name))
 
 
 def _shrunk(official: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from internvl.config import Recipe
 from internvl.config.recipes import load_recipe
 from internvl.datasets import published as published_sets
 from internvl.errors import ConfigError, UnknownGpu, UnknownModel, UserError
+from internvl.inference.chat import Chat
 
 Arguments = argparse.Namespace
 
@@ -172,7 +173,7 @@ def chat(args: Arguments) -> int:
         device_map=args.device_map,
         quantize=args.quantize,
     )
-    if not isinstance(model, loading.Chat):
+    if not isinstance(model, Chat):
         raise UserError(
             f"{args.model}: InternVL-14B writes captions but does not converse; use "
             "`internvl evaluate MODEL caption-file`, or `load(...).caption(images)` in Python"

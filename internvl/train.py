@@ -27,10 +27,12 @@ from internvl.data.sources import Source, open_source, source_configs
 from internvl.errors import Interrupted, RunError
 from internvl.inference import inherited
 from internvl.inference import load as loading
+from internvl.inference.chat import Chat
 from internvl.inference.dual import Dual
 from internvl.models.adapters import fused_lora, lora
 from internvl.models.chat import model as chat_model
 from internvl.models.dual.model import DualModel
+from internvl.models.vision import count_parameters
 from internvl.objectives import OBJECTIVES, Objective
 from internvl.parallel import gradients
 from internvl.training import (
@@ -52,7 +54,7 @@ class Run:
 
     recipe: Recipe
     device: torch.device
-    chat: loading.Chat | Dual
+    chat: Chat | Dual
     """The handle a user would hold."""
     objective: Objective
     optimizer: torch.optim.Optimizer
@@ -83,9 +85,7 @@ class Run:
         return self.recipe.num_samples(self.order.epoch_size(self.recipe.epochs))
 
 
-def build(
-    recipe: Recipe, chat: loading.Chat | Dual | None = None, order: Order | None = None
-) -> Run:
+def build(recipe: Recipe, chat: Chat | Dual | None = None, order: Order | None = None) -> Run:
     """Everything a run needs, in the one order: load, choose what trains, adapt, place, arrange.
 
     Args:
@@ -128,7 +128,7 @@ def _files(recipe: Recipe) -> list[Source]:
     return [open_source(source) for source in source_configs(recipe.data)]
 
 
-def _completed(recipe: Recipe, chat: loading.Chat | Dual | None) -> Recipe:
+def _completed(recipe: Recipe, chat: Chat | Dual | None) -> Recipe:
     """The recipe with what it leaves open from the model that is given, else as `handles.complete`
     has it."""
     if chat is None:
@@ -399,7 +399,7 @@ def take_bad(now: Run, step: loader.Step) -> None:
 def summary(now: Run) -> str:
     """What trains on what, in a few lines."""
     recipe = now.recipe
-    trained, all_ = chat_model.count_parameters(now.model)
+    trained, all_ = count_parameters(now.model)
     return (
         f"{recipe.run}: {len(now.order):,} samples an epoch in {now.order.num_groups:,} groups, "
         f"{recipe.global_batch} a step, {now.num_steps:,} steps, from step {now.step}; "

@@ -24,7 +24,7 @@ from internvl.config import TilesConfig, recipes
 from internvl.data.records import IGNORE, Example, Unit
 from internvl.errors import BadSample
 from internvl.inference import load as loading
-from internvl.models.chat.model import normalize_tiles
+from internvl.models.vision import normalize_tiles
 from internvl.training import memory_ladder, run_folder
 
 

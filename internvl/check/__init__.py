@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from internvl import log
 from internvl import report as pages
 from internvl.check import report as check_report
-from internvl.check.report import Checked, Counts, FirstStep, Shown
+from internvl.check.report import Checked, Counts, Shown
 from internvl.config import DataConfig, EvalConfig, Recipe
 from internvl.data.chat import ChatEncoder, spans
 from internvl.data.images import FileSlice, Picture, is_address
@@ -50,6 +50,7 @@ from internvl.objectives import OBJECTIVES, Objective
 from internvl.objectives.sft import Sft
 from internvl.plan import dual_flops
 from internvl.plan.flops import work_of
+from internvl.plan.work import FirstStep
 
 _CHUNK = 64  # lines that a worker examines at once
 _SHOWN_SAMPLES = 4

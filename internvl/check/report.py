@@ -18,7 +18,7 @@ from internvl.data.chat import marked
 from internvl.data.records import Grid, Sample
 from internvl.errors import BadSample
 from internvl.plan.dual_flops import PairStep
-from internvl.plan.flops import Work
+from internvl.plan.work import FirstStep
 
 _SHOWN_PROBLEMS = 20
 _NEAR = 0.9  # of data.max_tokens: from here on a sample is near the limit
@@ -60,16 +60,6 @@ class Shown:
     per_image: tuple[int, ...]
     """Tiles of each image, the thumbnail included."""
     spans: tuple[tuple[str, bool], ...]
-
-
-@dataclass(frozen=True)
-class FirstStep:
-    """The rows of a run's first step, as a plan reckons with them."""
-
-    work: Work
-    row_tokens: tuple[int, ...]
-    """Tokens of each row, without padding."""
-    samples_an_epoch: int
 
 
 @dataclass

@@ -37,6 +37,7 @@ from internvl.demo import ranks, retrieval
 from internvl.demo.page import LANGUAGES, Reloaded, Timing
 from internvl.errors import UserError
 from internvl.inference import load as loading
+from internvl.inference.chat import Chat
 from internvl.inference.generate import Request
 from internvl.models import configs
 from internvl.models.chat.model import ChatModel, tokens_per_tile
@@ -174,7 +175,7 @@ def create_model(
     nn.init.normal_(model.model.vision_tower.embeddings.position_embeddings, std=0.02)
     settings = configs.chat_settings(config)
     export.run(
-        loading.Chat(
+        Chat(
             model=model.eval(),
             tokenizer=tokenizer,
             template=template(TEMPLATE),

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from internvl import log, report
 from internvl.config import Recipe
 from internvl.inference import load as loading
-from internvl.models.chat.model import count_parameters
+from internvl.models.vision import count_parameters
 
 T = TypeVar("T")
 

@@ -26,7 +26,8 @@ from internvl.data.templates import jinja
 from internvl.data.tokenizers import save_tokenizer
 from internvl.errors import ExportError, UserError
 from internvl.inference import load as loading
-from internvl.inference.load import Chat, Dual
+from internvl.inference.chat import Chat
+from internvl.inference.load import Dual
 from internvl.models import configs, hub, keys, shards
 from internvl.models.adapters import folder as adapter_folder
 from internvl.models.adapters import merging

@@ -36,9 +36,9 @@ from internvl.data.pairs import (
 )
 from internvl.data.tokenizers import decode
 from internvl.errors import BadImage, ModelFolderError, UserError
-from internvl.models.chat.model import normalize_tiles
 from internvl.models.dual.beam_search import Search
 from internvl.models.dual.model import DualModel, Mode
+from internvl.models.vision import normalize_tiles
 
 Picture = str | Path | bytes | FileSlice | Image.Image | np.ndarray
 Pictures = Sequence[Picture] | Picture | Tensor

@@ -34,7 +34,7 @@ from internvl.data.tiles import tile_images
 from internvl.data.tokenizers import decode
 from internvl.errors import BadImage, BadSample, UserError
 from internvl.models import configs
-from internvl.models.chat.model import normalize_tiles
+from internvl.models.vision import normalize_tiles
 
 Picture = str | Path | bytes | FileSlice | Image.Image | np.ndarray | Tensor
 """A path, `data:` address or encoded file; an opened image, uint8 array (H, W) or (H, W, C) or

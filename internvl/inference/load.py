@@ -1,6 +1,5 @@
 """What a user holds: `load` turns a folder or hub id into a model, tokenizer and template."""
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ from internvl import zoo
 from internvl.compute import backends, kernels, placement
 from internvl.config import ModelConfig, Recipe, TilesConfig
 from internvl.config.recipes import load_recipe
-from internvl.data.chat import ChatEncoder
 from internvl.data.templates import TEMPLATES, Template, template
 from internvl.data.tokenizers import add_special_tokens, check_vocabulary, load_tokenizer
 from internvl.errors import ModelFolderError, UserError
-from internvl.inference import generate, inherited
+from internvl.inference import inherited
+from internvl.inference.chat import Chat
 from internvl.inference.dual import Dual
-from internvl.inference.generate import Request, Settings, answers
 from internvl.inference.inherited import Completed, tiling
 from internvl.models import configs, hub
 from internvl.models.adapters import folder as adapter_folder
@@ -45,68 +43,6 @@ class Description:
     template: Template
     tiles: TilesConfig
     system_message: str | None
-
-
-@dataclass(frozen=True)
-class Chat:
-    """A chat model with everything that came with it."""
-
-    model: chat_model.ChatModel
-    tokenizer: PreTrainedTokenizerFast | None
-    """None where the folder has no tokenizer files."""
-    template: Template
-    tiles: TilesConfig
-    """How the released model tiles an image."""
-    system_message: str | None
-    """Replaces the template's, where the checkpoint has its own."""
-    folder: Path
-    """Where the weights came from."""
-
-    @property
-    def tokens_per_tile(self) -> int:
-        """Visual tokens of a tile (K)."""
-        return chat_model.tokens_per_tile(self.model.config, self.tiles.size)
-
-    @property
-    def encoder(self) -> ChatEncoder:
-        """Renders conversations for this model. Raises ModelFolderError without a tokenizer."""
-        if self.tokenizer is None:
-            raise ModelFolderError(
-                f"{self.folder}: no tokenizer files; copy those of the release there to use text"
-            )
-        return ChatEncoder(self.tokenizer, self.template, self.tokens_per_tile, self.system_message)
-
-    def answer(
-        self,
-        requests: Sequence[Request] | Request,
-        *,
-        max_new_tokens: int = 1024,
-        batch_size: int = 16,
-        **settings: Any,
-    ) -> list[str]:
-        """One answer per request, in order; `settings` are fields of `generate.Settings`.
-
-        Raises:
-            UserError: an unknown setting, one out of range, or a bad request; see `encode` there.
-        """
-        chosen = Settings.of(max_new_tokens=max_new_tokens, **settings)
-        return answers(
-            self.model, self.encoder, self.tiles, requests, chosen, batch_size=batch_size
-        )
-
-    def stream(
-        self, request: Request, *, max_new_tokens: int = 1024, **settings: Any
-    ) -> Iterator[str]:
-        """The pieces of one answer as they are generated; joined they are `answer`'s.
-
-        Raises:
-            UserError: with beam search, whose text is known at the end only.
-        """
-        chosen = Settings.of(max_new_tokens=max_new_tokens, **settings)
-        prompt = generate.encode(
-            request, self.encoder, self.tiles, exif=configs.chat_settings(self.model.config)["exif"]
-        )
-        return generate.stream(self.model, self.encoder, prompt, chosen)
 
 
 def load(

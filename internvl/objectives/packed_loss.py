@@ -8,7 +8,8 @@ from torch import Tensor
 from internvl.data.images import STATISTICS
 from internvl.data.records import PackedBatch
 from internvl.models.attention.packed import packed_mask
-from internvl.models.chat.model import Supervision, normalize_tiles
+from internvl.models.chat.model import Supervision
+from internvl.models.vision import normalize_tiles
 
 
 def summed_loss(model: Any, row: PackedBatch, normalize: str) -> Tensor:

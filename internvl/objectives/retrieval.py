@@ -35,8 +35,8 @@ from internvl.data.pair_reader import PairReader, make_batch, padded_length
 from internvl.data.pairs import CaptionEncoder
 from internvl.data.records import IGNORE, Match, Pair, PairBatch
 from internvl.data.sources import Source
-from internvl.models.chat.model import normalize_tiles
 from internvl.models.dual.qllama import Seen
+from internvl.models.vision import normalize_tiles
 
 _SHOWN_SAMPLES = 3
 

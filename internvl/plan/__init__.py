@@ -22,7 +22,6 @@ import yaml
 from transformers import InternVLConfig
 
 from internvl import parallel, zoo
-from internvl.check.report import FirstStep
 from internvl.compute import backends, placement
 from internvl.config import ComputeConfig, Recipe, recipes
 from internvl.errors import UnknownModel, UserError
@@ -35,6 +34,7 @@ from internvl.models.chat import model as chat_model
 from internvl.models.dual import files as dual_files
 from internvl.models.dual.configs import DualConfig
 from internvl.models.kernels import float8
+from internvl.models.vision import count_parameters
 from internvl.plan import dual as dual_plan
 from internvl.plan import dual_flops, dual_footprint, flops, footprint, gpus
 from internvl.plan.dual import PairLoad
@@ -42,6 +42,7 @@ from internvl.plan.dual_flops import PairStep
 from internvl.plan.flops import Flops, Work
 from internvl.plan.footprint import GIB, Footprint, Shape
 from internvl.plan.gpus import CALIBRATION, Gpu
+from internvl.plan.work import FirstStep
 from internvl.training import memory_ladder
 
 MEMORY_ERROR = 0.10
@@ -251,7 +252,7 @@ def _predict(
         needed = flops.count(model, load.work)
         memory = footprint.of(model, recipe, load.row, compiled=compiled, attention=attention)
         times = _times(recipe, model, load, needed, gpu, num_gpus)
-    trained, parameters = chat_model.count_parameters(model)
+    trained, parameters = count_parameters(model)
     return Plan(
         recipe=recipe,
         gpu=gpu,
@@ -358,7 +359,7 @@ def _times(
         packed = footprint.states(model, recipe)["quantized weights"]
         numbers = packed / (0.5625 if recipe.model.quantize == "4bit" else 1.0)
         quantized = (2 + again) * (packed + 4 * numbers)
-    trained, _ = chat_model.count_parameters(model)
+    trained, _ = count_parameters(model)
     offloaded = recipe.optim.offload
     yield from gpus.update_times(trained, load.rows, gpu, num_gpus, quantized, offloaded=offloaded)
 

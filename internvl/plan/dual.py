@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from internvl.config import TERMS, Recipe
-from internvl.models.chat import model as chat_model
+from internvl.models.vision import count_parameters
 from internvl.plan import dual_flops, dual_footprint, flops, gpus
 from internvl.plan.dual_flops import Captions, PairStep
 from internvl.plan.gpus import CALIBRATION, Gpu
@@ -123,6 +123,6 @@ def times(
     if recipe.compute.offload:
         waits = 2 * kept(recipe.compute.checkpointing) * load.rows
         yield "copies to the CPU and back", waits / (known.bus_tb_per_s * 1e12 * num_gpus)
-    trained, _ = chat_model.count_parameters(model)
+    trained, _ = count_parameters(model)
     offloaded = recipe.optim.offload
     yield from gpus.update_times(trained, load.rows, gpu, num_gpus, offloaded=offloaded)

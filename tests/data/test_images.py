@@ -19,7 +19,7 @@ from internvl.config import TilesConfig
 from internvl.data import images, tiles
 from internvl.data.images import FileSlice, join_inside, open_rgb, read_rgb
 from internvl.errors import BadImage
-from internvl.models.chat.model import normalize_tiles
+from internvl.models.vision import normalize_tiles
 
 PIXELS = load_file(GOLDEN / "dynamic_tiles" / "images.safetensors")
 BROKEN = SHARED / "data" / "broken"

@@ -23,7 +23,8 @@ from internvl.data.records import IGNORE, Example, Unit
 from internvl.errors import BadSample
 from internvl.inference import load as loading
 from internvl.models.attention.packed import dense_mask
-from internvl.models.chat.model import Supervision, normalize_tiles
+from internvl.models.chat.model import Supervision
+from internvl.models.vision import normalize_tiles
 from internvl.objectives.sft import Sft
 
 K = 9  # visual tokens of an 84-pixel tile

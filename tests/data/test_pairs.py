@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from internvl.data import pairs
 from internvl.data.tokenizers import load_tokenizer
-from internvl.models.chat.model import normalize_tiles
+from internvl.models.vision import normalize_tiles
 
 CASE = GOLDEN / "internvl_g_data"
 IDS = {

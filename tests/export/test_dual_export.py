@@ -15,7 +15,7 @@ from internvl.errors import ExportError
 from internvl.inference import load as loading
 from internvl.models import shards
 from internvl.models.adapters import lora
-from internvl.models.chat.model import normalize_tiles
+from internvl.models.vision import normalize_tiles
 
 GOLDEN = dual_golden()
 

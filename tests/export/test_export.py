@@ -36,6 +36,7 @@ from internvl.inference.generate import Request
 from internvl.models import shards
 from internvl.models.adapters import lora
 from internvl.models.chat import model as chat_model
+from internvl.models.vision import normalize_tiles
 
 
 def with_tokenizer(folder, name="internlm2"):
@@ -241,7 +242,7 @@ def test_the_image_processor_cuts_as_we_do(tmp_path):
     found = processor(Image.open(picture), return_tensors="pt").pixel_values
     chat = loading.load(folder, device="cpu")
     tiles = tile_images([open_rgb(picture)], chat.tiles, chat.tiles.max)
-    wanted = chat_model.normalize_tiles(torch.as_tensor(tiles.pixels), torch.float32)
+    wanted = normalize_tiles(torch.as_tensor(tiles.pixels), torch.float32)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 

@@ -14,7 +14,7 @@ import internvl
 from internvl.data.pairs import center_square, clean_caption, pad_right, square
 from internvl.errors import BadImage, UserError
 from internvl.inference import load as loading
-from internvl.models.chat.model import normalize_tiles
+from internvl.models.vision import normalize_tiles
 
 TEXTS = ["a photo of a red panda", "two cats", "一张熊猫的照片", ""]
 

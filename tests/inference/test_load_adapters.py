@@ -23,6 +23,7 @@ from internvl.config.recipes import load_recipe, resolve
 from internvl.errors import ConfigError, UserError
 from internvl.inference import generate
 from internvl.inference import load as loading
+from internvl.inference.chat import Chat
 from internvl.inference.generate import Request
 from internvl.models import configs
 from internvl.models.adapters import lora
@@ -195,7 +196,7 @@ def converse(capsys, monkeypatch, project, questions, *words):
         return [f"{len(requests[0].messages)}: <image>" if "hush" not in str(requests) else ""]
 
     monkeypatch.setattr("builtins.input", ask)
-    monkeypatch.setattr(loading.Chat, "answer", answer)
+    monkeypatch.setattr(Chat, "answer", answer)
     code, out, err = call(capsys, "chat", project.parent / "start", *words)
     return code, out.splitlines(), [line for line in err.splitlines() if "internvl:" in line], asked
 

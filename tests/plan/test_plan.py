@@ -10,11 +10,11 @@ import yaml
 from data_files import chat_line, model_folder, picture, recipe, write_lines
 
 from internvl import check, cli, plan
-from internvl.check.report import FirstStep
 from internvl.config import recipes
 from internvl.errors import UserError
 from internvl.plan import gpus
 from internvl.plan.flops import Work
+from internvl.plan.work import FirstStep
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

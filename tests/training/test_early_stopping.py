@@ -15,7 +15,7 @@ from internvl.data.records import IGNORE
 from internvl.data.sampler import UnitRef
 from internvl.errors import ConfigError, UserError
 from internvl.inference import load as loading
-from internvl.models.chat.model import normalize_tiles
+from internvl.models.vision import normalize_tiles
 from internvl.training import early_stopping
 
 LORA = ("model.train=[multi_modal_projector]", "model.lora.rank=4")

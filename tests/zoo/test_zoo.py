@@ -15,6 +15,7 @@ from internvl.models.adapters import lora
 from internvl.models.chat import model as chat_model
 from internvl.models.dual import configs as dual_configs
 from internvl.models.dual import files as dual_files
+from internvl.models.vision import count_parameters
 
 CHAT = [model for model in zoo.MODELS.values() if model.family == "chat"]
 
@@ -25,7 +26,7 @@ def test_sizes_and_keys_at_full_size(model):
     official = zoo.official_config(model)
     config = configs.from_official(official, image_token_id=7)
     built = chat_model.empty_model(config)
-    count = chat_model.count_parameters(built)[1]
+    count = count_parameters(built)[1]
     assert count == zoo.num_parameters(model)
     as_printed = f"{count / 1e9:.1f}B" == model.published
     assert as_printed or not model.published or model.note
@@ -52,7 +53,7 @@ def test_sizes_and_keys_of_internvl_14b_at_full_size(name, wanted):
     official = zoo.official_config(model)
     config = dual_configs.from_official(official)
     built = dual_files.empty_model(config)
-    assert chat_model.count_parameters(built)[1] == wanted
+    assert count_parameters(built)[1] == wanted
     names = built.state_dict()
     stored = dict(keys.ours_to_official(config, names))
     assert set(stored) == official_dual_keys(official)
@@ -82,7 +83,7 @@ def test_parameters_of_internvl_14b_by_part():
         "query_pool": 53_515_008,
         "itm_head": 8_194,
     }.items():
-        assert chat_model.count_parameters(built.get_submodule(part))[1] == wanted, part
+        assert count_parameters(built.get_submodule(part))[1] == wanted, part
 
 
 def test_adapters_of_internvl_14b_are_as_many_as_the_originals():
@@ -91,10 +92,10 @@ def test_adapters_of_internvl_14b_are_as_many_as_the_originals():
     lora.select_trainable(built, ())
     with torch.device("meta"):
         lora.attach(built, LoraConfig(rank=16, on=("vision_tower", "language_model")))
-    assert chat_model.count_parameters(built)[0] == 39_321_600 + 39_976_960
+    assert count_parameters(built)[0] == 39_321_600 + 39_976_960
     for head in (built.lm_head, built.text_projection):  # what its LoRA recipe trains beside them
         head.requires_grad_(True)
-    assert chat_model.count_parameters(built)[0] == 287_055_872
+    assert count_parameters(built)[0] == 287_055_872
 
 
 def test_where_the_release_prints_another_number_than_its_weights_have_the_table_says_why():

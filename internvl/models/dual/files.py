@@ -15,11 +15,11 @@ from internvl.errors import ModelFolderError
 from internvl.models import config_checks, hub, keys
 from internvl.models import weights as model_weights
 from internvl.models.adapters import lora
-from internvl.models.chat import model as chat_model
 from internvl.models.dual import configs as dual_configs
 from internvl.models.dual.configs import DualConfig
 from internvl.models.dual.model import DualModel
 from internvl.models.hub import LazyTensor, ModelFolder
+from internvl.models.vision import set_drop_path
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def load_model(
         device_map=device_map or model_weights.one_device(device),
     )
     if drop_path:
-        chat_model.set_drop_path(model, drop_path)
+        set_drop_path(model, drop_path)
     if keys.has_adapters(source.tensors):
         lora.load_official(model, _adapters(config, source), source.folder)
         lora.merge(model)

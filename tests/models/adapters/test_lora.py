@@ -22,6 +22,7 @@ from internvl.inference import load as loading
 from internvl.models import configs, keys
 from internvl.models.adapters import lora
 from internvl.models.chat import model as chat_model
+from internvl.models.vision import count_parameters
 
 BOTH = ("language_model", "vision_tower")
 COUNTS = json.loads((GOLDEN / "lora_count" / "counts.json").read_text())
@@ -65,13 +66,13 @@ def test_golden_counts(name):
         {"vision_config": INTERNVIT_300M, "llm_config": case["config_llm"], "ps_version": "v2"}, 3
     )
     model = chat_model.empty_model(config)
-    assert chat_model.count_parameters(model)[1] == case["base_total_params"]
+    assert count_parameters(model)[1] == case["base_total_params"]
     lora.select_trainable(model, ("multi_modal_projector",) if case["mlp_trainable"] else ())
     ranks = {"language_model": case["use_llm_lora"], "vision_tower": case["use_backbone_lora"]}
     for part, rank in ranks.items():
         if rank:
             lora.attach(model, LoraConfig(rank=rank, on=(part,)))
-    assert chat_model.count_parameters(model)[0] == case["trainable"]
+    assert count_parameters(model)[0] == case["trainable"]
 
 
 def official_lora_folder(to):
@@ -293,7 +294,7 @@ def test_only_the_chosen_parts_train(tmp_path):
         assert trained_parts(model) == set(parts)
     assert model.lm_head.weight.requires_grad
     lora.select_trainable(model, ())
-    assert chat_model.count_parameters(model)[0] == 0
+    assert count_parameters(model)[0] == 0
 
 
 def test_the_last_blocks_of_the_tower(tmp_path):

@@ -26,6 +26,7 @@ from internvl.models import keys
 from internvl.models import weights as model_weights
 from internvl.models.chat import model as chat_model
 from internvl.models.chat.model import ChatModel, Supervision
+from internvl.models.vision import DropPath, count_parameters
 
 CASES = ("chat_internlm2", "chat_qwen2")
 VARIANTS = [
@@ -291,7 +292,7 @@ def test_drop_path_only_acts_in_training(tmp_path):
 
 def test_drop_path_keeps_the_mean_and_whole_samples():
     torch.manual_seed(0)
-    dropped = chat_model.DropPath(0.25)(torch.ones(4000, 3, 2))
+    dropped = DropPath(0.25)(torch.ones(4000, 3, 2))
     assert dropped.unique().tolist() == pytest.approx([0, 4 / 3])
     assert (dropped.amin((1, 2)) == dropped.amax((1, 2))).all()
     assert float(dropped.mean()) == pytest.approx(1, abs=0.05)
@@ -363,5 +364,5 @@ def test_a_device_map_never_cuts_a_block(tmp_path):
 def test_parameters_shared_by_modules_count_once(tmp_path):
     model = load(golden_folder("chat_internlm2", "v2.sel-1", tmp_path))
     model.lm_head.requires_grad_(False)
-    trained, everything = chat_model.count_parameters(model)
+    trained, everything = count_parameters(model)
     assert everything - trained == 600 * 64
