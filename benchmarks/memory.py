@@ -23,8 +23,8 @@ import torch
 import workloads
 from torch import nn
 
-from internvl import config, plan, train
-from internvl.config import recipes
+from internvl import plan, train
+from internvl.config import Recipe, recipes
 from internvl.data.records import PackedBatch
 from internvl.inference.chat import Chat
 from internvl.plan import gpus
@@ -138,9 +138,7 @@ def pack(model: nn.Module) -> None:
     model.is_loaded_in_4bit = True  # by which PEFT chooses its layers
 
 
-def recipe_of(
-    row: Row, chat: Chat, folder: Path, device: torch.device, *, tiny: bool
-) -> config.Recipe:
+def recipe_of(row: Row, chat: Chat, folder: Path, device: torch.device, *, tiny: bool) -> Recipe:
     """Every step has rows enough for a few full ones."""
     tokens = 2048 if tiny else row.row_tokens
     batch = 8 if tiny else 4 * row.row_tokens // 1700

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from internvl import config, dist, evals, log
+from internvl import dist, evals, log
 from internvl.compute import backends, compilation, feeding, kernels, memory, placement, rng
-from internvl.config import Recipe
+from internvl.config import EvalConfig, Recipe
 from internvl.data import loader
 from internvl.data.records import Batch
 from internvl.data.sampler import Order, SampleOrder
@@ -467,7 +467,7 @@ def _speed(now: Run, step: loader.Step, wait_s: float, seconds: float) -> dict[s
     }
 
 
-def _eval_due(now: Run, spec: config.EvalConfig) -> bool:
+def _eval_due(now: Run, spec: EvalConfig) -> bool:
     if now.step == 0:
         return spec.before or spec.guard is not None
     return now.step == now.num_steps or _due(now, spec.every)

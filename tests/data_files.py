@@ -9,8 +9,7 @@ from typing import Any
 from chat_folders import add_tokenizer, golden_folder
 from PIL import Image
 
-from internvl import config
-from internvl.config import recipes
+from internvl.config import Recipe, recipes
 
 SHARED = Path(os.environ.get("INTERNVL_SHARED", Path(__file__).parents[2] / "shared"))
 
@@ -55,7 +54,7 @@ def model_folder(folder: Path, template: str = "internvl2_5", name: str = "qwen2
 
 def recipe(
     model: Path, annotations: Path, images: Path, run: Path, *overrides: str, **data: Any
-) -> config.Recipe:
+) -> Recipe:
     """A small recipe of one source; `data` overrides keys of its data section."""
     source = {"name": "chat", "annotations": str(annotations), "images": str(images)}
     tree = {

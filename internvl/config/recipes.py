@@ -15,16 +15,14 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from internvl.config import (
-    TERMS,
-    ComputeConfig,
-    GuardConfig,
-    ModelConfig,
-    Recipe,
-    TilesConfig,
-    Tower,
-    sentence,
-)
+from internvl.config.compute import ComputeConfig
+from internvl.config.data import TilesConfig
+from internvl.config.model import ModelConfig
+from internvl.config.objective import TERMS
+from internvl.config.problems import sentence
+from internvl.config.recipe import Recipe
+from internvl.config.training import GuardConfig
+from internvl.config.types import Tower
 from internvl.errors import ConfigError
 
 _SHOWN = 100  # characters of an override in a message

@@ -1,0 +1,59 @@
+"""`optim:` AdamW or Muon and their schedules."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from internvl.config.types import STRICT, Fraction
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerDecayConfig:
+    """A learning rate for every layer of InternVL-14B: the peak times rate ** (layers above)."""
+
+    __pydantic_config__ = STRICT
+    vision: Fraction = 1.0
+    """Rate of the vision tower; its projector keeps the peak."""
+    qllama: Fraction = 1.0
+    """Rate of QLLaMA, the queries and the logit scale; norm, output matrix and heads keep the
+    peak."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with a warm-up and a decay of the learning rate."""
+
+    __pydantic_config__ = STRICT
+    name: Literal["adamw", "adamw-8bit"] = "adamw"
+    """adamw-8bit keeps the two moments of every matrix in 8 bits with a scale for each 256 of them
+    (torchao): 2 instead of 8 bytes for a trained weight."""
+    lr: Annotated[float, Field(gt=0)] = 4e-5
+    """Peak learning rate."""
+    schedule: Literal["cosine", "as_shipped"] = "cosine"
+    """cosine: linear warm-up, then a cosine. as_shipped: what the original's InternVL-14B scripts
+    really ran, for they name a cosine and their DeepSpeed files a schedule that wins: logarithmic
+    warm-up, linear decay, and after the first update one rate for every layer."""
+    min_lr_ratio: Fraction = 0.0
+    """The cosine ends at this share of the peak."""
+    warmup_ratio: Fraction = 0.03
+    """Share of all steps with a rising rate (rounded up)."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Steps with a rising rate, instead of `warmup_ratio`."""
+    layer_decay: LayerDecayConfig | None = None
+    """Smaller rates for lower layers, for InternVL-14B; null gives every layer the same."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    """Decoupled weight decay."""
+    decay_vectors: bool = False
+    """Decay biases, norms and scales too, as the original does; otherwise matrices only."""
+    decay_scalars: bool = False
+    """Decay what is a single number too: the logit scale, as the original's InternVL-14B does."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay of the two moments."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the second moment."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this global norm."""
+    offload: bool = False
+    """The two moments of every weight wait in the CPU's memory: 8 of the 16 bytes of a trained
+    weight. They visit the GPU to be updated, so results are the same. Only with adamw."""
