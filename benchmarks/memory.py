@@ -27,9 +27,9 @@ from internvl import plan, train
 from internvl.config import Recipe, recipes
 from internvl.data.records import PackedBatch
 from internvl.inference.chat import Chat
-from internvl.plan import gpus
 from internvl.plan.flops import work_of
 from internvl.plan.work import FirstStep
+from internvl.zoo import gpus
 
 STEPS = 3
 STATES = (

@@ -6,7 +6,8 @@
 
 Pictures are JPEG files, decoded and tiled by the loader's workers; metrics are logged; the
 optimizer steps. A row's JSON goes to `--to`: medians over 8 steps after two of warm-up, FLOPs
-as internvl/plan/flops.py counts them, over the rate of an 8192³ bfloat16 product of the same process.
+as internvl/plan/flops.py counts them, over the rate of an 8192³ bfloat16 product of the same
+process.
 """
 
 import argparse

@@ -6,11 +6,13 @@ Names are resolved when they are first used, so importing the package is instant
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
-_NAMES = {
+_NAMES: dict[str, tuple[str, str | None]] = {
     "load": ("internvl.inference.load", "load"),
-    "Chat": ("internvl.inference.load", "Chat"),
+    "Chat": ("internvl.inference.chat", "Chat"),
+    "Dual": ("internvl.inference.dual", "Dual"),
+    "generate": ("internvl.inference.generate", None),
     "Request": ("internvl.inference.generate", "Request"),
     "Recipe": ("internvl.config", "Recipe"),
     "load_recipe": ("internvl.config.recipes", "load_recipe"),
@@ -23,7 +25,8 @@ __all__ = ["__version__", *_NAMES, *_MODULES]
 def __getattr__(name: str) -> Any:
     if name in _NAMES:
         module, attribute = _NAMES[name]
-        return getattr(importlib.import_module(module), attribute)
+        imported = importlib.import_module(module)
+        return imported if attribute is None else getattr(imported, attribute)
     if name in _MODULES:
         return importlib.import_module(f"internvl.{name}")
     raise AttributeError(f"module 'internvl' has no attribute {name!r}")

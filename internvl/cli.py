@@ -98,7 +98,7 @@ def _gpu(name: str) -> Any:
     Raises:
         ConfigError: no such GPU, or none here that the table knows.
     """
-    from internvl.plan import gpus
+    from internvl.zoo import gpus
 
     try:
         if name != "auto":

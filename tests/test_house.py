@@ -19,7 +19,7 @@ Check = Callable[[ast.Module], Iterator[int]]
 LIGHT = [
     name
     for name in ("__init__", "cli", "config", "zoo", "log", "doctor")
-    if (PACKAGE / f"{name}.py").exists()
+    if (PACKAGE / f"{name}.py").exists() or (PACKAGE / name).is_dir()
 ]
 HEAVY = ("torch", "transformers", "peft")
 

@@ -14,7 +14,9 @@ def preserve_rng(device: torch.device) -> AbstractContextManager[None]:
 
 
 def seed_step(number: int, step: int) -> None:
-    """Random numbers that depend on the recipe's seed_step, the step and the rank alone: no state of a
-    generator needs to be saved, and ranks do not drop the same units."""
+    """Seeds torch from the recipe's seed, the step and the rank.
+
+    No state of a generator needs to be saved then, and ranks do not drop the same units.
+    """
     mixed = np.random.SeedSequence((number, step, dist.rank())).generate_state(2, np.uint32)
     torch.manual_seed(int(mixed[0]) << 31 | int(mixed[1]) >> 1)

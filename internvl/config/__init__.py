@@ -16,6 +16,7 @@ from internvl.config.training import CheckpointConfig, GuardConfig, StopConfig
 from internvl.config.types import Fraction, Part, Positive, Tower
 
 __all__ = [
+    "TERMS",
     "CheckpointConfig",
     "ComputeConfig",
     "DataConfig",
@@ -33,7 +34,6 @@ __all__ = [
     "Recipe",
     "SourceConfig",
     "StopConfig",
-    "TERMS",
     "TilesChoice",
     "TilesConfig",
     "Tower",

@@ -24,11 +24,12 @@ from internvl.config.recipes import load_recipe
 from internvl.data.images import STATISTICS
 from internvl.data.templates import jinja
 from internvl.data.tokenizers import save_tokenizer
-from internvl.errors import ExportError, UserError
+from internvl.errors import ExportError
 from internvl.inference import load as loading
 from internvl.inference.chat import Chat
 from internvl.inference.load import Dual
-from internvl.models import configs, hub, keys, shards
+from internvl.models import configs, hub, keys
+from internvl.models import weights as model_weights
 from internvl.models.adapters import folder as adapter_folder
 from internvl.models.adapters import merging
 from internvl.models.chat import model as chat_model
@@ -286,10 +287,10 @@ def _write_hf(source: Source, folder: Path, dtype: torch.dtype | None) -> None:
         for name, tensor in keys.model_to_hf(source.config, source.weights)
         if not (tied and name == keys.HF_HEAD)
     )
-    kind = shards.write_weights(folder, named, dtype)
+    kind = model_weights.write_weights(folder, named, dtype)
     config = source.config.to_dict() | {"architectures": ["InternVLForConditionalGeneration"]}
     config["internvl"] = configs.chat_settings(source.config)
-    shards.write_json(folder / "config.json", config | {"dtype": kind})
+    model_weights.write_json(folder / "config.json", config | {"dtype": kind})
     if chat.tokenizer is None:
         logger.warning("%s has no tokenizer files, so neither has the export", source.folder)
         return
@@ -298,18 +299,18 @@ def _write_hf(source: Source, folder: Path, dtype: torch.dtype | None) -> None:
         shutil.copy(source.folder / "tokenizer.model", folder)
     end = chat.tokenizer.convert_tokens_to_ids(chat.template.end)
     generation = {"eos_token_id": end, "pad_token_id": chat.tokenizer.pad_token_id}
-    shards.write_json(folder / "generation_config.json", generation)
+    model_weights.write_json(folder / "generation_config.json", generation)
     text = jinja(chat.template, chat.system_message)
     (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
     for name, values in processor_files(source.config).items():
-        shards.write_json(folder / name, values)
+        model_weights.write_json(folder / name, values)
 
 
 def _write_official(
     source: Source, folder: Path, dtype: torch.dtype | None, code_from: Path | None
 ) -> None:
     named = keys.ours_to_official(source.config, source.weights)
-    kind = shards.write_weights(folder, named, dtype)
+    kind = model_weights.write_weights(folder, named, dtype)
     dual = isinstance(source.config, DualConfig)
     to_official = dual_configs.to_official if dual else configs.to_official
     config = to_official(source.config) | {"torch_dtype": kind}
@@ -320,9 +321,11 @@ def _write_official(
             "the original's Python files are not part of this export: `AutoModel` needs them and "
             "`auto_map`; copy both with code_from (--code-from FOLDER of the release)"
         )
-    shards.write_json(folder / "config.json", config)
+    model_weights.write_json(folder / "config.json", config)
     if dual:
-        shards.write_json(folder / "preprocessor_config.json", _clip_processor(source.config))
+        model_weights.write_json(
+            folder / "preprocessor_config.json", _clip_processor(source.config)
+        )
     if dual or hub.read_json(source.folder / "config.json").get("llm_config"):
         for name in _TOKENIZER_FILES:
             if (source.folder / name).is_file():

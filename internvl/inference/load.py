@@ -177,8 +177,8 @@ def open_files(
         return dual_files.open_pth(pth, released), None
     if folder.resolve() in above:
         raise ModelFolderError(
-            f"{above[-1] / adapter_folder.CONFIG_FILE}: base_model_name_or_path leads back to {folder}; "
-            "set it to the model the adapters were trained on"
+            f"{above[-1] / adapter_folder.CONFIG_FILE}: base_model_name_or_path leads back to "
+            f"{folder}; set it to the model the adapters were trained on"
         )
     beneath = (*above, folder.resolve())
     if is_run(folder):
@@ -449,7 +449,7 @@ def _image_token_id(tokenizer: PreTrainedTokenizerFast, folder: Path) -> int:
     known = tokenizer.get_vocab()
     if chat_model.IMAGE_TOKEN not in known:
         raise ModelFolderError(
-            f"{folder}: its tokenizer has no {chat_model.IMAGE_TOKEN}; this is a language model's, take "
-            "the tokenizer files of the chat model's release"
+            f"{folder}: its tokenizer has no {chat_model.IMAGE_TOKEN}; this is a language model's, "
+            "take the tokenizer files of the chat model's release"
         )
     return known[chat_model.IMAGE_TOKEN]

@@ -1,4 +1,4 @@
-"""What both families share of vision towers: normalized tiles, stochastic depth, parameter counts."""
+"""What both families share: normalized tiles, stochastic depth, parameter counts."""
 
 import torch
 from torch import Tensor, nn

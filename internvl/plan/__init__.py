@@ -1,7 +1,7 @@
 """Will it fit, and how long will it take: `plan.make(recipe, gpu, step)`. Needs no GPU, no weights.
 
 The model is built on the meta device from `config.json` (or the table of released models), frozen
-and adapted as training does it, and counted: memory by plan/footprint.py, FLOPs by plan/flops.py. A step
+and adapted as training does it, and counted: memory by footprint.py, FLOPs by flops.py. A step
 then takes
 
     time = loop x ( products / matmul rate + attention / its rates + bytes / memory rate )
@@ -21,7 +21,7 @@ import torch
 import yaml
 from transformers import InternVLConfig
 
-from internvl import parallel, zoo
+from internvl import zoo
 from internvl.compute import backends, placement
 from internvl.config import ComputeConfig, Recipe, recipes
 from internvl.errors import UnknownModel, UserError
@@ -36,14 +36,15 @@ from internvl.models.dual.configs import DualConfig
 from internvl.models.kernels import float8
 from internvl.models.vision import count_parameters
 from internvl.plan import dual as dual_plan
-from internvl.plan import dual_flops, dual_footprint, flops, footprint, gpus
+from internvl.plan import dual_flops, dual_footprint, flops, footprint
 from internvl.plan.dual import PairLoad
 from internvl.plan.dual_flops import PairStep
 from internvl.plan.flops import Flops, Work
 from internvl.plan.footprint import GIB, Footprint, Shape
-from internvl.plan.gpus import CALIBRATION, Gpu
 from internvl.plan.work import FirstStep
 from internvl.training import memory_ladder
+from internvl.zoo import gpus
+from internvl.zoo.gpus import CALIBRATION, Gpu
 
 MEMORY_ERROR = 0.10
 """Stated error of the peak. What is allocated was within 5.1 % in eleven measured steps of chat

@@ -1,6 +1,6 @@
 """How long a step of InternVL-14B takes: what plan/ does for rows of conversations, for pairs.
 
-What is computed is the needed FLOPs (plan/dual_flops.py) with padding and every token of a caption with
+What is computed is the needed FLOPs (dual_flops.py) with padding and every token of a caption with
 every other, one more forward pass where a step is cut into micro-batches (gradient caching; not of
 a frozen tower, whose output is kept), and what checkpointing computes again. The rates are those of
 chat models. On an H200 the head recipe took 1.94 s a step (1.90 predicted), LoRA 6.1 s in four
@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 from internvl.config import TERMS, Recipe
 from internvl.models.vision import count_parameters
-from internvl.plan import dual_flops, dual_footprint, flops, gpus
+from internvl.plan import dual_flops, dual_footprint, flops
 from internvl.plan.dual_flops import Captions, PairStep
-from internvl.plan.gpus import CALIBRATION, Gpu
+from internvl.zoo import gpus
+from internvl.zoo.gpus import CALIBRATION, Gpu
 
 _CAPTION, _PADDED = 24, 40  # tokens of an assumed caption, and of the longest one beside it
 

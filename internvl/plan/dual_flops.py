@@ -1,6 +1,6 @@
 """FLOPs that a result of InternVL-14B needs, counted from the model itself; 2 a multiply-add.
 
-A matrix costs what plan/flops.py says. Of the tower's adapters q, k and v share one A. Nothing counts
+A matrix costs what flops.py says. Of the tower's adapters q, k and v share one A. Nothing counts
 twice: not the second forward pass of gradient caching or of checkpointing, nor padding, nor the
 keys and values of a picture that its uses in QLLaMA share. Norms, rotations, activations and the
 products of all features with each other are left out.

@@ -1,6 +1,6 @@
 """Peak memory of a training step of InternVL-14B by component, from a model on the meta device.
 
-Blocks of the tower and of QLLaMA keep what plan/footprint.py says of them. QLLaMA runs once for each
+Blocks of the tower and of QLLaMA keep what footprint.py says of them. QLLaMA runs once for each
 kind of sequence, queries with a caption: for the features, for every match and for what is written.
 A cross-attention adds, in numbers of the compute type, for R query positions of width D and T
 positions of their sequences, in each kind,

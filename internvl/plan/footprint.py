@@ -14,11 +14,11 @@ model's blocks, in the compute type unless said otherwise:
     compiled, frozen     2 F + 3 D + 2 Q + 2 K
     as written, frozen   3 F + 2 Q + 2 K                 and 2 D in float32
 
-J is R and the inputs of all adapters that are joined with their weights (joined.py); apart are
-those on 4 bits or float8. They keep masks of dropout, the others seeds (dropped.py). Frozen blocks
-pass a gradient on to what trains below them. Of the last block, where models/kernels/last_mlp.py cuts it, the
-MLP's part is kept for supervised positions alone. The sums are what `saved_tensors_hooks` counts,
-which the tests do again on small models; the compiled ones are the choice of AOTAutograd's
+J is R and the inputs of all adapters that are joined with their weights (fused_lora.py); apart are
+those on 4 bits or float8. They keep masks of dropout, the others seeds (seeded_dropout.py). Frozen
+blocks pass a gradient on to what trains below them. Of the last block, where last_mlp.py cuts it,
+the MLP's part is kept for supervised positions alone. The sums are what `saved_tensors_hooks`
+counts, which the tests do again on small models; the compiled ones are the choice of AOTAutograd's
 partitioner.
 """
 

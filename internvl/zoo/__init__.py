@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from internvl.errors import UnknownModel, UserError
+from internvl.errors import UnknownModel
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "8bit": 1.0, "4bit": 0.5 + 4 / 64}
 """Bytes of a weight; in 4 bits, 64 weights share a float32 scale. Only the blocks' linear layers

@@ -13,7 +13,7 @@ from internvl import export
 from internvl.data.pairs import center_square
 from internvl.errors import ExportError
 from internvl.inference import load as loading
-from internvl.models import shards
+from internvl.models import weights as model_weights
 from internvl.models.adapters import lora
 from internvl.models.vision import normalize_tiles
 
@@ -35,7 +35,7 @@ def features(folder):
 @pytest.mark.parametrize("loaded", [False, True])
 @pytest.mark.parametrize("shard", [10**9, 300_000])
 def test_official_files_bit_for_bit(loaded, shard, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "SHARD_BYTES", shard)
+    monkeypatch.setattr(model_weights, "SHARD_BYTES", shard)
     folder = dual_folder(tmp_path / "start")
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         (folder / name).write_text(json.dumps({"name": name}))

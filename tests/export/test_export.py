@@ -33,7 +33,7 @@ from internvl.errors import ExportError, ModelFolderError
 from internvl.inference import generate
 from internvl.inference import load as loading
 from internvl.inference.generate import Request
-from internvl.models import shards
+from internvl.models import weights as model_weights
 from internvl.models.adapters import lora
 from internvl.models.chat import model as chat_model
 from internvl.models.vision import normalize_tiles
@@ -156,7 +156,7 @@ def test_pixel_shuffle_v1_is_official_only(tmp_path):
 
 def test_shards_and_their_index(tmp_path, monkeypatch):
     start = official("Qwen2ForCausalLM", tmp_path / "start")
-    monkeypatch.setattr(shards, "SHARD_BYTES", 400_000)
+    monkeypatch.setattr(model_weights, "SHARD_BYTES", 400_000)
     folder = export.run(start, tmp_path / "hf", "hf")
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))

@@ -19,8 +19,9 @@ from internvl.models.dual import configs as dual_configs
 from internvl.models.dual.model import DualModel
 from internvl.objectives import OBJECTIVES
 from internvl.plan import dual as dual_plan
-from internvl.plan import dual_flops, dual_footprint, footprint, gpus
+from internvl.plan import dual_flops, dual_footprint, footprint
 from internvl.training import optim
+from internvl.zoo import gpus
 
 PAIRS, TOWERS = 3, ["vision_tower", "language_model"]
 LORA = {"rank": 16, "dropout": 0.0, "on": TOWERS}

@@ -15,8 +15,9 @@ from internvl.inference import load as loading
 from internvl.models.adapters import seeded_dropout
 from internvl.models.attention.packed import dense_mask
 from internvl.models.chat import model as chat_model
-from internvl.plan import footprint, gpus
+from internvl.plan import footprint
 from internvl.training import optim
+from internvl.zoo import gpus
 
 TOKENS = 640
 TEXT = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024}

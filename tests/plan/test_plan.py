@@ -12,9 +12,9 @@ from data_files import chat_line, model_folder, picture, recipe, write_lines
 from internvl import check, cli, plan
 from internvl.config import recipes
 from internvl.errors import UserError
-from internvl.plan import gpus
 from internvl.plan.flops import Work
 from internvl.plan.work import FirstStep
+from internvl.zoo import gpus
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

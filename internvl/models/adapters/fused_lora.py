@@ -9,7 +9,7 @@ FLOPs. Here the base weight lies in one buffer with B, and one product does both
 
 Where q, k and v share one A, as the original's fused projection does, they share the buffer as
 well, row below row, and the input with its inner output; backward is one product. On a GPU dropout
-before A leaves no mask in memory (dropped.py).
+before A leaves no mask in memory (seeded_dropout.py).
 """
 
 from collections.abc import Iterator

@@ -177,7 +177,7 @@ class DrawnDropout(nn.Module):
         return self._drawn(torch.empty_like(inputs, dtype=torch.bool).bernoulli_(self.rate))
 
     def draw_seed(self, inputs: Tensor) -> Tensor:
-        """What dropped.py's kernels make the mask of, int32 (2,)."""
+        """What seeded_dropout.py's kernels make the mask of, int32 (2,)."""
         return self._drawn(seeded_dropout.seed(inputs.device))
 
     def _drawn(self, mask: Tensor) -> Tensor:

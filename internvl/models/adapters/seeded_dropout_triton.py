@@ -1,4 +1,4 @@
-"""Triton's side of dropped.py."""
+"""Triton's side of seeded_dropout.py."""
 
 import torch
 import triton

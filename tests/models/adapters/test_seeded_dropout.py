@@ -56,7 +56,7 @@ def test_the_operators_apply_that_mask():
         (operators.dropped_down, (x, a)),
         (operators.dropped_back, (du, x, a)),
     ):
-        tests = ("test_schema", "test_faketensor")  # no gradient: joined.py has its own
+        tests = ("test_schema", "test_faketensor")  # no gradient: fused_lora.py has its own
         torch.library.opcheck(operator, (*arguments, seed, 0.3), test_utils=tests)
 
 
