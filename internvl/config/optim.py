@@ -22,20 +22,27 @@ class LayerDecayConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with a warm-up and a decay of the learning rate."""
+    """The optimizer, and the learning rate over the steps."""
 
     __pydantic_config__ = STRICT
-    name: Literal["adamw", "adamw-8bit"] = "adamw"
+    name: Literal["adamw", "adamw-8bit", "muon"] = "adamw"
     """adamw-8bit keeps the two moments of every matrix in 8 bits with a scale for each 256 of them
-    (torchao): 2 instead of 8 bytes for a trained weight."""
+    (torchao): 2 instead of 8 bytes for a trained weight. muon orthogonalizes the updates of linear
+    layers inside the model and leaves the rest to AdamW (arXiv 2502.16982): 4 instead of 8 bytes
+    for most weights, and for fresh weights far fewer steps."""
     lr: Annotated[float, Field(gt=0)] = 4e-5
     """Peak learning rate."""
-    schedule: Literal["cosine", "as_shipped"] = "cosine"
-    """cosine: linear warm-up, then a cosine. as_shipped: what the original's InternVL-14B scripts
+    momentum: Fraction = 0.95
+    """Momentum of muon's matrices."""
+    schedule: Literal["cosine", "wsd", "as_shipped"] = "cosine"
+    """cosine: linear warm-up, then a cosine. wsd: linear warm-up, the peak, then a linear decay
+    over the last `decay_ratio` of the steps. as_shipped: what the original's InternVL-14B scripts
     really ran, for they name a cosine and their DeepSpeed files a schedule that wins: logarithmic
     warm-up, linear decay, and after the first update one rate for every layer."""
     min_lr_ratio: Fraction = 0.0
-    """The cosine ends at this share of the peak."""
+    """cosine and wsd end at this share of the peak."""
+    decay_ratio: Fraction = 0.2
+    """Share of all steps in which wsd decays (rounded up)."""
     warmup_ratio: Fraction = 0.03
     """Share of all steps with a rising rate (rounded up)."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None

@@ -32,6 +32,7 @@ from torch import nn
 from internvl.config import ComputeConfig, Recipe
 from internvl.models.kernels import last_mlp
 from internvl.plan import flops
+from internvl.training import optim
 
 GIB = 2**30
 ABSMAX_BLOCK = 64
@@ -127,6 +128,8 @@ def states(model: nn.Module, recipe: Recipe, unreached: tuple[str, ...] = ()) ->
         0.0,
     )
     quantized = _quantized(model) if recipe.model.quantize else set()
+    # Muon has a momentum alone where AdamW has two moments.
+    matrices = optim.hidden_matrices(model) if recipe.optim.name == "muon" else frozenset()
     for name, parameter in model.named_parameters():
         size = parameter.numel() * parameter.element_size()
         if parameter.requires_grad:
@@ -135,7 +138,8 @@ def states(model: nn.Module, recipe: Recipe, unreached: tuple[str, ...] = ()) ->
                 continue
             found["gradients"] += size
             if not recipe.optim.offload:
-                found["optimizer states"] += 2 * _moment_size(parameter, recipe.optim.name)
+                moments = 1 if name in matrices else 2
+                found["optimizer states"] += moments * _moment_size(parameter, recipe.optim.name)
         elif id(parameter) in quantized:
             rows = parameter.shape[0]
             found["quantized weights"] += _quantized_size(

@@ -1,4 +1,4 @@
-"""Parameter groups, AdamW, and the learning rate as a function of the step."""
+"""Parameter groups, AdamW or Muon, and the learning rate as a function of the step."""
 
 import math
 import re
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from internvl.config import LayerDecayConfig, OptimConfig
 from internvl.errors import UserError
@@ -26,7 +26,8 @@ def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
         UserError: `layer_decay` for another model than InternVL-14B, or 8 bits without torchao.
     """
     scales = {} if config.layer_decay is None else layer_scales(model, config.layer_decay)
-    groups: dict[tuple[Any, bool], dict[str, Any]] = {}
+    matrices = hidden_matrices(model) if config.name == "muon" else frozenset()
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -34,12 +35,102 @@ def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
         layer, scale = scales.get(name, (None, 1.0))
         weight_decay = config.weight_decay if decays else 0.0
         empty = {"params": [], "weight_decay": weight_decay, "lr_scale": scale}
-        groups.setdefault((layer, decays), empty)["params"].append(parameter)
+        if config.name == "muon":
+            empty["muon"] = name in matrices
+        groups.setdefault((layer, decays, empty.get("muon")), empty)["params"].append(parameter)
     settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    if config.name == "muon":
+        return Muon(list(groups.values()), config.momentum, **settings)
     if config.name == "adamw-8bit":
         return _adamw_8bit()(list(groups.values()), **settings)
     kind = OffloadedAdamW if config.offload else torch.optim.AdamW
     return kind(list(groups.values()), fused=True, **settings)
+
+
+def hidden_matrices(model: nn.Module) -> frozenset[str]:
+    """Names of the weights of linear layers inside the model, the output matrix left out.
+
+    Embeddings, output matrix, convolutions and vectors are AdamW's, as Muon's authors advise.
+    """
+    output = getattr(model, "lm_head", None)
+    return frozenset(
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not output
+    )
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for the groups with `muon: True`, AdamW for the others (arXiv 2502.16982).
+
+    An update is scaled to the root mean square of AdamW's, so that one learning rate and weight
+    decay hold for all groups. torch's own Muon multiplies in bfloat16, which a CPU without such
+    instructions emulates at a tenth of float32's speed, and one matrix at a time; here matrices of
+    one shape are orthogonalized together, in float32 on a CPU.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], momentum: float, **settings: Any) -> None:
+        super().__init__(groups, fused=True, **settings)
+        self.momentum = momentum
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Applies the gradients that are there."""
+        groups = self.param_groups
+        try:
+            self.param_groups = [group for group in groups if not group["muon"]]
+            super().step()
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if group["muon"]:
+                self._step_matrices(group)
+
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        shapes: dict[torch.Size, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                shapes.setdefault(parameter.shape, []).append(parameter)
+        lr = group["lr"]
+        for shape, parameters in shapes.items():
+            updates = orthogonal(torch.stack([self._averaged(p) for p in parameters]))
+            scale = 0.2 * math.sqrt(max(shape))  # the root mean square of AdamW's updates
+            for parameter, update in zip(parameters, updates, strict=True):
+                parameter.mul_(1 - lr * group["weight_decay"])
+                parameter.add_(update.to(parameter.dtype), alpha=-lr * scale)
+
+    def _averaged(self, parameter: nn.Parameter) -> Tensor:
+        """The gradient with Nesterov momentum, shape of the parameter."""
+        gradient = parameter.grad
+        assert gradient is not None
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+            # AdamW looks for a count in every state that it loads.
+            state["step"] = torch.zeros((), dtype=torch.float32)
+        buffer = state["momentum_buffer"].lerp_(gradient, 1 - self.momentum)
+        return gradient.lerp(buffer, self.momentum)
+
+
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients that raise small singular values fastest (K. Jordan, "Muon", 2024)."""
+
+
+def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
+    """U V^T of each matrix's singular value decomposition, roughly: (B, M, N) -> the same shape.
+
+    Singular values end between 0.7 and 1.2. bfloat16 on a GPU, else float32.
+    """
+    a, b, c = _NEWTON_SCHULZ
+    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)  # largest singular value at most 1
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 class OffloadedAdamW(torch.optim.AdamW):
@@ -213,6 +304,9 @@ def lr_at(step: int, num_steps: int, config: OptimConfig) -> float:
         return config.lr * max(0.0, (num_steps - step + 1) / max(1, num_steps - warmup))
     if step < warmup:
         return config.lr * step / warmup
+    if config.schedule == "wsd":
+        share = (num_steps - step) / max(1, math.ceil(config.decay_ratio * num_steps))
+        return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * min(1.0, share))
     progress = (step - warmup) / max(1, num_steps - warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)

@@ -47,6 +47,65 @@ def test_decay_groups(decay_vectors, decayed):
     assert sum(counts.values()) == 16  # the frozen layer is in none
 
 
+def test_warm_up_peak_and_short_decay():
+    config = OptimConfig(lr=1.0, schedule="wsd", warmup_steps=2, decay_ratio=0.4, min_lr_ratio=0.5)
+    rates = [optim.lr_at(step, 10, config) for step in range(10)]
+    assert rates == pytest.approx([0, 0.5, 1, 1, 1, 1, 1, 0.875, 0.75, 0.625])
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (40, 6), (16, 16)])
+def test_orthogonal_keeps_the_directions_and_levels_the_lengths(shape):
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    for matrix, found in zip(matrices, optim.orthogonal(matrices), strict=True):
+        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+        lengths = left.T @ found @ right.T
+        assert (lengths - lengths.diag().diag()).abs().max() < 1e-4
+        assert lengths.diag().min() > 0.3
+        assert lengths.diag().max() < 1.3
+
+
+def test_muon_is_for_matrices_and_adamw_for_the_rest():
+    """One step by hand for a matrix; whatever else trains gets AdamW's update, bit for bit."""
+    inputs = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    config = OptimConfig(name="muon", lr=1e-2, weight_decay=0.1, betas=(0.9, 0.98))
+    model, other = small_model(), small_model()
+    model.lm_head = other.lm_head = None  # an output matrix of this name would be AdamW's
+    optimizer = optim.build(model, config)
+    settings = {"lr": 1e-2, "betas": (0.9, 0.98), "weight_decay": 0.0, "fused": True}
+    adamw = torch.optim.AdamW(other.parameters(), **settings)
+    before = model[0].weight.detach().clone()
+    for each in (model, other):
+        each(inputs).pow(2).sum().backward()
+    gradient = model[0].weight.grad
+    optimizer.step()
+    adamw.step()
+    averaged = gradient.lerp(torch.zeros_like(gradient).lerp(gradient, 1 - 0.95), 0.95)
+    update = 0.2 * math.sqrt(96) * optim.orthogonal(averaged[None])[0]
+    torch.testing.assert_close(model[0].weight.data, before * (1 - 1e-3) - 1e-2 * update)
+    assert torch.equal(model[0].bias, other[0].bias)
+    assert not torch.equal(model[2].weight, other[2].weight)
+
+
+def test_output_matrix_and_embeddings_are_not_muons():
+    model = nn.ModuleDict({"embed": nn.Embedding(7, 4), "layer": nn.Linear(4, 4)})
+    model.lm_head = nn.Linear(4, 7, bias=False)
+    assert optim.hidden_matrices(model) == {"layer.weight"}
+
+
+def test_muon_goes_on_from_a_checkpoint(tmp_path):
+    config = OptimConfig(name="muon", lr=1e-2, warmup_ratio=0.2)
+    model = small_model()
+    optimizer = optim.build(model, config)
+    steps_of(model, optimizer, config, 0, 7)
+    checkpoint.save(tmp_path, 7, model, optimizer, {}, keep=1)
+    steps_of(model, optimizer, config, 7, 12)
+    again = small_model()
+    fresh = optim.build(again, config)
+    checkpoint.load(tmp_path, 7, again, fresh)
+    steps_of(again, fresh, config, 7, 12)
+    assert all(map(torch.equal, again.parameters(), model.parameters()))
+
+
 DEPTHS = {"vision": 48, "qllama": 32}
 
 
