@@ -35,6 +35,7 @@ from internvl.datasets import openmoji
 from internvl.demo import page as pages
 from internvl.demo import ranks, retrieval
 from internvl.demo.page import LANGUAGES, Reloaded, Timing
+from internvl.demo.retrieval import MUON
 from internvl.errors import UserError
 from internvl.inference import load as loading
 from internvl.inference.chat import Chat
@@ -64,7 +65,7 @@ class Size:
     retrieval: retrieval.Size
 
 
-FULL = Size(epochs=15, limit_families=None, eval_limit=None, retrieval=retrieval.Size(steps=450))
+FULL = Size(epochs=8, limit_families=None, eval_limit=None, retrieval=retrieval.Size(steps=100))
 SHORT = Size(
     epochs=3,
     limit_families=40,
@@ -123,8 +124,8 @@ class Shape:
     language_blocks: int
 
 
-SHAPE = Shape(PIXELS, 8, 128, 4, 160, 3)
-"""2.3 million parameters."""
+SHAPE = Shape(PIXELS, 8, 128, 3, 128, 3)
+"""1.5 million parameters."""
 
 
 def create_model(
@@ -228,7 +229,7 @@ def make_recipe(data: Path, start: Path, run_folder: Path, size: Size) -> Recipe
     }
     evals |= {
         f"validation-{lang}": held_out(
-            "validation", lang, every=400, metrics="exact", limit=size.eval_limit or 100
+            "validation", lang, every=100, metrics="exact", limit=size.eval_limit or 100
         )
         for lang in LANGUAGES
     }
@@ -245,13 +246,13 @@ def make_recipe(data: Path, start: Path, run_folder: Path, size: Size) -> Recipe
                 "tiles": {"size": PIXELS, "max": 1, "thumbnail": False},
                 "max_tokens": 512,
                 # So that half a step's samples, what one of the two processes has, are one row.
-                "row_tokens": 1024,
+                "row_tokens": 2048,
                 "workers": 1,
             },
-            "optim": {"lr": 1.5e-3, "warmup_ratio": 0.05, "betas": [0.9, 0.98]},
+            "optim": MUON | {"lr": 6e-3, "decay_ratio": 0.6},
             "evals": evals,
             "run": run_folder,
-            "global_batch": 64,
+            "global_batch": 128,
             "epochs": size.epochs,
             "dtype": cpu_dtype(),
             "device": "cpu",
