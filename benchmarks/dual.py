@@ -198,7 +198,7 @@ def build(row: Training, folder: Path, device: torch.device, *, tiny: bool) -> t
         here.append("objective.micro_batch=4")
     recipe = recipes.load_recipe(file, [*row.changes, *here])
     now = train.build(recipe, random_dual(pixels, device, recipe, tiny=tiny))
-    now.objective = Counting(recipe.objective, recipe.data, now.chat.encoder)
+    now.objective = Counting(now.recipe.objective, now.recipe.data, now.chat.encoder)
     now.objective.steps = []
     return now
 

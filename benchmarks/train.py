@@ -200,7 +200,7 @@ def build(row: Row, folder: Path, device: torch.device, options: argparse.Namesp
         }
     )
     now = train.build(recipe, chat)
-    now.objective = Counting(recipe.objective, recipe.data, chat.encoder)
+    now.objective = Counting(now.recipe.objective, now.recipe.data, chat.encoder)
     now.objective.steps, now.objective.padded = [], []
     return now
 

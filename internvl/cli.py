@@ -19,7 +19,6 @@ from internvl.config import Recipe
 from internvl.config.recipes import load_recipe
 from internvl.datasets import published as published_sets
 from internvl.errors import ConfigError, UnknownGpu, UnknownModel, UserError
-from internvl.inference.chat import Chat
 
 Arguments = argparse.Namespace
 
@@ -154,6 +153,7 @@ def chat(args: Arguments) -> int:
     """A conversation in the terminal; with --prompt one answer."""
     from internvl.data.images import as_rgb
     from internvl.inference import load as loading
+    from internvl.inference.chat import Chat
     from internvl.inference.generate import Request, Settings
 
     # Before a model is loaded: what is wrong here is not the fault of a question.
