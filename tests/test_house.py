@@ -140,7 +140,10 @@ except ValueError:
 """
 
 
-@pytest.mark.parametrize("check", {check for check, _ in CHECKS}, ids=lambda check: check.__name__)
+# In the order of the list: a set of functions has another one in every worker process.
+@pytest.mark.parametrize(
+    "check", dict.fromkeys(check for check, _ in CHECKS), ids=lambda check: check.__name__
+)
 def test_the_package_keeps_the_rule(check: Check) -> None:
     found = [
         f"{file.relative_to(PACKAGE)}:{line}"
