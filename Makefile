@@ -1,7 +1,7 @@
 # make demo    first minutes: train, evaluate, export tiny models on two cores, open report.html
 # make check   format, lint, types
 # make test    the CPU suite
-# make test-slow  20,000 damaged files for all readers; `make test` reads some hundreds
+# make test-slow  compiled code, kills, and 20,000 damaged files for all readers
 # make scripts the benchmark scripts and the demo, in small
 # make setup   only install what the demo needs
 #
@@ -38,10 +38,10 @@ check: $(VENV)/.dev
 	$(VENV)/bin/mypy
 
 test: $(VENV)/.dev
-	$(VENV)/bin/pytest -q -n 2 --dist worksteal -m "not scripts and not slow_fuzz"
+	$(VENV)/bin/pytest -q -n 2 --dist worksteal -m "not scripts and not slow and not slow_fuzz"
 
 test-slow: $(VENV)/.dev
-	$(VENV)/bin/pytest -q -n 2 --dist worksteal -m slow_fuzz tests/test_fuzz.py
+	$(VENV)/bin/pytest -q -n 2 --dist worksteal -m "(slow or slow_fuzz) and not scripts"
 
 scripts: $(VENV)/.dev
 	$(VENV)/bin/pytest -q -n 2 --dist worksteal -m scripts

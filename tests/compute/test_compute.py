@@ -199,7 +199,6 @@ def test_offloading_frees_the_gpu(model):
     assert held[True] < held[False]
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_compiled_blocks_train_the_same(model):
     wanted = loss_and_gradients(model, row())

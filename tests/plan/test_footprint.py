@@ -82,7 +82,7 @@ def as_on_a_gpu(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("name", "rank", "dropout"),
     [
@@ -108,7 +108,7 @@ def test_what_autograd_keeps_of_a_decoder_block(name, rank, dropout, compile):
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("rank", "dropout"), [(None, 0.0), (16, 0.0), (16, 0.05)])
 @pytest.mark.usefixtures("graphs_alone")
 def test_what_autograd_keeps_of_a_tower_block(rank, dropout, compile):
@@ -137,8 +137,8 @@ def test_what_autograd_keeps_of_a_tower_block(rank, dropout, compile):
         ("InternVL2-2B", 16, 0.0, False),
         ("InternVL2-2B", 16, 0.05, False),
         ("InternVL3_5-8B", None, 0.0, False),
-        ("InternVL2-2B", 16, 0.0, True),
-        ("InternVL3_5-8B", None, 0.0, True),
+        pytest.param("InternVL2-2B", 16, 0.0, True, marks=pytest.mark.slow),
+        pytest.param("InternVL3_5-8B", None, 0.0, True, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.usefixtures("graphs_alone")
@@ -163,6 +163,7 @@ def test_what_the_last_mlp_no_longer_keeps(name, rank, dropout, compile):
     assert saved - norm == pytest.approx(predicted, rel=0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_compiled_code_keeps_what_its_graphs_do(request):
     """The sizes of the tests above are those of real compiled blocks."""

@@ -94,7 +94,7 @@ def masked_draw(seed_of):
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_model_with_it_trains_as_with_the_same_masks_in_memory(monkeypatch, compiled):
     plain = block_with_adapters()
     seeded = block_with_adapters()

@@ -180,6 +180,7 @@ def test_answers_and_evaluated_losses_stay():
         torch.testing.assert_close(loss_of(model, row()), loss, rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_compiled_it_is_the_same_and_any_number_runs_the_same_code():
     model = made(rank=8, layers=1)
