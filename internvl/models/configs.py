@@ -42,7 +42,7 @@ _VISION = (
     ("initializer_range", "initializer_range", 0.02),
     ("initializer_factor", "layer_scale_init_value", 0.1),
 )
-_CHAT = {
+_CHAT: dict[str, Any] = {
     "template": None,
     "system_message": None,
     "ps_version": "v1",
@@ -60,7 +60,7 @@ _CHAT = {
 _OPTIONAL = {"system_message": None, "normalize": "imagenet", "exif": "ignore"}
 """Keys that are not written where they have these values."""
 
-HF_CHAT = _CHAT | {
+HF_CHAT: dict[str, Any] = _CHAT | {
     # What the released -hf folders are: their processor tiles 1 to 12 with a thumbnail.
     "template": "internvl2_5",
     "ps_version": "v2",
