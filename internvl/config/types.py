@@ -1,4 +1,4 @@
-"""Types that several sections share."""
+"""Types and tables that several sections share."""
 
 from typing import Annotated, Literal
 
@@ -30,3 +30,14 @@ Part = Literal[
 
 
 STRICT = ConfigDict(extra="forbid")
+
+
+Triple = tuple[float, float, float]
+
+
+STATISTICS: dict[str, tuple[Triple, Triple]] = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.4814546, 0.4578275, 0.40821073), (0.2686295, 0.2613025, 0.2757711)),
+    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+"""Mean and deviation per channel, of pixels from 0 to 1. Original: `train/constants.py`."""

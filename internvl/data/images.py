@@ -16,22 +16,16 @@ import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
+from internvl.config.types import STATISTICS as STATISTICS
+from internvl.config.types import Triple as Triple
 from internvl.data import jpeg
 from internvl.errors import BadImage
 
 MAX_PIXELS = 178_956_970
 """Largest picture that is decoded (Pillow's own error limit): 512 MiB as RGB."""
 
-Triple = tuple[float, float, float]
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 """Of picture files, in lower case."""
-
-STATISTICS: dict[str, tuple[Triple, Triple]] = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "clip": ((0.4814546, 0.4578275, 0.40821073), (0.2686295, 0.2613025, 0.2757711)),
-    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
-"""Mean and deviation per channel, of pixels from 0 to 1. Original: `train/constants.py`."""
 
 QUALITIES = range(75, 101)
 """JPEG qualities of the training augmentation."""

@@ -409,10 +409,13 @@ def decode(
     """The text of `ids`, as the original's slow tokenizers give it.
 
     SentencePiece writes U+FFFD for every byte that is part of no character; the fast decoder
-    would for every byte of a run in which one is, and so lose the characters beside it.
+    would for every byte of a run in which one is, and so lose the characters beside it. Ids without
+    a token, which a model with more rows than its tokenizer may generate, have no text.
     """
     if not _has_byte_pieces(tokenizer):
         return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+    # The fast decoder leaves these out itself.
+    ids = [i for i in ids if tokenizer.backend_tokenizer.id_to_token(i) is not None]
     if not tokenizer.backend_tokenizer.decoder.decode([_SPACE]):
         return _llama_text(tokenizer, ids, skip_special_tokens)
     added = tokenizer.added_tokens_decoder

@@ -15,6 +15,7 @@ from internvl.data.templates import TEMPLATES
 from internvl.errors import UserError
 from internvl.models import configs
 from internvl.models.chat import model as chat_model
+from internvl.models.chat import processor
 from internvl.models.dual import files as dual_files
 from internvl.models.dual.configs import DualConfig
 from internvl.models.hub import ModelFolder
@@ -109,8 +110,21 @@ def of_files(source: ModelFolder, name: str) -> Checkpoint:
         return of_config(dual_files.read_config(source), name)
     # Which id is the placeholder's does not matter here, so that no tokenizer is needed.
     config = chat_model.read_config(source, image_token_id=0)
-    official = source.layout == "official"
-    return of_config(config, name, source.config if official else source.config.get("internvl"))
+    if source.layout == "official":
+        return of_config(config, name, source.config)
+    if source.config.get("internvl") is not None:
+        return of_config(config, name, source.config["internvl"])
+    images = processor.read_images(source.folder)
+    return _of_processor(of_config(config, name, {}), images, name)
+
+
+def _of_processor(start: Checkpoint, images: processor.ImageSettings, name: str) -> Checkpoint:
+    """The checkpoint, whose images' settings are from its processor's file."""
+    keys = {f"data.tiles.{key}": official for key, official in _NAMES.items()}
+    keys |= {"data.normalize": "normalize", "data.tiles.size": "force_image_size"}
+    file = images.file.join(name.rsplit("config.json", 1))
+    stated = {key: file for key, official in keys.items() if official in images.values}
+    return replace(start, sources=start.sources | stated)
 
 
 def of_config(config: Any, name: str, said: dict[str, Any] | None = None) -> Checkpoint:

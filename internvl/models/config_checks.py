@@ -147,6 +147,29 @@ _CHAT: dict[str, Rule] = {
     "tie_word_embeddings": _or_null(_SWITCH),
     "normalize": _one_of("imagenet", "clip", "siglip"),
 }
+_TRIPLE = Rule(
+    "a number or a list of 3",
+    lambda v: (
+        len(v) == 3 and all(map(_SCALE.allows, v)) if isinstance(v, list) else _SCALE.allows(v)
+    ),
+)
+_ON = Rule("true", lambda v: v is True)
+_PROCESSOR: dict[str, Rule] = {
+    **dict.fromkeys(("min_patches", "max_patches"), _whole(1, 10_000)),
+    "size": Rule(
+        "a height and an equal width",
+        lambda v: (
+            _SIDE.allows(v)
+            if not isinstance(v, dict)
+            else _SIDE.allows(v.get("height")) and v["height"] == v.get("width")
+        ),
+    ),
+    **dict.fromkeys(("image_mean", "image_std"), _TRIPLE),
+    **dict.fromkeys(("do_rescale", "do_normalize"), _ON),
+    "rescale_factor": Rule("1/255", lambda v: _SHARE.allows(v) and abs(v * 255 - 1) < 1e-3),
+    "resample": Rule("3 (bicubic)", lambda v: v == 3),
+}
+"""transformers' names; what is not in it has no effect on an image."""
 _DUAL: dict[str, Rule] = {
     **dict.fromkeys(("clip_embed_dim", "attn_pool_num_heads"), _SIZE),
     "label_smoothing": _SHARE,
@@ -166,6 +189,41 @@ def check_chat(file: Path, config: dict[str, Any]) -> None:
         _check(file, "internvl", _section(file, config, "internvl"), _CHAT)
     _check_vision(file, _section(file, config, "vision_config"))
     check_language(file, _section(file, config, language), language)
+
+
+def check_section(file: Path, name: str, value: Any) -> None:
+    """Raises ModelFolderError where a section of a JSON file is no object."""
+    _check(file, "", {name: value}, {name: _OBJECT})
+
+
+def check_processor(file: Path, section: str, values: dict[str, Any]) -> None:
+    """Raises ModelFolderError where an -hf folder's image processor is wrong, or not that of an
+    InternVL."""
+    _check(file, section, values, _PROCESSOR)
+
+
+def check_counts(file: Path, section: str, fewest: tuple[str, int], most: tuple[str, int]) -> None:
+    """Raises ModelFolderError where an image's least number of tiles is above its largest.
+
+    Args:
+        fewest, most: (key, value), also of a key that is left out.
+    """
+    if fewest[1] > most[1]:
+        reason = f"and {most[0]} is {most[1]}: a whole number from 1 to {most[1]} is expected"
+        raise _wrong(file, section, *fewest, reason)
+
+
+def check_block(file: Path, key: str, block: int, layers: int) -> None:
+    """Raises ModelFolderError where the vision tower has no such output.
+
+    Args:
+        block: whose output is read, counted from the end where it is below zero; 0 is what goes
+            into the first.
+        layers: of the tower.
+    """
+    if not -layers - 1 <= block <= layers:
+        reason = f"and the vision tower has {layers} layers: a whole number from {-layers} to -1"
+        raise _wrong(file, "", key, block, f"{reason} is expected")
 
 
 def check_dual(file: Path, config: dict[str, Any]) -> None:
@@ -239,7 +297,7 @@ def _wrong(file: Path, section: str, key: str, value: Any, reason: str) -> Model
     shown = shown if len(shown) <= 60 else shown[:60] + "…"
     name = f"{section}.{key}" if section else key
     return ModelFolderError(
-        f"{file}: {name} is {shown}, {reason}; set it as the release's config.json does"
+        f"{file}: {name} is {shown}, {reason}; set it as the release's {file.name} does"
     )
 
 

@@ -42,7 +42,7 @@ _VISION = (
     ("initializer_range", "initializer_range", 0.02),
     ("initializer_factor", "layer_scale_init_value", 0.1),
 )
-_CHAT = {
+_CHAT: dict[str, Any] = {
     "template": None,
     "system_message": None,
     "ps_version": "v1",
@@ -60,7 +60,7 @@ _CHAT = {
 _OPTIONAL = {"system_message": None, "normalize": "imagenet", "exif": "ignore"}
 """Keys that are not written where they have these values."""
 
-_HF_CHAT = _CHAT | {
+HF_CHAT: dict[str, Any] = _CHAT | {
     # What the released -hf folders are: their processor tiles 1 to 12 with a thumbnail.
     "template": "internvl2_5",
     "ps_version": "v2",
@@ -68,6 +68,7 @@ _HF_CHAT = _CHAT | {
     "use_thumbnail": True,
     "max_dynamic_patch": 12,
 }
+"""As `_CHAT`, for an -hf folder whose files say nothing of it."""
 _MOSTLY_OFF = ("use_backbone_lora", "use_llm_lora")
 
 
@@ -200,7 +201,7 @@ def _text_to_official(text: PreTrainedConfig, architecture: str) -> dict[str, An
 
 def chat_settings(config: PreTrainedConfig) -> dict[str, Any]:
     """Template, tiling and pixel-shuffle version of a model; those of -hf releases by default."""
-    return _HF_CHAT | (getattr(config, "internvl", None) or {})
+    return HF_CHAT | (getattr(config, "internvl", None) or {})
 
 
 def language_model(config: PreTrainedConfig) -> str:

@@ -81,7 +81,8 @@ class ModelFolder:
         raise ModelFolderError(
             f"{self.folder / 'config.json'}: model type {self.config.get('model_type')!r} is "
             "neither an InternVL chat model (llm_config or text_config) nor InternVL-14B "
-            "(qllama_config)"
+            "(qllama_config); copy the config.json of the release there, or name the folder of one "
+            "of the models that `internvl models` lists"
         )
 
     @property

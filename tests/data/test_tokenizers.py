@@ -221,6 +221,25 @@ def test_decoding_as_sentencepiece_does(llama_model, tmp_path):
         assert found == model.decode(ids)
 
 
+@pytest.mark.parametrize("skip", [True, False])
+def test_ids_beyond_the_tokenizer_have_no_text(skip, phi3, llama_model, tmp_path):
+    """A model may have more rows than its tokenizer has tokens: the text is that of the others."""
+    shutil.copy(llama_model, tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    folders = [(GOLDEN / "label_masks" / f"tokenizer_{n}", None) for n in ("internlm2", "qwen2")]
+    for folder, form in (*folders, (phi3[0], None), (tmp_path, "Llama"), (tmp_path, "InternLM2")):
+        if form:
+            config.write_text(json.dumps({"tokenizer_class": f"{form}Tokenizer"}))
+        tokenizer = load_tokenizer(folder)
+        ids = tokenizer("one <img> two").input_ids
+        text = decode(tokenizer, ids, skip_special_tokens=skip)
+        assert "two" in text
+        beyond = len(tokenizer) + 1000
+        mixed = [beyond, *(i for each in ids for i in (each, beyond + 7)), 10**6]
+        assert decode(tokenizer, mixed, skip_special_tokens=skip) == text
+        assert decode(tokenizer, [beyond], skip_special_tokens=skip) == ""
+
+
 def free_pieces(folder):
     """An InternLM2-like folder: two free pieces of its model are end and start of a turn."""
     (folder / "corpus.txt").write_text("\n".join(golden_ids("internlm2")) * 3)

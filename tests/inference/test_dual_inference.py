@@ -111,6 +111,18 @@ def test_captions_are_strings_of_their_tokens(dual, images, num_beams):
     assert dual.caption([]) == []
 
 
+def test_a_caption_leaves_out_ids_that_the_tokenizer_lacks(images, tmp_path):
+    """A model whose output matrix has more rows than the tokenizer has tokens."""
+    folder = small_tokenizer(dual_folder(tmp_path))
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["qllama.lm_head.weight"]
+    head[:320] = 0
+    head[321] = -head[320]  # one of the two is above zero: an id beyond the tokenizer's
+    save_file(tensors, folder / "model.safetensors")
+    model = internvl.load(folder, device="cpu", dtype="float32")
+    assert model.caption(images, max_new_tokens=3) == [""] * len(images)
+
+
 def test_beams_are_scored_by_their_mean_unless_asked_otherwise(dual):
     images = [picture(seed) for seed in range(4)]
     settings = {"num_beams": 4, "max_new_tokens": 20, "min_new_tokens": 1}

@@ -386,6 +386,20 @@ def test_the_pieces_of_a_stream_are_the_answer(chat):
         assert len(pieces) > 1
 
 
+def test_ids_beyond_the_tokenizer_are_left_out_of_answers_and_streams(tmp_path):
+    """A model whose output matrix has more rows than its tokenizer has tokens."""
+    folder = prompt_folder(CHAT, tmp_path / "m")
+    chat = loading.load(folder, device="cpu")
+    rows = chat.model.lm_head.weight.data
+    beyond = len(chat.encoder.tokenizer)
+    assert len(rows) > beyond + 2
+    rows[:beyond] = 0
+    rows[beyond + 1] = -rows[beyond].normal_()  # one of the two is above zero
+    request = Request([{"role": "user", "content": "Hello"}])
+    assert chat.answer([request], max_new_tokens=4) == [""]
+    assert "".join(chat.stream(request, max_new_tokens=4)) == ""
+
+
 def test_a_stream_that_is_closed_stops_generating(chat):
     steps = []
     chat.model.lm_head.register_forward_hook(lambda *_: steps.append(1))

@@ -8,7 +8,7 @@ import shutil
 import mutations
 import pytest
 import torch
-from chat_folders import GOLDEN, IMAGE_TOKEN_ID, golden_folder, official_folder
+from chat_folders import GOLDEN, IMAGE_TOKEN_ID, add_tokenizer, golden_folder, official_folder
 from data_files import model_folder
 from dual_folders import dual_folder, small_tokenizer
 from safetensors.torch import load_file, save_file
@@ -64,7 +64,11 @@ CHAT = [
     (("ps_version",), "v3", "ps_version is 'v3', 'v1' or 'v2' is expected"),
     (("template",), 3, "template is 3, a text or null"),
     (("select_layer",), "-1", "select_layer is '-1'"),
+    (("select_layer",), 99, "select_layer is 99, and the vision tower has 4 layers: a whole"),
+    (("select_layer",), 5, "number from -4 to -1 is expected; set it as"),
+    (("select_layer",), -6, "select_layer is -6, and the vision tower has 4 layers"),
     (("max_dynamic_patch",), 0, "max_dynamic_patch is 0"),
+    (("min_dynamic_patch",), 13, "min_dynamic_patch is 13, and max_dynamic_patch is 6: a whole"),
     (("use_thumbnail",), "yes", "use_thumbnail is 'yes', true or false"),
 ]
 
@@ -76,6 +80,29 @@ def test_a_wrong_value_is_named(place, value, says, tmp_path):
         chat_model.read_config(hub.open_folder(folder), IMAGE_TOKEN_ID)
     assert str(caught.value).startswith(f"{folder}/config.json: ")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "says"),
+    [
+        (("vision_feature_layer",), -99, "vision_feature_layer is -99, and the vision tower has 4"),
+        (("internvl", "min_dynamic_patch"), 9, "internvl.min_dynamic_patch is 9, and max_dyna"),
+        (("internvl",), {"min_dynamic_patch": 13}, "max_dynamic_patch is 12: a whole number from"),
+    ],
+)
+def test_a_wrong_value_of_an_hf_folder(place, value, says, tmp_path):
+    official = add_tokenizer(golden_folder("chat_qwen2", "v2.sel-1", tmp_path / "o"), "qwen2")
+    folder = change(export.run(str(official), tmp_path / "hf", "hf"), place, value)
+    with pytest.raises(ModelFolderError, match=says) as caught:
+        chat_model.read_config(hub.open_folder(folder))
+    assert str(caught.value).startswith(f"{folder}/config.json: ")
+
+
+@pytest.mark.parametrize(("place", "block"), [("select_layer", 4), ("select_layer", -5)])
+def test_every_output_of_the_tower_may_be_read(place, block, tmp_path):
+    folder = change(golden_folder("chat_qwen2", "v2.sel-1", tmp_path), (place,), block)
+    config = chat_model.read_config(hub.open_folder(folder), IMAGE_TOKEN_ID)
+    assert config.vision_feature_layer == block
 
 
 @pytest.mark.parametrize(

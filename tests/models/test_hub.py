@@ -34,6 +34,8 @@ def test_family_and_layout(tmp_path):
     assert folder({"qllama_config": {}}).family == "dual"
     with pytest.raises(ModelFolderError, match="model type 'bert' is neither"):
         _ = folder({"model_type": "bert"}).family
+    with pytest.raises(ModelFolderError, match="model type None .*; copy the config.json of the"):
+        _ = folder({}).family
 
 
 def test_tensors_are_read_when_used(tmp_path):

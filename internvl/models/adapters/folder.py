@@ -3,8 +3,10 @@
 import dataclasses
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from internvl.errors import ModelFolderError
 from internvl.models import hub
+from internvl.models.config_checks import Rule
 from internvl.models.hub import LazyTensor
 
 logger = logging.getLogger(__name__)
@@ -36,6 +39,56 @@ _REFUSED = {
     "without it",
 }
 """Settings that are not computed here: field -> why, and the remedy."""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list) and all(isinstance(name, str) for name in value)
+    )
+
+
+def _or_null(expected: str, allows: Callable[[Any], bool]) -> Rule:
+    return Rule(f"{expected} or null", lambda value: value is None or allows(value))
+
+
+def _by_name(expected: str, allows: Callable[[Any], bool]) -> Rule:
+    return _or_null(
+        f"an object of layers and {expected}",
+        lambda value: isinstance(value, dict) and all(map(allows, value.values())),
+    )
+
+
+def _is_layers(value: Any) -> bool:
+    numbers = value if isinstance(value, list) else [value]
+    return all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
+
+
+_NAMES = _or_null("a name or a list of names", _is_names)
+_FLAG = _or_null("true or false", lambda value: isinstance(value, bool))
+_TYPES: dict[str, Rule] = {
+    "r": Rule("a whole number from 1", _is_rank),
+    "lora_alpha": Rule("a number", _is_number),
+    "lora_dropout": Rule("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
+    "rank_pattern": _by_name("whole numbers from 1", _is_rank),
+    "alpha_pattern": _by_name("numbers", _is_number),
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), _NAMES),
+    **dict.fromkeys(("modules_to_save", "target_parameters"), _NAMES),
+    "layers_to_transform": _or_null("a number of a layer or a list of them", _is_layers),
+    "init_lora_weights": _or_null(
+        "true, false or a name", lambda value: isinstance(value, bool | str)
+    ),
+    **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias"), _FLAG),
+    "ensure_weight_tying": _FLAG,
+}
+"""Settings that decide what an adapter computes, whose types PEFT itself does not check."""
 _HEADS_OF_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _TRAINING_ONLY = ("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "merge_weights", "enable_lora")
 """Keys that other trainers or older versions of PEFT write and that `peft` does not read."""
@@ -83,15 +136,17 @@ def base_of(folder: Path) -> Path:
             f"{file}: names no base_model_name_or_path; set it to the model the adapters were "
             "trained on"
         )
-    if not Path(base).expanduser().exists() and config.get("revision") not in (None, "main"):
+    beside = _beside(folder, base)
+    local = Path(base).expanduser() if beside is None else beside
+    if not local.exists() and config.get("revision") not in (None, "main"):
         raise ModelFolderError(
             f"{file}: revision = {config['revision']!r} of the base is not fetched here; download "
             "it into a folder and set base_model_name_or_path to that"
         )
-    if Path(base).suffix == ".pth" and Path(base).is_file():
-        return Path(base)
+    if local.suffix == ".pth" and local.is_file():
+        return local
     try:
-        found = hub.find_folder(base)
+        found = hub.find_folder(base if beside is None else beside)
     except ModelFolderError as error:
         raise ModelFolderError(
             f"{file}: its base model is not there ({error}); set base_model_name_or_path to the "
@@ -102,7 +157,33 @@ def base_of(folder: Path) -> Path:
             f"{file}: base_model_name_or_path is this folder, which has no model; set it to the "
             "model the adapters were trained on"
         )
+    if not _is_base(found):
+        raise ModelFolderError(
+            f"{file}: base_model_name_or_path = {base!r} is {found.resolve()} here, where no model "
+            "is (no config.json); set it to the whole path of the model the adapters were trained "
+            "on"
+        )
     return found
+
+
+def _beside(folder: Path, base: str) -> Path | None:
+    """A relative base in the adapter's folder or beside it, so that both can be moved together;
+    None where it is not there, and the name then is the hub's or the working directory's."""
+    if Path(base).expanduser().is_absolute():
+        return None
+    for above in (folder, folder.parent):
+        place = above / base
+        if place.resolve() != folder.resolve() and _is_base(place):
+            return place
+    return None
+
+
+def _is_base(place: Path) -> bool:
+    """Whether there is a model, an adapter, a run, or a model's own .pth file."""
+    if place.suffix == ".pth":
+        return place.is_file()
+    names = ("config.json", CONFIG_FILE, "recipe.yaml")
+    return any((place / name).is_file() for name in names) or any(place.glob("*.pth"))
 
 
 def read_settings(folder: Path) -> PeftLoraConfig:
@@ -125,6 +206,7 @@ def read_settings(folder: Path) -> PeftLoraConfig:
     for key, reason in _REFUSED.items():
         if tree.get(key):
             raise ModelFolderError(f"{file}: {key} = {tree[key]!r} {reason}")
+    _check_types(file, tree)
     _check_values(file, tree)
     with foreign_errors(file):
         return PeftLoraConfig(**{key: value for key, value in tree.items() if key in fields})
@@ -143,6 +225,22 @@ def _check_unknown(file: Path, unknown: Mapping[str, Any]) -> None:
             logger.warning(
                 "%s: %s is not known to peft %s and has no effect", file, key, peft_version
             )
+
+
+def _check_types(file: Path, tree: Mapping[str, Any]) -> None:
+    """Raises ModelFolderError where a setting that PEFT computes with is none of its type."""
+    for key, rule in _TYPES.items():
+        if key in tree and not rule.allows(tree[key]):
+            shown = _shown(tree[key])
+            raise ModelFolderError(
+                f"{file}: {key} is {shown}, {rule.expected} is expected; correct it, or save the "
+                "adapter again"
+            )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def _check_values(file: Path, tree: Mapping[str, Any]) -> None:
@@ -185,8 +283,11 @@ def foreign_errors(file: Path) -> Iterator[None]:
                 f"{file}: peft {peft_version} cannot use it ({reason}); correct the setting, or "
                 "save the adapter again"
             ) from error
-    for warning in caught:
-        logger.warning("%s: %s", file, str(warning.message).strip().splitlines()[0])
+    # PEFT warns once for each layer, in the same words.
+    lines = Counter(str(warning.message).strip().splitlines()[0] for warning in caught)
+    for line, count in lines.items():
+        times = "" if count == 1 else f" ({count} times)"
+        logger.warning("%s: %s%s", file, line, times)
 
 
 def read_tensors(folder: Path) -> tuple[Path, dict[str, LazyTensor]]:

@@ -419,6 +419,8 @@ def apply(model: Any, resolved: Resolved) -> None:
     with foreign_errors(resolved.file.parent / CONFIG_FILE):
         # Patterns of adapted parameters, which PEFT uses and looks for among modules alone.
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")
+        # Every bias of `lora_bias` is of one dimension, and wrong shapes are refused below.
+        warnings.filterwarnings("ignore", r"Adapter .* LoRA tensor\(s\) have invalid shape")
         inject_adapter_in_model(layers, model)
         # In float32 whatever the base has, as PeftModel.from_pretrained leaves them.
         cast_adapter_dtype(model, ADAPTER)
@@ -449,6 +451,7 @@ def _fill(model: Any, resolved: Resolved) -> None:
                 f"needed by this model and the ranks of {CONFIG_FILE}; these adapters are of "
                 "another model, or the two files are not of one adapter"
             )
+        _check_finite(resolved.file, stored, tensor)
         with torch.no_grad():
             values.copy_(tensor)
     for name, (stored, _) in resolved.tensors.items():
@@ -457,6 +460,17 @@ def _fill(model: Any, resolved: Resolved) -> None:
                 f"{resolved.file}: {stored} has no place with the settings of {CONFIG_FILE}; the "
                 "two files are not of one adapter"
             )
+
+
+def _check_finite(file: Path, stored: str, tensor: Tensor) -> None:
+    """Raises ModelFolderError for values with which nothing can be computed."""
+    # Floats of 8 bits have no such test.
+    wide = tensor.float() if tensor.is_floating_point() and tensor.itemsize < 2 else tensor
+    if not bool(torch.isfinite(wide).all()):
+        raise ModelFolderError(
+            f"{file}: {stored} holds NaN or infinity, so that every answer would; the training "
+            "that wrote it diverged: take an earlier checkpoint"
+        )
 
 
 def _check_repeatable(model: Any, resolved: Resolved) -> None:
@@ -496,6 +510,7 @@ def _replace(model: Any, item: Replaced, file: Path) -> None:
             f"by this model (its weight is {tuple(target.shape)}); these adapters are of another "
             "model, or of one with another vocabulary"
         )
+    _check_finite(file, item.stored, tensor)
     if item.rows is None:
         target.data.copy_(tensor)
     else:

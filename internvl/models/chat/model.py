@@ -16,6 +16,7 @@ from internvl.errors import ModelFolderError, UserError
 from internvl.models import config_checks, configs, hub, keys
 from internvl.models import weights as model_weights
 from internvl.models.adapters import lora
+from internvl.models.chat import processor
 from internvl.models.hub import LazyTensor, ModelFolder
 from internvl.models.kernels import gelu, last_mlp, patch_embed
 from internvl.models.vision import set_drop_path
@@ -247,17 +248,34 @@ def read_config(
         with config_checks.building(file):
             config = InternVLConfig(**config_checks.without_quantization(source.config))
         config.image_token_id = config.image_token_id if image_token_id is None else image_token_id
+        if source.config.get("internvl") is None:
+            said = processor.read_images(source.folder)
+            config.internvl = configs.chat_settings(config) | said.values
     else:
         placeholder = _image_token_id(source, image_token_id)
         with config_checks.building(file):
             config = configs.from_official(source.config, placeholder)
     settings = configs.chat_settings(config)
+    _check_settings(file, source, config, settings)
     side = image_size or settings["force_image_size"]
     if side:
         config.internvl = settings | {"force_image_size": side}
         config.vision_config.image_size = (side, side)
         config.image_seq_length = tokens_per_tile(config, side)
     return config
+
+
+def _check_settings(
+    file: Path, source: ModelFolder, config: InternVLConfig, settings: dict[str, Any]
+) -> None:
+    """Raises ModelFolderError for values that only do not go together with others, or defaults."""
+    hf = source.layout == "hf"
+    keys_of_tiles = ("min_dynamic_patch", "max_dynamic_patch")
+    fewest, most = ((key, settings[key]) for key in keys_of_tiles)
+    config_checks.check_counts(file, "internvl" if hf else "", fewest, most)
+    block, layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    key = "vision_feature_layer" if hf else "select_layer"
+    config_checks.check_block(file, key, block, layers)
 
 
 def _image_token_id(source: ModelFolder, given: int | None) -> int:

@@ -248,7 +248,17 @@ def test_settings_that_are_refused_by_name(field, copied):
         ({"target_modules": "("}, "peft .* cannot use it"),
         ({"target_modules": ["k_proj"]}, "is for a layer that adapter_config.json does not name"),
         ({"target_modules": [*QKV, "nothing"]}, "does not name"),
-        ({"r": "eight"}, "cannot use it|is needed by this model"),
+        ({"r": "4"}, "adapter_config.json: r is '4', a whole number from 1 is expected; correct"),
+        ({"r": None}, "adapter_config.json: r is None, a whole number from 1 is expected"),
+        ({"r": 0}, "r is 0, a whole number"),
+        ({"lora_alpha": None}, "lora_alpha is None, a number is expected"),
+        ({"lora_dropout": "0"}, "lora_dropout is '0', a number from 0 to 1"),
+        ({"rank_pattern": {"q_proj": "8"}}, "rank_pattern is .* an object of layers and whole"),
+        ({"alpha_pattern": [1]}, "alpha_pattern is .* an object of layers and numbers or null"),
+        ({"target_modules": [1]}, r"target_modules is \[1\], a name or a list of names or null"),
+        ({"modules_to_save": {}}, "modules_to_save is {}, a name or a list of names"),
+        ({"layers_to_transform": "1"}, "layers_to_transform is '1', a number of a layer"),
+        ({"use_rslora": "false"}, "use_rslora is 'false', true or false or null is expected"),
         ({"r": 8}, r"lora_A.weight is \(4, 64\), and \(8, 64\) is needed .* not of one adapter"),
         ({"bias": "some"}, "bias = 'some'; it is none, all or lora_only"),
         ({"bias": "lora_only"}, "self_attn.q_proj.bias is missing"),
@@ -510,6 +520,63 @@ def test_the_base_that_is_named(base, copied, tmp_path):
         loaded(copied)
     changed_config(copied, base_model_name_or_path=str(base))  # a folder has no revisions
     assert lora.has_adapters(loaded(copied))
+
+
+@pytest.mark.parametrize("named", ["below", "./below", "../beside", "parent/beside", "beside"])
+def test_a_relative_base_is_that_beside_the_adapter(named, base, copied, tmp_path, monkeypatch):
+    """Both can be moved together: the working directory counts only where nothing is there."""
+    expected = of_peft(base, copied)
+    folder = tmp_path / "parent" / "adapter"
+    shutil.copytree(copied, folder)
+    for place in (folder / "below", tmp_path / "parent" / "beside"):
+        place.symlink_to(base)
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "config.json").write_text("{}")  # of the working directory
+    monkeypatch.chdir(tmp_path)
+    changed_config(folder, base_model_name_or_path=named)
+    assert difference(logits(loaded(folder)), expected) <= EXACT
+
+
+@pytest.mark.parametrize("named", [".", "..", "empty"])
+def test_a_relative_base_without_a_model_is_named(named, base, copied, tmp_path, monkeypatch):
+    (tmp_path / "here" / "empty").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    file = changed_config(copied, base_model_name_or_path=named) / "adapter_config.json"
+    with pytest.raises(ModelFolderError) as caught:
+        loaded(copied)
+    says = str(caught.value)
+    assert says.startswith(f"{file}: ")
+    assert "base_model_name_or_path" in says
+    if named != "empty":  # which may be a hub's name
+        place = (tmp_path / "here" / named).resolve()
+        assert f"= {named!r} is {place} here, where no model is (no config.json)" in says
+    if named == ".":
+        monkeypatch.chdir(base)  # as peft takes it
+        assert difference(logits(loaded(copied)), of_peft(base, copied)) <= EXACT
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["layers.1.self_attn.v_proj.lora_B", "lm_head"])
+def test_values_that_are_no_numbers_are_named(name, value, base, tmp_path):
+    folder = peft_folders.write(base, tmp_path / "adapter", modules_to_save=["lm_head"])
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    stored = next(each for each in tensors if name in each)
+    tensors[stored].view(-1)[3] = value
+    save_file(tensors, file)
+    with pytest.raises(ModelFolderError, match="holds NaN or infinity") as caught:
+        loaded(folder)
+    assert str(caught.value).startswith(f"{file}: {stored} ")
+
+
+def test_a_warning_for_every_layer_is_one_line(base, tmp_path, caplog):
+    keys = {"lora_bias": True, "target_modules": ["gate_proj", "up_proj"]}
+    folder = peft_folders.write(base, tmp_path / "adapter", **keys)
+    loaded(folder)
+    assert len(caplog.messages) == 1
+    line = caplog.messages[0]
+    assert line.startswith(f"{folder / 'adapter_config.json'}: `lora_bias=True` was passed")
+    assert line.endswith(" (8 times)")  # two layers each of four blocks
 
 
 def test_bases_in_a_circle(copied, tmp_path):

@@ -1,0 +1,90 @@
+"""How an -hf folder wants its images: its processor's files, for where config.json has no
+`internvl` section.
+
+transformers' own names are read as the official keys that `internvl` would have held. What its
+processor does with a value is done here too, or the value is refused by name.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isclose
+from pathlib import Path
+from typing import Any
+
+from internvl.config.types import STATISTICS
+from internvl.errors import ModelFolderError
+from internvl.files import read_object
+from internvl.models import config_checks, configs
+
+_INSIDE = "image_processor"
+"""The section of processor_config.json that transformers 5 writes in place of a file of its own."""
+
+_COUNTS = {"min_patches": "min_dynamic_patch", "max_patches": "max_dynamic_patch"}
+"""transformers' name -> the official key."""
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """What a processor's file says of images."""
+
+    file: str
+    """Its name."""
+    values: dict[str, Any]
+    """Official key -> value, of the keys that the file holds."""
+
+
+def read_images(folder: Path) -> ImageSettings:
+    """The image settings of an -hf folder, empty where it has no processor.
+
+    `crop_to_patches` has no effect, as in transformers: InternVLProcessor always sets it, and the
+    released folders hold false while their images become tiles.
+
+    Raises:
+        ModelFolderError: a damaged file, or a value that is wrong or not computed here.
+    """
+    file, section, values = _of_images(folder)
+    # transformers writes null for what its class does not say.
+    values = {key: value for key, value in values.items() if value is not None}
+    config_checks.check_processor(file, section, values)
+    settings = {official: values[key] for key, official in _COUNTS.items() if key in values}
+    fewest, most = (
+        (key, values.get(key, configs.HF_CHAT[official])) for key, official in _COUNTS.items()
+    )
+    config_checks.check_counts(file, section, fewest, most)
+    if "size" in values:
+        size = values["size"]
+        settings["force_image_size"] = size["height"] if isinstance(size, dict) else size
+    if "image_mean" in values or "image_std" in values:
+        settings["normalize"] = _normalize(file, section, values)
+    return ImageSettings(file.name, settings)
+
+
+def _of_images(folder: Path) -> tuple[Path, str, dict[str, Any]]:
+    """(file, section, content): first processor_config.json's section, as in transformers."""
+    whole, alone = folder / "processor_config.json", folder / "preprocessor_config.json"
+    inside = read_object(whole).get(_INSIDE) if whole.is_file() else None
+    if inside is None:
+        return alone, "", read_object(alone) if alone.is_file() else {}
+    config_checks.check_section(whole, _INSIDE, inside)
+    return whole, _INSIDE, inside
+
+
+def _normalize(file: Path, section: str, values: Mapping[str, Any]) -> str:
+    """The name of the mean and deviation; one that is left out is ImageNet's, the releases'."""
+    usual = STATISTICS["imagenet"]
+    said = (values.get("image_mean", usual[0]), values.get("image_std", usual[1]))
+    # One number is for every channel.
+    given = [list(each) if isinstance(each, list | tuple) else [each] * 3 for each in said]
+    for name, known in STATISTICS.items():
+        if all(_equal(one, other) for one, other in zip(given, known, strict=True)):
+            return name
+    place = f"{section}." if section else ""
+    raise ModelFolderError(
+        f"{file}: {place}image_mean {given[0]} and {place}image_std {given[1]} are "
+        f"none of {', '.join(STATISTICS)}, which are all that is computed here; set them to those "
+        "that the model was trained with"
+    )
+
+
+def _equal(one: list[float], other: tuple[float, ...]) -> bool:
+    return all(isclose(a, b, abs_tol=1e-5) for a, b in zip(one, other, strict=True))
