@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from internvl import files
 from internvl.config import VideoConfig
 from internvl.data.images import (
+    HEAD,
     Exif,
     check_file,
     check_size,
@@ -28,6 +30,7 @@ from internvl.data.images import (
     open_rgb,
     opened,
     read_address,
+    read_head,
     undecodable,
 )
 from internvl.data.messages import (
@@ -227,7 +230,35 @@ def _part(video: Video, num_frames: int, fps: float, times_s: np.ndarray | None)
 def _decoded_frames(
     video: Video, config: VideoConfig, draw: np.random.Generator
 ) -> list[Image.Image]:
-    name, source, draw_again = name_of(video.path), _source(video.path), copy.deepcopy(draw)
+    source = _source(video.path)
+    try:
+        return _frames_of(source, video, config, draw)
+    except BadImage as bad:
+        if bad.__cause__ is None:  # not PyAV's, but a sentence of our own
+            raise
+        meaning = _described(source)
+        if meaning is None:
+            raise
+        raise BadImage(f"{name_of(video.path)}: {meaning}") from bad.__cause__
+
+
+def _described(source: str | bytes) -> str | None:
+    """What a file that PyAV cannot read really is and what to do about it, None where unknown."""
+    head = source[:HEAD] if isinstance(source, bytes) else read_head(source)
+    meaning = files.describe_media(head, "video")
+    if meaning is not None:
+        return meaning
+    try:
+        with opened(source, "video") as image:
+            return f"an image ({image.format}), not a video: name it under `image`"
+    except BadImage:
+        return None
+
+
+def _frames_of(
+    source: str | bytes, video: Video, config: VideoConfig, draw: np.random.Generator
+) -> list[Image.Image]:
+    name, draw_again = name_of(video.path), copy.deepcopy(draw)
     with _open(source, name) as (container, stream):
         timing = _shown(container, stream, name)
         wanted = _choose(video, timing, config, draw)

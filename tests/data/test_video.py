@@ -366,13 +366,22 @@ def test_files_that_are_no_video_or_end_early(tmp_path):
     (tmp_path / "empty.mp4").write_bytes(b"")
     (tmp_path / "text.mp4").write_bytes(b"version https://git-lfs.github.com/spec/v1\n" * 3)
     (tmp_path / "text.gif").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    (tmp_path / "page.mp4").write_bytes(b"<!DOCTYPE html><html>Login</html>")
+    (tmp_path / "xl.mp4").write_bytes(b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(64))
+    whole = numbered(tmp_path / "whole.mp4").read_bytes()  # its index is the end
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    Image.new("RGB", (64, 48)).save(tmp_path / "still.mp4", "TIFF")
     for name, says in (
         ("half.mkv", "ends earlier than its header says; the file is truncated"),
         ("sound.mka", "has no video stream"),
         ("pipe.mp4", "is a pipe or a device"),
-        ("empty.mp4", "the video cannot be decoded"),
-        ("text.mp4", "the video cannot be decoded"),
-        ("text.gif", "not an image Pillow knows"),
+        ("empty.mp4", r"empty \(0 bytes\): the download did not finish, download it again$"),
+        ("text.mp4", "a Git LFS pointer instead of the file: run `git lfs pull` in its folder$"),
+        ("text.gif", "a Git LFS pointer instead of the file: run `git lfs pull` in its folder$"),
+        ("page.mp4", "a web page, such as a login or an error: download it again$"),
+        ("xl.mp4", "a JPEG XL image: convert it to JPEG or PNG$"),
+        ("cut.mp4", "the video cannot be decoded .*; replace the file$"),
+        ("still.mp4", r"an image \(TIFF\), not a video: name it under `image`$"),
         ("x\0.mp4", "cannot be read"),
     ):
         with pytest.raises(BadImage, match=says) as caught:
