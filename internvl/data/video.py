@@ -46,6 +46,7 @@ from internvl.errors import BadImage
 MAX_FRAMES = 10_000_000
 """Most frames of a video, a day at 115 a second: edit lists can repeat a few without end."""
 
+_TRUNCATED = "the file is truncated, copy or download it again"
 _ANIMATIONS = (".gif", ".webp", ".png", ".apng")
 _MICROSECONDS = 1_000_000
 _LATE_S, _SAME_S = 0.1, 1e-6
@@ -260,6 +261,8 @@ def _frames_of(
 ) -> list[Image.Image]:
     name, draw_again = name_of(video.path), copy.deepcopy(draw)
     with _open(source, name) as (container, stream):
+        if "matroska" in container.format.name:
+            _check_whole(source, name)
         timing = _shown(container, stream, name)
         wanted = _choose(video, timing, config, draw)
         if timing.rewind is not None:  # saves half of the time to open a short video twice
@@ -351,7 +354,7 @@ def _shown(container: Any, stream: Any, name: str) -> _Timing:
             raise BadImage(f"{name} has more than {MAX_FRAMES:,} frames; cut it")
     declared_s = (container.duration or 0) / _MICROSECONDS
     if num_packets < expected or (matroska and end_s < 0.9 * declared_s):
-        raise BadImage(f"{name} ends earlier than its header says; the file is truncated")
+        raise BadImage(f"{name} ends earlier than its header says; {_TRUNCATED}")
     if not shown:
         raise BadImage(f"{name} has no frame to show; replace the file")
     with foreign(name, "video"):
@@ -359,6 +362,38 @@ def _shown(container: Any, stream: Any, name: str) -> _Timing:
     begins_s = (container.start_time or 0) / _MICROSECONDS
     fps = fps if 0 < fps < 1e6 else 0.0
     return _Timing(shown, float(stream.time_base or 0), begins_s, fps, rewind)
+
+
+def _check_whole(source: str | bytes, name: str) -> None:
+    """Raises BadImage for a Matroska or WebM file that is shorter than its segment says.
+
+    Counting and timing packets would miss a few lost ones, and frames would change in silence.
+    """
+    if isinstance(source, bytes):
+        head, size = source[:HEAD], len(source)
+    else:
+        head, size = read_head(source), os.path.getsize(source)
+    header = _ebml_element(head, 0)
+    segment = None if header is None else _ebml_element(head, header)
+    if segment is not None and size < segment:
+        raise BadImage(f"{name} ends earlier than its header says; {_TRUNCATED}")
+
+
+def _ebml_element(head: bytes, start: int) -> int | None:
+    """Where an EBML element that begins at `start` ends, None where it does not say: a stream that
+    was written without going back has a size of nothing but ones.
+
+    An identifier's and a size's leading zero bits count the bytes that follow their first one.
+    """
+    if start >= len(head):
+        return None
+    place = start + 9 - head[start].bit_length()
+    if place >= len(head) or not head[place]:
+        return None
+    length = 9 - head[place].bit_length()
+    unknown = (1 << 7 * length) - 1
+    value = int.from_bytes(head[place : place + length], "big") & unknown
+    return None if value == unknown else place + length + value
 
 
 def _has_index(container: Any) -> bool:

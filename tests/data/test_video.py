@@ -4,6 +4,7 @@ import os
 import struct
 from fractions import Fraction
 
+import fsspec
 import numpy as np
 import pytest
 from data_files import SHARED, picture
@@ -166,10 +167,10 @@ def seen(frames):
     return [round(np.asarray(frame).mean() / 6) for frame in frames]
 
 
-def numbered(path, num_frames=40, codec="mpeg4", times_ms=None, **options):
+def numbered(path, num_frames=40, codec="mpeg4", times_ms=None, container=None, **options):
     """A video whose frame i has the gray level 6 i, shown at i / 10 s or at `times_ms`."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=10, options=options)
+    with av.open(str(path), "w", container_options=container or {}) as out:
+        stream = out.add_stream(codec, rate=10, options=options)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         stream.bit_rate = 4_000_000
         if times_ms is not None:
@@ -178,8 +179,8 @@ def numbered(path, num_frames=40, codec="mpeg4", times_ms=None, **options):
             frame = av.VideoFrame.from_image(Image.new("RGB", (64, 48), (6 * number,) * 3))
             if times_ms is not None:
                 frame.pts, frame.time_base = times_ms[number], Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
     return path
 
 
@@ -387,6 +388,31 @@ def test_files_that_are_no_video_or_end_early(tmp_path):
         with pytest.raises(BadImage, match=says) as caught:
             video.read_frames(Video(str(tmp_path / name)), exactly(3), draw())
         assert str(caught.value).count(name) == 1
+
+
+@pytest.mark.parametrize("percent", [70, 95, 97, 99])
+@pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
+def test_a_matroska_file_of_fewer_bytes_than_it_says(tmp_path, codec, percent):
+    """Frames that others refer to may be lost without a gap at the end of their times."""
+    path = numbered(tmp_path / "x.mkv", num_frames=20, codec=codec)
+    data = path.read_bytes()
+    cut = data[: len(data) * percent // 100]
+    (tmp_path / "cut.mkv").write_bytes(cut)
+    for name in ("cut.mkv", "memory://cut.mkv"):
+        if "://" in name:
+            fsspec.filesystem("memory").pipe("/cut.mkv", cut)
+        given = name if "://" in name else str(tmp_path / name)
+        with pytest.raises(BadImage, match="cut.mkv ends earlier than its header says; .* again$"):
+            video.read_frames(Video(given), exactly(20, "middle"), draw())
+
+
+def test_a_matroska_stream_that_does_not_say_its_size(tmp_path):
+    """Written without going back, it is measured by its times alone; more behind it is no harm."""
+    wanted = seen(video.read_frames(Video(str(numbered(tmp_path / "x.mkv"))), exactly(9), draw()))
+    live = numbered(tmp_path / "live.mkv", container={"live": "1"})
+    (tmp_path / "more.mkv").write_bytes((tmp_path / "x.mkv").read_bytes() + bytes(99))
+    for path in (live, tmp_path / "more.mkv"):
+        assert seen(video.read_frames(Video(str(path)), exactly(9), draw())) == wanted
 
 
 def test_streams_that_cannot_go_back(tmp_path):
