@@ -328,7 +328,7 @@ def test_a_video_shorter_than_a_step_is_its_middle_frame():
 def test_clip_of_a_part_or_beyond_all_measure(tmp_path):
     path = clip(tmp_path / "x.mp4")
     assert levels(video.read_frames(Video(path, 0.32, 0.36), exactly(1), draw())) == [3]
-    for end in (float("inf"), 1e300):
+    for end in (1e9, 1e300):
         with pytest.raises(BadImage, match="but the video lasts 2.00 s"):
             video.read_frames(Video(path, 0.0, end), exactly(1), draw())
 
