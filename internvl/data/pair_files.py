@@ -123,7 +123,7 @@ def _paths_of(file: CaptionFile, root: str | Path) -> ImagePaths:
     found = ImagePaths([], [])
     first: dict[str, NamedImage] = {}
     for image in file.images:
-        before = first.setdefault(image.name, image)
+        before = first.setdefault(captions.file_key(image.name), image)
         reason, path = None, None
         if before is not image:
             reason = f"{image.name} is there already ({file.path} {before.where})"
