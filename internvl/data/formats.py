@@ -122,6 +122,10 @@ def _listed(name: str, row: dict[str, Any], key: str) -> list[Any]:
     if not all(isinstance(v, str | bytes | dict | FileSlice) for v in values):
         said = f", not {value!r}" if isinstance(value, int | float) else ""
         raise BadSample(name, f"`{key}` must be a path or a list of paths{said}")
+    for number, path in enumerate(values):
+        if isinstance(path, str) and not path.strip():
+            place = f"{key}[{number}]" if isinstance(value, list) else key
+            raise BadSample(name, f"`{place}` is an empty path; write the file's name or remove it")
     return values
 
 

@@ -5,10 +5,12 @@ import io
 import os
 import posixpath
 import stat
+import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -310,7 +312,7 @@ def check_file(path: str | Path, name: str, what: str = "image") -> None:
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        raise BadImage(f"there is no {what} {name}") from None
+        raise BadImage(f"there is no {what} {name}{spelled_otherwise(path)}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL, or half a surrogate pair
         reason = error.strerror if isinstance(error, OSError) else "no possible file name"
         raise BadImage(f"{name}: the {what} cannot be read ({reason})") from None
@@ -318,6 +320,31 @@ def check_file(path: str | Path, name: str, what: str = "image") -> None:
         raise BadImage(f"the {what} {name} is a folder")
     if not stat.S_ISREG(mode):
         raise BadImage(f"the {what} {name} is a pipe or a device, not a file")
+
+
+def spelled_otherwise(path: str | Path) -> str:
+    """What to add to "there is no image a/B.PNG" where another spelling of the name is meant."""
+    if "\\" in str(path) and os.sep == "/":
+        slashes = name_of(str(path).replace("\\", "/"))
+        return f"; its name has backslashes, as Windows has; write {slashes}"
+    folder, name = os.path.split(path)
+    try:
+        names = _names_in(folder or ".", os.stat(folder or ".").st_mtime_ns)
+    except (OSError, ValueError):
+        return ""
+    other = names.get(_plain(name))
+    return "" if other is None else f"; there is {name_of(other)} in the folder, write it so"
+
+
+@lru_cache(maxsize=8)
+def _names_in(folder: str, changed_ns: int) -> dict[str, str]:
+    """The names in a folder by their plain spelling, listed once for any number of lost files."""
+    return {_plain(name): name for name in os.listdir(folder)}
+
+
+def _plain(name: str) -> str:
+    # Accents may be part of a letter or marks behind it, as Macs write them.
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def is_address(path: str | Path) -> bool:
@@ -437,6 +464,14 @@ def join_inside(root: str | Path, path: str) -> str:
         if is_address(path):
             return path
         root = "/" if os.path.isabs(path) else "."
+    if is_address(path) and path.partition("://")[0] != str(root).partition("://")[0]:
+        remedy = "download it there and write its path"
+        if path.startswith("file://"):
+            remedy = "write its path without `file://`"
+        raise BadImage(
+            f"{name_of(path)} is an address, and files are named from the image folder "
+            f"{str(root)!r} on; {remedy}"
+        )
     if is_address(root):
         protocol, _, base = str(root).partition("://")
         base = base.rstrip("/")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from internvl.data import captions
 from internvl.data.captions import CaptionFile, NamedImage
-from internvl.data.images import FileSlice, is_address, join_inside, read_rgb
+from internvl.data.images import FileSlice, is_address, join_inside, read_rgb, spelled_otherwise
 from internvl.errors import BadImage, BadSample, DataError
 from internvl.log import Progress
 
@@ -156,7 +156,7 @@ def image_path(
     except BadImage as bad:
         return None, str(bad)
     if not is_address(path) and not os.path.isfile(path):
-        return None, f"there is no image {path}"
+        return None, f"there is no image {path}{spelled_otherwise(path)}"
     return path, None
 
 

@@ -153,6 +153,25 @@ def test_paths_stay_inside(root, path, joined):
         assert join_inside(root, path) == joined
 
 
+def test_a_lost_image_may_be_there_in_another_spelling(tmp_path):
+    for name in ("a.png", "caf\u00e9.png"):
+        picture(tmp_path / name)
+    for name, hint in (
+        ("A.PNG", "; there is a.png in the folder, write it so"),
+        ("cafe\u0301.png", "; there is caf\u00e9.png in the folder, write it so"),
+        (r"sub\a.png", f"; its name has backslashes, as Windows has; write {tmp_path}/sub/a.png"),
+        *(("b.png", ""), ("none/a.png", "")),
+    ):
+        with pytest.raises(BadImage) as caught:
+            open_rgb(tmp_path / name)
+        assert str(caught.value) == f"there is no image {tmp_path}/{name}{hint}"
+    picture(tmp_path / "b.PNG")  # since the folder was listed
+    with pytest.raises(BadImage, match=r"there is b\.PNG in the folder"):
+        open_rgb(tmp_path / "b.png")
+    picture(tmp_path / r"sub\a.png")
+    assert open_rgb(tmp_path / r"sub\a.png").size
+
+
 READ = (
     *("cmyk.jpg", "gray.jpg", "gray16.png", "rgb16.png", "palette_alpha.png", "rgba_gradient.png"),
     *("animated.gif", "animated.webp", "webp_named_jpg.jpg", "png_named_jpeg.jpeg"),
