@@ -27,6 +27,7 @@ from internvl.data.images import (
 from internvl.data.texts import (
     RepeatedKeys,
     json_type,
+    not_json,
     parse_json,
     parse_line,
     printable,
@@ -409,7 +410,10 @@ def _csv(file: CaptionFile, text: str) -> None:
     image = next((names.index(n) for n in _IMAGE_COLUMNS if n in names), None)
     caption = next((names.index(n) for n in _TEXT_COLUMNS if n in names), None)
     if image is None or caption is None:
-        raise DataError(f"{file.path}: its first line must name a column `image` and one `caption`")
+        hint = _separator(text.partition("\n")[0])
+        raise DataError(
+            f"{file.path}: its first line must name a column `image` and one `caption`{hint}"
+        )
     for number, row in records:
         where = f"line {number}"
         if isinstance(row, str):
@@ -421,6 +425,23 @@ def _csv(file: CaptionFile, text: str) -> None:
             of_row = file.image(where, row[image].strip(), again=True)
             if of_row is not None:
                 file.caption(where, of_row, row[caption])
+
+
+def _separator(line: str) -> str:
+    """What to add where a spreadsheet has written something else between the columns than commas.
+
+    >>> _separator("image;caption")
+    '; its columns are separated by `;`, save it with commas'
+    """
+    line = line.removeprefix("\ufeff").strip().lower()
+    if line.startswith("sep="):
+        return f"; remove the line `{line}`, which only Excel reads"
+    for mark in (";", "\t", "|"):
+        names = [name.strip().strip('"') for name in line.split(mark)]
+        if len(names) > 1 and (names[0] in _IMAGE_COLUMNS or _looks_like(names)):
+            shown = "tabs" if mark == "\t" else f"`{mark}`"
+            return f"; its columns are separated by {shown}, save it with commas"
+    return ""
 
 
 def _looks_like(names: list[str]) -> bool:
@@ -471,8 +492,8 @@ def _any_json(file: CaptionFile) -> None:
         try:
             tree = parse_line(whole)
         except ValueError as error:
-            if not named_lines:
-                raise DataError(f"{file.path} is not JSON ({error}); fetch it again") from None
+            if not named_lines or whole[:1] in ("", "<"):
+                raise not_json(file.path, whole, error) from None
             lines = True
     if isinstance(tree, dict) and not tree.keys() & {"images", "annotations"}:
         lines = lines or named_lines or "image" in tree

@@ -241,6 +241,13 @@ def test_negative_ids_and_unused_keys_are_read(root: Path) -> None:
     [
         ("c.json", '{"images": {}, "annotations": []}', "`images` must be a list, not an object"),
         ("c.json", '{"annotations": []}', "key 'images' missing"),
+        ("c.json", "", "c.json is empty; fetch it again"),
+        ("c.jsonl", " \n", "c.jsonl is empty; fetch it again"),
+        ("c.json", "<!doctype html>\n", "c.json: a web page, such as a login or an error"),
+        ("c.jsonl", "<html>\n</html>", "c.jsonl: a web page, such as a login or an error"),
+        ("c.csv", "image;caption\na.png;red\n", "are separated by `;`, save it with commas"),
+        ("c.csv", "a.png;red\nb.png;blue\n", "are separated by `;`, save it with commas"),
+        ("c.csv", "sep=,\nimage,caption\na.png,red\n", "remove the line `sep=,`, which only Excel"),
         ("c.json", '{"images": [], "images": [], "annotations": []}', "'images' is there twice"),
         ("c.json", "3", "is neither a COCO caption file"),
         ("c.json", '{"images": [{}], "dataset": "x"}', "has no split 'test'; its images name no"),
