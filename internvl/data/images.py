@@ -179,6 +179,8 @@ def read_file_object(file: Any) -> bytes:
     """
     name = getattr(file, "name", "")
     name = name if isinstance(name, str) else ""
+    if isinstance(file, io.TextIOBase):  # reading could fail at the first byte that is no text
+        raise _bad(name, 'the file object gives text, not bytes; open it with mode "rb"')
     try:
         if getattr(file, "seekable", bool)():
             file.seek(0)
@@ -187,7 +189,7 @@ def read_file_object(file: Any) -> bytes:
     except Exception as error:
         raise _bad(name, f"the file object cannot be read ({error}); open it again") from error
     if not isinstance(data, bytes | bytearray | memoryview):
-        given = "text" if isinstance(data, str) else type(data).__name__
+        given = type(data).__name__
         raise _bad(name, f'the file object gives {given}, not bytes; open it with mode "rb"')
     return bytes(data)
 

@@ -2,6 +2,7 @@
 
 import io
 import mmap
+import types
 
 import numpy as np
 import pytest
@@ -92,6 +93,8 @@ def test_a_file_object_is_one_image(tmp_path):
     for given, says in (
         (file, "a.png: the file object cannot be read .*closed file.*; open it again"),
         (io.StringIO("x"), 'gives text, not bytes; open it with mode "rb"'),
+        (io.TextIOWrapper(io.BytesIO(data)), 'gives text, not bytes; open it with mode "rb"'),
+        (types.SimpleNamespace(read=lambda: 3), "gives int, not bytes"),
     ):
         with pytest.raises(BadImage, match=says):
             list_images(given)
