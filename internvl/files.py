@@ -14,6 +14,7 @@ from internvl.errors import ModelFolderError
 
 _AGAIN = "download it again"
 _CUT = f"it is truncated, {_AGAIN}"
+_HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 _SIGNS: tuple[tuple[bytes, str], ...] = (
     (
         b"version https://git-lfs.github.com",
@@ -30,6 +31,24 @@ _SIGNS: tuple[tuple[bytes, str], ...] = (
 )
 """How files begin that are often found under another one's name; what they are and the remedy."""
 
+_MEDIA: tuple[tuple[int, bytes, str], ...] = (
+    *((4, b"ftyp" + brand, "a HEIC image: convert it to JPEG or PNG") for brand in _HEIC_BRANDS),
+    (0, b"\0\0\0\x0cJXL ", "a JPEG XL image: convert it to JPEG or PNG"),
+    (0, b"\xff\x0a", "a JPEG XL image: convert it to JPEG or PNG"),
+    (4, b"ftypavif", "an AVIF image: convert it to JPEG or PNG"),
+    (0, b"%PDF", "a PDF document: save its page as JPEG or PNG"),
+    (0, b"<svg", "an SVG drawing: save it as PNG"),
+    (0, b"{", "JSON, such as a server's error: download it again"),
+    (0, b"data:", "a `data:` address as text: decode its base64 part"),
+    (0, b"PK\x03\x04", "a zip archive: unpack it"),
+)
+"""Where and how files begin that are met as images and videos and cannot be read as such."""
+
+_VIDEOS: tuple[tuple[int, bytes, str], ...] = (
+    (4, b"ftyp", "a video (MP4 or QuickTime), not an image: name it as a video"),
+    (0, b"\x1aE\xdf\xa3", "a video (Matroska or WebM), not an image: name it as a video"),
+)
+
 _BINARY: tuple[tuple[bytes, str], ...] = (
     (b"PK\x03\x04", "a zip archive, such as a PyTorch file (.bin, .pth)"),
     (b"\x80", "a pickle, such as an old PyTorch file (.bin, .pth)"),
@@ -44,7 +63,26 @@ def describe(file: Path) -> str | None:
     Raises:
         ModelFolderError: it cannot be opened at all.
     """
-    head = _head(file)
+    return describe_head(_head(file))
+
+
+def describe_media(head: bytes, noun: str) -> str | None:
+    """What a file that cannot be read as an image or video (`noun`) really is, as `describe`.
+
+    Args:
+        head: its first 1,024 bytes.
+    """
+    start = head.lstrip().lower()
+    if start.startswith(b"<?xml") and b"<svg" in start:
+        start = b"<svg"
+    for place, sign, meaning in _MEDIA if noun == "video" else (*_MEDIA, *_VIDEOS):
+        if head[place:].startswith(sign) or (not place and start.startswith(sign)):
+            return meaning
+    return describe_head(head)
+
+
+def describe_head(head: bytes) -> str | None:
+    """`describe` by the first 1,024 bytes of a file."""
     if not head:
         return f"empty (0 bytes): the download did not finish, {_AGAIN}"
     if not head.strip(b"\0"):

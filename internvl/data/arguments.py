@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from internvl.data.images import FileSlice
+from internvl.data.images import FileSlice, is_file_object, read_file_object
 from internvl.errors import UserError
 
 _ONE_IMAGE = (str, bytes, bytearray, memoryview, os.PathLike, FileSlice, Image.Image, Tensor)
@@ -55,18 +55,25 @@ def list_images(images: Any) -> list[Any]:
     """Lists images; a single one, in whatever form, becomes a list of one.
 
     Args:
-        images: one path, encoded file, Pillow image, tensor or array (H, W) or (H, W, C); or
-            several of them: a collection, or an array (B, H, W, C).
+        images: one path, encoded file, file object, Pillow image, tensor or array (H, W) or
+            (H, W, C); or several of them: a collection, or an array (B, H, W, C).
 
     Raises:
         UserError: without an order, or nothing of the kind.
+        BadImage: a file object that is closed or gives text.
     """
-    if isinstance(images, _ONE_IMAGE):
+    if isinstance(images, _ONE_IMAGE) or is_file_object(images):
         images = [images]
     elif isinstance(images, np.ndarray) and images.dtype.kind not in "OUS":
         images = list(images) if images.ndim > 3 else [images]
-    # NumPy's own strings are strings and arrays at once.
-    return [str(i) if isinstance(i, str) else i for i in listed(images, "images")]
+    return [_held(image) for image in listed(images, "images")]
+
+
+def _held(image: Any) -> Any:
+    """An image as it can be read at any time, by any thread, as often as it is needed."""
+    if isinstance(image, str):
+        return str(image)  # NumPy's own strings are strings and arrays at once
+    return read_file_object(image) if is_file_object(image) else image
 
 
 def listed(values: Any, nouns: str) -> list[Any]:

@@ -9,6 +9,7 @@ with its line or entry, among the rows where it stands, and the caller decides.
 
 import csv
 import gc
+import posixpath
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -21,10 +22,12 @@ from internvl.data import tars
 from internvl.data.images import (
     IMAGE_ENDINGS,
     FileSlice,
+    is_address,
 )
 from internvl.data.texts import (
     RepeatedKeys,
     json_type,
+    not_json,
     parse_json,
     parse_line,
     printable,
@@ -82,7 +85,7 @@ class CaptionFile:
     """Every row's caption, or what is wrong."""
     tried: bytearray = field(default_factory=bytearray)
     """Nonzero for every image that a row is about, be the row good or bad."""
-    _by_name: dict[str, int] = field(default_factory=dict)  # name -> number of its image
+    _by_name: dict[str, int] = field(default_factory=dict)  # file_key -> number of its image
 
     @property
     def captions(self) -> Iterator[tuple[int, str]]:
@@ -132,14 +135,14 @@ class CaptionFile:
         Args:
             again: whether the same name means the same image, as in forms of a line per caption.
         """
-        number = self._by_name.get(name) if again and isinstance(name, str) else None
+        number = self._by_name.get(file_key(name)) if again and isinstance(name, str) else None
         if number is not None:
             return number
         reason = _name_problem(name)
         if reason:
             self.bad(where, reason)
             return None
-        number = self._by_name[name] = len(self.images)
+        number = self._by_name[file_key(name)] = len(self.images)
         self.images.append(NamedImage(where, name, id, slice))
         self.tried.append(0)
         return number
@@ -164,6 +167,17 @@ class CaptionFile:
         if image is not None:
             for text in texts:
                 self.caption(where, image, text)
+
+
+def file_key(name: str) -> str:
+    """The same text for names of the same file, such as a.png, ./a.png and b/../a.png.
+
+    >>> file_key("./a.png")
+    'a.png'
+    """
+    if name[:1] == "." or "/." in name or "//" in name:  # few names are spelled in several ways
+        return name if is_address(name) else posixpath.normpath(name)
+    return name
 
 
 def _name_problem(name: Any) -> str | None:
@@ -396,7 +410,10 @@ def _csv(file: CaptionFile, text: str) -> None:
     image = next((names.index(n) for n in _IMAGE_COLUMNS if n in names), None)
     caption = next((names.index(n) for n in _TEXT_COLUMNS if n in names), None)
     if image is None or caption is None:
-        raise DataError(f"{file.path}: its first line must name a column `image` and one `caption`")
+        hint = _separator(text.partition("\n")[0])
+        raise DataError(
+            f"{file.path}: its first line must name a column `image` and one `caption`{hint}"
+        )
     for number, row in records:
         where = f"line {number}"
         if isinstance(row, str):
@@ -408,6 +425,23 @@ def _csv(file: CaptionFile, text: str) -> None:
             of_row = file.image(where, row[image].strip(), again=True)
             if of_row is not None:
                 file.caption(where, of_row, row[caption])
+
+
+def _separator(line: str) -> str:
+    """What to add where a spreadsheet has written something else between the columns than commas.
+
+    >>> _separator("image;caption")
+    '; its columns are separated by `;`, save it with commas'
+    """
+    line = line.removeprefix("\ufeff").strip().lower()
+    if line.startswith("sep="):
+        return f"; remove the line `{line}`, which only Excel reads"
+    for mark in (";", "\t", "|"):
+        names = [name.strip().strip('"') for name in line.split(mark)]
+        if len(names) > 1 and (names[0] in _IMAGE_COLUMNS or _looks_like(names)):
+            shown = "tabs" if mark == "\t" else f"`{mark}`"
+            return f"; its columns are separated by {shown}, save it with commas"
+    return ""
 
 
 def _looks_like(names: list[str]) -> bool:
@@ -458,8 +492,8 @@ def _any_json(file: CaptionFile) -> None:
         try:
             tree = parse_line(whole)
         except ValueError as error:
-            if not named_lines:
-                raise DataError(f"{file.path} is not JSON ({error}); fetch it again") from None
+            if not named_lines or whole[:1] in ("", "<"):
+                raise not_json(file.path, whole, error) from None
             lines = True
     if isinstance(tree, dict) and not tree.keys() & {"images", "annotations"}:
         lines = lines or named_lines or "image" in tree
@@ -622,6 +656,8 @@ class _CocoImages:
         """Captions of unusable images."""
         self.entries: dict[ImageId, tuple[int, Any]] = {}
         """id -> entry and name that had it first."""
+        self.files: dict[str, tuple[ImageId, str]] = {}
+        """File -> id and name that it had first."""
 
     def add(self, number: int, row: Any) -> None:
         """Takes an entry of `images`."""
@@ -640,12 +676,25 @@ class _CocoImages:
             return
         self.entries[image_id] = number, name
         reason = _name_problem(name) if name else "neither `file_name` nor `image` names it"
+        reason = reason or self._same_file(image_id, name)
         if reason:
             self.unusable[image_id] = entry, reason
             return
         added = self.file.image(f"image {image_id}", name, image_id)
         if added is not None:
             self.numbers[image_id] = added
+
+    def _same_file(self, image_id: ImageId, name: str) -> str | None:
+        """What is wrong where another id has the file already: each would be a wrong image for
+        the captions of the other."""
+        first, first_name = self.files.setdefault(file_key(name), (image_id, name))
+        if first == image_id and type(first) is type(image_id):
+            return None
+        also = "" if name == first_name else f" ({first_name})"
+        return (
+            f"{name} is the file of image {first!r}{also} too; give the captions of image "
+            f"{image_id!r} the id {first!r} and remove this entry"
+        )
 
     def _repeated(self, number: int, image_id: ImageId, name: Any) -> None:
         first, first_name = self.entries[image_id]

@@ -3,7 +3,6 @@
 A row is a JSON object; what is wrong with it is a BadSample that says so.
 """
 
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +18,7 @@ from internvl.data.messages import (
     has_marks,
     in_order,
 )
-from internvl.data.records import Message, Sample, Video
+from internvl.data.records import Message, Sample, Video, check_clip
 from internvl.errors import BadImage, BadSample
 
 _USED = {"conversations", "messages", "image", "images", "video", "videos", "clip"}
@@ -123,6 +122,10 @@ def _listed(name: str, row: dict[str, Any], key: str) -> list[Any]:
     if not all(isinstance(v, str | bytes | dict | FileSlice) for v in values):
         said = f", not {value!r}" if isinstance(value, int | float) else ""
         raise BadSample(name, f"`{key}` must be a path or a list of paths{said}")
+    for number, path in enumerate(values):
+        if isinstance(path, str) and not path.strip():
+            place = f"{key}[{number}]" if isinstance(value, list) else key
+            raise BadSample(name, f"`{place}` is an empty path; write the file's name or remove it")
     return values
 
 
@@ -153,9 +156,10 @@ def _clip(name: str, row: dict[str, Any]) -> tuple[float | None, float | None]:
     clip = row.get("clip")
     if clip is None:
         return None, None
-    numbers = isinstance(clip, list) and all(isinstance(t, int | float) for t in clip)
-    if not numbers or len(clip) != 2 or not 0 <= clip[0] < clip[1] <= sys.float_info.max:
-        raise BadSample(name, f"`clip` must be [start, end] in seconds, not {clip!r}")
+    try:
+        check_clip(clip)
+    except BadImage as bad:
+        raise BadSample(name, str(bad)) from None
     return float(clip[0]), float(clip[1])
 
 

@@ -1,13 +1,16 @@
 """Image files to RGB pictures. Images are untrusted: their size is limited before decoding."""
 
+import base64
 import io
 import os
 import posixpath
 import stat
+import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +19,14 @@ import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
+from internvl import files
 from internvl.config.types import STATISTICS as STATISTICS
 from internvl.config.types import Triple as Triple
 from internvl.data import jpeg
 from internvl.errors import BadImage
+
+HEAD = 1024
+"""First bytes of a file that say what it is."""
 
 MAX_PIXELS = 178_956_970
 """Largest picture that is decoded (Pillow's own error limit): 512 MiB as RGB."""
@@ -72,7 +79,7 @@ _ORIENTATIONS = {
 _CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 _ORIENTATION_TAG = 0x0112
 _JPEG_SIDE = 65_500
-_LONGEST_NAME, _LONGEST_REASON = 300, 200
+_LONGEST_NAME, _LONGEST_ADDRESS, _LONGEST_REASON = 300, 40, 200
 
 
 def open_rgb(source: Picture, exif: Exif = "ignore") -> Image.Image:
@@ -114,9 +121,9 @@ def as_rgb(image: Any, exif: Exif = "ignore") -> Rgb:
     """Turns whatever holds one image into RGB: Pillow's, or uint8 (H, W, 3).
 
     Args:
-        image: what `read_rgb` takes; a Pillow image of any mode; an array, uint8 (H, W) or
-            (H, W, C); or a tensor, uint8 (H, W) or, as torchvision's, (C, H, W). C is 1 (gray),
-            3 (RGB) or 4 (RGBA, whose alpha is dropped as in a file).
+        image: what `read_rgb` takes; a `data:` address; a file object; a Pillow image of any mode;
+            an array, uint8 (H, W) or (H, W, C); or a tensor, uint8 (H, W) or, as torchvision's,
+            (C, H, W). C is 1 (gray), 3 (RGB) or 4 (RGBA, whose alpha is dropped as in a file).
         exif: see `open_rgb`; also for a Pillow image that still has its EXIF.
 
     Raises:
@@ -133,12 +140,60 @@ def as_rgb(image: Any, exif: Exif = "ignore") -> Rgb:
         return _array_to_rgb(image.detach().cpu().numpy(), "tensor", "(C, H, W)")
     if isinstance(image, bytearray | memoryview):
         return read_rgb(bytes(image), exif)
+    if isinstance(image, str) and image.startswith("data:"):
+        return read_rgb(read_data_address(image), exif)
     if isinstance(image, str | bytes | FileSlice | os.PathLike):
         return read_rgb(image, exif)  # type: ignore[arg-type]  # Path is one PathLike
+    if is_file_object(image):
+        return read_rgb(read_file_object(image), exif)
     raise BadImage(
-        f"an image is a path, bytes, a Pillow image, a uint8 array or a uint8 tensor, not "
-        f"{type(image).__name__}"
+        f"an image is a path, bytes, a file object, a Pillow image, a uint8 array or a uint8 "
+        f"tensor, not {type(image).__name__}"
     )
+
+
+def rgb_at(place: str, image: Any, exif: Exif = "ignore") -> Rgb:
+    """Decodes an image as `as_rgb`. Raises BadImage that begins with `place`, such as "image 3"."""
+    try:
+        return as_rgb(image, exif)
+    except BadImage as error:
+        raise BadImage(f"{place}: {error}") from None
+
+
+def is_file_object(value: Any) -> bool:
+    """Whether this is read like a file: what `open` returns, BytesIO, an answer of urllib."""
+    return not isinstance(value, FileSlice) and callable(getattr(value, "read", None))
+
+
+def read_file_object(file: Any) -> bytes:
+    """Reads the bytes of a file object: from its start where it can seek, as Pillow does.
+
+    Raises:
+        BadImage: it is closed, opened as text or for writing alone, or cannot be read.
+    """
+    name = getattr(file, "name", "")
+    name = name if isinstance(name, str) else ""
+    if isinstance(file, io.TextIOBase):  # reading could fail at the first byte that is no text
+        raise _bad(name, 'the file object gives text, not bytes; open it with mode "rb"')
+    try:
+        if getattr(file, "seekable", bool)():
+            file.seek(0)
+        data = file.read()
+    # A file object may be of any library, such as a client of some storage.
+    except Exception as error:
+        raise _bad(name, f"the file object cannot be read ({error}); open it again") from error
+    if not isinstance(data, bytes | bytearray | memoryview):
+        given = type(data).__name__
+        raise _bad(name, f'the file object gives {given}, not bytes; open it with mode "rb"')
+    return bytes(data)
+
+
+def read_data_address(address: str) -> bytes:
+    """The bytes in a `data:` address. Raises BadImage where it is not base64."""
+    try:
+        return base64.b64decode(address.partition(",")[2], validate=True)
+    except ValueError as error:
+        raise BadImage(f"an image is not base64 ({error})") from None
 
 
 def _array_to_rgb(pixels: np.ndarray, what: str, axes: str) -> np.ndarray:
@@ -169,7 +224,8 @@ def name_of(source: Picture) -> str:
     if isinstance(source, bytes):
         return ""
     name = str(source).encode("utf-8", "backslashreplace").decode()
-    return name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…"
+    longest = _LONGEST_NAME if not name.startswith("data:") else _LONGEST_ADDRESS
+    return name if len(name) <= longest else f"{name[:longest]}…"
 
 
 def _bad(name: str, reason: str) -> BadImage:
@@ -187,10 +243,7 @@ def opened(source: Picture, what: str = "image") -> Iterator[ImageFile.ImageFile
         try:
             image = Image.open(file)
         except UnidentifiedImageError:
-            reason = (
-                f"the {what} file is empty" if _is_empty(source) else "not an image Pillow knows"
-            )
-            raise _bad(name, f"{reason}; replace the file") from None
+            raise _bad(name, _unknown(source, file, what)) from None
     with image:
         check_size(image.size, name)
         if image.format == "EPS":
@@ -225,8 +278,10 @@ def undecodable(name: str, what: str, error: Exception) -> BadImage:
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     if type(error) in (KeyError, IndexError, AssertionError):  # their words need their names
         reason = f"{type(error).__name__} {error}"
+    if isinstance(error, AttributeError):  # PyAV's, of a stream without a decoder
+        reason = "its header does not say how to decode it: it is cut off or of an unknown codec"
     reason = " ".join(reason.split())[:_LONGEST_REASON]
-    return _bad(name, f"the {what} cannot be decoded ({reason}); replace the file")
+    return _bad(name, f"the {what} cannot be decoded ({reason}); {_remedy(name)}")
 
 
 def _file(source: Picture, what: str) -> str | Path | io.BytesIO:
@@ -248,10 +303,12 @@ def _file(source: Picture, what: str) -> str | Path | io.BytesIO:
 def check_file(path: str | Path, name: str, what: str = "image") -> None:
     """Raises BadImage, which says `what` with `name` is meant, where `path` is no regular file: to
     open a pipe or a device may wait for ever."""
+    if not str(path).strip():
+        raise BadImage(f"the path of the {what} is empty; write the file's name")
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        raise BadImage(f"there is no {what} {name}") from None
+        raise BadImage(f"there is no {what} {name}{spelled_otherwise(path)}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL, or half a surrogate pair
         reason = error.strerror if isinstance(error, OSError) else "no possible file name"
         raise BadImage(f"{name}: the {what} cannot be read ({reason})") from None
@@ -259,6 +316,31 @@ def check_file(path: str | Path, name: str, what: str = "image") -> None:
         raise BadImage(f"the {what} {name} is a folder")
     if not stat.S_ISREG(mode):
         raise BadImage(f"the {what} {name} is a pipe or a device, not a file")
+
+
+def spelled_otherwise(path: str | Path) -> str:
+    """What to add to "there is no image a/B.PNG" where another spelling of the name is meant."""
+    if "\\" in str(path) and os.sep == "/":
+        slashes = name_of(str(path).replace("\\", "/"))
+        return f"; its name has backslashes, as Windows has; write {slashes}"
+    folder, name = os.path.split(path)
+    try:
+        names = _names_in(folder or ".", os.stat(folder or ".").st_mtime_ns)
+    except (OSError, ValueError):
+        return ""
+    other = names.get(_plain(name))
+    return "" if other is None else f"; there is {name_of(other)} in the folder, write it so"
+
+
+@lru_cache(maxsize=8)
+def _names_in(folder: str, changed_ns: int) -> dict[str, str]:
+    """The names in a folder by their plain spelling, listed once for any number of lost files."""
+    return {_plain(name): name for name in os.listdir(folder)}
+
+
+def _plain(name: str) -> str:
+    # Accents may be part of a letter or marks behind it, as Macs write them.
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def is_address(path: str | Path) -> bool:
@@ -291,12 +373,29 @@ def read_address(address: str, what: str = "image") -> bytes:
         raise BadImage(f"{name} cannot be read ({error})") from error
 
 
-def _is_empty(source: Picture) -> bool:
-    if isinstance(source, bytes):
-        return not source
-    if isinstance(source, FileSlice):
-        return source.size == 0
-    return not is_address(source) and os.path.getsize(source) == 0
+def _unknown(source: Picture, file: str | Path | io.BytesIO, what: str) -> str:
+    """What `file` (the bytes of `source`, or their path) is instead of an image, and the remedy."""
+    if isinstance(file, io.BytesIO):
+        head = file.getvalue()[:HEAD]
+    else:
+        head = read_head(file)
+    if not head:
+        return f"the {what} file is empty; {_remedy(name_of(source))}"
+    meaning = files.describe_media(head, what)
+    if meaning is None:
+        return f"not an image Pillow knows; {_remedy(name_of(source))}"
+    return f"{meaning}, then write the tar again" if isinstance(source, FileSlice) else meaning
+
+
+def read_head(path: str | Path) -> bytes:
+    """The first HEAD bytes of a file, which say what it is."""
+    with open(path, "rb") as file:
+        return file.read(HEAD)
+
+
+def _remedy(name: str) -> str:
+    """What to do about an image of this name; one without lies in no file."""
+    return "replace the file" if name else "replace it"
 
 
 def check_size(size: tuple[int, int], name: str) -> None:
@@ -305,7 +404,7 @@ def check_size(size: tuple[int, int], name: str) -> None:
     if width * height > MAX_PIXELS:
         raise _bad(name, _too_large(width * height))
     if width < 1 or height < 1:
-        raise _bad(name, f"the image of {width} x {height} pixels is empty; replace the file")
+        raise _bad(name, f"the image of {width} x {height} pixels is empty; {_remedy(name)}")
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -361,6 +460,14 @@ def join_inside(root: str | Path, path: str) -> str:
         if is_address(path):
             return path
         root = "/" if os.path.isabs(path) else "."
+    if is_address(path) and path.partition("://")[0] != str(root).partition("://")[0]:
+        remedy = "download it there and write its path"
+        if path.startswith("file://"):
+            remedy = "write its path without `file://`"
+        raise BadImage(
+            f"{name_of(path)} is an address, and files are named from the image folder "
+            f"{str(root)!r} on; {remedy}"
+        )
     if is_address(root):
         protocol, _, base = str(root).partition("://")
         base = base.rstrip("/")

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from internvl.data.texts import json_problem
 from internvl.errors import BadSample, DataError
 
 BOM = codecs.BOM_UTF8
@@ -77,7 +78,7 @@ def parse(data: bytes) -> Any:
     try:
         tree = _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error})") from None
+        raise ValueError(f"not JSON ({json_problem(error)})") from None
     except RecursionError:
         raise ValueError(TOO_DEEP) from None
     except ValueError as error:
@@ -157,6 +158,8 @@ def is_list(path: Path) -> bool:
         return alone and start[:1] == b"["
     if start[:1] == b"[":
         return True
+    if b"\r" in start.rstrip() and b"\n" not in start:
+        raise DataError(f"{path} has the line ends of old Macs (CR alone); save it with LF or CRLF")
     end = _end_of_object(start)
     if end is None:
         return False

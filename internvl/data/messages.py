@@ -4,15 +4,15 @@ An unescaped mark in a question stands for an image or a video; `\\<image>` is t
 system messages hold no marks: there both are plain text, as in the original's `internvl2_5`.
 """
 
-import base64
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from internvl.data.arguments import not_a_text
+from internvl.data.images import read_data_address
 from internvl.data.records import Message
-from internvl.errors import BadSample
+from internvl.errors import BadImage, BadSample
 
 IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"
 
@@ -172,9 +172,9 @@ def check_order(name: str, messages: Sequence[Message], last: str) -> None:
 def from_base64(name: str, address: str) -> bytes:
     """Decodes a `data:` address. Raises BadSample where it is not base64."""
     try:
-        return base64.b64decode(address.partition(",")[2], validate=True)
-    except ValueError as error:
-        raise BadSample(name, f"an image is not base64 ({error})") from None
+        return read_data_address(address)
+    except BadImage as bad:
+        raise BadSample(name, str(bad)) from None
 
 
 def _slots(text: str) -> Iterator[Slot]:

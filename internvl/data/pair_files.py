@@ -18,7 +18,7 @@ from pathlib import Path
 
 from internvl.data import captions
 from internvl.data.captions import CaptionFile, NamedImage
-from internvl.data.images import FileSlice, is_address, join_inside, read_rgb
+from internvl.data.images import FileSlice, is_address, join_inside, read_rgb, spelled_otherwise
 from internvl.errors import BadImage, BadSample, DataError
 from internvl.log import Progress
 
@@ -123,7 +123,7 @@ def _paths_of(file: CaptionFile, root: str | Path) -> ImagePaths:
     found = ImagePaths([], [])
     first: dict[str, NamedImage] = {}
     for image in file.images:
-        before = first.setdefault(image.name, image)
+        before = first.setdefault(captions.file_key(image.name), image)
         reason, path = None, None
         if before is not image:
             reason = f"{image.name} is there already ({file.path} {before.where})"
@@ -156,7 +156,7 @@ def image_path(
     except BadImage as bad:
         return None, str(bad)
     if not is_address(path) and not os.path.isfile(path):
-        return None, f"there is no image {path}"
+        return None, f"there is no image {path}{spelled_otherwise(path)}"
     return path, None
 
 

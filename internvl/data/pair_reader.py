@@ -96,6 +96,7 @@ class PairReader(Dataset[Read]):
     ) -> str:
         """A caption of another picture, uniform over all captions that can be read."""
         groups = self.files[ref.file].groups
+        cause: BadSample | None = None
         for _ in range(_DRAWS):
             number = int(draw.integers(self._ends[-1]))
             file = int(np.searchsorted(self._ends, number, side="right"))
@@ -104,10 +105,13 @@ class PairReader(Dataset[Read]):
                 continue
             try:
                 picture, caption = picture_and_caption(*self.files[file].samples([line]))
-            except BadSample:  # named when its own turn comes
+            except BadSample as bad:  # named when its own turn comes
+                cause = cause or bad
                 continue
             if image_id_of(picture) != image_id:
                 return caption
+        if cause is not None:
+            raise BadSample(name, f"no good caption of another picture is left; first mend {cause}")
         raise BadSample(
             name, f"{_DRAWS} draws found no caption of another picture; add other pictures"
         )

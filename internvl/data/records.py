@@ -12,13 +12,17 @@ tokens per tile, L packed row length, T tokens of one example, M supervised posi
 D hidden size, V vocabulary.
 """
 
+import os
+import sys
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from internvl.data.images import Picture
+from internvl.errors import BadImage
 
 IGNORE = -100
 """Label of a position that is not supervised."""
@@ -37,11 +41,38 @@ class Message:
 
 @dataclass(frozen=True)
 class Video:
-    """A video file, or a folder of frames, and the part of it that is meant, in seconds."""
+    """A video file, or a folder of frames, and the part of it that is meant, in seconds.
+
+    Raises:
+        BadImage: the path is none, or the part is not two times of which the first is earlier.
+    """
 
     path: str
     start_s: float | None = None
     end_s: float | None = None
+
+    def __post_init__(self) -> None:
+        path = os.fspath(self.path) if isinstance(self.path, os.PathLike) else self.path
+        if not isinstance(path, str):
+            raise BadImage(f"a video is named by its path, not by {type(path).__name__}")
+        object.__setattr__(self, "path", path)  # frozen, once it is made
+        if self.start_s is self.end_s is None:
+            return
+        check_clip([self.start_s, self.end_s])
+        for key in ("start_s", "end_s"):
+            object.__setattr__(self, key, float(getattr(self, key)))
+
+
+def check_clip(clip: Any) -> None:
+    """Raises BadImage unless `clip` is [start, end], two finite times in seconds from 0 on."""
+    times = isinstance(clip, list) and len(clip) == 2
+    times = times and all(isinstance(t, Real) and not isinstance(t, bool) for t in clip)
+    # A whole number of a JSON file may be larger than any float.
+    if not times or not 0 <= clip[0] < clip[1] <= sys.float_info.max:
+        raise BadImage(
+            f"`clip` must be [start, end] in seconds, 0 <= start < end, not {clip!r}; leave it out "
+            "for the whole video"
+        )
 
 
 @dataclass(frozen=True)

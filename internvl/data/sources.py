@@ -342,7 +342,7 @@ def _captioned(config: SourceConfig) -> Source:
 
     files = tars.shards(path) if in_tars else path.rglob("*") if path.is_dir() else None
     content = file_content(path) if files is None else _states(files)
-    key = [b"one row a caption", repr((form, by_image, str(path))).encode(), *content]
+    key = [b"one row a caption 2", repr((form, by_image, str(path))).encode(), *content]
     try:
         index = convert_once(str(path), key, rows)
     except DataError as error:

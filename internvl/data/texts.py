@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from internvl import files
 from internvl.errors import BadSample, DataError
 
 PROBLEMS_SHOWN = 20
@@ -65,8 +66,17 @@ def parse_line(text: str) -> Any:
     """
     try:
         return _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(json_problem(error)) from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def json_problem(error: json.JSONDecodeError) -> str:
+    """What is wrong with a JSON text; a comma that stands after a whole value is named."""
+    if error.msg == "Extra data" and error.doc[error.pos :].strip() == ",":
+        return "a comma stands after it; JSON Lines has none between lines, remove it"
+    return str(error)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -87,7 +97,17 @@ def parse_json(path: Path, text: str) -> Any:
     try:
         return parse_line(text)
     except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}); fetch it again") from None
+        raise not_json(path, text, error) from None
+
+
+def not_json(path: Path, text: str, error: ValueError) -> DataError:
+    """The sentence for a file that is no JSON: what it is instead, where that is known."""
+    if not text.strip():
+        return DataError(f"{path} is empty; fetch it again")
+    meaning = files.describe_head(text.encode(errors="replace")[:1024])
+    return DataError(
+        f"{path}: {meaning}" if meaning else f"{path} is not JSON ({error}); fetch it again"
+    )
 
 
 def text_problem(value: Any) -> str | None:

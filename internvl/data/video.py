@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from internvl import files
 from internvl.config import VideoConfig
 from internvl.data.images import (
+    HEAD,
     Exif,
     check_file,
     check_size,
@@ -28,6 +30,7 @@ from internvl.data.images import (
     open_rgb,
     opened,
     read_address,
+    read_head,
     undecodable,
 )
 from internvl.data.messages import (
@@ -43,6 +46,7 @@ from internvl.errors import BadImage
 MAX_FRAMES = 10_000_000
 """Most frames of a video, a day at 115 a second: edit lists can repeat a few without end."""
 
+_TRUNCATED = "the file is truncated, copy or download it again"
 _ANIMATIONS = (".gif", ".webp", ".png", ".apng")
 _MICROSECONDS = 1_000_000
 _LATE_S, _SAME_S = 0.1, 1e-6
@@ -227,8 +231,38 @@ def _part(video: Video, num_frames: int, fps: float, times_s: np.ndarray | None)
 def _decoded_frames(
     video: Video, config: VideoConfig, draw: np.random.Generator
 ) -> list[Image.Image]:
-    name, source, draw_again = name_of(video.path), _source(video.path), copy.deepcopy(draw)
+    source = _source(video.path)
+    try:
+        return _frames_of(source, video, config, draw)
+    except BadImage as bad:
+        if bad.__cause__ is None:  # not PyAV's, but a sentence of our own
+            raise
+        meaning = _described(source)
+        if meaning is None:
+            raise
+        raise BadImage(f"{name_of(video.path)}: {meaning}") from bad.__cause__
+
+
+def _described(source: str | bytes) -> str | None:
+    """What a file that PyAV cannot read really is and what to do about it, None where unknown."""
+    head = source[:HEAD] if isinstance(source, bytes) else read_head(source)
+    meaning = files.describe_media(head, "video")
+    if meaning is not None:
+        return meaning
+    try:
+        with opened(source, "video") as image:
+            return f"an image ({image.format}), not a video: name it under `image`"
+    except BadImage:
+        return None
+
+
+def _frames_of(
+    source: str | bytes, video: Video, config: VideoConfig, draw: np.random.Generator
+) -> list[Image.Image]:
+    name, draw_again = name_of(video.path), copy.deepcopy(draw)
     with _open(source, name) as (container, stream):
+        if "matroska" in container.format.name:
+            _check_whole(source, name)
         timing = _shown(container, stream, name)
         wanted = _choose(video, timing, config, draw)
         if timing.rewind is not None:  # saves half of the time to open a short video twice
@@ -320,7 +354,7 @@ def _shown(container: Any, stream: Any, name: str) -> _Timing:
             raise BadImage(f"{name} has more than {MAX_FRAMES:,} frames; cut it")
     declared_s = (container.duration or 0) / _MICROSECONDS
     if num_packets < expected or (matroska and end_s < 0.9 * declared_s):
-        raise BadImage(f"{name} ends earlier than its header says; the file is truncated")
+        raise BadImage(f"{name} ends earlier than its header says; {_TRUNCATED}")
     if not shown:
         raise BadImage(f"{name} has no frame to show; replace the file")
     with foreign(name, "video"):
@@ -328,6 +362,38 @@ def _shown(container: Any, stream: Any, name: str) -> _Timing:
     begins_s = (container.start_time or 0) / _MICROSECONDS
     fps = fps if 0 < fps < 1e6 else 0.0
     return _Timing(shown, float(stream.time_base or 0), begins_s, fps, rewind)
+
+
+def _check_whole(source: str | bytes, name: str) -> None:
+    """Raises BadImage for a Matroska or WebM file that is shorter than its segment says.
+
+    Counting and timing packets would miss a few lost ones, and frames would change in silence.
+    """
+    if isinstance(source, bytes):
+        head, size = source[:HEAD], len(source)
+    else:
+        head, size = read_head(source), os.path.getsize(source)
+    header = _ebml_element(head, 0)
+    segment = None if header is None else _ebml_element(head, header)
+    if segment is not None and size < segment:
+        raise BadImage(f"{name} ends earlier than its header says; {_TRUNCATED}")
+
+
+def _ebml_element(head: bytes, start: int) -> int | None:
+    """Where an EBML element that begins at `start` ends, None where it does not say: a stream that
+    was written without going back has a size of nothing but ones.
+
+    An identifier's and a size's leading zero bits count the bytes that follow their first one.
+    """
+    if start >= len(head):
+        return None
+    place = start + 9 - head[start].bit_length()
+    if place >= len(head) or not head[place]:
+        return None
+    length = 9 - head[place].bit_length()
+    unknown = (1 << 7 * length) - 1
+    value = int.from_bytes(head[place : place + length], "big") & unknown
+    return None if value == unknown else place + length + value
 
 
 def _has_index(container: Any) -> bool:

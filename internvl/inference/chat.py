@@ -73,7 +73,8 @@ class Chat:
             UserError: with beam search, whose text is known at the end only.
         """
         chosen = Settings.of(max_new_tokens=max_new_tokens, **settings)
+        known = configs.chat_settings(self.model.config)
         prompt = generate.encode(
-            request, self.encoder, self.tiles, exif=configs.chat_settings(self.model.config)["exif"]
+            request, self.encoder, self.tiles, exif=known["exif"], normalize=known["normalize"]
         )
         return generate.stream(self.model, self.encoder, prompt, chosen)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import BinaryIO, cast
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from internvl.data.arguments import (
     list_texts,
     not_a_text,
 )
-from internvl.data.images import FileSlice, as_rgb
+from internvl.data.images import FileSlice, rgb_at
 from internvl.data.pairs import (
     CaptionEncoder,
     center_square,
@@ -35,15 +35,15 @@ from internvl.data.pairs import (
     square,
 )
 from internvl.data.tokenizers import decode
-from internvl.errors import BadImage, ModelFolderError, UserError
+from internvl.errors import ModelFolderError, UserError
 from internvl.models.dual.beam_search import Search
 from internvl.models.dual.model import DualModel, Mode
 from internvl.models.vision import normalize_tiles
 
-Picture = str | Path | bytes | FileSlice | Image.Image | np.ndarray
+Picture = str | Path | bytes | BinaryIO | FileSlice | Image.Image | np.ndarray
 Pictures = Sequence[Picture] | Picture | Tensor
-"""Paths, encoded files, opened images and uint8 arrays (H, W, 3); or all of them normalized
-already, (B, 3, S, S). One alone is a row of its own."""
+"""Paths, `data:` addresses, encoded files, file objects, opened images and uint8 arrays (H, W, 3);
+or all of them normalized already, (B, 3, S, S). One alone is a row of its own."""
 Captions = Sequence[str] | str | Tensor
 """Strings, or token ids padded with 0, int64 (R, L). One alone is a row of its own."""
 
@@ -346,14 +346,7 @@ def _read_ahead(
     shape = center_square if crop else square
 
     def read(number: int) -> Tensor:
-        image = images[number]
-        try:
-            opened = as_rgb(image)
-        except BadImage as error:
-            named, reason = "", str(error)
-            if isinstance(image, str | Path | FileSlice):  # the name is said once
-                named, reason = f" ({image})", reason.removeprefix(f"{image}: ")
-            raise BadImage(f"image {number}{named}: {reason}") from None
+        opened = rgb_at(f"image {number}", images[number])
         opened = Image.fromarray(opened) if isinstance(opened, np.ndarray) else opened
         return shape(opened, size)
 

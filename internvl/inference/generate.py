@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -20,11 +20,10 @@ from torch import Tensor
 from internvl.config import TilesConfig
 from internvl.data.arguments import check_number, check_whole, list_images, listed, nearest
 from internvl.data.chat import ChatEncoder
-from internvl.data.images import STATISTICS, Exif, FileSlice, Triple, as_rgb
+from internvl.data.images import STATISTICS, Exif, FileSlice, Triple, rgb_at
 from internvl.data.messages import (
     IMAGE_MARK,
     VIDEO_MARK,
-    from_base64,
     from_openai,
     has_marks,
     in_order,
@@ -32,13 +31,13 @@ from internvl.data.messages import (
 from internvl.data.records import Message
 from internvl.data.tiles import tile_images
 from internvl.data.tokenizers import decode
-from internvl.errors import BadImage, BadSample, UserError
+from internvl.errors import BadSample, UserError
 from internvl.models import configs
 from internvl.models.vision import normalize_tiles
 
-Picture = str | Path | bytes | FileSlice | Image.Image | np.ndarray | Tensor
-"""A path, `data:` address or encoded file; an opened image, uint8 array (H, W) or (H, W, C) or
-tensor (C, H, W); or an image's normalized tiles, float (N, 3, S, S)."""
+Picture = str | Path | bytes | BinaryIO | FileSlice | Image.Image | np.ndarray | Tensor
+"""A path, `data:` address, encoded file or file object; an opened image, uint8 array (H, W) or
+(H, W, C) or tensor (C, H, W); or an image's normalized tiles, float (N, 3, S, S)."""
 
 
 @dataclass(frozen=True)
@@ -192,8 +191,13 @@ def encode(
     name: str = "request",
     *,
     exif: Exif = "ignore",
+    normalize: str = "imagenet",
 ) -> Prompt:
     """Opens a request's images and renders its prompt; `name` is what messages call it.
+
+    Args:
+        normalize: a key of STATISTICS; its mean is the colour that `tiles.pad_square` pads with,
+            as in training.
 
     Raises:
         BadImage: an image cannot be read.
@@ -201,7 +205,7 @@ def encode(
         UserError: tiles of another shape, or beside images.
     """
     messages, images = _conversation(request, encoder, name)
-    pixels, per_image = _tiles(images, tiles, name, exif)
+    pixels, per_image = _tiles(images, tiles, name, exif, STATISTICS[normalize][0])
     ids = encoder.prompt(_with_marks(messages, len(per_image)), per_image, name)
     return Prompt(ids, pixels)
 
@@ -220,7 +224,7 @@ def _conversation(
 
 
 def _tiles(
-    images: Sequence[Any], config: TilesConfig, name: str, exif: Exif
+    images: Sequence[Any], config: TilesConfig, name: str, exif: Exif, mean: Triple
 ) -> tuple[Tensor | None, tuple[int, ...]]:
     """(all tiles or None, tiles of each image)."""
     given = [i for i in images if isinstance(i, Tensor) and (i.dim() > 3 or i.is_floating_point())]
@@ -232,19 +236,9 @@ def _tiles(
                 "one for every image of the request"
             )
         return torch.cat(given), tuple(map(len, given))
-    opened = [_open(image, f"{name}: image {number}", exif) for number, image in enumerate(images)]
-    cut = tile_images(opened, config, config.max)
+    opened = [rgb_at(f"{name}: image {n}", image, exif) for n, image in enumerate(images)]
+    cut = tile_images(opened, config, config.max, mean=mean)
     return (None, ()) if cut is None else (cut.pixels, cut.per_image)
-
-
-def _open(image: Any, name: str, exif: Exif) -> Any:
-    """RGB of one image. Raises BadImage that begins with `name`."""
-    if isinstance(image, str) and image.startswith("data:"):
-        image = from_base64(name, image)
-    try:
-        return as_rgb(image, exif)
-    except BadImage as error:
-        raise BadImage(f"{name}: {error}") from None
 
 
 def answers(
@@ -269,12 +263,13 @@ def answers(
     names = [f"requests[{i}]" for i in range(len(requests))] if len(requests) > 1 else ["request"]
     for request, name in zip(requests, names, strict=False):
         _conversation(request, encoder, name)
-    exif = configs.chat_settings(model.config)["exif"]
+    known = configs.chat_settings(model.config)
+    pixels = {key: known[key] for key in ("exif", "normalize")}
     found: list[str | None] = [None] * len(requests)
     window = batch_size * 8
     for start in range(0, len(requests), window):
         indices = range(start, min(start + window, len(requests)))
-        prompts = {i: encode(requests[i], encoder, tiles, names[i], exif=exif) for i in indices}
+        prompts = {i: encode(requests[i], encoder, tiles, names[i], **pixels) for i in indices}
         order = sorted(indices, key=lambda i: -len(prompts[i].input_ids))
         for batch in _batches(order, batch_size):
             texts = generate(model, encoder, [prompts[i] for i in batch], settings)

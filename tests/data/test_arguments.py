@@ -1,5 +1,9 @@
 """Arguments: one is a list of one, collections keep their order, numbers are in range."""
 
+import io
+import mmap
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +19,7 @@ from internvl.data.arguments import (
     nearest,
 )
 from internvl.data.images import FileSlice
-from internvl.errors import ConfigError, UserError
+from internvl.errors import BadImage, ConfigError, UserError
 from internvl.evals import metrics
 from internvl.models.adapters import lora
 
@@ -72,6 +76,28 @@ def test_one_image_is_a_list_of_one(image):
     assert found is image
     assert list_images([image, image])[1] is image
     assert len(list_images(iter([image] * 3))) == 3
+
+
+def test_a_file_object_is_one_image(tmp_path):
+    """Not its lines; read at once, so that a closed file or a second reading changes nothing."""
+    data = b"\x89PNG\n\x00\n"
+    (tmp_path / "a.png").write_bytes(data)
+    behind = io.BytesIO(data)
+    behind.seek(0, 2)  # as after `image.save(buffer)`
+    with open(tmp_path / "a.png", "rb") as file, open(tmp_path / "a.png", "rb", 0) as raw:
+        for given in (file, raw, behind):
+            assert list_images(given) == [data]
+            assert list_images([given, given]) == [data] * 2
+    (mapped,) = list_images(mmap.mmap(-1, 3))
+    assert mapped == bytes(3)
+    for given, says in (
+        (file, "a.png: the file object cannot be read .*closed file.*; open it again"),
+        (io.StringIO("x"), 'gives text, not bytes; open it with mode "rb"'),
+        (io.TextIOWrapper(io.BytesIO(data)), 'gives text, not bytes; open it with mode "rb"'),
+        (types.SimpleNamespace(read=lambda: 3), "gives int, not bytes"),
+    ):
+        with pytest.raises(BadImage, match=says):
+            list_images(given)
 
 
 def test_several_images():

@@ -216,6 +216,21 @@ def test_what_is_wrong_in_coco_files(
         assert len([s for s in samples if isinstance(s, BadSample)]) == len(file.problems)
 
 
+@pytest.mark.parametrize("name", ["a.png", "./a.png", "b/../a.png", ".//a.png"])
+def test_a_file_under_two_ids_is_named_however_it_is_spelled(root: Path, name: str) -> None:
+    images = [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": name}]
+    texts = [{"id": n, "image_id": n, "caption": f"caption {n}"} for n in (1, 2)]
+    file = read(root / "c.json", json.dumps({"images": images, "annotations": texts}))
+    assert pairs_of(file) == [("a.png", "caption 1")]
+    also = "" if name == "a.png" else " (a.png)"
+    assert said(file) == [
+        f"images entry 2: {name} is the file of image 1{also} too; give the captions of image 2 "
+        "the id 1 and remove this entry (1 caption(s) of it)"
+    ]
+    lines = read(root / "c.csv", f"image,caption\na.png,one\n{name},two\n")
+    assert pairs_of(lines) == [("a.png", "one"), ("a.png", "two")]
+
+
 def test_negative_ids_and_unused_keys_are_read(root: Path) -> None:
     content = coco([{**A, "id": -3, "width": float("nan")}], (-3, "red"))
     assert pairs_of(read(root / "c.json", content)) == GOOD[:1]
@@ -226,6 +241,13 @@ def test_negative_ids_and_unused_keys_are_read(root: Path) -> None:
     [
         ("c.json", '{"images": {}, "annotations": []}', "`images` must be a list, not an object"),
         ("c.json", '{"annotations": []}', "key 'images' missing"),
+        ("c.json", "", "c.json is empty; fetch it again"),
+        ("c.jsonl", " \n", "c.jsonl is empty; fetch it again"),
+        ("c.json", "<!doctype html>\n", "c.json: a web page, such as a login or an error"),
+        ("c.jsonl", "<html>\n</html>", "c.jsonl: a web page, such as a login or an error"),
+        ("c.csv", "image;caption\na.png;red\n", "are separated by `;`, save it with commas"),
+        ("c.csv", "a.png;red\nb.png;blue\n", "are separated by `;`, save it with commas"),
+        ("c.csv", "sep=,\nimage,caption\na.png,red\n", "remove the line `sep=,`, which only Excel"),
         ("c.json", '{"images": [], "images": [], "annotations": []}', "'images' is there twice"),
         ("c.json", "3", "is neither a COCO caption file"),
         ("c.json", '{"images": [{}], "dataset": "x"}', "has no split 'test'; its images name no"),

@@ -1,5 +1,6 @@
 """Pictures as the original reads them; what cannot be read is named."""
 
+import base64
 import io
 import os
 import struct
@@ -119,7 +120,7 @@ def test_slices_and_missing_files(tmp_path):
         (tmp_path / "no.png", "there is no image"),
         (tmp_path, "is a folder"),
         (b"", "is empty"),
-        (b"<html>", "not an image Pillow knows"),
+        (b"<html>", "a web page"),
         (data[: len(data) // 2], "cannot be decoded"),
         (f"file://{tmp_path}/no.png", "there is no image file:"),
         ("memory://no.png", "there is nothing at"),
@@ -152,6 +153,25 @@ def test_paths_stay_inside(root, path, joined):
         assert join_inside(root, path) == joined
 
 
+def test_a_lost_image_may_be_there_in_another_spelling(tmp_path):
+    for name in ("a.png", "caf\u00e9.png"):
+        picture(tmp_path / name)
+    for name, hint in (
+        ("A.PNG", "; there is a.png in the folder, write it so"),
+        ("cafe\u0301.png", "; there is caf\u00e9.png in the folder, write it so"),
+        (r"sub\a.png", f"; its name has backslashes, as Windows has; write {tmp_path}/sub/a.png"),
+        *(("b.png", ""), ("none/a.png", "")),
+    ):
+        with pytest.raises(BadImage) as caught:
+            open_rgb(tmp_path / name)
+        assert str(caught.value) == f"there is no image {tmp_path}/{name}{hint}"
+    picture(tmp_path / "b.PNG")  # since the folder was listed
+    with pytest.raises(BadImage, match=r"there is b\.PNG in the folder"):
+        open_rgb(tmp_path / "b.png")
+    picture(tmp_path / r"sub\a.png")
+    assert open_rgb(tmp_path / r"sub\a.png").size
+
+
 READ = (
     *("cmyk.jpg", "gray.jpg", "gray16.png", "rgb16.png", "palette_alpha.png", "rgba_gradient.png"),
     *("animated.gif", "animated.webp", "webp_named_jpg.jpg", "png_named_jpeg.jpeg"),
@@ -164,7 +184,7 @@ NAMED = {
     "truncated_tail.jpg": "truncated",
     "truncated_header.jpg": "cannot be decoded",
     "zero_byte.jpg": "empty",
-    "not_an_image.jpg": "not an image",
+    "not_an_image.jpg": "a web page",
     "random_bytes.png": "not an image",
     "bomb_28000x28000.png": "exceeds the limit",
     "bomb_header_only.png": "exceeds the limit",
@@ -247,6 +267,8 @@ def test_whatever_holds_an_image_becomes_rgb(tmp_path):
     for image, pixels in (
         *((file, colors), (str(file), colors), (data, colors), (bytearray(data), colors)),
         (FileSlice(str(file), 0, len(data), "x"), colors),
+        (f"data:image/png;base64,{base64.b64encode(data).decode()}", colors),
+        (io.BytesIO(data), colors),
         *((colors, colors), (gray, three), (gray[:, :, 0], three)),
         (np.concatenate([colors, alpha], 2), colors),
         *((colors[::-1], colors[::-1]), (np.asfortranarray(colors), colors)),
@@ -275,12 +297,54 @@ def test_whatever_holds_an_image_becomes_rgb(tmp_path):
         (Image.new("F", (3, 3)), "32 bits a channel"),
         (Image.new("RGB", (0, 3)), "is empty"),
         (None, "not NoneType"),
+        ("", "^the path of the image is empty; write the file's name"),
+        ("data:image/png;base64,é", "^an image is not base64"),
+        ("data:image/png;base64,aGVsbG8=", "^not an image Pillow knows; replace it$"),
         (["x.png"], "not list"),
     ],
 )
 def test_what_is_no_image_is_refused(image, says):
     with pytest.raises(BadImage, match=says):
         images.as_rgb(image)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 12\n"
+OTHER_FILES = [
+    (LFS, "a Git LFS pointer instead of the file: run `git lfs pull` in its folder"),
+    (b"\n<!DOCTYPE HTML>\n<html>Login</html>", "a web page, such as a login or an error: download"),
+    (b"\0\0\0\x18ftypheic\0\0\0\0mif1", "a HEIC image: convert it to JPEG or PNG"),
+    (b"\0\0\0\x18ftypmif1\0\0\0\0heic", "a HEIC image: convert it to JPEG or PNG"),
+    (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(64), "a JPEG XL image: convert it to JPEG or PNG"),
+    (b"\xff\x0a" + bytes(range(64)), "a JPEG XL image: convert it to JPEG or PNG"),
+    (b"<?xml version='1.0'?>\n<svg/>", "an SVG drawing: save it as PNG"),
+    (b"<?xml version='1.0'?>\n<Error/>", "an XML answer, such as a server's error: download it"),
+    (b'{"error": "no such key"}', "JSON, such as a server's error: download it again"),
+    (b"\0\0\0\x18ftypisom\0\0\0\0", "a video (MP4 or QuickTime), not an image: name it as a video"),
+    (bytes(2000), "nothing but zero bytes where its content should begin: download it again"),
+    (b"hello, world", "not an image Pillow knows; replace the file"),
+]
+
+
+@pytest.mark.parametrize(("data", "says"), OTHER_FILES)
+def test_what_is_another_file_is_named_as_such(tmp_path, data, says):
+    """As a file, as bytes, in a tar."""
+    file = tmp_path / "a.png"
+    file.write_bytes(b"before" + data)
+    in_tar = FileSlice(str(file), 6, len(data), "0001.png")
+    with pytest.raises(BadImage) as caught:
+        open_rgb(in_tar)
+    again = "" if "replace the file" in says else ", then write the tar again"
+    assert str(caught.value).startswith(f"0001.png in {file}: {says}")
+    assert str(caught.value).endswith(again)
+    file.write_bytes(data)
+    with pytest.raises(BadImage) as caught:
+        open_rgb(str(file))
+    assert str(caught.value).startswith(f"{file}: {says}")
+    with pytest.raises(BadImage) as caught:
+        images.as_rgb(data)
+    assert str(caught.value).startswith(
+        says.replace("the file", "it") if "Pillow" in says else says
+    )
 
 
 UPRIGHT = np.random.default_rng(5).integers(0, 256, (40, 64, 3), dtype=np.uint8)
@@ -372,7 +436,7 @@ def test_whatever_a_decoder_raises_names_the_file(monkeypatch, tmp_path, error):
     for read in (open_rgb, read_rgb, images.as_rgb):
         with pytest.raises(BadImage, match=r"x\.png: the image cannot be decoded \(.+\); replace"):
             read(file)
-    with pytest.raises(BadImage, match=r"^the image cannot be decoded \(.+\); replace the file$"):
+    with pytest.raises(BadImage, match=r"^the image cannot be decoded \(.+\); replace it$"):
         images.as_rgb(Image.open(file))
 
 

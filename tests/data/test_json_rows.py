@@ -82,6 +82,7 @@ INDENTED = json.dumps(ROWS[0], indent=1)
 ONE_A_LINE = r"; write one JSON object a line \(JSON Lines\), or one JSON list of all"
 UNUSABLE = [
     ("[]", "is empty; it holds no sample"),
+    (f"{ONE}\r{ONE}\r", r"has the line ends of old Macs \(CR alone\); save it with LF or CRLF"),
     (" [ ]\n", "is empty; it holds no sample"),
     (PRETTY[:-30], "entry 4: not JSON .* the file may be cut off"),
     (PRETTY[:-2], "entry 4: no comma and no `]` after it"),

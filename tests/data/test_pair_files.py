@@ -215,11 +215,10 @@ def test_duplicate_ids_and_pictures_without_captions(root: Path) -> None:
         "c.json annotation 13: there is no image 99 under `images`",
         "c.json images entries 2 and 3: the id 2 is there already: entry 2 is 2.jpg, entry 3 is "
         "3.jpg; give every image an id of its own (2 caption(s) of it)",
-        "c.json image 3: 1.jpg has no caption; write one or remove the image",
+        "c.json images entry 4: 1.jpg is the file of image 1 too; give the captions of image 3 the "
+        "id 1 and remove this entry",
         "c.json image 4: 3.jpg has no caption; write one or remove the image",
-        "c.json image 1)",
     ]
-    assert "c.json image 3: 1.jpg is there already" in str(found.problems[4])
     assert found.texts == ("one, red", "Also one")
 
 

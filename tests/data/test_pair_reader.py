@@ -109,6 +109,20 @@ def test_negatives_come_from_every_source_and_not_from_the_same_picture(tmp_path
     assert str(bad).startswith(f"{tmp_path}/a.txt line 1: 100 draws found no caption of another")
 
 
+def test_a_bad_line_is_the_cause_where_no_other_caption_is_left(tmp_path, encoder):
+    for name in ("1.jpg", "2.jpg"):
+        Image.new("RGB", (40, 40), "red").save(tmp_path / name)
+    path = tmp_path / "a.txt"
+    path.write_text("1.jpg,red\n2.jpg,\n", encoding="utf-8")
+    made = PairReader([source(path, tmp_path)], encoder, 28, seed=0)
+    (bad,) = made[ref(1)].bad
+    (follows,) = made[ref(0)].bad
+    assert str(bad) == f"{path} line 2: the caption is empty; write it or remove it"
+    assert str(follows) == (
+        f"{path} line 1: no good caption of another picture is left; first mend {bad}"
+    )
+
+
 def test_captions_to_be_written(project, encoder):
     """The prompt's last token is supervised too, and the whole stays within 80 tokens."""
     pair = only(reader(project, encoder, written=True)[ref(0)])

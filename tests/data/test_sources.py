@@ -92,6 +92,19 @@ CHAT_PROBLEMS = [
     ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "a part of type 'audio'"),
     (chat_line("x", "y", image=3), "`image` must be a path"),
     (chat_line("x", "y", image="../a.jpg"), "leaves the image folder"),
+    (
+        chat_line("x", "y", image="https://h.org/a.jpg"),
+        "https://h.org/a.jpg is an address, and files are named from the image folder '.' on; "
+        "download it there and write its path",
+    ),
+    (chat_line("x", "y", image="file:///d/a.jpg"), "write its path without `file://`"),
+    (chat_line("x", "y", video="s3://d/a.mp4"), "s3://d/a.mp4 is an address, and files are"),
+    (chat_line("x", "y", image=["a.jpg", " "]), "`image[1]` is an empty path; write the file's"),
+    (chat_line("x", "y", image="  "), "`image` is an empty path; write the file's name or remove"),
+    (
+        json.dumps(chat_line("x", "y")).encode() + b",",
+        "not JSON (a comma stands after it; JSON Lines has none between lines, remove it)",
+    ),
     (chat_line("x", "y", image="a.jpg", video="b.mp4"), "images and videos"),
     (chat_line("x", "y", video="b.mp4", clip=[3, 1]), "`clip` must be [start, end] in seconds"),
     (openai([{"type": "image", "image": "data:image/png;base64,?"}]), "is not base64"),

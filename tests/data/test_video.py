@@ -4,6 +4,7 @@ import os
 import struct
 from fractions import Fraction
 
+import fsspec
 import numpy as np
 import pytest
 from data_files import SHARED, picture
@@ -166,10 +167,10 @@ def seen(frames):
     return [round(np.asarray(frame).mean() / 6) for frame in frames]
 
 
-def numbered(path, num_frames=40, codec="mpeg4", times_ms=None, **options):
+def numbered(path, num_frames=40, codec="mpeg4", times_ms=None, container=None, **options):
     """A video whose frame i has the gray level 6 i, shown at i / 10 s or at `times_ms`."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=10, options=options)
+    with av.open(str(path), "w", container_options=container or {}) as out:
+        stream = out.add_stream(codec, rate=10, options=options)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         stream.bit_rate = 4_000_000
         if times_ms is not None:
@@ -178,8 +179,8 @@ def numbered(path, num_frames=40, codec="mpeg4", times_ms=None, **options):
             frame = av.VideoFrame.from_image(Image.new("RGB", (64, 48), (6 * number,) * 3))
             if times_ms is not None:
                 frame.pts, frame.time_base = times_ms[number], Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
     return path
 
 
@@ -327,7 +328,7 @@ def test_a_video_shorter_than_a_step_is_its_middle_frame():
 def test_clip_of_a_part_or_beyond_all_measure(tmp_path):
     path = clip(tmp_path / "x.mp4")
     assert levels(video.read_frames(Video(path, 0.32, 0.36), exactly(1), draw())) == [3]
-    for end in (float("inf"), 1e300):
+    for end in (1e9, 1e300):
         with pytest.raises(BadImage, match="but the video lasts 2.00 s"):
             video.read_frames(Video(path, 0.0, end), exactly(1), draw())
 
@@ -366,18 +367,52 @@ def test_files_that_are_no_video_or_end_early(tmp_path):
     (tmp_path / "empty.mp4").write_bytes(b"")
     (tmp_path / "text.mp4").write_bytes(b"version https://git-lfs.github.com/spec/v1\n" * 3)
     (tmp_path / "text.gif").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    (tmp_path / "page.mp4").write_bytes(b"<!DOCTYPE html><html>Login</html>")
+    (tmp_path / "xl.mp4").write_bytes(b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(64))
+    whole = numbered(tmp_path / "whole.mp4").read_bytes()  # its index is the end
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    Image.new("RGB", (64, 48)).save(tmp_path / "still.mp4", "TIFF")
     for name, says in (
         ("half.mkv", "ends earlier than its header says; the file is truncated"),
         ("sound.mka", "has no video stream"),
         ("pipe.mp4", "is a pipe or a device"),
-        ("empty.mp4", "the video cannot be decoded"),
-        ("text.mp4", "the video cannot be decoded"),
-        ("text.gif", "not an image Pillow knows"),
+        ("empty.mp4", r"empty \(0 bytes\): the download did not finish, download it again$"),
+        ("text.mp4", "a Git LFS pointer instead of the file: run `git lfs pull` in its folder$"),
+        ("text.gif", "a Git LFS pointer instead of the file: run `git lfs pull` in its folder$"),
+        ("page.mp4", "a web page, such as a login or an error: download it again$"),
+        ("xl.mp4", "a JPEG XL image: convert it to JPEG or PNG$"),
+        ("cut.mp4", "the video cannot be decoded .*; replace the file$"),
+        ("still.mp4", r"an image \(TIFF\), not a video: name it under `image`$"),
         ("x\0.mp4", "cannot be read"),
     ):
         with pytest.raises(BadImage, match=says) as caught:
             video.read_frames(Video(str(tmp_path / name)), exactly(3), draw())
         assert str(caught.value).count(name) == 1
+
+
+@pytest.mark.parametrize("percent", [70, 95, 97, 99])
+@pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
+def test_a_matroska_file_of_fewer_bytes_than_it_says(tmp_path, codec, percent):
+    """Frames that others refer to may be lost without a gap at the end of their times."""
+    path = numbered(tmp_path / "x.mkv", num_frames=20, codec=codec)
+    data = path.read_bytes()
+    cut = data[: len(data) * percent // 100]
+    (tmp_path / "cut.mkv").write_bytes(cut)
+    for name in ("cut.mkv", "memory://cut.mkv"):
+        if "://" in name:
+            fsspec.filesystem("memory").pipe("/cut.mkv", cut)
+        given = name if "://" in name else str(tmp_path / name)
+        with pytest.raises(BadImage, match="cut.mkv ends earlier than its header says; .* again$"):
+            video.read_frames(Video(given), exactly(20, "middle"), draw())
+
+
+def test_a_matroska_stream_that_does_not_say_its_size(tmp_path):
+    """Written without going back, it is measured by its times alone; more behind it is no harm."""
+    wanted = seen(video.read_frames(Video(str(numbered(tmp_path / "x.mkv"))), exactly(9), draw()))
+    live = numbered(tmp_path / "live.mkv", container={"live": "1"})
+    (tmp_path / "more.mkv").write_bytes((tmp_path / "x.mkv").read_bytes() + bytes(99))
+    for path in (live, tmp_path / "more.mkv"):
+        assert seen(video.read_frames(Video(str(path)), exactly(9), draw())) == wanted
 
 
 def test_streams_that_cannot_go_back(tmp_path):

@@ -1,5 +1,6 @@
 """The Dual handle as a user holds it: pictures of every kind, strings, and what goes wrong."""
 
+import base64
 import io
 
 import accelerate
@@ -135,8 +136,13 @@ def test_beams_are_scored_by_their_mean_unless_asked_otherwise(dual):
 
 def test_a_picture_that_cannot_be_read_is_named(dual, images, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(encoded(images[0])[:200])
-    with pytest.raises(BadImage, match=r"image 1 \(.*broken.jpg\): the image cannot be decoded"):
+    with pytest.raises(BadImage, match=r"^image 1: .*broken.jpg: the image cannot be decoded"):
         dual.encode_images([images[0], tmp_path / "broken.jpg"])
+    with pytest.raises(BadImage) as caught:
+        dual.encode_images(f"data:image/png;base64,{'é' * 5000}")
+    assert len(str(caught.value)) < 200
+    with pytest.raises(BadImage, match="^image 0: the path of the image is empty; write"):
+        dual.encode_images("")
     with pytest.raises(BadImage, match="image 0: not an image"):
         dual.encode_images([b"no picture"])
     with pytest.raises(BadImage, match="there is no image"):
@@ -150,7 +156,9 @@ def test_one_text_or_image_is_one_row(dual, images, tmp_path):
     wanted, seen = dual.encode_texts([text]), dual.encode_images([images[0]])
     for given in (text, np.str_(text), (text,), iter([text]), np.array([text]), np.array(text)):
         assert torch.equal(dual.encode_texts(given), wanted)
-    one = [images[0], path, str(path), encoded(images[0]), array, array[None]]
+    address = f"data:image/png;base64,{base64.b64encode(encoded(images[0])).decode()}"
+    one = [images[0], path, str(path), encoded(images[0]), array, array[None], address]
+    one += [io.BytesIO(encoded(images[0]))]
     pixels = normalize_tiles(square(images[0], 84)[None], torch.float32)
     for given in (*one, [array], iter([path]), np.array([str(path)]), pixels, pixels[0]):
         assert torch.equal(dual.encode_images(given), seen)

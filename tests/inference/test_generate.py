@@ -1,6 +1,8 @@
 """Answers: those of the original's chat(); batches, streams, beams and samples of our own."""
 
 import base64
+import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +17,9 @@ from chat_folders import (
 )
 from PIL import Image
 
+from internvl.config import TilesConfig
 from internvl.data.chat import ChatEncoder
+from internvl.data.images import STATISTICS
 from internvl.data.records import Message, Sample
 from internvl.data.templates import TEMPLATES
 from internvl.data.tokenizers import load_tokenizer
@@ -257,6 +261,7 @@ def test_an_image_is_the_same_however_a_request_gives_it(chat, tmp_path):
     wanted = generate.encode(Request(question, [image]), chat.encoder, chat.tiles)
     path = tmp_path / "a.png"
     one = [image, str(path), path, data, array, address, torch.tensor(array).movedim(-1, 0)]
+    one.append(io.BytesIO(data))
     given = [*one, *([i] for i in one), array[None], (image,), iter([path]), np.array([str(path)])]
     requests = [Request(question, images) for images in given]
     for part in ({"image": image}, {"image": array}, {"path": path}, {"url": str(path)}):
@@ -273,6 +278,25 @@ def test_an_image_is_the_same_however_a_request_gives_it(chat, tmp_path):
     two = Request(question, np.stack([array, array]))
     with pytest.raises(BadSample, match="1 <image> mark.* but 2 image"):
         chat.answer([two])
+
+
+@pytest.mark.parametrize("normalize", STATISTICS)
+def test_a_square_is_padded_in_the_colour_of_training(chat, normalize, monkeypatch):
+    """The mean of the statistics that the model's pixels are normalized with."""
+    square = TilesConfig(size=chat.tiles.size, max=1, pad_square=True)
+    own = replace(chat, tiles=square)
+    monkeypatch.setitem(own.model.config.internvl, "normalize", normalize)
+    seen = []
+    monkeypatch.setattr(generate, "generate", lambda m, e, prompts, s: seen.extend(prompts) or [""])
+    monkeypatch.setattr(generate, "stream", lambda m, e, prompt, s: seen.append(prompt))
+    request = Request([{"role": "user", "content": "What?"}], Image.new("RGB", (90, 30)))
+    own.answer([request])
+    own.stream(request)
+    color = torch.tensor([int(255 * channel) for channel in STATISTICS[normalize][0]])
+    for prompt in seen:
+        assert prompt.tiles.shape[0] == 1
+        assert prompt.tiles[0, :, 0, 0].tolist() == color.tolist()
+    assert len(seen) == 2
 
 
 def test_parts_and_images_are_in_the_order_of_their_marks(chat):
@@ -299,8 +323,10 @@ def test_an_image_that_cannot_be_read_is_named_with_its_request(chat, tmp_path):
     floats = Request([{"role": "user", "content": "Hi"}], np.zeros((9, 9, 3)))
     with pytest.raises(BadImage, match="^request: image 0: .*uint8"):
         chat.answer(floats)
-    with pytest.raises(BadSample, match="^request: image 0: an image is not base64"):
+    with pytest.raises(BadImage, match="^request: image 0: an image is not base64"):
         chat.answer(Request(good.messages, "data:image/png;base64,é"))
+    with pytest.raises(BadImage, match="^request: image 1: the path of the image is empty; write"):
+        chat.answer(Request(good.messages, [PICTURES[0], ""]))
     with pytest.raises(UserError, match="images: a set has no places; give a list"):
         Request(good.messages, {"a.png"})
 
