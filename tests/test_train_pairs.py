@@ -226,7 +226,8 @@ def test_bad_pairs_are_raised_or_listed(project, tmp_path):
 
 RANKS = """
 from pathlib import Path
-from internvl import recipes, train
+from internvl import train
+from internvl.config import recipes
 
 train.run(recipes.load_recipe(Path({recipe!r}), {settings!r}))
 """

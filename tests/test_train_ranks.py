@@ -13,26 +13,29 @@ from internvl.config import recipes
 GRADIENT = """
 import json
 import torch
-from internvl import parallel, recipes, train
+from internvl import train
+from internvl.config import recipes
+from internvl.parallel import gradients
 
 recipe = recipes.load_recipe({recipe!r}, {settings!r})
 run = train.build(recipe)
 run.optimizer = torch.optim.SGD([p for p in run.model.parameters() if p.requires_grad], lr=0.0)
-kept = parallel.clip_gradients
+kept = gradients.clip_gradients
 
 def keep(parameters, limit):
     norm = kept(parameters, 1e9)
     torch.save([p.grad for p in parameters], {to!r} + str(train.dist.rank()) + ".pt")
     return norm
 
-parallel.clip_gradients = keep
+gradients.clip_gradients = keep
 step = next(train._steps(run))
 train.train_step(run, step.batches)
 print(json.dumps([name for row in step.batches for name in row.names]))
 """
 
 TRAIN = """
-from internvl import recipes, train
+from internvl import train
+from internvl.config import recipes
 
 train.run(recipes.load_recipe({recipe!r}, {settings!r}))
 """

@@ -9,7 +9,6 @@ from chat_folders import IMAGE_TOKEN_ID, golden_folder, official_folder
 from torch import nn
 from transformers import LlamaConfig
 
-from internvl import parallel
 from internvl.compute import backends, compilation, feeding, kernels, memory, placement
 from internvl.config import ComputeConfig, DataConfig, LoraConfig
 from internvl.data.records import PackedBatch
@@ -112,7 +111,7 @@ def test_heads_of_other_sizes_are_left_to_flex(heads, kind):
 def test_what_fails_to_compile_is_blamed_on_flash_alone(monkeypatch):
     with pytest.raises(TypeError, match="ours"), compilation.compiling(ComputeConfig(), CPU):
         raise TypeError("ours")
-    monkeypatch.setattr(parallel.attention, "has_flash", lambda device: True)
+    monkeypatch.setattr(packed, "has_flash", lambda device: True)
     wanted = "as this torch calls it .no such argument.: .* compute.attention=flex"
     with pytest.raises(UserError, match=wanted), compilation.compiling(ComputeConfig(), GPU):
         raise TypeError("no such argument\nand more")

@@ -279,15 +279,17 @@ def test_tars_and_tables_are_told_by_what_they_hold(tmp_path):
 
 RANKS = """
 import os
-from internvl import dist, recipes, runfolder
+from internvl import dist
+from internvl.config import recipes
+from internvl.training import run_folder
 from internvl.data.sources import open_source, source_configs
-from internvl.guards import RunError
+from internvl.errors import RunError
 
 dist.init_from_env("cpu")
 name = {names!r}[dist.rank()]
 found = recipes.load_recipe({recipe!r}, ["data.sources.0.annotations=" + name])
 try:
-    runfolder.order_of(found, [open_source(s) for s in source_configs(found.data)], {done})
+    run_folder.order_of(found, [open_source(s) for s in source_configs(found.data)], {done})
     print("goes on")
 except RunError as error:
     print(error)

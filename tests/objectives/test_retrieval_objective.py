@@ -492,12 +492,13 @@ sys.path.insert(0, "tests")
 from pathlib import Path
 import torch
 from torch import distributed
-from internvl import dist, handles
+from internvl import dist
+from internvl.inference import load as loading
 from test_retrieval_objective import CASES, backward, objective, pairs
 
 dist.init_from_env("cpu")
 folder, rank = Path({folder!r}), dist.rank()
-model = handles.load(folder / "start", device="cpu", dtype="float32")
+model = loading.load(folder / "start", device="cpu", dtype="float32")
 for case, (name, micro_batch, even) in enumerate(CASES):
     made = objective(model, name, label_smoothing=0.1, micro_batch=micro_batch)
     units = pairs(folder, made)
