@@ -21,7 +21,7 @@ def shards(path: Path) -> list[Path]:
     if not found:
         if not path.is_dir():
             raise FileNotFoundError(path)
-        raise DataError(f"there is no .tar file in {path}")
+        raise DataError(f"there is no .tar file in {path}; check the path")
     return found
 
 
@@ -67,7 +67,7 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
     except OSError:
         raise
     except Exception as error:  # see below
-        raise DataError(f"{path} is no uncompressed tar ({error})") from error
+        raise DataError(f"{path} is no uncompressed tar ({error}); write it anew") from error
     with tar:
         members = iter(tar)
         while True:

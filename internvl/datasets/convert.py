@@ -20,6 +20,7 @@ from typing import Any
 from internvl.data import captions, json_rows
 from internvl.data.images import opened
 from internvl.errors import BadImage, BadSample, DataError, UserError
+from internvl.files import first_line
 from internvl.log import Progress
 
 Box = tuple[float, float, float, float]
@@ -252,7 +253,9 @@ def parquet_rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
             for batch in parquet.ParquetFile(path).iter_batches(batch_size=_ROWS_AT_ONCE):
                 yield from batch.to_pylist()
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} cannot be read as parquet: {error}") from None
+            raise DataError(
+                f"{path} cannot be read as parquet ({first_line(error)}); download it again"
+            ) from None
 
 
 def save_images(row: dict[str, Any], folder: Path, stem: str) -> dict[str, Any]:
@@ -291,7 +294,7 @@ def parquet_files(source: Path) -> list[Path]:
 def _convert_parquet(source: Path, target: Path) -> Converted:
     files = parquet_files(source)
     if not files:
-        raise DataError(f"there is no parquet file in {source}")
+        raise DataError(f"there is no parquet file in {source}; check the path")
     if target.exists():
         raise DataError(f"{target} exists; choose another folder or move it away")
     counts = {"rows": 0, "images": 0}
@@ -342,7 +345,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if line.strip():
                     yield number, _object(f"{path} line {number}", line)
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
+        raise DataError(f"cannot read {path}: {error.strerror}; check the path") from None
 
 
 def _object(name: str, line: bytes) -> dict[str, Any]:
