@@ -26,7 +26,8 @@ _LONGEST = 1 << 28  # characters of an entry; a string that never ends would hol
 _TAIL = 16  # characters that a token cut by the end of a chunk may have, strings apart
 _HALF = re.compile("[\ud800-\udfff]")
 _SPACE = re.compile(r"[ \t\r\n]*")
-_LINE_ENDS = str.maketrans("\r\n", "  ")  # outside strings, where JSON allows them, they mean " "
+# Outside strings, where JSON allows them, they are space; rows are the same with any line end.
+_LINE_ENDS = str.maketrans("\n", " ", "\r")
 _ROW_KEYS = {"conversations", "messages", "question"}
 _ONE_A_LINE = "write one JSON object a line (JSON Lines), or one JSON list of all"
 
