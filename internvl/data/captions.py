@@ -496,7 +496,7 @@ def _json_lines(file: CaptionFile, text: str | None = None) -> None:
         try:
             row = parse_line(line)
         except ValueError as error:
-            file.bad(where, f"not JSON ({error})")
+            file.bad(where, f"not JSON ({error}); write the line again")
             continue
         _entry(file, where, row)
 
@@ -596,7 +596,7 @@ def _list_of(file: CaptionFile, tree: Any, key: str, needed: bool = True) -> lis
 def _image_id(row: dict[str, Any], key: str) -> tuple[ImageId, str | None]:
     """The id under a key, or why it is none. 7.0, as tables write whole numbers, is 7."""
     if key not in row:
-        return 0, f"no `{key}`"
+        return 0, f"no `{key}`; write one"
     value = row[key]
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -728,7 +728,9 @@ def karpathy_names(path: Path) -> list[tuple[str, str]]:
         else:
             names.append((where, row["image"]))
     if problems:
-        head = f"{path} is not Karpathy's list of images: {len(problems)} problem(s); fetch it again"
+        head = (
+            f"{path} is not Karpathy's list of images: {len(problems)} problem(s); fetch it again"
+        )
         raise DataError("\n".join([head, *problem_lines(problems)]))
     return names
 
@@ -754,7 +756,9 @@ def _karpathy(file: CaptionFile, tree: Any = None) -> None:
     meant = ("train", "restval") if file.split == "train" else (file.split,)
     if not splits.keys() & {*meant}:
         known = f"it has {', '.join(splits)}" if splits else "its images name no `split`"
-        raise DataError(printable(f"{file.path} has no split {file.split!r}; {known}; choose another file"))
+        raise DataError(
+            printable(f"{file.path} has no split {file.split!r}; {known}; choose another file")
+        )
     for number, row in enumerate(images, start=1):
         _sentences(file, f"image {number}", row, meant)
 

@@ -231,6 +231,8 @@ def undecodable(name: str, what: str, error: Exception) -> BadImage:
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     if type(error) in (KeyError, IndexError, AssertionError):  # their words need their names
         reason = f"{type(error).__name__} {error}"
+    if isinstance(error, AttributeError | TypeError):  # a reader that stumbles over a header
+        reason = "its reader fails on it"
     reason = " ".join(reason.split())[:_LONGEST_REASON]
     return _bad(name, f"the {what} cannot be decoded ({reason}); replace the file")
 
