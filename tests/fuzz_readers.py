@@ -1039,7 +1039,7 @@ _TABLE = (
         "eval-leaks",
         seed_leaks,
         evaluation("retrieval", "captions.json", train="train.csv"),
-        (f"{_CAPTIONS}._csv", "internvl.evals.retrieval.leaks"),
+        (f"{_CAPTIONS}._any_line", "internvl.evals.retrieval.leaks"),
     ),
     Reader(
         "recipe",

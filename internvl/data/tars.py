@@ -64,8 +64,10 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
     """(tar, member) in the order of the file. Raises DataError."""
     try:
         tar = tarfile.open(path, "r:")  # noqa: SIM115  # closed below, outside of this `try`
-    except OSError:
+    except FileNotFoundError:
         raise
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; check what it is") from None
     except Exception as error:  # see below
         raise DataError(f"{path} is no uncompressed tar ({error}); write it anew") from error
     with tar:
