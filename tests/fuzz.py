@@ -44,7 +44,7 @@ _REMEDY = re.compile(
     r"\b(add|another|ask|available|check|choose|column \d+|copy|delete|did you mean|download|empty|"
     r"expected|export|fetch|folder|give|install|it has|keep|known|lower|make|missing|must|name|"
     r"names|need|needs|put|quote|raise|remove|replace|save|set|shrink|should|start|supported|take|"
-    r"there is no|there already|train|turn|unknown key|unpack|use|write)\b|run `"
+    r"there is no|there already|train|turn|unknown key|unpack|use|write|flatter)\b|run `"
 )
 """Words of a remedy; where something is not there, or a line and column are named, it is plain."""
 

@@ -17,7 +17,7 @@ from internvl.errors import BadSample, DataError
 BOM = codecs.BOM_UTF8
 """What some editors write before UTF-8; it is no part of the text."""
 
-TOO_DEEP = "its lists and objects are nested too deeply to be read"
+TOO_DEEP = "its lists and objects are nested too deeply to be read; write them flatter"
 _TOO_LONG = "a number in it has thousands of digits"
 
 _HEAD = 1 << 20  # bytes that decide how a file is laid out

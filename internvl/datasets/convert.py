@@ -181,7 +181,6 @@ def _convert_boxes(
         DataError: a box is none in `form`; the file would then mix two forms.
     """
     counts = {"lines": 0, "boxes": 0}
-    unit = "entry" if json_rows.is_list(source) else "line"
 
     def lines() -> Iterator[str]:
         for number, row in read_jsonl(source):
@@ -191,6 +190,7 @@ def _convert_boxes(
                 counts["boxes"] += boxes
                 box = left(turn["value"])
                 if box is not None:
+                    unit = "entry" if json_rows.is_list(source) else "line"
                     raise DataError(
                         f"{source} {unit} {number}: {box[:_SHOWN]} is no box in {form} with left "
                         "before right and top before bottom; put it right or remove the line"
@@ -337,7 +337,10 @@ def _convert_parquet(source: Path, target: Path) -> Converted:
 
         def lines() -> Iterator[str]:
             for row in parquet_rows(files):
-                saved = save_images(row, folder / "images", f"{counts['rows']:07d}")
+                try:
+                    saved = save_images(row, folder / "images", f"{counts['rows']:07d}")
+                except DataError as error:
+                    raise DataError(f"{source} {error}") from None
                 counts["rows"] += 1
                 counts["images"] += len(images_of(saved))
                 progress.update()
