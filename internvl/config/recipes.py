@@ -46,7 +46,7 @@ class _Loader(yaml.SafeLoader):
         for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """A mapping as it is written, each key once; what `<<` adds is not there yet."""
         node = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
