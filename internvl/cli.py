@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -87,6 +88,8 @@ def _plan(recipe: Recipe, args: Arguments) -> int:
     else:
         log.get_logger().warning("%s is not here, so the data are not read", recipe.model.id)
     made = plan.make(recipe, gpu, None if checked is None else checked.step, args.gpus)
+    if checked is not None:
+        made = replace(made, inherited="")  # the check has said it
     print(made.render())
     return int(not made.fits or (checked is not None and bool(checked.problems)))
 

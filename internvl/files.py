@@ -87,10 +87,13 @@ def describe_head(head: bytes) -> str | None:
         return f"empty (0 bytes): the download did not finish, {_AGAIN}"
     if not head.strip(b"\0"):
         return f"nothing but zero bytes where its content should begin: {_AGAIN}"
-    for sign, meaning in _SIGNS:
-        if head.lstrip().lower().startswith(sign):
-            return meaning
-    return None
+    return other_format(head)
+
+
+def other_format(head: bytes) -> str | None:
+    """What a file that begins so is instead of text or weights, and what to do about it."""
+    start = head[:1024].lstrip().lower()
+    return next((meaning for sign, meaning in _SIGNS if start.startswith(sign)), None)
 
 
 def _head(file: Path) -> bytes:

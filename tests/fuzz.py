@@ -8,6 +8,7 @@ An input is made of its reader's name and a number alone (and of the shared test
 are): one or two files of a small good input are damaged, or another damaged file takes their place.
 """
 
+import gc
 import json
 import os
 import random
@@ -41,9 +42,9 @@ _INTERNALS = re.compile(
 )
 _REMEDY = re.compile(
     r"\b(add|another|ask|available|check|choose|column \d+|copy|delete|did you mean|download|empty|"
-    r"expected|export|fetch|folder|give|install|it has|known|lower|make|missing|must|name|names|"
-    r"need|needs|put|quote|raise|remove|replace|save|set|shrink|should|start|supported|take|"
-    r"there is no|there already|train|turn|unknown key|use|write)\b"
+    r"expected|export|fetch|folder|give|install|it has|keep|known|lower|make|missing|must|name|"
+    r"names|need|needs|put|quote|raise|remove|replace|save|set|shrink|should|start|supported|take|"
+    r"there is no|there already|train|turn|unknown key|unpack|use|write|flatter)\b|run `"
 )
 """Words of a remedy; where something is not there, or a line and column are named, it is plain."""
 
@@ -232,8 +233,11 @@ def check(reader: Reader, seeds: Sequence[int], keep: Path | None = None) -> lis
 
 def _in_child(reader: Reader, seeds: Sequence[int], work: Path) -> int:
     """Reads inputs in a fork, which logs what it begins and finds; how the fork ended."""
+    gc.collect()
     child = os.fork()
     if not child:
+        # A decoder that the parent left as garbage waits for its threads, which are not here.
+        gc.freeze()
         try:
             _read_all(reader, seeds, work)
         except BaseException:

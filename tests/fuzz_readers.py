@@ -819,9 +819,10 @@ def remove_seeds() -> None:
 _SOURCES = "internvl.data.sources"
 _FORMATS = "internvl.data.formats"
 _PAIRS = "internvl.data.pair_files"
+_CAPTIONS = "internvl.data.captions"
 _HUB = "internvl.models.hub"
-_READ_IMAGE = "internvl.data.images._opened"
-_ROW = f"{_SOURCES}._row"
+_READ_IMAGE = "internvl.data.images._to_rgb"
+_ROW = f"{_SOURCES}.parse_row"
 
 _TABLE = (
     Reader(
@@ -831,7 +832,7 @@ _TABLE = (
         (f"{_FORMATS}.chat", _ROW, "internvl.data.chat.ChatEncoder.encode"),
         extra=("cases/*/train*.json*", "data/broken/chat_bad_lines.jsonl"),
     ),
-    Reader("chat-messages", seed_openai, chats("train.jsonl"), (f"{_FORMATS}._openai_messages",)),
+    Reader("chat-messages", seed_openai, chats("train.jsonl"), (f"{_FORMATS}.from_openai",)),
     Reader(
         "chat-pairs", seed_chat_pairs, training_pairs("train.jsonl", "chat"), (f"{_FORMATS}.chat",)
     ),
@@ -852,7 +853,7 @@ _TABLE = (
         "source-captions",
         seed_csv,
         chats("captions.csv", "captions", prompt="Q"),
-        (f"{_SOURCES}._caption_line",),
+        (f"{_CAPTIONS}.read",),
         extra=("data/broken/captions*.txt",),
     ),
     Reader(
@@ -894,41 +895,41 @@ _TABLE = (
         "source-jsonl-pairs",
         seed_jsonl,
         training_pairs("pairs.jsonl"),
-        (f"{_PAIRS}._captions",),
+        (f"{_CAPTIONS}._json_lines",),
         extra=("cases/*/pairs.jsonl",),
     ),
     Reader(
         "source-csv-pairs",
         seed_pair_csv,
         training_pairs("pairs.csv"),
-        (f"{_PAIRS}.FORMS:csv",),
+        (f"{_CAPTIONS}._csv",),
         extra=("data/broken/captions*.txt",),
     ),
     Reader(
         "source-token",
         seed_token,
         training_pairs("pairs.token"),
-        (f"{_PAIRS}.FORMS:token",),
+        (f"{_CAPTIONS}._lines",),
         extra=("data/broken/captions*.txt",),
     ),
     Reader(
         "source-flickr",
         seed_flickr,
         training_pairs("flickr.txt", "flickr_format"),
-        (f"{_PAIRS}.FORMS:flickr",),
+        (f"{_CAPTIONS}.FORMS:flickr",),
     ),
     Reader(
         "source-karpathy",
         seed_karpathy,
         training_pairs("karpathy.json", "coco_format"),
-        (f"{_PAIRS}.FORMS:karpathy",),
+        (f"{_CAPTIONS}.FORMS:karpathy",),
         extra=("cases/*/*.json",),
     ),
     Reader(
         "source-coco-pairs",
         seed_coco,
         training_pairs("captions.json"),
-        (f"{_PAIRS}.FORMS:coco",),
+        (f"{_CAPTIONS}._coco",),
         extra=("cases/*/*.json",),
     ),
     Reader(
@@ -983,14 +984,14 @@ _TABLE = (
         "eval-caption",
         seed_coco,
         evaluation("caption", "captions.json"),
-        ("internvl.evals.caption._read",),
+        ("internvl.data.captions.read",),
         extra=("cases/*/*.json",),
     ),
     Reader(
         "eval-published",
         seed_published,
         evaluation("caption", "captions.json", pictures="pictures.json"),
-        ("internvl.evals.caption._read",),
+        ("internvl.data.captions.read",),
         damaged="*.json",
     ),
     Reader(
@@ -1013,7 +1014,7 @@ _TABLE = (
             f"eval-{form}",
             seed,
             evaluation("retrieval", file, form=form),
-            (f"{_PAIRS}.FORMS:{form}", f"{_PAIRS}._collect"),
+            (f"{_CAPTIONS}.FORMS:{form}", f"{_PAIRS}._pairs_of"),
             extra=extra,
         )
         for form, seed, file, extra in (
@@ -1032,36 +1033,36 @@ _TABLE = (
         "eval-lavis",
         seed_lavis,
         evaluation("retrieval", "lavis.json"),
-        (f"{_PAIRS}.FORMS:karpathy", f"{_PAIRS}.form_of"),
+        (f"{_CAPTIONS}._entries", f"{_CAPTIONS}.form_of"),
     ),
     Reader(
         "eval-leaks",
         seed_leaks,
         evaluation("retrieval", "captions.json", train="train.csv"),
-        (f"{_PAIRS}.FORMS:csv", "internvl.evals.retrieval.leaks"),
+        (f"{_CAPTIONS}._any_line", "internvl.evals.retrieval.leaks"),
     ),
     Reader(
         "recipe",
         seed_recipe,
         read_recipe,
         (
-            "internvl.recipes.resolve",
-            "internvl.recipes._contradictions",
-            "internvl.recipes._unknown_keys",
+            "internvl.config.recipes.resolve",
+            "internvl.config.recipes._contradictions",
+            "internvl.config.recipes._unknown_keys",
         ),
     ),
     Reader(
         "overrides",
         seed_overrides,
         read_overrides,
-        ("internvl.recipes._apply",),
+        ("internvl.config.recipes._apply",),
         damaged="overrides.txt",
     ),
     Reader(
         "model-description",
         seed_official,
         describe,
-        (f"{_HUB}.read_json", "internvl.handles.tiling"),
+        (f"{_HUB}.read_json", "internvl.inference.load.tiling"),
         damaged="model/*.json",
         cost=2,
     ),
@@ -1102,7 +1103,7 @@ _TABLE = (
         "adapter",
         seed_adapter,
         load_adapter,
-        ("internvl.models.lora.base_of", "internvl.models.lora._fill"),
+        ("internvl.models.adapters.folder.base_of", "internvl.models.adapters.layers._fill"),
         damaged="adapter/*",
         cost=10,
     ),
@@ -1131,19 +1132,19 @@ _TABLE = (
         "convert-boxes-to-1000",
         seed_boxes,
         conversion("boxes-to-1000", "boxes.jsonl"),
-        ("internvl.data.convert.read_jsonl", "internvl.data.convert._turns"),
+        ("internvl.datasets.convert.read_jsonl", "internvl.datasets.convert._turns"),
     ),
     Reader(
         "convert-boxes-to-unit",
         seed_boxes,
         conversion("boxes-to-unit", "boxes.jsonl"),
-        ("internvl.data.convert.read_jsonl",),
+        ("internvl.datasets.convert.read_jsonl",),
     ),
     Reader(
         "convert-coco",
         seed_coco,
         conversion("captions", "captions.json"),
-        ("internvl.data.convert.read_coco",),
+        ("internvl.datasets.convert.read_captions",),
         damaged="*.json",
         extra=("cases/*/*.json",),
     ),
@@ -1151,7 +1152,7 @@ _TABLE = (
         "convert-flickr",
         seed_flickr,
         conversion("captions", "flickr.txt"),
-        ("internvl.data.convert.read_flickr",),
+        ("internvl.datasets.convert.read_captions",),
         damaged="*.txt",
         extra=("data/broken/captions*.txt",),
     ),
@@ -1159,50 +1160,50 @@ _TABLE = (
         "convert-parquet",
         seed_parquet,
         conversion("parquet", "rows.parquet"),
-        ("internvl.data.convert.parquet_rows", "internvl.data.convert.save_images"),
+        ("internvl.datasets.convert.parquet_rows", "internvl.datasets.convert.save_images"),
         cost=2,
     ),
     Reader(
         "prepare-flickr30k",
         seed_flickr30k,
         preparation("flickr30k"),
-        ("internvl.data.convert.read_flickr", "internvl.data.convert.read_coco"),
+        ("internvl.datasets.convert.read_flickr", "internvl.datasets.convert.read_coco"),
     ),
     Reader(
         "prepare-flickr30k-cn",
         seed_flickr30k_cn,
         preparation("flickr30k-cn"),
-        ("internvl.data.convert.read_flickr",),
+        ("internvl.datasets.convert.read_flickr",),
     ),
     Reader(
         "prepare-nocaps",
         seed_nocaps,
         preparation("nocaps"),
-        ("internvl.data.fetch._extract", "internvl.data.convert.read_coco"),
+        ("internvl.datasets.download._extract", "internvl.datasets.convert.read_coco"),
     ),
     Reader(
         "prepare-coco",
         seed_coco_caption,
         preparation("coco-caption"),
-        ("internvl.data.fetch._extract", "internvl.data.prepare._karpathy_rows"),
+        ("internvl.datasets.download._extract", "internvl.datasets.prepare._images"),
     ),
     Reader(
         "prepare-synthdog",
         seed_synthdog,
         preparation("synthdog"),
-        ("internvl.data.playground._synthdog_line",),
+        ("internvl.datasets.playground._synthdog_line",),
         cost=2,
     ),
-    Reader("prepare-sft", seed_sft, read_sft, ("internvl.data.playground._sft_file",)),
+    Reader("prepare-sft", seed_sft, read_sft, ("internvl.datasets.playground._sft_file",)),
     Reader(
         "run",
         seed_run,
         read_run,
         (
-            "internvl.checkpoint.load",
+            "internvl.training.checkpoint.load",
             "internvl.log.StepLog._parse",
-            "internvl.validation.history",
-            "internvl.recipes.differences",
+            "internvl.training.early_stopping.history",
+            "internvl.config.recipes.differences",
         ),
         cost=2,
     ),

@@ -24,8 +24,9 @@ LEVELS = {
     4: ("inference", "objectives"),
     3: ("datasets", "compute", "parallel", "training"),
     2: ("data", "models", "report", "doctor"),
-    1: ("config", "zoo", "files", "log", "dist"),
-    0: ("errors",),
+    1: ("config", "zoo", "log", "dist"),
+    0: ("files",),
+    -1: ("errors",),
 }
 """Top-level part -> level; compat, launch and serve are still to come."""
 LEVEL_OF = {part: level for level, parts in LEVELS.items() for part in parts}

@@ -108,7 +108,13 @@ def _open_all(recipe: Recipe) -> tuple[list[Source], list[BadSample]]:
         try:
             files.append(open_source(config))
         except DataError as error:
-            problems.append(BadSample(str(config.annotations), str(error)))
+            # Most sentences of files name the file; those of sources begin with the source.
+            path, reason = (
+                str(config.annotations),
+                str(error).removeprefix(f"source {config.name}: "),
+            )
+            name = f"source {config.name}" if path in reason else path
+            problems.append(BadSample(name, reason))
     return files, problems
 
 

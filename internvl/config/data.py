@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from internvl.config.types import STRICT, Fraction, Positive
+from internvl.config.types import STRICT, Fraction, Positive, TileCount
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class TilesChoice:
     checkpoint's resizes its position embeddings."""
     min: Positive | None = None
     """Fewest tiles an image may become."""
-    max: Positive | None = None
+    max: TileCount | None = None
     """Most tiles an image may become, thumbnail not counted; for InternVL-14B always 1."""
     thumbnail: bool | None = None
     """Append the whole image as one more tile where it was cut into several."""
@@ -43,7 +43,7 @@ class TilesConfig(TilesChoice):
     """Side of a tile, in pixels."""
     min: Positive = 1
     """Fewest tiles an image may become."""
-    max: Positive = 12
+    max: TileCount = 12
     """Most tiles an image may become, thumbnail not counted."""
     thumbnail: bool = True
     """Append the whole image as one more tile where it was cut into several."""
@@ -110,7 +110,7 @@ class SourceConfig:
     are written after (itg), by default "English caption:"; the other losses use none."""
     augment: bool = False
     """Degrade every tile by JPEG at a random quality of 75 to 100 (original: `data_augment`)."""
-    max_tiles: Positive | None = None
+    max_tiles: TileCount | None = None
     """Overrides `data.tiles.max` for this source."""
     insert_image_mark: bool = False
     """Put `<image>` (or `<video>`) before the first question of a sample with one picture or video

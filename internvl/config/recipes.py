@@ -24,9 +24,18 @@ from internvl.config.recipe import Recipe
 from internvl.config.training import GuardConfig
 from internvl.config.types import Tower
 from internvl.errors import ConfigError
+from internvl.files import other_format
 
 _SHOWN = 100  # characters of an override in a message
 _BOOL = "tag:yaml.org,2002:bool"
+
+
+class _RepeatedKey(ValueError):
+    """A mapping names a key twice, of which YAML's reader would keep the last alone."""
+
+    def __init__(self, key: str, first: int, second: int) -> None:
+        where = f"lines {first} and {second}" if first != second else f"line {first}"
+        super().__init__(f"the key {key!r} is there twice ({where}); keep one")
 
 
 class _Loader(yaml.SafeLoader):
@@ -37,6 +46,19 @@ class _Loader(yaml.SafeLoader):
         for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """A mapping as it is written, each key once; what `<<` adds is not there yet."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if name in lines:
+                raise _RepeatedKey(key.value, lines[name], line)
+            lines[name] = line
+        return node
+
 
 def load_recipe(path: str | Path, overrides: Sequence[str] | str = ()) -> Recipe:
     """The recipe in a YAML file with `key=value` overrides (dotted keys, YAML values).
@@ -46,17 +68,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] | str = ()) -> Recipe
     Raises:
         ConfigError: file missing or not YAML, unknown key, wrong type or value; all at once.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ConfigError(f"there is no recipe {path}; see `recipes/` for examples") from None
-    except UnicodeDecodeError as error:
-        what = f"it is not UTF-8 ({error.reason} at byte {error.start})"
-        raise ConfigError(f"cannot read the recipe {path}: {what}; save it as UTF-8") from None
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        raise ConfigError(f"cannot read the recipe {path}: {error}; check the path") from None
+    text = _text(path)
     try:
         tree = _parsed(text)
+    except _RepeatedKey as error:
+        raise ConfigError(f"{path}: {error}") from None
     except ValueError as error:
         raise ConfigError(
             f"{path} is not YAML: {error}; write it as those in `recipes/` are"
@@ -66,10 +82,30 @@ def load_recipe(path: str | Path, overrides: Sequence[str] | str = ()) -> Recipe
     return resolve(tree, overrides, name=str(path))
 
 
+def _text(path: str | Path) -> str:
+    """The text of a recipe, in UTF-8 with or without a byte-order mark. Raises ConfigError."""
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise ConfigError(f"there is no recipe {path}; see `recipes/` for examples") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        raise ConfigError(f"cannot read the recipe {path}: {error}; check the path") from None
+    meaning = other_format(content)
+    if meaning is not None:
+        raise ConfigError(f"cannot read the recipe {path}: it is {meaning}")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        what = f"it is not UTF-8 ({error.reason} at byte {error.start})"
+        raise ConfigError(f"cannot read the recipe {path}: {what}; save it as UTF-8") from None
+
+
 def _parsed(text: str) -> Any:
     """What YAML says. Raises ValueError with one line on why it is none, and where."""
     try:
         return yaml.load(text, Loader=_Loader)
+    except _RepeatedKey:
+        raise
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
     except RecursionError:
@@ -148,6 +184,8 @@ def _apply(tree: dict[str, Any], overrides: Sequence[str] | str) -> Iterator[str
             continue
         try:
             node[last] = _parsed(value)
+        except _RepeatedKey as error:
+            yield f"{key}: {error}"
         except ValueError:
             node[last] = value
 

@@ -5,6 +5,9 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
+MOST_TILES = 1_000
+"""Of an image: with many more, only to list the grids would take hours."""
+TileCount = Annotated[int, Field(gt=0, le=MOST_TILES)]
 
 
 Fraction = Annotated[float, Field(ge=0, le=1)]

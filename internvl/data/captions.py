@@ -182,12 +182,12 @@ def file_key(name: str) -> str:
 
 def _name_problem(name: Any) -> str | None:
     if name is None or name == "":
-        return "no image is named"
+        return "no image is named; write its name"
     reason = text_problem(name)
     if reason:
         return f"the image's name {reason}"
     if not name.strip():
-        return "no image is named"
+        return "no image is named; write its name"
     if "\\" in name:
         slashes = name.replace("\\", "/")
         return f"the image's name {name} has backslashes, as Windows has; write {slashes}"
@@ -530,7 +530,7 @@ def _json_lines(file: CaptionFile, text: str | None = None) -> None:
         try:
             row = parse_line(line)
         except ValueError as error:
-            file.bad(where, f"not JSON ({error})")
+            file.bad(where, f"not JSON ({error}); write the line again")
             continue
         _entry(file, where, row)
 
@@ -607,7 +607,7 @@ def _coco(file: CaptionFile, *, tree: Any = None, chosen: Path | None = None) ->
                 add(where, image, row["caption"])
             else:
                 file.tried[image] = 1
-                file.bad(where, "no `caption`")
+                file.bad(where, "no `caption`; write one")
         else:
             coco.miss(where, image_id)
     coco.report()
@@ -624,13 +624,13 @@ def _list_of(file: CaptionFile, tree: Any, key: str, needed: bool = True) -> lis
             what = f"key '{key}' missing"
         elif getattr(tree, "repeated", None) == key:
             what = f"key '{key}' is there twice"
-    raise DataError(f"{file.path} is not a COCO caption file ({what})")
+    raise DataError(f"{file.path} is not a COCO caption file ({what}); fetch it again")
 
 
 def _image_id(row: dict[str, Any], key: str) -> tuple[ImageId, str | None]:
     """The id under a key, or why it is none. 7.0, as tables write whole numbers, is 7."""
     if key not in row:
-        return 0, f"no `{key}`"
+        return 0, f"no `{key}`; write one"
     value = row[key]
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -718,7 +718,7 @@ class _CocoImages:
         for where, name in karpathy_names(chosen):
             number = coco_number(name)
             if number is None:
-                raise DataError(f"{chosen} {where}: {name} does not end in COCO's number")
+                raise DataError(f"{chosen} {where}: {name} does not end in COCO's number; check it")
             if number in self.numbers:
                 raise DataError(f"{chosen} {where}: the number of {name} is there already")
             added = self.file.image(f"image {number}", name, number)
@@ -766,7 +766,7 @@ def karpathy_names(path: Path) -> list[tuple[str, str]]:
     """
     rows = read_json(path)
     if not isinstance(rows, list):
-        raise DataError(f"{path} is not Karpathy's list of images, but {json_type(rows)}")
+        raise DataError(f"{path} is not Karpathy's list of images, but {json_type(rows)}; fetch it")
     problems: list[BadSample] = []
     names: list[tuple[str, str]] = []
     for number, row in enumerate(rows, start=1):
@@ -777,7 +777,9 @@ def karpathy_names(path: Path) -> list[tuple[str, str]]:
         else:
             names.append((where, row["image"]))
     if problems:
-        head = f"{path} is not Karpathy's list of images: {len(problems)} problem(s)"
+        head = (
+            f"{path} is not Karpathy's list of images: {len(problems)} problem(s); fetch it again"
+        )
         raise DataError("\n".join([head, *problem_lines(problems)]))
     return names
 
@@ -792,17 +794,20 @@ def _karpathy(file: CaptionFile, tree: Any = None) -> None:
     if not isinstance(images, list):
         raise DataError(
             f"{file.path} is neither a COCO caption file (`images` and `annotations`), nor "
-            "Karpathy's (`images` with `split` and `sentences`), nor a list of {image, caption}"
+            "Karpathy's (`images` with `split` and `sentences`), nor a list of {image, caption}; "
+            "write one of these"
         )
     if "annotations" in tree:
-        raise DataError(f"{file.path} is a COCO caption file, not Karpathy's; its form is `coco`")
+        raise DataError(f"{file.path} is a COCO caption file, not Karpathy's; set its form to coco")
     splits = Counter(
         str(row["split"]) for row in images if isinstance(row, dict) and "split" in row
     )
     meant = ("train", "restval") if file.split == "train" else (file.split,)
     if not splits.keys() & {*meant}:
         known = f"it has {', '.join(splits)}" if splits else "its images name no `split`"
-        raise DataError(printable(f"{file.path} has no split {file.split!r}; {known}"))
+        raise DataError(
+            printable(f"{file.path} has no split {file.split!r}; {known}; choose another file")
+        )
     for number, row in enumerate(images, start=1):
         _sentences(file, f"image {number}", row, meant)
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from internvl.config import EvalConfig, Recipe
-from internvl.data.index import digest_of
+from internvl.data.index import digests_of
 from internvl.data.sampler import Earlier
 from internvl.data.sources import Content, Source, meta_entries
 from internvl.errors import DataError
+from internvl.files import first_line
 
 FILE = "data.json"
 
@@ -63,7 +64,7 @@ def of_evals_changed(before: Noted, evals: dict[str, EvalConfig]) -> list[str]:
 def _digest(path: Path) -> str:
     """Of a file its content, of a folder or a tar names and sizes."""
     if path.is_file() and path.suffix != ".tar":
-        return digest_of(path)
+        return digests_of(path)[1]
     below = sorted(path.rglob("*")) if path.is_dir() else [path]
     listed = [(str(p.relative_to(path)), p.stat().st_size) for p in below if p.is_file()]
     return hashlib.sha256(repr(listed).encode()).hexdigest()
@@ -87,8 +88,11 @@ def read(folder: Path) -> Noted | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = "it is not what a run writes there"
+        if isinstance(error, OSError | ValueError):
+            reason = first_line(error)
         raise DataError(
-            f"cannot read {path} ({error}); remove it to go on without knowing whether the data "
+            f"cannot read {path} ({reason}); remove it to go on without knowing whether the data "
             "are those the run began with"
         ) from None
 
@@ -120,7 +124,10 @@ def of_sources(before: Noted, files: Sequence[Source]) -> dict[str, bool]:
         old, new = before.sources.get(file.config.name), file.content()
         if old is None or (old.samples, old.digest) == (new.samples, new.digest):
             continue
-        grew = new.samples > old.samples and file.begins_with(old)
+        same_start = file.begins_with(old)
+        if same_start and new.samples == old.samples:
+            continue  # noted in another way by an older version
+        grew = same_start and new.samples > old.samples
         how = f"had {old.samples:,} samples, has {new.samples:,}"
         if new.samples == old.samples:
             how = f"has {old.samples:,} samples as before, but of other content"

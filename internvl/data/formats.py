@@ -57,7 +57,7 @@ def caption(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:
     if not isinstance(text, str) or not text.strip():
         raise BadSample(name, "the caption is empty; write it or remove the row")
     if not row.get("image"):
-        raise BadSample(name, "no image is named")
+        raise BadSample(name, "no image is named; write its name")
     messages = [Message("assistant", text.strip())]
     if config.prompt is not None:
         messages.insert(0, Message("user", f"{IMAGE_MARK}\n{config.prompt}"))
@@ -103,13 +103,13 @@ def shard_row(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:
     slices = [FileSlice(*values) for values in row["slices"]]
     if row.get("row") is not None:
         if not isinstance(row["row"], dict):
-            raise BadSample(name, "its .json is not an object")
+            raise BadSample(name, "its .json is not an object; write one")
         if "conversations" in row["row"] or "messages" in row["row"]:
             kept = {k: v for k, v in row["row"].items() if k not in ("image", "images")}
             return chat(name, {**kept, "images": slices}, config)
     text = (row.get("row") or {}).get("caption", row.get("caption"))
     if text is None:
-        raise BadSample(name, "neither a conversation nor a caption in it")
+        raise BadSample(name, "neither a conversation nor a caption in it; add one")
     return caption(name, {"image": slices[0] if slices else None, "caption": text}, config)
 
 
@@ -143,7 +143,7 @@ def _picture(name: str, value: Any, config: SourceConfig) -> Picture:
 def _path(name: str, value: Any, config: SourceConfig) -> str:
     path = value.get("path") if isinstance(value, dict) else value
     if not isinstance(path, str) or not path:
-        raise BadSample(name, "an image or video has neither a path nor bytes")
+        raise BadSample(name, "an image or video has neither a path nor bytes; write one")
     if "\0" in path:
         raise BadSample(name, f"the path {path!r} holds a NUL character; write the file's name")
     try:

@@ -280,6 +280,8 @@ def undecodable(name: str, what: str, error: Exception) -> BadImage:
         reason = f"{type(error).__name__} {error}"
     if isinstance(error, AttributeError):  # PyAV's, of a stream without a decoder
         reason = "its header does not say how to decode it: it is cut off or of an unknown codec"
+    elif isinstance(error, TypeError):  # a reader that stumbles over a header
+        reason = "its reader fails on it"
     reason = " ".join(reason.split())[:_LONGEST_REASON]
     return _bad(name, f"the {what} cannot be decoded ({reason}); {_remedy(name)}")
 

@@ -45,7 +45,7 @@ class LineIndex:
     def __init__(self, path: Path, folder: Path, digest: str) -> None:
         """
         Args:
-            digest: SHA-256 of the file, in hexadecimal digits.
+            digest: `digests_of` the file's lines.
         """
         self.path = path
         self.folder = folder
@@ -85,8 +85,8 @@ def index_lines(path: Path, cache: Path | None = None) -> LineIndex:
     Raises:
         OSError: the file cannot be read.
     """
-    digest = digest_of(path)
-    folder = (cache or cache_folder()) / f"{digest[:32]}-{_LAYOUT.decode()}"
+    content, digest = digests_of(path)
+    folder = (cache or cache_folder()) / f"{content[:32]}-{_LAYOUT.decode()}"
     if not folder.is_dir():
         starts, groups = _scan(path)
         with complete_or_absent(folder) as partial:
@@ -110,6 +110,35 @@ def digest_of(path: Path, size: int | None = None, without: bytes = b"") -> str:
     for piece in pieces:
         digest.update(piece.replace(without, b"") if without else piece)
     return digest.hexdigest()
+
+
+def digests_of(path: Path, size: int | None = None) -> tuple[str, str]:
+    """SHA-256 of a file's first `size` bytes (None: all), and of its lines, in hexadecimal digits.
+
+    The lines are digested as if each had the end `\\n` and no byte-order mark came first, as they
+    are the same samples after an editor or `git` wrote them with others.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    lines = hashlib.sha256()
+    whole = None  # apart from the first difference on, so that most files are digested once
+    rest = last = b""
+    for number, chunk in enumerate(_chunks(path, size)):
+        text = rest + (chunk if number else chunk.removeprefix(json_rows.BOM))
+        rest = b"\r" if text.endswith(b"\r") else b""  # its `\n` may begin the next chunk
+        if b"\r" in text:  # ten times as fast to look for as both
+            text = text.removesuffix(rest).replace(b"\r\n", b"\n")
+        if whole is None and text != chunk:
+            whole = lines.copy()
+        if whole is not None:
+            whole.update(chunk)
+        lines.update(text)
+        last = text[-1:] or last
+    whole = whole or lines.copy()
+    if last + rest not in (b"", b"\n"):
+        lines.update(b"\n")
+    return whole.hexdigest(), lines.hexdigest()
 
 
 def convert_once(

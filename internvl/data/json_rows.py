@@ -18,7 +18,7 @@ from internvl.errors import BadSample, DataError
 BOM = codecs.BOM_UTF8
 """What some editors write before UTF-8; it is no part of the text."""
 
-TOO_DEEP = "its lists and objects are nested too deeply to be read"
+TOO_DEEP = "its lists and objects are nested too deeply to be read; write them flatter"
 _TOO_LONG = "a number in it has thousands of digits"
 
 _HEAD = 1 << 20  # bytes that decide how a file is laid out
@@ -27,7 +27,8 @@ _LONGEST = 1 << 28  # characters of an entry; a string that never ends would hol
 _TAIL = 16  # characters that a token cut by the end of a chunk may have, strings apart
 _HALF = re.compile("[\ud800-\udfff]")
 _SPACE = re.compile(r"[ \t\r\n]*")
-_LINE_ENDS = str.maketrans("\r\n", "  ")  # outside strings, where JSON allows them, they mean " "
+# Outside strings, where JSON allows them, they are space; rows are the same with any line end.
+_LINE_ENDS = str.maketrans("\n", " ", "\r")
 _ROW_KEYS = {"conversations", "messages", "question"}
 _ONE_A_LINE = "write one JSON object a line (JSON Lines), or one JSON list of all"
 

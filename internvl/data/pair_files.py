@@ -80,7 +80,9 @@ def read_pairs(
     if not pairs.texts:
         problems = pairs.problems
         first = f"; {len(problems)} problem(s), the first: {problems[0]}" if problems else ""
-        raise DataError(f"{annotations} holds no picture with a caption{first}")
+        raise DataError(
+            f"{annotations} holds no picture with a caption{first}; check it and its form"
+        )
     return pairs
 
 

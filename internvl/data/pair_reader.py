@@ -137,6 +137,8 @@ def picture_and_caption(sample: Sample | BadSample) -> tuple[Picture, str]:
         raise sample
     if len(sample.images) != 1 or sample.videos:
         raise BadSample(sample.name, f"a pair has one picture, not {len(sample.images)}")
+    if not sample.messages:
+        raise BadSample(sample.name, "it has no turn to take the caption from; write one")
     caption = clean_caption(sample.messages[-1].content)
     if not caption.strip():
         raise BadSample(sample.name, "nothing is left of the caption once it is cleaned")

@@ -15,11 +15,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from internvl.config import DataConfig, SourceConfig
+from internvl.config.types import MOST_TILES
 from internvl.data import captions, formats, tars
 from internvl.data.index import (
     LineIndex,
     convert_once,
     digest_of,
+    digests_of,
     file_content,
     index_lines,
     write_once,
@@ -123,11 +125,13 @@ class LineSource:
             return False
         without = self._folder()
         end = int(self.index.starts[content.samples])
-        # The last line may have had no end yet, when there was nothing after it.
-        size = end if without else content.size
-        if size not in (end, end - 1, end - 2):
-            return False
-        return digest_of(self.index.path, size, without) == content.digest
+        if without:
+            return digest_of(self.index.path, end, without) == content.digest
+        if digests_of(self.index.path, end)[1] == content.digest:
+            return True
+        # Runs that are older digested the bytes; the last line may have had no end yet.
+        old = content.size in (end, end - 1, end - 2)
+        return old and digest_of(self.index.path, content.size) == content.digest
 
     def _folder(self) -> bytes:
         """What rows of tars hold besides their content: where the tars lie."""
@@ -199,7 +203,7 @@ def open_source(config: SourceConfig) -> Source:
         if isinstance(error, DataError):
             raise
         # Python refuses a path with a NUL character by a ValueError.
-        what = f"cannot read {str(config.annotations)!r}: {error}"
+        what = f"cannot read {str(config.annotations)!r}: {error}; check the path"
         raise DataError(f"source {config.name}: {what}") from None
     if not len(source):
         raise DataError(f"source {config.name}: {config.annotations} is empty; it holds no sample")
@@ -222,11 +226,11 @@ def meta_entries(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise DataError(f"there is no meta file {path}; check data.meta") from None
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot read the meta file {path}: {error}") from None
+        raise DataError(f"cannot read the meta file {path}: {error}; check data.meta") from None
     if not isinstance(tree, dict):
         raise DataError(f"{path}: a JSON object of data sets by name is expected")
     if not tree:
-        raise DataError(f"{path} names no data set")
+        raise DataError(f"{path} names no data set; write one")
     return tree
 
 
@@ -264,6 +268,8 @@ def _meta_problems(entry: Any) -> Iterator[str]:
             yield f"`{key}` must be a number above 0, not {value!r}"
         elif key != "repeat_time" and value != int(value):
             yield f"`{key}` must be a whole number, not {value!r}"
+        elif key == "max_dynamic_patch" and value > MOST_TILES:
+            yield f"`{key}` must be {MOST_TILES:,} at most, not {value:,}"
     if not isinstance(entry.get("data_augment", False), bool):
         yield "`data_augment` must be true or false"
 

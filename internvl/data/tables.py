@@ -10,6 +10,7 @@ import numpy as np
 
 from internvl.data.index import cache_folder, complete_or_absent
 from internvl.errors import DataError
+from internvl.files import first_line
 
 _BATCH = 256  # rows read from a Parquet file at once
 _MEDIA = ("image", "images", "video", "videos")
@@ -33,7 +34,10 @@ class Table:
         files = [path] if path.is_file() else sorted(path.rglob("*.arrow"))
         files = files or sorted(path.rglob("*.parquet"))
         if not files:
-            raise DataError(f"{path}: no .parquet or .arrow file in it")
+            raise DataError(f"{path}: there is no .parquet or .arrow file in it")
+        for file in files:
+            if file.suffix != ".parquet":
+                _check(file)  # once; worker processes get the checked files by their paths
         self.files = [_as_arrow(f) if f.suffix == ".parquet" else f for f in files]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -131,14 +135,36 @@ def _arrow() -> Any:
 def _map(file: Path) -> Any:
     """The Arrow table in a file, of the stream or the file format, without reading it."""
     arrow = _arrow()
-    source = arrow.memory_map(str(file), "r")
+    # Of a damaged file Arrow says so by its own errors and, for want of bytes, by an OSError.
+    wrong = (arrow.ArrowException, OSError)
     try:
-        return arrow.ipc.open_stream(source).read_all()
-    except arrow.ArrowInvalid:
+        source = arrow.memory_map(str(file), "r")
         try:
+            return arrow.ipc.open_stream(source).read_all()
+        except wrong:
             return arrow.ipc.open_file(source).read_all()
+    except wrong as error:
+        raise _damaged(file, "Arrow", error) from None
+
+
+def _damaged(file: Path, form: str, error: Exception) -> DataError:
+    return DataError(f"{file} is no {form} file ({first_line(error)}); download or write it again")
+
+
+def _check(file: Path) -> None:
+    """Checks that the offsets of an Arrow file stay in it. Raises DataError.
+
+    Arrow follows whatever offsets a file has, out of the mapped file too, which kills the process.
+    """
+    arrow = _arrow()
+    table = _map(file)
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        try:
+            column.validate(full=True)
         except arrow.ArrowInvalid as error:
-            raise DataError(f"{file} is no Arrow file ({error})") from None
+            # Texts are checked last, and one that is not UTF-8 costs its own row alone.
+            if "UTF8" not in str(error):
+                raise _damaged(file, f"whole Arrow ({name!r})", error) from None
 
 
 def _as_arrow(file: Path) -> Path:
@@ -158,6 +184,8 @@ def _as_arrow(file: Path) -> Path:
             ):
                 for batch in source.iter_batches(batch_size=_BATCH):
                     writer.write_batch(batch)
-        except arrow.ArrowInvalid as error:
-            raise DataError(f"{file} is no Parquet file ({error})") from None
+        except (arrow.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the file system's: no rights, no space
+            raise _damaged(file, "Parquet", error) from None
     return folder / "rows.arrow"

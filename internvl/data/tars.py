@@ -21,7 +21,7 @@ def shards(path: Path) -> list[Path]:
     if not found:
         if not path.is_dir():
             raise FileNotFoundError(path)
-        raise DataError(f"there is no .tar file in {path}")
+        raise DataError(f"there is no .tar file in {path}; check the path")
     return found
 
 
@@ -64,10 +64,12 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
     """(tar, member) in the order of the file. Raises DataError."""
     try:
         tar = tarfile.open(path, "r:")  # noqa: SIM115  # closed below, outside of this `try`
-    except OSError:
+    except FileNotFoundError:
         raise
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; check what it is") from None
     except Exception as error:  # see below
-        raise DataError(f"{path} is no uncompressed tar ({error})") from error
+        raise DataError(f"{path} is no uncompressed tar ({error}); write it anew") from error
     with tar:
         members = iter(tar)
         while True:

@@ -25,7 +25,7 @@ def read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
+        raise DataError(f"cannot read {path}: {error.strerror}; check the path") from None
     if content.startswith(_UTF16):
         raise DataError(f"{path} is UTF-16, it is not UTF-8; save it as UTF-8")
     try:

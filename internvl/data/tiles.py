@@ -37,7 +37,7 @@ def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[Grid, ...]:
         (columns, rows)
         for bound in range(min_tiles, max_tiles + 1)
         for columns in range(1, bound + 1)
-        for rows in range(1, bound + 1)
+        for rows in range(1, min(bound, max_tiles // columns) + 1)
         if min_tiles <= columns * rows <= max_tiles
     }
     return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))

@@ -20,6 +20,7 @@ from typing import Any
 from internvl.data import captions, json_rows
 from internvl.data.images import opened
 from internvl.errors import BadImage, BadSample, DataError, UserError
+from internvl.files import first_line
 from internvl.log import Progress
 
 Box = tuple[float, float, float, float]
@@ -40,11 +41,13 @@ KINDS: dict[str, str] = {
 }
 """What `run` can do."""
 
+_SHOWN = 100  # characters of a box in a message
 _ROWS_AT_ONCE = 64  # rows of a parquet file held in memory; their images are a few MB each
 _SUFFIX = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif"}
 
 _FRACTION = r"(?:0?\.\d+|0|1(?:\.0*)?)"
 _UNIT_BOX = re.compile(r"\[\s*" + r"\s*,\s*".join([f"({_FRACTION})"] * 4) + r"\s*\]")
+_FOUR = re.compile(r"\[\s*" + r"\s*,\s*".join([r"[-+]?(?:\d+\.?\d*|\.\d+)"] * 4) + r"\s*\]")
 _BOXED = re.compile(r"<box>.*?</box>", re.DOTALL)
 _INTEGERS = re.compile(r"\[\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*\]")
 
@@ -153,18 +156,48 @@ def boxes_to_unit(text: str) -> tuple[str, int]:
     return _BOXED.sub(rewrite, text), count
 
 
+def _left_in_fractions(text: str) -> str | None:
+    """The first four numbers with a decimal point that `boxes_to_1000` left as they are."""
+    numbers = _FOUR.findall(_BOXED.sub("", text))
+    return next((four for four in numbers if "." in four), None)
+
+
+def _left_in_1000(text: str) -> str | None:
+    """The first mark with a number in it that `boxes_to_unit` left as it is."""
+    marks = _BOXED.findall(text)
+    return next((mark for mark in marks if re.search(r"\d", mark)), None)
+
+
 def _convert_boxes(
-    rewrite: Callable[[str], tuple[str, int]], source: Path, target: Path
+    rewrite: Callable[[str], tuple[str, int]],
+    left: Callable[[str], str | None],
+    form: str,
+    source: Path,
+    target: Path,
 ) -> Converted:
+    """Converts the boxes of all turns.
+
+    Raises:
+        DataError: a box is none in `form`; the file would then mix two forms.
+    """
     counts = {"lines": 0, "boxes": 0}
 
     def lines() -> Iterator[str]:
-        for _, row in read_jsonl(source):
+        for number, row in read_jsonl(source):
             counts["lines"] += 1
             for turn in _turns(row):
                 turn["value"], boxes = rewrite(turn["value"])
                 counts["boxes"] += boxes
+                box = left(turn["value"])
+                if box is not None:
+                    unit = "entry" if json_rows.is_list(source) else "line"
+                    raise DataError(
+                        f"{source} {unit} {number}: {box[:_SHOWN]} is no box in {form} with left "
+                        "before right and top before bottom; put it right or remove the line"
+                    )
             yield to_json(row)
+        if not counts["lines"]:
+            raise DataError(f"{source} is empty, so there is nothing to convert; check the path")
 
     write_lines(target, lines())
     return Converted((target,), counts)
@@ -226,6 +259,8 @@ def coco_form(found: Iterable[Caption]) -> dict[str, list[dict[str, Any]]]:
 
 def _convert_captions(source: Path, target: Path) -> Converted:
     found = read_captions(source)
+    if not found:
+        raise DataError(f"{source} holds no caption to convert; check it")
     counts = {
         "lines": write_lines(target, chat_lines(found)),
         "images": len({image for image, _ in found}),
@@ -252,7 +287,9 @@ def parquet_rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
             for batch in parquet.ParquetFile(path).iter_batches(batch_size=_ROWS_AT_ONCE):
                 yield from batch.to_pylist()
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} cannot be read as parquet: {error}") from None
+            raise DataError(
+                f"{path} cannot be read as parquet ({first_line(error)}); download it again"
+            ) from None
 
 
 def save_images(row: dict[str, Any], folder: Path, stem: str) -> dict[str, Any]:
@@ -291,7 +328,7 @@ def parquet_files(source: Path) -> list[Path]:
 def _convert_parquet(source: Path, target: Path) -> Converted:
     files = parquet_files(source)
     if not files:
-        raise DataError(f"there is no parquet file in {source}")
+        raise DataError(f"there is no parquet file in {source}; check the path")
     if target.exists():
         raise DataError(f"{target} exists; choose another folder or move it away")
     counts = {"rows": 0, "images": 0}
@@ -300,11 +337,16 @@ def _convert_parquet(source: Path, target: Path) -> Converted:
 
         def lines() -> Iterator[str]:
             for row in parquet_rows(files):
-                saved = save_images(row, folder / "images", f"{counts['rows']:07d}")
+                try:
+                    saved = save_images(row, folder / "images", f"{counts['rows']:07d}")
+                except DataError as error:
+                    raise DataError(f"{source} {error}") from None
                 counts["rows"] += 1
                 counts["images"] += len(images_of(saved))
                 progress.update()
                 yield to_json(saved)
+            if not counts["rows"]:
+                raise DataError(f"{source} holds no row to convert; check the path")
 
         write_lines(folder / "annotations.jsonl", lines())
     return Converted((target / "annotations.jsonl", target / "images"), counts)
@@ -342,7 +384,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if line.strip():
                     yield number, _object(f"{path} line {number}", line)
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
+        raise DataError(f"cannot read {path}: {error.strerror}; check the path") from None
 
 
 def _object(name: str, line: bytes) -> dict[str, Any]:
@@ -403,8 +445,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 _CONVERTERS: dict[str, Callable[[Path, Path], Converted]] = {
-    "boxes-to-1000": partial(_convert_boxes, boxes_to_1000),
-    "boxes-to-unit": partial(_convert_boxes, boxes_to_unit),
+    "boxes-to-1000": partial(_convert_boxes, boxes_to_1000, _left_in_fractions, "0-1"),
+    "boxes-to-unit": partial(_convert_boxes, boxes_to_unit, _left_in_1000, "0-1000"),
     "captions": _convert_captions,
     "parquet": _convert_parquet,
 }

@@ -134,10 +134,13 @@ def _sft_file(tree: Tree, path: Path, images: Path, absent: set[Path]) -> int:
     wanted: set[str] = set()
     num_samples = 0
     with Progress(f"samples of {path.name}") as progress:
-        for _, row in convert.read_jsonl(path):
+        for number, row in convert.read_jsonl(path):
             num_samples += 1
             progress.update()
-            wanted.update(convert.images_of(row))
+            try:
+                wanted.update(convert.images_of(row))
+            except DataError as error:
+                raise DataError(f"{path} line {number}: {error}") from None
     tree.expect(path, SFT_ANNOTATIONS, samples=num_samples)
     there = [name for name in wanted if not absent & set((images / name).parents)]
     tree.check_images(images, there, f"the addresses of its folders, or {SFT_REPOSITORY} (hub)")
@@ -153,8 +156,11 @@ def synthdog(tree: Tree) -> Iterator[Path]:
         lines: list[str] = []
         with convert.whole_folder(images) as beside, Progress("pictures") as progress:
             for number, row in enumerate(convert.parquet_rows(files)):
-                saved = convert.save_images(row, beside, f"{number:07d}")
-                lines.append(_synthdog_line(number, saved))
+                try:
+                    saved = convert.save_images(row, beside, f"{number:07d}")
+                    lines.append(_synthdog_line(number, saved))
+                except DataError as error:
+                    raise DataError(f"{folder}: {error}; fetch it again") from None
                 progress.update()
         convert.write_lines(chat, lines)
     if tree.has_images(images, _SYNTHDOG):

@@ -55,7 +55,7 @@ class Caption:
         settle(self.problems, policy, _REMEDY)
         self.ids = list(self.images)
         if not self.ids:
-            raise UserError(f"{config.annotations} has no image with a caption")
+            raise UserError(f"{config.annotations} has no image with a caption; check it")
 
     def _place(self, listed: Sequence[tuple[ImageId, NamedImage]], file: CaptionFile) -> None:
         """Finds every image's file and opens it; what cannot be shown is a problem."""

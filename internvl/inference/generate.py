@@ -6,8 +6,10 @@ get alone.
 
 import queue
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import Module
 
 from internvl.config import TilesConfig
 from internvl.data.arguments import check_number, check_whole, list_images, listed, nearest
@@ -32,6 +35,7 @@ from internvl.data.records import Message
 from internvl.data.tiles import tile_images
 from internvl.data.tokenizers import decode
 from internvl.errors import BadSample, UserError
+from internvl.files import first_line
 from internvl.models import configs
 from internvl.models.vision import normalize_tiles
 
@@ -161,6 +165,25 @@ def _generation_keys() -> set[str]:
     return {key for key in GenerationConfig().to_dict() if not key.startswith("_")}
 
 
+_WHOLE = {
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), 0),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "decoder_start_token_id"), 0),
+    **dict.fromkeys(("prompt_lookup_num_tokens", "max_matching_ngram_size", "max_cache_len"), 1),
+    **dict.fromkeys(("prefill_chunk_size", "assistant_early_exit", "num_assistant_tokens"), 1),
+}
+"""Whole numbers of GenerationConfig and the smallest; most are not checked by transformers."""
+_SHARES = ("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_NUMBERS = (
+    *("length_penalty", "diversity_penalty", "encoder_repetition_penalty", "guidance_scale"),
+    "max_time",
+)
+_SWITCHES = (
+    *("renormalize_logits", "remove_invalid_values", "token_healing", "low_memory", "is_assistant"),
+    *("output_attentions", "output_hidden_states", "output_scores", "output_logits"),
+    *("disable_compile", "use_mtp"),
+)
+
+
 def _check_extra(extra: Any) -> None:
     if not isinstance(extra, Mapping):
         raise UserError(f"extra must be a dict of settings, not {type(extra).__name__}")
@@ -173,6 +196,21 @@ def _check_extra(extra: Any) -> None:
         if key not in known:
             remedy = _REFUSED.get(key) or nearest(str(key), sorted(known))
             raise UserError(f"extra: {key!r} is not followed here; {remedy}")
+        _check_value(key, extra[key])
+
+
+def _check_value(key: str, value: Any) -> None:
+    """Raises UserError where the value of a key of `extra` is of another type than documented."""
+    if value is None:  # transformers' own default
+        return
+    if key in _WHOLE:
+        check_whole(f"extra: {key}", value, _WHOLE[key])
+    elif key in _NUMBERS:
+        check_number(f"extra: {key}", value)
+    elif key in _SHARES:
+        check_number(f"extra: {key}", value, most=1)
+    elif key in _SWITCHES and not isinstance(value, bool):
+        raise UserError(f"extra: {key} must be True or False, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -294,14 +332,39 @@ def generate(
     ids, mask = pad_left(prompts, pad_id)
     statistics = STATISTICS[configs.chat_settings(model.config)["normalize"]]
     tiles = [_normalized(p.tiles.to(device), statistics) for p in prompts if p.tiles is not None]
-    output = model.generate(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        pixel_values=torch.cat(tiles) if tiles else None,
-        generation_config=settings.config(end_id, pad_id),
-        **more,
-    )
+    with _extra_named(settings.extra):
+        output = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            pixel_values=torch.cat(tiles) if tiles else None,
+            generation_config=settings.config(end_id, pad_id),
+            **more,
+        )
     return [answer_text(row, encoder) for row in output[:, ids.shape[1] :].tolist()]
+
+
+@contextmanager
+def _extra_named(extra: Mapping[str, Any]) -> Iterator[None]:
+    """What transformers makes of a wrong value in `extra` becomes a UserError that names the keys.
+
+    It checks few of them: most raise whatever happens once they are used.
+    """
+    try:
+        yield
+    except Exception as error:
+        # Errors of the model's forward, of the package's callbacks and of memory are not extra's.
+        if not extra or isinstance(error, UserError | MemoryError | torch.OutOfMemoryError):
+            raise
+        frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)][2:]
+        ours = {__file__, Module.__call__.__code__.co_filename}
+        names = {code.co_filename for code in frames if code is not Settings.config.__code__}
+        if names & ours:
+            raise
+        given = ", ".join(f"{key} = {value!r:.100}" for key, value in extra.items())
+        raise UserError(
+            f"extra: transformers cannot follow {given} ({first_line(error)}); check the value in "
+            "its GenerationConfig"
+        ) from error
 
 
 def _normalized(tiles: Tensor, statistics: tuple[Triple, Triple]) -> Tensor:

@@ -227,7 +227,8 @@ def _unnamed_files(folder: Path) -> list[Path]:
     weights = [name for name in names if not name.startswith("adapter_")]
     if not weights:
         raise ModelFolderError(
-            f"{folder}: no model.safetensors, no pytorch_model.bin, and no index of either"
+            f"{folder}: no model.safetensors, no pytorch_model.bin, and no index of either; "
+            "download it again"
         )
     if len(weights) > 1 and not _is_whole_set(weights):
         raise ModelFolderError(

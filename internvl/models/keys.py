@@ -463,7 +463,7 @@ def _lazy_part(group: Group, sources: list[LazyTensor], index: int) -> LazyTenso
     except (RuntimeError, IndexError) as error:
         raise ModelFolderError(
             f"config.json: does not fit the weight {group.official[0]}, which is "
-            f"{sources[0].shape} in the file; the two are not of the same model"
+            f"{sources[0].shape} in the file; the two are not of the same model, copy both again"
         ) from error
     return LazyTensor(
         shape, sources[0].dtype, lambda: change([source.read() for source in sources])[index]

@@ -71,7 +71,7 @@ def check_shapes(
         elif wanted != found:
             raise ModelFolderError(
                 f"{folder}: {name} is {found}, config.json asks for {wanted}; the two are not of "
-                "the same model"
+                "the same model; download both again"
             )
         fitted[name] = tensor
     return fitted

@@ -229,3 +229,21 @@ def test_rows_that_samples_fill_better_are_named():
     assert said(310, packing="official") == ""
     assert said(2100, max_tokens=2048) == ""  # cut into pieces, if at all
     assert said(2000) == ""  # a shorter row would not hold one
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps(chat_line("Hello?", "Hi.")).encode("utf-16"),
+        (json.dumps([chat_line("Hello?", "Hi.")])[:-1] + ",]").encode(),
+        b"",
+        None,
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_once(model, images, tmp_path, content):
+    file = tmp_path / "chat.json"
+    if content is not None:
+        file.write_bytes(content)
+    found = check.run(recipe(model, file, images, tmp_path / "run"))
+    (problem,) = found.problems
+    assert str(problem).count(str(file)) == 1

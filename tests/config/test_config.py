@@ -139,3 +139,59 @@ def test_on_is_a_word_and_true_a_truth_value(tmp_path):
     assert found.model.lora.on == ("language_model",)
     assert found.data.sources[0].augment is True
     assert load_recipe(file).model.lora.on == ("vision_tower",)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("run: a\nsteps: 1\nrun: b\n", "the key 'run' is there twice (lines 1 and 3); keep one"),
+        ("optim:\n  lr: 1\n  'lr': 2\n", "the key 'lr' is there twice (lines 2 and 3); keep one"),
+        ("evals: {a: {}, a: {}}\n", "the key 'a' is there twice (line 1); keep one"),
+        ("data:\n  sources:\n  - name: a\n    name: b\n", "the key 'name' is there twice (lines 3"),
+    ],
+)
+def test_a_repeated_key_is_refused_with_both_lines(tmp_path, text, said):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as refused:
+        load_recipe(file)
+    assert str(refused.value).startswith(f"{file}: {said}")
+
+
+def test_a_repeated_key_of_an_override_is_refused():
+    assert "data: the key 'meta' is there twice (line 1); keep one" in problems(
+        GOOD, "data={meta: a, meta: b}"
+    )
+
+
+def test_a_key_may_replace_a_merged_one(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    tree = yaml.safe_dump(GOOD).replace("optim:", "optim:\n  <<: {lr: 5.0, weight_decay: 0.25}")
+    if "optim:" not in tree:
+        tree += "optim: {<<: {lr: 5.0, weight_decay: 0.25}, lr: 0.5}\n"
+    file.write_text(tree)
+    optim = load_recipe(file).optim
+    assert optim.weight_decay == 0.25
+    assert optim.lr != 5.0
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 1\n", "git lfs pull"),
+        ("run: a\n".encode("utf-16"), "text in UTF-16: save it as UTF-8"),
+        (b"<!DOCTYPE html><html></html>", "a web page"),
+    ],
+)
+def test_another_file_than_a_recipe_is_named(tmp_path, content, said):
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError) as refused:
+        load_recipe(file)
+    assert str(file) in str(refused.value)
+    assert said in str(refused.value)
+
+
+def test_an_image_becomes_no_more_tiles_than_can_be_listed():
+    said = "data.tiles.max: input should be less than or equal to 1000, not 1000000000"
+    assert problems(GOOD, "data.tiles.max=1000000000") == [said]

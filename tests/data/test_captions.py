@@ -368,9 +368,8 @@ def test_what_cannot_be_written_again_is_not_converted(tmp_path: Path, name: str
     lines = "\n".join(map(json.dumps, rows)) if name == "a.jsonl" else json.dumps(rows)
     path = write(tmp_path / name, f"\ufeff{lines}")
     where = "line 2" if name == "a.jsonl" else "entry 2"
-    with pytest.raises(
-        DataError, match=rf"{where}: `conversations\[1\].value` holds half a character"
-    ):
+    said = rf"{where}: `conversations\[1\].value` holds half a character"
+    with pytest.raises(DataError, match=said):
         convert.run("boxes-to-1000", path, tmp_path / "b.jsonl")
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
 

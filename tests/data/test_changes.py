@@ -1,5 +1,6 @@
 """A run that goes on knows the data it began with: what a change is, and what then happens."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,8 +13,9 @@ from ranks import run_ranks
 
 from internvl.config import SourceConfig, recipes
 from internvl.data import changes
+from internvl.data.changes import Noted
 from internvl.data.sampler import Earlier, GrownOrder, SampleOrder
-from internvl.data.sources import open_source, source_configs
+from internvl.data.sources import Content, open_source, source_configs
 from internvl.errors import DataError, RunError
 from internvl.training import run_folder
 
@@ -173,6 +175,67 @@ def test_a_last_line_without_an_end_gets_one_when_more_is_added(tmp_path):
     assert not source.begins_with(changes.read(accept.run).sources["chat"])
 
 
+CRLF, MARK = (b"\n", b"\r\n"), b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize(
+    "rewrite",
+    [
+        lambda old: old.replace(*CRLF),
+        lambda old: MARK + old,
+        lambda old: MARK + old.replace(*CRLF),
+        lambda old: old[:-1],
+        lambda old: old.replace(*CRLF)[:-2],
+    ],
+)
+@pytest.mark.parametrize("chunk", [1 << 25, 7])  # bytes; line ends are cut by small ones
+def test_line_ends_and_a_byte_order_mark_are_no_change(rewrite, chunk, tmp_path, monkeypatch):
+    monkeypatch.setattr("internvl.data.index._CHUNK", chunk)
+    begun(tmp_path)
+    file = tmp_path / "x.jsonl"
+    before = file.read_bytes()
+    file.write_bytes(rewrite(before))
+    (source,) = [open_source(source) for source in source_configs(made(tmp_path).data)]
+    assert not changes.of_sources(changes.read(tmp_path / "run"), [source])
+    # Added samples are seen as such, and another text as another one.
+    file.write_bytes(rewrite(before + json.dumps(rows(8)[0]).encode() + b"\n"))
+    (source,) = [open_source(source) for source in source_configs(made(tmp_path).data)]
+    assert [*changes.of_sources(changes.read(tmp_path / "run"), [source]).values()] == [True]
+    file.write_bytes(rewrite(before.replace(b"Yes", b"No")))
+    (source,) = [open_source(source) for source in source_configs(made(tmp_path).data)]
+    assert [*changes.of_sources(changes.read(tmp_path / "run"), [source]).values()] == [False]
+
+
+def test_line_ends_of_a_list_are_no_change(tmp_path):
+    file = tmp_path / "x.json"
+    config = SourceConfig(name="x", type="chat", annotations=file, images=str(tmp_path))
+    file.write_text(json.dumps(rows(1, 2), indent=1))
+    before = open_source(config).content()
+    file.write_bytes(MARK + file.read_bytes().replace(*CRLF))
+    assert open_source(config).content() == before
+
+
+def test_a_run_that_noted_the_digest_of_the_bytes_goes_on(tmp_path):
+    begun(tmp_path)
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(file.read_bytes().replace(*CRLF))
+    noted = changes.read(tmp_path / "run")
+    digest, size = hashlib.sha256(file.read_bytes()).hexdigest(), file.stat().st_size
+    old = Noted({"chat": Content(8, size, digest)})
+    (source,) = [open_source(source) for source in source_configs(made(tmp_path).data)]
+    assert noted.sources["chat"].digest != digest
+    assert not changes.of_sources(old, [source])
+
+
+@pytest.mark.parametrize("text", ['{"sources": {"x": 1}}', '{"sources": 5}', "[]", "{", "7", ""])
+def test_a_damaged_note_is_said_in_a_sentence(text, tmp_path):
+    (tmp_path / "data.json").write_text(text)
+    with pytest.raises(DataError, match=r"cannot read .*data\.json \(.*\); remove it to") as said:
+        changes.read(tmp_path)
+    assert "object" not in str(said.value)
+    assert "argument" not in str(said.value)
+
+
 def test_a_list_grows_as_lines_do(tmp_path):
     file = tmp_path / "x.json"
     file.write_text(json.dumps(rows(*range(8)), indent=1))
@@ -281,9 +344,9 @@ RANKS = """
 import os
 from internvl import dist
 from internvl.config import recipes
-from internvl.training import run_folder
-from internvl.data.sources import open_source, source_configs
+from internvl.data.sources import Content, open_source, source_configs
 from internvl.errors import RunError
+from internvl.training import run_folder
 
 dist.init_from_env("cpu")
 name = {names!r}[dist.rank()]

@@ -119,7 +119,7 @@ def test_a_file_that_is_no_rows_is_one_sentence(data, problem, tmp_path):
 
 NO_ROWS = "`conversations` must be a list of turns"
 HALF = r"holds half a character (\ud83d); write the whole one, or remove it"
-TOO_DEEP = "its lists and objects are nested too deeply to be read"
+TOO_DEEP = "its lists and objects are nested too deeply to be read; write them flatter"
 BAD = {
     '{"conversations": [{"value": "\\ud83d"}]}': f"`conversations[0].value` {HALF}",
     '{"conversations": [{"from": "\\uD83D", "value": ""}]}': f"`conversations[0].from` {HALF}",

@@ -12,12 +12,13 @@ from PIL import Image
 
 from internvl.config import SourceConfig
 from internvl.config.recipes import resolve
-from internvl.data.pair_reader import PairReader, image_id_of, make_batch
+from internvl.data.pair_reader import PairReader, image_id_of, make_batch, picture_and_caption
 from internvl.data.pairs import CaptionEncoder
+from internvl.data.records import Sample
 from internvl.data.sampler import UnitRef
 from internvl.data.sources import open_source
 from internvl.data.tokenizers import load_tokenizer
-from internvl.errors import ConfigError, DataError
+from internvl.errors import BadSample, ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +238,7 @@ def test_the_original_formats_by_their_names(tmp_path):
         (tmp_path / name).write_text(FORMS[name], encoding="utf-8")
         assert len(source(tmp_path / name, tmp_path, kind)) == 3
     (tmp_path / "other.json").write_text('{"a": 1}')
-    with pytest.raises(DataError, match="is not of the form 'karpathy'"):
+    with pytest.raises(DataError, match="is neither a COCO caption file"):
         source(tmp_path / "other.json", tmp_path, "coco_format")
 
 
@@ -277,3 +278,8 @@ def test_crops_are_of_the_whole_picture_on_average(project, encoder):
         pixels = only(made[ref(0, epoch)]).pixels.float()
         halves.append(bool(pixels[..., :14].mean() > pixels[..., 14:].mean()))
     assert 70 < sum(halves) < 130
+
+
+def test_a_chat_line_without_turns_has_no_caption():
+    with pytest.raises(BadSample, match=r"^a line 1: it has no turn to take the caption from"):
+        picture_and_caption(Sample("a line 1", (), images=("a.png",)))

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -204,3 +205,39 @@ def test_several_pictures_of_a_row(tmp_path: Path) -> None:
         "text": "two",
         "image": ["images/7.png", "images/7_1.png"],
     }
+
+
+@pytest.mark.parametrize(
+    ("kind", "box", "text"),
+    [
+        ("boxes-to-1000", "[0.9, 0.2, 0.3, 0.4]", "at [0.9, 0.2, 0.3, 0.4]"),
+        ("boxes-to-1000", "[0.1, 0.2, 0.3, 1.4]", "at [0.1,0.2,0.3,0.4], [0.1, 0.2, 0.3, 1.4]"),
+        ("boxes-to-1000", "[-0.1, 0.2, 0.3, 0.4]", "at [-0.1, 0.2, 0.3, 0.4]"),
+        ("boxes-to-unit", "<box>[[0, 0, 1001, 5]]</box>", "at <box>[[0, 0, 1001, 5]]</box>"),
+        ("boxes-to-unit", "<box>[[0.1, 0.2, 0.3, 1]]</box>", "<box>[[0.1, 0.2, 0.3, 1]]</box>"),
+    ],
+)
+def test_a_box_that_cannot_be_converted_is_refused(
+    tmp_path: Path, kind: str, box: str, text: str
+) -> None:
+    source = write_chat(tmp_path / "a.jsonl", "no box", text)
+    with pytest.raises(DataError, match=re.escape(f"{source} line 2: {box} is no box in 0-1")):
+        convert.run(kind, source, tmp_path / "b.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_numbers_that_are_no_box_are_converted_with_the_rest(tmp_path: Path) -> None:
+    source = write_chat(tmp_path / "a.jsonl", "the list [0, 0, 1, 1]", "<box>here</box>")
+    for kind in ("boxes-to-1000", "boxes-to-unit"):
+        made = convert.run(kind, source, tmp_path / f"{kind}.jsonl")
+        assert answers(made.files[0]) == ["the list [0, 0, 1, 1]", "<box>here</box>"]
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "[]"])
+def test_an_empty_file_is_not_converted(tmp_path: Path, content: str) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text(content)
+    for kind in ("boxes-to-1000", "boxes-to-unit", "captions"):
+        with pytest.raises(DataError, match=r"a\.jsonl"):
+            convert.run(kind, source, tmp_path / "b.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]

@@ -397,6 +397,50 @@ def test_batches_of_no_request(size, chat):
         chat.answer([Request([{"role": "user", "content": "Hello"}])], batch_size=size)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("bad_words_ids", [[]]),
+        ("cache_implementation", "foo"),
+        ("max_time", "a"),
+        ("forced_eos_token_id", -5),
+        ("watermarking_config", {"a": 1}),
+        ("sequence_bias", {(1,): "a"}),
+        ("assistant_early_exit", 1),
+        ("length_penalty", "x"),
+        ("no_repeat_ngram_size", -1),
+        ("encoder_no_repeat_ngram_size", 1.5),
+        ("exponential_decay_length_penalty", (1,)),
+        ("suppress_tokens", "ab"),
+        ("begin_suppress_tokens", 3.5),
+        ("renormalize_logits", "yes"),
+        ("typical_p", 2.0),
+        ("min_p", 7),
+        ("epsilon_cutoff", "x"),
+        ("forced_eos_token_id", 10**9),
+        ("prompt_lookup_num_tokens", 0),
+        ("early_stopping", "soon"),
+        ("compile_config", 3),
+    ],
+)
+def test_a_wrong_value_of_transformers_is_refused_with_its_key(key, value, chat):
+    request = Request([{"role": "user", "content": "Hello"}])
+    with pytest.raises(UserError, match=f"extra.*{key}") as refused:
+        chat.answer(request, max_new_tokens=3, extra={key: value})
+    assert repr(value)[:60] in str(refused.value)
+
+
+def test_an_error_of_the_model_is_not_blamed_on_extra(chat, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("ours")
+
+    monkeypatch.setattr(chat.model.lm_head, "forward", broken)
+    with pytest.raises(ValueError, match=r"^ours$"):
+        chat.answer(
+            Request([{"role": "user", "content": "Hello"}]), extra={"no_repeat_ngram_size": 2}
+        )
+
+
 def test_settings_become_the_generation_config():
     config = generate.Settings(num_beams=4, min_new_tokens=2, extra={"length_penalty": 0.5}).config(
         7, 8

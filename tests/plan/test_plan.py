@@ -143,6 +143,7 @@ def test_data_are_counted_where_they_can_be_read(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "no problem found" in said
     assert "plan for 1 x A100-40" in said
+    assert said.count("images and conversations") == 1
 
 
 def test_a_plan_without_model_and_data(tmp_path, capsys):

@@ -279,6 +279,8 @@ def foreign_errors(file: Path) -> Iterator[None]:
         # re.error, ImportError and others.
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if isinstance(error, AttributeError):  # of a value of another type than PEFT's
+                reason = "a setting is of another type"
             raise ModelFolderError(
                 f"{file}: peft {peft_version} cannot use it ({reason}); correct the setting, or "
                 "save the adapter again"

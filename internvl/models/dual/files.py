@@ -41,7 +41,7 @@ def open_pth(file: Path, config: dict[str, Any]) -> InternVLC:
         ModelFolderError: no such file.
     """
     if not file.is_file():
-        raise ModelFolderError(f"{file}: no such file")
+        raise ModelFolderError(f"{file}: no such file; check the path")
     beside = file.parent / "config.json"
     return InternVLC(file.parent, hub.read_json(beside) if beside.is_file() else config, file)
 

@@ -261,7 +261,7 @@ def test_a_run_goes_on_bit_for_bit_and_evaluates_inside(project, tmp_path):
     written = [numbers["loss"] for numbers in itertools.islice(train.updates(first), 4)]
     recipe.run.mkdir()
     train.save(first)
-    (recipe.run / "recipe.yaml").write_text(recipes.to_yaml(recipe))
+    (recipe.run / "recipe.yaml").write_text(recipes.to_yaml(first.recipe))
     train.run(recipe)
     losses = [row["loss"] for row in rows(straight)]
     assert written + [row["loss"] for row in rows(recipe.run)] == losses
