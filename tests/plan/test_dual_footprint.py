@@ -35,13 +35,15 @@ CHOICES = {
     "queries": {"train": ["queries", "query_pool", "itm_head", "logit_scale"]},
 }
 
+TILES = {"size": 56, "min": 1, "max": 1, "thumbnail": False, "pad_square": False}
+
 
 def recipe_of(choice, objective="retrieval", **compute):
     source = {"name": "pairs", "type": "pairs", "annotations": "pairs.csv"}
     return recipes.resolve(
         {
             "model": {"id": "OpenGVLab/InternVL-14B-224px", **CHOICES[choice]},
-            "data": {"sources": [source], "tiles": {"size": 56, "max": 1}},
+            "data": {"sources": [source], "tiles": TILES, "normalize": "imagenet"},
             "objective": {"name": objective},
             "compute": {"compile": False, **compute},
             "run": "run",
