@@ -203,3 +203,23 @@ def _per_expert(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     if name.endswith("experts.down_proj"):
         return {f"{stem}.{e}.down_proj.weight": part.clone() for e, part in enumerate(tensor)}
     return {name: tensor.clone()}
+
+
+def official_lora_folder(to: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The golden merge example as the checkpoint the original writes."""
+    folder = golden_folder("chat_internlm2", "v2.sel-1", to)
+    golden = load_file(GOLDEN / "lora_count" / "merge_example.safetensors")
+    adapters = {k.removeprefix("lora."): v for k, v in golden.items() if k.startswith("lora.")}
+    adapted = {k.partition(".lora_")[0] for k in adapters}
+    stored = dict(adapters)
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        part, _, rest = name.partition(".")
+        if part in ("language_model", "vision_model"):
+            name = f"{part}.base_model.model.{rest}"
+        stem, _, kind = name.rpartition(".")
+        stored[f"{stem}.base_layer.{kind}" if stem in adapted else name] = tensor
+    save_file(stored, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"use_llm_lora": 8, "use_backbone_lora": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, golden

@@ -9,13 +9,18 @@ import peft_folders
 import pytest
 import tiny_run
 import torch
-from chat_folders import IMAGE_TOKEN_ID, add_tokenizer, official_folder, shared
+from chat_folders import (
+    IMAGE_TOKEN_ID,
+    add_tokenizer,
+    official_folder,
+    official_lora_folder,
+    shared,
+)
 from peft import LoraConfig as LoraSettings
 from peft import get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
 from test_cli import call
-from test_lora import official_lora_folder
 
 from internvl import cli, export, train, zoo
 from internvl.config import LoraConfig, ModelConfig
