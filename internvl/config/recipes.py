@@ -23,14 +23,14 @@ from internvl.config.problems import sentence
 from internvl.config.recipe import Recipe
 from internvl.config.training import GuardConfig
 from internvl.config.types import Tower
-from internvl.errors import ConfigError
+from internvl.errors import ConfigError, UserError
 from internvl.files import other_format
 
 _SHOWN = 100  # characters of an override in a message
 _BOOL = "tag:yaml.org,2002:bool"
 
 
-class _RepeatedKey(ValueError):
+class _RepeatedKey(UserError):
     """A mapping names a key twice, of which YAML's reader would keep the last alone."""
 
     def __init__(self, key: str, first: int, second: int) -> None:

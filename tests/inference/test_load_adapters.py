@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from test_cli import call
 
 from internvl import cli, export, train, zoo
-from internvl.config import LoraConfig, ModelConfig
+from internvl.config import LoraConfig, ModelConfig, TilesConfig
 from internvl.config.recipes import load_recipe, resolve
 from internvl.errors import ConfigError, UserError
 from internvl.inference import generate
@@ -296,7 +296,7 @@ def test_chat_about_a_video(capsys, project):
 def test_size_normalization_and_padding_of_a_recipe_reach_answers_and_exports(project, tmp_path):
     """The position embeddings are resized once, as the original does."""
     chosen = recipe(project)
-    tiles = replace(chosen.data.tiles, size=112, pad_square=True)
+    tiles = TilesConfig(size=112, min=1, max=1, thumbnail=False, pad_square=True)
     chosen = replace(chosen, data=replace(chosen.data, tiles=tiles, normalize="siglip"))
     chat = loading.for_training(chosen)
     size = chat.model.config.vision_config.image_size
