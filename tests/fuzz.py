@@ -41,10 +41,11 @@ _INTERNALS = re.compile(
     r"|'\w+' object|\[type=|_core\.|\w+Invalid\b|SafetensorError|UnpicklingError|Caught \w+ in"
 )
 _REMEDY = re.compile(
-    r"\b(add|another|ask|available|check|choose|convert|column \d+|copy|delete|did you mean|download|empty|"
-    r"expected|export|fetch|folder|give|install|it has|keep|known|lower|make|missing|must|name|"
-    r"names|need|needs|put|quote|raise|remove|replace|save|set|shrink|should|start|supported|take|"
-    r"there is no|there already|train|turn|unknown key|unpack|use|write|flatter)\b|run `"
+    r"\b(add|another|ask|available|check|choose|convert|column \d+|copy|delete|did you mean|"
+    r"download|empty|expected|export|fetch|flatter|folder|give|install|it has|keep|known|"
+    r"lower|make|missing|must|name|names|need|needs|put|quote|raise|remove|replace|save|"
+    r"set|shrink|should|start|supported|take|there is no|there already|train|turn|"
+    r"unknown key|unpack|use|write)\b|run `"
 )
 """Words of a remedy; where something is not there, or a line and column are named, it is plain."""
 
