@@ -149,7 +149,7 @@ def test_flops_of_internvl_14b_are_those_that_torch_counts(monkeypatch, choice):
     recipe = recipes.resolve(
         {
             "model": {"id": "InternVL-14B", **choice},
-            "data": {"sources": [source]},
+            "data": {"sources": [source], "normalize": "imagenet"},
             "objective": {"name": "retrieval"},
             "run": "run",
             "global_batch": 3,
