@@ -544,7 +544,7 @@ def _entry(file: CaptionFile, where: str, row: Any) -> None:
     """An object with `image` and captions under one of their usual keys: a text or a list."""
     reason = _object_problem(row)
     if reason is None and "image" not in row:
-        reason = "no `image`"
+        reason = "no `image`; write the image's path under this key"
     if reason:
         file.bad(where, reason)
     else:

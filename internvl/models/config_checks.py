@@ -4,6 +4,7 @@ What is wrong is one sentence with file and key. Bounds are far above any releas
 zero too many from filling the memory.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -272,9 +273,14 @@ def building(file: Path) -> Iterator[None]:
         raise ModelFolderError(f"{file.parent}/{error}") from error
     # A configuration's values reach whatever code transformers has for them: each raises its own.
     except Exception as error:
-        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])[:300]
+        # The hub's validation only wraps the error that names field and value.
+        cause = error.__cause__ or error
+        reason = " ".join(line.strip() for line in str(cause).splitlines()[:2]).split(". Errors:")[
+            0
+        ]
+        reason = re.sub(r"<class '(\w+)'>", r"\1", reason)[:300]
         raise ModelFolderError(
-            f"{file}: its values do not make a model ({type(error).__name__}: {reason}); take the "
+            f"{file}: its values do not make a model ({type(cause).__name__}: {reason}); take the "
             "config.json of the release"
         ) from error
 

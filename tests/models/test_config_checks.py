@@ -57,6 +57,7 @@ CHAT = [
     (("llm_config", "rope_scaling"), {"type": "su", "short_factor": [1.0]}, "list of 8 factors"),
     (("llm_config", "rope_scaling"), {"type": "linear", "factor": "2"}, "factor is '2', a number"),
     (("llm_config", "rope_scaling"), {"type": "longrope"}, "do not make a model"),
+    (("llm_config", "use_cache"), {}, r"a model \(TypeError: Field 'use_cache' expected bool, got"),
     (("llm_config", "num_key_value_heads"), 3, "a divisor of 4 is needed"),
     (("llm_config", "architectures"), "Qwen2ForCausalLM", "a list of names is expected"),
     (("llm_config", "architectures"), ["MambaForCausalLM"], "'MambaForCausalLM' is not supported"),
