@@ -1,10 +1,10 @@
-"""The data path, measured: pictures to tiles, the loader, the fill of rows, shared prefixes.
+"""The data path, measured: images to tiles, the loader, the fill of rows, shared prefixes.
 
     python benchmarks/data.py --photos PHOTOS --captions coco.json --reference bench_data.py
 
-PHOTOS is a folder of JPEG photos (COCO's, say); coco.json a COCO caption file, with its pictures
+PHOTOS is a folder of JPEG photos (COCO's, say); coco.json a COCO caption file, with its images
 beside it in `images/`. `--reference` names a script whose functions `p_official` and `p_pil_u8`
-take JPEG bytes; they run in turn with ours, picture by picture, and the best of several rounds
+take JPEG bytes; they run in turn with ours, image by image, and the best of several rounds
 counts, so that a busy machine slows all alike. One thread.
 """
 
@@ -71,8 +71,8 @@ def reference(script: Path) -> dict[str, Pipeline]:
     return {"reference: official": module.p_official, "reference: pil_u8": module.p_pil_u8}
 
 
-def time_pictures(photos: list[bytes], pipelines: dict[str, Pipeline], rounds: int) -> list[dict]:
-    """Milliseconds a picture of every pipeline, each picture at its best of all rounds.
+def time_images(photos: list[bytes], pipelines: dict[str, Pipeline], rounds: int) -> list[dict]:
+    """Milliseconds an image of every pipeline, each image at its best of all rounds.
 
     At least three rounds: a resize is compiled once a process has made a hundred of them.
     """
@@ -87,8 +87,8 @@ def time_pictures(photos: list[bytes], pipelines: dict[str, Pipeline], rounds: i
     return [
         {
             "pipeline": name,
-            "ms_a_picture": 1e3 * times.mean(),
-            "pictures_per_s": 1 / times.mean(),
+            "ms_a_image": 1e3 * times.mean(),
+            "images_per_s": 1 / times.mean(),
             f"times_{slow}": best[slow].mean() / times.mean(),
         }
         for name, times in best.items()
@@ -135,7 +135,7 @@ def caption_data(captions: Path, tile_max: int, **keys: Any) -> tuple[list, Data
 
 
 def loader_rate(captions: Path, resize: str, workers: int) -> dict[str, float]:
-    """Samples and pictures a second that `workers` processes read, encode and pack."""
+    """Samples and images a second that `workers` processes read, encode and pack."""
     files, data, objective = caption_data(captions, 6, workers=workers, resize=resize)
     order = SampleOrder(files, share_prefix=True, seed=0)
     reader = loader.UnitReader(files, data, objective.encode)
@@ -248,7 +248,7 @@ def main() -> None:
             "simplejpeg": _version("simplejpeg"),
             "commit": commit.stdout.strip(),
             "photos": len(photos),
-            "pictures_one_core": time_pictures(photos, pipelines, arguments.rounds),
+            "images_one_core": time_images(photos, pipelines, arguments.rounds),
             "difference_of_255": difference(photos),
             "loader": [loader_rate(arguments.captions, how, 2) for how in ("pillow", "torch")],
             "sharing": sharing(arguments.captions),

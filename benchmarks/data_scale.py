@@ -2,9 +2,9 @@
 
     python benchmarks/data_scale.py --lines 1300000 --out benchmarks/data_scale.json
 
-Writes synthetic chat files (about 800 bytes a line, two lines a picture), opens each in a fresh
+Writes synthetic chat files (about 800 bytes a line, two lines an image), opens each in a fresh
 process, takes the first batch and one from the middle, and sums the proportional set size (PSS)
-of that process and its workers. Pictures are made for the samples drawn; encoding is a stub.
+of that process and its workers. Images are made for the samples drawn; encoding is a stub.
 """
 
 import argparse
@@ -21,8 +21,8 @@ GLOBAL_BATCH = 64
 
 
 def write(path: Path, lines: int) -> None:
-    """Conversations of three turns; every picture has two lines, far apart."""
-    text = "The picture shows a street with people, cars and a few trees in the background. " * 4
+    """Conversations of three turns; every image has two lines, far apart."""
+    text = "The image shows a street with people, cars and a few trees in the background. " * 4
     with path.open("w", encoding="utf-8") as file:
         for i in range(lines):
             turns = [

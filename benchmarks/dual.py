@@ -10,7 +10,7 @@ of COCO's lengths, and the loader's workers; shares are needed FLOPs (plan/dual_
 package) over the rate of an 8192³ bfloat16 product of the same process. `hours` are those of the
 recipe's steps. Of a row that measures its first step, `first_wait_s` is left out: a later step's
 pairs are read during the one before. lora_224_kept the LoRA recipe in micro-batches of 32, nothing
-computed again encode_224 pictures as C and G, texts: as loaded, and with compiled blocks head_224
+computed again encode_224 images as C and G, texts: as loaded, and with compiled blocks head_224
 the head recipe: all 128 pairs at once caption_224 beam 5, 30 tokens, batch 1, 16 and 64 lora_364
 LoRA at 364 px, global batch 1,024 in micro-batches of 24, nothing again full_364 all weights: says
 what one GPU lacks for it lora_224 the recipe as it is: 4 micro-batches of 32, checkpointing
@@ -104,7 +104,7 @@ def random_dual(pixels: int, device: torch.device, recipe: Recipe | None, *, tin
     """The released model with random weights made on the device, and a tokenizer of words.
 
     Args:
-        pixels: side of a picture.
+        pixels: side of an image.
         recipe: whose choice of what trains is made; None freezes everything.
         tiny: two narrow layers of each part instead of the real sizes.
     """
@@ -210,7 +210,7 @@ def write_pairs(folder: Path, pairs: int) -> dict[str, Any]:
         name = f"{number % 64:03d}.jpg"  # decoding a file again is the same work
         if number < 64:
             workloads.picture(drawn.size, number).save(folder / name, quality=90)
-        # Under names of their own, or captions of other pictures would be right answers too.
+        # Under names of their own, or captions of other images would be right answers too.
         link = folder / f"{number:05d}.jpg"
         os.link(folder / name, link)
         lines.append(f"{link.name},{workloads.some_words(rng, max(1, drawn.answer - 1))}")
@@ -257,8 +257,8 @@ def training(row: Training, device: torch.device, ceiling: float, tiny: bool) ->
         "data_wait_s": statistics.mean(numbers["data_wait_s"] for numbers in rows[row.warmup :]),
         "first_wait_s": first_wait_s,
         "ceiling_share": needed / sum(seconds) / 1e12 / ceiling,
-        "tflop_per_pair": needed / work.pictures / 1e12,
-        "text_tokens_per_pair": work.text_tokens / work.pictures,
+        "tflop_per_pair": needed / work.images / 1e12,
+        "text_tokens_per_pair": work.text_tokens / work.images,
         "peak_gib": rows[-1]["memory_gib"],
         "trained": sum(p.numel() for p in now.model.parameters() if p.requires_grad),
         "recipe_steps": total_steps,
@@ -305,7 +305,7 @@ def full(device: torch.device, tiny: bool) -> dict[str, Any]:
 
 
 def encode(device: torch.device, ceiling: float, tiny: bool) -> dict[str, Any]:
-    """Pictures and texts a second: as loaded, and with the blocks compiled."""
+    """Images and texts a second: as loaded, and with the blocks compiled."""
     handle = random_dual(224, device, None, tiny=tiny)
     size, count, batch = handle.image_size, *((8, 4) if tiny else (1024, 128))
     pixels = torch.randn(count, 3, size, size, device=device, dtype=torch.bfloat16)

@@ -4,7 +4,7 @@
     python benchmarks/exactness.py --cpu
     python benchmarks/exactness.py --only "flex, compiled, bfloat16, float8"
 
-Every step takes the whole data set (pictures with five captions each), so that each variant sees
+Every step takes the whole data set (images with five captions each), so that each variant sees
 the same samples however it packs them. Compared with one sample a row, a dense mask and no
 compiler, all in float32: the largest relative difference of a loss over the 20 steps, of the first
 gradient (norm of the difference over the norm), and of what the weights moved by in the end.
@@ -26,7 +26,7 @@ from internvl.config import recipes
 STEPS = 20
 DENSE = {"attention": "dense", "compile": False}
 TILES = 7
-"""Of every picture here."""
+"""Of every image here."""
 
 PLAIN = {"share_prefix": False, "max_tiles": TILES}
 """No two samples fit into a row."""

@@ -26,7 +26,7 @@ from typing import Any
 from internvl.models.vision import count_parameters
 
 SHARD_BYTES = 2 * 10**9
-QUESTION = "<image>\nDescribe the picture."
+QUESTION = "<image>\nDescribe the image."
 STEPS = ("chat", "adapt", "plain", "round_trip", "quantized")
 TINY = {
     "vision_config": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2},

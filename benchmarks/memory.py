@@ -5,7 +5,7 @@
     python benchmarks/memory.py --tiny                                 # the same path on a CPU
 
 Random weights of the released shapes are made on the device and take three steps of the real loop
-on COCO-like pictures. Each row is a process of its own; `cap` is a hard limit on what it may
+on COCO-like images. Each row is a process of its own; `cap` is a hard limit on what it may
 allocate. Predicted and measured are for the same rows: the largest is padded to `data.row_tokens`.
 On a CPU only weights, gradients and optimizer states are compared.
 """

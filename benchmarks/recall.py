@@ -2,7 +2,7 @@
 
     python benchmarks/recall.py --to benchmarks/results/recall_cpu.json          # or --device cuda
 
-Random unit features of width 768, five captions a picture. Dense: the matrix of all scores and of
+Random unit features of width 768, five captions an image. Dense: the matrix of all scores and of
 all positives, torch.topk for each k in both directions, as CLIP_benchmark does. Chunked: what
 `internvl evaluate` does. Each is measured in a process of its own; memory is what the process grew
 by on a CPU, what torch allocated at most on a GPU, both beyond the features themselves.
@@ -26,13 +26,13 @@ from internvl.evals.features import ranks_both_ways
 from internvl.evals.retrieval import recalls
 
 SIZES = ((1_000, 5_000), (5_000, 25_000))
-"""Pictures and texts."""
+"""Images and texts."""
 
 WIDTH, KS = 768, (1, 5, 10)
 
 
 def features(images: int, texts: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(of pictures, of texts that lie near theirs, the picture of every text)."""
+    """(of images, of texts that lie near theirs, the image of every text)."""
     torch.manual_seed(0)
     of_image = torch.randn(images, WIDTH)
     of_text = torch.arange(texts) % images

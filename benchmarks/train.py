@@ -4,7 +4,7 @@
     python benchmarks/train.py 2b_coco --profile    # one row, and where its step goes
     python benchmarks/train.py --tiny               # the same path on a CPU, in seconds
 
-Pictures are JPEG files, decoded and tiled by the loader's workers; metrics are logged; the
+Images are JPEG files, decoded and tiled by the loader's workers; metrics are logged; the
 optimizer steps. A row's JSON goes to `--to`: medians over 8 steps after two of warm-up, FLOPs
 as internvl/plan/flops.py counts them, over the rate of an 8192³ bfloat16 product of the same
 process.
@@ -57,7 +57,7 @@ class Row:
     batch: int = 512
     """Samples of a step, as in the recipe."""
     row_tokens: int = 16640
-    """Nine pictures of seven tiles, as in the recipe."""
+    """Nine images of seven tiles, as in the recipe."""
     compute: dict[str, Any] = field(default_factory=dict)
 
 

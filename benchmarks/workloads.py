@@ -1,7 +1,7 @@
-"""What the benchmarks train: released shapes with random weights, and pictures and texts drawn to
+"""What the benchmarks train: released shapes with random weights, and images and texts drawn to
 the statistics of COCO captions and of an instruction-tuning mixture, written as JPEG and JSONL.
 
-Nothing is downloaded. `coco_stats.json` counts the picture sizes and caption lengths of COCO
+Nothing is downloaded. `coco_stats.json` counts the image sizes and caption lengths of COCO
 val2017; 1.15 tokens stand for a word.
 """
 
@@ -31,7 +31,7 @@ from internvl.models.chat import model as chat_model
 STATS = Path(__file__).with_name("coco_stats.json")
 WORDS = 4000
 PROMPT = 32
-"""Tokens of a caption sample that are neither picture nor answer."""
+"""Tokens of a caption sample that are neither image nor answer."""
 
 DOCUMENTS = (
     (1240, 1754),
@@ -47,7 +47,7 @@ DOCUMENTS = (
 
 @dataclass(frozen=True)
 class Drawn:
-    """One sample to be written: a picture's size (or none), and tokens of question and answer."""
+    """One sample to be written: an image's size (or none), and tokens of question and answer."""
 
     size: tuple[int, int] | None
     question: int
@@ -89,7 +89,7 @@ def mixture(seed: int, max_tokens: int = 4096) -> Iterator[Drawn]:
 
 
 def num_tiles(size: tuple[int, int] | None, most: int) -> int:
-    """Tiles of a picture, the thumbnail included."""
+    """Tiles of an image, the thumbnail included."""
     if size is None:
         return 0
     columns, rows = choose_grid(*size, min_tiles=1, max_tiles=most, tile_size=448)
@@ -99,10 +99,10 @@ def num_tiles(size: tuple[int, int] | None, most: int) -> int:
 def write(
     folder: Path, samples: Sequence[Drawn], encoder: Any, *, captions: int = 1
 ) -> list[dict[str, Any]]:
-    """Pictures and annotation files below `folder`; the recipe's `data.sources`.
+    """Images and annotation files below `folder`; the recipe's `data.sources`.
 
     Args:
-        captions: samples of each picture, with the same question and answers of their own.
+        captions: samples of each image, with the same question and answers of their own.
     """
     rng = random.Random(0)
     fixed = _fixed_tokens(encoder)

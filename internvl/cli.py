@@ -250,7 +250,7 @@ def _say(model: Any, request: Any, settings: dict[str, Any]) -> str:
 
 
 def _frames(model: Any, video: str, count: int) -> tuple[Any, list[Any]]:
-    """(the model with one tile for every picture, `count` frames spread evenly over a video)."""
+    """(the model with one tile for every image, `count` frames spread evenly over a video)."""
     from dataclasses import replace
 
     import numpy as np
@@ -383,9 +383,9 @@ def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--output", type=Path, help="append CLIP_benchmark's result lines there")
     sub.add_argument("--features", type=Path, help="keep features there")
     sub.add_argument("--annotations", type=Path, help="your own captions, pairs or class folders")
-    sub.add_argument("--images", type=Path, help="folder its pictures lie in")
+    sub.add_argument("--images", type=Path, help="folder its images lie in")
     sub.add_argument("--on-bad-sample", choices=("raise", "skip", "keep"))
-    sub.add_argument("--limit", type=int, help="only the first pictures")
+    sub.add_argument("--limit", type=int, help="only the first images")
     sub.add_argument("--batch-size", type=int)
     sub.add_argument("--device", help="cuda, cuda:1, cpu; by default the GPU if there is one")
     sub.add_argument(
@@ -405,7 +405,7 @@ def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
     of.add_argument("--rerank", type=int, help="sort the first so many by the match score (ITM)")
     of.add_argument("--form", help="how --annotations is written; by default seen")
     of.add_argument("--clean", action="store_true", default=None, help="clean captions")
-    of.add_argument("--train", type=Path, help="training captions; no test picture may be there")
+    of.add_argument("--train", type=Path, help="training captions; no test image may be there")
     of = sub.add_argument_group("classification")
     of.add_argument("--classes", type=Path, help="JSON of class names")
     of.add_argument("--templates", type=Path, help="JSON of texts with {c} for the class")

@@ -123,7 +123,7 @@ class BadSample(UserError):
 
 
 class BadImage(UserError):
-    """A picture or video that cannot be read: the reason, in words a user can act on."""
+    """An image or video that cannot be read: the reason, in words a user can act on."""
 
 
 class WorkerDied(DataError):

@@ -50,7 +50,7 @@ class Measured:
     metrics: dict[str, float]
     """Named "evaluation/metric", each from 0 to 1 unless its evaluator says otherwise."""
     counts: dict[str, dict[str, int]]
-    """Evaluation -> what it measured on, such as pictures and texts, and how many."""
+    """Evaluation -> what it measured on, such as images and texts, and how many."""
     computed: str = ""
     """In which precision, and where a run's own evaluations compute otherwise, what differs:
     "float32; inside the run: bfloat16 autocast"."""
@@ -393,7 +393,7 @@ def render(
     Args:
         model: whose published values; empty for none.
         counts: of `Measured`. A published value stands only beside an evaluation of as many
-            pictures and texts as the whole published set has; others get a note.
+            images and texts as the whole published set has; others get a note.
     """
     width = max(map(len, metrics), default=0)
     rows, notes, compared = [], dict[str, None](), False
@@ -417,7 +417,7 @@ def _partial(evaluation: str, counts: Mapping[str, int]) -> str:
     task = published_sets.published_set(evaluation)
     if task is None:
         return ""
-    whole = f"{task.num_pictures:,} pictures and {task.num_texts:,} texts"
+    whole = f"{task.num_images:,} images and {task.num_texts:,} texts"
     here = " and ".join(f"{number:,} {what}" for what, number in counts.items())
     if here == whole:
         return ""

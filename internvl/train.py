@@ -216,7 +216,7 @@ def _backward(run: Run, batch: Batch, counts: dict[str, float]) -> torch.Tensor:
                 sums = run.objective(run.model, batch)
             weights = run.objective.weights
             loss = torch.stack([weights[name] * sums[name] / counts[name] for name in counts]).sum()
-            if loss.requires_grad:  # a row without pictures has nothing to teach the projector
+            if loss.requires_grad:  # a row without images has nothing to teach the projector
                 loss.backward()
     except torch.OutOfMemoryError as error:
         what = (

@@ -1,4 +1,4 @@
-"""Small pictures, annotation files and recipes for the tests of data."""
+"""Small images, annotation files and recipes for the tests of data."""
 
 import json
 import os
@@ -15,7 +15,7 @@ SHARED = Path(os.environ.get("INTERNVL_SHARED", Path(__file__).parents[2] / "sha
 
 
 def picture(path: Path, size: tuple[int, int] = (120, 80), color: str = "red", **form: Any) -> Path:
-    """A picture with a gradient, so that no two tiles are alike."""
+    """An image with a gradient, so that no two tiles are alike."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.linear_gradient("L").resize(size)
     Image.merge("RGB", (image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), image)).save(

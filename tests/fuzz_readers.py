@@ -448,7 +448,7 @@ def read_frame_folder(folder: Path) -> Problems:
 
 def evaluation(kind: str, file: str, **keys: Any) -> Callable[[Path], Problems]:
     def read(folder: Path) -> Problems:
-        names = {"classes", "templates", "train", "pictures"}
+        names = {"classes", "templates", "train", "images"}
         given = {k: folder / v if k in names else v for k, v in keys.items()}
         annotations = folder / file
         images = str(annotations if annotations.is_dir() else folder)
@@ -456,7 +456,7 @@ def evaluation(kind: str, file: str, **keys: Any) -> Callable[[Path], Problems]:
             type=kind, annotations=annotations, images=images, recall_k=(1,), **given
         )
         evaluator = evals.EVALS[kind](config)
-        evaluator.pictures()
+        evaluator.images()
         evaluator.counts()
         return []
 
@@ -486,12 +486,12 @@ def seed_leaks(folder: Path) -> None:
 
 
 def seed_published(folder: Path) -> None:
-    """A list of pictures beside references, as COCO's Karpathy test set has."""
+    """A list of images beside references, as COCO's Karpathy test set has."""
     seed_coco(folder)
     picture(folder / "x_1.png", (20, 20))
     picture(folder / "x_2.png", (20, 20))
     rows = [{"image": "x_1.png"}, {"image": "x_2.png"}]
-    (folder / "pictures.json").write_text(json.dumps(rows))
+    (folder / "images.json").write_text(json.dumps(rows))
 
 
 # Recipes
@@ -729,7 +729,7 @@ def seed_synthdog(folder: Path) -> None:
 
 
 def read_sft(folder: Path) -> Problems:
-    """One annotation file of the nine; the others and their folders of pictures lack."""
+    """One annotation file of the nine; the others and their folders of images lack."""
     from internvl.datasets import playground
 
     here = checklist.Tree(folder, download=False)
@@ -990,7 +990,7 @@ _TABLE = (
     Reader(
         "eval-published",
         seed_published,
-        evaluation("caption", "captions.json", pictures="pictures.json"),
+        evaluation("caption", "captions.json", pictures="images.json"),
         ("internvl.data.captions.read",),
         damaged="*.json",
     ),

@@ -1,4 +1,4 @@
-"""A small retrieval project: pictures, captions, an InternVL-14B and a recipe that trains it."""
+"""A small retrieval project: images, captions, an InternVL-14B and a recipe that trains it."""
 
 import io
 from pathlib import Path
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 COLORS = ("red", "green", "blue", "gray", "purple", "orange")
 SHAPES = ("circle", "square", "cross", "bar")
-TEMPLATES = ("A {} {}.", "this picture shows a {} {}")
+TEMPLATES = ("A {} {}.", "this image shows a {} {}")
 
 
 def captions_of(color: str, shape: str) -> list[str]:

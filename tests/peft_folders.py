@@ -98,7 +98,7 @@ def quiet() -> Iterator[None]:
 
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
-    """(1, T, V) of a text and of a picture before it."""
+    """(1, T, V) of a text and of an image before it."""
     config = getattr(model, "config", None)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(1, 3, 84, 84, generator=generator)

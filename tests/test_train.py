@@ -194,7 +194,7 @@ def test_lora_moves_only_what_it_says_and_merges_equal(project, tmp_path):
 def test_bad_samples_are_raised_or_listed(project, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(project.parent, folder, ignore=shutil.ignore_patterns("run", "start"))
-    (folder / "red-circle.png").write_bytes(b"no picture")
+    (folder / "red-circle.png").write_bytes(b"no image")
     sources = f"data.sources=[{{name: s, annotations: {folder}/train.jsonl, images: {folder}}}]"
     with pytest.raises(BadSample, match=r"train.jsonl line [12]: .*red-circle.png"):
         train.run(recipe_of(project, tmp_path, "steps=6", sources))
@@ -426,7 +426,7 @@ def test_the_log_shows_the_first_samples_and_what_is_supervised(project, tmp_pat
 
 
 def test_a_row_that_teaches_nothing_is_no_error(project, tmp_path):
-    """Only the projector learns, and a row has no picture."""
+    """Only the projector learns, and a row has no image."""
     run = train.build(recipe_of(project, tmp_path, "model.train=[multi_modal_projector]"))
     rows = [*run.objective.batches([made_up(run, 0, 9)]), *next(train._steps(run)).batches]
     assert train.train_step(run, rows)["grad_norm"] > 0

@@ -210,7 +210,7 @@ def test_what_does_not_fit_is_refused(project, tmp_path, overrides, said):
 def test_bad_pairs_are_raised_or_listed(project, tmp_path):
     folder = tmp_path / "data"
     pair_runs.draw(folder)
-    (folder / "0003.jpg").write_bytes(b"no picture")
+    (folder / "0003.jpg").write_bytes(b"no image")
     sources = (
         "data.sources=[{name: s, type: flickr_format, "
         f"annotations: {folder}/captions.txt, images: {folder}}}]"
@@ -266,7 +266,7 @@ def test_written_out_attention_changes_no_result(project, tmp_path, checkpointin
 def test_a_check_reads_every_pair(project, tmp_path):
     folder = tmp_path / "data"
     pair_runs.draw(folder)
-    (folder / "0003.jpg").write_bytes(b"no picture")
+    (folder / "0003.jpg").write_bytes(b"no image")
     lines = (folder / "captions.txt").read_text()
     (folder / "captions.txt").write_text(lines + "0000.jpg,A red circle.\n0000.jpg,...\n")
     sources = (

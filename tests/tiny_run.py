@@ -1,4 +1,4 @@
-"""A whole project in a folder: pictures, annotations, a small model and a recipe that trains it."""
+"""A whole project in a folder: images, annotations, a small model and a recipe that trains it."""
 
 import json
 from pathlib import Path

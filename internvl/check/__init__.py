@@ -1,7 +1,7 @@
 """Everything a run will read, read before it starts: `check.run(recipe)`. Needs no GPU, no weights.
 
 Every annotation line is parsed and encoded, every image and video decoded, every evaluation's
-pictures opened; all problems are collected. Then what the samples hold, the arithmetic of a step,
+images opened; all problems are collected. Then what the samples hold, the arithmetic of a step,
 and the first batch as text. What was read once is kept by its content in the cache folder, so that
 a second check reads only what changed.
 """
@@ -29,7 +29,7 @@ from internvl.check import report as check_report
 from internvl.check.report import Checked, Counts, Shown
 from internvl.config import DataConfig, EvalConfig, Recipe
 from internvl.data.chat import ChatEncoder, spans
-from internvl.data.images import FileSlice, Picture, is_address
+from internvl.data.images import FileSlice, ImageRef, is_address
 from internvl.data.index import cache_folder
 from internvl.data.loader import Read, UnitReader
 from internvl.data.packing import least_padded, padded_tokens
@@ -56,7 +56,7 @@ _CHUNK = 64  # lines that a worker examines at once
 _SHOWN_SAMPLES = 4
 _WORTH_SAYING = 0.02  # of a row
 _MOST_PACKED = 512  # units that row lengths are tried on
-_PICTURE = 512  # longest side of a picture in the report, pixels
+_IMAGE = 512  # longest side of an image in the report, pixels
 _COLUMNS = ("line", "kind", "tokens", "tiles", "supervised", "unknown")
 
 
@@ -253,7 +253,7 @@ def _content(sample: Sample | BadSample) -> tuple[Any, ...]:
     return (sample.messages, media)
 
 
-def _state(media: Picture) -> tuple[Any, ...]:
+def _state(media: ImageRef) -> tuple[Any, ...]:
     if isinstance(media, bytes):
         return (hashlib.sha256(media).hexdigest(),)
     if isinstance(media, FileSlice):
@@ -289,7 +289,7 @@ def _examine(examiner: _Examiner, checked: Checked) -> None:
     ):
         for examined in reading:
             found[examined.file].append(examined)
-            # Within a chunk they come by picture; a reader looks for them by line.
+            # Within a chunk they come by image; a reader looks for them by line.
             checked.problems += sorted(examined.bad, key=lambda bad: (len(bad.name), bad.name))
             progress.update(examined.num_lines)
     for file, parts in zip(files, found, strict=True):
@@ -338,7 +338,7 @@ def _first_step(
     )
     work = functools.reduce(operator.add, map(work_of, rows))
     checked.step = FirstStep(work, tuple(row.num_tokens for row in rows), len(order))
-    # One of each unit: the answers to a picture differ little, pictures do.
+    # One of each unit: the answers to an image differ little, images do.
     shown = (next(_show(ref, rows[0].names, reader, objective, encoder), None) for ref in refs)
     checked.first = list(islice((one for one in shown if one is not None), _SHOWN_SAMPLES))
 
@@ -424,7 +424,7 @@ def _show(
             yield Shown(
                 sample,
                 _media_names(sample, tiles),
-                tuple(_small(picture) for picture in reader.pictures(sample, ref)[0]),
+                tuple(_small(image) for image in reader.images(sample, ref)[0]),
                 () if tiles is None else tiles.grids,
                 () if tiles is None else tiles.per_image,
                 tuple(spans(unit.examples[0], encoder)),
@@ -439,10 +439,10 @@ def _media_names(sample: Sample, tiles: Tiles | None) -> tuple[str, ...]:
     return tuple("(bytes)" if isinstance(i, bytes) else str(i) for i in sample.images)
 
 
-def _small(picture: np.ndarray) -> bytes:
-    """A JPEG of at most _PICTURE pixels a side."""
-    image = Image.fromarray(picture)
-    image.thumbnail((_PICTURE, _PICTURE))
+def _small(pixels: np.ndarray) -> bytes:
+    """A JPEG of at most _IMAGE pixels a side."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((_IMAGE, _IMAGE))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
     return buffer.getvalue()

@@ -52,7 +52,7 @@ class Shown:
     """A sample of the first batch: its text in spans of (text, supervised), a grid per image."""
 
     sample: Sample
-    pictures: tuple[str, ...]
+    images: tuple[str, ...]
     """What each image or frame is called."""
     small: tuple[bytes, ...]
     """Each image or frame as a small JPEG."""
@@ -106,7 +106,7 @@ class Checked:
             (int((tokens >= limit).sum()), f"are cut at data.max_tokens = {limit:,}"),
             (int((tokens >= _NEAR * limit).sum()), f"have {_NEAR:.0%} of data.max_tokens or more"),
             (int((self.joined("unknown") > 0).sum()), "hold text the tokenizer does not know"),
-            (self.num_duplicates, "equal another sample, pictures and text"),
+            (self.num_duplicates, "equal another sample, images and text"),
         ):
             if count:
                 yield f"{count:,} sample(s) {what}"
@@ -165,13 +165,13 @@ def _histogram(title: str, values: np.ndarray) -> Iterator[str]:
 
 
 def _render_sample(shown: Shown) -> str:
-    pictures = [
+    images = [
         f"  {path}: {columns} x {rows} grid, {count} tile(s)"
         for path, (columns, rows), count in zip(
-            shown.pictures, shown.grids, shown.per_image, strict=True
+            shown.images, shown.grids, shown.per_image, strict=True
         )
     ]
-    return "\n".join([f"{shown.sample.name} (⟦supervised⟧)", *pictures, marked(shown.spans)])
+    return "\n".join([f"{shown.sample.name} (⟦supervised⟧)", *images, marked(shown.spans)])
 
 
 def page(checked: Checked) -> pages.Report:
@@ -229,16 +229,14 @@ def _chart(what: str, values: np.ndarray) -> pages.Chart:
 
 
 def _page_sample(shown: Shown) -> pages.TrainingSample:
-    pictures = [
-        pages.TiledPicture(
-            picture=picture, columns=columns, rows=rows, thumbnail=count > columns * rows
-        )
-        for picture, (columns, rows), count in zip(
+    images = [
+        pages.TiledImage(image=image, columns=columns, rows=rows, thumbnail=count > columns * rows)
+        for image, (columns, rows), count in zip(
             shown.small, shown.grids, shown.per_image, strict=True
         )
     ]
     return pages.TrainingSample(
         name=shown.sample.name,
-        pictures=pictures,
+        images=images,
         spans=[pages.Span(text, supervised) for text, supervised in shown.spans],
     )

@@ -25,7 +25,7 @@ class TilesChoice:
     thumbnail: bool | None = None
     """Append the whole image as one more tile where it was cut into several."""
     pad_square: bool | None = None
-    """Pad a picture to a square (in the mean colour) instead of stretching it. Only with
+    """Pad an image to a square (in the mean colour) instead of stretching it. Only with
     `max: 1`; a source with `augment` ignores it, as the original does."""
 
     @property
@@ -48,7 +48,7 @@ class TilesConfig(TilesChoice):
     thumbnail: bool = True
     """Append the whole image as one more tile where it was cut into several."""
     pad_square: bool = False
-    """Pad a picture to a square instead of stretching it."""
+    """Pad an image to a square instead of stretching it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class VideoConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One annotation file and the folder its pictures lie in."""
+    """One annotation file and the folder its images lie in."""
 
     __pydantic_config__ = STRICT
     name: str
@@ -113,7 +113,7 @@ class SourceConfig:
     max_tiles: TileCount | None = None
     """Overrides `data.tiles.max` for this source."""
     insert_image_mark: bool = False
-    """Put `<image>` (or `<video>`) before the first question of a sample with one picture or video
+    """Put `<image>` (or `<video>`) before the first question of a sample with one image or video
     and no mark, as the original does; otherwise such a sample is a bad one."""
 
 
@@ -143,14 +143,14 @@ class DataConfig:
     EXIF orientation says, as viewers show it, in training and by the exported model too. Not for
     InternVL-14B. In a recipe, null or nothing takes the checkpoint's."""
     max_tokens: Positive = 8192
-    """Longest sample. A longer one loses its end, as in the original, but never part of a picture
+    """Longest sample. A longer one loses its end, as in the original, but never part of an image
     or every answer: then it is a bad sample."""
     row_tokens: Positive | None = None
     """Length of a packed row, at least `max_tokens`; null takes `max_tokens`."""
     max_tiles: Positive = 48
     """Most tiles in a packed row."""
     share_prefix: bool = True
-    """Samples of the same picture form one row: the picture once, every answer a branch of it."""
+    """Samples of the same image form one row: the image once, every answer a branch of it."""
     packing: Literal["best-fit", "official"] = "best-fit"
     """best-fit: the fullest row that still takes a sample, largest samples first; official: the
     original's buffers, in the order of the data."""
@@ -159,7 +159,7 @@ class DataConfig:
     allow_overflow: bool = False
     """With official packing: once half of `packing_buffers` are open, a sample that no row takes
     goes into one that it overfills, as in the original. The row is cut at `row_tokens`; what was
-    cut off goes on as a row from its next picture on, and text before that is lost, as there."""
+    cut off goes on as a row from its next image on, and text before that is lost, as there."""
     template: str | None = None
     """Conversation template; null takes the checkpoint's own."""
     system_message: str | None = None

@@ -31,9 +31,9 @@ class EvalConfig:
 
     __pydantic_config__ = STRICT
     type: Literal["caption", "loss", "retrieval", "classify"] = "caption"
-    """caption: generate a text for every picture and compare it with the references; loss: the mean
+    """caption: generate a text for every image and compare it with the references; loss: the mean
     loss over the supervised tokens of held-out samples; retrieval:
-    recall@k from texts to pictures and back; classify: the class of every picture, zero-shot. The
+    recall@k from texts to images and back; classify: the class of every image, zero-shot. The
     last two are for InternVL-14B."""
     annotations: Path
     """caption, retrieval: images with their captions in any form of data/captions.py, usually COCO
@@ -48,11 +48,11 @@ class EvalConfig:
     guard: EvalGuardConfig | None = None
     """How much worse this may get than before the first step, where it is then measured too."""
     limit: Positive | None = None
-    """Only the first pictures, for a quick look."""
+    """Only the first images, for a quick look."""
     batch_size: Positive = 16
-    """Pictures, or texts, that the model sees at once."""
+    """Images, or texts, that the model sees at once."""
     on_bad_sample: Literal["raise", "skip", "keep"] = "raise"
-    """What broken and missing pictures, captions that are no text or of no listed picture, pictures
+    """What broken and missing images, captions that are no text or of no listed image, images
     without captions, repeated ids and leaks lead to. raise: an error that names them all; skip:
     they are left out and listed; keep: listed only, where the rest can be measured with them."""
 
@@ -73,9 +73,9 @@ class EvalConfig:
     """caption: width of the beam search. null: the original's, 5 for InternVL-14B and 1, which is
     greedy, for chat models."""
     pictures: Path | None = None
-    """caption: Karpathy's list of the pictures, where `annotations` has only their ids."""
+    """caption: Karpathy's list of the images, where `annotations` has only their ids."""
     flat: bool = False
-    """caption: pictures lie directly in `images`, whatever folder their names have."""
+    """caption: images lie directly in `images`, whatever folder their names have."""
 
     form: Literal[
         "auto",
@@ -91,7 +91,7 @@ class EvalConfig:
     ] = "auto"
     """retrieval: how `annotations` is written; auto goes by name and content."""
     split: str = "test"
-    """retrieval: which pictures of a Karpathy file with a `split` field."""
+    """retrieval: which images of a Karpathy file with a `split` field."""
     clean: bool = False
     """retrieval: clean captions as the original does for Flickr30K and COCO."""
     modes: tuple[Literal["c", "g"], ...] = ("c", "g")
@@ -101,8 +101,8 @@ class EvalConfig:
     rerank: Annotated[int, Field(ge=0)] = 0
     """retrieval: also sort the first so many of every query by the model's match score (ITM)."""
     train: Path | None = None
-    """retrieval: pictures with captions that were trained on; those of the test must not be there.
-    The picture paths of both start from `images`."""
+    """retrieval: images with captions that were trained on; those of the test must not be there.
+    The image paths of both start from `images`."""
 
     classes: Path | None = None
     """classify: JSON of class names, in the order of the sorted folders, or by folder; null: the

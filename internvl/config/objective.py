@@ -13,7 +13,7 @@ class ObjectiveConfig:
 
     __pydantic_config__ = STRICT
     name: Literal["sft", "retrieval", "stage2"] = "sft"
-    """sft: next-token loss on the answers. For InternVL-14B, on pairs of a picture and a caption:
+    """sft: next-token loss on the answers. For InternVL-14B, on pairs of an image and a caption:
     retrieval, contrastive in both branches (itc) and matching (itm), as its fine-tuning; stage2,
     contrastive in the query branch, matching and captioning (itg), as its pre-training."""
     weights: dict[str, float] = field(default_factory=dict)

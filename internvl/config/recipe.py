@@ -56,7 +56,7 @@ class Recipe:
 
     @property
     def shares_prefix(self) -> bool:
-        """Whether samples of the same picture form one unit; pairs are drawn one by one."""
+        """Whether samples of the same image form one unit; pairs are drawn one by one."""
         return self.objective.packs and self.data.share_prefix
 
     def num_steps(self, num_samples: float) -> int:

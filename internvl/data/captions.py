@@ -877,7 +877,7 @@ def _webdataset(file: CaptionFile) -> None:
                 file.bad(where, row["bad"])
                 continue
             if len(row["slices"]) != 1:
-                file.bad(where, f"a pair has one picture, not {len(row['slices'])}")
+                file.bad(where, f"a pair has one image, not {len(row['slices'])}")
                 continue
             tree, lines = row.get("row"), row.get("caption", "").removeprefix("\ufeff")
             texts = _texts(tree) if isinstance(tree, dict) else []

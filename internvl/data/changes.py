@@ -45,7 +45,7 @@ def note(recipe: Recipe, files: Sequence[Source]) -> Noted:
 
 
 def of_evals(evals: dict[str, EvalConfig]) -> dict[str, str]:
-    """Digest of every file that the evaluations read, but their pictures."""
+    """Digest of every file that the evaluations read, but their images."""
     files = (
         path
         for spec in evals.values()

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from internvl.config import SourceConfig
-from internvl.data.images import FileSlice, Picture, join_inside
+from internvl.data.images import FileSlice, ImageRef, join_inside
 from internvl.data.messages import (
     IMAGE_MARK,
     VIDEO_MARK,
@@ -43,7 +43,7 @@ def chat(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:
     sample = Sample(
         name,
         messages,
-        tuple(_picture(name, image, config) for image in images),
+        tuple(_image(name, image, config) for image in images),
         tuple(Video(_path(name, video, config), start_s, end_s) for video in videos),
         {key: value for key, value in row.items() if key not in _USED},
     )
@@ -61,7 +61,7 @@ def caption(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:
     messages = [Message("assistant", text.strip())]
     if config.prompt is not None:
         messages.insert(0, Message("user", f"{IMAGE_MARK}\n{config.prompt}"))
-    return Sample(name, tuple(messages), (_picture(name, row["image"], config),))
+    return Sample(name, tuple(messages), (_image(name, row["image"], config),))
 
 
 def sliced_caption(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:
@@ -99,7 +99,7 @@ def table_row(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:
 
 
 def shard_row(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:
-    """A sample of a webdataset tar: its pictures, and a JSON row or a caption."""
+    """A sample of a webdataset tar: its images, and a JSON row or a caption."""
     slices = [FileSlice(*values) for values in row["slices"]]
     if row.get("row") is not None:
         if not isinstance(row["row"], dict):
@@ -129,7 +129,7 @@ def _listed(name: str, row: dict[str, Any], key: str) -> list[Any]:
     return values
 
 
-def _picture(name: str, value: Any, config: SourceConfig) -> Picture:
+def _image(name: str, value: Any, config: SourceConfig) -> ImageRef:
     """A path inside the source's folder, or encoded bytes (tables, data: addresses)."""
     if isinstance(value, dict) and value.get("bytes") is not None:
         return value["bytes"]

@@ -1,4 +1,4 @@
-"""Image files to RGB pictures. Images are untrusted: their size is limited before decoding."""
+"""Image files to RGB images. Images are untrusted: their size is limited before decoding."""
 
 import base64
 import io
@@ -29,10 +29,10 @@ HEAD = 1024
 """First bytes of a file that say what it is."""
 
 MAX_PIXELS = 178_956_970
-"""Largest picture that is decoded (Pillow's own error limit): 512 MiB as RGB."""
+"""Largest image that is decoded (Pillow's own error limit): 512 MiB as RGB."""
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-"""Of picture files, in lower case."""
+"""Of image files, in lower case."""
 
 QUALITIES = range(75, 101)
 """JPEG qualities of the training augmentation."""
@@ -40,7 +40,7 @@ QUALITIES = range(75, 101)
 
 @dataclass(frozen=True)
 class FileSlice:
-    """A picture inside another file, such as a tar: `size` bytes from `offset` on."""
+    """An image inside another file, such as a tar: `size` bytes from `offset` on."""
 
     path: str
     offset: int
@@ -52,17 +52,17 @@ class FileSlice:
         return f"{self.name} in {self.path}"
 
     def read(self) -> bytes:
-        """The encoded picture."""
+        """The encoded image."""
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
 
 
-Picture = str | Path | bytes | FileSlice
+ImageRef = str | Path | bytes | FileSlice
 """A path, an fsspec address, the encoded bytes, or bytes inside a file."""
 
 Rgb = Image.Image | np.ndarray
-"""A decoded picture: Pillow's in mode RGB, or uint8 (H, W, 3)."""
+"""A decoded image: Pillow's in mode RGB, or uint8 (H, W, 3)."""
 
 Exif = Literal["ignore", "apply"]
 """Whether an image is turned as its EXIF orientation says; `data.exif`."""
@@ -82,7 +82,7 @@ _JPEG_SIDE = 65_500
 _LONGEST_NAME, _LONGEST_ADDRESS, _LONGEST_REASON = 300, 40, 200
 
 
-def open_rgb(source: Picture, exif: Exif = "ignore") -> Image.Image:
+def open_rgb(source: ImageRef, exif: Exif = "ignore") -> Image.Image:
     """Decodes an image file (or its bytes) to RGB, size (W, H).
 
     As the original: `convert("RGB")` (palette and alpha flattened, first frame of an animation),
@@ -101,7 +101,7 @@ def open_rgb(source: Picture, exif: Exif = "ignore") -> Image.Image:
         return _upright(_to_rgb(image, name_of(source)), image, exif)
 
 
-def read_rgb(source: Picture, exif: Exif = "ignore") -> np.ndarray:
+def read_rgb(source: ImageRef, exif: Exif = "ignore") -> np.ndarray:
     """The same pixels, uint8 (H, W, 3), in less time where simplejpeg is installed.
 
     Raises BadImage for the same files.
@@ -216,7 +216,7 @@ def _array_to_rgb(pixels: np.ndarray, what: str, axes: str) -> np.ndarray:
     return np.ascontiguousarray(pixels[:, :, :3])
 
 
-def name_of(source: Picture) -> str:
+def name_of(source: ImageRef) -> str:
     """The path or address of an image, for messages; bytes have none, "".
 
     Annotation files are untrusted: what cannot be printed is escaped, what is endless is cut.
@@ -233,7 +233,7 @@ def _bad(name: str, reason: str) -> BadImage:
 
 
 @contextmanager
-def opened(source: Picture, what: str = "image") -> Iterator[ImageFile.ImageFile]:
+def opened(source: ImageRef, what: str = "image") -> Iterator[ImageFile.ImageFile]:
     """The image (`what`, for messages) of a file before it is decoded; its size is checked.
 
     Raises BadImage.
@@ -286,7 +286,7 @@ def undecodable(name: str, what: str, error: Exception) -> BadImage:
     return _bad(name, f"the {what} cannot be decoded ({reason}); {_remedy(name)}")
 
 
-def _file(source: Picture, what: str) -> str | Path | io.BytesIO:
+def _file(source: ImageRef, what: str) -> str | Path | io.BytesIO:
     """What Pillow opens. Raises BadImage where `what` is not there or no regular file."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
@@ -375,7 +375,7 @@ def read_address(address: str, what: str = "image") -> bytes:
         raise BadImage(f"{name} cannot be read ({error})") from error
 
 
-def _unknown(source: Picture, file: str | Path | io.BytesIO, what: str) -> str:
+def _unknown(source: ImageRef, file: str | Path | io.BytesIO, what: str) -> str:
     """What `file` (the bytes of `source`, or their path) is instead of an image, and the remedy."""
     if isinstance(file, io.BytesIO):
         head = file.getvalue()[:HEAD]
@@ -441,9 +441,9 @@ def _orientation(image: Image.Image) -> Image.Transpose | None:
     return _ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
 
 
-def size_of(picture: np.ndarray) -> tuple[int, int]:
+def size_of(image: np.ndarray) -> tuple[int, int]:
     """(width, height) in pixels of uint8 (H, W, 3), as Pillow's `size`."""
-    height, width, _ = picture.shape
+    height, width, _ = image.shape
     return width, height
 
 

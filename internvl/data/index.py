@@ -1,4 +1,4 @@
-"""Where the lines of an annotation file start, and which lines show the same pictures.
+"""Where the lines of an annotation file start, and which lines show the same images.
 
 Built once in a pass over the file and kept, by its content, in a cache folder that may be deleted
 at any time. The arrays are memory-mapped: ranks and workers share them, and no line is held.
@@ -39,7 +39,7 @@ class LineIndex:
     """Random access to the lines of a file.
 
     `starts` is int64 (lines + 1,), `groups` int32 (lines,): the same number for lines with the
-    same pictures. Both are mapped from `folder`; a pickled index is two paths and a digest.
+    same images. Both are mapped from `folder`; a pickled index is two paths and a digest.
     """
 
     def __init__(self, path: Path, folder: Path, digest: str) -> None:

@@ -34,12 +34,12 @@ def decode(data: bytes) -> np.ndarray | None:
 
 @cache
 def _checked() -> ModuleType | None:
-    """simplejpeg, if it is there and decodes small pictures as the Pillow that is installed."""
+    """simplejpeg, if it is there and decodes small images as the Pillow that is installed."""
     try:
         simplejpeg = importlib.import_module("simplejpeg")
     except ImportError:
         return None
-    for data in _pictures():
+    for data in _images():
         with Image.open(io.BytesIO(data)) as image:
             wanted = np.asarray(image.convert("RGB"))
         if not np.array_equal(simplejpeg.decode_jpeg(data), wanted):
@@ -48,14 +48,14 @@ def _checked() -> ModuleType | None:
     return simplejpeg
 
 
-def _pictures() -> list[bytes]:
+def _images() -> list[bytes]:
     """Files of every common sampling of colour, sequential and progressive, of odd sizes."""
     noise = np.random.default_rng(0).integers(0, 256, (45, 67, 3), dtype=np.uint8)
     smooth = Image.fromarray(noise[:5, :7]).resize((67, 45))
     files = []
-    for picture in (Image.fromarray(noise), smooth):
-        kinds = [(picture, {"subsampling": each}) for each in ("4:4:4", "4:2:2", "4:2:0")]
-        for image, options in (*kinds, (picture.convert("L"), {})):
+    for source in (Image.fromarray(noise), smooth):
+        kinds = [(source, {"subsampling": each}) for each in ("4:4:4", "4:2:2", "4:2:0")]
+        for image, options in (*kinds, (source.convert("L"), {})):
             for progressive in (False, True):
                 buffer = io.BytesIO()
                 image.save(buffer, "JPEG", quality=80, progressive=progressive, **options)

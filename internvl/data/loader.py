@@ -91,7 +91,7 @@ class UnitReader(Dataset[Read]):
     ) -> tuple[list[Sample], list[BadSample], Tiles | None]:
         """Samples of the same media ready to encode, those that are bad, and the tiles."""
         try:
-            pictures, counts = self.pictures(samples[0], ref)
+            images, counts = self.images(samples[0], ref)
         except BadImage as error:
             return [], [BadSample(sample.name, str(error)) for sample in samples], None
         ready, bad = [], []
@@ -103,7 +103,7 @@ class UnitReader(Dataset[Read]):
                 bad.append(BadSample(sample.name, str(error)))
         source = self.files[ref.file].config
         most = 1 if counts else source.max_tiles or self.config.tiling.max
-        empty = empty_tiles([size_of(picture) for picture in pictures], self.config.tiling, most)
+        empty = empty_tiles([size_of(image) for image in images], self.config.tiling, most)
         if empty is not None and len(empty.pixels) > self.config.max_tiles:
             what = f"{len(empty.pixels)} tiles, but a row takes {self.config.max_tiles}"
             remedy = "raise data.max_tiles or lower data.tiles.max"
@@ -112,7 +112,7 @@ class UnitReader(Dataset[Read]):
             return ready, bad, empty
         try:
             tiles = tile_images(
-                pictures,
+                images,
                 self.config.tiling,
                 most,
                 resize=self.config.resize,
@@ -123,7 +123,7 @@ class UnitReader(Dataset[Read]):
             return [], [BadSample(sample.name, str(error)) for sample in samples], None
         return ready, bad, tiles
 
-    def pictures(self, sample: Sample, ref: UnitRef) -> tuple[list[np.ndarray], list[int]]:
+    def images(self, sample: Sample, ref: UnitRef) -> tuple[list[np.ndarray], list[int]]:
         """RGB images, or the frames of every video and how many each has; all uint8 (H, W, 3).
 
         Raises BadImage.

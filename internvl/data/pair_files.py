@@ -27,19 +27,19 @@ _COCO_NAME = re.compile(r"COCO_((?:train|val|test)20\d\d)_")
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pictures in the order of their file, captions in the order of their pictures."""
+    """Images in the order of their file, captions in the order of their images."""
 
     images: tuple[str | FileSlice, ...]
     """Paths, or places in tars."""
     names: tuple[str, ...]
-    """The pictures as the file names them."""
+    """The images as the file names them."""
     texts: tuple[str, ...]
     image_of_text: tuple[int, ...]
-    """Which picture a caption belongs to."""
+    """Which image a caption belongs to."""
     problems: tuple[BadSample, ...] = ()
 
     def without(self, images: set[int]) -> "Pairs":
-        """The same without some pictures and their captions."""
+        """The same without some images and their captions."""
         kept = [i for i in range(len(self.images)) if i not in images]
         number = {old: new for new, old in enumerate(kept)}
         texts = [t for t, image in enumerate(self.image_of_text) if image in number]
@@ -81,7 +81,7 @@ def read_pairs(
         problems = pairs.problems
         first = f"; {len(problems)} problem(s), the first: {problems[0]}" if problems else ""
         raise DataError(
-            f"{annotations} holds no picture with a caption{first}; check it and its form"
+            f"{annotations} holds no image with a caption{first}; check it and its form"
         )
     return pairs
 
@@ -166,7 +166,7 @@ def image_path(
 
 
 def leaks(test: Pairs, train: Pairs) -> dict[int, str]:
-    """Pictures of `test` (by number) that `train` shows too, and how that was seen.
+    """Images of `test` (by number) that `train` shows too, and how that was seen.
 
     By the file's name without its folder, or by equal bytes under another name; in tars, where
     names are mere numbers, by equal bytes alone. Only files of equal size are read.
@@ -210,7 +210,7 @@ def _size(path: str | FileSlice) -> int:
 
 
 def broken(images: Sequence[str | FileSlice]) -> dict[int, str]:
-    """Pictures (by number) that cannot be decoded, and why."""
+    """Images (by number) that cannot be decoded, and why."""
     found: dict[int, str] = {}
 
     def reason(path: str | FileSlice) -> str | None:
@@ -221,7 +221,7 @@ def broken(images: Sequence[str | FileSlice]) -> dict[int, str]:
         return None
 
     with (
-        Progress("pictures opened", total=len(images)) as progress,
+        Progress("images opened", total=len(images)) as progress,
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads,
     ):
         for number, why in enumerate(threads.map(reason, images)):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from internvl.data.images import FileSlice, Picture, open_rgb
+from internvl.data.images import FileSlice, ImageRef, open_rgb
 from internvl.data.loader import Read
 from internvl.data.pairs import (
     MAX_TOKENS,
@@ -33,7 +33,7 @@ _DRAWS, _MULTIPLE = 100, 8
 class PairReader(Dataset[Read]):
     """Reads and encodes pairs by reference; what loader workers run.
 
-    What is random in a pair (its crop, the caption of another picture) depends on seed, epoch and
+    What is random in a pair (its crop, the caption of another image) depends on seed, epoch and
     sample alone.
     """
 
@@ -48,7 +48,7 @@ class PairReader(Dataset[Read]):
     ) -> None:
         """
         Args:
-            size: side (S) of a picture, px.
+            size: side (S) of an image, px.
             written: whether pairs also hold their caption after a prompt.
         """
         self.files = files
@@ -71,13 +71,13 @@ class PairReader(Dataset[Read]):
 
     def _pair(self, sample: Sample | BadSample, ref: UnitRef) -> Pair:
         draw = np.random.default_rng((self.seed, ref.epoch, ref.file, ref.row))
-        picture, caption = picture_and_caption(sample)
+        image, caption = image_and_caption(sample)
         name = sample.name
         try:
-            pixels = random_square(open_rgb(picture), self.size, draw)
+            pixels = random_square(open_rgb(image), self.size, draw)
         except BadImage as error:
             raise BadSample(name, str(error)) from None
-        image_id = image_id_of(picture)
+        image_id = image_id_of(image)
         negative = self._other_caption(name, ref, image_id, draw)
         written, num_given = self._written(ref, caption) if self.written else ((), 0)
         return Pair(
@@ -94,7 +94,7 @@ class PairReader(Dataset[Read]):
     def _other_caption(
         self, name: str, ref: UnitRef, image_id: int, draw: np.random.Generator
     ) -> str:
-        """A caption of another picture, uniform over all captions that can be read."""
+        """A caption of another image, uniform over all captions that can be read."""
         groups = self.files[ref.file].groups
         cause: BadSample | None = None
         for _ in range(_DRAWS):
@@ -104,17 +104,15 @@ class PairReader(Dataset[Read]):
             if file == ref.file and groups[line] == groups[ref.lines[0]]:
                 continue
             try:
-                picture, caption = picture_and_caption(*self.files[file].samples([line]))
+                image, caption = image_and_caption(*self.files[file].samples([line]))
             except BadSample as bad:  # named when its own turn comes
                 cause = cause or bad
                 continue
-            if image_id_of(picture) != image_id:
+            if image_id_of(image) != image_id:
                 return caption
         if cause is not None:
-            raise BadSample(name, f"no good caption of another picture is left; first mend {cause}")
-        raise BadSample(
-            name, f"{_DRAWS} draws found no caption of another picture; add other pictures"
-        )
+            raise BadSample(name, f"no good caption of another image is left; first mend {cause}")
+        raise BadSample(name, f"{_DRAWS} draws found no caption of another image; add other images")
 
     def _written(self, ref: UnitRef, caption: str) -> tuple[tuple[int, ...], int]:
         """Ids of prompt and caption, at most MAX_TOKENS, and how many are given.
@@ -127,16 +125,16 @@ class PairReader(Dataset[Read]):
         return (*prompt, *text[1:-1][:room], text[-1]), len(prompt) - 1
 
 
-def picture_and_caption(sample: Sample | BadSample) -> tuple[Picture, str]:
-    """The picture of a sample and its caption, cleaned.
+def image_and_caption(sample: Sample | BadSample) -> tuple[ImageRef, str]:
+    """The image of a sample and its caption, cleaned.
 
     Raises:
-        BadSample: what was read is bad already, has not exactly one picture, or no caption.
+        BadSample: what was read is bad already, has not exactly one image, or no caption.
     """
     if isinstance(sample, BadSample):
         raise sample
     if len(sample.images) != 1 or sample.videos:
-        raise BadSample(sample.name, f"a pair has one picture, not {len(sample.images)}")
+        raise BadSample(sample.name, f"a pair has one image, not {len(sample.images)}")
     if not sample.messages:
         raise BadSample(sample.name, "it has no turn to take the caption from; write one")
     caption = clean_caption(sample.messages[-1].content)
@@ -145,16 +143,16 @@ def picture_and_caption(sample: Sample | BadSample) -> tuple[Picture, str]:
     return sample.images[0], caption
 
 
-def image_id_of(picture: Picture) -> int:
-    """The same number wherever a picture is named the same, 64 bits, signed."""
-    where = picture if isinstance(picture, bytes) else _address(picture).encode()
+def image_id_of(image: ImageRef) -> int:
+    """The same number wherever an image is named the same, 64 bits, signed."""
+    where = image if isinstance(image, bytes) else _address(image).encode()
     return int.from_bytes(blake2b(where, digest_size=8).digest(), "little", signed=True)
 
 
-def _address(picture: Picture) -> str:
-    if isinstance(picture, FileSlice):
-        return f"{picture.path}:{picture.offset}"
-    return str(picture)
+def _address(image: ImageRef) -> str:
+    if isinstance(image, FileSlice):
+        return f"{image.path}:{image.offset}"
+    return str(image)
 
 
 def make_batch(
@@ -163,11 +161,11 @@ def make_batch(
     """Pairs as one batch.
 
     Args:
-        matches: captions that each picture is shown with, as many for each.
+        matches: captions that each image is shown with, as many for each.
         compared: whether a pair's caption is embedded and compared.
     """
     text_ids, text_mask = _padded([pair.summary for pair in pairs])
-    # All pictures with their first caption, then all with their second.
+    # All images with their first caption, then all with their second.
     shown = [match for column in zip(*matches, strict=True) for match in column]
     match_ids, match_mask = _padded([ids for ids, _ in shown])
     written_ids, written_mask = _padded([pair.written for pair in pairs])

@@ -1,4 +1,4 @@
-"""Captions and pictures as InternVL-14B takes them: token ids, and squares of pixels.
+"""Captions and images as InternVL-14B takes them: token ids, and squares of pixels.
 
 Original: `internvl_g/internvl/train/dataset.py` and `clip_benchmark/.../internvl_huggingface`.
 """
@@ -52,7 +52,7 @@ class CaptionEncoder:
         return self.matching(SUMMARIZE + text)
 
     def matching(self, text: str) -> list[int]:
-        """A caption beside a picture: as `embedding`, without the word before it."""
+        """A caption beside an image: as `embedding`, without the word before it."""
         ids = self._pieces(text)[: MAX_TOKENS - 2]
         return [self.tokenizer.bos_token_id, *ids, self.tokenizer.eos_token_id]
 
@@ -74,17 +74,17 @@ def pad_right(rows: Sequence[Sequence[int]], length: int | None = None) -> Tenso
 
 
 def square(image: Image.Image, size: int) -> Tensor:
-    """An RGB picture resized to a square, its aspect not kept: uint8 (3, S, S).
+    """An RGB image resized to a square, its aspect not kept: uint8 (3, S, S).
 
-    Retrieval and captioning look at pictures like this.
+    Retrieval and captioning look at images like this.
     """
     return cut(image, (1, 1), tile_size=size, thumbnail=False)[0]
 
 
 def center_square(image: Image.Image, size: int) -> Tensor:
-    """The middle of an RGB picture whose shorter side is resized to S: uint8 (3, S, S).
+    """The middle of an RGB image whose shorter side is resized to S: uint8 (3, S, S).
 
-    Classification looks at pictures like this.
+    Classification looks at images like this.
     """
     width, height = image.size
     short = min(width, height)
@@ -96,9 +96,9 @@ def center_square(image: Image.Image, size: int) -> Tensor:
 
 
 def random_square(image: Image.Image, size: int, draw: np.random.Generator) -> Tensor:
-    """A random part of an RGB picture, mirrored half of the time: uint8 (3, S, S).
+    """A random part of an RGB image, mirrored half of the time: uint8 (3, S, S).
 
-    Half to all of its area, sides 3:4 to 4:3, bicubic; training looks at pictures like this
+    Half to all of its area, sides 3:4 to 4:3, bicubic; training looks at images like this
     (original: torchvision's `RandomResizedCrop` and `RandomHorizontalFlip`).
     """
     box = _random_box(image.size, draw)
@@ -112,7 +112,7 @@ _AREA, _RATIO = (0.5, 1.0), (3 / 4, 4 / 3)
 
 
 def _random_box(size: tuple[int, int], draw: np.random.Generator) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom); the middle of a picture too long for ten tries."""
+    """(left, top, right, bottom); the middle of an image too long for ten tries."""
     width, height = size
     for _ in range(10):
         area = width * height * draw.uniform(*_AREA)

@@ -1,8 +1,8 @@
 """The records that travel from an annotation file to a model call.
 
-    sample   as read: messages that refer to pictures            (data/sources.py)
+    sample   as read: messages that refer to images            (data/sources.py)
     example  as encoded: ids, labels, tiles                      (data/chat.py, data/tiles.py)
-    unit     examples of one picture that share a prefix         (data/packing.py)
+    unit     examples of one image that share a prefix         (data/packing.py)
     batch    what one model call takes: a packed row             (data/packing.py)
 
 Retrieval has pairs instead: sample -> `Pair` -> `PairBatch`     (data/pair_reader.py)
@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from internvl.data.images import Picture
+from internvl.data.images import ImageRef
 from internvl.errors import BadImage
 
 IGNORE = -100
@@ -77,12 +77,12 @@ def check_clip(clip: Any) -> None:
 
 @dataclass(frozen=True)
 class Sample:
-    """One line of an annotation file, checked for form; its pictures are not opened yet."""
+    """One line of an annotation file, checked for form; its images are not opened yet."""
 
     name: str
     """Where it stands, for messages: "data/train.jsonl line 4812"."""
     messages: tuple[Message, ...]
-    images: tuple[Picture, ...] = ()
+    images: tuple[ImageRef, ...] = ()
     """Paths or encoded bytes, in the order of the `<image>` marks."""
     videos: tuple[Video, ...] = ()
     """In the order of the `<video>` marks."""
@@ -118,7 +118,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Unit:
-    """Examples of the same pictures; `prefix` leading tokens are the same in all of them.
+    """Examples of the same images; `prefix` leading tokens are the same in all of them.
 
     A unit of one example is the ordinary case. `tiles` is uint8 (N, 3, S, S) or None.
     """
@@ -173,7 +173,7 @@ class PackedBatch:
     branch: Tensor
     """int64 (L,); 0 is the prefix."""
     pixel_values: Tensor | None
-    """uint8 (N, 3, S, S), or None where the row has no picture."""
+    """uint8 (N, 3, S, S), or None where the row has no image."""
     loss_positions: Tensor
     """int64 (M,), indices into the row."""
     targets: Tensor
@@ -204,19 +204,19 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture, its caption, and a caption of another picture. Ids are those of whole texts."""
+    """An image, its caption, and a caption of another image. Ids are those of whole texts."""
 
     name: str
     pixels: Tensor
     """uint8 (3, S, S)"""
     image_id: int
-    """The same for captions of the same picture; 64 bits, signed."""
+    """The same for captions of the same image; 64 bits, signed."""
     summary: tuple[int, ...]
     """The caption as it is embedded."""
     positive: tuple[int, ...]
-    """The caption as it stands beside its picture."""
+    """The caption as it stands beside its image."""
     negative: tuple[int, ...]
-    """The caption of another picture."""
+    """The caption of another image."""
     written: tuple[int, ...]
     """A prompt and the caption, to be generated."""
     num_given: int
@@ -224,7 +224,7 @@ class Pair:
 
 
 Match = tuple[tuple[int, ...], int]
-"""A caption that a picture is shown with, and its label: 1 its own, 0 another's, IGNORE neither."""
+"""A caption that an image is shown with, and its label: 1 its own, 0 another's, IGNORE neither."""
 
 
 @dataclass
@@ -242,7 +242,7 @@ class PairBatch:
     text_counts: Tensor
     """float32 (B,), 1; 0 for a text that is not compared."""
     match_ids: Tensor
-    """int64 (R, T), captions beside pictures: row r goes with picture r mod B."""
+    """int64 (R, T), captions beside images: row r goes with image r mod B."""
     match_mask: Tensor
     """bool (R, T)"""
     match_labels: Tensor

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 logger = logging.getLogger(__name__)
 
-_LEAST_PIXELS = 1 << 16  # smaller pictures take Pillow no time worth saving
+_LEAST_PIXELS = 1 << 16  # smaller images take Pillow no time worth saving
 _PATIENCE = 100  # resizes by Pillow before this process compiles, which takes about two seconds
 
 Weights = tuple[np.ndarray, np.ndarray, int]
@@ -31,19 +31,19 @@ Resize = Callable[[np.ndarray, np.ndarray], None]
 def find(width: int, height: int, how: str) -> Resize | None:
     """What resizes to `width` x `height` pixels faster than `how` ("pillow", "torch") and equally.
 
-    It takes an RGB picture, uint8 (H, W, 3), and fills tiles, uint8 (rows, columns, 3, S, S). None
-    without numba, and for a process that resizes a few pictures only: it never compiles it.
+    It takes an RGB image, uint8 (H, W, 3), and fills tiles, uint8 (rows, columns, 3, S, S). None
+    without numba, and for a process that resizes a few images only: it never compiles it.
     """
     if width * height < _LEAST_PIXELS or next(_asked) < _PATIENCE:
         return None
     return _checked(how)
 
 
-def by_torch(picture: np.ndarray, width: int, height: int) -> Tensor:
+def by_torch(image: np.ndarray, width: int, height: int) -> Tensor:
     """uint8 (H, W, 3) -> (3, height, width): antialiased, in Pillow's order of passes."""
     # Channels last in memory: the layout of torch's vectorized kernel.
-    pixels = torch.from_numpy(np.require(picture, requirements="W")).permute(2, 0, 1)[None]
-    tall, wide, _ = picture.shape
+    pixels = torch.from_numpy(np.require(image, requirements="W")).permute(2, 0, 1)[None]
+    tall, wide, _ = image.shape
     if height_first((wide, tall), (width, height)):
         pixels = F.interpolate(pixels, (height, wide), mode="bicubic", antialias=True)
     return F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)[0]
@@ -64,11 +64,11 @@ def height_first(size: tuple[int, int], to_size: tuple[int, int]) -> bool:
 
 @cache
 def _may_begin_with_height() -> bool:
-    """Whether the Pillow that is installed ever does, by a tall picture in one call and in two."""
+    """Whether the Pillow that is installed ever does, by a tall image in one call and in two."""
     noise = np.random.default_rng(0).integers(0, 256, (200, 40, 3), dtype=np.uint8)
-    picture = Image.fromarray(noise)
-    in_two = picture.resize((40, 30)).resize((20, 30))
-    return picture.resize((20, 30)).tobytes() == in_two.tobytes()
+    image = Image.fromarray(noise)
+    in_two = image.resize((40, 30)).resize((20, 30))
+    return image.resize((20, 30)).tobytes() == in_two.tobytes()
 
 
 @cache
@@ -83,13 +83,13 @@ def _checked(how: str) -> Resize | None:
     draw = np.random.default_rng(0)
     # To 96 x 48: both shrunk (by Pillow 13 the height first, then the width), both grown, one each.
     for height, width in ((220, 70), (120, 200), (30, 20), (200, 30), (40, 120)):
-        picture = draw.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        image = draw.integers(0, 256, (height, width, 3), dtype=np.uint8)
         tiles = np.empty((2, 1, 3, 48, 48), dtype=np.uint8)
-        resize(picture, tiles)
+        resize(image, tiles)
         if how == "pillow":
-            wanted = np.asarray(Image.fromarray(picture).resize((48, 96)))
+            wanted = np.asarray(Image.fromarray(image).resize((48, 96)))
         else:
-            wanted = by_torch(picture, 48, 96).permute(1, 2, 0).numpy()
+            wanted = by_torch(image, 48, 96).permute(1, 2, 0).numpy()
         if not np.array_equal(tiles.transpose(0, 3, 1, 4, 2).reshape(96, 48, 3), wanted):
             logger.debug("%s resizes in another way than the compiled resize", how)
             return None
@@ -104,29 +104,29 @@ class _Resize:
         self.down = down
         self.how = how
 
-    def __call__(self, picture: np.ndarray, tiles: np.ndarray) -> None:
+    def __call__(self, image: np.ndarray, tiles: np.ndarray) -> None:
         rows, columns, _, size, _ = tiles.shape
-        height, width, _ = picture.shape
+        height, width, _ = image.shape
         to_width, to_height = columns * size, rows * size
         if height_first((width, height), (to_width, to_height)):
-            picture = self._height_only(picture, to_height)
+            image = self._height_only(image, to_height)
             height = to_height
         middle = np.empty((3, height, to_width), dtype=np.uint8)
-        self.across(_frozen(picture), *_weights(width, to_width, self.how), middle)
+        self.across(_frozen(image), *_weights(width, to_width, self.how), middle)
         self.down(_frozen(middle), *_weights(height, to_height, self.how), tiles)
 
-    def _height_only(self, picture: np.ndarray, to_height: int) -> np.ndarray:
+    def _height_only(self, image: np.ndarray, to_height: int) -> np.ndarray:
         """uint8 (to_height, W, 3): the pass down alone, of rows as they lie."""
-        height, width, _ = picture.shape
+        height, width, _ = image.shape
         done = np.empty((to_height, width, 3), dtype=np.uint8)
         tile = done.reshape(1, 1, 1, to_height, width * 3)
-        row = _frozen(picture.reshape(1, height, width * 3))
+        row = _frozen(image.reshape(1, height, width * 3))
         self.down(row, *_weights(height, to_height, self.how), tile)
         return done
 
 
 def _frozen(array: np.ndarray) -> np.ndarray:
-    """Read-only, as arrays of Pillow's pictures are: what may be written is compiled once more."""
+    """Read-only, as arrays of Pillow's images are: what may be written is compiled once more."""
     view = array.view()
     view.flags.writeable = False
     return view
@@ -172,15 +172,15 @@ def _bicubic(x: np.ndarray) -> np.ndarray:
 
 
 def _across(
-    picture: np.ndarray, first: np.ndarray, weight: np.ndarray, bits: int, out: np.ndarray
+    image: np.ndarray, first: np.ndarray, weight: np.ndarray, bits: int, out: np.ndarray
 ) -> None:
     """uint8 (H, W, 3) -> (3, H, to_width). Compiled.
 
     Each pixel is packed with the three to its right, so a target reads four of them at once.
     """
-    height, width, _ = picture.shape
+    height, width, _ = image.shape
     taps, to_width = weight.shape
-    lines = picture.reshape(height, width * 3)
+    lines = image.reshape(height, width * 3)
     row = np.zeros((width + taps) * 3, np.uint8)  # black to the right: weighted with zero
     packed = np.empty((width + taps) * 3 - 9, np.uint32)
     start = first * np.uint64(3)

@@ -63,7 +63,7 @@ class Source(Protocol):
 
     @property
     def groups(self) -> np.ndarray:
-        """int32 (len,): the same number for samples that show the same pictures."""
+        """int32 (len,): the same number for samples that show the same images."""
         ...
 
     def samples(self, indices: Sequence[int]) -> Iterator[Sample | BadSample]:
@@ -282,7 +282,7 @@ def _is_positive(value: Any) -> bool:
 
 
 def _from_meta(name: str, entry: dict[str, Any]) -> SourceConfig:
-    """A meta entry under the original's rules: a mark is put where a single picture has none."""
+    """A meta entry under the original's rules: a mark is put where a single image has none."""
     known = {ours: entry[key] for key, ours in _META_KEYS.items() if key in entry}
     known["annotations"] = Path(known["annotations"])
     # As in the original, paths are then absolute, or start from the working directory.

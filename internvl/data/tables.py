@@ -63,7 +63,7 @@ class Table:
 
     @cached_property
     def groups(self) -> np.ndarray:
-        """int32 (rows,): the same number for rows with the same paths or bytes of pictures."""
+        """int32 (rows,): the same number for rows with the same paths or bytes of images."""
         digests: list[bytes] = []
         for table in self._tables:
             names = [name for name in table.column_names if name in _MEDIA]
@@ -78,7 +78,7 @@ class Table:
     def digest(self, files: int | None = None) -> str:
         """SHA-256 of the first files' rows (None: all) in hexadecimal digits.
 
-        Of bytes of pictures only their sizes count: reading all of them would take too long.
+        Of bytes of images only their sizes count: reading all of them would take too long.
         """
         digest = hashlib.sha256()
         for table in self._tables[:files]:

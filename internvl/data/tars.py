@@ -30,7 +30,7 @@ def shard_rows(path: Path) -> Iterator[dict[str, Any]]:
 
     What a Mac adds (`._x.jpg` beside x.jpg, .DS_Store, __MACOSX/) is left out, as all hidden files.
 
-    Keys: `where`, tar and stem; `slices`, its pictures as the fields of FileSlice; `row`, what its
+    Keys: `where`, tar and stem; `slices`, its images as the fields of FileSlice; `row`, what its
     .json holds; `caption`, the text of its .txt; `bad`, why one of them cannot be read.
 
     Raises:

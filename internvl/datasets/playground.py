@@ -22,7 +22,7 @@ SFT_FOLDERS: dict[str, str] = {
     "geoqa+": "geoqa+",
     "synthdog_en": "synthdog-en",
 }
-"""Annotation file -> the folder below `playground/data` that its pictures' paths start from."""
+"""Annotation file -> the folder below `playground/data` that its images' paths start from."""
 
 SYNTHDOG_PROMPT = "Read all the text in the image."
 """Our own choice, for conversations made from parquet; the official file has its own."""
@@ -57,7 +57,7 @@ SFT_IMAGES: dict[str, str] = {
         "https://huggingface.co/datasets/liuhaotian/LLaVA-Pretrain/resolve/main/images.zip"
     ),
     "ocr_vqa/images": _DRIVE + _OCR_VQA,
-    "sam/images": _DRIVE + "1dKumdOKSXtV7lIXdrG7jsIK_z2vZv2gs (9K pictures of 000000-000050.tar)",
+    "sam/images": _DRIVE + "1dKumdOKSXtV7lIXdrG7jsIK_z2vZv2gs (9K images of 000000-000050.tar)",
     "share_textvqa/images": _WEB,
     "synthdog-en/images": _SYNTHDOG,
     "textvqa/train_images": "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip",
@@ -68,11 +68,11 @@ SFT_IMAGES: dict[str, str] = {
     "wikiart/images": _WEB,
     "geoqa+/images": _HUB + "geoqa%2B_images.zip",
 }
-"""Folder below `playground/data` -> where its pictures come from."""
+"""Folder below `playground/data` -> where its images come from."""
 
 
 def sft(tree: Tree) -> Iterator[Path]:
-    """Checks the nine files and their pictures; writes the meta file that names them."""
+    """Checks the nine files and their images; writes the meta file that names them."""
     base = _playground(tree.root)
     annotations = base / "opensource"
     _annotations(base, tree.download)
@@ -130,7 +130,7 @@ def _annotations(base: Path, download: bool) -> None:
 
 
 def _sft_file(tree: Tree, path: Path, images: Path, absent: set[Path]) -> int:
-    """Counts an annotation file and looks for its pictures, except in folders known to lack."""
+    """Counts an annotation file and looks for its images, except in folders known to lack."""
     wanted: set[str] = set()
     num_samples = 0
     with Progress(f"samples of {path.name}") as progress:
@@ -148,13 +148,13 @@ def _sft_file(tree: Tree, path: Path, images: Path, absent: set[Path]) -> int:
 
 
 def synthdog(tree: Tree) -> Iterator[Path]:
-    """Pictures and conversations from SynthDoG's parquet files, or its converted pictures."""
+    """Images and conversations from SynthDoG's parquet files, or its converted images."""
     folder = _playground(tree.root) / "data/synthdog-en"
     images, chat = folder / "images", folder / "synthdog_en_parquet.jsonl"
     files = convert.parquet_files(folder)
     if files and not filled(images):
         lines: list[str] = []
-        with convert.whole_folder(images) as beside, Progress("pictures") as progress:
+        with convert.whole_folder(images) as beside, Progress("images") as progress:
             for number, row in enumerate(convert.parquet_rows(files)):
                 try:
                     saved = convert.save_images(row, beside, f"{number:07d}")
@@ -164,7 +164,7 @@ def synthdog(tree: Tree) -> Iterator[Path]:
                 progress.update()
         convert.write_lines(chat, lines)
     if tree.has_images(images, _SYNTHDOG):
-        tree.counts["pictures"] = sum(1 for _ in images.iterdir())
+        tree.counts["images"] = sum(1 for _ in images.iterdir())
     if chat.is_file():
         yield chat
 
@@ -175,7 +175,7 @@ def _synthdog_line(number: int, row: dict[str, Any]) -> str:
         image = row["image"]
     except (KeyError, TypeError, ValueError):
         raise DataError(
-            f"row {number} is not SynthDoG's: expected a picture and `ground_truth` with "
+            f"row {number} is not SynthDoG's: expected an image and `ground_truth` with "
             f"gt_parse.text_sequence, found columns {', '.join(row)}"
         ) from None
     return next(convert.chat_lines([(image, text)], SYNTHDOG_PROMPT))

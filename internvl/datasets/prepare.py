@@ -3,7 +3,7 @@
     prepared = prepare.run("coco-caption", Path("."))
     for missing in prepared.missing: ...    # what to fetch, from where, to where
 
-Counts are checked against what was published, and every picture is looked for. Nothing is fetched
+Counts are checked against what was published, and every image is looked for. Nothing is fetched
 unless asked; what a previous call wrote is written again.
 """
 
@@ -22,12 +22,12 @@ from internvl.datasets.published import COCO, FLICKR, KARPATHY, NOCAPS, NOCAPS_I
 from internvl.errors import DataError, UserError
 
 NAMES: dict[str, str] = {
-    "coco-caption": "COCO captions, Karpathy split: 566,747 to train on, 5,000 pictures to test",
+    "coco-caption": "COCO captions, Karpathy split: 566,747 to train on, 5,000 images to test",
     "flickr30k": "Flickr30K captions, Karpathy split: train, validation, test",
-    "flickr30k-cn": "Flickr30K-CN, the same pictures with Chinese captions: train, test",
-    "nocaps": "NoCaps validation, 4,500 pictures with new objects, to test",
+    "flickr30k-cn": "Flickr30K-CN, the same images with Chinese captions: train, test",
+    "nocaps": "NoCaps validation, 4,500 images with new objects, to test",
     "sft-v1.2": "InternVL-Chat-V1-2 SFT: nine annotation files, 1,267,819 conversations",
-    "synthdog": "SynthDoG-EN parquet to pictures and conversations",
+    "synthdog": "SynthDoG-EN parquet to images and conversations",
 }
 """What `run` can prepare."""
 
@@ -80,19 +80,19 @@ def run(name: str, root: Path, *, download: bool = False) -> Prepared:
 def _coco_caption(tree: Tree) -> Iterator[Path]:
     folder = tree.root / "data/coco"
     there = [tree.has_images(folder / n, f"{COCO}{n}.zip") for n in ("train2014", "val2014")]
-    pictures: set[str] = set()
+    listed: set[str] = set()
     train = folder / "annotations/coco_karpathy_train_567k.jsonl"
     if _coco_train(tree, train):
         lines = [_images(train, number, row) for number, row in convert.read_jsonl(train)]
         tree.expect(train, f"{OPENGVLAB}coco_karpathy_train_567k.zip", captions=len(lines))
-        pictures.update(image for images in lines for image in images)
+        listed.update(image for images in lines for image in images)
         yield train
     test = _coco_test(tree, folder / "annotations")
     if test:
-        pictures.update(image for image, _ in convert.read_coco(test))
+        listed.update(image for image, _ in convert.read_coco(test))
         yield test
     if all(there):
-        tree.check_images(folder, pictures, f"{COCO}{{train2014,val2014}}.zip")
+        tree.check_images(folder, listed, f"{COCO}{{train2014,val2014}}.zip")
 
 
 def _coco_train(tree: Tree, train: Path) -> bool:
@@ -114,7 +114,7 @@ def _coco_train(tree: Tree, train: Path) -> bool:
 
 
 def _coco_test(tree: Tree, folder: Path) -> Path | None:
-    """The test pictures with their references in one file that evaluations read."""
+    """The test images with their references in one file that evaluations read."""
     listed, references = folder / "coco_karpathy_test.json", folder / "coco_karpathy_test_gt.json"
     there = [tree.has_file(path, f"{OPENGVLAB}{path.name}") for path in (listed, references)]
     if not all(there):
@@ -170,7 +170,7 @@ def _flickr30k_cn(tree: Tree) -> Iterator[Path]:
 
 
 def _flickr(tree: Tree, name: str, address: str) -> list[convert.Caption]:
-    """The captions of a Flickr text, picture paths from data/flickr30k; none if it lacks."""
+    """The captions of a Flickr text, image paths from data/flickr30k; none if it lacks."""
     path = tree.root / "data/flickr30k" / name
     if not tree.has_file(path, address + name):
         return []
@@ -200,7 +200,7 @@ def _nocaps(tree: Tree) -> Iterator[Path]:
 
 
 def _below(folder: str, captions: Iterable[convert.Caption]) -> list[convert.Caption]:
-    """Captions whose pictures lie in `folder`, whatever folder their file gave them."""
+    """Captions whose images lie in `folder`, whatever folder their file gave them."""
     return [(f"{folder}/{Path(image).name}", caption) for image, caption in captions]
 
 

@@ -30,7 +30,7 @@ class Task:
 
     type: Literal["caption", "retrieval", "classify"]
     about: str
-    num_pictures: int
+    num_images: int
     """Of the whole test split, which published results are for."""
     num_texts: int
     dataset: str
@@ -42,9 +42,9 @@ class Task:
     annotations_from: str
     """Where to get them."""
     images: str
-    """Folder of the pictures, below its folder."""
+    """Folder of the images, below its folder."""
     images_from: str
-    pictures: str = ""
+    image_list: str = ""
     """See EvalConfig."""
     flat: bool = False
     form: str = "auto"
@@ -57,20 +57,20 @@ TASKS: dict[str, Task] = {
     "caption-coco": Task(
         type="caption",
         about="COCO captions, Karpathy's test split",
-        num_pictures=5_000,
+        num_images=5_000,
         num_texts=25_010,
         dataset="coco",
         root="coco",
         annotations="annotations/coco_karpathy_test_gt.json",
         annotations_from=f"{OPENGVLAB}coco_karpathy_test_gt.json",
-        pictures="annotations/coco_karpathy_test.json",
+        image_list="annotations/coco_karpathy_test.json",
         images=".",
         images_from=f"{COCO}val2014.zip",
     ),
     "caption-flickr30k": Task(
         type="caption",
         about="Flickr30K captions, Karpathy's test split",
-        num_pictures=1_000,
+        num_images=1_000,
         num_texts=5_000,
         dataset="flickr30k",
         root="flickr30k",
@@ -83,7 +83,7 @@ TASKS: dict[str, Task] = {
     "caption-nocaps": Task(
         type="caption",
         about="NoCaps validation captions",
-        num_pictures=4_500,
+        num_images=4_500,
         num_texts=45_000,
         dataset="nocaps",
         root="nocaps",
@@ -96,7 +96,7 @@ TASKS: dict[str, Task] = {
     "retrieval-flickr30k": Task(
         type="retrieval",
         about="Flickr30K",
-        num_pictures=1_000,
+        num_images=1_000,
         num_texts=5_000,
         dataset="flickr30k",
         root="flickr30k",
@@ -108,8 +108,8 @@ TASKS: dict[str, Task] = {
     ),
     "retrieval-flickr30k-cn": Task(
         type="retrieval",
-        about="Flickr30K-CN, Chinese texts of the same pictures",
-        num_pictures=1_000,
+        about="Flickr30K-CN, Chinese texts of the same images",
+        num_images=1_000,
         num_texts=5_000,
         dataset="flickr30k",
         root="flickr30k",
@@ -123,7 +123,7 @@ TASKS: dict[str, Task] = {
     "retrieval-coco": Task(
         type="retrieval",
         about="COCO",
-        num_pictures=5_000,
+        num_images=5_000,
         num_texts=25_010,
         dataset="mscoco_captions",
         root="mscoco_captions",
@@ -135,7 +135,7 @@ TASKS: dict[str, Task] = {
     "retrieval-coco-cn": Task(
         type="retrieval",
         about="COCO-CN, Chinese texts",
-        num_pictures=1_000,
+        num_images=1_000,
         num_texts=1_053,
         dataset="mscoco_captions",
         root="mscoco_captions",
@@ -149,7 +149,7 @@ TASKS: dict[str, Task] = {
     "retrieval-xtd": Task(
         type="retrieval",
         about="XTD10, in ten languages",
-        num_pictures=1_000,
+        num_images=1_000,
         num_texts=1_000,
         dataset="multilingual_mscoco_captions",
         root="mscoco_captions",
@@ -165,9 +165,9 @@ TASKS: dict[str, Task] = {
 """By name, as `internvl evaluate` calls them."""
 
 OWN = {
-    "caption-file": "captions of your own pictures (--annotations FILE --images DIR)",
-    "retrieval-folder": "your own pictures and texts (--annotations FILE-OR-FOLDER --images DIR)",
-    "classify-folder": "a folder of pictures for each class (--annotations FOLDER)",
+    "caption-file": "captions of your own images (--annotations FILE --images DIR)",
+    "retrieval-folder": "your own images and texts (--annotations FILE-OR-FOLDER --images DIR)",
+    "classify-folder": "a folder of images for each class (--annotations FOLDER)",
 }
 """Tasks on files that the user names."""
 
@@ -183,7 +183,7 @@ def no_such(name: str, others: Iterable[str] = ()) -> str:
 def list_tasks() -> str:
     """Every task, one line each."""
     rows = {
-        name: f"{task.about}: {task.num_pictures:,} pictures, {task.num_texts:,} texts"
+        name: f"{task.about}: {task.num_images:,} images, {task.num_texts:,} texts"
         for name, task in TASKS.items()
     } | OWN
     return "\n".join(f"  {name:24}{about}" for name, about in rows.items())
@@ -219,9 +219,9 @@ def configs(
         for language in chosen
     }
     wanted = [(path, task.annotations_from.format(split=split)) for path in paths.values()]
-    images, pictures = root / task.images, root / task.pictures if task.pictures else None
-    if pictures is not None:
-        wanted.append((pictures, OPENGVLAB + pictures.name))
+    images, image_list = root / task.images, root / task.image_list if task.image_list else None
+    if image_list is not None:
+        wanted.append((image_list, OPENGVLAB + image_list.name))
     wanted.append((images, task.images_from))
     missing = [f"{path}: from {address}" for path, address in wanted if not path.exists()]
     if missing:
@@ -232,7 +232,7 @@ def configs(
     if task.type == "retrieval":
         given |= {"form": task.form, "clean": task.clean, "split": split, "batch_size": 64}
     else:
-        given |= {"pictures": pictures, "flat": task.flat, "min_new_tokens": 8}
+        given |= {"pictures": image_list, "flat": task.flat, "min_new_tokens": 8}
     return {
         _named(name, language): eval_config(**{**given, "annotations": path, **more})
         for language, path in paths.items()

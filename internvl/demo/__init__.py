@@ -1,10 +1,10 @@
 """The first minutes: `internvl demo`.
 
-    prepare   pictures and their names, as ordinary annotation files    (datasets/openmoji.py)
+    prepare   images and their names, as ordinary annotation files    (datasets/openmoji.py)
     start     a small InternVL-Chat with fresh weights, as a model folder
     train     the ordinary loop on an ordinary recipe, evaluated before, during and after
     export    a folder that plain transformers loads; its answers are compared with ours
-    find      the same with a small InternVL-14B and pairs of pictures and names (retrieval.py)
+    find      the same with a small InternVL-14B and pairs of images and names (retrieval.py)
     report    report.html                                                   (page.py)
 
 Everything between start and report is the normal path; only the models are small.
@@ -59,9 +59,9 @@ class Size:
 
     epochs: float
     limit_families: int | None
-    """Families of pictures; None takes all."""
+    """Families of images; None takes all."""
     eval_limit: int | None
-    """Held-out pictures per language; None takes all."""
+    """Held-out images per language; None takes all."""
     retrieval: retrieval.Size
 
 
@@ -82,7 +82,7 @@ def run(folder: Path, *, short: bool = False) -> Path:
     """
     size, timing = (SHORT if short else FULL), Timing()
     data = timing.of(
-        "drawing the pictures",
+        "drawing the images",
         lambda: openmoji.prepare(pixels=PIXELS, limit_families=size.limit_families),
     )
     start, exported = folder / "start", folder / "model"
@@ -107,14 +107,14 @@ def run(folder: Path, *, short: bool = False) -> Path:
 
 
 def start_model(data: Path, folder: Path) -> None:
-    """The model that training starts from; its tokenizer knows the training pictures' names."""
+    """The model that training starts from; its tokenizer knows the training images' names."""
     prompts = list(openmoji.PROMPTS.values())
     create_model(folder, train_tokenizer(_names(data / "train.jsonl"), prompts))
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A small InternVL-Chat with one tile a picture; widths are multiples of 4 heads."""
+    """A small InternVL-Chat with one tile an image; widths are multiples of 4 heads."""
 
     pixels: int
     patch: int
@@ -271,7 +271,7 @@ def cpu_dtype() -> str:
 
 
 @torch.no_grad()
-def compare_reloaded(recipe: Recipe, exported: Path, pictures: int = 12) -> Reloaded:
+def compare_reloaded(recipe: Recipe, exported: Path, images: int = 12) -> Reloaded:
     """Loads the export with transformers' own classes and holds it to our run folder.
 
     The image processor is the one that needs no torchvision; the prompt is the exported chat
@@ -283,7 +283,7 @@ def compare_reloaded(recipe: Recipe, exported: Path, pictures: int = 12) -> Relo
     spec = recipe.evals["test-en"]
     assert spec.prompt is not None, "the demo's recipe has one"
     tree = json.loads(spec.annotations.read_text(encoding="utf-8"))
-    paths = [spec.images / row["file_name"] for row in tree["images"][:pictures]]
+    paths = [spec.images / row["file_name"] for row in tree["images"][:images]]
     chat = loading.load(recipe.run, device="cpu", dtype="float32")
     model = AutoModelForImageTextToText.from_pretrained(exported, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(exported)
@@ -319,9 +319,9 @@ def compare_reloaded(recipe: Recipe, exported: Path, pictures: int = 12) -> Relo
 
 
 def _commands(folder: Path, recipe: Recipe, data: Path) -> list[str]:
-    picture = next(iter(sorted((data / "images").iterdir())))
+    image = next(iter(sorted((data / "images").iterdir())))
     return [
-        f"internvl chat {folder / 'model'} --image {picture} --prompt '{openmoji.PROMPTS['en']}'",
+        f"internvl chat {folder / 'model'} --image {image} --prompt '{openmoji.PROMPTS['en']}'",
         f"internvl check {folder / 'recipe.yaml'}",
         f"internvl train {folder / 'recipe.yaml'} run={folder / 'again'} optim.lr=1e-3",
         f"internvl export {recipe.run} --to {folder / 'official'} --format official",

@@ -36,7 +36,7 @@ class Timing:
 class Reloaded:
     """What plain transformers made of the exported folder."""
 
-    pictures: int
+    images: int
     largest_difference: float
     """Of the logits, float32, against ours."""
     same_answers: int
@@ -107,9 +107,9 @@ def make_page(
     """
     exact = [chat.evaluations[chat.last][f"test-{lang}/exact"] for lang in LANGUAGES]
     return report.Report(
-        title="InternVL, from fresh weights to a named picture",
+        title="InternVL, from fresh weights to a named image",
         subtitle=(
-            f"A {chat.parameters / 1e6:.1f} M-parameter InternVL-Chat learned to name pictures in "
+            f"A {chat.parameters / 1e6:.1f} M-parameter InternVL-Chat learned to name images in "
             f"three languages on a CPU in {chat.seconds / 60:.1f} minutes; then a small "
             "InternVL-14B learned to find them."
         ),
@@ -117,7 +117,7 @@ def make_page(
             report.Facts(
                 title="At a glance",
                 facts=[
-                    (f"{min(exact):.0%} – {max(exact):.0%}", "held-out pictures named exactly"),
+                    (f"{min(exact):.0%} – {max(exact):.0%}", "held-out images named exactly"),
                     (f"{len(chat.rows):,}", f"steps of {chat.recipe.global_batch} samples"),
                     (f"{chat.samples_per_s:,.0f}", "samples a second"),
                     (
@@ -126,7 +126,7 @@ def make_page(
                     ),
                     (chat.recipe.dtype, "compute type"),
                 ],
-                note="Every held-out picture is a new combination, such as a known person with "
+                note="Every held-out image is a new combination, such as a known person with "
                 "another skin tone. Answers are greedy. Some drawings of OpenMoji equal one "
                 "another under different names, so 100 % is out of reach.",
             ),
@@ -138,10 +138,10 @@ def make_page(
                 "from 0 to 10.",
             ),
             _curves(chat),
-            report.Pictures(
-                title="Held-out pictures and what the model says",
+            report.Images(
+                title="Held-out images and what the model says",
                 cards=_cards(chat.recipe, chat.last),
-                note="The first test pictures in the order of their hash; nothing was picked.",
+                note="The first test images in the order of their hash; nothing was picked.",
             ),
             *searching,
             report.Text(
@@ -149,7 +149,7 @@ def make_page(
                 paragraphs=[
                     "; ".join(f"{name} {took:.0f} s" for name, took in timing.parts.items()) + ".",
                     f"The exported folder was reloaded with transformers' own classes: "
-                    f"{checked.same_answers} of {checked.pictures} answers equal, logits within "
+                    f"{checked.same_answers} of {checked.images} answers equal, logits within "
                     f"{checked.largest_difference:.0e}.",
                 ],
                 commands=commands,
@@ -221,6 +221,6 @@ def _cards(recipe: Recipe, step: int, count: int = 24) -> list[report.Card]:
                 )
             )
     return [
-        report.Card(picture=Path(path).read_bytes(), answers=given)
+        report.Card(image=Path(path).read_bytes(), answers=given)
         for path, given in list(answers.items())[:count]
     ]

@@ -1,5 +1,5 @@
-"""The demo's second model: a small InternVL-14B that finds pictures by their names, and names by
-their pictures, in English and in Chinese.
+"""The demo's second model: a small InternVL-14B that finds images by their names, and names by
+their images, in English and in Chinese.
 
 Its vision tower is the chat model's and stays as it is; QLLaMA and the heads start fresh. Again
 everything is the normal path: a folder in the official layout, an ordinary recipe, R@k before,
@@ -50,7 +50,7 @@ class Size:
 
     steps: int
     eval_limit: int | None = None
-    """Held-out pictures per language; None takes all."""
+    """Held-out images per language; None takes all."""
 
 
 def run(
@@ -192,12 +192,12 @@ def make_recipe(data: Path, start: Path, run_folder: Path, size: Size, dtype: st
 
 @dataclass(frozen=True)
 class Found:
-    """What the exported folder finds among the test pictures of a language."""
+    """What the exported folder finds among the test images of a language."""
 
     language: str
     pairs: Pairs
     scores: Tensor
-    """float32 (texts, pictures); pair number n is text n and picture n."""
+    """float32 (texts, images); pair number n is text n and image n."""
 
 
 def compare_loaded(recipe: Recipe, exported: Path) -> list[Found]:
@@ -250,7 +250,7 @@ def make_sections(run: Run, found: Sequence[Found]) -> list[report.Section]:
             f"{len(run.rows):,} steps of {run.recipe.global_batch} pairs took "
             f"{run.seconds:,.0f} s, {run.samples_per_s:,.0f} pairs a second. R@k: the right one of "
             f"{len(found[0].pairs.images)} is among the first k. InternVL-C embeds what the tower "
-            "sees, InternVL-G also what QLLaMA's queries make of it. Pictures that are drawn alike "
+            "sees, InternVL-G also what QLLaMA's queries make of it. Images that are drawn alike "
             "under different names keep 100 % out of reach.",
         ),
         report.Charts(
@@ -274,15 +274,15 @@ def make_sections(run: Run, found: Sequence[Found]) -> list[report.Section]:
             ],
         ),
         report.Searches(
-            title="Pictures found by a name",
+            title="Images found by a name",
             searches=list(_by_turns([_by_name(of_language) for of_language in found])),
-            note="The first test names in the order of their hash, and the five pictures of the "
+            note="The first test names in the order of their hash, and the five images of the "
             "test split that come first for InternVL-G; nothing was picked.",
         ),
         report.Searches(
-            title="Names found by a picture",
-            searches=list(_by_turns([_by_picture(of_language) for of_language in found])),
-            note="The test pictures that follow, and the five names that come first.",
+            title="Names found by an image",
+            searches=list(_by_turns([_by_image(of_language) for of_language in found])),
+            note="The test images that follow, and the five names that come first.",
         ),
     ]
 
@@ -291,7 +291,7 @@ _QUERIES, _HITS = 6, 5
 
 
 def _scores(before: Mapping[str, float], after: Mapping[str, float]) -> Iterator[report.Score]:
-    directions = {"image": "name → picture", "text": "picture → name"}
+    directions = {"image": "name → image", "text": "image → name"}
     for tag, language in LANGUAGES.items():
         for mode in MODES:
             for direction, shown in directions.items():
@@ -307,23 +307,23 @@ def _scores(before: Mapping[str, float], after: Mapping[str, float]) -> Iterator
 
 
 def _by_name(found: Found) -> list[report.Search]:
-    pictures = [Path(str(path)).read_bytes() for path in found.pairs.images]
+    images = [Path(str(path)).read_bytes() for path in found.pairs.images]
     return [
         report.Search(
             language=found.language,
             text=found.pairs.texts[query],
             rank=rank,
-            hits=[report.Hit(right=n == query, picture=pictures[n]) for n in first],
+            hits=[report.Hit(right=n == query, image=images[n]) for n in first],
         )
         for query, rank, first in _ranked(found.scores, range(_QUERIES))
     ]
 
 
-def _by_picture(found: Found) -> list[report.Search]:
+def _by_image(found: Found) -> list[report.Search]:
     return [
         report.Search(
             language=found.language,
-            picture=Path(str(found.pairs.images[query])).read_bytes(),
+            image=Path(str(found.pairs.images[query])).read_bytes(),
             rank=rank,
             hits=[report.Hit(right=n == query, text=found.pairs.texts[n]) for n in first],
         )

@@ -15,12 +15,12 @@ from internvl.log import get_logger, read_numbers
 class Evaluator(Protocol):
     """One evaluation with its data read. Making it finds what is wrong with the data."""
 
-    def pictures(self) -> Sequence[str | FileSlice]:
-        """Every picture that `run` will open."""
+    def images(self) -> Sequence[str | FileSlice]:
+        """Every image that `run` will open."""
         ...
 
     def counts(self) -> dict[str, int]:
-        """What it measures on, such as pictures and texts, and how many there are."""
+        """What it measures on, such as images and texts, and how many there are."""
         ...
 
     def run(self, handle: Any, folder: Path | None) -> Scores:

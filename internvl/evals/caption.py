@@ -1,4 +1,4 @@
-"""Captions: a generated text for every picture of a COCO caption file against its references."""
+"""Captions: a generated text for every image of a COCO caption file against its references."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -43,7 +43,7 @@ class Caption:
         self.problems = file.problems
         self.references: dict[ImageId, list[str]] = {}
         """id -> its captions. Where a form has no ids they are the images' numbers from 1."""
-        self.images: dict[ImageId, str] = {}
+        self.paths: dict[ImageId, str] = {}
         ids = [n if i.id is None else i.id for n, i in enumerate(file.images, start=1)]
         for number, caption in file.captions:
             self.references.setdefault(ids[number], []).append(caption)
@@ -53,7 +53,7 @@ class Caption:
         if config.on_bad_sample == "keep" and not self._broken:
             policy = "keep"
         settle(self.problems, policy, _REMEDY)
-        self.ids = list(self.images)
+        self.ids = list(self.paths)
         if not self.ids:
             raise UserError(f"{config.annotations} has no image with a caption; check it")
 
@@ -69,25 +69,25 @@ class Caption:
             if reason is None and other.name != image.name:
                 reason = f"{image.name} and {other.name} are one file in the folder of images"
             if reason is None and isinstance(path, str):
-                self.images[image_id] = path
+                self.paths[image_id] = path
             else:
                 self.problems.append(file.problem(image.where, str(reason)))
                 self._broken = True
-        unreadable = broken([*self.images.values()])
-        ids = list(self.images)
+        unreadable = broken([*self.paths.values()])
+        ids = list(self.paths)
         for number, reason in unreadable.items():
-            path = self.images.pop(ids[number])
+            path = self.paths.pop(ids[number])
             self.problems.append(BadSample(path, reason))
             self._broken = True
 
-    def pictures(self) -> Sequence[str]:
-        """Every picture that will be opened, in the order of `ids`."""
-        return [self.images[i] for i in self.ids]
+    def images(self) -> Sequence[str]:
+        """Every image that will be opened, in the order of `ids`."""
+        return [self.paths[i] for i in self.ids]
 
     def counts(self) -> dict[str, int]:
         """See `Evaluator.counts`."""
         references = sum(len(self.references[i]) for i in self.ids)
-        counts = {"pictures": len(self.ids), "texts": references}
+        counts = {"images": len(self.ids), "texts": references}
         return counts | ({"left out": len(self.problems)} if self.problems else {})
 
     def run(self, handle: Any, folder: Path | None) -> Scores:
@@ -107,19 +107,19 @@ class Caption:
         return Scores(values, [*self._rows(found), *left_out(self.problems)])
 
     def _texts(self, handle: Any, folder: Path | None) -> list[str]:
-        """A text for every picture, in order, going on after those that are kept already."""
+        """A text for every image, in order, going on after those that are kept already."""
         generate = _dual_texts if hasattr(handle, "caption") else _chat_texts
-        pictures, kept = self.pictures(), None
+        images, kept = self.images(), None
         texts: list[str] = []
         if folder is not None:
-            key = repr((self.config, [(path, *file_state(path)) for path in pictures]))
+            key = repr((self.config, [(path, *file_state(path)) for path in images]))
             kept = folder / f"captions-{blake2b(key.encode(), digest_size=8).hexdigest()}.jsonl"
             texts = _whole_lines(kept)
         window = 8 * self.config.batch_size
-        with Progress("captions", total=len(pictures)) as progress:
+        with Progress("captions", total=len(images)) as progress:
             progress.update(len(texts))
-            for start in range(len(texts), len(pictures), window):
-                answered = generate(handle, pictures[start : start + window], self.config)
+            for start in range(len(texts), len(images), window):
+                answered = generate(handle, images[start : start + window], self.config)
                 new = list(map(metrics.whole_text, answered))
                 texts += new
                 if kept is not None:
@@ -132,7 +132,7 @@ class Caption:
     def _rows(self, found: dict[ImageId, str]) -> Iterator[dict[str, Any]]:
         for i in self.ids:
             yield {
-                "image": self.images[i],
+                "image": self.paths[i],
                 "image_id": i,
                 "references": self.references[i],
                 "answer": found[i],
@@ -140,19 +140,19 @@ class Caption:
             }
 
 
-def _chat_texts(chat: Any, pictures: Sequence[str], config: EvalConfig) -> list[str]:
-    """Answers of a chat model, in the order of the pictures."""
+def _chat_texts(chat: Any, images: Sequence[str], config: EvalConfig) -> list[str]:
+    """Answers of a chat model, in the order of the images."""
     message = {"role": "user", "content": f"<image>\n{config.prompt or CHAT_PROMPT}"}
-    requests = [Request([message], [picture]) for picture in pictures]
+    requests = [Request([message], [image]) for image in images]
     settings = Settings(config.max_new_tokens, config.min_new_tokens, config.num_beams or 1)
     size = config.batch_size
     return answers(chat.model, chat.encoder, chat.tiles, requests, settings, batch_size=size)
 
 
-def _dual_texts(dual: Any, pictures: Sequence[str], config: EvalConfig) -> list[str]:
-    """Captions of InternVL-G, in the order of the pictures."""
+def _dual_texts(dual: Any, images: Sequence[str], config: EvalConfig) -> list[str]:
+    """Captions of InternVL-G, in the order of the images."""
     return dual.caption(
-        pictures,
+        images,
         prompt=config.prompt or DUAL_PROMPT,
         num_beams=config.num_beams or DUAL_BEAMS,
         max_new_tokens=config.max_new_tokens,

@@ -1,4 +1,4 @@
-"""Zero-shot classification: a picture is of the class whose texts are nearest to it.
+"""Zero-shot classification: an image is of the class whose texts are nearest to it.
 
 As CLIP_benchmark (`metrics/zeroshot_classification.py`), whose class names and templates are read
 from files that the user has.
@@ -27,11 +27,11 @@ _REMEDY = "put them right, or set on_bad_sample (--on-bad-sample) to skip to lea
 class Classify:
     """acc1, acc5 (of five classes or more) and mean_per_class_recall, from 0 to 1.
 
-    Data: a folder with a folder of pictures for each class; the class of a picture is the number of
-    its folder, sorted by name. Pictures are resized by their shorter side and cut in the middle.
+    Data: a folder with a folder of images for each class; the class of an image is the number of
+    its folder, sorted by name. Images are resized by their shorter side and cut in the middle.
 
     Raises:
-        UserError: no pictures, broken ones, or class names or templates that do not fit.
+        UserError: no images, broken ones, or class names or templates that do not fit.
     """
 
     def __init__(self, config: EvalConfig) -> None:
@@ -47,7 +47,7 @@ class Classify:
             if file.suffix.lower() in IMAGE_ENDINGS
         ][: config.limit]
         if not files:
-            raise UserError(f"{root} has no folder with pictures; classes are folders")
+            raise UserError(f"{root} has no folder with images; classes are folders")
         bad = broken([path for path, _ in files])
         self.problems = [BadSample(printable(files[i][0]), why) for i, why in bad.items()]
         self.problems += self._unnamed(root)
@@ -82,26 +82,26 @@ class Classify:
                 )
         return problems
 
-    def pictures(self) -> Sequence[str]:
-        """Every picture that will be opened."""
+    def images(self) -> Sequence[str]:
+        """Every image that will be opened."""
         return [path for path, _ in self.files]
 
     def counts(self) -> dict[str, int]:
         """See `Evaluator.counts`."""
-        counts = {"pictures": len(self.files), "classes": len(self.names)}
+        counts = {"images": len(self.files), "classes": len(self.names)}
         return counts | ({"left out": len(self.problems)} if self.problems else {})
 
     def run(self, handle: Any, folder: Path | None) -> Scores:
         """Encodes with `handle` (Dual); keeps features in `folder`, if there is one."""
         if not hasattr(handle, "encode_images"):
             raise UserError("zero-shot classification needs an InternVL-14B model")
-        store, paths = Store(self._folder(folder)), self.pictures()
+        store, paths = Store(self._folder(folder)), self.images()
         batch_size = self.config.batch_size
         classes = store.encode("classes", len(self.names), lambda part: self._weights(handle, part))
         truth = torch.tensor([number for _, number in self.files])
         values: dict[str, float] = {}
         listed: dict[str, list[int]] = {}
-        looked_at = store.encode_pictures(
+        looked_at = store.encode_images(
             "crops", handle, paths, self.config.modes, batch_size=batch_size, crop=True
         )
         for mode, images in looked_at.items():
@@ -185,7 +185,7 @@ class Classify:
 
 
 def accuracies(found: Tensor, truth: Tensor, num_classes: int) -> dict[str, float]:
-    """CLIP_benchmark's metrics of the rank of each picture's class, int64 (num_images,).
+    """CLIP_benchmark's metrics of the rank of each image's class, int64 (num_images,).
 
     With fewer than five classes it writes a bare NaN for acc5, which is no JSON; here it is absent.
     """

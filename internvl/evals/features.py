@@ -1,4 +1,4 @@
-"""Features of many pictures or texts: encoded in chunks that outlive an interruption, and ranked
+"""Features of many images or texts: encoded in chunks that outlive an interruption, and ranked
 without the matrix of all scores.
 
 Shapes: Q queries, N candidates, E width of a feature.
@@ -52,7 +52,7 @@ class Store:
                 progress.update(len(part))
         return torch.cat(found)
 
-    def encode_pictures(
+    def encode_images(
         self,
         name: str,
         handle: Any,
@@ -60,8 +60,8 @@ class Store:
         modes: Sequence[str],
         **how: Any,
     ) -> dict[str, Tensor]:
-        """Features of pictures in each mode, float32 (len(paths), E), on the device of `handle`
-        (Dual), which looks at every picture once. `how` goes to its `encode_images_of`.
+        """Features of images in each mode, float32 (len(paths), E), on the device of `handle`
+        (Dual), which looks at every image once. `how` goes to its `encode_images_of`.
         """
 
         def rows(part: range) -> Tensor:

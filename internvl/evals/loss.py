@@ -76,8 +76,8 @@ class Loss:
             for number, reason in unreadable.items()
         ]
 
-    def pictures(self) -> Sequence[str]:
-        """Every picture that will be opened."""
+    def images(self) -> Sequence[str]:
+        """Every image that will be opened."""
         samples = self.source.samples(self.lines)
         read = (sample for sample in samples if isinstance(sample, Sample))
         return [str(image) for sample in read for image in sample.images]
@@ -123,7 +123,7 @@ class Loss:
         return Scores({"loss": total / count}, left_out(bad))
 
     def _reads(self, data: DataConfig, encoder: Any) -> Iterator[tuple[Read, int]]:
-        """Samples in the order of the file, those of a picture together."""
+        """Samples in the order of the file, those of an image together."""
 
         def encode(samples: Any, tiles: Any) -> Any:
             return encode_units(encoder, samples, tiles, data.max_tokens, share=True)

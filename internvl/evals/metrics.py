@@ -41,14 +41,14 @@ def caption_scores(
 
     The scale is pycocoevalcap's own: 0 to 1, CIDEr 0 to 10. Papers print both times 100. CIDEr
     weighs words by how rare they are among the references given, so a subset scores differently
-    than the whole, and a single picture scores 0.
+    than the whole, and a single image scores 0.
 
     METEOR runs with its English settings in every language: that is what the published Chinese
     numbers are (COCO-CN). Its stems, synonyms and paraphrases find nothing in other scripts, which
     leaves exact matches and word order. Compare it only with numbers of the same tokenization.
 
     Args:
-        candidates: key of a picture -> its generated caption.
+        candidates: key of an image -> its generated caption.
         references: the same keys -> one or more true captions.
         tokenize: "ptb": Stanford's tokenizer, lower case, punctuation dropped (English; Chinese
             already split into words, as COCO-CN publishes); "characters": every letter a token,
@@ -194,7 +194,7 @@ def _meteor(hypotheses: list[str], truths: list[list[str]]) -> dict[str, float]:
 def _ask_meteor(
     java: subprocess.Popen[str], hypotheses: list[str], truths: list[list[str]]
 ) -> float:
-    """A line of counts per picture, then one score over all the counts."""
+    """A line of counts per image, then one score over all the counts."""
     assert java.stdin is not None
     assert java.stdout is not None
     counts = []
@@ -206,8 +206,8 @@ def _ask_meteor(
         counts.append(_line(java.stdout))
     java.stdin.write(f" {_SEPARATOR} ".join(["EVAL", *counts]) + "\n")
     java.stdin.flush()
-    of_pictures_and_corpus = [float(_line(java.stdout)) for _ in range(len(counts) + 1)]
-    return of_pictures_and_corpus[-1]
+    of_images_and_corpus = [float(_line(java.stdout)) for _ in range(len(counts) + 1)]
+    return of_images_and_corpus[-1]
 
 
 def _line(stream: IO[str]) -> str:

@@ -1,4 +1,4 @@
-"""Retrieval: which texts find their picture, which pictures find one of their texts.
+"""Retrieval: which texts find their image, which images find one of their texts.
 
 Recall equals CLIP_benchmark's (`metrics/zeroshot_retrieval.py`), where an image hits when at least
 one of its captions is among the first k. Ties, which it leaves to torch.topk, go to the lower
@@ -32,8 +32,8 @@ def recalls(image_ranks: Tensor, text_ranks: Tensor, ks: Sequence[int]) -> dict[
     """CLIP_benchmark's metrics, in its order.
 
     Args:
-        image_ranks: int64 (num_texts,), the rank of its picture for every text.
-        text_ranks: int64 (num_images,), the rank of the best of its texts for every picture.
+        image_ranks: int64 (num_texts,), the rank of its image for every text.
+        text_ranks: int64 (num_images,), the rank of the best of its texts for every image.
     """
     found: dict[str, float] = {}
     for k in ks:
@@ -45,7 +45,7 @@ def recalls(image_ranks: Tensor, text_ranks: Tensor, ks: Sequence[int]) -> dict[
 class Retrieval:
     """Recall@k in both directions, for InternVL-C and InternVL-G.
 
-    Data: pictures with captions (data/pair_files.py). The model's own encoders squash the pictures
+    Data: images with captions (data/pair_files.py). The model's own encoders squash the images
     to a square and put `summarize:` before the texts.
 
     Raises:
@@ -73,7 +73,7 @@ class Retrieval:
         self.problems = problems
         self.pairs = found.without({*bad, *leaked} if policy == "skip" else set())
         for what, number in (
-            ("pictures", len(self.pairs.images)),
+            ("images", len(self.pairs.images)),
             ("texts", len(self.pairs.texts)),
         ):
             large = too_large(config.recall_k, number)
@@ -89,13 +89,13 @@ class Retrieval:
         trained = read_pairs(self.config.train, self.config.images, split="train")
         return leaks(found, trained)
 
-    def pictures(self) -> Sequence[str | FileSlice]:
-        """Every picture that will be opened."""
+    def images(self) -> Sequence[str | FileSlice]:
+        """Every image that will be opened."""
         return self.pairs.images
 
     def counts(self) -> dict[str, int]:
         """See `Evaluator.counts`."""
-        counts = {"pictures": len(self.pairs.images), "texts": len(self.pairs.texts)}
+        counts = {"images": len(self.pairs.images), "texts": len(self.pairs.texts)}
         return counts | ({"left out": len(self.problems)} if self.problems else {})
 
     def run(self, handle: Any, folder: Path | None) -> Scores:
@@ -113,7 +113,7 @@ class Retrieval:
         matches = _Matches(handle, self.pairs, batch_size)
         values: dict[str, float] = {}
         listed: dict[str, tuple[list[int], list[int]]] = {}
-        looked_at = store.encode_pictures(
+        looked_at = store.encode_images(
             "images", handle, paths, self.config.modes, batch_size=batch_size
         )
         for mode, images in looked_at.items():
@@ -147,7 +147,7 @@ class Retrieval:
         return torch.tensor(image_ranks), torch.tensor(text_ranks)
 
     def _rows(self, listed: dict[str, tuple[list[int], list[int]]]) -> list[dict[str, Any]]:
-        """Texts with the rank of their picture, then pictures with that of their best text."""
+        """Texts with the rank of their image, then images with that of their best text."""
         rows: list[dict[str, Any]] = [
             {
                 "text": text,
@@ -177,7 +177,7 @@ class Retrieval:
 
 
 class _Matches:
-    """Match scores of (picture, text) pairs; none is computed twice."""
+    """Match scores of (image, text) pairs; none is computed twice."""
 
     def __init__(self, handle: Any, found: Pairs, batch_size: int) -> None:
         self.handle, self.pairs, self.batch_size = handle, found, batch_size
@@ -185,7 +185,7 @@ class _Matches:
 
     def scores(self, wanted: Sequence[tuple[int, int]]) -> dict[tuple[int, int], float]:
         """The scores of at least these pairs."""
-        new = sorted({*wanted} - self.known.keys())  # by picture
+        new = sorted({*wanted} - self.known.keys())  # by image
         with Progress("pairs matched", total=len(new)) as progress:
             for start in range(0, len(new), self.batch_size):
                 part = new[start : start + self.batch_size]

@@ -18,13 +18,13 @@ class Scores:
     values: dict[str, float]
     """Metric -> value."""
     rows: list[dict[str, Any]]
-    """One for every picture or text, and one for everything that was left out."""
+    """One for every image or text, and one for everything that was left out."""
 
 
-def file_state(picture: str | FileSlice) -> tuple[int, int]:
+def file_state(image: str | FileSlice) -> tuple[int, int]:
     """Size and time of a file, by which another one under its name is told; an address has none,
-    a picture in a tar those of the tar."""
-    path = picture.path if isinstance(picture, FileSlice) else picture
+    an image in a tar those of the tar."""
+    path = image.path if isinstance(image, FileSlice) else image
     if not os.path.exists(path):
         return 0, 0
     state = os.stat(path)

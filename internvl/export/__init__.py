@@ -405,7 +405,7 @@ def _clip_processor(config: DualConfig) -> dict[str, Any]:
 
 @torch.no_grad()
 def probe(model: InternVLForConditionalGeneration | DualModel) -> Tensor:
-    """float32 on CPU: what a model answers to a fixed picture and text. For a chat model logits
+    """float32 on CPU: what a model answers to a fixed image and text. For a chat model logits
     (1, T, V), for InternVL-14B its embeddings and logits one after another."""
     training = model.training
     model.eval()

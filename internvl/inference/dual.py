@@ -1,7 +1,7 @@
 """InternVL-14B in use: images and captions to embeddings, pairs to matches, images to captions.
 
 Original: `encode_image`, `encode_text` and `forward` of `clip_benchmark/.../internvl_huggingface`,
-and `internvl_g/eval/evaluate_caption.py`. A picture or caption gets the same answer in every batch.
+and `internvl_g/eval/evaluate_caption.py`. An image or caption gets the same answer in every batch.
 """
 
 import os
@@ -40,8 +40,8 @@ from internvl.models.dual.beam_search import Search
 from internvl.models.dual.model import DualModel, Mode
 from internvl.models.vision import normalize_tiles
 
-Picture = str | Path | bytes | BinaryIO | FileSlice | Image.Image | np.ndarray
-Pictures = Sequence[Picture] | Picture | Tensor
+ImageInput = str | Path | bytes | BinaryIO | FileSlice | Image.Image | np.ndarray
+ImageInputs = Sequence[ImageInput] | ImageInput | Tensor
 """Paths, `data:` addresses, encoded files, file objects, opened images and uint8 arrays (H, W, 3);
 or all of them normalized already, (B, 3, S, S). One alone is a row of its own."""
 Captions = Sequence[str] | str | Tensor
@@ -61,7 +61,7 @@ class Dual:
 
     @property
     def device(self) -> torch.device:
-        """Where pictures and captions go in."""
+        """Where images and captions go in."""
         return self.model.device
 
     @property
@@ -70,7 +70,7 @@ class Dual:
 
     @property
     def image_size(self) -> int:
-        """Side (S) of the square picture, px."""
+        """Side (S) of the square image, px."""
         return self.model.config.image_size
 
     @property
@@ -86,14 +86,14 @@ class Dual:
     @torch.no_grad()
     def encode_images(
         self,
-        images: Pictures,
+        images: ImageInputs,
         mode: Mode = "c",
         *,
         normalize: bool = True,
         batch_size: int = 64,
         crop: bool = False,
     ) -> Tensor:
-        """Features of pictures, float32 (B, E) on the CPU, of unit length.
+        """Features of images, float32 (B, E) on the CPU, of unit length.
 
         Args:
             images: one, or several: paths, bytes, opened images or uint8 arrays (H, W, 3), or a
@@ -105,7 +105,7 @@ class Dual:
                 to a square, as it does for retrieval.
 
         Raises:
-            BadImage: a picture that cannot be read, by its place in the list.
+            BadImage: an image that cannot be read, by its place in the list.
             UserError: an unknown mode, a tensor of another size, or "g" of a model without queries.
         """
         found = self.encode_images_of(
@@ -116,14 +116,14 @@ class Dual:
     @torch.no_grad()
     def encode_images_of(
         self,
-        images: Pictures,
+        images: ImageInputs,
         modes: Sequence[Mode] | Mode,
         *,
         normalize: bool = True,
         batch_size: int = 64,
         crop: bool = False,
     ) -> dict[Mode, Tensor]:
-        """`encode_images` in several modes; every picture is read and looked at once."""
+        """`encode_images` in several modes; every image is read and looked at once."""
         modes = cast("list[Mode]", list_texts(modes, "mode"))
         for mode in modes:
             if mode not in ("c", "g"):
@@ -168,9 +168,9 @@ class Dual:
         return self._finished(found, normalize)
 
     def similarity(
-        self, images: Pictures, texts: Captions, mode: Mode = "c", *, batch_size: int = 64
+        self, images: ImageInputs, texts: Captions, mode: Mode = "c", *, batch_size: int = 64
     ) -> Tensor:
-        """exp(logit_scale) times the cosines of pictures and captions, float32 (B, R).
+        """exp(logit_scale) times the cosines of images and captions, float32 (B, R).
 
         Args:
             images: as `encode_images` takes them, or its features (B, E).
@@ -187,14 +187,14 @@ class Dual:
         return self.model.logit_scale.detach().float().exp().to(cosines.device) * cosines
 
     @torch.no_grad()
-    def match(self, images: Pictures, texts: Captions, *, batch_size: int = 32) -> Tensor:
-        """Probability that picture b and caption b belong together, float32 (B,) on the CPU.
+    def match(self, images: ImageInputs, texts: Captions, *, batch_size: int = 32) -> Tensor:
+        """Probability that image b and caption b belong together, float32 (B,) on the CPU.
 
         Captions are cleaned as in training and stand alone, without "summarize:". Of pairs with
-        the same path that follow each other, the picture is looked at once in a batch.
+        the same path that follow each other, the image is looked at once in a batch.
 
         Raises:
-            UserError: other numbers of pictures and captions, or a model without queries.
+            UserError: other numbers of images and captions, or a model without queries.
         """
         self._need_queries("match")
         check_whole("batch_size", batch_size, 1)
@@ -219,7 +219,7 @@ class Dual:
 
     def caption(
         self,
-        images: Pictures,
+        images: ImageInputs,
         prompt: str = "English caption:",
         *,
         num_beams: int = 5,
@@ -228,7 +228,7 @@ class Dual:
         length_penalty: float = 1.0,
         batch_size: int = 16,
     ) -> list[str]:
-        """A caption of each picture, by greedy (one beam) or beam search.
+        """A caption of each image, by greedy (one beam) or beam search.
 
         Raises:
             UserError: a model without queries, or a setting out of range.
@@ -257,8 +257,8 @@ class Dual:
                 captions.append(decode(encoder.tokenizer, ids, skip_special_tokens=True).strip())
         return captions
 
-    def _pixels(self, images: Pictures, batch_size: int, crop: bool) -> Iterator[Tensor]:
-        """Normalized pictures (at most batch_size, 3, S, S) on the model's device."""
+    def _pixels(self, images: ImageInputs, batch_size: int, crop: bool) -> Iterator[Tensor]:
+        """Normalized images (at most batch_size, 3, S, S) on the model's device."""
         check_whole("batch_size", batch_size, 1)
         images = self._listed(images)
         if isinstance(images, Tensor):
@@ -267,7 +267,7 @@ class Dual:
         for pixels in _read_ahead(images, batch_size, self.image_size, crop):
             yield normalize_tiles(self._to(pixels), self.dtype)
 
-    def _listed(self, images: Pictures) -> list[Picture] | Tensor:
+    def _listed(self, images: ImageInputs) -> list[ImageInput] | Tensor:
         """Images as a list, or as the normalized tensor (B, 3, S, S) that they are."""
         if not isinstance(images, Tensor) or (images.dtype == torch.uint8 and images.dim() < 4):
             return list_images(images)
@@ -305,8 +305,8 @@ class Dual:
             )
 
 
-def _distinct(images: list[Picture] | Tensor) -> tuple[list[Picture] | Tensor, Tensor]:
-    """(each picture once, int64 (B,) where each of `images` is there), where they are files."""
+def _distinct(images: list[ImageInput] | Tensor) -> tuple[list[ImageInput] | Tensor, Tensor]:
+    """(each image once, int64 (B,) where each of `images` is there), where they are files."""
     if isinstance(images, Tensor) or not all(isinstance(i, str | Path | FileSlice) for i in images):
         return images, torch.arange(len(images))
     numbers = {image: number for number, image in enumerate(dict.fromkeys(images))}
@@ -340,7 +340,7 @@ def _in_batches(
 
 
 def _read_ahead(
-    images: Sequence[Picture], batch_size: int, size: int, crop: bool
+    images: Sequence[ImageInput], batch_size: int, size: int, crop: bool
 ) -> Iterator[Tensor]:
     """uint8 (at most batch_size, 3, S, S); threads read the next batch while one is worked on."""
     shape = center_square if crop else square

@@ -39,7 +39,7 @@ from internvl.files import first_line
 from internvl.models import configs
 from internvl.models.vision import normalize_tiles
 
-Picture = str | Path | bytes | BinaryIO | FileSlice | Image.Image | np.ndarray | Tensor
+ImageInput = str | Path | bytes | BinaryIO | FileSlice | Image.Image | np.ndarray | Tensor
 """A path, `data:` address, encoded file or file object; an opened image, uint8 array (H, W) or
 (H, W, C) or tensor (C, H, W); or an image's normalized tiles, float (N, 3, S, S)."""
 
@@ -56,7 +56,7 @@ class Request:
     """
 
     messages: Sequence[Message | Mapping[str, Any]]
-    images: Sequence[Picture] | Picture = ()
+    images: Sequence[ImageInput] | ImageInput = ()
 
     def __post_init__(self) -> None:
         images = () if self.images is None else list_images(self.images)

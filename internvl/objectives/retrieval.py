@@ -1,17 +1,17 @@
-"""Pictures and captions of a step as each other's right and wrong answers: InternVL-14B's losses.
+"""Images and captions of a step as each other's right and wrong answers: InternVL-14B's losses.
 
-The contrastive term compares every picture with every caption of the global batch. Where that does
+The contrastive term compares every image with every caption of the global batch. Where that does
 not fit on a device at once, only features travel between micro-batches: a first pass without
 gradient encodes them all, one loss over all features gives the gradient of each, and the second
 pass carries it back, a micro-batch at a time (gradient caching, Gao et al. 2021, arXiv:2101.06983).
 Both passes draw the same random numbers, so value and gradient are those of one large batch. What
 a frozen tower saw in the first pass is kept for the second, and the micro-batches that come first
 in the second come last in the first, for which they keep their graph. The features' gradient is
-carried back as far as the pictures before the other terms are computed, so that never both graphs
-of QLLaMA are there; the pictures' gradients of all terms go on together.
+carried back as far as the images before the other terms are computed, so that never both graphs
+of QLLaMA are there; the images' gradients of all terms go on together.
 
 Shapes: B pairs of a micro-batch, n pairs of this rank, N of all ranks, F features of a pair (its
-caption's first, then one for each branch of its picture), E width of an embedding.
+caption's first, then one for each branch of its image), E width of an embedding.
 """
 
 from collections import deque
@@ -71,7 +71,7 @@ class Encoded:
 
 
 class Retrieval:
-    """Fine-tuning: `itc`, contrastive, in both branches, with every caption of a picture as a right
+    """Fine-tuning: `itc`, contrastive, in both branches, with every caption of an image as a right
     answer, over pairs; `itm`, matching, over each pair with its caption and with another.
 
     Original: `forward` of `internvl_stage2_retrieval/modeling_internvl.py`.
@@ -122,7 +122,7 @@ class Retrieval:
         ]
 
     def matches(self, pair: Pair, number: int, total: int) -> tuple[Match, ...]:
-        """Captions that the picture of pair `number` of `total` is shown with."""
+        """Captions that the image of pair `number` of `total` is shown with."""
         return (pair.negative, 0), (pair.positive, 1)
 
     def is_compared(self, pair: Pair) -> bool:
@@ -186,7 +186,7 @@ class Retrieval:
 
     def __call__(self, model: Any, batch: PairBatch) -> dict[str, Tensor]:
         """The terms' sums. After a first pass that of `itc` has no gradient: it is carried back
-        here, as far as the pictures if other terms go on from them."""
+        here, as far as the images if other terms go on from them."""
         cached = self._cached.popleft() if self._cached else None
         seed = None if cached is None else cached.seed
         with _random_numbers(seed, batch.pixel_values.device):
@@ -224,7 +224,7 @@ class Retrieval:
         return one.seen.of(_Joined.apply(one.gradients, *one.seen.tensors()))
 
     def features(self, model: Any, seen: Seen, batch: PairBatch) -> Tensor:
-        """float32 (B, F, E) of unit length: captions, what the queries see, pictures."""
+        """float32 (B, F, E) of unit length: captions, what the queries see, images."""
         queries, captions = self._apart(model, seen, batch)
         found = (
             model.text_embeds(captions, batch.text_mask),
@@ -313,7 +313,7 @@ class _Joined(torch.autograd.Function):
 
 
 def _lengths(pair: Pair, matches: Sequence[Match]) -> tuple[int, int]:
-    """What a pair's captions are padded to at least: those with the picture, and those alone."""
+    """What a pair's captions are padded to at least: those with the image, and those alone."""
     beside = max(len(pair.written), *(len(text) for text, _ in matches))
     return padded_length(beside), padded_length(len(pair.summary))
 
@@ -324,7 +324,7 @@ def _token_loss(model: Any, states: Tensor, targets: Tensor) -> Tensor:
 
 class Stage2(Retrieval):
     """Pre-training: `itc` between the queries and the captions, each caption right for its own
-    picture alone; `itm`, the first half of a step's pictures with a caption of another picture, the
+    image alone; `itm`, the first half of a step's images with a caption of another image, the
     second half with their own; `itg`, captions written after a prompt, over their tokens.
 
     A pair whose caption is empty is not compared and not matched. Original: `forward` of
@@ -334,7 +334,7 @@ class Stage2(Retrieval):
     name = "stage2"
 
     def matches(self, pair: Pair, number: int, total: int) -> tuple[Match, ...]:
-        """One caption, so that all ranks together show half of a step with another picture's."""
+        """One caption, so that all ranks together show half of a step with another image's."""
         own = number >= total - total // 2
         caption = pair.positive if own else pair.negative
         empty = len(caption) <= len(self.encoder.matching(""))
@@ -365,8 +365,8 @@ class Stage2(Retrieval):
 
 
 def contrastive_losses(own: Tensor, all_: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
-    """(n,): over every branch of the picture, half of the cross-entropy from the caption to the
-    pictures and half of that from the picture to the captions.
+    """(n,): over every branch of the image, half of the cross-entropy from the caption to the
+    images and half of that from the image to the captions.
 
     Args:
         own: features of unit length (n, F, E), the captions' first.
@@ -374,12 +374,12 @@ def contrastive_losses(own: Tensor, all_: Tensor, targets: Tensor, scale: Tensor
         targets: share of each answer (n, N).
         scale: logarithm of what cosines are multiplied with.
     """
-    (caption, *pictures), (captions, *others) = own.unbind(1), all_.unbind(1)
+    (caption, *images), (captions, *others) = own.unbind(1), all_.unbind(1)
     return sum(
         (
-            0.5 * (_entropy(scale, picture, captions, targets))
+            0.5 * (_entropy(scale, image, captions, targets))
             + 0.5 * (_entropy(scale, caption, other, targets))
-            for picture, other in zip(pictures, others, strict=True)
+            for image, other in zip(images, others, strict=True)
         ),
         start=own.new_zeros(len(own)),
     )

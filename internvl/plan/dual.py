@@ -24,7 +24,7 @@ _CAPTION, _PADDED = 24, 40  # tokens of an assumed caption, and of the longest o
 
 @dataclass(frozen=True)
 class PairLoad:
-    """What a step on pairs of a picture and a caption holds."""
+    """What a step on pairs of an image and a caption holds."""
 
     work: dual_flops.Work
     """Of a whole step, over all GPUs."""
@@ -50,7 +50,7 @@ def load_of(recipe: Recipe, queries: int, step: PairStep | None, num_gpus: int =
     """What a step on pairs holds, counted or assumed.
 
     Args:
-        queries: of a picture (Q).
+        queries: of an image (Q).
     """
     each = math.ceil(recipe.global_batch / num_gpus)
     pairs = min(each, recipe.objective.micro_batch or each)

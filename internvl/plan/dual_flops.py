@@ -2,7 +2,7 @@
 
 A matrix costs what flops.py says. Of the tower's adapters q, k and v share one A. Nothing counts
 twice: not the second forward pass of gradient caching or of checkpointing, nor padding, nor the
-keys and values of a picture that its uses in QLLaMA share. Norms, rotations, activations and the
+keys and values of an image that its uses in QLLaMA share. Norms, rotations, activations and the
 products of all features with each other are left out.
 """
 
@@ -23,16 +23,16 @@ _FIRST = (".q_proj", ".k_proj", ".v_proj")
 class Work:
     """What a step, or a batch that is encoded, holds. Zero where a part is not used."""
 
-    pictures: float
+    images: float
     texts: float = 0
     """Captions that are embedded."""
     text_tokens: float = 0
     text_pairs: float = 0
     """Tokens of one caption that see each other."""
     queried: float = 0
-    """Pictures that the queries look at without a caption."""
+    """Images that the queries look at without a caption."""
     matches: float = 0
-    """Captions beside a picture, under the mask in which everything sees everything."""
+    """Captions beside an image, under the mask in which everything sees everything."""
     match_tokens: float = 0
     match_pairs: float = 0
     """Tokens of one such caption that see each other; the queries come on top."""
@@ -49,18 +49,18 @@ class Work:
     @property
     def samples(self) -> float:
         """Pairs, as `flops.Work` calls them."""
-        return self.pictures
+        return self.images
 
 
 @dataclass(frozen=True)
 class Captions:
-    """Tokens of each caption of a pair with padding, and how many a picture is shown with. Zero
+    """Tokens of each caption of a pair with padding, and how many an image is shown with. Zero
     where no term of the loss uses them."""
 
     text: int
     """Embedded."""
     match: int
-    """Beside the picture."""
+    """Beside the image."""
     matches: int
     written: int
     supervised: float
@@ -70,11 +70,11 @@ class Captions:
         """What kernels compute for so many pairs: padding, and every token with every other.
 
         Args:
-            queries: of a picture (Q).
+            queries: of an image (Q).
         """
         compared, matches = pairs * bool(self.text), pairs * self.matches
         return Work(
-            pictures=pairs,
+            images=pairs,
             texts=compared,
             text_tokens=compared * self.text,
             text_pairs=compared * self.text**2,
@@ -112,9 +112,9 @@ def step_of(
     captions = Captions(
         text if work.texts else 0,
         match if work.matches else 0,
-        round(work.matches / work.pictures),
+        round(work.matches / work.images),
         written if work.written else 0,
-        work.supervised / work.pictures,
+        work.supervised / work.images,
     )
     return PairStep(work, captions, samples_an_epoch)
 
@@ -175,10 +175,10 @@ def _tokens(model: Any, work: Work, name: str) -> float:
     """How many vectors a matrix is multiplied with."""
     queries = model.num_queries
     patches = (model.config.vision_config.image_size[0] // _patch(model)) ** 2
-    seen = work.pictures * (patches + 1)
+    seen = work.images * (patches + 1)
     side = name.rpartition("proj")[0].rpartition(".")[2]  # k_ in …k_proj, also below an adapter
     if "patch_embeddings" in name:
-        return work.pictures * patches
+        return work.images * patches
     if name.startswith("model.vision_tower"):
         return seen
     used = work.queried + work.matches + work.written
@@ -187,7 +187,7 @@ def _tokens(model: Any, work: Work, name: str) -> float:
     if name.startswith("model.language_model"):
         return work.text_tokens + work.match_tokens + work.written_tokens + used * queries
     if name.startswith("image_pool"):
-        return work.pictures if side in ("q_", "o_") else seen
+        return work.images if side in ("q_", "o_") else seen
     if name.startswith("query_pool"):
         return work.queried if side in ("q_", "o_") else work.queried * queries
     others = {"text_projection": work.texts, "itm_head": work.matches * queries}
@@ -203,10 +203,10 @@ def _attention(model: Any, work: Work, trained: Collection[str]) -> Iterator[tup
     own = work.text_pairs + work.match_pairs + work.written_pairs + used * queries**2
     own += (2 * work.match_tokens + work.written_tokens) * queries
     places = {
-        "attention": ("tower_attention", vision.hidden_size * work.pictures * seen**2),
+        "attention": ("tower_attention", vision.hidden_size * work.images * seen**2),
         "self_attn": ("decoder_attention", text.hidden_size * own),
         "cross_attn": ("decoder_attention", text.hidden_size * used * queries * seen),
-        "image_pool": ("tower_attention", vision.hidden_size * work.pictures * seen),
+        "image_pool": ("tower_attention", vision.hidden_size * work.images * seen),
         "query_pool": ("decoder_attention", text.hidden_size * work.queried * queries),
     }
     for name, _ in model.named_modules():

@@ -63,7 +63,7 @@ def of(
     cut = micro_batches > 1 and captions.text > 0
     kept = min(micro_batches, recipe.objective.kept_micro_batches)
     moving = {
-        "pictures and visual tokens": batch.pictures(),
+        "images and visual tokens": batch.images(),
         "cast copies of trained weights": batch.casts(),
         "vision tower activations": batch.blocks.tower(batch.shape),
         "QLLaMA activations": batch.language_in_turn() if cut else batch.language(),
@@ -132,7 +132,7 @@ class Batch:
         return each * min(micro_batches, self.model.kept_bytes // each)
 
     def visual_tokens(self, micro_batches: int) -> float:
-        """Bytes of what the tower makes of the pictures of so many."""
+        """Bytes of what the tower makes of the images of so many."""
         return float(micro_batches * self.number * self.seen * self._seen_width)
 
     def frozen_tower_states(self) -> float:
@@ -162,7 +162,7 @@ class Batch:
         """Those that a gradient passes through."""
         return list(self.sequences()) if trains(self.model.model) else []
 
-    def pictures(self) -> float:
+    def images(self) -> float:
         """Pixels, and what the tower makes of them, with a gradient where it trains."""
         pixels = 6.0 * self.pairs * 3 * self.model.config.image_size**2
         copies = 2 if trains(self.model.model.vision_tower) else 1
@@ -217,7 +217,7 @@ class Batch:
             return 0.0
         compared = [one for one in self.kept_of() if one.compared]
         blocks = self.blocks.tower(self.shape) + self.blocks.casts(len(compared))
-        return self.pictures() + blocks + self.looks() + self._language(compared)
+        return self.images() + blocks + self.looks() + self._language(compared)
 
     def _language(self, sequences: Sequence[Sequences]) -> float:
         layers = list(self.language_model.layers)
@@ -237,7 +237,7 @@ class Batch:
         return total + largest
 
     def looks(self) -> float:
-        """Bytes kept of the pictures' keys and values, and of what they are made from."""
+        """Bytes kept of the images' keys and values, and of what they are made from."""
         if not self.kept_of():
             return 0.0
         return float(sum(self.look(layer) for layer in self.language_model.layers))

@@ -1,6 +1,6 @@
-"""Numbers, curves and pictures as one HTML page that needs nothing else.
+"""Numbers, curves and images as one HTML page that needs nothing else.
 
-The page is self-contained: styles and curves are inline, pictures are data URLs, there is no
+The page is self-contained: styles and curves are inline, images are data URLs, there is no
 script, and its content-security policy forbids every request. So it can be mailed, archived with
 a run, or opened years later. It receives plain data and knows nothing of runs or models.
 
@@ -101,7 +101,7 @@ class Charts:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What was expected and what came, for one picture in one language."""
+    """What was expected and what came, for one image in one language."""
 
     language: str
     """A language tag, e.g. "en"; it also picks the font."""
@@ -112,16 +112,16 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """A picture and the answers to it."""
+    """An image and the answers to it."""
 
-    picture: bytes
+    image: bytes
     """An encoded PNG, JPEG, GIF or WebP file."""
     answers: Sequence[Answer]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pictures:
-    """A grid of pictures with their answers, right or wrong by colour and by symbol."""
+class Images:
+    """A grid of images with their answers, right or wrong by colour and by symbol."""
 
     title: str
     cards: Sequence[Card]
@@ -130,17 +130,17 @@ class Pictures:
 
 @dataclass(frozen=True, kw_only=True)
 class Hit:
-    """One of the first results of a search: a picture, a text, or both."""
+    """One of the first results of a search: an image, a text, or both."""
 
     right: bool
-    picture: bytes | None = None
+    image: bytes | None = None
     """An encoded PNG, JPEG, GIF or WebP file."""
     text: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """A text or a picture that was looked for, and what came first."""
+    """A text or an image that was looked for, and what came first."""
 
     language: str
     """A language tag, e.g. "en", of the text or of the results; it also picks the font."""
@@ -149,7 +149,7 @@ class Search:
     hits: Sequence[Hit]
     """Best first."""
     text: str = ""
-    picture: bytes | None = None
+    image: bytes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,15 +162,15 @@ class Searches:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TiledPicture:
-    """A picture as the model gets it: stretched onto a grid of square tiles."""
+class TiledImage:
+    """An image as the model gets it: stretched onto a grid of square tiles."""
 
-    picture: bytes
-    """An encoded PNG, JPEG, GIF or WebP file, of the whole picture."""
+    image: bytes
+    """An encoded PNG, JPEG, GIF or WebP file, of the whole image."""
     columns: int
     rows: int
     thumbnail: bool = False
-    """The whole picture follows once more as one tile."""
+    """The whole image follows once more as one tile."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class TrainingSample:
     """One sample the way it is trained on."""
 
     name: str
-    pictures: Sequence[TiledPicture]
+    images: Sequence[TiledImage]
     spans: Sequence[Span]
     """The whole text in order, special tokens included."""
     note: str = ""
@@ -210,7 +210,7 @@ class Attribution:
     text: str
 
 
-Section = Text | Facts | Scores | Charts | Pictures | Searches | Samples | Attribution
+Section = Text | Facts | Scores | Charts | Images | Searches | Samples | Attribution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +226,7 @@ def render(report: Report) -> str:
     """The page as HTML.
 
     Raises:
-        ValueError: a picture is no PNG, JPEG, GIF or WebP; a grid has no tiles.
+        ValueError: an image is no PNG, JPEG, GIF or WebP; a grid has no tiles.
     """
     numbered = list(enumerate(report.sections, start=1))
     contents = "".join(
@@ -427,7 +427,7 @@ def _axis(values: list[float], *, loose: bool = False) -> _Axis:
     return _Axis(ticks[0], ticks[-1], ticks) if loose else _Axis(low, high, ticks)
 
 
-def _pictures(section: Pictures) -> str:
+def _images(section: Images) -> str:
     cards = "".join(map(_card, section.cards))
     return f'<div class="cards">{cards}</div>{_note(section.note)}'
 
@@ -448,9 +448,7 @@ def _card(card: Card) -> str:
             f'<div><div lang="{language}">{escape(answer.answer) or "(nothing)"}</div>'
             f"{expected}</div></li>"
         )
-    return (
-        f'<article><img src="{_data_url(card.picture)}" alt=""><ul>{"".join(lines)}</ul></article>'
-    )
+    return f'<article><img src="{_data_url(card.image)}" alt=""><ul>{"".join(lines)}</ul></article>'
 
 
 def _searches(section: Searches) -> str:
@@ -465,41 +463,41 @@ def _search(search: Search) -> str:
     hits = "".join(_hit(hit, language) for hit in search.hits)
     return (
         f'<article class="search"><h3><span class="tag">{language}</span>'
-        f"{_shown(search.picture, search.text, language)}"
+        f"{_shown(search.image, search.text, language)}"
         f'<span class="rank {kind}">rank {search.rank:,}</span></h3><ol>{hits}</ol></article>'
     )
 
 
 def _hit(hit: Hit, language: str) -> str:
-    shown = _shown(hit.picture, hit.text, language)
+    shown = _shown(hit.image, hit.text, language)
     if not hit.right:
         return f"<li>{shown}</li>"
     mark = '<span class="mark" role="img" aria-label="right">✓</span>'
     return f'<li class="right">{mark}{shown}</li>'
 
 
-def _shown(picture: bytes | None, text: str, language: str) -> str:
-    image = "" if picture is None else f'<img src="{_data_url(picture)}" alt="">'
+def _shown(data: bytes | None, text: str, language: str) -> str:
+    image = "" if data is None else f'<img src="{_data_url(data)}" alt="">'
     return image + (f'<span lang="{language}">{escape(text)}</span>' if text else "")
 
 
 def _samples(section: Samples) -> str:
     legend = (
         '<p class="note"><mark>Marked text</mark> is what the loss counts. Dashed lines '
-        "cut a picture into tiles, numbered in the order the model gets them.</p>"
+        "cut an image into tiles, numbered in the order the model gets them.</p>"
     )
     return legend + "".join(map(_sample, section.samples)) + _note(section.note)
 
 
 def _sample(sample: TrainingSample) -> str:
-    pictures = "".join(map(_tiled, sample.pictures))
+    images = "".join(map(_tiled, sample.images))
     spans = "".join(
         f"<mark>{escape(span.text)}</mark>" if span.supervised else escape(span.text)
         for span in sample.spans
     )
     return (
         f'<article class="sample"><h3>{escape(sample.name)}</h3>'
-        f'<div class="tiled">{pictures}</div><pre class="spans">{spans}</pre>'
+        f'<div class="tiled">{images}</div><pre class="spans">{spans}</pre>'
         f"{_note(sample.note)}</article>"
     )
 
@@ -507,13 +505,13 @@ def _sample(sample: TrainingSample) -> str:
 _TILE = 100  # side of a tile in a drawing, SVG units
 
 
-def _tiled(picture: TiledPicture) -> str:
-    if picture.columns < 1 or picture.rows < 1:
-        raise ValueError(f"a grid of {picture.columns} x {picture.rows} tiles has no tile")
-    url = _data_url(picture.picture)
-    drawings = [_tile_grid(url, picture.columns, picture.rows, first=1)]
-    if picture.thumbnail:
-        drawings.append(_tile_grid(url, 1, 1, first=picture.columns * picture.rows + 1))
+def _tiled(image: TiledImage) -> str:
+    if image.columns < 1 or image.rows < 1:
+        raise ValueError(f"a grid of {image.columns} x {image.rows} tiles has no tile")
+    url = _data_url(image.image)
+    drawings = [_tile_grid(url, image.columns, image.rows, first=1)]
+    if image.thumbnail:
+        drawings.append(_tile_grid(url, 1, 1, first=image.columns * image.rows + 1))
     return "".join(drawings)
 
 
@@ -526,7 +524,7 @@ def _tile_grid(url: str, columns: int, rows: int, *, first: int) -> str:
         f'<text x="{i % columns * _TILE + 6}" y="{i // columns * _TILE + 18}">{first + i}</text>'
         for i in range(columns * rows)
     )
-    # Lines and numbers twice, light under dark, so that they show on any picture.
+    # Lines and numbers twice, light under dark, so that they show on any image.
     return (
         f'<svg class="tiles" viewBox="0 0 {width} {height}" role="img" '
         f'style="--columns:{columns}" aria-label="{columns} x {rows} tiles">'
@@ -548,11 +546,11 @@ def _note(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>' if text else ""
 
 
-def _data_url(picture: bytes) -> str:
+def _data_url(image: bytes) -> str:
     for kind, magic in _MAGIC.items():
-        if magic.match(picture):
-            return f"data:image/{kind};base64,{base64.b64encode(picture).decode('ascii')}"
-    raise ValueError(f"a picture starts with {picture[:12]!r}: no PNG, JPEG, GIF or WebP file")
+        if magic.match(image):
+            return f"data:image/{kind};base64,{base64.b64encode(image).decode('ascii')}"
+    raise ValueError(f"an image starts with {image[:12]!r}: no PNG, JPEG, GIF or WebP file")
 
 
 _RENDERERS: dict[type, Callable[[Any], str]] = {
@@ -560,7 +558,7 @@ _RENDERERS: dict[type, Callable[[Any], str]] = {
     Facts: _facts,
     Scores: _scores,
     Charts: _charts,
-    Pictures: _pictures,
+    Images: _images,
     Searches: _searches,
     Samples: _samples,
     Attribution: _attribution,

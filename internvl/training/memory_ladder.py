@@ -116,7 +116,7 @@ LADDER = (
     Rung(
         "data.max_tokens",
         "half of all that grows with a row",
-        "longer samples are cut, or bad where a picture would be",
+        "longer samples are cut, or bad where an image would be",
         _max_tokens,
         keeps_results=False,
     ),

@@ -136,7 +136,7 @@ def test_coco_lora(model: str, max_tokens: int) -> None:
     assert found.global_batch == 512
     assert found.num_steps(566_747) == 1_106
     assert found.data.max_tokens == max_tokens
-    # What the rate was measured with: nine pictures of seven tiles, their questions and captions.
+    # What the rate was measured with: nine images of seven tiles, their questions and captions.
     assert (found.data.row_tokens, found.data.max_tiles) == (16640, 64)
     assert (found.data.tiles.max, found.data.tiles.thumbnail) == (6, True)
     (evaluation,) = found.evals.values()

@@ -314,7 +314,7 @@ def test_an_evaluation_leaves_out_and_lists_what_is_wrong(root: Path) -> None:
     evaluator: Any = EVALS["caption"](eval_config(**spec, on_bad_sample="skip"))
     assert evaluator.ids == [1]
     assert evaluator.references == {1: ["red"]}
-    assert evaluator.counts() == {"pictures": 1, "texts": 1, "left out": 3}
+    assert evaluator.counts() == {"images": 1, "texts": 1, "left out": 3}
     # A model may answer anything; scores and files take it.
     scores = evaluator.run(_Answers(["red \ud83d"]), None)
     assert scores.rows[0]["answer"] == "red \ufffd"

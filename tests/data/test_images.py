@@ -1,4 +1,4 @@
-"""Pictures as the original reads them; what cannot be read is named."""
+"""Images as the original reads them; what cannot be read is named."""
 
 import base64
 import io
@@ -71,7 +71,7 @@ def test_augmentation_is_per_tile_and_repeats_with_its_seed():
     assert torch.equal(augmented(3), images.degrade_tiles(plain, qualities))
     assert torch.equal(augmented(3), augmented(3))
     assert not torch.equal(augmented(3), augmented(4))
-    # Without tiling: the whole picture first, then the resize; padding is ignored.
+    # Without tiling: the whole image first, then the resize; padding is ignored.
     padded = TilesConfig(size=56, max=1, pad_square=True)
     assert torch.equal(augmented(3, padded), augmented(3, ONE_TILE))
 
@@ -190,14 +190,14 @@ NAMED = {
     "bomb_header_only.png": "exceeds the limit",
     "bad_crc.png": "cannot be decoded",
 }
-NO_PICTURES = 6  # annotation files and the README, which other tests read
+NO_IMAGES = 6  # annotation files and the README, which other tests read
 
 
 @pytest.mark.skipif(not BROKEN.is_dir(), reason="no broken files here")
 def test_every_broken_file_is_read_or_named():
     files = {file.name for file in BROKEN.iterdir()}
     assert files >= {*READ, *NAMED}
-    assert len(files) == len(READ) + len(NAMED) + NO_PICTURES
+    assert len(files) == len(READ) + len(NAMED) + NO_IMAGES
     for name in READ:
         config = TilesConfig(size=28)
         cut = tiles.tile_images([open_rgb(BROKEN / name)], config, 12)
@@ -228,7 +228,7 @@ def test_bombs_stay_small():
 TILING = SHARED / "data" / "tiling"
 
 
-@pytest.mark.skipif(not TILING.is_dir(), reason="no extreme pictures here")
+@pytest.mark.skipif(not TILING.is_dir(), reason="no extreme images here")
 @pytest.mark.parametrize(
     ("name", "grid"),
     [

@@ -171,7 +171,7 @@ def test_the_order_depends_on_seed_and_epoch_only(folder):
 
 
 def test_all_kinds_in_one_file_become_rows(tmp_path):
-    """Text, one picture, several, a video, OpenAI style: encoded, packed, tiles in their places."""
+    """Text, one image, several, a video, OpenAI style: encoded, packed, tiles in their places."""
     picture(tmp_path / "a.png", (168, 84))
     picture(tmp_path / "b.png", (84, 84))
     for number in range(3):
@@ -236,7 +236,7 @@ def test_exif_orientation_and_images_beyond_jpeg(tmp_path):
         ref = UnitRef(0, (0,), 0)
         for line in (0, 1):
             (sample,) = reader.files[0].samples([line])
-            (pixels, *_), _ = reader.pictures(sample, ref)
+            (pixels, *_), _ = reader.images(sample, ref)
             assert size_of(pixels) == size
             assert np.array_equal(pixels, open_rgb(file, exif))
         (bad,) = reader[UnitRef(0, (2,), 0, 2)].bad

@@ -19,7 +19,7 @@ FLICKR8K = SHARED / "data/flickr8k_cn"
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Three pictures and nothing else."""
+    """Three images and nothing else."""
     for name, color in (("1.jpg", "red"), ("2.jpg", "green"), ("3.jpg", "blue")):
         picture(tmp_path / name, color=color, size=(20 + ord(name[0]), 30))
     return tmp_path
@@ -67,7 +67,7 @@ SENTENCES = {
 
 
 def forms(root: Path) -> dict[str, Path]:
-    """The same two pictures and three captions in every form."""
+    """The same two images and three captions in every form."""
     write(root / "test_image_names.txt", "1.jpg", "2.jpg")
     folder = root / "folder"
     for name in ("1", "2"):
@@ -135,7 +135,7 @@ def test_what_is_wrong_in_shards_is_named_by_key(root: Path) -> None:
     whole = "\n".join(map(str, found.problems))
     for part in (
         "0.tar b: 0.tar/b.jpg has no caption",
-        "0.tar c: a pair has one picture, not 0",
+        "0.tar c: a pair has one image, not 0",
         "0.tar d: d.json cannot be read",
         "0.tar f: the caption is empty",
     ):
@@ -143,7 +143,7 @@ def test_what_is_wrong_in_shards_is_named_by_key(root: Path) -> None:
     assert len(found.problems) == 4
     assert found.names == ("0.tar/a.jpg", "0.tar/e.jpg", "0.tar/f.jpg")
     assert broken(found.images).keys() == {1}
-    # Names in tars are numbers: another picture of the same name is no leak, an equal one is.
+    # Names in tars are numbers: another image of the same name is no leak, an equal one is.
     other = {"a.jpg": (root / "2.jpg").read_bytes(), "a.txt": b"x", "z.jpg": jpeg, "z.txt": b"y"}
     train = read_pairs(shard(root / "train.tar", other), root)
     where = f"z.jpg in {root}/train.tar"
@@ -228,8 +228,8 @@ def test_duplicate_ids_and_pictures_without_captions(root: Path) -> None:
         ("a.json", "{", "is not JSON"),
         ("a.json", '{"images": []}', "has no split 'test'"),
         ("a.csv", "one,two\n1,2\n", "must name a column `image`"),
-        ("a.txt", "image,caption\n", "holds no picture with a caption"),
-        ("a.jsonl", "{}\n", "holds no picture with a caption; 1 problem.*line 1: no `image`"),
+        ("a.txt", "image,caption\n", "holds no image with a caption"),
+        ("a.jsonl", "{}\n", "holds no image with a caption; 1 problem.*line 1: no `image`"),
     ],
 )
 def test_unusable_files(tmp_path: Path, name: str, content: str, what: str) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from internvl.config import SourceConfig
 from internvl.config.recipes import resolve
-from internvl.data.pair_reader import PairReader, image_id_of, make_batch, picture_and_caption
+from internvl.data.pair_reader import PairReader, image_and_caption, image_id_of, make_batch
 from internvl.data.pairs import CaptionEncoder
 from internvl.data.records import Sample
 from internvl.data.sampler import UnitRef
@@ -77,8 +77,8 @@ def test_what_a_pair_holds(project, encoder):
     pair = only(reader(project, encoder)[ref(1)])
     assert pair.pixels.shape == (3, 28, 28)
     assert pair.pixels.dtype == torch.uint8
-    assert list(pair.positive) == encoder.matching("this picture shows a red circle")
-    assert list(pair.summary) == encoder.embedding("this picture shows a red circle")
+    assert list(pair.positive) == encoder.matching("this image shows a red circle")
+    assert list(pair.summary) == encoder.embedding("this image shows a red circle")
     assert (pair.written, pair.num_given) == ((), 0)
     same, other = (only(reader(project, encoder)[ref(line)]) for line in (0, 2))
     assert same.image_id == pair.image_id != other.image_id
@@ -96,11 +96,11 @@ def test_negatives_are_uniform_over_captions_of_other_pictures(project, encoder)
 
 
 def test_negatives_come_from_every_source_and_not_from_the_same_picture(tmp_path, encoder):
-    """The second file names the picture of the first again, so only its other line is left."""
+    """The second file names the image of the first again, so only its other line is left."""
     for name in ("1.jpg", "2.jpg"):
         Image.new("RGB", (40, 40), "red").save(tmp_path / name)
     (tmp_path / "a.txt").write_text("1.jpg,red\n1.jpg,a red\n", encoding="utf-8")
-    (tmp_path / "b.txt").write_text("1.jpg,picture\n2.jpg,circle\n", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("1.jpg,image\n2.jpg,circle\n", encoding="utf-8")
     files = [source(tmp_path / name, tmp_path) for name in ("a.txt", "b.txt")]
     made = PairReader(files, encoder, 28, seed=0)
     for epoch in range(20):
@@ -120,7 +120,7 @@ def test_a_bad_line_is_the_cause_where_no_other_caption_is_left(tmp_path, encode
     (follows,) = made[ref(0)].bad
     assert str(bad) == f"{path} line 2: the caption is empty; write it or remove it"
     assert str(follows) == (
-        f"{path} line 1: no good caption of another picture is left; first mend {bad}"
+        f"{path} line 1: no good caption of another image is left; first mend {bad}"
     )
 
 
@@ -143,18 +143,18 @@ def test_long_captions_end_with_their_end(tmp_path, encoder):
     Image.new("RGB", (40, 40), "red").save(tmp_path / "2.jpg")
     words = " ".join(["ä"] * 50)
     (tmp_path / "a.txt").write_text(f"1.jpg,{words}\n2.jpg,red\n", encoding="utf-8")
-    files = [source(tmp_path / "a.txt", tmp_path, prompt="this picture:")]
+    files = [source(tmp_path / "a.txt", tmp_path, prompt="this image:")]
     pair = only(PairReader(files, encoder, 28, seed=0, written=True)[ref(0)])
     for ids in (pair.summary, pair.positive, pair.written):
         assert len(ids) == 80
         assert ids[-1] == encoder.tokenizer.eos_token_id
-    prompt = encoder.prompt("this picture:")
+    prompt = encoder.prompt("this image:")
     assert list(pair.written[: len(prompt)]) == prompt
 
 
 def test_bad_samples_are_named(tmp_path, encoder):
     Image.new("RGB", (40, 40), "red").save(tmp_path / "1.jpg")
-    (tmp_path / "2.jpg").write_bytes(b"no picture")
+    (tmp_path / "2.jpg").write_bytes(b"no image")
     lines = ["image,caption", "1.jpg,red", "2.jpg,red", "1.jpg,!!", "1.jpg,", "3.jpg,red", "red"]
     (tmp_path / "a.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     made = PairReader([source(tmp_path / "a.txt", tmp_path)], encoder, 28, seed=0)
@@ -205,7 +205,7 @@ def test_every_form_gives_one_sample_for_each_caption(tmp_path, name):
 
 def test_tars_need_no_prompt(project, encoder, tmp_path):
     """As `pairs`, a caption a line, they are the same pairs as those of the files; as `webdataset`
-    there is one for each picture."""
+    there is one for each image."""
     for number in range(4):
         texts = pair_runs.captions_of("red", pair_runs.SHAPES[number])
         (tmp_path / f"{number}.txt").write_text("\n".join(texts), encoding="utf-8")
@@ -282,4 +282,4 @@ def test_crops_are_of_the_whole_picture_on_average(project, encoder):
 
 def test_a_chat_line_without_turns_has_no_caption():
     with pytest.raises(BadSample, match=r"^a line 1: it has no turn to take the caption from"):
-        picture_and_caption(Sample("a line 1", (), images=("a.png",)))
+        image_and_caption(Sample("a line 1", (), images=("a.png",)))

@@ -1,4 +1,4 @@
-"""Captions and pictures of InternVL-14B: cleaning, ids and pixels as the original makes them."""
+"""Captions and images of InternVL-14B: cleaning, ids and pixels as the original makes them."""
 
 import json
 import shutil
@@ -118,7 +118,7 @@ def test_golden_pixels(number, name, shape):
 
 
 def gradient(width, height):
-    """A picture whose red says the column and green the row, blue the part."""
+    """An image whose red says the column and green the row, blue the part."""
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     return Image.fromarray(np.stack([x, y, x * 0], axis=-1).astype(np.uint8))
 

@@ -171,7 +171,7 @@ def test_groups_are_lines_of_the_same_pictures(tmp_path):
     ]
     groups = opened(write_lines(tmp_path / "x.jsonl", rows)).groups.tolist()
     assert groups[0] == groups[4]
-    assert len(set(groups)) == 5  # one picture; two pictures twice; three alone (a video's too)
+    assert len(set(groups)) == 5  # one image; two images twice; three alone (a video's too)
     assert groups[3] == groups[6]
 
 

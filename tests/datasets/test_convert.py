@@ -171,7 +171,7 @@ def test_parquet_to_files(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Red."}]
     table = pyarrow.table(
         {
-            "picture": [{"bytes": png("red"), "path": "x"}, {"bytes": png("blue"), "path": None}],
+            "image": [{"bytes": png("red"), "path": "x"}, {"bytes": png("blue"), "path": None}],
             "conversations": [turns, turns],
         }
     )
@@ -188,7 +188,7 @@ def test_parquet_to_files(tmp_path: Path) -> None:
 def test_a_broken_picture_in_parquet_leaves_nothing(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    table = pyarrow.table({"image": [{"bytes": png("red")}, {"bytes": b"no picture"}]})
+    table = pyarrow.table({"image": [{"bytes": png("red")}, {"bytes": b"no image"}]})
     parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(DataError, match="row 0000001: not an image Pillow knows"):
         convert.run("parquet", tmp_path, tmp_path / "out")

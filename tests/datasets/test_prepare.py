@@ -46,7 +46,7 @@ def chat(image: str | None) -> str:
 
 
 def turns(path: Path) -> list[list[str]]:
-    """The texts of every line, its pictures being there."""
+    """The texts of every line, its images being there."""
     found = []
     for _, row in convert.read_jsonl(path):
         assert (path_of_images(path) / row["image"]).exists()
@@ -95,7 +95,7 @@ def test_coco_caption_from_karpathys_list(tmp_path: Path) -> None:
     assert written["images"] == [{"id": 25, "file_name": VAL}]
     assert written["annotations"] == REFERENCES
     assert done.counts["coco_karpathy_test_gt.json captions"] == 5
-    assert done.counts["pictures"] == 2
+    assert done.counts["images"] == 2
 
 
 def test_coco_caption_from_the_official_archive(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_picture_that_lacks_is_named(tmp_path: Path) -> None:
     (folder / TRAIN).unlink()
     touch(folder, "train2014/other.jpg")
     (entry,) = prepare.run("coco-caption", tmp_path).missing
-    assert entry.note == f"1 of 2 pictures lack: {TRAIN}"
+    assert entry.note == f"1 of 2 images lack: {TRAIN}"
 
 
 def test_a_wrong_count_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +304,7 @@ def test_synthdog_parquet(tmp_path: Path) -> None:
     for _ in range(2):  # a second call finds what the first one made
         done = prepare.run("synthdog", tmp_path)
         assert done.ready, done.missing
-        assert done.counts == {"pictures": 3}
+        assert done.counts == {"images": 3}
         assert [texts[1] for texts in turns(done.files[0])] == ["some words"] * 3
 
 

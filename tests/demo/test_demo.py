@@ -1,4 +1,4 @@
-"""The demo's parts on a few pictures: every folder it makes, and the page."""
+"""The demo's parts on a few images: every folder it makes, and the page."""
 
 import json
 from dataclasses import replace

@@ -36,7 +36,7 @@ _NAMES_AT_1 = ("image_retrieval_recall@1", "text_retrieval_recall@1", "mean_reca
 
 
 def photo(path: Path, seed: int, size: tuple[int, int] = (80, 60)) -> None:
-    """A picture of soft coloured patches, another for every seed."""
+    """An image of soft coloured patches, another for every seed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(path)
@@ -53,7 +53,7 @@ def add_small_tokenizer(folder: Path) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(["a picture of something red"], trainer)
+    tokenizer.train_from_iterator(["an image of something red"], trainer)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder)
@@ -72,7 +72,7 @@ def dual(model):
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Ten pictures with one to three captions each, in the form of Flickr's text."""
+    """Ten images with one to three captions each, in the form of Flickr's text."""
     lines = ["image,caption"]
     for number, color in enumerate(COLORS):
         photo(tmp_path / f"{number}.jpg", number, (60 + 9 * number, 80))
@@ -202,7 +202,7 @@ def test_retrieval_of_a_model_in_both_modes(dual, data: Path, tmp_path: Path) ->
 
 
 def test_retrieval_in_shards_is_that_of_the_files(dual, data: Path, tmp_path: Path) -> None:
-    """The same pictures and texts in two tars: the same ranks, recalls and match scores."""
+    """The same images and texts in two tars: the same ranks, recalls and match scores."""
     found = Retrieval(spec(data)).pairs
     for part in range(2):
         with tarfile.open(data / f"{part}.tar", "w") as tar:
@@ -258,7 +258,7 @@ def test_an_interrupted_evaluation_goes_on(dual, data: Path, tmp_path: Path, mon
     kept = tmp_path / "features"
     whole = Retrieval(spec(data)).run(dual, kept)
     files = sorted(kept.rglob("*.safetensors"))
-    assert len(files) == 5 + 3  # 19 texts, 10 pictures, in fours
+    assert len(files) == 5 + 3  # 19 texts, 10 images, in fours
     lost = [file for file in files if "images_cg" in file.name][1:]
     for file in lost:
         file.unlink()
@@ -267,7 +267,7 @@ def test_an_interrupted_evaluation_goes_on(dual, data: Path, tmp_path: Path, mon
     assert again.values == whole.values
     assert {file: file.stat().st_mtime_ns for file in times} == times
     assert sorted(kept.rglob("*.safetensors")) == files
-    # Another picture under the same name is other data.
+    # Another image under the same name is other data.
     photo(data / "3.jpg", 333)
     Retrieval(spec(data)).run(dual, kept)
     assert len(sorted(kept.rglob("*.safetensors"))) == 2 * len(files)
@@ -292,11 +292,11 @@ def test_problems_are_named_before_anything_is_encoded(data: Path) -> None:
     ):
         assert part in said
     skipped = Retrieval(spec(data, train=data / "train.txt", on_bad_sample="skip", recall_k=(1, 5)))
-    names = [Path(path).name for path in skipped.pictures()]
+    names = [Path(path).name for path in skipped.images()]
     assert names == [f"{n}.jpg" for n in (0, 3, 5, 6, 7, 8, 9)]
     with pytest.raises(UserError, match="cannot be decoded"):  # it cannot be kept
         Retrieval(spec(data, on_bad_sample="keep"))
-    with pytest.raises(UserError, match="recall_k has 10, but there are only 7 pictures"):
+    with pytest.raises(UserError, match="recall_k has 10, but there are only 7 images"):
         Retrieval(spec(data, train=data / "train.txt", on_bad_sample="skip"))
 
 
@@ -349,11 +349,11 @@ def test_named_sets_are_found_and_compared(data: Path, tmp_path: Path) -> None:
     table = evaluate.render(found.metrics, folder, found.counts).splitlines()
     assert not any("0.9290" in row for row in table)
     assert table[-1] == (
-        "retrieval-flickr30k-cn: published values are for 1,000 pictures and 5,000 texts; this set "
-        "has 10 pictures and 19 texts"
+        "retrieval-flickr30k-cn: published values are for 1,000 images and 5,000 texts; this set "
+        "has 10 images and 19 texts"
     )
     # Beside results of as many they stand.
-    whole = {"retrieval-flickr30k-cn": {"pictures": 1000, "texts": 5000}}
+    whole = {"retrieval-flickr30k-cn": {"images": 1000, "texts": 5000}}
     table = evaluate.render(found.metrics, folder, whole).splitlines()
     line = next(row for row in table if "g_text_retrieval_recall@1 " in row)
     assert line.split()[-1] == "0.9290"
@@ -427,8 +427,8 @@ def test_every_named_set_is_read_from_its_layout(tmp_path: Path) -> None:
         assert len(found) == max(1, len(languages))
         for config in found.values():
             evaluator = evals.EVALS[config.type](config)
-            assert [Path(path).exists() for path in evaluator.pictures()] == [True], task
-            assert evaluator.counts() == {"pictures": 1, "texts": 1}, task
+            assert [Path(path).exists() for path in evaluator.images()] == [True], task
+            assert evaluator.counts() == {"images": 1, "texts": 1}, task
             if isinstance(evaluator, Retrieval):
                 cleaned = "A cat." if task == "retrieval-xtd" else "a cat"
                 assert evaluator.pairs.texts == (cleaned,), task
@@ -542,7 +542,7 @@ def test_a_class_without_an_image_is_named(classes: Path) -> None:
         Classify(eval_config(**spec))
     for policy in ("keep", "skip"):  # it stays one of the classes to choose from
         found = Classify(eval_config(**spec, on_bad_sample=policy)).counts()
-        assert found == {"pictures": 9, "classes": 7, "left out": 1}
+        assert found == {"images": 9, "classes": 7, "left out": 1}
 
 
 def test_accuracies_with_few_classes() -> None:

@@ -236,7 +236,7 @@ def test_the_image_processor_cuts_as_we_do(tmp_path):
     start = official("Qwen2ForCausalLM", tmp_path / "start")
     folder = export.run(start, tmp_path / "hf", verify=False)
     pixels = np.random.default_rng(0).integers(0, 256, (130, 300, 3), dtype=np.uint8)
-    picture = tmp_path / "picture.png"
+    picture = tmp_path / "image.png"
     Image.fromarray(pixels).save(picture)
     processor = GotOcr2ImageProcessorPil.from_pretrained(folder)
     found = processor(Image.open(picture), return_tensors="pt").pixel_values
@@ -276,7 +276,7 @@ def test_the_automatic_processor_makes_our_prompts(tmp_path):
 
 def assert_same_prompt(processor, chat):
     pixels = np.random.default_rng(0).integers(0, 256, (100, 300, 3), dtype=np.uint8)
-    picture, question = Image.fromarray(pixels), "Describe the picture."
+    picture, question = Image.fromarray(pixels), "Describe the image."
     parts = [{"type": "image"}, {"type": "text", "text": question}]
     text = processor.apply_chat_template(
         [{"role": "user", "content": parts}], add_generation_prompt=True

@@ -1,4 +1,4 @@
-"""The Dual handle as a user holds it: pictures of every kind, strings, and what goes wrong."""
+"""The Dual handle as a user holds it: images of every kind, strings, and what goes wrong."""
 
 import base64
 import io
@@ -144,7 +144,7 @@ def test_a_picture_that_cannot_be_read_is_named(dual, images, tmp_path):
     with pytest.raises(BadImage, match="^image 0: the path of the image is empty; write"):
         dual.encode_images("")
     with pytest.raises(BadImage, match="image 0: not an image"):
-        dual.encode_images([b"no picture"])
+        dual.encode_images([b"no image"])
     with pytest.raises(BadImage, match="there is no image"):
         dual.caption([tmp_path / "none.png"])
 

@@ -34,7 +34,7 @@ NOTHING = torch.zeros(0, dtype=torch.long)
 
 
 class Normalized(Retrieval):
-    """Takes pictures that are normalized already, as the golden ones are."""
+    """Takes images that are normalized already, as the golden ones are."""
 
     def _normalized(self, batch):
         return batch.pixel_values
@@ -248,7 +248,7 @@ def frozen_tower(project, drop_path=0.0):
 
 
 def looks(model, made, units):
-    """(pictures that the tower looked at, the step's means and gradients)."""
+    """(images that the tower looked at, the step's means and gradients)."""
     seen = []
     torch.manual_seed(5)
     with model.model.vision_tower.register_forward_hook(
@@ -316,7 +316,7 @@ class Recording(Retrieval):
 
 
 def one_of_each_kind(towers):
-    """Blocks that always run and that may drop, layers that look at the picture and that do not."""
+    """Blocks that always run and that may drop, layers that look at the image and that do not."""
     blocks, layers = towers.vision_tower.encoder.layer, towers.language_model.layers
     towers.vision_tower.encoder.layer = torch.nn.ModuleList([blocks[0], blocks[-1]])
     towers.language_model.layers = layers[:2]

@@ -130,7 +130,7 @@ def differences(recipe, *sizes):
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_what_autograd_keeps_of_blocks(choice):
-    """Two layers of QLLaMA more, of which one looks at the picture, and a block of the tower."""
+    """Two layers of QLLaMA more, of which one looks at the image, and a block of the tower."""
     recipe = recipe_of(choice, "stage2" if choice == "queries" else "retrieval")
     for counted, predicted in differences(recipe, (1, 4), (1, 2), (2, 2)):
         assert predicted == pytest.approx(counted, rel=0.03)
@@ -242,7 +242,7 @@ def test_a_plan_knows_who_looks_twice():
 def test_checkpointed_blocks_keep_what_enters_them(checkpointing):
     recipe = recipe_of("lora", checkpointing=checkpointing)
     ((counted, predicted),) = differences(recipe, (1, 2), (1, 4))
-    # Checkpointing itself holds the pictures' keys and values, where no hook sees them.
+    # Checkpointing itself holds the images' keys and values, where no hook sees them.
     held = 2 * 2 * PAIRS * 17 * 256
     assert predicted == pytest.approx(counted + held, rel=0.03)
 

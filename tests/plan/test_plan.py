@@ -43,7 +43,7 @@ def released(name, rank=128, **keys):
 def step_of(row):
     """What a measured step held, from its JSON."""
     samples, tokens = row["samples_per_step"], row["tokens_per_sample"]
-    shared = 5 if "shared" in row["row"] else 1  # samples of a picture, one prefix
+    shared = 5 if "shared" in row["row"] else 1  # samples of an image, one prefix
     pairs = samples / shared * (shared * tokens) ** 2 / 2
     work = Work(
         samples,
@@ -131,7 +131,7 @@ def test_data_are_counted_where_they_can_be_read(tmp_path, capsys):
     step = check.run(made).step
     assert step.samples_an_epoch == 6
     assert step.work.samples == made.global_batch
-    assert step.work.tiles == 3  # of one picture, shared by the four samples of the step
+    assert step.work.tiles == 3  # of one image, shared by the four samples of the step
     found = plan.make(made, gpus.find("H200"), step)
     assert found.load.work == step.work
     assert "an epoch of 6 samples" in found.render()
@@ -252,7 +252,7 @@ def test_pairs_are_counted_where_they_can_be_read(tmp_path):
     made = recipes.load_recipe(pair_runs.make(tmp_path), ("objective.micro_batch=4",))
     step = check.run(made).step
     assert step.samples_an_epoch == 48
-    assert step.work.pictures == made.global_batch == step.work.texts == step.work.matches / 2
+    assert step.work.images == made.global_batch == step.work.texts == step.work.matches / 2
     assert step.captions.text % 8 == step.captions.match % 8 == 0
     assert step.work.text_tokens <= made.global_batch * step.captions.text
     found = plan.make(made, gpus.find("H200"), step)

@@ -28,7 +28,7 @@ def drawing(color: str, size: tuple[int, int] = (64, 64), form: str = "PNG") -> 
 
 
 def searches() -> list[report.Search]:
-    """A picture that comes second to a name, a name that comes first to a picture, and one that is
+    """An image that comes second to a name, a name that comes first to an image, and one that is
     not shown."""
     pictures = [drawing(color) for color in ("crimson", "gold", "seagreen", "steelblue", "orchid")]
     names = ["cook medium skin tone", "cook light skin tone", "woman cook dark skin tone"]
@@ -37,11 +37,11 @@ def searches() -> list[report.Search]:
             language="en",
             text="cook light skin tone",
             rank=2,
-            hits=[report.Hit(right=i == 1, picture=p) for i, p in enumerate(pictures)],
+            hits=[report.Hit(right=i == 1, image=p) for i, p in enumerate(pictures)],
         ),
         report.Search(
             language="en",
-            picture=drawing("tomato"),
+            image=drawing("tomato"),
             rank=1,
             hits=[report.Hit(right=i == 0, text=name) for i, name in enumerate(names)],
         ),
@@ -49,7 +49,7 @@ def searches() -> list[report.Search]:
             language="zh",
             text="厨师 较浅肤色",
             rank=1312,
-            hits=[report.Hit(right=False, picture=p) for p in pictures],
+            hits=[report.Hit(right=False, image=p) for p in pictures],
         ),
     ]
 
@@ -68,7 +68,7 @@ def full_report() -> report.Report:
     ]
     cards = [
         report.Card(
-            picture=drawing(color),
+            image=drawing(color),
             answers=[
                 report.Answer(
                     language="en",
@@ -95,9 +95,7 @@ def full_report() -> report.Report:
     sample = report.TrainingSample(
         name="train.jsonl, line 12",
         pictures=[
-            report.TiledPicture(
-                picture=drawing("teal", (320, 180)), columns=3, rows=2, thumbnail=True
-            )
+            report.TiledImage(image=drawing("teal", (320, 180)), columns=3, rows=2, thumbnail=True)
         ],
         spans=[
             report.Span("<|im_start|>user\n<img><IMG_CONTEXT> × 1792</img>\nWhat is this?", False),
@@ -108,7 +106,7 @@ def full_report() -> report.Report:
     )
     return report.Report(
         title="InternVL in five minutes",
-        subtitle="A tiny InternVL learns to name pictures in three languages, on a CPU.",
+        subtitle="A tiny InternVL learns to name images in three languages, on a CPU.",
         sections=(
             report.Text(
                 title="What ran",
@@ -121,7 +119,7 @@ def full_report() -> report.Report:
                     ("317", "samples per second"),
                     ("3.5 M", "parameters"),
                     ("265 s", "training"),
-                    ("406", "new pictures"),
+                    ("406", "new images"),
                 ],
             ),
             report.Scores(title="Before and after", scores=scores, note="Chinese on characters."),
@@ -136,7 +134,7 @@ def full_report() -> report.Report:
                         from_zero=True,
                     ),
                     report.Chart(
-                        title="Exact names on pictures never seen",
+                        title="Exact names on images never seen",
                         x_label="step",
                         y_label="share",
                         form=".0%",
@@ -150,7 +148,7 @@ def full_report() -> report.Report:
                     ),
                 ],
             ),
-            report.Pictures(title="Answers", cards=cards),
+            report.Images(title="Answers", cards=cards),
             report.Searches(title="Found", searches=searches()),
             report.Samples(title="What the model sees", samples=[sample]),
             report.Attribution(
@@ -236,9 +234,9 @@ def test_a_search_shows_its_query_its_rank_and_the_right_result():
 
 def evil_sections() -> list[report.Section]:
     answer = report.Answer(language=EVIL, reference=EVIL, answer="a" + EVIL, right=False)
-    tiled = report.TiledPicture(picture=drawing("red"), columns=2, rows=1)
+    tiled = report.TiledImage(image=drawing("red"), columns=2, rows=1)
     sample = report.TrainingSample(
-        name=EVIL, pictures=[tiled], spans=[report.Span(EVIL, True)], note=EVIL
+        name=EVIL, images=[tiled], spans=[report.Span(EVIL, True)], note=EVIL
     )
     chart = report.Chart(
         title=EVIL, x_label=EVIL, y_label=EVIL, series=[report.Series(name=EVIL, points=[(0, 1)])]
@@ -250,8 +248,8 @@ def evil_sections() -> list[report.Section]:
             title=EVIL, scores=[report.Score(group=EVIL, name=EVIL, before=None, after=0.5)]
         ),
         report.Charts(title=EVIL, charts=[chart], note=EVIL),
-        report.Pictures(
-            title=EVIL, cards=[report.Card(picture=drawing("red"), answers=[answer])], note=EVIL
+        report.Images(
+            title=EVIL, cards=[report.Card(image=drawing("red"), answers=[answer])], note=EVIL
         ),
         report.Searches(
             title=EVIL,
@@ -323,7 +321,7 @@ def test_ticks_are_round_and_cover_the_values():
 
 
 def test_tiles_are_cut_and_numbered_with_the_thumbnail_last():
-    tiled = report.TiledPicture(picture=drawing("red"), columns=3, rows=2, thumbnail=True)
+    tiled = report.TiledImage(image=drawing("red"), columns=3, rows=2, thumbnail=True)
     drawn = report._tiled(tiled)
     assert re.findall(r">(\d+)</text>", drawn) == ["1", "2", "3", "4", "5", "6", "7"]
     assert 'd="M100 0V200M200 0V200M0 100H300"' in drawn
@@ -346,8 +344,8 @@ def test_writing_is_whole_or_not_at_all(tmp_path: Path):
     report.write(full_report(), path)
     before = path.read_text(encoding="utf-8")
     assert before == report.render(full_report())
-    bad = report.Card(picture=b"", answers=[])
-    section = report.Pictures(title="t", cards=[bad])
+    bad = report.Card(image=b"", answers=[])
+    section = report.Images(title="t", cards=[bad])
     with pytest.raises(ValueError, match="no PNG"):
         report.write(report.Report(title="t", subtitle="", sections=(section,)), path)
     assert path.read_text(encoding="utf-8") == before

@@ -11,8 +11,8 @@ from internvl.training import tracking
 
 def test_a_missing_library_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"wandb=pictures needs .* 'internvl\[wandb\]'"):
-        tracking.open_metrics(tmp_path, 0, "pictures")
+    with pytest.raises(UserError, match=r"wandb=images needs .* 'internvl\[wandb\]'"):
+        tracking.open_metrics(tmp_path, 0, "images")
 
 
 def test_without_it_there_are_the_file_and_tensorboard(tmp_path):
@@ -34,7 +34,7 @@ def test_offline_runs_stay_in_the_folder(tmp_path, monkeypatch):
     folder = tmp_path / "lora"
     folder.mkdir()
     for first in (1, 2):  # the second goes on after step 1
-        metrics = tracking.open_metrics(folder, first - 1, "pictures")
+        metrics = tracking.open_metrics(folder, first - 1, "images")
         metrics.write(first, {"loss": 1.0 / first})
         metrics.close()
     assert len({path.name.rpartition("-")[2] for path in (folder / "wandb").glob("offline-*")}) == 1

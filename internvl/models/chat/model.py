@@ -134,7 +134,7 @@ class ChatModel(InternVLForConditionalGeneration):
     ) -> tuple[Tensor, dict[str, Any]]:
         """As the parent's, but each sample's tiles are repeated as a block, one per beam.
 
-        The parent repeats tile by tile, which gives the beams of a picture of several tiles each
+        The parent repeats tile by tile, which gives the beams of an image of several tiles each
         other's tiles.
         """
         if pixel_values is not None and expand_size > 1 and input_ids is not None:

@@ -1,10 +1,10 @@
-"""Beam search in which all beams of a picture are branches of one row.
+"""Beam search in which all beams of an image are branches of one row.
 
 What the beams share (queries and prompt) is in the cache once, and every token they try is added
 once: which of them a beam descends from is a mask, so that nothing in the cache is ever copied
 from beam to beam. Scores are those of `transformers`' beam search.
 
-Shapes: B pictures, K beams, V vocabulary, T new tokens.
+Shapes: B images, K beams, V vocabulary, T new tokens.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class Search:
 
 
 def search(first: Tensor, step: Step, how: Search) -> Tensor:
-    """The best text of each picture: int64 (B, T), filled up with the end.
+    """The best text of each image: int64 (B, T), filled up with the end.
 
     Args:
         first: logits (B, V) of the first new token.
@@ -60,15 +60,15 @@ def _greedy(first: Tensor, step: Step, how: Search) -> Tensor:
 
 
 def _beams(first: Tensor, step: Step, how: Search) -> Tensor:
-    pictures, beams = len(first), how.num_beams
+    images, beams = len(first), how.num_beams
     vocabulary, device = first.shape[-1], first.device
-    own = torch.eye(beams, dtype=torch.bool, device=device).expand(pictures, -1, -1)
+    own = torch.eye(beams, dtype=torch.bool, device=device).expand(images, -1, -1)
     seen = own[:, :, :0]
-    running = first.new_zeros(pictures, 1, dtype=torch.float32)  # at first there is one beam
-    tokens = torch.zeros(pictures, 1, 0, dtype=torch.long, device=device)
-    best = first.new_full((pictures, beams), -torch.inf, dtype=torch.float32)
-    texts = torch.full((pictures, beams, how.max_new_tokens), how.end_id, device=device)
-    done = torch.zeros(pictures, dtype=torch.bool, device=device)
+    running = first.new_zeros(images, 1, dtype=torch.float32)  # at first there is one beam
+    tokens = torch.zeros(images, 1, 0, dtype=torch.long, device=device)
+    best = first.new_full((images, beams), -torch.inf, dtype=torch.float32)
+    texts = torch.full((images, beams, how.max_new_tokens), how.end_id, device=device)
+    done = torch.zeros(images, dtype=torch.bool, device=device)
     logits = first[:, None]
     for length in range(1, how.max_new_tokens + 1):
         scores = running[..., None] + _log_probabilities(logits, length, how)
@@ -81,7 +81,7 @@ def _beams(first: Tensor, step: Step, how: Search) -> Tensor:
         worth = scores / length**how.length_penalty
         worth = worth.masked_fill(~ends | done[:, None], -torch.inf)[:, :beams]
         filled = texts[:, :, length:].new_full(
-            (pictures, beams, how.max_new_tokens - length), how.end_id
+            (images, beams, how.max_new_tokens - length), how.end_id
         )
         found = torch.cat([tried[:, :beams], filled], dim=2)
         best, kept = torch.cat([best, worth], dim=1).topk(beams)

@@ -67,14 +67,14 @@ class DualConfig(PreTrainedConfig):
 
     @property
     def image_size(self) -> int:
-        """Side (S) of the square picture, px."""
+        """Side (S) of the square image, px."""
         return self.vision_config.image_size[0]
 
 
 def from_official(config: dict[str, Any], *, queries: bool = True) -> DualConfig:
     """The official `config.json`; without `queries`, of a file that holds InternVL-C alone.
 
-    The side of the picture is `force_image_size` where it is set. `cross_attention_frequency` is
+    The side of the image is `force_image_size` where it is set. `cross_attention_frequency` is
     read at the top level first: the original forgets to write it there, and a value other than 2
     is lost on its way back.
     """

@@ -50,7 +50,7 @@ def read_config(source: ModelFolder, image_size: int | None = None) -> DualConfi
     """The configuration of an InternVL-14B checkpoint.
 
     Args:
-        image_size: another side (S) of the pictures, px.
+        image_size: another side (S) of the images, px.
 
     Raises:
         ModelFolderError: not InternVL-14B.
@@ -104,7 +104,7 @@ def load_model(
     Tensors are read one at a time, shard by shard.
 
     Args:
-        image_size: another side of the pictures in px; the position embeddings are resized to it.
+        image_size: another side of the images in px; the position embeddings are resized to it.
         drop_path: stochastic depth of the vision tower's last block, in training.
         attention: `transformers`' attention implementation.
         device_map: "auto" spreads the model over all GPUs (`device` is then not used).

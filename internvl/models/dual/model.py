@@ -1,4 +1,4 @@
-"""InternVL-14B: the vision tower and QLLaMA as one model of pictures and captions.
+"""InternVL-14B: the vision tower and QLLaMA as one model of images and captions.
 
 Original: `internvl_g/internvl/model/internvl_stage2/modeling_internvl.py`. InternVL-C embeds the
 visual tokens, InternVL-G also what QLLaMA's queries make of them. The pieces of the forward pass
@@ -60,7 +60,7 @@ class Towers(nn.Module):
 
 
 class DualModel(PreTrainedModel):
-    """B pictures, R captions, Q queries, N visual tokens of width W, hidden size D, embeddings E.
+    """B images, R captions, Q queries, N visual tokens of width W, hidden size D, embeddings E.
 
     A model of InternVL-C alone (no queries in its configuration) has neither the queries and what
     reads them nor an output matrix.
@@ -115,10 +115,10 @@ class DualModel(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.language_model.embed_tokens
 
-    # Pictures
+    # Images
 
     def vision_tokens(self, pixel_values: Tensor) -> Tensor:
-        """Normalized pictures (B, 3, S, S) -> visual tokens (B, N, W), class token included."""
+        """Normalized images (B, 3, S, S) -> visual tokens (B, N, W), class token included."""
         return self.model.vision_tower(pixel_values=pixel_values).last_hidden_state
 
     def image_embeds(self, vision: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class DualModel(PreTrainedModel):
         return self.model.language_model.look(vision)
 
     def query_states(self, seen: Seen) -> Tensor:
-        """What the queries see of B pictures without a text, (B, Q, D).
+        """What the queries see of B images without a text, (B, Q, D).
 
         These are also the queries of joint sequences under the "itc" mask.
         """
@@ -169,8 +169,8 @@ class DualModel(PreTrainedModel):
         """Sequences of queries and a caption -> (query states (R, Q, D), text states (R, L, D)).
 
         Args:
-            seen: B pictures.
-            input_ids: int64 (R, L), R a multiple of B: row r B + b goes with picture b.
+            seen: B images.
+            input_ids: int64 (R, L), R a multiple of B: row r B + b goes with image b.
             mask: bool (R, 1, Q + L, Q + L), of `joint_mask`.
         """
         embeds = torch.cat([self._queries(len(input_ids)), self._embed(input_ids)], dim=1)
@@ -185,7 +185,7 @@ class DualModel(PreTrainedModel):
     # In use
 
     def encode_image(self, pixel_values: Tensor, modes: Sequence[Mode]) -> list[Tensor]:
-        """Normalized pictures (B, 3, S, S) -> (B, E) of each mode, what the original's
+        """Normalized images (B, 3, S, S) -> (B, E) of each mode, what the original's
         `encode_image` returns: for "c" the embeddings, for "g" the sum of two unit vectors, that of
         "c" and the queries'. The tower runs once.
         """
@@ -209,8 +209,8 @@ class DualModel(PreTrainedModel):
         """Tokens after the prompt, int64 (B, at most `max_new_tokens`), filled up with the end.
 
         Args:
-            pixel_values: normalized pictures (B, 3, S, S).
-            prompt_ids: int64 (L,), the same for all pictures.
+            pixel_values: normalized images (B, 3, S, S).
+            prompt_ids: int64 (L,), the same for all images.
         """
         shown = self.look(self.vision_tokens(pixel_values))
         prompt = prompt_ids.to(shown.tokens.device).expand(len(shown), -1)

@@ -1,4 +1,4 @@
-"""QLLaMA: Llama whose first positions are learned queries that look at a picture.
+"""QLLaMA: Llama whose first positions are learned queries that look at an image.
 
 Original: `internvl_g/internvl/model/internvl_stage2/modeling_qllama.py`. Layers, norms and rotary
 positions are `transformers`' Llama; ours is the cross-attention, in every n-th layer between
@@ -26,12 +26,12 @@ from internvl.models.kernels.rms_norm import RMSNorm
 
 Mask = Literal["itc", "itm", "itg", "text"]
 KeysValues = tuple[Tensor, Tensor]
-"""Of B pictures with N visual tokens, each (B, heads, N, D / heads)."""
+"""Of B images with N visual tokens, each (B, heads, N, D / heads)."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Pictures as QLLaMA looks at them, whatever stands beside its queries."""
+    """Images as QLLaMA looks at them, whatever stands beside its queries."""
 
     tokens: Tensor
     """Visual tokens, (B, N, W)."""
@@ -61,7 +61,7 @@ class QLlamaConfig(LlamaConfig):
     num_query_tokens: int = 96
     """0: a plain Llama, as in a file that holds InternVL-C alone."""
     cross_attention_frequency: int = 2
-    """Layers 0, n, 2n, … look at the picture."""
+    """Layers 0, n, 2n, … look at the image."""
     vision_hidden_size: int = 3200
 
     def has_cross_attention(self, layer: int) -> bool:
@@ -71,7 +71,7 @@ class QLlamaConfig(LlamaConfig):
 class CrossAttention(nn.Module):
     """Queries attend to all visual tokens: no mask, no positions, no bias, no gate.
 
-    Called, it makes keys and values, which every use of a picture shares; `attend` uses them.
+    Called, it makes keys and values, which every use of an image shares; `attend` uses them.
     """
 
     def __init__(self, config: QLlamaConfig) -> None:
@@ -95,9 +95,9 @@ class CrossAttention(nn.Module):
         return k, v
 
     def attend(self, queries: Tensor, seen: KeysValues) -> Tensor:
-        """queries (R B, Q, D), keys and values of B pictures -> (R B, Q, D).
+        """queries (R B, Q, D), keys and values of B images -> (R B, Q, D).
 
-        Row r B + b looks at picture b. Its R blocks become one longer query, so that no picture's
+        Row r B + b looks at image b. Its R blocks become one longer query, so that no image's
         keys and values are repeated.
         """
         k, v = seen
@@ -132,7 +132,7 @@ class QLlamaLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[Tensor, Tensor],
         past_key_values: Cache | None = None,
     ) -> Tensor:
-        """hidden (R B, T, D) -> the same; with `seen` of B pictures its first Q are queries."""
+        """hidden (R B, T, D) -> the same; with `seen` of B images its first Q are queries."""
         attended, _ = self.self_attn(
             self.input_layernorm(hidden),
             position_embeddings=position_embeddings,
@@ -183,7 +183,7 @@ class QLlamaModel(LlamaPreTrainedModel):
         self.post_init()
 
     def look(self, vision: Tensor) -> Seen:
-        """Visual tokens (B, N, W), for as many calls as look at these pictures."""
+        """Visual tokens (B, N, W), for as many calls as look at these images."""
         parts: list[Any] = [layer.cross_attn for layer in self.layers]
         looks = tuple(None if part is None else part(vision) for part in parts)
         return Seen(vision, looks)
@@ -202,7 +202,7 @@ class QLlamaModel(LlamaPreTrainedModel):
             inputs_embeds: (R, T, D); with `seen` the first Q positions are the queries.
             attention_mask: bool (R, 1, T, keys), True where a position may attend, as the
                 function of this name makes it; None lets every position see all keys.
-            seen: B pictures; rows come in blocks of B, picture by picture.
+            seen: B images; rows come in blocks of B, image by image.
             past_key_values: what earlier positions left; this call's are added to it.
             position_ids: int64 (1, T); by default 0, 1, …
 

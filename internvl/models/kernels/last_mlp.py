@@ -1,7 +1,7 @@
 """The last decoder block's MLP on supervised positions alone.
 
 After the last attention every token goes its own way, and the loss reads those alone that predict
-a target: of a COCO caption with its picture some 12 of 1,700. The MLP is four fifths of a block's
+a target: of a COCO caption with its image some 12 of 1,700. The MLP is four fifths of a block's
 products, so these positions are taken out before it, not after it.
 """
 

@@ -145,7 +145,7 @@ def test_a_caption_alone_equals_the_itc_block(dual, golden):
 
 @torch.no_grad()
 def test_blocks_share_the_pictures(dual, golden):
-    """Three blocks over four pictures are the twelve sequences one by one."""
+    """Three blocks over four images are the twelve sequences one by one."""
     pixels, ids = golden["input.pixel_values"], golden["input.input_ids"][:4]
     vision = dual.model.vision_tokens(pixels)
     blocks = torch.cat([ids, ids.roll(1, 0), ids.roll(2, 0)])
