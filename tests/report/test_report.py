@@ -30,14 +30,14 @@ def drawing(color: str, size: tuple[int, int] = (64, 64), form: str = "PNG") -> 
 def searches() -> list[report.Search]:
     """An image that comes second to a name, a name that comes first to an image, and one that is
     not shown."""
-    pictures = [drawing(color) for color in ("crimson", "gold", "seagreen", "steelblue", "orchid")]
+    images = [drawing(color) for color in ("crimson", "gold", "seagreen", "steelblue", "orchid")]
     names = ["cook medium skin tone", "cook light skin tone", "woman cook dark skin tone"]
     return [
         report.Search(
             language="en",
             text="cook light skin tone",
             rank=2,
-            hits=[report.Hit(right=i == 1, image=p) for i, p in enumerate(pictures)],
+            hits=[report.Hit(right=i == 1, image=p) for i, p in enumerate(images)],
         ),
         report.Search(
             language="en",
@@ -49,7 +49,7 @@ def searches() -> list[report.Search]:
             language="zh",
             text="厨师 较浅肤色",
             rank=1312,
-            hits=[report.Hit(right=False, image=p) for p in pictures],
+            hits=[report.Hit(right=False, image=p) for p in images],
         ),
     ]
 
@@ -94,7 +94,7 @@ def full_report() -> report.Report:
     ]
     sample = report.TrainingSample(
         name="train.jsonl, line 12",
-        pictures=[
+        images=[
             report.TiledImage(image=drawing("teal", (320, 180)), columns=3, rows=2, thumbnail=True)
         ],
         spans=[
@@ -221,13 +221,13 @@ def test_nothing_is_loaded_from_elsewhere():
 
 
 def test_a_search_shows_its_query_its_rank_and_the_right_result():
-    by_name, by_picture, missed = map(report._search, searches())
+    by_name, by_image, missed = map(report._search, searches())
     assert by_name.count("<img") == len(searches()[0].hits)
     items = by_name.split("<li")[1:]
     assert [i for i, item in enumerate(items) if "✓" in item] == [1]
     assert 'class="rank wrong">rank 2<' in by_name
-    assert by_picture.count("<img") == 1
-    assert 'class="rank right">rank 1<' in by_picture
+    assert by_image.count("<img") == 1
+    assert 'class="rank right">rank 1<' in by_image
     assert "✓" not in missed
     assert "rank 1,312" in missed
 
@@ -330,11 +330,11 @@ def test_tiles_are_cut_and_numbered_with_the_thumbnail_last():
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP"])
-def test_a_picture_keeps_its_bytes_and_names_its_kind(form: str):
+def test_an_image_keeps_its_bytes_and_names_its_kind(form: str):
     assert report._data_url(drawing("red", form=form)).startswith(f"data:image/{form.lower()};")
 
 
-def test_bytes_that_are_no_picture_are_refused():
+def test_bytes_that_are_no_image_are_refused():
     with pytest.raises(ValueError, match="no PNG, JPEG, GIF or WebP"):
         report._data_url(b"<svg onload='x'>")
 
