@@ -3,7 +3,7 @@
     pairs = read_pairs(Path("flickr30k_test_karpathy.txt"), "flickr30k/Images", "flickr")
     pairs.images[pairs.image_of_text[7]], pairs.texts[7]
 
-Every form is read by data/captions.py. What is wrong is listed in `problems` by file and line, and
+Every form is read by data/captions/. What is wrong is listed in `problems` by file and line, and
 the caller decides.
 """
 

@@ -322,7 +322,7 @@ _FORMS = {
     "coco_format": "karpathy",
     "pairs": "auto",
 }
-"""Source type -> form of data/captions.py."""
+"""Source type -> form of data/captions/."""
 
 
 def _captioned(config: SourceConfig) -> Source:

@@ -214,7 +214,7 @@ def _turns(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def read_captions(path: Path, form: str = "auto") -> list[Caption]:
-    """(image, caption) of every caption of a file, in its order, in any form of data/captions.py.
+    """(image, caption) of every caption of a file, in its order, in any form of data/captions/.
 
     Raises:
         DataError: the file is missing, not in its form, or has problems; lists the first ones.
