@@ -1,4 +1,4 @@
-"""Image files to RGB images. Images are untrusted: their size is limited before decoding."""
+"""Decodes image files to RGB. Files are untrusted: their size is limited before decoding."""
 
 import base64
 import io
@@ -26,13 +26,13 @@ from internvl.data import jpeg
 from internvl.errors import BadImage
 
 HEAD = 1024
-"""First bytes of a file that say what it is."""
+"""Bytes read from the start of a file to recognize its format."""
 
 MAX_PIXELS = 178_956_970
 """Largest image that is decoded (Pillow's own error limit): 512 MiB as RGB."""
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-"""Of image files, in lower case."""
+"""Suffixes of image files, in lower case."""
 
 QUALITIES = range(75, 101)
 """JPEG qualities of the training augmentation."""
@@ -46,26 +46,26 @@ class FileSlice:
     offset: int
     size: int
     name: str
-    """What messages call it."""
+    """The name that messages show."""
 
     def __str__(self) -> str:
         return f"{self.name} in {self.path}"
 
     def read(self) -> bytes:
-        """The encoded image."""
+        """Returns the encoded image."""
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
 
 
 ImageRef = str | Path | bytes | FileSlice
-"""A path, an fsspec address, the encoded bytes, or bytes inside a file."""
+"""A path, an fsspec address, encoded bytes, or bytes inside another file."""
 
 Rgb = Image.Image | np.ndarray
-"""A decoded image: Pillow's in mode RGB, or uint8 (H, W, 3)."""
+"""A decoded image: a Pillow image in mode RGB, or uint8 (H, W, 3)."""
 
 Exif = Literal["ignore", "apply"]
-"""Whether an image is turned as its EXIF orientation says; `data.exif`."""
+"""Whether the EXIF orientation is applied; the key `data.exif`."""
 
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -78,38 +78,38 @@ _ORIENTATIONS = {
 }
 _CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 _ORIENTATION_TAG = 0x0112
-_JPEG_SIDE = 65_500
-_LONGEST_NAME, _LONGEST_ADDRESS, _LONGEST_REASON = 300, 40, 200
+_JPEG_SIDE = 65_500  # libjpeg's JPEG_MAX_DIMENSION
+_LONGEST_NAME, _LONGEST_ADDRESS, _LONGEST_REASON = 300, 40, 200  # characters in a message
 
 
 def open_rgb(source: ImageRef, exif: Exif = "ignore") -> Image.Image:
     """Decodes an image file (or its bytes) to RGB, size (W, H).
 
-    As the original: `convert("RGB")` (palette and alpha flattened, first frame of an animation),
-    EXIF orientation not applied. Unlike it, a truncated file is an error, and 16-bit gray is
-    scaled to 8 bits where Pillow's conversion would make it white.
+    Like the original, `convert("RGB")` without EXIF orientation: palette and alpha are flattened,
+    an animation gives its first frame. Unlike it, a truncated file is an error, and 16-bit gray is
+    scaled to 8 bits.
 
     Args:
-        exif: "apply" turns the image upright as Pillow's `exif_transpose`. Where EXIF cannot be
-            read, or says none of 1 to 8, it stays as it is.
+        exif: "apply" turns the image upright like `exif_transpose`, if its EXIF can be read.
 
     Raises:
-        BadImage: no regular file, empty, no image, damaged, of 32 bits a channel, without pixels,
-            or of more than MAX_PIXELS of them; the message begins with the file.
+        BadImage: not a regular file, empty, not an image, damaged, 32 bits per channel, no pixels,
+            or more than MAX_PIXELS; the message begins with the file.
     """
     with opened(source) as image:
         return _upright(_to_rgb(image, name_of(source)), image, exif)
 
 
 def read_rgb(source: ImageRef, exif: Exif = "ignore") -> np.ndarray:
-    """The same pixels, uint8 (H, W, 3), in less time where simplejpeg is installed.
+    """Decodes like `open_rgb` to uint8 (H, W, 3), in less time if simplejpeg is installed.
 
     Raises BadImage for the same files.
     """
     with opened(source) as image:
         if image.format == "JPEG" and image.fp is not None:
-            image.fp.seek(0)
+            image.fp.seek(0)  # Pillow has read the header from it
             decoded = jpeg.decode(image.fp.read())
+            # Most photographs are upright: no Pillow image is made of the array and back.
             if decoded is not None and (exif == "ignore" or _orientation(image) is None):
                 return decoded
             if decoded is not None:
@@ -118,7 +118,7 @@ def read_rgb(source: ImageRef, exif: Exif = "ignore") -> np.ndarray:
 
 
 def as_rgb(image: Any, exif: Exif = "ignore") -> Rgb:
-    """Turns whatever holds one image into RGB: Pillow's, or uint8 (H, W, 3).
+    """Converts any form of one image to RGB: a Pillow image, or uint8 (H, W, 3).
 
     Args:
         image: what `read_rgb` takes; a `data:` address; a file object; a Pillow image of any mode;
@@ -127,10 +127,10 @@ def as_rgb(image: Any, exif: Exif = "ignore") -> Rgb:
         exif: see `open_rgb`; also for a Pillow image that still has its EXIF.
 
     Raises:
-        BadImage: see `open_rgb`; a number type or shape other than these, or another type.
+        BadImage: see `open_rgb`; another dtype, shape or type.
     """
     if isinstance(image, Image.Image):
-        check_size(image.size, "")
+        check_size(image.size, "")  # before `load`: it may not be decoded yet
         return _upright(_to_rgb(image, ""), image, exif)
     if isinstance(image, np.ndarray | np.generic):
         return _array_to_rgb(np.asarray(image), "array", "(H, W, C)")
@@ -152,24 +152,24 @@ def as_rgb(image: Any, exif: Exif = "ignore") -> Rgb:
     )
 
 
-def rgb_at(place: str, image: Any, exif: Exif = "ignore") -> Rgb:
-    """Decodes an image as `as_rgb`. Raises BadImage that begins with `place`, such as "image 3"."""
+def rgb_at(label: str, image: Any, exif: Exif = "ignore") -> Rgb:
+    """Decodes an image as `as_rgb`. Raises BadImage that begins with `label`, such as "image 3"."""
     try:
         return as_rgb(image, exif)
     except BadImage as error:
-        raise BadImage(f"{place}: {error}") from None
+        raise BadImage(f"{label}: {error}") from None
 
 
 def is_file_object(value: Any) -> bool:
-    """Whether this is read like a file: what `open` returns, BytesIO, an answer of urllib."""
+    """Whether `value` is a file object: of `open`, BytesIO, a urllib response."""
     return not isinstance(value, FileSlice) and callable(getattr(value, "read", None))
 
 
 def read_file_object(file: Any) -> bytes:
-    """Reads the bytes of a file object: from its start where it can seek, as Pillow does.
+    """Reads the bytes of a file object, from its start if it can seek, as Pillow does.
 
     Raises:
-        BadImage: it is closed, opened as text or for writing alone, or cannot be read.
+        BadImage: it is closed, in text mode, write-only, or cannot be read.
     """
     name = getattr(file, "name", "")
     name = name if isinstance(name, str) else ""
@@ -183,31 +183,31 @@ def read_file_object(file: Any) -> bytes:
     except Exception as error:
         raise _bad(name, f"the file object cannot be read ({error}); open it again") from error
     if not isinstance(data, bytes | bytearray | memoryview):
-        given = type(data).__name__
-        raise _bad(name, f'the file object gives {given}, not bytes; open it with mode "rb"')
+        type_name = type(data).__name__
+        raise _bad(name, f'the file object gives {type_name}, not bytes; open it with mode "rb"')
     return bytes(data)
 
 
 def read_data_address(address: str) -> bytes:
-    """The bytes in a `data:` address. Raises BadImage where it is not base64."""
+    """Decodes the bytes of a `data:` address. Raises BadImage if they are not base64."""
     try:
         return base64.b64decode(address.partition(",")[2], validate=True)
     except ValueError as error:
         raise BadImage(f"an image is not base64 ({error})") from None
 
 
-def _array_to_rgb(pixels: np.ndarray, what: str, axes: str) -> np.ndarray:
-    """RGB of an array with its channels last; `what` and `axes` say how the caller gave it."""
+def _array_to_rgb(pixels: np.ndarray, noun: str, axes: str) -> np.ndarray:
+    """Returns uint8 (H, W, 3) of a channels-last array; `noun` and `axes` are for messages."""
     if pixels.dtype != np.uint8:
         raise BadImage(
-            f"an image as {what} holds uint8 from 0 to 255, not {pixels.dtype}; scale and round it"
+            f"an image as {noun} holds uint8 from 0 to 255, not {pixels.dtype}; scale and round it"
         )
     shape = pixels.shape
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] not in _CHANNELS):
-        if what == "tensor" and len(shape) == 3:
-            shape = (shape[2], *shape[:2])
+        if noun == "tensor" and len(shape) == 3:
+            shape = (shape[2], *shape[:2])  # the message shows the shape that the caller has
         raise BadImage(
-            f"an image as {what} has the shape (H, W) or {axes} with C of 1, 3 or 4, not "
+            f"an image as {noun} has the shape (H, W) or {axes} with C of 1, 3 or 4, not "
             f"{tuple(shape)}"
         )
     check_size((shape[1], shape[0]), "")
@@ -217,12 +217,10 @@ def _array_to_rgb(pixels: np.ndarray, what: str, axes: str) -> np.ndarray:
 
 
 def name_of(source: ImageRef) -> str:
-    """The path or address of an image, for messages; bytes have none, "".
-
-    Annotation files are untrusted: what cannot be printed is escaped, what is endless is cut.
-    """
+    """Returns the path or address of an image for messages, "" for bytes."""
     if isinstance(source, bytes):
         return ""
+    # From untrusted annotation files: lone surrogates are escaped, endless names are cut.
     name = str(source).encode("utf-8", "backslashreplace").decode()
     longest = _LONGEST_NAME if not name.startswith("data:") else _LONGEST_ADDRESS
     return name if len(name) <= longest else f"{name[:longest]}…"
@@ -233,34 +231,34 @@ def _bad(name: str, reason: str) -> BadImage:
 
 
 @contextmanager
-def opened(source: ImageRef, what: str = "image") -> Iterator[ImageFile.ImageFile]:
-    """The image (`what`, for messages) of a file before it is decoded; its size is checked.
+def opened(source: ImageRef, noun: str = "image") -> Iterator[ImageFile.ImageFile]:
+    """Opens an image file without decoding it and checks its size; `noun` is for messages.
 
     Raises BadImage.
     """
-    name, file = name_of(source), _file(source, what)
-    with foreign(name, what):
+    name, file = name_of(source), _file(source, noun)
+    with foreign(name, noun):
         try:
             image = Image.open(file)
         except UnidentifiedImageError:
-            raise _bad(name, _unknown(source, file, what)) from None
+            raise _bad(name, _unknown(source, file, noun)) from None
     with image:
         check_size(image.size, name)
         if image.format == "EPS":
-            # Pillow would start Ghostscript, which may run for ever, on somebody's program.
+            # Pillow would run an untrusted program in Ghostscript, which may never end.
             raise _bad(name, "EPS is not read; save the image as PNG")
         yield image
 
 
 @contextmanager
-def foreign(name: str, what: str = "image") -> Iterator[None]:
-    """Around single calls of a decoder on foreign bytes: any exception becomes BadImage.
+def foreign(name: str, noun: str = "image") -> Iterator[None]:
+    """Turns any exception of a single decoder call on untrusted bytes into BadImage.
 
-    Our own code stays outside, so that its mistakes are seen as what they are.
+    Wrap no code of this package: its mistakes must stay visible.
     """
     try:
         with warnings.catch_warnings():
-            # On sizes (checked here), metadata and the like; none is a reason to stop.
+            # About size (checked by `check_size`) and metadata; none is a reason to stop.
             warnings.filterwarnings("ignore", module=r"PIL\b")
             yield
     except BadImage:
@@ -268,60 +266,59 @@ def foreign(name: str, what: str = "image") -> Iterator[None]:
     # Pillow's plugins and PyAV let pass whatever happens to them on damaged files: OSError,
     # SyntaxError, ValueError, KeyError, RuntimeError, AttributeError, struct.error, MemoryError …
     except Exception as error:
-        raise undecodable(name, what, error) from error
+        raise undecodable(name, noun, error) from error
 
 
-def undecodable(name: str, what: str, error: Exception) -> BadImage:
-    """What a decoder raised for the image or video (`what`) of this name, as a sentence."""
+def undecodable(name: str, noun: str, error: Exception) -> BadImage:
+    """Returns the BadImage for an exception of a decoder; `noun` is "image" or "video"."""
     if isinstance(error, Image.DecompressionBombError):
         return _bad(name, _too_large(None))
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    if type(error) in (KeyError, IndexError, AssertionError):  # their words need their names
+    if type(error) in (KeyError, IndexError, AssertionError):  # a bare key says nothing
         reason = f"{type(error).__name__} {error}"
     if isinstance(error, AttributeError):  # PyAV's, of a stream without a decoder
         reason = "its header does not say how to decode it: it is cut off or of an unknown codec"
     elif isinstance(error, TypeError):  # a reader that stumbles over a header
         reason = "its reader fails on it"
     reason = " ".join(reason.split())[:_LONGEST_REASON]
-    return _bad(name, f"the {what} cannot be decoded ({reason}); {_remedy(name)}")
+    return _bad(name, f"the {noun} cannot be decoded ({reason}); {_remedy(name)}")
 
 
-def _file(source: ImageRef, what: str) -> str | Path | io.BytesIO:
-    """What Pillow opens. Raises BadImage where `what` is not there or no regular file."""
+def _file(source: ImageRef, noun: str) -> str | Path | io.BytesIO:
+    """Returns what Pillow opens. Raises BadImage if the file is missing or not a regular one."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
     if isinstance(source, FileSlice):
-        check_file(source.path, name_of(source), what)
+        check_file(source.path, name_of(source), noun)
         data = source.read()
         if len(data) < source.size:
-            raise BadImage(f"{name_of(source)}: the file ends within this {what}; it is truncated")
+            raise BadImage(f"{name_of(source)}: the file ends within this {noun}; it is truncated")
         return io.BytesIO(data)
     if is_address(source):
-        return io.BytesIO(read_address(str(source), what))
-    check_file(source, name_of(source), what)
+        return io.BytesIO(read_address(str(source), noun))
+    check_file(source, name_of(source), noun)
     return source
 
 
-def check_file(path: str | Path, name: str, what: str = "image") -> None:
-    """Raises BadImage, which says `what` with `name` is meant, where `path` is no regular file: to
-    open a pipe or a device may wait for ever."""
+def check_file(path: str | Path, name: str, noun: str = "image") -> None:
+    """Raises BadImage unless `path` is a regular file; messages call it the `noun` `name`."""
     if not str(path).strip():
-        raise BadImage(f"the path of the {what} is empty; write the file's name")
+        raise BadImage(f"the path of the {noun} is empty; write the file's name")
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        raise BadImage(f"there is no {what} {name}{spelled_otherwise(path)}") from None
+        raise BadImage(f"there is no {noun} {name}{spelled_otherwise(path)}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL, or half a surrogate pair
         reason = error.strerror if isinstance(error, OSError) else "no possible file name"
-        raise BadImage(f"{name}: the {what} cannot be read ({reason})") from None
+        raise BadImage(f"{name}: the {noun} cannot be read ({reason})") from None
     if stat.S_ISDIR(mode):
-        raise BadImage(f"the {what} {name} is a folder")
-    if not stat.S_ISREG(mode):
-        raise BadImage(f"the {what} {name} is a pipe or a device, not a file")
+        raise BadImage(f"the {noun} {name} is a folder")
+    if not stat.S_ISREG(mode):  # to open a pipe may block for ever
+        raise BadImage(f"the {noun} {name} is a pipe or a device, not a file")
 
 
 def spelled_otherwise(path: str | Path) -> str:
-    """What to add to "there is no image a/B.PNG" where another spelling of the name is meant."""
+    """Returns a hint for a missing file if the name exists in another spelling, else ""."""
     if "\\" in str(path) and os.sep == "/":
         slashes = name_of(str(path).replace("\\", "/"))
         return f"; its name has backslashes, as Windows has; write {slashes}"
@@ -330,31 +327,32 @@ def spelled_otherwise(path: str | Path) -> str:
         names = _names_in(folder or ".", os.stat(folder or ".").st_mtime_ns)
     except (OSError, ValueError):
         return ""
-    other = names.get(_plain(name))
+    other = names.get(_normalized(name))
     return "" if other is None else f"; there is {name_of(other)} in the folder, write it so"
 
 
 @lru_cache(maxsize=8)
 def _names_in(folder: str, changed_ns: int) -> dict[str, str]:
-    """The names in a folder by their plain spelling, listed once for any number of lost files."""
-    return {_plain(name): name for name in os.listdir(folder)}
+    """Returns the names in a folder by their normalized spelling."""
+    # Cached: listing a large folder for each of thousands of missing files would take minutes.
+    return {_normalized(name): name for name in os.listdir(folder)}
 
 
-def _plain(name: str) -> str:
-    # Accents may be part of a letter or marks behind it, as Macs write them.
+def _normalized(name: str) -> str:
+    # macOS stores accents as combining marks (NFD), others as composed letters.
     return unicodedata.normalize("NFC", name).casefold()
 
 
 def is_address(path: str | Path) -> bool:
-    """Whether fsspec opens this, such as s3://bucket/key, rather than the file system."""
+    """Whether `path` is an fsspec address such as s3://bucket/key."""
     return "://" in str(path)
 
 
-def read_address(address: str, what: str = "image") -> bytes:
-    """The bytes at an fsspec address.
+def read_address(address: str, noun: str = "image") -> bytes:
+    """Reads the bytes at an fsspec address.
 
     Raises:
-        BadImage: they cannot be read, or a package for this kind of storage is missing.
+        BadImage: they cannot be read, or the package of this storage is missing.
     """
     import fsspec
     from fsspec.implementations.local import LocalFileSystem
@@ -365,43 +363,45 @@ def read_address(address: str, what: str = "image") -> bytes:
     except Exception as error:  # see below
         raise BadImage(f"{name} cannot be read ({error})") from error
     if isinstance(system, LocalFileSystem):
-        check_file(path, name, what)
+        check_file(path, name, noun)
     try:
         return system.cat_file(path)
     except FileNotFoundError:
         raise BadImage(f"there is nothing at {name}") from None
-    # Every storage has a client of its own with exceptions of its own.
+    # Each storage has its own client library with its own exceptions.
     except Exception as error:
         raise BadImage(f"{name} cannot be read ({error})") from error
 
 
-def _unknown(source: ImageRef, file: str | Path | io.BytesIO, what: str) -> str:
-    """What `file` (the bytes of `source`, or their path) is instead of an image, and the remedy."""
+def _unknown(source: ImageRef, file: str | Path | io.BytesIO, noun: str) -> str:
+    """Returns the real format of a file that is not an image, and the remedy."""
     if isinstance(file, io.BytesIO):
         head = file.getvalue()[:HEAD]
     else:
         head = read_head(file)
     if not head:
-        return f"the {what} file is empty; {_remedy(name_of(source))}"
-    meaning = files.describe_media(head, what)
-    if meaning is None:
+        return f"the {noun} file is empty; {_remedy(name_of(source))}"
+    actual_format = files.describe_media(head, noun)
+    if actual_format is None:
         return f"not an image Pillow knows; {_remedy(name_of(source))}"
-    return f"{meaning}, then write the tar again" if isinstance(source, FileSlice) else meaning
+    if isinstance(source, FileSlice):
+        return f"{actual_format}, then write the tar again"
+    return actual_format
 
 
 def read_head(path: str | Path) -> bytes:
-    """The first HEAD bytes of a file, which say what it is."""
+    """Reads the first HEAD bytes of a file, enough to recognize its format."""
     with open(path, "rb") as file:
         return file.read(HEAD)
 
 
 def _remedy(name: str) -> str:
-    """What to do about an image of this name; one without lies in no file."""
+    """Returns the remedy for a damaged image; one without a name is not in a file."""
     return "replace the file" if name else "replace it"
 
 
 def check_size(size: tuple[int, int], name: str) -> None:
-    """Raises BadImage for more than MAX_PIXELS or none; width and height in pixels."""
+    """Raises BadImage for more than MAX_PIXELS or none; `size` is (width, height) in pixels."""
     width, height = size
     if width * height > MAX_PIXELS:
         raise _bad(name, _too_large(width * height))
@@ -410,12 +410,13 @@ def check_size(size: tuple[int, int], name: str) -> None:
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Decodes a Pillow image, of any mode, to RGB. Raises BadImage."""
+    """Decodes a Pillow image of any mode to RGB. Raises BadImage."""
     with foreign(name):
         image.load()
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I;16"):
+        # Pillow's `convert` clips 16 bits to 8, which makes nearly every image white.
         gray = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((gray + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
@@ -425,38 +426,41 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _upright(rgb: Image.Image, image: Image.Image, exif: Exif) -> Image.Image:
-    """`rgb`, decoded from `image`, turned as the EXIF orientation of `image` says."""
+    """Returns `rgb`, decoded from `image`, turned by the EXIF orientation of `image`."""
     method = _orientation(image) if exif == "apply" else None
     return rgb if method is None else rgb.transpose(method)
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:
-    """What turns a Pillow image upright, once it is loaded (JPEG: opened); None where nothing."""
+    """Returns what turns a loaded (JPEG: opened) Pillow image upright, None if nothing."""
     try:
         with foreign(""):
             orientation = image.getexif().get(_ORIENTATION_TAG)
     except BadImage:
-        # A damaged block says as little as none; viewers show such an image as it is stored, too.
+        # Like viewers, which show an image with damaged EXIF as it is stored.
         return None
     return _ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
 
 
 def size_of(image: np.ndarray) -> tuple[int, int]:
-    """(width, height) in pixels of uint8 (H, W, 3), as Pillow's `size`."""
+    """Returns (width, height) in pixels of uint8 (H, W, 3), as Pillow's `size`."""
     height, width, _ = image.shape
     return width, height
 
 
 def _too_large(pixels: int | None) -> str:
-    found = "the image" if pixels is None else f"the image has {pixels:,} pixels and"
-    return f"{found} exceeds the limit of {MAX_PIXELS:,} pixels; shrink the file"
+    subject = "the image" if pixels is None else f"the image has {pixels:,} pixels and"
+    return f"{subject} exceeds the limit of {MAX_PIXELS:,} pixels; shrink the file"
 
 
 def join_inside(root: str | Path, path: str) -> str:
-    """`root / path`, which must stay inside `root` (annotation files are untrusted too).
+    """Joins `root / path`, which must stay inside `root`: annotation files are untrusted.
 
-    An empty `root` is no folder: absolute paths and addresses stand for themselves, others start
-    from the working directory and must stay inside it. Raises BadImage otherwise.
+    With an empty `root`, absolute paths and addresses are returned unchanged, relative ones must
+    stay inside the working directory.
+
+    Raises:
+        BadImage: the path leaves `root`, or is an address of another storage.
     """
     if not str(root):
         if is_address(path):
@@ -474,13 +478,14 @@ def join_inside(root: str | Path, path: str) -> str:
         protocol, _, base = str(root).partition("://")
         base = base.rstrip("/")
         inner = path.removeprefix(f"{protocol}://")
+        # Normalized before the check below: `..` could leave the root.
         full = posixpath.normpath(inner if inner != path else posixpath.join(base, path))
         result = f"{protocol}://{full}"
     else:
         base = os.path.abspath(root)
         full = result = os.path.normpath(os.path.join(base, path))
-        base = base.rstrip(os.sep)  # nothing is left of "/", which holds every path
-        # A folder of frames is named with a slash at its end.
+        base = base.rstrip(os.sep)  # "/" becomes "": every path is inside
+        # `normpath` drops the final slash, by which a folder of frames is recognized.
         result += os.sep if path.endswith("/") else ""
     if full != base and not full.startswith(base + "/"):
         raise BadImage(
@@ -491,11 +496,12 @@ def join_inside(root: str | Path, path: str) -> str:
 
 
 def pad_square(image: Image.Image, mean: Triple) -> Image.Image:
-    """The RGB image in the middle of a square of the mean colour (original: `expand2square`)."""
+    """Centres the RGB image on a square of the mean colour (original: `expand2square`)."""
     width, height = image.size
     if width == height:
         return image
     side = max(width, height)
+    # Truncated, not rounded, as in the original.
     color = tuple(int(255 * channel) for channel in mean)
     square = Image.new("RGB", (side, side), color)
     square.paste(image, ((side - width) // 2, (side - height) // 2))
@@ -503,9 +509,9 @@ def pad_square(image: Image.Image, mean: Triple) -> Image.Image:
 
 
 def degrade(image: Image.Image, quality: int) -> Image.Image:
-    """The RGB image after JPEG at this quality (original: `simulate_jpeg_degradation`).
+    """Encodes the RGB image as JPEG and decodes it (original: `simulate_jpeg_degradation`).
 
-    Raises BadImage for a side of more pixels than JPEG has.
+    Raises BadImage for a side longer than JPEG's limit.
     """
     if max(image.size) > _JPEG_SIDE:
         raise BadImage(
@@ -519,9 +525,9 @@ def degrade(image: Image.Image, quality: int) -> Image.Image:
 
 
 def degrade_tiles(tiles: Tensor, qualities: Sequence[int]) -> Tensor:
-    """uint8 (N, 3, S, S), every tile after JPEG at its quality."""
-    each = [
+    """Degrades each of the tiles, uint8 (N, 3, S, S), by JPEG at its quality."""
+    degraded = [
         np.asarray(degrade(Image.fromarray(tile.permute(1, 2, 0).numpy()), quality))
         for tile, quality in zip(tiles, qualities, strict=True)
     ]
-    return torch.from_numpy(np.stack(each)).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(np.stack(degraded)).permute(0, 3, 1, 2).contiguous()

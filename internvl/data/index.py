@@ -21,6 +21,7 @@ import numpy as np
 
 from internvl import log
 from internvl.data import json_rows
+from internvl.data.texts import printable
 from internvl.errors import DataError
 
 _LAYOUT = b"2"  # raise when the arrays change for the same file
@@ -164,8 +165,8 @@ def _line(row: dict[str, Any]) -> bytes:
         return _ENCODER.encode(row).encode()
     except UnicodeEncodeError:
         # Names of a tar's members are not always UTF-8; the sample may be a good one.
-        row = row | {"where": json_rows.printable(row["where"])}
-        why = next(json_rows.halves(row), None)
+        row = row | {"where": printable(row["where"])}
+        why = next(json_rows.lone_surrogates(row), None)
     except RecursionError:
         why = json_rows.TOO_DEEP
     row = row if why is None else {"where": row["where"], "bad": why}

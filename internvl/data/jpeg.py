@@ -1,6 +1,6 @@
-"""JPEG files to RGB arrays by simplejpeg, where that is installed and gives Pillow's pixels.
+"""Decodes JPEG files by simplejpeg, if it is installed and equals Pillow bit for bit.
 
-Both decode with libjpeg-turbo, but Pillow goes through four bytes a pixel and pieces of 64 KiB.
+Both use libjpeg-turbo, but Pillow decodes through four bytes per pixel and buffers of 64 KiB.
 """
 
 import importlib
@@ -16,11 +16,12 @@ logger = logging.getLogger(__name__)
 
 
 def decode(data: bytes) -> np.ndarray | None:
-    """uint8 (H, W, 3) of a flawless JPEG file in gray or YCbCr, or None: Pillow has to read it."""
-    simplejpeg = _checked()
+    """Returns uint8 (H, W, 3) of a flawless gray or YCbCr file, None if Pillow must decode it."""
+    simplejpeg = _checked_module()
     if simplejpeg is None:
         return None
     try:
+        # CMYK and YCCK go to Pillow, which inverts what Adobe stores inverted.
         colors = simplejpeg.decode_jpeg_header(data)[2]
         return simplejpeg.decode_jpeg(data) if colors in ("Gray", "YCbCr") else None
     except (
@@ -28,34 +29,36 @@ def decode(data: bytes) -> np.ndarray | None:
         MemoryError,
         RuntimeError,
         OverflowError,
-    ):  # also where libjpeg-turbo only warns
+    ):  # also if libjpeg-turbo only warns, where Pillow's leniency decides what is decoded
         return None
 
 
 @cache
-def _checked() -> ModuleType | None:
-    """simplejpeg, if it is there and decodes small images as the Pillow that is installed."""
+def _checked_module() -> ModuleType | None:
+    """Returns simplejpeg if it is installed and decodes `_probe_files` exactly like Pillow."""
     try:
         simplejpeg = importlib.import_module("simplejpeg")
     except ImportError:
         return None
-    for data in _images():
+    # The two wheels may bundle versions of libjpeg-turbo whose pixels differ: compare once.
+    for data in _probe_files():
         with Image.open(io.BytesIO(data)) as image:
-            wanted = np.asarray(image.convert("RGB"))
-        if not np.array_equal(simplejpeg.decode_jpeg(data), wanted):
-            logger.debug("simplejpeg decodes in another way than Pillow, so Pillow decodes")
+            expected = np.asarray(image.convert("RGB"))
+        if not np.array_equal(simplejpeg.decode_jpeg(data), expected):
+            logger.debug("simplejpeg and Pillow decode to different pixels, so Pillow decodes")
             return None
     return simplejpeg
 
 
-def _images() -> list[bytes]:
-    """Files of every common sampling of colour, sequential and progressive, of odd sizes."""
+def _probe_files() -> list[bytes]:
+    """JPEG files of odd size in every common chroma subsampling, sequential and progressive."""
     noise = np.random.default_rng(0).integers(0, 256, (45, 67, 3), dtype=np.uint8)
     smooth = Image.fromarray(noise[:5, :7]).resize((67, 45))
     files = []
     for source in (Image.fromarray(noise), smooth):
-        kinds = [(source, {"subsampling": each}) for each in ("4:4:4", "4:2:2", "4:2:0")]
-        for image, options in (*kinds, (source.convert("L"), {})):
+        samplings = ("4:4:4", "4:2:2", "4:2:0")
+        variants = [(source, {"subsampling": sampling}) for sampling in samplings]
+        for image, options in (*variants, (source.convert("L"), {})):
             for progressive in (False, True):
                 buffer = io.BytesIO()
                 image.save(buffer, "JPEG", quality=80, progressive=progressive, **options)

@@ -1,7 +1,7 @@
-"""JSON annotation files as rows: one object a line, or one list of objects.
+"""JSON files and annotation rows: one object per line, or one list of objects.
 
-Strict where Python's own reader is not: text is UTF-8 and whole characters, and no key stands twice
-in an object, for the first of the two would be lost.
+Stricter than Python's reader: text is UTF-8 without lone surrogates, and an object does not repeat
+a key, because all but the last value would be lost.
 """
 
 import codecs
@@ -12,11 +12,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from internvl.data.texts import json_problem
+from internvl import files
+from internvl.data.texts import printable, read_text
 from internvl.errors import BadSample, DataError
 
 BOM = codecs.BOM_UTF8
-"""What some editors write before UTF-8; it is no part of the text."""
+"""UTF-8 byte-order mark, which some editors write; not part of the text."""
 
 TOO_DEEP = "its lists and objects are nested too deeply to be read; write them flatter"
 _TOO_LONG = "a number in it has thousands of digits"
@@ -25,12 +26,12 @@ _HEAD = 1 << 20  # bytes that decide how a file is laid out
 _CHUNK = 1 << 24  # bytes of a list that are read at once
 _LONGEST = 1 << 28  # characters of an entry; a string that never ends would hold the whole file
 _TAIL = 16  # characters that a token cut by the end of a chunk may have, strings apart
-_HALF = re.compile("[\ud800-\udfff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SPACE = re.compile(r"[ \t\r\n]*")
-# Outside strings, where JSON allows them, they are space; rows are the same with any line end.
+# JSON has raw line ends between tokens only; rows must be equal whatever ends their lines.
 _LINE_ENDS = str.maketrans("\n", " ", "\r")
 _ROW_KEYS = {"conversations", "messages", "question"}
-_ONE_A_LINE = "write one JSON object a line (JSON Lines), or one JSON list of all"
+_ONE_PER_LINE = "write one JSON object a line (JSON Lines), or one JSON list of all"
 
 _FOREIGN = {
     b"\xff\xfe\x00\x00": "UTF-32; save it as UTF-8",
@@ -48,36 +49,56 @@ _FOREIGN = {
     b"<!doctype": "a web page; fetch the file itself",
     b"<html": "a web page; fetch the file itself",
 }
-"""First bytes of files that are no JSON, and what to do with them."""
+"""First bytes of common files that are not JSON, and the remedy for each."""
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of its pairs. Raises ValueError for a key that stands twice."""
-    tree = dict(pairs)
-    if len(tree) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {printable(twice)!r} stands twice in one object; keep one")
-    return tree
+class RepeatedKeys(dict[str, Any]):
+    """A JSON object that repeats a key; plain `json` would silently keep the last value."""
+
+    repeated: str
+    """The first key that is repeated."""
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_once)
+def _mark_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns an object of its pairs; one that names a key twice becomes `RepeatedKeys`."""
+    row = dict(pairs)
+    if len(row) == len(pairs):  # the common case costs a comparison, no search
+        return row
+    marked = RepeatedKeys(row)
+    names = [name for name, _ in pairs]
+    marked.repeated = next(name for name in names if names.count(name) > 1)
+    return marked
+
+
+def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns an object of its pairs. Raises ValueError for a key that stands twice."""
+    row = _mark_repeats(pairs)
+    if isinstance(row, RepeatedKeys):
+        raise ValueError(
+            f"the key {printable(row.repeated)!r} stands twice in one object; keep one"
+        )
+    return row
+
+
+# One decoder each: `json.loads` with a hook would make a new one for every line.
+_STRICT = json.JSONDecoder(object_pairs_hook=_refuse_repeats)
+_MARKING = json.JSONDecoder(object_pairs_hook=_mark_repeats)
 _PLAIN = json.JSONDecoder()
 
 
 def parse(data: bytes) -> Any:
-    """The JSON value in a line or file.
+    """Parses the JSON value of a line or file.
 
     Raises:
-        ValueError: it is not JSON, not UTF-8, nested too deeply, or holds a key twice in an object
-            or half a character; its text says which.
+        ValueError: not UTF-8, not JSON, nested too deeply, a repeated key, or a lone surrogate; its
+            text says which.
     """
     try:
         text = data.removeprefix(BOM).decode()
     except UnicodeDecodeError:
         raise ValueError("not UTF-8; save the file as UTF-8") from None
     try:
-        tree = _DECODER.decode(text)
+        tree = _STRICT.decode(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({json_problem(error)})") from None
     except RecursionError:
@@ -86,14 +107,64 @@ def parse(data: bytes) -> Any:
         # Python refuses to read whole numbers of thousands of digits, and names its own setting.
         too_long = "integer string conversion" in str(error)
         raise ValueError(_TOO_LONG if too_long else str(error)) from None
-    # Only an escape can make half a character of valid UTF-8.
+    # Valid UTF-8 holds no surrogates: only an escape can make one. Saves a walk over most rows.
     if "\\ud" in text or "\\uD" in text:
-        _check_characters(tree)
+        _check_surrogates(tree)
     return tree
 
 
+def parse_line(text: str) -> Any:
+    """Parses JSON; objects that repeat a key become `RepeatedKeys`.
+
+    Raises:
+        ValueError: not JSON, or nested too deeply.
+    """
+    try:
+        return _MARKING.decode(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(json_problem(error)) from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def json_problem(error: json.JSONDecodeError) -> str:
+    """Returns the parser's message, or a clearer one for a comma after a complete value."""
+    if error.msg == "Extra data" and error.doc[error.pos :].strip() == ",":
+        return "a comma stands after it; JSON Lines has none between lines, remove it"
+    return str(error)
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        DataError: missing, not UTF-8, or not JSON.
+    """
+    return parse_json(path, read_text(path))
+
+
+def parse_json(path: Path, text: str) -> Any:
+    """Parses the text of a JSON file as `parse_line`. Raises DataError if it is not JSON."""
+    try:
+        return parse_line(text)
+    except ValueError as error:
+        raise not_json(path, text, error) from None
+
+
+def not_json(path: Path, text: str, error: ValueError) -> DataError:
+    """Returns the error for a file that is not JSON, with its real format if that is recognized."""
+    if not text.strip():
+        return DataError(f"{path} is empty; fetch it again")
+    actual_format = files.describe_head(text.encode(errors="replace")[:1024])
+    return DataError(
+        f"{path}: {actual_format}"
+        if actual_format
+        else f"{path} is not JSON ({error}); fetch it again"
+    )
+
+
 def parse_row(name: str, line: bytes) -> dict[str, Any]:
-    """The JSON object in a line. Raises BadSample with the `name` of the line."""
+    """Parses the JSON object of a line. Raises BadSample with the `name` of the line."""
     if not line.removeprefix(BOM).strip():
         raise BadSample(name, "the line is blank; remove it")
     try:
@@ -105,44 +176,40 @@ def parse_row(name: str, line: bytes) -> dict[str, Any]:
     return row
 
 
-def printable(text: str) -> str:
-    r"""Text that any file or terminal takes: halves of characters written as \udxxx."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def halves(tree: Any) -> Iterator[str]:
-    """What is wrong with each text (or key) of a tree that holds half a character, and where."""
+def lone_surrogates(tree: Any) -> Iterator[str]:
+    """Yields a problem, with its path, for each string or key that has a lone surrogate."""
+    # A stack instead of recursion: rows may be nested as deeply as the parser allows.
     stack: list[tuple[str, Any]] = [("", tree)]
     while stack:
-        where, value = stack.pop()
+        key_path, value = stack.pop()
         if isinstance(value, str):
-            half = _HALF.search(value)
-            if half:
-                code = printable(half[0])
-                what = f"`{printable(where)}` holds" if where else "it is"
-                yield f"{what} half a character ({code}); write the whole one, or remove it"
+            surrogate = _SURROGATE.search(value)
+            if surrogate:
+                code = printable(surrogate[0])
+                subject = f"`{printable(key_path)}` holds" if key_path else "it is"
+                yield f"{subject} half a character ({code}); write the whole one, or remove it"
         elif isinstance(value, list):
-            stack += [(f"{where}[{n}]", item) for n, item in reversed([*enumerate(value)])]
+            # Reversed, because a stack pops the last one first: problems come in file order.
+            stack += [(f"{key_path}[{n}]", item) for n, item in reversed([*enumerate(value)])]
         elif isinstance(value, dict):
             for key, item in reversed(value.items()):
-                stack += [(f"{where}.{key}".lstrip("."), item), (f"{where}.{key}".lstrip("."), key)]
+                item_path = f"{key_path}.{key}".lstrip(".")
+                stack += [(item_path, item), (item_path, key)]
 
 
-def _check_characters(tree: Any) -> None:
-    for what in halves(tree):
-        raise ValueError(what)
-
-
-# How a file is laid out
+def _check_surrogates(tree: Any) -> None:
+    for problem in lone_surrogates(tree):
+        raise ValueError(problem)
 
 
 def is_list(path: Path) -> bool:
-    """Whether a file is one JSON list, or one JSON object over several lines, not JSON Lines.
+    """Returns True for a JSON list or one multi-line object, False for JSON Lines.
+
+    Decides by the first MiB, so that a file of any size costs one read.
 
     Raises:
-        DataError: it is neither: objects over several lines one after the other, an object of
-            lists, another kind of file.
-        OSError: it cannot be read.
+        DataError: none of these: several multi-line objects, an object of lists, another format.
+        OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         head = file.read(_HEAD)
@@ -151,6 +218,7 @@ def is_list(path: Path) -> bool:
     if start[:1] not in (b"[", b"{"):
         return False
     line, _, rest = start.partition(b"\n")
+    # A first line that goes on past the head cannot be judged by what was read of it.
     fits = len(line) < len(start) or len(head) < _HEAD
     if fits and _is_json(line):
         alone = not rest.strip()
@@ -159,24 +227,27 @@ def is_list(path: Path) -> bool:
         return alone and start[:1] == b"["
     if start[:1] == b"[":
         return True
+    # Split at "\n", such a file would be a single line that parses up to its first object.
     if b"\r" in start.rstrip() and b"\n" not in start:
         raise DataError(f"{path} has the line ends of old Macs (CR alone); save it with LF or CRLF")
     end = _end_of_object(start)
     if end is None:
         return False
     if start[end:].strip():
-        raise DataError(f"{path} holds JSON objects over several lines each; {_ONE_A_LINE}")
+        raise DataError(f"{path} holds JSON objects over several lines each; {_ONE_PER_LINE}")
     _check_object(path)
     return True
 
 
 def check_beginning(path: Path, head: bytes) -> None:
-    """Raises DataError for the first bytes of a file that is no text in UTF-8 at all."""
-    for beginning, what in _FOREIGN.items():
+    """Raises DataError if the first bytes of a file show that it is not UTF-8 text."""
+    # In order: the mark of UTF-32 begins with that of UTF-16.
+    for beginning, remedy in _FOREIGN.items():
         if head.startswith(beginning):
-            raise DataError(f"{path} is {what}")
+            raise DataError(f"{path} is {remedy}")
     if b"\x00" in head[:4]:
         raise DataError(f"{path} is UTF-16 or UTF-32; save it as UTF-8")
+    # The last line of a full head may be cut within a character.
     lines = head.splitlines()[: -1 if len(head) == _HEAD else None]
     bad = sum(not _is_utf8(line) for line in lines)
     # A broken line is a bad sample; a file in another encoding is not thousands of them.
@@ -201,9 +272,9 @@ def _is_json(line: bytes) -> bool:
 
 
 def _end_of_object(start: bytes) -> int | None:
-    """Where the object at the start of a file's head ends, if it goes over several lines.
+    """Returns the end, in bytes, of the multi-line object that begins a file's head.
 
-    The head's length where it does not end there; None where its first line is broken.
+    The head's length if the object goes on past it; None if its first line is not JSON.
     """
     text = start.decode(errors="replace")
     try:
@@ -217,13 +288,14 @@ def _end_of_object(start: bytes) -> int | None:
 
 
 def _check_object(path: Path) -> None:
-    """Raises DataError for a file of one object that holds rows instead of being one."""
+    """Raises DataError for a file of one object that holds rows instead of being a row."""
     try:
         tree = _PLAIN.decode(path.read_bytes().removeprefix(BOM).decode(errors="replace"))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON ({error}); {_ONE_A_LINE}") from None
+        raise DataError(f"{path} is not JSON ({error}); {_ONE_PER_LINE}") from None
     if not isinstance(tree, dict) or tree.keys() & _ROW_KEYS:
         return
+    # Such as {"train": [rows], "test": [rows]}: as one row it would be a single bad sample.
     holds = [
         f"{printable(key)!r}" + (f" ({len(value):,} entries)" if isinstance(value, list) else "")
         for key, value in tree.items()
@@ -232,43 +304,44 @@ def _check_object(path: Path) -> None:
     ]
     if holds:
         some = ", ".join(holds[:4]) + (", …" if len(holds) > 4 else "")
-        raise DataError(f"{path} is one JSON object that holds {some}; {_ONE_A_LINE}")
+        raise DataError(f"{path} is one JSON object that holds {some}; {_ONE_PER_LINE}")
 
 
 def entries(path: Path) -> Iterator[str]:
-    """The entries of a JSON list as they are written, each on one line; an object is one entry.
+    """Yields the entries of a JSON list verbatim, each on one line; an object is one entry.
 
-    Holds an entry at a time, whatever the size of the file.
+    Holds one entry in memory, whatever the size of the file.
 
     Raises:
-        DataError: the file is not UTF-8, or no JSON list from some entry on.
+        DataError: the file is not UTF-8, or an entry is not JSON.
     """
     reader = _Reader(path)
-    if not reader.begins("["):
+    if not reader.accept("["):
         yield reader.value(1).translate(_LINE_ENDS)
     else:
-        number = 1
-        while not (number == 1 and reader.begins("]")):
-            yield reader.value(number).translate(_LINE_ENDS)
-            number += 1
-            if reader.begins("]"):
+        entry = 1
+        while not (entry == 1 and reader.accept("]")):  # `]` ends an empty list only: no ",]"
+            yield reader.value(entry).translate(_LINE_ENDS)
+            entry += 1
+            if reader.accept("]"):
                 break
-            if not reader.begins(","):
-                raise DataError(reader.says(number - 1, "no comma and no `]` after it"))
-    if reader.more():
-        raise DataError(f"{path}: text follows the end of its JSON list; {_ONE_A_LINE}")
+            if not reader.accept(","):
+                raise DataError(reader.problem(entry - 1, "no comma and no `]` after it"))
+    if reader.skip_space():
+        raise DataError(f"{path}: text follows the end of its JSON list; {_ONE_PER_LINE}")
 
 
 class _Reader:
-    """The text of a file from a position on, read as far as it is needed."""
+    """Incremental JSON scanner: holds the text from the current position to the last chunk read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.text = ""
-        self.place = 0
+        self.position = 0
         self.chunks = self._chunks()
 
     def _chunks(self) -> Iterator[str]:
+        # Incremental: a chunk may end within a character.
         decoder = codecs.getincrementaldecoder("utf-8-sig")()
         try:
             with self.path.open("rb") as file:
@@ -279,54 +352,55 @@ class _Reader:
             raise DataError(f"{self.path} is not UTF-8; save it as UTF-8") from None
 
     def _read(self) -> bool:
-        """Reads on; whether there was more."""
+        """Appends a chunk. Returns False at the end of the file."""
         for chunk in islice(self.chunks, 1):
-            self.text = self.text[self.place :] + chunk
-            self.place = 0
+            self.text = self.text[self.position :] + chunk  # drops what was consumed
+            self.position = 0
             return True
         return False
 
-    def more(self) -> bool:
-        """Whether anything but space is left; what comes first then stands at `place`."""
+    def skip_space(self) -> bool:
+        """Moves to the next character that is not space. Returns False at the end of the file."""
         while True:
-            match = _SPACE.match(self.text, self.place)
-            self.place = self.place if match is None else match.end()
-            if self.place < len(self.text):
+            match = _SPACE.match(self.text, self.position)
+            self.position = self.position if match is None else match.end()
+            if self.position < len(self.text):
                 return True
             if not self._read():
                 return False
 
-    def begins(self, mark: str) -> bool:
-        """Whether `mark` comes next; it is then passed."""
-        if not self.more() or self.text[self.place] != mark:
+    def accept(self, character: str) -> bool:
+        """Moves past `character` if it comes next. Returns whether it does."""
+        if not self.skip_space() or self.text[self.position] != character:
             return False
-        self.place += 1
+        self.position += 1
         return True
 
-    def value(self, number: int) -> str:
-        """The next JSON value as it is written, the `number`th of the file."""
-        if not self.more():
-            raise DataError(self.says(number, "the file ends before it; fetch it again"))
+    def value(self, entry: int) -> str:
+        """Returns the next JSON value verbatim. `entry`, from 1, is for messages."""
+        if not self.skip_space():
+            raise DataError(self.problem(entry, "the file ends before it; fetch it again"))
         while True:
             try:
-                _, end = _PLAIN.raw_decode(self.text, self.place)
-                # A number or word at the end of what was read may go on.
+                _, end = _PLAIN.raw_decode(self.text, self.position)
+                # A number or literal that ends with the chunk may continue in the next one.
                 if end < len(self.text) or not self._read():
-                    value = self.text[self.place : end]
-                    self.place = end
+                    value = self.text[self.position : end]
+                    self.position = end
                     return value
             except json.JSONDecodeError as error:
+                # Near its end, the chunk may cut a token; an open string is cut wherever it began.
                 cut = error.pos >= len(self.text) - _TAIL
                 cut = cut or error.msg.startswith("Unterminated string")
-                if not cut or len(self.text) - self.place > _LONGEST:
-                    raise DataError(self.says(number, f"not JSON ({error.msg})")) from None
+                if not cut or len(self.text) - self.position > _LONGEST:
+                    raise DataError(self.problem(entry, f"not JSON ({error.msg})")) from None
                 if not self._read():
-                    what = f"not JSON ({error.msg}); the file may be cut off"
-                    raise DataError(self.says(number, what)) from None
+                    reason = f"not JSON ({error.msg}); the file may be cut off"
+                    raise DataError(self.problem(entry, reason)) from None
             except RecursionError:
-                raise DataError(self.says(number, TOO_DEEP)) from None
+                raise DataError(self.problem(entry, TOO_DEEP)) from None
             except ValueError:
-                raise DataError(self.says(number, _TOO_LONG)) from None
+                raise DataError(self.problem(entry, _TOO_LONG)) from None
 
-    def says(self, number: int, what: str) -> str:
-        return f"{self.path} entry {number}: {what}"
+    def problem(self, entry: int, reason: str) -> str:
+        return f"{self.path} entry {entry}: {reason}"

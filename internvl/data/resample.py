@@ -1,8 +1,8 @@
-"""Bicubic resizes of RGB, Pillow's and torch's, bit for bit, compiled where numba is installed.
+"""Bicubic resizes of RGB, bit-identical to Pillow's and torch's, compiled by numba if installed.
 
-Both round to a byte between their two passes and to a whole number each weight, Pillow's of 22
-bits behind the point, torch's of 16 bits in all. So a resize is a few integer sums; here they run
-over a whole row at once, and the result is written straight into its tiles. Originals: Pillow's
+Both round the weights to fixed point (Pillow: 22 fractional bits of int32; torch: int16 in all) and
+round to bytes between their two passes, so a resize is a few integer sums. Here they run over a
+whole row at once and write straight into the tiles. Originals: Pillow's
 `src/libImaging/Resample.c`, torch's `UpSampleKernelAVXAntialias.h`.
 """
 
@@ -21,65 +21,62 @@ from torch.nn import functional as F
 
 logger = logging.getLogger(__name__)
 
-_LEAST_PIXELS = 1 << 16  # smaller images take Pillow no time worth saving
-_PATIENCE = 100  # resizes by Pillow before this process compiles, which takes about two seconds
+_LEAST_PIXELS = 1 << 16  # a smaller target takes Pillow no time worth saving
+_COMPILE_AFTER = 100  # resizes of a process before it compiles, which takes about two seconds
+
+_num_resizes = itertools.count()
 
 Weights = tuple[np.ndarray, np.ndarray, int]
 Resize = Callable[[np.ndarray, np.ndarray], None]
 
 
-def find(width: int, height: int, how: str) -> Resize | None:
-    """What resizes to `width` x `height` pixels faster than `how` ("pillow", "torch") and equally.
+def compiled_resize(width: int, height: int, how: str) -> Resize | None:
+    """Returns a compiled resize to `width` x `height` pixels, equal to `how`: "pillow" or "torch".
 
-    It takes an RGB image, uint8 (H, W, 3), and fills tiles, uint8 (rows, columns, 3, S, S). None
-    without numba, and for a process that resizes a few images only: it never compiles it.
+    It takes an RGB image, uint8 (H, W, 3), and fills tiles, uint8 (rows, columns, 3, S, S). Returns
+    None without numba, for small targets, and for the first resizes of a process.
     """
-    if width * height < _LEAST_PIXELS or next(_asked) < _PATIENCE:
+    if width * height < _LEAST_PIXELS or next(_num_resizes) < _COMPILE_AFTER:
         return None
-    return _checked(how)
+    return _checked_resize(how)
 
 
-def by_torch(image: np.ndarray, width: int, height: int) -> Tensor:
-    """uint8 (H, W, 3) -> (3, height, width): antialiased, in Pillow's order of passes."""
+def resize_by_torch(image: np.ndarray, width: int, height: int) -> Tensor:
+    """Resizes uint8 (H, W, 3) to (3, height, width): antialiased, in Pillow's order of passes."""
     # Channels last in memory: the layout of torch's vectorized kernel.
     pixels = torch.from_numpy(np.require(image, requirements="W")).permute(2, 0, 1)[None]
-    tall, wide, _ = image.shape
-    if height_first((wide, tall), (width, height)):
-        pixels = F.interpolate(pixels, (height, wide), mode="bicubic", antialias=True)
+    from_height, from_width, _ = image.shape
+    if height_first((from_width, from_height), (width, height)):
+        pixels = F.interpolate(pixels, (height, from_width), mode="bicubic", antialias=True)
     return F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)[0]
 
 
-_asked = itertools.count()
-
-
 def height_first(size: tuple[int, int], to_size: tuple[int, int]) -> bool:
-    """Whether Pillow resizes `size` to `to_size`, both (W, H), with its pass down first.
-
-    Rounding to bytes between the passes makes their order show. Pillow 13 shrinks the height first
-    where that saves most; before, the width always came first.
-    """
+    """True if Pillow resizes `size` to `to_size`, both (W, H), with the vertical pass first."""
+    # The rounding between the passes makes their order visible. Pillow 13 shrinks the height first
+    # if that saves most; earlier versions always begin with the width.
     (width, height), (to_width, to_height) = size, to_size
     return height - to_height > max(0, 2 * (width - to_width)) and _may_begin_with_height()
 
 
 @cache
 def _may_begin_with_height() -> bool:
-    """Whether the Pillow that is installed ever does, by a tall image in one call and in two."""
+    """True if the installed Pillow ever begins with the height; probed by a tall image."""
     noise = np.random.default_rng(0).integers(0, 256, (200, 40, 3), dtype=np.uint8)
     image = Image.fromarray(noise)
-    in_two = image.resize((40, 30)).resize((20, 30))
-    return image.resize((20, 30)).tobytes() == in_two.tobytes()
+    height_then_width = image.resize((40, 30)).resize((20, 30))
+    return image.resize((20, 30)).tobytes() == height_then_width.tobytes()
 
 
 @cache
-def _checked(how: str) -> Resize | None:
-    """The compiled resize, if numba is there and this Pillow, or torch, gives the same pixels."""
+def _checked_resize(how: str) -> Resize | None:
+    """Returns the compiled resize if numba is installed and it equals this Pillow or torch."""
     try:
         numba = importlib.import_module("numba")
     except ImportError:
         return None
     compiled = numba.njit(nogil=True)
-    resize = _Resize(compiled(_across), compiled(_down), how)
+    resize = _Resize(compiled(_horizontal_pass), compiled(_vertical_pass), how)
     draw = np.random.default_rng(0)
     # To 96 x 48: both shrunk (by Pillow 13 the height first, then the width), both grown, one each.
     for height, width in ((220, 70), (120, 200), (30, 20), (200, 30), (40, 120)):
@@ -87,21 +84,21 @@ def _checked(how: str) -> Resize | None:
         tiles = np.empty((2, 1, 3, 48, 48), dtype=np.uint8)
         resize(image, tiles)
         if how == "pillow":
-            wanted = np.asarray(Image.fromarray(image).resize((48, 96)))
+            expected = np.asarray(Image.fromarray(image).resize((48, 96)))
         else:
-            wanted = by_torch(image, 48, 96).permute(1, 2, 0).numpy()
-        if not np.array_equal(tiles.transpose(0, 3, 1, 4, 2).reshape(96, 48, 3), wanted):
-            logger.debug("%s resizes in another way than the compiled resize", how)
+            expected = resize_by_torch(image, 48, 96).permute(1, 2, 0).numpy()
+        if not np.array_equal(tiles.transpose(0, 3, 1, 4, 2).reshape(96, 48, 3), expected):
+            logger.debug("the compiled resize differs from that of %s, which is used instead", how)
             return None
     return resize
 
 
 class _Resize:
-    """Two passes, in the order that Pillow would take them."""
+    """Runs the two compiled passes in the order that Pillow would."""
 
-    def __init__(self, across: Any, down: Any, how: str) -> None:
-        self.across = across
-        self.down = down
+    def __init__(self, horizontal: Any, vertical: Any, how: str) -> None:
+        self.horizontal = horizontal
+        self.vertical = vertical
         self.how = how
 
     def __call__(self, image: np.ndarray, tiles: np.ndarray) -> None:
@@ -109,24 +106,27 @@ class _Resize:
         height, width, _ = image.shape
         to_width, to_height = columns * size, rows * size
         if height_first((width, height), (to_width, to_height)):
-            image = self._height_only(image, to_height)
+            image = self._resize_height(image, to_height)
             height = to_height
+        # Bytes, not int32, between the passes: Pillow and torch round here, too.
         middle = np.empty((3, height, to_width), dtype=np.uint8)
-        self.across(_frozen(image), *_weights(width, to_width, self.how), middle)
-        self.down(_frozen(middle), *_weights(height, to_height, self.how), tiles)
+        self.horizontal(_read_only(image), *_weights(width, to_width, self.how), middle)
+        self.vertical(_read_only(middle), *_weights(height, to_height, self.how), tiles)
 
-    def _height_only(self, image: np.ndarray, to_height: int) -> np.ndarray:
-        """uint8 (to_height, W, 3): the pass down alone, of rows as they lie."""
+    def _resize_height(self, image: np.ndarray, to_height: int) -> np.ndarray:
+        """Returns uint8 (to_height, W, 3): the vertical pass alone."""
         height, width, _ = image.shape
-        done = np.empty((to_height, width, 3), dtype=np.uint8)
-        tile = done.reshape(1, 1, 1, to_height, width * 3)
-        row = _frozen(image.reshape(1, height, width * 3))
-        self.down(row, *_weights(height, to_height, self.how), tile)
-        return done
+        # Interleaved RGB rows are one plane of width 3 W: the weights do not depend on the column.
+        resized = np.empty((to_height, width, 3), dtype=np.uint8)
+        tile = resized.reshape(1, 1, 1, to_height, width * 3)
+        plane = _read_only(image.reshape(1, height, width * 3))
+        self.vertical(plane, *_weights(height, to_height, self.how), tile)
+        return resized
 
 
-def _frozen(array: np.ndarray) -> np.ndarray:
-    """Read-only, as arrays of Pillow's images are: what may be written is compiled once more."""
+def _read_only(array: np.ndarray) -> np.ndarray:
+    """Returns a read-only view."""
+    # Arrays of Pillow images are read-only, which is a signature of its own to numba.
     view = array.view()
     view.flags.writeable = False
     return view
@@ -134,11 +134,11 @@ def _frozen(array: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=4096)
 def _weights(size: int, to_size: int, how: str) -> Weights:
-    """Of every target the first source pixel, uint64, and weights (taps, to_size), with their bits.
+    """Returns (first, weights, bits) of a resize of one side from `size` to `to_size` pixels.
 
-    So many bits stand behind the point: 22 of int32 for Pillow, for torch as many as the largest
-    weight leaves of int16. Taps are a multiple of four; those that a target does not need weigh
-    nothing.
+    `first`, uint64 (to_size,), is the first source pixel of each target; `weights` (taps, to_size)
+    are fixed-point numbers with `bits` fractional bits: int32 with 22 for Pillow, int16 with as
+    many as the largest weight leaves for torch. Taps that a target does not need weigh 0.
     """
     scale = size / to_size
     stretch = max(scale, 1.0)
@@ -151,10 +151,10 @@ def _weights(size: int, to_size: int, how: str) -> Weights:
     distance = (tap + first[:, None] - center[:, None] + 0.5) * (1.0 / stretch)
     weight = np.where(tap < count[:, None], _bicubic(np.abs(distance)), 0.0)
     total = np.zeros(to_size)
-    for column in weight.T:  # one after the other: the order of a float sum shows
+    for column in weight.T:  # not `sum`, which adds pairwise: other last bits than C's loop
         total = total + column
     weight = weight / total[:, None]
-    bits = 22
+    bits = 22  # Pillow: 32 bits less 8 of the pixel and 2 for sums beyond 255
     if how == "torch":
         bits = 14
         while int(0.5 + weight.max() * (1 << (bits + 1))) < 1 << 15:
@@ -165,23 +165,21 @@ def _weights(size: int, to_size: int, how: str) -> Weights:
 
 
 def _bicubic(x: np.ndarray) -> np.ndarray:
-    a = -0.5
+    a = -0.5  # Pillow's; torch has it when it antialiases, -0.75 otherwise
     near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1
     far = (((x - 5) * x + 8) * x - 4) * a
     return np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
 
 
-def _across(
+def _horizontal_pass(
     image: np.ndarray, first: np.ndarray, weight: np.ndarray, bits: int, out: np.ndarray
 ) -> None:
-    """uint8 (H, W, 3) -> (3, H, to_width). Compiled.
-
-    Each pixel is packed with the three to its right, so a target reads four of them at once.
-    """
+    """Resizes uint8 (H, W, 3) to `out`, (3, H, to_width). Compiled by numba."""
     height, width, _ = image.shape
     taps, to_width = weight.shape
     lines = image.reshape(height, width * 3)
     row = np.zeros((width + taps) * 3, np.uint8)  # black to the right: weighted with zero
+    # Each byte with those of the three pixels to its right: a target reads four taps at once.
     packed = np.empty((width + taps) * 3 - 9, np.uint32)
     start = first * np.uint64(3)
     read = np.empty((3, to_width), np.uint32)
@@ -206,9 +204,10 @@ def _across(
                 fours, total = read[channel], sums[channel]
                 for x in range(to_width):
                     four = fours[x]
-                    so_far = np.int32(1 << (bits - 1)) if tap == 0 else total[x]
+                    # Half of the last bit: the shift below then rounds to the nearest.
+                    start_sum = np.int32(1 << (bits - 1)) if tap == 0 else total[x]
                     total[x] = (
-                        so_far
+                        start_sum
                         + np.int32(four & np.uint32(255)) * np.int32(w0[x])
                         + np.int32((four >> np.uint32(8)) & np.uint32(255)) * np.int32(w1[x])
                         + np.int32((four >> np.uint32(16)) & np.uint32(255)) * np.int32(w2[x])
@@ -220,12 +219,12 @@ def _across(
                 target[x] = np.uint8(min(max(total[x] >> np.int32(bits), 0), 255))
 
 
-def _down(
+def _vertical_pass(
     planes: np.ndarray, first: np.ndarray, weight: np.ndarray, bits: int, tiles: np.ndarray
 ) -> None:
-    """uint8 (C, H, columns W) -> (rows, columns, C, H', W). Compiled."""
+    """Resizes uint8 (C, H, columns W) to `tiles`, (rows, columns, C, H', W). Compiled by numba."""
     channels, height, width = planes.shape
-    _, columns, _, tall, wide = tiles.shape
+    _, columns, _, tile_height, tile_width = tiles.shape
     last = np.uint64(height - 1)
     sums = np.empty(width, np.int32)
     for channel in range(channels):
@@ -239,16 +238,16 @@ def _down(
                 w0, w1 = np.int32(weight[tap, y]), np.int32(weight[tap + 1, y])
                 w2, w3 = np.int32(weight[tap + 2, y]), np.int32(weight[tap + 3, y])
                 for x in range(width):
-                    so_far = np.int32(1 << (bits - 1)) if tap == 0 else sums[x]
+                    start_sum = np.int32(1 << (bits - 1)) if tap == 0 else sums[x]
                     sums[x] = (
-                        so_far
+                        start_sum
                         + np.int32(r0[x]) * w0
                         + np.int32(r1[x]) * w1
                         + np.int32(r2[x]) * w2
                         + np.int32(r3[x]) * w3
                     )
             for column in range(columns):
-                part = sums[column * wide : (column + 1) * wide]
-                target = tiles[y // tall, column, channel, y % tall]
-                for x in range(wide):
-                    target[x] = np.uint8(min(max(part[x] >> np.int32(bits), 0), 255))
+                tile_sums = sums[column * tile_width : (column + 1) * tile_width]
+                target = tiles[y // tile_height, column, channel, y % tile_height]
+                for x in range(tile_width):
+                    target[x] = np.uint8(min(max(tile_sums[x] >> np.int32(bits), 0), 255))

@@ -26,9 +26,10 @@ from internvl.data.index import (
     index_lines,
     write_once,
 )
-from internvl.data.json_rows import entries, is_list, parse, parse_row, printable
+from internvl.data.json_rows import entries, is_list, parse, parse_row
 from internvl.data.records import Sample
 from internvl.data.tables import Table
+from internvl.data.texts import printable
 from internvl.errors import BadSample, DataError
 
 Parse = Callable[[str, dict[str, Any], SourceConfig], Sample]

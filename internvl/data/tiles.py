@@ -1,4 +1,4 @@
-"""Dynamic resolution: which grid of tiles an image becomes, and the tiles.
+"""Dynamic resolution: chooses the grid of tiles of an image and cuts the tiles.
 
 Original: `internvl_chat/internvl/train/dataset.py`, `dynamic_preprocess`.
 """
@@ -28,11 +28,9 @@ from internvl.data.records import Grid, Tiles
 
 @lru_cache(maxsize=64)
 def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[Grid, ...]:
-    """All (columns, rows) of min…max tiles, fewest tiles first.
-
-    Among equal counts the order is that of a Python set filled as the original fills it; it decides
-    exact ties, which occur only for `min_tiles` above 1.
-    """
+    """Returns all (columns, rows) of min_tiles…max_tiles tiles, fewest tiles first."""
+    # A set filled in the original's order: its iteration order decides among grids of equal count,
+    # which matters for exact ties if `min_tiles` is above 1. Not sorted, not a dict.
     grids = {
         (columns, rows)
         for bound in range(min_tiles, max_tiles + 1)
@@ -44,9 +42,9 @@ def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[Grid, ...]:
 
 
 def choose_grid(width: int, height: int, *, min_tiles: int, max_tiles: int, tile_size: int) -> Grid:
-    """(columns, rows) with the aspect ratio nearest the image's; on a tie, more if pixels allow.
+    """Returns (columns, rows) nearest the image's aspect ratio; on a tie, more if pixels allow.
 
-    width, height, tile_size in pixels.
+    width, height and tile_size are in pixels.
 
     >>> choose_grid(800, 1300, min_tiles=1, max_tiles=12, tile_size=448)
     (2, 3)
@@ -57,6 +55,7 @@ def choose_grid(width: int, height: int, *, min_tiles: int, max_tiles: int, tile
     best, best_difference = (1, 1), float("inf")
     for columns, rows in candidate_grids(min_tiles, max_tiles):
         difference = abs(aspect - columns / rows)
+        # A larger grid wins a tie only if the image has half of the pixels that it would show.
         large_enough = area > 0.5 * tile_size * tile_size * columns * rows
         if difference < best_difference or (difference == best_difference and large_enough):
             best, best_difference = (columns, rows), difference
@@ -64,17 +63,18 @@ def choose_grid(width: int, height: int, *, min_tiles: int, max_tiles: int, tile
 
 
 def num_tiles(grid: Grid, thumbnail: bool) -> int:
-    """Tiles of a grid, the thumbnail included where there is one."""
+    """Returns the number of tiles of a grid, its thumbnail included."""
     count = grid[0] * grid[1]
+    # A thumbnail of a single tile would be that tile again.
     return count + 1 if thumbnail and count > 1 else count
 
 
 def cut(
     image: Rgb, grid: Grid, *, tile_size: int, thumbnail: bool, resize: str = "pillow"
 ) -> Tensor:
-    """An RGB image as tiles, uint8 (N, 3, S, S): row by row, then the thumbnail.
+    """Returns the tiles of an RGB image, uint8 (N, 3, S, S): row by row, then the thumbnail.
 
-    The whole image is resized to the grid (bicubic, aspect not kept), then cropped.
+    Resizes the whole image to the grid (bicubic, aspect ratio not kept), then crops.
     """
     columns, rows = grid
     with_thumbnail = thumbnail and columns * rows > 1
@@ -89,23 +89,23 @@ def cut(
 
 
 def _resize_into(tiles: Tensor, pixels: np.ndarray, how: str) -> None:
-    """Fills uint8 (rows, columns, 3, S, S): Pillow's bicubic or torch's antialiased one on uint8,
-    compiled where numba is installed.
+    """Resizes `pixels`, uint8 (H, W, 3), into `tiles`, uint8 (rows, columns, 3, S, S).
 
-    Written plane by plane to its place: a copy less, and rows of S bytes instead of single ones.
+    By Pillow's bicubic or torch's antialiased one (`how`), compiled if numba is installed.
     """
     rows, columns, _, size, _ = tiles.shape
     width, height = columns * size, rows * size
-    compiled = resample.find(width, height, how)
+    compiled = resample.compiled_resize(width, height, how)
     if compiled is not None:
         compiled(pixels, tiles.numpy())
     elif how == "pillow":
         resized = Image.fromarray(pixels).resize((width, height))
+        # Plane by plane: saves a transposed copy of the whole, and copies runs of S bytes.
         for channel, plane in enumerate(resized.split()):
             cells = np.asarray(plane).reshape(rows, size, columns, size)
             tiles.numpy()[:, :, channel] = cells.swapaxes(1, 2)
     else:
-        whole = resample.by_torch(pixels, width, height)
+        whole = resample.resize_by_torch(pixels, width, height)
         cells = whole.unflatten(1, (rows, size)).unflatten(3, (columns, size))
         tiles.copy_(cells.permute(1, 3, 0, 2, 4))
 
@@ -113,7 +113,7 @@ def _resize_into(tiles: Tensor, pixels: np.ndarray, how: str) -> None:
 def choose_grids(
     sizes: Sequence[tuple[int, int]], config: TilesConfig, max_tiles: int
 ) -> tuple[Grid, ...]:
-    """The grid of each of a sample's images, from their sizes (width, height) in pixels.
+    """Returns the grid of each of a sample's images, from their (width, height) in pixels.
 
     Several images share the budget: each gets at most max(1, max_tiles // number of images).
     """
@@ -122,6 +122,7 @@ def choose_grids(
         choose_grid(
             width,
             height,
+            # Many images leave less than the configured minimum for each.
             min_tiles=min(config.min, most),
             max_tiles=most,
             tile_size=config.size,
@@ -139,32 +140,33 @@ def tile_images(
     mean: Triple = STATISTICS["imagenet"][0],
     augment: np.random.Generator | None = None,
 ) -> Tiles | None:
-    """The tiles of a sample's RGB images, None without images.
+    """Cuts the RGB images of a sample into tiles; returns None without images.
 
     Args:
         resize: "pillow" or "torch".
-        mean: colour of the padding where `config.pad_square` is set.
-        augment: draws a JPEG quality for every tile, or none. As in the original, an image that
-            is never tiled (`config.max` is 1) is degraded before it is resized, and not padded.
+        mean: colour of the padding if `config.pad_square`, RGB in 0…1.
+        augment: draws the JPEG quality of every tile; None leaves them as they are.
     """
     if not images:
         return None
     arrays = [np.asarray(image) for image in images]
     grids = choose_grids([size_of(array) for array in arrays], config, max_tiles)
+    # As in the original, an image that is never tiled is degraded before its resize, not padded.
     if config.max == 1 and augment is not None:
         arrays = [
             np.asarray(degrade(Image.fromarray(array), _quality(augment))) for array in arrays
         ]
     elif config.pad_square:
         arrays = [np.asarray(pad_square(Image.fromarray(p), mean)) for p in arrays]
-    each = [
+    tiles_of_images = [
         cut(array, grid, tile_size=config.size, thumbnail=config.thumbnail, resize=resize)
         for array, grid in zip(arrays, grids, strict=True)
     ]
-    pixels = each[0] if len(each) == 1 else torch.cat(each)  # cat copies even one
+    # `cat` would copy a single tensor, too.
+    pixels = tiles_of_images[0] if len(tiles_of_images) == 1 else torch.cat(tiles_of_images)
     if config.max > 1 and augment is not None:
         pixels = degrade_tiles(pixels, [_quality(augment) for _ in pixels])
-    return Tiles(pixels, tuple(map(len, each)), grids)
+    return Tiles(pixels, tuple(map(len, tiles_of_images)), grids)
 
 
 def _quality(draw: np.random.Generator) -> int:
@@ -174,7 +176,7 @@ def _quality(draw: np.random.Generator) -> int:
 def empty_tiles(
     sizes: Sequence[tuple[int, int]], config: TilesConfig, max_tiles: int
 ) -> Tiles | None:
-    """As `tile_images`, but of no pixels (S = 0): enough for everything that only counts."""
+    """Returns the counts and grids of `tile_images` with S = 0: decodes and resizes nothing."""
     if not sizes:
         return None
     grids = choose_grids(sizes, config, max_tiles)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl.data import captions
-from internvl.data.texts import read_json
+from internvl.data.json_rows import read_json
 from internvl.datasets import convert, playground
 from internvl.datasets import download as fetch
 from internvl.datasets.checklist import Missing, Tree

@@ -15,8 +15,9 @@ from torch.nn.functional import normalize
 
 from internvl.config import EvalConfig
 from internvl.data.images import IMAGE_ENDINGS
+from internvl.data.json_rows import RepeatedKeys, read_json
 from internvl.data.pair_files import broken
-from internvl.data.texts import RepeatedKeys, json_type, printable, read_json, text_problem
+from internvl.data.texts import json_type, printable, text_problem
 from internvl.errors import BadSample, UserError
 from internvl.evals.features import Store, ranks, share_within
 from internvl.evals.scores import Scores, file_state, left_out, settle

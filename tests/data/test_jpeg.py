@@ -17,15 +17,15 @@ from internvl.errors import BadImage
 @pytest.fixture
 def simplejpeg():
     found = pytest.importorskip("simplejpeg")
-    assert jpeg._checked() is found, "it decodes in another way than this Pillow"
+    assert jpeg._checked_module() is found, "it decodes in another way than this Pillow"
     return found
 
 
 @pytest.fixture
 def checked_anew():
-    jpeg._checked.cache_clear()
+    jpeg._checked_module.cache_clear()
     yield
-    jpeg._checked.cache_clear()
+    jpeg._checked_module.cache_clear()
 
 
 def encoded(image, form="JPEG", **options):

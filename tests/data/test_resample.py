@@ -14,9 +14,9 @@ from internvl.data import resample, tiles
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _no_patience():
+def _compile_at_once():
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(resample, "_PATIENCE", 0)
+        patched.setattr(resample, "_COMPILE_AFTER", 0)
         yield
 
 
@@ -28,7 +28,7 @@ def how(request):
 @pytest.fixture(scope="module")
 def resize(how):
     pytest.importorskip("numba")
-    found = resample.find(448, 448, how)
+    found = resample.compiled_resize(448, 448, how)
     assert found is not None, f"this {how} resizes in another way"
     return found
 
@@ -37,7 +37,7 @@ def slow(picture, width, height, how):
     """The same by Pillow or torch itself, uint8 (height, width, 3)."""
     if how == "pillow":
         return np.asarray(Image.fromarray(picture).resize((width, height)))
-    return resample.by_torch(picture, width, height).permute(1, 2, 0).numpy()
+    return resample.resize_by_torch(picture, width, height).permute(1, 2, 0).numpy()
 
 
 @pytest.mark.parametrize(
@@ -95,9 +95,9 @@ def test_another_order_of_passes_is_noticed(monkeypatch):
     pytest.importorskip("numba")
     found = resample._may_begin_with_height()
     monkeypatch.setattr(resample, "_may_begin_with_height", lambda: not found)
-    resample._checked.cache_clear()
-    assert resample._checked("pillow") is None
-    resample._checked.cache_clear()
+    resample._checked_resize.cache_clear()
+    assert resample._checked_resize("pillow") is None
+    resample._checked_resize.cache_clear()
 
 
 def test_tiles_are_the_same_with_and_without(resize, how, monkeypatch):
@@ -105,21 +105,21 @@ def test_tiles_are_the_same_with_and_without(resize, how, monkeypatch):
     image = Image.fromarray(noise)
     config = TilesConfig(size=224, max=6)
     with_numba = tiles.tile_images([image], config, 6, resize=how)
-    monkeypatch.setattr(resample, "find", lambda width, height, how: None)
+    monkeypatch.setattr(resample, "compiled_resize", lambda width, height, how: None)
     without = tiles.tile_images([image], config, 6, resize=how)
     assert torch.equal(with_numba.pixels, without.pixels)
 
 
 def test_a_few_pictures_are_not_worth_compiling_for(resize, how, monkeypatch):
-    monkeypatch.setattr(resample, "_asked", itertools.count())
-    monkeypatch.setattr(resample, "_PATIENCE", 2)
-    found = [resample.find(448, 448, how) is not None for _ in range(3)]
+    monkeypatch.setattr(resample, "_num_resizes", itertools.count())
+    monkeypatch.setattr(resample, "_COMPILE_AFTER", 2)
+    found = [resample.compiled_resize(448, 448, how) is not None for _ in range(3)]
     assert found == [False, False, True]
 
 
 def test_without_numba_or_for_small_pictures_the_slow_one_does_it(monkeypatch):
-    assert resample.find(64, 64, "pillow") is None
+    assert resample.compiled_resize(64, 64, "pillow") is None
     monkeypatch.setitem(sys.modules, "numba", None)
-    resample._checked.cache_clear()
-    assert resample.find(448, 448, "pillow") is None
-    resample._checked.cache_clear()
+    resample._checked_resize.cache_clear()
+    assert resample.compiled_resize(448, 448, "pillow") is None
+    resample._checked_resize.cache_clear()

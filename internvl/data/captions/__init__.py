@@ -31,7 +31,8 @@ from internvl.data.captions.lines import (
     split_token,
 )
 from internvl.data.images import IMAGE_ENDINGS, FileSlice
-from internvl.data.texts import not_json, parse_line, problem_lines, read_json, read_text
+from internvl.data.json_rows import not_json, parse_line, read_json
+from internvl.data.texts import problem_lines, read_text
 from internvl.errors import DataError
 
 __all__ = [

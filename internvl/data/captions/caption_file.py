@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from internvl.data.images import FileSlice, is_address
-from internvl.data.texts import RepeatedKeys, json_type, printable, text_problem
+from internvl.data.json_rows import RepeatedKeys
+from internvl.data.texts import json_type, printable, text_problem
 from internvl.errors import BadSample
 
 ImageId = int | str

@@ -12,7 +12,8 @@ from internvl.data.captions.caption_file import (
     object_problem,
 )
 from internvl.data.captions.json_entries import karpathy_names
-from internvl.data.texts import json_type, read_json, text_problem
+from internvl.data.json_rows import read_json
+from internvl.data.texts import json_type, text_problem
 from internvl.errors import DataError
 
 

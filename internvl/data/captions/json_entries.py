@@ -6,15 +6,8 @@ from typing import Any
 
 from internvl.data.captions.caption_file import CaptionFile, name_problem, object_problem
 from internvl.data.captions.lines import TEXT_KEYS, numbered_lines
-from internvl.data.texts import (
-    json_type,
-    parse_json,
-    parse_line,
-    printable,
-    problem_lines,
-    read_json,
-    read_text,
-)
+from internvl.data.json_rows import parse_json, parse_line, read_json
+from internvl.data.texts import json_type, printable, problem_lines, read_text
 from internvl.errors import BadSample, DataError
 
 
