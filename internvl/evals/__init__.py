@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from internvl.config import EvalConfig
 from internvl.data.images import FileSlice
 from internvl.evals import caption, classify, loss, retrieval
+from internvl.evals.metrics import one_meteor
 from internvl.evals.scores import Scores
 from internvl.log import get_logger, read_numbers
 
@@ -56,6 +57,7 @@ def measured(folder: Path, step: int) -> set[str]:
     return {name.rpartition("/")[0] for name in _read(_file(folder, step))}
 
 
+@one_meteor()
 def run_all(
     evaluators: Mapping[str, Evaluator],
     handle: Any,

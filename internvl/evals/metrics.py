@@ -12,8 +12,11 @@ import logging
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
@@ -70,7 +73,8 @@ def caption_scores(
     hypotheses, truths = _tokenized(candidates, references, tokenize)
     scorers: dict[str, Callable[..., dict[str, float]]] = {
         "bleu": _bleu,
-        "meteor": _meteor,
+        # Read here: threads of a pool do not inherit context variables.
+        "meteor": partial(_meteor, shared=_shared_meteor.get()),
         "rouge_l": _rouge_l,
         "cider": _cider,
     }
@@ -172,23 +176,72 @@ def _coco_form(
     return dict(enumerate(truths)), {i: [text] for i, text in enumerate(hypotheses)}
 
 
-def _meteor(hypotheses: list[str], truths: list[list[str]]) -> dict[str, float]:
-    jar = _beside("pycocoevalcap.meteor.meteor", "meteor-1.5.jar")
-    command = [*_java(), "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints:
+class _Meteor:
+    """A running METEOR process, which scores one corpus after the other."""
+
+    def __init__(self) -> None:
+        jar = _beside("pycocoevalcap.meteor.meteor", "meteor-1.5.jar")
+        # A file, not a pipe: Java blocks once a pipe that nobody reads is full.
+        self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self._java = subprocess.Popen(
+            [*_java(), "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            encoding="utf-8",
+        )
+
+    def score(self, hypotheses: list[str], truths: list[list[str]]) -> float:
+        """METEOR of a corpus. Raises RuntimeError with Java's own words if the process ended."""
         try:
-            with subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=complaints,
-                encoding="utf-8",
-            ) as java:
-                return {"meteor": _ask_meteor(java, hypotheses, truths)}
+            return _ask_meteor(self._java, hypotheses, truths)
         except (BrokenPipeError, EOFError) as error:
-            complaints.seek(0)
-            reason = complaints.read().strip() or "without saying why"
+            self._java.wait()  # only then has it written all of its reason
+            self._stderr.seek(0)
+            reason = self._stderr.read().strip() or "without saying why"
             raise RuntimeError(f"METEOR stopped: {reason}") from error
+
+    def close(self) -> None:
+        """Ends the process: METEOR does so at the end of its input."""
+        # A line that a dead process did not take is flushed again on closing.
+        with suppress(BrokenPipeError), self._java:
+            pass
+        self._stderr.close()
+
+
+_shared_meteor: ContextVar[list[_Meteor] | None] = ContextVar("_shared_meteor", default=None)
+
+
+@contextmanager
+def one_meteor() -> Iterator[None]:
+    """Inside, all calls of `caption_scores` share one METEOR process, started by the first.
+
+    Loading its paraphrase table takes 9 CPU seconds, more than scoring a test split does.
+    """
+    processes: list[_Meteor] = []
+    token = _shared_meteor.set(processes)
+    try:
+        yield
+    finally:
+        _shared_meteor.reset(token)
+        for process in processes:
+            process.close()
+
+
+def _meteor(
+    hypotheses: list[str], truths: list[list[str]], *, shared: list[_Meteor] | None
+) -> dict[str, float]:
+    if shared is None:
+        with one_meteor():
+            return _meteor(hypotheses, truths, shared=_shared_meteor.get())
+    if not shared:
+        shared.append(_Meteor())
+    try:
+        score = shared[-1].score(hypotheses, truths)
+    except RuntimeError:
+        shared.pop().close()  # the next corpus gets a new process
+        raise
+    return {"meteor": score}
 
 
 def _ask_meteor(

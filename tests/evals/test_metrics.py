@@ -5,6 +5,8 @@ import logging
 import os
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
+from contextvars import Context
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,14 @@ def lower(expected: dict[str, float]) -> dict[str, float]:
     return {name.lower(): expected[name] for name in expected if name.lower() in NAMES}
 
 
+@pytest.fixture(scope="module")
+def one_meteor() -> Iterator[None]:
+    """One METEOR for many tests: starting one takes 9 CPU seconds."""
+    with metrics.one_meteor():
+        yield
+
+
+@pytest.mark.usefixtures("one_meteor")
 @pytest.mark.parametrize("tokenize", list(EMBEDDED))
 def test_scores_equal_pycocoevalcap(tokenize: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", "")  # a Java of the machine must not matter
@@ -88,6 +98,7 @@ def test_a_line_break_in_a_caption_shifts_nothing(line_break: str):
     assert metrics._ptb([f"a dog{line_break}runs", "", "the cat."]) == ["a dog runs", "", "the cat"]
 
 
+@pytest.mark.usefixtures("one_meteor")
 def test_the_official_example_to_six_digits():
     folder = SHARED / "data/capeval/fakecap126"
     if not folder.is_dir():
@@ -101,6 +112,7 @@ def test_the_official_example_to_six_digits():
     assert scores == pytest.approx(lower(expected), abs=1e-6)
 
 
+@pytest.mark.usefixtures("one_meteor")
 @pytest.mark.parametrize("system", ["seqlearn", "coco-cn"])
 def test_published_chinese_scores(system: str):
     folder = SHARED / "data/capeval/coco_cn_test1000"
@@ -141,11 +153,26 @@ def test_a_meteor_that_fails_loses_only_its_own_number(
     monkeypatch.setattr(metrics, "_beside", lambda module, file: Path("/nowhere") / file)
     candidates, references, expected = EMBEDDED["words"]
     with caplog.at_level(logging.ERROR):
-        scores = metrics.caption_scores(candidates, references, tokenize="words")
+        # A context of its own, in which no METEOR is shared.
+        scores = Context().run(metrics.caption_scores, candidates, references, tokenize="words")
     assert list(scores) == [name for name in NAMES if name != "meteor"]
     assert scores["cider"] == pytest.approx(expected[-1], abs=1e-6)
     assert "no meteor: RuntimeError: METEOR stopped" in caplog.text
     assert "meteor-1.5.jar" in caplog.text
+
+
+def test_a_shared_meteor_that_died_is_started_again(caplog: pytest.LogCaptureFixture):
+    candidates, references, expected = EMBEDDED["words"]
+    with metrics.one_meteor():
+        metrics.caption_scores(candidates, references, tokenize="words")
+        [process] = metrics._shared_meteor.get() or []
+        process._java.kill()
+        killed = metrics.caption_scores(candidates, references, tokenize="words")
+        again = metrics.caption_scores(candidates, references, tokenize="words")
+    assert "meteor" not in killed
+    assert "METEOR stopped" in caplog.text
+    assert again["meteor"] == pytest.approx(expected[NAMES.index("meteor")], abs=1e-6)
+    assert process._java.returncode is not None
 
 
 def test_a_tokenizer_that_fails_says_why(monkeypatch: pytest.MonkeyPatch):
