@@ -1,14 +1,33 @@
-"""What every test shares: few threads, its own cache; `gpu` tests skip where there is no device."""
+"""What every test shares: few threads, its own caches, its CPU seconds; `gpu` tests skip where
+there is no device."""
 
 import os
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
+import cpu_seconds
 import pytest
 
 # Read when torch is imported, here and in the processes that tests start. The models are so small
 # that threads cost more than they bring, and far more where two test runs share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What torch's compiler built lasts until .pytest_cache goes, not until /tmp is emptied; its parts
+# are found by what they were built from, so an old one is never run.
+_COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "inductor"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_COMPILED))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--write-durations",
+        action="store_true",
+        help="commit this run's CPU seconds per file to tests/durations.json",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(cpu_seconds.CpuSeconds(config))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -49,7 +49,7 @@ def command(project, folder, *overrides):
     return [sys.executable, "-m", "internvl", "train", str(project), f"run={folder}", *overrides]
 
 
-def wait_for_step(folder, step, process, limit_s=120):
+def wait_for_step(folder, step, process, limit_s=3600):
     """Returns once metrics.jsonl has reached `step`."""
     until = time.monotonic() + limit_s
     while time.monotonic() < until and process.poll() is None:

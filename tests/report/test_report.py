@@ -368,7 +368,7 @@ def screenshot(page: Path, to: Path, *, profile: Path, width: int, dark: bool) -
         [browser, *" ".join(flags).split(), *theme, page.as_uri()],
         capture_output=True,
         encoding="utf-8",
-        timeout=120,
+        timeout=3600,
         check=False,
     )
     assert to.is_file(), done.stderr
