@@ -1,6 +1,6 @@
-"""Rows of annotation files -> samples: official chat, OpenAI-style chat, captions, preferences.
+"""Parses rows of annotation files to samples: official and OpenAI chat, captions, preferences.
 
-A row is a JSON object; what is wrong with it is a BadSample that says so.
+A row is a JSON object; every function raises BadSample that says what is wrong with it.
 """
 
 from dataclasses import replace
@@ -25,18 +25,19 @@ _USED = {"conversations", "messages", "image", "images", "video", "videos", "cli
 
 
 def chat(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:
-    """`conversations` with `image` or `video`, or `messages` with `images` or `videos`."""
+    """Parses `conversations` with `image` or `video`, or `messages` with `images` or `videos`."""
     slots: list[Slot] = []
     if "messages" in row and "conversations" not in row:
         messages, slots = from_openai(name, row["messages"])
     else:
         messages = from_official(name, row.get("conversations"))
     images = in_order(
-        slots, IMAGE_MARK, [*_listed(name, row, "image"), *_listed(name, row, "images")]
+        slots, IMAGE_MARK, [*_media(name, row, "image"), *_media(name, row, "images")]
     )
     videos = in_order(
-        slots, VIDEO_MARK, [*_listed(name, row, "video"), *_listed(name, row, "videos")]
+        slots, VIDEO_MARK, [*_media(name, row, "video"), *_media(name, row, "videos")]
     )
+    # The original would read the images and drop the videos silently.
     if images and videos:
         raise BadSample(name, "it has images and videos; only one kind can be in a sample")
     start_s, end_s = _clip(name, row)
@@ -51,13 +52,13 @@ def chat(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:
 
 
 def caption(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:
-    """`image` and `caption`: the source's prompt is the question; without one there is only the
-    answer, which is enough for a pair."""
+    """Parses `image` and `caption`; the source's prompt becomes the question."""
     text = row.get("caption")
     if not isinstance(text, str) or not text.strip():
         raise BadSample(name, "the caption is empty; write it or remove the row")
     if not row.get("image"):
         raise BadSample(name, "no image is named; write its name")
+    # Without a prompt the answer stands alone: enough for a pair, an error in chat training.
     messages = [Message("assistant", text.strip())]
     if config.prompt is not None:
         messages.insert(0, Message("user", f"{IMAGE_MARK}\n{config.prompt}"))
@@ -65,12 +66,12 @@ def caption(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:
 
 
 def sliced_caption(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:
-    """`caption` of a row that is ours, its `image` the fields of FileSlice."""
+    """Parses a caption row converted by us, whose `image` holds the fields of FileSlice."""
     return caption(name, {**row, "image": FileSlice(*row["image"])}, config)
 
 
 def preference(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:
-    """`question, chosen, rejected`: the chosen answer is the sample's, the other one is kept."""
+    """Parses `question, chosen, rejected`; the rejected answer goes to the sample's `extra`."""
     for key in ("question", "chosen", "rejected"):
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise BadSample(name, f"`{key}` must be a text that is not empty")
@@ -78,6 +79,7 @@ def preference(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:
         {"from": "human", "value": row["question"]},
         {"from": "gpt", "value": row["chosen"]},
     ]
+    # The keys of media in a chat row, so that `chat` reads and checks them.
     media: dict[str, Any] = {k: row[k] for k in ("image", "video", "clip") if k in row}
     sample = chat(name, {**media, "conversations": turns}, config)
     return Sample(
@@ -86,51 +88,55 @@ def preference(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:
 
 
 def table_row(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:
-    """A row of a table: chat columns, or an image and a `caption` or `text` column."""
+    """Parses a table row: chat columns, or an image and a `caption` or `text` column."""
+    # A table gives every row every column; null stands for what JSON would leave out.
     row = {key: value for key, value in row.items() if value is not None}
     if "conversations" in row or "messages" in row:
         return chat(name, row, config)
     if not row.keys() & {"caption", "text"}:
-        found = ", ".join(row)
+        columns = ", ".join(row)
         raise BadSample(
-            name, f"no column `conversations`, `messages` or `caption` (there are: {found})"
+            name, f"no column `conversations`, `messages` or `caption` (there are: {columns})"
         )
     return caption(name, {"caption": row.get("caption", row.get("text")), **row}, config)
 
 
 def shard_row(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:
-    """A sample of a webdataset tar: its images, and a JSON row or a caption."""
+    """Parses a sample of a webdataset tar: its images, and a JSON row or a caption."""
     slices = [FileSlice(*values) for values in row["slices"]]
     if row.get("row") is not None:
         if not isinstance(row["row"], dict):
             raise BadSample(name, "its .json is not an object; write one")
         if "conversations" in row["row"] or "messages" in row["row"]:
-            kept = {k: v for k, v in row["row"].items() if k not in ("image", "images")}
-            return chat(name, {**kept, "images": slices}, config)
+            # Its own paths are those of before the tar was made.
+            fields = {k: v for k, v in row["row"].items() if k not in ("image", "images")}
+            return chat(name, {**fields, "images": slices}, config)
     text = (row.get("row") or {}).get("caption", row.get("caption"))
     if text is None:
         raise BadSample(name, "neither a conversation nor a caption in it; add one")
     return caption(name, {"image": slices[0] if slices else None, "caption": text}, config)
 
 
-def _listed(name: str, row: dict[str, Any], key: str) -> list[Any]:
-    """The media under a key: one, a list, or none."""
+def _media(name: str, row: dict[str, Any], key: str) -> list[Any]:
+    """Lists the media under a key, which may hold one, a list, or none."""
     value = row.get(key)
+    # "" means no image, as in the original.
     if value is None or value == "":
         return []
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(v, str | bytes | dict | FileSlice) for v in values):
-        said = f", not {value!r}" if isinstance(value, int | float) else ""
-        raise BadSample(name, f"`{key}` must be a path or a list of paths{said}")
-    for number, path in enumerate(values):
+        # Only a number is short for certain; other values may fill the screen.
+        shown = f", not {value!r}" if isinstance(value, int | float) else ""
+        raise BadSample(name, f"`{key}` must be a path or a list of paths{shown}")
+    for index, path in enumerate(values):
         if isinstance(path, str) and not path.strip():
-            place = f"{key}[{number}]" if isinstance(value, list) else key
-            raise BadSample(name, f"`{place}` is an empty path; write the file's name or remove it")
+            field = f"{key}[{index}]" if isinstance(value, list) else key
+            raise BadSample(name, f"`{field}` is an empty path; write the file's name or remove it")
     return values
 
 
 def _image(name: str, value: Any, config: SourceConfig) -> ImageRef:
-    """A path inside the source's folder, or encoded bytes (tables, data: addresses)."""
+    """Returns a path inside the source's folder, or encoded bytes (tables, data: addresses)."""
     if isinstance(value, dict) and value.get("bytes") is not None:
         return value["bytes"]
     if isinstance(value, bytes | FileSlice):
@@ -144,6 +150,7 @@ def _path(name: str, value: Any, config: SourceConfig) -> str:
     path = value.get("path") if isinstance(value, dict) else value
     if not isinstance(path, str) or not path:
         raise BadSample(name, "an image or video has neither a path nor bytes; write one")
+    # Python's `open` would raise a ValueError that names neither sample nor remedy.
     if "\0" in path:
         raise BadSample(name, f"the path {path!r} holds a NUL character; write the file's name")
     try:
@@ -164,11 +171,9 @@ def _clip(name: str, row: dict[str, Any]) -> tuple[float | None, float | None]:
 
 
 def _with_mark(sample: Sample) -> Sample:
-    """Puts the mark of a single image or video before the first question if no question has one.
-
-    The original looks at the first question alone, and a mark in a later one is a word to it then.
-    """
+    """Puts the mark of a single image or video before the first question if no question has one."""
     mark = IMAGE_MARK if sample.images else VIDEO_MARK
+    # The original looks at the first question only, and takes a mark in a later one for a word.
     if len(sample.images) + len(sample.videos) != 1 or has_marks(sample.messages, mark):
         return sample
     for index, message in enumerate(sample.messages):

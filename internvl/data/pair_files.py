@@ -1,10 +1,9 @@
-"""Images and their captions for retrieval, as files that are there.
+"""Resolves a caption file to image files that exist; finds leaked and broken images.
 
     pairs = read_pairs(Path("flickr30k_test_karpathy.txt"), "flickr30k/Images", "flickr")
     pairs.images[pairs.image_of_text[7]], pairs.texts[7]
 
-Every form is read by data/captions/. What is wrong is listed in `problems` by file and line, and
-the caller decides.
+Problems are listed in `problems` by file and line, and the caller decides.
 """
 
 import os
@@ -22,32 +21,33 @@ from internvl.data.images import FileSlice, is_address, join_inside, read_rgb, s
 from internvl.errors import BadImage, BadSample, DataError
 from internvl.log import Progress
 
+# Only releases up to 2014 name their split in the file's name; 2017's names are bare numbers.
 _COCO_NAME = re.compile(r"COCO_((?:train|val|test)20\d\d)_")
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Images in the order of their file, captions in the order of their images."""
+    """Images in the order of the caption file, captions in the order of their images."""
 
     images: tuple[str | FileSlice, ...]
-    """Paths, or places in tars."""
+    """Paths, or slices of tars."""
     names: tuple[str, ...]
-    """The images as the file names them."""
+    """Image names as the file has them."""
     texts: tuple[str, ...]
     image_of_text: tuple[int, ...]
-    """Which image a caption belongs to."""
+    """Index in `images` of every text's image."""
     problems: tuple[BadSample, ...] = ()
 
     def without(self, images: set[int]) -> "Pairs":
-        """The same without some images and their captions."""
-        kept = [i for i in range(len(self.images)) if i not in images]
-        number = {old: new for new, old in enumerate(kept)}
-        texts = [t for t, image in enumerate(self.image_of_text) if image in number]
+        """Returns a copy without these images (indices) and their captions."""
+        remaining = [i for i in range(len(self.images)) if i not in images]
+        new_index = {old: new for new, old in enumerate(remaining)}
+        texts = [t for t, image in enumerate(self.image_of_text) if image in new_index]
         return Pairs(
-            tuple(self.images[i] for i in kept),
-            tuple(self.names[i] for i in kept),
+            tuple(self.images[i] for i in remaining),
+            tuple(self.names[i] for i in remaining),
             tuple(self.texts[t] for t in texts),
-            tuple(number[self.image_of_text[t]] for t in texts),
+            tuple(new_index[self.image_of_text[t]] for t in texts),
             self.problems,
         )
 
@@ -60,17 +60,17 @@ def read_pairs(
     clean: Callable[[str], str] | None = None,
     split: str = "test",
 ) -> Pairs:
-    """The images and captions of an annotation file.
+    """Reads the images and captions of an annotation file.
 
-    Problems that leave the rest usable are listed: those of `read`, captions that cleaning leaves
-    empty, missing images, images that are named twice.
+    `problems` lists what leaves the rest usable: problems of `captions.read`, captions that are
+    empty once cleaned, missing images, images that are named twice.
 
     Args:
         annotations: a file of one of FORMS, or a folder of images or tars.
-        images: folder that the names of images start from; those of tars are in them.
+        images: folder that image names start from; not used for tars.
         form: a key of FORMS; "auto" goes by the file's name and content.
         clean: applied to every caption.
-        split: which images of a Karpathy file with a `split` field.
+        split: the split to read of a Karpathy file with a `split` field.
 
     Raises:
         DataError: the file is missing or not in this form, or it holds no image with a caption.
@@ -87,65 +87,71 @@ def read_pairs(
 
 
 def _pairs_of(file: CaptionFile, root: str | Path, clean: Callable[[str], str]) -> Pairs:
-    """The images that are there with their captions, images in the order of the file."""
-    problems, paths = file.problems, _paths_of(file, root)
+    """Returns the images that exist with their captions, images in the order of the file."""
+    problems, paths = file.problems, _resolve_paths(file, root)
     problems += paths.problems
+    # Captions of an image need not stand together in the file.
     texts: list[list[str]] = [[] for _ in file.images]
-    for where, number, caption in zip(file.places, file.numbers, file.texts, strict=True):
-        if number == captions.BAD:
+    rows = zip(file.locations, file.image_indices, file.texts, strict=True)
+    for location, image_index, caption in rows:
+        if image_index == captions.BAD:
             continue
         text = clean(caption)
+        # The model would embed an empty text as any other, so the recall would count it.
         if text.strip():
-            texts[number].append(text)
+            texts[image_index].append(text)
         else:
-            problems.append(file.problem(where, "the caption is empty once it is cleaned"))
-    for image, own, tried in zip(file.images, texts, file.tried, strict=True):
-        if tried == 1 and not own:
+            problems.append(file.problem(location, "the caption is empty once it is cleaned"))
+    for image, image_texts, tried in zip(file.images, texts, file.tried, strict=True):
+        # 0 is named by `captions.read` already, 2 with the repeated id that made it unusable.
+        if tried == 1 and not image_texts:
             problems.append(file.problem(image.where, f"{image.name} has no caption"))
     usable = [n for n, path in enumerate(paths.paths) if path is not None and texts[n]]
     return Pairs(
         tuple(path for n in usable if (path := paths.paths[n]) is not None),
         tuple(file.images[n].name for n in usable),
         tuple(text for n in usable for text in texts[n]),
-        tuple(number for number, n in enumerate(usable) for _ in texts[n]),
+        tuple(index for index, n in enumerate(usable) for _ in texts[n]),
         tuple(problems),
     )
 
 
 @dataclass
 class ImagePaths:
-    """Where the images of a file lie: a path or slice for each, None where it has none."""
+    """Paths or tar slices of a caption file's images, in its order."""
 
     paths: list[str | FileSlice | None]
+    """None for an image that has a problem."""
     problems: list[BadSample]
 
 
-def _paths_of(file: CaptionFile, root: str | Path) -> ImagePaths:
-    """Where the images lie; a name that stands twice is a problem of the second."""
-    found = ImagePaths([], [])
+def _resolve_paths(file: CaptionFile, root: str | Path) -> ImagePaths:
+    """Resolves image names below `root`; a name that stands twice is a problem of the second."""
+    resolved = ImagePaths([], [])
     first: dict[str, NamedImage] = {}
     for image in file.images:
-        before = first.setdefault(captions.file_key(image.name), image)
+        # Two images of one file would each be a wrong result for the other's captions.
+        earlier = first.setdefault(captions.file_key(image.name), image)
         reason, path = None, None
-        if before is not image:
-            reason = f"{image.name} is there already ({file.path} {before.where})"
+        if earlier is not image:
+            reason = f"{image.name} is there already ({file.path} {earlier.where})"
         else:
             path, reason = image_path(image, root)
         if reason:
-            found.problems.append(file.problem(image.where, reason))
-        found.paths.append(path)
-    return found
+            resolved.problems.append(file.problem(image.where, reason))
+        resolved.paths.append(path)
+    return resolved
 
 
 def image_path(
     image: NamedImage, root: str | Path, *, flat: bool = False
 ) -> tuple[str | FileSlice | None, str | None]:
-    """Where an image lies, or why it has no place: (path, None) or (None, reason).
+    """Resolves an image name: (path or slice, None), or (None, what is wrong).
 
-    A name `COCO_val2014_…` may lie in the folder `val2014`.
+    A file `COCO_val2014_…` may lie in the folder `val2014`.
 
     Args:
-        flat: images lie directly in `root`, whatever folder their names have.
+        flat: images lie directly in `root`; folders in their names are ignored.
     """
     if image.slice is not None:
         return image.slice, None
@@ -157,28 +163,28 @@ def image_path(
             path = join_inside(root, f"{coco[1]}/{name}")
     except BadImage as bad:
         return None, str(bad)
+    # Addresses are not looked up: that is a request for every image.
     if not is_address(path) and not os.path.isfile(path):
         return None, f"there is no image {path}{spelled_otherwise(path)}"
     return path, None
 
 
-# A test split that leaks into training
-
-
 def leaks(test: Pairs, train: Pairs) -> dict[int, str]:
-    """Images of `test` (by number) that `train` shows too, and how that was seen.
+    """Finds test images that are in the training data: index in `test` -> evidence.
 
-    By the file's name without its folder, or by equal bytes under another name; in tars, where
-    names are mere numbers, by equal bytes alone. Only files of equal size are read.
+    Evidence is an equal file name (any folder) or equal bytes; for images in tars equal bytes only.
     """
+    # Names in tars are mere numbers, equal by chance.
     by_name = {
         Path(name).stem: path
         for name, path in zip(train.names, train.images, strict=True)
         if isinstance(path, str)
     }
+    # By size first, so that only files of equal size are read.
     sizes: dict[int, list[str | FileSlice]] = {}
-    for path in filterfalse(_is_far, train.images):
+    for path in filterfalse(_is_remote, train.images):
         sizes.setdefault(_size(path), []).append(path)
+    # A training image is compared with several test images of its size.
     digests: dict[str | FileSlice, bytes] = {}
 
     def digest(path: str | FileSlice) -> bytes:
@@ -187,21 +193,21 @@ def leaks(test: Pairs, train: Pairs) -> dict[int, str]:
             digests[path] = blake2b(content, digest_size=16).digest()
         return digests[path]
 
-    found: dict[int, str] = {}
-    for number, (name, path) in enumerate(zip(test.names, test.images, strict=True)):
+    leaked: dict[int, str] = {}
+    for index, (name, path) in enumerate(zip(test.names, test.images, strict=True)):
         other = by_name.get(Path(name).stem) if isinstance(path, str) else None
         if other is not None:
-            found[number] = f"the training data names it too ({other})"
+            leaked[index] = f"the training data names it too ({other})"
             continue
-        if _is_far(path):
+        if _is_remote(path):
             continue
         same = [p for p in sizes.get(_size(path), ()) if digest(p) == digest(path)]
         if same:
-            found[number] = f"the training data holds the same file as {same[0]}"
-    return found
+            leaked[index] = f"the training data holds the same file as {same[0]}"
+    return leaked
 
 
-def _is_far(path: str | FileSlice) -> bool:
+def _is_remote(path: str | FileSlice) -> bool:
     return isinstance(path, str) and is_address(path)
 
 
@@ -210,8 +216,8 @@ def _size(path: str | FileSlice) -> int:
 
 
 def broken(images: Sequence[str | FileSlice]) -> dict[int, str]:
-    """Images (by number) that cannot be decoded, and why."""
-    found: dict[int, str] = {}
+    """Decodes all images; returns index -> reason of those that cannot be decoded."""
+    reasons: dict[int, str] = {}
 
     def reason(path: str | FileSlice) -> str | None:
         try:
@@ -222,10 +228,11 @@ def broken(images: Sequence[str | FileSlice]) -> dict[int, str]:
 
     with (
         Progress("images opened", total=len(images)) as progress,
+        # Threads suffice: Pillow's decoders release the GIL.
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads,
     ):
-        for number, why in enumerate(threads.map(reason, images)):
-            if why is not None:
-                found[number] = why
+        for index, problem in enumerate(threads.map(reason, images)):
+            if problem is not None:
+                reasons[index] = problem
             progress.update()
-    return found
+    return reasons

@@ -17,13 +17,14 @@ from transformers import PreTrainedTokenizerFast
 from internvl.data.tiles import cut
 
 SUMMARIZE = "summarize:"
-"""What stands, without a space, before a caption that is embedded."""
+"""Prefix, without a space, of a caption that is embedded."""
 
 MAX_TOKENS = 80
-"""Longest caption with its first and last special token."""
+"""Maximum tokens of a caption, BOS and EOS included."""
 
+# Not the tokenizer's `[PAD]`: the original takes every id above 0 for text.
 PAD_ID = 0
-"""Padding of captions. The tokenizer's own `[PAD]` would count as text: text is an id above 0."""
+"""Padding id of captions."""
 
 _MAX_WORDS = 50
 _DROPPED = re.compile(r"[.!\"()*#:;~]")
@@ -36,6 +37,7 @@ def clean_caption(text: str) -> str:
     >>> clean_caption('A man (left) and a  dog: "Yes", fine.')
     'a man left and a dog yes , fine'
     """
+    # The original's order of steps; another one would leave other spaces, and so other tokens.
     text = _SPACES.sub(" ", _DROPPED.sub(" ", text.lower()))
     text = text.rstrip("\n").strip(" ")
     return " ".join(text.split(" ")[:_MAX_WORDS])
@@ -43,21 +45,22 @@ def clean_caption(text: str) -> str:
 
 @dataclass(frozen=True)
 class CaptionEncoder:
-    """Captions to token ids."""
+    """Encodes captions to token ids with the tokenizer of InternVL-14B."""
 
     tokenizer: PreTrainedTokenizerFast
 
     def embedding(self, text: str) -> list[int]:
-        """A caption to be embedded: "summarize:" before it, `</s>` at its end, also when cut."""
+        """Token ids of a caption to embed: BOS, "summarize:", text, EOS; at most MAX_TOKENS."""
         return self.matching(SUMMARIZE + text)
 
     def matching(self, text: str) -> list[int]:
-        """A caption beside an image: as `embedding`, without the word before it."""
+        """Token ids of a caption to match with an image: `embedding` without the prefix."""
+        # Cut before EOS is added: a long caption ends with `</s>` too, as in the original.
         ids = self._pieces(text)[: MAX_TOKENS - 2]
         return [self.tokenizer.bos_token_id, *ids, self.tokenizer.eos_token_id]
 
     def prompt(self, text: str) -> list[int]:
-        """The beginning of a caption that goes on: without `</s>`."""
+        """Token ids of the beginning of a caption to generate: BOS and the text, no EOS."""
         return [self.tokenizer.bos_token_id, *self._pieces(text)]
 
     def _pieces(self, text: str) -> list[int]:
@@ -65,29 +68,30 @@ class CaptionEncoder:
 
 
 def pad_right(rows: Sequence[Sequence[int]], length: int | None = None) -> Tensor:
-    """int64 (R, L) of rows of token ids, padded with 0 to `length` or to the longest."""
+    """Pads rows of token ids with 0 to `length`, or to the longest: int64 (R, L)."""
     width = max(map(len, rows)) if length is None else length
     ids = torch.full((len(rows), width), PAD_ID, dtype=torch.long)
-    for number, row in enumerate(rows):
-        ids[number, : len(row)] = torch.tensor(row)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row)
     return ids
 
 
 def square(image: Image.Image, size: int) -> Tensor:
-    """An RGB image resized to a square, its aspect not kept: uint8 (3, S, S).
+    """Resizes an RGB image to a square without keeping its aspect: uint8 (3, S, S).
 
-    Retrieval and captioning look at images like this.
+    The input of retrieval and captioning.
     """
     return cut(image, (1, 1), tile_size=size, thumbnail=False)[0]
 
 
 def center_square(image: Image.Image, size: int) -> Tensor:
-    """The middle of an RGB image whose shorter side is resized to S: uint8 (3, S, S).
+    """Resizes the shorter side of an RGB image to S and crops its center: uint8 (3, S, S).
 
-    Classification looks at images like this.
+    The input of classification.
     """
     width, height = image.size
     short = min(width, height)
+    # `int` for the sides and `round` for the corner, as torchvision's Resize and CenterCrop.
     resized = image.resize(
         (int(size * width / short), int(size * height / short)), Image.Resampling.BICUBIC
     )
@@ -96,26 +100,28 @@ def center_square(image: Image.Image, size: int) -> Tensor:
 
 
 def random_square(image: Image.Image, size: int, draw: np.random.Generator) -> Tensor:
-    """A random part of an RGB image, mirrored half of the time: uint8 (3, S, S).
+    """Crops an RGB image at random and mirrors it with probability 0.5: uint8 (3, S, S).
 
-    Half to all of its area, sides 3:4 to 4:3, bicubic; training looks at images like this
+    The crop has half to all of the area and an aspect of 3:4 to 4:3. The input of training
     (original: torchvision's `RandomResizedCrop` and `RandomHorizontalFlip`).
     """
     box = _random_box(image.size, draw)
-    part = image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
+    crop = image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
+    # Drawn after the crop: another order would give other crops for the same seed.
     if draw.random() < 0.5:
-        part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return _pixels(part)
+        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return _pixels(crop)
 
 
 _AREA, _RATIO = (0.5, 1.0), (3 / 4, 4 / 3)
 
 
 def _random_box(size: tuple[int, int], draw: np.random.Generator) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom); the middle of an image too long for ten tries."""
+    """Draws (left, top, right, bottom), px; the center if ten draws do not fit a long image."""
     width, height = size
     for _ in range(10):
         area = width * height * draw.uniform(*_AREA)
+        # Uniform in the logarithm, so that 3:4 is as likely as 4:3.
         ratio = math.exp(draw.uniform(math.log(_RATIO[0]), math.log(_RATIO[1])))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:

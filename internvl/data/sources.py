@@ -1,7 +1,7 @@
-"""Annotation files as sources of samples: each kind opened, indexed, and read line by line.
+"""Opens annotation files as sources of samples, indexed and read line by line.
 
-Nothing is held in memory but numbers. A source that is not JSONL is turned into it once, in the
-cache folder (data/index.py), except tables, which Arrow maps.
+Only offsets and group ids are held in memory. A source that is not JSONL is converted to it once,
+in the cache folder (data/index.py), except tables, which Arrow memory-maps.
 """
 
 import json
@@ -46,16 +46,16 @@ _META_KEYS = {
 
 @dataclass(frozen=True)
 class Content:
-    """What a source's annotations hold, to tell later whether they were changed."""
+    """Fingerprint of a source's annotations, by which a resumed run detects changes."""
 
     samples: int
     size: int
-    """Bytes of the lines; 0 where they are of another form."""
+    """Bytes of the lines; 0 if the source is no JSONL."""
     digest: str
 
 
 class Source(Protocol):
-    """Samples by number, from 0 on."""
+    """Samples by index, from 0 on."""
 
     @property
     def config(self) -> SourceConfig: ...
@@ -64,19 +64,19 @@ class Source(Protocol):
 
     @property
     def groups(self) -> np.ndarray:
-        """int32 (len,): the same number for samples that show the same images."""
+        """int32 (len,): group ids, equal for samples with the same images."""
         ...
 
     def samples(self, indices: Sequence[int]) -> Iterator[Sample | BadSample]:
-        """Some samples, in order; a bad one yields what is wrong with it."""
+        """Yields the samples of `indices` in order; BadSample in place of a bad one."""
         ...
 
     def content(self) -> Content:
-        """What the annotations hold, wherever they lie; images and videos are not looked at."""
+        """Fingerprint of the annotations, independent of their path; media files are not read."""
         ...
 
     def begins_with(self, content: Content) -> bool:
-        """Whether these annotations are those of `content` with samples added at their end."""
+        """True if these annotations are those of `content`, perhaps with samples appended."""
         ...
 
 
@@ -88,9 +88,9 @@ class LineSource:
     index: LineIndex
     parse: Parse
     converted: bool = False
-    """The lines are ours, made of a file of another form: `where` says what a row was there."""
+    """True for lines that we wrote from a file of another form; `where` names a row there."""
     unit: str = "line"
-    """What a row is called, with its number from 1 on."""
+    """Noun for a row in messages, followed by its number from 1."""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -105,6 +105,7 @@ class LineSource:
             name = f"{self.config.annotations} {self.unit} {index + 1}"
             try:
                 row = parse_row(name, line)
+                # A user knows the line of the original file, not that of the cache.
                 if self.converted:
                     name = f"{self.config.annotations} {row['where']}"
                 if "bad" in row and self.converted:
@@ -115,29 +116,30 @@ class LineSource:
 
     def content(self) -> Content:
         """See `Source.content`."""
-        without = self._folder()
-        if without:
-            return Content(len(self), 0, digest_of(self.index.path, None, without))
+        folder = self._folder()
+        if folder:
+            return Content(len(self), 0, digest_of(self.index.path, None, folder))
         return Content(len(self), int(self.index.starts[-1]), self.index.digest)
 
     def begins_with(self, content: Content) -> bool:
         """See `Source.begins_with`."""
         if content.samples > len(self):
             return False
-        without = self._folder()
+        folder = self._folder()
         end = int(self.index.starts[content.samples])
-        if without:
-            return digest_of(self.index.path, end, without) == content.digest
+        if folder:
+            return digest_of(self.index.path, end, folder) == content.digest
         if digests_of(self.index.path, end)[1] == content.digest:
             return True
-        # Runs that are older digested the bytes; the last line may have had no end yet.
+        # Older runs digested the bytes; the last line may have had no line end (\n or \r\n) yet.
         old = content.size in (end, end - 1, end - 2)
         return old and digest_of(self.index.path, content.size) == content.digest
 
     def _folder(self) -> bytes:
-        """What rows of tars hold besides their content: where the tars lie."""
+        """Folder of the tars as the cached rows spell it, JSON-escaped; b"" if not converted."""
         if not self.converted:
             return b""
+        # Left out of the digest, so that a run may go on after its data set was moved.
         path = os.path.abspath(self.config.annotations)
         folder = path if os.path.isdir(path) else os.path.dirname(path)
         return json.dumps(folder + os.sep, ensure_ascii=False)[1:-1].encode()
@@ -163,6 +165,7 @@ class TableSource:
             name = f"{self.config.annotations} row {index + 1}"
             try:
                 row = self.table.row(index)
+            # Arrow checks no text when a file is written or mapped, only when it is read.
             except UnicodeDecodeError:
                 yield BadSample(name, "a text in it is not UTF-8; write the table anew")
                 continue
@@ -176,7 +179,8 @@ class TableSource:
         return Content(len(self), 0, self.table.digest())
 
     def begins_with(self, content: Content) -> bool:
-        """See `Source.begins_with`: tables grow by whole files."""
+        """See `Source.begins_with`."""
+        # Tables grow by whole files: only the end of a file can be the end of an older state.
         ends = self.table.ends.tolist()
         if content.samples not in ends:
             return False
@@ -184,7 +188,7 @@ class TableSource:
 
 
 def open_source(config: SourceConfig) -> Source:
-    """A source, indexed.
+    """Opens and indexes a source.
 
     Raises:
         DataError: its file is missing, unreadable, empty, or does not hold `num_samples` samples.
@@ -201,13 +205,14 @@ def open_source(config: SourceConfig) -> Source:
             f"source {config.name}: {config.annotations} is not UTF-8; save it as UTF-8"
         ) from None
     except (OSError, ValueError) as error:
-        if isinstance(error, DataError):
+        if isinstance(error, DataError):  # which is a ValueError
             raise
         # Python refuses a path with a NUL character by a ValueError.
-        what = f"cannot read {str(config.annotations)!r}: {error}; check the path"
-        raise DataError(f"source {config.name}: {what}") from None
+        reason = f"cannot read {str(config.annotations)!r}: {error}; check the path"
+        raise DataError(f"source {config.name}: {reason}") from None
     if not len(source):
         raise DataError(f"source {config.name}: {config.annotations} is empty; it holds no sample")
+    # A file that was cut while it was copied is valid JSONL.
     if config.num_samples not in (None, len(source)):
         raise DataError(
             f"source {config.name}: {config.annotations} holds {len(source):,} samples, not "
@@ -217,7 +222,7 @@ def open_source(config: SourceConfig) -> Source:
 
 
 def meta_entries(path: Path) -> dict[str, Any]:
-    """What a meta file says, data set by data set, not yet checked.
+    """Parses a meta file: data set name -> its entry, not yet checked.
 
     Raises:
         DataError: it is missing, or no JSON object.
@@ -236,10 +241,10 @@ def meta_entries(path: Path) -> dict[str, Any]:
 
 
 def source_configs(data: DataConfig) -> list[SourceConfig]:
-    """The recipe's sources, those of its meta file first.
+    """Lists the recipe's sources, those of its meta file first.
 
     Raises:
-        DataError: the meta file is missing or wrong; all its problems at once.
+        DataError: the meta file is missing or wrong; lists all its problems.
     """
     if data.meta is None:
         return list(data.sources)
@@ -247,7 +252,7 @@ def source_configs(data: DataConfig) -> list[SourceConfig]:
     taken = {source.name for source in data.sources}
     problems = [f"{name}: data.sources has this name too" for name in tree if name in taken]
     problems += [
-        f"{name}: {what}" for name, entry in tree.items() for what in _meta_problems(entry)
+        f"{name}: {problem}" for name, entry in tree.items() for problem in _meta_problems(entry)
     ]
     if problems:
         raise DataError("\n".join([f"{data.meta}: {len(problems)} problem(s)", *problems]))
@@ -276,26 +281,28 @@ def _meta_problems(entry: Any) -> Iterator[str]:
 
 
 def _is_positive(value: Any) -> bool:
-    """Whether this is a number above 0 that a float can hold."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """True for a number above 0 that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):  # True is an int
         return False
+    # JSON has integers of any length; `float` of a longer one raises OverflowError.
     return 0 < value <= sys.float_info.max
 
 
 def _from_meta(name: str, entry: dict[str, Any]) -> SourceConfig:
-    """A meta entry under the original's rules: a mark is put where a single image has none."""
-    known = {ours: entry[key] for key, ours in _META_KEYS.items() if key in entry}
-    known["annotations"] = Path(known["annotations"])
-    # As in the original, paths are then absolute, or start from the working directory.
-    known["images"] = entry.get("root") or ""
+    """Converts a meta entry to a source under the original's rules."""
+    fields = {ours: entry[key] for key, ours in _META_KEYS.items() if key in entry}
+    fields["annotations"] = Path(fields["annotations"])
+    # Without a root, paths are absolute or start from the working directory, as in the original.
+    fields["images"] = entry.get("root") or ""
     for key in ("num_samples", "max_tiles"):
-        if key in known:
-            known[key] = int(known[key])
-    return SourceConfig(name=name, insert_image_mark=True, **known)
+        if key in fields:
+            fields[key] = int(fields[key])
+    # The original adds a missing mark silently; a recipe's own sources report it instead.
+    return SourceConfig(name=name, insert_image_mark=True, **fields)
 
 
 def _json(config: SourceConfig, parse: Parse) -> Source:
-    """JSON Lines, or a JSON list, whose entries are written as lines into the cache once."""
+    """Opens JSON Lines, or a JSON list, whose entries are written to the cache as lines once."""
     path = config.annotations
     if not is_list(path):
         return LineSource(config, index_lines(path), parse)
@@ -316,6 +323,7 @@ def _table(config: SourceConfig) -> Source:
     return TableSource(config, Table(config.annotations))
 
 
+# `auto` goes by name and content; the other types name the form that the original's class reads.
 _FORMS = {
     "coco-captions": "coco",
     "captions": "auto",
@@ -323,32 +331,34 @@ _FORMS = {
     "coco_format": "karpathy",
     "pairs": "auto",
 }
-"""Source type -> form of data/captions/."""
+"""Source type -> key of `captions.FORMS`, or "auto"."""
 
 
 def _captioned(config: SourceConfig) -> Source:
-    """One row for every caption, and one for everything that is wrong with the file."""
+    """Opens a caption file, converted to one row for every caption and every problem."""
     path, form = config.annotations, _FORMS[config.type]
-    # Sources of pairs put the captions of a COCO image together, as the image list has them.
+    # Sources of pairs put the captions of a COCO image together, in the order of its image list.
     by_image = config.type in ("pairs", "coco_format")
     in_tars = form == "auto" and captions.form_of(path) == "webdataset"
 
     def rows() -> Iterator[dict[str, Any]]:
         file = captions.read(path, form, split="train")
         names = [i.name if i.slice is None else astuple(i.slice) for i in file.images]
-        places, numbers, texts = file.places, file.numbers, file.texts
+        locations, indices, texts = file.locations, file.image_indices, file.texts
         if by_image and file.form == "coco":
             order = file.by_image()
-            places, numbers = [places[n] for n in order], [numbers[n] for n in order]
+            locations, indices = [locations[n] for n in order], [indices[n] for n in order]
             texts = [texts[n] for n in order]
-        for where, number, text in zip(places, numbers, texts, strict=True):
-            if number == captions.BAD:
-                yield {"where": where, "bad": text}
+        for location, image_index, text in zip(locations, indices, texts, strict=True):
+            # Problems are rows too: they are reported, or skipped, as bad lines of a JSONL are.
+            if image_index == captions.BAD:
+                yield {"where": location, "bad": text}
             else:
-                yield {"where": where, "image": names[number], "caption": text}
+                yield {"where": location, "image": names[image_index], "caption": text}
 
     files = tars.shards(path) if in_tars else path.rglob("*") if path.is_dir() else None
-    content = file_content(path) if files is None else _states(files)
+    content = file_content(path) if files is None else _fingerprints(files)
+    # The number is raised when the same file gives other rows, so that old caches are not used.
     key = [b"one row a caption 2", repr((form, by_image, str(path))).encode(), *content]
     try:
         index = convert_once(str(path), key, rows)
@@ -358,10 +368,11 @@ def _captioned(config: SourceConfig) -> Source:
     return LineSource(config, index, parse, converted=True)
 
 
-def _states(files: Iterable[Path]) -> list[bytes]:
-    """Name, size and time of files, where their content is too large to read for a key."""
-    found = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(files)]
-    return [repr(found).encode()]
+def _fingerprints(files: Iterable[Path]) -> list[bytes]:
+    """Returns path, size and mtime_ns of files as a cache key."""
+    # Tars and folders of images are too large to digest their content.
+    stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(files)]
+    return [repr(stats).encode()]
 
 
 def _webdataset(config: SourceConfig) -> Source:
@@ -371,10 +382,11 @@ def _webdataset(config: SourceConfig) -> Source:
     def rows() -> Iterator[dict[str, Any]]:
         for tar in files:
             for row in tars.shard_rows(tar):
-                slices = [[*place, printable(name)] for *place, name in row["slices"]]
+                # Names of members may be any bytes; the cache is UTF-8.
+                slices = [[*location, printable(name)] for *location, name in row["slices"]]
                 yield row | {"slices": slices}
 
-    index = convert_once(str(path), [b"webdataset", *_states(files)], rows)
+    index = convert_once(str(path), [b"webdataset", *_fingerprints(files)], rows)
     return LineSource(config, index, formats.shard_row, converted=True)
 
 

@@ -1,7 +1,7 @@
-"""The tokenizer of a checkpoint, from its files alone: none of its Python code runs.
+"""Loads the tokenizer of a checkpoint from its files, without running its Python code.
 
-The releases were trained with slow tokenizers. Where today's fast ones would differ around special
-tokens (the space that SentencePiece puts before a text), the slow one's rule is set here.
+The releases were trained with slow tokenizers. If today's fast ones differ around special tokens
+(the space that SentencePiece puts before a text), the slow one's rule is set here.
 """
 
 import codecs
@@ -28,7 +28,7 @@ SPECIAL_TOKENS = (
     *("<img>", "</img>", "<IMG_CONTEXT>"),
     *("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"),
 )
-"""What a chat model adds to its language model's tokenizer, in this order."""
+"""Tokens that a chat model adds to its language model's tokenizer, in this order."""
 
 _SENTENCEPIECE = {"LlamaTokenizer", "InternLM2Tokenizer", "InternLM3Tokenizer"}
 _SPACE = "▁"
@@ -39,19 +39,19 @@ _CONTROL = {"<s>", "</s>"}
 _ADDITIONAL = "additional_special_tokens"
 _STRIPS = ("lstrip", "rstrip", "single_word")
 _NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+# SentencePiece's byte fallback: a piece for every byte of characters outside its vocabulary.
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _NO_CHARACTER = re.compile("[\udc80-\udcff]")
-"""What Python makes of bytes that are no UTF-8, one each."""
+"""Lone surrogates, one for each byte that is no UTF-8 (`errors="surrogateescape"`)."""
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
-    """The tokenizer of a model folder, or None where it has no tokenizer files.
+    """Loads the tokenizer of a model folder; None if it has no tokenizer files.
 
     A `tokenizer.model` alone is Llama's, as InternVL-14B's is.
 
     Raises:
-        ModelFolderError: tokenizer files of a kind that is not known, damaged ones, or files that
-            do not belong together.
+        ModelFolderError: tokenizer files that are unknown, damaged, or of different tokenizers.
     """
     config = _read(folder / "tokenizer_config.json")
     check_files(folder, config)
@@ -60,34 +60,36 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
 
 
 def _load(folder: Path, readable: Path, config: dict[str, Any]) -> PreTrainedTokenizerFast | None:
-    """The tokenizer of `folder`, whose files are read from `readable`."""
-    kind = str(config.get("tokenizer_class", "")).removesuffix("Fast")
-    if (folder / "tokenizer.model").is_file() and (kind in _SENTENCEPIECE or not config):
-        with _reading(folder, "tokenizer.model"):
-            return _load_sentencepiece(readable, config, kind or "LlamaTokenizer")
+    """Loads the tokenizer of `folder` from `readable`, which has the same files without BOM."""
+    class_name = str(config.get("tokenizer_class", "")).removesuffix("Fast")
+    # Before tokenizer.json, a conversion of it that may have the fast tokenizer's spaces.
+    if (folder / "tokenizer.model").is_file() and (class_name in _SENTENCEPIECE or not config):
+        with _as_folder_error(folder, "tokenizer.model"):
+            return _load_sentencepiece(readable, config, class_name or "LlamaTokenizer")
     if (folder / "tokenizer.json").is_file():
         # Names that a processor reads (`video_token` …) would become tokens without a row.
         named = isinstance(config.get("extra_special_tokens"), dict)
         extra: dict[str, Any] = {"extra_special_tokens": config.get(_ADDITIONAL) or []}
-        with _reading(folder, "tokenizer.json"):
+        with _as_folder_error(folder, "tokenizer.json"):
+            # An export of a WholeTextTokenizer, known by its normalizer: the class is not saved.
             whole = _END_MARK in _normalizer(folder)
-            made = WholeTextTokenizer if whole else PreTrainedTokenizerFast
-            return made.from_pretrained(readable, **(extra if named else {}))
+            tokenizer_class = WholeTextTokenizer if whole else PreTrainedTokenizerFast
+            return tokenizer_class.from_pretrained(readable, **(extra if named else {}))
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        with _reading(folder, "vocab.json and merges.txt"):
+        with _as_folder_error(folder, "vocab.json and merges.txt"):
             return Qwen2Tokenizer.from_pretrained(readable)
     if not config:
         return None
     raise ModelFolderError(
-        f"{folder}: tokenizer of class {kind!r} without tokenizer.json, vocab.json or a known "
-        "tokenizer.model; copy the tokenizer files of the release there"
+        f"{folder}: tokenizer of class {class_name!r} without tokenizer.json, vocab.json or a "
+        "known tokenizer.model; copy the tokenizer files of the release there"
     )
 
 
 @contextmanager
 def _without_byte_order_marks(folder: Path) -> Iterator[Path]:
-    """The folder, or a copy of its tokenizer files where one begins with a byte-order mark, which
-    `transformers` does not read."""
+    """Yields the folder, or a copy of its tokenizer files without their byte-order marks."""
+    # `transformers` does not read files that begin with one.
     present = [folder / name for name in (*_OBJECTS, "tokenizer_config.json", "merges.txt")]
     present = [file for file in present if file.is_file()]
     if not any(_starts_with_mark(file) for file in present):
@@ -110,23 +112,25 @@ _OBJECTS = ("tokenizer.json", "added_tokens.json", "special_tokens_map.json", "v
 
 
 def check_files(folder: Path, config: dict[str, Any]) -> None:
-    """Raises ModelFolderError where a tokenizer file is not what its name says, naming it."""
+    """Raises ModelFolderError that names the first tokenizer file with wrong content."""
+    # Checked first: the libraries' own errors name neither the file nor the key.
     for name in ("tokenizer.model", "merges.txt"):
         file = folder / name
         if file.is_file() and (meaning := describe(file)):
             raise ModelFolderError(f"{file}: {meaning}")
     trees = {name: _read(folder / name) for name in _OBJECTS}
     for name in ("added_tokens.json", "vocab.json"):
-        for token, number in trees[name].items():
-            if not _is_id(number):
-                raise _wrong(folder / name, token, number, "the number of the token is expected")
+        for token, token_id in trees[name].items():
+            if not _is_id(token_id):
+                raise _wrong(folder / name, token, token_id, "the number of the token is expected")
     entries = config.get("added_tokens_decoder")
     if entries is not None and not isinstance(entries, dict):
         raise _wrong(folder / "tokenizer_config.json", "added_tokens_decoder", entries, _BY_NUMBER)
-    for number, entry in (entries or {}).items():
-        if not re.fullmatch(r"\d{1,9}", number) or not _is_token(entry):
+    for token_id, entry in (entries or {}).items():
+        # Nine digits fit the 32 bits of an id in `tokenizers`.
+        if not re.fullmatch(r"\d{1,9}", token_id) or not _is_token(entry):
             file = folder / "tokenizer_config.json"
-            raise _wrong(file, f"added_tokens_decoder.{number}", entry, _BY_NUMBER)
+            raise _wrong(file, f"added_tokens_decoder.{token_id}", entry, _BY_NUMBER)
     for name, tree in (
         ("tokenizer_config.json", config),
         ("special_tokens_map.json", trees["special_tokens_map.json"]),
@@ -149,8 +153,8 @@ def _check_special(file: Path, tree: dict[str, Any]) -> None:
         raise _wrong(file, _ADDITIONAL, entries, "a list of tokens is expected")
 
 
-def _is_id(number: Any) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 10**9
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**9
 
 
 def _is_token(entry: Any) -> bool:
@@ -169,11 +173,11 @@ def _wrong(file: Path, key: str, value: Any, expected: str) -> ModelFolderError:
 
 
 @contextmanager
-def _reading(folder: Path, names: str) -> Iterator[None]:
-    """What the tokenizer libraries say of damaged files, as one sentence that names them.
+def _as_folder_error(folder: Path, names: str) -> Iterator[None]:
+    """Turns any exception of the tokenizer libraries into one that names the files.
 
     Raises:
-        ModelFolderError: in place of any other exception.
+        ModelFolderError: in place of the exception.
     """
     try:
         yield
@@ -193,10 +197,11 @@ class WholeTextTokenizer(PreTrainedTokenizerFast):
     """SentencePiece with `legacy: false` (Phi-3): one "▁" before a whole text, none before a piece.
 
     The slow tokenizer puts "▁" before a text, cuts it at the added tokens, and drops the "▁" again
-    if a special token comes next. The backend's normalizer does all of that, so that an export does
-    too, but for one case: to a normalizer a text that is one added token looks like the content of
-    that token. Such a text gets an end mark here, which the normalizer removes.
+    if a special token comes next. The backend's normalizer does the same, so exports do too.
     """
+
+    # But for one case: to a normalizer a text that is one added token looks like the content of
+    # that token. Such a text gets an end mark here, which the normalizer removes.
 
     def _encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> BatchEncoding:
         return super()._encode_plus(self._marked(text), text_pair, **kwargs)
@@ -211,13 +216,10 @@ class WholeTextTokenizer(PreTrainedTokenizerFast):
         return text + _END_MARK if normalized == _SPACE + text else text
 
 
-def _load_sentencepiece(folder: Path, config: dict[str, Any], kind: str) -> PreTrainedTokenizerFast:
-    """SentencePiece files through the Llama tokenizer, with the slow tokenizer's leading spaces.
-
-    Slow tokenizers cut a text at its added tokens and hand each piece to SentencePiece, which
-    puts a space before it if the model file says so (InternLM2's says no). Llama's with
-    `legacy=False` (Phi-3) does so at the start of the text only.
-    """
+def _load_sentencepiece(
+    folder: Path, config: dict[str, Any], class_name: str
+) -> PreTrainedTokenizerFast:
+    """Loads SentencePiece files as a fast tokenizer with the slow tokenizer's leading spaces."""
     # Read off the file: sentencepiece 0.2.2 refuses to run InternLM2's, for a piece with a null.
     file: Any = sentencepiece_model_pb2
     model = file.ModelProto.FromString((folder / "tokenizer.model").read_bytes())
@@ -226,27 +228,31 @@ def _load_sentencepiece(folder: Path, config: dict[str, Any], kind: str) -> PreT
             f"{folder / 'tokenizer.model'}: a SentencePiece model of another type than BPE, which "
             "no InternVL has; copy the tokenizer.model of the release there"
         )
+    # Slow tokenizers cut a text at its added tokens and hand each piece to SentencePiece, which
+    # puts a space before it if the model file says so (InternLM2's says no). Llama's with
+    # `legacy=False` (Phi-3) does so at the start of the text only.
     spaced = bool(model.normalizer_spec.add_dummy_prefix)
-    whole = spaced and kind == "LlamaTokenizer" and config.get("legacy") is False
+    whole = spaced and class_name == "LlamaTokenizer" and config.get("legacy") is False
     special = _special_tokens(folder, config)
     core = _core(folder, model, _added_tokens(folder, config, special), normalized=whole)
-    known = core.get_vocab()
+    vocab = core.get_vocab()
     named = {name: str(special[name][0]) for name in special if name != _ADDITIONAL}
-    made = (WholeTextTokenizer if whole else PreTrainedTokenizerFast)(
+    # Tokens outside the vocabulary are left out: the constructor would append them as new ids.
+    tokenizer = (WholeTextTokenizer if whole else PreTrainedTokenizerFast)(
         tokenizer_object=core,
         add_bos_token=bool(config.get("add_bos_token", True)),
         add_eos_token=False,
         clean_up_tokenization_spaces=False,
         model_max_length=config.get("model_max_length"),
-        extra_special_tokens=[str(t) for t in special[_ADDITIONAL] if str(t) in known],
-        **{name: token for name, token in named.items() if token in known},
+        extra_special_tokens=[str(t) for t in special[_ADDITIONAL] if str(t) in vocab],
+        **{name: token for name, token in named.items() if token in vocab},
     )
-    _set_spaces(made, spaced)
-    return made
+    _set_spaces(tokenizer, spaced)
+    return tokenizer
 
 
 def _set_spaces(tokenizer: PreTrainedTokenizerFast, spaced: bool) -> None:
-    """Where "▁" is put before a text or its pieces, and taken away from a decoded text."""
+    """Sets where "▁" is put before a text or its pieces, and removed from a decoded text."""
     backend = tokenizer.backend_tokenizer
     steps: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if spaced:
@@ -263,12 +269,10 @@ def _set_spaces(tokenizer: PreTrainedTokenizerFast, spaced: bool) -> None:
 
 
 def _mark_whole_texts(tokenizer: WholeTextTokenizer, new: Sequence[str] = ()) -> None:
-    """The normalizer of `WholeTextTokenizer` for its added tokens, and for `new` ones to come.
-
-    All of its added tokens are "normalized", so that it sees a text before it is cut. It leaves
-    their own content alone, and the spaces to the pre-tokenizer: a token that strips white space
-    would not know "▁" for it.
-    """
+    """Sets the normalizer of a WholeTextTokenizer for its added tokens and for `new` ones."""
+    # All of its added tokens are "normalized", so that the normalizer sees a text before it is
+    # cut. It leaves their own content alone, and the spaces to the pre-tokenizer: a token that
+    # strips white space would not know "▁" for it.
     special = set(tokenizer.all_special_tokens)
     added = {str(token): token for token in tokenizer.added_tokens_decoder.values()}
     others = [content for content in [*added, *new] if content not in special]
@@ -299,11 +303,9 @@ def _any_of(contents: Iterable[str]) -> str:
 
 
 def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, list[AddedToken]]:
-    """The special tokens by name ("bos_token" …), as the slow Llama tokenizer knows them.
-
-    `special_tokens_map.json` counts where `tokenizer_config.json` lists no added tokens.
-    """
+    """Returns special tokens by name ("bos_token" …), with the slow Llama tokenizer's defaults."""
     values = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | config
+    # `transformers` reads special_tokens_map.json only if the config lists no added tokens.
     if config.get("added_tokens_decoder") is None:
         values |= _read(folder / "special_tokens_map.json")
         values[_ADDITIONAL] = [*(config.get(_ADDITIONAL) or ()), *(values.get(_ADDITIONAL) or ())]
@@ -326,14 +328,15 @@ def _token(value: str | dict[str, Any]) -> AddedToken:
 def _added_tokens(
     folder: Path, config: dict[str, Any], special: dict[str, list[AddedToken]]
 ) -> list[dict[str, Any]]:
-    """The tokens that a release adds to its SentencePiece model, with the ids it gives them; id
-    None for special tokens that it lists without one."""
-    named = config.get("added_tokens_decoder")
-    if named is None:
-        known = _read(folder / "added_tokens.json")
-        named = {number: {"content": token, "special": True} for token, number in known.items()}
+    """Lists the tokens that a release adds to its SentencePiece model, with their ids; id None for
+    special tokens without one."""
+    by_id = config.get("added_tokens_decoder")
+    if by_id is None:
+        # The older form: token -> id.
+        ids = _read(folder / "added_tokens.json")
+        by_id = {token_id: {"content": token, "special": True} for token, token_id in ids.items()}
     plain = dict.fromkeys(_STRIPS, False)
-    added = [plain | entry | {"id": int(number)} for number, entry in named.items()]
+    added = [plain | entry | {"id": int(token_id)} for token_id, entry in by_id.items()]
     listed = {entry["content"] for entry in added}
     for token in (token for tokens in special.values() for token in tokens):
         if token.content not in listed:
@@ -346,18 +349,17 @@ def _added_tokens(
 def _core(
     folder: Path, model: Any, added: Sequence[dict[str, Any]], *, normalized: bool
 ) -> Tokenizer:
-    """SentencePiece's pieces and merges, and the added tokens with exactly their ids.
-
-    InternLM2 gives `<|im_end|>` the id of a piece that its SentencePiece model keeps free; the fast
-    tokenizer would append it instead, and so move all that follow.
+    """Builds SentencePiece's pieces and merges, and the added tokens with exactly their ids.
 
     Args:
-        normalized: whether added tokens are looked for in the normalized text. The slow tokenizers
-            know no such thing, so that what the files say of it does not count.
+        normalized: True matches added tokens in the normalized text. The flag in the files is
+            ignored: the slow tokenizers do not know it.
 
     Raises:
-        ModelFolderError: ids that no tokenizer gives, for some before them are left out.
+        ModelFolderError: added ids with a gap before them.
     """
+    # InternLM2 gives `<|im_end|>` the id of a piece that its SentencePiece model keeps free; the
+    # fast tokenizer would append it instead, and so move all that follow.
     tokens = {entry["content"]: entry["id"] for entry in added if entry["id"] is not None}
     replaced = set(tokens.values())
     pieces = {p.piece: n for n, p in enumerate(model.pieces) if n not in replaced}
@@ -383,12 +385,11 @@ def _core(
 
 
 def _merges(model: Any, pieces: dict[str, int]) -> list[tuple[str, str]]:
-    """Merges in the order of SentencePiece's scores; `transformers` has that of the ids.
-
-    They differ in Llama's vocabulary, where runs of spaces come first and score last. Of pairs with
-    one score SentencePiece merges the leftmost, for which there is no fixed order: exact for runs
-    (the longest left part first); of other pairs that with the mark of a word's start comes first.
-    """
+    """Lists BPE merges in the order of SentencePiece's scores."""
+    # Not in the order of ids, as `transformers` has it: in Llama's vocabulary runs of spaces come
+    # first and score last. Of pairs with one score SentencePiece merges the leftmost, for which
+    # there is no fixed order: exact for runs (the longest left half first); of other pairs that
+    # with the mark of a word's start comes first.
     scored = []
     for piece in model.pieces:
         text = piece.piece
@@ -406,12 +407,12 @@ def _merges(model: Any, pieces: dict[str, int]) -> list[tuple[str, str]]:
 def decode(
     tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], *, skip_special_tokens: bool
 ) -> str:
-    """The text of `ids`, as the original's slow tokenizers give it.
+    """Decodes `ids` to text as the original's slow tokenizers do.
 
-    SentencePiece writes U+FFFD for every byte that is part of no character; the fast decoder
-    would for every byte of a run in which one is, and so lose the characters beside it. Ids without
-    a token, which a model with more rows than its tokenizer may generate, have no text.
+    Ids without a token have no text; a model with more rows than its tokenizer may generate them.
     """
+    # SentencePiece writes U+FFFD for every byte that is part of no character; the fast decoder
+    # would for every byte of a run in which one is, and so lose the characters beside it.
     if not _has_byte_pieces(tokenizer):
         return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
     # The fast decoder leaves these out itself.
@@ -419,51 +420,47 @@ def decode(
     if not tokenizer.backend_tokenizer.decoder.decode([_SPACE]):
         return _llama_text(tokenizer, ids, skip_special_tokens)
     added = tokenizer.added_tokens_decoder
-    kept = [i for i in ids if not (skip_special_tokens and i in added and added[i].special)]
-    return _joined(tokenizer.convert_ids_to_tokens(kept))
+    ids = [i for i in ids if not (skip_special_tokens and i in added and added[i].special)]
+    return _joined(tokenizer.convert_ids_to_tokens(ids))
 
 
 def _llama_text(
     tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], skip_special_tokens: bool
 ) -> str:
-    """What the slow Llama tokenizer decodes: texts between added tokens, joined by spaces.
-
-    Only bos, eos, unk, pad and the additional special tokens are skipped, not every added token
-    that is called special (Phi-3's `<|user|>` is not).
-    """
+    """Decodes as the slow Llama tokenizer: texts between added tokens, joined by spaces."""
+    # Only bos, eos, unk, pad and the additional special tokens are skipped, not every added token
+    # that is called special (Phi-3's `<|user|>` is not).
     special = set(tokenizer.all_special_tokens)
     added = tokenizer.added_tokens_decoder
     extra = set(tokenizer.extra_special_tokens)
     texts: list[str] = []
     pending: list[str] = []
-    for number, token in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):
+    for token_id, token in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):
         if skip_special_tokens and token in special:
             continue
-        appended = token in extra and number >= tokenizer.vocab_size
-        if number not in added or (token in special and not appended):
+        appended = token in extra and token_id >= tokenizer.vocab_size
+        if token_id not in added or (token in special and not appended):
             pending.append(token)
             continue
-        if pending and (text := _between(pending, special, tokenizer)):
+        if pending and (text := _run_text(pending, special, tokenizer)):
             texts.append(text)
         pending = []
         texts.append(token)
-    return " ".join([*texts, _between(pending, special, tokenizer)] if pending else texts)
+    return " ".join([*texts, _run_text(pending, special, tokenizer)] if pending else texts)
 
 
-def _between(tokens: Sequence[str], special: set[str], tokenizer: PreTrainedTokenizerFast) -> str:
-    """Text of a run of tokens, special ones among them, without its leading space.
-
-    Without `legacy: false` every run between special tokens loses one more, and a space comes
-    before a special token.
-    """
+def _run_text(tokens: Sequence[str], special: set[str], tokenizer: PreTrainedTokenizerFast) -> str:
+    """Decodes a run of tokens, special ones included, without its leading space."""
+    # Without `legacy: false` every run between special tokens loses one more space, and a space
+    # comes before a special token.
     legacy = not isinstance(tokenizer, WholeTextTokenizer)
     text, pieces = "", [tokens[0].removeprefix(_SPACE), *tokens[1:]]
     run: list[str] = []
-    for number, piece in enumerate(pieces):
+    for index, piece in enumerate(pieces):
         if piece not in special:
             run += [] if piece in _CONTROL else [piece]
             continue
-        if legacy and number and pieces[number - 1] not in special:
+        if legacy and index and pieces[index - 1] not in special:
             text += " "
         text += _joined(run, strip=legacy) + piece
         run = []
@@ -471,7 +468,8 @@ def _between(tokens: Sequence[str], special: set[str], tokenizer: PreTrainedToke
 
 
 def _joined(pieces: Sequence[str], *, strip: bool = False) -> str:
-    """The text of SentencePiece pieces; `strip` takes one space off the first that has any text."""
+    """Joins SentencePiece pieces to text; `strip` removes the first one's leading space."""
+    # As bytes: a character outside the vocabulary is several byte pieces.
     raw = bytearray()
     for piece in pieces:
         byte = _BYTE_PIECE.fullmatch(piece)
@@ -482,16 +480,16 @@ def _joined(pieces: Sequence[str], *, strip: bool = False) -> str:
 
 
 def _has_byte_pieces(tokenizer: PreTrainedTokenizerFast) -> bool:
-    found = tokenizer.convert_tokens_to_ids("<0x00>")
-    return found is not None and found != tokenizer.unk_token_id
+    token_id = tokenizer.convert_tokens_to_ids("<0x00>")
+    return token_id is not None and token_id != tokenizer.unk_token_id
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the tokenizer: any loader gets this pipeline, and a processor its token names."""
+    """Writes the tokenizer files of an export, with the token names that a processor needs."""
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     config = _read(file) | {
-        # Beside the names below, which are the processor's: `decode` skips these.
+        # In addition to the processor's names below: `decode` skips these.
         _ADDITIONAL: [str(token) for token in tokenizer.extra_special_tokens],
         "tokenizer_class": "PreTrainedTokenizerFast",
         "processor_class": "InternVLProcessor",
@@ -502,6 +500,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
             "video_token": "<video>",
         },
     }
+    # Keys that would run remote code, change spaces, or tell how this tokenizer was loaded.
     for key in (
         "auto_map",
         "add_prefix_space",
@@ -516,9 +515,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerFast) -> int:
-    """Add what a chat model needs and the tokenizer lacks; the number of tokens added."""
-    known = tokenizer.get_vocab()
-    new = [token for token in SPECIAL_TOKENS if token not in known]
+    """Adds the SPECIAL_TOKENS that the tokenizer does not have; returns how many it added."""
+    vocab = tokenizer.get_vocab()
+    new = [token for token in SPECIAL_TOKENS if token not in vocab]
     whole = isinstance(tokenizer, WholeTextTokenizer)
     if whole:
         _mark_whole_texts(tokenizer, new)
@@ -527,7 +526,7 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int, folder: Path) -> None:
-    """Raises UserError where a token's id has no row in the model's embeddings."""
+    """Raises UserError if a token's id has no row in the model's embeddings."""
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise UserError(
@@ -537,7 +536,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int, folder: Path
 
 
 def _normalizer(folder: Path) -> str:
-    """The normalizer of `tokenizer.json`, as text."""
+    """Returns the normalizer of `tokenizer.json` as JSON text."""
     normalizer = _read(folder / "tokenizer.json").get("normalizer")
     return json.dumps(normalizer, ensure_ascii=False)
 

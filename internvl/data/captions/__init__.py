@@ -1,10 +1,10 @@
-"""Images and their captions, read from every published form by one reader with one set of rules.
+"""Reads images and captions from every published form, by one set of rules.
 
     file = read(Path("captions_val2014.json"))          # for training, conversion, evaluation
-    [(file.images[number].name, text) for number, text in file.captions]
+    [(file.images[index].name, text) for index, text in file.captions]
 
-Nothing is repaired and nothing is left out in silence: what cannot be read exactly is a BadSample
-with its line or entry, among the rows where it stands, and the caller decides.
+Nothing is repaired and nothing is dropped silently: a row that cannot be read exactly becomes a
+BadSample with its line or entry, and the caller decides.
 """
 
 import gc
@@ -53,14 +53,14 @@ __all__ = [
 def read(
     path: Path, form: str = "auto", *, split: str = "test", images: Path | None = None
 ) -> CaptionFile:
-    """Reads a file of captions with everything that is wrong with it.
+    """Reads a caption file; its problems are among its rows.
 
     Args:
         path: a file of one of FORMS, or a folder of images or tars.
         form: a key of FORMS; "auto" goes by the file's name and content.
-        split: which images of a Karpathy file with a `split` field; "train" takes "restval" too.
-        images: Karpathy's list of the images that are meant, by COCO's ids in their names, for a
-            COCO file that lists more of them, or only their ids.
+        split: the split to read of a Karpathy file; "train" includes "restval".
+        images: Karpathy's list of images to read of a COCO file, matched by the COCO ids in their
+            names; the file may list more images, or only ids.
 
     Raises:
         DataError: the file is missing or not in this form at all.
@@ -70,6 +70,7 @@ def read(
     file = CaptionFile(path, split)
     with _collector_paused():
         chosen = form_of(path) if form == "auto" else form
+        # Such a list is of a COCO file, whatever `form` says.
         if images is not None:
             read_coco(file, tree=read_json(path), chosen=images)
         elif chosen in _BY_CONTENT:
@@ -77,15 +78,16 @@ def read(
         else:
             file.form = chosen
             FORMS[chosen](file)
-        _name_bare_images(file)
+        _report_bare_images(file)
     return file
 
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """Keeps the garbage collector from walking a large JSON tree again and again while it grows:
-    a third of the time of reading COCO's training captions, and nothing in it is a cycle."""
+    """Disables the cyclic garbage collector while a JSON tree grows."""
     enabled = gc.isenabled()
+    # It would walk the growing tree again and again: a third of the time of reading COCO's
+    # training captions, and no node of a JSON tree is part of a cycle.
     gc.disable()
     try:
         yield
@@ -97,7 +99,7 @@ def _collector_paused() -> Iterator[None]:
 def read_whole(
     path: Path, form: str = "auto", *, split: str = "test", images: Path | None = None
 ) -> CaptionFile:
-    """Reads a file of captions that must be free of problems, as `read`.
+    """Reads a caption file that must have no problems; arguments as of `read`.
 
     Raises:
         DataError: as `read`, or the file has problems; it lists the first ones.
@@ -110,29 +112,33 @@ def read_whole(
     return file
 
 
-def _name_bare_images(file: CaptionFile) -> None:
-    """Adds a problem for every image that no caption names, not even a bad one."""
+def _report_bare_images(file: CaptionFile) -> None:
+    """Adds a problem for every image without a caption row, good or bad."""
     for image, tried in zip(file.images, file.tried, strict=True):
         if not tried:
             file.bad(image.where, f"{image.name} has no caption; write one or remove the image")
 
 
 def _read_json(file: CaptionFile) -> None:
-    """A `.json` or `.jsonl` file by what it holds: COCO, Karpathy, a list of entries, or lines."""
+    """Reads a `.json` or `.jsonl` file by content: COCO, Karpathy, a list of entries, or lines."""
     text = read_text(file.path)
     whole, named_lines = text.strip(), file.path.suffix.lower() == ".jsonl"
     first, more, _ = whole.partition("\n")
     tree: Any = None
+    # A first line that is an object alone means lines: a whole JSON file would fail to parse there.
     lines = bool(more) and _is_object(first)
     if not lines:
         try:
             tree = parse_line(whole)
         except ValueError as error:
+            # An empty file and an HTML page of an error are no lines, whatever the file is called.
             if not named_lines or whole[:1] in ("", "<"):
                 raise not_json(file.path, whole, error) from None
             lines = True
     if isinstance(tree, dict) and not tree.keys() & {"images", "annotations"}:
+        # A single line parses as a whole tree.
         lines = lines or named_lines or "image" in tree
+    # `form` is set here: callers sort the captions of a COCO file by image, those of others not.
     if lines:
         file.form = "jsonl"
         read_json_lines(file, text)
@@ -153,19 +159,22 @@ def _is_object(line: str) -> bool:
 
 
 def _read_xtd(file: CaptionFile) -> None:
-    """`test_1kcaptions_LANGUAGE.txt` with `test_image_names.txt` beside it, line by line."""
-    beside = file.path.with_name("test_image_names.txt")
-    names = list(numbered_lines(read_text(beside)))
+    """Reads XTD's `test_1kcaptions_LANGUAGE.txt` and, line by line, `test_image_names.txt`."""
+    names_path = file.path.with_name("test_image_names.txt")
+    names = list(numbered_lines(read_text(names_path)))
     texts = list(numbered_lines(read_text(file.path)))
+    # A caption has no name of its image beside it: one line too few would shift all that follow.
     if len(names) != len(texts):
-        raise DataError(f"{file.path} has {len(texts)} lines and {beside} {len(names)}; fetch both")
-    for (number, name), (_, text) in zip(names, texts, strict=True):
-        where = f"line {number}"
-        file.captions_of(where, file.image(where, name.strip()), [text])
+        raise DataError(
+            f"{file.path} has {len(texts)} lines and {names_path} {len(names)}; fetch both"
+        )
+    for (line_number, name), (_, text) in zip(names, texts, strict=True):
+        where = f"line {line_number}"
+        file.add_captions(where, file.image(where, name.strip()), [text])
 
 
 def _read_folder(file: CaptionFile) -> None:
-    """Images below a folder, with captions in a `.txt` of the same name, one a line."""
+    """Reads images below a folder; their captions are the lines of a `.txt` of the same name."""
     entries = sorted(file.path.rglob("*"))
     texts = {entry for entry in entries if entry.suffix.lower() == ".txt"}
     for entry in entries:
@@ -173,21 +182,21 @@ def _read_folder(file: CaptionFile) -> None:
             continue
         name = str(entry.relative_to(file.path))
         image = file.image(name, name)
-        beside = entry.with_suffix(".txt")
-        if beside in texts and beside.is_file():
-            texts.discard(beside)
-            lines = list(numbered_lines(read_text(beside)))
-            for number, line in lines if image is not None else ():
-                where = f"{beside.relative_to(file.path)} line {number}"
-                file.captions_of(where, image, [line])
-    for left in sorted(texts):
-        if left.stem.lower() not in ("readme", "license"):
-            file.bad(str(left.relative_to(file.path)), "there is no image of this name beside it")
+        text_path = entry.with_suffix(".txt")
+        if text_path in texts and text_path.is_file():
+            texts.discard(text_path)
+            lines = list(numbered_lines(read_text(text_path)))
+            for line_number, line in lines if image is not None else ():
+                where = f"{text_path.relative_to(file.path)} line {line_number}"
+                file.add_captions(where, image, [line])
+    for unused in sorted(texts):
+        # Downloaded folders hold texts that describe the data set.
+        if unused.stem.lower() not in ("readme", "license"):
+            file.bad(str(unused.relative_to(file.path)), "there is no image of this name beside it")
 
 
 def _read_webdataset(file: CaptionFile) -> None:
-    """Tars with an image under each key, and its captions: those of its `.json`, or the lines of
-    its `.txt`."""
+    """Reads tars; captions are those of an image's `.json`, or else the lines of its `.txt`."""
     for tar in tars.shards(file.path):
         for row in tars.shard_rows(tar):
             where = row["where"]
@@ -200,8 +209,9 @@ def _read_webdataset(file: CaptionFile) -> None:
             tree, lines = row.get("row"), row.get("caption", "").removeprefix("\ufeff")
             texts = entry_texts(tree) if isinstance(tree, dict) else []
             slice = FileSlice(*row["slices"][0])
+            # Members of different tars may share a name, so the tar's is part of it.
             image = file.image(where, f"{tar.name}/{slice.name}", slice=slice)
-            file.captions_of(where, image, texts or lines.splitlines())
+            file.add_captions(where, image, texts or lines.splitlines())
 
 
 FORMS: dict[str, Callable[[CaptionFile], None]] = {
@@ -215,21 +225,22 @@ FORMS: dict[str, Callable[[CaptionFile], None]] = {
     "folder": _read_folder,
     "webdataset": _read_webdataset,
 }
-"""How captions are written down: `name.jpg,caption` lines; `name#0<TAB>caption` lines; COCO caption
-JSON; Karpathy's JSON; XTD's two texts; CSV with a header; JSONL; images with texts beside; tars
-of them."""
+"""Form -> its reader: `name.jpg,caption` lines; `name#0<TAB>caption` lines; COCO caption JSON;
+Karpathy's JSON; XTD's two texts; CSV with a header; JSONL; images with texts beside; tars of them.
+"""
 
 _BY_CONTENT: dict[str, Callable[[CaptionFile], None]] = {
     "json": _read_json,
     "lines": lambda file: read_lines(file, split_any),
 }
-"""What `form_of` leaves to the content."""
+"""Readers that decide by content, for what `form_of` cannot tell from a name."""
 
 
 def form_of(path: Path) -> str:
-    """The form of a file by its name: a key of FORMS, or "json" or "lines", which go by content."""
+    """Returns the form by the file's name: a key of FORMS, or "json" or "lines" (by content)."""
     if path.is_dir():
         return "webdataset" if any(path.glob("*.tar")) else "folder"
+    # Compressed tars too, so that the tar reader can say that they must be uncompressed.
     if path.name.endswith((".tar", ".tar.gz", ".tgz")):
         return "webdataset"
     ending = path.suffix.lower()

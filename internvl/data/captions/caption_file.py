@@ -1,4 +1,4 @@
-"""Rows of a file of captions, filled by its reader: images, captions, and what is wrong."""
+"""Images, captions and problems of a caption file; the readers of the forms fill it."""
 
 import posixpath
 from collections.abc import Iterable, Iterator
@@ -17,77 +17,75 @@ ImageId = int | str
 
 @dataclass(frozen=True, slots=True)
 class NamedImage:
-    """An image that a file of captions lists."""
+    """An image that a caption file lists."""
 
     where: str
     """Its line or entry, such as "line 3"."""
     name: str
     id: ImageId | None = None
-    """In COCO form, else None."""
+    """The id in a COCO file, else None."""
     slice: FileSlice | None = None
-    """Where it is no file below the folder of images but lies in a tar."""
+    """Its bytes inside a tar; None for a file below the folder of images."""
 
 
 BAD = -1
-"""Image of a row that is a problem."""
+"""Image index of a row that is a problem."""
 
 
 @dataclass
 class CaptionFile:
-    """What a file of captions holds, in its order, and what is wrong with it.
+    """The rows of a caption file in its order: captions that can be used, and problems.
 
-    Rows are columns of equal length: a large file has hundreds of thousands. Every image that is
-    listed has a row of its own, good or bad.
+    Every image that the file lists has at least one row, good or bad.
     """
 
     path: Path
     split: str = "test"
-    """Which images of Karpathy's file with a `split` field are read."""
+    """The split that is read of a Karpathy file with a `split` field."""
     form: str = ""
     """The key of FORMS that it was read as."""
     images: list[NamedImage] = field(default_factory=list)
-    places: list[str] = field(default_factory=list)
+    # Columns, not a list of row objects: a large file has hundreds of thousands of rows.
+    locations: list[str] = field(default_factory=list)
     """Line or entry of every row."""
-    numbers: list[int] = field(default_factory=list)
-    """Number of every row's image in `images`, or BAD."""
+    image_indices: list[int] = field(default_factory=list)
+    """Index in `images` of every row's image, or BAD."""
     texts: list[str] = field(default_factory=list)
-    """Every row's caption, or what is wrong."""
+    """Every row's caption, or its problem."""
     tried: bytearray = field(default_factory=bytearray)
-    """Nonzero for every image that a row is about, be the row good or bad."""
-    _by_name: dict[str, int] = field(default_factory=dict)  # file_key -> number of its image
+    """Nonzero for every image that has a row, good or bad."""
+    _by_name: dict[str, int] = field(default_factory=dict)  # file_key -> index in `images`
 
     @property
     def captions(self) -> Iterator[tuple[int, str]]:
-        """(number of the image, caption) of every row that can be used."""
-        pairs = zip(self.numbers, self.texts, strict=True)
+        """(index in `images`, caption) of every row that can be used."""
+        pairs = zip(self.image_indices, self.texts, strict=True)
         return (pair for pair in pairs if pair[0] != BAD)
 
     @property
     def problems(self) -> list[BadSample]:
-        """The rows that cannot, each with file and line or entry."""
-        rows = zip(self.places, self.numbers, self.texts, strict=True)
-        return [self.problem(place, text) for place, number, text in rows if number == BAD]
+        """The rows that cannot be used, each named by file and line or entry."""
+        rows = zip(self.locations, self.image_indices, self.texts, strict=True)
+        return [self.problem(location, text) for location, index, text in rows if index == BAD]
 
-    def problem(self, place: str, reason: str) -> BadSample:
-        """What is wrong at a line or entry, named by file and place."""
-        name = f"{self.path} {place}" if place else str(self.path)
+    def problem(self, location: str, reason: str) -> BadSample:
+        """Returns the BadSample for a line or entry of this file."""
+        name = f"{self.path} {location}" if location else str(self.path)
         return BadSample(printable(name), printable(reason))
 
     def by_image(self) -> list[int]:
-        """The rows with the captions of an image together, images in their order, problems last."""
+        """Returns row indices sorted by image, stable, with the problems last."""
         last = len(self.images)
-        keys = [last if number == BAD else number for number in self.numbers]
+        keys = [last if index == BAD else index for index in self.image_indices]
         return sorted(range(len(keys)), key=keys.__getitem__)
-
-    # What the forms below fill it with.
 
     def bad(self, where: str, reason: str) -> None:
         """Adds a problem."""
         self._add(printable(where), BAD, printable(reason))
 
     def _add(self, where: str, image: int, text: str) -> None:
-        self.places.append(where)
-        self.numbers.append(image)
+        self.locations.append(where)
+        self.image_indices.append(image)
         self.texts.append(text)
 
     def image(
@@ -99,30 +97,31 @@ class CaptionFile:
         slice: FileSlice | None = None,
         again: bool = False,
     ) -> int | None:
-        """Adds an image and returns its number; None and a problem where the name is none.
+        """Adds an image and returns its index, or adds a problem and returns None.
 
         Args:
             again: whether the same name means the same image, as in forms of a line per caption.
         """
-        number = self._by_name.get(file_key(name)) if again and isinstance(name, str) else None
-        if number is not None:
-            return number
+        known_index = self._by_name.get(file_key(name)) if again and isinstance(name, str) else None
+        # Before the name is checked: most lines of such a form name an image again.
+        if known_index is not None:
+            return known_index
         reason = name_problem(name)
         if reason:
             self.bad(where, reason)
             return None
-        number = self._by_name[file_key(name)] = len(self.images)
+        index = self._by_name[file_key(name)] = len(self.images)
         self.images.append(NamedImage(where, name, id, slice))
         self.tried.append(0)
-        return number
+        return index
 
     def caption(self, where: str, image: int, text: Any) -> None:
-        """Adds a caption, or the problem that it is none."""
+        """Adds a caption, or a problem if it is not a text or is blank."""
         self.tried[image] = 1
         # The usual caption costs one test: plain ASCII, neither blank nor with a NUL.
         if type(text) is str and text.isascii() and "\0" not in text and text.strip():
-            self.places.append(where)
-            self.numbers.append(image)
+            self.locations.append(where)
+            self.image_indices.append(image)
             self.texts.append(text)
             return
         reason = _caption_problem(text)
@@ -131,20 +130,22 @@ class CaptionFile:
         else:
             self._add(where, image, text)
 
-    def captions_of(self, where: str, image: int | None, texts: Iterable[Any]) -> None:
-        """Adds the captions of an entry, if its image could be added."""
+    def add_captions(self, where: str, image: int | None, texts: Iterable[Any]) -> None:
+        """Adds the captions of an entry; none if its image is None, for it has a problem then."""
         if image is not None:
             for text in texts:
                 self.caption(where, image, text)
 
 
 def file_key(name: str) -> str:
-    """The same text for names of the same file, such as a.png, ./a.png and b/../a.png.
+    """Normalizes a name, so that a.png, ./a.png and b/../a.png are one key.
 
     >>> file_key("./a.png")
     'a.png'
     """
-    if name[:1] == "." or "/." in name or "//" in name:  # few names are spelled in several ways
+    # Few names need `normpath`, and hundreds of thousands pass here.
+    if name[:1] == "." or "/." in name or "//" in name:
+        # It would make one slash of the two after "https:".
         return name if is_address(name) else posixpath.normpath(name)
     return name
 
@@ -157,6 +158,7 @@ def name_problem(name: Any) -> str | None:
         return f"the image's name {reason}"
     if not name.strip():
         return "no image is named; write its name"
+    # On Linux a backslash is part of a file name: the file would only be called missing.
     if "\\" in name:
         slashes = name.replace("\\", "/")
         return f"the image's name {name} has backslashes, as Windows has; write {slashes}"

@@ -1,4 +1,4 @@
-"""Captions in JSON: lines or a list of {image, caption}, and Karpathy's `dataset_*.json`."""
+"""Reads captions from JSON: lines or lists of {image, caption}, Karpathy's `dataset_*.json`."""
 
 from collections import Counter
 from pathlib import Path
@@ -12,13 +12,15 @@ from internvl.errors import BadSample, DataError
 
 
 def read_json_lines(file: CaptionFile, text: str | None = None) -> None:
-    given = text is not None
+    """Reads JSON Lines of {image, caption}, or a list of them; `text` is the file's, if known."""
+    # A caller that has read the text has also seen that it is no list.
+    may_be_list = text is None
     text = read_text(file.path) if text is None else text
-    if text.lstrip().startswith("[") and not given:
+    if text.lstrip().startswith("[") and may_be_list:
         read_entries(file, parse_json(file.path, text))
         return
-    for number, line in numbered_lines(text):
-        where = f"line {number}"
+    for line_number, line in numbered_lines(text):
+        where = f"line {line_number}"
         if not line.strip():
             file.bad(where, "the line is blank; remove it")
             continue
@@ -31,39 +33,42 @@ def read_json_lines(file: CaptionFile, text: str | None = None) -> None:
 
 
 def read_entries(file: CaptionFile, rows: list[Any]) -> None:
-    for number, row in enumerate(rows, start=1):
-        _read_entry(file, f"entry {number}", row)
+    """Reads a list of {image, caption}."""
+    for entry_number, row in enumerate(rows, start=1):
+        _read_entry(file, f"entry {entry_number}", row)
 
 
 def _read_entry(file: CaptionFile, where: str, row: Any) -> None:
-    """An object with `image` and captions under one of their usual keys: a text or a list."""
+    """Reads an object with `image` and captions (a text or a list) under one of TEXT_KEYS."""
     reason = object_problem(row)
     if reason is None and "image" not in row:
         reason = "no `image`; write the image's path under this key"
     if reason:
         file.bad(where, reason)
     else:
-        file.captions_of(where, file.image(where, row["image"], again=True), entry_texts(row))
+        # Published lists have an entry for every caption, so an image comes several times.
+        file.add_captions(where, file.image(where, row["image"], again=True), entry_texts(row))
 
 
 def entry_texts(row: dict[str, Any]) -> list[Any]:
+    """Returns the captions under the first of TEXT_KEYS that the row has, unchecked."""
     value: Any = next((row[key] for key in TEXT_KEYS if key in row), [])
     return value if isinstance(value, list) else [value]
 
 
 def karpathy_names(path: Path) -> list[tuple[str, str]]:
-    """(where, name) of every image of Karpathy's list of {image, …}.
+    """Reads (entry, image name) pairs from Karpathy's list of {image, …}.
 
     Raises:
-        DataError: another form, or entries that name no image; the first ones.
+        DataError: another form, or entries that name no image; lists the first ones.
     """
     rows = read_json(path)
     if not isinstance(rows, list):
         raise DataError(f"{path} is not Karpathy's list of images, but {json_type(rows)}; fetch it")
     problems: list[BadSample] = []
     names: list[tuple[str, str]] = []
-    for number, row in enumerate(rows, start=1):
-        where = f"entry {number}"
+    for entry_number, row in enumerate(rows, start=1):
+        where = f"entry {entry_number}"
         reason = object_problem(row) or name_problem(row.get("image"))
         if reason:
             problems.append(BadSample(f"{path} {where}", printable(reason)))
@@ -78,8 +83,9 @@ def karpathy_names(path: Path) -> list[tuple[str, str]]:
 
 
 def read_karpathy(file: CaptionFile, tree: Any = None) -> None:
-    """Karpathy's `dataset_*.json`, or a list of {image, caption} as LAVIS wrote it."""
+    """Reads Karpathy's `dataset_*.json`, or a list of {image, caption} as LAVIS wrote it."""
     tree = read_json(file.path) if tree is None else tree
+    # `coco_karpathy_val.json` and its like: LAVIS kept Karpathy's name for the other form.
     if isinstance(tree, list):
         read_entries(file, tree)
         return
@@ -92,25 +98,28 @@ def read_karpathy(file: CaptionFile, tree: Any = None) -> None:
         )
     if "annotations" in tree:
         raise DataError(f"{file.path} is a COCO caption file, not Karpathy's; set its form to coco")
+    # Counted in the order of the file, for the message.
     splits = Counter(
         str(row["split"]) for row in images if isinstance(row, dict) and "split" in row
     )
-    meant = ("train", "restval") if file.split == "train" else (file.split,)
-    if not splits.keys() & {*meant}:
-        known = f"it has {', '.join(splits)}" if splits else "its images name no `split`"
+    # COCO's validation images that are neither in val nor in test; published results train on them.
+    split_names = ("train", "restval") if file.split == "train" else (file.split,)
+    if not splits.keys() & {*split_names}:
+        listed = f"it has {', '.join(splits)}" if splits else "its images name no `split`"
         raise DataError(
-            printable(f"{file.path} has no split {file.split!r}; {known}; choose another file")
+            printable(f"{file.path} has no split {file.split!r}; {listed}; choose another file")
         )
-    for number, row in enumerate(images, start=1):
-        _sentences(file, f"image {number}", row, meant)
+    for image_number, row in enumerate(images, start=1):
+        _read_sentences(file, f"image {image_number}", row, split_names)
 
 
-def _sentences(file: CaptionFile, where: str, row: Any, meant: tuple[str, ...]) -> None:
+def _read_sentences(file: CaptionFile, where: str, row: Any, split_names: tuple[str, ...]) -> None:
     reason = object_problem(row)
     if reason is None and "split" not in row:
-        reason = f"no `split`; write one, such as {meant[0]!r}"
-    if reason is None and row["split"] not in meant:
+        reason = f"no `split`; write one, such as {split_names[0]!r}"
+    if reason is None and row["split"] not in split_names:
         return
+    # COCO's entries have the folder apart (`filepath`), Flickr's have none.
     folder, name = (row.get("filepath") or "", row.get("filename")) if reason is None else ("", "")
     if reason is None:
         reason = name_problem(name) or (name_problem(folder) if folder else None)
@@ -120,5 +129,6 @@ def _sentences(file: CaptionFile, where: str, row: Any, meant: tuple[str, ...]) 
     if reason:
         file.bad(where, reason)
         return
+    # `raw`, not `tokens`: those are lower case and without punctuation.
     texts = [s.get("raw") if isinstance(s, dict) else s for s in sentences]
-    file.captions_of(where, file.image(where, f"{folder}/{name}" if folder else name), texts)
+    file.add_captions(where, file.image(where, f"{folder}/{name}" if folder else name), texts)

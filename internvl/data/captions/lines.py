@@ -1,4 +1,4 @@
-"""Captions in text files: a line for every caption, or a CSV with a header."""
+"""Reads captions from text files: a line for every caption, or a CSV with a header."""
 
 import csv
 import re
@@ -15,7 +15,9 @@ _IMAGE_COLUMNS = ("image", "image_name", "filepath", "file_name", "filename")
 _TEXT_COLUMNS = (*TEXT_KEYS, "title", "comment")
 
 _ENDINGS = "|".join(ending.lstrip(".") for ending in IMAGE_ENDINGS)
+# The comma alone does not end a name: both names and captions may hold commas.
 _NAME_END = re.compile(rf"\.(?:{_ENDINGS}),", re.IGNORECASE)
+# Flickr30K-CN numbers its texts `name.jpg#zhb#0`.
 _NUMBERED = re.compile(r"(.*?)(?:#\w+)+", re.DOTALL)
 _SPACED = re.compile(rf"(\S+\.(?:{_ENDINGS})(?:#\w+)+)\s+(.*)", re.IGNORECASE)
 _PIPED = re.compile(r"([^|,\t]+)\|\s*(?:\d+|\w+_number)\s*\|(.*)")
@@ -24,20 +26,20 @@ _QUOTED = re.compile(r'[^",]*,\s*"(?=[^\n]*(?:,|""))(?:[^"]|"")*"\s*')
 _RECORD_LINES = 50  # most lines of a CSV record, whose quotes may hold line ends
 
 SplitLine = Callable[[str], tuple[str, str] | str]
-"""A line to (image, caption), or to what is wrong with it."""
+"""Splits a line into (image, caption), or returns what is wrong with it."""
 
 
 def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
-    """(number from 1, line) without the blank lines that end a file.
-
-    A byte-order mark at the start of a line is left where files were put together.
-    """
-    for number, line in enumerate(text.rstrip().split("\n"), start=1):
-        yield number, line.removeprefix("\ufeff")
+    """Yields (line number from 1, line); blank lines at the end of the file are dropped."""
+    # Not `splitlines`: captions may hold U+2028 and other marks that it cuts at.
+    for line_number, line in enumerate(text.rstrip().split("\n"), start=1):
+        # Concatenated files leave their byte-order marks in the middle.
+        yield line_number, line.removeprefix("\ufeff")
 
 
 def split_flickr(line: str) -> tuple[str, str] | str:
-    """`name.jpg,caption`: the name ends at its ending, so a name and a caption may hold commas."""
+    """Splits `name.jpg,caption` after the file ending: a name and a caption may hold commas."""
+    # The usual line, without a regular expression.
     name, mark, text = line.partition(".jpg,")
     if mark and "," not in name and ".jpg," not in text:
         return (f"{name}.jpg" if name.strip() else ""), text
@@ -62,7 +64,7 @@ def _quoted_line(line: str) -> tuple[str, str] | str:
 
 
 def split_token(line: str) -> tuple[str, str] | str:
-    """`name#0<TAB>caption`, `name#zhb#0<TAB>caption`, or the same with a space after the number."""
+    """Splits `name#0<TAB>caption` or `name#zhb#0<TAB>caption`; a space may replace the tab."""
     name, tab, text = line.partition("\t")
     if not tab:
         spaced = _SPACED.fullmatch(line)
@@ -74,7 +76,8 @@ def split_token(line: str) -> tuple[str, str] | str:
 
 
 def split_any(line: str) -> tuple[str, str] | str:
-    """A line of any of these forms, by the mark that ends the name."""
+    """Splits a line of any of these forms by the mark that ends its name."""
+    # A tab behind `name.jpg,` belongs to the caption.
     tab = line.find("\t")
     if tab >= 0 and _NAME_END.search(line, 0, tab) is None:
         return split_token(line)
@@ -87,38 +90,37 @@ def split_any(line: str) -> tuple[str, str] | str:
 
 
 def read_lines(file: CaptionFile, split: SplitLine) -> None:
+    """Reads a line for every caption, or as a CSV if the file quotes like one."""
     text = read_text(file.path)
     if split is not split_token and _is_csv(file.path, text):
         read_csv(file, text)
         return
-    for number, line in numbered_lines(text):
-        if number == 1 and _is_header(line):
+    for line_number, line in numbered_lines(text):
+        if line_number == 1 and _is_header(line):
             continue
-        where = f"line {number}"
+        where = f"line {line_number}"
         if not line.strip():
             file.bad(where, "the line is blank; remove it")
             continue
-        found = split(line)
-        if isinstance(found, str):
-            file.bad(where, found)
+        fields = split(line)
+        if isinstance(fields, str):
+            file.bad(where, fields)
             continue
-        image = file.image(where, found[0].strip(), again=True)
+        image = file.image(where, fields[0].strip(), again=True)
         if image is not None:
-            file.caption(where, image, found[1])
+            file.caption(where, image, fields[1])
 
 
 def _is_header(line: str) -> bool:
-    """Whether a first line names columns, such as `image,caption`."""
+    """True if a first line names columns, such as `image,caption`."""
     words = [word.strip().strip('"').lower() for word in re.split(r"[,|\t]", line)]
     return words[0] in _IMAGE_COLUMNS and words[-1] in _TEXT_COLUMNS
 
 
 def _is_csv(path: Path, text: str) -> bool:
-    """Whether captions with commas are quoted in this file.
+    """True if this file quotes captions with commas, as a CSV writer does.
 
-    Published files write `name.jpg,a caption, with commas` without quotes and may hold captions
-    that begin and end with one; a CSV writer quotes every caption that holds a comma. The more
-    frequent of the two is the file's rule, and its header where it names more than two columns.
+    A header with more than two columns decides, else the more frequent of quoted and bare.
     """
     head = text.partition("\n")[0].removeprefix("\ufeff")
     in_name = path.suffix.lower() == ".csv"
@@ -129,6 +131,8 @@ def _is_csv(path: Path, text: str) -> bool:
         return True  # no header and no row: `read_csv` says what is missing
     if '"' not in text:
         return False
+    # Counted, for one line proves nothing: published files write `name.jpg,a caption, with commas`
+    # without quotes, and may hold captions that begin and end with a quote.
     quoted = bare = 0
     for _, line in numbered_lines(text):
         if _QUOTED.fullmatch(line):
@@ -139,7 +143,8 @@ def _is_csv(path: Path, text: str) -> bool:
 
 
 def read_csv(file: CaptionFile, text: str) -> None:
-    """A CSV with a header line that names an image and a caption column, or of these two."""
+    """Reads a CSV whose header names an image and a caption column, or without a header of these
+    two columns."""
     records = _records(text)
     _, head = next(records, (1, []))
     names = [name.strip().lower() for name in head] if isinstance(head, list) else []
@@ -148,27 +153,27 @@ def read_csv(file: CaptionFile, text: str) -> None:
     image = next((names.index(n) for n in _IMAGE_COLUMNS if n in names), None)
     caption = next((names.index(n) for n in _TEXT_COLUMNS if n in names), None)
     if image is None or caption is None:
-        hint = _separator(text.partition("\n")[0])
+        hint = _separator_remedy(text.partition("\n")[0])
         raise DataError(
             f"{file.path}: its first line must name a column `image` and one `caption`{hint}"
         )
-    for number, row in records:
-        where = f"line {number}"
+    for line_number, row in records:
+        where = f"line {line_number}"
         if isinstance(row, str):
             file.bad(where, row)
         elif len(row) != len(names):
             columns = f"{len(row)} columns, not {len(names)}"
             file.bad(where, f"{columns}; quote captions with commas")
         else:
-            of_row = file.image(where, row[image].strip(), again=True)
-            if of_row is not None:
-                file.caption(where, of_row, row[caption])
+            image_index = file.image(where, row[image].strip(), again=True)
+            if image_index is not None:
+                file.caption(where, image_index, row[caption])
 
 
-def _separator(line: str) -> str:
-    """What to add where a spreadsheet has written something else between the columns than commas.
+def _separator_remedy(line: str) -> str:
+    """Returns the remedy for a header that a spreadsheet wrote with another separator, or "".
 
-    >>> _separator("image;caption")
+    >>> _separator_remedy("image;caption")
     '; its columns are separated by `;`, save it with commas'
     """
     line = line.removeprefix("\ufeff").strip().lower()
@@ -183,16 +188,14 @@ def _separator(line: str) -> str:
 
 
 def _looks_like(names: list[str]) -> bool:
-    """Whether a first line without a header is an image and its caption."""
+    """True if a first line is no header but an image and its caption."""
     return names[0].endswith(IMAGE_ENDINGS)
 
 
 def _records(text: str) -> Iterator[tuple[int, list[str] | str]]:
-    """(first line, columns or what is wrong) of every CSV record.
-
-    A quote that is never closed costs its own line: `csv` alone would take the rest of the file,
-    up to the next quote, for one caption.
-    """
+    """Yields (first line, columns or what is wrong) of every CSV record."""
+    # Not `csv.reader` over the file: it would take everything from a quote that is never closed
+    # to the next quote for one caption. Here such a quote costs its own line.
     lines = [line for _, line in numbered_lines(text)]
     start = 0
     while start < len(lines):
@@ -201,16 +204,16 @@ def _records(text: str) -> Iterator[tuple[int, list[str] | str]]:
             if _NAME_END.search(lines[end].partition(" ")[0]):
                 break  # that is a record of its own
             record, end = f"{record}\n{lines[end]}", end + 1
-        number = start + 1
+        line_number = start + 1
         if record.count('"') % 2:
-            yield number, "a quote is opened and not closed; close it, or double it in a text"
+            yield line_number, "a quote is opened and not closed; close it, or double it in a text"
             start += 1
             continue
         start = end
         if not record.strip():
-            yield number, "the line is blank; remove it"
+            yield line_number, "the line is blank; remove it"
             continue
         try:
-            yield number, next(csv.reader([record], strict=True, skipinitialspace=True))
+            yield line_number, next(csv.reader([record], strict=True, skipinitialspace=True))
         except csv.Error as error:
-            yield number, f"it is no CSV ({error}); double the quotes inside of quotes"
+            yield line_number, f"it is no CSV ({error}); double the quotes inside of quotes"
