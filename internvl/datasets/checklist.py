@@ -1,4 +1,4 @@
-"""The folders of a data set while it is prepared: what is there, counted, or missing."""
+"""Checks the files and folders of a data set while it is prepared: present, counted, missing."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -38,14 +38,14 @@ _NAMES_SHOWN = 3
 
 @dataclass(frozen=True)
 class Missing:
-    """A file or folder that is not there, or not whole."""
+    """A file or folder that is missing or incomplete."""
 
     path: Path
-    """Where it belongs."""
+    """Its path once it is fetched."""
     address: str
-    """Where to fetch it from."""
+    """URL to fetch it from."""
     note: str = ""
-    """What else there is to know, such as how many images lack."""
+    """Details, such as how many images are missing."""
 
     def __str__(self) -> str:
         note = f" ({self.note})" if self.note else ""
@@ -53,7 +53,7 @@ class Missing:
 
 
 class Tree:
-    """What a preparation found under a root folder so far."""
+    """Counts and missing files of a data set below a root folder, while it is prepared."""
 
     def __init__(self, root: Path, download: bool) -> None:
         self.root = root
@@ -62,7 +62,7 @@ class Tree:
         self.missing: list[Missing] = []
 
     def has_file(self, path: Path, address: str) -> bool:
-        """Whether a file is there, now or after fetching it."""
+        """True if a file exists, after fetching it if `download` is set."""
         if not path.is_file() and self.download:
             fetch.fetch(address, path)
         if not path.is_file():
@@ -70,57 +70,64 @@ class Tree:
         return path.is_file()
 
     def has_images(self, folder: Path, address: str, archives: Sequence[Path] = ()) -> bool:
-        """Whether a folder holds something, now or after unpacking (or fetching) its archive.
+        """True if a folder is not empty, after unpacking (or fetching) its archive if needed.
 
         Args:
             archives: further archives that may hold a folder of this name.
         """
         if filled(folder):
             return True
-        own = folder.parent / _file_name(address)
-        if self.download and _fetchable(address) and not own.is_file():
-            fetch.fetch(address, own)
-        beside = [folder.with_name(folder.name + ending) for ending in fetch.ARCHIVES]
-        for archive in filter(Path.is_file, [own, *beside, *archives]):
+        downloaded = folder.parent / _file_name(address)
+        if self.download and _fetchable(address) and not downloaded.is_file():
+            fetch.fetch(address, downloaded)
+        # Archives that were fetched by hand are often called like their folder.
+        same_name = [folder.with_name(folder.name + ending) for ending in fetch.ARCHIVES]
+        for archive in filter(Path.is_file, [downloaded, *same_name, *archives]):
+            # The further ones hold several folders, so they are never taken whole.
             if fetch.unpack(archive, folder, whole=archive not in archives):
                 return True
         self.missing.append(Missing(folder, address))
         return False
 
-    def expect(self, path: Path, address: str, **found: int) -> None:
-        """Notes what a file holds. Raises DataError where that is not what was published."""
-        for what, number in found.items():
-            wanted = EXPECTED.get(path.name, {}).get(what, number)
-            if number != wanted:
+    def expect(self, path: Path, address: str, **counts: int) -> None:
+        """Records the counts of a file. Raises DataError if they are not as published."""
+        for noun, count in counts.items():
+            # A file without published counts is only recorded.
+            expected = EXPECTED.get(path.name, {}).get(noun, count)
+            if count != expected:
                 raise DataError(
-                    f"{path} holds {number:,} {what}, expected {wanted:,}: it was cut off or is "
+                    f"{path} holds {count:,} {noun}, expected {expected:,}: it was cut off or is "
                     f"another version; remove it and fetch it again from {address}"
                 )
-            self.counts[f"{path.name} {what}"] = number
+            self.counts[f"{path.name} {noun}"] = count
 
     def check_images(self, folder: Path, names: Iterable[str], address: str) -> None:
-        """Looks for every image; those that lack become one entry of `missing`."""
-        wanted = set(names)
-        lacking = []
-        with Progress("images looked for", total=len(wanted)) as progress:
-            for name in wanted:
+        """Looks for every image; the absent ones become one entry of `missing`."""
+        distinct = set(names)
+        absent = []
+        with Progress("images looked for", total=len(distinct)) as progress:
+            for name in distinct:
                 progress.update()
+                # Not `Path.exists`: slower, and there are half a million of them.
                 if not os.path.exists(_inside(folder, name)):
-                    lacking.append(name)
-        self.counts["images"] = self.counts.get("images", 0) + len(wanted)
-        if lacking:
-            some = ", ".join(sorted(lacking)[:_NAMES_SHOWN])
-            note = f"{len(lacking):,} of {len(wanted):,} images lack: {some}"
-            note += ", …" if len(lacking) > _NAMES_SHOWN else ""
+                    absent.append(name)
+        self.counts["images"] = self.counts.get("images", 0) + len(distinct)
+        if absent:
+            # Sorted: the order of a set differs from run to run.
+            some = ", ".join(sorted(absent)[:_NAMES_SHOWN])
+            note = f"{len(absent):,} of {len(distinct):,} images are missing: {some}"
+            note += ", …" if len(absent) > _NAMES_SHOWN else ""
             self.missing.append(Missing(folder, address, note))
 
 
 def filled(folder: Path) -> bool:
+    """True for a folder that is not empty."""
     return folder.is_dir() and any(folder.iterdir())
 
 
 def _fetchable(address: str) -> bool:
-    """Whether an address is a file that a program can fetch."""
+    """True if a program can fetch this address as a file."""
+    # Others are pages, Google Drive ids, or forms to fill in.
     return address.startswith("http") and _file_name(address).endswith(fetch.ARCHIVES)
 
 

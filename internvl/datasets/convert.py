@@ -1,8 +1,8 @@
-"""One form of annotation into another: box coordinates, captions, parquet. Files to files.
+"""Converts annotation files: box coordinates, captions, parquet.
 
     convert.run("boxes-to-1000", Path("llava_form.jsonl"), Path("internvl_form.jsonl"))
 
-What is written is there whole or not at all: it is built beside its place and renamed.
+Outputs are atomic: written under a temporary name in the same folder and renamed.
 """
 
 import json
@@ -26,10 +26,10 @@ from internvl.log import Progress
 Box = tuple[float, float, float, float]
 """x1, y1, x2, y2: left, top, right, bottom."""
 Caption = tuple[str, str]
-"""Image path and one caption of it."""
+"""(image path, one of its captions)."""
 
 CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
-"""What the original asks for a caption, in training and in evaluation."""
+"""The original's prompt for a caption, in training and in evaluation."""
 
 KINDS: dict[str, str] = {
     "boxes-to-1000": "chat JSONL: [x1, y1, x2, y2] in 0-1 to <box>[[x1, y1, x2, y2]]</box> in "
@@ -39,12 +39,13 @@ KINDS: dict[str, str] = {
     "captions": "captions (COCO or Karpathy's JSON, Flickr's text, CSV, JSONL) to chat JSONL",
     "parquet": "a parquet file, or a folder of them, to images/ and annotations.jsonl in a folder",
 }
-"""What `run` can do."""
+"""Conversion -> its description."""
 
 _SHOWN = 100  # characters of a box in a message
 _ROWS_AT_ONCE = 64  # rows of a parquet file held in memory; their images are a few MB each
 _SUFFIX = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif"}
 
+# 0 and 1 without a decimal point too: boxes at the border of an image have them.
 _FRACTION = r"(?:0?\.\d+|0|1(?:\.0*)?)"
 _UNIT_BOX = re.compile(r"\[\s*" + r"\s*,\s*".join([f"({_FRACTION})"] * 4) + r"\s*\]")
 _FOUR = re.compile(r"\[\s*" + r"\s*,\s*".join([r"[-+]?(?:\d+\.?\d*|\.\d+)"] * 4) + r"\s*\]")
@@ -54,11 +55,11 @@ _INTEGERS = re.compile(r"\[\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*\]")
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion wrote."""
+    """Files written by a conversion."""
 
     files: tuple[Path, ...]
     counts: dict[str, int] = field(default_factory=dict)
-    """What was counted, such as {"lines": 1000, "boxes": 1432}."""
+    """Such as {"lines": 1000, "boxes": 1432}."""
 
 
 def run(kind: str, source: Path, target: Path) -> Converted:
@@ -75,13 +76,8 @@ def run(kind: str, source: Path, target: Path) -> Converted:
     return _CONVERTERS[kind](source, target)
 
 
-# Boxes
-
-
 def box_to_1000(box: Box, size: tuple[float, float] = (1, 1)) -> tuple[int, int, int, int]:
-    """A box in units of `size` (W, H) as integers 0-1000 of the whole image: round(x / W * 1000).
-
-    Python's rounding: a half goes to the even neighbour, as in the original.
+    """Converts a box in units of `size` (W, H) to integers 0-1000: round(x / W * 1000).
 
     >>> box_to_1000((0.352, 0.1, 0.5, 1.0))
     (352, 100, 500, 1000)
@@ -90,6 +86,7 @@ def box_to_1000(box: Box, size: tuple[float, float] = (1, 1)) -> tuple[int, int,
     """
     width, height = size
     x1, y1, x2, y2 = box
+    # Python's `round`: a half goes to the even neighbour, as in the original.
     return (
         round(x1 / width * 1000),
         round(y1 / height * 1000),
@@ -99,7 +96,7 @@ def box_to_1000(box: Box, size: tuple[float, float] = (1, 1)) -> tuple[int, int,
 
 
 def box_to_unit(box: Sequence[int]) -> Box:
-    """Integers 0-1000 as fractions of the image. `box_to_1000` of the result is `box` again.
+    """Converts integers 0-1000 to fractions of the image; `box_to_1000` is its inverse.
 
     >>> box_to_unit((352, 100, 500, 1000))
     (0.352, 0.1, 0.5, 1.0)
@@ -109,10 +106,9 @@ def box_to_unit(box: Sequence[int]) -> Box:
 
 
 def boxes_to_1000(text: str) -> tuple[str, int]:
-    """(text, number of boxes): every `[x1, y1, x2, y2]` in 0-1 as a `<box>` in 0-1000.
+    """Rewrites every `[x1, y1, x2, y2]` in 0-1 as `<box>` in 0-1000: (text, number of boxes).
 
-    Text inside `<box>` stays. So do four numbers that are no box: none has a decimal point, or
-    left is right of right, or top below bottom.
+    Text inside `<box>` stays. So do four numbers without a decimal point, with x1 > x2 or y1 > y2.
 
     >>> boxes_to_1000("It is at [0.35, 0.1, 0.5, 1.0].")
     ('It is at <box>[[350, 100, 500, 1000]]</box>.', 1)
@@ -122,11 +118,13 @@ def boxes_to_1000(text: str) -> tuple[str, int]:
     def rewrite(match: re.Match[str]) -> str:
         nonlocal count
         x1, y1, x2, y2 = (float(value) for value in match.groups())
+        # [0, 1, 1, 0] is rather a list of the text than a box.
         if "." not in match.group() or x1 > x2 or y1 > y2:
             return match.group()
         count += 1
         return f"<box>[{list(box_to_1000((x1, y1, x2, y2)))}]</box>"
 
+    # Only between the marks: a box in 0-1000 may consist of zeros and ones.
     pieces, end = [], 0
     for boxed in _BOXED.finditer(text):
         pieces += [_UNIT_BOX.sub(rewrite, text[end : boxed.start()]), boxed.group()]
@@ -136,9 +134,10 @@ def boxes_to_1000(text: str) -> tuple[str, int]:
 
 
 def boxes_to_unit(text: str) -> tuple[str, int]:
-    """(text, number of boxes): every `<box>[[…], …]</box>` in 0-1000 as `[x1, y1, x2, y2]` in 0-1.
+    """Rewrites every `<box>[[…], …]</box>` in 0-1000 as `[x1, y1, x2, y2]` in 0-1: (text, number
+    of boxes).
 
-    Several boxes of one mark come out one after the other. A mark without four integers stays.
+    Several boxes of one mark are joined by commas. A mark without four integers stays.
 
     >>> boxes_to_unit("It is at <box>[[350, 100, 500, 1000]]</box>.")
     ('It is at [0.35, 0.1, 0.5, 1.0].', 1)
@@ -157,13 +156,13 @@ def boxes_to_unit(text: str) -> tuple[str, int]:
 
 
 def _left_in_fractions(text: str) -> str | None:
-    """The first four numbers with a decimal point that `boxes_to_1000` left as they are."""
+    """Returns the first four numbers with a decimal point that `boxes_to_1000` did not rewrite."""
     numbers = _FOUR.findall(_BOXED.sub("", text))
     return next((four for four in numbers if "." in four), None)
 
 
 def _left_in_1000(text: str) -> str | None:
-    """The first mark with a number in it that `boxes_to_unit` left as it is."""
+    """Returns the first mark with a digit in it that `boxes_to_unit` did not rewrite."""
     marks = _BOXED.findall(text)
     return next((mark for mark in marks if re.search(r"\d", mark)), None)
 
@@ -177,23 +176,29 @@ def _convert_boxes(
 ) -> Converted:
     """Converts the boxes of all turns.
 
+    Args:
+        rewrite: text -> (text, number of boxes).
+        left: returns a box that `rewrite` did not convert, or None.
+        form: the range of the source's coordinates, for messages.
+
     Raises:
-        DataError: a box is none in `form`; the file would then mix two forms.
+        DataError: a box is not in `form`.
     """
     counts = {"lines": 0, "boxes": 0}
 
     def lines() -> Iterator[str]:
-        for number, row in read_jsonl(source):
+        for row_number, row in read_jsonl(source):
             counts["lines"] += 1
             for turn in _turns(row):
                 turn["value"], boxes = rewrite(turn["value"])
                 counts["boxes"] += boxes
                 box = left(turn["value"])
+                # Not left as it is: the file would mix two forms, and a model learn both.
                 if box is not None:
                     unit = "entry" if json_rows.is_list(source) else "line"
                     raise DataError(
-                        f"{source} {unit} {number}: {box[:_SHOWN]} is no box in {form} with left "
-                        "before right and top before bottom; put it right or remove the line"
+                        f"{source} {unit} {row_number}: {box[:_SHOWN]} is no box in {form} with "
+                        "left before right and top before bottom; put it right or remove the line"
                     )
             yield to_json(row)
         if not counts["lines"]:
@@ -204,17 +209,15 @@ def _convert_boxes(
 
 
 def _turns(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The turns of a chat line that have a text; what is wrong with others is `check`'s to say."""
+    """Returns the turns of a chat line that have a text."""
+    # Others are passed through: `internvl check` reports them.
     turns = row.get("conversations")
     turns = turns if isinstance(turns, list) else []
     return [t for t in turns if isinstance(t, dict) and isinstance(t.get("value"), str)]
 
 
-# Captions
-
-
 def read_captions(path: Path, form: str = "auto") -> list[Caption]:
-    """(image, caption) of every caption of a file, in its order, in any form of data/captions/.
+    """Reads (image, caption) for every caption of a file, in its order; `form` as `captions.read`.
 
     Raises:
         DataError: the file is missing, not in its form, or has problems; lists the first ones.
@@ -223,60 +226,58 @@ def read_captions(path: Path, form: str = "auto") -> list[Caption]:
     if any(image.slice is not None for image in file.images):
         raise DataError(f"{path} holds images in tars; train on it as it is (type: webdataset)")
     names = [image.name for image in file.images]
-    return [(names[number], text.strip()) for number, text in file.captions]
+    return [(names[index], text.strip()) for index, text in file.captions]
 
 
 def read_flickr(path: Path) -> list[Caption]:
-    """`read_captions` of a text of `name.jpg,caption` lines under a header `image,caption`."""
+    """Reads `name.jpg,caption` lines, see `read_captions`."""
     return read_captions(path, "flickr")
 
 
 def read_coco(path: Path) -> list[Caption]:
-    """`read_captions` of a COCO caption JSON; an image's path is its `file_name`, or `image`."""
+    """Reads COCO caption JSON, see `read_captions`; paths are those of `file_name` or `image`."""
     return read_captions(path, "coco")
 
 
-def chat_lines(found: Iterable[Caption], prompt: str = CAPTION_PROMPT) -> Iterator[str]:
-    """A line of chat JSONL for every caption: the prompt under the image, then the caption."""
-    for number, (image, caption) in enumerate(found):
+def chat_lines(pairs: Iterable[Caption], prompt: str = CAPTION_PROMPT) -> Iterator[str]:
+    """Yields a line of chat JSONL for every caption: the prompt under the image, the caption."""
+    for row_id, (image, caption) in enumerate(pairs):
         turns = [
             {"from": "human", "value": f"<image>\n{prompt}"},
             {"from": "gpt", "value": caption},
         ]
-        yield to_json({"id": number, "image": image, "conversations": turns})
+        yield to_json({"id": row_id, "image": image, "conversations": turns})
 
 
-def coco_form(found: Iterable[Caption]) -> dict[str, list[dict[str, Any]]]:
-    """Captions in COCO form, as evaluations read it; images are numbered from 1 as they come."""
+def coco_form(pairs: Iterable[Caption]) -> dict[str, list[dict[str, Any]]]:
+    """Converts captions to COCO form; image ids count from 1 in order of appearance."""
     ids: dict[str, int] = {}
     annotations = [
-        {"id": number, "image_id": ids.setdefault(image, len(ids) + 1), "caption": caption}
-        for number, (image, caption) in enumerate(found, start=1)
+        {"id": row_id, "image_id": ids.setdefault(image, len(ids) + 1), "caption": caption}
+        for row_id, (image, caption) in enumerate(pairs, start=1)
     ]
-    images = [{"id": number, "file_name": image} for image, number in ids.items()]
+    images = [{"id": image_id, "file_name": image} for image, image_id in ids.items()]
     return {"images": images, "annotations": annotations}
 
 
 def _convert_captions(source: Path, target: Path) -> Converted:
-    found = read_captions(source)
-    if not found:
+    pairs = read_captions(source)
+    if not pairs:
         raise DataError(f"{source} holds no caption to convert; check it")
     counts = {
-        "lines": write_lines(target, chat_lines(found)),
-        "images": len({image for image, _ in found}),
+        "lines": write_lines(target, chat_lines(pairs)),
+        "images": len({image for image, _ in pairs}),
     }
     return Converted((target,), counts)
 
 
-# Parquet
-
-
 def parquet_rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """The rows of parquet files, a few at a time in memory.
+    """Yields the rows of parquet files.
 
     Raises:
         DataError: pyarrow is missing (with its install line), or a file is no parquet file.
     """
+    # Here: pyarrow is an extra, which the other conversions do not need.
     try:
         import pyarrow
         from pyarrow import parquet
@@ -284,6 +285,7 @@ def parquet_rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
         raise DataError("parquet files need pyarrow: pip install 'internvl[parquet]'") from None
     for path in files:
         try:
+            # In batches: a file with its images is larger than memory.
             for batch in parquet.ParquetFile(path).iter_batches(batch_size=_ROWS_AT_ONCE):
                 yield from batch.to_pylist()
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -293,35 +295,37 @@ def parquet_rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
 
 
 def save_images(row: dict[str, Any], folder: Path, stem: str) -> dict[str, Any]:
-    """The row with its images written into `folder` and their paths, from its parent, instead.
+    """Writes a row's images into `folder`; returns the row with their paths under `image`.
 
     An image is a column {"bytes": …, "path": …} or a list of such, as Hugging Face data sets
-    store them; its bytes are not encoded again. All images of a row become its `image`.
+    store them. Paths start from the folder's parent.
 
     Raises:
         DataError: the bytes are no image Pillow knows.
     """
-    kept: dict[str, Any] = {}
+    converted: dict[str, Any] = {}
     images: list[str] = []
     as_list = False
     for column, value in row.items():
         cells = value if isinstance(value, list) else [value]
         if not cells or not all(map(_is_image, cells)):
-            kept[column] = value
+            converted[column] = value
             continue
         as_list = as_list or isinstance(value, list)
         for cell in cells:
-            number = f"_{len(images)}" if images else ""
-            name = f"{stem}{number}{_suffix(cell['bytes'], stem)}"
+            suffix = f"_{len(images)}" if images else ""
+            name = f"{stem}{suffix}{_suffix(cell['bytes'], stem)}"
+            # The bytes as they are: encoding a JPEG again would lose some of it.
             (folder / name).write_bytes(cell["bytes"])
             images.append(f"{folder.name}/{name}")
     if images:
-        kept["image"] = images if as_list or len(images) > 1 else images[0]
-    return kept
+        # A list column stays a list, be it of one image: rows of a file should have one form.
+        converted["image"] = images if as_list or len(images) > 1 else images[0]
+    return converted
 
 
 def parquet_files(source: Path) -> list[Path]:
-    """The parquet file itself, or those below a folder, by name."""
+    """Lists the parquet file itself, or those below a folder, sorted."""
     return [source] if source.is_file() else sorted(source.rglob("*.parquet"))
 
 
@@ -329,6 +333,7 @@ def _convert_parquet(source: Path, target: Path) -> Converted:
     files = parquet_files(source)
     if not files:
         raise DataError(f"there is no parquet file in {source}; check the path")
+    # Its files may be another data set's images; names of rows would collide with them.
     if target.exists():
         raise DataError(f"{target} exists; choose another folder or move it away")
     counts = {"rows": 0, "images": 0}
@@ -364,11 +369,9 @@ def _suffix(data: bytes, stem: str) -> str:
         raise DataError(f"row {stem}: {error}") from None
 
 
-# Files
-
-
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of every line that is not blank, or of every entry of a JSON list.
+    """Yields (line number, object) of every line that is not blank, or (entry number, object) of a
+    JSON list.
 
     Raises:
         DataError: missing, a line that is no JSON object, or with half a character in it; names
@@ -376,13 +379,13 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     try:
         if json_rows.is_list(path):
-            for number, entry in enumerate(json_rows.entries(path), start=1):
-                yield number, _object(f"{path} entry {number}", entry.encode())
+            for row_number, entry in enumerate(json_rows.entries(path), start=1):
+                yield row_number, _object(f"{path} entry {row_number}", entry.encode())
             return
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            for row_number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield number, _object(f"{path} line {number}", line)
+                    yield row_number, _object(f"{path} line {row_number}", line)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; check the path") from None
 
@@ -395,11 +398,12 @@ def _object(name: str, line: bytes) -> dict[str, Any]:
 
 
 def images_of(row: dict[str, Any]) -> list[str]:
-    """The image paths of a chat line; none where it has no image.
+    """Lists the image paths of a chat line, perhaps none.
 
     Raises:
         DataError: `image` is neither a path nor a list of paths.
     """
+    # "" and null mean no image, as in the original.
     image = row.get("image") or []
     paths = [image] if isinstance(image, str) else image
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
@@ -411,36 +415,37 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False)  # `json.dumps` would make one a
 
 
 def to_json(value: Any) -> str:
-    """One line of JSON, letters unescaped."""
+    """Encodes a value as one line of JSON, without escaping letters."""
     return _ENCODER.encode(value)
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> int:
-    """Writes a text file whole or not at all; returns the number of lines."""
+    """Writes a text file atomically; returns the number of lines."""
     count = 0
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial")
+    # In the same folder: a rename between file systems would not be atomic.
+    partial_path = path.with_name(f".{path.name}.partial")
     try:
-        with beside.open("w", encoding="utf-8") as file:
+        with partial_path.open("w", encoding="utf-8") as file:
             for line in lines:
                 file.write(line + "\n")
                 count += 1
-        os.replace(beside, path)
+        os.replace(partial_path, path)
     finally:
-        beside.unlink(missing_ok=True)
+        partial_path.unlink(missing_ok=True)
     return count
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill; it takes the place of `path` when everything went well, else is removed."""
+    """Yields a temporary folder; renames it to `path` on success, removes it on an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as beside:
-        folder = Path(beside) / path.name
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as temporary:
+        folder = Path(temporary) / path.name
         folder.mkdir()
         yield folder
         if path.is_dir() and not any(path.iterdir()):
-            shutil.rmtree(path)  # an empty folder is in nobody's way
+            shutil.rmtree(path)  # `rename` refuses a folder that exists on some systems
         folder.rename(path)
 
 

