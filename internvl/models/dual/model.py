@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache, InternVLVisionModel, PreTrainedModel
 from transformers import initialization as init
 
+from internvl.models.dual import rms_norm
 from internvl.models.dual.beam_search import Search, search
 from internvl.models.dual.configs import DualConfig
 from internvl.models.dual.qllama import Mask, QLlamaModel, QueryTokens, Seen, attention_mask
-from internvl.models.kernels import gelu, patch_embed, rms_norm
+from internvl.models.kernels import gelu, patch_embed
 
 Mode = Literal["c", "g"]
 

@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
-from internvl.models.kernels.rms_norm import RMSNorm
+from internvl.models.dual.rms_norm import RMSNorm
 
 Mask = Literal["itc", "itm", "itg", "text"]
 KeysValues = tuple[Tensor, Tensor]

@@ -5,7 +5,7 @@ from dual_folders import dual_folder
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from internvl.inference import load as loading
-from internvl.models.kernels.rms_norm import RMSNorm
+from internvl.models.dual.rms_norm import RMSNorm
 
 
 def both(dtype):
