@@ -29,7 +29,7 @@ from internvl.inference import inherited
 from internvl.inference import load as loading
 from internvl.inference.chat import Chat
 from internvl.inference.dual import Dual
-from internvl.models.adapters import fused_lora, lora
+from internvl.models.adapters import lora
 from internvl.models.chat import model as chat_model
 from internvl.models.dual.model import DualModel
 from internvl.models.vision import count_parameters
@@ -108,7 +108,6 @@ def build(recipe: Recipe, chat: Chat | Dual | None = None, order: Order | None =
     placement.to_device(chat.model, device, recipe.dtype)
     kernels.apply_compute(chat.model, device, recipe.compute)
     optimizer = optim.build(chat.model, recipe.optim)
-    optimizer.register_step_post_hook(lambda *_: fused_lora.refresh(chat.model))
     return Run(
         recipe=recipe,
         device=device,

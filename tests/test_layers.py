@@ -40,6 +40,13 @@ OPEN_SETS: dict[str, tuple[str, ...]] = {
 # Rooms inside a folder that know nothing of each other.
 APART = (("models", "chat", "dual"),)
 
+# What is imported inside its folder alone, and by one file outside if one is named.
+PRIVATE = {
+    ("models", "kernels"): None,
+    ("models", "adapters", "fused_lora"): ("compute", "kernels"),
+}
+
+
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -72,6 +79,9 @@ def problems(file: Path, source: str) -> list[str]:
         return [f"{file}: not in the table of levels (tests/test_layers.py)"]
     found = []
     for line, target in imported(ast.parse(source)):
+        if _private(parts, target):
+            found.append(f"{file}:{line}: imports internvl.{'.'.join(target)}, which is private")
+            continue
         other = part_of(target)
         if LEVEL_OF[other] < LEVEL_OF[part]:
             continue
@@ -100,6 +110,24 @@ def _apart(parts: tuple[str, ...], target: tuple[str, ...]) -> bool:
     )
 
 
+def _private(parts: tuple[str, ...], target: tuple[str, ...]) -> bool:
+    """Whether a file imports what only its folder, and one file elsewhere, may import."""
+    for name, reader in PRIVATE.items():
+        is_folder = (PACKAGE / Path(*name)).is_dir()
+        folder = name if is_folder else name[:-1]
+        inside = parts[: len(folder)] == folder
+        deeper = len(target) > len(name) and _is_module(target[: len(name) + 1])
+        member = target[: len(name)] == name and (deeper or not is_folder)
+        if member and not inside and parts != reader:
+            return True
+    return False
+
+
+def _is_module(target: tuple[str, ...]) -> bool:
+    path = PACKAGE / Path(*target)
+    return path.is_dir() or path.with_suffix(".py").exists()
+
+
 def test_no_part_stands_twice_in_the_table() -> None:
     assert len(LEVEL_OF) == sum(len(parts) for parts in LEVELS.values())
 
@@ -121,6 +149,11 @@ def test_imports_point_down(file: Path) -> None:
         ("evals/caption.py", "from internvl.evals import metrics"),
         ("evals/caption.py", "from internvl.evals.metrics import bleu"),
         ("__main__.py", "from internvl.cli import main"),
+        ("export/__init__.py", "from internvl.models import kernels"),
+        ("plan/flops.py", "from internvl.models.kernels import supports_last_mlp"),
+        ("models/kernels/__init__.py", "from internvl.models.kernels import gelu"),
+        ("compute/kernels.py", "from internvl.models.adapters import fused_lora"),
+        ("models/adapters/lora.py", "from internvl.models.adapters import fused_lora"),
     ],
 )
 def test_allowed(file: str, source: str) -> None:
@@ -144,6 +177,10 @@ def test_allowed(file: str, source: str) -> None:
         ("evals/caption.py", "from internvl.evals import vqa"),
         ("models/chat/model.py", "from internvl.models.dual import qllama"),
         ("models/dual/files.py", "from internvl.models.chat.model import ChatModel"),
+        ("models/chat/model.py", "from internvl.models.kernels import gelu"),
+        ("plan/flops.py", "from internvl.models.kernels.float8 import E4M3"),
+        ("training/checkpoint.py", "from internvl.models.adapters import fused_lora"),
+        ("train.py", "from internvl.models.adapters.fused_lora import fuse"),
         ("helpers.py", ""),  # unknown file
     ],
 )

@@ -1,4 +1,4 @@
-"""Attention, float8, fused adapters, recomputation and compilation, applied to a model."""
+"""Attention, fast layers, fused adapters, recomputation and compilation, applied to a model."""
 
 from typing import Any
 
@@ -6,19 +6,17 @@ import torch
 
 from internvl.compute.backends import attention_backend, attention_kernels, is_compiled
 from internvl.config import ComputeConfig
+from internvl.models import kernels
 from internvl.models.adapters import fused_lora
 from internvl.models.attention import packed, per_document
-from internvl.models.chat import model as chat_model
-from internvl.models.kernels import float8, last_mlp
 
 _COMPILE = {"fallback_random": True}
-"""Masks of dropout by torch's own generator, which makes four numbers at a time. Inside compiled
-kernels every number costs as much as four, and those were bound by it."""
+"""Dropout's masks come from torch's own generator, which draws four numbers at a time; compiled
+kernels spend as much on one number as on four, and were bound by it."""
 
 
 def apply_compute(model: Any, device: torch.device, compute: ComputeConfig) -> None:
-    """Join adapters with their weights, choose attention, cut what no loss reads, choose what is
-    computed again, and compile.
+    """Sets attention, fast layers, fused adapters and recomputation, and compiles the blocks.
 
     Names and values of weights stay as they are, but for the frozen ones under `compute.float8`.
 
@@ -27,41 +25,44 @@ def apply_compute(model: Any, device: torch.device, compute: ComputeConfig) -> N
     """
     torch.set_float32_matmul_precision("high" if compute.tf32 else "highest")
     model.loss_chunk = compute.loss_chunk
-    packs = isinstance(model, chat_model.ChatModel)
-    kind = attention_backend(compute, device)
-    if packs and kind in ("flex", "flash"):
-        packed.register()
-        model.set_attn_implementation(attention_kernels(kind, model.config.text_config))
-    elif kind == "flash":
-        packed.register()
-        model.model.vision_tower.set_attn_implementation(packed.TOWER)
-    elif packs and kind == "eager":
-        text = "eager"
-        # What is so already needs more of its attention than scores (GPT-OSS's sinks).
-        if device.type == "cpu" and model.config.text_config._attn_implementation != "eager":
-            per_document.register()
-            text = per_document.DOCUMENTS
-        model.set_attn_implementation({"text_config": text, "vision_config": "eager"})
-    if compute.float8:
-        float8.freeze(model, device)
-    fused_lora.join(model)  # with the weights that are left
-    if packs:
-        last_mlp.cut(model.model.language_model.layers)
+    _set_attention(model, attention_backend(compute, device), device)
+    kernels.apply(model, compute, device)
+    fused_lora.fuse(model)  # after float8, whose layers have no weight that B could lie beside
     if compute.checkpointing != "none":
         _checkpoint(model, 1 if compute.checkpointing == "full" else 2)
+    # Last: compiled code is traced from the layers that are there.
     if is_compiled(compute, device):
         for block in model.model.language_model.layers:
             # Rows have few lengths, captions many.
-            block.compile(dynamic=not packs, options=_COMPILE)
+            block.compile(dynamic=model.family == "dual", options=_COMPILE)
         for block in model.model.vision_tower.encoder.layer:
             block.compile(dynamic=True, options=_COMPILE)  # any number of tiles
 
 
+def _set_attention(model: Any, backend: str, device: torch.device) -> None:
+    """Sets the attention of both parts; InternVL-14B's own layers know torch's alone."""
+    if model.family == "dual":
+        if backend == "flash":
+            packed.register()
+            model.model.vision_tower.set_attn_implementation(packed.TOWER)
+        return
+    if backend in ("flex", "flash"):
+        packed.register()
+        model.set_attn_implementation(attention_kernels(backend, model.config.text_config))
+    elif backend == "eager":
+        text = "eager"
+        # A model that is eager already needs more of its attention than scores (GPT-OSS's sinks).
+        if device.type == "cpu" and model.config.text_config._attn_implementation != "eager":
+            per_document.register()
+            text = per_document.DOCUMENTS
+        model.set_attn_implementation({"text_config": text, "vision_config": "eager"})
+
+
 def _checkpoint(model: Any, every: int) -> None:
-    """Every `every`-th block of the parts that train is computed again in the backward pass."""
-    for part in (model.model.language_model, model.model.vision_tower):
-        if any(parameter.requires_grad for parameter in part.parameters()):
-            part.gradient_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+    """Recomputes every `every`-th block in the backward pass, in the parts that train."""
+    for stack in (model.model.language_model, model.model.vision_tower):
+        if any(parameter.requires_grad for parameter in stack.parameters()):
+            stack.gradient_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
             # transformers lets the embeddings ask for gradients, which only reentrant
             # checkpointing needs: everything below the first trained layer would be run back.
-            part.disable_input_require_grads()
+            stack.disable_input_require_grads()

@@ -28,7 +28,7 @@ from internvl.errors import ExportError
 from internvl.inference import load as loading
 from internvl.inference.chat import Chat
 from internvl.inference.load import Dual
-from internvl.models import configs, hub, keys
+from internvl.models import configs, hub, kernels, keys
 from internvl.models import weights as model_weights
 from internvl.models.adapters import folder as adapter_folder
 from internvl.models.adapters import merging
@@ -38,7 +38,6 @@ from internvl.models.dual import configs as dual_configs
 from internvl.models.dual import files as dual_files
 from internvl.models.dual.configs import DualConfig
 from internvl.models.dual.model import DualModel
-from internvl.models.kernels import float8
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +165,7 @@ def _from_handle(handle: Chat | Dual) -> Source:
             "the model's weights are quantized, and what was rounded off is lost; load it without "
             "quantize and export that"
         )
-    if float8.is_used(model):
+    if kernels.uses_float8(model):
         raise ExportError(
             "the model's frozen weights are in float8 for training; export the run folder instead, "
             "which takes them as released"

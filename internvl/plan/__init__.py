@@ -28,12 +28,11 @@ from internvl.errors import UnknownModel, UserError
 from internvl.inference import inherited
 from internvl.inference import load as loading
 from internvl.inference.inherited import Completed
-from internvl.models import hub
+from internvl.models import hub, kernels
 from internvl.models.adapters import lora
 from internvl.models.chat import model as chat_model
 from internvl.models.dual import files as dual_files
 from internvl.models.dual.configs import DualConfig
-from internvl.models.kernels import float8
 from internvl.models.vision import count_parameters
 from internvl.plan import dual as dual_plan
 from internvl.plan import dual_flops, dual_footprint, flops, footprint
@@ -179,7 +178,7 @@ def model_of(recipe: Recipe, shape: InternVLConfig | DualConfig | None = None) -
             lora.attach(model, recipe.model.lora)
     placement.to_device(model, torch.device("meta"), recipe.dtype)
     if recipe.compute.float8:
-        float8.freeze(model, torch.device("meta"))
+        kernels.convert_frozen_linears(model, torch.device("meta"))
     return model
 
 

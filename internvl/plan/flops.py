@@ -19,9 +19,8 @@ import torch
 from torch import nn
 
 from internvl.data.records import PackedBatch
-from internvl.models import configs
+from internvl.models import configs, kernels
 from internvl.models.attention.packed import last_queries
-from internvl.models.kernels import float8, last_mlp
 
 _FIRST = ("q_proj", "k_proj", "v_proj", "qkv_proj")
 """Layers that read the input of their block, through its first norm."""
@@ -130,7 +129,7 @@ def last_mlp_flops(model: Any, positions: float) -> Part:
     (models/kernels/last_mlp.py): for so many of them. Nothing where it sees every token."""
     decoder = model.model.language_model
     block = decoder.layers[-1]
-    if not last_mlp.fits(block):
+    if not kernels.supports_last_mlp(block):
         return Part()
     below = (model.model.vision_tower, model.model.multi_modal_projector, decoder.embed_tokens)
     return _matrices(block.mlp, positions, any(trains(part) for part in (*below, decoder.layers)))
@@ -182,7 +181,7 @@ def _matrices(module: nn.Module, tokens: float, below: bool) -> Part:
 def _product(matrix: nn.Parameter, tokens: float, below: bool) -> Part:
     forward = 2 * matrix.numel() * tokens
     needed = forward * (1 + matrix.requires_grad + below)
-    return Part(forward, needed, needed if matrix.dtype == float8.E4M3 else 0.0)
+    return Part(forward, needed, needed if matrix.dtype == torch.float8_e4m3fn else 0.0)
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, float]]:

@@ -30,7 +30,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from internvl.config import ComputeConfig, Recipe
-from internvl.models.kernels import last_mlp
+from internvl.models import kernels
 from internvl.plan import flops
 from internvl.training import optim
 
@@ -247,7 +247,7 @@ class Blocks:
     def decoder(self, row: Shape) -> float:
         """What the language model's blocks keep, and the hidden states around them."""
         residual = self._residual_size()
-        left = row.supervised if last_mlp.fits(self.layers[-1]) else row.tokens
+        left = row.supervised if kernels.supports_last_mlp(self.layers[-1]) else row.tokens
         around = row.tokens * residual + left * (residual + 4.0 + self.number)
         around *= self.text.hidden_size
         visual = row.tiles * (self.patch_tokens - 1) * self.model.config.downsample_ratio**2
@@ -268,7 +268,7 @@ class Blocks:
     def last_block(self, row: Shape) -> float:
         """Bytes kept of the last one, whose MLP may see supervised positions alone, uncompiled."""
         whole = self.decoder_block(row.tokens)
-        if not last_mlp.fits(self.layers[-1]):
+        if not kernels.supports_last_mlp(self.layers[-1]):
             return whole
         all_of_it, positions = self._mlp_token(self.compiled), self._mlp_token(False)
         return whole - row.tokens * all_of_it + row.supervised * positions

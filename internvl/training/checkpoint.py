@@ -28,7 +28,6 @@ from torch.distributed.checkpoint.state_dict import (
 
 from internvl import log
 from internvl.errors import CheckpointError, UserError
-from internvl.models.adapters import fused_lora
 
 _GO_BACK = "remove this folder to go on from the one before"
 
@@ -104,7 +103,6 @@ def load(
             f"cannot read the checkpoint {source} ({_first_line(error)}); {_GO_BACK}"
         ) from error
     set_optimizer_state_dict(model, optimizer, _prefixed(tensors, "optimizer."), options=_FLAT)
-    fused_lora.refresh(model)
     return state
 
 
@@ -121,7 +119,7 @@ def whole_number(state: dict[str, Any], key: str) -> int:
 
 def load_weights(folder: Path, step: int, model: nn.Module) -> None:
     """Puts only the trained weights of checkpoint `step` into `model`, for use or export."""
-    weights = {f"model.{n}": p.data for n, p in model.named_parameters() if p.requires_grad}
+    weights = _trained(model)
     try:
         with _quiet():
             dcp.load(weights, checkpoint_id=folder / f"{step:06d}", no_dist=True)
@@ -130,14 +128,17 @@ def load_weights(folder: Path, step: int, model: nn.Module) -> None:
         raise CheckpointError(
             f"cannot read the checkpoint {source} ({_first_line(error)}); {_GO_BACK}"
         ) from error
-    fused_lora.refresh(model)
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Names to the tensors that move; loading writes into the model's own."""
-    trained = {f"model.{n}": p.data for n, p in model.named_parameters() if p.requires_grad}
     moments = get_optimizer_state_dict(model, optimizer, options=_FLAT)
-    return {**trained, **{f"optimizer.{k}": v for k, v in moments.items()}}
+    return {**_trained(model), **{f"optimizer.{k}": v for k, v in moments.items()}}
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    # Not `.data`: torch must count what loading writes, by which copies of weights are renewed.
+    return {f"model.{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
 
 def _is_moment(name: str) -> bool:

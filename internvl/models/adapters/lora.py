@@ -15,12 +15,14 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from internvl.config import LoraConfig
 from internvl.errors import ModelFolderError, UserError
 from internvl.models import configs
-from internvl.models.adapters import fused_lora, merging, seeded_dropout
+from internvl.models.adapters import fused_lora, merging
 from internvl.models.adapters import layers as adapter_layers
+from internvl.models.adapters.dropout import DrawnDropout, RepeatedDropout
 from internvl.models.adapters.folder import CONFIG_FILE, WEIGHTS_FILE
 from internvl.models.adapters.folder import base_of as base_of
 from internvl.models.adapters.folder import is_adapter as is_adapter
@@ -162,64 +164,6 @@ def _fused(model: Any, name: str) -> bool:
     return configs.language_model(model.config) == "InternLM2ForCausalLM"
 
 
-class DrawnDropout(nn.Module):
-    """Dropout whose mask layers that share the input can take over, and a backward pass apply."""
-
-    def __init__(self, rate: float, *, keep: bool = False) -> None:
-        super().__init__()
-        self.rate = rate
-        self.keep = keep
-        """Whether `RepeatedDropout` layers wait for the mask."""
-        self.dropped: Tensor | None = None
-
-    def draw(self, inputs: Tensor) -> Tensor:
-        """bool, of the same shape: what becomes zero."""
-        return self._drawn(torch.empty_like(inputs, dtype=torch.bool).bernoulli_(self.rate))
-
-    def draw_seed(self, inputs: Tensor) -> Tensor:
-        """What seeded_dropout.py's kernels make the mask of, int32 (2,)."""
-        return self._drawn(seeded_dropout.seed(inputs.device))
-
-    def _drawn(self, mask: Tensor) -> Tensor:
-        self.dropped = mask if self.keep else None
-        return mask
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Any shape -> the same, some entries zero and the others scaled by 1 / (1 - rate)."""
-        if not self.training or self.rate == 0:
-            return inputs
-        return inputs.masked_fill(self.draw(inputs), 0) / (1 - self.rate)
-
-    def extra_repr(self) -> str:
-        return f"rate={self.rate}"
-
-
-class RepeatedDropout(nn.Module):
-    """The mask that `first` drew in this forward; the last to use it lets it go."""
-
-    def __init__(self, first: DrawnDropout, *, last: bool) -> None:
-        super().__init__()
-        self.first = first
-        self.last = last
-        self.rate = first.rate
-
-    def draw(self, inputs: Tensor) -> Tensor:
-        """bool, of the shape of `inputs`, or a seed: what `first` drew."""
-        drawn = self.first.dropped
-        assert drawn is not None
-        if self.last:
-            self.first.dropped = None
-        return drawn
-
-    draw_seed = draw
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Any shape -> the same, with the mask of `first`."""
-        if not self.training:
-            return inputs
-        return inputs.masked_fill(self.draw(inputs), 0) / (1 - self.rate)
-
-
 def _share_a(model: Any, name: str) -> None:
     """q's A becomes k's and v's as well: one tensor, one gradient, and one mask of dropout.
 
@@ -261,7 +205,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
             )
         for kind in ("lora_A", "lora_B"):
             weight = getattr(layer, kind)[_ADAPTER].weight.detach()
-            whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
             # Cloned, because a shared A must be three tensors in the file.
             state[f"{_PEFT_PREFIX}{name}.{kind}.weight"] = whole.to("cpu", copy=True).contiguous()
     if not state:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from internvl.errors import UserError
 from internvl.models.adapters import fused_lora
-from internvl.models.kernels import float8
 
 ADAPTER = "default"
 """The name of the one adapter a model has at a time."""
@@ -44,7 +43,7 @@ def merge(model: Any) -> Any:
             that is quantized or in float8.
         RuntimeError: a merged layer that does not compute the same.
     """
-    fused_lora.part(model)
+    fused_lora.unfuse(model)
     adapted = list(adapted_layers(model))
     if not adapted:
         raise UserError("the model has no adapters; were they merged already?")
@@ -61,8 +60,8 @@ def merge(model: Any) -> Any:
         if not error <= 32 * torch.finfo(dtype).eps:
             raise RuntimeError(f"{name}: merging changed its output by {float(error):.1e}")
         model.set_submodule(name, base)
-    if hasattr(model, "peft_config"):
-        del model.peft_config
+    # PEFT sets it on the model whose layers it replaces; a stack of layers alone has none.
+    vars(model).pop("peft_config", None)
     return model
 
 
@@ -97,7 +96,7 @@ def merged_parameters(layer: LoraLayer, name: str) -> dict[str, Tensor]:
 
 
 def _check_mergeable(weight: Tensor, name: str) -> None:
-    if weight.dtype == float8.E4M3:
+    if weight.dtype == torch.float8_e4m3fn:
         raise UserError(
             f"{name}: its base is in float8 for training; merge from the adapter in the run folder "
             "instead, which takes the weights as released"

@@ -13,12 +13,11 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, Inter
 from transformers.models.internvl.modeling_internvl import InternVLCausalLMOutputWithPast
 
 from internvl.errors import ModelFolderError, UserError
-from internvl.models import config_checks, configs, hub, keys
+from internvl.models import config_checks, configs, hub, kernels, keys
 from internvl.models import weights as model_weights
 from internvl.models.adapters import lora
 from internvl.models.chat import processor
 from internvl.models.hub import LazyTensor, ModelFolder
-from internvl.models.kernels import gelu, last_mlp, patch_embed
 from internvl.models.vision import set_drop_path
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"
@@ -56,8 +55,8 @@ class ChatModel(InternVLForConditionalGeneration):
         super().__init__(config)
         if configs.chat_settings(config)["ps_version"] == "v1":
             self.model = ColumnMajorModel(config)
-        patch_embed.as_product(self.model.vision_tower.embeddings.patch_embeddings.projection)
-        gelu.keep_kernel(self.model.vision_tower)
+
+    family = "chat"
 
     loss_chunk = 1024
     """Supervised positions whose logits exist at the same time."""
@@ -95,7 +94,7 @@ class ChatModel(InternVLForConditionalGeneration):
             return super().forward(labels=labels, logits_to_keep=logits_to_keep, **inputs)
         assert input_ids is not None
         language_model = self.model.language_model
-        with last_mlp.at(language_model.layers, supervision.positions) as selected:
+        with kernels.select_positions(language_model.layers, supervision.positions) as selected:
             hidden = language_model(
                 inputs_embeds=self._embed(input_ids, pixel_values),
                 attention_mask=attention_mask,

@@ -19,7 +19,6 @@ from internvl.models.dual import rms_norm
 from internvl.models.dual.beam_search import Search, search
 from internvl.models.dual.configs import DualConfig
 from internvl.models.dual.qllama import Mask, QLlamaModel, QueryTokens, Seen, attention_mask
-from internvl.models.kernels import gelu, patch_embed
 
 Mode = Literal["c", "g"]
 
@@ -54,8 +53,6 @@ class Towers(nn.Module):
         text = config.text_config
         self.vision_tower = InternVLVisionModel(config.vision_config)
         rms_norm.fuse(self.vision_tower)
-        patch_embed.as_product(self.vision_tower.embeddings.patch_embeddings.projection)
-        gelu.keep_kernel(self.vision_tower)
         self.language_model = QLlamaModel(text)
         self.query_tokens = QueryTokens(text) if text.num_query_tokens else None
 
@@ -74,6 +71,8 @@ class DualModel(PreTrainedModel):
     _no_split_modules = ["InternVLVisionLayer", "QLlamaLayer"]  # noqa: RUF012 (transformers' way)
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
+
+    family = "dual"
 
     loss_chunk = 1024
     """Supervised positions of captions whose logits exist at the same time."""

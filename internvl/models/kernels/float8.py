@@ -119,7 +119,7 @@ class Float8Linear(nn.Module):
         return f"{self.in_features}, {self.out_features}, passes_gradient={gradient}"
 
 
-def freeze(model: Any, device: torch.device) -> int:
+def convert_frozen_linears(model: Any, device: torch.device) -> int:
     """Swaps the frozen linear layers in the blocks of a chat model's tower and language model.
 
     Adapters stay on them. What trains, a side that is no multiple of 16, and everything around the

@@ -1,11 +1,11 @@
 """The last decoder block's MLP on supervised positions alone.
 
-After the last attention every token goes its own way, and the loss reads those alone that predict
-a target: of a COCO caption with its image some 12 of 1,700. The MLP is four fifths of a block's
-products, so these positions are taken out before it, not after it.
+After the last attention no token depends on another, and the loss reads only those that predict a
+target: of a COCO caption with its image some 12 of 1,700. The MLP is four fifths of a block's
+products, so these positions are selected before it, not after it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,15 +16,18 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
+from internvl.models.modules import replace_module
 
-class Tail(GradientCheckpointingLayer):
-    """A block of norm, attention, norm and MLP that can put out some positions only."""
+
+class SelectiveBlock(GradientCheckpointingLayer):
+    """A block of norm, attention, norm and MLP that can return some positions only."""
 
     positions: Tensor | None = None
-    """int64 (M,), while a forward pass is `at` them; they may repeat."""
+    """int64 (M,), inside `select_positions`; they may repeat."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Given here as an argument, and so remembered for what is computed again later.
+        # As an argument, so that gradient checkpointing saves it: when the block is recomputed the
+        # attribute is None again, or another row's.
         return super().__call__(*args, positions=self.positions, **kwargs)
 
     def forward(
@@ -37,53 +40,53 @@ class Tail(GradientCheckpointingLayer):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
     def attend(self, hidden: Tensor, **kwargs: Any) -> Tensor:
-        """(B, L, D) -> (B, L, D): norm, attention and what is added to it."""
+        """(B, L, D) -> (B, L, D): norm, attention and the residual."""
         mixed, _ = self.self_attn(hidden_states=self.input_layernorm(hidden), **kwargs)
         return hidden + mixed
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """The first half, for each length of a row; few positions gain nothing from the second."""
+        """Compiles `attend` alone, one graph for each row length."""
+        # The MLP sees another number of positions in every step, and few gain nothing from it.
         self.attend = torch.compile(self.attend, *args, **kwargs)  # type: ignore[method-assign]
 
 
-class LlamaTail(Tail, LlamaDecoderLayer):
-    """Llama's, which InternLM2's is as well."""
+class SelectiveLlamaBlock(SelectiveBlock, LlamaDecoderLayer):
+    """Llama's and InternLM2's."""
 
 
-class Qwen2Tail(Tail, Qwen2DecoderLayer):
+class SelectiveQwen2Block(SelectiveBlock, Qwen2DecoderLayer):
     """Qwen2's."""
 
 
-class Qwen3Tail(Tail, Qwen3DecoderLayer):
+class SelectiveQwen3Block(SelectiveBlock, Qwen3DecoderLayer):
     """Qwen3's, without experts."""
 
 
-_TAILS: dict[type[nn.Module], type[Tail]] = {
-    LlamaDecoderLayer: LlamaTail,
-    Qwen2DecoderLayer: Qwen2Tail,
-    Qwen3DecoderLayer: Qwen3Tail,
+_SELECTIVE: dict[type[nn.Module], type[SelectiveBlock]] = {
+    LlamaDecoderLayer: SelectiveLlamaBlock,
+    Qwen2DecoderLayer: SelectiveQwen2Block,
+    Qwen3DecoderLayer: SelectiveQwen3Block,
 }
 
 
-def fits(block: nn.Module) -> bool:
-    """Whether a block is of a kind that can put out some positions only, or does already."""
-    return type(block) in _TAILS or isinstance(block, Tail)
+def supports(block: nn.Module) -> bool:
+    """True if a block can return some positions only, now or once it is enabled."""
+    return type(block) in _SELECTIVE or isinstance(block, SelectiveBlock)
 
 
-def cut(blocks: Sequence[nn.Module]) -> None:
-    """Makes the last block one that `at` can be used with, if it is of a kind that fits.
-
-    Its class is changed in place: weights and their names stay.
-    """
-    last = blocks[-1]
-    last.__class__ = _TAILS.get(type(last), type(last))
+def enable(blocks: nn.ModuleList) -> None:
+    """Replaces the last block by one that `select_positions` works on, if it is supported."""
+    # By exact type: a subclass may compute something else.
+    cls = _SELECTIVE.get(type(blocks[-1]))
+    if cls is not None:
+        replace_module(blocks, str(len(blocks) - 1), cls)
 
 
 @contextmanager
-def at(blocks: Sequence[nn.Module], positions: Tensor) -> Iterator[bool]:
-    """Inside, the last block puts out `positions`, int64 (M,), only; false if it cannot."""
+def select_positions(blocks: nn.ModuleList, positions: Tensor) -> Iterator[bool]:
+    """Inside, the last block returns `positions`, int64 (M,), only; yields False if it cannot."""
     last = blocks[-1]
-    if not isinstance(last, Tail):
+    if not isinstance(last, SelectiveBlock):
         yield False
         return
     last.positions = positions

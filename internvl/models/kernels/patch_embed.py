@@ -7,23 +7,22 @@ training step of InternVL2-2B for 0.1 % of the FLOPs.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from internvl.models.modules import replace_module
+
 _ALIGNED = 8
 """Fast products take rows of a multiple of this many 16-bit numbers; a patch has 3 x 14 x 14."""
 
 
 class PatchProjection(nn.Conv2d):
-    """A convolution whose windows touch and do not overlap; its weights keep their names."""
+    """A convolution whose stride is its kernel's side, as a product; weights keep their names."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, D, H / P, W / P).
-
-        The product in training alone: answers are those of plain `transformers`, bit for bit.
-        """
-        fast = self.training and input.is_cuda
-        return self.product(input) if fast else super().forward(input)
+        """(N, C, H, W) -> (N, D, H / P, W / P)."""
+        # In training alone: answers are those of plain `transformers`, bit for bit.
+        return self.product(input) if self.training and input.is_cuda else super().forward(input)
 
     def product(self, input: Tensor) -> Tensor:
-        """As `forward`, whatever the device."""
+        """As `forward`, on any device."""
         channels, height, width = input.shape[1:]
         (side_y, side_x), size = self.kernel_size, self.weight[0].numel()
         rows, columns = height // side_y, width // side_x
@@ -34,9 +33,6 @@ class PatchProjection(nn.Conv2d):
         return F.linear(patches, weight, self.bias).permute(0, 3, 1, 2)
 
 
-def as_product(conv: nn.Conv2d) -> None:
-    """`conv` computes as a `PatchProjection` from now on.
-
-    Its class is changed in place: a new layer would draw random numbers for its weights.
-    """
-    conv.__class__ = PatchProjection
+def enable(tower: nn.Module) -> None:
+    """Replaces the convolution of a tower's patch embedding by a `PatchProjection`."""
+    replace_module(tower, "embeddings.patch_embeddings.projection", PatchProjection)

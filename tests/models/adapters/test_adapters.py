@@ -661,14 +661,14 @@ def test_joined_products_take_plain_layers_of_one_scale_alone(base, tmp_path):
     save_file(state, file)
     model = loaded(folder)
     expected = of_peft(base, folder)
-    assert fused_lora.join(model) > 0
+    assert fused_lora.fuse(model) > 0
     assert difference(logits(model), expected) <= EXACT
     for number, more in enumerate(({"use_dora": True}, {"lora_bias": True})):
         folder = peft_folders.write(base, tmp_path / f"b{number}", target_modules=QKV, **more)
-        assert fused_lora.join(loaded(folder)) == 0
+        assert fused_lora.fuse(loaded(folder)) == 0
     trained = loaded(peft_folders.write(base, tmp_path / "c", target_modules=QKV))
     for name, parameter in trained.named_parameters():
         if name.endswith("base_layer.bias"):
             parameter.requires_grad_(True)
     bases = [layer.get_base_layer() for _, layer in merging.adapted_layers(trained)]
-    assert fused_lora.join(trained) == sum(base.bias is None for base in bases)
+    assert fused_lora.fuse(trained) == sum(base.bias is None for base in bases)

@@ -1,4 +1,6 @@
-"""joined: LoRA in one product with its base computes what PEFT's two products do."""
+"""fused_lora: LoRA in one product with its base computes what PEFT's two products do."""
+
+import copy
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ from peft.tuners.lora import Linear
 from small_models import small_model
 
 from internvl.models.adapters import fused_lora, lora
-from internvl.training import checkpoint
+from internvl.training import checkpoint, optim
 
 TEXT = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
 
@@ -44,7 +46,7 @@ def error(found, wanted):
 def test_outputs_and_gradients_are_those_of_two_products(name, dropout, dtype, allowed):
     model = adapted(name, dropout, dtype).train()
     wanted = run(model, dtype)
-    assert fused_lora.join(model) == len(layers(model)) > 0
+    assert fused_lora.fuse(model) == len(layers(model)) > 0
     found = run(model, dtype)
     assert error(found[0], wanted[0]) < allowed
     assert found[1].keys() == wanted[1].keys()
@@ -61,9 +63,9 @@ def test_a_tower_whose_q_k_and_v_are_one_product(dropout):
     for layer in layers(model):
         torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
     pixels, found = torch.rand(2, 3, 56, 56), []
-    for join in (False, True):
-        if join:
-            fused_lora.join(model)
+    for fuse in (False, True):
+        if fuse:
+            fused_lora.fuse(model)
             first = model.model.vision_tower.encoder.layer[0].attention.q_proj
             assert [type(layer).__name__ for layer in first.followers] == ["Follower"] * 2
         torch.manual_seed(0)
@@ -83,28 +85,102 @@ def test_a_tower_whose_q_k_and_v_are_one_product(dropout):
 def test_names_and_values_stay(tmp_path):
     model = adapted()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    fused_lora.join(model)
+    fused_lora.fuse(model)
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     lora.save_adapter(model, tmp_path)
 
 
-def test_a_changed_b_counts_once_it_is_copied():
+def halves(model):
+    for layer in layers(model):
+        layer.lora_B["default"].weight.mul_(0.5)
+
+
+def steps(make):
+    def change(model):
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        make([{"params": parameters, "muon": True}]).step()
+        model.zero_grad()
+
+    return change
+
+
+def assigns(model):
+    state = {name: 0.9 * tensor for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    for layer in layers(model):
+        layer.base_layer.requires_grad_(False)
+
+
+CHANGES = {
+    "in place": torch.no_grad()(halves),
+    "fused AdamW": steps(lambda groups: torch.optim.AdamW(groups, lr=0.1, fused=True)),
+    "AdamW": steps(lambda groups: torch.optim.AdamW(groups, lr=0.1, foreach=True)),
+    "offloaded AdamW": steps(lambda groups: optim.OffloadedAdamW(groups, lr=0.1, fused=True)),
+    "SGD": steps(lambda groups: torch.optim.SGD(groups, lr=0.1, fused=True)),
+    "Muon": steps(lambda groups: optim.Muon(groups, 0.9, lr=0.1)),
+    "loaded": lambda model: model.load_state_dict(
+        {name: 0.9 * tensor for name, tensor in model.state_dict().items()}
+    ),
+    "assigned": assigns,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_whatever_changes_a_weight_the_next_forward_has_it(change):
+    """Nobody tells the fused layers."""
+    fused, plain = adapted().eval(), adapted().eval()
+    plain.load_state_dict(fused.state_dict())
+    fused_lora.fuse(fused)
+    before, _ = run(fused, "float32")
+    change(fused)
+    change(plain)
+    expected, _ = run(plain, "float32")
+    assert error(run(fused, "float32")[0], expected) < 2e-6 < error(before, expected)
+
+
+def test_stacks_of_compiled_blocks_copy_before_they_run():
+    """Inside compiled code no layer looks at its weights' versions."""
     model = adapted().eval()
-    fused_lora.join(model)
-    stale, _ = run(model, "float32")
-    with torch.no_grad():
-        for layer in layers(model):
-            layer.lora_B["default"].weight.mul_(3)
-    assert torch.equal(run(model, "float32")[0], stale)
-    fused_lora.refresh(model)
-    found, _ = run(model, "float32")
-    fused_lora.part(model)
+    fused_lora.fuse(model)
+    leaders = [m for m in model.modules() if isinstance(m, fused_lora.FusedLinear)]
+    halves_of = torch.no_grad()(halves)
+    halves_of(model)
+    assert all(leader.is_stale() for leader in leaders)
+    hidden = model.get_input_embeddings()(torch.arange(20)[None])
+    for block in model.model.language_model.layers:
+        block.forward = lambda hidden_states, **kwargs: hidden_states
+    model.model.language_model(inputs_embeds=hidden)
+    assert not any(leader.is_stale() for leader in leaders)
+
+
+def test_a_deep_copy_follows_its_own_weights():
+    model = adapted().eval()
+    fused_lora.fuse(model)
+    twin = copy.deepcopy(model)
+    before, _ = run(model, "float32")
+    torch.no_grad()(halves)(twin)
+    changed, _ = run(twin, "float32")
+    assert error(changed, before) > 1e-3
+    assert torch.equal(run(model, "float32")[0], before)
+    fused_lora.unfuse(twin)
+    assert error(changed, run(twin, "float32")[0]) < 2e-6
+
+
+def test_unfused_layers_are_pefts_own():
+    model = adapted().eval()
+    before = [vars(layer).keys() for layer in layers(model)]
+    fused_lora.fuse(model)
+    expected, _ = run(model, "float32")
+    fused_lora.unfuse(model)
     assert all(type(layer) is Linear for layer in layers(model))
     assert all(layer.base_layer.weight.is_contiguous() for layer in layers(model))
-    wanted, _ = run(model, "float32")
-    assert error(found, wanted) < 2e-6 < error(stale, wanted)
+    assert not model.model.language_model._forward_pre_hooks
+    assert [vars(layer).keys() - {"output"} for layer in layers(model)] == before
+    assert error(run(model, "float32")[0], expected) < 2e-6
 
 
 def test_a_loaded_checkpoint_counts(tmp_path):
@@ -115,17 +191,17 @@ def test_a_loaded_checkpoint_counts(tmp_path):
     with torch.no_grad():
         for layer in layers(loaded):
             layer.lora_B["default"].weight.zero_()
-    fused_lora.join(loaded)
+    fused_lora.fuse(loaded)
     wanted, _ = run(saved, "float32")
     assert error(run(loaded, "float32")[0], wanted) > 1e-3
     checkpoint.load_weights(tmp_path, 1, loaded)
     assert error(run(loaded, "float32")[0], wanted) < 2e-6
 
 
-def test_merging_parts_them():
+def test_merging_unfuses_them():
     model = adapted().eval()
     wanted, _ = run(model, "float32")
-    fused_lora.join(model)
+    fused_lora.fuse(model)
     lora.merge(model)
     model.requires_grad_(True)
     found, _ = run(model, "float32")
@@ -136,4 +212,4 @@ def test_merging_parts_them():
 def test_a_base_that_trains_stays_apart():
     model = adapted()
     model.requires_grad_(True)
-    assert fused_lora.join(model) == 0
+    assert fused_lora.fuse(model) == 0

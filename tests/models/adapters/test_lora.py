@@ -21,6 +21,7 @@ from internvl.config import LoraConfig
 from internvl.errors import ModelFolderError
 from internvl.inference import load as loading
 from internvl.models import configs, keys
+from internvl.models.adapters import dropout as dropout_layers
 from internvl.models.adapters import lora
 from internvl.models.chat import model as chat_model
 from internvl.models.vision import count_parameters
@@ -172,8 +173,8 @@ def test_fused_projections_share_one_mask_of_dropout(recompute, tmp_path):
 
 def test_shared_dropout_keeps_the_mean_and_rests_in_evaluation():
     torch.manual_seed(0)
-    drawn = lora.DrawnDropout(0.25, keep=True)
-    repeated = lora.RepeatedDropout(drawn, last=True)
+    drawn = dropout_layers.DrawnDropout(0.25, keep=True)
+    repeated = dropout_layers.RepeatedDropout(drawn, last=True)
     inputs = torch.ones(50, 400)
     found = drawn(inputs)
     assert found.unique().tolist() == pytest.approx([0, 4 / 3])

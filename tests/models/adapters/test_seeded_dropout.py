@@ -7,7 +7,8 @@ from peft.tuners.lora import Linear
 from small_models import small_model
 from torch import nn
 
-from internvl.models.adapters import fused_lora, lora, seeded_dropout
+from internvl.models.adapters import dropout as dropout_layers
+from internvl.models.adapters import fused_lora, seeded_dropout
 
 RATE = 0.05
 
@@ -98,13 +99,13 @@ def masked_draw(seed_of):
 def test_a_model_with_it_trains_as_with_the_same_masks_in_memory(monkeypatch, compiled):
     plain = block_with_adapters()
     seeded = block_with_adapters()
-    fused_lora.join(seeded)
+    fused_lora.fuse(seeded)
     monkeypatch.setattr(seeded_dropout, "used", lambda x: True)
     if compiled:
         for layer in seeded.model.language_model.layers:
             layer.compile(dynamic=True, options={"fallback_random": True})
     found = gradients(seeded, "cpu")
-    for kind in (lora.DrawnDropout, lora.RepeatedDropout):
+    for kind in (dropout_layers.DrawnDropout, dropout_layers.RepeatedDropout):
         monkeypatch.setattr(kind, "draw", masked_draw(kind.draw_seed))
     wanted = gradients(plain, "cpu")
     torch.testing.assert_close(found[0], wanted[0], rtol=1e-4, atol=1e-5)
@@ -135,7 +136,7 @@ def test_the_kernels_on_a_gpu(shape, dtype):
 @pytest.mark.gpu
 def test_a_compiled_layer_on_a_gpu():
     model = block_with_adapters("cuda")
-    fused_lora.join(model)
+    fused_lora.fuse(model)
     wanted = gradients(model, "cuda")
     for layer in model.model.language_model.layers:
         layer.compile(dynamic=True, options={"fallback_random": True})

@@ -145,7 +145,7 @@ def linears(model):
 def test_frozen_layers_of_the_blocks_are_swapped_and_nothing_else():
     model = adapted(train=["multi_modal_projector"])
     before = {name: p for name, p in model.named_parameters() if "lora_" in name}
-    assert float8.freeze(model, CPU) == 2 * 6 + 2 * 7
+    assert float8.convert_frozen_linears(model, CPU) == 2 * 6 + 2 * 7
     found = linears(model)
     tower = {name for name in found if "vision_tower.encoder.layer" in name}
     assert len(tower) == 12
@@ -161,17 +161,17 @@ def test_frozen_layers_of_the_blocks_are_swapped_and_nothing_else():
 
 def test_what_trains_stays_and_gradients_reach_what_is_below():
     model = adapted(train=["language_model"], rank=None)
-    float8.freeze(model, CPU)
+    float8.convert_frozen_linears(model, CPU)
     assert linears(model)
     assert all("vision_tower" in name for name in linears(model))
     model = adapted(on=("vision_tower",))
-    float8.freeze(model, CPU)
+    float8.convert_frozen_linears(model, CPU)
     assert all(model.get_submodule(n).back_weight is not None for n in linears(model))
     everything = ["vision_tower", "multi_modal_projector", "language_model"]
     with pytest.raises(UserError, match="no linear layer of the model's blocks is frozen"):
-        float8.freeze(adapted(train=everything, rank=None), CPU)
+        float8.convert_frozen_linears(adapted(train=everything, rank=None), CPU)
     odd = adapted(sizes={"text": {"intermediate_size": 168}})
-    float8.freeze(odd, CPU)
+    float8.convert_frozen_linears(odd, CPU)
     assert not any("language_model" in name and ".mlp." in name for name in linears(odd))
 
 

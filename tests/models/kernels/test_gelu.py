@@ -12,7 +12,7 @@ from internvl.models.kernels import gelu
 def test_it_only_takes_the_place_of_the_exact_one():
     tower = nn.Sequential(ACT2FN["gelu"], ACT2FN["gelu_pytorch_tanh"], nn.GELU())
     kinds = [type(module) for module in tower]
-    gelu.keep_kernel(tower)
+    gelu.enable(tower)
     assert [type(module) for module in tower] == [gelu.OwnKernelGelu, *kinds[1:]]
     inputs = torch.randn(1000).bfloat16()
     assert torch.equal(tower[0](inputs), F.gelu(inputs))
@@ -28,7 +28,7 @@ def test_the_kernel_alone():
 @pytest.mark.parametrize("trains", [False, True])
 def test_compiled_for_a_gpu(trains):
     layer = nn.Sequential(ACT2FN["gelu"])
-    gelu.keep_kernel(layer)
+    gelu.enable(layer)
     inputs = torch.randn(3, 100, 64, device="cuda").bfloat16().requires_grad_(trains)
     found = torch.compile(layer, dynamic=True)(inputs)
     torch.testing.assert_close(found, F.gelu(inputs))

@@ -1,15 +1,17 @@
-"""tail: the last MLP sees supervised positions alone, and neither loss nor gradients notice."""
+"""last_mlp: the last MLP sees supervised positions alone, and neither loss nor gradients notice."""
 
 import pytest
 import torch
 from small_models import small_model
 from torch._dynamo.utils import counters
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from internvl.compute import compilation, kernels, memory, placement
 from internvl.config import ComputeConfig
 from internvl.data.records import PackedBatch
 from internvl.models.adapters import fused_lora
 from internvl.models.kernels import last_mlp
+from internvl.models.modules import replace_module
 from internvl.objectives import packed_loss
 
 CPU = torch.device("cpu")
@@ -116,7 +118,7 @@ def test_other_blocks_stay_as_they_are(name):
     before = [type(block) for block in model.model.language_model.layers]
     kernels.apply_compute(model, CPU, ComputeConfig())
     assert [type(block) for block in model.model.language_model.layers] == before
-    assert not any(last_mlp.fits(block) for block in model.model.language_model.layers)
+    assert not any(last_mlp.supports(block) for block in model.model.language_model.layers)
     assert loss_of(model, row()).detach() > 0
 
 
@@ -144,11 +146,10 @@ def test_float8_products_are_the_same():
     its gradient would be rounded in two parts."""
     model = made(rank=8, dtype="bfloat16")
     kernels.apply_compute(model, CPU, ComputeConfig(float8=True))
-    last = model.model.language_model.layers[-1]
-    kind = type(last)
+    blocks = model.model.language_model.layers
     with placement.autocast(CPU, "bfloat16"):
         found = run(model, row(supervised=3))
-        last.__class__ = kind.__bases__[1]
+        replace_module(blocks, str(len(blocks) - 1), LlamaDecoderLayer)
         wanted = run(model, row(supervised=3))
     assert_same(found, wanted, allowed=1e-2)
 
@@ -168,12 +169,12 @@ def test_what_is_computed_again_sees_the_positions_of_its_own_row():
 
 def test_answers_and_evaluated_losses_stay():
     model = made(rank=8).eval()
-    fused_lora.join(model)
+    fused_lora.fuse(model)
     ids = row(tiles=0).input_ids
     with torch.no_grad():
         logits, loss = model(input_ids=ids).logits, loss_of(model, row())
         answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4)
-        last_mlp.cut(model.model.language_model.layers)
+        last_mlp.enable(model.model.language_model.layers)
         assert torch.equal(model(input_ids=ids).logits, logits)
         again = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4)
         assert torch.equal(again, answer)
