@@ -334,7 +334,9 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
     add["models"].add_argument("--download", action="store_true", help="fetch it from the hub")
     add["models"].add_argument("--to", type=Path, help="folder to fetch it to")
     for name in ("check", "train"):
-        add[name].add_argument("recipe", type=Path, help="a YAML file; see recipes/")
+        add[name].add_argument(
+            "recipe", type=Path, help="a YAML file, or a name: internvl2_2b_lora"
+        )
         add[name].add_argument("overrides", nargs="*", metavar="key=value", help="optim.lr=1e-5")
     add["check"].add_argument("--report", type=Path, help="also write an HTML page there")
     add["check"].add_argument("--plan", action="store_true", help="predict memory and time")

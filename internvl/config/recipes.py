@@ -15,6 +15,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from internvl.config import released
 from internvl.config.compute import ComputeConfig
 from internvl.config.data import TilesConfig
 from internvl.config.model import ModelConfig
@@ -61,7 +62,8 @@ class _Loader(yaml.SafeLoader):
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] | str = ()) -> Recipe:
-    """The recipe in a YAML file with `key=value` overrides (dotted keys, YAML values).
+    """Reads the recipe in a YAML file, or the package's of that name, with `key=value` overrides
+    (dotted keys, YAML values).
 
     Relative paths in a recipe start from the working directory, as on the command line.
 
@@ -85,9 +87,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] | str = ()) -> Recipe
 def _text(path: str | Path) -> str:
     """The text of a recipe, in UTF-8 with or without a byte-order mark. Raises ConfigError."""
     try:
-        content = Path(path).read_bytes()
+        content = released.locate(path).read_bytes()
     except FileNotFoundError:
-        raise ConfigError(f"there is no recipe {path}; see `recipes/` for examples") from None
+        near = released.nearest(path)
+        hint = f"did you mean {near}?" if near else "see `recipes/` for examples"
+        raise ConfigError(f"there is no recipe {path}; {hint}") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise ConfigError(f"cannot read the recipe {path}: {error}; check the path") from None
     meaning = other_format(content)

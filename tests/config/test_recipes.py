@@ -11,6 +11,7 @@ from internvl.config import TERMS, Recipe, recipes
 from internvl.config.recipes import load_recipe
 from internvl.datasets import convert, playground, prepare
 from internvl.errors import ConfigError
+from internvl.zoo import second_finetunings
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -71,13 +72,42 @@ def test_every_recipe_resolves_and_says_how_it_is_run(path: Path) -> None:
     said = head(path)
     if path.stem.startswith("demo"):
         return
-    name = path.relative_to(ROOT)
-    assert f"internvl train {name}" in said
-    for label in ("hardware:", "measured:"):
-        assert f"# {label}" in said
+    assert re.search(rf"internvl train (recipes/\S+/)?{re.escape(path.stem)}\b", said)
+    assert "# hardware:" in said
     assert found.run.parent == Path("runs")
     lines = path.read_text(encoding="utf-8").splitlines()
     assert max(map(len, lines)) <= 100
+
+
+def test_the_table_writes_the_files_of_the_second_finetunings() -> None:
+    for path, text in second_finetunings.render():
+        written = (second_finetunings.FOLDER / path).read_text(encoding="utf-8")
+        assert written == text, f"run `python -m internvl.zoo.second_finetunings`: {path}"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_resolves_by_name_anywhere(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    expected = load_recipe(path)
+    assert load_recipe(path.stem) == expected
+    assert load_recipe(f"{path.stem}.yaml") == expected
+    assert load_recipe(path.relative_to(ROOT)) == expected
+
+
+def test_a_file_in_the_working_directory_goes_before_a_recipe_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = Path("internvl2_2b_lora.yaml")
+    own.write_text(path_of("internvl2_1b_lora").read_text(encoding="utf-8"), encoding="utf-8")
+    assert load_recipe(own).model.id == "OpenGVLab/InternVL2-1B"
+
+
+def test_a_misspelled_name_gets_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"no recipe intervl2_2b_lora; did you mean internvl2_2b"):
+        load_recipe("intervl2_2b_lora")
 
 
 def test_run_folders_and_file_names_differ() -> None:

@@ -1,0 +1,36 @@
+"""Recipes that come with the package, by name: `internvl2_2b_lora_coco`."""
+
+import difflib
+from functools import cache
+from pathlib import Path
+
+FOLDER = Path(__file__).parents[1] / "zoo" / "recipes"
+"""The folder that a checkout shows as `recipes/`."""
+
+
+@cache
+def paths() -> dict[str, Path]:
+    """Every recipe of the package: its name, which is that of its file, and its path."""
+    return {path.stem: path for path in sorted(FOLDER.rglob("*.yaml"))}
+
+
+def locate(recipe: str | Path) -> Path:
+    """The file of a recipe: the path itself if a file is there, else the package's of this name.
+
+    A path that begins with `recipes/` works outside of a checkout too.
+    """
+    path = Path(recipe)
+    # A file in the working directory goes first: a name must never hide a user's own recipe.
+    if path.is_file() or (len(path.parts) > 1 and path.parts[0] != "recipes"):
+        return path
+    if len(path.parts) > 1:
+        shipped = FOLDER.joinpath(*path.parts[1:])
+        return shipped if shipped.is_file() else path
+    # Not `stem`: the name of sft-v1.2 has a point in it.
+    return paths().get(path.name.removesuffix(".yaml"), path)
+
+
+def nearest(recipe: str | Path) -> str | None:
+    """The name of the package's recipe that is most like a path or name; None if none is near."""
+    name = Path(recipe).name.removesuffix(".yaml")
+    return next(iter(difflib.get_close_matches(name, paths(), n=1)), None)
