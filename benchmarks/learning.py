@@ -63,10 +63,10 @@ TOKENIZE = {"en": "ptb", "zh": "characters"}
 PIXELS = 128
 SHAPES = {
     # pixels, patch, tower (width, blocks), language model (width, blocks)
-    "tiny": demo.Shape(PIXELS, 16, 64, 2, 64, 2),
-    "small": demo.Shape(PIXELS, 16, 160, 4, 256, 4),
-    "base": demo.Shape(PIXELS, 16, 256, 6, 256, 8),
-    "large": demo.Shape(PIXELS, 16, 384, 6, 512, 8),
+    "tiny": demo.ChatSize(PIXELS, 16, 64, 2, 64, 2),
+    "small": demo.ChatSize(PIXELS, 16, 160, 4, 256, 4),
+    "base": demo.ChatSize(PIXELS, 16, 256, 6, 256, 8),
+    "large": demo.ChatSize(PIXELS, 16, 384, 6, 512, 8),
 }
 """0.4, 5.8, 12.6 and 39 million parameters."""
 
@@ -170,7 +170,7 @@ def _write(file: Path, lines: Iterable[dict[str, Any]]) -> None:
     file.write_text(text, encoding="utf-8")
 
 
-def start_model(data: Path, folder: Path, shape: demo.Shape) -> None:
+def start_model(data: Path, folder: Path, shape: demo.ChatSize) -> None:
     """The fresh model that every arm and seed starts from; its tokenizer is trained on captions."""
     if (folder / "config.json").exists():
         return

@@ -1,4 +1,4 @@
-"""The first minutes: `internvl demo`.
+"""Runs `internvl demo`: small models trained, exported and shown on one page.
 
     prepare   images and their names, as ordinary annotation files    (datasets/openmoji.py)
     start     a small InternVL-Chat with fresh weights, as a model folder
@@ -35,7 +35,7 @@ from internvl.datasets import openmoji
 from internvl.demo import page as pages
 from internvl.demo import ranks, retrieval
 from internvl.demo.page import LANGUAGES, Reloaded, Timing
-from internvl.demo.retrieval import MUON
+from internvl.demo.retrieval import MUON, RetrievalSize
 from internvl.errors import UserError
 from internvl.inference import load as loading
 from internvl.inference.chat import Chat
@@ -54,47 +54,49 @@ SPECIAL_TOKENS = (
 
 
 @dataclass(frozen=True)
-class Size:
-    """How much the demo does."""
+class DemoSize:
+    """Amount of data and training of the demo."""
 
     epochs: float
     limit_families: int | None
     """Families of images; None takes all."""
     eval_limit: int | None
     """Held-out images per language; None takes all."""
-    retrieval: retrieval.Size
+    retrieval: RetrievalSize
 
 
-FULL = Size(epochs=8, limit_families=None, eval_limit=None, retrieval=retrieval.Size(steps=100))
-SHORT = Size(
+FULL = DemoSize(epochs=8, limit_families=None, eval_limit=None, retrieval=RetrievalSize(steps=100))
+SHORT = DemoSize(
     epochs=3,
     limit_families=40,
     eval_limit=12,
-    retrieval=retrieval.Size(steps=20, eval_limit=12),
+    retrieval=RetrievalSize(steps=20, eval_limit=12),
 )
 
 
 def run(folder: Path, *, short: bool = False) -> Path:
-    """Runs the whole demo in `folder`; returns the report. A second call goes on where it stopped.
+    """Runs the whole demo in `folder`; returns the report's path. A second call resumes.
 
     Raises:
         UserError: packages are missing, or an exported model does not answer as ours does.
     """
     size, timing = (SHORT if short else FULL), Timing()
-    data = timing.of(
+    data = timing.measure(
         "drawing the images",
         lambda: openmoji.prepare(pixels=PIXELS, limit_families=size.limit_families),
     )
+    # Every step leaves a folder, by which a second call knows that it is done.
     start, exported = folder / "start", folder / "model"
     if not (start / "config.json").exists():
-        timing.of("making a small model", lambda: start_model(data, start))
+        timing.measure("making a small model", lambda: start_model(data, start))
+    # The recipe is a file, for the second process and for a user who goes on from it.
     recipe = make_recipe(data, start, folder / "run", size)
     file = folder / "recipe.yaml"
     file.write_text(recipes.to_yaml(recipe), encoding="utf-8")
-    timing.of("training and evaluating", lambda: ranks.train_in_two(recipe, file))
+    timing.measure("training and evaluating", lambda: ranks.train_in_two(recipe, file))
     if not exported.exists():
-        timing.of("exporting", lambda: export.run(recipe.run, exported))
-    checked = timing.of(
+        timing.measure("exporting", lambda: export.run(recipe.run, exported))
+    checked = timing.measure(
         "reloading in plain transformers", lambda: compare_reloaded(recipe, exported)
     )
     searching = retrieval.run(
@@ -107,14 +109,14 @@ def run(folder: Path, *, short: bool = False) -> Path:
 
 
 def start_model(data: Path, folder: Path) -> None:
-    """The model that training starts from; its tokenizer knows the training images' names."""
+    """Writes the model that training starts from; its tokenizer is trained on the image names."""
     prompts = list(openmoji.PROMPTS.values())
     create_model(folder, train_tokenizer(_names(data / "train.jsonl"), prompts))
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A small InternVL-Chat with one tile an image; widths are multiples of 4 heads."""
+class ChatSize:
+    """Widths and depths of a small InternVL-Chat with one tile per image, 4 heads in all blocks."""
 
     pixels: int
     patch: int
@@ -124,34 +126,34 @@ class Shape:
     language_blocks: int
 
 
-SHAPE = Shape(PIXELS, 8, 128, 3, 128, 3)
+CHAT_SIZE = ChatSize(PIXELS, 8, 128, 3, 128, 3)
 """1.5 million parameters."""
 
 
 def create_model(
-    folder: Path, tokenizer: PreTrainedTokenizerFast, shape: Shape = SHAPE, seed: int = 0
+    folder: Path, tokenizer: PreTrainedTokenizerFast, size: ChatSize = CHAT_SIZE, seed: int = 0
 ) -> None:
-    """A fresh small InternVL-Chat as a folder in the hf layout."""
+    """Writes a fresh small InternVL-Chat as a model folder in the hf layout."""
     torch.manual_seed(seed)
     config = InternVLConfig(
         vision_config={
-            "hidden_size": shape.vision_width,
-            "num_hidden_layers": shape.vision_blocks,
+            "hidden_size": size.vision_width,
+            "num_hidden_layers": size.vision_blocks,
             "num_attention_heads": 4,
-            "intermediate_size": 4 * shape.vision_width,
-            "image_size": shape.pixels,
-            "patch_size": shape.patch,
+            "intermediate_size": 4 * size.vision_width,
+            "image_size": size.pixels,
+            "patch_size": size.patch,
             "attention_bias": True,
             # The released 0.1 suits a trained tower; a fresh small one learns faster with 1.
             "layer_scale_init_value": 1.0,
         },
         text_config={
             "model_type": "qwen2",
-            "hidden_size": shape.language_width,
-            "num_hidden_layers": shape.language_blocks,
+            "hidden_size": size.language_width,
+            "num_hidden_layers": size.language_blocks,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "intermediate_size": 3 * shape.language_width,
+            "intermediate_size": 3 * size.language_width,
             "vocab_size": len(tokenizer),
             "max_position_embeddings": 1024,
             "tie_word_embeddings": True,
@@ -160,9 +162,11 @@ def create_model(
             "pad_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
         },
         image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
-        image_seq_length=(shape.pixels // shape.patch // 2) ** 2,
+        # Pixel shuffle makes one visual token of 2 x 2 patches.
+        image_seq_length=(size.pixels // size.patch // 2) ** 2,
         tie_word_embeddings=True,
     )
+    # What the original's config.json says besides, and transformers' has no key for.
     config.internvl = {
         "template": TEMPLATE,
         "system_message": "",
@@ -180,7 +184,7 @@ def create_model(
             model=model.eval(),
             tokenizer=tokenizer,
             template=template(TEMPLATE),
-            tiles=loading.tiling(settings, shape.pixels),
+            tiles=loading.tiling(settings, size.pixels),
             system_message="",
             folder=folder,
         ),
@@ -191,7 +195,7 @@ def create_model(
 def train_tokenizer(
     texts: Sequence[str], prompts: Sequence[str], vocab_size: int = 1000
 ) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with the special tokens of InternVL-Chat, from the words it will see."""
+    """Trains a byte-level BPE tokenizer with the special tokens of InternVL-Chat."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -199,6 +203,7 @@ def train_tokenizer(
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),
+        # All 256 bytes, so that any text can be encoded, not only the one of training.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -209,8 +214,8 @@ def train_tokenizer(
     )
 
 
-def make_recipe(data: Path, start: Path, run_folder: Path, size: Size) -> Recipe:
-    """The demo's recipe: full fine-tuning of all parts, three languages at once."""
+def make_recipe(data: Path, start: Path, run_folder: Path, size: DemoSize) -> Recipe:
+    """Builds the demo's recipe: full fine-tuning of all parts, three languages at once."""
 
     def held_out(split: str, language: str, **when: Any) -> dict[str, Any]:
         return {
@@ -229,7 +234,12 @@ def make_recipe(data: Path, start: Path, run_folder: Path, size: Size) -> Recipe
     }
     evals |= {
         f"validation-{lang}": held_out(
-            "validation", lang, every=100, metrics="exact", limit=size.eval_limit or 100
+            # Exact match alone: METEOR starts Java, which may not be installed.
+            "validation",
+            lang,
+            every=100,
+            metrics="exact",
+            limit=size.eval_limit or 100,
         )
         for lang in LANGUAGES
     }
@@ -245,7 +255,7 @@ def make_recipe(data: Path, start: Path, run_folder: Path, size: Size) -> Recipe
                 ],
                 "tiles": {"size": PIXELS, "max": 1, "thumbnail": False},
                 "max_tokens": 512,
-                # So that half a step's samples, what one of the two processes has, are one row.
+                # Half a step's samples, one process's share, fit one row.
                 "row_tokens": 2048,
                 "workers": 1,
             },
@@ -264,7 +274,8 @@ def make_recipe(data: Path, start: Path, run_folder: Path, size: Size) -> Recipe
 
 
 def cpu_dtype() -> str:
-    """bfloat16 where the processor multiplies it natively, else float32, which is faster then."""
+    """Returns bfloat16 if the processor multiplies it natively, else float32."""
+    # Emulated bfloat16 is slower than float32.
     native = torch.cpu.is_available() and torch.backends.mkldnn.is_available()
     fast = native and torch.cpu._is_avx512_bf16_supported()
     return "bfloat16" if fast else "float32"
@@ -272,10 +283,7 @@ def cpu_dtype() -> str:
 
 @torch.no_grad()
 def compare_reloaded(recipe: Recipe, exported: Path, images: int = 12) -> Reloaded:
-    """Loads the export with transformers' own classes and holds it to our run folder.
-
-    The image processor is the one that needs no torchvision; the prompt is the exported chat
-    template's.
+    """Compares the export, loaded with transformers' own classes, with the trained run.
 
     Raises:
         UserError: logits differ, or an answer does.
@@ -287,11 +295,13 @@ def compare_reloaded(recipe: Recipe, exported: Path, images: int = 12) -> Reload
     chat = loading.load(recipe.run, device="cpu", dtype="float32")
     model = AutoModelForImageTextToText.from_pretrained(exported, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(exported)
+    # Not AutoImageProcessor: it takes the fast one, which needs torchvision.
     processor = GotOcr2ImageProcessorPil.from_pretrained(exported)
     tokens = "<IMG_CONTEXT>" * tokens_per_tile(model.config, PIXELS)
     worst, same = 0.0, 0
     for path in paths:
         messages = [{"role": "user", "content": f"<IMG_CONTEXT>\n{spec.prompt}"}]
+        # The exported template, so that the comparison covers it.
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         text = text.replace("<IMG_CONTEXT>", f"<img>{tokens}</img>")
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
@@ -310,6 +320,7 @@ def compare_reloaded(recipe: Recipe, exported: Path, images: int = 12) -> Reload
         answer = tokenizer.decode(produced[0, ids.shape[1] :], skip_special_tokens=True).strip()
         request = Request([{"role": "user", "content": spec.prompt}], [path])
         same += answer == chat.answer([request], max_new_tokens=spec.max_new_tokens)[0]
+    # float32 on two implementations: sums in another order.
     if worst > 1e-3 or same != len(paths):
         raise UserError(
             f"{exported}: plain transformers gives other logits (by up to {worst:.1e}) or other "

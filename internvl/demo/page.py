@@ -1,4 +1,4 @@
-"""The demo's page, from what the run folders hold."""
+"""Builds the demo's page from its run folders."""
 
 import json
 import time
@@ -19,45 +19,47 @@ LANGUAGES = {"en": "English", "zh": "Chinese", "ko": "Korean"}
 
 @dataclass
 class Timing:
-    """Seconds of each part, in order."""
+    """Seconds of the demo's steps, in order."""
 
-    parts: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
-    def of(self, name: str, work: Callable[[], T]) -> T:
-        """Does the work and notes how long it took."""
+    def measure(self, name: str, work: Callable[[], T]) -> T:
+        """Calls `work` and records its seconds."""
+        # Said before, for some steps take minutes.
         log.get_logger().info("%s …", name)
         started = time.perf_counter()
-        done = work()
-        self.parts[name] = time.perf_counter() - started
-        return done
+        result = work()
+        self.seconds[name] = time.perf_counter() - started
+        return result
 
 
 @dataclass(frozen=True)
 class Reloaded:
-    """What plain transformers made of the exported folder."""
+    """Comparison of the export in plain transformers with the trained model."""
 
     images: int
     largest_difference: float
-    """Of the logits, float32, against ours."""
+    """Maximum absolute difference of the logits, float32."""
     same_answers: int
 
 
 @dataclass(frozen=True)
-class Run:
-    """A finished run, as its folder tells it."""
+class FinishedRun:
+    """Metrics and sizes of a finished run, read from its folder."""
 
     recipe: Recipe
     rows: Sequence[Mapping[str, Any]]
-    """One of every step."""
+    """Lines of metrics.jsonl, one per step."""
     evaluations: Mapping[int, Mapping[str, float]]
     """Step -> metric -> value."""
     trained: int
-    """Parameters that train."""
+    """Number of trained parameters."""
     parameters: int
 
     @property
     def seconds(self) -> float:
-        """Of all steps, without evaluations."""
+        """Seconds of all steps, without evaluations."""
+
         return sum(row["step_s"] for row in self.rows)
 
     @property
@@ -69,43 +71,50 @@ class Run:
         return max(self.evaluations)
 
     def curve(self, column: str, points: int = 200) -> tuple[int, list[tuple[float, float]]]:
-        """(number of steps a point is the mean of, the points) of a column of the steps."""
+        """Averages a column of the steps: (steps per point, [(step, mean)])."""
+        # About `points` of them: more than the page's pixels only make its file larger.
         width = max(1, len(self.rows) // points)
-        parts = [self.rows[i : i + width] for i in range(0, len(self.rows), width)]
-        return width, [(p[-1]["step"], sum(r[column] for r in p) / len(p)) for p in parts]
+        chunks = [self.rows[i : i + width] for i in range(0, len(self.rows), width)]
+        return width, [(p[-1]["step"], sum(r[column] for r in p) / len(p)) for p in chunks]
 
     def scores(self, metric: str) -> list[tuple[float, float]]:
-        """(step, value) of every evaluation that has the metric."""
+        """Lists (step, value) of every evaluation with the metric."""
+        # Test sets are evaluated at the first and last step, validation sets also between.
         return [
-            (step, found[metric]) for step, found in self.evaluations.items() if metric in found
+            (step, values[metric]) for step, values in self.evaluations.items() if metric in values
         ]
 
 
-def read_run(recipe: Recipe) -> Run:
-    """What the run folder of `recipe` holds."""
+def read_run(recipe: Recipe) -> FinishedRun:
+    """Reads the run folder of `recipe`."""
+    # Counted on the loaded run: the recipe does not say how large its model is.
     counted = count_parameters(loading.load(recipe.run).model)
     evaluations = {
         int(path.stem): json.loads(path.read_text(encoding="utf-8"))
         for path in sorted((recipe.run / "evals").glob("*.json"))
     }
-    return Run(recipe, log.StepLog(recipe.run, "metrics.jsonl").rows(), evaluations, *counted)
+    return FinishedRun(
+        recipe, log.StepLog(recipe.run, "metrics.jsonl").rows(), evaluations, *counted
+    )
 
 
 def make_page(
-    chat: Run,
+    chat: FinishedRun,
     data: Path,
     timing: Timing,
     checked: Reloaded,
     searching: Sequence[report.Section],
     commands: Sequence[str],
 ) -> report.Report:
-    """The page of the demo.
+    """Builds the demo's page.
 
     Args:
         searching: the sections about retrieval.
-        commands: how to go on.
+        commands: shell commands to continue with.
     """
+    # A range over the languages, for a mean would hide the worst of them.
     exact = [chat.evaluations[chat.last][f"test-{lang}/exact"] for lang in LANGUAGES]
+    # Most important first: what came out, how it learned, single answers, then how to go on.
     return report.Report(
         title="InternVL, from fresh weights to a named image",
         subtitle=(
@@ -147,7 +156,8 @@ def make_page(
             report.Text(
                 title="What ran, and how to go on",
                 paragraphs=[
-                    "; ".join(f"{name} {took:.0f} s" for name, took in timing.parts.items()) + ".",
+                    "; ".join(f"{name} {took:.0f} s" for name, took in timing.seconds.items())
+                    + ".",
                     f"The exported folder was reloaded with transformers' own classes: "
                     f"{checked.same_answers} of {checked.images} answers equal, logits within "
                     f"{checked.largest_difference:.0e}.",
@@ -163,6 +173,7 @@ def make_page(
 
 
 def _scores(before: Mapping[str, float], after: Mapping[str, float]) -> list[report.Score]:
+    # CIDEr is scaled by 10, so its bar is full at 10.
     shown = {"exact": ("exact name", 1.0, ".1%"), "bleu_4": ("BLEU-4", 1.0, ".3f")}
     shown |= {"cider": ("CIDEr", 10.0, ".2f")}
     return [
@@ -179,7 +190,8 @@ def _scores(before: Mapping[str, float], after: Mapping[str, float]) -> list[rep
     ]
 
 
-def _curves(chat: Run) -> report.Charts:
+def _curves(chat: FinishedRun) -> report.Charts:
+    # Means, for the loss of a single step is too noisy to show a trend.
     width, losses = chat.curve("loss")
     return report.Charts(
         title="How it learned",
@@ -207,8 +219,10 @@ def _curves(chat: Run) -> report.Charts:
 
 
 def _cards(recipe: Recipe, step: int, count: int = 24) -> list[report.Card]:
+    # Keyed by image: the languages' files have the same images in the same order.
     answers: dict[str, list[report.Answer]] = {}
     for tag in LANGUAGES:
+        # The evaluator's own lines, so that the page shows what the metrics were computed on.
         file = recipe.run / "evals" / f"{step:06d}" / f"test-{tag}.jsonl"
         for line in file.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
@@ -221,6 +235,6 @@ def _cards(recipe: Recipe, step: int, count: int = 24) -> list[report.Card]:
                 )
             )
     return [
-        report.Card(image=Path(path).read_bytes(), answers=given)
-        for path, given in list(answers.items())[:count]
+        report.Card(image=Path(path).read_bytes(), answers=of_image)
+        for path, of_image in list(answers.items())[:count]
     ]

@@ -1,4 +1,4 @@
-"""Training in two processes, as on two GPUs: what one core takes minutes for, two do in half."""
+"""Trains in two processes on two CPU cores, as on two GPUs."""
 
 import os
 import socket
@@ -16,28 +16,27 @@ from internvl.config import Recipe
 from internvl.training import run_folder
 
 _LONGEST_WAIT = timedelta(minutes=10)
-"""For the other process, which never works alone for longer than a step."""
+"""Timeout of collectives; the other process never works alone for longer than a step."""
 
 
 def train_in_two(recipe: Recipe, file: Path) -> None:
-    """Trains by `recipe` here and in a process that is started for it.
-
-    Two threads in one process would wait for each other in every layer of a model this small; two
-    processes wait once a step, and without work for the cores.
+    """Trains `recipe` in this process and in a second one that it starts.
 
     Args:
-        file: where the recipe is; the other process reads it there.
+        file: path of the recipe, which the second process reads.
     """
+    # Not two threads: they would wait for each other in every layer of a model this small, two
+    # processes only once per step.
     if run_folder.finished(recipe.run):
         train.run(recipe)  # says so
         return
-    with _another(file):
+    with _second_rank(file):
         train.run(recipe)
 
 
 @contextmanager
-def _another(file: Path) -> Iterator[None]:
-    """Inside, this process is rank 0 of two; rank 1 is `internvl train FILE`."""
+def _second_rank(file: Path) -> Iterator[None]:
+    """Starts `internvl train FILE` as rank 1 and makes this process rank 0."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -47,9 +46,9 @@ def _another(file: Path) -> Iterator[None]:
         env=os.environ | group | {"RANK": "1", "LOCAL_RANK": "1"},
     )
     try:
-        where = f"tcp://localhost:{port}"
+        address = f"tcp://localhost:{port}"
         distributed.init_process_group(
-            "gloo", init_method=where, rank=0, world_size=2, timeout=_LONGEST_WAIT
+            "gloo", init_method=address, rank=0, world_size=2, timeout=_LONGEST_WAIT
         )
         yield
     except BaseException:

