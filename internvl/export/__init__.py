@@ -419,7 +419,7 @@ def _dual_answer(model: DualModel) -> Tensor:
     pixels = torch.rand(1, 3, side, side, generator=generator).to(model.device)
     ids = torch.randint(1, vocabulary, (1, 8), generator=generator).to(model.device)
     mask = model.joint_mask("itm", torch.ones_like(ids))
-    queries, text = model.joint_states(model.look(model.vision_tokens(pixels)), ids, mask)
+    queries, text = model.joint_states(model.encode_kv(model.vision_tokens(pixels)), ids, mask)
     answers = (
         *model.encode_image(pixels, ("c", "g")),
         *(model.encode_text(ids), model.itm_logits(queries), model.lm_head(text)),

@@ -36,7 +36,7 @@ from internvl.data.pairs import (
 )
 from internvl.data.tokenizers import decode
 from internvl.errors import ModelFolderError, UserError
-from internvl.models.dual.beam_search import Search
+from internvl.models.dual.beam_search import BeamSearchConfig
 from internvl.models.dual.model import DualModel, Mode
 from internvl.models.vision import normalize_tiles
 
@@ -210,7 +210,7 @@ class Dual:
             part = slice(start, start + batch_size)
             some, places = _distinct(images[part])
             pixels = torch.cat([*self._pixels(some, batch_size, crop=False)])
-            seen = self.model.look(self.model.vision_tokens(pixels)[self._to(places)])
+            seen = self.model.encode_kv(self.model.vision_tokens(pixels)[self._to(places)])
             ids = self._to(pad_right(rows[part]))
             mask = self.model.joint_mask("itm", ids > 0)
             states, _ = self.model.joint_states(seen, ids, mask)
@@ -242,7 +242,7 @@ class Dual:
         check_whole("max_new_tokens", max_new_tokens, 1)
         check_whole("min_new_tokens", min_new_tokens, 0)
         check_number("length_penalty", length_penalty)
-        how = Search(
+        how = BeamSearchConfig(
             num_beams=num_beams,
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,

@@ -16,7 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from internvl.errors import ModelFolderError
 
 
-class Rule(NamedTuple):
+class ValueRule(NamedTuple):
     """What a key may hold."""
 
     expected: str
@@ -24,14 +24,14 @@ class Rule(NamedTuple):
     allows: Callable[[Any], bool]
 
 
-def _whole(low: int, high: int) -> Rule:
-    return Rule(
+def _whole(low: int, high: int) -> ValueRule:
+    return ValueRule(
         f"a whole number from {low} to {high}",
         lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high,
     )
 
 
-def _number(low: float, high: float, *, above: bool = False) -> Rule:
+def _number(low: float, high: float, *, above: bool = False) -> ValueRule:
     """A finite number; `above` leaves the lower bound out."""
 
     def allows(value: Any) -> bool:
@@ -40,18 +40,18 @@ def _number(low: float, high: float, *, above: bool = False) -> Rule:
         # NaN compares false, infinity is above every bound.
         return (low < value if above else low <= value) and value <= high
 
-    return Rule(f"a number {'above' if above else 'from'} {low:g} to {high:g}", allows)
+    return ValueRule(f"a number {'above' if above else 'from'} {low:g} to {high:g}", allows)
 
 
-def _one_of(*values: str) -> Rule:
-    return Rule(" or ".join(map(repr, values)), lambda v: isinstance(v, str) and v in values)
+def _one_of(*values: str) -> ValueRule:
+    return ValueRule(" or ".join(map(repr, values)), lambda v: isinstance(v, str) and v in values)
 
 
-def _or_null(rule: Rule) -> Rule:
-    return Rule(f"{rule.expected} or null", lambda v: v is None or rule.allows(v))
+def _or_null(rule: ValueRule) -> ValueRule:
+    return ValueRule(f"{rule.expected} or null", lambda v: v is None or rule.allows(v))
 
 
-def _or_pair(rule: Rule) -> Rule:
+def _or_pair(rule: ValueRule) -> ValueRule:
     """One number for a square, or a pair of it twice, as the hf layout has it."""
 
     def allows(value: Any) -> bool:
@@ -59,24 +59,24 @@ def _or_pair(rule: Rule) -> Rule:
             return len(value) == 2 and value[0] == value[1] and rule.allows(value[0])
         return rule.allows(value)
 
-    return Rule(rule.expected, allows)
+    return ValueRule(rule.expected, allows)
 
 
-_FLAG = Rule("true or false", lambda v: isinstance(v, bool))
+_FLAG = ValueRule("true or false", lambda v: isinstance(v, bool))
 # Releases write 0 and 1 as well.
-_SWITCH = Rule("true or false", lambda v: isinstance(v, int) and v in (0, 1))
-_TEXT = Rule("a text", lambda v: isinstance(v, str))
-_OBJECT = Rule("an object", lambda v: isinstance(v, dict))
+_SWITCH = ValueRule("true or false", lambda v: isinstance(v, int) and v in (0, 1))
+_TEXT = ValueRule("a text", lambda v: isinstance(v, str))
+_OBJECT = ValueRule("an object", lambda v: isinstance(v, dict))
 _SIZE, _LAYERS, _SIDE = _whole(1, 10**6), _whole(1, 1000), _whole(1, 8192)
 _VOCABULARY = _whole(1, 10**8)
 _SHARE = _number(0, 1)
 _EPS = _number(0, 1, above=True)
 _SCALE = _number(-1e6, 1e6)
-_ACTIVATION = Rule(
+_ACTIVATION = ValueRule(
     "an activation that transformers knows", lambda v: isinstance(v, str) and v in ACT2FN
 )
 
-_VISION: dict[str, Rule] = {
+_VISION: dict[str, ValueRule] = {
     "hidden_size": _SIZE,
     "num_hidden_layers": _LAYERS,
     "num_attention_heads": _SIZE,
@@ -95,7 +95,7 @@ _VISION: dict[str, Rule] = {
 }
 """Keys of both layouts."""
 
-_LANGUAGE: dict[str, Rule] = {
+_LANGUAGE: dict[str, ValueRule] = {
     "vocab_size": _VOCABULARY,
     **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads"), _SIZE),
     "num_hidden_layers": _LAYERS,
@@ -120,7 +120,7 @@ _LANGUAGE: dict[str, Rule] = {
 _FACTOR = _number(0, 1e9, above=True)
 # "su" is the original's name of "longrope".
 _WAY = _or_null(_one_of("default", "su", *sorted(ROPE_INIT_FUNCTIONS)))
-_ROPE: dict[str, Rule] = {
+_ROPE: dict[str, ValueRule] = {
     **dict.fromkeys(("type", "rope_type"), _WAY),
     **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "beta_fast"), _FACTOR),
     **dict.fromkeys(("beta_slow", "rope_theta"), _FACTOR),
@@ -129,13 +129,13 @@ _ROPE: dict[str, Rule] = {
     "partial_rotary_factor": _number(0, 1, above=True),
 }
 
-_QLLAMA: dict[str, Rule] = {
+_QLLAMA: dict[str, ValueRule] = {
     **_LANGUAGE,
     "num_query_token": _or_null(_whole(1, 10_000)),
     "cross_attention_frequency": _or_null(_LAYERS),
 }
 
-_CHAT: dict[str, Rule] = {
+_CHAT: dict[str, ValueRule] = {
     **dict.fromkeys(("template", "system_message"), _or_null(_TEXT)),
     "ps_version": _one_of("v1", "v2"),
     **dict.fromkeys(("pad2square", "dynamic_image_size", "use_thumbnail"), _SWITCH),
@@ -148,16 +148,16 @@ _CHAT: dict[str, Rule] = {
     "tie_word_embeddings": _or_null(_SWITCH),
     "normalize": _one_of("imagenet", "clip", "siglip"),
 }
-_TRIPLE = Rule(
+_TRIPLE = ValueRule(
     "a number or a list of 3",
     lambda v: (
         len(v) == 3 and all(map(_SCALE.allows, v)) if isinstance(v, list) else _SCALE.allows(v)
     ),
 )
-_ON = Rule("true", lambda v: v is True)
-_PROCESSOR: dict[str, Rule] = {
+_ON = ValueRule("true", lambda v: v is True)
+_PROCESSOR: dict[str, ValueRule] = {
     **dict.fromkeys(("min_patches", "max_patches"), _whole(1, 10_000)),
-    "size": Rule(
+    "size": ValueRule(
         "a height and an equal width",
         lambda v: (
             _SIDE.allows(v)
@@ -167,11 +167,11 @@ _PROCESSOR: dict[str, Rule] = {
     ),
     **dict.fromkeys(("image_mean", "image_std"), _TRIPLE),
     **dict.fromkeys(("do_rescale", "do_normalize"), _ON),
-    "rescale_factor": Rule("1/255", lambda v: _SHARE.allows(v) and abs(v * 255 - 1) < 1e-3),
-    "resample": Rule("3 (bicubic)", lambda v: v == 3),
+    "rescale_factor": ValueRule("1/255", lambda v: _SHARE.allows(v) and abs(v * 255 - 1) < 1e-3),
+    "resample": ValueRule("3 (bicubic)", lambda v: v == 3),
 }
 """transformers' names; what is not in it has no effect on an image."""
-_DUAL: dict[str, Rule] = {
+_DUAL: dict[str, ValueRule] = {
     **dict.fromkeys(("clip_embed_dim", "attn_pool_num_heads"), _SIZE),
     "label_smoothing": _SHARE,
     "initializer_range": _number(0, 1e6),
@@ -292,7 +292,9 @@ def _section(file: Path, config: dict[str, Any], name: str) -> dict[str, Any]:
     return config[name]
 
 
-def _check(file: Path, section: str, values: Mapping[str, Any], rules: dict[str, Rule]) -> None:
+def _check(
+    file: Path, section: str, values: Mapping[str, Any], rules: dict[str, ValueRule]
+) -> None:
     for key, rule in rules.items():
         if key in values and not rule.allows(values[key]):
             raise _wrong(file, section, key, values[key], f"{rule.expected} is expected")

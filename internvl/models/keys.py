@@ -106,7 +106,7 @@ class Stack:
 
 
 @dataclass(frozen=True)
-class Rule:
+class NameRule:
     """Names on both sides. `{i}` is a layer, `{p}` weight or bias, `{rest}` anything."""
 
     official: tuple[str, ...]
@@ -148,16 +148,16 @@ _TOWER_NAMES = (
     ("mlp1.3.{p}", "model.multi_modal_projector.linear_2.{p}"),
 )
 _VISION_AND_PROJECTOR = (
-    *(Rule((official,), (ours,), _SAME) for official, ours in _TOWER_NAMES),
-    Rule(
+    *(NameRule((official,), (ours,), _SAME) for official, ours in _TOWER_NAMES),
+    NameRule(
         (f"{_THEIR_LAYER}.attn.qkv.{{p}}",),
         tuple(f"{_LAYER}.attention.{x}_proj.{{p}}" for x in "qkv"),
         Thirds(),
     ),
 )
 _STOCK = (
-    Rule(("language_model.lm_head.weight",), ("lm_head.weight",), _SAME),
-    Rule(("language_model.model.{rest}",), ("model.language_model.{rest}",), _SAME),
+    NameRule(("language_model.lm_head.weight",), ("lm_head.weight",), _SAME),
+    NameRule(("language_model.model.{rest}",), ("model.language_model.{rest}",), _SAME),
 )
 
 
@@ -170,18 +170,18 @@ _POOL_NAMES = (
 )
 _HEADS = (
     *(
-        Rule((f"{theirs}.{official}",), (f"{ours}.{name}",), _SAME)
+        NameRule((f"{theirs}.{official}",), (f"{ours}.{name}",), _SAME)
         for theirs, ours in _POOLS
         for official, name in _POOL_NAMES
     ),
-    Rule(("text_projection",), ("text_projection.weight",), Transpose()),
-    Rule(("logit_scale",), ("logit_scale",), _SAME),
-    Rule(("itm_head.{p}",), ("itm_head.{p}",), _SAME),
+    NameRule(("text_projection",), ("text_projection.weight",), Transpose()),
+    NameRule(("logit_scale",), ("logit_scale",), _SAME),
+    NameRule(("itm_head.{p}",), ("itm_head.{p}",), _SAME),
 )
 _QLLAMA = (
-    Rule(("query_tokens",), ("model.query_tokens.weight",), _SAME),
-    Rule(("qllama.lm_head.weight",), ("lm_head.weight",), _SAME),
-    Rule(("qllama.model.{rest}",), ("model.language_model.{rest}",), _SAME),
+    NameRule(("query_tokens",), ("model.query_tokens.weight",), _SAME),
+    NameRule(("qllama.lm_head.weight",), ("lm_head.weight",), _SAME),
+    NameRule(("qllama.model.{rest}",), ("model.language_model.{rest}",), _SAME),
 )
 _PTH_NAMES = (
     ("transformer.", "qllama.model."),
@@ -201,7 +201,7 @@ def pth_to_official(name: str) -> str:
     return name
 
 
-def _internlm2(heads: int, kv_heads: int) -> tuple[Rule, ...]:
+def _internlm2(heads: int, kv_heads: int) -> tuple[NameRule, ...]:
     theirs, ours = "language_model.model.layers.{i}", "model.language_model.layers.{i}"
     renamed = (
         ("language_model.model.tok_embeddings.weight", "model.language_model.embed_tokens.weight"),
@@ -214,15 +214,15 @@ def _internlm2(heads: int, kv_heads: int) -> tuple[Rule, ...]:
         (f"{theirs}.attention_norm.weight", f"{ours}.input_layernorm.weight"),
         (f"{theirs}.ffn_norm.weight", f"{ours}.post_attention_layernorm.weight"),
     )
-    fused = Rule(
+    fused = NameRule(
         (f"{theirs}.attention.wqkv.{{p}}",),
         tuple(f"{ours}.self_attn.{x}_proj.{{p}}" for x in "qkv"),
         Interleaved(heads, kv_heads),
     )
-    return (*(Rule((a,), (b,), _SAME) for a, b in renamed), fused)
+    return (*(NameRule((a,), (b,), _SAME) for a, b in renamed), fused)
 
 
-def _experts(num_experts: int) -> tuple[Rule, ...]:
+def _experts(num_experts: int) -> tuple[NameRule, ...]:
     """Qwen3-MoE: one module per expert in the files, stacked in today's `transformers`."""
     theirs = "language_model.model.layers.{i}.mlp.experts"
     ours = "model.language_model.layers.{i}.mlp.experts"
@@ -230,12 +230,12 @@ def _experts(num_experts: int) -> tuple[Rule, ...]:
     both = tuple(f"{theirs}.{e}.{x}_proj.weight" for e in numbers for x in ("gate", "up"))
     down = tuple(f"{theirs}.{e}.down_proj.weight" for e in numbers)
     return (
-        Rule(both, (f"{ours}.gate_up_proj",), Experts()),
-        Rule(down, (f"{ours}.down_proj",), Stack()),
+        NameRule(both, (f"{ours}.gate_up_proj",), Experts()),
+        NameRule(down, (f"{ours}.down_proj",), Stack()),
     )
 
 
-def rules(config: PreTrainedConfig) -> tuple[Rule, ...]:
+def rules(config: PreTrainedConfig) -> tuple[NameRule, ...]:
     """The table for one configuration; the first rule that knows a name has it."""
     if isinstance(config, DualConfig):
         return (*_VISION_AND_PROJECTOR, *_HEADS, *_QLLAMA)

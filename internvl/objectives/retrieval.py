@@ -35,7 +35,7 @@ from internvl.data.pair_reader import PairReader, make_batch, padded_length
 from internvl.data.pairs import CaptionEncoder
 from internvl.data.records import IGNORE, Match, Pair, PairBatch
 from internvl.data.sources import Source
-from internvl.models.dual.qllama import Seen
+from internvl.models.dual.qllama import CrossKV
 from internvl.models.vision import normalize_tiles
 
 _SHOWN_SAMPLES = 3
@@ -63,7 +63,7 @@ class Cached:
 class Encoded:
     """A micro-batch with its graph."""
 
-    seen: Seen
+    seen: CrossKV
     features: Tensor
     gradients: list[Tensor | None] | None
     """Of what is seen, once the features' graph has been run back by itself; None where it goes on
@@ -160,7 +160,7 @@ class Retrieval:
                 keep = same and vision.nbytes <= room
                 room -= vision.nbytes if keep else 0
                 visions.append(vision if keep else None)
-                encoded.append(self.features(model, model.look(vision), pairs).detach())
+                encoded.append(self.features(model, model.encode_kv(vision), pairs).detach())
             image_ids.append(pairs.image_ids)
             counted.append(pairs.text_counts)
         kept = [self._encoded(model, pairs, None) for pairs in first[:number]]
@@ -191,7 +191,7 @@ class Retrieval:
         seed = None if cached is None else cached.seed
         with _random_numbers(seed, batch.pixel_values.device):
             if cached is None:
-                seen = model.look(model.vision_tokens(self._normalized(batch)))
+                seen = model.encode_kv(model.vision_tokens(self._normalized(batch)))
                 sums = {"itc": self._contrast(model, seen, batch)} if "itc" in self.weights else {}
             else:
                 seen, sums = self._carry(model, batch, cached), {"itc": cached.loss}
@@ -203,15 +203,15 @@ class Retrieval:
         """With a graph; `vision` where it is known."""
         if vision is None:
             vision = model.vision_tokens(self._normalized(pairs))
-        seen = model.look(vision)
+        seen = model.encode_kv(vision)
         if len(self.weights) == 1:
             return Encoded(seen, self.features(model, seen, pairs), None)
         leaves = [t.detach().requires_grad_(t.requires_grad) for t in seen.tensors()]
         gradients: list[Tensor | None] = [None] * len(leaves)
         begin = (_Begin.apply(leaf, gradients, place) for place, leaf in enumerate(leaves))
-        return Encoded(seen, self.features(model, seen.of(begin), pairs), gradients)
+        return Encoded(seen, self.features(model, seen.with_tensors(begin), pairs), gradients)
 
-    def _carry(self, model: Any, batch: PairBatch, cached: Cached) -> Seen:
+    def _carry(self, model: Any, batch: PairBatch, cached: Cached) -> CrossKV:
         """Carries the gradient of the features back; returns what other terms look at."""
         one = cached.kept or self._encoded(model, batch, cached.vision)
         with torch.autocast(one.features.device.type, enabled=False):
@@ -221,9 +221,9 @@ class Retrieval:
                 model.logit_scale.float().backward(cached.scale_gradient)
         if one.gradients is None:
             return one.seen
-        return one.seen.of(_Joined.apply(one.gradients, *one.seen.tensors()))
+        return one.seen.with_tensors(_Joined.apply(one.gradients, *one.seen.tensors()))
 
-    def features(self, model: Any, seen: Seen, batch: PairBatch) -> Tensor:
+    def features(self, model: Any, seen: CrossKV, batch: PairBatch) -> Tensor:
         """float32 (B, F, E) of unit length: captions, what the queries see, images."""
         queries, captions = self._apart(model, seen, batch)
         found = (
@@ -233,7 +233,7 @@ class Retrieval:
         )
         return F.normalize(torch.stack([embeds.float() for embeds in found], dim=1), dim=-1)
 
-    def _apart(self, model: Any, seen: Seen, batch: PairBatch) -> tuple[Tensor, Tensor]:
+    def _apart(self, model: Any, seen: CrossKV, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """What queries and captions are without each other, in one pass: (B, Q, D), (B, L, D)."""
         mask = model.joint_mask("itc", batch.text_mask)
         return model.joint_states(seen, batch.text_ids, mask)
@@ -246,7 +246,7 @@ class Retrieval:
         same = image_ids[:, None] == dist.gather_rows(image_ids)
         return same / same.sum(1, keepdim=True)
 
-    def _contrast(self, model: Any, seen: Seen, batch: PairBatch) -> Tensor:
+    def _contrast(self, model: Any, seen: CrossKV, batch: PairBatch) -> Tensor:
         features, scale = self.features(model, seen, batch), model.logit_scale.float()
         return (self._losses(features, batch.image_ids, scale) * batch.text_counts).sum()
 
@@ -256,14 +256,14 @@ class Retrieval:
             targets = self.targets(image_ids)
             return contrastive_losses(own, dist.gather_rows(own), targets, scale)
 
-    def _match(self, model: Any, seen: Seen, batch: PairBatch) -> Tensor:
+    def _match(self, model: Any, seen: CrossKV, batch: PairBatch) -> Tensor:
         mask = model.joint_mask("itm", batch.match_mask)
         queries, _ = model.joint_states(seen, batch.match_ids, mask)
         logits = model.itm_logits(queries).float()
         labels = batch.match_labels
         return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
 
-    def _write(self, model: Any, seen: Seen, batch: PairBatch) -> Tensor:
+    def _write(self, model: Any, seen: CrossKV, batch: PairBatch) -> Tensor:
         mask = model.joint_mask("itg", batch.written_mask)
         _, states = model.joint_states(seen, batch.written_ids, mask)
         states = states.flatten(0, 1).index_select(0, batch.loss_positions)
@@ -343,7 +343,7 @@ class Stage2(Retrieval):
     def is_compared(self, pair: Pair) -> bool:
         return len(pair.summary) > len(self.encoder.embedding(""))
 
-    def features(self, model: Any, seen: Seen, batch: PairBatch) -> Tensor:
+    def features(self, model: Any, seen: CrossKV, batch: PairBatch) -> Tensor:
         """float32 (B, F, E) of unit length: captions, what the queries see."""
         queries, captions = self._apart(model, seen, batch)
         found = (

@@ -367,7 +367,7 @@ def test_both_passes_draw_the_same_random_numbers(project, kept):
     seeds = [int(torch.randint(2**62, ())) for _ in batches[kept:]]
 
     def encode(batch):
-        seen = model.look(model.vision_tokens(made._normalized(batch)))
+        seen = model.encode_kv(model.vision_tokens(made._normalized(batch)))
         return seen, made.features(model, seen, batch)
 
     # Those that are kept go on from the generator's state, first their features, then the rest.
@@ -456,7 +456,7 @@ def test_stage2_equals_the_joint_sequence_of_the_original(project, dual):
     assert batch.text_counts.tolist() == [1, 1, 0, 1, 1, 1]
     with torch.no_grad():
         sums, counts = made(model, batch), made.counts(batch)
-        seen = model.look(model.vision_tokens(made._normalized(batch)))
+        seen = model.encode_kv(model.vision_tokens(made._normalized(batch)))
         mask = model.joint_mask("itc", batch.text_mask)
         queries, text = model.joint_states(seen, batch.text_ids, mask)
         g = F.normalize(model.query_embeds(queries), dim=-1)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from internvl.errors import ModelFolderError
 from internvl.models import hub
-from internvl.models.config_checks import Rule
+from internvl.models.config_checks import ValueRule
 from internvl.models.hub import LazyTensor
 
 logger = logging.getLogger(__name__)
@@ -55,11 +55,11 @@ def _is_names(value: Any) -> bool:
     )
 
 
-def _or_null(expected: str, allows: Callable[[Any], bool]) -> Rule:
-    return Rule(f"{expected} or null", lambda value: value is None or allows(value))
+def _or_null(expected: str, allows: Callable[[Any], bool]) -> ValueRule:
+    return ValueRule(f"{expected} or null", lambda value: value is None or allows(value))
 
 
-def _by_name(expected: str, allows: Callable[[Any], bool]) -> Rule:
+def _by_name(expected: str, allows: Callable[[Any], bool]) -> ValueRule:
     return _or_null(
         f"an object of layers and {expected}",
         lambda value: isinstance(value, dict) and all(map(allows, value.values())),
@@ -73,10 +73,10 @@ def _is_layers(value: Any) -> bool:
 
 _NAMES = _or_null("a name or a list of names", _is_names)
 _FLAG = _or_null("true or false", lambda value: isinstance(value, bool))
-_TYPES: dict[str, Rule] = {
-    "r": Rule("a whole number from 1", _is_rank),
-    "lora_alpha": Rule("a number", _is_number),
-    "lora_dropout": Rule("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
+_TYPES: dict[str, ValueRule] = {
+    "r": ValueRule("a whole number from 1", _is_rank),
+    "lora_alpha": ValueRule("a number", _is_number),
+    "lora_dropout": ValueRule("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
     "rank_pattern": _by_name("whole numbers from 1", _is_rank),
     "alpha_pattern": _by_name("numbers", _is_number),
     **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), _NAMES),

@@ -1,4 +1,4 @@
-"""InternVL-14B's official configuration as ours, and back.
+"""Converts InternVL-14B's official configuration to ours and back.
 
 Original: `internvl_g/internvl/model/internvl_stage2/configuration_internvl.py`.
 """
@@ -24,7 +24,7 @@ _QLLAMA = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-"""Keys with the same name in `qllama_config` and in Llama's, with the release's values."""
+"""Keys of the same name in `qllama_config` and Llama's configuration, with the release's values."""
 
 _TOP = (
     # official, ours, default of the original class
@@ -46,19 +46,20 @@ class DualConfig(PreTrainedConfig):
     }
 
     vision_config: Any = None
-    """InternVLVisionConfig, or its values."""
+    """InternVLVisionConfig, or a dict of its keys."""
     text_config: Any = None
-    """QLlamaConfig, or its values."""
+    """QLlamaConfig, or a dict of its keys."""
     embed_dim: int = 768
     """Width (E) of the embeddings."""
     pool_num_heads: int = 16
     label_smoothing: float = 0.0
-    """Of the contrastive loss in stage 2."""
+    """Label smoothing of the contrastive loss in stage 2."""
     force_image_size: int | None = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        # `from_pretrained` passes the sections as dicts, our own code passes configurations.
         if not isinstance(self.vision_config, PreTrainedConfig):
             self.vision_config = InternVLVisionConfig(**(self.vision_config or {}))
         if not isinstance(self.text_config, PreTrainedConfig):
@@ -72,25 +73,23 @@ class DualConfig(PreTrainedConfig):
 
 
 def from_official(config: dict[str, Any], *, queries: bool = True) -> DualConfig:
-    """The official `config.json`; without `queries`, of a file that holds InternVL-C alone.
-
-    The side of the image is `force_image_size` where it is set. `cross_attention_frequency` is
-    read at the top level first: the original forgets to write it there, and a value other than 2
-    is lost on its way back.
-    """
+    """Converts the official `config.json`; without `queries`, of a file of InternVL-C alone."""
     vision = configs.vision_from_official(config["vision_config"])
     text = config["qllama_config"]
     top = {ours: config.get(official, default) for official, ours, default in _TOP}
+    # It replaces the tower's image size; a position table of another grid is resized on load.
     if top["force_image_size"]:
         vision["image_size"] = top["force_image_size"]
 
-    def of_queries(key: str, default: int) -> int:
+    def query_setting(key: str, default: int) -> int:
+        # The top level first: the original reads these keys there but forgets to write
+        # `cross_attention_frequency`, so that a value other than 2 is only in the section.
         return config.get(key) or text.get(key) or default
 
     values = {key: text.get(key, default) for key, default in _QLLAMA.items()}
     values |= {
-        "num_query_tokens": of_queries("num_query_token", 96) if queries else 0,
-        "cross_attention_frequency": of_queries("cross_attention_frequency", 2),
+        "num_query_tokens": query_setting("num_query_token", 96) if queries else 0,
+        "cross_attention_frequency": query_setting("cross_attention_frequency", 2),
         "vision_hidden_size": vision["hidden_size"],
         "tie_word_embeddings": False,
     }
@@ -98,11 +97,7 @@ def from_official(config: dict[str, Any], *, queries: bool = True) -> DualConfig
 
 
 def to_official(config: DualConfig) -> dict[str, Any]:
-    """The official `config.json`; no `auto_map`, no LoRA ranks.
-
-    `tie_word_embeddings` stands at the top level, where the original's default of true would
-    replace the embeddings by the output matrix on loading.
-    """
+    """Converts to the official `config.json`, without `auto_map` and LoRA ranks."""
     text = config.text_config
     queries = {
         "num_query_token": text.num_query_tokens,
@@ -116,6 +111,8 @@ def to_official(config: DualConfig) -> dict[str, Any]:
         "hidden_size": text.hidden_size,
         "use_backbone_lora": 0,
         "use_qllama_lora": 0,
+        # Written, because the original's default of true would replace the embeddings by the output
+        # matrix when it loads.
         "tie_word_embeddings": False,
         "vision_config": configs.vision_to_official(config.vision_config),
         "qllama_config": {

@@ -1,8 +1,8 @@
-"""QLLaMA: Llama whose first positions are learned queries that look at an image.
+"""QLLaMA: a Llama whose first positions are learned queries with cross-attention to an image.
 
 Original: `internvl_g/internvl/model/internvl_stage2/modeling_qllama.py`. Layers, norms and rotary
-positions are `transformers`' Llama; ours is the cross-attention, in every n-th layer between
-self-attention and MLP and on the query positions alone.
+positions are those of `transformers`' Llama. Every n-th layer adds cross-attention between
+self-attention and MLP, on the query positions alone.
 """
 
 from collections.abc import Iterable, Iterator
@@ -26,42 +26,43 @@ from internvl.models.dual.rms_norm import RMSNorm
 
 Mask = Literal["itc", "itm", "itg", "text"]
 KeysValues = tuple[Tensor, Tensor]
-"""Of B images with N visual tokens, each (B, heads, N, D / heads)."""
+"""(keys, values) of B images with N visual tokens, each (B, heads, N, D / heads)."""
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Images as QLLaMA looks at them, whatever stands beside its queries."""
+class CrossKV:
+    """Cached cross-attention keys and values of a batch of images; no text enters them."""
 
     tokens: Tensor
     """Visual tokens, (B, N, W)."""
-    looks: tuple[KeysValues | None, ...]
-    """One for each layer, on its device; None where it does not look."""
+    layers: tuple[KeysValues | None, ...]
+    """One per layer, on its device; None for layers without cross-attention."""
 
     def __len__(self) -> int:
         """B."""
         return len(self.tokens)
 
     def tensors(self) -> Iterator[Tensor]:
-        """All it holds."""
+        """Yields the visual tokens, then keys and values layer by layer."""
         yield self.tokens
-        for look in self.looks:
-            yield from look or ()
+        for keys_values in self.layers:
+            yield from keys_values or ()
 
-    def of(self, tensors: Iterable[Tensor]) -> "Seen":
-        """The same of other tensors, in the order of `tensors`."""
+    def with_tensors(self, tensors: Iterable[Tensor]) -> "CrossKV":
+        """Returns a copy that holds `tensors`, in the order of `self.tensors()`."""
+        # One iterator for all: layers without cross-attention consume none.
         others = iter(tensors)
         tokens = next(others)
-        return Seen(tokens, tuple(look and (next(others), next(others)) for look in self.looks))
+        return CrossKV(tokens, tuple(kv and (next(others), next(others)) for kv in self.layers))
 
 
 class QLlamaConfig(LlamaConfig):
-    """Llama's configuration with the queries'."""
+    """Llama's configuration with the keys of queries and cross-attention."""
 
     num_query_tokens: int = 96
-    """0: a plain Llama, as in a file that holds InternVL-C alone."""
+    """0: a plain Llama, as in a file of InternVL-C alone."""
     cross_attention_frequency: int = 2
-    """Layers 0, n, 2n, … look at the image."""
+    """Layers 0, n, 2n, … have cross-attention."""
     vision_hidden_size: int = 3200
 
     def has_cross_attention(self, layer: int) -> bool:
@@ -69,24 +70,24 @@ class QLlamaConfig(LlamaConfig):
 
 
 class CrossAttention(nn.Module):
-    """Queries attend to all visual tokens: no mask, no positions, no bias, no gate.
+    """Cross-attention of queries to all visual tokens: no mask, positions, bias or gate.
 
-    Called, it makes keys and values, which every use of an image shares; `attend` uses them.
+    `forward` computes keys and values once per image; `attend` uses them for each text.
     """
 
     def __init__(self, config: QLlamaConfig) -> None:
         super().__init__()
-        width, source = config.hidden_size, config.vision_hidden_size
+        width, vision_width = config.hidden_size, config.vision_hidden_size
         self.num_heads = config.num_attention_heads
         self.norm1 = RMSNorm(width, eps=config.rms_norm_eps)
-        self.norm2 = RMSNorm(source, eps=config.rms_norm_eps)
+        self.norm2 = RMSNorm(vision_width, eps=config.rms_norm_eps)
         self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(source, width, bias=False)
-        self.v_proj = nn.Linear(source, width, bias=False)
+        self.k_proj = nn.Linear(vision_width, width, bias=False)
+        self.v_proj = nn.Linear(vision_width, width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
 
     def forward(self, vision: Tensor) -> KeysValues:
-        """Visual tokens (B, N, W) -> their keys and values."""
+        """Projects visual tokens (B, N, W) to keys and values."""
         vision = self.norm2(vision)
         k, v = (
             self._heads(project(vision), vision.shape[:2]).transpose(1, 2)
@@ -94,15 +95,13 @@ class CrossAttention(nn.Module):
         )
         return k, v
 
-    def attend(self, queries: Tensor, seen: KeysValues) -> Tensor:
-        """queries (R B, Q, D), keys and values of B images -> (R B, Q, D).
-
-        Row r B + b looks at image b. Its R blocks become one longer query, so that no image's
-        keys and values are repeated.
-        """
-        k, v = seen
+    def attend(self, queries: Tensor, keys_values: KeysValues) -> Tensor:
+        """Cross-attention output (R B, Q, D) of queries (R B, Q, D); row r B + b reads image b."""
+        k, v = keys_values
         images, (rows, length, width) = len(k), queries.shape
         q = self._heads(self.q_proj(self.norm1(queries)), (rows // images, images, length))
+        # (B, heads, R Q, d): R rows of an image become one longer query, because expanding keys and
+        # values to R B rows would copy them in memory.
         q = q.permute(1, 3, 0, 2, 4).flatten(2, 3)
         attended = F.scaled_dot_product_attention(q, k, v)
         blocks = attended.unflatten(2, (rows // images, length)).permute(2, 0, 3, 1, 4)
@@ -113,7 +112,7 @@ class CrossAttention(nn.Module):
 
 
 class QLlamaLayer(GradientCheckpointingLayer):
-    """One layer; `cross_attn` is there in every n-th."""
+    """A Llama layer; every n-th has `cross_attn`."""
 
     def __init__(self, config: QLlamaConfig, layer: int) -> None:
         super().__init__()
@@ -127,47 +126,49 @@ class QLlamaLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden: Tensor,
-        seen: KeysValues | None,
+        keys_values: KeysValues | None,
         attention_mask: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor],
         past_key_values: Cache | None = None,
     ) -> Tensor:
-        """hidden (R B, T, D) -> the same; with `seen` of B images its first Q are queries."""
+        """hidden (R B, T, D) -> same shape; with `keys_values` of B images, queries come first."""
         attended, _ = self.self_attn(
             self.input_layernorm(hidden),
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            is_causal=False,  # the mask says everything
+            is_causal=False,  # the mask already has the causal part; queries see one another
         )
         hidden = hidden + attended
-        if self.cross_attn is not None and seen is not None:
+        if self.cross_attn is not None and keys_values is not None:
             queries, text = hidden.tensor_split([self.num_queries], dim=1)
-            queries = queries + self.cross_attn.attend(queries, seen)
+            queries = queries + self.cross_attn.attend(queries, keys_values)
             hidden = torch.cat([queries, text], dim=1)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Keys and values are made outside of `forward`, so they are compiled by themselves."""
+        """Compiles the layer and, separately, its keys and values."""
         super().compile(*args, **kwargs)
+        # `encode_kv` calls `cross_attn` outside of `forward`, whose graph does not reach it.
         if self.cross_attn is not None:
             self.cross_attn.compile(*args, **kwargs)
 
 
 class QueryTokens(nn.Module):
-    """The learned queries. A module of their own, so that off-loading brings them back in time."""
+    """The learned queries, (1, Q, D)."""
 
+    # A module, not a bare parameter: accelerate's off-loading hooks load weights before `forward`.
     def __init__(self, config: QLlamaConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.hidden_size))
 
     def forward(self, num_rows: int) -> Tensor:
-        """(num_rows, Q, D)."""
+        """Returns the queries of `num_rows` rows, (num_rows, Q, D), without a copy."""
         return self.weight.expand(num_rows, -1, -1)
 
 
 class QLlamaModel(LlamaPreTrainedModel):
-    """Embeddings, layers and the final norm; the queries are handed in with the text."""
+    """Embeddings, layers and final norm; the caller prepends the queries to the text."""
 
     config: QLlamaConfig
     _no_split_modules = ["QLlamaLayer"]  # noqa: RUF012 (transformers' way)
@@ -182,66 +183,66 @@ class QLlamaModel(LlamaPreTrainedModel):
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.post_init()
 
-    def look(self, vision: Tensor) -> Seen:
-        """Visual tokens (B, N, W), for as many calls as look at these images."""
-        parts: list[Any] = [layer.cross_attn for layer in self.layers]
-        looks = tuple(None if part is None else part(vision) for part in parts)
-        return Seen(vision, looks)
+    def encode_kv(self, vision: Tensor) -> CrossKV:
+        """Projects visual tokens (B, N, W) to the keys and values of all layers."""
+        modules: list[Any] = [layer.cross_attn for layer in self.layers]
+        layers = tuple(None if module is None else module(vision) for module in modules)
+        return CrossKV(vision, layers)
 
     def forward(
         self,
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
-        seen: Seen | None = None,
+        cross_kv: CrossKV | None = None,
         past_key_values: Cache | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states after the final norm.
+        """Returns the hidden states after the final norm, (R, T, D).
 
         Args:
-            inputs_embeds: (R, T, D); with `seen` the first Q positions are the queries.
-            attention_mask: bool (R, 1, T, keys), True where a position may attend, as the
-                function of this name makes it; None lets every position see all keys.
-            seen: B images; rows come in blocks of B, image by image.
-            past_key_values: what earlier positions left; this call's are added to it.
+            inputs_embeds: (R, T, D); with `cross_kv` the first Q positions are the queries.
+            attention_mask: bool (R, 1, T, keys) from the function `attention_mask`, True where a
+                position may attend; None lets every position see all keys.
+            cross_kv: of B images; rows come in blocks of B, image by image.
+            past_key_values: cache of earlier positions; this call appends to it.
             position_ids: int64 (1, T); by default 0, 1, …
-
-        Returns:
-            (R, T, D)
         """
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         rotary = self.rotary_emb(inputs_embeds, position_ids=position_ids)
         hidden = inputs_embeds
-        looks = (None,) * len(self.layers) if seen is None else seen.looks
-        for layer, look in zip(self.layers, looks, strict=True):
-            hidden = layer(hidden, look, attention_mask, rotary, past_key_values=past_key_values)
+        layers_kv = (None,) * len(self.layers) if cross_kv is None else cross_kv.layers
+        for layer, kv in zip(self.layers, layers_kv, strict=True):
+            # Positional: checkpointing binds keyword arguments outside of what it tracks.
+            hidden = layer(hidden, kv, attention_mask, rotary, past_key_values=past_key_values)
         return self.norm(hidden)
 
 
-def attention_mask(kind: Mask, text: Tensor, num_queries: int) -> Tensor:
-    """Which position may attend to which: bool (R, 1, T, T), T = Q + L, or L for "text".
+def attention_mask(mask_type: Mask, text: Tensor, num_queries: int) -> Tensor:
+    """Returns which position may attend to which: bool (R, 1, T, T), T = Q + L, or L for "text".
 
     "itc"  queries and text do not see each other; text is causal
     "itm"  everything sees everything
     "itg"  text is causal and sees the queries, which do not see it; this is also a caption's
     "text" text alone, causal
 
-    Padding is never a key of another position; it sees itself, so that no row is without a key.
+    Padding is no key of another position.
 
     Args:
-        text: not zero where there is text, (R, L), bool or int64.
+        text: bool or int64 (R, L), nonzero where there is text.
     """
     rows, length = text.shape
+    # Built from one square and broadcast: only padding differs among the R rows.
     causal = torch.ones(length, length, dtype=torch.bool, device=text.device).tril()
-    if kind == "text":
+    if mask_type == "text":
         num_queries, allowed = 0, causal
     else:
         allowed = causal.new_zeros(num_queries + length, num_queries + length)
         allowed[:num_queries, :num_queries] = True
-        allowed[:num_queries, num_queries:] = kind == "itm"
-        allowed[num_queries:, :num_queries] = kind != "itc"
-        allowed[num_queries:, num_queries:] = True if kind == "itm" else causal
+        allowed[:num_queries, num_queries:] = mask_type == "itm"
+        allowed[num_queries:, :num_queries] = mask_type != "itc"
+        allowed[num_queries:, num_queries:] = True if mask_type == "itm" else causal
     keys = torch.cat([causal.new_ones(rows, num_queries), text.bool()], dim=1)
-    own = torch.eye(len(allowed), dtype=torch.bool, device=text.device)
-    return (allowed & keys[:, None] | own)[:, None]
+    # Each position sees itself: softmax over a row without any key would be NaN.
+    diagonal = torch.eye(len(allowed), dtype=torch.bool, device=text.device)
+    return (allowed & keys[:, None] | diagonal)[:, None]

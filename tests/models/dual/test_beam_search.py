@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from internvl.models.dual.beam_search import Search, search
+from internvl.models.dual.beam_search import BeamSearchConfig, search
 
 END = 2
 
@@ -61,7 +61,7 @@ def theirs(llama, prompts, how):
 @pytest.mark.parametrize(("num_beams", "longest", "shortest"), [(5, 12, 0), (5, 12, 8), (3, 6, 2)])
 def test_texts_equal_transformers(llama, num_beams, longest, shortest, length_penalty):
     prompts = torch.randint(3, 40, (12, 5), generator=torch.Generator().manual_seed(1))
-    how = Search(num_beams, longest, shortest, END, length_penalty)
+    how = BeamSearchConfig(num_beams, longest, shortest, END, length_penalty)
     found, wanted = ours(llama, prompts, how), theirs(llama, prompts, how)
     assert torch.equal(found[:, : wanted.shape[1]], wanted)
     assert (found[:, wanted.shape[1] :] == END).all()
@@ -70,7 +70,7 @@ def test_texts_equal_transformers(llama, num_beams, longest, shortest, length_pe
 @pytest.mark.parametrize("shortest", [0, 6])
 def test_greedy_texts_equal_transformers(llama, shortest):
     prompts = torch.randint(3, 40, (12, 5), generator=torch.Generator().manual_seed(2))
-    how = Search(1, 12, shortest, END)
+    how = BeamSearchConfig(1, 12, shortest, END)
     found, wanted = ours(llama, prompts, how), theirs(llama, prompts, how)
     assert torch.equal(found[:, : wanted.shape[1]], wanted)
 
@@ -78,6 +78,6 @@ def test_greedy_texts_equal_transformers(llama, shortest):
 def test_texts_of_several_lengths_are_among_them(llama):
     """Otherwise the tests above would say nothing of ends."""
     prompts = torch.randint(3, 40, (12, 5), generator=torch.Generator().manual_seed(1))
-    found = ours(llama, prompts, Search(5, 12, 0, END))
+    found = ours(llama, prompts, BeamSearchConfig(5, 12, 0, END))
     lengths = {(row != END).sum().item() for row in found}
     assert len(lengths) > 3

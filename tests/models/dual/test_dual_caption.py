@@ -7,7 +7,7 @@ import torch
 from dual_folders import dual_folder, dual_golden
 
 from internvl.inference import load as loading
-from internvl.models.dual.beam_search import Search
+from internvl.models.dual.beam_search import BeamSearchConfig
 
 PROMPT = torch.tensor([1, 41, 57, 68])
 END = 2
@@ -24,7 +24,7 @@ def pixels():
 
 
 def settings(num_beams, longest=10, shortest=0):
-    return Search(num_beams, longest, shortest, END)
+    return BeamSearchConfig(num_beams, longest, shortest, END)
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def log_probabilities(model, vision, rows):
     """Of the next token, nothing cached: (rows, V), for prompt and tokens so far."""
     ids = torch.tensor(rows)
     mask = model.joint_mask("itg", torch.ones_like(ids, dtype=torch.bool))
-    _, text = model.joint_states(model.look(vision.expand(len(ids), -1, -1)), ids, mask)
+    _, text = model.joint_states(model.encode_kv(vision.expand(len(ids), -1, -1)), ids, mask)
     return model.lm_head(text[:, -1]).float().log_softmax(-1)
 
 

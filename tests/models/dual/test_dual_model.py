@@ -37,7 +37,7 @@ def close(found, wanted):
 def test_golden_states(dual, golden):
     vision = dual.model.vision_tokens(golden["input.pixel_values"])
     close(vision, golden["output.vision_last_hidden_state"])
-    queries = dual.model.query_states(dual.model.look(vision))
+    queries = dual.model.query_states(dual.model.encode_kv(vision))
     close(queries, golden["output.get_image_features.query_embeds"])
     close(dual.model.query_embeds(queries), golden["output.clip_projector2_of_query_embeds"])
     ids = golden["input.input_ids"]
@@ -77,7 +77,7 @@ def test_golden_probe_makes_norm_epsilons_visible(golden, tmp_path):
     vision = dual.model.vision_tokens(pixels)
     found = {
         "vision_last_hidden_state": vision,
-        "get_image_features.query_embeds": dual.model.query_states(dual.model.look(vision)),
+        "get_image_features.query_embeds": dual.model.query_states(dual.model.encode_kv(vision)),
         "encode_text": dual.encode_texts(input_ids=ids, normalize=False),
     }
     for mode in "cg":
@@ -136,8 +136,8 @@ def test_a_caption_alone_equals_the_itc_block(dual, golden):
         dual.model.vision_tokens(golden["input.pixel_values"]),
     )
     mask = dual.model.joint_mask("itc", ids > 0)
-    queries, text = dual.model.joint_states(dual.model.look(vision), ids, mask)
-    close(queries, dual.model.query_states(dual.model.look(vision)))
+    queries, text = dual.model.joint_states(dual.model.encode_kv(vision), ids, mask)
+    close(queries, dual.model.query_states(dual.model.encode_kv(vision)))
     alone = dual.model.text_states(ids, ids > 0)
     for row, length in enumerate(LENGTHS[:4]):
         close(text[row, :length], alone[row, :length])
@@ -156,9 +156,9 @@ def test_blocks_share_the_pictures(dual, golden):
             for kind, part in zip(kinds, blocks.split(4), strict=True)
         ]
     )
-    queries, text = dual.model.joint_states(dual.model.look(vision), blocks, mask)
+    queries, text = dual.model.joint_states(dual.model.encode_kv(vision), blocks, mask)
     for row in range(12):
-        one = dual.model.look(vision[row % 4 : row % 4 + 1])
+        one = dual.model.encode_kv(vision[row % 4 : row % 4 + 1])
         part = slice(row, row + 1)
         alone = dual.model.joint_states(one, blocks[part], mask[part])
         close(queries[part], alone[0])
@@ -209,7 +209,7 @@ def gradients(model, golden):
     ids = golden["input.input_ids"][:4]
     vision = model.vision_tokens(golden["input.pixel_values"])
     mask = torch.cat([model.joint_mask(kind, ids > 0) for kind in ("itm", "itc", "itg")])
-    queries, text = model.joint_states(model.look(vision), ids.repeat(3, 1), mask)
+    queries, text = model.joint_states(model.encode_kv(vision), ids.repeat(3, 1), mask)
     c, g = model.image_embeds(vision), model.query_embeds(queries[4:8])
     t = model.text_embeds(text[4:8], ids > 0)
     similarity = model.logit_scale.exp() * F.normalize(c + g, dim=-1) @ F.normalize(t, dim=-1).T
