@@ -1,4 +1,4 @@
-"""Arguments of public calls: one text, path or image is a list of one; numbers are in range."""
+"""Checks arguments of public calls; a single text, path or image becomes a list of one."""
 
 import difflib
 import math
@@ -25,18 +25,18 @@ def list_texts(texts: Any, noun: str = "text") -> list[str]:
         noun: what messages call one of them.
 
     Raises:
-        UserError: without an order, or one of them is no text.
+        UserError: an unordered collection, or an item that is not text.
     """
     values = [texts] if isinstance(texts, str) else listed(texts, f"{noun}s")
-    for number, value in enumerate(values):
+    for index, value in enumerate(values):
         reason = not_a_text(value)
         if reason is not None:
-            raise UserError(f"{noun} {number} {reason}")
+            raise UserError(f"{noun} {index} {reason}")
     return values
 
 
 def not_a_text(value: Any) -> str | None:
-    """Says why a value is no text that can be encoded, None where it is one.
+    """Returns why a value is not encodable text, None if it is.
 
     >>> not_a_text(3.5)
     'is a float (3.5), not a text'
@@ -46,40 +46,43 @@ def not_a_text(value: Any) -> str | None:
     try:
         value.encode()
     except UnicodeEncodeError as error:
+        # A lone surrogate, as JSON escapes can make: no tokenizer takes it.
         half = ascii(value[error.start])[1:-1]
         return f"has half of a character ({half}) at place {error.start}; replace it"
     return None
 
 
 def list_images(images: Any) -> list[Any]:
-    """Lists images; a single one, in whatever form, becomes a list of one.
+    """Lists images; a single one of any form becomes a list of one.
 
     Args:
         images: one path, encoded file, file object, Pillow image, tensor or array (H, W) or
             (H, W, C); or several of them: a collection, or an array (B, H, W, C).
 
     Raises:
-        UserError: without an order, or nothing of the kind.
-        BadImage: a file object that is closed or gives text.
+        UserError: an unordered collection, or not images.
+        BadImage: a file object that is closed or in text mode.
     """
     if isinstance(images, _ONE_IMAGE) or is_file_object(images):
         images = [images]
     elif isinstance(images, np.ndarray) and images.dtype.kind not in "OUS":
+        # Numbers are an image or a batch; an array of paths is a collection like a list.
         images = list(images) if images.ndim > 3 else [images]
-    return [_held(image) for image in listed(images, "images")]
+    return [_rereadable(image) for image in listed(images, "images")]
 
 
-def _held(image: Any) -> Any:
-    """An image as it can be read at any time, by any thread, as often as it is needed."""
+def _rereadable(image: Any) -> Any:
+    """Returns the image in a form that any thread can read repeatedly: file objects as bytes."""
     if isinstance(image, str):
-        return str(image)  # NumPy's own strings are strings and arrays at once
+        return str(image)  # NumPy's strings are np.generic too, which `as_rgb` takes for pixels
     return read_file_object(image) if is_file_object(image) else image
 
 
 def listed(values: Any, nouns: str) -> list[Any]:
-    """Lists an ordered collection. Raises UserError where `values` is none."""
+    """Lists an ordered collection. Raises UserError if `values` is none."""
     if isinstance(values, np.ndarray):
         return np.atleast_1d(values).ravel().tolist()
+    # The results come in the order of the arguments, so there must be one.
     if isinstance(values, Mapping | set | frozenset):
         raise UserError(f"{nouns}: a {type(values).__name__} has no places; give a list")
     if isinstance(values, bytes) or not isinstance(values, Iterable):
@@ -97,8 +100,8 @@ def check_number(
     name: str, value: Any, *, above: float | None = None, most: float = math.inf
 ) -> None:
     """Raises UserError unless `value` is a finite number above `above` and at most `most`."""
-    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if number and (above is None or value > above) and value <= most:
+    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if is_number and (above is None or value > above) and value <= most:
         return
     bounds = [] if above is None else [f"above {above:g}"]
     bounds += [] if math.isinf(most) else [f"at most {most:g}"]
@@ -106,7 +109,7 @@ def check_number(
     raise UserError(f"{name} must be a number{span}, not {value!r}")
 
 
-def nearest(name: str, known: Collection[str]) -> str:
-    """Names the known word next to a mistyped one, or all of them."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+def nearest(name: str, valid_names: Collection[str]) -> str:
+    """Suggests the valid name closest to a mistyped one, or lists all."""
+    close = difflib.get_close_matches(name, valid_names, n=1)
+    return f"did you mean {close[0]}?" if close else f"known are {', '.join(valid_names)}"

@@ -1,6 +1,6 @@
-"""The content that a run began with, and what of it was changed since: data.json of a run folder.
+"""Fingerprints of a run's data (data.json of its folder) and what has changed since.
 
-Images and videos are not looked at: reading all of them would take as long as an epoch.
+Images and videos are not read: that would take as long as an epoch.
 """
 
 import hashlib
@@ -22,21 +22,22 @@ FILE = "data.json"
 
 @dataclass(frozen=True)
 class Noted:
-    """What a run's data were."""
+    """Fingerprints of the data of a run."""
 
     sources: dict[str, Content]
-    """By the name of the source."""
+    """Source name -> content."""
     meta: dict[str, Any] = field(default_factory=dict)
-    """Entries of the meta file, without the paths of their annotations."""
+    """Meta-file entries without their annotation paths."""
     evals: dict[str, str] = field(default_factory=dict)
-    """Digest of every file of the evaluations."""
+    """Evaluation file -> digest."""
     earlier: tuple[Earlier, ...] = ()
-    """How much the sources held before they grew, oldest first."""
+    """Sizes of the sources before they grew, oldest first."""
 
 
 def note(recipe: Recipe, files: Sequence[Source]) -> Noted:
-    """What the sources and the meta file hold now; evaluations are left out."""
+    """Fingerprints sources and meta file as they are now; evaluations are left out."""
     entries = {} if recipe.data.meta is None else meta_entries(recipe.data.meta)
+    # Annotation paths may change when a data set moves; the content decides.
     meta = {
         name: {key: value for key, value in entry.items() if key != "annotation"}
         for name, entry in entries.items()
@@ -45,7 +46,7 @@ def note(recipe: Recipe, files: Sequence[Source]) -> Noted:
 
 
 def of_evals(evals: dict[str, EvalConfig]) -> dict[str, str]:
-    """Digest of every file that the evaluations read, but their images."""
+    """Returns the digest of every file that the evaluations read, except images."""
     files = (
         path
         for spec in evals.values()
@@ -56,13 +57,14 @@ def of_evals(evals: dict[str, EvalConfig]) -> dict[str, str]:
 
 
 def of_evals_changed(before: Noted, evals: dict[str, EvalConfig]) -> list[str]:
-    """The files of the evaluations that are not as they were."""
-    now = of_evals(evals)
-    return [path for path, digest in before.evals.items() if now.get(path) != digest]
+    """Lists the evaluation files that have changed or are missing."""
+    current = of_evals(evals)
+    return [path for path, digest in before.evals.items() if current.get(path) != digest]
 
 
 def _digest(path: Path) -> str:
-    """Of a file its content, of a folder or a tar names and sizes."""
+    """Returns the digest of a file's content, or of names and sizes for a folder or tar."""
+    # A tar holds images: as with folders, reading all of them would take too long.
     if path.is_file() and path.suffix != ".tar":
         return digests_of(path)[1]
     below = sorted(path.rglob("*")) if path.is_dir() else [path]
@@ -71,7 +73,7 @@ def _digest(path: Path) -> str:
 
 
 def read(folder: Path) -> Noted | None:
-    """What was noted in a run folder; None in one of a version that noted nothing.
+    """Reads the fingerprints in a run folder; None if an older version wrote none.
 
     Raises:
         DataError: the file is damaged.
@@ -88,6 +90,7 @@ def read(folder: Path) -> Noted | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # Valid JSON of another shape raises KeyError and the like, whose text explains nothing.
         reason = "it is not what a run writes there"
         if isinstance(error, OSError | ValueError):
             reason = first_line(error)
@@ -98,7 +101,8 @@ def read(folder: Path) -> Noted | None:
 
 
 def write(folder: Path, noted: Noted) -> None:
-    """Writes what was noted, whole or not at all."""
+    """Writes the fingerprints atomically."""
+    # Through a temporary file: a run that is killed here must not leave half of it.
     partial = folder / f".{FILE}.partial"
     text = json.dumps(asdict(noted), ensure_ascii=False, indent=1)
     partial.write_text(text + "\n", encoding="utf-8")
@@ -106,7 +110,7 @@ def write(folder: Path, noted: Noted) -> None:
 
 
 def of_meta(before: Noted, after: Noted) -> Iterator[str]:
-    """What of the meta file is not as it was, but for where its annotations lie."""
+    """Yields the changes of the meta file, except annotation paths."""
     for name in {**before.meta, **after.meta}:
         old, new = before.meta.get(name), after.meta.get(name)
         if old is None or new is None:
@@ -118,22 +122,23 @@ def of_meta(before: Noted, after: Noted) -> Iterator[str]:
 
 
 def of_sources(before: Noted, files: Sequence[Source]) -> dict[str, bool]:
-    """A sentence for every source whose content changed, and whether it only grew at its end."""
-    found: dict[str, bool] = {}
+    """Maps a sentence for every changed source to whether it only grew at its end."""
+    changed: dict[str, bool] = {}
     for file in files:
         old, new = before.sources.get(file.config.name), file.content()
         if old is None or (old.samples, old.digest) == (new.samples, new.digest):
             continue
+        # The start is digested again: growth keeps the order of samples, anything else breaks it.
         same_start = file.begins_with(old)
         if same_start and new.samples == old.samples:
-            continue  # noted in another way by an older version
+            continue  # an older version computed the digest in another way
         grew = same_start and new.samples > old.samples
-        how = f"had {old.samples:,} samples, has {new.samples:,}"
+        change = f"had {old.samples:,} samples, has {new.samples:,}"
         if new.samples == old.samples:
-            how = f"has {old.samples:,} samples as before, but of other content"
+            change = f"has {old.samples:,} samples as before, but of other content"
         elif grew:
-            how += "; the first ones are as they were"
+            change += "; the first ones are as they were"
         elif new.samples > old.samples:
-            how += ", and the first ones are not as they were"
-        found[f"{file.config.annotations} {how}"] = grew
-    return found
+            change += ", and the first ones are not as they were"
+        changed[f"{file.config.annotations} {change}"] = grew
+    return changed

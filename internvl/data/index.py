@@ -1,7 +1,7 @@
-"""Where the lines of an annotation file start, and which lines show the same images.
+"""Index of an annotation file: line offsets, and groups of lines that show the same images.
 
-Built once in a pass over the file and kept, by its content, in a cache folder that may be deleted
-at any time. The arrays are memory-mapped: ranks and workers share them, and no line is held.
+Built in one pass and cached by content in a folder that may be deleted at any time. The arrays are
+memory-mapped: ranks and workers share them, and no line stays in memory.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ _MEDIA = re.compile(rb'"(?:image|video)s?"\s*:\s*(\[[^\]]*\]|"(?:[^"\\]|\\.)*")'
 
 
 def cache_folder() -> Path:
-    """Where indexes lie: `$XDG_CACHE_HOME/internvl/index`, else `~/.cache/internvl/index`."""
+    """Returns `$XDG_CACHE_HOME/internvl/index`, else `~/.cache/internvl/index`."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "internvl" / "index"
 
@@ -39,8 +39,8 @@ def cache_folder() -> Path:
 class LineIndex:
     """Random access to the lines of a file.
 
-    `starts` is int64 (lines + 1,), `groups` int32 (lines,): the same number for lines with the
-    same images. Both are mapped from `folder`; a pickled index is two paths and a digest.
+    `starts` is int64 (lines + 1,), byte offsets; `groups` int32 (lines,), equal for lines with the
+    same images. Both are mapped from `folder`.
     """
 
     def __init__(self, path: Path, folder: Path, digest: str) -> None:
@@ -52,6 +52,7 @@ class LineIndex:
         self.folder = folder
         self.digest = digest
 
+    # Two paths and a digest: workers map the arrays themselves instead of copying them.
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "folder": self.folder, "digest": self.digest}
 
@@ -67,12 +68,13 @@ class LineIndex:
         return len(self.starts) - 1
 
     def lines(self, indices: Sequence[int]) -> Iterator[bytes]:
-        """Some lines, in the order asked for, line ends included.
+        """Yields the lines at `indices`, in that order, line ends included.
 
         Raises:
             DataError: the file has another size than when it was indexed.
         """
         with self.path.open("rb") as file:
+            # Offsets into another file would cut lines anywhere. Its size is the cheapest sign.
             if os.fstat(file.fileno()).st_size != self.starts[-1]:
                 raise DataError(f"{self.path} was changed while it is read; start again")
             for index in indices:
@@ -81,7 +83,7 @@ class LineIndex:
 
 
 def index_lines(path: Path, cache: Path | None = None) -> LineIndex:
-    """The index of a JSONL file, from the cache where its content is known.
+    """Indexes a JSONL file, or takes the index from the cache if its content is in it.
 
     Raises:
         OSError: the file cannot be read.
@@ -98,15 +100,16 @@ def index_lines(path: Path, cache: Path | None = None) -> LineIndex:
 
 
 def digest_of(path: Path, size: int | None = None, without: bytes = b"") -> str:
-    """SHA-256 of a file's first `size` bytes (None: all), in hexadecimal digits.
+    """Returns the SHA-256 hex digest of a file's first `size` bytes (None: all).
 
     Args:
-        without: left out wherever it stands in a line.
+        without: bytes removed from every line first.
 
     Raises:
         OSError: the file cannot be read.
     """
     digest = hashlib.sha256()
+    # Whole lines, because a chunk could end within `without`.
     pieces = _whole_lines(path, size) if without else _chunks(path, size)
     for piece in pieces:
         digest.update(piece.replace(without, b"") if without else piece)
@@ -114,21 +117,21 @@ def digest_of(path: Path, size: int | None = None, without: bytes = b"") -> str:
 
 
 def digests_of(path: Path, size: int | None = None) -> tuple[str, str]:
-    """SHA-256 of a file's first `size` bytes (None: all), and of its lines, in hexadecimal digits.
+    """Returns SHA-256 hex digests of a file's first `size` bytes (None: all) and of its lines.
 
-    The lines are digested as if each had the end `\\n` and no byte-order mark came first, as they
-    are the same samples after an editor or `git` wrote them with others.
+    The second ignores a byte-order mark and the kind of line ends, which editors and `git` change
+    without changing a sample.
 
     Raises:
         OSError: the file cannot be read.
     """
     lines = hashlib.sha256()
-    whole = None  # apart from the first difference on, so that most files are digested once
+    whole = None  # made at the first difference, so that most files are hashed once
     rest = last = b""
-    for number, chunk in enumerate(_chunks(path, size)):
-        text = rest + (chunk if number else chunk.removeprefix(json_rows.BOM))
+    for chunk_index, chunk in enumerate(_chunks(path, size)):
+        text = rest + (chunk if chunk_index else chunk.removeprefix(json_rows.BOM))
         rest = b"\r" if text.endswith(b"\r") else b""  # its `\n` may begin the next chunk
-        if b"\r" in text:  # ten times as fast to look for as both
+        if b"\r" in text:  # ten times as fast to search as the pair
             text = text.removesuffix(rest).replace(b"\r\n", b"\n")
         if whole is None and text != chunk:
             whole = lines.copy()
@@ -145,14 +148,14 @@ def digests_of(path: Path, size: int | None = None) -> tuple[str, str]:
 def convert_once(
     name: str, key: Iterable[bytes], rows: Callable[[], Iterator[dict[str, Any]]]
 ) -> LineIndex:
-    """Rows of another form as an indexed JSONL file in the cache, written where `key` is new.
+    """Writes rows as an indexed JSONL file in the cache, unless `key` is already there.
 
-    A row that JSON in UTF-8 cannot hold becomes one that says so under `bad`.
+    A row that UTF-8 JSON cannot hold is replaced by one with the reason under `bad`.
 
     Args:
-        name: what is converted, for the log.
+        name: the source's name, for the log.
         key: pieces of the content that the rows depend on.
-        rows: makes the rows, in order; `where` says what a row was in the file.
+        rows: yields the rows in order; `where` names a row's place in its file.
     """
     return write_once(name, key, lambda: map(_line, rows()))
 
@@ -164,22 +167,22 @@ def _line(row: dict[str, Any]) -> bytes:
     try:
         return _ENCODER.encode(row).encode()
     except UnicodeEncodeError:
-        # Names of a tar's members are not always UTF-8; the sample may be a good one.
+        # Member names of a tar are not always UTF-8; the sample itself may be good.
         row = row | {"where": printable(row["where"])}
-        why = next(json_rows.lone_surrogates(row), None)
+        problem = next(json_rows.lone_surrogates(row), None)
     except RecursionError:
-        why = json_rows.TOO_DEEP
-    row = row if why is None else {"where": row["where"], "bad": why}
+        problem = json_rows.TOO_DEEP
+    row = row if problem is None else {"where": row["where"], "bad": problem}
     return _ENCODER.encode(row).encode()
 
 
 def write_once(name: str, key: Iterable[bytes], lines: Callable[[], Iterable[bytes]]) -> LineIndex:
-    """Lines made of a file of another form, indexed in the cache, written where `key` is new.
+    """Writes lines as an indexed file in the cache, unless `key` is already there.
 
     Args:
-        name: what is converted, for the log.
+        name: the source's name, for the log.
         key: pieces of the content that the lines depend on.
-        lines: makes the lines, in order, without their ends.
+        lines: yields the lines in order, without line ends.
     """
     digest = hashlib.sha256(_LAYOUT)
     for piece in key:
@@ -197,16 +200,14 @@ def write_once(name: str, key: Iterable[bytes], lines: Callable[[], Iterable[byt
 
 
 def file_content(path: Path) -> Iterator[bytes]:
-    """A file's content as a key of `convert_once`."""
+    """Yields a file's content in pieces, as a key of `convert_once`."""
     yield from _chunks(path)
 
 
 @contextmanager
 def complete_or_absent(folder: Path) -> Iterator[Path]:
-    """A folder written beside its place and moved there when the block ends without an error.
-
-    Several processes may make the same one; the first to finish wins.
-    """
+    """Yields a temporary folder that is renamed to `folder` if the block ends without an error."""
+    # In the same parent: a rename is atomic only within a file system.
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
@@ -214,6 +215,7 @@ def complete_or_absent(folder: Path) -> Iterator[Path]:
         try:
             partial.rename(folder)
         except OSError:
+            # Another process made the same folder meanwhile: the first to finish wins.
             if not folder.is_dir():
                 raise
     finally:
@@ -221,7 +223,7 @@ def complete_or_absent(folder: Path) -> Iterator[Path]:
 
 
 def _chunks(path: Path, size: int | None = None) -> Iterator[bytes]:
-    """The first `size` bytes of a file (None: all), in pieces."""
+    """Yields the first `size` bytes of a file (None: all) in chunks."""
     left = sys.maxsize if size is None else size
     with path.open("rb") as file:
         while left > 0 and (chunk := file.read(min(_CHUNK, left))):
@@ -230,7 +232,7 @@ def _chunks(path: Path, size: int | None = None) -> Iterator[bytes]:
 
 
 def _whole_lines(path: Path, size: int | None = None) -> Iterator[bytes]:
-    """The same in pieces that end with a line."""
+    """Yields the same in pieces that end with a line."""
     rest = b""
     for chunk in _chunks(path, size):
         cut = chunk.rfind(b"\n") + 1
@@ -244,9 +246,10 @@ def _whole_lines(path: Path, size: int | None = None) -> Iterator[bytes]:
 
 
 def _scan(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(starts, groups) of a file."""
+    """Returns the (starts, groups) of a file, see `LineIndex`."""
     ends, keys = [np.zeros(1, dtype=np.int64)], [np.zeros(0, dtype=np.uint64)]
     offset = 0
+    # In NumPy, not line by line in Python: files have millions of lines.
     for piece in _whole_lines(path):
         local = np.flatnonzero(np.frombuffer(piece, dtype=np.uint8) == 10).astype(np.int64) + 1
         if not piece.endswith(b"\n"):
@@ -258,29 +261,27 @@ def _scan(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _media_keys(piece: bytes, ends: np.ndarray) -> np.ndarray:
-    """uint64 (lines,): a number made of the media that a line names, 0 where it names none.
-
-    The text between two quotes is taken as it stands: a line that spells the same path in another
-    way gets another number, which only costs the saving.
-    """
-    places: list[int] = []
+    """Returns uint64 (lines,): a hash of the media that a line names, 0 if it names none."""
+    # Of the raw JSON text: another spelling of a path gets another hash, which only costs a saving.
+    positions: list[int] = []
     digests: list[bytes] = []
     for key in _KEYS:
-        place = piece.find(key)
-        while place >= 0:
-            match = _MEDIA.match(piece, place)
+        position = piece.find(key)
+        while position >= 0:
+            match = _MEDIA.match(piece, position)
             if match:
-                places.append(place)
+                positions.append(position)
                 digests.append(hashlib.blake2b(key + match[1], digest_size=8).digest())
-            place = piece.find(key, place + 6)
+            position = piece.find(key, position + 6)
     keys = np.zeros(len(ends), dtype=np.uint64)
-    lines = np.searchsorted(ends, np.asarray(places, dtype=np.int64), side="right")
+    lines = np.searchsorted(ends, np.asarray(positions, dtype=np.int64), side="right")
+    # A line may name several media: sums, because `keys[lines] += …` adds one of them only.
     np.add.at(keys, lines, np.frombuffer(b"".join(digests), dtype=np.uint64))
     return keys
 
 
 def _dense(keys: np.ndarray) -> np.ndarray:
-    """int32: numbers from 0 on, equal where keys are; every 0 gets one of its own."""
+    """Returns int32 group numbers from 0 on, equal for equal keys; each 0 is its own group."""
     groups = np.empty(len(keys), dtype=np.int32)
     named = keys != 0
     unique, inverse = np.unique(keys[named], return_inverse=True)

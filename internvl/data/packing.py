@@ -1,7 +1,7 @@
-"""Examples into packed rows: best fit under a token and a tile budget, shared prefixes included.
+"""Packs examples into rows under a token and a tile budget, with shared prefixes.
 
-Rows are packed within one optimizer step, so no sample waits in a buffer between steps: the step
-number is all a run needs to go on, and how a step is cut never changes which samples it holds.
+Rows are packed within one optimizer step. No sample waits in a buffer between steps, so the step
+number alone resumes a run, and micro-batches never change which samples a step has.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,27 +21,29 @@ WEIGHTS = {
     "sample": lambda n: 1.0 / n if n else 0.0,
     "square": lambda n: 1.0 / n**0.5 if n else 0.0,
 }
-"""Weight of each supervised token in a sample that has n of them; of none it is 0, as in the
-original's `packed_collate_fn`."""
+"""Weight of each of a sample's n supervised tokens; 0 if n is 0, as in the original's
+`packed_collate_fn`."""
 
+# Two only: each length is compiled for, some 15 s. Not a half: sums of 5/8 and 1 lie an eighth
+# apart, which fits the tokens of a step more closely.
 ROW_SHARES = (5 / 8, 1)
-"""Parts of the longest row that rows are padded to: a short row and a whole one. Both are compiled
-for, some 15 s each. A half would do less: sums of 5/8 and 1 lie an eighth apart."""
+"""Shares of the longest row that rows are padded to."""
 
 _MOST_SHORT = 4
-"""Short rows that packing tries to open a step with."""
+"""Most short rows that packing tries to begin a step with."""
 
 
 def make_units(
     examples: Sequence[Example], tiles: Tensor | None, context_id: int, *, share: bool
 ) -> list[Unit]:
-    """Examples of the same images as one unit where they share a prefix, else a unit each.
+    """Makes one unit of examples of the same images if they share a prefix, else a unit each.
 
     The prefix is the longest run of leading tokens that all have in common, up to the first
-    supervised one; it must hold every visual token, or there is nothing to save.
+    supervised one.
     """
     if share and tiles is not None and len(examples) > 1:
         prefix = _common_prefix(examples)
+        # Every visual token must be in the prefix: each branch would need the tiles again.
         if all((e.input_ids[prefix:] != context_id).all() for e in examples):
             return [Unit(tuple(examples), prefix, tiles)]
     return [Unit((example,), 0, tiles) for example in examples]
@@ -55,7 +57,7 @@ def encode_units(
     *,
     share: bool,
 ) -> list[Unit | BadSample]:
-    """Samples of the same images, and their tiles, to units, and the samples that are bad."""
+    """Encodes samples of the same images to units, followed by the samples that are bad."""
     examples, bad = [], []
     for sample in samples:
         try:
@@ -68,11 +70,12 @@ def encode_units(
 
 
 def _common_prefix(examples: Sequence[Example]) -> int:
-    """Leading tokens that are equal in all examples and unsupervised in each."""
+    """Returns the number of leading tokens that are equal and unsupervised in all examples."""
     shortest = min(len(e.input_ids) for e in examples)
     ids = np.stack([e.input_ids[:shortest] for e in examples])
-    open_ = np.stack([e.labels[:shortest] == IGNORE for e in examples])
-    same = (ids == ids[0]).all(axis=0) & open_.all(axis=0)
+    # A supervised token ends the prefix: shared once, it would count for one example only.
+    unsupervised = np.stack([e.labels[:shortest] == IGNORE for e in examples])
+    same = (ids == ids[0]).all(axis=0) & unsupervised.all(axis=0)
     return shortest if same.all() else int(np.argmin(same))
 
 
@@ -87,17 +90,17 @@ def pack(
     branches: bool = True,
     overflow_id: int | None = None,
 ) -> list[PackedBatch]:
-    """Rows of at most `max_tokens` tokens and `max_tiles` tiles that hold every example once.
+    """Packs units into rows of at most `max_tokens` tokens and `max_tiles` tiles.
 
     Args:
         packing: "best-fit" or "official", see `least_padded` and `official_rows`.
         num_buffers: rows that official packing keeps open.
-        branches: whether units may hold several examples; without, rows say where documents start.
-        overflow_id: token id of a placeholder, where official packing may overfill a row and cut
-            it (`Overflow`); None keeps every example whole.
+        branches: whether units may hold several examples; if not, rows have `starts`.
+        overflow_id: token id of a placeholder, if official packing may overfill a row and cut it
+            (`Overflow`); None keeps every example whole.
 
     Raises:
-        BadSample: a single sample exceeds a row.
+        BadSample: a sample exceeds a row.
     """
     pieces = [piece for unit in units for piece in _fit(unit, max_tokens, max_tiles)]
     if packing == "official":
@@ -108,51 +111,52 @@ def pack(
     else:
         sizes = [(piece.num_tokens, piece.num_tiles) for piece in pieces]
         rows = [[pieces[i] for i in row] for row in least_padded(sizes, max_tokens, max_tiles)]
-    made = [_row(row, weighting) for row in rows]
-    return made if branches else [replace(row, starts=_starts(row.document)) for row in made]
+    batches = [_row(row, weighting) for row in rows]
+    if branches:
+        return batches
+    # Kernels for variable lengths need the starts, and cannot express branches.
+    return [replace(row, starts=_starts(row.document)) for row in batches]
 
 
 def _starts(document: Tensor) -> Tensor:
-    """Where each of contiguous documents begins, and their end: int32 (D + 1,)."""
+    """Returns the start of each document and the row's end, int32 (D + 1,)."""
     sizes = torch.unique_consecutive(document, return_counts=True)[1]
     return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).int()
 
 
 def padded_tokens(tokens: int, max_tokens: int) -> int:
-    """What a row of `tokens` costs, of `ROW_SHARES` of the longest (blocks not rounded up)."""
+    """Returns the padded length of a row of `tokens`, before rounding to attention blocks."""
     return next(n for n in (int(max_tokens * share) for share in ROW_SHARES) if n >= tokens)
 
 
 def least_padded(
     sizes: Sequence[tuple[int, int]], max_tokens: int, max_tiles: int
 ) -> list[list[int]]:
-    """Rows by `best_fit`, with as many short ones as make the fewest tokens, padding included.
-
-    A step's tokens seldom fill whole rows alone, and its last row would be padded for the rest.
-    """
+    """Packs by `best_fit` with the number of short rows that pads least; rows of piece indices."""
 
     def cost(rows: list[list[int]]) -> int:
         return sum(padded_tokens(sum(sizes[i][0] for i in row), max_tokens) for row in rows)
 
-    tried = (
-        best_fit(sizes, max_tokens, max_tiles, num_short=number)
-        for number in range(_MOST_SHORT + 1)
+    # A step's tokens seldom fill whole rows alone: its last row would be padded for the rest.
+    candidates = (
+        best_fit(sizes, max_tokens, max_tiles, num_short=num_short)
+        for num_short in range(_MOST_SHORT + 1)
     )
-    return min(tried, key=cost)
+    return min(candidates, key=cost)
 
 
 def best_fit(
     sizes: Sequence[tuple[int, int]], max_tokens: int, max_tiles: int, *, num_short: int = 0
 ) -> list[list[int]]:
-    """Rows as numbers of pieces of `sizes` (tokens, tiles), each within a row's budgets.
+    """Packs pieces of `sizes` (tokens, tiles), largest first, each into the fullest row it fits.
 
-    Largest first: a piece goes into the fullest row that still takes it. Tiles cost tokens, so
-    tokens measure both. The first `num_short` rows are short ones, as far as a piece fits them.
+    Returns rows as piece indices. The first `num_short` rows are short ones, if a piece fits them.
     """
     short = padded_tokens(0, max_tokens)
     rows: list[list[int]] = []
     limits: list[int] = []
     used: list[tuple[int, int]] = []
+    # By tokens alone: tiles cost tokens, too.
     for piece in sorted(range(len(sizes)), key=lambda i: -sizes[i][0]):
         tokens, tiles = sizes[piece]
         fitting = [
@@ -174,16 +178,17 @@ def best_fit(
 
 @dataclass
 class Buffer:
-    """A row of official packing while it is open."""
+    """An open row of official packing."""
 
     tokens: int
     tiles: int
-    """A sample without images counts one: the original gives it a white tile, which is masked later
-    but takes its place in the row. What was cut off a sample with images counts those it has."""
+    """Tiles in the original's count, see `of`."""
     pieces: list[Any]
 
     @classmethod
     def of(cls, units: Sequence[Unit]) -> "Buffer":
+        # A sample without images counts one: the original gives it a white tile, which it masks
+        # later but which takes room in the row. A cut rest counts the tiles that it has.
         tiles = sum(1 if unit.tiles is None else unit.num_tiles for unit in units)
         return cls(sum(unit.num_tokens for unit in units), tiles, list(units))
 
@@ -191,7 +196,8 @@ class Buffer:
 def first_buffer(
     sizes: Sequence[tuple[int, int]], max_tokens: int, max_tiles: int, num_buffers: int
 ) -> list[list[int]]:
-    """Rows of official packing as numbers of pieces of `sizes` (tokens, tiles), none overfilled."""
+    """Packs pieces of `sizes` (tokens, tiles) officially, uncut; returns rows of piece indices."""
+    # At least one tile, see `Buffer.of`.
     pieces = [Buffer(tokens, max(1, tiles), [i]) for i, (tokens, tiles) in enumerate(sizes)]
     return [row.pieces for row in official_rows(pieces, max_tokens, max_tiles, num_buffers)]
 
@@ -203,32 +209,33 @@ def official_rows(
     num_buffers: int,
     overflow: "Overflow | None" = None,
 ) -> list[Buffer]:
-    """Rows as the original's `PackedDataset` fills them, from one step's pieces in their order.
+    """Fills rows like the original's `PackedDataset`, from one step's pieces in their order.
 
-    A piece joins the first open buffer that takes it. Buffers are kept with the most tiles first;
-    one leaves when it is full by tokens, when it is first and full by tiles, or when more than
-    `num_buffers` are open. What is open at the end leaves in that order.
+    A piece joins the first open buffer that takes it. Buffers are sorted by tiles, most first; one
+    is closed when it is full by tokens, when it is first and full by tiles, or when more than
+    `num_buffers` are open. The rest is closed at the end in that order.
 
     Args:
-        overflow: cuts what exceeds `max_tokens`. With it a piece that no buffer takes overfills the
-            last one that has room for its tiles, once half of `num_buffers` are open.
+        overflow: cuts what exceeds `max_tokens`. With it, a piece that no buffer takes overfills
+            the last one with room for its tiles, once half of `num_buffers` are open.
     """
     rows: list[Buffer] = []
     buffers: list[Buffer] = []
     for piece in pieces:
         roomy = [i for i, b in enumerate(buffers) if b.tiles + piece.tiles <= max_tiles]
-        place = next((i for i in roomy if buffers[i].tokens + piece.tokens <= max_tokens), None)
-        if place is None and overflow and roomy and len(buffers) >= num_buffers // 2:
-            place = roomy[-1]
+        target = next((i for i in roomy if buffers[i].tokens + piece.tokens <= max_tokens), None)
+        if target is None and overflow and roomy and len(buffers) >= num_buffers // 2:
+            target = roomy[-1]
         merged = piece
-        if place is not None:
-            open_ = buffers.pop(place)
-            tokens, tiles = open_.tokens + piece.tokens, open_.tiles + piece.tiles
-            merged = Buffer(tokens, tiles, [*open_.pieces, *piece.pieces])
+        if target is not None:
+            buffer = buffers.pop(target)
+            tokens, tiles = buffer.tokens + piece.tokens, buffer.tiles + piece.tiles
+            merged = Buffer(tokens, tiles, [*buffer.pieces, *piece.pieces])
         for buffer in overflow.cut(merged) if overflow else [merged]:
             if buffer.tokens >= max_tokens:
                 rows.append(buffer)
             else:
+                # Behind equal ones, as in the original.
                 buffers.insert(sum(b.tiles >= buffer.tiles for b in buffers), buffer)
         while buffers and (buffers[0].tiles == max_tiles or len(buffers) > num_buffers):
             rows.append(buffers.pop(0))
@@ -239,12 +246,11 @@ def official_rows(
 class Overflow:
     """Cuts overfull buffers (original: `PackedDataset.split_buffer`).
 
-    A row ends after `max_tokens` tokens, or before the image block that is there. The next one
-    begins with that block, or with the next one behind the cut; text up to it is lost, and so is
-    what follows where there is no image any more. A part without an image or with no more than 1
-    supervised token in 256 is dropped. Here as there a row's samples are weighted by what is left
-    of them; images of several tiles stay whole (the original fails on them), and positions of a
-    part begin at 0, which moves all of a document alike.
+    A row ends after `max_tokens` tokens, or before the image block at that position. The next row
+    begins with that block, or with the first one after the cut: text before it is lost, and so is
+    everything if no image follows. Pieces without an image, or with at most 1 supervised token in
+    256, are dropped. As in the original, samples are weighted by what is left of them. Unlike it,
+    images of several tiles stay whole (the original fails on them).
     """
 
     context_id: int
@@ -253,33 +259,34 @@ class Overflow:
     least_supervised: float = 1 / 256
 
     def cut(self, buffer: Buffer) -> list[Buffer]:
-        """The parts of a buffer, none longer than `max_tokens`; itself where it is not."""
+        """Cuts a buffer into valid pieces of at most `max_tokens`; returns a shorter one as is."""
         if buffer.tokens <= self.max_tokens:
             return [buffer]
-        parts, rest = [], buffer
+        pieces, rest = [], buffer
         while rest.tokens > self.max_tokens:
             starts, ends = self._blocks(rest.pieces)
             inside = (starts <= self.max_tokens) & (self.max_tokens < ends)
             end = int(starts[inside][0]) if inside.any() else self.max_tokens
             following = starts[starts >= end]
-            parts.append(Buffer.of(_between(rest.pieces, 0, end, self.context_id)))
+            pieces.append(Buffer.of(_between(rest.pieces, 0, end, self.context_id)))
             if not len(following):
                 rest = Buffer.of([])
                 break
             begin = int(following[0])
             rest = Buffer.of(_between(rest.pieces, begin, rest.tokens, self.context_id))
-        return [part for part in (*parts, rest) if self._is_valid(part)]
+        return [piece for piece in (*pieces, rest) if self._is_valid(piece)]
 
     def _blocks(self, units: Sequence[Unit]) -> tuple[np.ndarray, np.ndarray]:
-        """int64 first and past-the-last token of every image block, `<img>` and `</img>` too."""
+        """Returns (starts, ends) of the image blocks, int64 (images,), past-the-end."""
         starts, ends = _runs(_ids(units), self.context_id)
+        # `<img>` before and `</img>` behind the placeholders belong to the block.
         return starts - 1, ends + 1
 
-    def _is_valid(self, part: Buffer) -> bool:
-        if not part.tokens or not part.tiles:
+    def _is_valid(self, piece: Buffer) -> bool:
+        if not piece.tokens or not piece.tiles:
             return False
-        supervised = sum(e.num_supervised for unit in part.pieces for e in unit.examples)
-        return supervised / part.tokens > self.least_supervised
+        supervised = sum(e.num_supervised for unit in piece.pieces for e in unit.examples)
+        return supervised / piece.tokens > self.least_supervised
 
 
 def _ids(units: Sequence[Unit]) -> np.ndarray:
@@ -287,17 +294,17 @@ def _ids(units: Sequence[Unit]) -> np.ndarray:
 
 
 def _runs(ids: np.ndarray, context_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where runs of placeholders begin and end: int64 (images,) each."""
+    """Returns (starts, ends) of the runs of placeholders, int64 (images,) each."""
     edges = np.diff((ids == context_id).astype(np.int8), prepend=0, append=0)
     return np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
 
 
 def _between(units: Sequence[Unit], first: int, last: int, context_id: int) -> list[Unit]:
-    """What of units of one example each lies in tokens `first` … `last` - 1 of their row.
+    """Returns tokens `first` … `last` - 1 of a row of units of one example each, as units.
 
-    No image block may lie across either of the two.
+    Neither end may lie within an image block.
     """
-    found: list[Unit] = []
+    cut_units: list[Unit] = []
     start = 0
     for unit in units:
         (example,) = unit.examples
@@ -307,18 +314,18 @@ def _between(units: Sequence[Unit], first: int, last: int, context_id: int) -> l
             continue
         image_starts, _ = _runs(example.input_ids, context_id)
         inside = (a <= image_starts) & (image_starts < b)
-        numbers = np.flatnonzero(inside)
+        indices = np.flatnonzero(inside)
         per_image = example.tiles_per_image
-        lo, hi = (int(numbers[0]), int(numbers[-1]) + 1) if len(numbers) else (0, 0)
+        lo, hi = (int(indices[0]), int(indices[-1]) + 1) if len(indices) else (0, 0)
         before, shown = sum(per_image[:lo]), per_image[lo:hi]
         tiles = None if unit.tiles is None else unit.tiles[before : before + sum(shown)]
-        part = Example(example.name, example.input_ids[a:b], example.labels[a:b], shown)
-        found.append(Unit((part,), 0, tiles))
-    return found
+        piece = Example(example.name, example.input_ids[a:b], example.labels[a:b], shown)
+        cut_units.append(Unit((piece,), 0, tiles))
+    return cut_units
 
 
 def _fit(unit: Unit, max_tokens: int, max_tiles: int) -> list[Unit]:
-    """The unit, cut into several with the same prefix where it exceeds a row."""
+    """Cuts a unit that exceeds a row into several with the same prefix."""
     if unit.num_tiles > max_tiles:
         raise BadSample(
             unit.examples[0].name,
@@ -337,37 +344,39 @@ def _fit(unit: Unit, max_tokens: int, max_tiles: int) -> list[Unit]:
             )
         if length + branch > max_tokens:
             pieces.append([])
-            length = unit.prefix
+            length = unit.prefix  # each piece has the prefix, and the tiles in it, again
         pieces[-1].append(example)
         length += branch
     return [Unit(tuple(piece), unit.prefix, unit.tiles) for piece in pieces]
 
 
 def _row(units: Sequence[Unit], weighting: str) -> PackedBatch:
-    """One row of units, each a document, each example a branch behind its unit's prefix."""
+    """Builds a row: each unit is a document, each example a branch after its unit's prefix."""
     ids, positions, documents, branches = [], [], [], []
     sources, targets, weights = [], [], []
     start = 0
-    for number, unit in enumerate(units):
+    for document, unit in enumerate(units):
         prefix = unit.prefix
         prefix_start = start
         pieces = [(unit.examples[0].input_ids[:prefix], 0, 0)] if prefix else []
         pieces += [(e.input_ids[prefix:], prefix, b) for b, e in enumerate(unit.examples, 1)]
-        for part, first_position, branch in pieces:
-            ids.append(part)
-            positions.append(np.arange(first_position, first_position + len(part)))
-            documents.append(np.full(len(part), number))
-            branches.append(np.full(len(part), branch))
+        for piece, first_position, branch in pieces:
+            ids.append(piece)
+            # A branch goes on from its prefix, as if it were alone in the row.
+            positions.append(np.arange(first_position, first_position + len(piece)))
+            documents.append(np.full(len(piece), document))
+            branches.append(np.full(len(piece), branch))
             if branch:
                 example = unit.examples[branch - 1]
-                where = np.flatnonzero(example.labels != IGNORE)
-                where = where[where > 0]
-                # The token before position t: in the branch, or the last one of the prefix.
-                before = np.where(where > prefix, start - prefix, prefix_start) + where - 1
-                sources.append(before)
-                targets.append(example.labels[where])
-                weights.append(np.full(len(where), WEIGHTS[weighting](len(where))))
-            start += len(part)
+                supervised = np.flatnonzero(example.labels != IGNORE)
+                supervised = supervised[supervised > 0]  # nothing predicts the first token
+                # The token before: in the branch, or the last one of the shared prefix.
+                offset = np.where(supervised > prefix, start - prefix, prefix_start)
+                sources.append(offset + supervised - 1)
+                targets.append(example.labels[supervised])
+                weight = WEIGHTS[weighting](len(supervised))
+                weights.append(np.full(len(supervised), weight))
+            start += len(piece)
     tiles = [unit.tiles for unit in units if unit.tiles is not None and len(unit.tiles)]
     return PackedBatch(
         input_ids=_int64(ids)[None],
@@ -383,28 +392,29 @@ def _row(units: Sequence[Unit], weighting: str) -> PackedBatch:
 
 
 def unpack(row: PackedBatch) -> Iterator[Example]:
-    """The examples of a row again, in its order, with their prefixes; tiles per image are lost."""
+    """Yields the examples of a row in its order, with their prefixes; tiles per image are lost."""
     document, branch = row.document.numpy(), row.branch.numpy()
     ids, predicted_from = row.input_ids[0].numpy(), row.loss_positions.numpy()
     names = iter(row.names)
-    first = 0  # supervised position of the row that is the next example's first
-    for number in range(int(document.max(initial=-1)) + 1):
-        prefix = np.flatnonzero((document == number) & (branch == 0))
-        for which in range(1, int(branch[document == number].max()) + 1):
-            own = np.flatnonzero((document == number) & (branch == which))
-            places = np.concatenate([prefix, own])
-            labels = np.full(len(places), IGNORE, dtype=np.int64)
-            place_of = {int(place): at for at, place in enumerate(places)}
-            # Places of an example ascend: where they do not, the next example has begun.
+    first = 0  # the next example's first index into `loss_positions`
+    for document_index in range(int(document.max(initial=-1)) + 1):
+        in_document = document == document_index
+        prefix = np.flatnonzero(in_document & (branch == 0))
+        for branch_index in range(1, int(branch[in_document].max()) + 1):
+            rest = np.flatnonzero(in_document & (branch == branch_index))
+            row_positions = np.concatenate([prefix, rest])
+            labels = np.full(len(row_positions), IGNORE, dtype=np.int64)
+            index_of = {int(position): i for i, position in enumerate(row_positions)}
+            # Positions ascend within an example; one that does not belongs to the next example.
             last = 0
             while first < len(predicted_from):
-                at = place_of.get(int(predicted_from[first]), -1) + 1
-                if at <= last:
+                i = index_of.get(int(predicted_from[first]), -1) + 1
+                if i <= last:
                     break
-                labels[at] = int(row.targets[first])
-                first, last = first + 1, at
-            yield Example(next(names), ids[places], labels)
+                labels[i] = int(row.targets[first])
+                first, last = first + 1, i
+            yield Example(next(names), ids[row_positions], labels)
 
 
-def _int64(parts: Sequence[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+def _int64(arrays: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(arrays).astype(np.int64))

@@ -24,7 +24,7 @@ from torch import Tensor
 from internvl.data.images import ImageRef
 from internvl.errors import BadImage
 
-IGNORE = -100
+IGNORE = -100  # the default `ignore_index` of torch's cross entropy
 """Label of a position that is not supervised."""
 
 Grid = tuple[int, int]
@@ -33,7 +33,7 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `role` is "system", "user" or "assistant"."""
+    """One turn of a conversation; `role` is "system", "user" or "assistant"."""
 
     role: str
     content: str
@@ -41,10 +41,10 @@ class Message:
 
 @dataclass(frozen=True)
 class Video:
-    """A video file, or a folder of frames, and the part of it that is meant, in seconds.
+    """A video file or a folder of frames, optionally a clip of it, in seconds.
 
     Raises:
-        BadImage: the path is none, or the part is not two times of which the first is earlier.
+        BadImage: not a path, or not `0 <= start_s < end_s`.
     """
 
     path: str
@@ -55,7 +55,7 @@ class Video:
         path = os.fspath(self.path) if isinstance(self.path, os.PathLike) else self.path
         if not isinstance(path, str):
             raise BadImage(f"a video is named by its path, not by {type(path).__name__}")
-        object.__setattr__(self, "path", path)  # frozen, once it is made
+        object.__setattr__(self, "path", path)  # the way to set a frozen field here
         if self.start_s is self.end_s is None:
             return
         check_clip([self.start_s, self.end_s])
@@ -80,24 +80,24 @@ class Sample:
     """One line of an annotation file, checked for form; its images are not opened yet."""
 
     name: str
-    """Where it stands, for messages: "data/train.jsonl line 4812"."""
+    """File and line, for messages: "data/train.jsonl line 4812"."""
     messages: tuple[Message, ...]
+    # Opened only when tiled: to check the form of a row needs no decoding.
     images: tuple[ImageRef, ...] = ()
     """Paths or encoded bytes, in the order of the `<image>` marks."""
     videos: tuple[Video, ...] = ()
     """In the order of the `<video>` marks."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Keys of the line that training does not use, kept for evaluators."""
+    """Keys of the line that training does not use, for evaluators."""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """The tiles of one sample's images.
+    """The tiles of one sample's images; `per_image` sums to N."""
 
-    `pixels` is uint8 (N, 3, S, S), normalized later on the device; `per_image` sums to N.
-    """
-
+    # uint8 until the device normalizes it: a quarter of the memory and of the copy of float32.
     pixels: Tensor
+    """uint8 (N, 3, S, S)"""
     per_image: tuple[int, ...]
     grids: tuple[Grid, ...]
 
@@ -118,9 +118,9 @@ class Example:
 
 @dataclass(frozen=True)
 class Unit:
-    """Examples of the same images; `prefix` leading tokens are the same in all of them.
+    """Examples of the same images whose first `prefix` tokens are equal; usually one example.
 
-    A unit of one example is the ordinary case. `tiles` is uint8 (N, 3, S, S) or None.
+    `tiles` is uint8 (N, 3, S, S) or None.
     """
 
     examples: tuple[Example, ...]
@@ -133,12 +133,12 @@ class Unit:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in a row: the prefix once, every branch after it."""
+        """Tokens in a packed row: the prefix once, then every branch."""
         return self.prefix + sum(len(e.input_ids) - self.prefix for e in self.examples)
 
 
 class Batch(Protocol):
-    """What the training loop asks of any batch. Its fields that are tensors go to the device."""
+    """What the training loop needs of a batch; `to` moves its tensor fields."""
 
     names: tuple[str, ...]
     """The samples of the batch."""
@@ -159,9 +159,8 @@ class Batch(Protocol):
 class PackedBatch:
     """One packed row, on CPU until used.
 
-    A token sees earlier tokens of its own document that are in the prefix (branch 0) or in its own
-    branch. Position `loss_positions[m]` predicts `targets[m]`: the last prefix token predicts the
-    first token of every branch, so positions may repeat.
+    A token attends to earlier tokens of its document in the prefix (branch 0) or in its branch.
+    `loss_positions[m]` predicts `targets[m]`.
     """
 
     input_ids: Tensor
@@ -173,18 +172,20 @@ class PackedBatch:
     branch: Tensor
     """int64 (L,); 0 is the prefix."""
     pixel_values: Tensor | None
-    """uint8 (N, 3, S, S), or None where the row has no image."""
+    """uint8 (N, 3, S, S), or None if the row has no image."""
+    # Explicit instead of shifted labels: a prefix's last token predicts the first of every branch.
     loss_positions: Tensor
-    """int64 (M,), indices into the row."""
+    """int64 (M,), indices into the row; may repeat."""
     targets: Tensor
     """int64 (M,)"""
     loss_weights: Tensor
     """float32 (M,)"""
     names: tuple[str, ...]
     """The samples of the row."""
+    # Variable-length attention kernels take these instead of a mask.
     starts: Tensor | None = None
-    """int32 (D + 1,): where the documents begin, those of padding too, and the row's end. None in
-    a run whose documents may have branches."""
+    """int32 (D + 1,): starts of the documents, padding included, and the row's end; None in a run
+    whose documents may have branches."""
 
     @property
     def num_samples(self) -> int:
@@ -204,51 +205,52 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class Pair:
-    """An image, its caption, and a caption of another image. Ids are those of whole texts."""
+    """An image, its caption and a caption of another image, as token ids."""
 
     name: str
     pixels: Tensor
     """uint8 (3, S, S)"""
     image_id: int
-    """The same for captions of the same image; 64 bits, signed."""
+    """Signed 64-bit id, the same for captions of the same image."""
     summary: tuple[int, ...]
-    """The caption as it is embedded."""
+    """Ids of the caption for its embedding."""
     positive: tuple[int, ...]
-    """The caption as it stands beside its image."""
+    """Ids of the caption for image-text matching."""
+    # Drawn by the reader: matching has a non-matching text without a second image being read.
     negative: tuple[int, ...]
-    """The caption of another image."""
+    """Ids of another image's caption, for image-text matching."""
     written: tuple[int, ...]
-    """A prompt and the caption, to be generated."""
+    """Ids of prompt and caption, for generation."""
     num_given: int
     """Tokens at the start of `written` that are not supervised."""
 
 
 Match = tuple[tuple[int, ...], int]
-"""A caption that an image is shown with, and its label: 1 its own, 0 another's, IGNORE neither."""
+"""Caption ids of an image-text match and the label: 1 match, 0 no match, IGNORE not counted."""
 
 
 @dataclass
 class PairBatch:
-    """Pairs that are encoded together, on CPU until used. Padding is 0, on the right."""
+    """Pairs encoded together, on CPU until used. Padded with 0 on the right."""
 
     pixel_values: Tensor
     """uint8 (B, 3, S, S)"""
     image_ids: Tensor
     """int64 (B,)"""
     text_ids: Tensor
-    """int64 (B, T), captions to be embedded."""
+    """int64 (B, T), captions to embed."""
     text_mask: Tensor
     """bool (B, T), true where there is text."""
     text_counts: Tensor
-    """float32 (B,), 1; 0 for a text that is not compared."""
+    """float32 (B,): 1, or 0 for a text that is not compared."""
     match_ids: Tensor
-    """int64 (R, T), captions beside images: row r goes with image r mod B."""
+    """int64 (R, T), captions to match: row r with image r mod B."""
     match_mask: Tensor
     """bool (R, T)"""
     match_labels: Tensor
-    """int64 (R,): 1 where they belong together, else 0; -100 is not counted."""
+    """int64 (R,): 1 match, 0 no match, -100 not counted."""
     written_ids: Tensor
-    """int64 (B, T), captions to be generated after a prompt."""
+    """int64 (B, T), prompts and the captions to generate."""
     written_mask: Tensor
     """bool (B, T)"""
     loss_positions: Tensor
@@ -264,7 +266,7 @@ class PairBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the captions that are embedded."""
+        """Tokens of the captions to embed, padding excluded."""
         return int(self.text_mask.sum())
 
     @property
@@ -276,6 +278,7 @@ class PairBatch:
 
 
 def _moved(batch: Batch, device: Any) -> dict[str, Any]:
+    # `non_blocking` copies overlap with compute if the tensors are pinned.
     return {
         key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         for key, value in vars(batch).items()

@@ -1,4 +1,4 @@
-"""Parquet and Arrow files as rows by number: memory-mapped, so that only what is read is held."""
+"""Random access to rows of Parquet and Arrow files, memory-mapped."""
 
 import hashlib
 import importlib
@@ -17,13 +17,14 @@ _MEDIA = ("image", "images", "video", "videos")
 
 
 class Table:
-    """The rows of a file or folder, in the order of the file names.
+    """Rows of a file or folder, in the order of the file names.
 
-    Arrow files (`datasets.save_to_disk`) are mapped where they lie. Parquet has no access by row:
-    it is written once, uncompressed, as Arrow into the cache folder.
+    Arrow files (`datasets.save_to_disk`) are mapped in place. Parquet has no access by row, so it
+    is written once, uncompressed, as Arrow into the cache folder.
 
     Raises:
-        DataError: pyarrow is missing, or there is no such file.
+        DataError: pyarrow is missing, or the folder has no such file.
+        FileNotFoundError: `path` does not exist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -43,42 +44,44 @@ class Table:
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "files": self.files}
 
+    # Mapped on first use, in each process: a mapping cannot be pickled.
     @cached_property
     def _tables(self) -> list[Any]:
         return [_map(file) for file in self.files]
 
     @cached_property
     def ends(self) -> np.ndarray:
-        """int64 (files,): rows up to the end of every file."""
+        """Cumulative row count after each file, int64 (files,)."""
         return np.cumsum([len(table) for table in self._tables])
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def row(self, index: int) -> dict[str, Any]:
-        """Row `index` as Python values."""
-        number = int(np.searchsorted(self.ends, index, side="right"))
-        before = int(self.ends[number - 1]) if number else 0
-        return self._tables[number].slice(index - before, 1).to_pylist()[0]
+        """Returns row `index` as Python values."""
+        file_index = int(np.searchsorted(self.ends, index, side="right"))
+        start = int(self.ends[file_index - 1]) if file_index else 0
+        return self._tables[file_index].slice(index - start, 1).to_pylist()[0]
 
     @cached_property
     def groups(self) -> np.ndarray:
-        """int32 (rows,): the same number for rows with the same paths or bytes of images."""
+        """Group of each row, int32 (rows,): equal for rows with the same image paths or bytes."""
         digests: list[bytes] = []
         for table in self._tables:
             names = [name for name in table.column_names if name in _MEDIA]
             for batch in table.select(names).to_batches(max_chunksize=_BATCH):
                 for position, row in enumerate(_rows(batch)):
-                    named = [value for value in row.values() if value]
-                    text = repr(named) if named else f"row {len(digests)} {position}"
+                    media = [value for value in row.values() if value]
+                    # A row without media shares with no other: a group of its own.
+                    text = repr(media) if media else f"row {len(digests)} {position}"
                     digests.append(hashlib.blake2b(text.encode(), digest_size=8).digest())
         keys = np.frombuffer(b"".join(digests), dtype=np.uint64)
         return np.unique(keys, return_inverse=True)[1].astype(np.int32)
 
     def digest(self, files: int | None = None) -> str:
-        """SHA-256 of the first files' rows (None: all) in hexadecimal digits.
+        """Returns the SHA-256 hex digest of the first `files` files' rows (None: all).
 
-        Of bytes of images only their sizes count: reading all of them would take too long.
+        Image bytes count by their sizes only.
         """
         digest = hashlib.sha256()
         for table in self._tables[:files]:
@@ -90,34 +93,35 @@ class Table:
 
 
 def _update(digest: Any, array: Any) -> None:
-    """Adds an Arrow array's values to a digest, of binary ones only where they begin."""
+    """Adds the values of an Arrow array to a digest, of binary ones only their offsets."""
     types = _arrow().types
-    kind = array.type
-    if types.is_struct(kind):
-        for number in range(kind.num_fields):
-            _update(digest, array.field(number))
+    array_type = array.type
+    if types.is_struct(array_type):
+        for field_index in range(array_type.num_fields):
+            _update(digest, array.field(field_index))
         return
     buffers = array.buffers()
-    if types.is_dictionary(kind):
+    if types.is_dictionary(array_type):
         _update(digest, array.dictionary)
-    if types.is_list(kind) or types.is_large_list(kind):
+    if types.is_list(array_type) or types.is_large_list(array_type):
         _update(digest, array.values)
         buffers = buffers[:2]
-    elif types.is_binary(kind) or types.is_large_binary(kind):
+    elif types.is_binary(array_type) or types.is_large_binary(array_type):
+        # Validity and offsets, not the images themselves: reading them would take too long.
         buffers = buffers[:2]
     for buffer in buffers:
         digest.update(b"-" if buffer is None else memoryview(buffer))
 
 
 def _rows(batch: Any) -> list[dict[str, Any]]:
-    """A batch as Python values; a row with a text that is not UTF-8 is empty."""
+    """Returns a batch as Python values; a row with text that is not UTF-8 becomes {}."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:
-        rows = []
-        for number in range(len(batch)):
+        rows = []  # row by row: one bad text must not cost the other 255
+        for position in range(len(batch)):
             try:
-                rows += batch.slice(number, 1).to_pylist()
+                rows += batch.slice(position, 1).to_pylist()
             except UnicodeDecodeError:
                 rows.append({})
         return rows
@@ -133,42 +137,43 @@ def _arrow() -> Any:
 
 
 def _map(file: Path) -> Any:
-    """The Arrow table in a file, of the stream or the file format, without reading it."""
+    """Maps the Arrow table of a file, in the stream or the file format, without reading it."""
     arrow = _arrow()
-    # Of a damaged file Arrow says so by its own errors and, for want of bytes, by an OSError.
-    wrong = (arrow.ArrowException, OSError)
+    # A damaged file raises Arrow's own errors, a truncated one an OSError.
+    arrow_errors = (arrow.ArrowException, OSError)
     try:
         source = arrow.memory_map(str(file), "r")
         try:
             return arrow.ipc.open_stream(source).read_all()
-        except wrong:
+        except arrow_errors:
             return arrow.ipc.open_file(source).read_all()
-    except wrong as error:
+    except arrow_errors as error:
         raise _damaged(file, "Arrow", error) from None
 
 
-def _damaged(file: Path, form: str, error: Exception) -> DataError:
-    return DataError(f"{file} is no {form} file ({first_line(error)}); download or write it again")
+def _damaged(file: Path, file_format: str, error: Exception) -> DataError:
+    return DataError(
+        f"{file} is no {file_format} file ({first_line(error)}); download or write it again"
+    )
 
 
 def _check(file: Path) -> None:
-    """Checks that the offsets of an Arrow file stay in it. Raises DataError.
-
-    Arrow follows whatever offsets a file has, out of the mapped file too, which kills the process.
-    """
+    """Checks that the offsets of an Arrow file stay inside it. Raises DataError."""
+    # Arrow follows any offset, beyond the mapping too, which kills the process (SIGBUS).
     arrow = _arrow()
     table = _map(file)
     for name, column in zip(table.column_names, table.columns, strict=True):
         try:
             column.validate(full=True)
         except arrow.ArrowInvalid as error:
-            # Texts are checked last, and one that is not UTF-8 costs its own row alone.
+            # Text is validated last, and text that is not UTF-8 costs only its own row.
             if "UTF8" not in str(error):
                 raise _damaged(file, f"whole Arrow ({name!r})", error) from None
 
 
 def _as_arrow(file: Path) -> Path:
-    """A Parquet file as Arrow in the cache; name, size and time stand for its content."""
+    """Converts a Parquet file to Arrow in the cache; returns the path."""
+    # Keyed by path, size and mtime: to digest the content would read images of any size.
     arrow = _arrow()
     parquet = importlib.import_module("pyarrow.parquet")
     state = file.stat()

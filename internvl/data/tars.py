@@ -1,4 +1,4 @@
-"""Webdataset shards: uncompressed tars whose members of one stem are a sample."""
+"""Reads webdataset shards: uncompressed tars in which members of one stem are a sample."""
 
 import tarfile
 from collections.abc import Iterator
@@ -11,30 +11,28 @@ from internvl.errors import DataError
 
 
 def shards(path: Path) -> list[Path]:
-    """The tars of a folder, or the one that is named.
+    """Lists the tars of a folder, or the single tar `path`.
 
     Raises:
-        FileNotFoundError: there is neither.
-        DataError: a folder without tars.
+        FileNotFoundError: `path` does not exist.
+        DataError: the folder has no tars.
     """
-    found = [path] if path.is_file() else sorted(t for t in path.glob("*.tar") if _is_data(t.name))
-    if not found:
+    paths = [path] if path.is_file() else sorted(t for t in path.glob("*.tar") if _is_data(t.name))
+    if not paths:
         if not path.is_dir():
             raise FileNotFoundError(path)
         raise DataError(f"there is no .tar file in {path}; check the path")
-    return found
+    return paths
 
 
 def shard_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """A row for every run of members with the same stem.
+    """Yields a row for each run of consecutive members with the same stem; skips hidden files.
 
-    What a Mac adds (`._x.jpg` beside x.jpg, .DS_Store, __MACOSX/) is left out, as all hidden files.
-
-    Keys: `where`, tar and stem; `slices`, its images as the fields of FileSlice; `row`, what its
-    .json holds; `caption`, the text of its .txt; `bad`, why one of them cannot be read.
+    Keys: `where`, tar and stem; `slices`, its images as the fields of FileSlice; `row`, the content
+    of its .json; `caption`, the text of its .txt; `bad`, why one of them cannot be read.
 
     Raises:
-        DataError: the file is no uncompressed tar, or damaged.
+        DataError: not an uncompressed tar, or damaged.
     """
     row: dict[str, Any] | None = None
     for tar, member in _members(path):
@@ -42,6 +40,7 @@ def shard_rows(path: Path) -> Iterator[dict[str, Any]]:
         name = member.name.encode("utf-8", "backslashreplace").decode()
         if member.isdir() or not _is_data(name):
             continue
+        # The stem ends at the first dot: "1.seg.png" belongs to sample "1", as in webdataset.
         dot, ending = name.rpartition("/")[2].partition(".")[1:]
         key = name.removesuffix(dot + ending)
         if row is None or row["where"] != f"{path.name} {key}":
@@ -54,14 +53,14 @@ def shard_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _is_data(name: str) -> bool:
-    """Whether a path holds data, not what an operating system keeps for itself."""
+    """False for hidden files and those that macOS adds: `._x.jpg`, .DS_Store, __MACOSX/."""
     names = name.split("/")
-    hidden = any(part.startswith(".") and part not in (".", "..") for part in names)
+    hidden = any(n.startswith(".") and n not in (".", "..") for n in names)
     return not hidden and "__MACOSX" not in names
 
 
 def _members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """(tar, member) in the order of the file. Raises DataError."""
+    """Yields (tar, member) in file order. Raises DataError."""
     try:
         tar = tarfile.open(path, "r:")  # noqa: SIM115  # closed below, outside of this `try`
     except FileNotFoundError:
@@ -75,13 +74,13 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
         while True:
             try:
                 member = next(members, None)
-            # tarfile parses untrusted headers and lets pass what happens to it there: TarError,
+            # tarfile parses untrusted headers and raises whatever that leads to: TarError,
             # ValueError, OverflowError, EOFError, RecursionError, OSError of a seek …
             except Exception as error:
                 raise DataError(f"{path} is damaged ({error}); write it anew") from error
             if member is None:
                 return
-            if member.size < 0:  # tarfile would go back and read the same members for ever
+            if member.size < 0:  # tarfile would seek back and loop for ever
                 raise DataError(
                     f"{path} is damaged (a member of {member.size} bytes); write it anew"
                 )

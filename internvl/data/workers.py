@@ -1,9 +1,9 @@
-"""Worker processes that read data, and what becomes of their errors.
+"""Worker processes that read data, with errors that name the sample.
 
-A `torch.utils.data.DataLoader` gives an exception of a worker as a text with a traceback in it, and
-says of a worker that was killed only that it is gone. Here an exception arrives as it was raised,
-with the sample that it is about, and a death is one sentence: the signal, what it most likely
-means, what to lower, and the samples that the worker had in hand.
+`torch.utils.data.DataLoader` turns an exception of a worker into a text with a traceback, and of a
+killed worker it only says that it is gone. Here an exception arrives as it was raised, with a note
+that names the sample; a death becomes one sentence: signal, likely cause, remedy, and the samples
+that the worker was reading.
 """
 
 import multiprocessing
@@ -45,18 +45,19 @@ _CRASH = (
 )
 _DIED = re.compile(
     r"DataLoader worker \(pid(?:\(s\))? (?P<pids>[\d, ]+)\) "
-    r"(?:is killed by signal: (?P<how>[^.]*)|exited unexpectedly)"
+    r"(?:is killed by signal: (?P<signal>[^.]*)|exited unexpectedly)"
 )
 _SHARED_MEMORY = re.compile(r"shared memory|</torch_\d+")  # torch's own words
 _NAMED = 3  # groups of samples in a sentence
 
 
 class _Failed:
-    """An exception of a worker on its way to the main process, its traceback as a note."""
+    """Carries an exception from a worker to the main process, its traceback as a note."""
 
     def __init__(self, error: Exception) -> None:
         error.add_note("".join(traceback.format_exception(error)))
         try:
+            # Both ways: some exceptions pickle and fail when they are read.
             pickle.loads(pickle.dumps(error))
             self.error = error
         except Exception:  # noqa: BLE001 (a foreign exception may do anything when it is pickled)
@@ -65,7 +66,7 @@ class _Failed:
 
 
 class _Named(Dataset[Any], Generic[Job]):
-    """A reader whose exceptions carry the sample that they are about."""
+    """Wraps a reader so that its exceptions name the sample."""
 
     def __init__(self, reader: Dataset[Any], name: Callable[[Job, Exception], str]) -> None:
         self.reader = reader
@@ -82,13 +83,13 @@ class _Named(Dataset[Any], Generic[Job]):
 
 
 class Reading(Generic[Job]):
-    """What `reader` makes of every job, in order; worker processes read ahead.
+    """Iterates over `reader[job]` in order; worker processes prefetch.
 
     Args:
-        name: says which sample of a job an exception is about.
-        describe: names a job in a few words, for a worker that died over it.
-        workers: processes; 0 reads in this one.
-        ahead: jobs that a worker is ahead.
+        name: returns the sample of a job that an exception is about.
+        describe: returns a short name of a job, for the message about a dead worker.
+        workers: number of processes; 0 reads in this one.
+        ahead: jobs that each worker prefetches.
     """
 
     def __init__(
@@ -104,20 +105,20 @@ class Reading(Generic[Job]):
         self.describe = describe
         self.num_workers = workers
         self.issued: deque[tuple[int, Job]] = deque()
-        """Numbered jobs that are handed out and not back yet."""
+        """(index, job) of the jobs that are sent to workers and not returned yet."""
         self.processes: list[BaseProcess] = []
         self.loader = DataLoader(
             _Named(reader, name),
-            sampler=self._handed_out(jobs),
+            sampler=self._issue(jobs),
             batch_size=None,
             num_workers=workers,
             prefetch_factor=ahead if workers else None,
-            # Its own: a loader draws a seed when it starts, which would shift dropout after a
-            # resume.
+            # Its own: a loader draws a seed from the global one when it starts, which would shift
+            # dropout after a resume.
             generator=torch.Generator(),
         )
 
-    def _handed_out(self, jobs: Iterator[Job]) -> Iterator[Job]:
+    def _issue(self, jobs: Iterator[Job]) -> Iterator[Job]:
         for numbered in enumerate(jobs):
             self.issued.append(numbered)
             yield numbered[1]
@@ -129,44 +130,47 @@ class Reading(Generic[Job]):
         """
         others = set(multiprocessing.active_children())
         with self.named_deaths():
-            # In a thread, because in the main one torch would set a signal handler that raises at
-            # whatever line a death finds the program; so it is noticed here, within five seconds.
+            # In a thread: in the main one torch would install a SIGCHLD handler that raises at any
+            # line of the program. Without it a death is noticed here, within five seconds.
             with ThreadPoolExecutor(1) as thread:
                 results = thread.submit(iter, self.loader).result()
             self.processes = [p for p in multiprocessing.active_children() if p not in others]
             for result in results:
                 if isinstance(result, _Failed):
-                    raise _as_sentence(result.error) or result.error
+                    raise _resource_error(result.error) or result.error
                 self.issued.popleft()
                 yield result
 
     @contextmanager
     def named_deaths(self) -> Iterator[None]:
-        """Inside, a worker's death is a sentence. Where other code has used a loader of torch's,
-        any line of the main thread may be where it is noticed, by the signal handler of that."""
+        """Turns a worker's death inside the block into WorkerDied.
+
+        If other code used a DataLoader, its signal handler may raise at any line of the block.
+        """
         try:
             yield
         except RuntimeError as error:
-            sentence = self._death(error) or _as_sentence(error)
+            sentence = self._death(error) or _resource_error(error)
             if sentence is None:
                 raise
             raise sentence from None
 
     def _death(self, error: RuntimeError) -> WorkerDied | None:
-        known = _DIED.search(str(error))
-        if known is None:
+        match = _DIED.search(str(error))
+        if match is None:
             return None
-        pids = {int(pid) for pid in known["pids"].split(",")}
+        pids = {int(pid) for pid in match["pids"].split(",")}
         dead = [(n, p) for n, p in enumerate(self.processes) if p.pid in pids]
         for _, process in dead:
-            process.join(timeout=1)  # so that its exit code is known
-        # One that dies at once does so before the others have started, and is not known yet.
-        number, code = (dead[0][0], dead[0][1].exitcode) if dead else (None, None)
-        self._end_others()
-        return WorkerDied(death_sentence(min(pids), code, known["how"], self._in_hand(number)))
+            process.join(timeout=1)  # its exit code is set by then
+        # A worker that dies at once does so before `processes` is set.
+        worker, code = (dead[0][0], dead[0][1].exitcode) if dead else (None, None)
+        self._terminate_others()
+        return WorkerDied(death_sentence(min(pids), code, match["signal"], self._in_hand(worker)))
 
-    def _end_others(self) -> None:
-        """Torch would wait five seconds for workers that wait for what the dead one had locked."""
+    def _terminate_others(self) -> None:
+        """Terminates the workers that are left."""
+        # torch would wait five seconds for those that block on a lock of the dead one.
         with suppress(RuntimeError):  # torch's handler may see these deaths too
             for process in self.processes:
                 process.terminate()
@@ -174,42 +178,45 @@ class Reading(Generic[Job]):
                 process.join(timeout=1)
 
     def _in_hand(self, worker: int | None) -> str:
-        """The jobs that a worker has: torch hands them out in turn; None: those of all workers."""
+        """Names the jobs that a worker is reading; None: those of all workers."""
+        # torch hands jobs out in turn, so the index of a job tells its worker.
         held = [job for n, job in self.issued if worker in (None, n % max(1, self.num_workers))]
         return "; ".join(map(self.describe, held[:_NAMED]))
 
 
-def death_sentence(pid: int, code: int | None, how: str | None = None, in_hand: str = "") -> str:
-    """What to say of a worker process that is gone.
+def death_sentence(
+    pid: int, code: int | None, signal_name: str | None = None, in_hand: str = ""
+) -> str:
+    """Returns the message about a worker process that died.
 
     Args:
-        code: as of `multiprocessing.Process.exitcode`, minus the number of a signal; None: unknown.
-        how: torch's word for the signal, such as "Killed".
-        in_hand: the samples that it had not handed over.
+        code: `multiprocessing.Process.exitcode`, negative for a signal; None: unknown.
+        signal_name: torch's description of the signal, such as "Killed".
+        in_hand: the samples that it was reading.
     """
-    number = -code if code is not None and code < 0 else _number_of(how)
+    signal_number = -code if code is not None and code < 0 else _signal_number(signal_name)
     had = f"; it was reading {in_hand}" if in_hand else ""
-    who = f"a process that reads data (loader worker, pid {pid})"
-    if number is None:
+    worker = f"a process that reads data (loader worker, pid {pid})"
+    if signal_number is None:
         ended = "ended" if code is None else f"ended with exit code {code}"
         meaning = f"if the machine's memory ran out, {_LESS_MEMORY}"
-        return f"{who} {ended}{had}; {meaning}"
+        return f"{worker} {ended}{had}; {meaning}"
     try:
-        name = signal.Signals(number).name
+        name = signal.Signals(signal_number).name
     except ValueError:
         name = "unknown"
-    meaning = _MEANINGS.get(number, _CRASH)  # type: ignore[call-overload]
-    return f"{who} was killed by signal {number} ({name}){had}; {meaning}"
+    meaning = _MEANINGS.get(signal_number, _CRASH)  # type: ignore[call-overload]
+    return f"{worker} was killed by signal {signal_number} ({name}){had}; {meaning}"
 
 
-def _number_of(how: str | None) -> int | None:
-    """The signal that the C library describes by this word."""
-    words = {signal.strsignal(number): int(number) for number in signal.valid_signals()}
-    return words.get((how or "").strip())
+def _signal_number(description: str | None) -> int | None:
+    """Returns the signal that the C library describes by these words."""
+    words = {signal.strsignal(s): int(s) for s in signal.valid_signals()}
+    return words.get((description or "").strip())
 
 
-def _as_sentence(error: Exception) -> DataError | None:
-    """What a lack of shared memory or of open files means, or None for anything else."""
+def _resource_error(error: Exception) -> DataError | None:
+    """Returns the DataError for exhausted shared memory or open files, None for other errors."""
     text = str(error)
     if not isinstance(error, RuntimeError | OSError):
         return None
@@ -217,45 +224,45 @@ def _as_sentence(error: Exception) -> DataError | None:
         remedy = "raise the limit (ulimit -n 65536) or lower data.workers"
         return DataError(f"too many files are open at once; {remedy}")
     if _SHARED_MEMORY.search(text):
-        what = "shared memory is full, in which loader workers hand images over"
-        return DataError(f"{what}; {_LARGER_SHM}")
+        reason = "shared memory is full, in which loader workers hand images over"
+        return DataError(f"{reason}; {_LARGER_SHM}")
     return None
 
 
 def explain(error: BaseException) -> str | None:
-    """The sentence for an error of torch's loader that comes from elsewhere, or None."""
-    known = _DIED.search(str(error))
-    if known is None:
+    """Returns the message for a worker's death that another loader raised, else None."""
+    match = _DIED.search(str(error))
+    if match is None:
         return None
-    return death_sentence(int(known["pids"].split(",")[0]), None, known["how"])
+    return death_sentence(int(match["pids"].split(",")[0]), None, match["signal"])
 
 
 def describe_refs(files: Sequence[Source], refs: Sequence[UnitRef]) -> str:
-    """Where some units stand: "data/train.jsonl lines 4 to 11"."""
+    """Returns the places of units, such as "data/train.jsonl lines 4 to 11"."""
     by_file: dict[int, list[int]] = {}
     for ref in refs:
         by_file.setdefault(ref.file, []).extend(line + 1 for line in ref.lines)
-    parts = []
-    for number, lines in by_file.items():
+    places = []
+    for file_index, lines in by_file.items():
         shown = sorted(lines)
         whole = len(shown) > 1 and shown[-1] - shown[0] + 1 == len(shown)
         listed = f"{shown[0]} to {shown[-1]}" if whole else ", ".join(map(str, shown))
         word = "line" if len(shown) == 1 else "lines"
-        parts.append(f"{files[number].config.annotations} {word} {listed}")
-    return " and ".join(parts)
+        places.append(f"{files[file_index].config.annotations} {word} {listed}")
+    return " and ".join(places)
 
 
 def name_failing(
     reader: Any, files: Sequence[Source], refs: Sequence[UnitRef], error: Exception
 ) -> str:
-    """The sample that `reader` fails at, found by reading each alone; else all of them."""
+    """Returns the sample that `reader` fails at, by reading each alone; else all of them."""
     for ref in refs:
-        for number, line in enumerate(ref.lines):
-            one = replace(ref, lines=(line,), row=ref.row + number)
+        for offset, line in enumerate(ref.lines):
+            single = replace(ref, lines=(line,), row=ref.row + offset)
             try:
-                reader[one]
+                reader[single]
             except type(error):
-                return describe_refs(files, [one])
+                return describe_refs(files, [single])
             except Exception:  # noqa: BLE001 (another one; what is looked for is the first)
                 continue
     return describe_refs(files, refs)
