@@ -1,7 +1,6 @@
-"""`config.json` before a model is made of it: every key that counts has a type and a range.
+"""Checks type and range of every key of `config.json` that matters, before a model is built.
 
-What is wrong is one sentence with file and key. Bounds are far above any release: they keep a typed
-zero too many from filling the memory.
+A problem is one sentence with file and key.
 """
 
 import re
@@ -17,10 +16,10 @@ from internvl.errors import ModelFolderError
 
 
 class ValueRule(NamedTuple):
-    """What a key may hold."""
+    """The allowed values of a key."""
 
     expected: str
-    """In words, "a whole number from 1 to 1000" for instance."""
+    """For messages, such as "a whole number from 1 to 1000"."""
     allows: Callable[[Any], bool]
 
 
@@ -32,7 +31,7 @@ def _whole(low: int, high: int) -> ValueRule:
 
 
 def _number(low: float, high: float, *, above: bool = False) -> ValueRule:
-    """A finite number; `above` leaves the lower bound out."""
+    """Allows a finite number; `above` excludes the lower bound."""
 
     def allows(value: Any) -> bool:
         if not isinstance(value, int | float) or isinstance(value, bool):
@@ -52,7 +51,7 @@ def _or_null(rule: ValueRule) -> ValueRule:
 
 
 def _or_pair(rule: ValueRule) -> ValueRule:
-    """One number for a square, or a pair of it twice, as the hf layout has it."""
+    """Allows one side of a square, or a pair of equal sides, as in the hf layout."""
 
     def allows(value: Any) -> bool:
         if isinstance(value, list | tuple):
@@ -63,14 +62,15 @@ def _or_pair(rule: ValueRule) -> ValueRule:
 
 
 _FLAG = ValueRule("true or false", lambda v: isinstance(v, bool))
-# Releases write 0 and 1 as well.
+# Releases also write 0 and 1.
 _SWITCH = ValueRule("true or false", lambda v: isinstance(v, int) and v in (0, 1))
 _TEXT = ValueRule("a text", lambda v: isinstance(v, str))
 _OBJECT = ValueRule("an object", lambda v: isinstance(v, dict))
+# Far above any release: they keep a zero too many from filling the memory.
 _SIZE, _LAYERS, _SIDE = _whole(1, 10**6), _whole(1, 1000), _whole(1, 8192)
 _VOCABULARY = _whole(1, 10**8)
 _SHARE = _number(0, 1)
-_EPS = _number(0, 1, above=True)
+_EPS = _number(0, 1, above=True)  # 0 would divide by zero for a constant input
 _SCALE = _number(-1e6, 1e6)
 _ACTIVATION = ValueRule(
     "an activation that transformers knows", lambda v: isinstance(v, str) and v in ACT2FN
@@ -93,7 +93,7 @@ _VISION: dict[str, ValueRule] = {
     "initializer_range": _number(0, 1e6),
     **dict.fromkeys(("initializer_factor", "layer_scale_init_value"), _SCALE),
 }
-"""Keys of both layouts."""
+"""Keys of both layouts, official and hf."""
 
 _LANGUAGE: dict[str, ValueRule] = {
     "vocab_size": _VOCABULARY,
@@ -117,11 +117,11 @@ _LANGUAGE: dict[str, ValueRule] = {
     "model_type": _TEXT,
 }
 
-_FACTOR = _number(0, 1e9, above=True)
+_FACTOR = _number(0, 1e9, above=True)  # frequencies are divided by it
 # "su" is the original's name of "longrope".
-_WAY = _or_null(_one_of("default", "su", *sorted(ROPE_INIT_FUNCTIONS)))
+_ROPE_TYPE = _or_null(_one_of("default", "su", *sorted(ROPE_INIT_FUNCTIONS)))
 _ROPE: dict[str, ValueRule] = {
-    **dict.fromkeys(("type", "rope_type"), _WAY),
+    **dict.fromkeys(("type", "rope_type"), _ROPE_TYPE),
     **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "beta_fast"), _FACTOR),
     **dict.fromkeys(("beta_slow", "rope_theta"), _FACTOR),
     "attention_factor": _or_null(_FACTOR),
@@ -154,6 +154,7 @@ _TRIPLE = ValueRule(
         len(v) == 3 and all(map(_SCALE.allows, v)) if isinstance(v, list) else _SCALE.allows(v)
     ),
 )
+# The pixels here are always rescaled and normalized: false would be ignored in silence.
 _ON = ValueRule("true", lambda v: v is True)
 _PROCESSOR: dict[str, ValueRule] = {
     **dict.fromkeys(("min_patches", "max_patches"), _whole(1, 10_000)),
@@ -168,9 +169,10 @@ _PROCESSOR: dict[str, ValueRule] = {
     **dict.fromkeys(("image_mean", "image_std"), _TRIPLE),
     **dict.fromkeys(("do_rescale", "do_normalize"), _ON),
     "rescale_factor": ValueRule("1/255", lambda v: _SHARE.allows(v) and abs(v * 255 - 1) < 1e-3),
+    # Tiles are resized by bicubic only; another filter would give other pixels than the release.
     "resample": ValueRule("3 (bicubic)", lambda v: v == 3),
 }
-"""transformers' names; what is not in it has no effect on an image."""
+"""transformers' names; other keys have no effect on an image."""
 _DUAL: dict[str, ValueRule] = {
     **dict.fromkeys(("clip_embed_dim", "attn_pool_num_heads"), _SIZE),
     "label_smoothing": _SHARE,
@@ -183,7 +185,7 @@ _DUAL: dict[str, ValueRule] = {
 
 
 def check_chat(file: Path, config: dict[str, Any]) -> None:
-    """Raises ModelFolderError where a chat model's `config.json`, of either layout, is wrong."""
+    """Raises ModelFolderError if a chat model's `config.json`, of either layout, is wrong."""
     language = "text_config" if config.get("text_config") is not None else "llm_config"
     _check(file, "", config, _CHAT)
     if config.get("internvl") is not None:
@@ -193,21 +195,20 @@ def check_chat(file: Path, config: dict[str, Any]) -> None:
 
 
 def check_section(file: Path, name: str, value: Any) -> None:
-    """Raises ModelFolderError where a section of a JSON file is no object."""
+    """Raises ModelFolderError if a section of a JSON file is not an object."""
     _check(file, "", {name: value}, {name: _OBJECT})
 
 
 def check_processor(file: Path, section: str, values: dict[str, Any]) -> None:
-    """Raises ModelFolderError where an -hf folder's image processor is wrong, or not that of an
-    InternVL."""
+    """Raises ModelFolderError if an -hf folder's image processor is not a valid InternVL one."""
     _check(file, section, values, _PROCESSOR)
 
 
 def check_counts(file: Path, section: str, fewest: tuple[str, int], most: tuple[str, int]) -> None:
-    """Raises ModelFolderError where an image's least number of tiles is above its largest.
+    """Raises ModelFolderError if the minimum of tiles per image is above the maximum.
 
     Args:
-        fewest, most: (key, value), also of a key that is left out.
+        fewest, most: (key, value), also for a key that has its default.
     """
     if fewest[1] > most[1]:
         reason = f"and {most[0]} is {most[1]}: a whole number from 1 to {most[1]} is expected"
@@ -215,20 +216,21 @@ def check_counts(file: Path, section: str, fewest: tuple[str, int], most: tuple[
 
 
 def check_block(file: Path, key: str, block: int, layers: int) -> None:
-    """Raises ModelFolderError where the vision tower has no such output.
+    """Raises ModelFolderError if the vision tower has no such output.
 
     Args:
-        block: whose output is read, counted from the end where it is below zero; 0 is what goes
-            into the first.
-        layers: of the tower.
+        block: index of the hidden state that is read, from the end if negative; 0 is the input of
+            the first block.
+        layers: number of the tower's blocks.
     """
+    # There are layers + 1 hidden states, the input included.
     if not -layers - 1 <= block <= layers:
         reason = f"and the vision tower has {layers} layers: a whole number from {-layers} to -1"
         raise _wrong(file, "", key, block, f"{reason} is expected")
 
 
 def check_dual(file: Path, config: dict[str, Any]) -> None:
-    """Raises ModelFolderError where InternVL-14B's `config.json` is wrong."""
+    """Raises ModelFolderError if InternVL-14B's `config.json` is wrong."""
     _check(file, "", config, _DUAL)
     _check_vision(file, _section(file, config, "vision_config"))
     language = _section(file, config, "qllama_config")
@@ -237,7 +239,7 @@ def check_dual(file: Path, config: dict[str, Any]) -> None:
 
 
 def check_tower(file: Path, config: dict[str, Any]) -> None:
-    """Raises ModelFolderError where a standalone InternViT's `config.json` is wrong."""
+    """Raises ModelFolderError if a standalone InternViT's `config.json` is wrong."""
     if config.get("vision_config") is None:
         _check_vision(file, config, "")
     else:
@@ -245,7 +247,7 @@ def check_tower(file: Path, config: dict[str, Any]) -> None:
 
 
 def check_language(file: Path, config: dict[str, Any], section: str = "") -> None:
-    """Raises ModelFolderError where a language model's `config.json` or section is wrong."""
+    """Raises ModelFolderError if a language model's `config.json` or section is wrong."""
     _check(file, section, config, _LANGUAGE)
     _check_architectures(file, section, config)
     _check_heads(file, section, config)
@@ -260,10 +262,10 @@ def _check_vision(file: Path, vision: dict[str, Any], section: str = "vision_con
 
 @contextmanager
 def building(file: Path) -> Iterator[None]:
-    """What `transformers` says of values that this file does not know, as one sentence.
+    """Turns exceptions of `transformers` about other values into one sentence.
 
     Raises:
-        ModelFolderError: naming the file, in place of any other exception.
+        ModelFolderError: with the name of the file, for any exception.
     """
     try:
         yield
@@ -271,9 +273,9 @@ def building(file: Path) -> Iterator[None]:
         if str(file.parent) in str(error):
             raise
         raise ModelFolderError(f"{file.parent}/{error}") from error
-    # A configuration's values reach whatever code transformers has for them: each raises its own.
+    # The values reach any code of transformers that uses them, and each raises its own exception.
     except Exception as error:
-        # The hub's validation only wraps the error that names field and value.
+        # huggingface_hub's validation wraps the error that names field and value.
         cause = error.__cause__ or error
         reason = " ".join(line.strip() for line in str(cause).splitlines()[:2]).split(". Errors:")[
             0
@@ -301,7 +303,7 @@ def _check(
 
 
 def _wrong(file: Path, section: str, key: str, value: Any, reason: str) -> ModelFolderError:
-    shown = repr(value)
+    shown = repr(value)  # cut below: it may be a list of thousands of factors
     shown = shown if len(shown) <= 60 else shown[:60] + "…"
     name = f"{section}.{key}" if section else key
     return ModelFolderError(
@@ -310,19 +312,21 @@ def _wrong(file: Path, section: str, key: str, value: Any, reason: str) -> Model
 
 
 def _check_architectures(file: Path, section: str, values: dict[str, Any]) -> None:
-    named = values.get("architectures")
-    if named is not None and not (isinstance(named, list) and all(map(_TEXT.allows, named))):
-        raise _wrong(file, section, "architectures", named, "a list of names is expected")
+    # Read by index and looked up in tables later: anything but a list of text fails there.
+    names = values.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(map(_TEXT.allows, names))):
+        raise _wrong(file, section, "architectures", names, "a list of names is expected")
 
 
 def _check_rope(
     file: Path, section: str, scaling: dict[str, Any], language: dict[str, Any]
 ) -> None:
-    """Position scaling: a known way, and one factor for every rotated pair."""
+    """Checks RoPE scaling: a valid type, and one factor for each rotated pair of channels."""
     _check(file, section, scaling, _ROPE)
     width, heads = language.get("hidden_size"), language.get("num_attention_heads")
     if not (width and heads):
         return
+    # A wrong number of factors would only fail deep in a forward pass.
     share = language.get("partial_rotary_factor", scaling.get("partial_rotary_factor", 1))
     pairs = int((language.get("head_dim") or width // heads) * share) // 2
     for key in ("short_factor", "long_factor"):
@@ -336,7 +340,7 @@ def _check_rope(
 
 
 def _check_heads(file: Path, section: str, values: dict[str, Any]) -> None:
-    """Heads share the width, and key heads the heads, without a rest."""
+    """Checks that heads divide the width, and key heads the heads."""
     width, heads = values.get("hidden_size"), values.get("num_attention_heads")
     if width and heads and values.get("head_dim") is None and width % heads:
         raise _wrong(file, section, "num_attention_heads", heads, f"a divisor of {width} is needed")
@@ -353,45 +357,44 @@ _PACKED = (
     *(".weight_scale", ".weight_scale_inv", ".weight_packed", ".weight_format", ".quant_state"),
     *("_proj_blocks", "_proj_scales"),
 )
-"""Ends of the names under which quantized weights are stored; bitsandbytes' lie below `.weight`."""
+"""Suffixes of the names of quantized weights; bitsandbytes' follow `.weight`."""
 
 
 def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
-    """An hf `config.json` without the keys that make `transformers` quantize; see
-    `check_quantization`, which judges them with the weights at hand."""
+    """Returns an hf `config.json` without the keys that make `transformers` quantize."""
+    # `check_quantization` judges these keys, together with the weights.
     text = {k: v for k, v in config["text_config"].items() if k != _QUANTIZATION}
     return {k: v for k, v in config.items() if k != _QUANTIZATION} | {"text_config": text}
 
 
 def check_quantization(file: Path, config: dict[str, Any], names: Iterable[str]) -> None:
-    """Weights are plain, and config.json does not say otherwise.
+    """Checks that weights are not quantized and that config.json agrees.
 
     Args:
-        names: of the folder's tensors.
+        names: names of the folder's tensors.
 
     Raises:
-        ModelFolderError: quantized weights, or plain ones beside a `quantization_config`, which
-            `transformers` would quantize or refuse.
+        ModelFolderError: quantized weights, or others with a `quantization_config`.
     """
     packed = next((n for n in names if n.endswith(_PACKED) or ".quant_state." in n), None)
-    # What the original's llm_config says of it nothing reads: the weights alone count there.
+    # Nothing reads this key in the original's `llm_config`: there the weights alone decide.
     text = config.get("text_config") or {}
-    acted_on = config.get(_QUANTIZATION) or text.get(_QUANTIZATION)
+    active = config.get(_QUANTIZATION) or text.get(_QUANTIZATION)
     if packed:
-        said = acted_on or (config.get("llm_config") or {}).get(_QUANTIZATION)
+        settings = active or (config.get("llm_config") or {}).get(_QUANTIZATION)
         raise ModelFolderError(
-            f"{file.parent}: its weights are quantized{_method(said)} ({packed}), which are not "
-            "read here; take the unquantized release, and load it with quantize='4bit' to save "
+            f"{file.parent}: its weights are quantized{_method(settings)} ({packed}), which are "
+            "not read here; take the unquantized release, and load it with quantize='4bit' to save "
             "memory"
         )
-    if acted_on:
+    if active:  # transformers would quantize them, or refuse
         raise ModelFolderError(
-            f"{file}: quantization_config{_method(acted_on)} is left over, for the weights beside "
+            f"{file}: quantization_config{_method(active)} is left over, for the weights beside "
             "it are not quantized; remove this key to use them as they are, and load them with "
             "quantize='4bit' to save memory"
         )
 
 
-def _method(said: Any) -> str:
-    method = said.get("quant_method") if isinstance(said, dict) else None
+def _method(settings: Any) -> str:
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
     return f" ({method})" if isinstance(method, str) else ""

@@ -1,7 +1,7 @@
-"""The official configuration as `transformers`' own, and back.
+"""Converts the official configuration to `transformers`' and back.
 
-Original: `internvl_chat/internvl/model/internvl_chat/configuration_internvl_chat.py`. What has no
-place in `InternVLConfig` (template, tiling, pixel-shuffle version …) travels in its extra key
+Original: `internvl_chat/internvl/model/internvl_chat/configuration_internvl_chat.py`. What
+`InternVLConfig` has no key for (template, tiling, pixel-shuffle version …) travels in its extra key
 `internvl`, which plain `transformers` keeps and ignores.
 """
 
@@ -58,7 +58,7 @@ _CHAT: dict[str, Any] = {
 """Official keys that travel in `internvl`, with the original class's defaults; and of a recipe
 `data.normalize`, which the original keeps in its command lines, and `data.exif`."""
 _OPTIONAL = {"system_message": None, "normalize": "imagenet", "exif": "ignore"}
-"""Keys that are not written where they have these values."""
+"""Keys that are not written if they have these values."""
 
 HF_CHAT: dict[str, Any] = _CHAT | {
     # What the released -hf folders are: their processor tiles 1 to 12 with a thumbnail.
@@ -68,15 +68,15 @@ HF_CHAT: dict[str, Any] = _CHAT | {
     "use_thumbnail": True,
     "max_dynamic_patch": 12,
 }
-"""As `_CHAT`, for an -hf folder whose files say nothing of it."""
-_MOSTLY_OFF = ("use_backbone_lora", "use_llm_lora")
+"""Like `_CHAT`, for an -hf folder, whose files have none of these keys."""
+_LORA_KEYS = ("use_backbone_lora", "use_llm_lora")
 
 
 def from_official(config: dict[str, Any], image_token_id: int) -> InternVLConfig:
-    """The official `config.json` as an `InternVLConfig` with the extra key `internvl`.
+    """Converts the official `config.json` to an `InternVLConfig` with the extra key `internvl`.
 
     Raises:
-        ModelFolderError: an architecture `transformers` has no class for.
+        ModelFolderError: `transformers` has no class for the architecture.
     """
     vision = vision_from_official(config["vision_config"])
     text, architecture = text_from_official(config["llm_config"])
@@ -91,18 +91,19 @@ def from_official(config: dict[str, Any], image_token_id: int) -> InternVLConfig
         image_seq_length=int(side**2 * ratio**2),
         downsample_ratio=ratio,
         vision_feature_layer=config.get("select_layer", -1),
+        # The files store both matrices; transformers' default would tie them.
         tie_word_embeddings=False,
         internvl=chat,
     )
 
 
 def vision_from_official(config: dict[str, Any]) -> dict[str, Any]:
-    """`vision_config` of an official file (or a standalone InternViT's config) in our keys."""
+    """Converts an official `vision_config` (or a standalone InternViT's config) to our keys."""
     return {ours: config.get(official, default) for official, ours, default in _VISION}
 
 
 def vision_to_official(config: PreTrainedConfig) -> dict[str, Any]:
-    """A tower's configuration as `vision_config` of an official file."""
+    """Converts a tower's configuration to an official `vision_config`."""
     vision = config.to_dict()
     return {
         **{official: _plain(vision[ours]) for official, ours, _ in _VISION},
@@ -114,7 +115,7 @@ def vision_to_official(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def text_from_official(config: dict[str, Any]) -> tuple[PreTrainedConfig, str]:
-    """(the language model's own `transformers` config, its official architecture)."""
+    """Returns (the language model's `transformers` config, its official architecture)."""
     architecture = (config.get("architectures") or [""])[0]
     if architecture not in LANGUAGE_MODELS:
         raise ModelFolderError(
@@ -123,38 +124,39 @@ def text_from_official(config: dict[str, Any]) -> tuple[PreTrainedConfig, str]:
         )
     model_type = LANGUAGE_MODELS[architecture]
     if architecture == "InternLM3ForCausalLM" and config.get("qkv_bias") and not config.get("bias"):
-        model_type = "qwen2"  # the class with a bias on q, k and v alone
+        model_type = "qwen2"  # the class with a bias on q, k and v only
     config_class = CONFIG_MAPPING[model_type]
-    known = set(config_class.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
-    values = {key: value for key, value in config.items() if key in known | {"head_dim"}}
+    # The class's own fields only: general keys of old files (torch_dtype …) stay out.
+    fields = set(config_class.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
+    values = {key: value for key, value in config.items() if key in fields | {"head_dim"}}
     values["rope_parameters"] = _rope_parameters(config)
     values["tie_word_embeddings"] = False
     if architecture.startswith("InternLM") and model_type == "llama":
         values["attention_bias"] = values["mlp_bias"] = bool(config.get("bias"))
-    if values.get("head_dim") is None:
+    if values.get("head_dim") is None:  # null in a file would replace the class's computed one
         values.pop("head_dim", None)
     return config_class(**values), architecture
 
 
 def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """Original: `rope_theta` and `rope_scaling`; Phi-3's "su" is today's "longrope"."""
+    """Returns `rope_parameters` from the original's `rope_theta` and `rope_scaling`."""
     if config.get("rope_parameters"):
         return dict(config["rope_parameters"])
     scaling = dict(config.get("rope_scaling") or {})
-    kind = scaling.pop("rope_type", None) or scaling.get("type") or "default"
+    rope_type = scaling.pop("rope_type", None) or scaling.get("type") or "default"
     scaling.pop("type", None)
-    kind = "longrope" if kind == "su" else kind
-    return {"rope_type": kind, "rope_theta": config.get("rope_theta") or 10000.0, **scaling}
+    rope_type = "longrope" if rope_type == "su" else rope_type  # Phi-3's name before
+    return {"rope_type": rope_type, "rope_theta": config.get("rope_theta") or 10000.0, **scaling}
 
 
 def to_official(config: InternVLConfig) -> dict[str, Any]:
-    """The official `config.json` of one of our configurations; no `auto_map`, no LoRA ranks."""
+    """Converts to the official `config.json`, without `auto_map` and LoRA ranks."""
     chat = chat_settings(config)
     return {
         "architectures": ["InternVLChatModel"],
         "model_type": "internvl_chat",
         **{key: chat[key] for key in _CHAT if key not in _OPTIONAL or chat[key] != _OPTIONAL[key]},
-        **dict.fromkeys(_MOSTLY_OFF, 0),
+        **dict.fromkeys(_LORA_KEYS, 0),
         "select_layer": config.vision_feature_layer,
         "downsample_ratio": config.downsample_ratio,
         "hidden_size": config.text_config.hidden_size,
@@ -169,29 +171,29 @@ def _text_to_official(text: PreTrainedConfig, architecture: str) -> dict[str, An
     values = text.to_dict()
     for key in ("transformers_version", "_name_or_path", "dtype"):
         values.pop(key, None)
-    if architecture != "GptOssForCausalLM":  # the others' original classes do not know it
+    if architecture != "GptOssForCausalLM":  # the other original classes do not have it
         values.pop("layer_types", None)
-    if architecture == "Qwen3MoeForCausalLM":  # which today's classes write under another name
+    if architecture == "Qwen3MoeForCausalLM":  # today's classes say num_local_experts
         values["num_experts"] = text.num_experts
         values.pop("num_local_experts", None)
     rope = dict(values.pop("rope_parameters", None) or {})
-    kind = rope.pop("rope_type", "default")
+    rope_type = rope.pop("rope_type", "default")
     values["rope_theta"] = rope.pop("rope_theta", 10000.0)
     rope.pop("partial_rotary_factor", None)
     rope.pop("type", None)
-    if architecture == "Phi3ForCausalLM" and kind == "longrope":
-        kind = "su"
+    if architecture == "Phi3ForCausalLM" and rope_type == "longrope":
+        rope_type = "su"
         rope.pop("original_max_position_embeddings", None)
-    # Language models of the 3.5 code are read by a transformers that knows the new key only.
+    # The 3.5 code imports Qwen3 and GPT-OSS from a transformers that reads the new key only.
     key = "rope_type" if architecture.startswith(("Qwen3", "GptOss")) else "type"
-    values["rope_scaling"] = None if kind == "default" else {**rope, key: kind}
+    values["rope_scaling"] = None if rope_type == "default" else {**rope, key: rope_type}
     values["architectures"] = [architecture]
     if architecture == "InternLM2ForCausalLM":
         values["model_type"] = "internlm2"
         values["bias"] = values.pop("attention_bias", False)
         values.pop("mlp_bias", None)
         values.pop("head_dim", None)
-        values["attn_implementation"] = "eager"
+        values["attn_implementation"] = "eager"  # the key that its remote code reads
     elif architecture == "InternLM3ForCausalLM":
         values["bias"] = values.pop("mlp_bias", False)
         values["qkv_bias"] = values["model_type"] == "qwen2" or values.pop("attention_bias", False)
@@ -200,16 +202,17 @@ def _text_to_official(text: PreTrainedConfig, architecture: str) -> dict[str, An
 
 
 def chat_settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """Template, tiling and pixel-shuffle version of a model; those of -hf releases by default."""
+    """Returns template, tiling and pixel-shuffle version; by default those of -hf releases."""
     return HF_CHAT | (getattr(config, "internvl", None) or {})
 
 
 def language_model(config: PreTrainedConfig) -> str:
-    """Official architecture of the language model, "InternLM2ForCausalLM" for instance."""
-    known = chat_settings(config).get("language_model")
-    if known:
-        return known
+    """Returns the official architecture of the language model, such as "InternLM2ForCausalLM"."""
+    architecture = chat_settings(config).get("language_model")
+    if architecture:
+        return architecture
     model_type = config.text_config.model_type
+    # Reversed, so that "llama" gives the first of its three architectures.
     names = {value: key for key, value in reversed(LANGUAGE_MODELS.items())}
     if model_type not in names:
         raise ModelFolderError(f"config.json: language model type {model_type!r} is not supported")
@@ -217,10 +220,10 @@ def language_model(config: PreTrainedConfig) -> str:
 
 
 def head_width(text: Any) -> int:
-    """Width of one head of a language model of this configuration."""
+    """Returns the width of an attention head of a language model."""
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def _plain(value: Any) -> Any:
-    """Ours keeps sides as pairs; the original one number."""
+    """Returns one side of a pair: the original keeps a single number."""
     return value[0] if isinstance(value, list | tuple) else value

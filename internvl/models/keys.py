@@ -1,10 +1,9 @@
-"""Names of the official weights <-> ours: one table, both directions.
+"""Maps names and layouts of the official weights to ours and back by one table.
 
 Ours are `transformers`' names of `InternVLForConditionalGeneration`, and for InternVL-14B the same
-with `models/dual/model.py`'s heads. Fused tensors of the original
-come apart (a rule then has several names on one side) and are put together again bit for bit. The
-table is read against the names a model really has, so that a bias or a norm that is absent needs no
-entry of its own.
+with the heads of `models/dual/model.py`. Fused tensors of the original are split (such a rule has
+several names on one side) and fused again bit for bit. Rules are matched against the names that a
+model has, so a bias or norm that is absent needs no entry.
 """
 
 import re
@@ -23,7 +22,7 @@ from internvl.models.hub import LazyTensor
 
 
 class Change(Protocol):
-    """How the tensors on one side of a rule become those on the other."""
+    """Converts the tensors on one side of a rule to those on the other."""
 
     def to_ours(self, tensors: list[Tensor]) -> list[Tensor]: ...
 
@@ -31,7 +30,7 @@ class Change(Protocol):
 
 
 class Rename:
-    """The same tensor under another name."""
+    """Changes the name only."""
 
     def to_ours(self, tensors: list[Tensor]) -> list[Tensor]:
         return tensors
@@ -41,19 +40,20 @@ class Rename:
 
 
 class Transpose:
-    """A matrix the original applies from the right, as a linear layer's weight."""
+    """Transposes a matrix that the original applies from the right to a linear layer's weight."""
 
     def to_ours(self, tensors: list[Tensor]) -> list[Tensor]:
+        # Contiguous, here and below: safetensors does not write views.
         return [tensor.T.contiguous() for tensor in tensors]
 
     to_official = to_ours
 
 
 class Thirds:
-    """`qkv` (3D, …) holds q, k and v one after another."""
+    """Splits `qkv` (3D, …), which stacks q, k and v."""
 
     def to_ours(self, tensors: list[Tensor]) -> list[Tensor]:
-        return [part.contiguous() for part in tensors[0].chunk(3)]
+        return [third.contiguous() for third in tensors[0].chunk(3)]
 
     def to_official(self, tensors: list[Tensor]) -> list[Tensor]:
         return [torch.cat(tensors)]
@@ -61,33 +61,35 @@ class Thirds:
 
 @dataclass(frozen=True)
 class Interleaved:
-    """InternLM2's `wqkv` ((heads + 2 kv_heads) d, …): per key head its queries, key and value."""
+    """Splits InternLM2's `wqkv` ((heads + 2 kv_heads) d, …), grouped by key head."""
 
     heads: int
     kv_heads: int
 
     def to_ours(self, tensors: list[Tensor]) -> list[Tensor]:
         group = self.heads // self.kv_heads
+        # (kv_heads, queries per key head + key + value, d, …)
         rows = tensors[0].unflatten(0, (self.kv_heads, group + 2, -1))
         return [
-            part.flatten(0, 2).contiguous()
-            for part in (rows[:, :group], rows[:, group : group + 1], rows[:, group + 1 :])
+            heads.flatten(0, 2).contiguous()
+            for heads in (rows[:, :group], rows[:, group : group + 1], rows[:, group + 1 :])
         ]
 
     def to_official(self, tensors: list[Tensor]) -> list[Tensor]:
         per_head = [
-            tensor.unflatten(0, (self.kv_heads, n, -1)) for tensor, n in self._parts(tensors)
+            tensor.unflatten(0, (self.kv_heads, n, -1)) for tensor, n in self._per_key_head(tensors)
         ]
         return [torch.cat(per_head, dim=1).flatten(0, 2)]
 
-    def _parts(self, tensors: list[Tensor]) -> Iterator[tuple[Tensor, int]]:
+    def _per_key_head(self, tensors: list[Tensor]) -> Iterator[tuple[Tensor, int]]:
         return zip(tensors, (self.heads // self.kv_heads, 1, 1), strict=True)
 
 
 class Experts:
-    """gate and up of every expert (F, D) <-> one stacked tensor (experts, 2F, D)."""
+    """Stacks gate and up of every expert (F, D) to (experts, 2F, D)."""
 
     def to_ours(self, tensors: list[Tensor]) -> list[Tensor]:
+        # The rule names gate and up of one expert after another.
         pairs = zip(tensors[0::2], tensors[1::2], strict=True)
         return [torch.stack([torch.cat(pair) for pair in pairs])]
 
@@ -96,7 +98,7 @@ class Experts:
 
 
 class Stack:
-    """One tensor per expert <-> one stacked tensor (experts, …)."""
+    """Stacks one tensor per expert to (experts, …)."""
 
     def to_ours(self, tensors: list[Tensor]) -> list[Tensor]:
         return [torch.stack(tensors)]
@@ -107,7 +109,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class NameRule:
-    """Names on both sides. `{i}` is a layer, `{p}` weight or bias, `{rest}` anything."""
+    """Name templates of both sides: `{i}` is a layer, `{p}` weight or bias, `{rest}` anything."""
 
     official: tuple[str, ...]
     ours: tuple[str, ...]
@@ -116,7 +118,7 @@ class NameRule:
 
 @dataclass(frozen=True)
 class Group:
-    """One rule with its names filled in."""
+    """A rule with the templates filled in."""
 
     official: tuple[str, ...]
     ours: tuple[str, ...]
@@ -155,6 +157,7 @@ _VISION_AND_PROJECTOR = (
         Thirds(),
     ),
 )
+# After the special rules: `{rest}` matches every name of a language model.
 _STOCK = (
     NameRule(("language_model.lm_head.weight",), ("lm_head.weight",), _SAME),
     NameRule(("language_model.model.{rest}",), ("model.language_model.{rest}",), _SAME),
@@ -168,16 +171,19 @@ _POOL_NAMES = (
     *((f"cross_attn.{x}_bias", f"{x}_proj.bias") for x in "qkv"),
     ("cross_attn.proj.{p}", "o_proj.{p}"),
 )
+# Both pools have the same modules; only their prefixes differ.
 _HEADS = (
     *(
         NameRule((f"{theirs}.{official}",), (f"{ours}.{name}",), _SAME)
         for theirs, ours in _POOLS
         for official, name in _POOL_NAMES
     ),
+    # A bare parameter of the original, a linear layer here.
     NameRule(("text_projection",), ("text_projection.weight",), Transpose()),
     NameRule(("logit_scale",), ("logit_scale",), _SAME),
     NameRule(("itm_head.{p}",), ("itm_head.{p}",), _SAME),
 )
+# QLLaMA under the chat model's names, so that adapters find its layers.
 _QLLAMA = (
     NameRule(("query_tokens",), ("model.query_tokens.weight",), _SAME),
     NameRule(("qllama.lm_head.weight",), ("lm_head.weight",), _SAME),
@@ -194,9 +200,10 @@ _PTH_NAMES = (
 
 
 def pth_to_official(name: str) -> str:
-    """A name in InternVL-C's own `.pth` as InternVL-14B's official one."""
+    """Converts a name of InternVL-C's own `.pth` file to InternVL-14B's official one."""
     for theirs, official in _PTH_NAMES:
         if name.startswith(theirs):
+            # LayerScale is a module there (ls1.gamma) and a parameter in InternVL-14B (ls1).
             return official + name[len(theirs) :].removesuffix(".gamma")
     return name
 
@@ -223,12 +230,12 @@ def _internlm2(heads: int, kv_heads: int) -> tuple[NameRule, ...]:
 
 
 def _experts(num_experts: int) -> tuple[NameRule, ...]:
-    """Qwen3-MoE: one module per expert in the files, stacked in today's `transformers`."""
+    """Returns the rules of Qwen3-MoE: a module per expert in files, stacked in `transformers`."""
     theirs = "language_model.model.layers.{i}.mlp.experts"
     ours = "model.language_model.layers.{i}.mlp.experts"
-    numbers = range(num_experts)
-    both = tuple(f"{theirs}.{e}.{x}_proj.weight" for e in numbers for x in ("gate", "up"))
-    down = tuple(f"{theirs}.{e}.down_proj.weight" for e in numbers)
+    experts = range(num_experts)
+    both = tuple(f"{theirs}.{e}.{x}_proj.weight" for e in experts for x in ("gate", "up"))
+    down = tuple(f"{theirs}.{e}.down_proj.weight" for e in experts)
     return (
         NameRule(both, (f"{ours}.gate_up_proj",), Experts()),
         NameRule(down, (f"{ours}.down_proj",), Stack()),
@@ -236,7 +243,7 @@ def _experts(num_experts: int) -> tuple[NameRule, ...]:
 
 
 def rules(config: PreTrainedConfig) -> tuple[NameRule, ...]:
-    """The table for one configuration; the first rule that knows a name has it."""
+    """Returns the rules of a configuration; the first that matches a name applies."""
     if isinstance(config, DualConfig):
         return (*_VISION_AND_PROJECTOR, *_HEADS, *_QLLAMA)
     text = config.text_config
@@ -245,7 +252,7 @@ def rules(config: PreTrainedConfig) -> tuple[NameRule, ...]:
         special = _internlm2(text.num_attention_heads, text.num_key_value_heads)
     elif architecture == "Qwen3MoeForCausalLM":
         special = _experts(text.num_experts)
-    else:
+    else:  # the others have transformers' own names below `language_model`
         special = ()
     return (*_VISION_AND_PROJECTOR, *special, *_STOCK)
 
@@ -254,23 +261,23 @@ _WILDCARDS = {"{i}": r"(?P<i>\d+)", "{p}": r"(?P<p>weight|bias)", "{rest}": r"(?
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-    text = re.escape(template)
+    text = re.escape(template)  # the wildcards too, so they are replaced in their escaped form
     for wildcard, pattern in _WILDCARDS.items():
         text = text.replace(re.escape(wildcard), pattern)
     return re.compile(text)
 
 
 def groups(config: PreTrainedConfig, names: Iterable[str]) -> list[Group]:
-    """The filled-in rules that cover `names`, the model's own, each exactly once.
+    """Fills in the rules so that they cover the model's `names`, each exactly once.
 
     Raises:
-        ModelFolderError: a name no rule knows.
+        ModelFolderError: no rule matches a name.
     """
     table = [(_pattern(ours), rule) for rule in rules(config) for ours in rule.ours]
     done: set[str] = set()
-    found: list[Group] = []
+    filled: list[Group] = []
     for name in names:
-        if name in done:
+        if name in done:  # q of a fused rule covers k and v
             continue
         match, rule = next(
             ((m, rule) for pattern, rule in table if (m := pattern.fullmatch(name))), (None, None)
@@ -278,15 +285,15 @@ def groups(config: PreTrainedConfig, names: Iterable[str]) -> list[Group]:
         if match is None or rule is None:
             raise ModelFolderError(f"no official name for the weight {name}")
         fill = match.groupdict()
-        ours = tuple(part.format(**fill) for part in rule.ours)
-        official = tuple(part.format(**fill) for part in rule.official)
-        found.append(Group(official, ours, rule.change))
+        ours = tuple(template.format(**fill) for template in rule.ours)
+        official = tuple(template.format(**fill) for template in rule.official)
+        filled.append(Group(official, ours, rule.change))
         done.update(ours)
-    return found
+    return filled
 
 
 _HF_PREFIXES = (
-    # As the -hf releases and transformers' save_pretrained write them.
+    # As the -hf releases and save_pretrained write them. In order: the first prefix that fits.
     ("language_model.lm_head.", "lm_head."),
     ("language_model.model.", "model.language_model."),
     ("language_model.", "model.language_model."),
@@ -298,11 +305,11 @@ _HF_PREFIXES = (
 
 
 HF_HEAD = "language_model.lm_head.weight"
-"""The output matrix, not stored where it is tied to the input matrix."""
+"""The output matrix; not stored if it is tied to the input matrix."""
 
 
 def hf_to_ours(name: str) -> str:
-    """A name in a file of the hf layout, of any `transformers` version, as the model's own."""
+    """Converts a name of an hf-layout file, of any `transformers` version, to the model's."""
     for theirs, ours in _HF_PREFIXES:
         if name.startswith(theirs):
             return ours + name[len(theirs) :]
@@ -310,7 +317,7 @@ def hf_to_ours(name: str) -> str:
 
 
 def ours_to_hf(name: str) -> str:
-    """A name of the model as the -hf releases write it."""
+    """Converts a name of the model to that of the -hf releases."""
     for theirs, ours in _HF_PREFIXES:
         if name.startswith(ours):
             return theirs + name[len(ours) :]
@@ -318,48 +325,51 @@ def ours_to_hf(name: str) -> str:
 
 
 def has_adapters(names: Iterable[str]) -> bool:
-    """Whether official weights carry LoRA (trained with use_llm_lora or use_backbone_lora)."""
+    """True if official weights include LoRA (use_llm_lora or use_backbone_lora)."""
     return any(".lora_A." in name for name in names)
 
 
+# Lazy tensors: adapters alone are read, or the base alone.
 @dataclass(frozen=True)
 class Adapted:
-    """An official LoRA checkpoint taken apart: the base by its plain names, and the adapters."""
+    """An official LoRA checkpoint, split into base weights and adapters."""
 
     base: dict[str, LazyTensor]
     adapters: dict[str, tuple[LazyTensor, LazyTensor]]
-    """Official module name -> (A, B)."""
+    """Official module name -> (A (r, in), B (out, r))."""
 
 
-def take_apart(stored: Mapping[str, LazyTensor]) -> Adapted:
-    """Split PEFT-wrapped official names; those without adapters come back as they are."""
+def split_adapters(stored: Mapping[str, LazyTensor]) -> Adapted:
+    """Splits PEFT-wrapped official weights; those without adapters are returned as they are."""
     base: dict[str, LazyTensor] = {}
-    halves: dict[str, dict[str, LazyTensor]] = {}
+    matrices: dict[str, dict[str, LazyTensor]] = {}
     for name, tensor in stored.items():
+        # PEFT wraps the language model (`base_model.model`) and each adapted layer (`base_layer`).
         plain = name.replace(".base_model.model.", ".", 1).replace(".base_layer.", ".")
-        module, found, _ = plain.partition(".lora_")
-        if not found:
+        module, separator, _ = plain.partition(".lora_")
+        if not separator:
             base[plain] = tensor
         else:
-            halves.setdefault(module, {})[plain[len(module) + len(found)]] = tensor
-    adapters = {module: (half["A"], half["B"]) for module, half in halves.items()}
+            # "A" or "B", the letter after the separator.
+            matrices.setdefault(module, {})[plain[len(module) + len(separator)]] = tensor
+    adapters = {module: (pair["A"], pair["B"]) for module, pair in matrices.items()}
     return Adapted(base, adapters)
 
 
 @dataclass(frozen=True)
 class Renamed:
-    """The tensors of a checkpoint under the model's names, and what did not fit."""
+    """Tensors of a checkpoint under the model's names, and the names that do not match."""
 
     tensors: dict[str, LazyTensor]
     missing: list[str]
     unexpected: list[str]
-    """Both as the file would name them."""
+    """Both lists have the names of the file's layout."""
 
 
 def official_to_ours(
     config: PreTrainedConfig, names: Iterable[str], stored: Mapping[str, LazyTensor]
 ) -> Renamed:
-    """Official tensors under the names of a model. Nothing is read before it is used."""
+    """Renames official tensors to the model's names, lazily: nothing is read yet."""
     left = dict(stored)
     tensors: dict[str, LazyTensor] = {}
     missing: list[str] = []
@@ -370,16 +380,16 @@ def official_to_ours(
             missing += [
                 n for n, source in zip(group.official, sources, strict=True) if source is None
             ]
-            continue
+            continue  # a fused tensor needs all of its sources
         for index, name in enumerate(group.ours):
-            tensors[name] = _lazy_part(group, present, index)
+            tensors[name] = _convert_lazily(group, present, index)
     return Renamed(tensors, missing, sorted(left))
 
 
 def ours_to_official(
     config: PreTrainedConfig, state: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """(official name, tensor) of a model's weights, one group at a time."""
+    """Yields (official name, tensor) of a model's weights, one group at a time."""
     for group in groups(config, state):
         official = group.change.to_official([state[name] for name in group.ours])
         yield from zip(group.official, official, strict=True)
@@ -390,20 +400,18 @@ def adapters_to_ours(
     names: Iterable[str],
     adapters: Mapping[str, tuple[LazyTensor, LazyTensor]],
 ) -> dict[str, Tensor]:
-    """Official adapters by our module names, `….lora_A.weight` and `….lora_B.weight`.
-
-    A fused layer's A goes to each of its parts; its B comes apart like the layer's own weight.
-    """
+    """Converts official adapters to `….lora_A.weight` and `….lora_B.weight` of our modules."""
     state: dict[str, Tensor] = {}
     left = dict(adapters)
     for group in groups(config, names):
         pair = left.pop(group.official[0].removesuffix(".weight"), None)
         if pair is None or not group.official[0].endswith(".weight"):
             continue
+        # B A of a fused layer: A is shared by its outputs, and B splits like the weight itself.
         down, up = pair[0].read(), pair[1].read()
-        for name, part in zip(group.ours, group.change.to_ours([up]), strict=True):
+        for name, own_up in zip(group.ours, group.change.to_ours([up]), strict=True):
             state[f"{name.removesuffix('.weight')}.lora_A.weight"] = down
-            state[f"{name.removesuffix('.weight')}.lora_B.weight"] = part
+            state[f"{name.removesuffix('.weight')}.lora_B.weight"] = own_up
     if left:
         raise ModelFolderError(f"adapters for unknown layers, {next(iter(left))}")
     return state
@@ -412,15 +420,16 @@ def adapters_to_ours(
 def hf_to_model(
     config: PreTrainedConfig, names: Iterable[str], stored: Mapping[str, LazyTensor]
 ) -> Renamed:
-    """As `official_to_ours`, for the hf layout of any `transformers` version."""
+    """Like `official_to_ours`, for the hf layout of any `transformers` version."""
     left = dict(stored)
     tensors: dict[str, LazyTensor] = {}
     expected = list(names)
+    # Older versions store experts one by one, like the official layout; newer ones stacked.
     for group in groups(config, expected):
         if _per_expert(group) and group.official[0] in left:
             sources = [left.pop(name) for name in group.official if name in left]
             if len(sources) == len(group.official):
-                tensors[group.ours[0]] = _lazy_part(group, sources, 0)
+                tensors[group.ours[0]] = _convert_lazily(group, sources, 0)
     for name, tensor in left.items():
         ours = hf_to_ours(name)
         if ours in tensors:
@@ -437,11 +446,11 @@ def hf_to_model(
 def model_to_hf(
     config: PreTrainedConfig, state: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) as the -hf releases store a model's weights: experts one by one."""
+    """Yields (name, tensor) as the -hf releases store them: experts one by one."""
     for group in groups(config, state):
         if _per_expert(group):
-            parts = group.change.to_official([state[name] for name in group.ours])
-            yield from zip(group.official, parts, strict=True)
+            experts = group.change.to_official([state[name] for name in group.ours])
+            yield from zip(group.official, experts, strict=True)
         else:
             yield from ((ours_to_hf(name), state[name]) for name in group.ours)
 
@@ -450,13 +459,14 @@ def _per_expert(group: Group) -> bool:
     return isinstance(group.change, Experts | Stack)
 
 
-def _lazy_part(group: Group, sources: list[LazyTensor], index: int) -> LazyTensor:
-    """Part `index` of what `sources` become; its shape is worked out on tensors without data.
+def _convert_lazily(group: Group, sources: list[LazyTensor], index: int) -> LazyTensor:
+    """Returns tensor `index` of the group's conversion of `sources`, computed when it is read.
 
     Raises:
-        ModelFolderError: they do not come apart that way.
+        ModelFolderError: the shapes do not fit the conversion.
     """
     change = group.change.to_ours
+    # The shape comes from a conversion on the meta device, without data.
     empty = [torch.empty(source.shape, dtype=source.dtype, device="meta") for source in sources]
     try:
         shape = tuple(change(empty)[index].shape)

@@ -119,7 +119,7 @@ def test_adapters_are_taken_apart():
         ),
         "mlp1.1.bias": torch.zeros(1),
     }
-    parts = keys.take_apart({name: lazy(tensor) for name, tensor in stored.items()})
+    parts = keys.split_adapters({name: lazy(tensor) for name, tensor in stored.items()})
     assert set(parts.base) == {
         "language_model.output.weight",
         "language_model.model.layers.0.attention.wo.weight",

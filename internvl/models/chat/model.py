@@ -218,7 +218,7 @@ def materialize(
     if drop_path:
         set_drop_path(model, drop_path)
     if source.layout == "official" and keys.has_adapters(source.tensors):
-        adapters = keys.take_apart(source.tensors).adapters
+        adapters = keys.split_adapters(source.tensors).adapters
         state = keys.adapters_to_ours(config, empty_model(config).state_dict(), adapters)
         lora.load_official(model, state, source.folder)
     return model
@@ -302,7 +302,7 @@ def fit_tensors(config: InternVLConfig, source: ModelFolder) -> dict[str, LazyTe
         if source.layout == "hf":
             renamed = keys.hf_to_model(config, expected, source.tensors)
         else:
-            base = keys.take_apart(source.tensors).base
+            base = keys.split_adapters(source.tensors).base
             renamed = keys.official_to_ours(config, expected, base)
     config.tie_word_embeddings = "lm_head.weight" not in renamed.tensors and _may_tie(source)
     if config.tie_word_embeddings:

@@ -77,7 +77,7 @@ def fit_tensors(config: DualConfig, source: ModelFolder) -> dict[str, LazyTensor
     config_checks.check_quantization(file, source.config, source.tensors)
     with config_checks.building(file):
         expected = empty_model(config).state_dict()
-        base = keys.take_apart(source.tensors).base
+        base = keys.split_adapters(source.tensors).base
         renamed = keys.official_to_ours(config, expected, base)
     model_weights.check_names(source.folder, renamed, log_unexpected=True)
     return model_weights.check_shapes(source.folder, expected, renamed.tensors)
@@ -131,4 +131,4 @@ def load_model(
 
 def _adapters(config: DualConfig, source: ModelFolder) -> Mapping[str, Tensor]:
     names = empty_model(config).state_dict()
-    return keys.adapters_to_ours(config, names, keys.take_apart(source.tensors).adapters)
+    return keys.adapters_to_ours(config, names, keys.split_adapters(source.tensors).adapters)
