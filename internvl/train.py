@@ -1,8 +1,8 @@
 """The run and its loop: `train.run(recipe)`.
 
-build      recipe -> model, objective, optimizer, sample order
+build      recipe -> TrainState: model, objective, optimizer, sample order
 train_step micro-batches -> one update, normalized by global counts
-updates    the steps that are left, one after the other, and what each measured
+updates    the remaining steps, one after the other, and the metrics of each
 run        the loop: step, log, evaluate, save
 """
 
@@ -49,13 +49,13 @@ from internvl.training.spikes import Guard
 
 
 @dataclass
-class Run:
-    """A run in progress. What moves is in `model`, `optimizer` and `step`."""
+class TrainState:
+    """A run in progress. Only `model`, `optimizer`, `step`, `num_bad` and `guard` change."""
 
     recipe: Recipe
     device: torch.device
     chat: Chat | Dual
-    """The handle a user would hold."""
+    """The model with its tokenizer and preprocessing, as `internvl.load` returns it."""
     objective: Objective
     optimizer: torch.optim.Optimizer
     order: Order
@@ -65,11 +65,11 @@ class Run:
     evaluators: dict[str, evals.Evaluator]
     """The recipe's evaluations with their data read; rank 0 has them."""
     row_lengths: tuple[int, ...] = ()
-    """Lengths that rows are padded to; none where any length does."""
+    """Lengths in tokens that rows are padded to; empty if rows keep their own."""
     step: int = 0
     num_bad: int = 0
     warmup_s: float = 0.0
-    """What compiling before the first step took."""
+    """Seconds of compiling before the first step."""
 
     @property
     def model(self) -> chat_model.ChatModel | DualModel:
@@ -81,12 +81,14 @@ class Run:
 
     @property
     def total_samples(self) -> int:
-        """Samples of the whole run."""
+        """Number of samples of the whole run."""
         return self.recipe.num_samples(self.order.epoch_size(self.recipe.epochs))
 
 
-def build(recipe: Recipe, chat: Chat | Dual | None = None, order: Order | None = None) -> Run:
-    """Everything a run needs, in the one order: load, choose what trains, adapt, place, arrange.
+def build(
+    recipe: Recipe, chat: Chat | Dual | None = None, order: Order | None = None
+) -> TrainState:
+    """Builds everything a run needs: data, model on its device, objective and optimizer.
 
     Args:
         chat: a model to train as it is, adapters included, instead of loading `recipe.model`.
@@ -97,6 +99,7 @@ def build(recipe: Recipe, chat: Chat | Dual | None = None, order: Order | None =
         recipe = _completed(recipe, chat)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
+    # Before the model is loaded: new adapters and heads draw their weights from this seed.
     torch.manual_seed(recipe.seed)
     # Before the model: what is wrong with an evaluation must not cost the training before it.
     evaluators = evals.build(recipe.evals) if dist.is_main() else {}
@@ -107,8 +110,9 @@ def build(recipe: Recipe, chat: Chat | Dual | None = None, order: Order | None =
     objective = OBJECTIVES[recipe.objective.name](recipe.objective, recipe.data, chat.encoder)
     placement.to_device(chat.model, device, recipe.dtype)
     kernels.apply_compute(chat.model, device, recipe.compute)
+    # Last: apply_compute may replace modules, and the optimizer must hold what trains.
     optimizer = optim.build(chat.model, recipe.optim)
-    return Run(
+    return TrainState(
         recipe=recipe,
         device=device,
         chat=chat,
@@ -128,40 +132,49 @@ def _files(recipe: Recipe) -> list[Source]:
 
 
 def _completed(recipe: Recipe, chat: Chat | Dual | None) -> Recipe:
-    """The recipe with what it leaves open from the model that is given, else as `handles.complete`
-    has it."""
+    """Returns the recipe with its open values taken from `chat`, else from the checkpoint."""
     if chat is None:
         return loading.complete(recipe).recipe
     start = inherited.of_config(chat.model.config, "the model that is given")
     return inherited.complete(recipe, start).recipe
 
 
-def train_step(run: Run, micro_batches: Sequence[Batch]) -> dict[str, float]:
-    """One optimizer step. The gradient does not depend on how the step was cut into rows or ranks:
-    sums of every term are divided by what was counted over all of them."""
-    recipe, objective = run.recipe, run.objective
+def train_step(state: TrainState, micro_batches: Sequence[Batch]) -> dict[str, float]:
+    """Takes one optimizer step; returns its loss, terms, learning rate and gradient norm.
+
+    The gradient does not depend on how the step was cut into rows or over ranks.
+
+    Raises:
+        RunError: nothing to train on, out of GPU memory, or the guard stops the run.
+    """
+    recipe, objective = state.recipe, state.objective
     counted = [objective.counts(batch) for batch in micro_batches]
+    # Counted over all ranks before the first backward pass: each row's sum is divided by the count
+    # of the whole step, so the gradient is the mean over the step, not a mean of rows' means.
     counts = dist.sum_counts({n: sum(row[n] for row in counted) for n in objective.weights})
     empty = [name for name, count in counts.items() if count == 0]
     if empty:
-        raise RunError(f"step {run.step + 1} has nothing to train on for {', '.join(empty)}")
-    run.model.train()
-    rng.seed_step(recipe.seed, run.step)
+        raise RunError(f"step {state.step + 1} has nothing to train on for {', '.join(empty)}")
+    state.model.train()
+    # By step, not once a run: dropout after a resume draws what it would have drawn without.
+    rng.seed_step(recipe.seed, state.step)
     with compilation.several_shapes():
-        autocast = placement.autocast(run.device, recipe.dtype)
-        saved = memory.offloaded(run.model, run.device, recipe.compute)
+        autocast = placement.autocast(state.device, recipe.dtype)
+        saved = memory.offloaded(state.model, state.device, recipe.compute)
         with autocast, backends.math_attention(recipe.compute), saved:
-            rows = feeding.prefetch_to_device(micro_batches, run.device)
+            rows = feeding.prefetch_to_device(micro_batches, state.device)
             try:
-                objective.begin_step(run.model, rows, counts)
+                objective.begin_step(state.model, rows, counts)
             except torch.OutOfMemoryError as error:
-                raise _out_of_memory(run, "while all pairs are encoded") from error
-        rows = feeding.prefetch_to_device(micro_batches, run.device)
-        sums = [_backward(run, row, counts) for row in rows]
-    trainable = [p for p in run.model.parameters() if p.requires_grad]
+                raise _out_of_memory(state, "while all pairs are encoded") from error
+        # Again: the iterator above is used up if the objective encoded all pairs at first.
+        rows = feeding.prefetch_to_device(micro_batches, state.device)
+        sums = [_backward(state, row, counts) for row in rows]
+    # Summed before clipping: the norm is that of the whole step on every rank.
+    trainable = [p for p in state.model.parameters() if p.requires_grad]
     gradients.sum_gradients(trainable)
     grad_norm = gradients.clip_gradients(trainable, recipe.optim.max_grad_norm)
-    # The one place where the host waits for the device.
+    # The only transfer to the host in a step: one wait for all values instead of one for each.
     *flat, norm = torch.cat([*sums, grad_norm[None]]).tolist()
     by_row = [
         dict(zip(counts, flat[start : start + len(counts)], strict=True))
@@ -169,103 +182,105 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> dict[str, float]:
     ]
     totals = dist.sum_counts({name: sum(row[name] for row in by_row) for name in counts})
     means = {name: total / counts[name] for name, total in totals.items()}
-    numbers = {"loss": _weighted(run, totals, counts), **means}
-    losses = [_weighted(run, *of_row) for of_row in zip(by_row, counted, strict=True)]
-    lr = optim.set_lr(run.optimizer, run.step, run.num_steps, recipe.optim)
-    skipped = _refused(run, micro_batches, losses, numbers["loss"], norm)
+    numbers = {"loss": _weighted(state, totals, counts), **means}
+    losses = [_weighted(state, *of_row) for of_row in zip(by_row, counted, strict=True)]
+    lr = optim.set_lr(state.optimizer, state.step, state.num_steps, recipe.optim)
+    # Judged after the gradients are summed, so that every rank decides alike.
+    skipped = _refused(state, micro_batches, losses, numbers["loss"], norm)
     if not skipped:
-        run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    run.step += 1
+        state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
     return numbers | {"lr": lr, "grad_norm": norm} | ({"skipped": 1.0} if skipped else {})
 
 
-def _weighted(run: Run, sums: dict[str, float], counts: dict[str, float]) -> float:
-    """The total loss of terms that are given as sums and counts."""
-    return sum(w * sums[n] / counts[n] for n, w in run.objective.weights.items() if counts[n])
+def _weighted(state: TrainState, sums: dict[str, float], counts: dict[str, float]) -> float:
+    """Returns the weighted loss of terms given as sums and counts; terms without a count add 0."""
+    return sum(w * sums[n] / counts[n] for n, w in state.objective.weights.items() if counts[n])
 
 
 def _refused(
-    run: Run, rows: Sequence[Batch], losses: Sequence[float], loss: float, norm: float
+    state: TrainState, rows: Sequence[Batch], losses: Sequence[float], loss: float, norm: float
 ) -> bool:
-    """Whether the guard keeps this step from being applied; it stops the run or lists the step."""
-    step = run.step + 1
-    reason = run.guard.objection(step, loss, norm)
+    """Returns True if the guard rejects this step, which is then listed; or stops the run."""
+    step = state.step + 1
+    reason = state.guard.objection(step, loss, norm)
     if reason is None:
-        run.guard.remember(loss, norm)
+        state.guard.remember(loss, norm)
         return False
-    _, names = max(dist.gather_objects(spikes.worst(rows, losses)), key=lambda found: found[0])
-    spikes.refuse(run.guard, step, reason, names, log.StepLog(run.folder, spikes.SKIPPED))
+    _, names = max(dist.gather_objects(spikes.worst(rows, losses)), key=lambda worst: worst[0])
+    spikes.refuse(state.guard, step, reason, names, log.StepLog(state.folder, spikes.SKIPPED))
     return True
 
 
-def _backward(run: Run, batch: Batch, counts: dict[str, float]) -> torch.Tensor:
-    """Adds a row's gradients; returns the sum of each term, in the order of `counts`.
+def _backward(state: TrainState, batch: Batch, counts: dict[str, float]) -> torch.Tensor:
+    """Runs forward and backward of a row; returns float32 (terms,) sums, ordered as `counts`.
 
     Raises:
         RunError: the GPU's memory does not hold this row.
     """
-    recipe = run.recipe
-    autocast = placement.autocast(run.device, recipe.dtype)
-    saved = memory.offloaded(run.model, run.device, recipe.compute)
+    recipe = state.recipe
+    autocast = placement.autocast(state.device, recipe.dtype)
+    saved = memory.offloaded(state.model, state.device, recipe.compute)
     try:
-        # Around the backward pass too, for what is computed again there.
+        # Around the backward pass too: recomputed blocks must take the same attention kernel.
         with backends.math_attention(recipe.compute):
             with autocast, saved:
-                sums = run.objective(run.model, batch)
-            weights = run.objective.weights
+                sums = state.objective(state.model, batch)
+            weights = state.objective.weights
             loss = torch.stack([weights[name] * sums[name] / counts[name] for name in counts]).sum()
-            if loss.requires_grad:  # a row without images has nothing to teach the projector
+            # False if only the projector trains and the row has no image.
+            if loss.requires_grad:
                 loss.backward()
     except torch.OutOfMemoryError as error:
-        what = (
+        row = (
             f"in a row of {batch.num_samples} samples, {batch.num_tokens:,} tokens and "
             f"{batch.num_tiles} tiles (the first: {batch.names[0]})"
         )
-        raise _out_of_memory(run, what) from error
+        raise _out_of_memory(state, row) from error
     return torch.stack([sums[name].detach().float() for name in counts])
 
 
-def _out_of_memory(run: Run, what: str) -> RunError:
-    where = f"out of GPU memory in step {run.step + 1}, {what}"
-    return RunError(f"{where}. {memory_ladder.advice(run.recipe)}")
+def _out_of_memory(state: TrainState, phase: str) -> RunError:
+    where = f"out of GPU memory in step {state.step + 1}, {phase}"
+    return RunError(f"{where}. {memory_ladder.advice(state.recipe)}")
 
 
-def warm_up(now: Run) -> None:
-    """Compiles for every shape a row may have, forward and backward, and drops the gradients.
+def warm_up(state: TrainState) -> None:
+    """Compiles forward and backward for every padded row length, and drops the gradients.
 
-    What is random in a step depends on its number, so nothing that is drawn here is missed.
+    Random numbers drawn here change nothing: every step seeds its own.
     """
     started = time.perf_counter()
-    batches = now.objective.warmup_batches(now.row_lengths)
-    now.model.train()
-    with compilation.compiling(now.recipe.compute, now.device):
-        for batch in feeding.prefetch_to_device(batches, now.device):
-            _backward(now, batch, now.objective.counts(batch))
-            now.optimizer.zero_grad(set_to_none=True)
-    placement.synchronize(now.device)
-    now.warmup_s = time.perf_counter() - started
+    batches = state.objective.warmup_batches(state.row_lengths)
+    state.model.train()
+    with compilation.compiling(state.recipe.compute, state.device):
+        for batch in feeding.prefetch_to_device(batches, state.device):
+            _backward(state, batch, state.objective.counts(batch))
+            state.optimizer.zero_grad(set_to_none=True)
+    placement.synchronize(state.device)
+    state.warmup_s = time.perf_counter() - started
     if batches:
-        lengths = ", ".join(f"{length:,}" for length in now.row_lengths)
-        said = "compiled for rows of %s tokens in %.1f s"
-        log.get_logger().info(said, lengths, now.warmup_s)
+        lengths = ", ".join(f"{length:,}" for length in state.row_lengths)
+        message = "compiled for rows of %s tokens in %.1f s"
+        log.get_logger().info(message, lengths, state.warmup_s)
 
 
-def updates(now: Run) -> Iterator[dict[str, float]]:
-    """Takes the steps that are left; after each, what it measured.
+def updates(state: TrainState) -> Iterator[dict[str, float]]:
+    """Takes the remaining steps; yields the metrics of each.
 
-    What is compiled is so before the first; the rows of the next one are read meanwhile.
+    Compiles before the first step. Rows of the next step are read while one trains.
     """
-    warm_up(now)
-    first = now.step
-    for step, wait_s in feeding.prefetch(_steps(now)):
+    warm_up(state)
+    first = state.step
+    for step, wait_s in feeding.prefetch(_steps(state)):
         started = time.perf_counter()
-        take_bad(now, step)
+        take_bad(state, step)
         if step.index == first:
-            described = now.objective.describe(step.batches)
+            described = state.objective.describe(step.batches)
             log.get_logger().info("step %d: %s", first + 1, described)
-        numbers = train_step(now, step.batches)
-        yield numbers | _speed(now, step, wait_s, time.perf_counter() - started + wait_s)
+        numbers = train_step(state, step.batches)
+        yield numbers | _speed(state, step, wait_s, time.perf_counter() - started + wait_s)
 
 
 def run(recipe: Recipe) -> Path:
@@ -290,70 +305,72 @@ def run(recipe: Recipe) -> Path:
             return recipe.run
         done = max(checkpoint.steps(recipe.run / "checkpoints"), default=0) * recipe.global_batch
         order = run_folder.order_of(recipe, _files(recipe), done)
-        now = build(recipe, order=order)
-        metrics = _resume(now)
-        logger.info("%s\n%s", summary(now), completed.render())
-        enough = validate(now, metrics)
-        with log.Progress("steps", total=now.num_steps - now.step) as progress:
-            for numbers in updates(now) if enough is None else ():
+        state = build(recipe, order=order)
+        metrics = _resume(state)
+        logger.info("%s\n%s", summary(state), completed.render())
+        enough = validate(state, metrics)
+        with log.Progress("steps", total=state.num_steps - state.step) as progress:
+            for numbers in updates(state) if enough is None else ():
                 stopped = stop.agreed()
-                if now.step % recipe.log_every == 0 or now.step == now.num_steps:
-                    metrics.write(now.step, numbers)
+                if state.step % recipe.log_every == 0 or state.step == state.num_steps:
+                    metrics.write(state.step, numbers)
                 progress.update()
-                if _due(now, recipe.checkpoint.every) or stopped or now.step == now.num_steps:
-                    save(now)
+                if _due(state, recipe.checkpoint.every) or stopped or state.step == state.num_steps:
+                    save(state)
                 if stopped:
                     raise Interrupted(
-                        f"stopped at step {now.step} of {now.num_steps}; checkpoint written. "
+                        f"stopped at step {state.step} of {state.num_steps}; checkpoint written. "
                         "The same command goes on from there"
                     )
-                enough = validate(now, metrics)
+                enough = validate(state, metrics)
                 if enough is not None:
-                    save(now)
+                    save(state)
                     break
         why = enough or "all steps are done"
-        logger.info("the run ends at step %d: %s", now.step, why)
+        logger.info("the run ends at step %d: %s", state.step, why)
         metrics.close()
         if dist.is_main():
             if recipe.model.lora is not None:
-                lora.save_adapter(now.model, now.folder / "adapter", recipe.model.id)
-            run_folder.finish(recipe.run, now.step, why)
+                lora.save_adapter(state.model, state.folder / "adapter", recipe.model.id)
+            run_folder.finish(recipe.run, state.step, why)
         dist.barrier()
     return recipe.run
 
 
-def save(now: Run) -> None:
-    """A checkpoint of this step, written by rank 0."""
+def save(state: TrainState) -> None:
+    """Writes a checkpoint of this step, on rank 0; the others wait."""
     if dist.is_main():
-        _checkpoint(now, now.folder / "checkpoints", now.recipe.checkpoint.keep)
+        _checkpoint(state, state.folder / "checkpoints", state.recipe.checkpoint.keep)
     dist.barrier()
 
 
-def _checkpoint(now: Run, folder: Path, keep: int) -> None:
-    state = {"num_bad": now.num_bad, "guard": now.guard.state()}
-    checkpoint.save(folder, now.step, now.model, now.optimizer, state, keep)
+def _checkpoint(state: TrainState, folder: Path, keep: int) -> None:
+    # The order of samples is a function of seed and step, so no cursor into the data is saved.
+    counters = {"num_bad": state.num_bad, "guard": state.guard.state()}
+    checkpoint.save(folder, state.step, state.model, state.optimizer, counters, keep)
 
 
-def validate(now: Run, metrics: tracking.Metrics) -> str | None:
-    """Evaluates what is due and keeps the best step; why the run should end here, or None.
+def validate(state: TrainState, metrics: tracking.Metrics) -> str | None:
+    """Evaluates what is due and keeps the best step; returns why the run should end, or None.
 
     Raises:
         RunError: an evaluation got worse than its guard allows; a checkpoint was written.
     """
     verdict = early_stopping.Verdict()
     if dist.is_main():
-        metrics.show(now.step, evaluate(now))
-        found = early_stopping.history(now.folder / "evals", now.step)
-        verdict = early_stopping.judge(now.recipe, found, now.step)
+        metrics.show(state.step, evaluate(state))
+        history = early_stopping.history(state.folder / "evals", state.step)
+        verdict = early_stopping.judge(state.recipe, history, state.step)
         if verdict.best:
-            best = now.folder / "best"
-            _checkpoint(now, best / "checkpoints", keep=1)
-            shutil.copyfile(now.folder / "recipe.yaml", best / "recipe.yaml")
+            best = state.folder / "best"
+            _checkpoint(state, best / "checkpoints", keep=1)
+            shutil.copyfile(state.folder / "recipe.yaml", best / "recipe.yaml")
+    # Rank 0 alone evaluates; all must stop at the same step, or the next all-reduce would hang.
     verdict = dist.from_main(verdict)
     for sentence in verdict.warnings:
         log.get_logger().warning("%s", sentence)
     if verdict.forgotten:
-        save(now)
+        save(state)
         raise RunError(
             f"{'; '.join(verdict.forgotten)}. The checkpoint of this step is kept; train on what "
             "is forgotten too, lower optim.lr, or allow more and start the same command again"
@@ -361,98 +378,110 @@ def validate(now: Run, metrics: tracking.Metrics) -> str | None:
     return verdict.stop
 
 
-def evaluate(now: Run) -> dict[str, float]:
-    """Runs what is due at this step and not done yet; writes evals/STEP.json and the answers."""
-    due = {n: now.evaluators[n] for n, spec in now.recipe.evals.items() if _eval_due(now, spec)}
-    for name in evals.measured(now.folder / "evals", now.step):
+def evaluate(state: TrainState) -> dict[str, float]:
+    """Runs the evaluations due at this step and not done yet; returns their metrics by name.
+
+    Writes evals/STEP.json and the answers.
+    """
+    due = {
+        n: state.evaluators[n] for n, spec in state.recipe.evals.items() if _eval_due(state, spec)
+    }
+    # A resumed run comes by this step again; what is written already is not measured twice.
+    for name in evals.measured(state.folder / "evals", state.step):
         due.pop(name, None)
     if not due:
         return {}
-    now.model.eval()
-    with compilation.evaluating(now.device, now.recipe.dtype):
-        return evals.run_all(due, now.chat, now.folder / "evals", now.step)
+    state.model.eval()
+    with compilation.evaluating(state.device, state.recipe.dtype):
+        return evals.run_all(due, state.chat, state.folder / "evals", state.step)
 
 
-def take_bad(now: Run, step: loader.Step) -> None:
+def take_bad(state: TrainState, step: loader.Step) -> None:
     """Raises for the step's first bad sample, or lists them all and counts, as the recipe says."""
-    found = [bad for of_rank in dist.gather_objects(step.bad) for bad in of_rank]
-    if not found:
+    bad_samples = [bad for of_rank in dist.gather_objects(step.bad) for bad in of_rank]
+    if not bad_samples:
         return
-    if now.recipe.data.on_bad_sample == "raise":
-        raise found[0]
-    listed = log.StepLog(now.folder, "bad_samples.jsonl")
+    # Gathered first: every rank raises the same sample at the same step.
+    if state.recipe.data.on_bad_sample == "raise":
+        raise bad_samples[0]
+    bad_log = log.StepLog(state.folder, "bad_samples.jsonl")
     if dist.is_main():
-        for bad in found:
-            listed.append({"step": step.index + 1, "sample": bad.name, "reason": bad.reason})
-    now.num_bad += len(found)
-    seen = (step.index + 1) * now.recipe.global_batch
+        for bad in bad_samples:
+            bad_log.append({"step": step.index + 1, "sample": bad.name, "reason": bad.reason})
+    state.num_bad += len(bad_samples)
+    num_seen = (step.index + 1) * state.recipe.global_batch
     # A share of very few samples says nothing: the cap counts from the first hundred on.
-    if now.num_bad > now.recipe.data.max_bad_fraction * max(seen, 100):
+    if state.num_bad > state.recipe.data.max_bad_fraction * max(num_seen, 100):
         raise RunError(
-            f"{now.num_bad} of the first {seen} samples are bad, more than "
-            f"data.max_bad_fraction = {now.recipe.data.max_bad_fraction} allows; the last: "
-            f"{found[-1]}. All are listed in {listed.path}"
+            f"{state.num_bad} of the first {num_seen} samples are bad, more than "
+            f"data.max_bad_fraction = {state.recipe.data.max_bad_fraction} allows; the last: "
+            f"{bad_samples[-1]}. All are listed in {bad_log.path}"
         )
 
 
-def summary(now: Run) -> str:
-    """What trains on what, in a few lines."""
-    recipe = now.recipe
-    trained, all_ = count_parameters(now.model)
+def summary(state: TrainState) -> str:
+    """Returns one sentence on the samples, steps, parameters and devices of a run."""
+    recipe = state.recipe
+    num_trained, num_parameters = count_parameters(state.model)
     return (
-        f"{recipe.run}: {len(now.order):,} samples an epoch in {now.order.num_groups:,} groups, "
-        f"{recipe.global_batch} a step, {now.num_steps:,} steps, from step {now.step}; "
-        f"{trained:,} of {all_:,} parameters train, {recipe.dtype} on "
-        f"{dist.world_size()} x {now.device.type}"
+        f"{recipe.run}: {len(state.order):,} samples an epoch in "
+        f"{state.order.num_groups:,} groups, "
+        f"{recipe.global_batch} a step, {state.num_steps:,} steps, from step {state.step}; "
+        f"{num_trained:,} of {num_parameters:,} parameters train, {recipe.dtype} on "
+        f"{dist.world_size()} x {state.device.type}"
     )
 
 
-def _steps(now: Run) -> Iterator[loader.Step]:
+def _steps(state: TrainState) -> Iterator[loader.Step]:
     def rows(units: Sequence[Any]) -> Sequence[Batch]:
-        made: Sequence[Any] = now.objective.batches(units)
-        if now.row_lengths:
-            made = [feeding.pad(row, now.row_lengths) for row in made]
-        return [feeding.pin(row) for row in made] if now.device.type == "cuda" else made
+        batches: Sequence[Any] = state.objective.batches(units)
+        if state.row_lengths:
+            # A compiled model has one graph per length; any other length would recompile.
+            batches = [feeding.pad(row, state.row_lengths) for row in batches]
+        # After padding, which copies; only pinned memory goes to the GPU without waiting.
+        return [feeding.pin(row) for row in batches] if state.device.type == "cuda" else batches
 
     return loader.steps(
-        now.order,
-        now.reader,
+        state.order,
+        state.reader,
         rows,
-        first=now.step,
-        last=now.num_steps,
-        global_batch=now.recipe.global_batch,
-        total=now.total_samples,
-        workers=now.recipe.data.workers,
+        first=state.step,
+        last=state.num_steps,
+        global_batch=state.recipe.global_batch,
+        total=state.total_samples,
+        workers=state.recipe.data.workers,
         rank=dist.rank(),
         world_size=dist.world_size(),
     )
 
 
-def _resume(now: Run) -> tracking.Metrics:
-    """Puts the newest checkpoint in place and cuts the logs back to it."""
-    saved = checkpoint.steps(now.folder / "checkpoints")
+def _resume(state: TrainState) -> tracking.Metrics:
+    """Loads the newest checkpoint and truncates the logs after its step."""
+    saved = checkpoint.steps(state.folder / "checkpoints")
     if saved:
-        state = checkpoint.load(now.folder / "checkpoints", saved[-1], now.model, now.optimizer)
-        now.step, now.num_bad = saved[-1], checkpoint.whole_number(state, "num_bad")
-        now.guard.restore(state.get("guard"))
+        folder = state.folder / "checkpoints"
+        counters = checkpoint.load(folder, saved[-1], state.model, state.optimizer)
+        state.step, state.num_bad = saved[-1], checkpoint.whole_number(counters, "num_bad")
+        state.guard.restore(counters.get("guard"))
     dist.barrier()
     if not dist.is_main():
         return tracking.Metrics([])
+    # Steps after the checkpoint are taken again and would be logged twice.
     for name in ("bad_samples.jsonl", spikes.SKIPPED):
-        log.StepLog(now.folder, name).truncate_after(now.step)
-    return tracking.open_metrics(now.folder, now.step, now.recipe.wandb)
+        log.StepLog(state.folder, name).truncate_after(state.step)
+    return tracking.open_metrics(state.folder, state.step, state.recipe.wandb)
 
 
-def _speed(now: Run, step: loader.Step, wait_s: float, seconds: float) -> dict[str, float]:
-    counted = {
+def _speed(state: TrainState, step: loader.Step, wait_s: float, seconds: float) -> dict[str, float]:
+    of_rank = {
         "rows": len(step.batches),
         "samples": sum(batch.num_samples for batch in step.batches),
         "tokens": sum(batch.num_tokens for batch in step.batches),
     }
-    summed = dist.sum_counts(counted)
-    rows, samples, tokens = (int(summed[name]) for name in counted)
-    limit = now.recipe.data.row_tokens or now.recipe.data.max_tokens
-    packs = now.recipe.objective.packs
+    summed = dist.sum_counts(of_rank)
+    rows, samples, tokens = (int(summed[name]) for name in of_rank)
+    limit = state.recipe.data.row_tokens or state.recipe.data.max_tokens
+    packs = state.recipe.objective.packs
     return {
         "rows": rows,
         "samples": samples,
@@ -462,15 +491,15 @@ def _speed(now: Run, step: loader.Step, wait_s: float, seconds: float) -> dict[s
         "tokens_per_s": tokens / seconds,
         "data_wait_s": wait_s,
         "step_s": seconds,
-        "memory_gib": memory.peak_memory_gib(now.device),
+        "memory_gib": memory.peak_memory_gib(state.device),
     }
 
 
-def _eval_due(now: Run, spec: EvalConfig) -> bool:
-    if now.step == 0:
+def _eval_due(state: TrainState, spec: EvalConfig) -> bool:
+    if state.step == 0:
         return spec.before or spec.guard is not None
-    return now.step == now.num_steps or _due(now, spec.every)
+    return state.step == state.num_steps or _due(state, spec.every)
 
 
-def _due(now: Run, every: int) -> bool:
-    return every > 0 and now.step % every == 0
+def _due(state: TrainState, every: int) -> bool:
+    return every > 0 and state.step % every == 0
