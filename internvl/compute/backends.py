@@ -1,4 +1,4 @@
-"""The attention backend and the row lengths that `compute:` stands for on a device."""
+"""Attention backend, compilation and row lengths that `compute:` resolves to on a device."""
 
 import math
 from contextlib import AbstractContextManager, nullcontext
@@ -20,26 +20,27 @@ KERNELS = {
 }
 
 
-def attention_kernels(kind: str, text: Any) -> dict[str, str]:
-    """What the parts of a chat model attend with, by the names of their configurations."""
-    names = KERNELS[kind]
-    if kind == "flash" and configs.head_width(text) not in flash4.WIDTHS:
+def attention_kernels(backend: str, text: Any) -> dict[str, str]:
+    """Returns the attention implementation of each of a chat model's configurations."""
+    names = KERNELS[backend]
+    # At other head sizes FlashAttention 4 is untested, and did not compile at 16.
+    if backend == "flash" and configs.head_width(text) not in flash4.WIDTHS:
         names = names | {"text_config": packed.FLEX}
     return names
 
 
 def available_compute(compute: ComputeConfig, device: torch.device) -> ComputeConfig:
-    """The same settings, attention chosen anew where this device has no FlashAttention 4."""
+    """Returns the settings, with `attention: auto` if this device has no FlashAttention 4."""
     if compute.attention == "flash" and not packed.has_flash(device):
         return replace(compute, attention="auto")
     return compute
 
 
 def attention_backend(compute: ComputeConfig, device: torch.device) -> str:
-    """What `auto` stands for on this device, and what was asked for is there.
+    """Resolves `auto` to a backend for this device and checks that it is available.
 
     Raises:
-        UserError: FlashAttention 4 is asked for and not there.
+        UserError: FlashAttention 4 is not installed, or the GPU is not one it is written for.
     """
     if compute.attention == "flash" and not packed.has_flash(device):
         raise UserError(
@@ -54,23 +55,23 @@ def attention_backend(compute: ComputeConfig, device: torch.device) -> str:
 
 
 def is_compiled(compute: ComputeConfig, device: torch.device) -> bool:
+    """True if blocks are compiled: by default on a GPU alone."""
     return device.type == "cuda" if compute.compile is None else compute.compile
 
 
 def row_lengths(compute: ComputeConfig, device: torch.device, data: DataConfig) -> tuple[int, ...]:
-    """Lengths that rows are padded to, ascending; none where any length does."""
+    """Returns the lengths that rows are padded to, ascending; empty if no backend needs them."""
     auto = compute.attention == "auto" and device.type == "cuda"
     if not (auto or compute.attention in KERNELS or is_compiled(compute, device)):
         return ()
+    # FlexAttention takes multiples of a block, and compiled code is built once for each length.
     longest = data.row_tokens or data.max_tokens
     blocks = {math.ceil(longest * share / packed.BLOCK) for share in ROW_SHARES}
-    return tuple(sorted(number * packed.BLOCK for number in blocks))
+    return tuple(sorted(count * packed.BLOCK for count in blocks))
 
 
 def math_attention(compute: ComputeConfig) -> AbstractContextManager[Any]:
-    """torch's own attention inside writes its scores out, where the recipe says so.
-
-    A chat model is told by `arrange`; InternVL-14B calls torch's attention in many places.
-    """
+    """Forces SDPA's math backend if the recipe says `compute.attention: eager`."""
+    # A chat model has a setting for it; InternVL-14B calls torch's attention in many places.
     eager = compute.attention == "eager"
     return sdpa_kernel(SDPBackend.MATH) if eager else nullcontext()

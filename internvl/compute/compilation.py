@@ -13,16 +13,17 @@ from internvl.errors import UserError
 
 
 def several_shapes() -> AbstractContextManager[None]:
-    """Lets torch keep the code for every row length; by itself it gives up at eight graphs."""
+    """Raises torch's limit of recompilations, so that every row length may have its code."""
+    # At the default of 8 torch gives up and runs the block eagerly from then on.
     return torch._dynamo.config.patch(recompile_limit=64)
 
 
 @contextmanager
 def compiling(compute: ComputeConfig, device: torch.device) -> Iterator[None]:
-    """Inside, code is built for the first time.
+    """Context for the first call of compiled blocks.
 
     Raises:
-        UserError: FlashAttention 4 and this torch do not go together, and what to do.
+        UserError: FlashAttention 4 and this torch do not fit together.
     """
     try:
         with several_shapes():
@@ -32,26 +33,27 @@ def compiling(compute: ComputeConfig, device: torch.device) -> Iterator[None]:
             raise
         raise UserError(
             "FlashAttention 4 does not run as this torch calls it "
-            f"({str(error).strip().splitlines()[0]}): take another version of flash-attn-4, or do "
-            "without it, compute.attention=flex"
+            f"({str(error).strip().splitlines()[0]}): pip install 'internvl[flash]' for the tested "
+            "version of flash-attn-4, or set compute.attention=flex"
         ) from error
 
 
 def uncompiled() -> AbstractContextManager[None]:
-    """Compiled blocks run as they are written: generation has a new shape for every token."""
+    """Runs compiled blocks eagerly."""
+    # Generation has another shape for every token: each would be recompiled.
     return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager
 def evaluating(device: torch.device, dtype: str) -> Iterator[None]:
-    """How a run's evaluations compute, in the run and from outside: compiled blocks as they are
-    written, matrix products in the compute type."""
+    """Context of a run's evaluations, in the run and from outside: compiled blocks run eagerly,
+    matrix products in the compute dtype."""
     with autocast(device, dtype), uncompiled():
         yield
 
 
 @contextmanager
 def compiled() -> Iterator[None]:
-    """Inside `uncompiled`, for rows of one length: compiled blocks are again."""
+    """Re-enables compiled blocks inside `uncompiled()`, for rows of one length."""
     with torch.compiler.set_stance("default"), several_shapes():
         yield

@@ -18,14 +18,12 @@ T = TypeVar("T")
 
 
 def pad(row: PackedBatch, lengths: Sequence[int]) -> PackedBatch:
-    """The row with padding up to the first of `lengths` that holds it.
-
-    Padding is documents -1, -2, … of a block each: attention among it costs next to nothing.
-    """
+    """Returns the row padded to the first of `lengths` that holds it."""
     tokens = len(row.document)
     missing = next((length for length in lengths if length >= tokens), tokens) - tokens
     if not missing:
         return row
+    # Documents -1, -2, … of a block each: as one document padding would attend to itself in full.
     padding = -1 - torch.arange(missing) // packed.BLOCK
     starts = row.starts
     if starts is not None:
@@ -42,7 +40,8 @@ def pad(row: PackedBatch, lengths: Sequence[int]) -> PackedBatch:
 
 
 def pin(row: Any) -> Any:
-    """The batch in memory that a GPU can copy from by itself."""
+    """Returns the batch in pinned memory."""
+    # From other memory a copy with `non_blocking` waits for the host after all.
     pinned: dict[str, Any] = {name: t.pin_memory() for name, t in _tensors(row).items()}
     return replace(row, **pinned)
 
@@ -52,7 +51,8 @@ def _tensors(row: Batch) -> dict[str, Tensor]:
 
 
 def prefetch(items: Iterator[T]) -> Iterator[tuple[T, float]]:
-    """Items in order with the seconds waited for each; a thread makes the next one meanwhile."""
+    """Prefetches one item in a background thread; yields (item, seconds blocked)."""
+    # One thread: items come from a generator, which two may not run at a time.
     with ThreadPoolExecutor(1) as thread:
         following = thread.submit(next, items, None)
         while True:
@@ -66,27 +66,28 @@ def prefetch(items: Iterator[T]) -> Iterator[tuple[T, float]]:
 
 @cache
 def _copy_stream(device: torch.device) -> Any:
-    """One for all steps: torch keeps freed memory apart for every stream that it was made on."""
+    """Returns the stream for copies, one for all steps."""
+    # torch's allocator keeps freed memory apart for every stream that it was allocated on.
     return torch.cuda.Stream(device)
 
 
 def prefetch_to_device(rows: Sequence[Batch], device: torch.device) -> Iterator[Any]:
-    """Each batch on the device; the next one is copied while this one is worked on."""
+    """Yields each batch on the device; the next one is copied while this one is computed."""
     if device.type != "cuda":
         yield from (row.to(device) for row in rows)
         return
     work, copies = torch.cuda.current_stream(device), _copy_stream(device)
 
-    def copy(number: int) -> Any:
+    def copy(index: int) -> Any:
         with torch.cuda.stream(copies):
-            return rows[number].to(device) if number < len(rows) else None
+            return rows[index].to(device) if index < len(rows) else None
 
     following = copy(0)
-    for number in range(1, len(rows) + 1):
+    for index in range(1, len(rows) + 1):
         row = following
         assert row is not None
         work.wait_stream(copies)
         for tensor in _tensors(row).values():
-            tensor.record_stream(work)  # made on one stream, freed after use on the other
-        following = copy(number)
+            tensor.record_stream(work)  # allocated on one stream, freed after use on the other
+        following = copy(index)
         yield row

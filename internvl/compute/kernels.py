@@ -30,17 +30,19 @@ def apply_compute(model: Any, device: torch.device, compute: ComputeConfig) -> N
     fused_lora.fuse(model)  # after float8, whose layers have no weight that B could lie beside
     if compute.checkpointing != "none":
         _checkpoint(model, 1 if compute.checkpointing == "full" else 2)
-    # Last: compiled code is traced from the layers that are there.
     if is_compiled(compute, device):
         for block in model.model.language_model.layers:
-            # Rows have few lengths, captions many.
+            # Rows have few lengths, captions many; a batch any number of tiles.
             block.compile(dynamic=model.family == "dual", options=_COMPILE)
         for block in model.model.vision_tower.encoder.layer:
-            block.compile(dynamic=True, options=_COMPILE)  # any number of tiles
+            block.compile(dynamic=True, options=_COMPILE)
 
 
 def _set_attention(model: Any, backend: str, device: torch.device) -> None:
-    """Sets the attention of both parts; InternVL-14B's own layers know torch's alone."""
+    """Sets the attention of both parts; InternVL-14B's own layers have torch's alone.
+
+    A model that is eager already needs more of its attention than scores (GPT-OSS's sinks).
+    """
     if model.family == "dual":
         if backend == "flash":
             packed.register()
@@ -51,7 +53,6 @@ def _set_attention(model: Any, backend: str, device: torch.device) -> None:
         model.set_attn_implementation(attention_kernels(backend, model.config.text_config))
     elif backend == "eager":
         text = "eager"
-        # A model that is eager already needs more of its attention than scores (GPT-OSS's sinks).
         if device.type == "cpu" and model.config.text_config._attn_implementation != "eager":
             per_document.register()
             text = per_document.DOCUMENTS

@@ -15,10 +15,7 @@ _LEAST_OFFLOADED = 4096  # bytes; smaller tensors stay where they are
 def offloaded(
     model: nn.Module, device: torch.device, compute: ComputeConfig
 ) -> AbstractContextManager[Any]:
-    """With `compute.offload`, what is saved inside for the backward pass waits on the CPU.
-
-    Weights stay. Copies are on the stream that computes, so nothing is freed or read too early.
-    """
+    """With `compute.offload`, keeps tensors saved for backward on the CPU; weights stay."""
     if not compute.offload:
         return nullcontext()
     weights = {
@@ -27,11 +24,12 @@ def offloaded(
     }
 
     def copied(tensor: Tensor, home: torch.device) -> Tensor:
-        # Compiled code relies on the strides it has seen.
+        # Compiled code asserts the strides of its inputs, which `.to` might change.
         pinned = device.type == "cuda" and home.type == "cpu"
         copy = torch.empty_strided(
             tensor.size(), tensor.stride(), dtype=tensor.dtype, device=home, pin_memory=pinned
         )
+        # On the stream that computes: nothing is freed or read too early.
         return copy.copy_(tensor, non_blocking=True)
 
     def leave(tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
@@ -50,7 +48,7 @@ def offloaded(
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held so far: of the GPU, or of this process on a CPU."""
+    """Peak memory so far in GiB: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource

@@ -9,14 +9,12 @@ from internvl import dist
 
 
 def preserve_rng(device: torch.device) -> AbstractContextManager[None]:
-    """What is drawn inside is not missed afterwards: the generators' states come back."""
+    """Restores the states of torch's generators afterwards."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
-def seed_step(number: int, step: int) -> None:
-    """Seeds torch from the recipe's seed, the step and the rank.
-
-    No state of a generator needs to be saved then, and ranks do not drop the same units.
-    """
-    mixed = np.random.SeedSequence((number, step, dist.rank())).generate_state(2, np.uint32)
+def seed_step(seed: int, step: int) -> None:
+    """Seeds torch from the recipe's seed, the step and the rank."""
+    # So no generator state needs saving, and ranks do not drop the same units.
+    mixed = np.random.SeedSequence((seed, step, dist.rank())).generate_state(2, np.uint32)
     torch.manual_seed(int(mixed[0]) << 31 | int(mixed[1]) >> 1)

@@ -1,4 +1,4 @@
-"""Everything that moves, saved completely or not at all, for going on exactly where a run stopped.
+"""Checkpoints: everything that changes in a run, saved completely or not at all.
 
     checkpoints/000500/         torch.distributed.checkpoint: trained weights, optimizer
     checkpoints/000500/state.json   the step and what else is a plain number
@@ -35,7 +35,7 @@ _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in `folder`, oldest first."""
+    """Returns the steps of the complete checkpoints in `folder`, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit())
@@ -58,6 +58,7 @@ def save(
     tensors = _tensors(model, optimizer)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # Of a process that was killed while it wrote: nothing else removes it.
         for left_over in folder.glob(".*.partial"):
             shutil.rmtree(left_over)
         with _quiet():
@@ -65,13 +66,14 @@ def save(
         (partial / "state.json").write_text(json.dumps({**state, "step": step}), encoding="utf-8")
         if target.exists():
             shutil.rmtree(target)
-        partial.rename(target)
+        partial.rename(target)  # the checkpoint exists from here on, whole
         (folder / ".LATEST").write_text(target.name + "\n", encoding="utf-8")
         (folder / ".LATEST").replace(folder / "LATEST")
     except (OSError, CheckpointException, RuntimeError) as error:
         needed = sum(t.nbytes for t in tensors.values() if isinstance(t, Tensor))
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(_why(error, target, needed)) from error
+    # After the new one is complete: a full disk must not cost the old ones.
     for old in steps(folder)[:-keep]:
         shutil.rmtree(folder / f"{old:06d}")
     return target
@@ -80,7 +82,7 @@ def save(
 def load(
     folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Puts checkpoint `step` into model and optimizer; returns its plain state.
+    """Loads checkpoint `step` into model and optimizer; returns its plain state.
 
     Raises:
         CheckpointError: it does not fit this model, or its files are damaged.
@@ -90,14 +92,14 @@ def load(
     try:
         with _quiet():
             saved = dcp.FileSystemReader(source).read_metadata().state_dict_metadata
-            # A parameter that no loss has reached yet has no moments; what is here are zeros.
-            there = {k: v for k, v in tensors.items() if k in saved or not _is_moment(k)}
-            dcp.load(there, checkpoint_id=source, no_dist=True)
-            tensors |= there
+            # A parameter that no loss has reached yet has no moments; those in `tensors` are zero.
+            stored = {k: v for k, v in tensors.items() if k in saved or not _is_moment(k)}
+            dcp.load(stored, checkpoint_id=source, no_dist=True)
+            tensors |= stored
         state = log.read_object(source / "state.json", _GO_BACK)
     except UserError as error:
         raise CheckpointError(str(error)) from None
-    # What is read is a pickle: where damaged, it may raise anything. Torch's is no Exception.
+    # The metadata is a pickle: damaged, it may raise anything. CheckpointException is no Exception.
     except (Exception, CheckpointException) as error:
         raise CheckpointError(
             f"cannot read the checkpoint {source} ({_first_line(error)}); {_GO_BACK}"
@@ -107,18 +109,19 @@ def load(
 
 
 def whole_number(state: dict[str, Any], key: str) -> int:
-    """A number of a checkpoint's plain state. Raises CheckpointError where there is none."""
+    """Returns an integer of a checkpoint's plain state. Raises CheckpointError if there is none."""
+    # bool is a subclass of int, and `true` no count.
     value = state.get(key)
     if isinstance(value, bool) or not isinstance(value, int):
-        what = f"`{key}` is {value!r}, not a number"
         raise CheckpointError(
-            f"state.json of the newest checkpoint is damaged ({what}); {_GO_BACK}"
+            f"state.json of the newest checkpoint is damaged (`{key}` is {value!r}, not a number); "
+            f"{_GO_BACK}"
         )
     return value
 
 
 def load_weights(folder: Path, step: int, model: nn.Module) -> None:
-    """Puts only the trained weights of checkpoint `step` into `model`, for use or export."""
+    """Loads only the trained weights of checkpoint `step` into `model`, for use or export."""
     weights = _trained(model)
     try:
         with _quiet():
@@ -131,13 +134,13 @@ def load_weights(folder: Path, step: int, model: nn.Module) -> None:
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Names to the tensors that move; loading writes into the model's own."""
+    """Returns trained weights and moments by name; loading writes into these tensors."""
     moments = get_optimizer_state_dict(model, optimizer, options=_FLAT)
     return {**_trained(model), **{f"optimizer.{k}": v for k, v in moments.items()}}
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
-    # Not `.data`: torch must count what loading writes, by which copies of weights are renewed.
+    # Not `.data`, whose writes torch does not count: copies of weights are renewed by that count.
     return {f"model.{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
 
@@ -147,7 +150,7 @@ def _is_moment(name: str) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch warns that a single process saves as a single process."""
+    """Silences torch's warning that a single process saves without torch.distributed."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
         yield
@@ -158,10 +161,8 @@ def _prefixed(tensors: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _why(error: BaseException, target: Path, needed: int) -> str:
-    """One sentence for a failed save of `needed` bytes, once what it wrote is removed again.
-
-    torch's writers report a full disk in several ways, so the space itself is looked at.
-    """
+    """Explains a failed save of `needed` bytes, whose partial folder is removed already."""
+    # torch's writers report a full disk in several ways, so free space is read from the disk.
     try:
         free = shutil.disk_usage(target.parent).free
     except OSError:
@@ -179,7 +180,7 @@ def _why(error: BaseException, target: Path, needed: int) -> str:
 def _first_line(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    known = isinstance(error, OSError | CheckpointException | RuntimeError | ValueError | EOFError)
-    if not known:  # of a damaged pickle: Python's words on it say nothing
+    readable = OSError | CheckpointException | RuntimeError | ValueError | EOFError
+    if not isinstance(error, readable):  # the words of a damaged pickle's errors say nothing
         return "it is damaged"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,6 +1,6 @@
-"""What a run's evaluations decide: the best checkpoint, an early end, and whether too much is
-forgotten. All of it follows from the files in the run's evals folder, so a resumed run decides
-alike.
+"""Decisions from a run's evaluations: the best checkpoint, an early end, too much forgotten.
+
+All of them follow from the files in the run's evals folder, so a resumed run decides alike.
 """
 
 from collections.abc import Mapping
@@ -18,52 +18,54 @@ History = Mapping[int, Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What follows from the evaluations of a step."""
+    """Decisions after the evaluations of a step."""
 
     best: bool = False
     """No earlier step was better."""
     stop: str | None = None
-    """Why nothing more is to be gained, or None."""
+    """Reason to end the run, or None."""
     forgotten: tuple[str, ...] = ()
-    """What got worse than its guard allows, and ends the run."""
+    """One sentence for each metric that got worse than its guard allows, which ends the run."""
     warnings: tuple[str, ...] = ()
     """The same, for guards that only warn."""
 
 
 def history(folder: Path, last: int) -> History:
-    """The evaluations in `folder` up to step `last`. Raises UserError for a damaged file."""
+    """Reads the evaluations in `folder` up to step `last`. Raises UserError for a damaged file."""
+    # Answers lie in the same folder; the files of evaluations are named by their step alone.
     files = {int(p.stem): p for p in folder.glob("*.json") if p.stem.isdigit()}
     return {step: read_numbers(files[step], _REMEDY) for step in sorted(files) if step <= last}
 
 
 def smaller_is_better(metric: str) -> bool:
-    """Whether a metric, alone or as "evaluation/metric", is an error and not a score."""
+    """True if a metric, alone or as "evaluation/metric", is an error and not a score."""
     return metric.rpartition("/")[2] == "loss"
 
 
-def judge(recipe: Recipe, found: History, step: int) -> Verdict:
-    """What the evaluations of `step`, the last in `found`, lead to."""
-    if step not in found:
+def judge(recipe: Recipe, measured: History, step: int) -> Verdict:
+    """Returns the decisions after the evaluations of `step`, the last in `measured`."""
+    if step not in measured:
         return Verdict()
-    best, stop = _selection(recipe, found, step)
+    best, stop = _selection(recipe, measured, step)
     forgotten: list[str] = []
     warnings: list[str] = []
     for name, spec in recipe.evals.items():
-        sentence = _worsening(name, spec, found, step)
+        sentence = _worsening(name, spec, measured, step)
         if sentence is not None and spec.guard is not None:
             (forgotten if spec.guard.action == "stop" else warnings).append(sentence)
     return Verdict(best, stop, tuple(forgotten), tuple(warnings))
 
 
-def _selection(recipe: Recipe, found: History, step: int) -> tuple[bool, str | None]:
-    """Whether `step` is the best so far, and why training should end, or None."""
+def _selection(recipe: Recipe, measured: History, step: int) -> tuple[bool, str | None]:
+    """Returns (True if `step` is the best so far, reason to end training or None)."""
     metric = recipe.checkpoint.best
-    if metric is None or metric not in found[step]:
+    if metric is None or metric not in measured[step]:
         return False, None
-    wanted = recipe.checkpoint.best_is
-    sign = -1 if wanted == "min" or (wanted == "auto" and smaller_is_better(metric)) else 1
-    # What was before training is no checkpoint of it.
-    values = {s: sign * row[metric] for s, row in found.items() if s > 0 and metric in row}
+    direction = recipe.checkpoint.best_is
+    # Signed, so that the best is the largest of either kind.
+    sign = -1 if direction == "min" or (direction == "auto" and smaller_is_better(metric)) else 1
+    # Step 0 is the untrained model, which has no checkpoint.
+    values = {s: sign * row[metric] for s, row in measured.items() if s > 0 and metric in row}
     if step not in values:
         return False, None
     top = max(values, key=lambda s: values[s])  # the first of equals
@@ -76,12 +78,12 @@ def _selection(recipe: Recipe, found: History, step: int) -> tuple[bool, str | N
     )
 
 
-def _worsening(name: str, spec: EvalConfig, found: History, step: int) -> str | None:
-    """One sentence where an evaluation is worse than its guard allows against step 0."""
+def _worsening(name: str, spec: EvalConfig, measured: History, step: int) -> str | None:
+    """Returns a sentence if an evaluation is worse than its guard allows against step 0."""
     if spec.guard is None:
         return None
     metric = f"{name}/{spec.guard.metric}"
-    before, now = found.get(0, {}).get(metric), found[step].get(metric)
+    before, now = measured.get(0, {}).get(metric), measured[step].get(metric)
     if before is None or now is None:
         return None
     change = now - before if smaller_is_better(metric) else before - now

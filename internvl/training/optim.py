@@ -13,7 +13,7 @@ from internvl.errors import UserError
 from internvl.models import keys
 
 Layer = tuple[str, int]
-"""("vision" or "qllama", number from 0): what has one learning rate under layer decay."""
+"""("vision" or "qllama", index from 0): the weights of one learning rate under layer decay."""
 
 
 def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -25,6 +25,7 @@ def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     Raises:
         UserError: `layer_decay` for another model than InternVL-14B, or 8 bits without torchao.
     """
+    # A group for each rate and decay: torch has these settings by group, not by parameter.
     scales = {} if config.layer_decay is None else layer_scales(model, config.layer_decay)
     matrices = hidden_matrices(model) if config.name == "muon" else frozenset()
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -43,8 +44,8 @@ def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
         return Muon(list(groups.values()), config.momentum, **settings)
     if config.name == "adamw-8bit":
         return _adamw_8bit()(list(groups.values()), **settings)
-    kind = OffloadedAdamW if config.offload else torch.optim.AdamW
-    return kind(list(groups.values()), fused=True, **settings)
+    cls = OffloadedAdamW if config.offload else torch.optim.AdamW
+    return cls(list(groups.values()), fused=True, **settings)
 
 
 def hidden_matrices(model: nn.Module) -> frozenset[str]:
@@ -75,9 +76,10 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Applies the gradients that are there."""
+        """Updates the parameters that have gradients."""
         groups = self.param_groups
         try:
+            # AdamW's step takes every group that it finds here.
             self.param_groups = [group for group in groups if not group["muon"]]
             super().step()
         finally:
@@ -93,6 +95,7 @@ class Muon(torch.optim.AdamW):
                 shapes.setdefault(parameter.shape, []).append(parameter)
         lr = group["lr"]
         for shape, parameters in shapes.items():
+            # Equal shapes together: many small products would be bound by their launches.
             updates = orthogonal(torch.stack([self._averaged(p) for p in parameters]))
             scale = 0.2 * math.sqrt(max(shape))  # the root mean square of AdamW's updates
             for parameter, update in zip(parameters, updates, strict=True):
@@ -125,7 +128,7 @@ def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
     x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
     tall = x.shape[1] > x.shape[2]
     if tall:
-        x = x.mT
+        x = x.mT  # the Gram matrix below has the shorter side
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)  # largest singular value at most 1
     for _ in range(iterations):
         gram = x @ x.mT
@@ -134,11 +137,13 @@ def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
 
 
 class OffloadedAdamW(torch.optim.AdamW):
-    """AdamW whose moments wait in the CPU's memory and visit the device to be updated, some
-    parameters at a time. The update is the device's own, so every number is AdamW's."""
+    """AdamW with its moments in the CPU's memory, copied to the device some parameters at a time.
+
+    The update is computed on the device, so every number is AdamW's.
+    """
 
     def step(self, closure: Any = None) -> Any:
-        """Applies the gradients that are there."""
+        """Updates the parameters that have gradients."""
         groups = self.param_groups
         try:
             for group in groups:
@@ -159,6 +164,7 @@ class OffloadedAdamW(torch.optim.AdamW):
             updated = self.state[parameter][key]
             if updated.device.type != "cpu":
                 if moment is None:
+                    # Pinned, or the copies would wait for the host.
                     moment = torch.empty_like(updated, device="cpu", pin_memory=True)
                 self.state[parameter][key] = moment.copy_(updated, non_blocking=True)
 
@@ -171,16 +177,17 @@ class OffloadedAdamW(torch.optim.AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As AdamW's, but the moments stay in the CPU's memory."""
         states = state_dict["state"]
+        # The parent would put moments on the device: all at once, which is what does not fit.
         rest = {
-            number: {key: value for key, value in state.items() if key not in _MOMENTS}
-            for number, state in states.items()
+            index: {key: value for key, value in state.items() if key not in _MOMENTS}
+            for index, state in states.items()
         }
         super().load_state_dict({**state_dict, "state": rest})
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        own = [parameter for group in self.param_groups for parameter in group["params"]]
-        for number, parameter in zip(numbers, own, strict=True):
-            for key in _MOMENTS & states.get(number, {}).keys():
-                self.state[parameter][key] = states[number][key].cpu()
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, parameter in zip(indices, parameters, strict=True):
+            for key in _MOMENTS & states.get(index, {}).keys():
+                self.state[parameter][key] = states[index][key].cpu()
 
 
 _MOMENTS = {"exp_avg", "exp_avg_sq"}
@@ -216,7 +223,7 @@ def _decays(parameter: nn.Parameter, config: OptimConfig) -> bool:
 
 
 def layer_scales(model: Any, config: LayerDecayConfig) -> dict[str, tuple[Layer, float]]:
-    """Layer and share of the learning rate of every parameter of an InternVL-14B, by its name."""
+    """Returns layer and learning-rate factor of each parameter of an InternVL-14B, by name."""
     official = _official_names(model)
     depths = {
         "vision": model.config.vision_config.num_hidden_layers,
@@ -231,7 +238,7 @@ def layer_scales(model: Any, config: LayerDecayConfig) -> dict[str, tuple[Layer,
 
 
 def _official_names(model: Any) -> dict[str, str]:
-    """The official name of every parameter; an adapter has that of the weight it is on."""
+    """Returns the official name of each parameter; an adapter has that of the weight it is on."""
     if model.config.model_type != "internvl_14b":
         raise UserError("optim.layer_decay is for InternVL-14B alone; remove it")
     plain = {
@@ -247,8 +254,8 @@ def _official_names(model: Any) -> dict[str, str]:
 
 
 def layer_of(official: str, depths: Mapping[str, int]) -> Layer:
-    """The layer that the original counts a parameter to: 0 for what comes before the first block,
-    i + 1 for block i, depth + 2 for what comes after the last.
+    """Returns the layer that the original assigns a parameter to: 0 before the first block, i + 1
+    for block i, depth + 2 after the last.
 
     Original: `get_num_layer_for_vit_and_qllama` of `trainer_monkey_patch.py`.
 
@@ -257,6 +264,7 @@ def layer_of(official: str, depths: Mapping[str, int]) -> Layer:
         depths: blocks of "vision" and of "qllama".
     """
     tower = "vision" if official.startswith(("vision_model.", "clip_projector.")) else "qllama"
+    # Blocks are 1 to depth there, and depth + 1 is no layer's.
     block = re.search(r"\.layers\.(\d+)\.", official)
     if block is not None:
         return tower, int(block[1]) + 1
@@ -265,7 +273,8 @@ def layer_of(official: str, depths: Mapping[str, int]) -> Layer:
 
 
 def lr_scale(layer: int, depth: int, rate: float) -> float:
-    """Share of the learning rate of a layer in a tower of `depth` blocks, at most 1."""
+    """Factor of the learning rate of a layer in a tower of `depth` blocks, at most 1."""
+    # Layer depth + 2 would have a rate above the recipe's.
     return min(1.0, rate ** (depth + 1 - layer))
 
 
@@ -298,12 +307,13 @@ def lr_at(step: int, num_steps: int, config: OptimConfig) -> float:
     if warmup is None:
         warmup = math.ceil(config.warmup_ratio * num_steps)
     if config.schedule == "as_shipped":
-        warmup = max(2, warmup)
+        warmup = max(2, warmup)  # the schedule divides by the logarithm of it
         if step <= warmup:
             return config.lr * (math.log(step) / math.log(warmup) if step else 1.0)
         return config.lr * max(0.0, (num_steps - step + 1) / max(1, num_steps - warmup))
     if step < warmup:
         return config.lr * step / warmup
+    # Warm-up, stable, decay: only the last `decay_ratio` of the steps decays.
     if config.schedule == "wsd":
         share = (num_steps - step) / max(1, math.ceil(config.decay_ratio * num_steps))
         return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * min(1.0, share))

@@ -1,4 +1,4 @@
-"""The run folder: whose it is, which recipe and data it holds, and whether its run is finished."""
+"""The run folder: its lock, the recipe and data that it holds, and whether its run is finished."""
 
 import fcntl
 import json
@@ -16,7 +16,7 @@ from internvl.errors import DataError, RunError
 
 
 def finished(folder: Path) -> bool:
-    """Whether the run in `folder` reached its end."""
+    """True if the run in `folder` reached its end."""
     return (folder / "finished.json").exists()
 
 
@@ -28,13 +28,14 @@ def finish(folder: Path, step: int, why: str) -> None:
 
 @contextmanager
 def owned(recipe: Recipe) -> Iterator[None]:
-    """The run folder, locked for this run and holding exactly this recipe.
+    """Locks the run folder for this run and checks that it holds exactly this recipe.
 
     Raises:
         RunError: on every rank alike: another run trains in it, or it holds something else.
     """
     with ExitStack() as held:
         problem = None
+        # One rank holds the lock, and all raise: a rank that waits for a dead one would hang.
         if dist.is_main():
             try:
                 held.enter_context(_locked(recipe))
@@ -51,6 +52,7 @@ def _locked(recipe: Recipe) -> Iterator[None]:
     folder, text = recipe.run, recipes.to_yaml(recipe)
     folder.mkdir(parents=True, exist_ok=True)
     saved = folder / "recipe.yaml"
+    # A lock of the kernel's, which ends with the process, however that ends.
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -58,6 +60,7 @@ def _locked(recipe: Recipe) -> Iterator[None]:
             raise RunError(
                 f"another process is training in {folder}; wait for it or choose another `run`"
             ) from None
+        # Without a recipe these are somebody's files; with one, what a run has written.
         others = [e.name for e in folder.iterdir() if e.name not in (".lock", "recipe.yaml")]
         if not saved.exists() and others:
             raise RunError(f"{folder} is not empty and no run; choose another `run`")
@@ -68,22 +71,23 @@ def _locked(recipe: Recipe) -> Iterator[None]:
                     f"{folder} holds a run of another recipe ({'; '.join(changed)}); "
                     "set it back to go on, or choose another `run`"
                 )
+        # Also over an equal one, which may lack keys that are new since then.
         saved.write_text(text, encoding="utf-8")
         yield
 
 
 def order_of(recipe: Recipe, files: Sequence[Source], done: int) -> Order:
-    """The order of a run's samples, whose data must be those it began with.
+    """Returns the order of a run's samples, whose data must be those that it began with.
 
-    Notes in the run folder what the data are.
+    Writes fingerprints of the data to the run folder.
 
     Args:
         done: samples that the run has been trained on.
 
     Raises:
-        RunError: on every rank alike: the data are others, on this machine or on another rank's.
+        RunError: on every rank alike: the data differ, from the run's or between ranks.
     """
-    found = changes.note(recipe, files)
+    fingerprints = changes.note(recipe, files)
     earlier: tuple[Earlier, ...] = ()
     problem = None
     if dist.is_main():
@@ -91,15 +95,16 @@ def order_of(recipe: Recipe, files: Sequence[Source], done: int) -> Order:
             earlier = _earlier(recipe, files, done)
         except (RunError, DataError) as error:
             problem = str(error)
-    earlier, problem, of_main = dist.from_main((earlier, problem, found))
-    if problem is None and found != of_main:
+    earlier, problem, of_main = dist.from_main((earlier, problem, fingerprints))
+    if problem is None and fingerprints != of_main:
         problem = f"rank {dist.rank()} reads other annotations than rank 0; give all the same files"
+    # Gathered: a rank that alone raised would leave the others waiting.
     problem = next(filter(None, dist.gather_objects(problem)), None)
     if problem is not None:
         raise RunError(problem)
     if dist.is_main():
         evals = changes.of_evals(recipe.evals)
-        changes.write(recipe.run, replace(found, evals=evals, earlier=earlier))
+        changes.write(recipe.run, replace(fingerprints, evals=evals, earlier=earlier))
     share, seed = recipe.shares_prefix, recipe.seed
     if earlier:
         return GrownOrder(files, earlier, share_prefix=share, seed=seed)
@@ -107,7 +112,7 @@ def order_of(recipe: Recipe, files: Sequence[Source], done: int) -> Order:
 
 
 def _earlier(recipe: Recipe, files: Sequence[Source], done: int) -> tuple[Earlier, ...]:
-    """How much the sources held in earlier epochs. Raises RunError where they may not differ."""
+    """Returns what the sources held in earlier epochs. Raises RunError if they may not differ."""
     if not done:  # nothing was trained yet, so any content is what the run begins with
         return ()
     folder, logger = recipe.run, log.get_logger()
@@ -132,28 +137,32 @@ def _earlier(recipe: Recipe, files: Sequence[Source], done: int) -> tuple[Earlie
     changed = changes.of_sources(before, files)
     if not changed:
         return before.earlier
-    what = "; ".join(changed)
+    summary = "; ".join(changed)
     if recipe.data.changed == "refuse":
         raise RunError(
-            f"{folder} holds a run on other data ({what}); put the file back to go on, choose "
+            f"{folder} holds a run on other data ({summary}); put the file back to go on, choose "
             "another `run` to start anew, or set data.changed=accept to go on with what it holds"
         )
+    # Lines that were appended keep the order of those before them; any other change does not.
     if not all(changed.values()):
         logger.warning(
             "%s: it goes on in a new order, and samples may come twice or not at all in this epoch",
-            what,
+            summary,
         )
         return ()
     had = tuple(before.sources[file.config.name].samples for file in files)
-    parts = [Prefix(file, samples) for file, samples in zip(files, had, strict=True)]
-    order = GrownOrder(parts, before.earlier, share_prefix=recipe.shares_prefix, seed=recipe.seed)
+    prefixes = [Prefix(file, samples) for file, samples in zip(files, had, strict=True)]
+    order = GrownOrder(
+        prefixes, before.earlier, share_prefix=recipe.shares_prefix, seed=recipe.seed
+    )
     until = order.end_of_epoch(done)
     logger.warning(
         "%s: this epoch goes on with the samples it began with, each once; "
         "the new ones come from sample %s of the run on, if it is that long",
-        what,
+        summary,
         f"{until + 1:,}",
     )
+    # Grown again within the same epoch: its samples are already written down.
     if before.earlier and until <= before.earlier[-1].until:
         return before.earlier
     return (*before.earlier, Earlier(until, had))

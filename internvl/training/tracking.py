@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: metrics.jsonl, TensorBoard and, when asked, Weights & Biases."""
+"""Metrics of a run: metrics.jsonl, TensorBoard and, if asked for, Weights & Biases."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -20,15 +20,16 @@ class WandB:
             UserError: wandb is not installed, or refuses to start (not logged in, say).
         """
         try:
+            # Here and not above: it is an extra.
             import wandb
         except ImportError:
             raise UserError(
                 f"wandb={project} needs Weights & Biases: pip install 'internvl[wandb]'"
             ) from None
-        number = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=6).hexdigest()
+        run_id = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=6).hexdigest()
         try:
             self._run = wandb.init(
-                project=project, name=folder.name, id=number, resume="allow", dir=str(folder)
+                project=project, name=folder.name, id=run_id, resume="allow", dir=str(folder)
             )
         except wandb.errors.Error as error:
             raise UserError(
@@ -39,45 +40,46 @@ class WandB:
         self._run.define_metric("*", step_metric="step")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Send numbers of one step."""
+        """Sends the numbers of one step."""
         self._run.log({"step": step, **values})
 
     def close(self) -> None:
-        """Send what waits in memory."""
+        """Sends buffered numbers and ends the run there."""
         self._run.finish()
 
 
 class Metrics:
-    """Where the numbers of a run go: metrics.jsonl and boards; nowhere without both."""
+    """Writes the numbers of a run to metrics.jsonl and boards; other ranks have neither."""
 
     def __init__(self, boards: Sequence[TensorBoard | WandB], rows: StepLog | None = None) -> None:
         self.boards = boards
         self.rows = rows
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """A training step, everywhere."""
+        """Writes a training step to the file and to the boards."""
         if self.rows is not None:
             self.rows.append({"step": step, **numbers})
         self.show(step, numbers)
 
     def show(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Numbers for the boards alone, such as an evaluation's."""
+        """Writes numbers to the boards alone, such as an evaluation's, which has its own file."""
         for board in self.boards:
             board.scalars(step, numbers)
 
     def close(self) -> None:
-        """Write out what waits in memory."""
+        """Flushes the boards."""
         for board in self.boards:
             board.close()
 
 
 def open_metrics(folder: Path, step: int, project: str | None) -> Metrics:
-    """The metrics of the run in `folder`, cut back to `step`.
+    """Opens the metrics of the run in `folder`, cut back to `step`.
 
     Args:
         project: of Weights & Biases, or None to do without.
     """
     rows = StepLog(folder, "metrics.jsonl")
+    # Steps after the checkpoint that a run resumes from are taken, and written, again.
     rows.truncate_after(step)
     boards: list[TensorBoard | WandB] = [TensorBoard(folder / "tensorboard", purge_step=step + 1)]
     if project is not None:

@@ -7,24 +7,25 @@ from internvl.models.adapters import seeded_dropout
 
 
 class DrawnDropout(nn.Module):
-    """Dropout whose mask layers that share the input can take over, and a backward pass apply."""
+    """Dropout that returns its mask, for layers that share the input and for a backward pass."""
 
     def __init__(self, rate: float, *, keep: bool = False) -> None:
         super().__init__()
         self.rate = rate
         self.keep = keep
-        """Whether `RepeatedDropout` layers wait for the mask."""
+        """True if `RepeatedDropout` layers take the mask from `dropped`."""
         self.dropped: Tensor | None = None
 
     def draw(self, inputs: Tensor) -> Tensor:
-        """bool, of the same shape: what becomes zero."""
+        """Draws a mask: bool, shape of `inputs`, true where it becomes zero."""
         return self._drawn(torch.empty_like(inputs, dtype=torch.bool).bernoulli_(self.rate))
 
     def draw_seed(self, inputs: Tensor) -> Tensor:
-        """What seeded_dropout.py's kernels make the mask of, int32 (2,)."""
+        """Draws the seed, int32 (2,), from which seeded_dropout.py's kernels make the mask."""
         return self._drawn(seeded_dropout.seed(inputs.device))
 
     def _drawn(self, mask: Tensor) -> Tensor:
+        # For nobody it would only hold memory.
         self.dropped = mask if self.keep else None
         return mask
 
@@ -32,6 +33,7 @@ class DrawnDropout(nn.Module):
         """Any shape -> the same, some entries zero and the others scaled by 1 / (1 - rate)."""
         if not self.training or self.rate == 0:
             return inputs
+        # Not F.dropout, whose mask nobody can have.
         return inputs.masked_fill(self.draw(inputs), 0) / (1 - self.rate)
 
     def extra_repr(self) -> str:
@@ -39,7 +41,7 @@ class DrawnDropout(nn.Module):
 
 
 class RepeatedDropout(nn.Module):
-    """The mask that `first` drew in this forward; the last to use it lets it go."""
+    """Repeats the mask that `first` drew in this forward pass; the last user frees it."""
 
     def __init__(self, first: DrawnDropout, *, last: bool) -> None:
         super().__init__()
@@ -48,9 +50,10 @@ class RepeatedDropout(nn.Module):
         self.rate = first.rate
 
     def draw(self, inputs: Tensor) -> Tensor:
-        """bool, of the shape of `inputs`, or a seed: what `first` drew."""
+        """Returns what `first` drew: a bool mask, shape of `inputs`, or a seed."""
         drawn = self.first.dropped
         assert drawn is not None
+        # Freed, or a mask for each layer would stay in memory until the next step.
         if self.last:
             self.first.dropped = None
         return drawn

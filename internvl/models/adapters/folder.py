@@ -1,4 +1,4 @@
-"""PEFT adapter folders: which file, which base, and settings that are refused by name."""
+"""PEFT adapter folders: files, base model, and settings that are refused by name."""
 
 import dataclasses
 import logging
@@ -67,8 +67,9 @@ def _by_name(expected: str, allows: Callable[[Any], bool]) -> ValueRule:
 
 
 def _is_layers(value: Any) -> bool:
-    numbers = value if isinstance(value, list) else [value]
-    return all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
+    indices = value if isinstance(value, list) else [value]
+    # bool is a subclass of int.
+    return all(isinstance(index, int) and not isinstance(index, bool) for index in indices)
 
 
 _NAMES = _or_null("a name or a list of names", _is_names)
@@ -95,12 +96,12 @@ _TRAINING_ONLY = ("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "merge_weights
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds adapters and no model (a `config.json` alone is no model)."""
+    """True if a folder holds adapters and no model (a `config.json` alone is no model)."""
     return (folder / CONFIG_FILE).is_file() and not _has_model(folder)
 
 
 def is_beside_model(folder: Path) -> bool:
-    """Whether a model folder also holds adapters, which then belong to it, as in transformers."""
+    """True if a model folder also holds adapters, which then belong to it, as in transformers."""
     return (folder / CONFIG_FILE).is_file() and _has_model(folder)
 
 
@@ -108,9 +109,10 @@ def _has_model(folder: Path) -> bool:
     if not (folder / "config.json").is_file():
         return False
     names = ("model.safetensors", "pytorch_model.bin")
-    known = [folder / f"{name}{end}" for name in names for end in ("", ".index.json")]
+    files = [folder / f"{name}{end}" for name in names for end in ("", ".index.json")]
+    # A shard may have any name; an index alone is a model that was copied in part.
     shards = (file for file in folder.glob("*.safetensors") if file.name != WEIGHTS_FILE)
-    return any(file.is_file() for file in known) or any(True for _ in shards)
+    return any(file.is_file() for file in files) or any(True for _ in shards)
 
 
 def check_complete(folder: Path) -> None:
@@ -123,10 +125,10 @@ def check_complete(folder: Path) -> None:
 
 
 def base_of(folder: Path) -> Path:
-    """The folder of the model that an adapter folder belongs to (itself an adapter's, perhaps).
+    """Returns the folder of an adapter's base model, which may be an adapter folder itself.
 
     Raises:
-        ModelFolderError: no base is named, or it is not there.
+        ModelFolderError: no base is named, or it does not exist.
     """
     file = folder / CONFIG_FILE
     config = hub.read_json(file)
@@ -136,58 +138,60 @@ def base_of(folder: Path) -> Path:
             f"{file}: names no base_model_name_or_path; set it to the model the adapters were "
             "trained on"
         )
-    beside = _beside(folder, base)
-    local = Path(base).expanduser() if beside is None else beside
+    nearby = _relative_base(folder, base)
+    local = Path(base).expanduser() if nearby is None else nearby
     if not local.exists() and config.get("revision") not in (None, "main"):
         raise ModelFolderError(
             f"{file}: revision = {config['revision']!r} of the base is not fetched here; download "
             "it into a folder and set base_model_name_or_path to that"
         )
+    # An original checkpoint of one file.
     if local.suffix == ".pth" and local.is_file():
         return local
     try:
-        found = hub.find_folder(base if beside is None else beside)
+        model_folder = hub.find_folder(base if nearby is None else nearby)
     except ModelFolderError as error:
         raise ModelFolderError(
             f"{file}: its base model is not there ({error}); set base_model_name_or_path to the "
             "folder of that model"
         ) from error
-    if found.resolve() == folder.resolve():
+    # Loading the base would read this folder again, without end.
+    if model_folder.resolve() == folder.resolve():
         raise ModelFolderError(
             f"{file}: base_model_name_or_path is this folder, which has no model; set it to the "
             "model the adapters were trained on"
         )
-    if not _is_base(found):
+    if not _is_base(model_folder):
         raise ModelFolderError(
-            f"{file}: base_model_name_or_path = {base!r} is {found.resolve()} here, where no model "
-            "is (no config.json); set it to the whole path of the model the adapters were trained "
-            "on"
+            f"{file}: base_model_name_or_path = {base!r} is {model_folder.resolve()} here, "
+            "where no model is (no config.json); set it to the whole path of the model the adapters "
+            "were trained on"
         )
-    return found
+    return model_folder
 
 
-def _beside(folder: Path, base: str) -> Path | None:
-    """A relative base in the adapter's folder or beside it, so that both can be moved together;
-    None where it is not there, and the name then is the hub's or the working directory's."""
+def _relative_base(folder: Path, base: str) -> Path | None:
+    """Returns a relative base in the adapter's folder or next to it, or None if there is none."""
+    # So that both can be moved together; else the name is the hub's or the working directory's.
     if Path(base).expanduser().is_absolute():
         return None
     for above in (folder, folder.parent):
-        place = above / base
-        if place.resolve() != folder.resolve() and _is_base(place):
-            return place
+        path = above / base
+        if path.resolve() != folder.resolve() and _is_base(path):
+            return path
     return None
 
 
-def _is_base(place: Path) -> bool:
-    """Whether there is a model, an adapter, a run, or a model's own .pth file."""
-    if place.suffix == ".pth":
-        return place.is_file()
+def _is_base(path: Path) -> bool:
+    """True if a path is a model, an adapter, a run, or an original .pth file."""
+    if path.suffix == ".pth":
+        return path.is_file()
     names = ("config.json", CONFIG_FILE, "recipe.yaml")
-    return any((place / name).is_file() for name in names) or any(place.glob("*.pth"))
+    return any((path / name).is_file() for name in names) or any(path.glob("*.pth"))
 
 
 def read_settings(folder: Path) -> PeftLoraConfig:
-    """`adapter_config.json` as PEFT's configuration.
+    """Reads `adapter_config.json` as PEFT's configuration.
 
     A key that PEFT does not know is named in the log and has no effect, as in PEFT itself.
 
@@ -201,8 +205,10 @@ def read_settings(folder: Path) -> PeftLoraConfig:
             f"{file}: peft_type = {tree.get('peft_type')!r}; only LoRA adapters are read here, so "
             + MERGE_REMEDY
         )
+    # Of the installed PEFT: other versions have others.
     fields = {field.name for field in dataclasses.fields(PeftLoraConfig)}
     _check_unknown(file, {key: value for key, value in tree.items() if key not in fields})
+    # Before PEFT sees it: its own errors would not say what to do.
     for key, reason in _REFUSED.items():
         if tree.get(key):
             raise ModelFolderError(f"{file}: {key} = {tree[key]!r} {reason}")
@@ -228,7 +234,7 @@ def _check_unknown(file: Path, unknown: Mapping[str, Any]) -> None:
 
 
 def _check_types(file: Path, tree: Mapping[str, Any]) -> None:
-    """Raises ModelFolderError where a setting that PEFT computes with is none of its type."""
+    """Raises ModelFolderError if a setting that PEFT computes with has the wrong type."""
     for key, rule in _TYPES.items():
         if key in tree and not rule.allows(tree[key]):
             shown = _shown(tree[key])
@@ -246,6 +252,7 @@ def _shown(value: Any) -> str:
 def _check_values(file: Path, tree: Mapping[str, Any]) -> None:
     """Raises ModelFolderError for values of known settings that are not computed here."""
     init = tree.get("init_lora_weights", True)
+    # PEFT takes this name in upper and lower case.
     if str(init).lower().startswith("corda"):
         raise ModelFolderError(
             f"{file}: init_lora_weights = {init!r} changed the base by statistics that no adapter "
@@ -268,15 +275,15 @@ def _check_values(file: Path, tree: Mapping[str, Any]) -> None:
 
 @contextmanager
 def foreign_errors(file: Path) -> Iterator[None]:
-    """PEFT's exceptions as a sentence, its warnings as lines of the log."""
+    """Turns PEFT's exceptions into a ModelFolderError and its warnings into lines of the log."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             yield
         except ModelFolderError:
             raise
-        # What PEFT makes of a setting is its own: it raises ValueError, TypeError, KeyError,
-        # re.error, ImportError and others.
+        # For a setting it cannot use PEFT raises ValueError, TypeError, KeyError, re.error,
+        # ImportError and others.
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             if isinstance(error, AttributeError):  # of a value of another type than PEFT's
@@ -285,7 +292,7 @@ def foreign_errors(file: Path) -> Iterator[None]:
                 f"{file}: peft {peft_version} cannot use it ({reason}); correct the setting, or "
                 "save the adapter again"
             ) from error
-    # PEFT warns once for each layer, in the same words.
+    # Counted: PEFT warns once for each layer, in the same words.
     lines = Counter(str(warning.message).strip().splitlines()[0] for warning in caught)
     for line, count in lines.items():
         times = "" if count == 1 else f" ({count} times)"
@@ -293,7 +300,7 @@ def foreign_errors(file: Path) -> Iterator[None]:
 
 
 def read_tensors(folder: Path) -> tuple[Path, dict[str, LazyTensor]]:
-    """(file, tensors by their names in it); safetensors first, as PEFT does.
+    """Returns (file, tensors by their names in it); safetensors first, as PEFT does.
 
     Raises:
         ModelFolderError: no such file, or one that is damaged or empty.
@@ -315,7 +322,7 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
     try:
         # Not mapped as a model's files are: adapters are small, and old files cannot be mapped.
         loaded = torch.load(file, map_location="cpu", weights_only=True)
-    # Whatever torch's unpickler makes of a damaged or foreign file.
+    # torch's unpickler raises anything for a damaged or foreign file.
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelFolderError(

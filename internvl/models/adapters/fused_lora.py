@@ -67,6 +67,7 @@ class FusedLinear(Linear):
         layers: list[Any] = [self, *self.followers]
         fixed = (self.fused, [layer.base_layer.bias for layer in layers], self.scaling[_ADAPTER])
         a, bs = self.lora_A[_ADAPTER].weight, [_b(layer) for layer in layers]
+        # Bs are arguments for their gradients alone; their values are read from `fused`.
         first, *others = _FusedProduct.apply(x, a, dropped, rate, *fixed, *bs)
         for follower, output in zip(self.followers, others, strict=True):
             follower.output = output
@@ -130,6 +131,7 @@ class _FusedProduct(torch.autograd.Function):
         du = du * ctx.scale
         if dropped is None:
             da = (_rows(du).t() @ _rows(x)).float()
+            # No gradients for dropped, rate, fused, biases and scale.
             return dx + du @ a, da, *[None] * 5, *db.split(ctx.outputs)
         db = db * ctx.scale
         # x is multiplied before it is used: as it is, the compiler would save it rather than
@@ -243,6 +245,7 @@ def _fuse_group(model: nn.Module, names: list[str]) -> FusedLinear:
     layers: list[Any] = [leader, *leader.followers]
     rows = sum(layer.out_features for layer in layers)
     columns = leader.in_features + leader.r[_ADAPTER]
+    # One buffer for base and B: concatenated in every forward, it would be copied each time.
     buffer = leader.base_layer.weight.detach().new_empty(rows, columns)
     # Not persistent: a checkpoint has the base and B under PEFT's names.
     leader.register_buffer("fused", buffer, persistent=False)

@@ -1,9 +1,9 @@
-"""The layers of an adapter folder in one model, computing what plain `peft` computes.
+"""The layers of an adapter folder on one model, which then computes what plain `peft` computes.
 
 PEFT decides: its own matching rules choose layers, ranks and alphas, under the names that the file
-was written with; its own layers compute them. What is done here is translation: a configuration
-that names each layer of the model is handed to PEFT. What only replaces weights of the base
-(`modules_to_save`, biases, trained tokens, embeddings) is written into it.
+was written with; its own layers compute them. This file translates: PEFT is given a configuration
+that names each layer of the model. Weights that only replace those of the base (`modules_to_save`,
+biases, trained tokens, embeddings) are written into it.
 """
 
 import logging
@@ -42,7 +42,7 @@ EMBEDDINGS, HEAD = "model.language_model.embed_tokens", "lm_head"
 """The two matrices that may be one (tied)."""
 
 _CHANGES_BASE = ("pissa", "olora", "loftq")
-"""Initialisations that PEFT repeats at loading, and that take a part out of the base."""
+"""Initialisations that PEFT repeats at loading, and that subtract the adapter from the base."""
 _VARIANTS = ("velora_config", "monteclora_config", "kasa_config", "use_bdlora")
 
 
@@ -55,12 +55,12 @@ class Replaced:
     read: Callable[[], Tensor]
     rows: list[int] | None
     alone: bool
-    """Whether the matrix tied with it keeps its own values."""
+    """True if the matrix tied with it keeps its own values."""
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """What an adapter folder means for one model."""
+    """An adapter folder in terms of one model."""
 
     file: Path
     settings: PeftLoraConfig
@@ -71,7 +71,7 @@ class Resolved:
 
 
 def resolve(model: Any, folder: Path) -> Resolved:
-    """An adapter folder in terms of `model`, which is not changed.
+    """Translates an adapter folder to the names of `model`, which is not changed.
 
     Raises:
         ModelFolderError: what is wrong with the folder, or does not fit the model.
@@ -86,6 +86,7 @@ def resolve(model: Any, folder: Path) -> Resolved:
             "save_pretrained(selected_adapters=[NAME])"
         )
     naming = choose_naming(model, file, entries)
+    # PEFT's own matching runs in here, on patterns that a user may have written.
     with foreign_errors(folder / CONFIG_FILE):
         layers = _Layers(model, settings, naming, file)
         layers.check(entries)
@@ -98,7 +99,7 @@ def resolve(model: Any, folder: Path) -> Resolved:
 
 
 class _Layers:
-    """PEFT's settings asked about a model under the file's names."""
+    """PEFT's settings matched against a model under the file's names."""
 
     def __init__(self, model: Any, settings: PeftLoraConfig, naming: Naming, file: Path) -> None:
         self.model, self.settings, self.naming, self.file = model, settings, naming, file
@@ -115,12 +116,13 @@ class _Layers:
         self.saved = list(settings.modules_to_save or ())
 
     def _linear(self) -> list[str]:
-        """What `all-linear` stands for: PEFT leaves out the output matrix alone."""
+        """Resolves `all-linear`: every linear layer but the output matrix, as in PEFT."""
         head = self.model.get_output_embeddings()
         modules = {name: self.model.get_submodule(name) for name in self._layers()}
         return [
             theirs
             for theirs, ours in self.naming.modules.items()
+            # By the file's names, which PEFT matches below.
             if all(isinstance(modules[n], nn.Linear) and modules[n] is not head for n in ours)
         ]
 
@@ -134,13 +136,14 @@ class _Layers:
         )
 
     def targeted(self, theirs: str, *, by_ours: bool = False) -> bool:
-        """Whether PEFT puts an adapter on the module."""
+        """True if PEFT puts an adapter on the module."""
         names = self.naming.modules[theirs] if by_ours else (theirs,)
         return all(bool(check_target_module_exists(self.settings, name)) for name in names)
 
     def check(self, entries: list[Entry]) -> None:
-        """Every layer that the settings name has tensors, and the other way round."""
+        """Raises ModelFolderError unless layers with tensors and layers of the settings agree."""
         adapted = {e.module: e for e in entries if e.rest and not self._of_parameter(e)}
+        # Some folders hold the settings by our names and tensors by the official ones.
         by_ours = not self.own_names and not all(map(self.targeted, adapted))
         for module, entry in adapted.items():
             if not self.targeted(module, by_ours=by_ours) and not self._is_tied(module):
@@ -149,41 +152,42 @@ class _Layers:
                     f"name (target_modules = {_short(self.settings.target_modules)}); the two "
                     "files are not of one adapter"
                 )
-        parts = {_part(self.naming.modules[module][0]) for module in adapted}
+        sections = {_section(self.naming.modules[module][0]) for module in adapted}
         left_out: set[str] = set()
         for theirs, ours in self.naming.modules.items():
             if theirs in adapted or not _takes_adapter(self.model.get_submodule(ours[0])):
                 continue
             if not self.targeted(theirs, by_ours=by_ours):
                 continue
-            if _part(ours[0]) in parts or not adapted:
+            if _section(ours[0]) in sections or not adapted:
                 raise ModelFolderError(
                     f"{self.file}: has no tensors for {theirs}, which {CONFIG_FILE} names "
                     f"(target_modules = {_short(self.settings.target_modules)}); copy the adapter "
                     "folder again"
                 )
-            left_out.add(_part(ours[0]))
-        # A part that the file leaves out as a whole was not trained: in PEFT its B is zero.
-        for part in sorted(left_out):
-            logger.warning("%s: has no adapters for %s", self.file, part)
+            left_out.add(_section(ours[0]))
+        # A section that the file leaves out as a whole was not trained: in PEFT its B is zero.
+        for section in sorted(left_out):
+            logger.warning("%s: has no adapters for %s", self.file, section)
         self._check_replaced(entries, adapted)
 
     def _check_replaced(self, entries: list[Entry], adapted: Iterable[str]) -> None:
-        """Every weight that the settings say is saved is in the file."""
-        there = {f"{entry.module}.{entry.leaf}" for entry in entries if entry.leaf}
+        """Raises ModelFolderError if the file lacks a weight that the settings say is saved."""
+        stored = {f"{entry.module}.{entry.leaf}" for entry in entries if entry.leaf}
+        # `lora_only` saves the biases of adapted layers.
         biases = {f"{module}.bias" for module in adapted}
         for theirs in self.naming.parameters:
             bias = self.settings.bias
-            wanted = self._is_saved(theirs)
-            wanted |= bias == "all" and theirs.endswith(".bias")
-            wanted |= bias == "lora_only" and theirs in biases
-            if wanted and theirs not in there:
+            is_saved = self._is_saved(theirs)
+            is_saved |= bias == "all" and theirs.endswith(".bias")
+            is_saved |= bias == "lora_only" and theirs in biases
+            if is_saved and theirs not in stored:
                 raise ModelFolderError(
                     f"{self.file}: {theirs} is missing, which {CONFIG_FILE} says is saved "
                     "(modules_to_save, bias); copy the adapter folder again"
                 )
         for layer in self.tokens():
-            if f"{layer}.{TOKENS}" not in there:
+            if f"{layer}.{TOKENS}" not in stored:
                 raise ModelFolderError(
                     f"{self.file}: {layer}.token_adapter.{TOKENS} is missing, which {CONFIG_FILE} "
                     "names (trainable_token_indices); copy the adapter folder again"
@@ -194,21 +198,22 @@ class _Layers:
         return any(name.rpartition(".")[0] == ours for name in self.parameters)
 
     def _is_tied(self, module: str) -> bool:
-        """Whether the output matrix follows the embeddings' adapter (`ensure_weight_tying`)."""
+        """True if the output matrix follows the embeddings' adapter (`ensure_weight_tying`)."""
         return self.settings.ensure_weight_tying and self.naming.modules[module] == (HEAD,)
 
     def _is_saved(self, theirs: str) -> bool:
+        # A parameter is saved with the module around it, at any depth; PEFT matches by the end.
         words = theirs.split(".")
         above = [".".join(words[:count]) for count in range(1, len(words))]
         return any(module.endswith(target) for module in above for target in self.saved)
 
     def tokens(self) -> dict[str, list[int]]:
-        """Layer by the file's name -> rows that were trained (`trainable_token_indices`)."""
+        """Returns layer by the file's name -> trained rows (`trainable_token_indices`)."""
         chosen = self.settings.trainable_token_indices
         if not chosen:
             return {}
         ours = {names[0]: theirs for theirs, names in self.naming.modules.items()}
-        if not isinstance(chosen, dict):
+        if not isinstance(chosen, dict):  # a list is for the embeddings, in PEFT
             return {ours[EMBEDDINGS]: list(chosen)}
         return {
             theirs: list(rows)
@@ -220,14 +225,14 @@ class _Layers:
     def _follows_embeddings(
         self, ours: dict[str, str], theirs: str, chosen: dict[str, list[int]]
     ) -> bool:
-        """Whether PEFT stores the rows of a tied output matrix with the embeddings alone."""
+        """True if PEFT stores the rows of a tied output matrix with the embeddings alone."""
         if theirs != ours.get(HEAD) or not is_tied(self.model):
             return False
         rows = [chosen[t] for t in chosen if ours[EMBEDDINGS].endswith(t) or theirs.endswith(t)]
         return len(rows) > 1 and all(row == rows[0] for row in rows)
 
     def translated(self, entries: list[Entry]) -> PeftLoraConfig:
-        """The settings with every layer by its name in the model."""
+        """Returns the settings with every layer by its name in the model."""
         self._check_fused(entries)
         ranks: dict[str, int] = {}
         alphas: dict[str, float] = {}
@@ -255,7 +260,7 @@ class _Layers:
         )
 
     def _name_unused_patterns(self, names: list[tuple[str, str]]) -> None:
-        """Logs the patterns that are for no layer; PEFT ignores them as well."""
+        """Warns of patterns that match no layer; PEFT ignores them as well."""
         for field in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self.settings, field) or {}:
                 if not any(
@@ -266,6 +271,7 @@ class _Layers:
     def _looked_up(
         self, patterns: dict[str, Any] | None, theirs: str, ours: str, default: str
     ) -> Any:
+        # The file's name first: a pattern that fits both was written for it.
         for name in (theirs, ours):
             key = get_pattern_key((patterns or {}).keys(), name)
             if key in (patterns or {}):
@@ -273,7 +279,8 @@ class _Layers:
         return getattr(self.settings, default)
 
     def _check_fused(self, entries: list[Entry]) -> None:
-        """Raises ModelFolderError for what cannot be split where q, k and v were one layer."""
+        """Raises ModelFolderError for adapters of fused q, k and v that cannot be split."""
+        # B of a fused layer is split by rows, and plain LoRA alone allows that.
         fused = [e for e in entries if e.rest and len(self.naming.modules[e.module]) > 1]
         renamed = [
             e
@@ -295,7 +302,7 @@ class _Layers:
     def tensors(
         self, entries: list[Entry]
     ) -> Iterator[tuple[str, tuple[str, Callable[[], Tensor]]]]:
-        """Of the adapters, by the names of PEFT's state for this model."""
+        """Yields the adapters' tensors by the names of PEFT's state for this model."""
         for entry in entries:
             if not entry.rest:
                 continue
@@ -303,12 +310,13 @@ class _Layers:
             change = self.naming.parameters.get(f"{entry.module}.weight", ((), SAME))[1]
             for index, ours in enumerate(names):
                 read = entry.tensor.read
+                # q, k and v of a fused layer have the whole A each, and their rows of B.
                 if len(names) > 1 and not entry.rest.startswith("lora_A"):
-                    read = _part_of(change, entry.tensor, index)
+                    read = _slice_of(change, entry.tensor, index)
                 yield f"{ours}{entry.nesting}.{entry.rest}", (entry.stored, read)
 
     def replaced(self, entries: list[Entry]) -> Iterator[Replaced]:
-        """Weights of the base that the file has values for."""
+        """Yields the weights of the base that the file has values for."""
         tokens = self.tokens()
         for entry in entries:
             if entry.leaf == TOKENS:
@@ -325,18 +333,21 @@ class _Layers:
             elif entry.leaf:
                 theirs = f"{entry.module}.{entry.leaf}"
                 names, change = self.naming.parameters[theirs]
+                # A saved copy is untied by PEFT, unless it is told to tie it.
                 alone = self._is_saved(theirs) and not self.settings.ensure_weight_tying
                 for index, name in enumerate(names):
-                    read = _part_of(change, entry.tensor, index)
+                    read = _slice_of(change, entry.tensor, index)
                     yield Replaced(name, entry.stored, read, None, alone)
 
     def _alone(self, name: str, tokens: dict[str, list[int]]) -> bool:
-        """Rows of the embeddings are those of the tied output matrix; not the other way round."""
+        """True for rows of the output matrix, or if both matrices have rows of their own."""
+        # Rows of the embeddings are the tied output matrix's too; not the other way round.
         return name == f"{HEAD}.weight" or len(tokens) > 1
 
 
 def replace_targets(settings: PeftLoraConfig, layers: list[str]) -> PeftLoraConfig:
-    """Settings for exactly these layers, given by full names, and for nothing else."""
+    """Returns the settings for exactly these layers, given by full names."""
+    # PEFT matches a string as a whole, and a list by the ends of names; (?!) matches nothing.
     return replace(
         settings,
         target_modules="|".join(map(re.escape, dict.fromkeys(layers))) or "(?!)",
@@ -352,7 +363,8 @@ def replace_targets(settings: PeftLoraConfig, layers: list[str]) -> PeftLoraConf
 
 
 def _patterns(values: dict[str, Any], default: Any) -> dict[str, Any]:
-    """One pattern for each value that is not the default: PEFT tries all on each layer."""
+    """Returns one pattern for each value that is not the default."""
+    # Not one a layer: PEFT tries every pattern on every layer, which is quadratic.
     names: dict[Any, list[str]] = {}
     for name, value in values.items():
         if value != default:
@@ -360,7 +372,7 @@ def _patterns(values: dict[str, Any], default: Any) -> dict[str, Any]:
     return {"|".join(group): value for value, group in names.items()}
 
 
-def _part_of(change: keys.Change, tensor: LazyTensor, index: int) -> Callable[[], Tensor]:
+def _slice_of(change: keys.Change, tensor: LazyTensor, index: int) -> Callable[[], Tensor]:
     return lambda: change.to_ours([tensor.read()])[index]
 
 
@@ -368,8 +380,8 @@ def _takes_adapter(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d)
 
 
-def _part(name: str) -> str:
-    """The part of the model a module belongs to: `model.vision_tower`, `lm_head`, …"""
+def _section(name: str) -> str:
+    """Returns the section of the model a module is in: `model.vision_tower`, `lm_head`, …"""
     return ".".join(name.split(".")[: 2 if name.startswith("model.") else 1])
 
 
@@ -379,7 +391,7 @@ def _short(value: Any) -> str:
 
 
 def is_tied(model: Any) -> bool:
-    """Whether the output matrix is the embeddings' own."""
+    """True if the output matrix is the embeddings' own tensor."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or embeddings is None:
         return False
@@ -391,15 +403,16 @@ def _base(module: nn.Module) -> Any:
 
 
 def _untie(model: Any) -> None:
-    """Gives the output matrix values of its own, for an adapter that is on one of the two."""
+    """Gives the output matrix a tensor of its own, for an adapter on one of the two."""
     head = model.get_output_embeddings()
     weight = head.weight
     head.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    # Or saving would leave the matrix out, and loading would tie it again.
     model.config.tie_word_embeddings = False
 
 
 def apply(model: Any, resolved: Resolved) -> None:
-    """Puts the adapters onto `model` and their values into them.
+    """Puts adapters and their values onto `model`.
 
     Raises:
         ModelFolderError: tensors that do not fit; the model is then of no use.
@@ -407,7 +420,7 @@ def apply(model: Any, resolved: Resolved) -> None:
     layers = resolved.settings
     touched = {name.rpartition(".lora_")[0] for name in resolved.tensors}
     touched |= {r.name.removesuffix(".weight") for r in resolved.replaced if r.alone}
-    tied = is_tied(model)
+    tied = is_tied(model)  # before an adapter is on one of the two
     if tied and touched & {EMBEDDINGS, HEAD}:
         init = layers.init_lora_weights
         if HEAD in touched and (layers.kasa_config or str(init).startswith(_CHANGES_BASE)):
@@ -417,7 +430,7 @@ def apply(model: Any, resolved: Resolved) -> None:
             )
         _untie(model)
     with foreign_errors(resolved.file.parent / CONFIG_FILE):
-        # Patterns of adapted parameters, which PEFT uses and looks for among modules alone.
+        # PEFT uses patterns of adapted parameters, but looks for them among modules alone.
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")
         # Every bias of `lora_bias` is of one dimension, and wrong shapes are refused below.
         warnings.filterwarnings("ignore", r"Adapter .* LoRA tensor\(s\) have invalid shape")
@@ -435,7 +448,7 @@ def apply(model: Any, resolved: Resolved) -> None:
 
 
 def _fill(model: Any, resolved: Resolved) -> None:
-    """Every tensor of the file into PEFT's layers, each exactly once."""
+    """Copies every tensor of the file into PEFT's layers, each exactly once."""
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     for name, values in state.items():
         if name not in resolved.tensors:
@@ -452,6 +465,7 @@ def _fill(model: Any, resolved: Resolved) -> None:
                 "another model, or the two files are not of one adapter"
             )
         _check_finite(resolved.file, stored, tensor)
+        # PEFT's state holds the parameters themselves, so this fills the layers.
         with torch.no_grad():
             values.copy_(tensor)
     for name, (stored, _) in resolved.tensors.items():
@@ -463,8 +477,8 @@ def _fill(model: Any, resolved: Resolved) -> None:
 
 
 def _check_finite(file: Path, stored: str, tensor: Tensor) -> None:
-    """Raises ModelFolderError for values with which nothing can be computed."""
-    # Floats of 8 bits have no such test.
+    """Raises ModelFolderError for NaN or infinity."""
+    # `isfinite` has no kernel for floats of 8 bits.
     wide = tensor.float() if tensor.is_floating_point() and tensor.itemsize < 2 else tensor
     if not bool(torch.isfinite(wide).all()):
         raise ModelFolderError(
@@ -474,12 +488,14 @@ def _check_finite(file: Path, stored: str, tensor: Tensor) -> None:
 
 
 def _check_repeatable(model: Any, resolved: Resolved) -> None:
-    """Refuses an initialisation that takes something else out of the base each time it is drawn."""
+    """Raises ModelFolderError for an initialisation that differs each time it is drawn."""
+    # `pissa_niter_N` is a random approximation of the exact `pissa`.
     init = str(resolved.settings.init_lora_weights)
     if "_niter_" not in init:
         return
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer) and not isinstance(layer.get_base_layer(), nn.Embedding):
+            # Drawn once more from the same base: a random SVD subtracts something else.
             base, first = layer.get_base_layer(), layer.get_delta_weight(ADAPTER)
             rest = base.weight.detach().clone()
             base.weight.data = rest + first.to(rest)
@@ -503,10 +519,10 @@ def _replace(model: Any, item: Replaced, file: Path) -> None:
         raise ModelFolderError(
             f"{file}: {item.stored} replaces a weight that is quantized; load without quantize"
         )
-    place = target.data if item.rows is None else target.data[: len(item.rows)]
-    if tensor.shape != place.shape or (item.rows and max(item.rows) >= len(target)):
+    expected = target.shape if item.rows is None else (len(item.rows), *target.shape[1:])
+    if tensor.shape != expected or (item.rows and max(item.rows) >= len(target)):
         raise ModelFolderError(
-            f"{file}: {item.stored} is {tuple(tensor.shape)}, and {tuple(place.shape)} is needed "
+            f"{file}: {item.stored} is {tuple(tensor.shape)}, and {tuple(expected)} is needed "
             f"by this model (its weight is {tuple(target.shape)}); these adapters are of another "
             "model, or of one with another vocabulary"
         )

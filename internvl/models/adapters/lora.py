@@ -1,4 +1,4 @@
-"""Which weights learn: parts, last blocks, and low-rank adapters (PEFT), attached and merged.
+"""Trainable parts and blocks, and low-rank adapters (PEFT): attached, saved and loaded.
 
 Adapters are injected into the model itself, so that it keeps its class and its forward, and are
 written as a folder that plain `peft` loads onto plain `transformers`' model.
@@ -65,7 +65,7 @@ class Adapter:
 def select_trainable(
     model: nn.Module, parts: Iterable[str] | str, last_vision_blocks: int | None = None
 ) -> None:
-    """Train the weights of `parts` and freeze all others.
+    """Sets the weights of `parts` to train and freezes all others.
 
     Args:
         parts: names of `PARTS`.
@@ -76,11 +76,12 @@ def select_trainable(
     """
     chosen = (parts,) if isinstance(parts, str) else tuple(parts)
     names = [name for name, _ in model.named_parameters()]
-    known = [part for part in PARTS if any(_owns(part, name) for name in names)]
-    unknown = [part for part in chosen if part not in known]
+    # By weights rather than by family: InternVL-14B has parts that a chat model lacks.
+    available = [part_name for part_name in PARTS if any(_owns(part_name, n) for n in names)]
+    unknown = [part_name for part_name in chosen if part_name not in available]
     if unknown:
-        raise UserError(f"unknown part {unknown[0]!r}; parts are {', '.join(known)}")
-    trained = {name for part in chosen for name in names if _owns(part, name)}
+        raise UserError(f"unknown part {unknown[0]!r}; parts are {', '.join(available)}")
+    trained = {name for part_name in chosen for name in names if _owns(part_name, name)}
     if last_vision_blocks:
         blocks = list(model.get_submodule("model.vision_tower.encoder.layer").children())
         if last_vision_blocks > len(blocks):
@@ -95,12 +96,13 @@ def select_trainable(
         parameter.requires_grad_(name in trained)
 
 
-def _owns(part: str, name: str) -> bool:
-    return name.startswith(PARTS[part]) or (part == "queries" and ".cross_attn." in name)
+def _owns(part_name: str, name: str) -> bool:
+    # The cross-attention lies inside the language model's blocks, so no prefix names it.
+    return name.startswith(PARTS[part_name]) or (part_name == "queries" and ".cross_attn." in name)
 
 
 def attach(model: nn.Module, settings: LoraConfig) -> nn.Module:
-    """Put adapters on `settings.on`; the same model, its other weights as trainable as before.
+    """Puts adapters on `settings.on`; returns the model, its other weights as trainable as before.
 
     Where the original's projection is fused (InternLM2's `wqkv`, the vision tower's `qkv`), q, k
     and v share one A, as its one adapter does.
@@ -108,8 +110,9 @@ def attach(model: nn.Module, settings: LoraConfig) -> nn.Module:
     Raises:
         UserError: a part without linear layers, or a model that has adapters already.
     """
+    # The original's scale.
     alpha = 2.0 * settings.rank if settings.alpha is None else settings.alpha
-    adapters = {str(part): Adapter(settings.rank, alpha) for part in settings.on}
+    adapters = {str(part_name): Adapter(settings.rank, alpha) for part_name in settings.on}
     return inject(model, adapters, settings.dropout)
 
 
@@ -120,7 +123,7 @@ def inject(
     share: bool | None = None,
 ) -> nn.Module:
     """As `attach`, with rank and alpha for each part; `share` overrules which q, k, v share A."""
-    unknown = [part for part in adapters if part not in _LINEARS]
+    unknown = [part_name for part_name in adapters if part_name not in _LINEARS]
     if unknown:
         raise UserError(
             f"no adapter goes on {unknown[0]!r}; parts with adapters are {', '.join(_LINEARS)}"
@@ -137,41 +140,41 @@ def inject(
         if dropout:
             layer.lora_dropout[_ADAPTER] = DrawnDropout(dropout)
         layer.train(model.training)
-        if name.endswith(".v_proj") and (_fused(model, name) if share is None else share):
+        if name.endswith(".v_proj") and (_shares_a(model, name) if share is None else share):
             _share_a(model, name.replace(".v_proj", ".q_proj"))
     _keep_trainable(model, trained)
     return model
 
 
 def _peft_config(adapters: Mapping[str, Adapter], dropout: float) -> PeftLoraConfig:
-    """One PEFT configuration for all parts; ranks that differ go into its patterns."""
+    """Returns one PEFT configuration for all parts; ranks that differ go into its patterns."""
+    # PEFT injects a configuration once: a second one would be a second adapter.
     first = next(iter(adapters.values()))
-    others = {part: a for part, a in adapters.items() if a != first}
+    others = {part_name: a for part_name, a in adapters.items() if a != first}
     return PeftLoraConfig(
         r=first.rank,
         lora_alpha=first.alpha,
         lora_dropout=dropout,
-        target_modules="|".join(f"({_LINEARS[part]})" for part in adapters),
-        rank_pattern={_LINEARS[part]: a.rank for part, a in others.items()},
-        alpha_pattern={_LINEARS[part]: a.alpha for part, a in others.items()},
+        target_modules="|".join(f"({_LINEARS[part_name]})" for part_name in adapters),
+        rank_pattern={_LINEARS[part_name]: a.rank for part_name, a in others.items()},
+        alpha_pattern={_LINEARS[part_name]: a.alpha for part_name, a in others.items()},
         bias="none",
     )
 
 
-def _fused(model: Any, name: str) -> bool:
+def _shares_a(model: Any, name: str) -> bool:
+    """True if q, k and v are one layer in the original."""
     if name.startswith(PARTS["vision_tower"]):
         return True
     return configs.language_model(model.config) == "InternLM2ForCausalLM"
 
 
 def _share_a(model: Any, name: str) -> None:
-    """q's A becomes k's and v's as well: one tensor, one gradient, and one mask of dropout.
-
-    Attention calls q, k and v in this order, in a recomputed forward too.
-    """
+    """Shares q's A with k and v: one tensor, one gradient, and one mask of dropout."""
     stem = name.removesuffix("q_proj")
     q, k, v = (model.get_submodule(f"{stem}{x}_proj") for x in "qkv")
     drawn = q.lora_dropout[_ADAPTER]
+    # Attention calls q, k and v in this order, in a recomputed forward too.
     for layer in (k, v):
         layer.lora_A[_ADAPTER] = q.lora_A[_ADAPTER]
         if isinstance(drawn, DrawnDropout):
@@ -185,13 +188,13 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(name without wrappers, adapted layer)."""
+    """Yields (name without wrappers, adapted layer)."""
     for name, module in merging.adapted_layers(model):
         yield merging.unwrapped(name), module
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters' weights by the names of a PEFT folder, on CPU; collective when sharded.
+    """Returns the adapters' weights by the names of a PEFT folder, on CPU; collective if sharded.
 
     Raises:
         UserError: the model has no adapters, or others than plain LoRA.
@@ -203,24 +206,26 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
                 f"{name}: its adapter is more than plain LoRA, which is not written here; export "
                 "the model, which merges it"
             )
-        for kind in ("lora_A", "lora_B"):
-            weight = getattr(layer, kind)[_ADAPTER].weight.detach()
+        for matrix in ("lora_A", "lora_B"):
+            weight = getattr(layer, matrix)[_ADAPTER].weight.detach()
             whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
             # Cloned, because a shared A must be three tensors in the file.
-            state[f"{_PEFT_PREFIX}{name}.{kind}.weight"] = whole.to("cpu", copy=True).contiguous()
+            state[f"{_PEFT_PREFIX}{name}.{matrix}.weight"] = whole.to("cpu", copy=True).contiguous()
     if not state:
         raise UserError("the model has no adapters to save")
     return state
 
 
 def save_adapter(model: Any, folder: Path, base: str | Path | None = None) -> None:
-    """Write the adapters as a PEFT folder; `base` is the model they belong to, by name or path."""
+    """Writes the adapters as a PEFT folder; `base` is the model they belong to, by name or path."""
     state = adapter_state(model)
     folder.mkdir(parents=True, exist_ok=True)
     config = model.peft_config[_ADAPTER].to_dict()
+    # As it is: a pattern stays a string, and a set is sorted below.
     config["target_modules"] = model.peft_config[_ADAPTER].target_modules
     config["base_model_name_or_path"] = None if base is None else str(base)
     config["inference_mode"] = True
+    # Enums by their values, as PEFT's own files have them.
     config = {key: getattr(value, "value", value) for key, value in config.items()}
     text = json.dumps(config, indent=2, sort_keys=True, default=sorted)
     save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -228,9 +233,9 @@ def save_adapter(model: Any, folder: Path, base: str | Path | None = None) -> No
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
-    """Put the adapters of a PEFT folder onto `model`, so that it computes what `peft` computes.
+    """Puts the adapters of a PEFT folder onto `model`, which then computes what `peft` computes.
 
-    q, k and v share one A where those of the file are equal.
+    q, k and v share one A if those of the file are equal.
 
     Raises:
         UserError: the model has adapters already.
@@ -250,19 +255,21 @@ def load_adapter(model: Any, folder: Path) -> Any:
         layer.train(model.training)
         if name.endswith(".v_proj") and _equal_a(model, name.removesuffix("v_proj")):
             _share_a(model, name.replace(".v_proj", ".q_proj"))
+    # Last: also the loop above has frozen layers.
     _keep_trainable(model, trained)
     return model
 
 
 def _keep_trainable(model: nn.Module, trained: set[str]) -> None:
-    """Injecting freezes everything else; what select_trainable chose stays chosen."""
+    """Sets the parameters named in `trained` to train again."""
+    # PEFT freezes everything but the adapters when it injects them.
     for name, parameter in model.named_parameters():
         if name in trained:
             parameter.requires_grad_(True)
 
 
 def _equal_a(model: Any, stem: str) -> bool:
-    """Whether q, k and v have the same A and are plain LoRA of one scale."""
+    """True if q, k and v have the same A and are plain LoRA of one scale."""
     attention = model.get_submodule(stem[:-1])
     layers: list[Any] = [getattr(attention, f"{x}_proj", None) for x in "qkv"]
     if not all(fused_lora.is_plain(layer) for layer in layers):
@@ -276,31 +283,31 @@ def _equal_a(model: Any, stem: str) -> bool:
 
 
 def load_official(model: nn.Module, state: Mapping[str, Tensor], folder: Path) -> nn.Module:
-    """Put adapters of an official LoRA checkpoint (by our names) onto `model`; alpha is 2 rank."""
+    """Puts adapters of an official LoRA checkpoint (by our names) onto `model`; alpha is 2 rank."""
+    # Ranks are read from the shapes, which the layers must fit.
     ranks = {
-        part: next(
-            (tensor.shape[0] for name, tensor in state.items() if name.startswith(PARTS[part])),
-            None,
+        part_name: next(
+            (t.shape[0] for n, t in state.items() if n.startswith(PARTS[part_name])), None
         )
-        for part in _LINEARS
+        for part_name in _LINEARS
     }
-    adapters = {part: Adapter(rank, 2.0 * rank) for part, rank in ranks.items() if rank}
+    adapters = {name: Adapter(rank, 2.0 * rank) for name, rank in ranks.items() if rank}
     inject(model, adapters)
     _fill(model, state, folder)
     return model
 
 
 def _fill(model: nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:
-    """Adapter weights by module name into the injected layers, each exactly once."""
+    """Copies adapter weights by module name into the injected layers, each exactly once."""
     left = dict(state)
     for name, layer in _layers(model):
-        for kind in ("lora_A", "lora_B"):
-            weight = getattr(layer, kind)[_ADAPTER].weight
-            stored = left.pop(f"{name}.{kind}.weight", None)
+        for matrix in ("lora_A", "lora_B"):
+            weight = getattr(layer, matrix)[_ADAPTER].weight
+            stored = left.pop(f"{name}.{matrix}.weight", None)
             if stored is None or stored.shape != weight.shape:
-                what = "missing" if stored is None else f"{tuple(stored.shape)}"
+                shape = "missing" if stored is None else f"{tuple(stored.shape)}"
                 raise ModelFolderError(
-                    f"{folder}: {name}.{kind} is {what}, the model needs {tuple(weight.shape)}; "
+                    f"{folder}: {name}.{matrix} is {shape}, the model needs {tuple(weight.shape)}; "
                     "these adapters are of another model"
                 )
             with torch.no_grad():

@@ -47,9 +47,10 @@ _UNUSED = (".original_module.", ".trainable_tokens_original", ".token_indices")
 
 
 def parse(stored: str, tensor: LazyTensor) -> Entry | None:
-    """What a tensor's name says; None for a copy that no adapter uses."""
+    """Parses a tensor's name; None for a copy that no adapter uses."""
     name = re.sub(r"^(module\.)+", "", _without_wrappers(stored))
     name = re.sub(r"(^|\.)(base_model\.model\.)+", r"\1", name)
+    # Originals of what was trained, and indices that the configuration holds as well.
     if any(word in name for word in _UNUSED):
         return None
     if match := _OF_TOKENS.fullmatch(name):
@@ -59,6 +60,7 @@ def parse(stored: str, tensor: LazyTensor) -> Entry | None:
         return Entry(
             stored, tensor, match["module"], rest=rest, nesting=match["nesting"], adapter=adapter
         )
+    # From here on a weight of the base: `modules_to_save`, a bias, tied embeddings.
     adapter = None
     if match := _SAVED.fullmatch(name):
         name, adapter = f"{match['module']}.{match['rest']}", match["adapter"]
@@ -73,23 +75,24 @@ def _without_wrappers(name: str) -> str:
     return name
 
 
-def _split_adapter(part: str, rest: str | None) -> tuple[str, str | None]:
-    """(the name a PEFT folder has, the adapter's name where there was one)."""
+def _split_adapter(prefix: str, rest: str | None) -> tuple[str, str | None]:
+    """Returns (the name in a PEFT folder, the adapter's name or None)."""
     words = rest.split(".") if rest else []
-    if part in ("lora_A", "lora_B"):
-        return f"{part}.{words[-1] if words else 'weight'}", words[0] if len(words) == 2 else None
-    if part == "lora_monteclora_sampler":
-        return f"{part}.{rest}", None
+    if prefix in ("lora_A", "lora_B"):
+        leaf = words[-1] if words else "weight"
+        return f"{prefix}.{leaf}", words[0] if len(words) == 2 else None
+    if prefix == "lora_monteclora_sampler":
+        return f"{prefix}.{rest}", None
     named = [word for word in words if word != "weight"]
-    return part, named[0] if named else None
+    return prefix, named[0] if named else None
 
 
 @dataclass(frozen=True)
 class Naming:
-    """The model's modules and parameters by the names that one kind of file has for them."""
+    """The model's modules and parameters by the names that one file layout has for them."""
 
     modules: Mapping[str, tuple[str, ...]]
-    """Several of ours where theirs is fused."""
+    """Several of ours if theirs is one fused layer."""
     parameters: Mapping[str, tuple[tuple[str, ...], keys.Change]]
 
     def knows(self, entry: Entry) -> bool:
@@ -109,7 +112,7 @@ _LANGUAGE = "model.language_model."
 
 
 def _namings(model: Any) -> Iterator[Naming]:
-    """Every way to name this model's weights, the model's own first."""
+    """Yields every naming of this model's weights, the model's own first."""
     modules = [name for name, _ in model.named_modules() if name]
     parameters = list(model.state_dict())
     yield _renamed(modules, parameters, lambda name: name)
@@ -165,7 +168,7 @@ def _below(names: Mapping[str, _Value], prefix: str) -> dict[str, _Value]:
 
 
 def choose_naming(model: Any, file: Path, entries: list[Entry]) -> Naming:
-    """The names that the file has been written with.
+    """Returns the naming that the file was written under.
 
     Raises:
         ModelFolderError: layers this model does not have, or names that mean several layers.
@@ -174,11 +177,13 @@ def choose_naming(model: Any, file: Path, entries: list[Entry]) -> Naming:
     fitting = [n for n in candidates if all(n.knows(entry) for entry in entries)]
     if not fitting:
         closest = max(candidates, key=lambda n: sum(n.knows(entry) for entry in entries))
+        # Of the nearest naming, so that the message names a layer and not a prefix.
         unknown = [entry.stored for entry in entries if not closest.knows(entry)]
         raise ModelFolderError(
             f"{file}: {unknown[0]} is for a layer that this model does not have "
             f"({len(unknown)} of {len(entries)} tensors); these adapters are of another model"
         )
+    # Several fit if a file has few tensors; that is harmless unless they mean different layers.
     for other in fitting[1:]:
         for entry in entries:
             if other.ours(entry) != fitting[0].ours(entry):

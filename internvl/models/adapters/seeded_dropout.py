@@ -1,11 +1,11 @@
-"""LoRA's dropout where no mask lies in memory: kernels that make it from a seed as they go.
+"""LoRA's dropout without a mask in memory: kernels regenerate it from a seed.
 
 A's product reads the activations once, and the backward pass once more, for A's gradient and that
-of the input; drawing a mask, keeping it, and writing the masked activations would be a multiple of
-the traffic, and a byte for every number of them until the backward pass. A hash of place and seed
+of the input. Drawing a mask, saving it and writing masked activations is a multiple of that
+traffic, and a byte for every activation until the backward pass. A hash of position and seed
 (lowbias32 of Wellons' hash-prospector, keyed before both multiplications) has 16 bits each for
-columns k and k + K / 2; an entry is dropped where they are below a share of 2^16, so a seed is the
-same mask in every kernel.
+columns k and k + K / 2; an entry is dropped if they are below rate * 2^16. A seed is the same mask
+in all kernels.
 
 Shapes: M rows, K inputs, an even number, R ranks; a seed is int32 (2,) on the device.
 """
@@ -19,22 +19,25 @@ _HAS_TRITON = find_spec("triton") is not None
 
 
 def used(x: Tensor) -> bool:
-    """Whether the kernels take the place of masks for such an input."""
+    """True if the Triton kernels support `x`: on CUDA, of even width."""
     return x.is_cuda and _HAS_TRITON and x.shape[-1] % 2 == 0
 
 
 def possible(rate: float) -> float:
-    """The rate that 16 bits have."""
+    """Returns `rate` rounded to the nearest multiple of 1/65536."""
     return _below(rate) / 2**16
 
 
 def seed(device: torch.device) -> Tensor:
-    """int32 (2,) from torch's generator: passes that draw the same numbers have the same masks."""
+    """Draws a seed, int32 (2,), from torch's generator."""
+    # On the device, so that recomputation (which restores the generator) draws the same mask and
+    # the host does not wait.
     return torch.randint(-(2**31), 2**31 - 1, (2,), dtype=torch.int32, device=device)
 
 
 def mask(seed: Tensor, rows: int, inputs: int, rate: float) -> Tensor:
-    """bool (M, K), true where an entry is dropped, as the kernels have it."""
+    """bool (M, K), true where the kernels drop an entry."""
+    # int64 masked to 32 bits: torch has few operations on uint32.
     s0, s1 = (seed.long() & _WORD).unbind()
     h = torch.arange(rows * (inputs // 2), device=seed.device).view(rows, -1)
     h = (h + s0) & _WORD
@@ -66,8 +69,8 @@ def down(x: Tensor, a: Tensor, seed: Tensor, rate: float) -> Tensor:
 
 
 def back(du: Tensor, x: Tensor, a: Tensor, seed: Tensor, rate: float) -> tuple[Tensor, Tensor]:
-    """The gradients through A: of its input, (du A) with dropout, (M, K), and of A, du' x where
-    nothing is dropped, float32 (R, K).
+    """Gradients through A: of its input, (du A) with dropout, (M, K), and of A, float32 (R, K),
+    du' times x with dropout.
 
     Args:
         du: (M, R).

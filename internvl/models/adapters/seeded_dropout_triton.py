@@ -1,4 +1,4 @@
-"""Triton's side of seeded_dropout.py."""
+"""Triton kernels of seeded_dropout.py."""
 
 import torch
 import triton
@@ -8,7 +8,9 @@ from torch import Tensor
 
 @triton.jit
 def _hashed(seed, m, k, half):
-    """32 random bits for row m and columns k and k + half; `dropped.mask` is the same in torch."""
+    """32 random bits for row m and columns k and k + half, those of `seeded_dropout.mask`."""
+    # lowbias32 with the second half of the seed between its multiplications.
+    # A bit cast: the seed is signed, since torch draws no uint32.
     s0 = tl.load(seed).to(tl.uint32, bitcast=True)
     s1 = tl.load(seed + 1).to(tl.uint32, bitcast=True)
     h = (m.to(tl.uint32) * half)[:, None] + k.to(tl.uint32)[None, :] + s0
@@ -19,7 +21,7 @@ def _hashed(seed, m, k, half):
 
 
 @triton.jit
-def _kept(values, bits, below):
+def _zeroed(values, bits, below):
     # Not a mask of the load: neighbours that differ in it would be read one number at a time.
     return tl.where(bits >= below, values, 0.0).to(values.dtype)
 
@@ -44,21 +46,25 @@ def _down(
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     r = tl.arange(0, BLOCK_R)
     total = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    # Half the width a step: one hash has the bits of a column in each half.
     for start in range(0, half, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         bits = _hashed(seed, m, k, half)
         inside = (m < rows)[:, None] & (k < half)[None, :]
-        known = (k < half)[:, None] & (r < rank)[None, :]
-        place = x + m.to(tl.int64)[:, None] * row_stride + k[None, :]
+        in_weights = (k < half)[:, None] & (r < rank)[None, :]
+        # 64 bits: rows times stride may be more than 2^31.
+        entries = x + m.to(tl.int64)[:, None] * row_stride + k[None, :]
         weights = a + r[None, :] * (2 * half) + k[:, None]
-        first = _kept(tl.load(place, inside, other=0.0), bits & 0xFFFF, below)
-        total = tl.dot(first, tl.load(weights, known, other=0.0), total, input_precision=PRECISION)
-        second = _kept(tl.load(place + half, inside, other=0.0), bits >> 16, below)
-        weights = tl.load(weights + half, known, other=0.0)
+        first = _zeroed(tl.load(entries, inside, other=0.0), bits & 0xFFFF, below)
+        first_weights = tl.load(weights, in_weights, other=0.0)
+        total = tl.dot(first, first_weights, total, input_precision=PRECISION)
+        second = _zeroed(tl.load(entries + half, inside, other=0.0), bits >> 16, below)
+        weights = tl.load(weights + half, in_weights, other=0.0)
         total = tl.dot(second, weights, total, input_precision=PRECISION)
-    place = out + m.to(tl.int64)[:, None] * rank + r[None, :]
+    outputs = out + m.to(tl.int64)[:, None] * rank + r[None, :]
+    # 1 / (1 - rate) once at the end rather than on every activation.
     total = (total * factor).to(out.dtype.element_ty)
-    tl.store(place, total, (m < rows)[:, None] & (r < rank)[None, :])
+    tl.store(outputs, total, (m < rows)[:, None] & (r < rank)[None, :])
 
 
 @triton.jit
@@ -72,7 +78,7 @@ def _back(
     below,
     factor,
     rows,
-    each,
+    chunk,
     du_stride,
     row_stride,
     half: tl.constexpr,
@@ -83,35 +89,38 @@ def _back(
     PRECISION: tl.constexpr,
 ):
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    part = tl.program_id(1)
+    chunk_index = tl.program_id(1)
     r = tl.arange(0, BLOCK_R)
-    known = (r < rank)[:, None] & (k < half)[None, :]
+    in_weights = (r < rank)[:, None] & (k < half)[None, :]
+    # A is read once and stays in registers; only activations and gradients stream by.
     weights = a + r[:, None] * (2 * half) + k[None, :]
-    weights1 = tl.load(weights, known, other=0.0)
-    weights2 = tl.load(weights + half, known, other=0.0)
+    weights1 = tl.load(weights, in_weights, other=0.0)
+    weights2 = tl.load(weights + half, in_weights, other=0.0)
     total1 = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
     total2 = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
-    for start in range(part * each, min(part * each + each, rows), BLOCK_M):
+    for start in range(chunk_index * chunk, min(chunk_index * chunk + chunk, rows), BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
         bits = _hashed(seed, m, k, half)
         low, high = bits & 0xFFFF, bits >> 16
         inside = (m < rows)[:, None] & (k < half)[None, :]
         row = m.to(tl.int64)[:, None]
-        own = (m < rows)[:, None] & (r < rank)[None, :]
-        back = tl.load(du + row * du_stride + r[None, :], own, other=0.0)
-        place = x + row * row_stride + k[None, :]
-        first = _kept(tl.load(place, inside, other=0.0), low, below)
+        in_gradient = (m < rows)[:, None] & (r < rank)[None, :]
+        back = tl.load(du + row * du_stride + r[None, :], in_gradient, other=0.0)
+        entries = x + row * row_stride + k[None, :]
+        first = _zeroed(tl.load(entries, inside, other=0.0), low, below)
         total1 = tl.dot(tl.trans(back), first, total1, input_precision=PRECISION)
-        second = _kept(tl.load(place + half, inside, other=0.0), high, below)
+        second = _zeroed(tl.load(entries + half, inside, other=0.0), high, below)
         total2 = tl.dot(tl.trans(back), second, total2, input_precision=PRECISION)
-        up1 = _kept(tl.dot(back, weights1, input_precision=PRECISION) * factor, low, below)
-        up2 = _kept(tl.dot(back, weights2, input_precision=PRECISION) * factor, high, below)
+        # The gradient of the input has the same mask: the bits are hashed once for both.
+        up1 = _zeroed(tl.dot(back, weights1, input_precision=PRECISION) * factor, low, below)
+        up2 = _zeroed(tl.dot(back, weights2, input_precision=PRECISION) * factor, high, below)
         to = through + row * (2 * half) + k[None, :]
         tl.store(to, up1.to(through.dtype.element_ty), inside)
         tl.store(to + half, up2.to(through.dtype.element_ty), inside)
-    sums = out + (part * rank + r)[:, None] * (2 * half) + k[None, :]
-    tl.store(sums, total1, known)
-    tl.store(sums + half, total2, known)
+    # A sum for each chunk of rows: atomic additions would round in another order each time.
+    sums = out + (chunk_index * rank + r)[:, None] * (2 * half) + k[None, :]
+    tl.store(sums, total1, in_weights)
+    tl.store(sums + half, total2, in_weights)
 
 
 def _shape(inputs: int, rank: int, dtype: torch.dtype) -> dict[str, object]:
@@ -124,7 +133,7 @@ def _shape(inputs: int, rank: int, dtype: torch.dtype) -> dict[str, object]:
 
 
 def _plain(x: Tensor) -> Tensor:
-    """With neighbours in a row next to each other."""
+    """Returns `x` with stride 1 along its rows, which the kernels assume."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -132,7 +141,7 @@ def down(x: Tensor, a: Tensor, seed: Tensor, below: int, factor: float) -> Tenso
     """x (M, K), A (R, K) -> (M, R)."""
     x, a, rows = _plain(x), a.contiguous(), len(x)
     out = x.new_empty(rows, len(a))
-    # Few rows are shared by as many of the GPU's processors as there are.
+    # Small blocks for few rows, so that all of the GPU's processors have one.
     block = 32 if rows > 4096 else 16
     if rows:
         _down[(triton.cdiv(rows, block),)](
@@ -153,8 +162,8 @@ def down(x: Tensor, a: Tensor, seed: Tensor, below: int, factor: float) -> Tenso
     return out
 
 
-_PARTS = 16
-"""Sums over rows that are made side by side, then added in a fixed order."""
+_CHUNKS = 16
+"""Chunks of rows whose sums are computed in parallel, then added in a fixed order."""
 
 
 def back(
@@ -167,10 +176,10 @@ def back(
     if not rows:
         return through, x.new_zeros((rank, inputs), dtype=torch.float32)
     block_m, block_k = 32, 64
-    each = triton.cdiv(triton.cdiv(rows, block_m), _PARTS) * block_m
-    parts = triton.cdiv(rows, each)
-    sums = x.new_empty((parts, rank, inputs), dtype=torch.float32)
-    _back[(triton.cdiv(inputs // 2, block_k), parts)](
+    chunk = triton.cdiv(triton.cdiv(rows, block_m), _CHUNKS) * block_m
+    chunks = triton.cdiv(rows, chunk)
+    sums = x.new_empty((chunks, rank, inputs), dtype=torch.float32)
+    _back[(triton.cdiv(inputs // 2, block_k), chunks)](
         du,
         x,
         a,
@@ -180,7 +189,7 @@ def back(
         below,
         factor,
         rows,
-        each,
+        chunk,
         du.stride(0),
         x.stride(0),
         BLOCK_M=block_m,

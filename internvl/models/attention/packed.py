@@ -1,9 +1,9 @@
-"""Which positions of a packed row see which, in the forms that attention kernels take.
+"""Attention masks of packed rows, in the forms that attention kernels take.
 
-    dense   bool (1, 1, L, L): the definition, for CPUs and as what the fast path is held to
+    dense   bool (1, 1, L, L): the definition, for CPUs and to compare the fast paths with
     flex    FlexAttention over the 128 x 128 blocks of a row in which anything is seen
     flash   the same through FlashAttention 4's kernels, where that package is installed; a row
-            whose documents have no branches by its kernel for documents of any length (flash.py)
+            whose documents have no branches by its kernel for documents of any length (flash4.py)
 
 Documents and branches are contiguous, so the queries that see a key are contiguous as well: the key
 itself up to the last token of its branch, or of its document where it is in the prefix. That one
@@ -40,16 +40,17 @@ for heads of 64 that share keys seven to one. Documents it takes at either size.
 
 
 def register() -> None:
-    """Make the names above known to `transformers`; doing it again changes nothing."""
+    """Registers the names above with `transformers`; idempotent."""
     AttentionInterface.register(FLEX, flex_forward)
     AttentionInterface.register(FLASH, partial(flex_forward, backend="FLASH"))
     AttentionInterface.register(TOWER, tower_forward)
+    # Masks come from `packed_mask`; what transformers makes itself (in `generate`) is sdpa's.
     for name in (FLEX, FLASH, TOWER):
         AttentionMaskInterface.register(name, sdpa_mask)
 
 
 def has_flash(device: torch.device) -> bool:
-    """Whether FlashAttention 4 is installed and this GPU is one it is written for."""
+    """True if FlashAttention 4 is installed and this GPU is one it is written for."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return False
     return torch.cuda.get_device_capability(device)[0] in (9, 10) and _flash_works()
@@ -62,8 +63,8 @@ def _flash_works() -> bool:
     try:
         import flash_attn.cute.interface  # noqa: F401
     except ImportError as error:
-        said = "FlashAttention 4 is not used, for it cannot be imported: %s"
-        log.get_logger().warning(said, error)
+        # A beta, which nobody must have: an import error does not end a run.
+        log.get_logger().warning("FlashAttention 4 is not used; it does not import: %s", error)
         return False
     return True
 
@@ -75,7 +76,7 @@ def packed_mask(
     dtype: torch.dtype,
     starts: Tensor | None = None,
 ) -> BlockMask | Tensor:
-    """What `implementation` takes as the attention mask of a packed row.
+    """Returns the attention mask of a packed row in the form that `implementation` takes.
 
     Args:
         document, branch: int64 (L,), as in a `PackedBatch`.
@@ -87,8 +88,8 @@ def packed_mask(
         and starts is not None
         and _computes_in(dtype, starts) in flash4.HALF
     ):
-        # Four dimensions, or transformers takes it for padding. Any number of documents is the
-        # same code.
+        # Four dimensions, or transformers takes it for padding. Dynamic: any number of documents
+        # runs the same code.
         mask = starts[None, None, None]
         torch._dynamo.maybe_mark_dynamic(mask, 3)
         return mask
@@ -103,12 +104,12 @@ def packed_mask(
 
 
 def _computes_in(dtype: torch.dtype, like: Tensor) -> torch.dtype:
-    kind = like.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+    device = like.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
 
 
 def dense_mask(document: Tensor, branch: Tensor) -> Tensor:
-    """bool (1, 1, L, L), true where a query (rows) may attend to a key (columns).
+    """bool (1, 1, L, L), true if a query (rows) may attend to a key (columns).
 
     document, branch: int64 (L,). A query sees itself and earlier positions of its own document
     that are in the prefix (branch 0) or in its own branch. Padding (documents below 0) likewise.
@@ -121,13 +122,11 @@ def dense_mask(document: Tensor, branch: Tensor) -> Tensor:
 
 
 def last_queries(document: Tensor, branch: Tensor) -> Tensor:
-    """int64 (L,): the last query that sees each key. Key k is seen by k, k + 1, … last[k].
-
-    Runs on the row's device without waiting for it.
-    """
+    """int64 (L,): the last query that sees each key. Key k is seen by k, k + 1, … last[k]."""
     position = torch.arange(len(document), device=document.device)
 
     def end_of_run(change: Tensor) -> Tensor:
+        # No `nonzero`: its size would make the host wait for the GPU.
         is_end = torch.cat([change, change.new_ones(1)])
         ends = torch.where(is_end, position, len(position))
         return ends.flip(0).cummin(0).values.flip(0)
@@ -153,6 +152,7 @@ def block_mask(document: Tensor, branch: Tensor) -> BlockMask:
     first_query = block[:, None] * BLOCK
     full = below & (nearest[None, :] >= first_query + BLOCK - 1)
     some = below & (farthest[None, :] >= first_query) & ~full
+    # A block on the diagonal always holds keys after its queries, so it is never full.
     some.fill_diagonal_(True)
 
     last = last.to(torch.int32)  # FlashAttention's indices
@@ -199,7 +199,7 @@ def flex_forward(
     """
     if isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.int32:
         assert dropout == 0.0, "FlashAttention 4 drops no attention weights"
-        q, k, v = (part[0].to(value.dtype).transpose(0, 1) for part in (query, key, value))
+        q, k, v = (states[0].to(value.dtype).transpose(0, 1) for states in (query, key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         mixed = flash4.attend(q, k, v, attention_mask[0, 0, 0], causal=True, scale=scale)
         return mixed[None], None
@@ -208,9 +208,9 @@ def flex_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     assert dropout == 0.0, "FlexAttention drops no attention weights"
-    # Rotation gives float32 where weights are; not every torch casts FlexAttention's inputs.
+    # Rotary embedding returns float32 if weights are; not every torch casts FlexAttention's inputs.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    # Alone and uncompiled, FlexAttention would hold all L x L scores.
+    # Uncompiled, FlexAttention would hold all L x L scores.
     alone = query.is_cuda and not torch.compiler.is_compiling()
     kernel = _compiled_flex() if alone else flex_attention
     if query.shape[-1] != _FLASH_WIDTH or value.dtype not in flash4.HALF:
@@ -247,6 +247,6 @@ def tower_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     assert attention_mask is None, "a tile's tokens see all of it"
-    q, k, v = (part.to(value.dtype).transpose(1, 2) for part in (query, key, value))
+    q, k, v = (states.to(value.dtype).transpose(1, 2) for states in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return flash4.attend(q, k, v, None, causal=False, scale=scale), None

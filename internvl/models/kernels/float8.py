@@ -35,17 +35,14 @@ def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
     A row with a number that is not finite becomes one of NaN.
     """
     wide = rows.float()
+    # A row of zeros has no largest number to take the logarithm of.
     largest = wide.abs().amax(1, keepdim=True).clamp(min=_LEAST)
     exponent = torch.ceil(torch.log2(largest / torch.finfo(E4M3).max))
     return (wide * torch.exp2(-exponent)).to(E4M3), torch.exp2(exponent)
 
 
 def _product(rows: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Rows (M, K) times the transpose of an e4m3 weight (N, K), its scales (1, N): bfloat16 (M, N).
-
-    Sums of partial products are kept in fewer bits than float32 (`use_fast_accum`), which is far
-    below the rounding of the factors.
-    """
+    """Rows (M, K) times an e4m3 weight (N, K), transposed, with scales (1, N): bfloat16 (M, N)."""
     small, row_scale = quantize(rows)
     return torch._scaled_mm(
         small,
@@ -54,12 +51,13 @@ def _product(rows: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
         scale_b=scale,
         bias=bias,
         out_dtype=torch.bfloat16,
+        # Partial sums have fewer bits than float32: far below the rounding of the factors.
         use_fast_accum=True,
     )
 
 
-class _Frozen(torch.autograd.Function):
-    """The product and the gradient of its input; the weight gets none, so no input is kept."""
+class _FrozenProduct(torch.autograd.Function):
+    """The product and the gradient of its input; the weight has none, so no input is saved."""
 
     @staticmethod
     def forward(
@@ -77,6 +75,7 @@ class _Frozen(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        # e4m3 here too: e5m2 has a range that nothing needs with a scale for each token.
         gradient = _product(gradients[0], *ctx.saved_tensors)
         return gradient.to(ctx.dtype), None, None, None, None, None
 
@@ -85,7 +84,7 @@ class Float8Linear(nn.Module):
     """A frozen `nn.Linear` (N, K) with float8 products.
 
     `weight` e4m3 (N, K), `scale` float32 (1, N); for the gradient of the input `back_weight` e4m3
-    (K, N) and `back_scale` float32 (1, K), or None where none is asked for.
+    (K, N) and `back_scale` float32 (1, K), or None if no gradient passes.
     """
 
     def __init__(self, layer: nn.Linear, *, passes_gradient: bool) -> None:
@@ -94,6 +93,7 @@ class Float8Linear(nn.Module):
         weight, scale = quantize(layer.weight.detach())
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer("scale", scale.t().contiguous())
+        # Both stay None below the first weight that trains: half the memory.
         back, back_scale = None, None
         if passes_gradient:
             back, back_scale = quantize(layer.weight.detach().t().contiguous())
@@ -110,8 +110,8 @@ class Float8Linear(nn.Module):
         if self.back_weight is None:
             outputs = _product(rows, self.weight, self.scale, self.bias)
         else:
-            given = (self.weight, self.scale, self.bias, self.back_weight, self.back_scale)
-            outputs = _Frozen.apply(rows, *given)
+            weights = (self.weight, self.scale, self.bias, self.back_weight, self.back_scale)
+            outputs = _FrozenProduct.apply(rows, *weights)
         return outputs.view(*inputs.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -120,29 +120,30 @@ class Float8Linear(nn.Module):
 
 
 def convert_frozen_linears(model: Any, device: torch.device) -> int:
-    """Swaps the frozen linear layers in the blocks of a chat model's tower and language model.
+    """Replaces the frozen linear layers in the blocks of a chat model by `Float8Linear`s.
 
-    Adapters stay on them. What trains, a side that is no multiple of 16, and everything around the
-    blocks (embeddings, projector, output matrix) stay as they are.
+    Adapters stay on them. Layers that train, those with a side that is no multiple of 16, and
+    everything around the blocks (embeddings, projector, output matrix) stay as they are.
 
     Returns:
-        how many layers were swapped.
+        how many layers were replaced.
 
     Raises:
-        UserError: a GPU without float8 products, or no layer to swap.
+        UserError: a GPU without float8 products, or no layer to replace.
     """
     if device.type == "cuda":
         check_gpu(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
     tower, language = model.model.vision_tower, model.model.language_model
+    # A gradient passes through a layer only if something before it trains.
     below = _trains(tower.embeddings)
     count = 0
     for block in tower.encoder.layer:
         below = below or _trains(block)
-        count += _swap(block, passes_gradient=below)
+        count += _convert(block, passes_gradient=below)
     below = below or _trains(model.model.multi_modal_projector) or _trains(language.embed_tokens)
     for block in language.layers:
         below = below or _trains(block)
-        count += _swap(block, passes_gradient=below)
+        count += _convert(block, passes_gradient=below)
     if not count:
         raise UserError(
             "compute.float8: no linear layer of the model's blocks is frozen; set "
@@ -153,7 +154,7 @@ def convert_frozen_linears(model: Any, device: torch.device) -> int:
 
 
 def check_gpu(name: str, capability: tuple[int, int]) -> None:
-    """Raises UserError where a GPU of this compute capability has no float8 products."""
+    """Raises UserError if a GPU of this compute capability has no float8 products."""
     if capability < (8, 9):
         raise UserError(
             f"compute.float8: {name} has no float8 products, which came with compute capability "
@@ -162,19 +163,21 @@ def check_gpu(name: str, capability: tuple[int, int]) -> None:
 
 
 def is_used(model: nn.Module) -> bool:
-    """Whether any layer was swapped."""
+    """True if any layer was replaced."""
     return any(isinstance(module, Float8Linear) for module in model.modules())
 
 
-def _swap(block: nn.Module, *, passes_gradient: bool) -> int:
-    layers = [(name, module) for name, module in block.named_modules() if _fits(module)]
+def _convert(block: nn.Module, *, passes_gradient: bool) -> int:
+    # Listed first: replacing modules while walking over them would visit the new ones.
+    layers = [(name, module) for name, module in block.named_modules() if _is_convertible(module)]
     for name, layer in layers:
         block.set_submodule(name, Float8Linear(layer, passes_gradient=passes_gradient))
     return len(layers)
 
 
-def _fits(module: nn.Module) -> TypeGuard[nn.Linear]:
+def _is_convertible(module: nn.Module) -> TypeGuard[nn.Linear]:
     return (
+        # By exact type: bitsandbytes' layers are subclasses, and compute something else.
         type(module) is nn.Linear
         and not _trains(module)
         and module.in_features % _SIDE == module.out_features % _SIDE == 0
