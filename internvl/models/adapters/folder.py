@@ -164,8 +164,8 @@ def base_of(folder: Path) -> Path:
     if not _is_base(model_folder):
         raise ModelFolderError(
             f"{file}: base_model_name_or_path = {base!r} is {model_folder.resolve()} here, "
-            "where no model is (no config.json); set it to the whole path of the model the adapters "
-            "were trained on"
+            "where no model is (no config.json); set it to the whole path of the model the "
+            "adapters were trained on"
         )
     return model_folder
 
