@@ -102,6 +102,7 @@ def test_the_run_folder(project, tmp_path):
     assert [e.value for e in events.Scalars("loss")] == pytest.approx([r["loss"] for r in rows])
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_goes_on(project, tmp_path):
     straight = train.run(recipe_of(project, tmp_path, "steps=30"))
     folder = tmp_path / "stopped"
@@ -218,6 +219,7 @@ def test_bad_samples_are_raised_or_listed(project, tmp_path):
         train.run(recipe_of(project, tmp_path, f"run={tmp_path / 'few'}", *few))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_loses_nothing(project, tmp_path):
     """On a file system of 60 MiB two checkpoints of 23 MiB fit, a third does not."""
     if subprocess.run(["unshare", "-rm", "true"], check=False, capture_output=True).returncode:
@@ -504,7 +506,7 @@ def answers_of(folder):
     return {file.name: file.read_text() for file in folder.glob("*.jsonl")}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_run_measures_the_same_inside_and_outside(project, tmp_path, dtype, method):
     lora = ["model.train=[]", "model.lora={rank: 4}", "compute.attention=eager"]

@@ -137,6 +137,7 @@ def test_micro_batches_train_the_same(project, tmp_path, objective):
     assert found[1] == pytest.approx(found[0], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_bit_for_bit(project, tmp_path):
     """With gradient caching, dropout and stochastic depth: every draw must come back."""
     settings = [*LORA, "objective.micro_batch=3", "model.drop_path=0.3", "steps=24"]
@@ -246,6 +247,7 @@ def test_two_ranks_train_as_one(project, tmp_path):
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.slow
 def test_written_out_attention_changes_no_result(project, tmp_path, checkpointing):
     """Also cut into micro-batches, and where scores are computed again in the backward pass."""
     found = {}
@@ -290,7 +292,14 @@ def test_a_check_says_what_does_not_fit(project, tmp_path):
         check.run(recipe_of(project, tmp_path, sources, "objective.name=sft"))
 
 
-@pytest.mark.parametrize(("dtype", "how"), [("float32", []), ("bfloat16", []), ("bfloat16", LORA)])
+@pytest.mark.parametrize(
+    ("dtype", "how"),
+    [
+        ("float32", []),
+        pytest.param("bfloat16", [], marks=pytest.mark.slow),
+        pytest.param("bfloat16", LORA, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_measures_the_same_inside_and_outside(project, tmp_path, dtype, how):
     """Also without a word on tiles, and where all weights are in float32, its export does."""
     files = {"annotations": str(project / "captions.txt"), "images": str(project)}

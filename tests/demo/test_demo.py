@@ -97,6 +97,7 @@ def test_a_second_call_trains_nothing_again(ran: tuple[Path, list], data: Path) 
     assert again[0] == ran[1][0]
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_end_together(ran: tuple[Path, list], tmp_path: Path) -> None:
     rows = log.StepLog(ran[0] / "run", "metrics.jsonl").rows()
     assert [row["rows"] for row in rows] == [2] * SIZE.steps  # one in each process

@@ -114,6 +114,7 @@ def test_the_official_example_to_six_digits():
 
 @pytest.mark.usefixtures("one_meteor")
 @pytest.mark.parametrize("system", ["seqlearn", "coco-cn"])
+@pytest.mark.slow
 def test_published_chinese_scores(system: str):
     folder = SHARED / "data/capeval/coco_cn_test1000"
     if not folder.is_dir():
@@ -132,6 +133,7 @@ def test_published_chinese_scores(system: str):
     ("language", "tokenize", "name"),
     [("en", "ptb", "en_cand0_refs1to4"), ("zh", "characters", "zh_chars_cand0_refs1to4")],
 )
+@pytest.mark.slow
 def test_leave_one_out_on_flickr8k(language: str, tokenize: str, name: str):
     expected_file = SHARED / "data/capeval/flickr8k_loo/expected.json"
     captions_file = SHARED / f"data/flickr8k_cn/coco_captions_{language}_test.json"
@@ -234,6 +236,7 @@ def test_what_is_no_text_is_named(answer, reference, said: str):
             score({7: answer}, {7: ["fine", reference]})
 
 
+@pytest.mark.slow
 def test_odd_characters_of_an_answer_are_scored():
     odd = "a \ufffd dog\x1c runs\u2028 \U0001f600 \u200b\ufeff |||"
     truth = {1: ["a dog runs \U0001f600"], 2: ["a cat"]}

@@ -177,7 +177,10 @@ def peak_of(recipe, config):
     return peak, found - made.looks_gradients()  # which no hook sees
 
 
-@pytest.mark.parametrize("kept_micro_batches", [1, 2, 3])
+@pytest.mark.parametrize(
+    "kept_micro_batches",
+    [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)],
+)
 def test_the_peak_of_a_step_in_micro_batches(kept_micro_batches):
     recipe = recipe_of("lora")
     settings = replace(recipe.objective, kept_micro_batches=kept_micro_batches)

@@ -86,12 +86,12 @@ def as_on_a_gpu(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "rank", "dropout"),
     [
-        ("InternVL2-2B", 16, 0.0),
+        pytest.param("InternVL2-2B", 16, 0.0, marks=pytest.mark.slow),
         ("InternVL2-2B", 16, 0.05),
-        ("InternVL2-1B", 16, 0.05),
-        ("InternVL3_5-8B", 16, 0.0),
-        ("InternVL2-1B", None, 0.0),
-        ("InternVL3_5-8B", None, 0.0),
+        pytest.param("InternVL2-1B", 16, 0.05, marks=pytest.mark.slow),
+        pytest.param("InternVL3_5-8B", 16, 0.0, marks=pytest.mark.slow),
+        pytest.param("InternVL2-1B", None, 0.0, marks=pytest.mark.slow),
+        pytest.param("InternVL3_5-8B", None, 0.0, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.usefixtures("graphs_alone")
@@ -275,6 +275,7 @@ def test_moments_on_the_cpu_take_nothing_and_are_copied():
 
 @pytest.mark.parametrize("name", ["InternVL2-1B", "InternVL2-26B", "InternVL3_5-30B-A3B"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "4bit", "8bit"])
+@pytest.mark.slow
 def test_weights_take_what_the_table_of_models_says(name, dtype):
     quantize = None if dtype == "bfloat16" else dtype
     made = released(name, lora={"rank": 1}, quantize=quantize)

@@ -83,6 +83,7 @@ def test_what_fits_and_what_makes_it_fit():
     assert plan.make(made, gpus.find("4090")).fits
 
 
+@pytest.mark.slow
 def test_the_ladder_is_climbed_together_where_no_setting_is_enough():
     found = plan.make(released("InternVL2-Llama3-76B"), gpus.find("H200"))
     assert "compute.checkpointing=full data.row_tokens=" in found.remedy
@@ -209,6 +210,7 @@ def test_full_fine_tuning_of_internvl_14b_does_not_fit():
     assert "not sharded over GPUs yet" in found.render()
 
 
+@pytest.mark.slow
 def test_what_is_cut_and_computed_again_takes_less_and_longer():
     changes = (
         ("compute.checkpointing=none", "objective.micro_batch=null"),

@@ -114,7 +114,7 @@ def test_training_lowers_it_and_the_best_step_is_a_run_of_its_own(project, tmp_p
     assert again["val/loss"] == pytest.approx(found[top], rel=1e-5)
 
 
-@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("cut", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_that_gains_nothing_more_ends(project, tmp_path, cut, caplog):
     """A rate so high that the loss rises after the first evaluation; once with a kill between."""
     words = ["steps=40", "checkpoint.best=val/loss", "stop.patience=2", "optim.lr=0.3"]

@@ -22,6 +22,7 @@ CHAT = [model for model in zoo.MODELS.values() if model.family == "chat"]
 
 @pytest.mark.parametrize("model", CHAT, ids=lambda model: model.name)
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_sizes_and_keys_at_full_size(model):
     official = zoo.official_config(model)
     config = configs.from_official(official, image_token_id=7)

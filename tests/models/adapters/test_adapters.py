@@ -187,6 +187,7 @@ CASES = [settings for several in HONOURED.values() for settings in several]
 
 
 @pytest.mark.parametrize("settings", CASES, ids=str)
+@pytest.mark.slow
 def test_logits_are_those_of_peft(settings, base, tmp_path):
     folder = peft_folders.write(base, tmp_path / "adapter", **settings)
     adapted, model = peft_folders.with_peft(base, folder), loaded(folder)

@@ -61,6 +61,7 @@ def randomize(model):
 
 
 @pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.slow
 def test_golden_counts(name):
     """As the original counts: vision tower, language model and, where frozen, the projector."""
     case = COUNTS[name]

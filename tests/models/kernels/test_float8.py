@@ -231,6 +231,7 @@ def rows(folder):
     return log.StepLog(folder, "metrics.jsonl").rows()
 
 
+@pytest.mark.slow
 def test_training_keeps_the_loss_curve_and_the_adapter_fits_the_plain_model(project, tmp_path):
     """Losses of 20 steps within 0.3 % (bfloat16 and float32: 0.03 %), and adapters move alike."""
     words = ["steps=20", "dtype=bfloat16", "optim.lr=3e-3"]
