@@ -156,7 +156,6 @@ def chat(args: Arguments) -> int:
     """A conversation in the terminal; with --prompt one answer."""
     from internvl.data.images import as_rgb
     from internvl.inference import load as loading
-    from internvl.inference.chat import Chat
     from internvl.inference.generate import Request, Settings
 
     # Before a model is loaded: what is wrong here is not the fault of a question.
@@ -175,12 +174,7 @@ def chat(args: Arguments) -> int:
         dtype=args.dtype,
         device_map=args.device_map,
         quantize=args.quantize,
-    )
-    if not isinstance(model, Chat):
-        raise UserError(
-            f"{args.model}: InternVL-14B writes captions but does not converse; use "
-            "`internvl evaluate MODEL caption-file`, or `load(...).caption(images)` in Python"
-        )
+    ).as_chat("a conversation")
     video_marks = ""
     if args.video is not None:
         model, frames = _frames(model, args.video, args.frames)

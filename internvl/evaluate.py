@@ -17,7 +17,6 @@ from internvl.config.recipes import load_recipe
 from internvl.data.arguments import list_texts
 from internvl.datasets import published as published_sets
 from internvl.errors import ConfigError, UnknownModel
-from internvl.evals import caption
 from internvl.inference import load as loading
 from internvl.models import hub
 from internvl.training import checkpoint
@@ -340,10 +339,11 @@ def _caption_line(job: Job, values: dict[str, float], handle: Any, model: str) -
     """The original's result line: [dataset, prompt, average length, metrics] for InternVL-G,
     [checkpoint, dataset, average length, metrics] for chat models."""
     metrics = {theirs: values[ours] for ours, theirs in _CAPTION_METRICS.items() if ours in values}
-    head = [model, job.dataset]
-    if hasattr(handle, "encode_images"):
-        head = [job.dataset, job.config.prompt or caption.DUAL_PROMPT]
-    return [*head, values["average_length"], metrics]
+    heads = {
+        "chat": [model, job.dataset],
+        "dual": [job.dataset, job.config.prompt or handle.caption_prompt],
+    }
+    return [*heads[handle.family], values["average_length"], metrics]
 
 
 def published(model: str | Path, name: str) -> float | None:

@@ -37,15 +37,14 @@ from internvl.data.pairs import CaptionEncoder
 from internvl.data.records import PackedBatch, Pair, Sample, Tiles, Unit
 from internvl.data.sampler import SampleOrder, UnitRef
 from internvl.data.sources import Source, open_source, source_configs
-from internvl.data.templates import template
-from internvl.data.tokenizers import load_tokenizer
 from internvl.data.workers import Reading, describe_refs, name_failing
 from internvl.errors import BadSample, DataError, UserError
 from internvl.evals import EVALS
 from internvl.evals.scores import DataProblems
 from internvl.inference import load as loading
+from internvl.inference.families import FAMILIES
+from internvl.inference.opened import OpenedModel, open_model
 from internvl.models.attention.packed import BLOCK
-from internvl.models.chat import model as chat_model
 from internvl.objectives import OBJECTIVES, Objective
 from internvl.objectives.sft import Sft
 from internvl.plan import dual_flops
@@ -70,10 +69,11 @@ def run(recipe: Recipe, *, report: Path | None = None) -> Checked:
     Raises:
         UserError: the model's folder cannot be used. Problems of the data are collected instead.
     """
-    completed = loading.complete(recipe)
+    opened = open_model(recipe.model.id)
+    completed = loading.complete(recipe, opened)
     recipe = completed.recipe
     checked = Checked(recipe, inherited=completed.render())
-    encoder = encoder_of(recipe)
+    encoder = encoder_of(recipe, opened)
     files, unusable = _open_all(recipe)
     checked.problems += unusable
     reader: Any
@@ -118,30 +118,17 @@ def _open_all(recipe: Recipe) -> tuple[list[Source], list[BadSample]]:
     return files, problems
 
 
-def encoder_of(recipe: Recipe) -> ChatEncoder | CaptionEncoder:
+def encoder_of(recipe: Recipe, opened: OpenedModel | None = None) -> ChatEncoder | CaptionEncoder:
     """The encoder that training would use, without reading weights.
 
     Args:
         recipe: with nothing left open.
+        opened: `recipe.model`, where it is open already.
     """
-    source, _ = loading.open_files(recipe.model.id)
-    folder, dual = source.folder, source.family == "dual"
-    loading.check_objective(recipe, dual)
-    if dual:
-        tokenizer = load_tokenizer(folder)
-        if tokenizer is None:
-            raise UserError(f"{folder}: no tokenizer files; copy those of the release there")
-        return CaptionEncoder(tokenizer)
-    head = loading.describe(folder)
-    if head.tokenizer is None:
-        raise UserError(f"{folder}: no tokenizer files; copy those of the release there")
-    data = recipe.data
-    return ChatEncoder(
-        head.tokenizer,
-        template(data.template) if data.template else head.template,
-        chat_model.tokens_per_tile(head.config, data.tiling.size),
-        head.system_message if data.system_message is None else data.system_message,
-    )
+    opened = opened or open_model(recipe.model.id)
+    family = FAMILIES[opened.files.family]
+    family.check_objective(recipe)
+    return family.encoder(opened, recipe)
 
 
 @dataclass
@@ -226,13 +213,10 @@ def _settings(recipe: Recipe, encoder: ChatEncoder | CaptionEncoder) -> str:
     """All that decides how a line is read, besides the line and its source."""
     tokenizer = encoder.tokenizer.backend_tokenizer.to_str()
     data = replaced(recipe.data, sources=(), meta=None, workers=0)
-    how: tuple[Any, ...] = ()
-    if isinstance(encoder, ChatEncoder):
-        how = encoder.template, encoder.system_message, encoder.tokens_per_tile
     return repr(
         (
             hashlib.sha256(tokenizer.encode()).hexdigest(),
-            how,
+            encoder.settings,
             data,
             recipe.objective,
             recipe.seed,

@@ -51,6 +51,11 @@ class ChatEncoder:
         # Asked, not named: a BOS for InternLM2 and Llama, nothing for Qwen.
         self.bos = list(tokenizer("").input_ids)
 
+    @property
+    def settings(self) -> tuple[Template, str, int]:
+        """What decides the ids besides the tokenizer."""
+        return self.template, self.system_message, self.tokens_per_tile
+
     def encode(
         self, sample: Sample, tiles_per_image: Sequence[int], max_tokens: int | None = None
     ) -> Example:

@@ -49,6 +49,11 @@ class CaptionEncoder:
 
     tokenizer: PreTrainedTokenizerFast
 
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """What decides the ids besides the tokenizer: nothing."""
+        return ()
+
     def embedding(self, text: str) -> list[int]:
         """Token ids of a caption to embed: BOS, "summarize:", text, EOS; at most MAX_TOKENS."""
         return self.matching(SUMMARIZE + text)

@@ -292,7 +292,7 @@ def compare_reloaded(recipe: Recipe, exported: Path, images: int = 12) -> Reload
     assert spec.prompt is not None, "the demo's recipe has one"
     tree = json.loads(spec.annotations.read_text(encoding="utf-8"))
     paths = [spec.images / row["file_name"] for row in tree["images"][:images]]
-    chat = loading.load(recipe.run, device="cpu", dtype="float32")
+    chat = loading.load(recipe.run, device="cpu", dtype="float32").as_chat("the demo")
     model = AutoModelForImageTextToText.from_pretrained(exported, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(exported)
     # Not AutoImageProcessor: it takes the fast one, which needs torchvision.

@@ -227,7 +227,7 @@ def compare_loaded(recipe: Recipe, exported: Path) -> list[SearchResults]:
                 *(handle.encode_images(pairs.images, mode) for mode in spec.modes),
                 handle.encode_texts(pairs.texts),
             ]
-            for handle in (run, loaded)
+            for handle in (run.as_dual("the comparison"), loaded.as_dual("the comparison"))
         )
         worst = max(float((a - b).abs().max()) for a, b in zip(theirs, ours, strict=True))
         if worst > 1e-5:

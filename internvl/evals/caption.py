@@ -13,14 +13,8 @@ from internvl.data.pair_files import broken, image_path
 from internvl.errors import BadImage, BadSample, UserError
 from internvl.evals import metrics
 from internvl.evals.scores import Scores, file_state, left_out, settle
-from internvl.inference.generate import Request, Settings, answers
+from internvl.inference.handle import Handle
 from internvl.log import Progress
-
-CHAT_PROMPT = "Provide a one-sentence caption for the provided image."
-DUAL_PROMPT = "English caption:"
-"""The originals' only prompts; `<image>` comes before the first."""
-
-DUAL_BEAMS = 5
 
 _REMEDY = "put them right, or set on_bad_sample (--on-bad-sample) to skip to leave them out"
 
@@ -90,8 +84,8 @@ class Caption:
         counts = {"images": len(self.ids), "texts": references}
         return counts | ({"left out": len(self.problems)} if self.problems else {})
 
-    def run(self, handle: Any, folder: Path | None) -> Scores:
-        """Generates with `handle` (Chat or Dual) and scores; keeps texts in `folder`, if any."""
+    def run(self, handle: Handle, folder: Path | None) -> Scores:
+        """Generates with `handle` and scores; keeps texts in `folder`, if any."""
         try:
             texts = self._texts(handle, folder)
         except BadImage as error:
@@ -106,9 +100,9 @@ class Caption:
             values |= metrics.caption_scores(found, references, tokenize=self.config.tokenize)
         return Scores(values, [*self._rows(found), *left_out(self.problems)])
 
-    def _texts(self, handle: Any, folder: Path | None) -> list[str]:
+    def _texts(self, handle: Handle, folder: Path | None) -> list[str]:
         """A text for every image, in order, going on after those that are kept already."""
-        generate = _dual_texts if hasattr(handle, "caption") else _chat_texts
+        config = self.config
         images, kept = self.images(), None
         texts: list[str] = []
         if folder is not None:
@@ -119,7 +113,14 @@ class Caption:
         with Progress("captions", total=len(images)) as progress:
             progress.update(len(texts))
             for start in range(len(texts), len(images), window):
-                answered = generate(handle, images[start : start + window], self.config)
+                answered = handle.caption(
+                    images[start : start + window],
+                    config.prompt or handle.caption_prompt,
+                    num_beams=config.num_beams or handle.caption_beams,
+                    max_new_tokens=config.max_new_tokens,
+                    min_new_tokens=config.min_new_tokens,
+                    batch_size=config.batch_size,
+                )
                 new = list(map(metrics.whole_text, answered))
                 texts += new
                 if kept is not None:
@@ -138,27 +139,6 @@ class Caption:
                 "answer": found[i],
                 "exact": metrics.exact_match({i: found[i]}, {i: self.references[i]}) == 1.0,
             }
-
-
-def _chat_texts(chat: Any, images: Sequence[str], config: EvalConfig) -> list[str]:
-    """Answers of a chat model, in the order of the images."""
-    message = {"role": "user", "content": f"<image>\n{config.prompt or CHAT_PROMPT}"}
-    requests = [Request([message], [image]) for image in images]
-    settings = Settings(config.max_new_tokens, config.min_new_tokens, config.num_beams or 1)
-    size = config.batch_size
-    return answers(chat.model, chat.encoder, chat.tiles, requests, settings, batch_size=size)
-
-
-def _dual_texts(dual: Any, images: Sequence[str], config: EvalConfig) -> list[str]:
-    """Captions of InternVL-G, in the order of the images."""
-    return dual.caption(
-        images,
-        prompt=config.prompt or DUAL_PROMPT,
-        num_beams=config.num_beams or DUAL_BEAMS,
-        max_new_tokens=config.max_new_tokens,
-        min_new_tokens=config.min_new_tokens,
-        batch_size=config.batch_size,
-    )
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -94,8 +94,7 @@ class Classify:
 
     def run(self, handle: Any, folder: Path | None) -> Scores:
         """Encodes with `handle` (Dual); keeps features in `folder`, if there is one."""
-        if not hasattr(handle, "encode_images"):
-            raise UserError("zero-shot classification needs an InternVL-14B model")
+        handle = handle.as_dual("zero-shot classification")
         store, paths = Store(self._folder(folder)), self.images()
         batch_size = self.config.batch_size
         classes = store.encode("classes", len(self.names), lambda part: self._weights(handle, part))

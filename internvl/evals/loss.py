@@ -88,8 +88,7 @@ class Loss:
 
     def run(self, handle: Any, folder: Path | None) -> Scores:
         """Measures a Chat."""
-        if not hasattr(handle, "answer"):
-            raise UserError("an evaluation of type loss needs a chat model")
+        handle = handle.as_chat("an evaluation of type loss")
         model, bad = handle.model, list[BadSample]()
         settings = configs.chat_settings(model.config)
         data = DataConfig(

@@ -100,8 +100,7 @@ class Retrieval:
 
     def run(self, handle: Any, folder: Path | None) -> Scores:
         """Encodes with `handle` (Dual) and ranks; keeps features in `folder`, if there is one."""
-        if not hasattr(handle, "encode_images"):
-            raise UserError("retrieval needs an InternVL-14B model; this is a chat model")
+        handle = handle.as_dual("retrieval")
         store, all_texts, paths = Store(self._folder(folder)), self.pairs.texts, self.pairs.images
         of_text, batch_size = torch.tensor(self.pairs.image_of_text), self.config.batch_size
         device = handle.device

@@ -10,38 +10,28 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    InternVLConfig,
-    InternVLForConditionalGeneration,
-    PreTrainedConfig,
-)
+from transformers import InternVLForConditionalGeneration, PreTrainedConfig
 
-from internvl.config.recipes import load_recipe
-from internvl.data.images import STATISTICS
 from internvl.data.templates import jinja
 from internvl.data.tokenizers import save_tokenizer
 from internvl.errors import ExportError
+from internvl.export.layouts import LAYOUTS, Format, Layout, probe, processor_files
 from internvl.inference import load as loading
 from internvl.inference.chat import Chat
-from internvl.inference.load import Dual
+from internvl.inference.dual import Dual
+from internvl.inference.families import FAMILIES, Description, LoadOptions
+from internvl.inference.opened import OpenedModel, open_model
 from internvl.models import configs, hub, kernels, keys
 from internvl.models import weights as model_weights
-from internvl.models.adapters import folder as adapter_folder
 from internvl.models.adapters import merging
-from internvl.models.chat import model as chat_model
-from internvl.models.chat.model import ChatModel
-from internvl.models.dual import configs as dual_configs
-from internvl.models.dual import files as dual_files
-from internvl.models.dual.configs import DualConfig
-from internvl.models.dual.model import DualModel
+
+__all__ = ["Exported", "has_adapters", "probe", "processor_files", "run"]
 
 logger = logging.getLogger(__name__)
-
-Format = Literal["hf", "official"]
 
 _TOKENIZER_FILES = (
     *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
@@ -50,12 +40,12 @@ _TOKENIZER_FILES = (
 
 
 @dataclass(frozen=True)
-class Source:
+class Exported:
     """What is exported: weights by the model's names, read when needed."""
 
     config: PreTrainedConfig
     weights: Mapping[str, Tensor]
-    chat: Chat | loading.Description | None
+    chat: Chat | Description | None
     """Tokenizer and template; None for InternVL-14B, which holds no conversations."""
     folder: Path
     dtype: torch.dtype | None
@@ -64,6 +54,8 @@ class Source:
     """What the model answers to the probe; called once, before anything is written."""
     device: torch.device
     """Where it answers, and where what was written is asked the same."""
+    layout: Layout
+    """What the export of its family holds."""
 
 
 def run(
@@ -93,72 +85,45 @@ def run(
     """
     if format not in ("hf", "official"):
         raise ExportError(f"format {format!r}: choose hf or official")
-    source = _open(model_or_folder)
-    _check_format(source.config, format)
+    exported = _open(model_or_folder)
+    exported.layout.check_format(exported.config, format)
     if code_from is not None and format == "hf":
         raise ExportError("code_from belongs to format official; hf needs no code")
-    wanted = source.answer() if verify else None
-    kind = dtype or source.dtype
+    wanted = exported.answer() if verify else None
+    kind = dtype or exported.dtype
     with _complete_or_absent(Path(to)) as folder:
         if format == "hf":
-            _write_hf(source, folder, kind)
+            _write_hf(exported, folder, kind)
         else:
-            _write_official(source, folder, kind, None if code_from is None else Path(code_from))
+            _write_official(exported, folder, kind, None if code_from is None else Path(code_from))
         if wanted is not None:
-            _compare(source, folder, format, wanted)
+            _compare(exported, folder, format, wanted)
     return Path(to)
-
-
-def _check_format(config: PreTrainedConfig, format: Format) -> None:
-    """Raises ExportError where the format cannot hold the model."""
-    if isinstance(config, DualConfig):
-        if format == "hf":
-            raise ExportError(
-                "InternVL-14B exists in no class of transformers; export it with format official"
-            )
-        if not config.text_config.num_query_tokens:
-            raise ExportError(
-                "this is InternVL-C alone, and the official layout holds InternVL-14B whole; "
-                "export OpenGVLab/InternVL-14B-224px, which has the same InternVL-C"
-            )
-    elif format == "hf" and configs.chat_settings(config)["ps_version"] == "v1":
-        raise ExportError(
-            "pixel shuffle v1 (InternVL-Chat 1.1 and 1.2) exists in no class of transformers; "
-            "export this model with format official"
-        )
 
 
 def has_adapters(folder: str | Path) -> bool:
     """Whether a run, adapter or model folder (or hub id) holds adapters that an export merges."""
-    if loading.is_run(Path(folder)):
-        return load_recipe(Path(folder) / "recipe.yaml").model.lora is not None
-    found = hub.find_folder(folder)
-    if adapter_folder.is_adapter(found) or adapter_folder.is_beside_model(found):
-        return True
-    return keys.has_adapters(hub.open_folder(found).tensors)
+    opened = open_model(folder)
+    if opened.recipe is not None:
+        return opened.recipe.model.lora is not None
+    return opened.adapter is not None or keys.has_adapters(opened.files.tensors)
 
 
-def _open(model_or_folder: Chat | Dual | str | Path) -> Source:
-    if isinstance(model_or_folder, Chat | Dual):
+def _open(model_or_folder: Chat | Dual | str | Path) -> Exported:
+    if not isinstance(model_or_folder, str | Path):
         return _from_handle(model_or_folder)
-    if loading.is_run(Path(model_or_folder)):
-        base = load_recipe(Path(model_or_folder) / "recipe.yaml").model.id
-        return _loaded(model_or_folder, loading.open_files(base)[0])
-    files, adapter = loading.open_files(model_or_folder)
-    if adapter is not None:
-        return _loaded(adapter, files)
-    if files.layout == "official" and keys.has_adapters(files.tensors):
-        return _loaded(files.folder, files)
-    return _from_folder(files)
+    opened = open_model(model_or_folder)
+    files = opened.files
+    merged = opened.base is not None or opened.adapter is not None
+    if merged or (files.layout == "official" and keys.has_adapters(files.tensors)):
+        # Adapters are merged, or a checkpoint is put in place: the model must be in memory.
+        device = _place(_num_bytes(files.tensors))
+        options = LoadOptions(device=device, dtype=_stored_dtype(files))
+        return _from_handle(loading.load_opened(opened, options))
+    return _from_folder(opened)
 
 
-def _loaded(folder: str | Path, base: hub.ModelFolder) -> Source:
-    """A folder whose adapters are merged, so that the model must be in memory."""
-    place = _place(_num_bytes(base.tensors))
-    return _from_handle(loading.load(folder, device=place, dtype=_stored_dtype(base)))
-
-
-def _from_handle(handle: Chat | Dual) -> Source:
+def _from_handle(handle: Chat | Dual) -> Exported:
     model = handle.model
     if getattr(model, "hf_quantizer", None) is not None:
         raise ExportError(
@@ -170,7 +135,7 @@ def _from_handle(handle: Chat | Dual) -> Source:
             "the model's frozen weights are in float8 for training; export the run folder instead, "
             "which takes them as released"
         )
-    device = model.device
+    device, layout = model.device, LAYOUTS[handle.family]
 
     def answer() -> Tensor:
         num_bytes = sum(parameter.nbytes for parameter in model.parameters())
@@ -181,47 +146,35 @@ def _from_handle(handle: Chat | Dual) -> Source:
             )
         return probe(model)
 
-    return Source(
+    return Exported(
         config=model.config,
         weights=merging.MergedState(model),
-        chat=handle if isinstance(handle, Chat) else None,
+        chat=layout.conversation(handle),
         folder=handle.folder,
         dtype=None,
         answer=answer,
         device=device,
+        layout=layout,
     )
 
 
-def _from_folder(files: hub.ModelFolder) -> Source:
+def _from_folder(opened: OpenedModel) -> Exported:
     """Weights go from file to file, one at a time."""
-    head = None if files.family == "dual" else loading.describe(files.folder)
-    if head is None:
-        config = dual_files.read_config(files)
-        tensors = dual_files.fit_tensors(config, files)
-    else:
-        config = head.config
-        tensors = chat_model.fit_tensors(config, files)
-    place = _place(_num_bytes(tensors))
-    return Source(
+    files = opened.files
+    family, layout = FAMILIES[files.family], LAYOUTS[files.family]
+    head = layout.describe(opened)
+    config = family.read_config(files) if head is None else head.config
+    tensors = family.fit_tensors(config, files)
+    device = _place(_num_bytes(tensors))
+    return Exported(
         config=config,
         weights=_Read(tensors),
         chat=head,
         folder=files.folder,
         dtype=None,
-        answer=lambda: probe(_load(files, config, place, _stored_dtype(files))),
-        device=place,
-    )
-
-
-def _load(
-    files: hub.ModelFolder, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype
-) -> ChatModel | DualModel:
-    """The model in a folder of the official layout, or of the hf layout as we read it."""
-    if isinstance(config, DualConfig):
-        return dual_files.load_model(files, device=device, dtype=dtype)
-    image_token_id = config.image_token_id
-    return chat_model.load_model(
-        files.folder, device=device, dtype=dtype, image_token_id=image_token_id
+        answer=lambda: probe(layout.load(files, config, device, _stored_dtype(files))),
+        device=device,
+        layout=layout,
     )
 
 
@@ -277,42 +230,40 @@ def _complete_or_absent(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_hf(source: Source, folder: Path, dtype: torch.dtype | None) -> None:
-    chat = source.chat
+def _write_hf(exported: Exported, folder: Path, dtype: torch.dtype | None) -> None:
+    chat = exported.chat
     assert chat is not None
-    tied = bool(source.config.tie_word_embeddings)
+    tied = bool(exported.config.tie_word_embeddings)
     named = (
         (name, tensor)
-        for name, tensor in keys.model_to_hf(source.config, source.weights)
+        for name, tensor in keys.model_to_hf(exported.config, exported.weights)
         if not (tied and name == keys.HF_HEAD)
     )
     kind = model_weights.write_weights(folder, named, dtype)
-    config = source.config.to_dict() | {"architectures": ["InternVLForConditionalGeneration"]}
-    config["internvl"] = configs.chat_settings(source.config)
+    config = exported.config.to_dict() | {"architectures": ["InternVLForConditionalGeneration"]}
+    config["internvl"] = configs.chat_settings(exported.config)
     model_weights.write_json(folder / "config.json", config | {"dtype": kind})
     if chat.tokenizer is None:
-        logger.warning("%s has no tokenizer files, so neither has the export", source.folder)
+        logger.warning("%s has no tokenizer files, so neither has the export", exported.folder)
         return
     save_tokenizer(chat.tokenizer, folder)
-    if (source.folder / "tokenizer.model").is_file():
-        shutil.copy(source.folder / "tokenizer.model", folder)
+    if (exported.folder / "tokenizer.model").is_file():
+        shutil.copy(exported.folder / "tokenizer.model", folder)
     end = chat.tokenizer.convert_tokens_to_ids(chat.template.end)
     generation = {"eos_token_id": end, "pad_token_id": chat.tokenizer.pad_token_id}
     model_weights.write_json(folder / "generation_config.json", generation)
     text = jinja(chat.template, chat.system_message)
     (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
-    for name, values in processor_files(source.config).items():
+    for name, values in processor_files(exported.config).items():
         model_weights.write_json(folder / name, values)
 
 
 def _write_official(
-    source: Source, folder: Path, dtype: torch.dtype | None, code_from: Path | None
+    exported: Exported, folder: Path, dtype: torch.dtype | None, code_from: Path | None
 ) -> None:
-    named = keys.ours_to_official(source.config, source.weights)
+    named = keys.ours_to_official(exported.config, exported.weights)
     kind = model_weights.write_weights(folder, named, dtype)
-    dual = isinstance(source.config, DualConfig)
-    to_official = dual_configs.to_official if dual else configs.to_official
-    config = to_official(source.config) | {"torch_dtype": kind}
+    config = exported.layout.to_official(exported.config) | {"torch_dtype": kind}
     if code_from is not None:
         config["auto_map"] = _copy_code(code_from, folder)
     else:
@@ -321,18 +272,16 @@ def _write_official(
             "`auto_map`; copy both with code_from (--code-from FOLDER of the release)"
         )
     model_weights.write_json(folder / "config.json", config)
-    if dual:
-        model_weights.write_json(
-            folder / "preprocessor_config.json", _clip_processor(source.config)
-        )
-    if dual or hub.read_json(source.folder / "config.json").get("llm_config"):
+    for name, content in exported.layout.official_files(exported.config).items():
+        model_weights.write_json(folder / name, content)
+    if exported.chat is None or hub.read_json(exported.folder / "config.json").get("llm_config"):
         for name in _TOKENIZER_FILES:
-            if (source.folder / name).is_file():
-                shutil.copy(source.folder / name, folder)
-    elif source.chat is not None and source.chat.tokenizer is not None:
-        save_tokenizer(source.chat.tokenizer, folder)
-        if (source.folder / "tokenizer.model").is_file():
-            shutil.copy(source.folder / "tokenizer.model", folder)
+            if (exported.folder / name).is_file():
+                shutil.copy(exported.folder / name, folder)
+    elif exported.chat.tokenizer is not None:
+        save_tokenizer(exported.chat.tokenizer, folder)
+        if (exported.folder / "tokenizer.model").is_file():
+            shutil.copy(exported.folder / "tokenizer.model", folder)
 
 
 def _copy_code(code_from: Path, folder: Path) -> dict[str, Any]:
@@ -349,107 +298,16 @@ def _copy_code(code_from: Path, folder: Path) -> dict[str, Any]:
     return auto_map
 
 
-def processor_files(config: InternVLConfig) -> dict[str, dict[str, Any]]:
-    """The processor's files as the -hf releases have them: file name -> content."""
-    settings = configs.chat_settings(config)
-    side = config.vision_config.image_size[0]
-    mean, std = STATISTICS[settings["normalize"]]
-    dynamic = settings["dynamic_image_size"]
-    images = {
-        "image_processor_type": "GotOcr2ImageProcessor",
-        "processor_class": "InternVLProcessor",
-        "size": {"height": side, "width": side},
-        "crop_to_patches": dynamic,
-        "min_patches": settings["min_dynamic_patch"] if dynamic else 1,
-        "max_patches": settings["max_dynamic_patch"] if dynamic else 1,
-        "do_resize": True,
-        "do_rescale": True,
-        "do_normalize": True,
-        "do_convert_rgb": True,
-        "rescale_factor": 1 / 255,
-        "resample": 3,
-        "image_mean": list(mean),
-        "image_std": list(std),
-    }
-    shared = ("size", "do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
-    videos = {key: images[key] for key in (*shared, "rescale_factor", "resample")}
-    videos |= {key: images[key] for key in ("image_mean", "image_std", "processor_class")}
-    videos["video_processor_type"] = "InternVLVideoProcessor"
-    processor = {
-        "processor_class": "InternVLProcessor",
-        "image_seq_length": config.image_seq_length,
-    }
-    return {
-        "preprocessor_config.json": images,
-        "video_preprocessor_config.json": videos,
-        "processor_config.json": processor,
-    }
-
-
-def _clip_processor(config: DualConfig) -> dict[str, Any]:
-    """`preprocessor_config.json` as InternVL-14B's releases have it."""
-    mean, std = STATISTICS["imagenet"]
-    return {
-        "feature_extractor_type": "CLIPFeatureExtractor",
-        "do_resize": True,
-        "size": config.image_size,
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": config.image_size,
-        "do_normalize": True,
-        "image_mean": list(mean),
-        "image_std": list(std),
-    }
-
-
-@torch.no_grad()
-def probe(model: InternVLForConditionalGeneration | DualModel) -> Tensor:
-    """float32 on CPU: what a model answers to a fixed image and text. For a chat model logits
-    (1, T, V), for InternVL-14B its embeddings and logits one after another."""
-    training = model.training
-    model.eval()
-    answer = _dual_answer(model) if isinstance(model, DualModel) else _chat_answer(model)
-    model.train(training)
-    return answer.float().cpu()
-
-
-def _dual_answer(model: DualModel) -> Tensor:
-    side, vocabulary = model.config.image_size, model.config.text_config.vocab_size
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.rand(1, 3, side, side, generator=generator).to(model.device)
-    ids = torch.randint(1, vocabulary, (1, 8), generator=generator).to(model.device)
-    mask = model.joint_mask("itm", torch.ones_like(ids))
-    queries, text = model.joint_states(model.encode_kv(model.vision_tokens(pixels)), ids, mask)
-    answers = (
-        *model.encode_image(pixels, ("c", "g")),
-        *(model.encode_text(ids), model.itm_logits(queries), model.lm_head(text)),
-    )
-    return torch.cat([answer.float().flatten() for answer in answers])
-
-
-def _chat_answer(model: InternVLForConditionalGeneration) -> Tensor:
-    config, device = model.config, model.device
-    side = config.vision_config.image_size[0]
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.rand(1, 3, side, side, generator=generator)
-    words = torch.randint(0, config.text_config.vocab_size, (8,), generator=generator)
-    words = torch.where(words == config.image_token_id, 0, words)
-    image = torch.full((chat_model.tokens_per_tile(config, side),), config.image_token_id)
-    ids = torch.cat([words[:4], image, words[4:]])[None]
-    output = model(
-        input_ids=ids.to(device), pixel_values=pixels.to(device), logits_to_keep=8, use_cache=False
-    )
-    return output.logits
-
-
-def _compare(source: Source, folder: Path, format: Format, wanted: Tensor) -> None:
+def _compare(exported: Exported, folder: Path, format: Format, wanted: Tensor) -> None:
     """Read `folder` as its users will and compare; bfloat16 and merging may round differently."""
     kind = getattr(torch, hub.read_json(folder / "config.json")[_DTYPE_KEY[format]])
     if format == "hf":
         model = InternVLForConditionalGeneration.from_pretrained(folder, dtype=kind)
-        model.to(source.device)
+        model.to(exported.device)
     else:
-        model = _load(hub.open_folder(folder), source.config, source.device, kind)
+        model = exported.layout.load(
+            hub.open_folder(folder), exported.config, exported.device, kind
+        )
     found = probe(model)
     difference = float((found - wanted).abs().max() / wanted.std())
     allowed = 64 * torch.finfo(kind).eps

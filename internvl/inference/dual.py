@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -47,6 +47,9 @@ or all of them normalized already, (B, 3, S, S). One alone is a row of its own."
 Captions = Sequence[str] | str | Tensor
 """Strings, or token ids padded with 0, int64 (R, L). One alone is a row of its own."""
 
+if TYPE_CHECKING:
+    from internvl.inference.chat import Chat
+
 
 @dataclass(frozen=True)
 class Dual:
@@ -58,6 +61,10 @@ class Dual:
     """None where the folder has no tokenizer files."""
     folder: Path
     """Where the weights came from."""
+
+    family = "dual"
+    caption_prompt = "English caption:"
+    caption_beams = 5
 
     @property
     def device(self) -> torch.device:
@@ -220,9 +227,9 @@ class Dual:
     def caption(
         self,
         images: ImageInputs,
-        prompt: str = "English caption:",
+        prompt: str = caption_prompt,
         *,
-        num_beams: int = 5,
+        num_beams: int = caption_beams,
         max_new_tokens: int = 30,
         min_new_tokens: int = 8,
         length_penalty: float = 1.0,
@@ -256,6 +263,17 @@ class Dual:
             for ids in self.model.caption(pixels, prompt_ids, how).tolist():
                 captions.append(decode(encoder.tokenizer, ids, skip_special_tokens=True).strip())
         return captions
+
+    def as_chat(self, purpose: str) -> "Chat":
+        """See `Handle.as_chat`."""
+        raise UserError(
+            f"{purpose} needs a chat model; InternVL-14B writes captions but does not converse: "
+            "use `internvl evaluate MODEL caption-file`, or `load(...).caption(images)` in Python"
+        )
+
+    def as_dual(self, purpose: str) -> "Dual":
+        """See `Handle.as_dual`."""
+        return self
 
     def _pixels(self, images: ImageInputs, batch_size: int, crop: bool) -> Iterator[Tensor]:
         """Normalized images (at most batch_size, 3, S, S) on the model's device."""

@@ -1,7 +1,7 @@
 """What a recipe leaves open, taken from its checkpoint: tile size and counts, thumbnail, padding,
 normalization, EXIF orientation, template, system message. Key by key; what the recipe says holds.
 
-    of_files    what a model folder says, from its config.json alone
+    of_config   what a model folder says, from its config.json alone
     complete    a recipe with nothing left open, and where each value is from
 """
 
@@ -10,13 +10,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from transformers import InternVLConfig
+
 from internvl.config import DataConfig, Recipe, TilesConfig
 from internvl.data.templates import TEMPLATES
 from internvl.errors import UserError
 from internvl.models import configs
 from internvl.models.chat import model as chat_model
 from internvl.models.chat import processor
-from internvl.models.dual import files as dual_files
 from internvl.models.dual.configs import DualConfig
 from internvl.models.hub import ModelFolder
 
@@ -97,8 +98,8 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 2]} …"
 
 
-def of_files(source: ModelFolder, name: str) -> Checkpoint:
-    """What config.json of a model says; no weight and no tokenizer is read.
+def of_chat_files(source: ModelFolder, name: str) -> Checkpoint:
+    """What config.json of a chat model says; no weight and no tokenizer is read.
 
     Args:
         name: what messages call the file, "config.json of owner/model".
@@ -106,8 +107,6 @@ def of_files(source: ModelFolder, name: str) -> Checkpoint:
     Raises:
         ModelFolderError: config.json is of no InternVL.
     """
-    if source.family == "dual":
-        return of_config(dual_files.read_config(source), name)
     # Which id is the placeholder's does not matter here, so that no tokenizer is needed.
     config = chat_model.read_config(source, image_token_id=0)
     if source.layout == "official":
@@ -128,17 +127,24 @@ def _of_processor(start: Checkpoint, images: processor.ImageSettings, name: str)
 
 
 def of_config(config: Any, name: str, said: dict[str, Any] | None = None) -> Checkpoint:
-    """As `of_files`, of a configuration that was read.
+    """What a configuration says of images and conversations.
 
     Args:
         config: InternVLConfig or DualConfig.
         said: the official keys that the file holds; defaults are named as such. None: all.
     """
+    return _OF_CONFIGS[config.model_type](config, name, said)
+
+
+def _of_dual_config(config: Any, name: str, said: dict[str, Any] | None) -> Checkpoint:
     size, patch = config.vision_config.image_size[0], config.vision_config.patch_size[0]
-    if isinstance(config, DualConfig):
-        values = _OF_14B | {"data.tiles.size": size, "data.tiles.thumbnail": False}
-        sources = dict.fromkeys(values, "InternVL-14B") | {"data.tiles.size": name}
-        return Checkpoint(True, values, sources, patch, size)
+    values = _OF_14B | {"data.tiles.size": size, "data.tiles.thumbnail": False}
+    sources = dict.fromkeys(values, "InternVL-14B") | {"data.tiles.size": name}
+    return Checkpoint(True, values, sources, patch, size)
+
+
+def _of_chat_config(config: Any, name: str, said: dict[str, Any] | None) -> Checkpoint:
+    size, patch = config.vision_config.image_size[0], config.vision_config.patch_size[0]
     settings = configs.chat_settings(config)
     tiles = vars(tiling(settings, size))
     values = {f"data.tiles.{key}": value for key, value in tiles.items()}
@@ -155,6 +161,13 @@ def of_config(config: Any, name: str, said: dict[str, Any] | None = None) -> Che
         values["data.system_message"] = TEMPLATES[settings["template"]].system_message
         sources["data.system_message"] = f"template {settings['template']}"
     return Checkpoint(False, values, sources, round(patch / config.downsample_ratio), size)
+
+
+_OF_CONFIGS = {
+    InternVLConfig.model_type: _of_chat_config,
+    DualConfig.model_type: _of_dual_config,
+}
+"""model_type -> `of_config` of that family."""
 
 
 def _named(name: str, key: str, said: dict[str, Any] | None) -> str:

@@ -1,48 +1,35 @@
 """What a user holds: `load` turns a folder or hub id into a model, tokenizer and template."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import InternVLConfig, PreTrainedTokenizerFast
 
-from internvl import zoo
 from internvl.compute import backends, kernels, placement
 from internvl.config import ModelConfig, Recipe, TilesConfig
 from internvl.config.recipes import load_recipe
-from internvl.data.templates import TEMPLATES, Template, template
-from internvl.data.tokenizers import add_special_tokens, check_vocabulary, load_tokenizer
+from internvl.data.templates import template
+from internvl.data.tokenizers import add_special_tokens, load_tokenizer
 from internvl.errors import ModelFolderError, UserError
-from internvl.inference import inherited
+from internvl.inference import families, inherited
 from internvl.inference.chat import Chat
 from internvl.inference.dual import Dual
+from internvl.inference.families import FAMILIES, Description, LoadOptions, placeholder_id
 from internvl.inference.inherited import Completed, tiling
+from internvl.inference.opened import OpenedModel, is_run, open_model
 from internvl.models import configs, hub
-from internvl.models.adapters import folder as adapter_folder
 from internvl.models.adapters import lora
 from internvl.models.chat import assemble
-from internvl.models.chat import model as chat_model
-from internvl.models.dual import files as dual_files
-from internvl.models.dual.model import DualModel
 from internvl.training import checkpoint
+
+__all__ = ["Chat", "Dual", "complete", "describe", "for_training", "is_run", "load", "tiling"]
 
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a chat folder is, before any weight is read."""
-
-    config: InternVLConfig
-    tokenizer: PreTrainedTokenizerFast | None
-    template: Template
-    tiles: TilesConfig
-    system_message: str | None
 
 
 def load(
@@ -56,7 +43,7 @@ def load(
     drop_path: float = 0.0,
     attention: str = "sdpa",
     image_size: int | None = None,
-) -> Any:
+) -> Chat | Dual:
     """The model of a folder or hub id, in either layout, of an adapter folder with its base, of a
     run folder at its newest checkpoint, or of InternVL-C's own `.pth` file (or its folder).
 
@@ -77,24 +64,28 @@ def load(
         ModelFolderError: one sentence on what is wrong with the folder, and the remedy.
     """
     place = device_of(device)
-    precision = _dtype(dtype, place)
-    if is_run(Path(name_or_folder)):
-        return _load_run(Path(name_or_folder), place, precision)
-    given: dict[str, Any] = {
-        "image_token_id": image_token_id,
-        "device_map": device_map,
-        "quantize": quantize,
-        "drop_path": drop_path,
-        "attention": attention,
-        "image_size": image_size,
-    }
-    source, adapter = open_files(name_or_folder)
-    if adapter is None:
-        return _load_files(source, place, precision, **given)
-    if adapter == source.folder:
-        return _adapted(_load_files(source, place, precision, **given), adapter)
-    base = load(adapter_folder.base_of(adapter), device=place, dtype=precision, **given)
-    return _adapted(base, adapter)
+    options = LoadOptions(
+        device=place,
+        dtype=_dtype(dtype, place),
+        image_token_id=image_token_id,
+        device_map=device_map,
+        quantize=quantize,
+        drop_path=drop_path,
+        attention=attention,
+        image_size=image_size,
+    )
+    return load_opened(open_model(name_or_folder), options)
+
+
+def load_opened(opened: OpenedModel, options: LoadOptions) -> Chat | Dual:
+    """The model of an opened folder; adapters and a run's newest checkpoint are in place."""
+    if opened.recipe is not None:
+        return _load_run(opened, options.device, options.dtype)
+    if opened.base is None:
+        handle = FAMILIES[opened.files.family].load(opened, options)
+    else:
+        handle = load_opened(opened.base, options)
+    return handle if opened.adapter is None else _adapted(handle, opened.adapter)
 
 
 def _adapted(base: Chat | Dual, folder: Path) -> Chat | Dual:
@@ -105,212 +96,123 @@ def _adapted(base: Chat | Dual, folder: Path) -> Chat | Dual:
     return base
 
 
-def _load_files(
-    source: hub.ModelFolder,
-    place: torch.device,
-    precision: torch.dtype,
-    *,
-    image_token_id: int | None,
-    device_map: str | dict[str, Any] | None,
-    quantize: str | None,
-    drop_path: float,
-    attention: str,
-    image_size: int | None,
-) -> Chat | Dual:
-    """The model of opened files; arguments as for `load`."""
-    if source.family == "dual":
-        if quantize is not None:
-            raise UserError(f"quantize={quantize!r}: InternVL-14B is used in bfloat16 or float32")
-        dual = dual_files.load_model(
-            source,
-            device=place,
-            dtype=precision,
-            image_size=image_size,
-            drop_path=drop_path,
-            attention=attention,
-            device_map=device_map,
-        )
-        return Dual(dual, _caption_tokenizer(source.folder, dual), source.folder)
-    head = describe(source.folder, image_token_id)
-    tiles = head.tiles if image_size is None else replace(head.tiles, size=image_size)
-    model = chat_model.load_model(
-        source.folder,
-        device=place,
-        dtype=precision,
-        image_token_id=head.config.image_token_id,
-        image_size=image_size,
-        drop_path=drop_path,
-        attention=attention,
-        device_map=device_map,
-        quantize=quantize,
-    )
-    return Chat(model, head.tokenizer, head.template, tiles, head.system_message, source.folder)
-
-
 def device_of(device: str | torch.device | None) -> torch.device:
     """The device that is named; by default the GPU, if there is one."""
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def open_files(
-    name_or_folder: str | Path, *, above: tuple[Path, ...] = ()
-) -> tuple[hub.ModelFolder, Path | None]:
-    """(the files of the model, the folder of its adapters or None).
-
-    Adapters beside a model's weights are that model's, as in transformers, whatever base they name.
-    The base of an adapter folder may have adapters of its own, or be a run; the files are then
-    those of the model below them all.
-
-    Args:
-        above: the adapter folders that led here.
-
-    Raises:
-        ModelFolderError: no such folder, file or id.
-    """
-    pth = Path(name_or_folder)
-    if pth.suffix != ".pth":
-        folder = hub.find_folder(name_or_folder)
-        alone = [] if (folder / "config.json").is_file() else list(folder.glob("*.pth"))
-        pth = alone[0] if len(alone) == 1 else folder
-    if pth.suffix == ".pth":
-        released = zoo.official_config(zoo.find("InternVL-14B-224px"))
-        return dual_files.open_pth(pth, released), None
-    if folder.resolve() in above:
-        raise ModelFolderError(
-            f"{above[-1] / adapter_folder.CONFIG_FILE}: base_model_name_or_path leads back to "
-            f"{folder}; set it to the model the adapters were trained on"
-        )
-    beneath = (*above, folder.resolve())
-    if is_run(folder):
-        return open_files(load_recipe(folder / "recipe.yaml").model.id, above=beneath)[0], None
-    if adapter_folder.is_adapter(folder):
-        return open_files(adapter_folder.base_of(folder), above=beneath)[0], folder
-    if not (folder / "config.json").is_file():
-        adapter_folder.check_complete(folder)
-    return hub.open_folder(folder), folder if adapter_folder.is_beside_model(folder) else None
-
-
-def _caption_tokenizer(folder: Path, model: DualModel) -> PreTrainedTokenizerFast | None:
-    tokenizer = load_tokenizer(folder)
-    if tokenizer is not None:
-        check_vocabulary(tokenizer, model.config.text_config.vocab_size, folder)
-    return tokenizer
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder is one that `train` wrote."""
-    return (folder / "recipe.yaml").is_file()
-
-
-def _load_run(folder: Path, device: torch.device, dtype: torch.dtype) -> Chat | Dual:
+def _load_run(opened: OpenedModel, device: torch.device, dtype: torch.dtype) -> Chat | Dual:
     """The model a run started from, with the weights of its newest checkpoint in place.
 
     Raises:
         ModelFolderError: the run has no checkpoint yet.
     """
-    chat = _restored(folder, load_recipe(folder / "recipe.yaml"))
-    return replace(chat, model=chat.model.to(device, dtype).eval())
+    handle = _restored(opened)
+    return replace(handle, model=handle.model.to(device, dtype).eval())
 
 
-def _restored(folder: Path, recipe: Recipe) -> Chat | Dual:
+def _restored(opened: OpenedModel) -> Chat | Dual:
     """As `for_training` makes it, with the weights of the run's newest checkpoint."""
+    recipe, folder = opened.recipe, opened.run
+    assert recipe is not None
+    assert folder is not None
     # Adapters trained on a quantized base are used and merged on the base as it was released.
     recipe = replace(recipe, model=replace(recipe.model, quantize=None))
     saved = checkpoint.steps(folder / "checkpoints")
     if not saved:
         raise ModelFolderError(f"{folder}: the run has no checkpoint yet; train it first")
-    chat = for_training(recipe)
-    checkpoint.load_weights(folder / "checkpoints", saved[-1], chat.model)
-    return chat
+    handle = for_training(recipe, opened.base)
+    checkpoint.load_weights(folder / "checkpoints", saved[-1], handle.model)
+    return handle
 
 
 def load_as_trained(folder: Path, device: torch.device, dtype: str) -> Chat | Dual:
     """The model of a run as its own evaluations have it: trained weights in float32, frozen ones in
-    `dtype`, the recipe's attention; for use within `parallel.evaluating`.
+    `dtype`, the recipe's attention; for use within `compilation.evaluating`.
 
     The weights under adapters are as released: neither quantized nor in float8.
 
     Raises:
         ModelFolderError: the run has no checkpoint yet.
     """
-    recipe = load_recipe(folder / "recipe.yaml")
-    chat = _restored(folder, recipe)
-    placement.to_device(chat.model, device, dtype)
-    compute = backends.available_compute(replace(recipe.compute, float8=False), device)
-    kernels.apply_compute(chat.model, device, compute)
-    return replace(chat, model=chat.model.eval())
+    opened = open_model(folder)
+    assert opened.recipe is not None
+    handle = _restored(opened)
+    placement.to_device(handle.model, device, dtype)
+    compute = replace(opened.recipe.compute, float8=False)
+    kernels.apply_compute(handle.model, device, backends.available_compute(compute, device))
+    return replace(handle, model=handle.model.eval())
 
 
-def for_training(recipe: Recipe) -> Chat | Dual:
+def for_training(recipe: Recipe, start: OpenedModel | None = None) -> Chat | Dual:
     """The model of a recipe, with what trains chosen and adapters attached: on the CPU in float32,
     or quantized where it will train.
 
     What the recipe says of template, system message and tiles goes into the model's configuration,
     so that an export carries it.
 
+    Args:
+        start: `recipe.model`, where it is open already.
+
     Raises:
         UserError: a model that does not train here or with this objective, a part it does not have,
             or no bitsandbytes to quantize with.
     """
+    start = open_model(recipe.model.id) if start is None else start
     if not inherited.is_complete(recipe):
-        recipe = complete(recipe).recipe
+        recipe = complete(recipe, start).recipe
     quantize = recipe.model.quantize
-    loaded = load(
-        recipe.model.id,
-        device="cpu" if quantize is None or recipe.device == "cpu" else None,
-        dtype="float32" if quantize is None else recipe.dtype,
+    device = device_of("cpu" if quantize is None or recipe.device == "cpu" else None)
+    options = LoadOptions(
+        device=device,
+        dtype=torch.float32 if quantize is None else _dtype(recipe.dtype, device),
         quantize=quantize,
         drop_path=recipe.model.drop_path,
         image_size=recipe.data.tiling.size,
     )
-    check_objective(recipe, isinstance(loaded, Dual))
-    _choose_trainable(loaded.model, recipe.model)
-    return loaded if isinstance(loaded, Dual) else _with_settings(loaded, recipe)
+    handle = load_opened(start, options)
+    family = FAMILIES[handle.family]
+    family.check_objective(recipe)
+    _choose_trainable(handle.model, recipe.model)
+    return family.with_settings(handle, recipe)
 
 
-def complete(recipe: Recipe) -> Completed:
+def complete(recipe: Recipe, start: OpenedModel | None = None) -> Completed:
     """The recipe with what it leaves open taken from its run folder, where a run goes on, else from
     its checkpoint; no weight is read.
+
+    Args:
+        start: `recipe.model`, where it is open already.
 
     Raises:
         ModelFolderError: the checkpoint cannot be used.
         UserError: the objective or the tiles do not fit it; of tiles all in one sentence.
     """
     if is_run(recipe.run):
-        saved = _recipe_of(recipe.run)
+        saved = load_recipe(recipe.run / "recipe.yaml")
         if saved.model.id == recipe.model.id:
+            saved = _complete_saved(saved, start)
             return inherited.complete(recipe, inherited.of_run(saved, recipe.run / "recipe.yaml"))
-    start = _checkpoint_of(recipe.model.id)
-    check_objective(recipe, start.dual)
-    return inherited.complete(recipe, start)
+    opened = open_model(recipe.model.id) if start is None else start
+    FAMILIES[opened.files.family].check_objective(recipe)
+    return inherited.complete(recipe, _checkpoint_of(opened))
 
 
-def _checkpoint_of(name: str) -> inherited.Checkpoint:
-    """What a model or run folder, or a hub id, says of images and conversations."""
-    if is_run(Path(name)):
-        return inherited.of_run(_recipe_of(Path(name)), Path(name) / "recipe.yaml")
-    files, _ = open_files(name)
-    return inherited.of_files(files, inherited.named(name, files.folder))
+def _checkpoint_of(opened: OpenedModel) -> inherited.Checkpoint:
+    """What a model or run says of images and conversations."""
+    if opened.recipe is not None and opened.run is not None:
+        saved = _complete_saved(opened.recipe, opened.base)
+        return inherited.of_run(saved, opened.run / "recipe.yaml")
+    files = opened.files
+    return FAMILIES[files.family].inherited(files, inherited.named(opened.name, files.folder))
 
 
-def _recipe_of(run: Path) -> Recipe:
-    """The recipe in a run folder, complete: earlier versions left the template open there."""
-    recipe = load_recipe(run / "recipe.yaml")
-    if inherited.is_complete(recipe):
-        return recipe
-    return inherited.complete(recipe, _checkpoint_of(recipe.model.id)).recipe
-
-
-def check_objective(recipe: Recipe, dual: bool) -> None:
-    """Raises UserError where the recipe's objective is not for its model: `dual` is InternVL-14B's
-    or a chat model's."""
-    if recipe.objective.packs != dual:
-        return
-    fitting = "retrieval or stage2" if dual else "sft"
-    raise UserError(
-        f"objective.name: {recipe.model.id} does not train with {recipe.objective.name}; choose "
-        f"{fitting}, or another model"
-    )
+def _complete_saved(saved: Recipe, start: OpenedModel | None) -> Recipe:
+    """The recipe of a run folder, complete: earlier versions left the template open there."""
+    if inherited.is_complete(saved):
+        return saved
+    opened = open_model(saved.model.id) if start is None else start
+    return inherited.complete(saved, _checkpoint_of(opened)).recipe
 
 
 def _choose_trainable(model: Any, config: ModelConfig) -> None:
@@ -326,51 +228,13 @@ def _choose_trainable(model: Any, config: ModelConfig) -> None:
         lora.attach(model, config.lora)
 
 
-def _with_settings(chat: Chat, recipe: Recipe) -> Chat:
-    """The chat model as the recipe wants it used."""
-    model, data = chat.model, recipe.data
-    if configs.language_model(model.config) == "GptOssForCausalLM":
-        raise UserError(
-            f"{recipe.model.id}: GPT-OSS answers and exports here, but does not train: packed rows "
-            "have no sliding windows; choose a model with another language model"
-        )
-    tiles, chosen = data.tiling, template(data.template) if data.template else chat.template
-    system = chat.system_message if data.system_message is None else data.system_message
-    model.config.internvl = configs.chat_settings(model.config) | {
-        "template": chosen.name,
-        # As a release says it: null where the template's own holds.
-        "system_message": None if system == chosen.system_message else system,
-        "dynamic_image_size": tiles.max > 1,
-        "use_thumbnail": tiles.thumbnail,
-        "min_dynamic_patch": tiles.min,
-        "max_dynamic_patch": tiles.max,
-        "pad2square": tiles.pad_square,
-        "normalize": data.statistics,
-        "exif": data.exif,
-    }
-    return replace(chat, template=chosen, system_message=system, tiles=tiles)
-
-
 def describe(folder: Path, image_token_id: int | None = None) -> Description:
     """Configuration, tokenizer, template and tiling of a chat folder; no weight is read.
 
     Raises:
         ModelFolderError: not a chat model, or tokenizer files of another model.
     """
-    tokenizer = load_tokenizer(folder)
-    if tokenizer is not None and image_token_id is None:
-        image_token_id = _image_token_id(tokenizer, folder)
-    config = chat_model.read_config(hub.open_folder(folder), image_token_id)
-    if tokenizer is not None:
-        check_vocabulary(tokenizer, config.text_config.vocab_size, folder)
-    settings = configs.chat_settings(config)
-    return Description(
-        config=config,
-        tokenizer=tokenizer,
-        template=_known_template(settings["template"], folder),
-        tiles=tiling(settings, config.vision_config.image_size[0]),
-        system_message=settings["system_message"],
-    )
+    return families.describe(OpenedModel(str(folder), hub.open_folder(folder)), image_token_id)
 
 
 def build(
@@ -415,7 +279,7 @@ def build(
         "max_dynamic_patch": 1 if tiles is None else tiles.max,
         "force_image_size": None if tiles is None else tiles.size,
     }
-    image_token_id = _image_token_id(tokenizer, folders.language)
+    image_token_id = placeholder_id(tokenizer, folders.language)
     place = torch.device(device)
     model = assemble.assemble(
         folders, settings, image_token_id=image_token_id, device=place, dtype=_dtype(dtype, place)
@@ -426,15 +290,6 @@ def build(
     return Chat(model, tokenizer, chosen, own, None, folders.language)
 
 
-def _known_template(name: str | None, folder: Path) -> Template:
-    if name not in TEMPLATES:
-        raise ModelFolderError(
-            f"{folder / 'config.json'}: its conversation template {name!r} is not known here; "
-            f"known are {', '.join(TEMPLATES)}"
-        )
-    return TEMPLATES[name]
-
-
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
@@ -443,13 +298,3 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     return DTYPES[dtype]
-
-
-def _image_token_id(tokenizer: PreTrainedTokenizerFast, folder: Path) -> int:
-    known = tokenizer.get_vocab()
-    if chat_model.IMAGE_TOKEN not in known:
-        raise ModelFolderError(
-            f"{folder}: its tokenizer has no {chat_model.IMAGE_TOKEN}; this is a language model's, "
-            "take the tokenizer files of the chat model's release"
-        )
-    return known[chat_model.IMAGE_TOKEN]

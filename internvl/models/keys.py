@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import InternVLConfig, PreTrainedConfig
 
 from internvl.errors import ModelFolderError
 from internvl.models import configs
@@ -244,8 +244,14 @@ def _experts(num_experts: int) -> tuple[NameRule, ...]:
 
 def rules(config: PreTrainedConfig) -> tuple[NameRule, ...]:
     """Returns the rules of a configuration; the first that matches a name applies."""
-    if isinstance(config, DualConfig):
-        return (*_VISION_AND_PROJECTOR, *_HEADS, *_QLLAMA)
+    return _RULES[config.model_type](config)
+
+
+def _dual_rules(config: PreTrainedConfig) -> tuple[NameRule, ...]:
+    return (*_VISION_AND_PROJECTOR, *_HEADS, *_QLLAMA)
+
+
+def _chat_rules(config: PreTrainedConfig) -> tuple[NameRule, ...]:
     text = config.text_config
     architecture = configs.language_model(config)
     if architecture == "InternLM2ForCausalLM":
@@ -255,6 +261,9 @@ def rules(config: PreTrainedConfig) -> tuple[NameRule, ...]:
     else:  # the others have transformers' own names below `language_model`
         special = ()
     return (*_VISION_AND_PROJECTOR, *special, *_STOCK)
+
+
+_RULES = {InternVLConfig.model_type: _chat_rules, DualConfig.model_type: _dual_rules}
 
 
 _WILDCARDS = {"{i}": r"(?P<i>\d+)", "{p}": r"(?P<p>weight|bias)", "{rest}": r"(?P<rest>.+)"}

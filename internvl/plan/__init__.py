@@ -25,13 +25,14 @@ from internvl import zoo
 from internvl.compute import backends, placement
 from internvl.config import ComputeConfig, Recipe, recipes
 from internvl.errors import UnknownModel, UserError
-from internvl.inference import inherited
+from internvl.inference import families, inherited
 from internvl.inference import load as loading
+from internvl.inference.families import FAMILIES
 from internvl.inference.inherited import Completed
+from internvl.inference.opened import open_model
 from internvl.models import hub, kernels
 from internvl.models.adapters import lora
 from internvl.models.chat import model as chat_model
-from internvl.models.dual import files as dual_files
 from internvl.models.dual.configs import DualConfig
 from internvl.models.vision import count_parameters
 from internvl.plan import dual as dual_plan
@@ -161,17 +162,18 @@ def complete(recipe: Recipe, shape: InternVLConfig | DualConfig | None = None) -
         start = inherited.of_config(shape, "the model's configuration")
     else:
         name = "table of released models (config.json is not here)"
-        start = inherited.of_files(_files(recipe), name)
-    loading.check_objective(recipe, start.dual)
+        files = _files(recipe)
+        start = FAMILIES[files.family].inherited(files, name)
+    FAMILIES["dual" if start.dual else "chat"].check_objective(recipe)
     return inherited.complete(recipe, start)
 
 
 def model_of(recipe: Recipe, shape: InternVLConfig | DualConfig | None = None) -> Any:
     """The recipe's model on the meta device: frozen, adapted and placed as for training."""
     config = _config(recipe) if shape is None else shape
-    dual = isinstance(config, DualConfig)
-    loading.check_objective(recipe, dual)
-    model = (dual_files if dual else chat_model).empty_model(config)
+    family = FAMILIES[families.name_of(config)]
+    family.check_objective(recipe)
+    model = family.empty_model(config)
     lora.select_trainable(model, recipe.model.parts, recipe.model.train_last_vision_blocks)
     if recipe.model.lora is not None:
         with torch.device("meta"):
@@ -184,18 +186,16 @@ def model_of(recipe: Recipe, shape: InternVLConfig | DualConfig | None = None) -
 
 def _config(recipe: Recipe) -> InternVLConfig | DualConfig:
     """The configuration of the model's folder, else of the released model of that name."""
-    source, size = _files(recipe), recipe.data.tiles.size
-    if source.family == "dual":
-        return dual_files.read_config(source, image_size=size)
+    files = _files(recipe)
     # Which id is the placeholder's does not matter here, so that no tokenizer is needed.
-    return chat_model.read_config(source, image_token_id=0, image_size=size)
+    return FAMILIES[files.family].read_config(files, 0, recipe.data.tiles.size)
 
 
 def _files(recipe: Recipe) -> hub.ModelFolder:
     """The model's folder, else what is known of the released model of that name."""
     folder = Path(recipe.model.id).expanduser()
     if folder.is_dir():
-        return loading.open_files(folder)[0]
+        return open_model(folder).files
     try:
         model = zoo.find(recipe.model.id)
     except UnknownModel as error:
@@ -233,7 +233,7 @@ def _predict(
 ) -> Plan:
     load: Load | PairLoad
     compiled, attention = is_compiled(recipe.compute), attention_of(recipe.compute)
-    if isinstance(model.config, DualConfig):
+    if families.name_of(model.config) == "dual":
         assert not isinstance(step, FirstStep)
         load = dual_plan.load_of(recipe, model.num_queries, step, num_gpus)
         needed = dual_flops.count(model, load.work)

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 from internvl import export
 from internvl.errors import ModelFolderError, UserError
-from internvl.inference import load as loading
+from internvl.inference.opened import open_model
 from internvl.models.adapters import fused_lora, lora, merging
 
 EXACT = 1e-5
@@ -618,7 +618,7 @@ def test_adapters_on_adapters(base, ordinary, tmp_path):
     assert difference(logits(loaded(upper)), expected) <= 5e-5
     written = export.run(upper, tmp_path / "merged")
     assert difference(logits(loaded(written)), expected) <= 1e-4
-    assert loading.open_files(upper)[0].folder == base
+    assert open_model(upper).folder == base
 
 
 @pytest.mark.parametrize(
