@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from chat_folders import prompt_folder
 from data_files import SHARED
 from dual_folders import dual_folder
 from PIL import Image
@@ -302,7 +303,10 @@ def test_problems_are_named_before_anything_is_encoded(data: Path) -> None:
 
 def test_a_chat_model_is_refused(data: Path) -> None:
     with pytest.raises(UserError, match="retrieval needs an InternVL-14B model"):
-        Retrieval(spec(data)).run(object(), None)
+        Retrieval(spec(data)).run(
+            loading.load(prompt_folder("internlm2.internlm2-chat", data / "chat"), device="cpu"),
+            None,
+        )
 
 
 def test_evaluate_appends_the_lines_of_clip_benchmark(model: Path, data: Path) -> None:

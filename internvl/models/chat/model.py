@@ -58,8 +58,6 @@ class ChatModel(InternVLForConditionalGeneration):
 
     family = "chat"
 
-    takes_rows = True
-    """It trains on packed rows of conversations."""
     loss_chunk = 1024
     """Supervised positions whose logits exist at the same time."""
 

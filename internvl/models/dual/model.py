@@ -68,8 +68,6 @@ class DualModel(PreTrainedModel):
 
     config: DualConfig
     config_class = DualConfig
-    takes_rows = False
-    """It trains on pairs of an image and a caption."""
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["InternVLVisionLayer", "QLlamaLayer"]  # noqa: RUF012 (transformers' way)
