@@ -10,7 +10,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from torch.utils.data import Dataset
 from internvl import dist, evals, log
 from internvl.compute import backends, compilation, feeding, kernels, memory, placement, rng
 from internvl.config import EvalConfig, Recipe
-from internvl.data import loader
+from internvl.data import loader, row_steps
 from internvl.data.records import Batch
-from internvl.data.sampler import Order, SampleOrder
+from internvl.data.sampler import Order, Position, SampleOrder
 from internvl.data.sources import Source, open_source, source_configs
 from internvl.errors import Interrupted, RunError
 from internvl.inference import inherited
@@ -34,6 +34,7 @@ from internvl.models.chat import model as chat_model
 from internvl.models.dual.model import DualModel
 from internvl.models.vision import count_parameters
 from internvl.objectives import OBJECTIVES, Objective
+from internvl.objectives.sft import Sft
 from internvl.parallel import gradients
 from internvl.training import (
     checkpoint,
@@ -50,7 +51,8 @@ from internvl.training.spikes import Guard
 
 @dataclass
 class TrainState:
-    """A run in progress. Only `model`, `optimizer`, `step`, `num_bad` and `guard` change."""
+    """A run in progress. Only `model`, `optimizer`, `step`, `position`, `num_bad` and `guard`
+    change."""
 
     recipe: Recipe
     device: torch.device
@@ -67,6 +69,8 @@ class TrainState:
     row_lengths: tuple[int, ...] = ()
     """Lengths in tokens that rows are padded to; empty if rows keep their own."""
     step: int = 0
+    position: Position | None = None
+    """Position in the data after `step` if a step is counted in rows, else None."""
     num_bad: int = 0
     warmup_s: float = 0.0
     """Seconds of compiling before the first step."""
@@ -280,6 +284,8 @@ def updates(state: TrainState) -> Iterator[dict[str, float]]:
             described = state.objective.describe(step.batches)
             log.get_logger().info("step %d: %s", first + 1, described)
         numbers = train_step(state, step.batches)
+        # After the step, of which it is: the loader itself is one ahead.
+        state.position = step.position
         yield numbers | _speed(state, step, wait_s, time.perf_counter() - started + wait_s)
 
 
@@ -303,7 +309,9 @@ def run(recipe: Recipe) -> Path:
         if run_folder.finished(recipe.run):
             logger.info("the run %s is finished; choose another `run` to train again", recipe.run)
             return recipe.run
-        done = max(checkpoint.steps(recipe.run / "checkpoints"), default=0) * recipe.global_batch
+        done = max(checkpoint.steps(recipe.run / "checkpoints"), default=0)
+        # With rows it only says whether the run has begun: their data may not grow.
+        done *= recipe.global_batch or 1
         order = run_folder.order_of(recipe, _files(recipe), done)
         state = build(recipe, order=order)
         metrics = _resume(state)
@@ -345,8 +353,10 @@ def save(state: TrainState) -> None:
 
 
 def _checkpoint(state: TrainState, folder: Path, keep: int) -> None:
-    # The order of samples is a function of seed and step, so no cursor into the data is saved.
-    counters = {"num_bad": state.num_bad, "guard": state.guard.state()}
+    counters: dict[str, Any] = {"num_bad": state.num_bad, "guard": state.guard.state()}
+    # In steps of samples the order is a function of seed and step, so no cursor is saved.
+    if state.position is not None:
+        counters["position"] = asdict(state.position)
     checkpoint.save(folder, state.step, state.model, state.optimizer, counters, keep)
 
 
@@ -409,11 +419,10 @@ def take_bad(state: TrainState, step: loader.Step) -> None:
         for bad in bad_samples:
             bad_log.append({"step": step.index + 1, "sample": bad.name, "reason": bad.reason})
     state.num_bad += len(bad_samples)
-    num_seen = (step.index + 1) * state.recipe.global_batch
     # A share of very few samples says nothing: the cap counts from the first hundred on.
-    if state.num_bad > state.recipe.data.max_bad_fraction * max(num_seen, 100):
+    if state.num_bad > state.recipe.data.max_bad_fraction * max(step.num_seen, 100):
         raise RunError(
-            f"{state.num_bad} of the first {num_seen} samples are bad, more than "
+            f"{state.num_bad} of the first {step.num_seen} samples are bad, more than "
             f"data.max_bad_fraction = {state.recipe.data.max_bad_fraction} allows; the last: "
             f"{bad_samples[-1]}. All are listed in {bad_log.path}"
         )
@@ -422,34 +431,53 @@ def take_bad(state: TrainState, step: loader.Step) -> None:
 def summary(state: TrainState) -> str:
     """Returns one sentence on the samples, steps, parameters and devices of a run."""
     recipe = state.recipe
+    batch = f"{recipe.global_batch_rows} rows" if recipe.global_batch_rows else recipe.global_batch
     num_trained, num_parameters = count_parameters(state.model)
     return (
         f"{recipe.run}: {len(state.order):,} samples an epoch in "
         f"{state.order.num_groups:,} groups, "
-        f"{recipe.global_batch} a step, {state.num_steps:,} steps, from step {state.step}; "
+        f"{batch} a step, {state.num_steps:,} steps, from step {state.step}; "
         f"{num_trained:,} of {num_parameters:,} parameters train, {recipe.dtype} on "
         f"{dist.world_size()} x {state.device.type}"
     )
 
 
 def _steps(state: TrainState) -> Iterator[loader.Step]:
-    def rows(units: Sequence[Any]) -> Sequence[Batch]:
-        batches: Sequence[Any] = state.objective.batches(units)
+    recipe = state.recipe
+
+    def ready(batches: Sequence[Any]) -> Sequence[Batch]:
         if state.row_lengths:
             # A compiled model has one graph per length; any other length would recompile.
             batches = [feeding.pad(row, state.row_lengths) for row in batches]
         # After padding, which copies; only pinned memory goes to the GPU without waiting.
         return [feeding.pin(row) for row in batches] if state.device.type == "cuda" else batches
 
+    if recipe.global_batch_rows is not None:
+        objective, order = state.objective, state.order
+        # The recipe was refused otherwise: pairs have no rows, and data that may grow no position.
+        assert isinstance(objective, Sft)
+        assert isinstance(order, SampleOrder)
+        return row_steps.row_steps(
+            order,
+            state.reader,
+            lambda groups: ready(objective.rows(groups)),
+            recipe.data,
+            num_rows=recipe.global_batch_rows,
+            position=state.position or Position(),
+            first=state.step,
+            last=state.num_steps,
+            rank=dist.rank(),
+            world_size=dist.world_size(),
+        )
     return loader.steps(
         state.order,
         state.reader,
-        rows,
+        lambda units: ready(state.objective.batches(units)),
         first=state.step,
         last=state.num_steps,
-        global_batch=state.recipe.global_batch,
+        global_batch=recipe.batch_samples,
         total=state.total_samples,
-        workers=state.recipe.data.workers,
+        workers=recipe.data.workers,
         rank=dist.rank(),
         world_size=dist.world_size(),
     )
@@ -462,6 +490,8 @@ def _resume(state: TrainState) -> tracking.Metrics:
         folder = state.folder / "checkpoints"
         counters = checkpoint.load(folder, saved[-1], state.model, state.optimizer)
         state.step, state.num_bad = saved[-1], checkpoint.whole_number(counters, "num_bad")
+        if state.recipe.global_batch_rows is not None:
+            state.position = checkpoint.position(counters)
         state.guard.restore(counters.get("guard"))
     dist.barrier()
     if not dist.is_main():

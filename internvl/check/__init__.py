@@ -13,6 +13,7 @@ import json
 import operator
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from dataclasses import replace as replaced
 from itertools import islice
@@ -35,7 +36,8 @@ from internvl.data.loader import Read, UnitReader
 from internvl.data.packing import least_padded, padded_tokens
 from internvl.data.pairs import CaptionEncoder
 from internvl.data.records import PackedBatch, Pair, Sample, Tiles, Unit
-from internvl.data.sampler import SampleOrder, UnitRef
+from internvl.data.row_steps import row_steps
+from internvl.data.sampler import Position, SampleOrder, UnitRef
 from internvl.data.sources import Source, open_source, source_configs
 from internvl.data.workers import Reading, describe_refs, name_failing
 from internvl.errors import BadSample, DataError, UserError
@@ -303,20 +305,16 @@ def _first_step(
 ) -> None:
     """The arithmetic of the run, and the samples of the first row of its first step."""
     recipe = checked.recipe
-    num_steps = recipe.num_steps(len(order))
-    total = recipe.num_samples(len(order))
-    refs = order.step(0, recipe.global_batch, total)
-    units = [unit for ref in refs for unit in reader[ref].units]
-    if not units:
-        return
     try:
-        rows = objective.batches(units)
+        refs, units, rows = _rows_of_first_step(order, reader, objective, recipe)
     except BadSample as bad:
         checked.problems.append(bad)
         return
+    if not units:
+        return
     checked.arithmetic = "\n".join(
         [
-            _arithmetic(order, num_steps, total, recipe),
+            _arithmetic(order, recipe),
             _row_line(rows, units, recipe) + _better_rows(units, recipe.data),
         ]
     )
@@ -327,27 +325,62 @@ def _first_step(
     checked.first = list(islice((one for one in shown if one is not None), _SHOWN_SAMPLES))
 
 
+def _rows_of_first_step(
+    order: SampleOrder, reader: UnitReader, objective: Sft, recipe: Recipe
+) -> tuple[list[UnitRef], list[Unit], list[PackedBatch]]:
+    """The references, units and rows of the first step; none if no sample can be read."""
+    if recipe.global_batch_rows is None:
+        refs = order.step(0, recipe.batch_samples, recipe.num_samples(len(order)))
+        units = [unit for ref in refs for unit in reader[ref].units]
+        return refs, units, objective.batches(units) if units else []
+    groups: list[list[Unit]] = []
+
+    def build(rows: Sequence[Sequence[Unit]]) -> list[PackedBatch]:
+        groups.extend(map(list, rows))
+        return []
+
+    data, num_rows = replaced(recipe.data, workers=0), recipe.global_batch_rows
+    with closing(
+        row_steps(
+            order, reader, build, data, num_rows=num_rows, position=Position(), first=0, last=1
+        )
+    ) as steps:
+        try:
+            step = next(steps)
+        except DataError:  # every sample is bad, and listed already
+            return [], [], []
+    refs, first = [], 0
+    while first < step.num_seen:
+        refs.append(order.group_at(first))
+        first += len(refs[-1].lines)
+    units = [unit for row in groups for unit in row]
+    return refs, units, objective.rows(groups)
+
+
 def _first_pairs(
     order: SampleOrder, reader: Dataset[Read], objective: Objective, checked: Checked
 ) -> None:
     """The arithmetic of the run, and how the first pairs of its first step read."""
     recipe = checked.recipe
-    total = recipe.num_samples(len(order))
-    refs = order.step(0, recipe.global_batch, total)
+    refs = order.step(0, recipe.batch_samples, recipe.num_samples(len(order)))
     units = [unit for ref in refs for unit in reader[ref].units]
     if units:
-        steps = _arithmetic(order, recipe.num_steps(len(order)), total, recipe)
+        steps = _arithmetic(order, recipe)
         batches: Sequence[Any] = objective.batches(units)
         checked.arithmetic = f"{steps}\nthe first step: {objective.describe(batches)}"
         checked.step = dual_flops.step_of(batches, objective.weights, len(order))
 
 
-def _arithmetic(order: SampleOrder, num_steps: int, total: int, recipe: Recipe) -> str:
-    last = total - (num_steps - 1) * recipe.global_batch
-    partial = "" if last == recipe.global_batch else f", the last of {last:,}"
+def _arithmetic(order: SampleOrder, recipe: Recipe) -> str:
+    epoch = f"{len(order):,} samples an epoch in {order.num_groups:,} groups; "
+    num_steps = recipe.num_steps(len(order))
+    if recipe.global_batch_rows is not None:
+        return f"{epoch}{num_steps:,} steps of {recipe.global_batch_rows:,} rows"
+    total, batch = recipe.num_samples(len(order)), recipe.batch_samples
+    last = total - (num_steps - 1) * batch
+    partial = "" if last == batch else f", the last of {last:,}"
     return (
-        f"{len(order):,} samples an epoch in {order.num_groups:,} groups; "
-        f"{total / len(order):.4g} epoch(s) of them in steps of {recipe.global_batch:,}{partial}: "
+        f"{epoch}{total / len(order):.4g} epoch(s) of them in steps of {batch:,}{partial}: "
         f"{num_steps:,} steps"
     )
 

@@ -32,8 +32,12 @@ class Recipe:
     stop: StopConfig = StopConfig()
     run: Path
     """The run folder. Training on an existing one goes on where it stopped."""
-    global_batch: Positive
-    """Samples in one optimizer step, over all devices, however they pack."""
+    global_batch: Positive | None = None
+    """Samples in one optimizer step, over all devices, however they pack. Give this or
+    `global_batch_rows`."""
+    global_batch_rows: Positive | None = None
+    """Packed rows in one optimizer step, over all devices, however many samples they hold; only
+    for chat models and with `steps`."""
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Passes over the data. Give this or `steps`."""
     steps: Positive | None = None
@@ -59,18 +63,25 @@ class Recipe:
         """Whether samples of the same image form one unit; pairs are drawn one by one."""
         return self.objective.packs and self.data.share_prefix
 
+    @property
+    def batch_samples(self) -> int:
+        """`global_batch`. Raises ValueError if a step is counted in rows."""
+        if self.global_batch is None:
+            raise ValueError("global_batch: a step is counted in rows")
+        return self.global_batch
+
     def num_steps(self, num_samples: float) -> int:
         """Optimizer steps of the run over an epoch of `num_samples` samples."""
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None
         total = round(num_samples * self.epochs)
-        whole, rest = divmod(total, self.global_batch)
+        whole, rest = divmod(total, self.batch_samples)
         return whole if self.drop_last or rest == 0 else whole + 1
 
     def num_samples(self, num_samples: float) -> int:
         """Samples that the whole run shows, over an epoch of `num_samples` samples."""
         if self.steps is not None or self.drop_last:
-            return self.num_steps(num_samples) * self.global_batch
+            return self.num_steps(num_samples) * self.batch_samples
         assert self.epochs is not None
         return round(num_samples * self.epochs)

@@ -238,6 +238,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
     problems = []
     if (recipe.epochs is None) == (recipe.steps is None):
         problems.append("epochs, steps: give exactly one of the two")
+    problems += _batch_contradictions(recipe)
     if not recipe.data.sources and recipe.data.meta is None:
         problems.append("data.sources: no source; give one, or data.meta")
     if recipe.data.row_tokens is not None and recipe.data.row_tokens < recipe.data.max_tokens:
@@ -288,6 +289,32 @@ def _contradictions(recipe: Recipe) -> list[str]:
     problems += _model_contradictions(recipe.model)
     if recipe.compute.float8:
         problems += _float8_contradictions(recipe)
+    return problems
+
+
+def _batch_contradictions(recipe: Recipe) -> list[str]:
+    if (recipe.global_batch is None) == (recipe.global_batch_rows is None):
+        return ["global_batch, global_batch_rows: give exactly one of the two"]
+    if recipe.global_batch_rows is None:
+        return []
+    problems = []
+    if not recipe.objective.packs:
+        problems.append("global_batch_rows: is for packed rows, not for pairs; give global_batch")
+    if recipe.epochs is not None:
+        problems.append(
+            "epochs: how many steps of global_batch_rows they are shows only when all samples are "
+            "packed; give steps"
+        )
+    # Both would change which samples a position that was saved stands for.
+    if recipe.data.changed == "accept":
+        problems.append(
+            "data.changed: accept is not for global_batch_rows, whose samples wait for a row from "
+            "step to step; choose refuse"
+        )
+    if recipe.data.allow_overflow:
+        problems.append(
+            "data.allow_overflow: not with global_batch_rows, whose rows hold whole samples"
+        )
     return problems
 
 
@@ -373,7 +400,10 @@ _MAY_CHANGE = (
 )
 
 
-def _may_change(key: str) -> bool:
+def _may_change(key: str, recipe: Recipe) -> bool:
+    # The length of a row decides which samples a step has if it is counted in rows.
+    if key == "data.row_tokens" and recipe.global_batch_rows is not None:
+        return False
     return key in _MAY_CHANGE or (key.startswith("evals.") and ".guard" in key)
 
 
@@ -390,7 +420,7 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     adapter = TypeAdapter(Recipe)
     before = dict(flat(adapter.dump_python(old, mode="json"), ""))
     after = dict(flat(adapter.dump_python(new, mode="json"), ""))
-    keys = [key for key in {**before, **after} if not _may_change(key)]
+    keys = [key for key in {**before, **after} if not _may_change(key, new)]
     return [
         f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
         for key in keys

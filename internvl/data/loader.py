@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, get_worker_info
 from internvl.config import DataConfig
 from internvl.data.images import STATISTICS, read_rgb, size_of
 from internvl.data.records import Batch, Sample, Tiles, Unit
-from internvl.data.sampler import Order, UnitRef
+from internvl.data.sampler import Order, Position, UnitRef
 from internvl.data.sources import Source
 from internvl.data.tiles import empty_tiles, tile_images
 from internvl.data.video import read_frames, with_frames
@@ -44,6 +44,10 @@ class Step:
     batches: Sequence[Batch]
     bad: list[BadSample]
     wait_s: float
+    num_seen: int
+    """Samples of the run up to the end of this step, bad ones counted."""
+    position: Position | None = None
+    """Where the run is after this step, if the step number alone does not say."""
 
 
 class UnitReader(Dataset[Read]):
@@ -142,7 +146,7 @@ class UnitReader(Dataset[Read]):
         return np.random.default_rng((self.seed, ref.epoch, ref.file, ref.row, number))
 
 
-_TOGETHER, _AHEAD = 8, 2
+TOGETHER, AHEAD = 8, 2
 """Units that a worker hands over at once, and groups of them that it is ahead."""
 
 
@@ -185,7 +189,7 @@ class _Sent:
         return unpickler.load()
 
 
-class _Groups(Dataset[Any]):
+class Groups(Dataset[Any]):
     """What a reader makes of several references."""
 
     def __init__(self, reader: Dataset[Read]) -> None:
@@ -194,6 +198,11 @@ class _Groups(Dataset[Any]):
     def __getitem__(self, refs: Sequence[UnitRef]) -> list[Read] | _Sent:
         reads = [self.reader[ref] for ref in refs]
         return reads if get_worker_info() is None else _Sent(reads)
+
+
+def received(group: list[Read] | _Sent) -> list[Read]:
+    """Returns what `Groups` made, in this process or in a worker."""
+    return group.reads() if isinstance(group, _Sent) else group
 
 
 def steps(
@@ -220,16 +229,16 @@ def steps(
 
     def groups_of(index: int) -> list[list[UnitRef]]:
         refs = order.step(index, global_batch, total)[rank::world_size]
-        return [refs[start : start + _TOGETHER] for start in range(0, len(refs), _TOGETHER)]
+        return [refs[start : start + TOGETHER] for start in range(0, len(refs), TOGETHER)]
 
     groups = iter(
         Reading(
-            _Groups(reader),
+            Groups(reader),
             (group for index in range(first, last) for group in groups_of(index)),
             name=partial(name_failing, reader, order.files),
             describe=partial(describe_refs, order.files),
             workers=workers,
-            ahead=_AHEAD,
+            ahead=AHEAD,
         )
     )
     for index in range(first, last):
@@ -238,7 +247,8 @@ def steps(
         bad: list[BadSample] = []
         for _ in groups_of(index):
             found = next(groups)
-            for read in found.reads() if isinstance(found, _Sent) else found:
+            for read in received(found):
                 units += read.units
                 bad += read.bad
-        yield Step(index, pack(units), bad, time.perf_counter() - waiting)
+        num_seen = (index + 1) * global_batch
+        yield Step(index, pack(units), bad, time.perf_counter() - waiting, num_seen)

@@ -102,7 +102,7 @@ def pack(
     Raises:
         BadSample: a sample exceeds a row.
     """
-    pieces = [piece for unit in units for piece in _fit(unit, max_tokens, max_tiles)]
+    pieces = [piece for unit in units for piece in split_unit(unit, max_tokens, max_tiles)]
     if packing == "official":
         cut = None if overflow_id is None else Overflow(overflow_id, max_tokens)
         opened = [Buffer.of([piece]) for piece in pieces]
@@ -111,6 +111,13 @@ def pack(
     else:
         sizes = [(piece.num_tokens, piece.num_tiles) for piece in pieces]
         rows = [[pieces[i] for i in row] for row in least_padded(sizes, max_tokens, max_tiles)]
+    return build_rows(rows, weighting, branches=branches)
+
+
+def build_rows(
+    rows: Sequence[Sequence[Unit]], weighting: str, *, branches: bool
+) -> list[PackedBatch]:
+    """Builds the batch of every row of units; see `pack` for the arguments."""
     batches = [_row(row, weighting) for row in rows]
     if branches:
         return batches
@@ -222,24 +229,41 @@ def official_rows(
     rows: list[Buffer] = []
     buffers: list[Buffer] = []
     for piece in pieces:
-        roomy = [i for i, b in enumerate(buffers) if b.tiles + piece.tiles <= max_tiles]
-        target = next((i for i in roomy if buffers[i].tokens + piece.tokens <= max_tokens), None)
-        if target is None and overflow and roomy and len(buffers) >= num_buffers // 2:
-            target = roomy[-1]
-        merged = piece
-        if target is not None:
-            buffer = buffers.pop(target)
-            tokens, tiles = buffer.tokens + piece.tokens, buffer.tiles + piece.tiles
-            merged = Buffer(tokens, tiles, [*buffer.pieces, *piece.pieces])
-        for buffer in overflow.cut(merged) if overflow else [merged]:
-            if buffer.tokens >= max_tokens:
-                rows.append(buffer)
-            else:
-                # Behind equal ones, as in the original.
-                buffers.insert(sum(b.tiles >= buffer.tiles for b in buffers), buffer)
-        while buffers and (buffers[0].tiles == max_tiles or len(buffers) > num_buffers):
-            rows.append(buffers.pop(0))
+        rows += add_to_buffers(buffers, piece, max_tokens, max_tiles, num_buffers, overflow)
     return rows + buffers
+
+
+def add_to_buffers(
+    buffers: list[Buffer],
+    piece: Buffer,
+    max_tokens: int,
+    max_tiles: int,
+    num_buffers: int,
+    overflow: "Overflow | None" = None,
+) -> list[Buffer]:
+    """Adds a piece to the open `buffers` in place; returns those that it closes.
+
+    See `official_rows`.
+    """
+    closed: list[Buffer] = []
+    roomy = [i for i, b in enumerate(buffers) if b.tiles + piece.tiles <= max_tiles]
+    target = next((i for i in roomy if buffers[i].tokens + piece.tokens <= max_tokens), None)
+    if target is None and overflow and roomy and len(buffers) >= num_buffers // 2:
+        target = roomy[-1]
+    merged = piece
+    if target is not None:
+        buffer = buffers.pop(target)
+        tokens, tiles = buffer.tokens + piece.tokens, buffer.tiles + piece.tiles
+        merged = Buffer(tokens, tiles, [*buffer.pieces, *piece.pieces])
+    for buffer in overflow.cut(merged) if overflow else [merged]:
+        if buffer.tokens >= max_tokens:
+            closed.append(buffer)
+        else:
+            # Behind equal ones, as in the original.
+            buffers.insert(sum(b.tiles >= buffer.tiles for b in buffers), buffer)
+    while buffers and (buffers[0].tiles == max_tiles or len(buffers) > num_buffers):
+        closed.append(buffers.pop(0))
+    return closed
 
 
 @dataclass(frozen=True)
@@ -324,7 +348,7 @@ def _between(units: Sequence[Unit], first: int, last: int, context_id: int) -> l
     return cut_units
 
 
-def _fit(unit: Unit, max_tokens: int, max_tiles: int) -> list[Unit]:
+def split_unit(unit: Unit, max_tokens: int, max_tiles: int) -> list[Unit]:
     """Cuts a unit that exceeds a row into several with the same prefix."""
     if unit.num_tiles > max_tiles:
         raise BadSample(

@@ -15,6 +15,9 @@ from internvl.data.records import Sample
 from internvl.data.sources import Content, Source
 from internvl.errors import BadSample, DataError
 
+_WINDOW = 4096
+"""Samples whose units `SampleOrder.groups_from` lists at once."""
+
 
 @dataclass(frozen=True)
 class UnitRef:
@@ -25,6 +28,22 @@ class UnitRef:
     epoch: int
     row: int = 0
     """Number of the first sample among those of an epoch; with `epoch`, seeds what is random."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run of `global_batch_rows` is in its order, and what waits for a row.
+
+    A waiting piece is named by the first sample of its group, counted over the run, and its index
+    among the pieces of that group.
+    """
+
+    samples: int = 0
+    """Samples read so far."""
+    closed: tuple[tuple[tuple[int, int], ...], ...] = ()
+    """Rows that are complete and belong to the next step."""
+    open: tuple[tuple[tuple[int, int], ...], ...] = ()
+    """Rows that still take pieces; with best-fit packing one list of all."""
 
 
 class SampleOrder:
@@ -83,6 +102,22 @@ class SampleOrder:
             refs += self._units(epoch + passed, position, position + taken)
             first += taken
         return refs
+
+    def groups_from(self, first: int, window: int = _WINDOW) -> Iterator[UnitRef]:
+        """Yields whole groups of the endless epochs; sample number `first` must begin one."""
+        while True:
+            epoch, position = divmod(first, len(self))
+            _, groups = self._shuffled(epoch)
+            end = min(position + window, len(self))
+            # A group that the window cuts would become two units, which share no prefix.
+            while end < len(self) and groups[end] == groups[end - 1]:
+                end += 1
+            yield from self._units(epoch, position, end)
+            first += end - position
+
+    def group_at(self, first: int) -> UnitRef:
+        """Returns the whole group that begins at sample number `first` of the epochs."""
+        return next(self.groups_from(first, window=1))
 
     def epoch_size(self, epochs: float | None) -> float:
         """Samples of a mean epoch of a run; see `GrownOrder`."""

@@ -12,7 +12,7 @@ import re
 import signal
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -123,7 +123,7 @@ class Reading(Generic[Job]):
             self.issued.append(numbered)
             yield numbered[1]
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Generator[Any, None, None]:
         """Raises:
         WorkerDied: a worker was killed or crashed.
         DataError: there is no shared memory or no open file left for a worker's result.

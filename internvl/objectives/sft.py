@@ -12,7 +12,7 @@ from torch import Tensor
 from internvl.config import DataConfig, ObjectiveConfig
 from internvl.data.chat import ChatEncoder, marked, spans
 from internvl.data.loader import UnitReader
-from internvl.data.packing import encode_units, pack, unpack
+from internvl.data.packing import build_rows, encode_units, pack, unpack
 from internvl.data.records import IGNORE, Example, PackedBatch, Sample, Tiles, Unit
 from internvl.data.sources import Source
 from internvl.errors import BadSample
@@ -53,6 +53,14 @@ class Sft:
             branches=self.data.share_prefix,
             overflow_id=self.encoder.context_id if self.data.allow_overflow else None,
         )
+        return self._checked(rows)
+
+    def rows(self, groups: Sequence[Sequence[Unit]]) -> list[PackedBatch]:
+        """Returns the batches of units that are grouped to rows already."""
+        branches = self.data.share_prefix
+        return self._checked(build_rows(groups, self.config.weighting, branches=branches))
+
+    def _checked(self, rows: list[PackedBatch]) -> list[PackedBatch]:
         for row in rows:
             self._count_placeholders(row)
         if self.config.loss_normalization == "micro_batch":

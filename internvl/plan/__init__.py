@@ -277,7 +277,11 @@ def load_of(recipe: Recipe, model: Any, step: FirstStep | None, num_gpus: int = 
         tiles = tiling.max + (tiling.thumbnail and tiling.max > 1)
         tokens = min(data.max_tokens, tiles * per_tile + _TEXT_TOKENS)
         pairs = tokens * (tokens + 1) / 2
-        work = Work(1, tokens, tiles, _SUPERVISED, pairs).scaled(recipe.global_batch)
+        sample = Work(1, tokens, tiles, _SUPERVISED, pairs)
+        batch = float(recipe.global_batch or 0)
+        if recipe.global_batch_rows is not None:  # as full as other runs' rows are
+            batch = recipe.global_batch_rows * limit * CALIBRATION.fill / tokens
+        work = sample.scaled(batch)
         padded = work.tokens / CALIBRATION.fill
         source = (
             f"assumed, for the data were not read: {tiles} tile(s), {_TEXT_TOKENS} tokens of text "

@@ -52,7 +52,7 @@ def load_of(recipe: Recipe, queries: int, step: PairStep | None, num_gpus: int =
     Args:
         queries: of an image (Q).
     """
-    each = math.ceil(recipe.global_batch / num_gpus)
+    each = math.ceil(recipe.batch_samples / num_gpus)
     pairs = min(each, recipe.objective.micro_batch or each)
     rows = num_gpus * math.ceil(each / pairs)
     if step is not None:
@@ -66,7 +66,7 @@ def load_of(recipe: Recipe, queries: int, step: PairStep | None, num_gpus: int =
         supervised = float(written * _CAPTION)
         return Captions(text * tokens, match * tokens, matches, written * tokens, supervised)
 
-    work = long(_CAPTION).work(float(recipe.global_batch), queries)
+    work = long(_CAPTION).work(float(recipe.batch_samples), queries)
     source = f"assumed, for the data were not read: captions of {_CAPTION} tokens, {_PADDED} padded"
     return PairLoad(work, long(_PADDED), pairs, rows, None, source)
 

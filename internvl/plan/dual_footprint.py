@@ -70,7 +70,7 @@ def of(
         "what the heads keep": batch.heads(),
         "graphs kept for the second pass": (kept - 1) * batch.encoded() if cut else 0.0,
         "visual tokens kept for the second pass": batch.kept(micro_batches - kept),
-        "features of a step, compared": 48.0 * recipe.global_batch**2,
+        "features of a step, compared": 48.0 * recipe.batch_samples**2,
     }
     if recipe.compute.offload:
         moving["vision tower activations"] = batch.offloaded_tower()

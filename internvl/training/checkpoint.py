@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from internvl import log
+from internvl.data.sampler import Position
 from internvl.errors import CheckpointError, UserError
 
 _GO_BACK = "remove this folder to go on from the one before"
@@ -118,6 +120,17 @@ def whole_number(state: dict[str, Any], key: str) -> int:
             f"{_GO_BACK}"
         )
     return value
+
+
+def position(state: dict[str, Any]) -> Position:
+    """Returns the position in the data of a checkpoint's plain state. Raises CheckpointError."""
+    try:
+        return TypeAdapter(Position).validate_python(state.get("position"))
+    except ValidationError:
+        raise CheckpointError(
+            "state.json of the newest checkpoint is damaged (`position` is none of a run with "
+            f"global_batch_rows); {_GO_BACK}"
+        ) from None
 
 
 def load_weights(folder: Path, step: int, model: nn.Module) -> None:

@@ -31,8 +31,10 @@ def _checkpointing(recipe: Recipe) -> str | None:
 
 
 def _micro_batch(recipe: Recipe) -> str | None:
-    now = recipe.objective.micro_batch or recipe.global_batch
-    return None if recipe.objective.packs or now == 1 else str(now // 2)
+    if recipe.objective.packs:
+        return None
+    now = recipe.objective.micro_batch or recipe.batch_samples
+    return None if now == 1 else str(now // 2)
 
 
 def _kept_micro_batches(recipe: Recipe) -> str | None:
