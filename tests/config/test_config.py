@@ -17,6 +17,7 @@ GOOD = {
     "global_batch": 8,
     "epochs": 1,
 }
+ROWS = {"global_batch": None, "global_batch_rows": 4, "epochs": None, "steps": 9}
 
 
 def problems(tree, overrides=()):
@@ -57,6 +58,23 @@ def test_all_problems_at_once_with_the_nearest_name():
     [
         ({"steps": 5}, "epochs, steps: give exactly one of the two"),
         ({"epochs": None}, "epochs, steps: give exactly one of the two"),
+        ({"global_batch": None}, "global_batch, global_batch_rows: give exactly one of the two"),
+        ({"global_batch_rows": 4}, "global_batch, global_batch_rows: give exactly one of the two"),
+        ({**ROWS, "epochs": 1.0, "steps": None}, "packed; give steps"),
+        ({**ROWS, "objective": {"name": "retrieval"}}, "for packed rows, not for pairs"),
+        ({**ROWS, "data": {**GOOD["data"], "changed": "accept"}}, "data.changed: accept is not"),
+        (
+            {
+                **ROWS,
+                "data": {
+                    **GOOD["data"],
+                    "packing": "official",
+                    "share_prefix": False,
+                    "allow_overflow": True,
+                },
+            },
+            "data.allow_overflow: not with global_batch_rows",
+        ),
         ({"model": {"id": "x", "train": []}}, "nothing is trained"),
         (
             {"model": {"id": "x", "train": ["language_model"], "lora": {"rank": 4}}},
@@ -84,6 +102,18 @@ def test_the_resolved_recipe_reads_back(tmp_path):
     other = resolve({**GOOD, "optim": {"lr": 1.0}, "log_every": 7})
     assert any(line.startswith("optim.lr was") for line in recipes.differences(recipe, other))
     assert not any("log_every" in line for line in recipes.differences(recipe, other))
+
+
+@pytest.mark.parametrize(("batch", "changes"), [({}, []), (ROWS, ["data.row_tokens"])])
+def test_the_length_of_a_row_changes_a_run_that_counts_rows(batch, changes):
+    recipe, other = (resolve({**GOOD, **batch}, [f"data.row_tokens={n}"]) for n in (8192, 16384))
+    assert [line.split()[0] for line in recipes.differences(recipe, other)] == changes
+
+
+def test_what_a_step_counts_is_what_changes_a_run():
+    recipe, other = (resolve({**GOOD, **ROWS, "global_batch_rows": n}) for n in (4, 8))
+    assert recipes.differences(recipe, other) == ["global_batch_rows was 4, is 8"]
+    assert recipes.differences(resolve(GOOD), recipe)
 
 
 def test_what_a_recipe_leaves_out_of_tiles_is_open():
