@@ -152,7 +152,8 @@ def row_steps(
 ) -> Generator[Step, None, None]:
     """Yields steps `first` … `last` - 1, from `position` on; rank r gets every r-th row.
 
-    Every rank reads all samples, because packing needs their lengths.
+    Every rank reads all samples, because packing needs their lengths: reading costs as many times
+    the CPU time as there are ranks, and a rank holds the pixels of all rows of a step.
 
     Args:
         build: rows of units to batches; it gets those of this rank.
@@ -161,10 +162,12 @@ def row_steps(
         WorkerDied: a worker was killed, or crashed.
         DataError: no sample of a whole epoch can be read, or one that waited cannot any more.
     """
+    # A position names what waits, without pixels; those groups are read again before all others.
     origins = [origin for row in (*position.closed, *position.open) for origin in row]
     held = {n: order.group_at(n) for n in sorted({sample for sample, _ in origins})}
     num_seen = last_usable = position.samples
     with closing(_reads(order, reader, list(held.values()), num_seen, data.workers)) as reads:
+        # `held` first: zip would otherwise take one read too many before it sees the end of it.
         packer = _restored(position, dict(zip(held, reads, strict=False)), data, num_rows)
         for index in range(first, last):
             started = time.perf_counter()
@@ -177,6 +180,7 @@ def row_steps(
                 num_seen += len(ref.lines)
                 if read.units:
                     last_usable = num_seen
+                # The epochs have no end, so the loop would have none either.
                 if num_seen - last_usable > len(order):
                     raise DataError(f"no sample of a whole epoch can be read; the last: {bad[-1]}")
             rows = [[piece.unit for piece in row] for row in packer.take()]
@@ -204,6 +208,7 @@ def _reads(
     def refs() -> Iterator[UnitRef]:
         return chain(held, order.groups_from(first))
 
+    # Twice: once for the workers, which are ahead, and once beside what comes back from them.
     issued = refs()
     jobs = iter(lambda: list(islice(issued, loader.TOGETHER)), [])
     reading = Reading(
@@ -255,6 +260,7 @@ def _restored(
 
 def _pieces(read: Read, sample: int, data: DataConfig) -> list[Piece]:
     """Returns the units of a group, cut to fit a row; `sample` is the group's first one."""
+    # A function of the group alone, so that an index names the same piece after a resume.
     units = [
         piece
         for unit in read.units
