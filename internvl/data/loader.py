@@ -80,6 +80,7 @@ class UnitReader(Dataset[Read]):
                 read.bad.append(sample)
             else:
                 by_media.setdefault((sample.images, sample.videos), []).append(sample)
+        # The index groups lines by a hash of their media; the media themselves decide.
         for samples in by_media.values():
             prepared, bad, tiles = self.prepare(samples, ref)
             read.bad += bad
@@ -106,12 +107,14 @@ class UnitReader(Dataset[Read]):
             except BadImage as error:
                 bad.append(BadSample(sample.name, str(error)))
         source = self.files[ref.file].config
+        # A frame is always one tile, as in the original.
         most = 1 if counts else source.max_tiles or self.config.tiling.max
+        # Before pixels are made: a sample of too many tiles is then refused without their memory.
         empty = empty_tiles([size_of(image) for image in images], self.config.tiling, most)
         if empty is not None and len(empty.pixels) > self.config.max_tiles:
-            what = f"{len(empty.pixels)} tiles, but a row takes {self.config.max_tiles}"
+            problem = f"{len(empty.pixels)} tiles, but a row takes {self.config.max_tiles}"
             remedy = "raise data.max_tiles or lower data.tiles.max"
-            return [], [BadSample(s.name, f"{what}; {remedy}") for s in samples], None
+            return [], [BadSample(s.name, f"{problem}; {remedy}") for s in samples], None
         if not self.pixels:
             return ready, bad, empty
         try:
@@ -138,12 +141,15 @@ class UnitReader(Dataset[Read]):
                 read_frames(video, self.config.video, draw, self.config.orientation)
                 for video in sample.videos
             ]
-            return [np.asarray(frame) for part in frames for frame in part], list(map(len, frames))
+            counts = list(map(len, frames))
+            return [np.asarray(frame) for video in frames for frame in video], counts
         return [read_rgb(source, self.config.orientation) for source in sample.images], []
 
-    def _draw(self, ref: UnitRef, what: str) -> np.random.Generator:
-        number = ("frames", "augment").index(what)
-        return np.random.default_rng((self.seed, ref.epoch, ref.file, ref.row, number))
+    def _draw(self, ref: UnitRef, purpose: str) -> np.random.Generator:
+        # A stream for each purpose: more frames must not change how the tiles are degraded. And by
+        # sample, so that ranks, workers and a resume draw the same.
+        stream = ("frames", "augment").index(purpose)
+        return np.random.default_rng((self.seed, ref.epoch, ref.file, ref.row, stream))
 
 
 TOGETHER, AHEAD = 8, 2
@@ -160,6 +166,7 @@ class _Sent:
         pickler = pickle.Pickler(buffer, pickle.HIGHEST_PROTOCOL)
 
         def outside(value: Any) -> Any:
+            # Only pixels are uint8; whatever else there is is small and goes with the rest.
             if not isinstance(value, Tensor) or value.dtype != torch.uint8:
                 return None
             tensors.append(value)
@@ -168,6 +175,7 @@ class _Sent:
         pickler.persistent_id = outside  # type: ignore[method-assign]
         pickler.dump(list(reads))
         self.rest = buffer.getvalue()
+        # Written straight into shared memory: a tensor made before would be copied once more.
         size = sum(tensor.numel() for tensor in tensors)
         self.pixels = torch.empty(size, dtype=torch.uint8).share_memory_()
         if tensors:
@@ -177,15 +185,16 @@ class _Sent:
         """What went in; tensors share one memory."""
         start = 0
 
-        def place(shape: torch.Size) -> Tensor:
+        # Called in the order in which they were pickled, so that shapes alone say where each is.
+        def view(shape: torch.Size) -> Tensor:
             nonlocal start
             end = start + shape.numel()
-            part = self.pixels[start:end].view(shape)
+            pixels = self.pixels[start:end].view(shape)
             start = end
-            return part
+            return pixels
 
         unpickler = pickle.Unpickler(io.BytesIO(self.rest))
-        unpickler.persistent_load = place  # type: ignore[method-assign]
+        unpickler.persistent_load = view  # type: ignore[method-assign]
         return unpickler.load()
 
 
@@ -197,6 +206,7 @@ class Groups(Dataset[Any]):
 
     def __getitem__(self, refs: Sequence[UnitRef]) -> list[Read] | _Sent:
         reads = [self.reader[ref] for ref in refs]
+        # In this process nothing crosses, and shared memory would only be a copy.
         return reads if get_worker_info() is None else _Sent(reads)
 
 
@@ -228,9 +238,11 @@ def steps(
     """
 
     def groups_of(index: int) -> list[list[UnitRef]]:
+        # Before anything is read: a rank decodes only the images of its own units.
         refs = order.step(index, global_batch, total)[rank::world_size]
         return [refs[start : start + TOGETHER] for start in range(0, len(refs), TOGETHER)]
 
+    # One stream over all steps, so that workers read the next step while this one trains.
     groups = iter(
         Reading(
             Groups(reader),
@@ -246,8 +258,7 @@ def steps(
         units: list[Any] = []
         bad: list[BadSample] = []
         for _ in groups_of(index):
-            found = next(groups)
-            for read in received(found):
+            for read in received(next(groups)):
                 units += read.units
                 bad += read.bad
         num_seen = (index + 1) * global_batch

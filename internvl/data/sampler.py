@@ -63,17 +63,21 @@ class SampleOrder:
         file_of, line_of, group_of = [], [], []
         num_groups = 0
         repeats = effective_repeats(files)
-        for number, (file, repeat) in enumerate(zip(files, repeats, strict=True)):
+        for file_index, (file, repeat) in enumerate(zip(files, repeats, strict=True)):
             groups = file.groups if share_prefix else np.arange(len(file), dtype=np.int32)
-            for lines in _passes(file, repeat, np.random.default_rng((seed, number))):
+            for lines in _passes(file, repeat, np.random.default_rng((seed, file_index))):
+                # Numbered anew in every pass: an image that is shown twice in an epoch is two
+                # groups, or its repetitions would all come at once.
                 _, dense = np.unique(groups[lines], return_inverse=True)
-                file_of.append(np.full(len(lines), number, dtype=np.int16))
+                # int16 and int32: 10 bytes a sample in all, for mixtures of many millions.
+                file_of.append(np.full(len(lines), file_index, dtype=np.int16))
                 line_of.append(lines)
                 group_of.append((dense + num_groups).astype(np.int32))
                 num_groups += int(dense.max(initial=-1)) + 1
         if not num_groups:
             raise DataError("an epoch shows no sample; raise `repeat` of the sources")
         group = np.concatenate(group_of)
+        # Stable, so that the samples of a group stay in the order of their file.
         order = np.argsort(group, kind="stable")
         self._file, self._line = np.concatenate(file_of)[order], np.concatenate(line_of)[order]
         self._sizes = np.bincount(group, minlength=num_groups).astype(np.int32)
@@ -127,17 +131,20 @@ class SampleOrder:
         rows, groups = self._shuffled(epoch)
         rows, groups = rows[first:last], groups[first:last]
         bounds = np.flatnonzero(np.diff(groups)) + 1
+        # Plain integers: numpy's are many times as large once pickled for a worker.
         return [
             UnitRef(
-                int(self._file[part[0]]), tuple(map(int, self._line[part])), epoch, int(part[0])
+                int(self._file[unit[0]]), tuple(map(int, self._line[unit])), epoch, int(unit[0])
             )
-            for part in np.split(rows, bounds)
+            for unit in np.split(rows, bounds)
         ]
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """int32 (row, group) of every position of an epoch."""
+        # A generator for every epoch: a run that resumes in the fifth need not draw four others.
         order = np.random.default_rng((self.seed, epoch)).permutation(self.num_groups)
         order = order.astype(np.int32)
+        # (groups,) to (samples,) without a loop: an epoch of 10 million samples takes seconds.
         sizes = self._sizes[order]
         groups = np.repeat(order, sizes)
         first = np.repeat((np.cumsum(sizes) - sizes).astype(np.int32), sizes)
@@ -199,16 +206,18 @@ class GrownOrder:
         self, files: Sequence[Source], earlier: Sequence[Earlier], *, share_prefix: bool, seed: int
     ) -> None:
         self.files = files
-        self._parts: list[tuple[int, int, SampleOrder]] = []  # first sample, first epoch, order
+        self._segments: list[tuple[int, int, SampleOrder]] = []
+        """(first sample, first epoch, order) of the epochs between two growths."""
         first = epoch = 0
         for had in earlier:
-            parts = [Prefix(file, n) for file, n in zip(files, had.samples, strict=True)]
-            order = SampleOrder(parts, share_prefix=share_prefix, seed=seed)
-            self._parts.append((first, epoch, order))
+            prefixes = [Prefix(file, n) for file, n in zip(files, had.samples, strict=True)]
+            order = SampleOrder(prefixes, share_prefix=share_prefix, seed=seed)
+            self._segments.append((first, epoch, order))
+            # Epochs count on, or the grown data would be shuffled as the first epoch was.
             epoch += (had.until - first) // len(order)
             first = had.until
         self.last = SampleOrder(files, share_prefix=share_prefix, seed=seed)
-        self._parts.append((first, epoch, self.last))
+        self._segments.append((first, epoch, self.last))
 
     def __len__(self) -> int:
         """Samples in an epoch from now on."""
@@ -222,8 +231,9 @@ class GrownOrder:
         """See `SampleOrder.step`."""
         first, last = step * global_batch, min((step + 1) * global_batch, total)
         refs: list[UnitRef] = []
-        ends = [*(start for start, _, _ in self._parts[1:]), total]
-        for (start, epoch, order), end in zip(self._parts, ends, strict=True):
+        ends = [*(start for start, _, _ in self._segments[1:]), total]
+        # A step may lie across a growth: it then ends the old epoch and begins the new one.
+        for (start, epoch, order), end in zip(self._segments, ends, strict=True):
             refs += order.between(max(first, start) - start, min(last, end) - start, epoch)
         return refs
 
@@ -232,13 +242,15 @@ class GrownOrder:
         if epochs is None:
             return len(self)
         start, epoch, order = next(
-            part for part in reversed(self._parts) if part[1] <= epochs or part[1] == 0
+            segment
+            for segment in reversed(self._segments)
+            if segment[1] <= epochs or not segment[1]
         )
         return (start + round((epochs - epoch) * len(order))) / epochs
 
     def end_of_epoch(self, sample: int) -> int:
         """Where the epoch ends that sample number `sample` of the run is in, or begins."""
-        start, _, order = next(part for part in reversed(self._parts) if part[0] <= sample)
+        start, _, order = next(s for s in reversed(self._segments) if s[0] <= sample)
         return start + -(-(sample - start) // len(order)) * len(order)
 
 
@@ -264,6 +276,7 @@ def _passes(file: Source, repeat: float, draw: np.random.Generator) -> list[np.n
     whole, rest = int(repeat), round((repeat - int(repeat)) * len(file))
     passes = [np.arange(len(file), dtype=np.int32)] * whole
     if rest and file.config.part == "random":
-        part = np.sort(draw.choice(len(file), rest, replace=False))
-        return [*passes, part.astype(np.int32)]
+        # Sorted, so that the samples of a group stay in the order of their file.
+        lines = np.sort(draw.choice(len(file), rest, replace=False))
+        return [*passes, lines.astype(np.int32)]
     return [*passes, np.arange(rest, dtype=np.int32)] if rest else passes
