@@ -17,6 +17,7 @@ from internvl.config.recipes import load_recipe
 from internvl.data.arguments import list_texts
 from internvl.datasets import published as published_sets
 from internvl.errors import ConfigError, UnknownModel
+from internvl.files import write_json
 from internvl.inference import load as loading
 from internvl.models import hub
 from internvl.training import checkpoint
@@ -237,9 +238,7 @@ def _note(file: Path, names: Sequence[str], differs: str) -> None:
     for name in names:
         found.pop(f"{name}/computed", None)
         found |= {f"{name}/computed": differs} if differs else {}
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    partial.replace(file)
+    write_json(file, found, indent=1)
 
 
 def _path(path: str | Path | None) -> Path | None:

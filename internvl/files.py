@@ -1,19 +1,25 @@
-"""What a file really is, whatever its name says: the sentence for files that cannot be read.
+"""Atomic files and folders, JSON and JSONL, the cache folder, and what an unreadable file is.
 
 Files of a model folder are often not what they should be: a clone without Git LFS leaves pointers,
 an interrupted download half a file or none, a proxy its error page. Imports nothing of the package
-but its error, so that every reader may use it.
+but its errors, so that every reader and writer may use it.
 """
 
 import json
+import os
+import secrets
+import shutil
 import struct
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from internvl.errors import ModelFolderError
+from internvl.errors import ModelFolderError, UserError
 
 _AGAIN = "download it again"
 _CUT = f"it is truncated, {_AGAIN}"
+# Cameras and editors write all of these; they follow "ftyp" at byte 4.
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 _SIGNS: tuple[tuple[bytes, str], ...] = (
     (
@@ -45,6 +51,7 @@ _MEDIA: tuple[tuple[int, bytes, str], ...] = (
 """Where and how files begin that are met as images and videos and cannot be read as such."""
 
 _VIDEOS: tuple[tuple[int, bytes, str], ...] = (
+    # After the images: HEIC and AVIF begin with "ftyp" too.
     (4, b"ftyp", "a video (MP4 or QuickTime), not an image: name it as a video"),
     (0, b"\x1aE\xdf\xa3", "a video (Matroska or WebM), not an image: name it as a video"),
 )
@@ -58,7 +65,7 @@ _HEADER_LIMIT = 100_000_000
 
 
 def describe(file: Path) -> str | None:
-    """What a file really is and what to do about it; None where nothing is known against it.
+    """Describes what a file really is and the remedy; None if nothing speaks against it.
 
     Raises:
         ModelFolderError: it cannot be opened at all.
@@ -67,31 +74,34 @@ def describe(file: Path) -> str | None:
 
 
 def describe_media(head: bytes, noun: str) -> str | None:
-    """What a file that cannot be read as an image or video (`noun`) really is, as `describe`.
+    """As `describe`, for a file that cannot be read as an image or video (`noun`).
 
     Args:
         head: its first 1,024 bytes.
     """
     start = head.lstrip().lower()
+    # Most SVG files begin as XML; _SIGNS would call them a server's error.
     if start.startswith(b"<?xml") and b"<svg" in start:
         start = b"<svg"
-    for place, sign, meaning in _MEDIA if noun == "video" else (*_MEDIA, *_VIDEOS):
-        if head[place:].startswith(sign) or (not place and start.startswith(sign)):
+    for offset, sign, meaning in _MEDIA if noun == "video" else (*_MEDIA, *_VIDEOS):
+        # Leading blanks are skipped for text only: a binary format's offset counts every byte.
+        if head[offset:].startswith(sign) or (not offset and start.startswith(sign)):
             return meaning
     return describe_head(head)
 
 
 def describe_head(head: bytes) -> str | None:
-    """`describe` by the first 1,024 bytes of a file."""
+    """As `describe`, by the first 1,024 bytes of a file."""
     if not head:
         return f"empty (0 bytes): the download did not finish, {_AGAIN}"
+    # Downloaders that reserve the space first leave zeros if they are interrupted.
     if not head.strip(b"\0"):
         return f"nothing but zero bytes where its content should begin: {_AGAIN}"
     return other_format(head)
 
 
 def other_format(head: bytes) -> str | None:
-    """What a file that begins so is instead of text or weights, and what to do about it."""
+    """Describes the format of a file by its first bytes if it is neither text nor weights."""
     start = head[:1024].lstrip().lower()
     return next((meaning for sign, meaning in _SIGNS if start.startswith(sign)), None)
 
@@ -105,7 +115,7 @@ def _head(file: Path) -> bytes:
 
 
 def unreadable(file: Path, error: OSError) -> ModelFolderError:
-    """The sentence for a file that the operating system does not open."""
+    """Returns the error for a file that the operating system does not open."""
     if isinstance(error, FileNotFoundError):
         return ModelFolderError(f"{file}: missing, so this is not a complete model folder")
     reason = error.strerror or type(error).__name__
@@ -113,7 +123,7 @@ def unreadable(file: Path, error: OSError) -> ModelFolderError:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object of a model folder, with or without a byte-order mark.
+    """Reads a JSON object of a model folder, with or without a byte-order mark.
 
     Raises:
         ModelFolderError: missing, another kind of file, no JSON or no object; names the file.
@@ -123,6 +133,7 @@ def read_object(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise unreadable(file, error) from error
     except (ValueError, RecursionError) as error:  # JSON's and UTF-8's are ValueErrors
+        # Only after JSON refused it: the first bytes alone do not tell JSON from other text.
         meaning = describe(file)
         raise ModelFolderError(
             f"{file}: {meaning}"
@@ -138,7 +149,7 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def explain_safetensors(file: Path, error: Exception) -> ModelFolderError:
-    """The sentence for a safetensors file that its reader refuses."""
+    """Returns the error for a safetensors file that its reader refuses."""
     meaning = describe(file)
     head = _head(file)
     for sign, name in _BINARY:
@@ -152,13 +163,14 @@ def explain_safetensors(file: Path, error: Exception) -> ModelFolderError:
 
 
 def _cut_short(file: Path) -> str | None:
-    """Whether a safetensors file ends before the end that its own header gives."""
+    """Says where a safetensors file ends, if that is before the end that its header gives."""
     size = file.stat().st_size
     with file.open("rb") as opened:
-        start = opened.read(8)
+        start = opened.read(8)  # the header's length in bytes, little-endian
         if len(start) < 8:
             return f"cannot be read (it ends after {size} bytes, within its header); {_CUT}"
         length = struct.unpack("<Q", start)[0]
+        # Before reading: of a file of another format these 8 bytes may say exabytes.
         if length > _HEADER_LIMIT:
             return f"not a safetensors file: copy it again from the release, or {_AGAIN}"
         if size < 8 + length:
@@ -176,6 +188,161 @@ def _cut_short(file: Path) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, or its name where it has none."""
+    """Returns the first line of an exception's text, or its class name if it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__
+
+
+def read_run_json(path: Path, remedy: str) -> dict[str, Any]:
+    """Reads the JSON object in a file that a run wrote.
+
+    Args:
+        remedy: what to do if the file was damaged since.
+
+    Raises:
+        UserError: it cannot be read, or holds something else; names the file.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); {remedy}") from None
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, nested too deeply
+        raise UserError(f"{path} is damaged ({error}); {remedy}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged (it holds no JSON object); {remedy}")
+    return value
+
+
+def read_numbers(path: Path, remedy: str) -> dict[str, float]:
+    """As `read_run_json`, for a file of numbers by name."""
+    numbers = read_run_json(path, remedy)
+    for name, value in numbers.items():
+        # bool is a subclass of int, and `true` is no score.
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"{path} is damaged ({name!r} is no number); {remedy}")
+    return numbers
+
+
+def write_text(path: Path, text: str, *, fsync: bool = False) -> None:
+    """Writes a text file atomically, see `atomic_file`.
+
+    Raises:
+        OSError: it could not be written (disk full, …); the error names `path`.
+    """
+    with names_file(path), atomic_file(path, fsync=fsync) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any, *, indent: int | None = None) -> None:
+    """Writes JSON in ASCII atomically.
+
+    Raises:
+        OSError: it could not be written; the error names `path`.
+    """
+    # ASCII: names of samples may hold lone surrogates, which UTF-8 cannot encode.
+    write_text(path, json.dumps(value, indent=indent))
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> int:
+    """Writes a text file, such as JSONL, atomically; returns the number of lines."""
+    count = 0
+    # Line by line: annotation files are larger than memory allows.
+    with atomic_file(path) as partial, partial.open("w", encoding="utf-8") as file:
+        for line in lines:
+            file.write(line + "\n")
+            count += 1
+    return count
+
+
+@contextmanager
+def names_file(path: Path) -> Iterator[None]:
+    """Gives an OSError from inside (a full disk, say) the name of the file it was about.
+
+    Raises:
+        OSError: the same error with `path` as its filename, unless it names a file already.
+    """
+    try:
+        yield
+    except OSError as error:
+        # write() of an open file raises without its name; open() and rename() give it.
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def atomic_file(path: Path, *, fsync: bool = False) -> Iterator[Path]:
+    """Yields a temporary path that is renamed to `path` if the block ends without an error.
+
+    A killed writer leaves the old file or none under `path`, never half of the new one. The
+    parent folder is created.
+
+    Args:
+        fsync: flush to the disk before the rename, so that a power failure loses neither version.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _unique_partial(path)
+    try:
+        yield partial
+        if fsync:
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def complete_folder(path: Path, *, shared: bool = False, mode: int = 0o777) -> Iterator[Path]:
+    """Yields a temporary folder that is renamed to `path` if the block ends without an error.
+
+    `path` may be an empty folder; the block may remove one that is not.
+
+    Args:
+        shared: several processes may write the same folder at once; the first to finish wins, and
+            the others' folders are removed.
+        mode: permissions of the folder, less the umask.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A fixed name lets the next attempt remove what a killed one left, often gigabytes. Processes
+    # that write at once would remove each other's.
+    hidden = _unique_partial(path) if shared else path.with_name(f".{path.name}.partial")
+    shutil.rmtree(hidden, ignore_errors=True)
+    # Inside it under its final name, which writers put into paths of their annotations.
+    partial = hidden / path.name
+    try:
+        hidden.mkdir()
+        partial.mkdir(mode=mode)
+        yield partial
+        # Some systems refuse to rename over an empty folder.
+        with suppress(OSError):
+            path.rmdir()
+        try:
+            partial.rename(path)
+        except OSError:
+            if not (shared and path.is_dir()):
+                raise
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def remove_partials(folder: Path) -> None:
+    """Removes what killed writers left in `folder`; nobody else may be writing there."""
+    for partial in folder.glob(".*.partial"):
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink()
+
+
+def _unique_partial(path: Path) -> Path:
+    # In the same folder: a rename is atomic only within a file system. Random, not the process id,
+    # which containers that share a disk often have in common; not `tempfile`, whose mode 0600
+    # ignores the umask and would keep other users and web servers from reading the result.
+    return path.with_name(f".{path.name}-{secrets.token_hex(4)}.partial")
+
+
+def cache_folder() -> Path:
+    """Returns `$XDG_CACHE_HOME/internvl`, else `~/.cache/internvl`."""
+    root = os.environ.get("XDG_CACHE_HOME")  # an empty value counts as unset, by the XDG standard
+    return (Path(root) if root else Path.home() / ".cache") / "internvl"

@@ -7,11 +7,9 @@ line does; a program that imports the package keeps its own logging.
 import json
 import logging
 import math
-import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +17,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from internvl.errors import UserError
+from internvl.files import names_file, write_text
 
 Row = Mapping[str, float | int | str | list[str]]
 
@@ -126,50 +125,6 @@ class Progress:
         self.close()
 
 
-@contextmanager
-def names_file(path: Path) -> Iterator[None]:
-    """Gives an OSError from inside (a full disk, say) the name of the file it was about.
-
-    Raises:
-        OSError: The same error with `path` as its filename, unless it names a file already.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def read_object(path: Path, remedy: str) -> dict[str, Any]:
-    """The JSON object in a file that a run wrote.
-
-    Args:
-        remedy: what to do where the file was damaged since.
-
-    Raises:
-        UserError: it cannot be read, or holds something else; names the file.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); {remedy}") from None
-    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, nested too deeply
-        raise UserError(f"{path} is damaged ({error}); {remedy}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged (it holds no JSON object); {remedy}")
-    return found
-
-
-def read_numbers(path: Path, remedy: str) -> dict[str, float]:
-    """As `read_object`, for a file of numbers by name."""
-    found = read_object(path, remedy)
-    for name, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"{path} is damaged ({name!r} is no number); {remedy}")
-    return found
-
-
 class StepLog:
     """A JSONL file of a run folder, such as metrics.jsonl: an object with a "step" on each line.
 
@@ -219,14 +174,9 @@ class StepLog:
         """
         if not self.path.exists():
             return
-        kept = [row for row in self.rows() if row["step"] <= step]
-        partial = self.path.with_suffix(".jsonl.partial")
-        with names_file(partial), partial.open("w", encoding="utf-8") as file:
-            for row in kept:
-                file.write(_line(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.path)
+        lines = [_line(row) + "\n" for row in self.rows() if row["step"] <= step]
+        # Flushed first: metrics of days of training must survive a power failure here.
+        write_text(self.path, "".join(lines), fsync=True)
 
     def _parse(self, number: int, line: str) -> dict[str, Any]:
         where = f"{self.path}, line {number}"

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import pickle
 import zipfile
 
@@ -11,6 +12,7 @@ import torch
 from mutations import HTML_PAGE, LFS_POINTER
 from safetensors.torch import save
 
+from internvl import files
 from internvl.errors import ModelFolderError
 from internvl.files import describe, read_object
 from internvl.models import hub
@@ -122,3 +124,81 @@ def test_nothing_is_known_against_a_good_file(tmp_path):
         assert describe(tmp_path / name) is None
     with pytest.raises(ModelFolderError, match="none.json: missing"):
         describe(tmp_path / "none.json")
+
+
+def failing_lines():
+    yield "new"
+    raise RuntimeError("stopped")
+
+
+def test_a_file_that_fails_halfway_leaves_the_old_one(tmp_path):
+    path = tmp_path / "new" / "rows.jsonl"
+    assert files.write_lines(path, ["a", "b"]) == 2
+    with pytest.raises(RuntimeError, match="stopped"):
+        files.write_lines(path, failing_lines())
+    assert path.read_text() == "a\nb\n"
+    assert os.listdir(path.parent) == ["rows.jsonl"]
+
+
+def test_files_and_folders_have_the_modes_that_the_umask_gives(tmp_path):
+    before = os.umask(0o022)
+    try:
+        files.write_json(tmp_path / "a.json", {"a": "\ud800"})
+        with files.complete_folder(tmp_path / "b"):
+            pass
+        with files.complete_folder(tmp_path / "c", shared=True, mode=0o700):
+            pass
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("a.json", "b", "c")]
+    assert modes == [0o644, 0o755, 0o700]
+
+
+def write_half_a_folder(path, *, shared):
+    with files.complete_folder(path, shared=shared) as partial:
+        (partial / "x").write_text("half")
+        raise RuntimeError("stopped")
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_folder_is_complete_or_absent(tmp_path, shared):
+    with pytest.raises(RuntimeError, match="stopped"):
+        write_half_a_folder(tmp_path / "a", shared=shared)
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "a").mkdir()  # an empty one is replaced
+    with files.complete_folder(tmp_path / "a", shared=shared) as partial:
+        (partial / "x").write_text("whole")
+    assert (tmp_path / "a" / "x").read_text() == "whole"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_of_two_that_share_a_folder_the_first_to_finish_wins(tmp_path):
+    with files.complete_folder(tmp_path / "a", shared=True) as second:
+        (second / "x").write_text("second")
+        with files.complete_folder(tmp_path / "a", shared=True) as first:
+            (first / "x").write_text("first")
+    assert (tmp_path / "a" / "x").read_text() == "first"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_folder_alone_refuses_one_with_content_and_replaces_what_a_killed_one_left(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_text("old")
+    (tmp_path / ".a.partial").mkdir()
+    (tmp_path / ".a.partial" / "left").write_text("half")
+    with (
+        pytest.raises(OSError, match="not empty"),
+        files.complete_folder(tmp_path / "a") as partial,
+    ):
+        assert not any(partial.iterdir())
+    assert (tmp_path / "a" / "x").read_text() == "old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_partials_of_killed_writers_are_removed(tmp_path):
+    (tmp_path / ".000500.partial").mkdir()
+    (tmp_path / ".LATEST-ab.partial").write_text("0")
+    (tmp_path / "LATEST").write_text("1")
+    files.remove_partials(tmp_path)
+    files.remove_partials(tmp_path / "missing")
+    assert os.listdir(tmp_path) == ["LATEST"]

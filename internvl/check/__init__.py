@@ -31,7 +31,6 @@ from internvl.check.report import Checked, Counts, Shown
 from internvl.config import DataConfig, EvalConfig, Recipe
 from internvl.data.chat import ChatEncoder, spans
 from internvl.data.images import FileSlice, ImageRef, is_address
-from internvl.data.index import cache_folder
 from internvl.data.loader import Read, UnitReader
 from internvl.data.packing import least_padded, padded_tokens
 from internvl.data.pairs import CaptionEncoder
@@ -43,6 +42,7 @@ from internvl.data.workers import Reading, describe_refs, name_failing
 from internvl.errors import BadSample, DataError, UserError
 from internvl.evals import EVALS
 from internvl.evals.scores import DataProblems
+from internvl.files import cache_folder, write_json
 from internvl.inference import load as loading
 from internvl.inference.families import FAMILIES
 from internvl.inference.opened import OpenedModel, open_model
@@ -154,7 +154,7 @@ class _Examiner(Dataset[_Examined]):
         self.reader = reader
         self.settings = settings
         self.encoder = encoder
-        self.cache = cache_folder().parent / "check"
+        self.cache = cache_folder() / "check"
 
     def __getitem__(self, ref: UnitRef) -> _Examined:
         source = self.reader.files[ref.file]
@@ -165,10 +165,7 @@ class _Examiner(Dataset[_Examined]):
         file = self.cache / key.hexdigest()[:2] / f"{key.hexdigest()[2:34]}.json"
         if not file.is_file():
             found = self._examine(ref, samples)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(found), encoding="utf-8")
-            partial.replace(file)
+            write_json(file, found)
         found = json.loads(file.read_text(encoding="utf-8"))
         return _Examined(
             ref.file,

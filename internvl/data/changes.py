@@ -15,7 +15,7 @@ from internvl.data.index import digests_of
 from internvl.data.sampler import Earlier
 from internvl.data.sources import Content, Source, meta_entries
 from internvl.errors import DataError
-from internvl.files import first_line
+from internvl.files import first_line, write_text
 
 FILE = "data.json"
 
@@ -102,11 +102,8 @@ def read(folder: Path) -> Noted | None:
 
 def write(folder: Path, noted: Noted) -> None:
     """Writes the fingerprints atomically."""
-    # Through a temporary file: a run that is killed here must not leave half of it.
-    partial = folder / f".{FILE}.partial"
     text = json.dumps(asdict(noted), ensure_ascii=False, indent=1)
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(folder / FILE)
+    write_text(folder / FILE, text + "\n")
 
 
 def of_meta(before: Noted, after: Noted) -> Iterator[str]:

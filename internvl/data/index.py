@@ -8,11 +8,9 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from internvl import log
 from internvl.data import json_rows
 from internvl.data.texts import printable
 from internvl.errors import DataError
+from internvl.files import cache_folder, complete_folder
 
 _LAYOUT = b"2"  # raise when the arrays change for the same file
 _CHUNK = 1 << 25  # bytes read at once
@@ -30,10 +29,9 @@ _KEYS = (b'"image', b'"video')
 _MEDIA = re.compile(rb'"(?:image|video)s?"\s*:\s*(\[[^\]]*\]|"(?:[^"\\]|\\.)*")')
 
 
-def cache_folder() -> Path:
+def index_folder() -> Path:
     """Returns `$XDG_CACHE_HOME/internvl/index`, else `~/.cache/internvl/index`."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "internvl" / "index"
+    return cache_folder() / "index"
 
 
 class LineIndex:
@@ -89,10 +87,10 @@ def index_lines(path: Path, cache: Path | None = None) -> LineIndex:
         OSError: the file cannot be read.
     """
     content, digest = digests_of(path)
-    folder = (cache or cache_folder()) / f"{content[:32]}-{_LAYOUT.decode()}"
+    folder = (cache or index_folder()) / f"{content[:32]}-{_LAYOUT.decode()}"
     if not folder.is_dir():
         starts, groups = _scan(path)
-        with complete_or_absent(folder) as partial:
+        with new_entry(folder) as partial:
             np.save(partial / "starts.npy", starts)
             np.save(partial / "groups.npy", groups)
         log.get_logger().info("%s: %s lines indexed in %s", path, f"{len(groups):,}", folder)
@@ -187,10 +185,10 @@ def write_once(name: str, key: Iterable[bytes], lines: Callable[[], Iterable[byt
     digest = hashlib.sha256(_LAYOUT)
     for piece in key:
         digest.update(piece)
-    folder = cache_folder() / f"rows-{digest.hexdigest()[:32]}"
+    folder = index_folder() / f"rows-{digest.hexdigest()[:32]}"
     if not folder.is_dir():
         with (
-            complete_or_absent(folder) as partial,
+            new_entry(folder) as partial,
             (partial / "rows.jsonl").open("wb") as file,
         ):
             for line in lines():
@@ -204,22 +202,11 @@ def file_content(path: Path) -> Iterator[bytes]:
     yield from _chunks(path)
 
 
-@contextmanager
-def complete_or_absent(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder that is renamed to `folder` if the block ends without an error."""
-    # In the same parent: a rename is atomic only within a file system.
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        yield partial
-        try:
-            partial.rename(folder)
-        except OSError:
-            # Another process made the same folder meanwhile: the first to finish wins.
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def new_entry(folder: Path) -> AbstractContextManager[Path]:
+    """Returns `files.complete_folder` for an entry of the cache."""
+    # Ranks and workers open the same file at the same time. Closed to other users: rows are copies
+    # of annotations that they may not be allowed to read.
+    return complete_folder(folder, shared=True, mode=0o700)
 
 
 def _chunks(path: Path, size: int | None = None) -> Iterator[bytes]:

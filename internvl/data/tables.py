@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from internvl.data.index import cache_folder, complete_or_absent
+from internvl.data.index import index_folder, new_entry
 from internvl.errors import DataError
 from internvl.files import first_line
 
@@ -178,12 +178,12 @@ def _as_arrow(file: Path) -> Path:
     parquet = importlib.import_module("pyarrow.parquet")
     state = file.stat()
     key = repr((str(file.resolve()), state.st_size, state.st_mtime_ns)).encode()
-    folder = cache_folder() / f"table-{hashlib.sha256(key).hexdigest()[:32]}"
+    folder = index_folder() / f"table-{hashlib.sha256(key).hexdigest()[:32]}"
     if not folder.is_dir():
         try:
             source = parquet.ParquetFile(file)
             with (
-                complete_or_absent(folder) as partial,
+                new_entry(folder) as partial,
                 arrow.OSFile(str(partial / "rows.arrow"), "wb") as sink,
                 arrow.ipc.new_stream(sink, source.schema_arrow) as writer,
             ):

@@ -6,12 +6,8 @@ Outputs are atomic: written under a temporary name in the same folder and rename
 """
 
 import json
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +16,7 @@ from typing import Any
 from internvl.data import captions, json_rows
 from internvl.data.images import opened
 from internvl.errors import BadImage, BadSample, DataError, UserError
-from internvl.files import first_line
+from internvl.files import complete_folder, first_line, write_lines
 from internvl.log import Progress
 
 Box = tuple[float, float, float, float]
@@ -337,7 +333,7 @@ def _convert_parquet(source: Path, target: Path) -> Converted:
     if target.exists():
         raise DataError(f"{target} exists; choose another folder or move it away")
     counts = {"rows": 0, "images": 0}
-    with whole_folder(target) as folder, Progress("rows") as progress:
+    with complete_folder(target, shared=True) as folder, Progress("rows") as progress:
         (folder / "images").mkdir()
 
         def lines() -> Iterator[str]:
@@ -417,36 +413,6 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False)  # `json.dumps` would make one a
 def to_json(value: Any) -> str:
     """Encodes a value as one line of JSON, without escaping letters."""
     return _ENCODER.encode(value)
-
-
-def write_lines(path: Path, lines: Iterable[str]) -> int:
-    """Writes a text file atomically; returns the number of lines."""
-    count = 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder: a rename between file systems would not be atomic.
-    partial_path = path.with_name(f".{path.name}.partial")
-    try:
-        with partial_path.open("w", encoding="utf-8") as file:
-            for line in lines:
-                file.write(line + "\n")
-                count += 1
-        os.replace(partial_path, path)
-    finally:
-        partial_path.unlink(missing_ok=True)
-    return count
-
-
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder; renames it to `path` on success, removes it on an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as temporary:
-        folder = Path(temporary) / path.name
-        folder.mkdir()
-        yield folder
-        if path.is_dir() and not any(path.iterdir()):
-            shutil.rmtree(path)  # `rename` refuses a folder that exists on some systems
-        folder.rename(path)
 
 
 _CONVERTERS: dict[str, Callable[[Path, Path], Converted]] = {

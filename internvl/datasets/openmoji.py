@@ -22,9 +22,7 @@ import importlib.metadata
 import io
 import json
 import logging
-import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -34,6 +32,7 @@ from types import ModuleType
 from PIL import Image, ImageChops
 
 from internvl.errors import UserError
+from internvl.files import cache_folder, complete_folder
 
 log = logging.getLogger(__name__)
 
@@ -100,17 +99,17 @@ def prepare(
         "limit_families": limit_families,
     }
     limited = "" if limit_families is None else f"-{limit_families}families"
-    folder = (cache or _default_cache()) / f"openmoji-{openmoji.VERSION}-{pixels}px{limited}"
+    folder = (cache or cache_folder()) / f"openmoji-{openmoji.VERSION}-{pixels}px{limited}"
     if _is_complete(folder, facts):
         return folder
 
     images = read_images(openmoji, emoji)
     splits = split(images, limit_families=limit_families)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        built = Path(temporary) / folder.name
+    with complete_folder(folder, shared=True) as built:
         _write(built, splits, openmoji=openmoji, resvg=resvg, facts=facts)
-        _move_into_place(built, folder, facts)
+        # One of other versions. After the new one is drawn: a failure must not cost the old one.
+        if folder.exists() and not _is_complete(folder, facts):
+            shutil.rmtree(folder)
     return folder
 
 
@@ -252,7 +251,7 @@ def _write(
     facts: dict,
 ) -> None:
     pixels = facts["pixels"]
-    (folder / "images").mkdir(parents=True)
+    (folder / "images").mkdir()
     drawn = _draw_all(folder, [p for images in splits.values() for p in images], pixels, resvg)
     for name, images in splits.items():
         lines = [line for image in images for line in chat_lines(image, pixels)]
@@ -299,19 +298,6 @@ def _rasterize(svg: str, pixels: int, resvg: ModuleType) -> Image.Image:
     return Image.open(io.BytesIO(png)).convert("RGB")
 
 
-def _move_into_place(built: Path, folder: Path, facts: dict) -> None:
-    if folder.exists():  # of other versions, or another process was faster
-        if _is_complete(folder, facts):
-            return
-        shutil.rmtree(folder)
-    try:
-        built.rename(folder)
-    # Another process may have renamed its own folder since.
-    except OSError:
-        if not _is_complete(folder, facts):
-            raise
-
-
 def _is_complete(folder: Path, facts: dict) -> bool:
     try:
         stored = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
@@ -319,11 +305,6 @@ def _is_complete(folder: Path, facts: dict) -> bool:
         return False
     # Of the keys of `facts` only: the file also has statistics.
     return {key: stored.get(key) for key in facts} == facts
-
-
-def _default_cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "internvl"
 
 
 def _require(module: str) -> ModuleType:

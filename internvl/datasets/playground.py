@@ -9,6 +9,7 @@ from internvl.datasets import convert
 from internvl.datasets import download as fetch
 from internvl.datasets.checklist import Missing, Tree, filled
 from internvl.errors import DataError
+from internvl.files import complete_folder, write_lines
 from internvl.log import Progress
 
 # Empty for files whose paths name the data set's folder themselves.
@@ -104,7 +105,7 @@ def sft(tree: Tree) -> Iterator[Path]:
     # A meta file of some of them would train another mixture without a word.
     if len(meta) == len(SFT_FOLDERS):
         target = base / "internvl_1_2_finetune.json"
-        convert.write_lines(target, [json.dumps(meta, indent=2, ensure_ascii=False)])
+        write_lines(target, [json.dumps(meta, indent=2, ensure_ascii=False)])
         yield target
 
 
@@ -167,7 +168,7 @@ def synthdog(tree: Tree) -> Iterator[Path]:
     files = convert.parquet_files(folder)
     if files and not filled(images):
         lines: list[str] = []
-        with convert.whole_folder(images) as temporary, Progress("images") as progress:
+        with complete_folder(images, shared=True) as temporary, Progress("images") as progress:
             for row_index, row in enumerate(convert.parquet_rows(files)):
                 try:
                     saved = convert.save_images(row, temporary, f"{row_index:07d}")
@@ -176,7 +177,7 @@ def synthdog(tree: Tree) -> Iterator[Path]:
                     raise DataError(f"{folder}: {error}; fetch it again") from None
                 progress.update()
         # After the images, so that no line names an image that is not there.
-        convert.write_lines(chat, lines)
+        write_lines(chat, lines)
     if tree.has_images(images, _SYNTHDOG):
         tree.counts["images"] = sum(1 for _ in images.iterdir())
     if chat.is_file():

@@ -20,6 +20,7 @@ from internvl.datasets import download as fetch
 from internvl.datasets.checklist import Missing, Tree
 from internvl.datasets.published import COCO, FLICKR, KARPATHY, NOCAPS, NOCAPS_IMAGES, OPENGVLAB
 from internvl.errors import DataError, UserError
+from internvl.files import write_lines
 
 NAMES: dict[str, str] = {
     "coco-caption": "COCO captions, Karpathy split: 566,747 to train on, 5,000 images to test",
@@ -104,7 +105,7 @@ def _coco_train(tree: Tree, train: Path) -> bool:
     if not archive.is_file() and karpathy.is_file():
         pairs = convert.read_captions(karpathy, "karpathy")
         tree.expect(karpathy, "the address it came from", captions=len(pairs))
-        convert.write_lines(train, convert.chat_lines(pairs))
+        write_lines(train, convert.chat_lines(pairs))
         return True
     if not tree.has_file(archive, f"{OPENGVLAB}{archive.name}"):
         return False
@@ -130,7 +131,7 @@ def _coco_test(tree: Tree, folder: Path) -> Path | None:
     ids = {image.id for image in merged.images}
     # The rows as they are published, with their ids.
     annotations = [r for r in read_json(references)["annotations"] if r["image_id"] in ids]
-    convert.write_lines(target, [convert.to_json({"images": rows, "annotations": annotations})])
+    write_lines(target, [convert.to_json({"images": rows, "annotations": annotations})])
     return target
 
 
@@ -213,12 +214,12 @@ def _counts(captions: Sequence[convert.Caption]) -> dict[str, int]:
 
 
 def _as_chat(target: Path, captions: Iterable[convert.Caption], prompt: str) -> Path:
-    convert.write_lines(target, convert.chat_lines(captions, prompt))
+    write_lines(target, convert.chat_lines(captions, prompt))
     return target
 
 
 def _as_coco(target: Path, captions: Iterable[convert.Caption]) -> Path:
-    convert.write_lines(target, [convert.to_json(convert.coco_form(captions))])
+    write_lines(target, [convert.to_json(convert.coco_form(captions))])
     return target
 
 

@@ -10,7 +10,8 @@ from internvl.data.images import FileSlice
 from internvl.evals import caption, classify, loss, retrieval
 from internvl.evals.metrics import one_meteor
 from internvl.evals.scores import Scores
-from internvl.log import get_logger, read_numbers
+from internvl.files import read_numbers, write_json
+from internvl.log import get_logger
 
 
 class Evaluator(Protocol):
@@ -85,9 +86,7 @@ def run_all(
         listed.parent.mkdir(parents=True, exist_ok=True)
         listed.write_text(rows, encoding="utf-8")
         # One by one, and in one move: a run that is killed keeps what it has measured.
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({**_read(path), **found}, indent=1), encoding="utf-8")
-        partial.replace(path)
+        write_json(path, {**_read(path), **found}, indent=1)
         shown = ", ".join(f"{metric} {value:.4f}" for metric, value in scores.values.items())
         get_logger().info("%s%s: %s", name, "" if step is None else f" at step {step}", shown)
     return found

@@ -4,7 +4,6 @@ without the matrix of all scores.
 Shapes: Q queries, N candidates, E width of a feature.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from internvl.data.images import FileSlice
 from internvl.errors import UserError
+from internvl.files import atomic_file
 from internvl.log import Progress
 
 SCORES_AT_ONCE = 1 << 20
@@ -87,10 +87,8 @@ class Store:
             )
         if file is None:
             return features
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        save_file({"features": features}, partial)
-        os.replace(partial, file)
+        with atomic_file(file) as partial:
+            save_file({"features": features}, partial)
         return features
 
 

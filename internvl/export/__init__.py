@@ -20,6 +20,7 @@ from internvl.data.templates import jinja
 from internvl.data.tokenizers import save_tokenizer
 from internvl.errors import ExportError
 from internvl.export.layouts import LAYOUTS, Format, Layout, probe, processor_files
+from internvl.files import complete_folder
 from internvl.inference import load as loading
 from internvl.inference.chat import Chat
 from internvl.inference.dual import Dual
@@ -216,18 +217,11 @@ def _complete_or_absent(target: Path) -> Iterator[Path]:
     """A folder to write into that becomes `target` on success and is removed otherwise."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ExportError(f"{target}: exists and is not empty; choose another folder")
-    partial = target.parent / f".{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        if target.is_dir():
-            target.rmdir()
-        partial.rename(target)
+        with complete_folder(target) as partial:
+            yield partial
     except OSError as error:
         raise ExportError(f"{target}: could not be written ({error})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_hf(exported: Exported, folder: Path, dtype: torch.dtype | None) -> None:

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import base64
 import math
-import os
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -21,6 +19,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from internvl.files import write_text
 from internvl.report.style import STYLE
 
 
@@ -251,16 +250,7 @@ def render(report: Report) -> str:
 
 def write(report: Report, path: Path) -> None:
     """Renders to a file that is there whole or not at all."""
-    page = render(report)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(page)
-        Path(beside).chmod(0o644)  # mkstemp's 0600 would keep a web server from reading it
-        Path(beside).replace(path)
-    finally:
-        Path(beside).unlink(missing_ok=True)
+    write_text(path, render(report))
 
 
 def _text(section: Text) -> str:

@@ -4,11 +4,10 @@
     checkpoints/000500/state.json   the step and what else is a plain number
     checkpoints/LATEST          names the newest one, for people
 
-A checkpoint is written to `.000500.partial` and renamed, so a folder without a dot is complete.
+A checkpoint is written below `.000500.partial` and renamed, so a folder without a dot is complete.
 """
 
 import errno
-import json
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -27,9 +26,15 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from internvl import log
 from internvl.data.sampler import Position
 from internvl.errors import CheckpointError, UserError
+from internvl.files import (
+    complete_folder,
+    read_run_json,
+    remove_partials,
+    write_json,
+    write_text,
+)
 
 _GO_BACK = "remove this folder to go on from the one before"
 
@@ -56,24 +61,20 @@ def save(
     Raises:
         CheckpointError: it could not be written (disk full, …). Nothing partial is left behind.
     """
-    target, partial = folder / f"{step:06d}", folder / f".{step:06d}.partial"
+    target = folder / f"{step:06d}"
     tensors = _tensors(model, optimizer)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         # Of a process that was killed while it wrote: nothing else removes it.
-        for left_over in folder.glob(".*.partial"):
-            shutil.rmtree(left_over)
-        with _quiet():
-            dcp.save(tensors, checkpoint_id=partial, no_dist=True)
-        (partial / "state.json").write_text(json.dumps({**state, "step": step}), encoding="utf-8")
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)  # the checkpoint exists from here on, whole
-        (folder / ".LATEST").write_text(target.name + "\n", encoding="utf-8")
-        (folder / ".LATEST").replace(folder / "LATEST")
+        remove_partials(folder)
+        with complete_folder(target) as partial:
+            with _quiet():
+                dcp.save(tensors, checkpoint_id=partial, no_dist=True)
+            write_json(partial / "state.json", {**state, "step": step})
+            if target.exists():
+                shutil.rmtree(target)
+        write_text(folder / "LATEST", target.name + "\n")
     except (OSError, CheckpointException, RuntimeError) as error:
         needed = sum(t.nbytes for t in tensors.values() if isinstance(t, Tensor))
-        shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(_why(error, target, needed)) from error
     # After the new one is complete: a full disk must not cost the old ones.
     for old in steps(folder)[:-keep]:
@@ -98,7 +99,7 @@ def load(
             stored = {k: v for k, v in tensors.items() if k in saved or not _is_moment(k)}
             dcp.load(stored, checkpoint_id=source, no_dist=True)
             tensors |= stored
-        state = log.read_object(source / "state.json", _GO_BACK)
+        state = read_run_json(source / "state.json", _GO_BACK)
     except UserError as error:
         raise CheckpointError(str(error)) from None
     # The metadata is a pickle: damaged, it may raise anything. CheckpointException is no Exception.

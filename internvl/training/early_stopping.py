@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internvl.config import EvalConfig, Recipe
-from internvl.log import read_numbers
+from internvl.files import read_numbers
 
 _REMEDY = "remove it; without it, its step counts as not measured"
 
