@@ -16,13 +16,19 @@ DEMO_ARGS ?=
 
 VENV := .venv
 PINS := pyproject.toml constraints.txt
-# Byte code is made at first import instead of for every file of every library: faster to install.
+# Byte code is made for what `bytecode` imports, not for every file of every library: faster to install.
 PIP_INSTALL := $(VENV)/bin/python -m pip install --no-compile --constraint constraints.txt
 
 # torch alone comes from TORCH_INDEX; its own dependencies follow with everything else's.
 define install
 $(if $(TORCH_INDEX),$(PIP_INSTALL) --no-deps --index-url $(TORCH_INDEX) torch)
 $(PIP_INSTALL) --editable '.[$(1)]'
+endef
+
+# Also where the environment says to write none: compiling transformers anew costs each process 4 s.
+define bytecode
+PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -c \
+  'import internvl.check, internvl.demo, internvl.plan, torch._inductor.compile_fx'
 endef
 
 .PHONY: setup demo check test test-slow scripts clean
@@ -58,9 +64,11 @@ $(VENV)/bin/pip:
 
 $(VENV)/.demo: $(PINS) | $(VENV)/bin/pip
 	$(call install,demo)
+	$(bytecode)
 	@touch $@
 
 # dev contains demo, so both are done.
 $(VENV)/.dev: $(PINS) | $(VENV)/bin/pip
 	$(call install,dev)
+	$(bytecode)
 	@touch $(VENV)/.demo $@
