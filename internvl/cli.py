@@ -6,6 +6,7 @@ imports what it needs when it runs, so `--help` is instant.
 """
 
 import argparse
+import gc
 import io
 import logging
 import os
@@ -79,7 +80,11 @@ def _plan(recipe: Recipe, args: Arguments) -> int:
     gpu = _gpu(args.gpu)
     if args.gpus < 1:
         raise ConfigError(f"--gpus: at least 1, not {args.gpus}")
+    # Imports make a million objects that all stay: looking through them takes a fifth of the time.
+    gc.disable()
     from internvl import check, plan
+
+    gc.enable()
 
     checked = None
     if plan.is_here(recipe):

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import InternVLConfig
 
 from internvl import zoo
@@ -231,26 +230,13 @@ def is_compiled(compute: ComputeConfig) -> bool:
 def _predict(
     recipe: Recipe, model: Any, gpu: Gpu, step: FirstStep | PairStep | None, num_gpus: int
 ) -> Plan:
-    load: Load | PairLoad
-    compiled, attention = is_compiled(recipe.compute), attention_of(recipe.compute)
-    if families.name_of(model.config) == "dual":
-        assert not isinstance(step, FirstStep)
-        load = dual_plan.load_of(recipe, model.num_queries, step, num_gpus)
+    load, memory = _memory(recipe, model, step, num_gpus)
+    if isinstance(load, PairLoad):
         needed = dual_flops.count(model, load.work)
-        memory = dual_footprint.of(
-            model,
-            recipe,
-            load.pairs,
-            load.captions,
-            compiled=compiled,
-            micro_batches=round(load.rows / num_gpus),
-        )
+        compiled = is_compiled(recipe.compute)
         times = dual_plan.times(recipe, model, load, gpu, num_gpus, compiled=compiled)
     else:
-        assert not isinstance(step, PairStep)
-        load = load_of(recipe, model, step, num_gpus)
         needed = flops.count(model, load.work)
-        memory = footprint.of(model, recipe, load.row, compiled=compiled, attention=attention)
         times = _times(recipe, model, load, needed, gpu, num_gpus)
     trained, parameters = count_parameters(model)
     return Plan(
@@ -264,6 +250,27 @@ def _predict(
         trained=trained,
         parameters=parameters,
     )
+
+
+def _memory(
+    recipe: Recipe, model: Any, step: FirstStep | PairStep | None, num_gpus: int
+) -> tuple[Load | PairLoad, Footprint]:
+    """What a step holds, and the memory it takes of each GPU."""
+    compiled, attention = is_compiled(recipe.compute), attention_of(recipe.compute)
+    if families.name_of(model.config) == "dual":
+        assert not isinstance(step, FirstStep)
+        pair_load = dual_plan.load_of(recipe, model.num_queries, step, num_gpus)
+        return pair_load, dual_footprint.of(
+            model,
+            recipe,
+            pair_load.pairs,
+            pair_load.captions,
+            compiled=compiled,
+            micro_batches=round(pair_load.rows / num_gpus),
+        )
+    assert not isinstance(step, PairStep)
+    load = load_of(recipe, model, step, num_gpus)
+    return load, footprint.of(model, recipe, load.row, compiled=compiled, attention=attention)
 
 
 def load_of(recipe: Recipe, model: Any, step: FirstStep | None, num_gpus: int = 1) -> Load:
@@ -377,36 +384,39 @@ def _in_bfloat16(part: flops.Part, again: float) -> float:
 def _remedy(made: Plan, model: Any, step: FirstStep | PairStep | None) -> str:
     """The first setting of the ladder that makes it fit, alone or with those before it."""
 
-    def tried(recipe: Recipe) -> Plan:
-        # Nothing on the ladder changes the model: in 4 bits it has the same parameters.
-        return _predict(recipe, model, made.gpu, step, made.num_gpus)
+    # Nothing on the ladder changes the model: in 4 bits it has the same parameters. Times are
+    # predicted for the answer alone, because they take as long as all the rest.
+    def fits(recipe: Recipe) -> bool:
+        _, memory = _memory(recipe, model, step, made.num_gpus)
+        return memory.total_gib <= made.gpu.memory_gib
+
+    def summary(recipe: Recipe) -> str:
+        return _short(_predict(recipe, model, made.gpu, step, made.num_gpus))
 
     for rung in memory_ladder.LADDER:
         recipe = made.recipe
         while (value := rung.value(recipe)) is not None:
             recipe = _set(recipe, rung.key, value)
-            alone = tried(recipe)
-            if alone.fits:
-                return f"{rung.key}={value} makes it fit: {_short(alone)}"
+            if fits(recipe):
+                return f"{rung.key}={value} makes it fit: {summary(recipe)}"
     settings: dict[str, str] = {}
-    least = made
-    while not least.fits:
-        following = memory_ladder.next_rung(least.recipe)
-        if following is None:
-            break
-        settings[following[0].key] = following[1]
-        least = tried(_set(least.recipe, following[0].key, following[1]))
-    together = " ".join(f"{name}={value}" for name, value in settings.items())
-    if least.fits:
-        return f"{together} together make it fit: {_short(least)}"
+    recipe = made.recipe
+    while (following := memory_ladder.next_rung(recipe)) is not None:
+        rung, value = following
+        settings[rung.key] = value
+        recipe = _set(recipe, rung.key, value)
+        if fits(recipe):
+            together = " ".join(f"{key}={value}" for key, value in settings.items())
+            return f"{together} together make it fit: {summary(recipe)}"
+    together = " ".join(f"{key}={value}" for key, value in settings.items())
     return (
-        f"no setting makes it fit: with {together or 'these settings'} it takes {_short(least)}; "
+        f"no setting makes it fit: with {together or 'these settings'} it takes {summary(recipe)}; "
         "choose LoRA, a smaller model or a larger GPU"
     )
 
 
 def _set(recipe: Recipe, key: str, value: str) -> Recipe:
-    return recipes.resolve(yaml.safe_load(recipes.to_yaml(recipe)), [f"{key}={value}"])
+    return recipes.resolve(recipes.to_tree(recipe), [f"{key}={value}"])
 
 
 def _short(made: Plan) -> str:
