@@ -1,7 +1,8 @@
 """Packs examples into rows under a token and a tile budget, with shared prefixes.
 
-Rows are packed within one optimizer step. No sample waits in a buffer between steps, so the step
-number alone resumes a run, and micro-batches never change which samples a step has.
+`pack` packs within one optimizer step of `global_batch` samples. No sample waits between steps, so
+the step number alone resumes a run, and micro-batches never change which samples a step has. Steps
+of `global_batch_rows` are in data/row_steps.py.
 """
 
 from collections.abc import Iterator, Sequence

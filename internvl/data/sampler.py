@@ -1,7 +1,8 @@
 """The order in which an epoch shows the samples of all sources, cut into steps.
 
-It is a function of (seed, epoch) alone, so a position in it is one integer: the run's step. Any
-number of ranks and workers sees the same steps.
+It is a function of (seed, epoch) alone, so a position in it is one integer: the run's step, or with
+`global_batch_rows` a sample, with what waits for a row (`Position`). Any number of ranks and
+workers sees the same steps.
 """
 
 from collections.abc import Iterator, Sequence
