@@ -176,7 +176,7 @@ class Counting(Retrieval):
         return made
 
 
-def build(row: Training, folder: Path, device: torch.device, *, tiny: bool) -> train.Run:
+def build(row: Training, folder: Path, device: torch.device, *, tiny: bool) -> train.TrainState:
     """The run of a row: files on disk, a random model, all else as `train.build` makes it."""
     file = RECIPES / f"internvl_14b_{row.recipe}.yaml"
     recipe = recipes.load_recipe(file, row.changes)
@@ -270,7 +270,7 @@ def training(row: Training, device: torch.device, ceiling: float, tiny: bool) ->
     }
 
 
-def warm(now: train.Run) -> None:
+def warm(now: train.TrainState) -> None:
     """A step of two micro-batches: what is compiled is so afterwards, both passes included."""
     size = now.recipe.objective.micro_batch or now.recipe.global_batch
     refs = now.order.step(0, now.recipe.global_batch, now.total_samples)
@@ -312,7 +312,7 @@ def encode(device: torch.device, ceiling: float, tiny: bool) -> dict[str, Any]:
     length = 24
     ids = torch.randint(5, 5000, (4 * count, length))
     queries = handle.model.num_queries
-    pictures = dual_flops.Work(pictures=count)
+    pictures = dual_flops.Work(images=count)
     texts = dual_flops.Work(0, len(ids), ids.numel(), len(ids) * length * (length + 1) // 2)
     kinds: dict[str, tuple[Callable[[], Tensor], int, dual_flops.Work]] = {
         "images_c": (lambda: handle.encode_images(pixels, "c", batch_size=batch), count, pictures),

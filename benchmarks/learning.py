@@ -279,7 +279,7 @@ def held_out(done: Recipe, *, float8: bool) -> train.TrainState:
 
 
 @torch.no_grad()
-def validation_losses(now: train.Run, num_captions: int) -> dict[int, float]:
+def validation_losses(now: train.TrainState, num_captions: int) -> dict[int, float]:
     """Step -> mean loss of a supervised token, over the first captions of the file."""
     now.model.eval()
     refs = now.order.step(0, len(now.order), len(now.order))

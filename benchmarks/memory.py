@@ -165,7 +165,7 @@ def recipe_of(row: Row, chat: Chat, folder: Path, device: torch.device, *, tiny:
 
 
 def report(
-    name: str, row: Row, now: train.Run, batches: list[PackedBatch], seconds: list[float]
+    name: str, row: Row, now: train.TrainState, batches: list[PackedBatch], seconds: list[float]
 ) -> dict[str, Any]:
     """Measured beside predicted."""
     works = [work_of(batch) for batch in batches]
@@ -210,7 +210,7 @@ def report(
     }
 
 
-def states_gib(now: train.Run) -> float:
+def states_gib(now: train.TrainState) -> float:
     """Weights, gradients (they are dropped after a step, so the trained weights again), states."""
     held = {}  # adapters share a buffer with their weights
     for tensor in (*now.model.parameters(), *now.model.buffers()):

@@ -170,7 +170,7 @@ class Clocks:
         return {"sm_mhz": round(statistics.mean(clocks)), "watt": round(statistics.mean(powers))}
 
 
-def build(row: Row, folder: Path, device: torch.device, options: argparse.Namespace) -> train.Run:
+def build(row: Row, folder: Path, device: torch.device, options: argparse.Namespace) -> train.TrainState:
     """The run of a row: files on disk, a random model, all else as `train.build` makes it."""
     chat = workloads.random_chat(row.model, device, rank=row.rank, tiny=options.tiny)
     steps = WARMUP + options.steps
@@ -208,7 +208,7 @@ def build(row: Row, folder: Path, device: torch.device, options: argparse.Namesp
 def report(
     name: str,
     row: Row,
-    now: train.Run,
+    now: train.TrainState,
     rows: list[dict[str, float]],
     seconds: list[float],
     ceiling: float,
@@ -253,7 +253,7 @@ def report(
     }
 
 
-def profile(now: train.Run, device: torch.device) -> None:
+def profile(now: train.TrainState, device: torch.device) -> None:
     """Where one more step goes, on rows that lie ready: kernels by time, and idle time."""
     units: list[Unit] = []
     for ref in now.order.step(0, now.recipe.global_batch, now.total_samples)[:32]:
