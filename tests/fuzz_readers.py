@@ -448,7 +448,7 @@ def read_frame_folder(folder: Path) -> Problems:
 
 def evaluation(kind: str, file: str, **keys: Any) -> Callable[[Path], Problems]:
     def read(folder: Path) -> Problems:
-        names = {"classes", "templates", "train", "images"}
+        names = {"classes", "templates", "train", "pictures"}
         given = {k: folder / v if k in names else v for k, v in keys.items()}
         annotations = folder / file
         images = str(annotations if annotations.is_dir() else folder)
@@ -895,7 +895,7 @@ _TABLE = (
         "source-jsonl-pairs",
         seed_jsonl,
         training_pairs("pairs.jsonl"),
-        (f"{_CAPTIONS}.json_entries.read_json_lines",),
+        (f"{_CAPTIONS}.read_json_lines",),
         extra=("cases/*/pairs.jsonl",),
     ),
     Reader(
@@ -909,7 +909,7 @@ _TABLE = (
         "source-token",
         seed_token,
         training_pairs("pairs.token"),
-        (f"{_CAPTIONS}.lines.read_lines",),
+        (f"{_CAPTIONS}.read_lines",),
         extra=("data/broken/captions*.txt",),
     ),
     Reader(
@@ -929,7 +929,7 @@ _TABLE = (
         "source-coco-pairs",
         seed_coco,
         training_pairs("captions.json"),
-        (f"{_CAPTIONS}.coco.read_coco",),
+        (f"{_CAPTIONS}.read_coco",),
         extra=("cases/*/*.json",),
     ),
     Reader(
@@ -1039,7 +1039,7 @@ _TABLE = (
         "eval-leaks",
         seed_leaks,
         evaluation("retrieval", "captions.json", train="train.csv"),
-        (f"{_CAPTIONS}.lines.split_any", "internvl.evals.retrieval.leaks"),
+        (f"{_CAPTIONS}.split_any", "internvl.evals.retrieval.leaks"),
     ),
     Reader(
         "recipe",
@@ -1062,7 +1062,7 @@ _TABLE = (
         "model-description",
         seed_official,
         describe,
-        (f"{_HUB}.read_json", "internvl.inference.load.tiling"),
+        (f"{_HUB}.read_json", "internvl.inference.families.tiling"),
         damaged="model/*.json",
         cost=2,
     ),
@@ -1194,7 +1194,7 @@ _TABLE = (
         ("internvl.datasets.playground._synthdog_line",),
         cost=2,
     ),
-    Reader("prepare-sft", seed_sft, read_sft, ("internvl.datasets.playground._sft_file",)),
+    Reader("prepare-sft", seed_sft, read_sft, ("internvl.datasets.playground._check_file",)),
     Reader(
         "run",
         seed_run,
