@@ -326,10 +326,12 @@ def test_an_evaluation_leaves_out_and_lists_what_is_wrong(root: Path) -> None:
 class _Answers:
     """A handle that writes what it is told."""
 
+    caption_prompt, caption_beams = "Describe it.", 1
+
     def __init__(self, texts: list[str]) -> None:
         self.texts = texts
 
-    def caption(self, images: Any, **how: Any) -> list[str]:
+    def caption(self, images: Any, prompt: str, **settings: Any) -> list[str]:
         return self.texts
 
 
