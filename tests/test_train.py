@@ -132,6 +132,7 @@ def test_a_second_process_and_another_recipe_are_refused(project, tmp_path):
         train.run(recipe_of(project, tmp_path, f"run={tmp_path / 'full'}"))
 
 
+@pytest.mark.slow
 def test_annotations_that_grew_under_a_run(project, tmp_path):
     """Stopped at step 2, four lines more: refused, or the first epoch ends as it had begun."""
     file = tmp_path / "train.jsonl"

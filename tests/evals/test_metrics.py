@@ -163,6 +163,7 @@ def test_a_meteor_that_fails_loses_only_its_own_number(
     assert "meteor-1.5.jar" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_shared_meteor_that_died_is_started_again(caplog: pytest.LogCaptureFixture):
     candidates, references, expected = EMBEDDED["words"]
     with metrics.one_meteor():

@@ -201,6 +201,7 @@ def marked(tensors, value):
 @pytest.mark.parametrize(
     "forms", [pair for pair in itertools.permutations(FORMS, 2) if pair[0] != FORMS[0]] + [FORMS]
 )
+@pytest.mark.slow
 def test_of_several_forms_the_one_that_transformers_takes(forms, tmp_path):
     """In both layouts: the value of a weight tells which file was read."""
     export.run(str(model_folder(tmp_path / "official")), tmp_path / "hf", "hf")

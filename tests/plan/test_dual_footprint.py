@@ -128,7 +128,15 @@ def differences(recipe, *sizes):
         yield more[0] - less[0], more[1] - less[1]
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize(
+    "choice",
+    [
+        pytest.param("full", marks=pytest.mark.slow),
+        "lora",
+        "head",
+        pytest.param("queries", marks=pytest.mark.slow),
+    ],
+)
 def test_what_autograd_keeps_of_blocks(choice):
     """Two layers of QLLaMA more, of which one looks at the image, and a block of the tower."""
     recipe = recipe_of(choice, "stage2" if choice == "queries" else "retrieval")

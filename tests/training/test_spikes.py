@@ -89,6 +89,7 @@ def kept(folder):
     return metrics, log.StepLog(folder, spikes.SKIPPED).rows()
 
 
+@pytest.mark.slow
 def test_skipped_steps_are_listed_and_the_same_after_a_resume(project, tmp_path):
     """A limit so low that ordinary steps are skipped."""
     recipe = recipes.load_recipe(project, settings(tmp_path / "run"))

@@ -632,6 +632,7 @@ def test_adapters_on_adapters(base, ordinary, tmp_path):
     ids=str,
 )
 @pytest.mark.parametrize("layout", ["hf", "official"])
+@pytest.mark.slow
 def test_exports_of_tied_models_hold_both_matrices(layout, settings, tied, tmp_path):
     folder = peft_folders.write(tied, tmp_path / "adapter", **settings)
     written = export.run(folder, tmp_path / "merged", layout)

@@ -252,6 +252,7 @@ def test_training_keeps_the_loss_curve_and_the_adapter_fits_the_plain_model(proj
     assert not lora.has_adapters(loading.load(merged, device="cpu").model)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit_and_evaluates_inside(project, tmp_path):
     look = {"annotations": str(project.parent / "captions.json"), "images": str(project.parent)}
     look |= {"every": 4, "limit": 2, "metrics": "exact", "max_new_tokens": 3}
