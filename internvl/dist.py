@@ -23,7 +23,7 @@ _ENV = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def init_from_env(device: Literal["auto", "cpu", "cuda"] = "auto") -> torch.device:
-    """Join the process group that torchrun describes in the environment, if there is one.
+    """Joins the process group that torchrun describes in the environment, if there is one.
 
     Args:
         device: What to compute on; auto takes CUDA where there is a GPU.
@@ -34,6 +34,7 @@ def init_from_env(device: Literal["auto", "cpu", "cuda"] = "auto") -> torch.devi
     Raises:
         UserError: No GPU for this process, or half of torchrun's variables are missing.
     """
+    # All five are checked here: LOCAL_RANK is read before torch could complain about the others.
     present = [name for name in _ENV if name in os.environ]
     launched = "WORLD_SIZE" in present or "RANK" in present
     missing = [name for name in _ENV if name not in present]
@@ -45,6 +46,7 @@ def init_from_env(device: Literal["auto", "cpu", "cuda"] = "auto") -> torch.devi
     local_device = _local_device(device, int(os.environ["LOCAL_RANK"]) if launched else 0)
     if launched and not distributed.is_initialized():
         on_gpu = local_device.type == "cuda"
+        # Both on a GPU: counts and objects go through gloo and so never wait for queued kernels.
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         distributed.init_process_group(backend, timeout=_LONGEST_WAIT)
     return local_device
@@ -60,52 +62,53 @@ def _local_device(device: str, local_rank: int) -> torch.device:
             "as many processes as GPUs, or set device=cpu"
         )
     local_device = torch.device("cuda", local_rank)
+    # Libraries that allocate on "cuda" without an index would all fill GPU 0.
     torch.cuda.set_device(local_device)
     return local_device
 
 
 def shutdown() -> None:
-    """Leave the process group, if one was joined."""
+    """Leaves the process group, if one was joined."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
 
 def rank() -> int:
-    """Number of this process, 0 … world_size - 1."""
+    """Returns the number of this process, 0 … world_size - 1."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of processes."""
+    """Returns the number of processes."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes files and speaks."""
+    """True for the process that writes files and logs."""
     return rank() == 0
 
 
 def barrier() -> None:
-    """Wait until every process is here, on the CPU."""
+    """Waits on the CPU until every process is here."""
     sum_counts({"here": 1.0})
 
 
 def sum_counts(counts: Mapping[str, float]) -> dict[str, float]:
-    """Sum of each number over all ranks, in float64 (whole numbers stay exact below 2**53).
+    """Returns each number summed over all ranks in float64 (whole ones stay exact below 2**53).
 
     Args:
         counts: The same names on every rank, in any order.
     """
     if not distributed.is_initialized():
         return dict(counts)
-    names = sorted(counts)
+    names = sorted(counts)  # the order of a dict may differ between ranks
     values = torch.tensor([counts[name] for name in names], dtype=torch.float64)
     distributed.all_reduce(values)
     return dict(zip(names, values.tolist(), strict=True))
 
 
 def gather_objects(value: T) -> list[T]:
-    """Every rank's `value`, in rank order, on every rank. Values must pickle."""
+    """Returns every rank's `value`, in rank order, on every rank. Values must pickle."""
     if not distributed.is_initialized():
         return [value]
     values: list[T | None] = [None] * world_size()
@@ -128,21 +131,22 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sizes: list[int]) -> Tensor:
         first = sum(sizes[: rank()])
-        ctx.own = slice(first, first + len(rows))
+        ctx.local_rows = slice(first, first + len(rows))
         # As many rows from every rank as from the longest: collectives take equal shapes.
         padded = rows.new_zeros(max(sizes), *rows.shape[1:])
         padded[: len(rows)] = rows
-        found = [torch.empty_like(padded) for _ in sizes]
-        distributed.all_gather(found, padded)
-        return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)])
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        distributed.all_gather(gathered, padded)
+        return torch.cat([rows[:size] for rows, size in zip(gathered, sizes, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        # Cloned: all_reduce writes in place, and autograd may still use this gradient elsewhere.
         summed = gradients[0].contiguous().clone()
         distributed.all_reduce(summed)
-        return summed[ctx.own], None
+        return summed[ctx.local_rows], None
 
 
 def from_main(value: T) -> T:
-    """Rank 0's `value` on every rank; it must pickle."""
+    """Returns rank 0's `value` on every rank; it must pickle."""
     return gather_objects(value)[0]

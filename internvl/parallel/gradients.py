@@ -17,15 +17,17 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """
     if dist.world_size() == 1:
         return
+    # A parameter whose branch no sample of this rank took has no gradient here. All ranks must
+    # reduce the same buckets, or they would wait for each other.
     has = {str(i): float(p.grad is not None) for i, p in enumerate(parameters)}
     anywhere = dist.sum_counts(has)
-    wanted = [p for i, p in enumerate(parameters) if anywhere[str(i)]]
-    for bucket in _buckets(wanted):
-        parts = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket]
-        summed = torch.cat(parts)
+    reached = [p for i, p in enumerate(parameters) if anywhere[str(i)]]
+    for bucket in _buckets(reached):
+        flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket]
+        summed = torch.cat(flat)  # one large message: many small ones are bound by latency
         distributed.all_reduce(summed)
-        for p, part in zip(bucket, summed.split([p.numel() for p in bucket]), strict=True):
-            p.grad = part.view_as(p)
+        for p, gradient in zip(bucket, summed.split([p.numel() for p in bucket]), strict=True):
+            p.grad = gradient.view_as(p)
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

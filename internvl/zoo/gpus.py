@@ -16,7 +16,7 @@ from internvl.errors import UnknownGpu
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind of GPU."""
+    """One model of GPU."""
 
     name: str
     memory_gib: float
@@ -25,7 +25,7 @@ class Gpu:
     products: float = 0.80
     copies: float = 0.885
     measured: bool = False
-    """Whether `products` and `copies` were measured on this very kind."""
+    """Whether `products` and `copies` were measured on this very model."""
     float8: bool = True
     """Whether it has float8 products: compute capability 8.9 and above."""
 
@@ -92,7 +92,7 @@ def update_times(
     *,
     offloaded: bool = False,
 ) -> Iterator[tuple[str, float]]:
-    """Seconds of passes over weights, gradients and optimizer states, by what they are for.
+    """Yields (purpose, seconds) of passes over weights, gradients and optimizer states.
 
     Args:
         trained: parameters.
@@ -100,6 +100,7 @@ def update_times(
         quantized: bytes that quantized weights move for a row.
         offloaded: whether the moments wait in the CPU's memory.
     """
+    # Bytes per second: every GPU updates all weights, gradients are reduced, not sharded.
     copy = gpu.tb_per_s * gpu.copies * 1e12 * num_gpus
     batches = max(rows, num_gpus)
     moved = num_gpus * 40.0 * trained + (18.0 * trained + quantized) * batches
@@ -111,24 +112,27 @@ def update_times(
 
 
 def find(name: str) -> Gpu:
-    """The GPU called `name`, in any capitals, with or without its memory: "a100-40", "h100".
+    """Returns the GPU called `name`, in any case, with or without memory: "a100-40", "h100".
 
     Raises:
         UnknownGpu: no such GPU; lists those that are known.
     """
-    wanted = _plain(name)
+    plain_name = _plain(name)
+    # The first match wins: "h100" is the row with the larger rates, which stands first.
     for gpu in GPUS.values():
-        if wanted in (_plain(gpu.name), _plain(gpu.name.rpartition("-")[0])):
+        if plain_name in (_plain(gpu.name), _plain(gpu.name.rpartition("-")[0])):
             return gpu
-    near = difflib.get_close_matches(wanted, [_plain(known) for known in GPUS], n=1)
+    near = difflib.get_close_matches(plain_name, [_plain(gpu_name) for gpu_name in GPUS], n=1)
     hint = f" (did you mean {next(n for n in GPUS if _plain(n) == near[0])}?)" if near else ""
     raise UnknownGpu(f"GPU {name!r} is not in the table{hint}; known: {', '.join(GPUS)}")
 
 
 def recognize(reported: str, memory_gib: float) -> Gpu | None:
-    """The row of a card as its driver reports it, ("NVIDIA A100-SXM4-40GB", 39.4); or None."""
+    """Returns the GPU that a driver reports as ("NVIDIA A100-SXM4-40GB", 39.4), or None."""
+    # By memory as well: both A100s share a name.
     named = [g for g in GPUS.values() if _plain(g.name.split("-")[0]) in _plain(reported)]
     near = [g for g in named if abs(g.memory_gib - memory_gib) < 0.1 * g.memory_gib]
+    # The PCIe H100 has the SXM one's memory and three quarters of its rate.
     exact = [g for g in near if ("pcie" in _plain(g.name)) == ("pcie" in _plain(reported))]
     return next(iter(exact or near), None)
 
