@@ -96,7 +96,7 @@ def open_rgb(source: ImageRef, exif: Exif = "ignore") -> Image.Image:
         BadImage: not a regular file, empty, not an image, damaged, 32 bits per channel, no pixels,
             or more than MAX_PIXELS; the message begins with the file.
     """
-    with opened(source) as image:
+    with open_checked(source) as image:
         return _upright(_to_rgb(image, name_of(source)), image, exif)
 
 
@@ -105,7 +105,7 @@ def read_rgb(source: ImageRef, exif: Exif = "ignore") -> np.ndarray:
 
     Raises BadImage for the same files.
     """
-    with opened(source) as image:
+    with open_checked(source) as image:
         if image.format == "JPEG" and image.fp is not None:
             image.fp.seek(0)  # Pillow has read the header from it
             decoded = jpeg.decode(image.fp.read())
@@ -231,13 +231,13 @@ def _bad(name: str, reason: str) -> BadImage:
 
 
 @contextmanager
-def opened(source: ImageRef, noun: str = "image") -> Iterator[ImageFile.ImageFile]:
+def open_checked(source: ImageRef, noun: str = "image") -> Iterator[ImageFile.ImageFile]:
     """Opens an image file without decoding it and checks its size; `noun` is for messages.
 
     Raises BadImage.
     """
     name, file = name_of(source), _file(source, noun)
-    with foreign(name, noun):
+    with decoder_errors(name, noun):
         try:
             image = Image.open(file)
         except UnidentifiedImageError:
@@ -251,7 +251,7 @@ def opened(source: ImageRef, noun: str = "image") -> Iterator[ImageFile.ImageFil
 
 
 @contextmanager
-def foreign(name: str, noun: str = "image") -> Iterator[None]:
+def decoder_errors(name: str, noun: str = "image") -> Iterator[None]:
     """Turns any exception of a single decoder call on untrusted bytes into BadImage.
 
     Wrap no code of this package: its mistakes must stay visible.
@@ -411,7 +411,7 @@ def check_size(size: tuple[int, int], name: str) -> None:
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     """Decodes a Pillow image of any mode to RGB. Raises BadImage."""
-    with foreign(name):
+    with decoder_errors(name):
         image.load()
     if image.mode == "RGB":
         return image
@@ -421,7 +421,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         return Image.fromarray(((gray + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise _bad(name, "the image has 32 bits a channel; save it with 8")
-    with foreign(name):
+    with decoder_errors(name):
         return image.convert("RGB")
 
 
@@ -434,7 +434,7 @@ def _upright(rgb: Image.Image, image: Image.Image, exif: Exif) -> Image.Image:
 def _orientation(image: Image.Image) -> Image.Transpose | None:
     """Returns what turns a loaded (JPEG: opened) Pillow image upright, None if nothing."""
     try:
-        with foreign(""):
+        with decoder_errors(""):
             orientation = image.getexif().get(_ORIENTATION_TAG)
     except BadImage:
         # Like viewers, which show an image with damaged EXIF as it is stored.

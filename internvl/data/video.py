@@ -1,4 +1,4 @@
-"""Frames of a video file, through PyAV, by the original's rules.
+"""Reads the frames of a video file with PyAV, by the original's rules.
 
 Original: `internvl_chat/internvl/train/dataset.py`, `get_frame_indices`, `read_frames_decord`.
 """
@@ -24,11 +24,11 @@ from internvl.data.images import (
     Exif,
     check_file,
     check_size,
-    foreign,
+    decoder_errors,
     is_address,
     name_of,
+    open_checked,
     open_rgb,
-    opened,
     read_address,
     read_head,
     undecodable,
@@ -52,9 +52,9 @@ _MICROSECONDS = 1_000_000
 _LATE_S, _SAME_S = 0.1, 1e-6
 _ATTACHED_PIC = 0x400
 _MATRIX = struct.Struct("=9i")
-_ASKEW = 0.0175
+_MAX_SKEW = 0.0175
 """Sine of the degree by which a display matrix may miss a right angle."""
-_METHODS = {
+_TRANSPOSES = {
     (False, True, False): Image.Transpose.FLIP_LEFT_RIGHT,
     (False, False, True): Image.Transpose.FLIP_TOP_BOTTOM,
     (False, True, True): Image.Transpose.ROTATE_180,
@@ -69,10 +69,10 @@ _METHODS = {
 def choose_frames(
     num_frames: int, fps: float, config: VideoConfig, draw: np.random.Generator
 ) -> np.ndarray:
-    """int64 indices of the frames that stand for a video of `num_frames` at `fps`, ascending.
+    """Samples frames of a video of `num_frames` at `fps`: int64 indices, ascending.
 
-    Their number is drawn from min_frames…max_frames whatever the length, except for fps sampling;
-    a shorter video repeats its last frame. `draw` decides the number and, for "rand", the frames.
+    The count is drawn from min_frames…max_frames whatever the length, except for fps sampling; a
+    shorter video repeats its last frame. `draw` decides the count and, for "rand", the frames.
     """
     if config.sampling.startswith("fps"):
         step_s = 1 / float(config.sampling.removeprefix("fps"))
@@ -82,8 +82,8 @@ def choose_frames(
         indices = indices[indices < num_frames][: config.max_frames]
         # A video of less than half a step still is its middle frame.
         return indices if len(indices) else np.array([(num_frames - 1) // 2])
-    wanted = int(draw.integers(config.min_frames, config.max_frames, endpoint=True))
-    count = min(wanted, num_frames)
+    num_chosen = int(draw.integers(config.min_frames, config.max_frames, endpoint=True))
+    count = min(num_chosen, num_frames)
     bounds = np.linspace(0, num_frames, count + 1).astype(np.int64)
     first, last = bounds[:-1], bounds[1:] - 1
     if config.sampling == "middle":
@@ -93,14 +93,14 @@ def choose_frames(
         chosen = draw.integers(first, last)
     else:
         chosen = np.sort(draw.permutation(num_frames)[:count])
-    return np.concatenate([chosen, np.full(wanted - count, chosen[-1])])
+    return np.concatenate([chosen, np.full(num_chosen - count, chosen[-1])])
 
 
 def read_frames(
     video: Video, config: VideoConfig, draw: np.random.Generator, exif: Exif = "ignore"
 ) -> list[Image.Image]:
-    """The RGB frames that stand for a video: a file PyAV reads, an animation that Pillow reads
-    (GIF, WebP, APNG), or a folder of frames, whose EXIF orientation `exif` is about.
+    """Samples the RGB frames of a video: a file that PyAV reads, an animation that Pillow reads
+    (GIF, WebP, APNG), or a folder of frames; `exif` is about the frames of a folder.
 
     Frames are those that a player shows, in their order: turned by the display matrix, without
     those that an edit list hides. Pixels stay as they are stored if they are not square, and both
@@ -135,7 +135,8 @@ def with_frames(sample: Sample, counts: Sequence[int], label: str) -> Sample:
     left = list(counts)
 
     def lines() -> str:
-        return "\n".join(label.format(number) for number in range(1, left.pop(0) + 1))
+        # Called once per mark, in order, so the counts are taken from the front.
+        return "\n".join(label.format(n) for n in range(1, left.pop(0) + 1))
 
     messages = tuple(
         Message(m.role, fill_marks(m.content, VIDEO_MARK, lines)) if m.role == "user" else m
@@ -146,22 +147,21 @@ def with_frames(sample: Sample, counts: Sequence[int], label: str) -> Sample:
 
 @dataclass(frozen=True)
 class _Timing:
-    """When the frames of a video are shown."""
+    """Timestamps of a video's frames."""
 
     shown: Sequence[tuple[int | None, int]]
-    """(begin, duration) of every frame, in units of `unit_s`; a begin is None where the file does
-    not say it, a duration 0."""
+    """(begin, duration) of every frame, in units of `unit_s`; unknown ones are None and 0."""
     unit_s: float
     begins_s: float
     """The time at which a player shows 0:00."""
     fps: float
-    """Frames a second on average, 0 where it is not known."""
-    rewind: int | None = None
-    """Where to seek to for the first packet; None where that is not sure to lead there."""
+    """Average frames per second, 0 if unknown."""
+    seek_pts: int | None = None
+    """Timestamp to seek to for the first packet; None if seeking may not lead there."""
 
     def times_s(self) -> np.ndarray | None:
-        """float64 (frames + 1,): when each frame begins and the last one ends, from 0:00 on; None
-        where that is not known."""
+        """Returns when each frame begins and the last one ends, from 0:00 on: float64
+        (frames + 1,), or None if unknown."""
         begins = [begin for begin, _ in self.shown if begin is not None]
         if len(begins) < len(self.shown):
             return None
@@ -176,10 +176,10 @@ class _Timing:
         return times_s - (self.begins_s if late else times_s[0])
 
 
-def _choose(
+def _choose_indices(
     video: Video, timing: _Timing, config: VideoConfig, draw: np.random.Generator
 ) -> np.ndarray:
-    """int64 numbers, ascending, of the frames that stand for a video or the part of it."""
+    """Samples frames of a video or of its clip: int64 indices, ascending."""
     num_frames, fps, times_s = len(timing.shown), timing.fps, timing.times_s()
     if times_s is not None:
         if fps <= 0 and times_s[-1] > times_s[0]:
@@ -191,7 +191,7 @@ def _choose(
         if num_frames > 1 and _needs_times(video, config):
             raise BadImage(f"{name_of(video.path)} does not say how many frames a second it has")
         fps = 1.0  # decides nothing
-    first, count = _part(video, num_frames, fps, times_s)
+    first, count = _clip_range(video, num_frames, fps, times_s)
     return choose_frames(count, fps, config, draw) + first
 
 
@@ -199,8 +199,10 @@ def _needs_times(video: Video, config: VideoConfig) -> bool:
     return video.start_s is not None or config.sampling.startswith("fps")
 
 
-def _part(video: Video, num_frames: int, fps: float, times_s: np.ndarray | None) -> tuple[int, int]:
-    """(first frame, number of frames) of the part that is meant.
+def _clip_range(
+    video: Video, num_frames: int, fps: float, times_s: np.ndarray | None
+) -> tuple[int, int]:
+    """Returns (first frame, number of frames) of the clip, the whole video without one.
 
     Frames at regular times are counted by `fps`, as in the original; otherwise `times_s`, float
     (num_frames + 1,), says when each begins and the last one ends.
@@ -231,62 +233,62 @@ def _part(video: Video, num_frames: int, fps: float, times_s: np.ndarray | None)
 def _decoded_frames(
     video: Video, config: VideoConfig, draw: np.random.Generator
 ) -> list[Image.Image]:
-    source = _source(video.path)
+    source = _read_source(video.path)
     try:
-        return _frames_of(source, video, config, draw)
+        return _decode_chosen(source, video, config, draw)
     except BadImage as bad:
         if bad.__cause__ is None:  # not PyAV's, but a sentence of our own
             raise
-        meaning = _described(source)
+        meaning = _describe_unreadable(source)
         if meaning is None:
             raise
         raise BadImage(f"{name_of(video.path)}: {meaning}") from bad.__cause__
 
 
-def _described(source: str | bytes) -> str | None:
-    """What a file that PyAV cannot read really is and what to do about it, None where unknown."""
+def _describe_unreadable(source: str | bytes) -> str | None:
+    """Says what a file that PyAV cannot read really is and what to do; None if unknown."""
     head = source[:HEAD] if isinstance(source, bytes) else read_head(source)
     meaning = files.describe_media(head, "video")
     if meaning is not None:
         return meaning
     try:
-        with opened(source, "video") as image:
+        with open_checked(source, "video") as image:
             return f"an image ({image.format}), not a video: name it under `image`"
     except BadImage:
         return None
 
 
-def _frames_of(
+def _decode_chosen(
     source: str | bytes, video: Video, config: VideoConfig, draw: np.random.Generator
 ) -> list[Image.Image]:
     name, draw_again = name_of(video.path), copy.deepcopy(draw)
-    with _open(source, name) as (container, stream):
+    with _open_stream(source, name) as (container, stream):
         if "matroska" in container.format.name:
-            _check_whole(source, name)
-        timing = _shown(container, stream, name)
-        wanted = _choose(video, timing, config, draw)
-        if timing.rewind is not None:  # saves half of the time to open a short video twice
-            with foreign(name, "video"):
-                container.seek(timing.rewind, stream=stream)
-            frames, decoded = _decode(container, stream, wanted, name)
-    if timing.rewind is None:
-        with _open(source, name) as (container, stream):
-            frames, decoded = _decode(container, stream, wanted, name)
+            _check_matroska_size(source, name)
+        timing = _read_timing(container, stream, name)
+        indices = _choose_indices(video, timing, config, draw)
+        if timing.seek_pts is not None:  # saves half of the time to open a short video twice
+            with decoder_errors(name, "video"):
+                container.seek(timing.seek_pts, stream=stream)
+            frames, decoded = _decode(container, stream, indices, name)
+    if timing.seek_pts is None:
+        with _open_stream(source, name) as (container, stream):
+            frames, decoded = _decode(container, stream, indices, name)
     if frames is None:
         # Some packets give no frame to show, as those that others only refer to, or that refer to
         # what was cut off. What can be decoded is then the measure.
         if not decoded:
             raise BadImage(f"{name}: the video cannot be decoded (not one frame); replace the file")
-        wanted = _choose(video, replace(timing, shown=decoded), config, draw_again)
-        with _open(source, name) as (container, stream):
-            frames, _ = _decode(container, stream, wanted, name)
+        indices = _choose_indices(video, replace(timing, shown=decoded), config, draw_again)
+        with _open_stream(source, name) as (container, stream):
+            frames, _ = _decode(container, stream, indices, name)
     if frames is None:
-        raise BadImage(f"{name} ends before frame {int(wanted[-1])}; replace the file")
+        raise BadImage(f"{name} ends before frame {int(indices[-1])}; replace the file")
     return frames
 
 
-def _source(path: str) -> str | bytes:
-    """What PyAV opens: a regular file, or the bytes at an address. Raises BadImage."""
+def _read_source(path: str) -> str | bytes:
+    """Returns the path of a regular file, or the bytes at an address. Raises BadImage."""
     if is_address(path):
         return read_address(path, "video")
     check_file(path, name_of(path), "video")
@@ -294,15 +296,15 @@ def _source(path: str) -> str | bytes:
 
 
 @contextmanager
-def _open(source: str | bytes, name: str) -> Iterator[tuple[Any, Any]]:
-    """(container, stream) of the video that a player would show. Raises BadImage."""
-    av = _av()
-    with foreign(name, "video"):
+def _open_stream(source: str | bytes, name: str) -> Iterator[tuple[Any, Any]]:
+    """Yields (container, stream) of the video that a player would show. Raises BadImage."""
+    av = _import_av()
+    with decoder_errors(name, "video"):
         # A title in another encoding is no reason to refuse a video.
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         container = av.open(file, metadata_errors="replace")
     with container:
-        with foreign(name, "video"):
+        with decoder_errors(name, "video"):
             stream = container.streams.best("video")
             cover = stream is not None and bool(stream.disposition & _ATTACHED_PIC)
             size = (0, 0) if stream is None else (stream.width, stream.height)
@@ -313,21 +315,21 @@ def _open(source: str | bytes, name: str) -> Iterator[tuple[Any, Any]]:
         yield container, stream
 
 
-def _each(items: Iterable[Any], name: str) -> Iterator[Any]:
-    """The packets or frames that PyAV yields. Raises BadImage for what goes wrong in there."""
+def _checked_items(items: Iterable[Any], name: str) -> Iterator[Any]:
+    """Yields PyAV's packets or frames. Raises BadImage for any exception of PyAV."""
     iterator = iter(items)
     while True:
         try:
             item = next(iterator, None)
-        except Exception as error:  # of a decoder alone, see `foreign`
+        except Exception as error:  # of a decoder alone, see `decoder_errors`
             raise undecodable(name, "video", error) from error
         if item is None:
             return
         yield item
 
 
-def _shown(container: Any, stream: Any, name: str) -> _Timing:
-    """The timing of the frames to be shown, by their packets: a hundredth of the time to decode.
+def _read_timing(container: Any, stream: Any, name: str) -> _Timing:
+    """Reads the timing of the frames to be shown from packets: a hundredth of decoding's time.
 
     A header counts what is stored; what an edit list hides is marked in the packets only.
 
@@ -338,15 +340,15 @@ def _shown(container: Any, stream: Any, name: str) -> _Timing:
     expected = len(stream.index_entries) if "mov" in container.format.name else stream.frames
     matroska = "matroska" in container.format.name  # which says how long it is, not how many
     shown: list[tuple[int | None, int]] = []
-    num_packets, end_s, rewind = 0, 0.0, None
-    for packet in _each(container.demux(), name):
+    num_packets, end_s, seek_pts = 0, 0.0, None
+    for packet in _checked_items(container.demux(), name):
         if matroska and packet.pts is not None:
             end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
         last = not packet.size and packet.pts is packet.dts is None  # of no content at all
         if packet.stream_index != stream.index or last:
             continue
-        if not num_packets and packet.is_keyframe and _has_index(container):
-            rewind = packet.pts if packet.dts is None else packet.dts
+        if not num_packets and packet.is_keyframe and _seeks_exactly(container):
+            seek_pts = packet.pts if packet.dts is None else packet.dts
         num_packets += 1
         if packet.size and not packet.is_discard:
             shown.append((packet.pts, packet.duration or 0))
@@ -357,14 +359,14 @@ def _shown(container: Any, stream: Any, name: str) -> _Timing:
         raise BadImage(f"{name} ends earlier than its header says; {_TRUNCATED}")
     if not shown:
         raise BadImage(f"{name} has no frame to show; replace the file")
-    with foreign(name, "video"):
+    with decoder_errors(name, "video"):
         fps = float(stream.average_rate or stream.guessed_rate or 0)
     begins_s = (container.start_time or 0) / _MICROSECONDS
     fps = fps if 0 < fps < 1e6 else 0.0
-    return _Timing(shown, float(stream.time_base or 0), begins_s, fps, rewind)
+    return _Timing(shown, float(stream.time_base or 0), begins_s, fps, seek_pts)
 
 
-def _check_whole(source: str | bytes, name: str) -> None:
+def _check_matroska_size(source: str | bytes, name: str) -> None:
     """Raises BadImage for a Matroska or WebM file that is shorter than its segment says.
 
     Counting and timing packets would miss a few lost ones, and frames would change in silence.
@@ -373,58 +375,58 @@ def _check_whole(source: str | bytes, name: str) -> None:
         head, size = source[:HEAD], len(source)
     else:
         head, size = read_head(source), os.path.getsize(source)
-    header = _ebml_element(head, 0)
-    segment = None if header is None else _ebml_element(head, header)
+    header = _ebml_end(head, 0)
+    segment = None if header is None else _ebml_end(head, header)
     if segment is not None and size < segment:
         raise BadImage(f"{name} ends earlier than its header says; {_TRUNCATED}")
 
 
-def _ebml_element(head: bytes, start: int) -> int | None:
-    """Where an EBML element that begins at `start` ends, None where it does not say: a stream that
-    was written without going back has a size of nothing but ones.
+def _ebml_end(head: bytes, start: int) -> int | None:
+    """Returns the offset at which an EBML element that begins at `start` ends; None if its size is
+    unknown (all ones, as in a live stream).
 
     An identifier's and a size's leading zero bits count the bytes that follow their first one.
     """
     if start >= len(head):
         return None
-    place = start + 9 - head[start].bit_length()
-    if place >= len(head) or not head[place]:
+    offset = start + 9 - head[start].bit_length()
+    if offset >= len(head) or not head[offset]:
         return None
-    length = 9 - head[place].bit_length()
+    length = 9 - head[offset].bit_length()
     unknown = (1 << 7 * length) - 1
-    value = int.from_bytes(head[place : place + length], "big") & unknown
-    return None if value == unknown else place + length + value
+    value = int.from_bytes(head[offset : offset + length], "big") & unknown
+    return None if value == unknown else offset + length + value
 
 
-def _has_index(container: Any) -> bool:
-    """Whether seeking is exact. Others, such as MPEG-TS, guess or cannot go back at all."""
+def _seeks_exactly(container: Any) -> bool:
+    """True if seeking is exact; MPEG-TS and others guess or cannot go back at all."""
     return "mov" in container.format.name or "matroska" in container.format.name
 
 
 def _decode(
-    container: Any, stream: Any, wanted: np.ndarray, name: str
+    container: Any, stream: Any, indices: np.ndarray, name: str
 ) -> tuple[list[Image.Image] | None, list[tuple[int | None, int]]]:
-    """(the RGB frames of these numbers, decoded in order until the last one, or None where there
-    are fewer; begin and duration of all that were decoded)."""
+    """Decodes in order up to the last of `indices`: (their RGB frames, or None if the video has
+    fewer; (begin, duration) of all decoded frames)."""
     chosen: dict[int, Image.Image] = {}
     decoded: list[tuple[int | None, int]] = []
-    needed, last = set(wanted.tolist()), int(wanted[-1])
-    for number, frame in enumerate(_each(container.decode(stream), name)):
+    needed, last = set(indices.tolist()), int(indices[-1])
+    for index, frame in enumerate(_checked_items(container.decode(stream), name)):
         decoded.append((frame.pts, frame.duration or 0))
-        if number in needed:
+        if index in needed:
             check_size((frame.width, frame.height), name)
-            chosen[number] = _upright(frame, name)
-        if number == last:
-            return [chosen[number] for number in wanted.tolist()], decoded
+            chosen[index] = _orient(frame, name)
+        if index == last:
+            return [chosen[i] for i in indices.tolist()], decoded
     return None, decoded
 
 
-def _upright(frame: Any, name: str) -> Image.Image:
-    """A frame as RGB, turned and mirrored as its display matrix says.
+def _orient(frame: Any, name: str) -> Image.Image:
+    """Converts a frame to RGB, turned and mirrored by its display matrix.
 
     A matrix between right angles is ignored, as players do.
     """
-    with foreign(name, "video"):
+    with decoder_errors(name, "video"):
         image = frame.to_image()
         matrix = frame.side_data.get("DISPLAYMATRIX")
         if matrix is None or len(bytes(matrix)) != _MATRIX.size:
@@ -432,10 +434,10 @@ def _upright(frame: Any, name: str) -> Image.Image:
         a, b, _, c, d, *_ = _MATRIX.unpack(bytes(matrix))
     # x, y of the file are shown at a x + c y, b x + d y.
     largest = max(map(abs, (a, b, c, d)))
-    if max(abs(b), abs(c)) < _ASKEW * largest:
-        method = _METHODS.get((False, a < 0, d < 0))
-    elif max(abs(a), abs(d)) < _ASKEW * largest:
-        method = _METHODS.get((True, c < 0, b < 0))
+    if max(abs(b), abs(c)) < _MAX_SKEW * largest:
+        method = _TRANSPOSES.get((False, a < 0, d < 0))
+    elif max(abs(a), abs(d)) < _MAX_SKEW * largest:
+        method = _TRANSPOSES.get((True, c < 0, b < 0))
     else:
         method = None
     return image if method is None else image.transpose(method)
@@ -444,38 +446,38 @@ def _upright(frame: Any, name: str) -> Image.Image:
 def _animation_frames(
     video: Video, config: VideoConfig, draw: np.random.Generator
 ) -> list[Image.Image]:
-    """Frames of what Pillow knows as an animation, drawn over each other as it is shown."""
-    name, still = name_of(video.path), 0
-    with opened(video.path, "video") as image:
-        with foreign(name, "video"):
-            # The image of an APNG for those that do not know animation is not part of it.
-            still = int(getattr(image, "default_image", False))
-            num_frames = getattr(image, "n_frames", 1) - still
+    """Samples the RGB frames of an animation that Pillow reads, composed as they are shown."""
+    name, num_stills = name_of(video.path), 0
+    with open_checked(video.path, "video") as image:
+        with decoder_errors(name, "video"):
+            # An APNG's image for readers without animation is not one of its frames.
+            num_stills = int(getattr(image, "default_image", False))
+            num_frames = getattr(image, "n_frames", 1) - num_stills
         if num_frames > MAX_FRAMES:
             raise BadImage(f"{name} has more than {MAX_FRAMES:,} frames; cut it")
         shown: list[tuple[int | None, int]] = [(None, 0)] * num_frames
         if _needs_times(video, config):
             begin = 0
-            for number in range(num_frames):
-                with foreign(name, "video"):
-                    image.seek(number + still)
+            for index in range(num_frames):
+                with decoder_errors(name, "video"):
+                    image.seek(index + num_stills)
                     image.load()
                     duration = int(image.info.get("duration") or 100)
-                shown[number] = begin, duration
+                shown[index] = begin, duration
                 begin += duration
-        wanted = _choose(video, _Timing(shown, 1 / 1000, 0.0, 0.0), config, draw)
+        indices = _choose_indices(video, _Timing(shown, 1 / 1000, 0.0, 0.0), config, draw)
         chosen: dict[int, Image.Image] = {}
-        for number in sorted(set(wanted.tolist())):
-            with foreign(name, "video"):
-                image.seek(number + still)
-                chosen[number] = image.convert("RGB")
-    return [chosen[number] for number in wanted.tolist()]
+        for index in sorted(set(indices.tolist())):
+            with decoder_errors(name, "video"):
+                image.seek(index + num_stills)
+                chosen[index] = image.convert("RGB")
+    return [chosen[i] for i in indices.tolist()]
 
 
 def _folder_frames(
     video: Video, config: VideoConfig, draw: np.random.Generator, exif: Exif
 ) -> list[Image.Image]:
-    """Frames `…_<number>.jpg` in the order of their numbers, chosen from only if too many."""
+    """Reads frames `…_<number>.jpg` by number; samples them only if there are too many."""
     try:
         names = os.listdir(video.path)
     except (OSError, ValueError) as error:  # ValueError: a NUL, or half a surrogate pair
@@ -483,20 +485,20 @@ def _folder_frames(
     numbered = sorted(
         (int(match[1]), name)
         for name in names
-        # Beside every file of a Mac may lie a hidden one with what else it knows of it.
+        # macOS may put a hidden `._` file with metadata next to every file.
         if not name.startswith(".") and (match := re.search(r"(\d+)\.\w+$", name))
     )
     if not numbered:
         raise BadImage(f"{name_of(video.path)} holds no frame named like frame_1.jpg")
-    wanted = int(draw.integers(config.min_frames, config.max_frames, endpoint=True))
+    num_chosen = int(draw.integers(config.min_frames, config.max_frames, endpoint=True))
     chosen = np.arange(len(numbered))
-    if len(numbered) > wanted:
-        exact = VideoConfig(min_frames=wanted, max_frames=wanted, sampling=config.sampling)
+    if len(numbered) > num_chosen:
+        exact = VideoConfig(min_frames=num_chosen, max_frames=num_chosen, sampling=config.sampling)
         chosen = choose_frames(len(numbered), 1.0, exact, draw)
     return [open_rgb(os.path.join(video.path, numbered[i][1]), exif) for i in chosen]
 
 
-def _av() -> Any:
+def _import_av() -> Any:
     try:
         return importlib.import_module("av")
     except ImportError:

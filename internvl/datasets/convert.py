@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl.data import captions, json_rows
-from internvl.data.images import opened
+from internvl.data.images import open_checked
 from internvl.errors import BadImage, BadSample, DataError, UserError
 from internvl.files import complete_folder, first_line, write_lines
 from internvl.log import Progress
@@ -359,7 +359,7 @@ def _is_image(value: Any) -> bool:
 
 def _suffix(data: bytes, stem: str) -> str:
     try:
-        with opened(data) as image:
+        with open_checked(data) as image:
             return _SUFFIX.get(image.format or "", f".{(image.format or 'img').lower()}")
     except BadImage as error:
         raise DataError(f"row {stem}: {error}") from None

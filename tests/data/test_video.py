@@ -455,7 +455,7 @@ def test_a_mistake_of_our_own_is_seen(tmp_path, monkeypatch):
     def planted(*args):
         raise KeyError("planted")
 
-    for name in ("_choose", "_upright", "_part", "choose_frames", "check_file"):
+    for name in ("_choose_indices", "_orient", "_clip_range", "choose_frames", "check_file"):
         with monkeypatch.context() as patch:
             patch.setattr(video, name, planted)
             with pytest.raises(KeyError, match="planted"):
