@@ -21,7 +21,7 @@ FILE = "data.json"
 
 
 @dataclass(frozen=True)
-class Noted:
+class Fingerprints:
     """Fingerprints of the data of a run."""
 
     sources: dict[str, Content]
@@ -34,7 +34,7 @@ class Noted:
     """Sizes of the sources before they grew, oldest first."""
 
 
-def note(recipe: Recipe, files: Sequence[Source]) -> Noted:
+def take_fingerprints(recipe: Recipe, files: Sequence[Source]) -> Fingerprints:
     """Fingerprints sources and meta file as they are now; evaluations are left out."""
     entries = {} if recipe.data.meta is None else meta_entries(recipe.data.meta)
     # Annotation paths may change when a data set moves; the content decides.
@@ -42,10 +42,10 @@ def note(recipe: Recipe, files: Sequence[Source]) -> Noted:
         name: {key: value for key, value in entry.items() if key != "annotation"}
         for name, entry in entries.items()
     }
-    return Noted({file.config.name: file.content() for file in files}, meta)
+    return Fingerprints({file.config.name: file.content() for file in files}, meta)
 
 
-def of_evals(evals: dict[str, EvalConfig]) -> dict[str, str]:
+def eval_digests(evals: dict[str, EvalConfig]) -> dict[str, str]:
     """Returns the digest of every file that the evaluations read, except images."""
     files = (
         path
@@ -56,9 +56,9 @@ def of_evals(evals: dict[str, EvalConfig]) -> dict[str, str]:
     return {str(path): _digest(path) for path in files if path.exists()}
 
 
-def of_evals_changed(before: Noted, evals: dict[str, EvalConfig]) -> list[str]:
+def changed_evals(before: Fingerprints, evals: dict[str, EvalConfig]) -> list[str]:
     """Lists the evaluation files that have changed or are missing."""
-    current = of_evals(evals)
+    current = eval_digests(evals)
     return [path for path, digest in before.evals.items() if current.get(path) != digest]
 
 
@@ -72,7 +72,7 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(repr(listed).encode()).hexdigest()
 
 
-def read(folder: Path) -> Noted | None:
+def read(folder: Path) -> Fingerprints | None:
     """Reads the fingerprints in a run folder; None if an older version wrote none.
 
     Raises:
@@ -81,7 +81,7 @@ def read(folder: Path) -> Noted | None:
     path = folder / FILE
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        return Noted(
+        return Fingerprints(
             {name: Content(**content) for name, content in tree["sources"].items()},
             tree["meta"],
             tree["evals"],
@@ -100,13 +100,13 @@ def read(folder: Path) -> Noted | None:
         ) from None
 
 
-def write(folder: Path, noted: Noted) -> None:
+def write(folder: Path, fingerprints: Fingerprints) -> None:
     """Writes the fingerprints atomically."""
-    text = json.dumps(asdict(noted), ensure_ascii=False, indent=1)
+    text = json.dumps(asdict(fingerprints), ensure_ascii=False, indent=1)
     write_text(folder / FILE, text + "\n")
 
 
-def of_meta(before: Noted, after: Noted) -> Iterator[str]:
+def meta_changes(before: Fingerprints, after: Fingerprints) -> Iterator[str]:
     """Yields the changes of the meta file, except annotation paths."""
     for name in {**before.meta, **after.meta}:
         old, new = before.meta.get(name), after.meta.get(name)
@@ -118,7 +118,7 @@ def of_meta(before: Noted, after: Noted) -> Iterator[str]:
                 yield f"{name}.{key} was {old.get(key)!r}, is {new.get(key)!r}"
 
 
-def of_sources(before: Noted, files: Sequence[Source]) -> dict[str, bool]:
+def source_changes(before: Fingerprints, files: Sequence[Source]) -> dict[str, bool]:
     """Maps a sentence for every changed source to whether it only grew at its end."""
     changed: dict[str, bool] = {}
     for file in files:

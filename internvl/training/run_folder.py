@@ -87,7 +87,7 @@ def order_of(recipe: Recipe, files: Sequence[Source], done: int) -> Order:
     Raises:
         RunError: on every rank alike: the data differ, from the run's or between ranks.
     """
-    fingerprints = changes.note(recipe, files)
+    fingerprints = changes.take_fingerprints(recipe, files)
     earlier: tuple[Earlier, ...] = ()
     problem = None
     if dist.is_main():
@@ -103,7 +103,7 @@ def order_of(recipe: Recipe, files: Sequence[Source], done: int) -> Order:
     if problem is not None:
         raise RunError(problem)
     if dist.is_main():
-        evals = changes.of_evals(recipe.evals)
+        evals = changes.eval_digests(recipe.evals)
         changes.write(recipe.run, replace(fingerprints, evals=evals, earlier=earlier))
     share, seed = recipe.shares_prefix, recipe.seed
     if earlier:
@@ -124,17 +124,17 @@ def _earlier(recipe: Recipe, files: Sequence[Source], done: int) -> tuple[Earlie
             folder,
         )
         return ()
-    meta = list(changes.of_meta(before, changes.note(recipe, files)))
+    meta = list(changes.meta_changes(before, changes.take_fingerprints(recipe, files)))
     if meta:
         raise RunError(
             f"{folder} holds a run of another meta file than {recipe.data.meta} now is "
             f"({'; '.join(meta)}); set it back to go on, or choose another `run`"
         )
-    for path in changes.of_evals_changed(before, recipe.evals):
+    for path in changes.changed_evals(before, recipe.evals):
         logger.warning(
             "%s was changed since the run began; scores before and after are not comparable", path
         )
-    changed = changes.of_sources(before, files)
+    changed = changes.source_changes(before, files)
     if not changed:
         return before.earlier
     summary = "; ".join(changed)

@@ -13,7 +13,7 @@ from ranks import run_ranks
 
 from internvl.config import SourceConfig, recipes
 from internvl.data import changes
-from internvl.data.changes import Noted
+from internvl.data.changes import Fingerprints
 from internvl.data.sampler import Earlier, GrownOrder, SampleOrder
 from internvl.data.sources import Content, open_source, source_configs
 from internvl.errors import DataError, RunError
@@ -55,8 +55,8 @@ def begun(tmp_path, *overrides, numbers=range(8)):
 
 def test_a_run_notes_its_data_and_goes_on_where_they_are_the_same(tmp_path):
     found, order = begun(tmp_path)
-    noted = changes.read(found.run)
-    assert noted.sources["chat"].samples == 8
+    fingerprints = changes.read(found.run)
+    assert fingerprints.sources["chat"].samples == 8
     assert not list(found.run.glob(".*"))
     file = tmp_path / "x.jsonl"
     os.utime(file, (1, 1))
@@ -64,7 +64,7 @@ def test_a_run_notes_its_data_and_goes_on_where_they_are_the_same(tmp_path):
     file.rename(tmp_path / "y.jsonl")  # moved, and named as before by a link
     file.symlink_to(tmp_path / "y.jsonl")
     assert shown(resumed(found, BATCH), 0, 4) == shown(order, 0, 4)
-    assert changes.read(found.run) == noted
+    assert changes.read(found.run) == fingerprints
 
 
 CHANGES = {
@@ -80,13 +80,13 @@ CHANGES = {
 def test_a_change_is_refused_with_the_file_and_the_remedy(change, tmp_path):
     numbers, said = CHANGES[change]
     found, _ = begun(tmp_path)
-    noted = changes.read(found.run)
+    fingerprints = changes.read(found.run)
     file = write_lines(tmp_path / "x.jsonl", rows(*numbers))
     with pytest.raises(RunError) as error:
         resumed(found, BATCH)
     assert f"holds a run on other data ({file} {said}); put the file back" in str(error.value)
     assert "choose another `run` to start anew, or set data.changed=accept" in str(error.value)
-    assert changes.read(found.run) == noted  # so that it is refused the next time too
+    assert changes.read(found.run) == fingerprints  # so that it is refused the next time too
     write_lines(file, rows(*range(8)))
     resumed(found, BATCH)
 
@@ -196,14 +196,14 @@ def test_line_ends_and_a_byte_order_mark_are_no_change(rewrite, chunk, tmp_path,
     before = file.read_bytes()
     file.write_bytes(rewrite(before))
     (source,) = [open_source(source) for source in source_configs(made(tmp_path).data)]
-    assert not changes.of_sources(changes.read(tmp_path / "run"), [source])
+    assert not changes.source_changes(changes.read(tmp_path / "run"), [source])
     # Added samples are seen as such, and another text as another one.
     file.write_bytes(rewrite(before + json.dumps(rows(8)[0]).encode() + b"\n"))
     (source,) = [open_source(source) for source in source_configs(made(tmp_path).data)]
-    assert [*changes.of_sources(changes.read(tmp_path / "run"), [source]).values()] == [True]
+    assert [*changes.source_changes(changes.read(tmp_path / "run"), [source]).values()] == [True]
     file.write_bytes(rewrite(before.replace(b"Yes", b"No")))
     (source,) = [open_source(source) for source in source_configs(made(tmp_path).data)]
-    assert [*changes.of_sources(changes.read(tmp_path / "run"), [source]).values()] == [False]
+    assert [*changes.source_changes(changes.read(tmp_path / "run"), [source]).values()] == [False]
 
 
 def test_line_ends_of_a_list_are_no_change(tmp_path):
@@ -219,12 +219,12 @@ def test_a_run_that_noted_the_digest_of_the_bytes_goes_on(tmp_path):
     begun(tmp_path)
     file = tmp_path / "x.jsonl"
     file.write_bytes(file.read_bytes().replace(*CRLF))
-    noted = changes.read(tmp_path / "run")
+    fingerprints = changes.read(tmp_path / "run")
     digest, size = hashlib.sha256(file.read_bytes()).hexdigest(), file.stat().st_size
-    old = Noted({"chat": Content(8, size, digest)})
+    old = Fingerprints({"chat": Content(8, size, digest)})
     (source,) = [open_source(source) for source in source_configs(made(tmp_path).data)]
-    assert noted.sources["chat"].digest != digest
-    assert not changes.of_sources(old, [source])
+    assert fingerprints.sources["chat"].digest != digest
+    assert not changes.source_changes(old, [source])
 
 
 @pytest.mark.parametrize("text", ['{"sources": {"x": 1}}', '{"sources": 5}', "[]", "{", "7", ""])
