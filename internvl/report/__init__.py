@@ -38,7 +38,7 @@ class Facts:
 
     title: str
     facts: Sequence[tuple[str, str]]
-    """(value, what it is)."""
+    """(value, label)."""
     note: str = ""
 
 
@@ -100,7 +100,7 @@ class Charts:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What was expected and what came, for one image in one language."""
+    """Reference and model's answer for one image in one language."""
 
     language: str
     """A language tag, e.g. "en"; it also picks the font."""
@@ -139,12 +139,12 @@ class Hit:
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """A text or an image that was looked for, and what came first."""
+    """A query, text or image, and its first results."""
 
     language: str
     """A language tag, e.g. "en", of the text or of the results; it also picks the font."""
     rank: int
-    """Where the right result is, from 1."""
+    """Rank of the right result, from 1."""
     hits: Sequence[Hit]
     """Best first."""
     text: str = ""
@@ -162,7 +162,7 @@ class Searches:
 
 @dataclass(frozen=True, kw_only=True)
 class TiledImage:
-    """An image as the model gets it: stretched onto a grid of square tiles."""
+    """An image stretched onto a grid of square tiles, the model's input."""
 
     image: bytes
     """An encoded PNG, JPEG, GIF or WebP file, of the whole image."""
@@ -183,7 +183,7 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSample:
-    """One sample the way it is trained on."""
+    """One sample as training sees it."""
 
     name: str
     images: Sequence[TiledImage]
@@ -203,7 +203,7 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class Attribution:
-    """Whose work is shown. Addresses (http, https) become links, the only ones of the page."""
+    """Credits of shown works. URLs (http, https) become links, the only ones to other pages."""
 
     title: str
     text: str
@@ -222,7 +222,7 @@ class Report:
 
 
 def render(report: Report) -> str:
-    """The page as HTML.
+    """Renders the page as HTML.
 
     Raises:
         ValueError: an image is no PNG, JPEG, GIF or WebP; a grid has no tiles.
@@ -236,6 +236,7 @@ def render(report: Report) -> str:
         f"{_RENDERERS[type(section)](section)}</section>\n"
         for i, section in numbered
     )
+    # The empty icon keeps a browser from asking the server for /favicon.ico.
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
@@ -249,7 +250,7 @@ def render(report: Report) -> str:
 
 
 def write(report: Report, path: Path) -> None:
-    """Renders to a file that is there whole or not at all."""
+    """Writes the rendered page atomically."""
     write_text(path, render(report))
 
 
@@ -270,12 +271,14 @@ def _facts(section: Facts) -> str:
 
 def _scores(section: Scores) -> str:
     rows = []
+    # Groups only neighbours, so the order of rows stays the caller's.
     for group, members in groupby(section.scores, key=lambda score: score.group):
         scores = list(members)
         head = f'<th scope="rowgroup" rowspan="{len(scores)}">{escape(group)}</th>'
         for i, score in enumerate(scores):
             rows.append(f"<tr>{head if i == 0 else ''}{_score_cells(score)}</tr>")
         rows.append("</tbody><tbody>")
+    # The last separator would open an empty group.
     body = f"<tbody>{''.join(rows[:-1])}</tbody>"
     return (
         '<div class="scroll"><table class="scores"><thead><tr><th></th><th></th>'
@@ -290,12 +293,14 @@ def _score_cells(score: Score) -> str:
     def shown(value: float | None) -> str:
         return "–" if value is None or not math.isfinite(value) else format(value, score.form)
 
-    def bar(value: float | None, kind: str) -> str:
+    def bar(value: float | None, css_class: str) -> str:
         if value is None or not math.isfinite(value):
             return ""
+        # Clipped: a value beyond `best`, or below zero, would leave the column.
         share = min(1.0, max(0.0, value / score.best))
-        return f'<i class="{kind}" style="width:{100 * share:.2f}%"></i>'
+        return f'<i class="{css_class}" style="width:{100 * share:.2f}%"></i>'
 
+    # Bars are hidden from screen readers: they only repeat the two values.
     return (
         f'<th scope="row">{escape(score.name)}</th>'
         f'<td class="number">{shown(score.before)}</td>'
@@ -356,6 +361,7 @@ def _curve(
     down: Callable[[float], float],
     form: str,
 ) -> str:
+    # A polyline per run of finite points, for a single one would draw across the gaps.
     pieces = [
         [(across(x), down(y), x, y) for x, y in piece]
         for drawn, piece in groupby(series.points, key=lambda p: all(map(math.isfinite, p)))
@@ -365,7 +371,8 @@ def _curve(
         f'<polyline points="{" ".join(f"{px:.1f},{py:.1f}" for px, py, _, _ in piece)}"/>'
         for piece in pieces
     )
-    # Dots only where there are few points: they carry the exact values as tooltips.
+    # Dots carry the exact values as tooltips: with few points, and for a run of one point, of
+    # which a polyline would show nothing.
     few = sum(map(len, pieces)) <= _MOST_DOTS
     dots = "".join(
         f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3.5"><title>{escape(series.name)}: '
@@ -381,6 +388,7 @@ def _legend(chart: Chart) -> str:
     entries = []
     for i, series in enumerate(chart.series):
         finite = [y for x, y in series.points if math.isfinite(x) and math.isfinite(y)]
+        # The last finite value: a run that diverged would show only nan.
         last = f" <b>{finite[-1]:{chart.form}}</b>" if finite else ""
         entries.append(
             f'<li><span class="key" style="background:{_color(i)}"></span>'
@@ -401,18 +409,21 @@ class _Axis:
 
 
 def _axis(values: list[float], *, loose: bool = False) -> _Axis:
-    """About five round ticks; `loose`: the axis ends at a tick, not at the outermost value."""
+    """Chooses about five round ticks; `loose`: it ends at ticks, not at the outermost values."""
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    # A constant curve: a range of zero would be divided by.
     if low == high:
         low, high = low - 0.5 * abs(low or 1.0), high + 0.5 * abs(high or 1.0)
     raw = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(raw))
+    # 0.999 and 1e-9 absorb rounding, which would skip a step or lose a tick at an end.
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
     first, last = (
         (math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9))
         if loose
         else (math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9))
     )
+    # Rounded: 3 * 0.1 is 0.30000000000000004.
     ticks = [round(i * step, 12) for i in range(first, last + 1)]
     return _Axis(ticks[0], ticks[-1], ticks) if loose else _Axis(low, high, ticks)
 
@@ -425,16 +436,17 @@ def _images(section: Images) -> str:
 def _card(card: Card) -> str:
     lines = []
     for answer in card.answers:
-        kind, symbol = ("right", "✓") if answer.right else ("wrong", "✗")
+        verdict, symbol = ("right", "✓") if answer.right else ("wrong", "✗")
         language = escape(answer.language)
+        # An equal reference would only repeat the answer.
         expected = (
             ""
             if answer.answer == answer.reference
             else f'<div class="reference" lang="{language}">{escape(answer.reference)}</div>'
         )
         lines.append(
-            f'<li class="{kind}"><span class="tag">{language}</span>'
-            f'<span class="mark" role="img" aria-label="{kind}">{symbol}</span>'
+            f'<li class="{verdict}"><span class="tag">{language}</span>'
+            f'<span class="mark" role="img" aria-label="{verdict}">{symbol}</span>'
             f'<div><div lang="{language}">{escape(answer.answer) or "(nothing)"}</div>'
             f"{expected}</div></li>"
         )
@@ -449,12 +461,12 @@ def _searches(section: Searches) -> str:
 
 def _search(search: Search) -> str:
     language = escape(search.language)
-    kind = "right" if search.rank == 1 else "wrong"
+    verdict = "right" if search.rank == 1 else "wrong"
     hits = "".join(_hit(hit, language) for hit in search.hits)
     return (
         f'<article class="search"><h3><span class="tag">{language}</span>'
         f"{_shown(search.image, search.text, language)}"
-        f'<span class="rank {kind}">rank {search.rank:,}</span></h3><ol>{hits}</ol></article>'
+        f'<span class="rank {verdict}">rank {search.rank:,}</span></h3><ol>{hits}</ol></article>'
     )
 
 
@@ -514,7 +526,8 @@ def _tile_grid(url: str, columns: int, rows: int, *, first: int) -> str:
         f'<text x="{i % columns * _TILE + 6}" y="{i // columns * _TILE + 18}">{first + i}</text>'
         for i in range(columns * rows)
     )
-    # Lines and numbers twice, light under dark, so that they show on any image.
+    # Not to scale, for tiles are cut from the image stretched onto the grid. Lines twice, light
+    # under dark, so that they show on any image.
     return (
         f'<svg class="tiles" viewBox="0 0 {width} {height}" role="img" '
         f'style="--columns:{columns}" aria-label="{columns} x {rows} tiles">'
@@ -524,10 +537,11 @@ def _tile_grid(url: str, columns: int, rows: int, *, first: int) -> str:
 
 
 def _attribution(section: Attribution) -> str:
-    parts = _ADDRESS.split(section.text.strip())  # text and addresses alternate
+    texts = _ADDRESS.split(section.text.strip())  # text and addresses alternate
     linked = "".join(
-        f'<a href="{escape(part)}" rel="noreferrer">{escape(part)}</a>' if i % 2 else escape(part)
-        for i, part in enumerate(parts)
+        # noreferrer: the page's own address may be a private one.
+        f'<a href="{escape(text)}" rel="noreferrer">{escape(text)}</a>' if i % 2 else escape(text)
+        for i, text in enumerate(texts)
     )
     return f'<p class="attribution">{linked}</p>'
 
@@ -537,9 +551,10 @@ def _note(text: str) -> str:
 
 
 def _data_url(image: bytes) -> str:
-    for kind, magic in _MAGIC.items():
+    # By content: images come as bytes without a file name.
+    for subtype, magic in _MAGIC.items():
         if magic.match(image):
-            return f"data:image/{kind};base64,{base64.b64encode(image).decode('ascii')}"
+            return f"data:image/{subtype};base64,{base64.b64encode(image).decode('ascii')}"
     raise ValueError(f"an image starts with {image[:12]!r}: no PNG, JPEG, GIF or WebP file")
 
 
@@ -558,12 +573,15 @@ _MAGIC = {
     "png": re.compile(rb"\x89PNG\r\n\x1a\n"),
     "jpeg": re.compile(rb"\xff\xd8\xff"),
     "gif": re.compile(rb"GIF8[79]a"),
+    # Four bytes of file size, any of which may be a line feed.
     "webp": re.compile(rb"RIFF....WEBP", re.DOTALL),
 }
 
+# Without the punctuation of the sentence around it.
 _ADDRESS = re.compile(r"(https?://[^\s<>\"']*[^\s<>\"'.,;:)])")
 
 _MOST_DOTS = 40
 _NUM_COLORS = 6
 
+# 'unsafe-inline' is for styles alone: the style sheet, and the lengths of bars.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
