@@ -106,8 +106,8 @@ def measure(
     NAME/computed, and in CLIP_benchmark's lines.
 
     Args:
-        tasks: names of benchmarks.TASKS or OWN, or of evaluations of the run's recipe; by default
-            all of the recipe's, or `caption-file` for a model.
+        tasks: names of published.TASKS or USER_TASKS, or of evaluations of the run's recipe;
+            by default all of the recipe's, or `caption-file` for a model.
         to: folder for `result.json` and the answers; the run's evals folder, or out/evaluate.
         root: folder that the published sets lie in.
         dataset_root: the folder of the one set itself; `{dataset}` is filled in.
@@ -140,7 +140,7 @@ def measure(
             jobs[name] = Job(eval_config(**{**vars(in_run[name]), **fields}), name, "en")
         elif name in published_sets.TASKS:
             jobs |= _published_set(name, root, dataset_root, languages, split, fields)
-        elif name in published_sets.OWN:
+        elif name in published_sets.USER_TASKS:
             jobs[name] = _own(name, languages, split, fields)
         else:
             raise ConfigError(published_sets.no_such(name, in_run))
@@ -267,7 +267,7 @@ def _published_set(
 
 def _own(name: str, languages: Sequence[str], split: str, fields: dict[str, Any]) -> Job:
     if fields.get("annotations") is None:
-        raise ConfigError(f"{name} needs --annotations: {published_sets.OWN[name]}")
+        raise ConfigError(f"{name} needs --annotations: {published_sets.USER_TASKS[name]}")
     annotations = Path(fields["annotations"])
     images = annotations if annotations.is_dir() else annotations.parent
     given = {"images": images, "split": split, **fields, "type": name.partition("-")[0]}

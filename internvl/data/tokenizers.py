@@ -39,8 +39,8 @@ _CONTROL = {"<s>", "</s>"}
 _ADDITIONAL = "additional_special_tokens"
 _STRIPS = ("lstrip", "rstrip", "single_word")
 _NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-# SentencePiece's byte fallback: a piece for every byte of characters outside its vocabulary.
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+"""SentencePiece's byte fallback: a piece for every byte of characters outside its vocabulary."""
 _NO_CHARACTER = re.compile("[\udc80-\udcff]")
 """Lone surrogates, one for each byte that is no UTF-8 (`errors="surrogateescape"`)."""
 

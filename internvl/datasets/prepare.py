@@ -79,6 +79,7 @@ def run(name: str, root: Path, *, download: bool = False) -> Prepared:
 
 def _coco_caption(tree: Tree) -> Iterator[Path]:
     folder = tree.root / "data/coco"
+    # A list, not a generator: both folders are looked up, so that both are reported if missing.
     there = [tree.has_images(folder / n, f"{COCO}{n}.zip") for n in ("train2014", "val2014")]
     listed: set[str] = set()
     train = folder / "annotations/coco_karpathy_train_567k.jsonl"

@@ -171,7 +171,7 @@ TASKS: dict[str, Task] = {
 }
 """By name, as `internvl evaluate` calls them."""
 
-OWN = {
+USER_TASKS = {
     "caption-file": "captions of your own images (--annotations FILE --images DIR)",
     "retrieval-folder": "your own images and texts (--annotations FILE-OR-FOLDER --images DIR)",
     "classify-folder": "a folder of images for each class (--annotations FOLDER)",
@@ -181,7 +181,7 @@ OWN = {
 
 def no_such(name: str, others: Iterable[str] = ()) -> str:
     """Returns the error message for an unknown task; `others`: further names that exist."""
-    names = [*others, *TASKS, *OWN]
+    names = [*others, *TASKS, *USER_TASKS]
     # Below difflib's 0.6: people leave out the prefix, as in "flickr30k".
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
@@ -193,7 +193,7 @@ def list_tasks() -> str:
     rows = {
         name: f"{task.about}: {task.num_images:,} images, {task.num_texts:,} texts"
         for name, task in TASKS.items()
-    } | OWN
+    } | USER_TASKS
     return "\n".join(f"  {name:24}{about}" for name, about in rows.items())
 
 
@@ -217,7 +217,7 @@ def configs(
         ConfigError: no such language, or files that are not there, each with its address.
     """
     task = TASKS[name]
-    # Results are published per language.
+    # Results are published per language. A lone name is wrapped: it would be read by letters.
     chosen = ([languages] if isinstance(languages, str) else languages) or task.languages[:1]
     unknown = [language for language in chosen if language not in task.languages]
     if unknown:
@@ -234,6 +234,7 @@ def configs(
     if image_list is not None:
         required.append((image_list, OPENGVLAB + image_list.name))
     required.append((images, task.images_from))
+    # Not `is_file`: images are folders.
     missing = [f"{path}: from {address}" for path, address in required if not path.exists()]
     if missing:
         raise ConfigError(

@@ -157,6 +157,7 @@ def create_model(
             "vocab_size": len(tokenizer),
             "max_position_embeddings": 1024,
             "tie_word_embeddings": True,
+            # The tokenizer has none, as Qwen2's.
             "bos_token_id": None,
             "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
             "pad_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
@@ -253,6 +254,7 @@ def make_recipe(data: Path, start: Path, run_folder: Path, size: DemoSize) -> Re
                 "sources": [
                     {"name": "openmoji", "annotations": data / "train.jsonl", "images": data}
                 ],
+                # The images are drawn at the size of a tile, so one tile holds all of them.
                 "tiles": {"size": PIXELS, "max": 1, "thumbnail": False},
                 "max_tokens": 512,
                 # Half a step's samples, one process's share, fit one row.

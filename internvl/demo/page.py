@@ -59,7 +59,6 @@ class FinishedRun:
     @property
     def seconds(self) -> float:
         """Seconds of all steps, without evaluations."""
-
         return sum(row["step_s"] for row in self.rows)
 
     @property
@@ -89,6 +88,7 @@ def read_run(recipe: Recipe) -> FinishedRun:
     """Reads the run folder of `recipe`."""
     # Counted on the loaded run: the recipe does not say how large its model is.
     counted = count_parameters(loading.load(recipe.run).model)
+    # Sorted, as glob has no order and curves run by step; names are padded with zeros.
     evaluations = {
         int(path.stem): json.loads(path.read_text(encoding="utf-8"))
         for path in sorted((recipe.run / "evals").glob("*.json"))

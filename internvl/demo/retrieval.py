@@ -132,7 +132,9 @@ def train_sentencepiece(names: Iterable[str], vocab_size: int = 2000) -> bytes:
         byte_fallback=True,
         # A small data set may have fewer pieces than asked for.
         hard_vocab_limit=False,
+        # Rare characters become byte pieces instead of filling the small vocabulary.
         character_coverage=0.995,
+        # Errors only: SentencePiece logs its training to stderr.
         minloglevel=2,
     )
     return model.getvalue()
