@@ -58,6 +58,7 @@ def eval_digests(evals: dict[str, EvalConfig]) -> dict[str, str]:
 
 def changed_evals(before: Fingerprints, evals: dict[str, EvalConfig]) -> list[str]:
     """Lists the evaluation files that have changed or are missing."""
+    # A missing file has no digest now, so it differs from any earlier one.
     current = eval_digests(evals)
     return [path for path, digest in before.evals.items() if current.get(path) != digest]
 
