@@ -91,7 +91,7 @@ def _plan(recipe: Recipe, args: Arguments) -> int:
         checked = check.run(recipe, report=args.report)
         print(checked.render() + "\n")
     else:
-        log.get_logger().warning("%s is not here, so the data are not read", recipe.model.id)
+        log.get_logger().warning("%s is not here, so the data are not read", recipe.model.name)
     made = plan.make(recipe, gpu, None if checked is None else checked.step, args.gpus)
     if checked is not None:
         made = replace(made, inherited="")  # the check has said it

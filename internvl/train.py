@@ -338,7 +338,8 @@ def run(recipe: Recipe) -> Path:
         logger.info("the run ends at step %d: %s", state.step, why)
         metrics.close()
         if dist.is_main():
-            if recipe.model.lora is not None:
+            # An adapter folder names its base, and none holds a model from parts.
+            if recipe.model.lora is not None and recipe.model.id is not None:
                 lora.save_adapter(state.model, state.folder / "adapter", recipe.model.id)
             run_folder.finish(recipe.run, state.step, why)
         dist.barrier()

@@ -45,7 +45,7 @@ from internvl.evals.scores import DataProblems
 from internvl.files import cache_folder, write_json
 from internvl.inference import load as loading
 from internvl.inference.families import FAMILIES
-from internvl.inference.opened import OpenedModel, open_model
+from internvl.inference.opened import OpenedModel, open_start
 from internvl.models.attention.packed import BLOCK
 from internvl.objectives import OBJECTIVES, Objective
 from internvl.objectives.sft import Sft
@@ -71,7 +71,7 @@ def run(recipe: Recipe, *, report: Path | None = None) -> Checked:
     Raises:
         UserError: the model's folder cannot be used. Problems of the data are collected instead.
     """
-    opened = open_model(recipe.model.id)
+    opened = open_start(recipe)
     completed = loading.complete(recipe, opened)
     recipe = completed.recipe
     checked = Checked(recipe, inherited=completed.render())
@@ -127,7 +127,7 @@ def encoder_of(recipe: Recipe, opened: OpenedModel | None = None) -> ChatEncoder
         recipe: with nothing left open.
         opened: `recipe.model`, where it is open already.
     """
-    opened = opened or open_model(recipe.model.id)
+    opened = opened or open_start(recipe)
     family = FAMILIES[opened.files.family]
     family.check_objective(recipe)
     return family.encoder(opened, recipe)

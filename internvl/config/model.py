@@ -1,6 +1,7 @@
 """`model:` what is loaded, what trains, adapters."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -23,13 +24,31 @@ class LoraConfig:
     """Parts whose linear layers get an adapter; of QLLaMA not those of its cross-attention."""
 
 
+START_KEYS = ("vision", "language", "projector", "ps_version", "select_layer", "template")
+"""Keys of a model from parts, which exclude `id`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The model a run starts from and what of it learns."""
 
     __pydantic_config__ = STRICT
-    id: str
-    """Hub id or folder, official or hf layout."""
+    id: str | None = None
+    """Hub id or folder, official or hf layout. Give this, or `vision`, `language` and `template`
+    for a chat model from parts."""
+    vision: str | None = None
+    """From parts: hub id or folder of an InternViT, or of a chat model whose tower is taken."""
+    language: str | None = None
+    """From parts: hub id or folder of a causal language model with its tokenizer."""
+    projector: Path | None = None
+    """From parts: the original's `mlp_projector/*.pth`; null draws a fresh one from `seed`."""
+    template: str | None = None
+    """From parts: the conversation template, such as Hermes-2."""
+    # Null instead of "v2" and -1: with `id` the checkpoint decides, and any value is an error.
+    ps_version: Literal["v1", "v2"] | None = None
+    """From parts: pixel shuffle; null: v2. Chat 1.1 and 1.2 have v1."""
+    select_layer: int | None = None
+    """From parts: block of the tower whose output is read; null: -1, the last."""
     train: tuple[Part, ...] | None = None
     """Parts whose own weights are trained; everything else is frozen, adapters come on top. null:
     the projector and the language model, or with `lora` none. InternVL-14B's: vision_tower;
@@ -46,6 +65,18 @@ class ModelConfig:
     QLoRA. The projector and the output matrix stay as they are."""
     drop_path: Fraction = 0.0
     """Stochastic depth of the vision tower: the last block's rate, linear from 0."""
+
+    @property
+    def name(self) -> str:
+        """The model in messages: its id, or "InternViT-6B + Yi-34B" for one from parts."""
+        if self.id is not None:
+            return self.id
+        return " + ".join(Path(str(part)).name for part in (self.vision, self.language))
+
+    @property
+    def start(self) -> tuple[object, ...]:
+        """The values that decide which weights a run starts from."""
+        return (self.id, *(getattr(self, key) for key in START_KEYS))
 
     @property
     def parts(self) -> tuple[Part, ...]:

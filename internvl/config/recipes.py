@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from internvl.config import released
 from internvl.config.compute import ComputeConfig
 from internvl.config.data import TilesConfig
-from internvl.config.model import ModelConfig
+from internvl.config.model import START_KEYS, ModelConfig
 from internvl.config.objective import TERMS
 from internvl.config.problems import sentence
 from internvl.config.recipe import Recipe
@@ -127,6 +127,7 @@ def resolve(
     tree = copy.deepcopy(tree)
     problems = list(_apply(tree, overrides))
     problems += [f"{'.'.join(path)}: {what}" for path, what in _unknown_keys(Recipe, tree, ())]
+    problems += _start_problems(tree.get("model"))
     _leave_open(tree.get("data"))
     recipe = None
     try:
@@ -138,6 +139,33 @@ def resolve(
     if problems or recipe is None:
         raise ConfigError("\n".join([f"{name}: {len(problems)} problem(s)", *problems]))
     return recipe
+
+
+def _start_problems(model: Any) -> Iterator[str]:
+    """Yields what is wrong with the choice between `model.id` and parts."""
+    if not isinstance(model, dict):
+        return
+    stated = [key for key in START_KEYS if model.get(key) is not None]
+    if model.get("id") is not None:
+        if stated:
+            yield (
+                f"model.id, model.{stated[0]}: a model by its id, or one from parts; remove one of "
+                "the two"
+            )
+    elif not stated:
+        yield "model.id: missing; name a model, or its parts in model.vision and model.language"
+    else:
+        for key, meaning in _PARTS.items():
+            if model.get(key) is None:
+                yield f"model.{key}: missing; a model from parts needs {meaning}"
+
+
+_PARTS = {
+    "vision": "the folder or hub id of an InternViT",
+    "language": "the folder or hub id of a language model",
+    "template": "a conversation template, such as Hermes-2",
+}
+"""Keys without which there is no model from parts, and what each names."""
 
 
 def _leave_open(data: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import InternVLConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from internvl.config import Recipe, TilesConfig
+from internvl.config import ModelConfig, Recipe, TilesConfig
 from internvl.data.chat import ChatEncoder
 from internvl.data.pairs import CaptionEncoder
 from internvl.data.templates import TEMPLATES, Template, template
@@ -96,7 +96,7 @@ class Family(ABC):
         if OBJECTIVE_FAMILIES[recipe.objective.name] is self:
             return
         raise UserError(
-            f"objective.name: {recipe.model.id} does not train with {recipe.objective.name}; "
+            f"objective.name: {recipe.model.name} does not train with {recipe.objective.name}; "
             f"choose {self.objectives}, or another model"
         )
 
@@ -147,8 +147,8 @@ class ChatFamily(Family):
         model, data = handle.model, recipe.data
         if configs.language_model(model.config) == "GptOssForCausalLM":
             raise UserError(
-                f"{recipe.model.id}: GPT-OSS answers and exports here, but does not train: packed "
-                "rows have no sliding windows; choose a model with another language model"
+                f"{recipe.model.name}: GPT-OSS answers and exports here, but does not train: "
+                "packed rows have no sliding windows; choose a model with another language model"
             )
         tiles = data.tiling
         chosen = template(data.template) if data.template else handle.template
@@ -268,6 +268,21 @@ def describe(
         tiles=tiling(settings, config.vision_config.image_size[0]),
         system_message=settings["system_message"],
     )
+
+
+def inherited_of_parts(model: ModelConfig, files: hub.ModelFolder) -> inherited.Checkpoint:
+    """What a recipe takes over from a model from parts, with the part or default it is from.
+
+    Args:
+        files: see `assemble`.
+    """
+    start = inherited.of_chat_files(files, "default of a model from parts")
+    sources = dict.fromkeys(start.sources, "default of a model from parts")
+    sources["data.tiles.size"] = f"the tower of {model.vision}"
+    sources["data.template"] = "model.template"
+    # By this beginning `inherited.complete` knows that another template brings another message.
+    sources["data.system_message"] = f"template {model.template}"
+    return replace(start, sources=sources)
 
 
 def _named_template(name: str | None, opened: OpenedModel) -> Template:

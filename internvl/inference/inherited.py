@@ -217,7 +217,7 @@ def complete(recipe: Recipe, checkpoint: Checkpoint) -> Completed:
         sources["data.system_message"] = f"template {chosen}"
     problems = list(_problems(values, stated, checkpoint))
     if problems:
-        raise UserError(f"{recipe.model.id}: {'; '.join(problems)}")
+        raise UserError(f"{recipe.model.name}: {'; '.join(problems)}")
     inner = {key.rpartition(".")[2]: value for key, value in values.items() if ".tiles." in key}
     outer = {key: values[f"data.{key}"] for key in _SETTINGS}
     data = replace(recipe.data, tiles=TilesConfig(**inner), **outer)

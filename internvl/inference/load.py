@@ -2,25 +2,22 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from internvl.compute import backends, kernels, placement
 from internvl.config import ModelConfig, Recipe, TilesConfig
 from internvl.config.recipes import load_recipe
-from internvl.data.templates import template
-from internvl.data.tokenizers import add_special_tokens, load_tokenizer
 from internvl.errors import ModelFolderError, UserError
 from internvl.inference import families, inherited
 from internvl.inference.chat import Chat
 from internvl.inference.dual import Dual
-from internvl.inference.families import FAMILIES, Description, LoadOptions, placeholder_id
+from internvl.inference.families import FAMILIES, Description, LoadOptions
 from internvl.inference.inherited import Completed, tiling
-from internvl.inference.opened import OpenedModel, is_run, open_model
-from internvl.models import configs, hub
+from internvl.inference.opened import OpenedModel, is_run, open_model, open_parts, open_start
+from internvl.models import hub
 from internvl.models.adapters import lora
-from internvl.models.chat import assemble
 from internvl.training import checkpoint
 
 __all__ = ["Chat", "Dual", "complete", "describe", "for_training", "is_run", "load", "tiling"]
@@ -158,7 +155,7 @@ def for_training(recipe: Recipe, start: OpenedModel | None = None) -> Chat | Dua
         UserError: a model that does not train here or with this objective, a part it does not have,
             or no bitsandbytes to quantize with.
     """
-    start = open_model(recipe.model.id) if start is None else start
+    start = open_start(recipe) if start is None else start
     if not inherited.is_complete(recipe):
         recipe = complete(recipe, start).recipe
     quantize = recipe.model.quantize
@@ -190,10 +187,10 @@ def complete(recipe: Recipe, start: OpenedModel | None = None) -> Completed:
     """
     if is_run(recipe.run):
         saved = load_recipe(recipe.run / "recipe.yaml")
-        if saved.model.id == recipe.model.id:
+        if saved.model.start == recipe.model.start:
             saved = _complete_saved(saved, start)
             return inherited.complete(recipe, inherited.of_run(saved, recipe.run / "recipe.yaml"))
-    opened = open_model(recipe.model.id) if start is None else start
+    opened = open_start(recipe) if start is None else start
     FAMILIES[opened.files.family].check_objective(recipe)
     return inherited.complete(recipe, _checkpoint_of(opened))
 
@@ -204,6 +201,8 @@ def _checkpoint_of(opened: OpenedModel) -> inherited.Checkpoint:
         saved = _complete_saved(opened.recipe, opened.base)
         return inherited.of_run(saved, opened.run / "recipe.yaml")
     files = opened.files
+    if opened.parts is not None:
+        return families.inherited_of_parts(opened.parts, files)
     return FAMILIES[files.family].inherited(files, inherited.named(opened.name, files.folder))
 
 
@@ -211,7 +210,7 @@ def _complete_saved(saved: Recipe, start: OpenedModel | None) -> Recipe:
     """The recipe of a run folder, complete: earlier versions left the template open there."""
     if inherited.is_complete(saved):
         return saved
-    opened = open_model(saved.model.id) if start is None else start
+    opened = open_start(saved) if start is None else start
     return inherited.complete(saved, _checkpoint_of(opened)).recipe
 
 
@@ -219,8 +218,8 @@ def _choose_trainable(model: Any, config: ModelConfig) -> None:
     if lora.has_adapters(model):
         if config.quantize is not None:
             raise UserError(
-                f"model.quantize: {config.id} has adapters, which quantized weights cannot take "
-                f"in; `internvl merge {config.id} --to FOLDER`, and set model.id to FOLDER"
+                f"model.quantize: {config.name} has adapters, which quantized weights cannot take "
+                f"in; `internvl merge {config.name} --to FOLDER`, and set model.id to FOLDER"
             )
         lora.merge(model)  # training goes on from what the model computes
     lora.select_trainable(model, config.parts, config.train_last_vision_blocks)
@@ -242,16 +241,18 @@ def build(
     language: str | Path,
     *,
     template_name: str,
-    ps_version: str = "v2",
+    ps_version: Literal["v1", "v2"] = "v2",
     select_layer: int = -1,
     projector: Path | None = None,
     tiles: TilesConfig | None = None,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
+    seed: int = 42,
 ) -> Chat:
     """A chat model from a standalone InternViT and a language model, by folder or hub id.
 
-    The tokens of a chat model are added to the tokenizer and to the embeddings.
+    The tokens of a chat model are added to the tokenizer and to the embeddings. A recipe says the
+    same with `model.vision`, `model.language` and the keys beside them.
 
     Args:
         template_name: conversation template.
@@ -259,35 +260,27 @@ def build(
         select_layer: which block's output of the tower is read, -1 or -4.
         projector: `mlp_projector/*.pth` of a release; None starts a fresh one.
         tiles: tiling and tile size; by default one tile of the tower's own size.
+        seed: of a fresh projector and of new token embeddings.
 
     Raises:
         ModelFolderError: a part is missing or does not fit.
+        UserError: unknown conversation template.
     """
-    chosen = template(template_name)
-    folders = assemble.Parts(hub.find_folder(vision), hub.find_folder(language), projector)
-    tokenizer = load_tokenizer(folders.language)
-    if tokenizer is None:
-        raise ModelFolderError(f"{folders.language}: has no tokenizer files")
-    num_new = add_special_tokens(tokenizer)
-    settings = {
-        "template": chosen.name,
-        "ps_version": ps_version,
-        "select_layer": select_layer,
-        "dynamic_image_size": tiles is not None and tiles.max > 1,
-        "use_thumbnail": tiles is not None and tiles.thumbnail,
-        "min_dynamic_patch": 1 if tiles is None else tiles.min,
-        "max_dynamic_patch": 1 if tiles is None else tiles.max,
-        "force_image_size": None if tiles is None else tiles.size,
-    }
-    image_token_id = placeholder_id(tokenizer, folders.language)
-    place = torch.device(device)
-    model = assemble.assemble(
-        folders, settings, image_token_id=image_token_id, device=place, dtype=_dtype(dtype, place)
+    parts = ModelConfig(
+        vision=str(vision),
+        language=str(language),
+        projector=projector,
+        template=template_name,
+        ps_version=ps_version,
+        select_layer=select_layer,
     )
-    assemble.resize_vocabulary(model, len(tokenizer), num_new)
-    size = model.config.vision_config.image_size[0]
-    own = tiles or tiling(configs.chat_settings(model.config), size)
-    return Chat(model, tokenizer, chosen, own, None, folders.language)
+    target = torch.device(device)
+    opened = open_parts(parts, seed, tiles)
+    options = LoadOptions(device=target, dtype=_dtype(dtype, target))
+    chat = load_opened(opened, options)
+    assert isinstance(chat, Chat)
+    # The official keys do not say all of it: padding is for one tile alone.
+    return chat if tiles is None else replace(chat, tiles=tiles)
 
 
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:

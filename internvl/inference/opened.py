@@ -7,16 +7,19 @@ on, so that no room opens the same folder again.
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from internvl import zoo
-from internvl.config import Recipe
+from internvl.config import ModelConfig, Recipe, TilesConfig
 from internvl.config.recipes import load_recipe
-from internvl.data.tokenizers import load_tokenizer
+from internvl.data.templates import template
+from internvl.data.tokenizers import add_special_tokens, load_tokenizer
 from internvl.errors import ModelFolderError
 from internvl.models import hub
 from internvl.models.adapters import folder as adapter_folder
+from internvl.models.chat import assemble
 from internvl.models.dual import files as dual_files
 
 
@@ -36,6 +39,10 @@ class OpenedModel:
     """The run folder, where it is one."""
     recipe: Recipe | None = None
     """Of the run, as it lies there."""
+    parts: ModelConfig | None = None
+    """What a model from parts is made of."""
+    parts_tokenizer: PreTrainedTokenizerFast | None = None
+    """Of a model from parts: the language model's with the tokens of a chat model."""
 
     @property
     def folder(self) -> Path:
@@ -45,6 +52,8 @@ class OpenedModel:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
         """The model's tokenizer; None where the folder has no tokenizer files."""
+        if self.parts_tokenizer is not None:
+            return self.parts_tokenizer
         return load_tokenizer(self.folder) if self.base is None else self.base.tokenizer
 
 
@@ -77,7 +86,7 @@ def open_model(name_or_folder: str | Path, *, above: tuple[Path, ...] = ()) -> O
     beneath = (*above, folder.resolve())
     if is_run(folder):
         recipe = load_recipe(folder / "recipe.yaml")
-        start = open_model(recipe.model.id, above=beneath)
+        start = open_start(recipe, above=beneath)
         return OpenedModel(name, start.files, base=start, run=folder, recipe=recipe)
     if adapter_folder.is_adapter(folder):
         base = open_model(adapter_folder.base_of(folder), above=beneath)
@@ -86,6 +95,71 @@ def open_model(name_or_folder: str | Path, *, above: tuple[Path, ...] = ()) -> O
         adapter_folder.check_complete(folder)
     adapter = folder if adapter_folder.is_beside_model(folder) else None
     return OpenedModel(name, hub.open_folder(folder), adapter)
+
+
+def open_start(recipe: Recipe, *, above: tuple[Path, ...] = ()) -> OpenedModel:
+    """Opens the model that a recipe starts from, by its id or from parts.
+
+    Raises:
+        ModelFolderError: as `open_model`; names the part that is missing.
+        UserError: unknown conversation template.
+    """
+    if recipe.model.id is not None:
+        return open_model(recipe.model.id, above=above)
+    return open_parts(recipe.model, recipe.seed)
+
+
+def open_parts(model: ModelConfig, seed: int, tiles: TilesConfig | None = None) -> OpenedModel:
+    """Opens the parts of a chat model as one; no weight is read.
+
+    Args:
+        seed: of a fresh projector and of new token embeddings.
+        tiles: tiling and tile size; by default one tile of the tower's own size.
+
+    Raises:
+        ModelFolderError: a part is missing, names it.
+        UserError: unknown conversation template.
+    """
+    settings = parts_settings(model, tiles)
+    folders = assemble.Parts(
+        _part_folder("vision", model.vision),
+        _part_folder("language", model.language),
+        model.projector,
+    )
+    tokenizer = load_tokenizer(folders.language)
+    if tokenizer is None:
+        raise ModelFolderError(
+            f"{folders.language}: has no tokenizer files; copy those of the release there"
+        )
+    num_new = add_special_tokens(tokenizer)
+    files = assemble.assemble(folders, settings, rows=len(tokenizer), num_new=num_new, seed=seed)
+    return OpenedModel(model.name, files, parts=model, parts_tokenizer=tokenizer)
+
+
+def parts_settings(model: ModelConfig, tiles: TilesConfig | None = None) -> dict[str, Any]:
+    """Returns the official keys of a model from parts besides its sections.
+
+    Raises:
+        UserError: unknown conversation template.
+    """
+    return {
+        "template": template(str(model.template)).name,
+        "ps_version": model.ps_version or "v2",
+        "select_layer": -1 if model.select_layer is None else model.select_layer,
+        "dynamic_image_size": tiles is not None and tiles.max > 1,
+        "use_thumbnail": tiles is not None and tiles.thumbnail,
+        "min_dynamic_patch": 1 if tiles is None else tiles.min,
+        "max_dynamic_patch": 1 if tiles is None else tiles.max,
+        "force_image_size": None if tiles is None else tiles.size,
+    }
+
+
+def _part_folder(key: str, name: str | None) -> Path:
+    try:
+        return hub.find_folder(str(name))
+    except ModelFolderError as error:
+        # Two folders go in: the sentence must say which of them it is about.
+        raise ModelFolderError(f"model.{key}: {error}") from None
 
 
 def is_run(folder: Path) -> bool:

@@ -12,7 +12,7 @@ For InternVL-14B plan/dual_footprint.py, plan/dual_flops.py and plan/dual.py do 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,16 @@ from transformers import InternVLConfig
 
 from internvl import zoo
 from internvl.compute import backends, placement
-from internvl.config import ComputeConfig, Recipe, recipes
+from internvl.config import ComputeConfig, ModelConfig, Recipe, recipes
 from internvl.errors import UnknownModel, UserError
 from internvl.inference import families, inherited
 from internvl.inference import load as loading
 from internvl.inference.families import FAMILIES
 from internvl.inference.inherited import Completed
-from internvl.inference.opened import open_model
+from internvl.inference.opened import open_model, open_start, parts_settings
 from internvl.models import hub, kernels
 from internvl.models.adapters import lora
+from internvl.models.chat import assemble
 from internvl.models.chat import model as chat_model
 from internvl.models.dual.configs import DualConfig
 from internvl.models.vision import count_parameters
@@ -132,7 +133,7 @@ def make(
     Args:
         step: what `check` counted in the first step; None goes by stated assumptions.
         num_gpus: each with a copy of the model and its share of every step's samples.
-        shape: the model's configuration; by default that of `recipe.model.id`.
+        shape: the model's configuration; by default that of `recipe.model`.
 
     Raises:
         UserError: the model is neither a folder nor a released one, or not for this objective or
@@ -162,7 +163,11 @@ def complete(recipe: Recipe, shape: InternVLConfig | DualConfig | None = None) -
     else:
         name = "table of released models (config.json is not here)"
         files = _files(recipe)
-        start = FAMILIES[files.family].inherited(files, name)
+        start = (
+            FAMILIES[files.family].inherited(files, name)
+            if recipe.model.id is not None
+            else families.inherited_of_parts(recipe.model, files)
+        )
     FAMILIES["dual" if start.dual else "chat"].check_objective(recipe)
     return inherited.complete(recipe, start)
 
@@ -192,6 +197,8 @@ def _config(recipe: Recipe) -> InternVLConfig | DualConfig:
 
 def _files(recipe: Recipe) -> hub.ModelFolder:
     """The model's folder, else what is known of the released model of that name."""
+    if recipe.model.id is None:
+        return open_start(recipe).files if is_here(recipe) else _released_parts(recipe.model)
     folder = Path(recipe.model.id).expanduser()
     if folder.is_dir():
         return open_model(folder).files
@@ -204,15 +211,46 @@ def _files(recipe: Recipe) -> hub.ModelFolder:
     return hub.ModelFolder(folder, zoo.official_config(model))
 
 
+def _released_parts(model: ModelConfig) -> hub.ModelFolder:
+    """The parts' own config.json, and of those that are not here what is known of the released
+    tower or language model of that name."""
+    tower, language = str(model.vision), str(model.language)
+    config = assemble.official_config(
+        _part_config("vision", tower, zoo.find_tower),
+        _part_config("language", language, zoo.find_language_model),
+        parts_settings(model),
+    )
+    return hub.ModelFolder(Path(language), config)
+
+
+def _part_config(key: str, name: str, find: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    if _is_local(name):
+        return hub.open_folder(name).config
+    try:
+        return find(name)
+    except UnknownModel as error:
+        raise UserError(
+            f"model.{key}: {name} is no folder, and {error}; a plan needs a folder with config.json"
+        ) from None
+
+
 def is_here(recipe: Recipe) -> bool:
     """Whether the model's files are on this machine, so that a check would fetch nothing."""
+    model = recipe.model
+    if model.id is not None:
+        return _is_local(model.id)
+    projector = model.projector is None or model.projector.is_file()
+    return projector and _is_local(str(model.vision)) and _is_local(str(model.language))
+
+
+def _is_local(name: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    if Path(recipe.model.id).expanduser().is_dir():
+    if Path(name).expanduser().is_dir():
         return True
     try:
-        return isinstance(try_to_load_from_cache(recipe.model.id, "config.json"), str)
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
     except HFValidationError:
         return False
 
@@ -434,7 +472,7 @@ def _lines(made: Plan) -> Iterator[str]:
     if recipe.compute.float8:
         method += " with float8 products (their rate is an estimate)"
     yield (
-        f"plan for {made.num_gpus} x {gpu.name} ({gpu.memory_gib:g} GiB): {recipe.model.id}, "
+        f"plan for {made.num_gpus} x {gpu.name} ({gpu.memory_gib:g} GiB): {recipe.model.name}, "
         f"{method}, {made.trained:,} of {made.parameters:,} parameters train"
     )
     yield from made.inherited.splitlines()

@@ -88,6 +88,29 @@ def find(name: str) -> Model:
     raise UnknownModel(f"no released model is called {name!r}; nearest: {names}")
 
 
+def find_tower(name: str) -> dict[str, Any]:
+    """Finds the `vision_config` of a released tower by name or hub id. Raises UnknownModel."""
+    return _find_part(name, VISION_TOWERS, "vision tower")
+
+
+def find_language_model(name: str) -> dict[str, Any]:
+    """Finds the `llm_config` of a language model that a released chat model contains, by name or
+    hub id. Raises UnknownModel."""
+    # QLLaMA is no causal language model: it has queries and cross-attention of its own.
+    chat_only = {key: sizes for key, sizes in LANGUAGE_MODELS.items() if key != "QLLaMA"}
+    return _find_part(name, chat_only, "language model")
+
+
+def _find_part(name: str, table: dict[str, dict[str, Any]], kind: str) -> dict[str, Any]:
+    short = name.rstrip("/").split("/")[-1].lower()
+    lowered = {key.lower(): key for key in table}
+    if short in lowered:
+        return table[lowered[short]]
+    near = difflib.get_close_matches(short, lowered, n=3, cutoff=0.4) or [*lowered][:3]
+    names = ", ".join(lowered[match] for match in near)
+    raise UnknownModel(f"no {kind} of a released model is called {name!r}; nearest: {names}")
+
+
 def official_config(model: Model) -> dict[str, Any]:
     """The official `config.json` of a model, as far as its shape goes."""
     if model.family == "dual":

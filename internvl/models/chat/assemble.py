@@ -1,10 +1,12 @@
 """A chat model from parts: a standalone InternViT, a language model, and a projector.
 
 This is how a model of the family starts (original: `internvl_chat_finetune.py`, the branch without
-`model_name_or_path`).
+`model_name_or_path`). What comes out is a model folder in the official layout whose tensors are
+read or drawn when they are asked for, so that everything that takes a folder takes it.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,16 @@ from transformers.models.internvl.modeling_internvl import InternVLMultiModalPro
 
 from internvl.errors import ModelFolderError
 from internvl.models import config_checks, configs, hub
-from internvl.models.chat import model as chat_model
-from internvl.models.chat.model import ChatModel
 from internvl.models.hub import LazyTensor, ModelFolder
 
 _PROJECTOR = {"0": "layer_norm", "1": "linear_1", "3": "linear_2"}
 """Names in the original's projector files -> ours."""
+_EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight")
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Where the parts lie."""
+    """Folders and files of the parts."""
 
     vision: Path
     """A standalone InternViT, or a chat model whose tower is taken."""
@@ -36,54 +37,90 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class _Assembled(ModelFolder):
-    given: dict[str, LazyTensor]
+class AssembledFolder(ModelFolder):
+    """Parts as one folder in the official layout; `folder` is the language model's."""
 
-    @property
+    vision: ModelFolder
+    language: ModelFolder
+    projector: Path | None
+    num_new: int
+    """New tokens at the end of the vocabulary, whose rows no file holds."""
+    seed: int
+    """Of a fresh projector and of new rows of the input embeddings."""
+
+    @cached_property
     def tensors(self) -> dict[str, LazyTensor]:
-        return self.given
+        """Every tensor by its official name; random ones are the same at each call."""
+        rows = self.config["llm_config"]["vocab_size"]
+        with config_checks.building(self.folder / "config.json"):
+            # The placeholder's id has no influence on shapes.
+            config = configs.from_official(self.config, image_token_id=0)
+        language = _language_tensors(self.language)
+        for name, tensor in language.items():
+            if name.endswith(_EMBEDDINGS):
+                std = getattr(config.text_config, "initializer_range", 0.02)
+                language[name] = _resized_input(tensor, rows, std, self.seed)
+            elif name.endswith(("lm_head.weight", "language_model.output.weight")):
+                language[name] = _resized_output(tensor, rows, self.num_new)
+        return (
+            _tower_tensors(self.vision)
+            | language
+            | _projector_tensors(self.projector, config, self.seed)
+        )
+
+
+def official_config(
+    vision: dict[str, Any], language: dict[str, Any], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Joins the parts' `config.json` to the official one of a chat model.
+
+    Args:
+        vision: of an InternViT, or of a chat model whose tower is taken.
+        settings: official keys: `select_layer`, `ps_version`, `template`, `force_image_size` …
+    """
+    return {
+        "model_type": "internvl_chat",
+        "vision_config": vision.get("vision_config", vision),
+        "llm_config": language,
+        **settings,
+    }
 
 
 def assemble(
-    parts: Parts,
-    settings: dict[str, Any],
-    *,
-    image_token_id: int,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> ChatModel:
-    """The parts as one model, with the language model's own vocabulary; see `resize_vocabulary`.
+    parts: Parts, settings: dict[str, Any], *, rows: int, num_new: int, seed: int
+) -> AssembledFolder:
+    """Joins parts to one model; no weight is read.
 
     Args:
-        settings: official keys: `select_layer`, `ps_version`, `template`, `force_image_size` …
+        settings: see `official_config`.
+        rows: tokens of the language model's tokenizer with the new ones: both embedding matrices
+            get as many rows. Padding rows go, and a new token may take one over.
+        num_new: how many of `rows`, at the end, are new. Their output rows are the mean of all
+            earlier ones; input rows that no file has are drawn.
+        seed: of everything that is drawn.
 
     Raises:
-        ModelFolderError: a part is missing or does not fit.
+        ModelFolderError: a part is missing or has a wrong configuration.
     """
-    vision_folder, language_folder = (hub.open_folder(f) for f in (parts.vision, parts.language))
-    language_file = language_folder.folder / "config.json"
-    config_checks.check_tower(vision_folder.folder / "config.json", vision_folder.config)
-    config_checks.check_language(language_file, language_folder.config)
-    tensors = _tower_tensors(vision_folder) | _language_tensors(language_folder)
-    vision = vision_folder.config
-    config = {
-        "vision_config": vision.get("vision_config", vision),
-        "llm_config": language_folder.config,
-        **settings,
-    }
-    # The files' rows count, not the config's: some language models come with padded tables.
-    rows = next(t.shape[0] for n, t in tensors.items() if n.endswith(_EMBEDDINGS))
-    config["llm_config"] = config["llm_config"] | {"vocab_size": rows}
-    with config_checks.building(language_file):
-        shape = configs.from_official(config, image_token_id)
-    tensors |= _projector_tensors(parts.projector, shape)
-    source = _Assembled(parts.language, config, tensors)
-    return chat_model.materialize(
-        chat_model.read_config(source, image_token_id), source, device=device, dtype=dtype
+    vision, language = (hub.open_folder(folder) for folder in (parts.vision, parts.language))
+    config_checks.check_tower(vision.folder / "config.json", vision.config)
+    config_checks.check_language(language.folder / "config.json", language.config)
+    if parts.projector is not None and not parts.projector.is_file():
+        raise ModelFolderError(
+            f"{parts.projector}: no such projector file; name an `mlp_projector/*.pth` of a "
+            "release, or none for a fresh projector"
+        )
+    # Not the file's vocab_size: some language models come with padded tables.
+    config = official_config(vision.config, language.config | {"vocab_size": rows}, settings)
+    return AssembledFolder(
+        language.folder,
+        config,
+        vision=vision,
+        language=language,
+        projector=parts.projector,
+        num_new=num_new,
+        seed=seed,
     )
-
-
-_EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight")
 
 
 def _tower_tensors(folder: ModelFolder) -> dict[str, LazyTensor]:
@@ -93,7 +130,8 @@ def _tower_tensors(folder: ModelFolder) -> dict[str, LazyTensor]:
 
 
 def _language_tensors(folder: ModelFolder) -> dict[str, LazyTensor]:
-    """Under official names; an output matrix tied to the input becomes one of its own."""
+    """Returns the tensors under official names; an output matrix tied to the input becomes one of
+    its own."""
     tensors = {f"language_model.{name}": tensor for name, tensor in folder.tensors.items()}
     embeddings = next((name for name in tensors if name.endswith(_EMBEDDINGS)), None)
     if embeddings is None:
@@ -103,32 +141,58 @@ def _language_tensors(folder: ModelFolder) -> dict[str, LazyTensor]:
     return {head: tensors[embeddings]} | tensors
 
 
-def _projector_tensors(file: Path | None, config: InternVLConfig) -> dict[str, LazyTensor]:
-    """The projector under official names; fresh with torch's own initialization."""
-    if file is None:
-        fresh = InternVLMultiModalProjector(config).state_dict()
-        back = {ours: theirs for theirs, ours in _PROJECTOR.items()}
-        named = {
-            f"{back[name.partition('.')[0]]}.{name.partition('.')[2]}": tensor
-            for name, tensor in fresh.items()
-        }
-    else:
+def _resized_input(tensor: LazyTensor, rows: int, std: float, seed: int) -> LazyTensor:
+    """Wraps input embeddings (V, D) to read as (rows, D); rows beyond V are drawn, as
+    `transformers` initializes embeddings."""
+
+    def read() -> Tensor:
+        table = tensor.read()
+        # Its own generator: a draw from torch's global one would move everything drawn after it,
+        # and a resumed run that rebuilds frozen embeddings would get others. Not `seed` itself,
+        # from which a fresh projector draws.
+        generator = torch.Generator().manual_seed(seed + 1)
+        fresh = torch.empty(max(0, rows - len(table)), table.shape[1])
+        fresh.normal_(0.0, std, generator=generator)
+        return torch.cat([table[:rows], fresh.to(table.dtype)])
+
+    return LazyTensor((rows, *tensor.shape[1:]), tensor.dtype, read)
+
+
+def _resized_output(tensor: LazyTensor, rows: int, num_new: int) -> LazyTensor:
+    """Wraps an output matrix (V, D) to read as (rows, D), the new tokens' rows the mean of all
+    earlier ones, as in the original."""
+
+    def read() -> Tensor:
+        table = tensor.read()
+        # float32, for the mean of a bfloat16 table would be rounded before the model's dtype is.
+        earlier = table[: rows - num_new].float()
+        if not num_new:
+            return table[:rows]
+        # Rows that neither the file nor a new token has: ids that the tokenizer leaves out.
+        gap = rows - num_new - len(earlier)
+        mean = earlier.mean(dim=0, keepdim=True)
+        return torch.cat([earlier, mean.expand(gap + num_new, -1)])
+
+    dtype = torch.float32 if num_new else tensor.dtype
+    return LazyTensor((rows, *tensor.shape[1:]), dtype, read)
+
+
+def _projector_tensors(
+    file: Path | None, config: InternVLConfig, seed: int
+) -> dict[str, LazyTensor]:
+    """Returns the projector under official names; fresh with torch's own initialization."""
+    if file is not None:
         named = hub.load_pickled(file)
-    return {f"mlp1.{name}": _held(tensor) for name, tensor in named.items()}
+    else:
+        # Forked: what is drawn later (adapters, dropout) must not depend on there being a file.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            fresh = InternVLMultiModalProjector(config).state_dict()
+        official = {ours: theirs for theirs, ours in _PROJECTOR.items()}
+        split = {name: name.partition(".") for name in fresh}
+        named = {f"{official[split[n][0]]}.{split[n][2]}": tensor for n, tensor in fresh.items()}
+    return {f"mlp1.{name}": _in_memory(tensor) for name, tensor in named.items()}
 
 
-def _held(tensor: Tensor) -> LazyTensor:
+def _in_memory(tensor: Tensor) -> LazyTensor:
     return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
-
-
-def resize_vocabulary(model: ChatModel, rows: int, num_new: int) -> None:
-    """Give both embedding matrices `rows` rows, of which the last `num_new` are new tokens.
-
-    Padding rows go (a new token may then take one over). A new output row is the mean of all
-    earlier ones; a new input row stays as the resize left it.
-    """
-    model.resize_token_embeddings(rows, mean_resizing=False)
-    if num_new:
-        with torch.no_grad():
-            weight = model.lm_head.weight
-            weight[-num_new:] = weight[:-num_new].mean(dim=0)
