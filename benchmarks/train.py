@@ -170,7 +170,9 @@ class Clocks:
         return {"sm_mhz": round(statistics.mean(clocks)), "watt": round(statistics.mean(powers))}
 
 
-def build(row: Row, folder: Path, device: torch.device, options: argparse.Namespace) -> train.TrainState:
+def build(
+    row: Row, folder: Path, device: torch.device, options: argparse.Namespace
+) -> train.TrainState:
     """The run of a row: files on disk, a random model, all else as `train.build` makes it."""
     chat = workloads.random_chat(row.model, device, rank=row.rank, tiny=options.tiny)
     steps = WARMUP + options.steps
