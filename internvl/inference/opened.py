@@ -52,6 +52,7 @@ class OpenedModel:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
         """The model's tokenizer; None where the folder has no tokenizer files."""
+        # No folder holds it: the language model's own files lack the tokens of a chat model.
         if self.parts_tokenizer is not None:
             return self.parts_tokenizer
         return load_tokenizer(self.folder) if self.base is None else self.base.tokenizer
@@ -131,6 +132,7 @@ def open_parts(model: ModelConfig, seed: int, tiles: TilesConfig | None = None) 
         raise ModelFolderError(
             f"{folders.language}: has no tokenizer files; copy those of the release there"
         )
+    # Before the files: how many rows the embeddings get is the tokenizer's to say.
     num_new = add_special_tokens(tokenizer)
     files = assemble.assemble(folders, settings, rows=len(tokenizer), num_new=num_new, seed=seed)
     return OpenedModel(model.name, files, parts=model, parts_tokenizer=tokenizer)
