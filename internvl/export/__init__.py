@@ -1,6 +1,6 @@
-"""A model -> a folder others load: plain `transformers` (hf) or the original code (official).
+"""Writes a model as a folder for plain `transformers` (hf) or the original code (official).
 
-A folder is complete or absent: it is written beside its place, read back, compared, and renamed.
+A folder is complete or absent: it is written under a temporary name, read back, compared, renamed.
 """
 
 import logging
@@ -42,7 +42,7 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Exported:
-    """What is exported: weights by the model's names, read when needed."""
+    """A model to export: weights by the model's names, read on access."""
 
     config: PreTrainedConfig
     weights: Mapping[str, Tensor]
@@ -50,13 +50,13 @@ class Exported:
     """Tokenizer and template; None for InternVL-14B, which holds no conversations."""
     folder: Path
     dtype: torch.dtype | None
-    """Of the floating-point weights; None leaves each as it is."""
+    """Dtype of the floating-point weights; None keeps each tensor's."""
     answer: Callable[[], Tensor]
-    """What the model answers to the probe; called once, before anything is written."""
+    """Returns the model's logits for the probe input; called once, before anything is written."""
     device: torch.device
-    """Where it answers, and where what was written is asked the same."""
+    """Device of both probes: of the model and of the folder read back."""
     layout: Layout
-    """What the export of its family holds."""
+    """Files and formats of the model's family."""
 
 
 def run(
@@ -68,7 +68,7 @@ def run(
     dtype: torch.dtype | None = None,
     verify: bool = True,
 ) -> Path:
-    """Write a model, with its adapters merged, as a self-contained folder; returns the folder.
+    """Writes a model, with its adapters merged, as a self-contained folder; returns its path.
 
     Args:
         model_or_folder: a handle, a model, adapter or run folder, or a hub id.
@@ -90,21 +90,24 @@ def run(
     exported.layout.check_format(exported.config, format)
     if code_from is not None and format == "hf":
         raise ExportError("code_from belongs to format official; hf needs no code")
-    wanted = exported.answer() if verify else None
-    kind = dtype or exported.dtype
+    # Before writing: a model that cannot run the probe leaves no half-written folder.
+    expected = exported.answer() if verify else None
+    target_dtype = dtype or exported.dtype
     with _complete_or_absent(Path(to)) as folder:
         if format == "hf":
-            _write_hf(exported, folder, kind)
+            _write_hf(exported, folder, target_dtype)
         else:
-            _write_official(exported, folder, kind, None if code_from is None else Path(code_from))
-        if wanted is not None:
-            _compare(exported, folder, format, wanted)
+            code_folder = None if code_from is None else Path(code_from)
+            _write_official(exported, folder, target_dtype, code_folder)
+        if expected is not None:
+            _compare(exported, folder, format, expected)
     return Path(to)
 
 
 def has_adapters(folder: str | Path) -> bool:
-    """Whether a run, adapter or model folder (or hub id) holds adapters that an export merges."""
+    """True if a run, adapter or model folder (or hub id) holds adapters that an export merges."""
     opened = open_model(folder)
+    # A run says so in its recipe; its checkpoint need not be opened.
     if opened.recipe is not None:
         return opened.recipe.model.lora is not None
     return opened.adapter is not None or keys.has_adapters(opened.files.tensors)
@@ -118,7 +121,7 @@ def _open(model_or_folder: Chat | Dual | str | Path) -> Exported:
     merged = opened.base is not None or opened.adapter is not None
     if merged or (files.layout == "official" and keys.has_adapters(files.tensors)):
         # Adapters are merged, or a checkpoint is put in place: the model must be in memory.
-        device = _place(_num_bytes(files.tensors))
+        device = _probe_device(_num_bytes(files.tensors))
         options = LoadOptions(device=device, dtype=_stored_dtype(files))
         return _from_handle(loading.load_opened(opened, options))
     return _from_folder(opened)
@@ -139,8 +142,9 @@ def _from_handle(handle: Chat | Dual) -> Exported:
     device, layout = model.device, LAYOUTS[handle.family]
 
     def answer() -> Tensor:
+        # Verification holds a second copy of the model; refuse before minutes of writing.
         num_bytes = sum(parameter.nbytes for parameter in model.parameters())
-        if device.type == "cuda" and _place(num_bytes).type == "cpu":
+        if device.type == "cuda" and _probe_device(num_bytes).type == "cpu":
             raise ExportError(
                 f"{device} has no room to read the export back beside the model; move the model to "
                 "the CPU first (its .model.cpu()), or export with verify=False"
@@ -160,16 +164,16 @@ def _from_handle(handle: Chat | Dual) -> Exported:
 
 
 def _from_folder(opened: OpenedModel) -> Exported:
-    """Weights go from file to file, one at a time."""
+    """An export without a model in memory: weights go from file to file, one at a time."""
     files = opened.files
     family, layout = FAMILIES[files.family], LAYOUTS[files.family]
     head = layout.describe(opened)
     config = family.read_config(files) if head is None else head.config
     tensors = family.fit_tensors(config, files)
-    device = _place(_num_bytes(tensors))
+    device = _probe_device(_num_bytes(tensors))
     return Exported(
         config=config,
-        weights=_Read(tensors),
+        weights=_ReadOnAccess(tensors),
         chat=head,
         folder=files.folder,
         dtype=None,
@@ -179,8 +183,9 @@ def _from_folder(opened: OpenedModel) -> Exported:
     )
 
 
-def _place(num_bytes: int) -> torch.device:
-    """The GPU if a model of this size fits there, which a CPU takes minutes for; else the CPU."""
+def _probe_device(num_bytes: int) -> torch.device:
+    """Returns the current GPU if a model of `num_bytes` fits there, else the CPU."""
+    # A fifth more than the weights, for activations; on a CPU the probe can take minutes.
     if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.2 * num_bytes:
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
@@ -190,8 +195,8 @@ def _num_bytes(tensors: Mapping[str, hub.LazyTensor]) -> int:
     return sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
 
 
-class _Read(Mapping[str, Tensor]):
-    """Lazy tensors as a mapping of tensors."""
+class _ReadOnAccess(Mapping[str, Tensor]):
+    """A mapping of lazy tensors that reads each on access and keeps none."""
 
     def __init__(self, tensors: Mapping[str, hub.LazyTensor]) -> None:
         self._tensors = tensors
@@ -207,14 +212,15 @@ class _Read(Mapping[str, Tensor]):
 
 
 def _stored_dtype(files: hub.ModelFolder) -> torch.dtype:
-    """The type most weights of a folder have."""
-    kinds = [tensor.dtype for tensor in files.tensors.values()]
-    return max(set(kinds), key=kinds.count)
+    """Returns the dtype that most tensors of a folder have."""
+    # Not the first one's: a few float32 tensors in a bfloat16 checkpoint must not double it.
+    dtypes = [tensor.dtype for tensor in files.tensors.values()]
+    return max(set(dtypes), key=dtypes.count)
 
 
 @contextmanager
 def _complete_or_absent(target: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `target` on success and is removed otherwise."""
+    """Yields a folder to write into that becomes `target` on success and is removed otherwise."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ExportError(f"{target}: exists and is not empty; choose another folder")
     try:
@@ -228,21 +234,24 @@ def _write_hf(exported: Exported, folder: Path, dtype: torch.dtype | None) -> No
     chat = exported.chat
     assert chat is not None
     tied = bool(exported.config.tie_word_embeddings)
+    # A tied output matrix is not stored: from_pretrained ties it to the embeddings.
     named = (
         (name, tensor)
         for name, tensor in keys.model_to_hf(exported.config, exported.weights)
         if not (tied and name == keys.HF_HEAD)
     )
-    kind = model_weights.write_weights(folder, named, dtype)
+    dtype_name = model_weights.write_weights(folder, named, dtype)
     config = exported.config.to_dict() | {"architectures": ["InternVLForConditionalGeneration"]}
+    # Settings without a field in transformers' config; our loader reads them back.
     config["internvl"] = configs.chat_settings(exported.config)
-    model_weights.write_json(folder / "config.json", config | {"dtype": kind})
+    model_weights.write_json(folder / "config.json", config | {"dtype": dtype_name})
     if chat.tokenizer is None:
         logger.warning("%s has no tokenizer files, so neither has the export", exported.folder)
         return
     save_tokenizer(chat.tokenizer, folder)
     if (exported.folder / "tokenizer.model").is_file():
         shutil.copy(exported.folder / "tokenizer.model", folder)
+    # Without it `generate` would go on past the template's end of turn.
     end = chat.tokenizer.convert_tokens_to_ids(chat.template.end)
     generation = {"eos_token_id": end, "pad_token_id": chat.tokenizer.pad_token_id}
     model_weights.write_json(folder / "generation_config.json", generation)
@@ -256,8 +265,8 @@ def _write_official(
     exported: Exported, folder: Path, dtype: torch.dtype | None, code_from: Path | None
 ) -> None:
     named = keys.ours_to_official(exported.config, exported.weights)
-    kind = model_weights.write_weights(folder, named, dtype)
-    config = exported.layout.to_official(exported.config) | {"torch_dtype": kind}
+    dtype_name = model_weights.write_weights(folder, named, dtype)
+    config = exported.layout.to_official(exported.config) | {"torch_dtype": dtype_name}
     if code_from is not None:
         config["auto_map"] = _copy_code(code_from, folder)
     else:
@@ -268,6 +277,7 @@ def _write_official(
     model_weights.write_json(folder / "config.json", config)
     for name, content in exported.layout.official_files(exported.config).items():
         model_weights.write_json(folder / name, content)
+    # Byte for byte from an official source: the original's slow tokenizers read these very files.
     if exported.chat is None or hub.read_json(exported.folder / "config.json").get("llm_config"):
         for name in _TOKENIZER_FILES:
             if (exported.folder / name).is_file():
@@ -279,7 +289,7 @@ def _write_official(
 
 
 def _copy_code(code_from: Path, folder: Path) -> dict[str, Any]:
-    """Copy the original's Python files; the `auto_map` of their config."""
+    """Copies the original's Python files; returns the `auto_map` of their config."""
     files = sorted(code_from.glob("*.py"))
     auto_map = hub.read_json(code_from / "config.json").get("auto_map")
     if not files or not auto_map:
@@ -292,19 +302,23 @@ def _copy_code(code_from: Path, folder: Path) -> dict[str, Any]:
     return auto_map
 
 
-def _compare(exported: Exported, folder: Path, format: Format, wanted: Tensor) -> None:
-    """Read `folder` as its users will and compare; bfloat16 and merging may round differently."""
-    kind = getattr(torch, hub.read_json(folder / "config.json")[_DTYPE_KEY[format]])
+def _compare(exported: Exported, folder: Path, format: Format, expected: Tensor) -> None:
+    """Reads `folder` as its users will and compares logits. Raises ExportError if they differ."""
+    dtype = getattr(torch, hub.read_json(folder / "config.json")[_DTYPE_KEY[format]])
     if format == "hf":
-        model = InternVLForConditionalGeneration.from_pretrained(folder, dtype=kind)
+        # transformers' own class, not ours: it must load the folder without this package.
+        model = InternVLForConditionalGeneration.from_pretrained(folder, dtype=dtype)
         model.to(exported.device)
     else:
         model = exported.layout.load(
-            hub.open_folder(folder), exported.config, exported.device, kind
+            hub.open_folder(folder), exported.config, exported.device, dtype
         )
-    found = probe(model)
-    difference = float((found - wanted).abs().max() / wanted.std())
-    allowed = 64 * torch.finfo(kind).eps
+    actual = probe(model)
+    # In standard deviations: the scale of logits differs between models and families.
+    difference = float((actual - expected).abs().max() / expected.std())
+    # Merging and a narrower dtype round every weight once more, and layers add that up.
+    allowed = 64 * torch.finfo(dtype).eps
+    # Not `>`: NaN must be refused as well.
     if not difference <= allowed:
         raise ExportError(
             f"the export's answers are {difference:.1e} of a standard deviation away from the "

@@ -1,4 +1,4 @@
-"""What an export of each family holds: formats, files beside the weights, and the answer compared.
+"""Export layouts of the two families: formats, files besides the weights, and probe logits.
 
 `LAYOUTS` has an entry for each key of `families.FAMILIES`.
 """
@@ -27,7 +27,7 @@ Format = Literal["hf", "official"]
 
 
 class Layout(ABC):
-    """How a family is written."""
+    """Formats, files and probe of one family's export."""
 
     @abstractmethod
     def check_format(self, config: Any, format: Format) -> None:
@@ -57,11 +57,12 @@ class Layout(ABC):
 
     @abstractmethod
     def logits(self, model: Any) -> Tensor:
-        """What the model in evaluation mode answers to a fixed image and text."""
+        """Logits of the model, in evaluation mode, for a fixed image and text."""
 
     @torch.no_grad()
     def answer(self, model: Any) -> Tensor:
         """`logits` as float32 on the CPU; the model's mode is as before."""
+        # Dropout and stochastic depth would make two runs differ.
         training = model.training
         model.eval()
         answer = self.logits(model)
@@ -108,8 +109,9 @@ class ChatLayout(Layout):
         """See `Layout.logits`: (1, 8, V), also of transformers' own class."""
         config, device = model.config, model.device
         side = config.vision_config.image_size[0]
+        # Drawn on the CPU: a GPU's generator gives other values for the same seed.
         generator = torch.Generator().manual_seed(0)
-        pixels = torch.rand(1, 3, side, side, generator=generator)
+        pixels = torch.rand(1, 3, side, side, generator=generator)  # one tile
         words = torch.randint(0, config.text_config.vocab_size, (8,), generator=generator)
         # A placeholder among the words would ask for one visual token more than there are.
         words = torch.where(words == config.image_token_id, 0, words)
@@ -118,7 +120,7 @@ class ChatLayout(Layout):
         output = model(
             input_ids=ids.to(device),
             pixel_values=pixels.to(device),
-            logits_to_keep=8,
+            logits_to_keep=8,  # not (L, V): a vocabulary has 150,000 tokens
             use_cache=False,
         )
         return output.logits
@@ -162,8 +164,10 @@ class DualLayout(Layout):
     def logits(self, model: DualModel) -> Tensor:
         """See `Layout.logits`: embeddings and logits one after another."""
         side, vocabulary = model.config.image_size, model.config.text_config.vocab_size
+        # On the CPU, as for chat models.
         generator = torch.Generator().manual_seed(0)
         pixels = torch.rand(1, 3, side, side, generator=generator).to(model.device)
+        # From 1: id 0 is padding, which attention would leave out.
         ids = torch.randint(1, vocabulary, (1, 8), generator=generator).to(model.device)
         mask = model.joint_mask("itm", torch.ones_like(ids))
         queries, text = model.joint_states(model.encode_kv(model.vision_tokens(pixels)), ids, mask)
@@ -171,6 +175,7 @@ class DualLayout(Layout):
             *model.encode_image(pixels, ("c", "g")),
             *(model.encode_text(ids), model.itm_logits(queries), model.lm_head(text)),
         )
+        # One vector: a single comparison covers every head.
         return torch.cat([answer.float().flatten() for answer in answers])
 
 
@@ -178,22 +183,24 @@ LAYOUTS: dict[str, Layout] = {"chat": ChatLayout(), "dual": DualLayout()}
 
 
 def probe(model: Any) -> Tensor:
-    """float32 on the CPU: what a model of either family, or transformers' own chat class, answers
-    to a fixed image and text."""
+    """Logits for a fixed image and text, float32 on the CPU, of a model of either family or of
+    transformers' own chat class."""
     return LAYOUTS[families.name_of(model.config)].answer(model)
 
 
 def processor_files(config: InternVLConfig) -> dict[str, dict[str, Any]]:
-    """The processor's files as the -hf releases have them: file name -> content."""
+    """Processor files as the -hf releases have them: file name -> content."""
     settings = configs.chat_settings(config)
     side = config.vision_config.image_size[0]
     mean, std = STATISTICS[settings["normalize"]]
     dynamic = settings["dynamic_image_size"]
     images = {
+        # The class that the -hf releases name; transformers has none of InternVL's own.
         "image_processor_type": "GotOcr2ImageProcessor",
         "processor_class": "InternVLProcessor",
         "size": {"height": side, "width": side},
         "crop_to_patches": dynamic,
+        # Without dynamic tiling an image is one tile.
         "min_patches": settings["min_dynamic_patch"] if dynamic else 1,
         "max_patches": settings["max_dynamic_patch"] if dynamic else 1,
         "do_resize": True,
@@ -201,7 +208,7 @@ def processor_files(config: InternVLConfig) -> dict[str, dict[str, Any]]:
         "do_normalize": True,
         "do_convert_rgb": True,
         "rescale_factor": 1 / 255,
-        "resample": 3,
+        "resample": 3,  # PIL's bicubic
         "image_mean": list(mean),
         "image_std": list(std),
     }

@@ -1,4 +1,4 @@
-"""A model folder or hub id -> local files, family, layout, and tensors read one at a time.
+"""Resolves a model folder or hub id to local files, family, layout and lazily read tensors.
 
 Nothing from a checkpoint is ever run: `config.json` is read as data, weights are safetensors, or
 `.bin` files through torch's `weights_only=True`.
@@ -45,35 +45,35 @@ _DTYPES = {
 _FORMATS = (("model.safetensors", True), ("pytorch_model.bin", False))
 """Names of the weights in the order in which `transformers` looks for them; whether safetensors."""
 
+# As save_pretrained names shards: NAME-00001-of-00004.safetensors.
 _NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that stays in its file until `read`.
-
-    `transformers` materializes whatever answers to `[...]`, so a mapping of these streams.
-    """
+    """A tensor that stays in its file until `read`; a mapping of them is a streamed state dict."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
 
     def __getitem__(self, index: Any) -> Tensor:
+        # transformers indexes every entry of a state dict with [...] when it fills a parameter.
         return self.read()[index]
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model folder as it lies."""
+    """A model folder: its config.json and its lazily read tensors."""
 
     folder: Path
     config: dict[str, Any]
-    """`config.json`."""
+    """Content of config.json."""
 
     @property
     def family(self) -> str:
         """ "chat" or "dual" (InternVL-14B). Raises ModelFolderError for anything else."""
+        # By section: model_type differs between the two layouts of one model.
         if self._has("llm_config") or self._has("text_config"):
             return "chat"
         if self._has("qllama_config"):
@@ -96,6 +96,7 @@ class ModelFolder:
     @cached_property
     def tensors(self) -> dict[str, LazyTensor]:
         """Every tensor of the folder by its name in the file. Raises ModelFolderError."""
+        # Cached: a shard's header is parsed once, however many callers ask for names.
         return merge_tensors(weight_files(self.folder, self.config.get("transformers_weights")))
 
 
@@ -110,10 +111,11 @@ def open_folder(name_or_folder: str | Path, cache: Path | None = None) -> ModelF
 
 
 def find_folder(name_or_folder: str | Path, cache: Path | None = None) -> Path:
-    """A local folder as it is; otherwise the hub id's files, fetched where they are missing."""
+    """Returns a local folder unchanged; downloads the files of a hub id to the cache."""
     folder = Path(name_or_folder).expanduser()
     if folder.is_dir():
         return folder
+    # What looks like a path is never asked of the hub: a typo would read as a network error.
     text = str(name_or_folder)
     if folder.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
         raise ModelFolderError(
@@ -124,7 +126,7 @@ def find_folder(name_or_folder: str | Path, cache: Path | None = None) -> Path:
 
 
 def download(name: str, to: Path | None = None, cache: Path | None = None) -> Path:
-    """The files of hub id `name`, into `to` or the hub's cache; an interrupted download resumes.
+    """Downloads hub id `name` into `to` or the hub's cache; an interrupted download resumes.
 
     Raises:
         ModelFolderError: one sentence when offline, without network, or when there is no such id.
@@ -137,9 +139,10 @@ def download(name: str, to: Path | None = None, cache: Path | None = None) -> Pa
         OfflineModeIsEnabled,
     )
 
-    where = (
+    remedy = (
         f"put its files into a folder (for instance pretrained/{name.split('/')[-1]}) and name that"
     )
+    # With local_dir, snapshot_download returns whatever lies there when it is offline.
     if to is not None and os.environ.get("HF_HUB_OFFLINE", "0").upper() in {
         "1",
         "ON",
@@ -147,9 +150,9 @@ def download(name: str, to: Path | None = None, cache: Path | None = None) -> Pa
         "TRUE",
     }:
         raise ModelFolderError(
-            f"{name}: HF_HUB_OFFLINE is set, so nothing is fetched; unset it, or {where}"
+            f"{name}: HF_HUB_OFFLINE is set, so nothing is fetched; unset it, or {remedy}"
         )
-    unused = ["*.h5", "*.msgpack"]
+    unused = ["*.h5", "*.msgpack"]  # the same weights for TensorFlow and Flax
 
     def fetch(ignore: list[str]) -> Path:
         return Path(snapshot_download(name, local_dir=to, cache_dir=cache, ignore_patterns=ignore))
@@ -161,12 +164,12 @@ def download(name: str, to: Path | None = None, cache: Path | None = None) -> Pa
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ModelFolderError(
             f"{name}: no such folder, not in the local hub cache, and the hub cannot be reached; "
-            f"{where}"
+            f"{remedy}"
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelFolderError(
-            f"{name}: the hub answers: {reason}; check the name, or {where}"
+            f"{name}: the hub answers: {reason}; check the name, or {remedy}"
         ) from error
     return path
 
@@ -189,6 +192,7 @@ def weight_files(folder: Path, named: Any = None) -> list[Path]:
     """
     if named is not None:
         return _named_file(folder, named)
+    # transformers' order of preference: several formats in one folder must load alike in both.
     candidates = [folder / f"{name}{end}" for name, _ in _FORMATS for end in ("", ".index.json")]
     present = [file for file in candidates if file.is_file()]
     if not present:
@@ -206,6 +210,7 @@ def weight_files(folder: Path, named: Any = None) -> list[Path]:
 
 
 def _named_file(folder: Path, named: Any) -> list[Path]:
+    # A bare file name only: a path could lead out of the folder.
     ends = (".safetensors", ".safetensors.index.json")
     if not isinstance(named, str) or PurePath(named).name != named or not named.endswith(ends):
         raise ModelFolderError(
@@ -240,12 +245,12 @@ def _unnamed_files(folder: Path) -> list[Path]:
 
 
 def _is_whole_set(names: Sequence[str]) -> bool:
-    """Whether these are all of the shards "NAME-00001-of-0000N.safetensors" of one model."""
+    """True if `names` are exactly the shards 1 to N of one "NAME-0000i-of-0000N.safetensors"."""
     matches = [_NUMBERED.fullmatch(name) for name in names]
-    parts = [match.groups() for match in matches if match]
-    if len(parts) < len(names) or len({(stem, count) for stem, _, count in parts}) > 1:
+    shards = [match.groups() for match in matches if match]
+    if len(shards) < len(names) or len({(stem, count) for stem, _, count in shards}) > 1:
         return False
-    return sorted(int(number) for _, number, _ in parts) == [*range(1, int(parts[0][2]) + 1)]
+    return sorted(int(index) for _, index, _ in shards) == [*range(1, int(shards[0][2]) + 1)]
 
 
 def _shards(index: Path) -> list[Path]:
@@ -283,6 +288,7 @@ def merge_tensors(shards: Sequence[Path]) -> dict[str, LazyTensor]:
     owners: dict[str, Path] = {}
     for file in shards:
         for name, tensor in open_tensors(file):
+            # Equal duplicates are harmless; only a real conflict costs reading both tensors.
             if name in tensors and not _equal(tensors[name], tensor):
                 raise ModelFolderError(
                     f"{file}: holds another {name} than {owners[name].name}, and both are shards "
@@ -293,11 +299,11 @@ def merge_tensors(shards: Sequence[Path]) -> dict[str, LazyTensor]:
     return tensors
 
 
-def _equal(one: LazyTensor, other: LazyTensor) -> bool:
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
+def _equal(a: LazyTensor, b: LazyTensor) -> bool:
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     # As bytes: NaN equals itself, and 8-bit floats have no comparison.
-    first, second = (tensor.read().contiguous().view(-1) for tensor in (one, other))
+    first, second = (tensor.read().contiguous().view(-1) for tensor in (a, b))
     return torch.equal(first.view(torch.uint8), second.view(torch.uint8))
 
 
@@ -310,9 +316,9 @@ def open_tensors(file: Path) -> Iterator[tuple[str, LazyTensor]]:
     try:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (not a mapping)
-                part = opened.get_slice(name)
-                dtype = _DTYPES.get(part.get_dtype(), torch.float32)
-                yield name, LazyTensor(tuple(part.get_shape()), dtype, _reader(file, name))
+                header = opened.get_slice(name)  # shape and dtype without the data
+                dtype = _DTYPES.get(header.get_dtype(), torch.float32)
+                yield name, LazyTensor(tuple(header.get_shape()), dtype, _reader(file, name))
     except (SafetensorError, OSError) as error:
         raise _damaged(file, error) from error
 
@@ -347,14 +353,15 @@ def load_pickled(file: Path) -> dict[str, Tensor]:
     return _load_pickled(file, status.st_mtime_ns, status.st_size)
 
 
+# One entry: a cached file stays mapped, and a load asks for the same file several times.
 @lru_cache(maxsize=1)
 def _load_pickled(file: Path, changed_ns: int, size: int) -> dict[str, Tensor]:
-    """Time and size are part of the key: another file of the same name is read anew."""
+    """Loads `file`; `changed_ns` and `size` are cache keys, so a rewritten file is read anew."""
     remedy = "use the safetensors files of the release"
     try:
         # Old files are no zip archives, and cannot be mapped.
         mapped = zipfile.is_zipfile(file)
-        held = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     # Whatever bytes a damaged pickle holds, torch raises: KeyError, EOFError, RuntimeError …
     except Exception as error:
         meaning = files.describe(file)
@@ -362,15 +369,15 @@ def _load_pickled(file: Path, changed_ns: int, size: int) -> dict[str, Tensor]:
             f"{file}: {meaning or f'not a plain file of tensors ({files.first_line(error)})'}; "
             f"{remedy}"
         ) from error
-    if not isinstance(held, dict):
-        raise ModelFolderError(f"{file}: holds a {type(held).__name__}, not tensors; {remedy}")
-    for name, value in held.items():
+    if not isinstance(content, dict):
+        raise ModelFolderError(f"{file}: holds a {type(content).__name__}, not tensors; {remedy}")
+    for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ModelFolderError(
                 f"{file}: holds {type(value).__name__} under {name!r} where only tensors belong, "
                 f"as a training checkpoint does; {remedy}"
             )
-    return held
+    return content
 
 
 def special_token_id(folder: Path, token: str) -> int | None:
@@ -381,20 +388,22 @@ def special_token_id(folder: Path, token: str) -> int | None:
     """
     for name, find in _TOKEN_FILES:
         file = folder / name
-        number = find(read_object(file), token) if file.is_file() else None
-        if number is None:
+        token_id = find(read_object(file), token) if file.is_file() else None
+        if token_id is None:
             continue
-        if isinstance(number, int | str) and re.fullmatch(r"\d{1,9}", str(number)):
-            return int(number)
+        # Keys of added_tokens_decoder are strings, as all keys of JSON.
+        if isinstance(token_id, int | str) and re.fullmatch(r"\d{1,9}", str(token_id)):
+            return int(token_id)
         raise ModelFolderError(
-            f"{file}: the id of {token} is {number!r}, not a number; copy it again from the release"
+            f"{file}: the id of {token} is {token_id!r}, not a number; copy it again from the "
+            "release"
         )
     return None
 
 
 def _by_content(entries: Any, token: str) -> dict[str, Any]:
-    known = entries if isinstance(entries, list) else []
-    return next((e for e in known if isinstance(e, dict) and e.get("content") == token), {})
+    items = entries if isinstance(entries, list) else []
+    return next((e for e in items if isinstance(e, dict) and e.get("content") == token), {})
 
 
 def _in_decoder(tree: dict[str, Any], token: str) -> Any:

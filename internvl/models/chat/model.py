@@ -54,6 +54,7 @@ class ChatModel(InternVLForConditionalGeneration):
     def __init__(self, config: InternVLConfig) -> None:
         super().__init__(config)
         if configs.chat_settings(config)["ps_version"] == "v1":
+            # The class of the inner model decides the shuffle, so it is built once more.
             self.model = ColumnMajorModel(config)
 
     family = "chat"
@@ -78,8 +79,7 @@ class ChatModel(InternVLForConditionalGeneration):
         """As the parent's; with `supervision`, `loss` is the weighted SUM over its positions.
 
         Logits are then computed at those positions only, a chunk at a time, and not returned.
-        There must be as many placeholders in `input_ids` (1, L) as visual tokens; nothing is
-        counted here, so that the host need not wait for a GPU.
+        `input_ids` (1, L) must hold as many placeholders as there are visual tokens.
         """
         inputs = {
             "input_ids": input_ids,
@@ -92,6 +92,7 @@ class ChatModel(InternVLForConditionalGeneration):
         }
         if supervision is None:
             return super().forward(labels=labels, logits_to_keep=logits_to_keep, **inputs)
+        # Past the parent's forward, which counts placeholders and so makes the host wait for a GPU.
         assert input_ids is not None
         language_model = self.model.language_model
         with kernels.select_positions(language_model.layers, supervision.positions) as selected:
@@ -101,12 +102,15 @@ class ChatModel(InternVLForConditionalGeneration):
                 position_ids=position_ids,
                 use_cache=False,
             ).last_hidden_state[0]
+        # The last block may have computed its MLP at these positions alone; then they are (M, D).
         if not selected:
             hidden = hidden.index_select(0, supervision.positions)
+        # A sum over thousands of tokens would lose its last digits in bfloat16.
         loss = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, len(hidden), self.loss_chunk):
-            part = slice(start, start + self.loss_chunk)
-            terms = (hidden[part], supervision.targets[part], supervision.weights[part])
+            chunk = slice(start, start + self.loss_chunk)
+            terms = (hidden[chunk], supervision.targets[chunk], supervision.weights[chunk])
+            # Recomputed in backward: float32 logits (M, V) of a whole row would take gigabytes.
             loss = loss + checkpoint(self._chunk_loss, *terms, use_reentrant=False)
         return InternVLCausalLMOutputWithPast(loss=loss)
 
@@ -115,11 +119,12 @@ class ChatModel(InternVLForConditionalGeneration):
         embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is None:
             return embeds
-        # Twice where it is alone: compiled blocks would have code of their own for one tile.
+        # Duplicate a lone tile: torch.compile specializes on batch size 1 and would recompile.
         tiles = pixel_values if len(pixel_values) > 1 else pixel_values.repeat(2, 1, 1, 1)
         visual = self.model.get_image_features(pixel_values=tiles).pooler_output
         visual = visual[: len(pixel_values)].flatten(0, 1).to(embeds.dtype)
         placeholders = input_ids[0] == self.config.image_token_id
+        # The size is known from the tiles; plain nonzero would synchronize with the GPU.
         positions = torch.nonzero_static(placeholders, size=len(visual)).squeeze(1)
         return embeds[0].index_copy(0, positions, visual)[None]
 
@@ -131,11 +136,8 @@ class ChatModel(InternVLForConditionalGeneration):
         pixel_values: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """As the parent's, but each sample's tiles are repeated as a block, one per beam.
-
-        The parent repeats tile by tile, which gives the beams of an image of several tiles each
-        other's tiles.
-        """
+        """As the parent's, but repeats the tiles of each sample as a block, one block per beam."""
+        # The parent repeats tile by tile, which mixes the tiles of an image across its beams.
         if pixel_values is not None and expand_size > 1 and input_ids is not None:
             per_tile = tokens_per_tile(self.config, pixel_values.shape[-1])
             placeholders = (input_ids == self.config.image_token_id).sum(1)
@@ -147,8 +149,9 @@ class ChatModel(InternVLForConditionalGeneration):
         return input_ids, kwargs | {"pixel_values": pixel_values}
 
     def _chunk_loss(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        each = F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="none")
-        return (each * weights).sum()
+        # float32: a softmax over some 100,000 tokens is too coarse in bfloat16.
+        losses = F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="none")
+        return (losses * weights).sum()
 
 
 def load_model(
@@ -206,6 +209,7 @@ def materialize(
 ) -> ChatModel:
     """The model of `config` with the weights of `source`; arguments as `load_model`'s."""
     tensors = fit_tensors(config, source)
+    # No name but lazy tensors: transformers opens no file itself and holds one tensor at a time.
     model = ChatModel.from_pretrained(
         None,
         config=config,
@@ -217,6 +221,7 @@ def materialize(
     )
     if drop_path:
         set_drop_path(model, drop_path)
+    # The hf layout has no names for adapters inside a checkpoint; the official releases do.
     if source.layout == "official" and keys.has_adapters(source.tensors):
         adapters = keys.split_adapters(source.tensors).adapters
         state = keys.adapters_to_ours(config, empty_model(config).state_dict(), adapters)
@@ -224,11 +229,12 @@ def materialize(
     return model
 
 
-def _attention(config: InternVLConfig, wanted: str) -> str | dict[str, str]:
-    """GPT-OSS's attention sinks exist in no fused kernel of torch: its layers compute eagerly."""
-    if configs.language_model(config) == "GptOssForCausalLM" and wanted == "sdpa":
-        return {"text_config": "eager", "vision_config": wanted}
-    return wanted
+def _attention(config: InternVLConfig, backend: str) -> str | dict[str, str]:
+    """Resolves the attention backend per sub-model; GPT-OSS falls back from sdpa to eager."""
+    # No fused kernel of torch computes GPT-OSS's attention sinks.
+    if configs.language_model(config) == "GptOssForCausalLM" and backend == "sdpa":
+        return {"text_config": "eager", "vision_config": backend}
+    return backend
 
 
 def read_config(
@@ -248,8 +254,9 @@ def read_config(
             config = InternVLConfig(**config_checks.without_quantization(source.config))
         config.image_token_id = config.image_token_id if image_token_id is None else image_token_id
         if source.config.get("internvl") is None:
-            said = processor.read_images(source.folder)
-            config.internvl = configs.chat_settings(config) | said.values
+            # Written by transformers alone: tiling and normalization are in its processor's files.
+            image_settings = processor.read_images(source.folder)
+            config.internvl = configs.chat_settings(config) | image_settings.values
     else:
         placeholder = _image_token_id(source, image_token_id)
         with config_checks.building(file):
@@ -257,6 +264,7 @@ def read_config(
     settings = configs.chat_settings(config)
     _check_settings(file, source, config, settings)
     side = image_size or settings["force_image_size"]
+    # As in the original, force_image_size overrides the side in vision_config.
     if side:
         config.internvl = settings | {"force_image_size": side}
         config.vision_config.image_size = (side, side)
@@ -267,7 +275,8 @@ def read_config(
 def _check_settings(
     file: Path, source: ModelFolder, config: InternVLConfig, settings: dict[str, Any]
 ) -> None:
-    """Raises ModelFolderError for values that only do not go together with others, or defaults."""
+    """Raises ModelFolderError for values that contradict other values or their defaults."""
+    # After defaults are filled in: a count that is left out can contradict the one that is set.
     hf = source.layout == "hf"
     keys_of_tiles = ("min_dynamic_patch", "max_dynamic_patch")
     fewest, most = ((key, settings[key]) for key in keys_of_tiles)
@@ -277,14 +286,17 @@ def _check_settings(
     config_checks.check_block(file, key, block, layers)
 
 
-def _image_token_id(source: ModelFolder, given: int | None) -> int:
-    found = hub.special_token_id(source.folder, IMAGE_TOKEN) if given is None else given
-    if found is None:
+def _image_token_id(source: ModelFolder, explicit: int | None) -> int:
+    """`explicit`, or the id of `<IMG_CONTEXT>` in the tokenizer files."""
+    if explicit is not None:
+        return explicit
+    token_id = hub.special_token_id(source.folder, IMAGE_TOKEN)
+    if token_id is None:
         raise ModelFolderError(
             f"{source.folder}: no tokenizer file names {IMAGE_TOKEN}; copy the release's tokenizer "
             "files there, or pass image_token_id"
         )
-    return found
+    return token_id
 
 
 def fit_tensors(config: InternVLConfig, source: ModelFolder) -> dict[str, LazyTensor]:
@@ -305,6 +317,7 @@ def fit_tensors(config: InternVLConfig, source: ModelFolder) -> dict[str, LazyTe
             base = keys.split_adapters(source.tensors).base
             renamed = keys.official_to_ours(config, expected, base)
     config.tie_word_embeddings = "lm_head.weight" not in renamed.tensors and _may_tie(source)
+    # A tied checkpoint stores no output matrix, under whichever name the layout has for it.
     if config.tie_word_embeddings:
         heads = {"lm_head.weight", "language_model.lm_head.weight", "language_model.output.weight"}
         renamed = replace(renamed, missing=[n for n in renamed.missing if n not in heads])
@@ -319,11 +332,12 @@ def empty_model(config: InternVLConfig) -> ChatModel:
 
 
 def _may_tie(source: ModelFolder) -> bool:
-    """Whether a file without an output matrix is complete; transformers ties unless told not to."""
-    part = source.config.get("llm_config") or source.config["text_config"]
+    """True if a checkpoint without an output matrix is complete."""
+    language = source.config.get("llm_config") or source.config["text_config"]
+    # transformers ties by default and leaves the key out; the original never ties unasked.
     by_default = source.layout == "hf"
     tied = source.config.get("tie_word_embeddings", by_default)
-    return bool(tied or part.get("tie_word_embeddings", False))
+    return bool(tied or language.get("tie_word_embeddings", False))
 
 
 def _quantization(quantize: str | None, dtype: torch.dtype) -> Any:
@@ -352,6 +366,7 @@ def tokens_per_tile(config: InternVLConfig, tile_size: int) -> int:
         UserError: the side is no multiple of the patch side over the downsampling ratio.
     """
     patch = config.vision_config.patch_size[0]
+    # The ratio is a float (0.5); patches of 14 give steps of exactly 28.
     step = round(patch / config.downsample_ratio)
     if tile_size % step:
         raise UserError(

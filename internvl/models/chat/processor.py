@@ -1,4 +1,4 @@
-"""How an -hf folder wants its images: its processor's files, for where config.json has no
+"""Image settings of an -hf folder, read from its processor files; used if config.json has no
 `internvl` section.
 
 transformers' own names are read as the official keys that `internvl` would have held. What its
@@ -25,10 +25,10 @@ _COUNTS = {"min_patches": "min_dynamic_patch", "max_patches": "max_dynamic_patch
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """What a processor's file says of images."""
+    """Image settings that a processor file states."""
 
     file: str
-    """Its name."""
+    """Name of the processor file."""
     values: dict[str, Any]
     """Official key -> value, of the keys that the file holds."""
 
@@ -52,7 +52,7 @@ def read_images(folder: Path) -> ImageSettings:
     )
     config_checks.check_counts(file, section, fewest, most)
     if "size" in values:
-        size = values["size"]
+        size = values["size"]  # transformers takes a number as well as {"height", "width"}
         settings["force_image_size"] = size["height"] if isinstance(size, dict) else size
     if "image_mean" in values or "image_std" in values:
         settings["normalize"] = _normalize(file, section, values)
@@ -70,21 +70,22 @@ def _of_images(folder: Path) -> tuple[Path, str, dict[str, Any]]:
 
 
 def _normalize(file: Path, section: str, values: Mapping[str, Any]) -> str:
-    """The name of the mean and deviation; one that is left out is ImageNet's, the releases'."""
+    """Key of STATISTICS with the file's mean and deviation; ImageNet's replace a missing one."""
     usual = STATISTICS["imagenet"]
-    said = (values.get("image_mean", usual[0]), values.get("image_std", usual[1]))
+    stated = (values.get("image_mean", usual[0]), values.get("image_std", usual[1]))
     # One number is for every channel.
-    given = [list(each) if isinstance(each, list | tuple) else [each] * 3 for each in said]
-    for name, known in STATISTICS.items():
-        if all(_equal(one, other) for one, other in zip(given, known, strict=True)):
+    triples = [list(v) if isinstance(v, list | tuple) else [v] * 3 for v in stated]
+    for name, statistics in STATISTICS.items():
+        if all(_equal(a, b) for a, b in zip(triples, statistics, strict=True)):
             return name
-    place = f"{section}." if section else ""
+    prefix = f"{section}." if section else ""
     raise ModelFolderError(
-        f"{file}: {place}image_mean {given[0]} and {place}image_std {given[1]} are "
+        f"{file}: {prefix}image_mean {triples[0]} and {prefix}image_std {triples[1]} are "
         f"none of {', '.join(STATISTICS)}, which are all that is computed here; set them to those "
         "that the model was trained with"
     )
 
 
-def _equal(one: list[float], other: tuple[float, ...]) -> bool:
-    return all(isclose(a, b, abs_tol=1e-5) for a, b in zip(one, other, strict=True))
+def _equal(first: list[float], second: tuple[float, ...]) -> bool:
+    # Files may hold the constants rounded to float32.
+    return all(isclose(a, b, abs_tol=1e-5) for a, b in zip(first, second, strict=True))

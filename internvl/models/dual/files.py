@@ -24,30 +24,34 @@ from internvl.models.vision import set_drop_path
 
 @dataclass(frozen=True)
 class InternVLC(ModelFolder):
-    """InternVL-C's own file of weights, with the configuration of the released model."""
+    """InternVL-C's `.pth` weights, with the configuration of the released model."""
 
     file: Path
+    """The `.pth` file."""
 
     @property
     def tensors(self) -> dict[str, LazyTensor]:
-        """By InternVL-14B's official names."""
+        """Lazy tensors by InternVL-14B's official names."""
         return {keys.pth_to_official(name): t for name, t in hub.open_tensors(self.file)}
 
 
 def open_pth(file: Path, config: dict[str, Any]) -> InternVLC:
-    """InternVL-C from its `.pth`; a `config.json` beside it replaces `config`.
+    """Opens InternVL-C's `.pth`; a `config.json` in the same folder replaces `config`.
 
     Raises:
         ModelFolderError: no such file.
     """
     if not file.is_file():
         raise ModelFolderError(f"{file}: no such file; check the path")
-    beside = file.parent / "config.json"
-    return InternVLC(file.parent, hub.read_json(beside) if beside.is_file() else config, file)
+    # The released file comes alone; a config.json next to it is taken to describe it.
+    config_file = file.parent / "config.json"
+    if config_file.is_file():
+        config = hub.read_json(config_file)
+    return InternVLC(file.parent, config, file)
 
 
 def read_config(source: ModelFolder, image_size: int | None = None) -> DualConfig:
-    """The configuration of an InternVL-14B checkpoint.
+    """Reads the configuration of an InternVL-14B checkpoint.
 
     Args:
         image_size: another side (S) of the images, px.
@@ -61,14 +65,14 @@ def read_config(source: ModelFolder, image_size: int | None = None) -> DualConfi
     file = source.folder / "config.json"
     config_checks.check_dual(file, official)
     with config_checks.building(file):
+        # The `.pth` has neither QLLaMA's queries nor its cross-attention.
         return dual_configs.from_official(official, queries=not isinstance(source, InternVLC))
 
 
 def fit_tensors(config: DualConfig, source: ModelFolder) -> dict[str, LazyTensor]:
-    """The checkpoint's tensors under the model's names, checked against its shapes.
+    """Maps the checkpoint's tensors to the model's names and checks their shapes.
 
-    Tensors that the model has no place for are named in the log: the fine-tuned releases hold
-    some that nobody documents.
+    Unexpected tensors are logged, not refused.
 
     Raises:
         ModelFolderError: missing weights, or other shapes than the config's.
@@ -77,8 +81,10 @@ def fit_tensors(config: DualConfig, source: ModelFolder) -> dict[str, LazyTensor
     config_checks.check_quantization(file, source.config, source.tensors)
     with config_checks.building(file):
         expected = empty_model(config).state_dict()
+        # Adapters are attached and merged once the base weights are loaded.
         base = keys.split_adapters(source.tensors).base
         renamed = keys.official_to_ours(config, expected, base)
+    # The fine-tuned releases hold some tensors that nobody documents.
     model_weights.check_names(source.folder, renamed, log_unexpected=True)
     return model_weights.check_shapes(source.folder, expected, renamed.tensors)
 
@@ -113,6 +119,7 @@ def load_model(
         ModelFolderError: what is missing or damaged, by name, and what to do.
     """
     config = read_config(source, image_size)
+    # No name but lazy tensors: transformers opens no file itself and holds one tensor at a time.
     model = DualModel.from_pretrained(
         None,
         config=config,
@@ -125,7 +132,7 @@ def load_model(
         set_drop_path(model, drop_path)
     if keys.has_adapters(source.tensors):
         lora.load_official(model, _adapters(config, source), source.folder)
-        lora.merge(model)
+        lora.merge(model)  # inference then needs no further matrix products
     return model
 
 

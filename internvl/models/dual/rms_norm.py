@@ -1,7 +1,7 @@
-"""RMSNorm in one kernel where the model is used as it is loaded.
+"""RMSNorm in one fused kernel for models that run without torch.compile.
 
-`transformers` writes it out, some seven passes over the hidden states without the compiler. Apex's,
-which the original runs, and torch's round once, after the product with the weight.
+`transformers` computes it in about seven elementwise passes. Apex's kernel (the original's) and
+torch's round once, after the product with the weight.
 """
 
 import torch
@@ -12,12 +12,12 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 
 class RMSNorm(LlamaRMSNorm):
-    """Llama's and the vision tower's, which differ in nothing but their name."""
+    """Replaces LlamaRMSNorm and InternVLVisionRMSNorm, which compute the same."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(…, D) -> the same.
+        """Normalizes `hidden_states` (…, D); same shape and dtype.
 
-        As `transformers` in training: under autocast, and where the types differ.
+        Falls back to the parent under autocast and if the weight has another dtype.
         """
         mixed = hidden_states.dtype != self.weight.dtype
         if mixed or torch.is_autocast_enabled(hidden_states.device.type):
@@ -25,8 +25,9 @@ class RMSNorm(LlamaRMSNorm):
         return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
 
-def fuse(part: nn.Module) -> None:
-    """Replaces the RMS norms of `part`, which `transformers` has made, by ours."""
-    for name, module in list(part.named_modules()):
+def fuse(model: nn.Module) -> None:
+    """Replaces every RMS norm of `transformers` in `model` by the fused `RMSNorm`."""
+    # A list: the loop replaces modules of the tree that it walks.
+    for name, module in list(model.named_modules()):
         if isinstance(module, InternVLVisionRMSNorm | LlamaRMSNorm):
-            part.set_submodule(name, RMSNorm(len(module.weight), module.variance_epsilon))
+            model.set_submodule(name, RMSNorm(len(module.weight), module.variance_epsilon))
