@@ -291,6 +291,7 @@ def _write_official(
 def _copy_code(code_from: Path, folder: Path) -> dict[str, Any]:
     """Copies the original's Python files; returns the `auto_map` of their config."""
     files = sorted(code_from.glob("*.py"))
+    # `AutoModel` finds the classes in these files through auto_map only.
     auto_map = hub.read_json(code_from / "config.json").get("auto_map")
     if not files or not auto_map:
         raise ExportError(
