@@ -28,7 +28,7 @@ import PIL
 import torch
 from PIL import Image
 
-from internvl.config import DataConfig, ObjectiveConfig, SourceConfig, TilesConfig
+from internvl.config import DataConfig, SftConfig, SourceConfig, TilesConfig
 from internvl.data import loader
 from internvl.data.chat import ChatEncoder
 from internvl.data.images import read_rgb
@@ -131,7 +131,7 @@ def caption_data(captions: Path, tile_max: int, **keys: Any) -> tuple[list, Data
     )
     data = DataConfig(sources=(source,), tiles=TilesConfig(size=448, max=tile_max), **keys)
     encoder = ChatEncoder(load_tokenizer(TOKENIZER), template("internlm2-chat"), 256)
-    return [open_source(source)], data, Sft(ObjectiveConfig(), data, encoder)
+    return [open_source(source)], data, Sft(SftConfig(), data, encoder)
 
 
 def loader_rate(captions: Path, resize: str, workers: int) -> dict[str, float]:

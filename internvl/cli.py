@@ -14,11 +14,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from internvl import errors, log
-from internvl.config import Recipe
+from internvl.config import Recipe, eval_options
+from internvl.config.docs import field_docs
 from internvl.config.recipes import load_recipe
+from internvl.config.unions import members, name_of
 from internvl.datasets import published as published_sets
 from internvl.errors import ConfigError, UnknownGpu, UnknownModel, UserError
 
@@ -136,7 +138,7 @@ def evaluate(args: Arguments) -> int:
     """Measure a model on published sets or your own files, or a run as its recipe says."""
     from internvl import evaluate
 
-    fields = {name: getattr(args, name) for name in _EVAL_FIELDS}
+    fields = {name: getattr(args, name) for name in eval_options()}
     found = evaluate.measure(
         args.model,
         args.tasks,
@@ -363,14 +365,6 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
     return top, add
 
 
-_EVAL_FIELDS = (
-    *("annotations", "images", "prompt", "tokenize", "limit", "max_new_tokens", "min_new_tokens"),
-    *("num_beams", "batch_size", "modes", "recall_k", "rerank", "form", "clean", "train"),
-    *("on_bad_sample", "classes", "templates", "key"),
-)
-"""Options of `evaluate` that are fields of EvalConfig; None leaves its default."""
-
-
 def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
     sub.formatter_class = argparse.RawDescriptionHelpFormatter
     sub.epilog = f"tasks:\n{published_sets.list_tasks()}"
@@ -383,34 +377,47 @@ def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--language", type=_listed, default=(), help="en, cn …; several with commas")
     sub.add_argument("--output", type=Path, help="append CLIP_benchmark's result lines there")
     sub.add_argument("--features", type=Path, help="keep features there")
-    sub.add_argument("--annotations", type=Path, help="your own captions, pairs or class folders")
-    sub.add_argument("--images", type=Path, help="folder its images lie in")
-    sub.add_argument("--on-bad-sample", choices=("raise", "skip", "keep"))
-    sub.add_argument("--limit", type=int, help="only the first images")
-    sub.add_argument("--batch-size", type=int)
     sub.add_argument("--device", help="cuda, cuda:1, cpu; by default the GPU if there is one")
     sub.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="by default a run's own; of a model, bfloat16 on a GPU and float32 on a CPU",
     )
-    of = sub.add_argument_group("captions")
-    of.add_argument("--prompt", help="the question; by default the original's")
-    of.add_argument("--tokenize", choices=("ptb", "characters", "words"))
-    of.add_argument("--max-new-tokens", type=int)
-    of.add_argument("--min-new-tokens", type=int)
-    of.add_argument("--num-beams", type=int, help="5 for InternVL-14B, 1 for chat models")
-    of = sub.add_argument_group("retrieval")
-    of.add_argument("--mode", dest="modes", type=_listed, help="c, g or c,g (also to classify)")
-    of.add_argument("--recall-k", type=_listed, help="1,5,10")
-    of.add_argument("--rerank", type=int, help="sort the first so many by the match score (ITM)")
-    of.add_argument("--form", help="how --annotations is written; by default seen")
-    of.add_argument("--clean", action="store_true", default=None, help="clean captions")
-    of.add_argument("--train", type=Path, help="training captions; no test image may be there")
-    of = sub.add_argument_group("classification")
-    of.add_argument("--classes", type=Path, help="JSON of class names")
-    of.add_argument("--templates", type=Path, help="JSON of texts with {c} for the class")
-    of.add_argument("--key", help="which entry of the two files")
+    _add_eval_options(sub)
+
+
+def _add_eval_options(sub: argparse.ArgumentParser) -> None:
+    """Adds an option for every key of the evaluations, grouped by the types that have it."""
+    groups: dict[tuple[str, ...], Any] = {}
+    for key, sections in eval_options().items():
+        types = tuple(name_of(section, "type") for section in sections)
+        if types not in groups:
+            groups[types] = sub.add_argument_group(f"evaluations of type {', '.join(types)}")
+        names: dict[str, list[str]] = {}  # text -> the types that have it
+        for section, name in zip(sections, types, strict=True):
+            names.setdefault(field_docs(section)[key], []).append(name)
+        text = " ".join(f"{', '.join(n)}: {t}" if len(names) > 1 else t for t, n in names.items())
+        option = f"--{key.replace('_', '-')}"
+        groups[types].add_argument(
+            *([option.removesuffix("s")] if key == "modes" else []),  # its name on the command line
+            option,
+            dest=key,
+            default=None,  # what is not given keeps the section's default, or a recipe's value
+            help=text.replace("%", "%%"),
+            **_argument(get_type_hints(sections[0])[key]),
+        )
+
+
+def _argument(hint: Any) -> dict[str, Any]:
+    """Returns argparse's settings for a value of this type."""
+    (hint, *_) = members(hint)
+    if hint is bool:
+        return {"action": "store_true"}
+    if get_origin(hint) is Literal:
+        return {"choices": get_args(hint)}
+    if get_origin(hint) is tuple:
+        return {"type": _listed}
+    return {"type": hint}
 
 
 def _listed(text: str) -> list[str]:

@@ -12,7 +12,16 @@ from typing import Any
 
 from internvl import evals, zoo
 from internvl.compute import backends, compilation, placement
-from internvl.config import EvalConfig, Recipe, eval_config
+from internvl.config import (
+    CaptionEval,
+    ClassifyEval,
+    EvalConfig,
+    EvalSection,
+    Recipe,
+    RetrievalEval,
+    eval_config,
+    eval_keys,
+)
 from internvl.config.recipes import load_recipe
 from internvl.data.arguments import list_texts
 from internvl.datasets import published as published_sets
@@ -38,7 +47,7 @@ _METRICS = {"image_retrieval": "t2i", "text_retrieval": "i2t"}
 class Job:
     """An evaluation, and what result files call it."""
 
-    config: EvalConfig
+    config: EvalSection
     dataset: str
     language: str
 
@@ -134,16 +143,16 @@ def measure(
     in_run = {} if recipe is None else recipe.evals
     own_file = not in_run or "annotations" in fields
     names = tasks or (["caption-file"] if own_file else list(in_run))
+    types = {name: _type_of(name, in_run) for name in names}
     jobs: dict[str, Job] = {}
-    for name in names:
+    for name, type_name in types.items():
+        options = _options_of(type_name, set(types.values()), fields)
         if name in in_run:
-            jobs[name] = Job(eval_config(**{**vars(in_run[name]), **fields}), name, "en")
+            jobs[name] = Job(eval_config(**{**vars(in_run[name]), **options}), name, "en")
         elif name in published_sets.TASKS:
-            jobs |= _published_set(name, root, dataset_root, languages, split, fields)
-        elif name in published_sets.USER_TASKS:
-            jobs[name] = _own(name, languages, split, fields)
+            jobs |= _published_set(name, root, dataset_root, languages, split, options)
         else:
-            raise ConfigError(published_sets.no_such(name, in_run))
+            jobs[name] = _own(name, languages, split, options)
     folder = to or (Path(model_or_run) / "evals/evaluate" if is_run else Path("out/evaluate"))
     evaluators = evals.build({name: job.config for name, job in jobs.items()})
     kept = features or folder / "features"
@@ -163,9 +172,9 @@ def measure(
     for name, job in jobs.items():
         mine = f"{name}/"
         values = {m.removeprefix(mine): v for m, v in metrics.items() if m.startswith(mine)}
-        if job.config.type == "caption":
+        if isinstance(job.config, CaptionEval):
             _write_captions(folder, name, job)
-            lines: list[Any] = [_caption_line(job, values, handle, str(model_or_run))]
+            lines: list[Any] = [_caption_line(job, job.config, values, handle, str(model_or_run))]
         else:
             lines = _benchmark_lines(job, values, str(model_or_run))
             lines = [line | ({"computed": differs} if differs else {}) for line in lines]
@@ -245,6 +254,26 @@ def _path(path: str | Path | None) -> Path | None:
     return None if path is None else Path(path)
 
 
+def _type_of(name: str, in_run: Mapping[str, EvalConfig]) -> str:
+    """Returns the type of a task. Raises ConfigError if there is none of that name."""
+    if name in in_run:
+        return in_run[name].type
+    if name in published_sets.TASKS:
+        return published_sets.TASKS[name].type
+    if name in published_sets.OWN:
+        return name.partition("-")[0]
+    raise ConfigError(published_sets.no_such(name, in_run))
+
+
+def _options_of(name: str, types: set[str], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options for an evaluation of type `name` among tasks of these `types`.
+
+    Each type takes its own keys. A key that none of them has goes to all, which refuse it.
+    """
+    some = set[str]().union(*map(eval_keys, types))
+    return {k: v for k, v in fields.items() if k in eval_keys(name) or k not in some}
+
+
 def _published_set(
     name: str,
     root: Path,
@@ -270,7 +299,10 @@ def _own(name: str, languages: Sequence[str], split: str, fields: dict[str, Any]
         raise ConfigError(f"{name} needs --annotations: {published_sets.USER_TASKS[name]}")
     annotations = Path(fields["annotations"])
     images = annotations if annotations.is_dir() else annotations.parent
-    given = {"images": images, "split": split, **fields, "type": name.partition("-")[0]}
+    type_name = name.partition("-")[0]
+    defaults = {"images": images, "split": split}
+    given = {key: value for key, value in defaults.items() if key in eval_keys(type_name)}
+    given |= {**fields, "type": type_name}
     language = languages[0] if languages else "en"
     return Job(eval_config(**given), annotations.stem, language)
 
@@ -288,6 +320,8 @@ def _identity(named: Path, handle: Any, computed: _Computed) -> str:
 
 def _benchmark_lines(job: Job, values: dict[str, float], pretrained: str) -> list[dict[str, Any]]:
     """CLIP_benchmark's result lines: one for each mode, and for each re-ranked one."""
+    if not isinstance(job.config, RetrievalEval | ClassifyEval):
+        return []
     kind = "retrieval" if job.config.type == "retrieval" else "classification"
     found = []
     for mode in job.config.modes:
@@ -334,13 +368,15 @@ def _write_captions(folder: Path, name: str, job: Job) -> None:
     file.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
 
 
-def _caption_line(job: Job, values: dict[str, float], handle: Any, model: str) -> list[Any]:
+def _caption_line(
+    job: Job, config: CaptionEval, values: dict[str, float], handle: Any, model: str
+) -> list[Any]:
     """The original's result line: [dataset, prompt, average length, metrics] for InternVL-G,
     [checkpoint, dataset, average length, metrics] for chat models."""
     metrics = {theirs: values[ours] for ours, theirs in _CAPTION_METRICS.items() if ours in values}
     heads = {
         "chat": [model, job.dataset],
-        "dual": [job.dataset, job.config.prompt or handle.caption_prompt],
+        "dual": [job.dataset, config.prompt or handle.caption_prompt],
     }
     return [*heads[handle.family], values["average_length"], metrics]
 

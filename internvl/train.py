@@ -110,7 +110,7 @@ def build(
     chat = loading.for_training(recipe) if chat is None else chat
     if order is None:
         order = SampleOrder(_files(recipe), share_prefix=recipe.shares_prefix, seed=recipe.seed)
-    packs = recipe.objective.packs
+    packs = recipe.objective.rows_are_packed
     objective = OBJECTIVES[recipe.objective.name](recipe.objective, recipe.data, chat.encoder)
     placement.to_device(chat.model, device, recipe.dtype)
     kernels.apply_compute(chat.model, device, recipe.compute)
@@ -512,7 +512,7 @@ def _speed(state: TrainState, step: loader.Step, wait_s: float, seconds: float) 
     summed = dist.sum_counts(of_rank)
     rows, samples, tokens = (int(summed[name]) for name in of_rank)
     limit = state.recipe.data.row_tokens or state.recipe.data.max_tokens
-    packs = state.recipe.objective.packs
+    packs = state.recipe.objective.rows_are_packed
     return {
         "rows": rows,
         "samples": samples,

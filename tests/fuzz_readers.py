@@ -26,7 +26,14 @@ from data_files import chat_line, model_folder, picture, write_lines
 from PIL import Image
 
 from internvl import evals, export, log
-from internvl.config import DataConfig, EvalConfig, SourceConfig, TilesConfig, VideoConfig
+from internvl.config import (
+    DataConfig,
+    LossEval,
+    SourceConfig,
+    TilesConfig,
+    VideoConfig,
+    eval_config,
+)
 from internvl.config.recipes import load_recipe
 from internvl.data.chat import ChatEncoder
 from internvl.data.pair_reader import PairReader
@@ -451,10 +458,11 @@ def evaluation(kind: str, file: str, **keys: Any) -> Callable[[Path], Problems]:
         names = {"classes", "templates", "train", "pictures"}
         given = {k: folder / v if k in names else v for k, v in keys.items()}
         annotations = folder / file
-        images = str(annotations if annotations.is_dir() else folder)
-        config = EvalConfig(
-            type=kind, annotations=annotations, images=images, recall_k=(1,), **given
-        )
+        if kind != "classify":
+            given.setdefault("images", annotations if annotations.is_dir() else folder)
+        if kind == "retrieval":
+            given["recall_k"] = (1,)
+        config = eval_config(type=kind, annotations=annotations, **given)
         evaluator = evals.EVALS[kind](config)
         evaluator.images()
         evaluator.counts()
@@ -464,7 +472,7 @@ def evaluation(kind: str, file: str, **keys: Any) -> Callable[[Path], Problems]:
 
 
 def read_loss(folder: Path) -> Problems:
-    config = EvalConfig(type="loss", annotations=folder / "train.jsonl", images=str(folder))
+    config = LossEval(annotations=folder / "train.jsonl", images=str(folder))
     evaluator = evals.EVALS["loss"](config)
     data = DataConfig(tiles=TILES, max_tokens=512, max_tiles=8)
     reads = evaluator._reads(data, chat_encoder())  # type: ignore[attr-defined]

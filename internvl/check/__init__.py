@@ -78,12 +78,11 @@ def run(recipe: Recipe, *, report: Path | None = None) -> Checked:
     encoder = encoder_of(recipe, opened)
     files, unusable = _open_all(recipe)
     checked.problems += unusable
+    objective: Any = OBJECTIVES[recipe.objective.name](recipe.objective, recipe.data, encoder)
     reader: Any
     if isinstance(encoder, CaptionEncoder):
-        pairs = OBJECTIVES[recipe.objective.name](recipe.objective, recipe.data, encoder)
-        reader = pairs.reader(files, recipe.seed)
+        reader = objective.reader(files, recipe.seed)
     else:
-        objective = Sft(recipe.objective, recipe.data, encoder)
         reader = UnitReader(files, recipe.data, objective.encode, seed=recipe.seed, pixels=False)
     _examine(_Examiner(reader, _settings(recipe, encoder), encoder), checked)
     for name, spec in recipe.evals.items():
@@ -91,7 +90,7 @@ def run(recipe: Recipe, *, report: Path | None = None) -> Checked:
     if files and not unusable:
         order = SampleOrder(files, share_prefix=recipe.shares_prefix, seed=recipe.seed)
         if isinstance(encoder, CaptionEncoder):
-            _first_pairs(order, reader, pairs, checked)
+            _first_pairs(order, reader, objective, checked)
         else:
             _first_step(order, reader, objective, encoder, checked)
     if report is not None:

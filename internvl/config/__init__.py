@@ -6,38 +6,67 @@ checks it; the resolved one is saved in the run folder.
 
 from internvl.config.compute import ComputeConfig
 from internvl.config.data import DataConfig, SourceConfig, TilesChoice, TilesConfig, VideoConfig
-from internvl.config.evals import EvalConfig, EvalGuardConfig, eval_config
+from internvl.config.evals import (
+    CaptionEval,
+    ClassifyEval,
+    EvalConfig,
+    EvalGuardConfig,
+    EvalSection,
+    LossEval,
+    RetrievalEval,
+    eval_config,
+    eval_keys,
+    eval_options,
+)
 from internvl.config.model import LoraConfig, ModelConfig
-from internvl.config.objective import TERMS, ObjectiveConfig
+from internvl.config.objective import (
+    ObjectiveConfig,
+    ObjectiveSection,
+    PairsConfig,
+    RetrievalConfig,
+    SftConfig,
+    Stage2Config,
+    objective_names,
+)
 from internvl.config.optim import LayerDecayConfig, OptimConfig
-from internvl.config.problems import sentence
 from internvl.config.recipe import Recipe
 from internvl.config.training import CheckpointConfig, GuardConfig, StopConfig
 from internvl.config.types import Fraction, Part, Positive, Tower
 
 __all__ = [
-    "TERMS",
+    "CaptionEval",
     "CheckpointConfig",
+    "ClassifyEval",
     "ComputeConfig",
     "DataConfig",
     "EvalConfig",
     "EvalGuardConfig",
+    "EvalSection",
     "Fraction",
     "GuardConfig",
     "LayerDecayConfig",
     "LoraConfig",
+    "LossEval",
     "ModelConfig",
     "ObjectiveConfig",
+    "ObjectiveSection",
     "OptimConfig",
+    "PairsConfig",
     "Part",
     "Positive",
     "Recipe",
+    "RetrievalConfig",
+    "RetrievalEval",
+    "SftConfig",
     "SourceConfig",
+    "Stage2Config",
     "StopConfig",
     "TilesChoice",
     "TilesConfig",
     "Tower",
     "VideoConfig",
     "eval_config",
-    "sentence",
+    "eval_keys",
+    "eval_options",
+    "objective_names",
 ]

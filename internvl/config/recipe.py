@@ -8,9 +8,9 @@ from pydantic import Field
 
 from internvl.config.compute import ComputeConfig
 from internvl.config.data import DataConfig
-from internvl.config.evals import EvalConfig
+from internvl.config.evals import EvalSection
 from internvl.config.model import ModelConfig
-from internvl.config.objective import ObjectiveConfig
+from internvl.config.objective import ObjectiveSection, PairsConfig, SftConfig
 from internvl.config.optim import OptimConfig
 from internvl.config.training import CheckpointConfig, GuardConfig, StopConfig
 from internvl.config.types import STRICT, Positive
@@ -23,10 +23,10 @@ class Recipe:
     __pydantic_config__ = STRICT
     model: ModelConfig
     data: DataConfig
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: ObjectiveSection = SftConfig()
     optim: OptimConfig = OptimConfig()
     compute: ComputeConfig = ComputeConfig()
-    evals: dict[str, EvalConfig] = field(default_factory=dict)
+    evals: dict[str, EvalSection] = field(default_factory=dict)
     guard: GuardConfig = GuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     stop: StopConfig = StopConfig()
@@ -61,7 +61,14 @@ class Recipe:
     @property
     def shares_prefix(self) -> bool:
         """Whether samples of the same image form one unit; pairs are drawn one by one."""
-        return self.objective.packs and self.data.share_prefix
+        return self.objective.rows_are_packed and self.data.share_prefix
+
+    @property
+    def pairs(self) -> PairsConfig:
+        """`objective` where it is one over pairs. Raises ValueError for another."""
+        if not isinstance(self.objective, PairsConfig):
+            raise ValueError(f"objective.name: {self.objective.name} does not train on pairs")
+        return self.objective
 
     @property
     def batch_samples(self) -> int:

@@ -7,11 +7,10 @@ Everything that is wrong with a recipe is said at once.
 
 import copy
 import dataclasses
-import difflib
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -20,8 +19,7 @@ from internvl.config import released
 from internvl.config.compute import ComputeConfig
 from internvl.config.data import TilesConfig
 from internvl.config.model import START_KEYS, ModelConfig
-from internvl.config.objective import TERMS
-from internvl.config.problems import sentence
+from internvl.config.problems import sentences
 from internvl.config.recipe import Recipe
 from internvl.config.training import GuardConfig
 from internvl.config.types import Tower
@@ -126,14 +124,13 @@ def resolve(
     """A checked recipe from nested dictionaries. Raises ConfigError with every problem found."""
     tree = copy.deepcopy(tree)
     problems = list(_apply(tree, overrides))
-    problems += [f"{'.'.join(path)}: {what}" for path, what in _unknown_keys(Recipe, tree, ())]
     problems += _start_problems(tree.get("model"))
     _leave_open(tree.get("data"))
     recipe = None
     try:
         recipe = _closed(_adapter().validate_python(tree))
     except ValidationError as error:
-        problems += [sentence(e) for e in error.errors() if not _is_echo(e)]
+        problems += sentences(error, Recipe)
     if recipe is not None:
         problems += _contradictions(recipe)
     if problems or recipe is None:
@@ -233,45 +230,6 @@ def _apply(tree: dict[str, Any], overrides: Sequence[str] | str) -> Iterator[str
             node[last] = value
 
 
-def _section_of(hint: Any) -> Any:
-    """The dataclass a type hint holds, or None. A tuple's or dict's element type counts."""
-    if dataclasses.is_dataclass(hint):
-        return hint
-    return next(filter(None, map(_section_of, get_args(hint))), None)
-
-
-def _unknown_keys(
-    section: Any, tree: Any, path: tuple[str, ...]
-) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Every key of `tree` that `section` has no field for, with the nearest valid name."""
-    if not isinstance(tree, dict):
-        return
-    hints = get_type_hints(section, include_extras=False)
-    names = [f.name for f in dataclasses.fields(section)]
-    for key, value in tree.items():
-        if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
-            yield (*path, str(key)), f"unknown key; {hint}"
-            continue
-        inner = _section_of(hints[key])
-        if inner is None:
-            continue
-        if isinstance(value, list):
-            for index, element in enumerate(value):
-                yield from _unknown_keys(inner, element, (*path, key, str(index)))
-        elif isinstance(value, dict) and "dict" in str(hints[key]).split("[")[0]:
-            for name, element in value.items():
-                yield from _unknown_keys(inner, element, (*path, key, str(name)))
-        else:
-            yield from _unknown_keys(inner, value, (*path, key))
-
-
-def _is_echo(error: Any) -> bool:
-    """Whether pydantic repeats what another line says: unknown keys, lists of bad elements."""
-    return "unexpected" in error["type"] or (error["type"] == "too_short" and error["input"])
-
-
 def _contradictions(recipe: Recipe) -> list[str]:
     """Values that are fine alone and wrong together."""
     problems = []
@@ -293,25 +251,17 @@ def _contradictions(recipe: Recipe) -> list[str]:
         problems.append("data.tiles.min: larger than data.tiles.max")
     if tiles.pad_square and tiles.max is not None and tiles.max > 1:
         problems.append("data.tiles.pad_square: only with data.tiles.max: 1, as in the original")
-    problems += [
-        f"evals.{name}.min_new_tokens: larger than max_new_tokens"
-        for name, evaluation in recipe.evals.items()
-        if evaluation.min_new_tokens > evaluation.max_new_tokens
-    ]
+    for name, evaluation in recipe.evals.items():
+        problems += [f"evals.{name}.{problem}" for problem in evaluation.problems()]
     if recipe.data.video.min_frames > recipe.data.video.max_frames:
         problems.append("data.video.min_frames: larger than data.video.max_frames")
-    problems += [
-        f"data.sources.{number}.prompt: missing; a source of type {source.type} needs a question"
-        for number, source in enumerate(recipe.data.sources)
-        if source.type in _CAPTIONS and source.prompt is None and recipe.objective.packs
-    ]
     weighted = [source.weight is not None for source in recipe.data.sources]
     if any(weighted) and (not all(weighted) or recipe.data.meta is not None):
         problems.append("data.sources: give every source a weight, or none; data.meta has none")
     names = [source.name for source in recipe.data.sources]
     for name in sorted({name for name in names if names.count(name) > 1}):
         problems.append(f"data.sources: two sources are called {name!r}; names must differ")
-    problems += _objective_contradictions(recipe)
+    problems += recipe.objective.problems(recipe)
     if recipe.optim.schedule == "as_shipped" and recipe.optim.min_lr_ratio:
         problems.append("optim.min_lr_ratio: the schedule as_shipped ends at 0")
     if recipe.optim.offload and recipe.optim.name != "adamw":
@@ -337,8 +287,6 @@ def _batch_contradictions(recipe: Recipe) -> list[str]:
     if recipe.global_batch_rows is None:
         return []
     problems = []
-    if not recipe.objective.packs:
-        problems.append("global_batch_rows: is for packed rows, not for pairs; give global_batch")
     if recipe.epochs is not None:
         problems.append(
             "epochs: how many steps of global_batch_rows they are shows only when all samples are "
@@ -354,33 +302,6 @@ def _batch_contradictions(recipe: Recipe) -> list[str]:
         problems.append(
             "data.allow_overflow: not with global_batch_rows, whose rows hold whole samples"
         )
-    return problems
-
-
-def _objective_contradictions(recipe: Recipe) -> list[str]:
-    objective = recipe.objective
-    terms = TERMS[objective.name]
-    problems = [
-        f"objective.weights.{name}: {objective.name} has no such term; it has {', '.join(terms)}"
-        for name in objective.weights
-        if name not in terms
-    ]
-    if not problems and not objective.weights_of(terms):
-        problems.append("objective.weights: all are 0, so nothing is learned")
-    if not objective.packs and recipe.data.exif == "apply":
-        problems.append(
-            "data.exif: apply is for chat models; turn the images of InternVL-14B beforehand"
-        )
-    if not objective.packs and objective.loss_normalization != "global":
-        problems.append("objective.loss_normalization: micro_batch is for sft alone")
-    blocks = recipe.compute.attention in ("flex", "flash")
-    if not objective.packs and blocks:
-        kind = recipe.compute.attention
-        problems.append(f"compute.attention: {kind} is for packed rows, not for pairs; choose auto")
-    if objective.packs and objective.micro_batch is not None:
-        problems.append("objective.micro_batch: sft cuts a step by data.row_tokens instead")
-    if objective.packs and objective.kept_micro_batches != 1:
-        problems.append("objective.kept_micro_batches: sft encodes nothing before a step")
     return problems
 
 
@@ -408,8 +329,6 @@ def _model_contradictions(model: ModelConfig) -> list[str]:
 
 def _float8_contradictions(recipe: Recipe) -> list[str]:
     problems = []
-    if not recipe.objective.packs:
-        problems.append("compute.float8: is for chat models, which train with objective sft")
     if recipe.model.quantize is not None:
         problems.append("compute.float8: model.quantize packs the same weights; choose one")
     if recipe.dtype != "bfloat16":
@@ -417,7 +336,6 @@ def _float8_contradictions(recipe: Recipe) -> list[str]:
     return problems
 
 
-_CAPTIONS = ("coco-captions", "captions", "pairs", "flickr_format", "coco_format")
 _MAY_CHANGE = (
     "data.workers",
     "data.changed",

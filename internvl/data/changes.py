@@ -5,7 +5,7 @@ Images and videos are not read: that would take as long as an epoch.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,18 +45,13 @@ def take_fingerprints(recipe: Recipe, files: Sequence[Source]) -> Fingerprints:
     return Fingerprints({file.config.name: file.content() for file in files}, meta)
 
 
-def eval_digests(evals: dict[str, EvalConfig]) -> dict[str, str]:
+def eval_digests(evals: Mapping[str, EvalConfig]) -> dict[str, str]:
     """Returns the digest of every file that the evaluations read, except images."""
-    files = (
-        path
-        for spec in evals.values()
-        for path in (spec.annotations, spec.pictures, spec.train, spec.classes, spec.templates)
-        if path is not None
-    )
+    files = (path for spec in evals.values() for path in spec.files if path is not None)
     return {str(path): _digest(path) for path in files if path.exists()}
 
 
-def changed_evals(before: Fingerprints, evals: dict[str, EvalConfig]) -> list[str]:
+def changed_evals(before: Fingerprints, evals: Mapping[str, EvalConfig]) -> list[str]:
     """Lists the evaluation files that have changed or are missing."""
     # A missing file has no digest now, so it differs from any earlier one.
     current = eval_digests(evals)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from internvl.config import EvalConfig, eval_config
+from internvl.config import EvalSection, eval_config
 from internvl.errors import ConfigError
 
 OPENGVLAB = "https://github.com/OpenGVLab/InternVL/releases/download/data/"
@@ -204,14 +204,14 @@ def configs(
     languages: Sequence[str] | str = (),
     split: str = "test",
     **more: Any,
-) -> dict[str, EvalConfig]:
+) -> dict[str, EvalSection]:
     """Builds the evaluations of a published set: name -> config, one per language.
 
     Args:
         name: a key of TASKS.
         root: the set's own folder.
         languages: by default the task's first.
-        more: fields of EvalConfig.
+        more: keys of the evaluation's section.
 
     Raises:
         ConfigError: no such language, or files that are not there, each with its address.

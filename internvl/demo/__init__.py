@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from internvl import export, report
-from internvl.config import Recipe, recipes
+from internvl.config import CaptionEval, Recipe, recipes
 from internvl.data.templates import template
 from internvl.datasets import openmoji
 from internvl.demo import page as pages
@@ -291,7 +291,7 @@ def compare_reloaded(recipe: Recipe, exported: Path, images: int = 12) -> Reload
         UserError: logits differ, or an answer does.
     """
     spec = recipe.evals["test-en"]
-    assert spec.prompt is not None, "the demo's recipe has one"
+    assert isinstance(spec, CaptionEval), "the demo's recipe makes it one"
     tree = json.loads(spec.annotations.read_text(encoding="utf-8"))
     paths = [spec.images / row["file_name"] for row in tree["images"][:images]]
     chat = loading.load(recipe.run, device="cpu", dtype="float32").as_chat("the demo")

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import InternVLVisionModel
 
 from internvl import export, report
-from internvl.config import Recipe, recipes
+from internvl.config import Recipe, RetrievalEval, recipes
 from internvl.data.pair_files import Pairs, read_pairs
 from internvl.data.pairs import clean_caption
 from internvl.data.tokenizers import load_tokenizer
@@ -222,6 +222,7 @@ def compare_loaded(recipe: Recipe, exported: Path) -> list[SearchResults]:
     results = []
     for language in LANGUAGES:
         spec = recipe.evals[f"test-{language}"]
+        assert isinstance(spec, RetrievalEval), "the demo's recipe makes it one"
         pairs = read_pairs(spec.annotations, spec.images, clean=clean_caption)
         pairs = pairs.without({*range(spec.limit, len(pairs.images))} if spec.limit else set())
         theirs, ours = (

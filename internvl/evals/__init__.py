@@ -36,7 +36,7 @@ class Evaluator(Protocol):
         ...
 
 
-EVALS: dict[str, Callable[[EvalConfig], Evaluator]] = {
+EVALS: dict[str, Callable[..., Evaluator]] = {
     "caption": caption.Caption,
     "loss": loss.Loss,
     "retrieval": retrieval.Retrieval,

@@ -6,7 +6,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from internvl.config import EvalConfig
+from internvl.config import CaptionEval
 from internvl.data import captions
 from internvl.data.captions import CaptionFile, ImageId, NamedImage
 from internvl.data.pair_files import broken, image_path
@@ -29,7 +29,7 @@ class Caption:
         UserError: the file is missing, holds no image with a caption, or has problems.
     """
 
-    def __init__(self, config: EvalConfig) -> None:
+    def __init__(self, config: CaptionEval) -> None:
         self.config = config
         file = captions.read(
             config.annotations, config.form, split=config.split, images=config.pictures

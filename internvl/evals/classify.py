@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from internvl.config import EvalConfig
+from internvl.config import ClassifyEval
 from internvl.data.images import IMAGE_ENDINGS
 from internvl.data.json_rows import RepeatedKeys, read_json
 from internvl.data.pair_files import broken
@@ -35,7 +35,7 @@ class Classify:
         UserError: no images, broken ones, or class names or templates that do not fit.
     """
 
-    def __init__(self, config: EvalConfig) -> None:
+    def __init__(self, config: ClassifyEval) -> None:
         self.config = config
         root = config.annotations
         if not root.is_dir():

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from internvl.compute import compilation, feeding
-from internvl.config import DataConfig, EvalConfig, SourceConfig
+from internvl.config import DataConfig, LossEval, SourceConfig
 from internvl.data.images import FileSlice
 from internvl.data.loader import Read, UnitReader
 from internvl.data.packing import encode_units, pack
@@ -39,7 +39,7 @@ class Loss:
         UserError: the file is missing, holds nothing of that kind, or has bad samples or images.
     """
 
-    def __init__(self, config: EvalConfig) -> None:
+    def __init__(self, config: LossEval) -> None:
         self.config = config
         kind: Literal["chat", "captions"] = "chat" if config.prompt is None else "captions"
         self.source = open_source(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internvl.config import EvalConfig
+from internvl.config import RetrievalEval
 from internvl.data.images import FileSlice
 from internvl.data.pair_files import Pairs, broken, leaks, read_pairs
 from internvl.data.pairs import clean_caption
@@ -52,7 +52,7 @@ class Retrieval:
         UserError: the file cannot be used, has problems, or fewer candidates than `recall_k`.
     """
 
-    def __init__(self, config: EvalConfig) -> None:
+    def __init__(self, config: RetrievalEval) -> None:
         self.config = config
         found = read_pairs(
             config.annotations,

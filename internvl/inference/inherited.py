@@ -195,7 +195,7 @@ def of_run(saved: Recipe, file: Path) -> Checkpoint:
         f"data.tiles.{f.name}": getattr(saved.data.tiles, f.name) for f in fields(TilesConfig)
     }
     values |= {f"data.{key}": getattr(saved.data, key) for key in _SETTINGS}
-    dual, sources = not saved.objective.packs, dict.fromkeys(values, str(file))
+    dual, sources = saved.objective.family == "dual", dict.fromkeys(values, str(file))
     return Checkpoint(dual, values, sources, 1, saved.data.tiling.size)
 
 
@@ -233,7 +233,7 @@ def complete(recipe: Recipe, checkpoint: Checkpoint) -> Completed:
 def is_complete(recipe: Recipe) -> bool:
     """Whether nothing is left open."""
     data = recipe.data
-    texts = None not in (data.template, data.system_message) or not recipe.objective.packs
+    texts = recipe.objective.family == "dual" or None not in (data.template, data.system_message)
     images = isinstance(data.tiles, TilesConfig) and None not in (data.normalize, data.exif)
     return images and texts
 

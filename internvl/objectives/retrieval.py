@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from internvl import dist
 from internvl.compute import rng
-from internvl.config import TERMS, DataConfig, ObjectiveConfig
+from internvl.config import DataConfig, PairsConfig, Stage2Config
 from internvl.data.images import STATISTICS
 from internvl.data.pair_reader import PairReader, make_batch, padded_length
 from internvl.data.pairs import CaptionEncoder
@@ -77,13 +77,11 @@ class Retrieval:
     Original: `forward` of `internvl_stage2_retrieval/modeling_internvl.py`.
     """
 
-    name = "retrieval"
-
-    def __init__(self, config: ObjectiveConfig, data: DataConfig, encoder: CaptionEncoder) -> None:
+    def __init__(self, config: PairsConfig, data: DataConfig, encoder: CaptionEncoder) -> None:
         self.config = config
         self.data = data
         self.encoder = encoder
-        self.weights = config.weights_of(TERMS[self.name])
+        self.weights = config.term_weights
         self._cached: deque[Cached] = deque()
 
     def reader(self, files: Sequence[Source], seed: int) -> PairReader:
@@ -331,7 +329,7 @@ class Stage2(Retrieval):
     `internvl_stage2/modeling_internvl.py`.
     """
 
-    name = "stage2"
+    config: Stage2Config
 
     def matches(self, pair: Pair, number: int, total: int) -> tuple[Match, ...]:
         """One caption, so that all ranks together show half of a step with another image's."""

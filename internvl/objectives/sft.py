@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from internvl.config import DataConfig, ObjectiveConfig
+from internvl.config import DataConfig, SftConfig
 from internvl.data.chat import ChatEncoder, marked, spans
 from internvl.data.loader import UnitReader
 from internvl.data.packing import build_rows, encode_units, pack, unpack
@@ -28,7 +28,7 @@ class Sft:
     Original: `InternVLChatModel.forward` with `loss_weight`, `dataset_packed.py`.
     """
 
-    def __init__(self, config: ObjectiveConfig, data: DataConfig, encoder: ChatEncoder) -> None:
+    def __init__(self, config: SftConfig, data: DataConfig, encoder: ChatEncoder) -> None:
         self.config = config
         self.data = data
         self.encoder = encoder

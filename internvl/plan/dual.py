@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from internvl.config import TERMS, Recipe
+from internvl.config import Recipe
 from internvl.models.vision import count_parameters
 from internvl.plan import dual_flops, dual_footprint, flops
 from internvl.plan.dual_flops import Captions, PairStep
@@ -53,12 +53,12 @@ def load_of(recipe: Recipe, queries: int, step: PairStep | None, num_gpus: int =
         queries: of an image (Q).
     """
     each = math.ceil(recipe.batch_samples / num_gpus)
-    pairs = min(each, recipe.objective.micro_batch or each)
+    pairs = min(each, recipe.pairs.micro_batch or each)
     rows = num_gpus * math.ceil(each / pairs)
     if step is not None:
         source = "counted in the first step, captions padded to its longest"
         return PairLoad(step.work, step.captions, pairs, rows, step.samples_an_epoch, source)
-    terms = recipe.objective.weights_of(TERMS[recipe.objective.name])
+    terms = recipe.objective.term_weights
     text, match, written = (term in terms for term in ("itc", "itm", "itg"))
     matches = match * (2 if recipe.objective.name == "retrieval" else 1)
 
@@ -89,7 +89,7 @@ def times(
     first = dual_flops.count(model, encoded.work(samples, queries))
     micro_batches = round(load.rows / num_gpus)
     # The first go on from where the first pass left them.
-    twice = max(0, micro_batches - recipe.objective.kept_micro_batches)
+    twice = max(0, micro_batches - recipe.pairs.kept_micro_batches)
     cached = twice / max(1, micro_batches) if load.captions.text else 0.0
     batch = dual_footprint.Batch(model, recipe, load.pairs, load.captions, compiled=compiled)
     seen_again = cached * (1 - batch.kept(twice) / batch.visual_tokens(max(1, twice)))

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from internvl.config import TERMS, Recipe
+from internvl.config import Recipe
 from internvl.plan import footprint
 from internvl.plan.dual_flops import Captions
 from internvl.plan.flops import trains
@@ -61,7 +61,7 @@ def of(
     """
     batch = Batch(model, recipe, pairs, captions, compiled=compiled)
     cut = micro_batches > 1 and captions.text > 0
-    kept = min(micro_batches, recipe.objective.kept_micro_batches)
+    kept = min(micro_batches, recipe.pairs.kept_micro_batches)
     moving = {
         "images and visual tokens": batch.images(),
         "cast copies of trained weights": batch.casts(),
@@ -89,7 +89,7 @@ def of(
 def unreached(recipe: Recipe) -> tuple[str, ...]:
     """Beginnings of the names of weights that no term of the loss reaches: they take no gradient
     and no optimizer states, whether they train or not."""
-    terms = recipe.objective.weights_of(TERMS[recipe.objective.name])
+    terms = recipe.objective.term_weights
     reached = {
         "itc": ("text_projection.", "query_pool.", "logit_scale"),
         "itm": ("itm_head.",),
@@ -124,7 +124,7 @@ class Batch:
     def kept(self, micro_batches: int) -> float:
         """Bytes of what a frozen tower saw in so many micro-batches, as far as a step keeps it for
         its second pass; one that drops blocks at random does not see the same again."""
-        terms = self.recipe.objective.weights_of(TERMS[self.recipe.objective.name])
+        terms = self.recipe.objective.term_weights
         tower = self.model.model.vision_tower
         if "itc" not in terms or trains(tower) or self.recipe.model.drop_path:
             return 0.0

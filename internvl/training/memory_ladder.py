@@ -8,7 +8,7 @@ step holds. What a rung saves and costs is counted or estimated, not measured.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from internvl.config import Recipe
+from internvl.config import PairsConfig, Recipe
 
 _SHORTEST_ROW = 256  # tokens; below, rows hold next to nothing
 
@@ -31,18 +31,20 @@ def _checkpointing(recipe: Recipe) -> str | None:
 
 
 def _micro_batch(recipe: Recipe) -> str | None:
-    if recipe.objective.packs:
+    if not isinstance(recipe.objective, PairsConfig):
         return None
     now = recipe.objective.micro_batch or recipe.batch_samples
     return None if now == 1 else str(now // 2)
 
 
 def _kept_micro_batches(recipe: Recipe) -> str | None:
+    if not isinstance(recipe.objective, PairsConfig):
+        return None
     return "1" if recipe.objective.kept_micro_batches > 1 else None
 
 
 def _row_tokens(recipe: Recipe) -> str | None:
-    if not recipe.objective.packs:
+    if not recipe.objective.rows_are_packed:
         return None
     row, sample = recipe.data.row_tokens or recipe.data.max_tokens, recipe.data.max_tokens
     return str(max(sample, row // 2)) if row > sample else None
@@ -58,7 +60,7 @@ def _offload_moments(recipe: Recipe) -> str | None:
 
 
 def _quantize(recipe: Recipe) -> str | None:
-    if not recipe.objective.packs:
+    if not recipe.objective.rows_are_packed:
         return None
     frozen = recipe.model.lora is not None and "language_model" not in recipe.model.parts
     frozen = frozen and not recipe.compute.float8
@@ -67,7 +69,7 @@ def _quantize(recipe: Recipe) -> str | None:
 
 def _max_tokens(recipe: Recipe) -> str | None:
     half = recipe.data.max_tokens // 2
-    return str(half) if recipe.objective.packs and half >= _SHORTEST_ROW // 2 else None
+    return str(half) if recipe.objective.rows_are_packed and half >= _SHORTEST_ROW // 2 else None
 
 
 LADDER = (

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from internvl import zoo
-from internvl.config import TERMS, Recipe, recipes
+from internvl.config import Recipe, recipes
 from internvl.config.recipes import load_recipe
 from internvl.datasets import convert, playground, prepare
 from internvl.errors import ConfigError
@@ -229,7 +229,7 @@ def test_retrieval_finetunings(data: str, method: str) -> None:
     assert found.objective.name == "retrieval"
     # Frozen towers keep nothing for a backward pass, so all pairs fit at once.
     assert found.objective.micro_batch == (128 if method == "head" else 32)
-    assert found.objective.weights_of(TERMS["retrieval"]) == {"itc": 1.0, "itm": 1.0}
+    assert found.objective.term_weights == {"itc": 1.0, "itm": 1.0}
     optim = found.optim
     assert (optim.lr, optim.weight_decay, optim.warmup_steps) == (1e-6, 0.05, 100)
     assert (optim.betas, optim.eps, optim.max_grad_norm) == ((0.9, 0.999), 1e-8, 1.0)

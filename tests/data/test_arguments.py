@@ -149,14 +149,17 @@ def recipe(**keys):
             {"data": {"sources": {"name": "x"}}},
             r"data.sources: must be a list, .* begin with - or \[",
         ),
-        ({"evals": {"a": {"annotations": "a", "modes": "c"}}}, r"evals.a.modes: .* write \[c\]"),
         (
-            {"evals": {"a": {"annotations": "a", "recall_k": 5}}},
+            {"evals": {"a": {"type": "retrieval", "annotations": "a", "modes": "c"}}},
+            r"evals.a.modes: .* write \[c\]",
+        ),
+        (
+            {"evals": {"a": {"type": "retrieval", "annotations": "a", "recall_k": 5}}},
             r"evals.a.recall_k: .* write \[5\]",
         ),
         (
             {"evals": {"a": {"annotations": "a", "min_new_tokens": 31}}},
-            "evals.a.min_new_tokens: larger than max_new_tokens",
+            "evals.a.min_new_tokens: 31, larger than max_new_tokens, 30",
         ),
     ],
 )

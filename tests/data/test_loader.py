@@ -9,7 +9,7 @@ from chat_folders import GOLDEN
 from data_files import chat_line, picture, write_lines
 from PIL import Image
 
-from internvl.config import DataConfig, ObjectiveConfig, SourceConfig, TilesConfig
+from internvl.config import DataConfig, SftConfig, SourceConfig, TilesConfig
 from internvl.data import loader
 from internvl.data.chat import ChatEncoder
 from internvl.data.images import open_rgb, size_of
@@ -188,7 +188,7 @@ def test_all_kinds_in_one_file_become_rows(tmp_path):
     config = SourceConfig(name="x", annotations=tmp_path / "x.jsonl", images=tmp_path, augment=True)
     data = DataConfig(sources=(config,), workers=0, tiles=TilesConfig(size=84, max=6))
     tokenizer = load_tokenizer(GOLDEN / "label_masks" / "tokenizer_qwen2")
-    objective = Sft(ObjectiveConfig(), data, ChatEncoder(tokenizer, template("internvl2_5"), 9))
+    objective = Sft(SftConfig(), data, ChatEncoder(tokenizer, template("internvl2_5"), 9))
     files = [open_source(config)]
     order = SampleOrder(files, share_prefix=True, seed=0)
 

@@ -8,7 +8,7 @@ import torch
 from chat_folders import GOLDEN, IMAGE_TOKEN_ID, KEPT, golden_folder
 from safetensors.torch import load_file
 
-from internvl.config import DataConfig, ObjectiveConfig
+from internvl.config import DataConfig, SftConfig
 from internvl.data.packing import (
     WEIGHTS,
     best_fit,
@@ -90,7 +90,7 @@ GROUPS = (five_captions, many_questions, two_turns, text_only)
 def objective(weighting="token", **data):
     config = DataConfig(sources=SOURCES, **{"max_tokens": 256, "max_tiles": 8, **data})
     encoder = type("Encoder", (), {"context_id": IMAGE_TOKEN_ID, "tokens_per_tile": K})()
-    return Sft(ObjectiveConfig(weighting=weighting), config, encoder)
+    return Sft(SftConfig(weighting=weighting), config, encoder)
 
 
 def units_of(groups, share):
@@ -403,7 +403,7 @@ def test_a_sample_without_anything_supervised_weighs_nothing():
         (row,) = pack([silent], max_tokens=20, max_tiles=1, weighting=weighting)
         assert (len(row.loss_weights), WEIGHTS[weighting](0)) == (0, 1.0 * (weighting == "token"))
         sft = objective(weighting)
-        sft.config = ObjectiveConfig(weighting=weighting, loss_normalization="micro_batch")
+        sft.config = SftConfig(weighting=weighting, loss_normalization="micro_batch")
         (row,) = sft.batches([silent])
         assert sft.counts(row) == {"sft": 0.0}
 

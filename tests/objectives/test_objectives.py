@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from internvl.config import DataConfig, ObjectiveConfig
+from internvl.config import DataConfig, SftConfig
 from internvl.data.packing import make_units
 from internvl.data.records import IGNORE, Example
 from internvl.objectives import OBJECTIVES
@@ -27,7 +27,7 @@ def units(num_placeholders):
 
 
 def objective(weighting="token"):
-    config = ObjectiveConfig(weighting=weighting)
+    config = SftConfig(weighting=weighting)
     return OBJECTIVES["sft"](config, DataConfig(sources=SOURCES, max_tokens=64), Encoder())
 
 

@@ -16,9 +16,10 @@ from internvl.config import (
     ComputeConfig,
     DataConfig,
     LayerDecayConfig,
-    ObjectiveConfig,
     OptimConfig,
+    RetrievalConfig,
     SourceConfig,
+    Stage2Config,
     TilesConfig,
 )
 from internvl.config.recipes import load_recipe
@@ -27,7 +28,8 @@ from internvl.data.sampler import UnitRef
 from internvl.data.sources import open_source
 from internvl.inference import load as loading
 from internvl.models import keys
-from internvl.objectives.retrieval import Retrieval, Stage2, contrastive_losses
+from internvl.objectives import OBJECTIVES
+from internvl.objectives.retrieval import Retrieval, contrastive_losses
 from internvl.training import optim
 
 NOTHING = torch.zeros(0, dtype=torch.long)
@@ -60,9 +62,12 @@ def source(folder):
 
 
 def objective(dual, name="retrieval", **settings):
-    kind = {"retrieval": Retrieval, "stage2": Stage2}[name]
-    config = ObjectiveConfig(name=name, **settings)
-    return kind(config, DataConfig(tiles=TilesConfig(size=84)), dual.encoder)
+    if name == "retrieval":
+        settings.pop("label_smoothing", None)  # of stage2 alone
+    sections = {"retrieval": RetrievalConfig, "stage2": Stage2Config}
+    return OBJECTIVES[name](
+        sections[name](**settings), DataConfig(tiles=TilesConfig(size=84)), dual.encoder
+    )
 
 
 def pairs(folder, made, numbers=range(8)):
@@ -135,7 +140,7 @@ def test_golden_losses_and_gradients(tmp_path, dual):
 
     settings = OptimConfig(layer_decay=LayerDecayConfig(vision=0.9, qllama=0.9))
     optimizer = optim.build(model, settings)
-    made = Normalized(ObjectiveConfig(name="retrieval"), DataConfig(), dual.encoder)
+    made = Normalized(RetrievalConfig(), DataConfig(), dual.encoder)
     batch = golden_batch(tensors)
     sums, counts = made(model, batch), made.counts(batch)
     assert counts == {"itc": 6, "itm": 12}
@@ -298,7 +303,7 @@ def test_micro_batches_under_a_frozen_tower_equal_one_batch(project):
 
 def test_a_frozen_tower_that_drops_blocks_looks_twice(project):
     dual = frozen_tower(project, drop_path=0.5)
-    settings = ObjectiveConfig(name="retrieval", micro_batch=4, weights={"itm": 0})
+    settings = RetrievalConfig(micro_batch=4, weights={"itm": 0})
     made = Recording(settings, DataConfig(tiles=TilesConfig(size=84)), dual.encoder)
     seen, _ = looks(dual.model, made, pairs(project, made))
     assert seen == [4, 4, 4]
@@ -337,7 +342,7 @@ def test_both_passes_have_the_same_features(project, compute):
     dual = random_model(project)
     one_of_each_kind(dual.model.model)
     kernels.apply_compute(dual.model, torch.device("cpu"), compute)
-    settings = ObjectiveConfig(name="retrieval", micro_batch=3, weights={"itm": 0})
+    settings = RetrievalConfig(micro_batch=3, weights={"itm": 0})
     made = Recording(settings, DataConfig(tiles=TilesConfig(size=84)), dual.encoder)
     with compilation.several_shapes():
         gradients(dual.model, made, pairs(project, made, range(6)))

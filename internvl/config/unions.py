@@ -1,0 +1,85 @@
+"""Sections of several types under one recipe key: one dataclass for each type."""
+
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+TAG = "="
+"""Stands between key and value in the name of a union's member, and so marks it in the place of
+an error: pydantic puts the member's name there, between the recipe's own keys."""
+
+
+def tag_of(section: type, key: str) -> str:
+    """Returns the name of a union's member, such as `type=caption`."""
+    return f"{key}{TAG}{name_of(section, key)}"
+
+
+def name_of(section: type, key: str) -> str:
+    """Returns the value of `key` that chooses this section: its default."""
+    return next(str(field.default) for field in fields(section) if field.name == key)
+
+
+def members(hint: Any) -> tuple[Any, ...]:
+    """Returns the types of a union but None, with or without `Annotated` around it; of another type
+    hint itself."""
+    if get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    if get_origin(hint) not in (Union, UnionType):
+        return (hint,)
+    return tuple(member for member in get_args(hint) if member is not NoneType)
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Reads a mapping as that member of a union whose name `key` holds; without it, as the first.
+
+    Recipes in run folders of earlier versions have the keys of every type, at their defaults. So
+    a key of another member is accepted and dropped if its value is that member's default.
+    """
+
+    key: str
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        sections = members(source)
+        first = name_of(sections[0], self.key)
+
+        def tag(value: Any) -> str:
+            if isinstance(value, dict):
+                return f"{self.key}{TAG}{value.get(self.key, first)}"
+            # Also called to write a section back to YAML, with the dataclass itself.
+            return f"{self.key}{TAG}{getattr(value, self.key, first)}"
+
+        def without_defaults(value: Any) -> Any:
+            if not isinstance(value, dict):
+                return value
+            chosen = [s for s in sections if tag_of(s, self.key) == tag(value)]
+            names = {field.name for section in chosen for field in fields(section)}
+            return {k: v for k, v in value.items() if k in names or not _is_default(sections, k, v)}
+
+        choices = {tag_of(s, self.key): handler.generate_schema(s) for s in sections}
+        union = core_schema.tagged_union_schema(choices, discriminator=tag)
+        return core_schema.no_info_before_validator_function(without_defaults, union)
+
+
+def _is_default(sections: tuple[type, ...], key: Any, value: Any) -> bool:
+    """Whether a section has `key` with this default."""
+    return any(
+        field.name == key
+        and field.default is not MISSING
+        and _plain(field.default) == _plain(value)
+        for section in sections
+        for field in fields(section)
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Returns a default as YAML holds it."""
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
