@@ -342,3 +342,24 @@ def test_no_conversation_with_a_retrieval_model(capsys, tmp_path):
     code, _, err = call(capsys, "chat", folder, "--prompt", "What is this?")
     assert code == 1
     assert "does not converse" in last_line(err)
+
+
+def test_tasks_of_several_types_take_their_own_options():
+    types = {"caption", "retrieval"}
+    options = {"recall_k": [1], "max_new_tokens": 9, "limit": 2, "recal_k": [1]}
+    assert evaluate._options_of("caption", types, options) == {
+        "max_new_tokens": 9,
+        "limit": 2,
+        "recal_k": [1],
+    }
+    assert evaluate._options_of("retrieval", types, options).keys() == {
+        *("recall_k", "limit", "recal_k")
+    }
+
+
+def test_options_of_evaluate_are_those_of_its_sections():
+    words = ["evaluate", "m", "--mode", "c,g", "--recall-k", "1,5", "--clean", "--num-beams", "3"]
+    args = cli.parse(words)
+    assert (args.modes, args.recall_k) == (["c", "g"], ["1", "5"])
+    assert (args.clean, args.num_beams, args.flat, args.limit) == (True, 3, None, None)
+    assert not hasattr(args, "every")

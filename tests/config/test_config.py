@@ -6,7 +6,8 @@ import sys
 import pytest
 import yaml
 
-from internvl.config import DataConfig, TilesChoice, TilesConfig, recipes
+from internvl.config import DataConfig, TilesChoice, TilesConfig, eval_options, recipes
+from internvl.config.docs import field_docs
 from internvl.config.recipes import load_recipe, resolve
 from internvl.errors import ConfigError
 
@@ -225,3 +226,78 @@ def test_another_file_than_a_recipe_is_named(tmp_path, content, said):
 def test_an_image_becomes_no_more_tiles_than_can_be_listed():
     said = "data.tiles.max: input should be less than or equal to 1000, not 1000000000"
     assert problems(GOOD, "data.tiles.max=1000000000") == [said]
+
+
+# Sections of several types under one key.
+
+_FLAT_EVAL = {
+    "annotations": "a",
+    "images": ".",
+    "prompt": None,
+    "max_tokens": 8192,
+    "form": "auto",
+    "split": "test",
+    "modes": ["c", "g"],
+    "recall_k": [1, 5, 10],
+    "rerank": 0,
+    "train": None,
+    "pictures": None,
+    "tokenize": "ptb",
+    "max_new_tokens": 30,
+    "classes": None,
+    "key": None,
+}
+_FLAT_OBJECTIVE = {
+    "weights": {},
+    "micro_batch": None,
+    "kept_micro_batches": 1,
+    "label_smoothing": 0.0,
+    "weighting": "token",
+    "loss_normalization": "global",
+}
+
+
+@pytest.mark.parametrize("name", ["caption", "loss", "retrieval", "classify"])
+@pytest.mark.parametrize("objective", ["sft", "retrieval", "stage2"])
+def test_resolved_recipes_with_the_keys_of_every_type_still_load(name, objective):
+    """Earlier versions saved them so, each at its default."""
+    tree = {
+        **GOOD,
+        "evals": {"e": {"type": name, **_FLAT_EVAL}},
+        "objective": {"name": objective, **_FLAT_OBJECTIVE},
+    }
+    recipe = resolve(tree)
+    assert recipe.evals["e"].type == name
+    assert recipe.objective.name == objective
+    assert resolve(yaml.safe_load(recipes.to_yaml(recipe))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("evals.e.recall_k=[1]", "evals.e.recall_k: not a key of caption but of retrieval"),
+        ("evals.e.recal_k=[1]", "evals.e.recal_k: unknown key; known: type, annotations"),
+        ("evals.e.tokenise=ptb", "evals.e.tokenise: unknown key; did you mean tokenize?"),
+        ("evals.e.type=los", "evals.e.type: must be one of caption, loss, retrieval, classify"),
+        (
+            "objective.micro_batch=2",
+            "objective.micro_batch: not a key of sft but of retrieval, stage2; "
+            "set data.row_tokens instead",
+        ),
+    ],
+)
+def test_a_key_of_another_type_is_refused_by_name(override, says):
+    tree = {**GOOD, "evals": {"e": {"annotations": "a"}}}
+    (line,) = problems(tree, [override])
+    assert line.startswith(says)
+
+
+def test_a_section_without_a_type_is_the_first():
+    recipe = resolve({**GOOD, "evals": {"e": {"annotations": "a"}}, "objective": {}})
+    assert (recipe.evals["e"].type, recipe.objective.name) == ("caption", "sft")
+
+
+def test_every_option_of_evaluate_has_a_text():
+    for key, sections in eval_options().items():
+        for section in sections:
+            assert field_docs(section)[key], (section, key)

@@ -256,7 +256,7 @@ def test_pairs_need_no_prompt_and_answers_do(project):
     for objective, said in [
         ({"name": "retrieval", "weights": {"itg": 1}}, "has no such term; it has itc, itm"),
         ({"name": "retrieval", "weights": {"itc": 0, "itm": 0}}, "nothing is learned"),
-        ({"name": "sft", "micro_batch": 2}, "sft cuts a step by data.row_tokens"),
+        ({"name": "sft", "micro_batch": 2}, "set data.row_tokens instead"),
     ]:
         with pytest.raises(ConfigError, match=said):
             resolve({**tree, "objective": objective})

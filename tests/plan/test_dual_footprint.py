@@ -90,7 +90,7 @@ def batch_of(objective):
         )
         for row in range(PAIRS)
     ]
-    matches = [((words, 0), (words, 1))[: 2 if objective.name == "retrieval" else 1]] * PAIRS
+    matches = [((words, 0), (words, 1))[: 2 if objective.config.name == "retrieval" else 1]] * PAIRS
     return make_batch(pairs, matches, [True] * PAIRS)
 
 
