@@ -12,7 +12,7 @@ import dual_folders
 import pytest
 import tiny_run
 
-from internvl import cli
+from internvl import cli, evaluate
 from internvl.errors import BadImage, BadSample, ConfigError, DataError, UnknownModel, UserError
 from internvl.models import hub
 
