@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import InternVLConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from internvl.config import ModelConfig, Recipe, TilesConfig
+from internvl.config import ModelConfig, Recipe, TilesConfig, objective_names
 from internvl.data.chat import ChatEncoder
 from internvl.data.pairs import CaptionEncoder
 from internvl.data.templates import TEMPLATES, Template, template
@@ -56,8 +56,8 @@ class Description:
 class Family(ABC):
     """What differs between chat models and InternVL-14B."""
 
-    objectives: str
-    """Names of the objectives that train it, for messages."""
+    name: str
+    """Key in FAMILIES, which objectives state as theirs."""
     packs_rows: bool
     """Whether it trains on packed rows of conversations; otherwise on pairs."""
 
@@ -93,18 +93,19 @@ class Family(ABC):
 
     def check_objective(self, recipe: Recipe) -> None:
         """Raises UserError where the recipe's objective does not train this family."""
-        if OBJECTIVE_FAMILIES[recipe.objective.name] is self:
+        if recipe.objective.family == self.name:
             return
+        fitting = " or ".join(objective_names(self.name))
         raise UserError(
             f"objective.name: {recipe.model.name} does not train with {recipe.objective.name}; "
-            f"choose {self.objectives}, or another model"
+            f"choose {fitting}, or another model"
         )
 
 
 class ChatFamily(Family):
     """Chat models, of the official or the hf layout."""
 
-    objectives = "sft"
+    name = "chat"
     packs_rows = True
 
     def read_config(
@@ -182,7 +183,7 @@ class ChatFamily(Family):
 class DualFamily(Family):
     """InternVL-14B, whole or InternVL-C alone."""
 
-    objectives = "retrieval or stage2"
+    name = "dual"
     packs_rows = False
 
     def read_config(
@@ -232,12 +233,6 @@ class DualFamily(Family):
 
 
 FAMILIES: dict[str, Family] = {"chat": ChatFamily(), "dual": DualFamily()}
-OBJECTIVE_FAMILIES = {
-    "sft": FAMILIES["chat"],
-    "retrieval": FAMILIES["dual"],
-    "stage2": FAMILIES["dual"],
-}
-"""objective.name -> the family that it trains."""
 _MODEL_TYPES = {InternVLConfig.model_type: "chat", DualConfig.model_type: "dual"}
 
 
