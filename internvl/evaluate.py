@@ -260,7 +260,7 @@ def _type_of(name: str, in_run: Mapping[str, EvalConfig]) -> str:
         return in_run[name].type
     if name in published_sets.TASKS:
         return published_sets.TASKS[name].type
-    if name in published_sets.OWN:
+    if name in published_sets.USER_TASKS:
         return name.partition("-")[0]
     raise ConfigError(published_sets.no_such(name, in_run))
 
