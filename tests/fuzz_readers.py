@@ -1056,7 +1056,7 @@ _TABLE = (
         (
             "internvl.config.recipes.resolve",
             "internvl.config.recipes._contradictions",
-            "internvl.config.recipes._unknown_keys",
+            "internvl.config.recipes._start_problems",
         ),
     ),
     Reader(
