@@ -49,7 +49,7 @@ from internvl.inference.dual import Dual
 from internvl.models.adapters import lora
 from internvl.models.dual import configs as dual_configs
 from internvl.models.dual.model import DualModel
-from internvl.objectives.retrieval import Retrieval
+from internvl.objectives.retrieval import RetrievalObjective
 from internvl.plan import dual_flops
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "internvl_14b"
@@ -162,14 +162,14 @@ def tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 # Training
 
 
-class Counting(Retrieval):
+class Counting(RetrievalObjective):
     """The objective, and what every step held."""
 
-    steps: list[dual_flops.Work]
+    steps: list[dual_flops.PairWork]
 
     def batches(self, units: Any) -> list[PairBatch]:
         made = super().batches(units)
-        total = dual_flops.Work(0)
+        total = dual_flops.PairWork(0)
         for batch in made:
             total += dual_flops.work_of(batch, self.weights)
         self.steps.append(total)
@@ -241,7 +241,7 @@ def training(row: Training, device: torch.device, ceiling: float, tiny: bool) ->
     # A step's pairs are read during the one before; where there is none, it waits for them.
     first_wait_s = 0.0 if row.warmup else rows[0]["data_wait_s"]
     seconds[0] -= first_wait_s
-    work = dual_flops.Work(0)
+    work = dual_flops.PairWork(0)
     for step in now.objective.steps[1 + row.warmup :][: row.steps]:
         work += step
     needed = dual_flops.count(now.model, work).needed
@@ -312,14 +312,14 @@ def encode(device: torch.device, ceiling: float, tiny: bool) -> dict[str, Any]:
     length = 24
     ids = torch.randint(5, 5000, (4 * count, length))
     queries = handle.model.num_queries
-    pictures = dual_flops.Work(images=count)
-    texts = dual_flops.Work(0, len(ids), ids.numel(), len(ids) * length * (length + 1) // 2)
-    kinds: dict[str, tuple[Callable[[], Tensor], int, dual_flops.Work]] = {
+    pictures = dual_flops.PairWork(images=count)
+    texts = dual_flops.PairWork(0, len(ids), ids.numel(), len(ids) * length * (length + 1) // 2)
+    kinds: dict[str, tuple[Callable[[], Tensor], int, dual_flops.PairWork]] = {
         "images_c": (lambda: handle.encode_images(pixels, "c", batch_size=batch), count, pictures),
         "images_g": (
             lambda: handle.encode_images(pixels, "g", batch_size=batch),
             count,
-            dual_flops.Work(count, queried=count),
+            dual_flops.PairWork(count, queried=count),
         ),
         "texts": (lambda: handle.encode_texts(input_ids=ids, batch_size=256), len(ids), texts),
     }

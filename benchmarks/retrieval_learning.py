@@ -52,7 +52,7 @@ from internvl.inference import load as loading
 from internvl.models.dual import configs as dual_configs
 from internvl.models.dual.model import DualModel
 from internvl.models.vision import normalize_tiles
-from internvl.objectives.retrieval import Retrieval
+from internvl.objectives.retrieval import RetrievalObjective
 
 LANGUAGES = ("en", "zh")
 ARMS = {"ours": LANGUAGES, "open_clip": LANGUAGES, "english": ("en",), "chinese": ("zh",)}
@@ -360,7 +360,7 @@ def clip_batches(made: Recipe, device: torch.device) -> Iterator[PairBatch]:
     assert tokenizer is not None
     files = [open_source(source) for source in made.data.sources]
     order = SampleOrder(files, share_prefix=made.shares_prefix, seed=made.seed)
-    objective = Retrieval(made.objective, made.data, dual.CaptionEncoder(tokenizer))
+    objective = RetrievalObjective(made.objective, made.data, dual.CaptionEncoder(tokenizer))
     steps = loader.steps(
         order,
         objective.reader(files, made.seed),

@@ -142,7 +142,7 @@ def test_flops_of_internvl_14b_are_those_that_torch_counts(monkeypatch, choice):
 
     from internvl.config import recipes
     from internvl.data.records import Pair
-    from internvl.objectives.retrieval import Retrieval
+    from internvl.objectives.retrieval import RetrievalObjective
     from internvl.plan import dual_flops
 
     source = {"name": "pairs", "type": "pairs", "annotations": "pairs.csv"}
@@ -172,7 +172,7 @@ def test_flops_of_internvl_14b_are_those_that_torch_counts(monkeypatch, choice):
         )
         for row in range(number)
     ]
-    objective = Retrieval(recipe.objective, recipe.data, handle.encoder)
+    objective = RetrievalObjective(recipe.objective, recipe.data, handle.encoder)
     (batch,) = objective.batches(pairs)
     objective.begin_step(model, iter([batch]), objective.counts(batch))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:

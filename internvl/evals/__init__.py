@@ -9,7 +9,7 @@ from internvl.config import EvalConfig
 from internvl.data.images import FileSlice
 from internvl.evals import caption, classify, loss, retrieval
 from internvl.evals.metrics import one_meteor
-from internvl.evals.scores import Scores
+from internvl.evals.scores import EvalScores
 from internvl.files import read_numbers, write_json
 from internvl.log import get_logger
 
@@ -25,7 +25,7 @@ class Evaluator(Protocol):
         """What it measures on, such as images and texts, and how many there are."""
         ...
 
-    def run(self, handle: Any, folder: Path | None) -> Scores:
+    def run(self, handle: Any, folder: Path | None) -> EvalScores:
         """Measures a model.
 
         Args:

@@ -12,7 +12,7 @@ from internvl.data.captions import CaptionFile, ImageId, NamedImage
 from internvl.data.pair_files import broken, image_path
 from internvl.errors import BadImage, BadSample, UserError
 from internvl.evals import metrics
-from internvl.evals.scores import Scores, file_state, left_out, settle
+from internvl.evals.scores import EvalScores, file_state, left_out, settle
 from internvl.inference.handle import Handle
 from internvl.log import Progress
 
@@ -84,7 +84,7 @@ class Caption:
         counts = {"images": len(self.ids), "texts": references}
         return counts | ({"left out": len(self.problems)} if self.problems else {})
 
-    def run(self, handle: Handle, folder: Path | None) -> Scores:
+    def run(self, handle: Handle, folder: Path | None) -> EvalScores:
         """Generates with `handle` and scores; keeps texts in `folder`, if any."""
         try:
             texts = self._texts(handle, folder)
@@ -98,7 +98,7 @@ class Caption:
         }
         if self.config.metrics == "all":
             values |= metrics.caption_scores(found, references, tokenize=self.config.tokenize)
-        return Scores(values, [*self._rows(found), *left_out(self.problems)])
+        return EvalScores(values, [*self._rows(found), *left_out(self.problems)])
 
     def _texts(self, handle: Handle, folder: Path | None) -> list[str]:
         """A text for every image, in order, going on after those that are kept already."""

@@ -20,7 +20,7 @@ from internvl.data.pair_files import broken
 from internvl.data.texts import json_type, printable, text_problem
 from internvl.errors import BadSample, UserError
 from internvl.evals.features import Store, ranks, share_within
-from internvl.evals.scores import Scores, file_state, left_out, settle
+from internvl.evals.scores import EvalScores, file_state, left_out, settle
 
 _REMEDY = "put them right, or set on_bad_sample (--on-bad-sample) to skip to leave them out"
 
@@ -92,7 +92,7 @@ class Classify:
         counts = {"images": len(self.files), "classes": len(self.names)}
         return counts | ({"left out": len(self.problems)} if self.problems else {})
 
-    def run(self, handle: Any, folder: Path | None) -> Scores:
+    def run(self, handle: Any, folder: Path | None) -> EvalScores:
         """Encodes with `handle` (Dual); keeps features in `folder`, if there is one."""
         handle = handle.as_dual("zero-shot classification")
         store, paths = Store(self._folder(folder)), self.images()
@@ -113,7 +113,7 @@ class Classify:
             {"image": path, "class": self.names[number], "rank": {m: listed[m][i] for m in listed}}
             for i, (path, number) in enumerate(self.files)
         ]
-        return Scores(values, [*listing, *left_out(self.problems)])
+        return EvalScores(values, [*listing, *left_out(self.problems)])
 
     def _weights(self, handle: Any, part: range) -> Tensor:
         """(C, E): the direction of the mean of each class's texts."""

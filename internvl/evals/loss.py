@@ -17,7 +17,7 @@ from internvl.data.records import Sample
 from internvl.data.sampler import UnitRef
 from internvl.data.sources import open_source
 from internvl.errors import BadSample, UserError
-from internvl.evals.scores import Scores, left_out, settle
+from internvl.evals.scores import EvalScores, left_out, settle
 from internvl.log import Progress
 from internvl.models import configs
 from internvl.models.attention import packed
@@ -86,7 +86,7 @@ class Loss:
         """See `Evaluator.counts`."""
         return {"samples": len(self.lines)}
 
-    def run(self, handle: Any, folder: Path | None) -> Scores:
+    def run(self, handle: Any, folder: Path | None) -> EvalScores:
         """Measures a Chat."""
         handle = handle.as_chat("an evaluation of type loss")
         model, bad = handle.model, list[BadSample]()
@@ -119,7 +119,7 @@ class Loss:
         settle(bad, policy, _REMEDY)
         if not count:
             raise UserError(f"{self.config.annotations} holds no sample with an answer")
-        return Scores({"loss": total / count}, left_out(bad))
+        return EvalScores({"loss": total / count}, left_out(bad))
 
     def _reads(self, data: DataConfig, encoder: Any) -> Iterator[tuple[Read, int]]:
         """Samples in the order of the file, those of an image together."""

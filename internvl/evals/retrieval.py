@@ -20,7 +20,7 @@ from internvl.data.pair_files import Pairs, broken, leaks, read_pairs
 from internvl.data.pairs import clean_caption
 from internvl.errors import BadSample, UserError
 from internvl.evals.features import Store, nearest, ranks_both_ways, share_within, too_large
-from internvl.evals.scores import Scores, file_state, left_out, settle
+from internvl.evals.scores import EvalScores, file_state, left_out, settle
 from internvl.log import Progress
 
 _REMEDY = (
@@ -98,7 +98,7 @@ class Retrieval:
         counts = {"images": len(self.pairs.images), "texts": len(self.pairs.texts)}
         return counts | ({"left out": len(self.problems)} if self.problems else {})
 
-    def run(self, handle: Any, folder: Path | None) -> Scores:
+    def run(self, handle: Any, folder: Path | None) -> EvalScores:
         """Encodes with `handle` (Dual) and ranks; keeps features in `folder`, if there is one."""
         handle = handle.as_dual("retrieval")
         store, all_texts, paths = Store(self._folder(folder)), self.pairs.texts, self.pairs.images
@@ -122,7 +122,7 @@ class Retrieval:
             if self.config.rerank:
                 again = self._reranked(texts, images, found, matches)
                 values |= _named(f"{mode}_itm", recalls(*again, self.config.recall_k))
-        return Scores(values, [*self._rows(listed), *left_out(self.problems)])
+        return EvalScores(values, [*self._rows(listed), *left_out(self.problems)])
 
     def _reranked(
         self, texts: Tensor, images: Tensor, found: tuple[Tensor, Tensor], matches: "_Matches"

@@ -12,7 +12,7 @@ from internvl.log import get_logger
 
 
 @dataclass(frozen=True)
-class Scores:
+class EvalScores:
     """What an evaluator found."""
 
     values: dict[str, float]

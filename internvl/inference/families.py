@@ -58,8 +58,6 @@ class Family(ABC):
 
     name: str
     """Key in FAMILIES, which objectives state as theirs."""
-    packs_rows: bool
-    """Whether it trains on packed rows of conversations; otherwise on pairs."""
 
     @abstractmethod
     def read_config(
@@ -106,7 +104,6 @@ class ChatFamily(Family):
     """Chat models, of the official or the hf layout."""
 
     name = "chat"
-    packs_rows = True
 
     def read_config(
         self, files: hub.ModelFolder, image_token_id: int | None = None, size: int | None = None
@@ -184,7 +181,6 @@ class DualFamily(Family):
     """InternVL-14B, whole or InternVL-C alone."""
 
     name = "dual"
-    packs_rows = False
 
     def read_config(
         self, files: hub.ModelFolder, image_token_id: int | None = None, size: int | None = None

@@ -66,6 +66,6 @@ class Objective(Protocol):
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "sft": sft.Sft,
-    "retrieval": retrieval.Retrieval,
+    "retrieval": retrieval.RetrievalObjective,
     "stage2": retrieval.Stage2,
 }

@@ -70,7 +70,7 @@ class Encoded:
     below."""
 
 
-class Retrieval:
+class RetrievalObjective:
     """Fine-tuning: `itc`, contrastive, in both branches, with every caption of an image as a right
     answer, over pairs; `itm`, matching, over each pair with its caption and with another.
 
@@ -320,7 +320,7 @@ def _token_loss(model: Any, states: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(model.lm_head(states).float(), targets, reduction="sum")
 
 
-class Stage2(Retrieval):
+class Stage2(RetrievalObjective):
     """Pre-training: `itc` between the queries and the captions, each caption right for its own
     image alone; `itm`, the first half of a step's images with a caption of another image, the
     second half with their own; `itg`, captions written after a prompt, over their tokens.

@@ -26,7 +26,7 @@ _CAPTION, _PADDED = 24, 40  # tokens of an assumed caption, and of the longest o
 class PairLoad:
     """What a step on pairs of an image and a caption holds."""
 
-    work: dual_flops.Work
+    work: dual_flops.PairWork
     """Of a whole step, over all GPUs."""
     captions: Captions
     """Of the largest micro-batch."""
@@ -91,7 +91,7 @@ def times(
     # The first go on from where the first pass left them.
     twice = max(0, micro_batches - recipe.pairs.kept_micro_batches)
     cached = twice / max(1, micro_batches) if load.captions.text else 0.0
-    batch = dual_footprint.Batch(model, recipe, load.pairs, load.captions, compiled=compiled)
+    batch = dual_footprint.PairMemory(model, recipe, load.pairs, load.captions, compiled=compiled)
     seen_again = cached * (1 - batch.kept(twice) / batch.visual_tokens(max(1, twice)))
     share = {"none": 0.0, "selective": 0.5, "full": 1.0}[recipe.compute.checkpointing]
     vision, language = model.model.vision_tower, model.model.language_model
@@ -114,7 +114,7 @@ def times(
     def kept(checkpointing: Literal["none", "full", "selective"]) -> float:
         compute = replace(recipe.compute, checkpointing=checkpointing, offload=False)
         made = replace(recipe, compute=compute)
-        batch = dual_footprint.Batch(model, made, load.pairs, load.captions, compiled=compiled)
+        batch = dual_footprint.PairMemory(model, made, load.pairs, load.captions, compiled=compiled)
         return batch.language() + batch.blocks.tower(batch.shape)
 
     passes = known.passes * (1.0 if compiled else known.uncompiled) * (1 + (share + cached) / 3)

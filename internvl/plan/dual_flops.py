@@ -20,7 +20,7 @@ _FIRST = (".q_proj", ".k_proj", ".v_proj")
 
 
 @dataclass(frozen=True)
-class Work:
+class PairWork:
     """What a step, or a batch that is encoded, holds. Zero where a part is not used."""
 
     images: float
@@ -42,9 +42,9 @@ class Work:
     written_pairs: float = 0
     supervised: float = 0
 
-    def __add__(self, other: "Work") -> "Work":
+    def __add__(self, other: "PairWork") -> "PairWork":
         names = [field.name for field in fields(self)]
-        return Work(*(getattr(self, name) + getattr(other, name) for name in names))
+        return PairWork(*(getattr(self, name) + getattr(other, name) for name in names))
 
     @property
     def samples(self) -> float:
@@ -66,14 +66,14 @@ class Captions:
     supervised: float
     """Of a pair, on average."""
 
-    def work(self, pairs: float, queries: int) -> Work:
+    def work(self, pairs: float, queries: int) -> PairWork:
         """What kernels compute for so many pairs: padding, and every token with every other.
 
         Args:
             queries: of an image (Q).
         """
         compared, matches = pairs * bool(self.text), pairs * self.matches
-        return Work(
+        return PairWork(
             images=pairs,
             texts=compared,
             text_tokens=compared * self.text,
@@ -93,7 +93,7 @@ class Captions:
 class PairStep:
     """The first step of a run on pairs, as a plan reckons with it."""
 
-    work: Work
+    work: PairWork
     captions: Captions
     """The longest of its micro-batches."""
     samples_an_epoch: int
@@ -103,7 +103,7 @@ def step_of(
     batches: Sequence[PairBatch], terms: Collection[str], samples_an_epoch: int
 ) -> PairStep:
     """What the micro-batches of a step hold."""
-    work = sum((work_of(batch, terms) for batch in batches), start=Work(0))
+    work = sum((work_of(batch, terms) for batch in batches), start=PairWork(0))
     longest = [
         max(ids.shape[1] for ids in column)
         for column in zip(*((b.text_ids, b.match_ids, b.written_ids) for b in batches), strict=True)
@@ -119,24 +119,24 @@ def step_of(
     return PairStep(work, captions, samples_an_epoch)
 
 
-def work_of(batch: PairBatch, terms: Collection[str]) -> Work:
+def work_of(batch: PairBatch, terms: Collection[str]) -> PairWork:
     """What a training batch asks for; padding asks for nothing.
 
     Args:
         terms: of the loss: itc, itm, itg.
     """
-    work = Work(batch.num_samples)
+    work = PairWork(batch.num_samples)
     if "itc" in terms:
         text = batch.text_mask.sum(1)
         pairs = int((text * (text + 1) // 2).sum())
-        work += Work(0, len(text), int(text.sum()), pairs, queried=batch.num_samples)
+        work += PairWork(0, len(text), int(text.sum()), pairs, queried=batch.num_samples)
     if "itm" in terms:
         match = batch.match_mask.sum(1)
         total, pairs = int(match.sum()), int((match**2).sum())
-        work += Work(0, matches=len(match), match_tokens=total, match_pairs=pairs)
+        work += PairWork(0, matches=len(match), match_tokens=total, match_pairs=pairs)
     if "itg" in terms:
         written = batch.written_mask.sum(1)
-        work += Work(
+        work += PairWork(
             0,
             written=len(written),
             written_tokens=int(written.sum()),
@@ -146,7 +146,7 @@ def work_of(batch: PairBatch, terms: Collection[str]) -> Work:
     return work
 
 
-def count(model: Any, work: Work) -> Flops:
+def count(model: Any, work: PairWork) -> Flops:
     """FLOPs of one pass: forward, and backward as far as the model's parameters ask for it (none
     where all are frozen). Pools, projections and output matrices are `logits`."""
     trained = tuple(name for name, p in model.named_parameters() if p.requires_grad)
@@ -156,7 +156,7 @@ def count(model: Any, work: Work) -> Flops:
     return Flops(**{field.name: found[field.name] for field in fields(Flops)})
 
 
-def _linear(model: Any, work: Work, trained: Collection[str]) -> Iterator[tuple[str, Part]]:
+def _linear(model: Any, work: PairWork, trained: Collection[str]) -> Iterator[tuple[str, Part]]:
     """Of every matrix. What several layers share, as q, k and v share an A, counts once."""
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | nn.Conv2d):
@@ -171,7 +171,7 @@ def _linear(model: Any, work: Work, trained: Collection[str]) -> Iterator[tuple[
         )
 
 
-def _tokens(model: Any, work: Work, name: str) -> float:
+def _tokens(model: Any, work: PairWork, name: str) -> float:
     """How many vectors a matrix is multiplied with."""
     queries = model.num_queries
     patches = (model.config.vision_config.image_size[0] // _patch(model)) ** 2
@@ -194,7 +194,7 @@ def _tokens(model: Any, work: Work, name: str) -> float:
     return {"lm_head": work.supervised, **others}.get(name, 0)
 
 
-def _attention(model: Any, work: Work, trained: Collection[str]) -> Iterator[tuple[str, Part]]:
+def _attention(model: Any, work: PairWork, trained: Collection[str]) -> Iterator[tuple[str, Part]]:
     """Of every place where something attends."""
     vision, text = model.config.vision_config, model.config.text_config
     queries = model.num_queries

@@ -59,7 +59,7 @@ def of(
         pairs: of a micro-batch (B).
         micro_batches: of a step on one GPU.
     """
-    batch = Batch(model, recipe, pairs, captions, compiled=compiled)
+    batch = PairMemory(model, recipe, pairs, captions, compiled=compiled)
     cut = micro_batches > 1 and captions.text > 0
     kept = min(micro_batches, recipe.pairs.kept_micro_batches)
     moving = {
@@ -101,7 +101,7 @@ def unreached(recipe: Recipe) -> tuple[str, ...]:
     return tuple(found)
 
 
-class Batch:
+class PairMemory:
     """Activation bytes of a micro-batch."""
 
     def __init__(

@@ -29,13 +29,13 @@ from internvl.data.sources import open_source
 from internvl.inference import load as loading
 from internvl.models import keys
 from internvl.objectives import OBJECTIVES
-from internvl.objectives.retrieval import Retrieval, contrastive_losses
+from internvl.objectives.retrieval import RetrievalObjective, contrastive_losses
 from internvl.training import optim
 
 NOTHING = torch.zeros(0, dtype=torch.long)
 
 
-class Normalized(Retrieval):
+class Normalized(RetrievalObjective):
     """Takes images that are normalized already, as the golden ones are."""
 
     def _normalized(self, batch):
@@ -311,7 +311,7 @@ def test_a_frozen_tower_that_drops_blocks_looks_twice(project):
     assert torch.equal(second, second_again)
 
 
-class Recording(Retrieval):
+class Recording(RetrievalObjective):
     """Keeps the features of every pass."""
 
     def features(self, model, seen, batch):

@@ -111,7 +111,7 @@ def made_of(recipe, config):
     batch = batch_of(objective)
     counted = kept(model, partial(losses, objective, model, batch))
     captions = dual_flops.step_of([batch], objective.weights, PAIRS).captions
-    made = dual_footprint.Batch(
+    made = dual_footprint.PairMemory(
         plan.model_of(recipe, config),
         recipe,
         PAIRS,
@@ -177,7 +177,7 @@ def peak_of(recipe, config):
                 total = losses(objective, model, batch)
             total.backward()
     captions = dual_flops.step_of(batches[:1], objective.weights, PAIRS).captions
-    made = dual_footprint.Batch(
+    made = dual_footprint.PairMemory(
         plan.model_of(recipe, config), recipe, PAIRS, captions, compiled=False
     )
     found = (recipe.objective.kept_micro_batches - 1) * made.encoded() + made.casts()
@@ -220,7 +220,7 @@ def test_what_a_frozen_tower_saw_is_kept_for_the_second_pass(choice):
     saw = [cached.vision for cached in others if cached.vision is not None]
     captions = dual_flops.step_of(batches[:1], objective.weights, PAIRS).captions
     empty = plan.model_of(recipe, config)
-    batch = dual_footprint.Batch(empty, recipe, PAIRS, captions, compiled=False)
+    batch = dual_footprint.PairMemory(empty, recipe, PAIRS, captions, compiled=False)
     assert batch.kept(2) == sum(vision.nbytes for vision in saw)
     assert bool(saw) == (choice in ("head", "queries"))
     empty.kept_bytes = batch.visual_tokens(1)
