@@ -1063,7 +1063,7 @@ _TABLE = (
         "overrides",
         seed_overrides,
         read_overrides,
-        ("internvl.config.recipes._apply",),
+        ("internvl.config.recipes._apply_overrides",),
         damaged="overrides.txt",
     ),
     Reader(

@@ -1,4 +1,4 @@
-"""What a recipe may say: frozen dataclasses, a file for each section. Imports no torch.
+"""The keys of a recipe: frozen dataclasses, one file per section. Imports no torch.
 
 Every number that changes a result is a field here. `recipes.py` reads the tree from YAML and
 checks it; the resolved one is saved in the run folder.
@@ -14,6 +14,7 @@ from internvl.config.evals import (
     EvalSection,
     LossEval,
     RetrievalEval,
+    # With these three, cli.py and evaluate.py take a new evaluator's keys without an edit.
     eval_config,
     eval_keys,
     eval_options,
@@ -22,6 +23,7 @@ from internvl.config.model import LoraConfig, ModelConfig
 from internvl.config.objective import (
     ObjectiveConfig,
     ObjectiveSection,
+    # No recipe can choose it: callers test for it to tell InternVL-14B's objectives.
     PairsConfig,
     RetrievalConfig,
     SftConfig,
@@ -33,7 +35,8 @@ from internvl.config.recipe import Recipe
 from internvl.config.training import CheckpointConfig, GuardConfig, StopConfig
 from internvl.config.types import Fraction, Part, Positive, Tower
 
-__all__ = [
+# Not docs, recipes and released: they read files; callers import them by their full name.
+__all__ = [  # ruff removes imports that are neither used nor listed
     "CaptionEval",
     "CheckpointConfig",
     "ClassifyEval",

@@ -1,4 +1,4 @@
-"""The text under a field of a section, for the command line's help."""
+"""Docstrings of the fields of a section, for the command line's help."""
 
 import ast
 import functools
@@ -9,8 +9,9 @@ from itertools import pairwise
 
 
 def field_docs(section: type) -> dict[str, str]:
-    """Returns field -> its text, on one line; inherited fields included."""
+    """Returns field -> its docstring on one line, inherited fields included."""
     texts: dict[str, str] = {}
+    # Base first, so that a subclass's text for a field replaces the inherited one.
     for base in reversed(section.__mro__):
         if is_dataclass(base):
             texts |= _module_docs(base.__module__)[base.__name__]
@@ -19,14 +20,14 @@ def field_docs(section: type) -> dict[str, str]:
 
 @functools.cache
 def _module_docs(module: str) -> dict[str, dict[str, str]]:
-    """Returns class -> field -> text. Python keeps none of a field, so the source is read."""
-    # A file at a time: to find the source of one class, inspect parses the whole file again, which
-    # for all sections would take a fifth of a second of every command.
+    """Parses a module; returns class -> field -> docstring."""
+    # From the source: Python drops the string under an assignment. A whole file per parse: to find
+    # one class, inspect parses the file again, which for all sections takes a fifth of a second.
     tree = ast.parse(inspect.getsource(sys.modules[module]))
-    return {node.name: _texts(node) for node in tree.body if isinstance(node, ast.ClassDef)}
+    return {node.name: _field_texts(node) for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
-def _texts(section: ast.ClassDef) -> dict[str, str]:
+def _field_texts(section: ast.ClassDef) -> dict[str, str]:
     return {
         field.target.id: " ".join(text.value.value.split())
         for field, text in pairwise(section.body)

@@ -28,16 +28,15 @@ CaptionForm = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class EvalGuardConfig:
-    """How much worse an evaluation may get than it was before the first step: what a model knows
-    already and should not forget."""
+    """How much worse than before the first step a metric may get, against forgetting."""
 
     __pydantic_config__ = STRICT
     metric: str
     """A metric of this evaluation, such as CIDEr or loss."""
     max_worsening: Annotated[float, Field(gt=0)] = 0.1
-    """Share of the first value that may be lost; for a loss, that may be added."""
+    """Largest decrease of a score, or increase of a loss, as a share of the first value."""
     action: Literal["stop", "warn"] = "stop"
-    """stop ends the run, with its last checkpoint; warn says so and goes on."""
+    """stop: end the run after a last checkpoint; warn: log a warning and continue."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +45,11 @@ class EvalConfig:
 
     __pydantic_config__ = STRICT
     in_training: ClassVar[tuple[str, ...]] = ("every", "before", "guard")
-    """Keys that say when a run evaluates, and what it does then."""
+    """Keys that only a training run uses: when to evaluate, and what to do then."""
 
     type: str
     annotations: Path
-    """What is measured on."""
+    """File or folder of what is measured."""
     every: Annotated[int, Field(ge=0)] = 0
     """Steps between evaluations; 0 evaluates only at the end."""
     before: bool = False
@@ -58,22 +57,23 @@ class EvalConfig:
     guard: EvalGuardConfig | None = None
     """How much worse this may get than before the first step, where it is then measured too."""
     limit: Positive | None = None
-    """Only the first images, for a quick look."""
+    """Measure only this many images (or samples), the first ones."""
     batch_size: Positive = 16
-    """Images, or texts, that the model sees at once."""
+    """Images or texts in one call of the model."""
     on_bad_sample: Literal["raise", "skip", "keep"] = "raise"
-    """What broken and missing images, captions that are no text or of no listed image, images
-    without captions, repeated ids and leaks lead to. raise: an error that names them all; skip:
-    they are left out and listed; keep: listed only, where the rest can be measured with them."""
+    """What to do about broken and missing images, captions that are not text or name an image that
+    is not listed, images without captions, repeated ids, and images that were trained on. raise:
+    stop with an error that names all; skip: leave them out and list them; keep: only list them, if
+    the rest can be measured with them."""
 
     @property
     def files(self) -> tuple[Path | None, ...]:
-        """Files and folders that the evaluation reads, but images; None for what is not set."""
+        """Files and folders that the evaluation reads, except images; None for unset keys."""
         return (self.annotations,)
 
     def problems(self) -> Iterator[str]:
         """Yields "key: reason" for values that are fine alone and wrong together."""
-        yield from ()
+        yield from ()  # makes it a generator; most types have no such keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,31 +81,36 @@ class CaptionEval(EvalConfig):
     """Generates a text for every image and compares it with the references."""
 
     type: Literal["caption"] = "caption"
+    # Declared again for its docstring, which `evaluate --help` prints for each type.
     annotations: Path
-    """Images with their captions in any form of data/captions.py, usually COCO JSON."""
+    """Images with their captions in any caption format, usually COCO JSON."""
     images: Path = Path(".")
-    """Folder that image paths start from."""
+    """Folder that image paths are relative to."""
+    # null here and in `num_beams`: which default holds is known only once the model is loaded.
     prompt: str | None = None
     """The question; a chat model gets `<image>` before it. null: the original's."""
     tokenize: Literal["ptb", "characters", "words"] = "ptb"
-    """What the n-gram scores count: PTB tokens (English), characters (Chinese), words."""
+    """Units of the n-gram scores: PTB tokens (English), characters (Chinese), or words."""
     metrics: Literal["all", "exact"] = "all"
-    """exact is only the share of exact answers, which needs no Java and takes no time."""
+    """exact: only the share of exact answers, which takes no time and needs no Java."""
+    # The original's length. Its minimum of 8 is set by the published tasks alone: own files may
+    # have one-word answers.
     max_new_tokens: Positive = 30
     """Longest answer, in tokens."""
     min_new_tokens: Annotated[int, Field(ge=0)] = 0
     """Shortest answer, in tokens."""
     num_beams: Positive | None = None
-    """Width of the beam search. null: the original's, 5 for InternVL-14B and 1, which is greedy,
-    for chat models."""
+    """Width of the beam search. null: the original's, 5 for InternVL-14B and 1 (greedy) for chat
+    models."""
+    # Not `images`, the folder; saved recipes have this key.
     pictures: Path | None = None
-    """Karpathy's list of the images, where `annotations` has only their ids."""
+    """Karpathy's list of the image names, if `annotations` has only their ids."""
     flat: bool = False
     """Images lie directly in `images`, whatever folder their names have."""
     form: CaptionForm = "auto"
-    """How `annotations` is written; auto goes by name and content."""
+    """Format of `annotations`; auto recognizes it by file name and content."""
     split: str = "test"
-    """Which images of a Karpathy file with a `split` field."""
+    """Images to measure in a Karpathy file, by its `split` field."""
 
     @property
     def files(self) -> tuple[Path | None, ...]:
@@ -114,6 +119,7 @@ class CaptionEval(EvalConfig):
 
     def problems(self) -> Iterator[str]:
         """See `EvalConfig.problems`."""
+        # Here and not only at generation: a run would otherwise stop at its first evaluation.
         if self.min_new_tokens > self.max_new_tokens:
             yield (
                 f"min_new_tokens: {self.min_new_tokens}, larger than max_new_tokens, "
@@ -127,9 +133,9 @@ class LossEval(EvalConfig):
 
     type: Literal["loss"] = "loss"
     annotations: Path
-    """Chat JSONL, or with `prompt` captions."""
+    """Chat JSONL, or captions if `prompt` is set."""
     images: Path = Path(".")
-    """Folder that image paths start from."""
+    """Folder that image paths are relative to."""
     prompt: str | None = None
     """The question before each caption; null: `annotations` are conversations."""
     max_tokens: Positive = 8192
@@ -142,24 +148,26 @@ class RetrievalEval(EvalConfig):
 
     type: Literal["retrieval"] = "retrieval"
     annotations: Path
-    """Images with their captions in any form of data/captions.py, usually COCO JSON."""
+    """Images with their captions in any caption format, usually COCO JSON."""
     images: Path = Path(".")
-    """Folder that image paths start from."""
+    """Folder that image paths are relative to."""
     form: CaptionForm = "auto"
-    """How `annotations` is written; auto goes by name and content."""
+    """Format of `annotations`; auto recognizes it by file name and content."""
     split: str = "test"
-    """Which images of a Karpathy file with a `split` field."""
+    """Images to measure in a Karpathy file, by its `split` field."""
+    # Off for users' files: XTD's published values, for one, are of captions as they are.
     clean: bool = False
     """Clean captions as the original does for Flickr30K and COCO."""
     modes: tuple[Literal["c", "g"], ...] = ("c", "g")
     """InternVL-C, InternVL-G, or both."""
     recall_k: tuple[Positive, ...] = (1, 5, 10)
-    """A hit is a positive among the first k."""
+    """Values of k: a query counts if a correct candidate is among its first k."""
     rerank: Annotated[int, Field(ge=0)] = 0
-    """Also sort the first so many of every query by the model's match score (ITM)."""
+    """Also re-rank this many first candidates of every query by the matching score (ITM); 0: do
+    not."""
     train: Path | None = None
-    """Images with captions that were trained on; those of the test must not be there. The image
-    paths of both start from `images`."""
+    """Images with captions that were trained on, none of which may be measured. Image paths of
+    both are relative to `images`."""
 
     @property
     def files(self) -> tuple[Path | None, ...]:
@@ -169,21 +177,21 @@ class RetrievalEval(EvalConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifyEval(EvalConfig):
-    """The class of every image, zero-shot, for InternVL-14B."""
+    """Zero-shot classification of images, for InternVL-14B."""
 
     type: Literal["classify"] = "classify"
     annotations: Path
-    """A folder with a folder of images for each class."""
+    """A folder with one folder of images per class."""
     modes: tuple[Literal["c", "g"], ...] = ("c", "g")
     """InternVL-C, InternVL-G, or both."""
     classes: Path | None = None
-    """JSON of class names, in the order of the sorted folders, or by folder; null: the folders' own
-    names."""
+    """JSON of class names, in the order of the sorted folders, or by folder; null: the names of the
+    folders."""
     templates: Path | None = None
-    """JSON list of texts with `{c}` where the class goes; null: the class alone."""
+    """JSON list of texts with `{c}` in place of the class; null: the class name alone."""
     key: str | None = None
-    """Which entry of `classes` and `templates` is meant, where they hold several data sets, as
-    CLIP_benchmark's do."""
+    """Entry of `classes` and `templates` to use if they hold several data sets, as CLIP_benchmark's
+    files do."""
 
     @property
     def files(self) -> tuple[Path | None, ...]:
@@ -192,7 +200,7 @@ class ClassifyEval(EvalConfig):
 
 
 EvalSection = Annotated[CaptionEval | LossEval | RetrievalEval | ClassifyEval, OneOf("type")]
-"""Every evaluator; a new one is one more member. The first is what a section without `type` is."""
+"""Every evaluator; a new one is one more member. A section without `type` is of the first."""
 
 
 def eval_keys(name: str) -> set[str]:
@@ -202,13 +210,12 @@ def eval_keys(name: str) -> set[str]:
 
 
 def eval_options() -> dict[str, list[type[EvalConfig]]]:
-    """Returns the keys that may be set for one evaluation by hand -> the sections that have each.
-
-    Left out are those that only a run heeds, and `type` and `split`, which the task names.
-    """
+    """Returns the options of `internvl evaluate` that are keys of a section: key -> the sections
+    that have it."""
     options: dict[str, list[type[EvalConfig]]] = {}
     for section in members(EvalSection):
         for field in fields(section):
+            # The task names `type`, and `split` is an option of its own, which published sets need.
             if field.name not in ("type", "split", *EvalConfig.in_training):
                 options.setdefault(field.name, []).append(section)
     return options
@@ -220,6 +227,7 @@ def eval_config(**keys: Any) -> EvalSection:
         section: EvalSection = TypeAdapter(EvalSection).validate_python(keys)
     except ValidationError as error:
         raise ConfigError("\n".join(sentences(error, EvalSection))) from None
+    # After validation: `problems` compares values, which must have their types for it.
     problems = list(section.problems())
     if problems:
         raise ConfigError("\n".join(problems))

@@ -11,17 +11,18 @@ from internvl.config.types import STRICT, Fraction, Part, Positive, Tower
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters (PEFT). The parts they sit on are frozen otherwise."""
+    """Low-rank adapters (PEFT). The parts that have them are frozen otherwise."""
 
     __pydantic_config__ = STRICT
     rank: Positive
     """Rank of every adapter."""
+    # null, not a number: an override of `rank` alone then keeps the ratio of the two.
     alpha: Annotated[float, Field(gt=0)] | None = None
     """Scale numerator: an adapter adds alpha / rank * B A. Default 2 * rank, as the original."""
     dropout: Fraction = 0.05
     """Dropout on the input of an adapter."""
     on: tuple[Tower, ...] = ("language_model",)
-    """Parts whose linear layers get an adapter; of QLLaMA not those of its cross-attention."""
+    """Parts whose linear layers get an adapter; in QLLaMA its cross-attention gets none."""
 
 
 START_KEYS = ("vision", "language", "projector", "ps_version", "select_layer", "template")
@@ -30,29 +31,29 @@ START_KEYS = ("vision", "language", "projector", "ps_version", "select_layer", "
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The model a run starts from and what of it learns."""
+    """The model that a run starts from, and what is trained."""
 
     __pydantic_config__ = STRICT
     id: str | None = None
-    """Hub id or folder, official or hf layout. Give this, or `vision`, `language` and `template`
-    for a chat model from parts."""
+    """Hub id or folder, in the official or hf layout. Give this, or `vision`, `language` and
+    `template` for a chat model from parts."""
     vision: str | None = None
     """From parts: hub id or folder of an InternViT, or of a chat model whose tower is taken."""
     language: str | None = None
     """From parts: hub id or folder of a causal language model with its tokenizer."""
     projector: Path | None = None
-    """From parts: the original's `mlp_projector/*.pth`; null draws a fresh one from `seed`."""
+    """From parts: the original's `mlp_projector/*.pth`; null: initialized at random from `seed`."""
     template: str | None = None
     """From parts: the conversation template, such as Hermes-2."""
-    # Null instead of "v2" and -1: with `id` the checkpoint decides, and any value is an error.
+    # null instead of "v2" and -1: with `id` the checkpoint decides, and any value is an error.
     ps_version: Literal["v1", "v2"] | None = None
-    """From parts: pixel shuffle; null: v2. Chat 1.1 and 1.2 have v1."""
+    """From parts: version of the pixel shuffle; null: v2. Chat 1.1 and 1.2 have v1."""
     select_layer: int | None = None
-    """From parts: block of the tower whose output is read; null: -1, the last."""
+    """From parts: index of the tower's block whose output is used; null: -1, the last."""
     train: tuple[Part, ...] | None = None
-    """Parts whose own weights are trained; everything else is frozen, adapters come on top. null:
-    the projector and the language model, or with `lora` none. InternVL-14B's: vision_tower;
-    language_model, its queries and output matrix (lm_head) included; queries, with the
+    """Parts whose own weights are trained; everything else is frozen, apart from adapters. null:
+    the projector and the language model, or none with `lora`. InternVL-14B's parts: vision_tower;
+    language_model, which includes its queries and output matrix (lm_head); queries, with the
     cross-attention; heads, which are text_projection, image_pool, query_pool, itm_head and
     logit_scale, and each of these alone."""
     lora: LoraConfig | None = None
@@ -61,10 +62,10 @@ class ModelConfig:
     """Also train this many blocks at the end of the vision tower (original:
     `unfreeze_vit_layers`)."""
     quantize: Literal["4bit", "8bit"] | None = None
-    """Keep the frozen linear layers in 4 or 8 bits (bitsandbytes, made for a GPU) under `lora`:
+    """Keep the frozen linear layers under `lora` in 4 or 8 bits (bitsandbytes, made for a GPU):
     QLoRA. The projector and the output matrix stay as they are."""
     drop_path: Fraction = 0.0
-    """Stochastic depth of the vision tower: the last block's rate, linear from 0."""
+    """Stochastic depth of the vision tower: rate of the last block, linear from 0."""
 
     @property
     def name(self) -> str:
@@ -83,4 +84,5 @@ class ModelConfig:
         """Parts whose own weights are trained."""
         if self.train is not None:
             return self.train
+        # The original's fine-tuning scripts freeze the tower, and with LoRA all but the adapters.
         return () if self.lora else ("multi_modal_projector", "language_model")

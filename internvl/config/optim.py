@@ -10,7 +10,7 @@ from internvl.config.types import STRICT, Fraction
 
 @dataclass(frozen=True, kw_only=True)
 class LayerDecayConfig:
-    """A learning rate for every layer of InternVL-14B: the peak times rate ** (layers above)."""
+    """Learning rate per layer of InternVL-14B: the peak times rate ** (layers above)."""
 
     __pydantic_config__ = STRICT
     vision: Fraction = 1.0
@@ -27,9 +27,9 @@ class OptimConfig:
     __pydantic_config__ = STRICT
     name: Literal["adamw", "adamw-8bit", "muon"] = "adamw"
     """adamw-8bit keeps the two moments of every matrix in 8 bits with a scale for each 256 of them
-    (torchao): 2 instead of 8 bytes for a trained weight. muon orthogonalizes the updates of linear
+    (torchao): 2 instead of 8 bytes per trained weight. muon orthogonalizes the updates of linear
     layers inside the model and leaves the rest to AdamW (arXiv 2502.16982): 4 instead of 8 bytes
-    for most weights, and for fresh weights far fewer steps."""
+    for most weights, and for randomly initialized weights far fewer steps."""
     lr: Annotated[float, Field(gt=0)] = 4e-5
     """Peak learning rate."""
     momentum: Fraction = 0.95
@@ -37,8 +37,8 @@ class OptimConfig:
     schedule: Literal["cosine", "wsd", "as_shipped"] = "cosine"
     """cosine: linear warm-up, then a cosine. wsd: linear warm-up, the peak, then a linear decay
     over the last `decay_ratio` of the steps. as_shipped: what the original's InternVL-14B scripts
-    really ran, for they name a cosine and their DeepSpeed files a schedule that wins: logarithmic
-    warm-up, linear decay, and after the first update one rate for every layer."""
+    really run, because their DeepSpeed files override the cosine that the scripts name:
+    logarithmic warm-up, linear decay to 0, and after the first update one rate for every layer."""
     min_lr_ratio: Fraction = 0.0
     """cosine and wsd end at this share of the peak."""
     decay_ratio: Fraction = 0.2
@@ -54,13 +54,13 @@ class OptimConfig:
     decay_vectors: bool = False
     """Decay biases, norms and scales too, as the original does; otherwise matrices only."""
     decay_scalars: bool = False
-    """Decay what is a single number too: the logit scale, as the original's InternVL-14B does."""
+    """Decay scalars too: the logit scale, as the original's InternVL-14B does."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """Decay of the two moments."""
+    """Decay rates of the two moments."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Added to the root of the second moment."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this global norm."""
     offload: bool = False
-    """The two moments of every weight wait in the CPU's memory: 8 of the 16 bytes of a trained
-    weight. They visit the GPU to be updated, so results are the same. Only with adamw."""
+    """Keep the two moments in CPU memory, 8 of the 16 bytes of a trained weight. They are copied
+    to the GPU for the update, so results are the same. Only with adamw."""

@@ -7,8 +7,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import ValidationError
 
-from internvl.config.unions import TAG, members, name_of, tag_of
+from internvl.config.unions import TAG_SEPARATOR, members, name_of, tag_of
 
+# The second is pydantic's for a key that is no text, such as 1.
 _UNKNOWN = ("unexpected_keyword_argument", "invalid_key")
 
 
@@ -34,13 +35,14 @@ def _sentence(error: Any, root: Any) -> str:
     if error["type"] in _UNKNOWN:
         return f"{where}: {_unknown_key(str(error['loc'][-1]), section, siblings)}"
     if error["type"] == "union_tag_invalid":
-        key, _, value = error["ctx"]["tag"].partition(TAG)
+        key, _, value = error["ctx"]["tag"].partition(TAG_SEPARATOR)
         names = [name_of(sibling, key) for sibling in siblings]
         return f"{'.'.join([*path, key])}: must be one of {', '.join(names)}, not {value!r}"
-    # Pydantic names the type it tried as well, where a value may have several.
+    # If a value may have several types, pydantic appends the type that it tried to the place.
     where = re.split(r"\.(?=[\w-]+\[)|\.(?:str|int|float|bool)$", where)[0]
     value = error.get("input")
     if error["type"] == "tuple_type":
+        # pydantic asks for a tuple, which YAML does not have.
         remedy = f"write [{value}]" if isinstance(value, str | int | float) else "begin with - or ["
         return f"{where}: must be a list, not {value!r}; {remedy}"
     if error["type"] == "dataclass_type":
@@ -50,16 +52,16 @@ def _sentence(error: Any, root: Any) -> str:
 
 
 def _unknown_key(key: str, section: Any, siblings: tuple[type, ...]) -> str:
-    """Returns what to say of a key that a section lacks: which other type has it, or the nearest
-    name."""
+    """Returns the message for a key that `section` does not have: the types that have it, else the
+    nearest name."""
     names = [field.name for field in dataclasses.fields(section)]
     owners = [s for s in siblings if any(field.name == key for field in dataclasses.fields(s))]
     if owners:
-        chooser = names[0]
-        have = ", ".join(name_of(owner, chooser) for owner in owners)
-        other = getattr(section, "instead", {}).get(key)
-        remedy = f"; set {other} instead" if other else ""
-        return f"not a key of {name_of(section, chooser)} but of {have}{remedy}"
+        chooser = names[0]  # sections of a union declare `type` or `name` first
+        owner_names = ", ".join(name_of(owner, chooser) for owner in owners)
+        equivalent = getattr(section, "instead", {}).get(key)
+        remedy = f"; set {equivalent} instead" if equivalent else ""
+        return f"not a key of {name_of(section, chooser)} but of {owner_names}{remedy}"
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
     return f"unknown key; {hint}"
@@ -69,15 +71,16 @@ def _locate(loc: tuple[Any, ...], root: Any) -> tuple[list[str], Any, tuple[Any,
     """Follows the place of an error through the type hints of `root`.
 
     Returns:
-        The recipe's keys up to the value, the dataclass that is innermost there, and the members of
-        the union that this is one of, or that no member could be chosen from.
+        The recipe's keys up to the value; the innermost dataclass there; and the members of the
+        union that this dataclass belongs to, or from which no member could be chosen.
     """
     path: list[str] = []
     hint, section, siblings = root, None, members(root)
     for key in loc:
         options = members(hint)
-        if TAG in str(key) and len(options) > 1:
-            chooser = key.partition(TAG)[0]
+        # No key of the recipe but the chosen member, which pydantic puts between the keys.
+        if TAG_SEPARATOR in str(key) and len(options) > 1:
+            chooser = key.partition(TAG_SEPARATOR)[0]
             section = hint = next(s for s in options if tag_of(s, chooser) == key)
             siblings = options
             continue

@@ -1,4 +1,4 @@
-"""A whole run."""
+"""The root of a recipe: its sections, and the keys of the run itself."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +18,12 @@ from internvl.config.types import STRICT, Positive
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole run."""
+    """A training run: every value that decides its result."""
 
     __pydantic_config__ = STRICT
     model: ModelConfig
     data: DataConfig
+    # Frozen sections, so that all recipes may share one default instance.
     objective: ObjectiveSection = SftConfig()
     optim: OptimConfig = OptimConfig()
     compute: ComputeConfig = ComputeConfig()
@@ -31,7 +32,7 @@ class Recipe:
     checkpoint: CheckpointConfig = CheckpointConfig()
     stop: StopConfig = StopConfig()
     run: Path
-    """The run folder. Training on an existing one goes on where it stopped."""
+    """The run folder. If it exists, training resumes from its newest checkpoint."""
     global_batch: Positive | None = None
     """Samples in one optimizer step, over all devices, however they pack. Give this or
     `global_batch_rows`."""
@@ -43,29 +44,30 @@ class Recipe:
     steps: Positive | None = None
     """Optimizer steps. Give this or `epochs`."""
     drop_last: bool = False
-    """Leave the last, smaller batch of the run out."""
+    """Leave out the last batch of the run if it is smaller."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Compute type. Trained weights are kept in float32, frozen ones in this type."""
+    """Dtype of the computation. Trained weights are float32, frozen ones have this dtype."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where there is one."""
+    """auto: cuda if there is a GPU."""
     threads: Positive | None = None
-    """CPU threads that compute; null leaves the choice to torch. Results on a CPU depend on it in
-    their last bits, and small models are often fastest with one."""
+    """CPU threads of the computation; null leaves the choice to torch. The last bits of results on
+    a CPU depend on it, and small models are often fastest with one."""
     seed: int = 42
-    """Of shuffling, dropout and fresh weights."""
+    """Of shuffling, dropout and randomly initialized weights."""
     log_every: Positive = 1
     """Steps between lines of metrics.jsonl."""
     wandb: str | None = None
-    """Project of Weights & Biases that metrics also go to; TensorBoard has them in any case."""
+    """Weights & Biases project that metrics are sent to as well; TensorBoard gets them always."""
 
     @property
     def shares_prefix(self) -> bool:
-        """Whether samples of the same image form one unit; pairs are drawn one by one."""
+        """True if samples of the same image are read and packed together."""
+        # Pairs are not packed into rows, so they have no prefix to share.
         return self.objective.rows_are_packed and self.data.share_prefix
 
     @property
     def pairs(self) -> PairsConfig:
-        """`objective` where it is one over pairs. Raises ValueError for another."""
+        """`objective`, if it is one over pairs. Raises ValueError for another."""
         if not isinstance(self.objective, PairsConfig):
             raise ValueError(f"objective.name: {self.objective.name} does not train on pairs")
         return self.objective
@@ -78,16 +80,18 @@ class Recipe:
         return self.global_batch
 
     def num_steps(self, num_samples: float) -> int:
-        """Optimizer steps of the run over an epoch of `num_samples` samples."""
+        """Returns the optimizer steps of the run, given the samples of an epoch."""
+        # First: with `global_batch_rows` steps are given, and samples per step are unknown.
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None
         total = round(num_samples * self.epochs)
+        # One last, smaller batch for the whole run: a step may span the end of an epoch.
         whole, rest = divmod(total, self.batch_samples)
         return whole if self.drop_last or rest == 0 else whole + 1
 
     def num_samples(self, num_samples: float) -> int:
-        """Samples that the whole run shows, over an epoch of `num_samples` samples."""
+        """Returns the samples that the whole run shows, given the samples of an epoch."""
         if self.steps is not None or self.drop_last:
             return self.num_steps(num_samples) * self.batch_samples
         assert self.epochs is not None

@@ -1,8 +1,8 @@
-"""Recipes: YAML files to checked trees and back. Imports no torch.
+"""Reads recipes from YAML, checks them, writes them back. Imports no torch.
 
     recipe = load_recipe("recipes/my.yaml", ["optim.lr=1e-5"])
 
-Everything that is wrong with a recipe is said at once.
+All problems of a recipe are reported in one error.
 """
 
 import copy
@@ -31,28 +31,32 @@ _BOOL = "tag:yaml.org,2002:bool"
 
 
 class _RepeatedKey(UserError):
-    """A mapping names a key twice, of which YAML's reader would keep the last alone."""
+    """A key is in a mapping twice; PyYAML would silently keep the last value."""
 
     def __init__(self, key: str, first: int, second: int) -> None:
+        # Equal for a mapping in braces on one line.
         where = f"lines {first} and {second}" if first != second else f"line {first}"
         super().__init__(f"the key {key!r} is there twice ({where}); keep one")
 
 
 class _Loader(yaml.SafeLoader):
-    """Booleans of YAML 1.2, true and false alone: the key `on` is a word."""
+    """Reads true and false as booleans, as YAML 1.2 does, and refuses repeated keys."""
 
-    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's way)
-        first: [(tag, pattern) for tag, pattern in found if tag != _BOOL or first in "tTfF"]
-        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    # YAML 1.1, which PyYAML reads, has on, off, yes and no too: `model.lora.on` would be `True`.
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML declares it without ClassVar)
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL or first in "tTfF"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """A mapping as it is written, each key once; what `<<` adds is not there yet."""
+        """Composes a mapping; raises _RepeatedKey for a key that is in it twice."""
+        # Before construction, which expands `<<`: a key may replace one that was merged in.
         node = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 continue
+            # With its tag: 1 and "1" are two keys.
             name, line = (key.tag, key.value), key.start_mark.line + 1
             if name in lines:
                 raise _RepeatedKey(key.value, lines[name], line)
@@ -61,30 +65,34 @@ class _Loader(yaml.SafeLoader):
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] | str = ()) -> Recipe:
-    """Reads the recipe in a YAML file, or the package's of that name, with `key=value` overrides
-    (dotted keys, YAML values).
+    """Reads a recipe from a YAML file, or the package's recipe of that name.
 
     Relative paths in a recipe start from the working directory, as on the command line.
+
+    Args:
+        overrides: "key=value" each: a dotted key and a YAML value.
 
     Raises:
         ConfigError: file missing or not YAML, unknown key, wrong type or value; all at once.
     """
-    text = _text(path)
+    text = _read_text(path)
     try:
-        tree = _parsed(text)
+        tree = _parse_yaml(text)
+    # Before ValueError, its base class: such a file is YAML.
     except _RepeatedKey as error:
         raise ConfigError(f"{path}: {error}") from None
     except ValueError as error:
         raise ConfigError(
             f"{path} is not YAML: {error}; write it as those in `recipes/` are"
         ) from None
+    # YAML allows a file that is empty or one long text.
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds no keys; write `key: value` lines, as `recipes/` has them")
     return resolve(tree, overrides, name=str(path))
 
 
-def _text(path: str | Path) -> str:
-    """The text of a recipe, in UTF-8 with or without a byte-order mark. Raises ConfigError."""
+def _read_text(path: str | Path) -> str:
+    """Reads a recipe's text, UTF-8 with or without a byte-order mark. Raises ConfigError."""
     try:
         content = released.locate(path).read_bytes()
     except FileNotFoundError:
@@ -93,18 +101,19 @@ def _text(path: str | Path) -> str:
         raise ConfigError(f"there is no recipe {path}; {hint}") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise ConfigError(f"cannot read the recipe {path}: {error}; check the path") from None
-    meaning = other_format(content)
-    if meaning is not None:
-        raise ConfigError(f"cannot read the recipe {path}: it is {meaning}")
+    # Before decoding: a UTF-16 file would be reported as bad UTF-8, a web page as bad YAML.
+    actual_format = other_format(content)
+    if actual_format is not None:
+        raise ConfigError(f"cannot read the recipe {path}: it is {actual_format}")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        what = f"it is not UTF-8 ({error.reason} at byte {error.start})"
-        raise ConfigError(f"cannot read the recipe {path}: {what}; save it as UTF-8") from None
+        reason = f"it is not UTF-8 ({error.reason} at byte {error.start})"
+        raise ConfigError(f"cannot read the recipe {path}: {reason}; save it as UTF-8") from None
 
 
-def _parsed(text: str) -> Any:
-    """What YAML says. Raises ValueError with one line on why it is none, and where."""
+def _parse_yaml(text: str) -> Any:
+    """Parses YAML. Raises ValueError with one line that says why and where it is invalid."""
     try:
         return yaml.load(text, Loader=_Loader)
     except _RepeatedKey:
@@ -113,7 +122,7 @@ def _parsed(text: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    # PyYAML's makers of dates, numbers and keys let Python's own errors through.
+    # PyYAML does not wrap what Python raises for an impossible date, number or key.
     except (ValueError, TypeError, OverflowError, AttributeError) as error:
         raise ValueError(f"a value cannot be read ({error})") from None
 
@@ -121,14 +130,15 @@ def _parsed(text: str) -> Any:
 def resolve(
     tree: dict[str, Any], overrides: Sequence[str] | str = (), *, name: str = "recipe"
 ) -> Recipe:
-    """A checked recipe from nested dictionaries. Raises ConfigError with every problem found."""
-    tree = copy.deepcopy(tree)
-    problems = list(_apply(tree, overrides))
+    """Returns a checked recipe from nested dictionaries. Raises ConfigError with every problem."""
+    tree = copy.deepcopy(tree)  # overrides are set in place
+    problems = list(_apply_overrides(tree, overrides))
+    # On the raw tree: if any other key is invalid, there is no recipe to look at.
     problems += _start_problems(tree.get("model"))
-    _leave_open(tree.get("data"))
+    _unset_image_defaults(tree.get("data"))
     recipe = None
     try:
-        recipe = _closed(_adapter().validate_python(tree))
+        recipe = _with_complete_tiles(_adapter().validate_python(tree))
     except ValidationError as error:
         problems += sentences(error, Recipe)
     if recipe is not None:
@@ -139,7 +149,7 @@ def resolve(
 
 
 def _start_problems(model: Any) -> Iterator[str]:
-    """Yields what is wrong with the choice between `model.id` and parts."""
+    """Yields problems of the choice between `model.id` and a model from parts."""
     if not isinstance(model, dict):
         return
     stated = [key for key in START_KEYS if model.get(key) is not None]
@@ -162,30 +172,33 @@ _PARTS = {
     "language": "the folder or hub id of a language model",
     "template": "a conversation template, such as Hermes-2",
 }
-"""Keys without which there is no model from parts, and what each names."""
+"""Keys that a model from parts must have -> a description of their value."""
 
 
-def _leave_open(data: Any) -> None:
-    """What a recipe does not say of images is its checkpoint's; a `DataConfig` made in Python has
-    plain defaults instead, for it may have no checkpoint."""
+def _unset_image_defaults(data: Any) -> None:
+    """Replaces DataConfig's defaults for images by null, which takes the checkpoint's values."""
+    # Not the fields' own defaults: a DataConfig made in Python may have no checkpoint.
     if isinstance(data, dict):
+        # Also for `tiles:` without a value, which YAML reads as null.
         if data.get("tiles") is None:
             data["tiles"] = {}
         data.setdefault("normalize", None)
         data.setdefault("exif", None)
 
 
-def _closed(recipe: Recipe) -> Recipe:
-    """The same recipe, its tiles as TilesConfig where it leaves none of them open."""
+def _with_complete_tiles(recipe: Recipe) -> Recipe:
+    """Returns the recipe with its tiles as TilesConfig if all of their fields are set."""
     tiles = recipe.data.tiles
-    if isinstance(tiles, TilesConfig) or tiles.open:
+    if isinstance(tiles, TilesConfig) or tiles.unset:
         return recipe
+    # `data.tiling` goes by the class; pydantic validated the declared one, TilesChoice.
     complete = TilesConfig(**vars(tiles))
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, tiles=complete))
 
 
 def to_tree(recipe: Recipe) -> dict[str, Any]:
-    """The resolved recipe as nested dictionaries that `resolve` reads back to an equal one."""
+    """Returns the resolved recipe as nested dictionaries that `resolve` reads to an equal one."""
+    # json: YAML has no paths and tuples.
     return _adapter().dump_python(recipe, mode="json")
 
 
@@ -196,12 +209,14 @@ def _adapter() -> TypeAdapter[Recipe]:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The resolved recipe as YAML that `load_recipe` reads back to an equal one."""
+    """Returns the resolved recipe as YAML that `load_recipe` reads to an equal one."""
+    # Unsorted: the sections keep the order in which people write and read them.
     return yaml.safe_dump(to_tree(recipe), sort_keys=False, allow_unicode=True)
 
 
-def _apply(tree: dict[str, Any], overrides: Sequence[str] | str) -> Iterator[str]:
-    """Sets every override in `tree`; yields what cannot be set."""
+def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str] | str) -> Iterator[str]:
+    """Sets every override in `tree`; yields a problem for each that cannot be set."""
+    # A single text would be read letter by letter.
     for override in [overrides] if isinstance(overrides, str) else overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
@@ -214,6 +229,7 @@ def _apply(tree: dict[str, Any], overrides: Sequence[str] | str) -> Iterator[str
             if isinstance(node, list) and parent.isdigit() and int(parent) < len(node):
                 node = node[int(parent)]
             elif isinstance(node, dict):
+                # A section that is missing, or written without keys (`optim:`).
                 if node.get(parent) is None:
                     node[parent] = {}
                 node = node[parent]
@@ -223,15 +239,15 @@ def _apply(tree: dict[str, Any], overrides: Sequence[str] | str) -> Iterator[str
             yield f"{key}: there is no section {'.'.join(parents)} to set a key in"
             continue
         try:
-            node[last] = _parsed(value)
+            node[last] = _parse_yaml(value)
         except _RepeatedKey as error:
             yield f"{key}: {error}"
         except ValueError:
-            node[last] = value
+            node[last] = value  # a text that needs no quotes here, such as "Question: why?"
 
 
 def _contradictions(recipe: Recipe) -> list[str]:
-    """Values that are fine alone and wrong together."""
+    """Lists the problems of values that are valid alone and not together."""
     problems = []
     if (recipe.epochs is None) == (recipe.steps is None):
         problems.append("epochs, steps: give exactly one of the two")
@@ -255,6 +271,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
         problems += [f"evals.{name}.{problem}" for problem in evaluation.problems()]
     if recipe.data.video.min_frames > recipe.data.video.max_frames:
         problems.append("data.video.min_frames: larger than data.video.max_frames")
+    # All or none: `weight` is a share of the whole, and without it `repeat` sets the amount.
     weighted = [source.weight is not None for source in recipe.data.sources]
     if any(weighted) and (not all(weighted) or recipe.data.meta is not None):
         problems.append("data.sources: give every source a weight, or none; data.meta has none")
@@ -268,10 +285,10 @@ def _contradictions(recipe: Recipe) -> list[str]:
         problems.append("optim.offload: only with optim.name: adamw; choose one of the two")
     best = recipe.checkpoint.best
     if best is not None and best.partition("/")[0] not in recipe.evals:
-        known = ", ".join(recipe.evals) or "none"
+        evaluations = ", ".join(recipe.evals) or "none"
         problems.append(
             f"checkpoint.best: {best!r} is no metric of an evaluation, such as val/loss; "
-            f"known evaluations: {known}"
+            f"known evaluations: {evaluations}"
         )
     if recipe.stop.patience is not None and best is None:
         problems.append("stop.patience: name the metric that should improve in checkpoint.best")
@@ -292,7 +309,7 @@ def _batch_contradictions(recipe: Recipe) -> list[str]:
             "epochs: how many steps of global_batch_rows they are shows only when all samples are "
             "packed; give steps"
         )
-    # Both would change which samples a position that was saved stands for.
+    # A checkpoint saves a position in the data; both would change which samples it stands for.
     if recipe.data.changed == "accept":
         problems.append(
             "data.changed: accept is not for global_batch_rows, whose samples wait for a row from "
@@ -309,17 +326,18 @@ def _model_contradictions(model: ModelConfig) -> list[str]:
     problems = []
     if not model.parts and model.lora is None and not model.train_last_vision_blocks:
         problems.append("model.train: nothing is trained; name a part or set model.lora")
-    on: tuple[Tower, ...] = () if model.lora is None else model.lora.on
-    for part in sorted({*model.parts} & {*on}):
-        problems.append(f"model.lora.on: {part} is also in model.train; choose one")
-    if model.train_last_vision_blocks and "vision_tower" in (*model.parts, *on):
+    adapted: tuple[Tower, ...] = () if model.lora is None else model.lora.on
+    for tower in sorted({*model.parts} & {*adapted}):
+        problems.append(f"model.lora.on: {tower} is also in model.train; choose one")
+    if model.train_last_vision_blocks and "vision_tower" in (*model.parts, *adapted):
         problems.append(
             "model.train_last_vision_blocks: the whole vision_tower is in model.train or "
             "model.lora.on already; choose one"
         )
     if model.quantize is not None:
-        full = {*model.parts} - {"multi_modal_projector"}
-        if model.lora is None or full or model.train_last_vision_blocks:
+        # The projector is not quantized, so it can train.
+        quantized = {*model.parts} - {"multi_modal_projector"}
+        if model.lora is None or quantized or model.train_last_vision_blocks:
             problems.append(
                 "model.quantize: quantized weights do not train; set model.lora, and train nothing "
                 "else but multi_modal_projector"
@@ -336,7 +354,8 @@ def _float8_contradictions(recipe: Recipe) -> list[str]:
     return problems
 
 
-_MAY_CHANGE = (
+# They decide speed, memory, logs and when a run stops or skips; losses differ by rounding only.
+_CHANGEABLE_ON_RESUME = (
     "data.workers",
     "data.changed",
     "data.row_tokens",
@@ -353,31 +372,33 @@ _MAY_CHANGE = (
     "device",
     "run",
     *(f"guard.{key.name}" for key in dataclasses.fields(GuardConfig)),
+    # float8 rounds by percents: a run that switched would be two experiments.
     *(f"compute.{k.name}" for k in dataclasses.fields(ComputeConfig) if k.name != "float8"),
 )
 
 
-def _may_change(key: str, recipe: Recipe) -> bool:
+def _is_changeable(key: str, recipe: Recipe) -> bool:
     # The length of a row decides which samples a step has if it is counted in rows.
     if key == "data.row_tokens" and recipe.global_batch_rows is not None:
         return False
-    return key in _MAY_CHANGE or (key.startswith("evals.") and ".guard" in key)
+    # A guard of an evaluation ends a run earlier or later; it changes no step.
+    return key in _CHANGEABLE_ON_RESUME or (key.startswith("evals.") and ".guard" in key)
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
-    """Dotted keys whose values differ between two recipes and change what a run computes."""
+    """Lists the dotted keys, with both values, that make two recipes compute different results."""
 
-    def flat(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+    def flatten(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+        # An empty mapping is a value: it would be no key at all.
         if isinstance(tree, dict) and tree:
             for key, value in tree.items():
-                yield from flat(value, f"{path}.{key}" if path else key)
+                yield from flatten(value, f"{path}.{key}" if path else key)
         else:
             yield path, tree
 
-    adapter = _adapter()
-    before = dict(flat(adapter.dump_python(old, mode="json"), ""))
-    after = dict(flat(adapter.dump_python(new, mode="json"), ""))
-    keys = [key for key in {**before, **after} if not _may_change(key, new)]
+    before = dict(flatten(to_tree(old), ""))
+    after = dict(flatten(to_tree(new), ""))
+    keys = [key for key in {**before, **after} if not _is_changeable(key, new)]
     return [
         f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
         for key in keys

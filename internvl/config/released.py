@@ -10,12 +10,12 @@ FOLDER = Path(__file__).parents[1] / "zoo" / "recipes"
 
 @cache
 def paths() -> dict[str, Path]:
-    """Every recipe of the package: its name, which is that of its file, and its path."""
+    """Returns the package's recipes: name (of the file, without .yaml) -> path."""
     return {path.stem: path for path in sorted(FOLDER.rglob("*.yaml"))}
 
 
 def locate(recipe: str | Path) -> Path:
-    """The file of a recipe: the path itself if a file is there, else the package's of this name.
+    """Returns the path itself if the file exists, else the package's recipe of this name.
 
     A path that begins with `recipes/` works outside of a checkout too.
     """
@@ -26,11 +26,11 @@ def locate(recipe: str | Path) -> Path:
     if len(path.parts) > 1:
         shipped = FOLDER.joinpath(*path.parts[1:])
         return shipped if shipped.is_file() else path
-    # Not `stem`: the name of sft-v1.2 has a point in it.
+    # Not `stem`: it would cut a name such as sft-v1.2 at its dot.
     return paths().get(path.name.removesuffix(".yaml"), path)
 
 
 def nearest(recipe: str | Path) -> str | None:
-    """The name of the package's recipe that is most like a path or name; None if none is near."""
+    """Returns the name of the package's recipe closest to a path or name; None if none is close."""
     name = Path(recipe).name.removesuffix(".yaml")
     return next(iter(difflib.get_close_matches(name, paths(), n=1)), None)

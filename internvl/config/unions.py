@@ -8,14 +8,15 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
-TAG = "="
-"""Stands between key and value in the name of a union's member, and so marks it in the place of
-an error: pydantic puts the member's name there, between the recipe's own keys."""
+# pydantic puts a member's name into the place of an error, between the recipe's keys; with a sign
+# that no key contains, problems.py can tell the two apart.
+TAG_SEPARATOR = "="
+"""Separates key and value in the name of a union's member."""
 
 
 def tag_of(section: type, key: str) -> str:
     """Returns the name of a union's member, such as `type=caption`."""
-    return f"{key}{TAG}{name_of(section, key)}"
+    return f"{key}{TAG_SEPARATOR}{name_of(section, key)}"
 
 
 def name_of(section: type, key: str) -> str:
@@ -24,8 +25,8 @@ def name_of(section: type, key: str) -> str:
 
 
 def members(hint: Any) -> tuple[Any, ...]:
-    """Returns the types of a union but None, with or without `Annotated` around it; of another type
-    hint itself."""
+    """Returns the types of a union, without None and `Annotated`; for any other hint, the hint
+    alone."""
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
     if get_origin(hint) not in (Union, UnionType):
@@ -35,10 +36,9 @@ def members(hint: Any) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class OneOf:
-    """Reads a mapping as that member of a union whose name `key` holds; without it, as the first.
+    """Validates a mapping as the member of a union that its `key` names; without it, as the first.
 
-    Recipes in run folders of earlier versions have the keys of every type, at their defaults. So
-    a key of another member is accepted and dropped if its value is that member's default.
+    A key of another member is dropped if its value is that member's default, else refused.
     """
 
     key: str
@@ -51,24 +51,26 @@ class OneOf:
 
         def tag(value: Any) -> str:
             if isinstance(value, dict):
-                return f"{self.key}{TAG}{value.get(self.key, first)}"
-            # Also called to write a section back to YAML, with the dataclass itself.
-            return f"{self.key}{TAG}{getattr(value, self.key, first)}"
+                return f"{self.key}{TAG_SEPARATOR}{value.get(self.key, first)}"
+            # A dataclass when a section is written back to YAML.
+            return f"{self.key}{TAG_SEPARATOR}{getattr(value, self.key, first)}"
 
-        def without_defaults(value: Any) -> Any:
+        # Run folders of earlier versions have the keys of every type in their recipes.
+        def drop_foreign_defaults(value: Any) -> Any:
             if not isinstance(value, dict):
                 return value
             chosen = [s for s in sections if tag_of(s, self.key) == tag(value)]
+            # Empty for an unknown tag, which the union then reports by its name.
             names = {field.name for section in chosen for field in fields(section)}
             return {k: v for k, v in value.items() if k in names or not _is_default(sections, k, v)}
 
         choices = {tag_of(s, self.key): handler.generate_schema(s) for s in sections}
         union = core_schema.tagged_union_schema(choices, discriminator=tag)
-        return core_schema.no_info_before_validator_function(without_defaults, union)
+        return core_schema.no_info_before_validator_function(drop_foreign_defaults, union)
 
 
 def _is_default(sections: tuple[type, ...], key: Any, value: Any) -> bool:
-    """Whether a section has `key` with this default."""
+    """Returns True if a section has `key` with this default."""
     return any(
         field.name == key
         and field.default is not MISSING

@@ -18,7 +18,7 @@ __all__ = [
 ]
 
 ObjectiveSection = Annotated[SftConfig | RetrievalConfig | Stage2Config, OneOf("name")]
-"""Every objective; a new one is one more member. The first is what a recipe without `name` has."""
+"""Every objective; a new one is one more member. A recipe without `name` takes the first."""
 
 
 def objective_names(family: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What every objective's section has: a name, weights of its terms, what it fits."""
+"""Base of the objectives' sections: name, weights of the loss terms, checks of the recipe."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -6,37 +6,36 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from internvl.config.types import STRICT
 
-if TYPE_CHECKING:  # a recipe holds an objective, which checks it
+if TYPE_CHECKING:  # at run time a cycle: recipe.py imports the objectives
     from internvl.config.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What is minimized. Each objective is a subclass that states what it is for."""
+    """The loss to minimize. Each objective is a subclass with keys of its own."""
 
     __pydantic_config__ = STRICT
     family: ClassVar[Literal["chat", "dual"]]
-    """Models that train with it: chat models, or InternVL-14B with its two encoders."""
+    """Models that it trains: chat models, or InternVL-14B with its two encoders."""
     rows_are_packed: ClassVar[bool]
-    """Whether a batch is a packed row of conversations; otherwise it is pairs."""
+    """True if a batch is a packed row of conversations, False if it is pairs."""
     terms: ClassVar[tuple[str, ...]]
     """The terms of the loss, in the order of the log."""
     instead: ClassVar[dict[str, str]] = {}
-    """Key of another objective -> the recipe's key that does the same for this one."""
+    """Key of another objective -> the recipe's key with the same effect for this one."""
 
     name: str
     weights: dict[str, float] = field(default_factory=dict)
-    """Weight of each term of the loss in the total, 1 where none is given; a term of weight 0 is
-    left out."""
+    """Weight of each term in the loss, by default 1; a term of weight 0 is left out."""
 
     @property
     def term_weights(self) -> dict[str, float]:
-        """Weight of every term that counts."""
+        """Term -> weight, for terms whose weight is not 0."""
         weights = {term: self.weights.get(term, 1.0) for term in self.terms}
         return {term: weight for term, weight in weights.items() if weight}
 
     def problems(self, recipe: "Recipe") -> Iterator[str]:
-        """Yields "key: reason" for each value of `recipe` that this objective contradicts."""
+        """Yields "key: reason" for each value of `recipe` that does not fit this objective."""
         unknown = [term for term in self.weights if term not in self.terms]
         for term in unknown:
             terms = ", ".join(self.terms)

@@ -9,30 +9,30 @@ from internvl.config.objective.base import ObjectiveConfig
 if TYPE_CHECKING:
     from internvl.config.recipe import Recipe
 
-_CAPTIONS = ("coco-captions", "captions", "pairs", "flickr_format", "coco_format")
+_CAPTION_TYPES = ("coco-captions", "captions", "pairs", "flickr_format", "coco_format")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedConfig(ObjectiveConfig):
-    """What objectives over packed rows of conversations share."""
+    """Base of the objectives over packed rows of conversations."""
 
     family = "chat"
     rows_are_packed = True
-    # A device's share of a step is cut into rows, whatever the number of samples in each.
+    # Memory is bounded by the length of a row, not by the number of samples in it.
     instead: ClassVar[dict[str, str]] = {"micro_batch": "data.row_tokens"}
 
     def problems(self, recipe: "Recipe") -> Iterator[str]:
-        """Also yields sources of captions that no question is given for."""
+        """Also yields caption sources without a question."""
         yield from super().problems(recipe)
-        for number, source in enumerate(recipe.data.sources):
-            if source.type in _CAPTIONS and source.prompt is None:
-                key = f"data.sources.{number}.prompt"
+        for index, source in enumerate(recipe.data.sources):
+            if source.type in _CAPTION_TYPES and source.prompt is None:
+                key = f"data.sources.{index}.prompt"
                 yield f"{key}: missing; a source of type {source.type} needs a question"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SftConfig(PackedConfig):
-    """Supervised fine-tuning: next-token loss on the answers."""
+    """Supervised fine-tuning: next-token cross-entropy on the answers."""
 
     terms = ("sft",)
 
@@ -40,5 +40,5 @@ class SftConfig(PackedConfig):
     weighting: Literal["token", "sample", "square"] = "token"
     """Weight of a supervised token in a sample of n: 1, 1 / n or 1 / sqrt(n)."""
     loss_normalization: Literal["global", "micro_batch"] = "global"
-    """global: the mean over all supervised tokens of a step, however it is cut; micro_batch: the
-    mean of each row's own mean, as the original, which then depends on how samples pack."""
+    """global: the mean over all supervised tokens of a step, however it is cut into rows;
+    micro_batch: the mean of the rows' means, as in the original, which depends on the packing."""

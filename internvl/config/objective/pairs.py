@@ -13,23 +13,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PairsConfig(ObjectiveConfig):
-    """What objectives over pairs share."""
+    """Base of the objectives over pairs."""
 
     family = "dual"
     rows_are_packed = False
 
     micro_batch: Positive | None = None
-    """Pairs that a device encodes at once; null takes its whole share of a step. Fewer need less
-    memory and one more forward pass; the loss still compares all pairs of a step."""
+    """Pairs that a device encodes at once; null: all of its pairs of a step. Fewer need less memory
+    but a second forward pass; the loss still compares all pairs of a step."""
     kept_micro_batches: Positive = 1
-    """Micro-batches that keep the graph of their features from that first pass and are not encoded
-    again; each needs memory for it."""
+    """Micro-batches that keep their graph from the first forward pass and skip the second; each
+    needs memory for it."""
 
     def problems(self, recipe: "Recipe") -> Iterator[str]:
-        """Also yields settings that only chat models have."""
+        """Also yields settings that are for chat models only."""
         yield from super().problems(recipe)
+        # Refused, not ignored: the run would not do what its recipe says.
         if recipe.global_batch_rows is not None:
             yield "global_batch_rows: is for packed rows, not for pairs; give global_batch"
+        # A chat model's config.json stores it for later users; InternVL-14B's has no key for it.
         if recipe.data.exif == "apply":
             yield "data.exif: apply is for chat models; turn the images of InternVL-14B beforehand"
         attention = recipe.compute.attention
@@ -57,4 +59,4 @@ class Stage2Config(PairsConfig):
 
     name: Literal["stage2"] = "stage2"
     label_smoothing: Fraction = 0.0
-    """Of the contrastive term."""
+    """Label smoothing of the contrastive term."""
