@@ -1,9 +1,9 @@
-"""Everything a run will read, read before it starts: `check.run(recipe)`. Needs no GPU, no weights.
+"""Reads all data of a run before it starts: `check.run(recipe)`. Needs no GPU and no weights.
 
 Every annotation line is parsed and encoded, every image and video decoded, every evaluation's
-images opened; all problems are collected. Then what the samples hold, the arithmetic of a step,
-and the first batch as text. What was read once is kept by its content in the cache folder, so that
-a second check reads only what changed.
+images opened; all problems are collected. The result also counts tokens and tiles, computes the
+number of steps and rows, and shows the first batch as text. Results are cached by content in the
+cache folder, so a second check reads only what changed.
 """
 
 import functools
@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from internvl import log
 from internvl import report as pages
 from internvl.check import report as check_report
-from internvl.check.report import Checked, Counts, Shown
+from internvl.check.report import CheckResult, Counts, ShownSample
 from internvl.config import DataConfig, EvalConfig, Recipe
 from internvl.data.chat import ChatEncoder, spans
 from internvl.data.images import FileSlice, ImageRef, is_address
@@ -53,29 +53,36 @@ from internvl.plan import dual_flops
 from internvl.plan.flops import work_of
 from internvl.plan.work import FirstStep
 
-_CHUNK = 64  # lines that a worker examines at once
+_CHUNK_LINES = 64
+"""Lines that a worker reads per job; also the unit of the cache."""
 _SHOWN_SAMPLES = 4
-_WORTH_SAYING = 0.02  # of a row
-_MOST_PACKED = 512  # units that row lengths are tried on
-_IMAGE = 512  # longest side of an image in the report, pixels
-_COLUMNS = ("line", "kind", "tokens", "tiles", "supervised", "unknown")
+_MIN_GAIN = 0.02
+"""Share of a row that another row length must fill better to be suggested."""
+# Packing compares every unit with every row, so its time grows with the square.
+_MAX_UNITS = 512
+"""Units that row lengths are tried on."""
+_MAX_SIDE = 512
+"""Longest side of an image in the report, pixels."""
+_COLUMNS = ("line", "media", "tokens", "tiles", "supervised", "unknown")
+"""Columns of a chunk's rows, named as the fields of `Counts`."""
 
 
-def run(recipe: Recipe, *, report: Path | None = None) -> Checked:
-    """Reads everything the recipe names and counts what training will see.
+def run(recipe: Recipe, *, report: Path | None = None) -> CheckResult:
+    """Reads all data that the recipe names and counts samples, tokens, tiles and steps.
 
     Args:
         recipe: what would be trained.
-        report: where to write the findings as a page; None writes none.
+        report: path of an HTML page to write; None writes none.
 
     Raises:
         UserError: the model's folder cannot be used. Problems of the data are collected instead.
     """
     opened = open_start(recipe)
+    # Tile size, template and limits may come from the checkpoint: training resolves them alike.
     completed = loading.complete(recipe, opened)
     recipe = completed.recipe
-    checked = Checked(recipe, inherited=completed.render())
-    encoder = encoder_of(recipe, opened)
+    checked = CheckResult(recipe, inherited=completed.render())
+    encoder = _make_encoder(recipe, opened)
     files, unusable = _open_all(recipe)
     checked.problems += unusable
     objective: Any = OBJECTIVES[recipe.objective.name](recipe.objective, recipe.data, encoder)
@@ -83,10 +90,12 @@ def run(recipe: Recipe, *, report: Path | None = None) -> Checked:
     if isinstance(encoder, CaptionEncoder):
         reader = objective.reader(files, recipe.seed)
     else:
+        # `pixels=False` still decodes every image, but does not resize it to tiles.
         reader = UnitReader(files, recipe.data, objective.encode, seed=recipe.seed, pixels=False)
-    _examine(_Examiner(reader, _settings(recipe, encoder), encoder), checked)
-    for name, spec in recipe.evals.items():
-        checked.problems += _eval_problems(name, spec)
+    _count_lines(_ChunkCounter(reader, _settings(recipe, encoder), encoder), checked)
+    for name, config in recipe.evals.items():
+        checked.problems += _eval_problems(name, config)
+    # With a source missing, the order of the samples and the number of steps would be others.
     if files and not unusable:
         order = SampleOrder(files, share_prefix=recipe.shares_prefix, seed=recipe.seed)
         if isinstance(encoder, CaptionEncoder):
@@ -99,7 +108,7 @@ def run(recipe: Recipe, *, report: Path | None = None) -> Checked:
 
 
 def _open_all(recipe: Recipe) -> tuple[list[Source], list[BadSample]]:
-    """The recipe's sources, and what is wrong with those that cannot be opened."""
+    """Opens the recipe's sources; returns them and a problem for each that cannot be opened."""
     try:
         configs = source_configs(recipe.data)
     except DataError as error:
@@ -119,34 +128,37 @@ def _open_all(recipe: Recipe) -> tuple[list[Source], list[BadSample]]:
     return files, problems
 
 
-def encoder_of(recipe: Recipe, opened: OpenedModel | None = None) -> ChatEncoder | CaptionEncoder:
-    """The encoder that training would use, without reading weights.
+def _make_encoder(recipe: Recipe, opened: OpenedModel) -> ChatEncoder | CaptionEncoder:
+    """Makes the encoder of training from the tokenizer alone, without reading weights.
 
     Args:
-        recipe: with nothing left open.
-        opened: `recipe.model`, where it is open already.
+        recipe: completed with the checkpoint's settings.
+        opened: `recipe.model`, opened.
     """
-    opened = opened or open_start(recipe)
     family = FAMILIES[opened.files.family]
+    # As training does: an objective of the other family would fail later and name no key.
     family.check_objective(recipe)
     return family.encoder(opened, recipe)
 
 
 @dataclass
-class _Examined:
-    """A chunk of lines: int64 (samples, columns), uint64 (samples,) digests, and the bad ones."""
+class _ChunkCounts:
+    """Counts of a chunk of lines, as a worker returns them."""
 
     file: int
+    """Index of the source."""
     num_lines: int
     rows: np.ndarray
+    """int64 (good samples, columns)"""
     digests: np.ndarray
+    """uint64 (good samples,)"""
     bad: list[BadSample]
 
 
-class _Examiner(Dataset[_Examined]):
-    """Counts instead of pixels and ids: what a worker sends back of a chunk stays small.
+class _ChunkCounter(Dataset[_ChunkCounts]):
+    """Reads chunks of lines and returns counts instead of ids and pixels.
 
-    A chunk whose lines, media files and settings were seen before is not read again.
+    Chunks are cached by their lines, media files and settings.
     """
 
     def __init__(self, reader: Any, settings: str, encoder: ChatEncoder | CaptionEncoder) -> None:
@@ -155,26 +167,31 @@ class _Examiner(Dataset[_Examined]):
         self.encoder = encoder
         self.cache = cache_folder() / "check"
 
-    def __getitem__(self, ref: UnitRef) -> _Examined:
+    def __getitem__(self, ref: UnitRef) -> _ChunkCounts:
         source = self.reader.files[ref.file]
         samples = list(source.samples(ref.lines))
+        # `ref.row` seeds what is drawn for the samples, such as a video's frames.
         key = hashlib.sha256(f"{self.settings}{source.config!r}{ref.row}".encode())
         for sample in samples:
             key.update(repr((sample.name, _content(sample))).encode())
+        # In subfolders: a large source has 100,000 chunks, too many files for one folder.
         file = self.cache / key.hexdigest()[:2] / f"{key.hexdigest()[2:34]}.json"
         if not file.is_file():
-            found = self._examine(ref, samples)
-            write_json(file, found)
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return _Examined(
+            write_json(file, self._count(ref, samples))
+        # A fresh chunk is read back too: both ways then give the same types.
+        chunk = json.loads(file.read_text(encoding="utf-8"))
+        return _ChunkCounts(
             ref.file,
             len(ref.lines),
-            np.asarray(found["rows"], dtype=np.int64).reshape(-1, len(_COLUMNS)),
-            np.asarray(found["digests"], dtype=np.uint64),
-            [BadSample(*bad) for bad in found["bad"]],
+            # The reshape keeps the columns of a chunk without a good sample.
+            np.asarray(chunk["rows"], dtype=np.int64).reshape(-1, len(_COLUMNS)),
+            np.asarray(chunk["digests"], dtype=np.uint64),
+            [BadSample(*bad) for bad in chunk["bad"]],
         )
 
-    def _examine(self, ref: UnitRef, samples: Sequence[Sample | BadSample]) -> dict[str, Any]:
+    def _count(self, ref: UnitRef, samples: Sequence[Sample | BadSample]) -> dict[str, Any]:
+        """Encodes the samples of a chunk; returns their rows, digests and problems for JSON."""
+        # The reader returns samples by media, not in the order of lines.
         by_name = {
             sample.name: (line, sample)
             for line, sample in zip(ref.lines, samples, strict=True)
@@ -182,10 +199,11 @@ class _Examiner(Dataset[_Examined]):
         }
         read = self.reader[ref]
         rows, digests = [], []
-        unknown = self.encoder.tokenizer.unk_token_id
-        for name, *numbers in (row for unit in read.units for row in _measures(unit, unknown)):
+        unknown_id = self.encoder.tokenizer.unk_token_id
+        for name, *counts in (row for unit in read.units for row in _measures(unit, unknown_id)):
             line, sample = by_name[name]
-            rows.append((line, _kind(sample), *numbers))
+            rows.append((line, _media_class(sample), *counts))
+            # 64 bits fit a NumPy column; equal by chance: 1 in 3,000 among 100 million samples.
             digest = hashlib.blake2b(repr(_content(sample)).encode(), digest_size=8).digest()
             digests.append(int.from_bytes(digest, "little"))
         return {
@@ -195,21 +213,26 @@ class _Examiner(Dataset[_Examined]):
         }
 
 
-def _measures(unit: Unit | Pair, unknown: int | None) -> Iterator[tuple[str, int, int, int, int]]:
-    """Name, tokens, tiles, supervised and unknown tokens of every sample."""
+def _measures(
+    unit: Unit | Pair, unknown_id: int | None
+) -> Iterator[tuple[str, int, int, int, int]]:
+    """Yields (name, tokens, tiles, supervised tokens, unknown tokens) of every sample of a unit."""
     if isinstance(unit, Pair):
-        strange = 0 if unknown is None else unit.summary.count(unknown)
-        yield unit.name, len(unit.summary), 1, len(unit.written) - unit.num_given, strange
+        # A byte-level tokenizer has no unknown token: it encodes every text.
+        unknown = 0 if unknown_id is None else unit.summary.count(unknown_id)
+        yield unit.name, len(unit.summary), 1, len(unit.written) - unit.num_given, unknown
         return
     for example in unit.examples:
         ids = example.input_ids
-        strange = 0 if unknown is None else int((ids == unknown).sum())
-        yield example.name, len(ids), unit.num_tiles, example.num_supervised, strange
+        unknown = 0 if unknown_id is None else int((ids == unknown_id).sum())
+        yield example.name, len(ids), unit.num_tiles, example.num_supervised, unknown
 
 
 def _settings(recipe: Recipe, encoder: ChatEncoder | CaptionEncoder) -> str:
-    """All that decides how a line is read, besides the line and its source."""
+    """Returns the part of the cache key that all lines share: all that decides how one is read."""
+    # The tokenizer's content: its path stays the same when its files are edited.
     tokenizer = encoder.tokenizer.backend_tokenizer.to_str()
+    # A source is in the key of its own chunks, so a new one does not make the others be read again.
     data = replaced(recipe.data, sources=(), meta=None, workers=0)
     return repr(
         (
@@ -222,12 +245,13 @@ def _settings(recipe: Recipe, encoder: ChatEncoder | CaptionEncoder) -> str:
     )
 
 
-def _kind(sample: Sample) -> int:
+def _media_class(sample: Sample) -> int:
+    """Returns 0 for text, 1 for one image, 2 for several images, 3 for video."""
     return 3 if sample.videos else min(len(sample.images), 2)
 
 
 def _content(sample: Sample | BadSample) -> tuple[Any, ...]:
-    """What a sample says and shows: files stand with their size and time."""
+    """Returns the messages of a sample and the state of its media, for hashing."""
     if isinstance(sample, BadSample):
         return ("bad", sample.reason)
     media = [_state(image) for image in sample.images]
@@ -236,12 +260,18 @@ def _content(sample: Sample | BadSample) -> tuple[Any, ...]:
 
 
 def _state(media: ImageRef) -> tuple[Any, ...]:
+    """Returns what changes when a media file changes: (path, size, mtime_ns), or a hash of bytes.
+
+    An address has its name only.
+    """
     if isinstance(media, bytes):
         return (hashlib.sha256(media).hexdigest(),)
     if isinstance(media, FileSlice):
         return (*_state(media.path), media.offset, media.size)
+    # Asking a store for the size of every image would take a request for each.
     if is_address(media):
         return (str(media),)
+    # Size and time instead of a hash: a second check must not read the images again.
     try:
         state = os.stat(media)
     except OSError:
@@ -249,42 +279,44 @@ def _state(media: ImageRef) -> tuple[Any, ...]:
     return (str(media), state.st_size, state.st_mtime_ns)
 
 
-def _examine(examiner: _Examiner, checked: Checked) -> None:
-    """Counts and problems of every line of every file."""
-    files = examiner.reader.files
+def _count_lines(counter: _ChunkCounter, checked: CheckResult) -> None:
+    """Adds the counts and problems of every line of every source to `checked`."""
+    files = counter.reader.files
     chunks = (
-        UnitRef(number, tuple(range(start, min(start + _CHUNK, len(file)))), 0, start)
-        for number, file in enumerate(files)
-        for start in range(0, len(file), _CHUNK)
+        UnitRef(index, tuple(range(start, min(start + _CHUNK_LINES, len(file)))), 0, start)
+        for index, file in enumerate(files)
+        for start in range(0, len(file), _CHUNK_LINES)
     )
     reading = Reading(
-        examiner,
+        counter,
         chunks,
-        name=lambda ref, error: name_failing(examiner.reader, files, [ref], error),
+        # The reader itself: the counter would make a cache file of every line tried alone.
+        name=lambda ref, error: name_failing(counter.reader, files, [ref], error),
         describe=lambda ref: describe_refs(files, [ref]),
         workers=checked.recipe.data.workers,
     )
-    found: list[list[_Examined]] = [[] for _ in files]
+    by_file: list[list[_ChunkCounts]] = [[] for _ in files]
     with (
         reading.named_deaths(),
         log.Progress("samples", total=sum(map(len, files))) as progress,
     ):
-        for examined in reading:
-            found[examined.file].append(examined)
+        for chunk in reading:
+            by_file[chunk.file].append(chunk)
             # Within a chunk they come by image; a reader looks for them by line.
-            checked.problems += sorted(examined.bad, key=lambda bad: (len(bad.name), bad.name))
-            progress.update(examined.num_lines)
-    for file, parts in zip(files, found, strict=True):
-        columns = np.concatenate([part.rows for part in parts]).T
-        digests = np.concatenate([part.digests for part in parts])
+            checked.problems += sorted(chunk.bad, key=lambda bad: (len(bad.name), bad.name))
+            progress.update(chunk.num_lines)
+    for file, counted in zip(files, by_file, strict=True):
+        columns = np.concatenate([chunk.rows for chunk in counted]).T
+        digests = np.concatenate([chunk.digests for chunk in counted])
         named = dict(zip(_COLUMNS, columns, strict=True))
         checked.counts[file.config.name] = Counts(**named, digest=digests)
 
 
-def _eval_problems(name: str, spec: EvalConfig) -> list[BadSample]:
-    """What is wrong with an evaluation's annotations and images: making it reads and opens them."""
+def _eval_problems(name: str, config: EvalConfig) -> list[BadSample]:
+    """Returns the problems of an evaluation's annotations and images."""
     try:
-        EVALS[spec.type](spec)
+        # The constructor reads the annotations and opens every image; no model is needed.
+        EVALS[config.type](config)
     except DataProblems as error:
         return [BadSample(f"evals.{name}", str(problem)) for problem in error.problems]
     except UserError as error:
@@ -297,9 +329,9 @@ def _first_step(
     reader: UnitReader,
     objective: Sft,
     encoder: ChatEncoder,
-    checked: Checked,
+    checked: CheckResult,
 ) -> None:
-    """The arithmetic of the run, and the samples of the first row of its first step."""
+    """Adds the number of steps, the first step's rows and samples of its first row."""
     recipe = checked.recipe
     try:
         refs, units, rows = _rows_of_first_step(order, reader, objective, recipe)
@@ -314,27 +346,31 @@ def _first_step(
             _row_line(rows, units, recipe) + _better_rows(units, recipe.data),
         ]
     )
+    # Not `sum`: it would begin with 0, which does not add to a Work.
     work = functools.reduce(operator.add, map(work_of, rows))
     checked.step = FirstStep(work, tuple(row.num_tokens for row in rows), len(order))
     # One of each unit: the answers to an image differ little, images do.
     shown = (next(_show(ref, rows[0].names, reader, objective, encoder), None) for ref in refs)
-    checked.first = list(islice((one for one in shown if one is not None), _SHOWN_SAMPLES))
+    # A unit may be in another row: it has nothing to show.
+    checked.first_samples = list(islice(filter(None, shown), _SHOWN_SAMPLES))
 
 
 def _rows_of_first_step(
     order: SampleOrder, reader: UnitReader, objective: Sft, recipe: Recipe
 ) -> tuple[list[UnitRef], list[Unit], list[PackedBatch]]:
-    """The references, units and rows of the first step; none if no sample can be read."""
+    """Returns references, units and rows of the first step; all empty if no sample is readable."""
     if recipe.global_batch_rows is None:
         refs = order.step(0, recipe.batch_samples, recipe.num_samples(len(order)))
         units = [unit for ref in refs for unit in reader[ref].units]
         return refs, units, objective.batches(units) if units else []
     groups: list[list[Unit]] = []
 
+    # A step holds batches, which no longer tell their units.
     def build(rows: Sequence[Sequence[Unit]]) -> list[PackedBatch]:
         groups.extend(map(list, rows))
         return []
 
+    # Without workers: they would read ahead of the one step that is wanted.
     data, num_rows = replaced(recipe.data, workers=0), recipe.global_batch_rows
     with closing(
         row_steps(
@@ -354,9 +390,9 @@ def _rows_of_first_step(
 
 
 def _first_pairs(
-    order: SampleOrder, reader: Dataset[Read], objective: Objective, checked: Checked
+    order: SampleOrder, reader: Dataset[Read], objective: Objective, checked: CheckResult
 ) -> None:
-    """The arithmetic of the run, and how the first pairs of its first step read."""
+    """Adds the number of steps and a description of the first step's pairs."""
     recipe = checked.recipe
     refs = order.step(0, recipe.batch_samples, recipe.num_samples(len(order)))
     units = [unit for ref in refs for unit in reader[ref].units]
@@ -368,6 +404,7 @@ def _first_pairs(
 
 
 def _arithmetic(order: SampleOrder, recipe: Recipe) -> str:
+    """Formats samples, groups, epochs and steps of the run."""
     epoch = f"{len(order):,} samples an epoch in {order.num_groups:,} groups; "
     num_steps = recipe.num_steps(len(order))
     if recipe.global_batch_rows is not None:
@@ -382,11 +419,12 @@ def _arithmetic(order: SampleOrder, recipe: Recipe) -> str:
 
 
 def _row_line(rows: Sequence[PackedBatch], units: Sequence[Unit], recipe: Recipe) -> str:
-    """The rows of the first step, and what sharing prefixes saves in it."""
+    """Formats the first step's rows, tiles and supervised tokens, and what shared prefixes save."""
     limit = recipe.data.row_tokens or recipe.data.max_tokens
     tokens = sum(row.num_tokens for row in rows)
     padded = sum(padded_tokens(row.num_tokens, limit) for row in rows)
     tiles = sum(row.num_tiles for row in rows)
+    # Without sharing, every example would have its own copy of the prefix and its tiles.
     alone = sum(len(example.input_ids) for unit in units for example in unit.examples)
     tiles_alone = sum(unit.num_tiles * len(unit.examples) for unit in units)
     saved = ""
@@ -401,43 +439,47 @@ def _row_line(rows: Sequence[PackedBatch], units: Sequence[Unit], recipe: Recipe
 
 
 def _better_rows(units: Sequence[Unit], data: DataConfig) -> str:
-    """A `data.row_tokens` close to this one that these units fill better, where there is one."""
-    sizes = [(unit.num_tokens, unit.num_tiles) for unit in units[:_MOST_PACKED]]
+    """Suggests a `data.row_tokens` within 1/8 of the present one that wastes less; "" if none."""
+    sizes = [(unit.num_tokens, unit.num_tiles) for unit in units[:_MAX_UNITS]]
     limit = data.row_tokens or data.max_tokens
-    largest = max(tokens for tokens, _ in sizes)  # more than a sample's where captions share one
+    # May exceed `data.max_tokens`, the limit of a sample: a unit can hold several captions.
+    largest = max(tokens for tokens, _ in sizes)
     if data.packing != "best-fit" or largest > limit:
         return ""
 
     def fill(length: int) -> float:
         rows = least_padded(sizes, length, data.max_tiles)
         held = [sum(sizes[i][0] for i in row) for row in rows]
+        # A single row takes whatever there is: how full it is says nothing about the length.
         return sum(held) / sum(padded_tokens(n, length) for n in held) if len(rows) > 1 else 0.0
 
     first = max(data.max_tokens, largest, limit * 7 // 8)
+    # Multiples of the attention block: a row is padded to one in any case.
     best = max(range(-(-first // BLOCK) * BLOCK, limit * 9 // 8, BLOCK), key=fill, default=limit)
-    if fill(best) < fill(limit) + _WORTH_SAYING:
+    if fill(best) < fill(limit) + _MIN_GAIN:
         return ""
     return f"; data.row_tokens={best} would be {fill(best):.1%} full"
 
 
 def _show(
     ref: UnitRef,
-    wanted: Sequence[str],
+    names: Sequence[str],
     reader: UnitReader,
     objective: Sft,
     encoder: ChatEncoder,
-) -> Iterator[Shown]:
+) -> Iterator[ShownSample]:
+    """Yields the samples of `ref` that are in `names`, with the tiles and text of training."""
     for sample in reader.files[ref.file].samples(ref.lines):
-        if isinstance(sample, BadSample) or sample.name not in wanted:
+        if isinstance(sample, BadSample) or sample.name not in names:
             continue
         prepared, _, tiles = reader.prepare([sample], ref)
         for unit in objective.encode(prepared, tiles) if prepared else []:
             if isinstance(unit, BadSample):
                 continue
-            yield Shown(
+            yield ShownSample(
                 sample,
                 _media_names(sample, tiles),
-                tuple(_small(image) for image in reader.images(sample, ref)[0]),
+                tuple(_thumbnail(image) for image in reader.images(sample, ref)[0]),
                 () if tiles is None else tiles.grids,
                 () if tiles is None else tiles.per_image,
                 tuple(spans(unit.examples[0], encoder)),
@@ -445,17 +487,18 @@ def _show(
 
 
 def _media_names(sample: Sample, tiles: Tiles | None) -> tuple[str, ...]:
-    """What the text calls each of a sample's images or frames."""
+    """Returns the path of each image, or path and number of each frame."""
     if sample.videos:
         count = 0 if tiles is None else len(tiles.grids)
         return tuple(f"{sample.videos[0].path} frame {n}" for n in range(1, count + 1))
-    return tuple("(bytes)" if isinstance(i, bytes) else str(i) for i in sample.images)
+    return tuple("(bytes)" if isinstance(image, bytes) else str(image) for image in sample.images)
 
 
-def _small(pixels: np.ndarray) -> bytes:
-    """A JPEG of at most _IMAGE pixels a side."""
+def _thumbnail(pixels: np.ndarray) -> bytes:
+    """Encodes uint8 (H, W, 3) as a JPEG of at most _MAX_SIDE pixels a side."""
     image = Image.fromarray(pixels)
-    image.thumbnail((_IMAGE, _IMAGE))
+    # The page embeds every image: photos at full size would make it tens of MB.
+    image.thumbnail((_MAX_SIDE, _MAX_SIDE))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
     return buffer.getvalue()

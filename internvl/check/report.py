@@ -1,9 +1,4 @@
-"""What `check` found, as text and as a page.
-
-Counts    what the good samples of a source hold
-Shown     a sample of the first batch
-Checked   all of it: `render` as text, `page` for a browser
-"""
+"""Result of `check`, as text (`CheckResult.render`) and as an HTML page (`page`)."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,26 +15,31 @@ from internvl.errors import BadSample
 from internvl.plan.dual_flops import PairStep
 from internvl.plan.work import FirstStep
 
+# A wrong image folder makes every line a problem; the first ones already show that.
 _SHOWN_PROBLEMS = 20
-_NEAR = 0.9  # of data.max_tokens: from here on a sample is near the limit
-_BARS = 10  # bins of a histogram
-_KINDS = ("text", "one image", "several images", "video")
+_NEAR = 0.9
+"""Share of `data.max_tokens` from which on a sample counts as near the limit."""
+_NUM_BINS = 10
+"""Bins of a histogram."""
+_MEDIA = ("text", "one image", "several images", "video")
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What the good samples of a source hold. Every array has one number a sample."""
+    """Counts of the good samples of a source; every array is (samples,), in no fixed order."""
 
     line: np.ndarray
-    """Number in the source, from 0."""
-    kind: np.ndarray
-    """Index into text, one image, several images, video."""
+    """Index of the line in the source."""
+    media: np.ndarray
+    """0 text, 1 one image, 2 several images, 3 video."""
     tokens: np.ndarray
+    # Of the whole unit: samples that share a prefix share its tiles, and each counts them.
     tiles: np.ndarray
     supervised: np.ndarray
     """Supervised tokens."""
     unknown: np.ndarray
-    """Tokens that stand for text the tokenizer does not know."""
+    """Unknown tokens, `tokenizer.unk_token_id`."""
+    # A number instead of the text: duplicates are found without holding the samples in memory.
     digest: np.ndarray
     """uint64: equal for equal messages with equal media."""
 
@@ -48,79 +48,83 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A sample of the first batch: its text in spans of (text, supervised), a grid per image."""
+class ShownSample:
+    """A sample of the first batch, as the model gets it."""
 
     sample: Sample
     images: tuple[str, ...]
-    """What each image or frame is called."""
+    """Name of each image or frame."""
     small: tuple[bytes, ...]
     """Each image or frame as a small JPEG."""
     grids: tuple[Grid, ...]
     per_image: tuple[int, ...]
     """Tiles of each image, the thumbnail included."""
     spans: tuple[tuple[str, bool], ...]
+    """(text, supervised)"""
 
 
 @dataclass
-class Checked:
-    """What `run` found."""
+class CheckResult:
+    """Problems, counts and first batch of a run's data."""
 
     recipe: Recipe
-    """With nothing left open."""
+    """Completed with the checkpoint's settings."""
     inherited: str = ""
-    """What holds of images and conversations, and where it is from, in lines."""
+    """Settings of images and conversations and the source of each, one a line."""
     problems: list[BadSample] = field(default_factory=list)
     """All bad samples and unusable files, by file and line."""
     counts: dict[str, Counts] = field(default_factory=dict)
-    """Of every source, by its name."""
+    """Counts by the source's name."""
     arithmetic: str = ""
-    """Samples, groups, steps and rows, in words; empty where nothing can be trained on."""
+    """Samples, groups, steps and rows, as text; empty if no sample can be used."""
     step: FirstStep | PairStep | None = None
-    """None where nothing can be trained on."""
-    first: list[Shown] = field(default_factory=list)
-    """The first samples of the first row."""
+    """None if no sample can be used."""
+    first_samples: list[ShownSample] = field(default_factory=list)
+    """Samples of the first row."""
 
     def render(self) -> str:
-        """The findings as text: problems, what holds, sources, arithmetic, first batch."""
-        parts = [
+        """Formats problems, settings, sources, sizes, steps and the first batch as text."""
+        paragraphs = [
             "\n".join(_problem_lines(self.problems)),
             self.inherited,
             "\n".join(_source_line(name, counts) for name, counts in self.counts.items()),
             "\n".join(self.summary()),
             self.arithmetic,
-            *map(_render_sample, self.first),
+            *map(_render_sample, self.first_samples),
         ]
-        return "\n\n".join(part for part in parts if part)
+        # Filtered: pairs have no samples to show, and a run without a good sample no sizes.
+        return "\n\n".join(filter(None, paragraphs))
 
     def summary(self) -> Iterator[str]:
-        """What all sources together hold, and what in it deserves a look."""
-        tokens, tiles = self.joined("tokens"), self.joined("tiles")
+        """Yields histograms of tokens and tiles, and a line for each thing to look at."""
+        tokens, tiles = self.column("tokens"), self.column("tiles")
+        # `_bins` takes the minimum, which fails without values.
         if not len(tokens):
             return
         yield from _histogram("tokens a sample", tokens)
         if tiles.any():
             yield from _histogram("tiles a sample", tiles)
         limit = self.recipe.data.max_tokens
-        for count, what in (
+        for count, trait in (
             (int((tokens >= limit).sum()), f"are cut at data.max_tokens = {limit:,}"),
             (int((tokens >= _NEAR * limit).sum()), f"have {_NEAR:.0%} of data.max_tokens or more"),
-            (int((self.joined("unknown") > 0).sum()), "hold text the tokenizer does not know"),
+            (int((self.column("unknown") > 0).sum()), "hold text the tokenizer does not know"),
             (self.num_duplicates, "equal another sample, images and text"),
         ):
             if count:
-                yield f"{count:,} sample(s) {what}"
+                yield f"{count:,} sample(s) {trait}"
 
     @property
     def num_duplicates(self) -> int:
-        """Samples that an earlier one equals."""
-        digests = self.joined("digest")
+        """Samples that equal an earlier one in messages and media."""
+        digests = self.column("digest")
         return len(digests) - len(np.unique(digests))
 
-    def joined(self, column: str) -> np.ndarray:
-        """A column of `Counts` over all sources."""
-        parts = [getattr(counts, column) for counts in self.counts.values()]
-        return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+    def column(self, name: str) -> np.ndarray:
+        """Concatenates a field of `Counts` over all sources: (samples,)."""
+        columns = [getattr(counts, name) for counts in self.counts.values()]
+        # Not from an empty int64 array: with it, uint64 digests become float64 and lose 11 bits.
+        return np.concatenate(columns) if columns else np.zeros(0, dtype=np.int64)
 
 
 def _problem_lines(problems: Sequence[BadSample]) -> Iterator[str]:
@@ -138,10 +142,10 @@ def _source_line(name: str, counts: Counts) -> str:
     if not len(counts):
         return f"source {name}: no good sample"
     tokens, tiles = int(counts.tokens.sum()), int(counts.tiles.sum())
-    kinds = Counter(_KINDS[kind] for kind in counts.kind)
+    by_media = Counter(_MEDIA[index] for index in counts.media)
     return (
         f"source {name}: {len(counts):,} good samples "
-        f"({', '.join(f'{kinds[kind]:,} {kind}' for kind in _KINDS if kinds[kind])}), "
+        f"({', '.join(f'{by_media[name]:,} {name}' for name in _MEDIA if by_media[name])}), "
         f"{tokens:,} tokens (longest {counts.tokens.max():,}), "
         f"{counts.supervised.sum() / tokens:.1%} supervised, {tiles:,} tiles "
         f"(most {counts.tiles.max()})"
@@ -149,9 +153,10 @@ def _source_line(name: str, counts: Counts) -> str:
 
 
 def _bins(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(samples in each bin, edges), whole numbers."""
+    """Returns int64 (samples per bin, edges) of at most _NUM_BINS bins."""
     low, high = int(values.min()), int(values.max())
-    step = max(1, -(-(high - low + 1) // _BARS))
+    # Whole numbers: edges at fractions would put one token count more into some bins.
+    step = max(1, -(-(high - low + 1) // _NUM_BINS))
     edges = np.arange(low, high + step + 1, step)
     return np.histogram(values, edges)
 
@@ -160,11 +165,12 @@ def _histogram(title: str, values: np.ndarray) -> Iterator[str]:
     counts, edges = _bins(values)
     yield f"{title}:"
     for count, (low, high) in zip(counts, pairwise(edges), strict=True):
+        # The fullest bin has 40 columns, so that a line fits a terminal of 80.
         bar = "█" * round(40 * count / counts.max())
         yield f"  {low:>7,} to {high - 1:>7,}  {count:>9,}  {bar}".rstrip()
 
 
-def _render_sample(shown: Shown) -> str:
+def _render_sample(shown: ShownSample) -> str:
     images = [
         f"  {path}: {columns} x {rows} grid, {count} tile(s)"
         for path, (columns, rows), count in zip(
@@ -174,9 +180,10 @@ def _render_sample(shown: Shown) -> str:
     return "\n".join([f"{shown.sample.name} (⟦supervised⟧)", *images, marked(shown.spans)])
 
 
-def page(checked: Checked) -> pages.Report:
-    """The findings as a page, with the first samples as the model will get them."""
-    tokens, supervised = checked.joined("tokens"), checked.joined("supervised")
+def page(checked: CheckResult) -> pages.Report:
+    """Builds the HTML page: figures, problems, sources, sizes, settings and first samples."""
+    tokens, supervised = checked.column("tokens"), checked.column("supervised")
+    # At least 1: nothing can be read if every line is bad.
     share = supervised.sum() / max(1, tokens.sum())
     sections: list[pages.Section] = [
         pages.Facts(
@@ -186,7 +193,7 @@ def page(checked: Checked) -> pages.Report:
                 (f"{len(checked.problems):,}", "problems"),
                 (f"{tokens.sum():,}", "tokens"),
                 (f"{share:.1%}", "of them supervised"),
-                (f"{checked.joined('tiles').sum():,}", "tiles"),
+                (f"{checked.column('tiles').sum():,}", "tiles"),
                 (f"{checked.num_duplicates:,}", "duplicates"),
             ],
             note=checked.arithmetic.replace("\n", ". "),
@@ -195,14 +202,14 @@ def page(checked: Checked) -> pages.Report:
     ]
     if len(tokens):
         lines = [_source_line(name, counts) for name, counts in checked.counts.items()]
-        charts = [_chart(what, checked.joined(what)) for what in ("tokens", "tiles")]
+        charts = [_chart(name, checked.column(name)) for name in ("tokens", "tiles")]
         sections.append(pages.Text(title="Sources", paragraphs=lines))
         sections.append(pages.Charts(title="Sizes", charts=charts))
     if checked.inherited:
         title, *held = checked.inherited.splitlines()
         sections.append(pages.Text(title=title.capitalize(), paragraphs=held))
-    if checked.first:
-        shown = [_page_sample(one) for one in checked.first]
+    if checked.first_samples:
+        shown = list(map(_page_sample, checked.first_samples))
         sections.append(pages.Samples(title="First samples", samples=shown))
     return pages.Report(
         title="What will be trained on",
@@ -211,16 +218,17 @@ def page(checked: Checked) -> pages.Report:
     )
 
 
-def _chart(what: str, values: np.ndarray) -> pages.Chart:
+def _chart(name: str, values: np.ndarray) -> pages.Chart:
     counts, edges = _bins(values)
+    # A chart joins points by lines: two for each bin draw the steps of a histogram.
     points = [
         (float(x), float(count))
         for count, edge in zip(counts, pairwise(edges), strict=True)
         for x in edge
     ]
     return pages.Chart(
-        title=f"{what} a sample",
-        x_label=what,
+        title=f"{name} a sample",
+        x_label=name,
         y_label="samples",
         series=[pages.Series(name="samples", points=points)],
         form=",.0f",
@@ -228,8 +236,9 @@ def _chart(what: str, values: np.ndarray) -> pages.Chart:
     )
 
 
-def _page_sample(shown: Shown) -> pages.TrainingSample:
+def _page_sample(shown: ShownSample) -> pages.TrainingSample:
     images = [
+        # A tile more than the grid has is the thumbnail.
         pages.TiledImage(image=image, columns=columns, rows=rows, thumbnail=count > columns * rows)
         for image, (columns, rows), count in zip(
             shown.small, shown.grids, shown.per_image, strict=True

@@ -150,7 +150,7 @@ def test_what_the_samples_hold(model, images, tmp_path):
     assert found.problems == []
     counts = found.counts["chat"]
     order = counts.line.argsort()
-    assert counts.kind[order].tolist() == [0, 1, 1, 2, 0]
+    assert counts.media[order].tolist() == [0, 1, 1, 2, 0]
     assert counts.tiles[order].tolist() == [0, 3, 3, 4, 0]
     text = found.render()
     for part in (
@@ -163,6 +163,13 @@ def test_what_the_samples_hold(model, images, tmp_path):
         assert part in text
 
 
+def test_digests_of_one_float_are_not_duplicates(model, images, tmp_path):
+    found = checked(model, images, [chat_line("Hello?", "Hi.")] * 2, tmp_path)
+    digests = np.asarray([2**63, 2**63 + 1], np.uint64)
+    found.counts["chat"] = replace(found.counts["chat"], digest=digests)
+    assert found.num_duplicates == 0
+
+
 def test_what_was_read_is_not_read_again(model, images, tmp_path, monkeypatch):
     rows = [chat_line(QUESTION, ANSWER, image="small.jpg"), chat_line(QUESTION, "", image="x.jpg")]
     first = checked(model, images, rows, tmp_path)
@@ -172,7 +179,7 @@ def test_what_was_read_is_not_read_again(model, images, tmp_path, monkeypatch):
         raise AssertionError("read again")
 
     with monkeypatch.context() as patched:
-        patched.setattr(check._Examiner, "_examine", fail)
+        patched.setattr(check._ChunkCounter, "_count", fail)
         again = checked(model, images, rows, tmp_path)
         assert again.render() == first.render()
         picture(images / "small.jpg", (90, 30))
