@@ -1,1 +1,1 @@
-"""What a run keeps besides weights: optimizer, checkpoints, tracking, guards, early stopping."""
+"""Optimizer, checkpoints, metric logs, spike guard, early stopping and memory advice of a run."""

@@ -64,7 +64,7 @@ def save(
     target = folder / f"{step:06d}"
     tensors = _tensors(model, optimizer)
     try:
-        # Of a process that was killed while it wrote: nothing else removes it.
+        # A process that was killed while it wrote leaves one, which nothing else removes.
         remove_partials(folder)
         with complete_folder(target) as partial:
             with _quiet():
@@ -154,7 +154,7 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
-    # Not `.data`, whose writes torch does not count: copies of weights are renewed by that count.
+    # Not `.data`: loading must raise the version counter, by which fused adapters see new weights.
     return {f"model.{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
 

@@ -1,8 +1,8 @@
-"""What to do when memory is short: the fall-back ladder, once, as data.
+"""Settings that save memory, in the order in which to try them: data for plans and error messages.
 
-Rungs that leave what is learned as it is come first, the cheapest of them above; a run that was
-stopped may go on with any of those. The others are for a new run. None changes how many samples a
-step holds. What a rung saves and costs is counted or estimated, not measured.
+Rungs that keep the results come first, the cheapest at the top; a stopped run may resume with any
+of them. The others are for a new run. No rung changes the number of samples in a step. Savings and
+costs are counted or estimated, not measured.
 """
 
 from collections.abc import Callable
@@ -10,20 +10,22 @@ from dataclasses import dataclass
 
 from internvl.config import PairsConfig, Recipe
 
-_SHORTEST_ROW = 256  # tokens; below, rows hold next to nothing
+# Of text alone; an image takes 256 tokens a tile.
+_LEAST_TOKENS = 128
+"""Smallest `data.max_tokens` that is suggested."""
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One setting: what it frees and what it costs."""
+    """A setting that saves memory, with its saving and its cost."""
 
     key: str
     saves: str
     costs: str
     value: Callable[[Recipe], str | None]
-    """What to set for a recipe, or None where it has that or cannot use it."""
+    """Returns the value to set in a recipe, or None if it is in use or not applicable."""
     keeps_results: bool = True
-    """Up to rounding; a run that was stopped may then go on with it."""
+    """True if results stay the same up to rounding, so that a stopped run may resume with it."""
 
 
 def _checkpointing(recipe: Recipe) -> str | None:
@@ -33,8 +35,8 @@ def _checkpointing(recipe: Recipe) -> str | None:
 def _micro_batch(recipe: Recipe) -> str | None:
     if not isinstance(recipe.objective, PairsConfig):
         return None
-    now = recipe.objective.micro_batch or recipe.batch_samples
-    return None if now == 1 else str(now // 2)
+    pairs = recipe.objective.micro_batch or recipe.batch_samples
+    return None if pairs == 1 else str(pairs // 2)
 
 
 def _kept_micro_batches(recipe: Recipe) -> str | None:
@@ -47,6 +49,7 @@ def _row_tokens(recipe: Recipe) -> str | None:
     if not recipe.objective.rows_are_packed:
         return None
     row, sample = recipe.data.row_tokens or recipe.data.max_tokens, recipe.data.max_tokens
+    # Not below a sample's limit: samples would be cut, which changes the results.
     return str(max(sample, row // 2)) if row > sample else None
 
 
@@ -55,6 +58,7 @@ def _offload(recipe: Recipe) -> str | None:
 
 
 def _offload_moments(recipe: Recipe) -> str | None:
+    # Other optimizers keep 8-bit moments or one moment; their states are not offloaded.
     plain = recipe.optim.name == "adamw" and not recipe.optim.offload
     return "true" if plain and recipe.model.parts else None
 
@@ -62,6 +66,7 @@ def _offload_moments(recipe: Recipe) -> str | None:
 def _quantize(recipe: Recipe) -> str | None:
     if not recipe.objective.rows_are_packed:
         return None
+    # Weights in 4 bits have no gradients: only adapters can train on them.
     frozen = recipe.model.lora is not None and "language_model" not in recipe.model.parts
     frozen = frozen and not recipe.compute.float8
     return "4bit" if frozen and recipe.model.quantize != "4bit" else None
@@ -69,9 +74,10 @@ def _quantize(recipe: Recipe) -> str | None:
 
 def _max_tokens(recipe: Recipe) -> str | None:
     half = recipe.data.max_tokens // 2
-    return str(half) if recipe.objective.rows_are_packed and half >= _SHORTEST_ROW // 2 else None
+    return str(half) if recipe.objective.rows_are_packed and half >= _LEAST_TOKENS else None
 
 
+# In order: a rung is suggested when those above it are in use or not applicable.
 LADDER = (
     Rung(
         "objective.kept_micro_batches",
@@ -81,15 +87,16 @@ LADDER = (
     ),
     Rung(
         "compute.checkpointing",
-        "what every second block (selective) or every block (full) of a trained part keeps for "
-        "its backward pass, but for the block's input",
+        "the activations of every second block (selective) or every block (full) of a trained "
+        "part, except the block's input",
+        # A forward pass is a third of forward and backward.
         "a second forward pass of these blocks: about a sixth of the time, or a third",
         _checkpointing,
     ),
     Rung(
         "objective.micro_batch",
         "half of all that grows with the pairs that are encoded at once",
-        "a forward pass without gradient, but of a frozen tower, once a step is cut at all",
+        "one more forward pass without gradients (not of a frozen tower), if the step is cut",
         _micro_batch,
     ),
     Rung(
@@ -99,15 +106,16 @@ LADDER = (
         _row_tokens,
     ),
     Rung(
+        # After recomputation: the inputs of the blocks are then all that is left to move.
         "compute.offload",
-        "what the backward pass waits for, which is kept in the CPU's memory instead",
-        "two copies over the bus of 2 bytes a token and hidden unit for every block",
+        "the activations saved for the backward pass, which move to the CPU's memory",
+        "two copies over the bus for every block: 2 bytes per token and hidden unit",
         _offload,
     ),
     Rung(
         "optim.offload",
-        "8 of the 16 bytes that a trained weight takes, which are in the CPU's memory instead",
-        "16 bytes a trained weight over the bus in every step",
+        "8 of the 16 bytes of a trained weight: both AdamW moments move to the CPU's memory",
+        "16 bytes per trained weight over the bus in every step",
         _offload_moments,
     ),
     Rung(
@@ -120,7 +128,7 @@ LADDER = (
     Rung(
         "data.max_tokens",
         "half of all that grows with a row",
-        "longer samples are cut, or bad where an image would be",
+        "longer samples are cut, or refused if the cut would fall into an image",
         _max_tokens,
         keeps_results=False,
     ),
@@ -128,7 +136,7 @@ LADDER = (
 
 
 def next_rung(recipe: Recipe) -> tuple[Rung, str] | None:
-    """The first rung that this recipe has not taken, and the value to set."""
+    """Returns the first rung that helps this recipe and the value to set; None if none is left."""
     for rung in LADDER:
         value = rung.value(recipe)
         if value is not None:
@@ -137,11 +145,11 @@ def next_rung(recipe: Recipe) -> tuple[Rung, str] | None:
 
 
 def advice(recipe: Recipe) -> str:
-    """What to set when a row did not fit into memory, as a sentence."""
-    found = next_rung(recipe)
-    if found is None:
+    """Returns a sentence that says what to set after running out of memory."""
+    rung_and_value = next_rung(recipe)
+    if rung_and_value is None:
         return "Take a smaller model or a larger GPU: every setting that saves memory is in use"
-    rung, value = found
+    rung, value = rung_and_value
     if rung.keeps_results:
         return f"Set {rung.key}={value}; the same command then goes on from the last checkpoint"
     return f"Set {rung.key}={value} in a new run (it costs {rung.costs})"

@@ -17,7 +17,7 @@ Layer = tuple[str, int]
 
 
 def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over the parameters that require gradients; matrices decay, vectors do not.
+    """Builds the optimizer of all parameters that require gradients; only matrices decay.
 
     With `decay_vectors` everything decays, as in the original (DeepSpeed sees one flat group).
     The rate of a group is the schedule's times its `lr_scale`.
@@ -49,7 +49,7 @@ def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
 
 
 def hidden_matrices(model: nn.Module) -> frozenset[str]:
-    """Names of the weights of linear layers inside the model, the output matrix left out.
+    """Returns the names of the weights of all linear layers but the output matrix.
 
     Embeddings, output matrix, convolutions and vectors are AdamW's, as Muon's authors advise.
     """
@@ -103,7 +103,7 @@ class Muon(torch.optim.AdamW):
                 parameter.add_(update.to(parameter.dtype), alpha=-lr * scale)
 
     def _averaged(self, parameter: nn.Parameter) -> Tensor:
-        """The gradient with Nesterov momentum, shape of the parameter."""
+        """Returns the gradient with Nesterov momentum, in the parameter's shape."""
         gradient = parameter.grad
         assert gradient is not None
         state = self.state[parameter]
@@ -120,7 +120,7 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """U V^T of each matrix's singular value decomposition, roughly: (B, M, N) -> the same shape.
+    """Approximates U V^T of each matrix's singular value decomposition, (B, M, N).
 
     Singular values end between 0.7 and 1.2. bfloat16 on a GPU, else float32.
     """
@@ -206,7 +206,7 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]
 
 
 def _adamw_8bit() -> Any:
-    """torchao's AdamW: moments in 8 bits as in arXiv 2110.02861, on any device."""
+    """Returns torchao's AdamW class: moments in 8 bits as in arXiv 2110.02861, on any device."""
     try:
         from torchao.optim import AdamW8bit
     except ImportError:
@@ -273,7 +273,7 @@ def layer_of(official: str, depths: Mapping[str, int]) -> Layer:
 
 
 def lr_scale(layer: int, depth: int, rate: float) -> float:
-    """Factor of the learning rate of a layer in a tower of `depth` blocks, at most 1."""
+    """Returns the learning-rate factor of a layer in a tower of `depth` blocks, at most 1."""
     # Layer depth + 2 would have a rate above the recipe's.
     return min(1.0, rate ** (depth + 1 - layer))
 
@@ -298,7 +298,7 @@ def set_lr(
 
 
 def lr_at(step: int, num_steps: int, config: OptimConfig) -> float:
-    """Learning rate of step `step` (from 0), before a layer's share.
+    """Returns the learning rate of step `step` (from 0), before a layer's factor.
 
     Original: the cosine schedule of transformers, warm-up steps rounded up; as shipped,
     `WarmupDecayLR` of DeepSpeed 0.10 to 0.15.2, whose first update has the peak.

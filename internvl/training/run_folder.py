@@ -71,7 +71,7 @@ def _locked(recipe: Recipe) -> Iterator[None]:
                     f"{folder} holds a run of another recipe ({'; '.join(changed)}); "
                     "set it back to go on, or choose another `run`"
                 )
-        # Also over an equal one, which may lack keys that are new since then.
+        # Even if equal: a file of an older version has not the keys that are new since then.
         saved.write_text(text, encoding="utf-8")
         yield
 

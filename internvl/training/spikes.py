@@ -1,4 +1,4 @@
-"""Guard against updates from losses or gradients that are not finite or spike.
+"""Guard that refuses updates whose loss or gradient is not finite or spikes.
 
 A step is judged before its update is applied, against the median of the steps before and their
 deviation: 1.4826 times the median distance from the median. The steps remembered are part of a

@@ -9,18 +9,18 @@ from internvl.log import StepLog, TensorBoard
 
 
 class WandB:
-    """The same scalars for Weights & Biases; with WANDB_MODE=offline they stay in the folder."""
+    """Logs scalars to Weights & Biases; with WANDB_MODE=offline they stay in the folder."""
 
     def __init__(self, folder: Path, project: str) -> None:
         """
         Args:
-            folder: of the run; its path names the run there, so that it goes on after a stop.
+            folder: run folder; the run id is a hash of its path, so that a resumed run continues.
 
         Raises:
             UserError: wandb is not installed, or refuses to start (not logged in, say).
         """
         try:
-            # Here and not above: it is an extra.
+            # Here and not above: it is an extra, which other runs do not need.
             import wandb
         except ImportError:
             raise UserError(
@@ -49,7 +49,7 @@ class WandB:
 
 
 class Metrics:
-    """Writes the numbers of a run to metrics.jsonl and boards; other ranks have neither."""
+    """Writes the metrics of a run to metrics.jsonl and the boards; only rank 0 has these."""
 
     def __init__(self, boards: Sequence[TensorBoard | WandB], rows: StepLog | None = None) -> None:
         self.boards = boards
