@@ -1,1 +1,1 @@
-"""What `compute:` says, applied to a model and to a step."""
+"""Applies the recipe's `compute:` section to a model and to a training step."""

@@ -28,7 +28,8 @@ def compiling(compute: ComputeConfig, device: torch.device) -> Iterator[None]:
     try:
         with several_shapes():
             yield
-    except (BackendCompilerFailed, TypeError) as error:  # TypeError: called as another version is
+    # TypeError: this torch calls FlashAttention 4 with the arguments of another version.
+    except (BackendCompilerFailed, TypeError) as error:
         if attention_backend(compute, device) != "flash":
             raise
         raise UserError(

@@ -1,4 +1,4 @@
-"""Rows padded, pinned, prefetched and copied to the device while a step runs."""
+"""Pads, pins and prefetches batches and copies them to the device while a step runs."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -41,7 +41,7 @@ def pad(row: PackedBatch, lengths: Sequence[int]) -> PackedBatch:
 
 def pin(row: Any) -> Any:
     """Returns the batch in pinned memory."""
-    # From other memory a copy with `non_blocking` waits for the host after all.
+    # From pageable memory even a `non_blocking` copy is synchronous.
     pinned: dict[str, Any] = {name: t.pin_memory() for name, t in _tensors(row).items()}
     return replace(row, **pinned)
 

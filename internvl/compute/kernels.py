@@ -27,7 +27,8 @@ def apply_compute(model: Any, device: torch.device, compute: ComputeConfig) -> N
     model.loss_chunk = compute.loss_chunk
     _set_attention(model, attention_backend(compute, device), device)
     kernels.apply(model, compute, device)
-    fused_lora.fuse(model)  # after float8, whose layers have no weight that B could lie beside
+    # After float8, whose layers have no weight to fuse B with.
+    fused_lora.fuse(model)
     if compute.checkpointing != "none":
         _checkpoint(model, 1 if compute.checkpointing == "full" else 2)
     if is_compiled(compute, device):
@@ -39,10 +40,7 @@ def apply_compute(model: Any, device: torch.device, compute: ComputeConfig) -> N
 
 
 def _set_attention(model: Any, backend: str, device: torch.device) -> None:
-    """Sets the attention of both parts; InternVL-14B's own layers have torch's alone.
-
-    A model that is eager already needs more of its attention than scores (GPT-OSS's sinks).
-    """
+    """Sets the attention backend of tower and language model; QLLaMA always calls torch's SDPA."""
     if model.family == "dual":
         if backend == "flash":
             packed.register()
@@ -52,6 +50,7 @@ def _set_attention(model: Any, backend: str, device: torch.device) -> None:
         packed.register()
         model.set_attn_implementation(attention_kernels(backend, model.config.text_config))
     elif backend == "eager":
+        # Eager already: GPT-OSS, whose attention sinks only its own code computes.
         text = "eager"
         if device.type == "cpu" and model.config.text_config._attn_implementation != "eager":
             per_document.register()
@@ -64,6 +63,5 @@ def _checkpoint(model: Any, every: int) -> None:
     for stack in (model.model.language_model, model.model.vision_tower):
         if any(parameter.requires_grad for parameter in stack.parameters()):
             stack.gradient_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
-            # transformers lets the embeddings ask for gradients, which only reentrant
-            # checkpointing needs: everything below the first trained layer would be run back.
+            # Only reentrant checkpointing needs them; backward would go below the trained layers.
             stack.disable_input_require_grads()

@@ -1,4 +1,4 @@
-"""Saved tensors offloaded to the CPU; peak memory."""
+"""Offloads tensors saved for the backward pass to the CPU; measures peak memory."""
 
 import itertools
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +15,7 @@ _LEAST_OFFLOADED = 4096  # bytes; smaller tensors stay where they are
 def offloaded(
     model: nn.Module, device: torch.device, compute: ComputeConfig
 ) -> AbstractContextManager[Any]:
-    """With `compute.offload`, keeps tensors saved for backward on the CPU; weights stay."""
+    """Moves tensors saved for backward to the CPU if `compute.offload` is set; weights stay."""
     if not compute.offload:
         return nullcontext()
     weights = {
@@ -48,7 +48,7 @@ def offloaded(
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory so far in GiB: of the GPU, or of this process on a CPU."""
+    """Returns the peak memory so far in GiB: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource

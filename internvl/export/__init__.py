@@ -164,7 +164,7 @@ def _from_handle(handle: Chat | Dual) -> Exported:
 
 
 def _from_folder(opened: OpenedModel) -> Exported:
-    """An export without a model in memory: weights go from file to file, one at a time."""
+    """Describes an export that copies weights from file to file, without loading the model."""
     files = opened.files
     family, layout = FAMILIES[files.family], LAYOUTS[files.family]
     head = layout.describe(opened)

@@ -31,37 +31,37 @@ class Layout(ABC):
 
     @abstractmethod
     def check_format(self, config: Any, format: Format) -> None:
-        """Raises ExportError where the format cannot hold the model."""
+        """Raises ExportError if the format cannot hold the model."""
 
     @abstractmethod
     def describe(self, opened: OpenedModel) -> Description | None:
-        """Tokenizer and template of an opened folder; None where there are no conversations."""
+        """Returns tokenizer and template of an opened folder; None for InternVL-14B."""
 
     @abstractmethod
     def conversation(self, handle: Any) -> Chat | None:
-        """As `describe`, of a loaded model."""
+        """Returns the same of a loaded model."""
 
     @abstractmethod
     def to_official(self, config: Any) -> dict[str, Any]:
-        """config.json of the official layout."""
+        """Returns config.json of the official layout."""
 
     @abstractmethod
     def official_files(self, config: Any) -> dict[str, dict[str, Any]]:
-        """Further files of the official layout: name -> content."""
+        """Returns further files of the official layout: name -> content."""
 
     @abstractmethod
     def load(
         self, files: hub.ModelFolder, config: Any, device: torch.device, dtype: torch.dtype
     ) -> Any:
-        """The model in a folder of the official layout, or of the hf layout as we read it."""
+        """Loads a folder of either layout with this package's classes."""
 
     @abstractmethod
     def logits(self, model: Any) -> Tensor:
-        """Logits of the model, in evaluation mode, for a fixed image and text."""
+        """Returns the logits of a fixed image and text; the model is in evaluation mode."""
 
     @torch.no_grad()
     def answer(self, model: Any) -> Tensor:
-        """`logits` as float32 on the CPU; the model's mode is as before."""
+        """Returns `logits` as float32 on the CPU; restores the model's mode."""
         # Dropout and stochastic depth would make two runs differ.
         training = model.training
         model.eval()
@@ -101,7 +101,7 @@ class ChatLayout(Layout):
         self, files: hub.ModelFolder, config: Any, device: torch.device, dtype: torch.dtype
     ) -> chat_model.ChatModel:
         """See `Layout.load`."""
-        # Read anew: of a folder just written, what its own config.json says is compared.
+        # Read again: of a folder just written, its own config.json must be compared.
         config = chat_model.read_config(files, config.image_token_id)
         return chat_model.materialize(config, files, device=device, dtype=dtype)
 
@@ -183,13 +183,15 @@ LAYOUTS: dict[str, Layout] = {"chat": ChatLayout(), "dual": DualLayout()}
 
 
 def probe(model: Any) -> Tensor:
-    """Logits for a fixed image and text, float32 on the CPU, of a model of either family or of
-    transformers' own chat class."""
+    """Returns the logits of a fixed image and text, float32 on the CPU.
+
+    Takes a model of either family, or of transformers' own chat class.
+    """
     return LAYOUTS[families.name_of(model.config)].answer(model)
 
 
 def processor_files(config: InternVLConfig) -> dict[str, dict[str, Any]]:
-    """Processor files as the -hf releases have them: file name -> content."""
+    """Returns processor files as the -hf releases have them: file name -> content."""
     settings = configs.chat_settings(config)
     side = config.vision_config.image_size[0]
     mean, std = STATISTICS[settings["normalize"]]
@@ -228,7 +230,7 @@ def processor_files(config: InternVLConfig) -> dict[str, dict[str, Any]]:
 
 
 def _clip_processor(config: DualConfig) -> dict[str, Any]:
-    """`preprocessor_config.json` as InternVL-14B's releases have it."""
+    """Returns `preprocessor_config.json` as InternVL-14B's releases have it."""
     mean, std = STATISTICS["imagenet"]
     return {
         "feature_extractor_type": "CLIPFeatureExtractor",

@@ -101,7 +101,7 @@ class ModelFolder:
 
 
 def open_folder(name_or_folder: str | Path, cache: Path | None = None) -> ModelFolder:
-    """The model in a folder, or of a hub id (downloaded to the hub's cache at first use).
+    """Opens the model in a folder, or of a hub id (downloaded to the hub's cache at first use).
 
     Raises:
         ModelFolderError: no such folder or id, no config, or no network.
@@ -129,7 +129,7 @@ def download(name: str, to: Path | None = None, cache: Path | None = None) -> Pa
     """Downloads hub id `name` into `to` or the hub's cache; an interrupted download resumes.
 
     Raises:
-        ModelFolderError: one sentence when offline, without network, or when there is no such id.
+        ModelFolderError: offline, no network, or no such id.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -159,7 +159,8 @@ def download(name: str, to: Path | None = None, cache: Path | None = None) -> Pa
 
     try:
         path = fetch([*unused, "*.bin", "*.bin.index.json"])
-        if not any(path.glob("*.safetensors")):  # else the same weights once more
+        # Only then: next to safetensors, `.bin` files hold the same weights once more.
+        if not any(path.glob("*.safetensors")):
             path = fetch(unused)
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ModelFolderError(
@@ -178,10 +179,10 @@ read_json = read_object
 
 
 def weight_files(folder: Path, named: Any = None) -> list[Path]:
-    """The weight files of a folder, those that `transformers` takes: model.safetensors, else the
-    shards of its index, else pytorch_model.bin, else the shards of that one's index.
+    """Lists the weight files that `transformers` takes: model.safetensors, else the shards of its
+    index, else pytorch_model.bin, else the shards of that one's index.
 
-    Where none of the four is there: a complete set of numbered shards, or a lone safetensors file.
+    Without any of the four: a complete set of numbered shards, or a lone safetensors file.
 
     Args:
         named: `transformers_weights` of config.json, which names the file or index outright.
@@ -227,7 +228,7 @@ def _named_file(folder: Path, named: Any) -> list[Path]:
 
 
 def _unnamed_files(folder: Path) -> list[Path]:
-    """Weights under other names and without an index."""
+    """Lists weights under other names and without an index."""
     names = sorted(file.name for file in folder.glob("*.safetensors"))
     weights = [name for name in names if not name.startswith("adapter_")]
     if not weights:
@@ -254,7 +255,7 @@ def _is_whole_set(names: Sequence[str]) -> bool:
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that an index names."""
+    """Lists the files that an index names."""
     weight_map = read_object(index).get("weight_map")
     again = "copy it again from the release"
     if not isinstance(weight_map, dict) or not weight_map:
@@ -279,7 +280,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def merge_tensors(shards: Sequence[Path]) -> dict[str, LazyTensor]:
-    """The tensors of all files by name.
+    """Merges the tensors of all files by name.
 
     Raises:
         ModelFolderError: a file is damaged, or two hold different tensors of one name.
@@ -308,7 +309,7 @@ def _equal(a: LazyTensor, b: LazyTensor) -> bool:
 
 
 def open_tensors(file: Path) -> Iterator[tuple[str, LazyTensor]]:
-    """(name, lazy tensor) of one weight file. Raises ModelFolderError when it is damaged."""
+    """Yields (name, lazy tensor) of a weight file. Raises ModelFolderError if it is damaged."""
     if file.suffix != ".safetensors":
         for name, tensor in load_pickled(file).items():
             yield name, LazyTensor(tuple(tensor.shape), tensor.dtype, _constant(tensor))
@@ -345,7 +346,7 @@ def _constant(tensor: Tensor) -> Callable[[], Tensor]:
 
 
 def load_pickled(file: Path) -> dict[str, Tensor]:
-    """The tensors of a `.bin` or `.pth` file, mapped into memory. Raises ModelFolderError."""
+    """Loads the tensors of a `.bin` or `.pth` file, memory-mapped. Raises ModelFolderError."""
     try:
         status = file.stat()
     except OSError as error:
@@ -381,7 +382,7 @@ def _load_pickled(file: Path, changed_ns: int, size: int) -> dict[str, Tensor]:
 
 
 def special_token_id(folder: Path, token: str) -> int | None:
-    """The id of an added token, read from the folder's tokenizer files; None if none names it.
+    """Returns the id of an added token from the folder's tokenizer files; None if none names it.
 
     Raises:
         ModelFolderError: one of the files is damaged, or gives the token an id that is no number.
