@@ -83,7 +83,7 @@ class Tree:
         # Archives that were fetched by hand are often called like their folder.
         same_name = [folder.with_name(folder.name + ending) for ending in fetch.ARCHIVES]
         for archive in filter(Path.is_file, [downloaded, *same_name, *archives]):
-            # The further ones hold several folders, so they are never taken whole.
+            # `archives` hold several folders each, so they are never taken whole.
             if fetch.unpack(archive, folder, whole=archive not in archives):
                 return True
         self.missing.append(Missing(folder, address))

@@ -329,7 +329,7 @@ def _convert_parquet(source: Path, target: Path) -> Converted:
     files = parquet_files(source)
     if not files:
         raise DataError(f"there is no parquet file in {source}; check the path")
-    # Its files may be another data set's images; names of rows would collide with them.
+    # The folder may hold another data set, whose images have the same numbered names.
     if target.exists():
         raise DataError(f"{target} exists; choose another folder or move it away")
     counts = {"rows": 0, "images": 0}

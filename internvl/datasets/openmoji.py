@@ -107,7 +107,7 @@ def prepare(
     splits = split(images, limit_families=limit_families)
     with complete_folder(folder, shared=True) as built:
         _write(built, splits, openmoji=openmoji, resvg=resvg, facts=facts)
-        # One of other versions. After the new one is drawn: a failure must not cost the old one.
+        # A folder of other versions goes after the new one is drawn: drawing may fail.
         if folder.exists() and not _is_complete(folder, facts):
             shutil.rmtree(folder)
     return folder

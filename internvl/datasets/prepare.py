@@ -46,7 +46,7 @@ class Prepared:
     counts: dict[str, int]
     """Counts of the files, such as {"coco_karpathy_test.json images": 5000}."""
     missing: tuple[Missing, ...]
-    """Files and folders that a run needs and that are missing."""
+    """Missing files and folders."""
 
     @property
     def ready(self) -> bool:
@@ -72,9 +72,9 @@ def run(name: str, root: Path, *, download: bool = False) -> Prepared:
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(NAMES)}"
         raise UserError(f"there is no data set {name!r} to prepare; {hint}")
     tree = Tree(root, download)
-    # A generator: its files first, for they fill the tree's counts and missing files.
-    files = _STEPS[name](tree)
-    return Prepared(name, tuple(files), tree.counts, tuple(tree.missing))
+    # Exhausted before the counts are read: the generator fills `tree` while it runs.
+    files = tuple(_STEPS[name](tree))
+    return Prepared(name, files, tree.counts, tuple(tree.missing))
 
 
 def _coco_caption(tree: Tree) -> Iterator[Path]:

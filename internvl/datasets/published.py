@@ -26,23 +26,23 @@ _COCO_IMAGES = f"{COCO}{{train2014,val2014}}.zip"
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A published evaluation set and its metric's type: TASK of `internvl evaluate MODEL TASK`."""
+    """A published evaluation set: TASK of `internvl evaluate MODEL TASK`."""
 
     type: Literal["caption", "retrieval", "classify"]
     about: str
     num_images: int
-    """Of the whole test split, on which results are published."""
+    """Images of the whole test split, on which results are published."""
     num_texts: int
     dataset: str
-    """Its name in result files."""
+    """Name in result files."""
     root: str
-    """Its folder below `--root`."""
+    """Folder below `--root`."""
     annotations: str
-    """Below its folder; `{split}` and `{language}` are filled in."""
+    """Path below `root`; `{split}` and `{language}` are filled in."""
     annotations_from: str
-    """URL of them."""
+    """URL of the annotations."""
     images: str
-    """Folder of the images, below its folder."""
+    """Folder of the images below `root`."""
     images_from: str
     image_list: str = ""
     """See EvalConfig."""
@@ -121,7 +121,7 @@ TASKS: dict[str, Task] = {
         images="Images",
         images_from=FLICKR,
         form="flickr",
-        # CLIP_benchmark's name of Chinese here; XTD has `zh`.
+        # CLIP_benchmark calls Chinese `cn` here and `zh` in XTD.
         languages=("cn",),
     ),
     "retrieval-coco": Task(
@@ -229,7 +229,7 @@ def configs(
     }
     # All files at once, so that they are fetched at once.
     required = [(path, task.annotations_from.format(split=split)) for path in paths.values()]
-    # Task.images may be ".", where names of images have their folder.
+    # Task.images is "." if the annotations name images with their folder.
     images, image_list = root / task.images, root / task.image_list if task.image_list else None
     if image_list is not None:
         required.append((image_list, OPENGVLAB + image_list.name))
@@ -238,13 +238,13 @@ def configs(
     missing = [f"{path}: from {address}" for path, address in required if not path.exists()]
     if missing:
         raise ConfigError(
-            "\n".join([f"{name} lacks {len(missing)} file(s) or folder(s)", *missing])
+            "\n".join([f"{name}: {len(missing)} file(s) or folder(s) are missing", *missing])
         )
     fields: dict[str, Any] = {"type": task.type, "images": images}
     if task.type == "retrieval":
         fields |= {"form": task.form, "clean": task.clean, "split": split, "batch_size": 64}
     else:
-        # The original generates 8 tokens of a caption at least.
+        # The original generates at least 8 tokens of a caption.
         fields |= {"pictures": image_list, "flat": task.flat, "min_new_tokens": 8}
     return {
         _named(name, language): eval_config(**{**fields, "annotations": path, **more})

@@ -174,9 +174,7 @@ def test_one_override_is_a_list_of_one():
 
 def test_one_task_and_one_language(tmp_path):
     for tasks in ("retrieval-xtd", ["retrieval-xtd"]):
-        with pytest.raises(
-            ConfigError, match=r"retrieval-xtd lacks 2 .*\n.*test_1kcaptions_ko.txt"
-        ):
+        with pytest.raises(ConfigError, match=r"retrieval-xtd: 2 .*\n.*test_1kcaptions_ko.txt"):
             evaluate.run("no-model", tasks, languages="ko", root=str(tmp_path), modes="c")
     with pytest.raises(ConfigError, match="has no language 'xx'"):
         evaluate.run("no-model", "retrieval-xtd", languages="xx", root=tmp_path)
