@@ -48,12 +48,12 @@ class ChatEncoder:
         self.tokens_per_tile = tokens_per_tile
         self.system_message = template.system_message if system_message is None else system_message
         self.context_id = tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT)
-        # Asked, not named: a BOS for InternLM2 and Llama, nothing for Qwen.
+        # From an empty text, not `bos_token`: a BOS for InternLM2 and Llama, nothing for Qwen.
         self.bos = list(tokenizer("").input_ids)
 
     @property
     def settings(self) -> tuple[Template, str, int]:
-        """What decides the ids besides the tokenizer."""
+        """Settings that change the ids, besides the tokenizer."""
         return self.template, self.system_message, self.tokens_per_tile
 
     def encode(
@@ -68,7 +68,7 @@ class ChatEncoder:
             BadSample: turns out of order, an empty or missing answer, marks that do not match the
                 images, or nothing supervised within `max_tokens`.
         """
-        # First, for the errors below would blame the mark or the order, not the source.
+        # First: the errors below would blame the mark or the order, not the source.
         if sample.images and [m.role for m in sample.messages if m.role != "system"] == [
             "assistant"
         ]:

@@ -161,7 +161,7 @@ def rgb_at(label: str, image: Any, exif: Exif = "ignore") -> Rgb:
 
 
 def is_file_object(value: Any) -> bool:
-    """Whether `value` is a file object: of `open`, BytesIO, a urllib response."""
+    """True for a file object: of `open`, BytesIO, a urllib response."""
     return not isinstance(value, FileSlice) and callable(getattr(value, "read", None))
 
 
@@ -344,7 +344,7 @@ def _normalized(name: str) -> str:
 
 
 def is_address(path: str | Path) -> bool:
-    """Whether `path` is an fsspec address such as s3://bucket/key."""
+    """True for an fsspec address such as s3://bucket/key."""
     return "://" in str(path)
 
 

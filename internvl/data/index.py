@@ -249,7 +249,7 @@ def _scan(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _media_keys(piece: bytes, ends: np.ndarray) -> np.ndarray:
     """Returns uint64 (lines,): a hash of the media that a line names, 0 if it names none."""
-    # Of the raw JSON text: another spelling of a path gets another hash, which only costs a saving.
+    # Of the raw JSON text: a path in another spelling is only not grouped, which costs no sample.
     positions: list[int] = []
     digests: list[bytes] = []
     for key in _KEYS:

@@ -24,12 +24,8 @@ def decode(data: bytes) -> np.ndarray | None:
         # CMYK and YCCK go to Pillow, which inverts what Adobe stores inverted.
         colors = simplejpeg.decode_jpeg_header(data)[2]
         return simplejpeg.decode_jpeg(data) if colors in ("Gray", "YCbCr") else None
-    except (
-        ValueError,
-        MemoryError,
-        RuntimeError,
-        OverflowError,
-    ):  # also if libjpeg-turbo only warns, where Pillow's leniency decides what is decoded
+    # Also raised if libjpeg-turbo only warns: Pillow decides whether such a file is an image.
+    except (ValueError, MemoryError, RuntimeError, OverflowError):
         return None
 
 
@@ -51,7 +47,7 @@ def _checked_module() -> ModuleType | None:
 
 
 def _probe_files() -> list[bytes]:
-    """JPEG files of odd size in every common chroma subsampling, sequential and progressive."""
+    """Encodes JPEG files of odd size: common chroma subsamplings, sequential and progressive."""
     noise = np.random.default_rng(0).integers(0, 256, (45, 67, 3), dtype=np.uint8)
     smooth = Image.fromarray(noise[:5, :7]).resize((67, 45))
     files = []

@@ -1,4 +1,4 @@
-"""Annotation lines to the packed rows of each step, read ahead by worker processes."""
+"""Reads annotation lines into the batches of each step, prefetched by worker processes."""
 
 import io
 import pickle
@@ -24,34 +24,35 @@ from internvl.data.workers import Reading, describe_refs, name_failing
 from internvl.errors import BadImage, BadSample
 
 Encode = Callable[[Sequence[Sample], Tiles | None], list[Unit | BadSample]]
-"""An objective's part: samples of the same images, and their tiles, to units."""
+"""An objective's encoder: (samples of the same images, their tiles) -> units and bad samples."""
 
 
 @dataclass
 class Read:
-    """What one group of lines became: units, and the samples that are bad."""
+    """Units and bad samples of one group of lines."""
 
     units: list[Any] = field(default_factory=list)
-    """Of the objective's own kind, `Unit` or `Pair`."""
+    """`Unit` or `Pair`, as the objective makes them."""
     bad: list[BadSample] = field(default_factory=list)
 
 
 @dataclass
 class Step:
-    """The batches one rank works through in a step, and how long they were waited for."""
+    """The batches of one rank in a step."""
 
     index: int
     batches: Sequence[Batch]
     bad: list[BadSample]
     wait_s: float
+    """Seconds for which the training loop waited for them."""
     num_seen: int
     """Samples of the run up to the end of this step, bad ones counted."""
     position: Position | None = None
-    """Where the run is after this step, if the step number alone does not say."""
+    """Position after this step, if the step number alone does not tell it."""
 
 
 class UnitReader(Dataset[Read]):
-    """Reads and encodes units by reference; what loader workers run.
+    """Reads and encodes units by reference; runs in loader workers.
 
     Without `pixels` every image is still decoded, but its tiles are empty: for counting only.
     What is random in a unit (frames, JPEG qualities) depends on seed, epoch and sample alone.
@@ -94,7 +95,7 @@ class UnitReader(Dataset[Read]):
     def prepare(
         self, samples: Sequence[Sample], ref: UnitRef
     ) -> tuple[list[Sample], list[BadSample], Tiles | None]:
-        """Samples of the same media ready to encode, those that are bad, and the tiles."""
+        """Reads the media of samples: (samples ready to encode, bad samples, tiles)."""
         try:
             images, counts = self.images(samples[0], ref)
         except BadImage as error:
@@ -131,7 +132,7 @@ class UnitReader(Dataset[Read]):
         return ready, bad, tiles
 
     def images(self, sample: Sample, ref: UnitRef) -> tuple[list[np.ndarray], list[int]]:
-        """RGB images, or the frames of every video and how many each has; all uint8 (H, W, 3).
+        """Decodes images, or frames with the count of each video; all RGB uint8 (H, W, 3).
 
         Raises BadImage.
         """
@@ -153,12 +154,14 @@ class UnitReader(Dataset[Read]):
 
 
 TOGETHER, AHEAD = 8, 2
-"""Units that a worker hands over at once, and groups of them that it is ahead."""
+"""Units that a worker returns at once, and such groups that it prefetches."""
 
 
-class _Sent:
-    """What a worker read of a group, all its tensors as one: each that crosses alone costs the
-    main process a file descriptor, which takes longer than to unpickle the rest."""
+class _SharedReads:
+    """Carries the reads of a group from a worker to the main process."""
+
+    # All pixels in one tensor: each tensor that crosses alone costs the main process a file
+    # descriptor, which takes longer than to unpickle the rest.
 
     def __init__(self, reads: Sequence[Read]) -> None:
         tensors: list[Tensor] = []
@@ -166,7 +169,7 @@ class _Sent:
         pickler = pickle.Pickler(buffer, pickle.HIGHEST_PROTOCOL)
 
         def outside(value: Any) -> Any:
-            # Only pixels are uint8; whatever else there is is small and goes with the rest.
+            # Only pixels are uint8; all other values are small and are pickled.
             if not isinstance(value, Tensor) or value.dtype != torch.uint8:
                 return None
             tensors.append(value)
@@ -182,7 +185,7 @@ class _Sent:
             torch.cat([tensor.flatten() for tensor in tensors], out=self.pixels)
 
     def reads(self) -> list[Read]:
-        """What went in; tensors share one memory."""
+        """Unpickles the reads; their tensors share one memory."""
         start = 0
 
         # Called in the order in which they were pickled, so that shapes alone say where each is.
@@ -199,20 +202,20 @@ class _Sent:
 
 
 class Groups(Dataset[Any]):
-    """What a reader makes of several references."""
+    """Reads several references at once."""
 
     def __init__(self, reader: Dataset[Read]) -> None:
         self.reader = reader
 
-    def __getitem__(self, refs: Sequence[UnitRef]) -> list[Read] | _Sent:
+    def __getitem__(self, refs: Sequence[UnitRef]) -> list[Read] | _SharedReads:
         reads = [self.reader[ref] for ref in refs]
         # In this process nothing crosses, and shared memory would only be a copy.
-        return reads if get_worker_info() is None else _Sent(reads)
+        return reads if get_worker_info() is None else _SharedReads(reads)
 
 
-def received(group: list[Read] | _Sent) -> list[Read]:
+def received(group: list[Read] | _SharedReads) -> list[Read]:
     """Returns what `Groups` made, in this process or in a worker."""
-    return group.reads() if isinstance(group, _Sent) else group
+    return group.reads() if isinstance(group, _SharedReads) else group
 
 
 def steps(
@@ -228,13 +231,14 @@ def steps(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Step]:
-    """Steps `first` … `last` - 1 of a run over `total` samples; rank r takes every r-th unit.
+    """Yields steps `first` … `last` - 1 of a run over `total` samples; rank r gets every r-th unit.
 
     Args:
-        workers: processes that read ahead; 0 reads in this one.
+        pack: units to batches.
+        workers: processes that prefetch; 0 reads in this one.
 
     Raises:
-        WorkerDied: one of them was killed, or crashed.
+        WorkerDied: a worker was killed, or crashed.
     """
 
     def groups_of(index: int) -> list[list[UnitRef]]:

@@ -32,7 +32,7 @@ _SPACES = re.compile(r"\s{2,}")
 
 
 def clean_caption(text: str) -> str:
-    """Lower case, some punctuation to spaces, at most 50 words (original: `pre_caption`).
+    """Lowercases, replaces some punctuation by spaces, keeps 50 words (original: `pre_caption`).
 
     >>> clean_caption('A man (left) and a  dog: "Yes", fine.')
     'a man left and a dog yes , fine'
@@ -51,21 +51,21 @@ class CaptionEncoder:
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """What decides the ids besides the tokenizer: nothing."""
+        """Settings that change the ids, besides the tokenizer: none."""
         return ()
 
     def embedding(self, text: str) -> list[int]:
-        """Token ids of a caption to embed: BOS, "summarize:", text, EOS; at most MAX_TOKENS."""
+        """Encodes a caption to embed: BOS, "summarize:", text, EOS; at most MAX_TOKENS."""
         return self.matching(SUMMARIZE + text)
 
     def matching(self, text: str) -> list[int]:
-        """Token ids of a caption to match with an image: `embedding` without the prefix."""
+        """Encodes a caption to match with an image: `embedding` without the prefix."""
         # Cut before EOS is added: a long caption ends with `</s>` too, as in the original.
         ids = self._pieces(text)[: MAX_TOKENS - 2]
         return [self.tokenizer.bos_token_id, *ids, self.tokenizer.eos_token_id]
 
     def prompt(self, text: str) -> list[int]:
-        """Token ids of the beginning of a caption to generate: BOS and the text, no EOS."""
+        """Encodes the beginning of a caption to generate: BOS and the text, no EOS."""
         return [self.tokenizer.bos_token_id, *self._pieces(text)]
 
     def _pieces(self, text: str) -> list[int]:
@@ -139,5 +139,5 @@ def _random_box(size: tuple[int, int], draw: np.random.Generator) -> tuple[int, 
 
 
 def _pixels(image: Image.Image) -> Tensor:
-    """uint8 (3, S, S)."""
+    """Converts a Pillow image to uint8 (3, S, S)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -27,7 +27,7 @@ from internvl.errors import BadSample, DataError
 
 @dataclass(frozen=True)
 class Piece:
-    """A unit that fits a row, and where it comes from: its group's first sample, index in it."""
+    """A unit that fits a row; `origin` is (first sample of its group, index in the group)."""
 
     unit: Unit
     origin: tuple[int, int]
@@ -208,7 +208,8 @@ def _reads(
     def refs() -> Iterator[UnitRef]:
         return chain(held, order.groups_from(first))
 
-    # Twice: once for the workers, which are ahead, and once beside what comes back from them.
+    # Two iterators over the same references: the workers run ahead on one, results pair with the
+    # other.
     issued = refs()
     jobs = iter(lambda: list(islice(issued, loader.TOGETHER)), [])
     reading = Reading(

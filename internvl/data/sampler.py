@@ -1,4 +1,4 @@
-"""The order in which an epoch shows the samples of all sources, cut into steps.
+"""Order of the samples of all sources in an epoch, cut into steps.
 
 It is a function of (seed, epoch) alone, so a position in it is one integer: the run's step, or with
 `global_batch_rows` a sample, with what waits for a row (`Position`). Any number of ranks and
@@ -22,18 +22,18 @@ _WINDOW = 4096
 
 @dataclass(frozen=True)
 class UnitRef:
-    """Which samples form a unit: `lines` of source number `file`, in pass `epoch` over the data."""
+    """Reference to a unit's samples: `lines` of the source with index `file`, in epoch `epoch`."""
 
     file: int
     lines: tuple[int, ...]
     epoch: int
     row: int = 0
-    """Number of the first sample among those of an epoch; with `epoch`, seeds what is random."""
+    """Index of its first sample before shuffling; with `epoch`, seeds what is random in it."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run of `global_batch_rows` is in its order, and what waits for a row.
+    """Position of a run of `global_batch_rows` in its order, and the pieces that wait for a row.
 
     A waiting piece is named by the first sample of its group, counted over the run, and its index
     among the pieces of that group.
@@ -83,7 +83,7 @@ class SampleOrder:
         self._file, self._line = np.concatenate(file_of)[order], np.concatenate(line_of)[order]
         self._sizes = np.bincount(group, minlength=num_groups).astype(np.int32)
         self._starts = (np.cumsum(self._sizes) - self._sizes).astype(np.int32)
-        # The reader is ahead of the trainer, so two epochs are in use around a border.
+        # Workers prefetch across the end of an epoch, so two epochs are in use at once.
         self._shuffled = lru_cache(maxsize=2)(self._shuffle)
 
     def __len__(self) -> int:
@@ -95,11 +95,11 @@ class SampleOrder:
         return len(self._sizes)
 
     def step(self, step: int, global_batch: int, total: int) -> list[UnitRef]:
-        """The units of step `step` (from 0) of a run over `total` samples in all."""
+        """Returns the units of step `step` (from 0) of a run over `total` samples in all."""
         return self.between(step * global_batch, min((step + 1) * global_batch, total))
 
     def between(self, first: int, last: int, epoch: int = 0) -> list[UnitRef]:
-        """The units of samples `first` … `last` - 1 of the epochs from number `epoch` on."""
+        """Returns the units of samples `first` … `last` - 1, counted from the start of `epoch`."""
         refs: list[UnitRef] = []
         while first < last:
             passed, position = divmod(first, len(self))
@@ -141,7 +141,7 @@ class SampleOrder:
         ]
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """int32 (row, group) of every position of an epoch."""
+        """Returns int32 (row, group) of every position of an epoch."""
         # A generator for every epoch: a run that resumes in the fifth need not draw four others.
         order = np.random.default_rng((self.seed, epoch)).permutation(self.num_groups)
         order = order.astype(np.int32)
@@ -186,18 +186,18 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Earlier:
-    """How much the sources held in the first epochs of a run: `samples` of each, up to the end of
-    an epoch, sample number `until` of the run."""
+    """Sizes of the sources in the first epochs of a run, before they grew."""
 
     until: int
+    """Samples of the run up to the end of the last of these epochs."""
     samples: tuple[int, ...]
+    """Samples of each source."""
 
 
 class GrownOrder:
-    """The order of a run whose sources have grown while it was stopped.
+    """Order of a run whose sources grew while it was stopped.
 
-    Epochs that had begun end in the order they had, over the samples there were; from the next one
-    on every epoch shows all.
+    The epoch that had begun ends in its old order, over the old samples; later epochs show all.
 
     Raises:
         DataError: see `SampleOrder`.
@@ -239,7 +239,7 @@ class GrownOrder:
         return refs
 
     def epoch_size(self, epochs: float | None) -> float:
-        """Samples of a mean epoch of a run of so many, which may have begun with smaller ones."""
+        """Returns the mean samples per epoch of a run; its first epochs may be smaller."""
         if epochs is None:
             return len(self)
         start, epoch, order = next(
@@ -250,7 +250,7 @@ class GrownOrder:
         return (start + round((epochs - epoch) * len(order))) / epochs
 
     def end_of_epoch(self, sample: int) -> int:
-        """Where the epoch ends that sample number `sample` of the run is in, or begins."""
+        """Returns the first end of an epoch at or after sample number `sample` of the run."""
         start, _, order = next(s for s in reversed(self._segments) if s[0] <= sample)
         return start + -(-(sample - start) // len(order)) * len(order)
 
@@ -259,7 +259,7 @@ Order = SampleOrder | GrownOrder
 
 
 def effective_repeats(files: Sequence[Source]) -> list[float]:
-    """How often an epoch shows each source: its `repeat`, or what its `weight` comes to."""
+    """Returns how often an epoch shows each source: its `repeat`, or its share by `weight`."""
     weights = [file.config.weight for file in files]
     if not all(weight is not None for weight in weights):
         return [file.config.repeat for file in files]
@@ -273,7 +273,7 @@ def effective_repeats(files: Sequence[Source]) -> list[float]:
 
 
 def _passes(file: Source, repeat: float, draw: np.random.Generator) -> list[np.ndarray]:
-    """int32 lines of every pass that an epoch makes over a source."""
+    """Returns the int32 lines of each pass that an epoch makes over a source."""
     whole, rest = int(repeat), round((repeat - int(repeat)) * len(file))
     passes = [np.arange(len(file), dtype=np.int32)] * whole
     if rest and file.config.part == "random":

@@ -72,7 +72,7 @@ class Source(Protocol):
         ...
 
     def content(self) -> Content:
-        """Fingerprint of the annotations, independent of their path; media files are not read."""
+        """Returns a fingerprint of the annotations; their path and the media files do not count."""
         ...
 
     def begins_with(self, content: Content) -> bool:
@@ -136,7 +136,7 @@ class LineSource:
         return old and digest_of(self.index.path, content.size) == content.digest
 
     def _folder(self) -> bytes:
-        """Folder of the tars as the cached rows spell it, JSON-escaped; b"" if not converted."""
+        """Returns the folder of the tars, JSON-escaped as in cached rows; b"" if not converted."""
         if not self.converted:
             return b""
         # Left out of the digest, so that a run may go on after its data set was moved.

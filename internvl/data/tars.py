@@ -53,7 +53,7 @@ def shard_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _is_data(name: str) -> bool:
-    """False for hidden files and those that macOS adds: `._x.jpg`, .DS_Store, __MACOSX/."""
+    """True unless a file is hidden or added by macOS: `._x.jpg`, .DS_Store, __MACOSX/."""
     names = name.split("/")
     hidden = any(n.startswith(".") and n not in (".", "..") for n in names)
     return not hidden and "__MACOSX" not in names

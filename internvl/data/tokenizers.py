@@ -35,7 +35,7 @@ _SPACE = "▁"
 _END_MARK = "\ufdd0"
 """A code point that is no character and never will be."""
 _CONTROL = {"<s>", "</s>"}
-"""Pieces without text, where they are not special tokens."""
+"""Pieces that decode to no text, unless they are special tokens."""
 _ADDITIONAL = "additional_special_tokens"
 _STRIPS = ("lstrip", "rstrip", "single_word")
 _NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
@@ -200,8 +200,8 @@ class WholeTextTokenizer(PreTrainedTokenizerFast):
     if a special token comes next. The backend's normalizer does the same, so exports do too.
     """
 
-    # But for one case: to a normalizer a text that is one added token looks like the content of
-    # that token. Such a text gets an end mark here, which the normalizer removes.
+    # One case is left to this class: to a normalizer, a text that is one added token looks like
+    # the content of that token. Such a text gets an end mark here, which the normalizer removes.
 
     def _encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> BatchEncoding:
         return super()._encode_plus(self._marked(text), text_pair, **kwargs)

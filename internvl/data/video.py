@@ -63,7 +63,7 @@ _TRANSPOSES = {
     (True, False, True): Image.Transpose.ROTATE_90,
     (True, True, True): Image.Transpose.TRANSVERSE,
 }
-"""By (rows become columns, then left and right change places, then top and bottom)."""
+"""Keys: (transposed, then mirrored left to right, then top to bottom)."""
 
 
 def choose_frames(
@@ -107,7 +107,7 @@ def read_frames(
     fields of interlaced frames together, as decord gives them.
 
     Raises:
-        BadImage: it is missing, cannot be decoded, or ends before the part that is meant.
+        BadImage: it is missing, cannot be decoded, or ends before the clip.
     """
     if video.path.endswith(os.sep):
         return _folder_frames(video, config, draw, exif)
@@ -117,7 +117,7 @@ def read_frames(
 
 
 def with_frames(sample: Sample, counts: Sequence[int], label: str) -> Sample:
-    """The sample with every `<video>` mark turned into a line per frame.
+    """Replaces every `<video>` mark of a sample by a line per frame.
 
     Args:
         counts: frames of each of its videos.
@@ -190,7 +190,7 @@ def _choose_indices(
     if fps <= 0:
         if num_frames > 1 and _needs_times(video, config):
             raise BadImage(f"{name_of(video.path)} does not say how many frames a second it has")
-        fps = 1.0  # decides nothing
+        fps = 1.0  # without times every frame counts alike, at any rate
     first, count = _clip_range(video, num_frames, fps, times_s)
     return choose_frames(count, fps, config, draw) + first
 

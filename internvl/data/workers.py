@@ -124,9 +124,11 @@ class Reading(Generic[Job]):
             yield numbered[1]
 
     def __iter__(self) -> Generator[Any, None, None]:
-        """Raises:
-        WorkerDied: a worker was killed or crashed.
-        DataError: there is no shared memory or no open file left for a worker's result.
+        """Yields `reader[job]` of every job, in order.
+
+        Raises:
+            WorkerDied: a worker was killed or crashed.
+            DataError: there is no shared memory or no open file left for a worker's result.
         """
         others = set(multiprocessing.active_children())
         with self.named_deaths():

@@ -167,7 +167,7 @@ def create_model(
         image_seq_length=(size.pixels // size.patch // 2) ** 2,
         tie_word_embeddings=True,
     )
-    # What the original's config.json says besides, and transformers' has no key for.
+    # Keys of the original's config.json that transformers' configuration does not have.
     config.internvl = {
         "template": TEMPLATE,
         "system_message": "",

@@ -40,7 +40,7 @@ RECALL_K = (1, 5)
 T = TypeVar("T")
 
 MUON = {"name": "muon", "schedule": "wsd", "warmup_ratio": 0.05, "betas": [0.9, 0.98]}
-"""Optimizer keys of both demo recipes: Muon needs a third of AdamW's samples."""
+"""Optimizer keys of both demo recipes: Muon needs about half of AdamW's samples."""
 
 
 @dataclass(frozen=True)

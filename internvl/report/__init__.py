@@ -1,4 +1,4 @@
-"""Numbers, curves and images as one HTML page that needs nothing else.
+"""Renders numbers, curves and images as one self-contained HTML page.
 
 The page is self-contained: styles and curves are inline, images are data URLs, there is no
 script, and its content-security policy forbids every request. So it can be mailed, archived with
@@ -86,12 +86,12 @@ class Chart:
     form: str = ",.4g"
     """Python format specification of the y values, e.g. ".0%"."""
     from_zero: bool = False
-    """The y axis includes zero."""
+    """True includes zero in the y axis."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Charts:
-    """Charts side by side where the window is wide enough."""
+    """Charts side by side if the window is wide enough."""
 
     title: str
     charts: Sequence[Chart]
@@ -169,7 +169,7 @@ class TiledImage:
     columns: int
     rows: int
     thumbnail: bool = False
-    """The whole image follows once more as one tile."""
+    """True adds the whole image once more as one tile."""
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def read(
     file = CaptionFile(path, split)
     with _collector_paused():
         chosen = form_of(path) if form == "auto" else form
-        # Such a list is of a COCO file, whatever `form` says.
+        # A list of images belongs to a COCO file, whatever `form` says.
         if images is not None:
             read_coco(file, tree=read_json(path), chosen=images)
         elif chosen in _BY_CONTENT:
@@ -163,7 +163,7 @@ def _read_xtd(file: CaptionFile) -> None:
     names_path = file.path.with_name("test_image_names.txt")
     names = list(numbered_lines(read_text(names_path)))
     texts = list(numbered_lines(read_text(file.path)))
-    # A caption has no name of its image beside it: one line too few would shift all that follow.
+    # A caption line does not name its image: one line too few would shift all that follow.
     if len(names) != len(texts):
         raise DataError(
             f"{file.path} has {len(texts)} lines and {names_path} {len(names)}; fetch both"

@@ -87,7 +87,7 @@ def _image_id(row: dict[str, Any], key: str) -> tuple[ImageId, str | None]:
     if key not in row:
         return 0, f"no `{key}`; write one"
     value = row[key]
-    # Tables write whole numbers as 7.0, where one row of the column has no value.
+    # Tables write whole numbers as 7.0 if one row of the column has no value.
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int | str):
