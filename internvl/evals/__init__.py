@@ -1,4 +1,4 @@
-"""What is measured: an evaluator states data, prompt and metric."""
+"""Evaluators: each states its data, its prompt and its metrics."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -15,14 +15,14 @@ from internvl.log import get_logger
 
 
 class Evaluator(Protocol):
-    """One evaluation with its data read. Making it finds what is wrong with the data."""
+    """One evaluation. Its constructor reads and checks the data, before any model is loaded."""
 
     def images(self) -> Sequence[str | FileSlice]:
-        """Every image that `run` will open."""
+        """Returns every image that `run` will open."""
         ...
 
     def counts(self) -> dict[str, int]:
-        """What it measures on, such as images and texts, and how many there are."""
+        """Returns the size of the data by name, such as images and texts."""
         ...
 
     def run(self, handle: Any, folder: Path | None) -> EvalScores:
@@ -30,12 +30,13 @@ class Evaluator(Protocol):
 
         Args:
             handle: a Chat or Dual.
-            folder: where features are kept between one call and the next, for this model only;
-                None keeps nothing.
+            folder: cache of features and answers of this very model, so that an interrupted
+                evaluation resumes; None caches nothing.
         """
         ...
 
 
+# A recipe names these in `type`, so a literal: nothing registers itself by being imported.
 EVALS: dict[str, Callable[..., Evaluator]] = {
     "caption": caption.Caption,
     "loss": loss.Loss,
@@ -45,7 +46,7 @@ EVALS: dict[str, Callable[..., Evaluator]] = {
 
 
 def build(configs: Mapping[str, EvalConfig]) -> dict[str, Evaluator]:
-    """The evaluations of a recipe, their data read.
+    """Builds the evaluators of a recipe by name; reads their data.
 
     Raises:
         UserError: data that cannot be used.
@@ -54,10 +55,12 @@ def build(configs: Mapping[str, EvalConfig]) -> dict[str, Evaluator]:
 
 
 def measured(folder: Path, step: int) -> set[str]:
-    """Names of the evaluations that STEP.json in `folder` holds already."""
-    return {name.rpartition("/")[0] for name in _read(_file(folder, step))}
+    """Returns the names of the evaluations that `folder`/STEP.json already holds."""
+    # From the right: an evaluation's name may have a slash, a metric's has none.
+    return {name.rpartition("/")[0] for name in _read_metrics(_metrics_path(folder, step))}
 
 
+# METEOR loads its tables for 9 CPU seconds: one process serves all evaluations of a call.
 @one_meteor()
 def run_all(
     evaluators: Mapping[str, Evaluator],
@@ -66,35 +69,36 @@ def run_all(
     step: int | None = None,
     features: Path | None = None,
 ) -> dict[str, float]:
-    """Runs every evaluation; adds each to STEP.json (metric -> value) and writes its answers.
-
-    Without a step, of a model that is no run's, the files are called "result".
+    """Runs every evaluation; adds its metrics to STEP.json and writes STEP/NAME.jsonl.
 
     Args:
         handle: a Chat or Dual.
-        features: where evaluations of this very model keep what an interruption should not cost.
+        step: of the run; None, for a model outside a run, names the files "result".
+        features: cache folder of this very model, see `Evaluator.run`.
 
-    Returns the metrics of this call, named "evaluation/metric".
+    Returns:
+        The metrics of this call, named "evaluation/metric".
     """
-    path = _file(folder, step)
-    found: dict[str, float] = {}
+    path = _metrics_path(folder, step)
+    metrics: dict[str, float] = {}
     for name, evaluator in evaluators.items():
         scores = evaluator.run(handle, features)
-        found |= {f"{name}/{metric}": value for metric, value in scores.values.items()}
+        metrics |= {f"{name}/{metric}": value for metric, value in scores.values.items()}
         rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scores.rows)
-        listed = path.with_suffix("") / f"{name}.jsonl"
-        listed.parent.mkdir(parents=True, exist_ok=True)
-        listed.write_text(rows, encoding="utf-8")
-        # One by one, and in one move: a run that is killed keeps what it has measured.
-        write_json(path, {**_read(path), **found}, indent=1)
+        rows_path = path.with_suffix("") / f"{name}.jsonl"
+        rows_path.parent.mkdir(parents=True, exist_ok=True)
+        rows_path.write_text(rows, encoding="utf-8")
+        # After each evaluation and atomically: a killed run does not measure it again. After the
+        # rows: metrics in the file mean that the rows are complete.
+        write_json(path, {**_read_metrics(path), **metrics}, indent=1)
         shown = ", ".join(f"{metric} {value:.4f}" for metric, value in scores.values.items())
         get_logger().info("%s%s: %s", name, "" if step is None else f" at step {step}", shown)
-    return found
+    return metrics
 
 
-def _file(folder: Path, step: int | None) -> Path:
+def _metrics_path(folder: Path, step: int | None) -> Path:
     return folder / ("result.json" if step is None else f"{step:06d}.json")
 
 
-def _read(path: Path) -> dict[str, float]:
+def _read_metrics(path: Path) -> dict[str, float]:
     return read_numbers(path, "remove it, to measure again") if path.exists() else {}

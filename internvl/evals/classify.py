@@ -1,6 +1,6 @@
-"""Zero-shot classification: an image is of the class whose texts are nearest to it.
+"""Zero-shot classification: predicts the class whose texts are nearest to an image.
 
-As CLIP_benchmark (`metrics/zeroshot_classification.py`), whose class names and templates are read
+Original: CLIP_benchmark's `metrics/zeroshot_classification.py`. Class names and templates are read
 from files that the user has.
 """
 
@@ -19,8 +19,8 @@ from internvl.data.json_rows import RepeatedKeys, read_json
 from internvl.data.pair_files import broken
 from internvl.data.texts import json_type, printable, text_problem
 from internvl.errors import BadSample, UserError
-from internvl.evals.features import Store, ranks, share_within
-from internvl.evals.scores import EvalScores, file_state, left_out, settle
+from internvl.evals.features import FeatureCache, ranks, share_within
+from internvl.evals.scores import EvalScores, fingerprint, raise_or_log, skipped_rows
 
 _REMEDY = "put them right, or set on_bad_sample (--on-bad-sample) to skip to leave them out"
 
@@ -28,8 +28,8 @@ _REMEDY = "put them right, or set on_bad_sample (--on-bad-sample) to skip to lea
 class Classify:
     """acc1, acc5 (of five classes or more) and mean_per_class_recall, from 0 to 1.
 
-    Data: a folder with a folder of images for each class; the class of an image is the number of
-    its folder, sorted by name. Images are resized by their shorter side and cut in the middle.
+    Data: a folder with a folder of images for each class; a class is the index of its folder,
+    sorted by name. Images are resized by their shorter side and center-cropped.
 
     Raises:
         UserError: no images, broken ones, or class names or templates that do not fit.
@@ -40,40 +40,49 @@ class Classify:
         root = config.annotations
         if not root.is_dir():
             raise UserError(f"{root} is no folder; classify needs a folder for each class in it")
+        # Sorted, as torchvision's ImageFolder: a list of class names is in this order.
         self.folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
         files = [
-            (str(file), number)
-            for number, name in enumerate(self.folders)
+            (str(file), index)
+            for index, name in enumerate(self.folders)
+            # At any depth, as torchvision's ImageFolder walks a class's folder.
             for file in sorted((root / name).rglob("*"))
             if file.suffix.lower() in IMAGE_ENDINGS
         ][: config.limit]
         if not files:
             raise UserError(f"{root} has no folder with images; classes are folders")
+        # Decoded before any model is loaded: a truncated file would end a long run otherwise.
         bad = broken([path for path, _ in files])
         self.problems = [BadSample(printable(files[i][0]), why) for i, why in bad.items()]
-        self.problems += self._unnamed(root)
+        self.problems += self._empty_classes(root)
+        # "keep" measures in spite of problems, but a broken image cannot be encoded.
         policy = "raise" if bad and config.on_bad_sample == "keep" else config.on_bad_sample
-        self.names = self._names()
-        self.templates = ["{c}"] if config.templates is None else self._listed(config.templates)
-        for number, template in enumerate(self.templates, start=1):
+        self.names = self._class_names()
+        self.templates = ["{c}"] if config.templates is None else self._texts(config.templates)
+        for index, template in enumerate(self.templates, start=1):
             if "{c}" not in template:
                 raise UserError(
-                    f"{config.templates} entry {number}: {template!r} lacks a {{c}} for the class; "
+                    f"{config.templates} entry {index}: {template!r} has no {{c}} for the class; "
                     "every template needs one"
                 )
-        settle(self.problems, policy, _REMEDY)
-        self.files = [file for number, file in enumerate(files) if number not in bad]
+        raise_or_log(self.problems, policy, _REMEDY)
+        self.files = [file for index, file in enumerate(files) if index not in bad]
         if not self.files:
             raise UserError(f"{root} holds no image that can be read")
 
-    def _unnamed(self, root: Path) -> list[BadSample]:
-        """Folders without an image: classes that nothing is measured of."""
+    def _empty_classes(self, root: Path) -> list[BadSample]:
+        """Returns a problem for each folder without an image.
+
+        Raises:
+            UserError: a folder's name cannot be encoded.
+        """
         problems = []
         for name in self.folders:
             reason = text_problem(name)
-            if reason:  # what the file system holds in another encoding
+            if reason:  # the file system's bytes in another encoding, decoded to half characters
                 raise UserError(f"{root}: the name of the folder {printable(name)} {reason}")
             files = (root / name).rglob("*")
+            # It remains a class to choose from, but recall is the mean over classes with images.
             if not any(file.suffix.lower() in IMAGE_ENDINGS for file in files):
                 endings = ", ".join(IMAGE_ENDINGS)
                 problems.append(
@@ -84,7 +93,7 @@ class Classify:
         return problems
 
     def images(self) -> Sequence[str]:
-        """Every image that will be opened."""
+        """Returns every image that will be opened."""
         return [path for path, _ in self.files]
 
     def counts(self) -> dict[str, int]:
@@ -93,54 +102,67 @@ class Classify:
         return counts | ({"left out": len(self.problems)} if self.problems else {})
 
     def run(self, handle: Any, folder: Path | None) -> EvalScores:
-        """Encodes with `handle` (Dual); keeps features in `folder`, if there is one."""
+        """Encodes with `handle` (Dual) and classifies; caches features in `folder`, if any."""
         handle = handle.as_dual("zero-shot classification")
-        store, paths = Store(self._folder(folder)), self.images()
+        cache, paths = FeatureCache(self._cache_folder(folder)), self.images()
         batch_size = self.config.batch_size
-        classes = store.encode("classes", len(self.names), lambda part: self._weights(handle, part))
-        truth = torch.tensor([number for _, number in self.files])
+        classes = cache.encode(
+            "classes", len(self.names), lambda rows: self._class_features(handle, rows)
+        )
+        truth = torch.tensor([label for _, label in self.files])
         values: dict[str, float] = {}
-        listed: dict[str, list[int]] = {}
-        looked_at = store.encode_images(
+        ranks_by_mode: dict[str, list[int]] = {}
+        # All modes from one pass of the vision tower, which takes nearly all of the time.
+        features = cache.encode_images(
             "crops", handle, paths, self.config.modes, batch_size=batch_size, crop=True
         )
-        for mode, images in looked_at.items():
-            found = ranks(images, classes, truth, torch.arange(len(classes))).cpu()
-            listed[mode] = found.tolist()
-            metrics = accuracies(found, truth, len(classes))
+        for mode, images in features.items():
+            class_ranks = ranks(images, classes, truth, torch.arange(len(classes))).cpu()
+            ranks_by_mode[mode] = class_ranks.tolist()
+            metrics = accuracies(class_ranks, truth, len(classes))
             values |= {f"{mode}_{name}": value for name, value in metrics.items()}
-        listing = [
-            {"image": path, "class": self.names[number], "rank": {m: listed[m][i] for m in listed}}
-            for i, (path, number) in enumerate(self.files)
+        rows = [
+            {
+                "image": path,
+                "class": self.names[label],
+                "rank": {mode: ranks_by_mode[mode][i] for mode in ranks_by_mode},
+            }
+            for i, (path, label) in enumerate(self.files)
         ]
-        return EvalScores(values, [*listing, *left_out(self.problems)])
+        return EvalScores(values, [*rows, *skipped_rows(self.problems)])
 
-    def _weights(self, handle: Any, part: range) -> Tensor:
-        """(C, E): the direction of the mean of each class's texts."""
-        texts = [text.replace("{c}", self.names[i]) for i in part for text in self.templates]
+    def _class_features(self, handle: Any, rows: range) -> Tensor:
+        """Features of classes `rows`, float32 (len(rows), E) of unit length."""
+        texts = [text.replace("{c}", self.names[i]) for i in rows for text in self.templates]
         features = handle.encode_texts(texts).float()
-        return normalize(features.view(len(part), len(self.templates), -1).mean(dim=1), dim=-1)
+        # Normalized twice, each text and the mean, as the original: the mean is shorter than 1.
+        return normalize(features.view(len(rows), len(self.templates), -1).mean(dim=1), dim=-1)
 
-    def _names(self) -> list[str]:
+    def _class_names(self) -> list[str]:
+        """Returns the name of each folder's class; an unused name becomes a problem.
+
+        Raises:
+            UserError: names that do not fit the folders.
+        """
         if self.config.classes is None:
             return self.folders
-        path, found = self.config.classes, self._entry(self.config.classes)
-        if isinstance(found, dict):
-            lacking = [folder for folder in self.folders if folder not in found]
-            if lacking:
-                raise UserError(f"{path} has no name for the folder {lacking[0]}")
-            extra = [name for name in found if name not in self.folders]
+        path, entry = self.config.classes, self._entry(self.config.classes)
+        if isinstance(entry, dict):
+            unnamed = [folder for folder in self.folders if folder not in entry]
+            if unnamed:
+                raise UserError(f"{path} has no name for the folder {unnamed[0]}")
+            extra = [name for name in entry if name not in self.folders]
             if extra:  # with fewer classes than meant the task would be an easier one
                 some = printable(", ".join(extra[:5])) + (", …" if len(extra) > 5 else "")
-                lacks = (
-                    f"it names {len(extra)} folder(s) that {self.config.annotations} lacks: {some}"
-                )
-                self.problems.append(BadSample(str(path), lacks))
-            names = [found[folder] for folder in self.folders]
+                root = self.config.annotations
+                reason = f"it names {len(extra)} folder(s) missing from {root}: {some}"
+                self.problems.append(BadSample(str(path), reason))
+            names = [entry[folder] for folder in self.folders]
         else:
-            names = self._listed(path)
-        for place, name in zip(self.folders, names, strict=False):
-            self._check(path, f"the name of {place}", name)
+            names = self._texts(path)
+        # For the values of a dict: `_texts` has checked a list already.
+        for folder, name in zip(self.folders, names, strict=False):
+            self._check_text(path, f"the name of {folder}", name)
         if len(names) != len(self.folders):
             raise UserError(
                 f"{path} has {len(names)} class names, but "
@@ -148,52 +170,59 @@ class Classify:
             )
         return names
 
-    def _listed(self, path: Path) -> list[str]:
-        found = self._entry(path)
-        if not isinstance(found, list) or not found:
-            raise UserError(f"{path}: a JSON list of texts is expected, not {json_type(found)}")
-        for number, text in enumerate(found, start=1):
-            self._check(path, f"entry {number}", text)
-        return found
+    def _texts(self, path: Path) -> list[str]:
+        """Reads a JSON list of texts, of the entry `key` if there is one."""
+        texts = self._entry(path)
+        if not isinstance(texts, list) or not texts:
+            raise UserError(f"{path}: a JSON list of texts is expected, not {json_type(texts)}")
+        for index, text in enumerate(texts, start=1):
+            self._check_text(path, f"entry {index}", text)
+        return texts
 
-    def _check(self, path: Path, place: str, text: Any) -> None:
+    def _check_text(self, path: Path, where: str, text: Any) -> None:
         reason = text_problem(text)
+        # An empty name would leave only the template, the same for every such class.
         if reason is None and not text.strip():
             reason = "is empty; write it"
         if reason:
-            raise UserError(f"{path}: a JSON list of texts is expected, but {place} {reason}")
+            raise UserError(f"{path}: a JSON list of texts is expected, but {where} {reason}")
 
     def _entry(self, path: Path) -> Any:
-        """What a JSON file holds, or its entry for the data set that `key` names."""
+        """Reads a JSON file, or its entry for the data set that `key` names."""
         tree = read_json(path)
+        # CLIP_benchmark's files hold all data sets; a plain list is of one and needs no key.
         if self.config.key is not None and isinstance(tree, dict):
             if self.config.key not in tree:
-                known = printable(", ".join(tree))
-                raise UserError(f"{path} has no entry {self.config.key!r}; it has {known}")
+                keys = printable(", ".join(tree))
+                raise UserError(f"{path} has no entry {self.config.key!r}; it has {keys}")
             tree = tree[self.config.key]
+        # json.loads would silently take the last of two equal keys.
         if isinstance(tree, RepeatedKeys):
             raise UserError(f"{path}: {tree.repeated!r} is there twice; remove one")
         return tree
 
-    def _folder(self, folder: Path | None) -> Path | None:
-        """The part of `folder` that is for exactly these files, names and templates."""
+    def _cache_folder(self, folder: Path | None) -> Path | None:
+        """Returns the cache folder for exactly these files, names and templates."""
         if folder is None:
             return None
-        states = [(path, *file_state(path)) for path, _ in self.files]
-        text = repr((states, self.names, self.templates))
+        fingerprints = [(path, *fingerprint(path)) for path, _ in self.files]
+        text = repr((fingerprints, self.names, self.templates))
         return folder / blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def accuracies(found: Tensor, truth: Tensor, num_classes: int) -> dict[str, float]:
-    """CLIP_benchmark's metrics of the rank of each image's class, int64 (num_images,).
+def accuracies(class_ranks: Tensor, truth: Tensor, num_classes: int) -> dict[str, float]:
+    """Computes CLIP_benchmark's metrics.
 
-    With fewer than five classes it writes a bare NaN for acc5, which is no JSON; here it is absent.
+    Args:
+        class_ranks: int64 (num_images,), rank of each image's true class.
+        truth: int64 (num_images,), index of that class.
     """
-    hits = (found == 0).double()
-    present = truth.unique()
-    per_class = [hits[truth == number].mean().item() for number in present.tolist()]
+    hits = (class_ranks == 0).double()
+    present = truth.unique()  # a class without images has no recall, and would count as NaN
+    per_class = [hits[truth == label].mean().item() for label in present.tolist()]
     return {
         "acc1": hits.mean().item(),
-        **({"acc5": share_within(found, 5)} if num_classes >= 5 else {}),
+        # With fewer than five classes the original writes a bare NaN here, which is no JSON.
+        **({"acc5": share_within(class_ranks, 5)} if num_classes >= 5 else {}),
         "mean_per_class_recall": sum(per_class) / len(per_class),
     }

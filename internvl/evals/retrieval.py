@@ -1,8 +1,7 @@
-"""Retrieval: which texts find their image, which images find one of their texts.
+"""Retrieval: recall@k from texts to images and from images to texts.
 
-Recall equals CLIP_benchmark's (`metrics/zeroshot_retrieval.py`), where an image hits when at least
-one of its captions is among the first k. Ties, which it leaves to torch.topk, go to the lower
-index here.
+Equal to CLIP_benchmark's (`metrics/zeroshot_retrieval.py`), where an image is a hit if at least one
+of its captions is among the first k. Ties, which it leaves to torch.topk, go to the lower index.
 """
 
 import json
@@ -19,8 +18,14 @@ from internvl.data.images import FileSlice
 from internvl.data.pair_files import Pairs, broken, leaks, read_pairs
 from internvl.data.pairs import clean_caption
 from internvl.errors import BadSample, UserError
-from internvl.evals.features import Store, nearest, ranks_both_ways, share_within, too_large
-from internvl.evals.scores import EvalScores, file_state, left_out, settle
+from internvl.evals.features import (
+    FeatureCache,
+    nearest,
+    ranks_both_ways,
+    share_within,
+    too_large,
+)
+from internvl.evals.scores import EvalScores, fingerprint, raise_or_log, skipped_rows
 from internvl.log import Progress
 
 _REMEDY = (
@@ -29,24 +34,25 @@ _REMEDY = (
 
 
 def recalls(image_ranks: Tensor, text_ranks: Tensor, ks: Sequence[int]) -> dict[str, float]:
-    """CLIP_benchmark's metrics, in its order.
+    """Computes CLIP_benchmark's metrics, from 0 to 1, in its order.
 
     Args:
         image_ranks: int64 (num_texts,), the rank of its image for every text.
         text_ranks: int64 (num_images,), the rank of the best of its texts for every image.
     """
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
+    # Its names say what is retrieved: published tables call the first one text-to-image.
     for k in ks:
-        found[f"image_retrieval_recall@{k}"] = share_within(image_ranks, k)
-        found[f"text_retrieval_recall@{k}"] = share_within(text_ranks, k)
-    return found
+        values[f"image_retrieval_recall@{k}"] = share_within(image_ranks, k)
+        values[f"text_retrieval_recall@{k}"] = share_within(text_ranks, k)
+    return values
 
 
 class Retrieval:
     """Recall@k in both directions, for InternVL-C and InternVL-G.
 
-    Data: images with captions (data/pair_files.py). The model's own encoders squash the images
-    to a square and put `summarize:` before the texts.
+    Data: images with captions (data/pair_files.py). The model's own encoders resize images to a
+    square, whatever their aspect ratio, and put `summarize:` before texts.
 
     Raises:
         UserError: the file cannot be used, has problems, or fewer candidates than `recall_k`.
@@ -54,43 +60,47 @@ class Retrieval:
 
     def __init__(self, config: RetrievalEval) -> None:
         self.config = config
-        found = read_pairs(
+        pairs = read_pairs(
             config.annotations,
             config.images,
             config.form,
             clean=clean_caption if config.clean else None,
             split=config.split,
         )
-        found = found.without(
-            {*range(len(found.images))[config.limit :]} if config.limit else set()
-        )
-        bad = broken(found.images)
-        problems = [*found.problems, *(BadSample(str(found.images[i]), bad[i]) for i in bad)]
-        leaked = self._leaks(found)
-        problems += [BadSample(str(found.images[i]), leaked[i]) for i in leaked]
+        # By images, not by texts: an image keeps all of its captions.
+        beyond = range(len(pairs.images))[config.limit :] if config.limit else ()
+        pairs = pairs.without({*beyond})
+        # Decoded before any model is loaded: a truncated file would end a long run otherwise.
+        bad = broken(pairs.images)
+        problems = [*pairs.problems, *(BadSample(str(pairs.images[i]), bad[i]) for i in bad)]
+        leaked = self._leaks(pairs)
+        problems += [BadSample(str(pairs.images[i]), leaked[i]) for i in leaked]
+        # "keep" measures on leaked images too, but a broken one cannot be encoded.
         policy = "raise" if bad and config.on_bad_sample == "keep" else config.on_bad_sample
-        settle(problems, policy, _REMEDY)
+        raise_or_log(problems, policy, _REMEDY)
         self.problems = problems
-        self.pairs = found.without({*bad, *leaked} if policy == "skip" else set())
-        for what, number in (
+        self.pairs = pairs.without({*bad, *leaked} if policy == "skip" else set())
+        # After skipping, which leaves fewer candidates; the original's topk would fail beyond them.
+        for candidates, count in (
             ("images", len(self.pairs.images)),
             ("texts", len(self.pairs.texts)),
         ):
-            large = too_large(config.recall_k, number)
+            large = too_large(config.recall_k, count)
             if large:
                 raise UserError(
-                    f"{config.annotations}: recall_k has {large[0]}, but there are only {number} "
-                    f"{what} to choose from; set recall_k (--recall-k) to smaller numbers"
+                    f"{config.annotations}: recall_k has {large[0]}, but there are only {count} "
+                    f"{candidates} to choose from; set recall_k (--recall-k) to smaller numbers"
                 )
 
-    def _leaks(self, found: Pairs) -> dict[int, str]:
+    def _leaks(self, pairs: Pairs) -> dict[int, str]:
+        """Returns index -> evidence of images that the training data `train` holds too."""
         if self.config.train is None:
             return {}
         trained = read_pairs(self.config.train, self.config.images, split="train")
-        return leaks(found, trained)
+        return leaks(pairs, trained)
 
     def images(self) -> Sequence[str | FileSlice]:
-        """Every image that will be opened."""
+        """Returns every image that will be opened."""
         return self.pairs.images
 
     def counts(self) -> dict[str, int]:
@@ -99,104 +109,118 @@ class Retrieval:
         return counts | ({"left out": len(self.problems)} if self.problems else {})
 
     def run(self, handle: Any, folder: Path | None) -> EvalScores:
-        """Encodes with `handle` (Dual) and ranks; keeps features in `folder`, if there is one."""
+        """Encodes with `handle` (Dual) and ranks; caches features in `folder`, if any."""
         handle = handle.as_dual("retrieval")
-        store, all_texts, paths = Store(self._folder(folder)), self.pairs.texts, self.pairs.images
-        of_text, batch_size = torch.tensor(self.pairs.image_of_text), self.config.batch_size
-        device = handle.device
+        cache, all_texts = FeatureCache(self._cache_folder(folder)), self.pairs.texts
+        image_of_text, batch_size = torch.tensor(self.pairs.image_of_text), self.config.batch_size
 
-        def encoded(part: range) -> Tensor:
-            return handle.encode_texts(all_texts[part.start : part.stop])
+        def encode_texts(rows: range) -> Tensor:
+            return handle.encode_texts(all_texts[rows.start : rows.stop])
 
-        texts = store.encode("texts", len(all_texts), encoded).to(device)
-        matches = _Matches(handle, self.pairs, batch_size)
+        texts = cache.encode("texts", len(all_texts), encode_texts).to(handle.device)
+        # One for all modes: the match score does not depend on the mode, its candidates overlap.
+        matcher = _PairMatcher(handle, self.pairs, batch_size)
         values: dict[str, float] = {}
-        listed: dict[str, tuple[list[int], list[int]]] = {}
-        looked_at = store.encode_images(
-            "images", handle, paths, self.config.modes, batch_size=batch_size
+        ranks_by_mode: dict[str, tuple[list[int], list[int]]] = {}
+        features = cache.encode_images(
+            "images", handle, self.pairs.images, self.config.modes, batch_size=batch_size
         )
-        for mode, images in looked_at.items():
-            found = ranks_both_ways(texts, images, of_text)
-            listed[mode] = (found[0].tolist(), found[1].tolist())
-            values |= _named(mode, recalls(*found, self.config.recall_k))
+        for mode, images in features.items():
+            ranks = ranks_both_ways(texts, images, image_of_text)
+            ranks_by_mode[mode] = (ranks[0].tolist(), ranks[1].tolist())
+            values |= _named(mode, recalls(*ranks, self.config.recall_k))
             if self.config.rerank:
-                again = self._reranked(texts, images, found, matches)
-                values |= _named(f"{mode}_itm", recalls(*again, self.config.recall_k))
-        return EvalScores(values, [*self._rows(listed), *left_out(self.problems)])
+                reranked = self._rerank(texts, images, ranks, matcher)
+                values |= _named(f"{mode}_itm", recalls(*reranked, self.config.recall_k))
+        return EvalScores(values, [*self._rows(ranks_by_mode), *skipped_rows(self.problems)])
 
-    def _reranked(
-        self, texts: Tensor, images: Tensor, found: tuple[Tensor, Tensor], matches: "_Matches"
+    def _rerank(
+        self, texts: Tensor, images: Tensor, ranks: tuple[Tensor, Tensor], matcher: "_PairMatcher"
     ) -> tuple[Tensor, Tensor]:
-        """The same ranks after the first `rerank` candidates were sorted by their match score."""
-        of_text = self.pairs.image_of_text
+        """Returns `ranks` with each query's first `rerank` candidates sorted by match score.
+
+        Args:
+            texts: (num_texts, E).
+            images: (num_images, E).
+            ranks: int64 (num_texts,) and (num_images,), see `recalls`.
+        """
+        image_of_text = self.pairs.image_of_text
         near_images = nearest(texts, images, self.config.rerank).tolist()
         near_texts = nearest(images, texts, self.config.rerank).tolist()
-        wanted = [(i, t) for t, row in enumerate(near_images) for i in row]
-        wanted += [(i, t) for i, row in enumerate(near_texts) for t in row]
-        scores = matches.scores(wanted)
-        image_ranks, text_ranks = found[0].tolist(), found[1].tolist()
+        # Both directions in one call, which computes a pair that both contain once.
+        pairs = [(i, t) for t, row in enumerate(near_images) for i in row]
+        pairs += [(i, t) for i, row in enumerate(near_texts) for t in row]
+        scores = matcher.scores(pairs)
+        image_ranks, text_ranks = ranks[0].tolist(), ranks[1].tolist()
         for t, row in enumerate(near_images):
             order = sorted(row, key=lambda i: -scores[i, t])  # stable: ties stay as they were
-            own = of_text[t]
-            image_ranks[t] = order.index(own) if own in order else max(len(row), image_ranks[t])
+            image = image_of_text[t]
+            # Beyond the candidates a rank stays as it was, and never becomes one of the first.
+            image_ranks[t] = order.index(image) if image in order else max(len(row), image_ranks[t])
         for i, row in enumerate(near_texts):
             order = sorted(row, key=lambda t: -scores[i, t])
-            hits = [place for place, t in enumerate(order) if of_text[t] == i]
+            hits = [rank for rank, t in enumerate(order) if image_of_text[t] == i]
             text_ranks[i] = hits[0] if hits else max(len(row), text_ranks[i])
         return torch.tensor(image_ranks), torch.tensor(text_ranks)
 
-    def _rows(self, listed: dict[str, tuple[list[int], list[int]]]) -> list[dict[str, Any]]:
+    def _rows(self, ranks_by_mode: dict[str, tuple[list[int], list[int]]]) -> list[dict[str, Any]]:
         """Texts with the rank of their image, then images with that of their best text."""
         rows: list[dict[str, Any]] = [
             {
                 "text": text,
                 "image": str(self.pairs.images[image]),
-                "rank": {mode: listed[mode][0][number] for mode in listed},
+                "rank": {mode: ranks[0][t] for mode, ranks in ranks_by_mode.items()},
             }
-            for number, (text, image) in enumerate(
+            for t, (text, image) in enumerate(
                 zip(self.pairs.texts, self.pairs.image_of_text, strict=True)
             )
         ]
         return rows + [
-            {"image": str(image), "rank": {mode: listed[mode][1][number] for mode in listed}}
-            for number, image in enumerate(self.pairs.images)
+            {
+                "image": str(image),
+                "rank": {mode: ranks[1][i] for mode, ranks in ranks_by_mode.items()},
+            }
+            for i, image in enumerate(self.pairs.images)
         ]
 
-    def _folder(self, folder: Path | None) -> Path | None:
-        """The part of `folder` that is for exactly these files and texts."""
+    def _cache_folder(self, folder: Path | None) -> Path | None:
+        """Creates and returns the cache folder for exactly these files and texts."""
         if folder is None:
             return None
-        states = [(path, *file_state(path)) for path in self.pairs.images]
-        text = repr((states, self.pairs.texts))
-        own = folder / blake2b(text.encode(), digest_size=8).hexdigest()
-        own.mkdir(parents=True, exist_ok=True)
+        fingerprints = [(path, *fingerprint(path)) for path in self.pairs.images]
+        key = repr((fingerprints, self.pairs.texts))
+        cache_folder = folder / blake2b(key.encode(), digest_size=8).hexdigest()
+        cache_folder.mkdir(parents=True, exist_ok=True)
+        # A hash names nothing: with the features kept, their row r is row r of this file.
         rows = {"images": [*map(str, self.pairs.images)], "texts": self.pairs.texts}
-        (own / "rows.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-        return own
+        text = json.dumps(rows, ensure_ascii=False)
+        (cache_folder / "rows.json").write_text(text, encoding="utf-8")
+        return cache_folder
 
 
-class _Matches:
-    """Match scores of (image, text) pairs; none is computed twice."""
+class _PairMatcher:
+    """Match scores of (image, text) pairs, each computed once."""
 
-    def __init__(self, handle: Any, found: Pairs, batch_size: int) -> None:
-        self.handle, self.pairs, self.batch_size = handle, found, batch_size
-        self.known: dict[tuple[int, int], float] = {}
+    def __init__(self, handle: Any, pairs: Pairs, batch_size: int) -> None:
+        self.handle, self.pairs, self.batch_size = handle, pairs, batch_size
+        self._scores: dict[tuple[int, int], float] = {}
 
-    def scores(self, wanted: Sequence[tuple[int, int]]) -> dict[tuple[int, int], float]:
-        """The scores of at least these pairs."""
-        new = sorted({*wanted} - self.known.keys())  # by image
+    def scores(self, pairs: Sequence[tuple[int, int]]) -> dict[tuple[int, int], float]:
+        """Returns (image, text) -> score, from 0 to 1, of at least these pairs of indices."""
+        # Sorted by image: `match` encodes equal images of a batch that follow each other once.
+        new = sorted({*pairs} - self._scores.keys())
         with Progress("pairs matched", total=len(new)) as progress:
             for start in range(0, len(new), self.batch_size):
-                part = new[start : start + self.batch_size]
-                images = [self.pairs.images[i] for i, _ in part]
-                texts = [self.pairs.texts[t] for _, t in part]
-                found = self.handle.match(images, texts, batch_size=len(part))
-                self.known.update(zip(part, found.tolist(), strict=True))
-                progress.update(len(part))
-        return self.known
+                batch = new[start : start + self.batch_size]
+                images = [self.pairs.images[i] for i, _ in batch]
+                texts = [self.pairs.texts[t] for _, t in batch]
+                scores = self.handle.match(images, texts, batch_size=len(batch))
+                self._scores.update(zip(batch, scores.tolist(), strict=True))
+                progress.update(len(batch))
+        return self._scores
 
 
 def _named(prefix: str, values: dict[str, float]) -> dict[str, float]:
-    """Values with a prefix, and their mean."""
+    """Returns the values with a prefix, and their mean as `mean_recall`."""
     mean = sum(values.values()) / len(values)
     return {f"{prefix}_{name}": value for name, value in {**values, "mean_recall": mean}.items()}

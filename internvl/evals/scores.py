@@ -1,4 +1,4 @@
-"""What evaluators share: their results, and what becomes of the problems in their data."""
+"""Results of evaluators, and the policy for problems in their data."""
 
 import os
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ from internvl.log import get_logger
 
 @dataclass(frozen=True)
 class EvalScores:
-    """What an evaluator found."""
+    """Result of one evaluator."""
 
     values: dict[str, float]
     """Metric -> value."""
     rows: list[dict[str, Any]]
-    """One for every image or text, and one for everything that was left out."""
+    """One for every image or text, and one for every skipped sample."""
 
 
-def file_state(image: str | FileSlice) -> tuple[int, int]:
-    """Size and time of a file, by which another one under its name is told; an address has none,
-    an image in a tar those of the tar."""
+def fingerprint(image: str | FileSlice) -> tuple[int, int]:
+    """(size in bytes, mtime in ns) of a file; (0, 0) for an address."""
+    # An image inside a tar has no file of its own: a changed tar counts for all its images.
     path = image.path if isinstance(image, FileSlice) else image
     if not os.path.exists(path):
         return 0, 0
@@ -32,19 +32,23 @@ def file_state(image: str | FileSlice) -> tuple[int, int]:
 
 
 class DataProblems(UserError):
-    """Problems in the data of an evaluation; the message lists the first of very many."""
+    """Problems in the data of an evaluation; the message lists only the first of many."""
 
     def __init__(self, problems: Sequence[BadSample], remedy: str) -> None:
         head = f"{len(problems):,} problem(s) in the data; {remedy}"
         super().__init__("\n".join([head, *problem_lines(problems)]))
-        self.problems = problems
+        self.problems = problems  # all of them, for `internvl check`
 
 
-def settle(problems: Sequence[BadSample], policy: str, remedy: str) -> None:
-    """Raises for problems, or logs them, as `on_bad_sample` says.
+def raise_or_log(problems: Sequence[BadSample], policy: str, remedy: str) -> None:
+    """Raises or logs `problems`.
+
+    Args:
+        policy: value of `on_bad_sample`; anything but "raise" logs a warning.
+        remedy: what the user should do, for the message.
 
     Raises:
-        DataProblems: with the policy "raise"; all of them.
+        DataProblems: all of them, if `policy` is "raise".
     """
     if not problems:
         return
@@ -54,6 +58,6 @@ def settle(problems: Sequence[BadSample], policy: str, remedy: str) -> None:
     get_logger().warning("%d problem(s) in the data:\n%s", len(problems), lines)
 
 
-def left_out(problems: Sequence[BadSample]) -> list[dict[str, Any]]:
-    """A row of the result for everything that was not measured."""
+def skipped_rows(problems: Sequence[BadSample]) -> list[dict[str, Any]]:
+    """Returns a row of the result for every sample that was not measured."""
     return [{"sample": problem.name, "reason": problem.reason} for problem in problems]

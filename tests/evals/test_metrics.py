@@ -152,7 +152,7 @@ def test_leave_one_out_on_flickr8k(language: str, tokenize: str, name: str):
 def test_a_meteor_that_fails_loses_only_its_own_number(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    monkeypatch.setattr(metrics, "_beside", lambda module, file: Path("/nowhere") / file)
+    monkeypatch.setattr(metrics, "_jar", lambda module, file: Path("/nowhere") / file)
     candidates, references, expected = EMBEDDED["words"]
     with caplog.at_level(logging.ERROR):
         # A context of its own, in which no METEOR is shared.
@@ -179,7 +179,7 @@ def test_a_shared_meteor_that_died_is_started_again(caplog: pytest.LogCaptureFix
 
 
 def test_a_tokenizer_that_fails_says_why(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(metrics, "_beside", lambda module, file: Path("/nowhere") / file)
+    monkeypatch.setattr(metrics, "_jar", lambda module, file: Path("/nowhere") / file)
     with pytest.raises(UserError, match=r"PTB tokenizer .* exit status 1: .*PTBTokenizer"):
         metrics.caption_scores({1: "a"}, {1: ["a"]}, tokenize="ptb")
 

@@ -163,7 +163,7 @@ def test_features_that_are_no_numbers_are_not_kept(tmp_path: Path) -> None:
     rows = torch.ones(3, 2)
     rows[1, 0] = torch.nan
     with pytest.raises(UserError, match="of texts hold no finite number in row 2"):
-        features.Store(tmp_path).encode("texts", 3, lambda part: rows)
+        features.FeatureCache(tmp_path).encode("texts", 3, lambda part: rows)
     assert not [*tmp_path.iterdir()]
 
 
@@ -255,7 +255,7 @@ def test_pairs_of_one_picture_look_at_it_once(dual, data: Path) -> None:
 
 
 def test_an_interrupted_evaluation_goes_on(dual, data: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(features, "ROWS", 4)
+    monkeypatch.setattr(features, "CHUNK_ROWS", 4)
     kept = tmp_path / "features"
     whole = Retrieval(spec(data)).run(dual, kept)
     files = sorted(kept.rglob("*.safetensors"))
@@ -564,8 +564,8 @@ def test_accuracies_with_few_classes() -> None:
         ({"templates": "templates.json"}, "a JSON list of texts is expected"),
         ({"templates": "gone.json"}, "cannot read"),
         ({"classes": "numbers.json"}, "the name of n1 is the number 3, not text"),
-        ({"classes": "more.json"}, r"names 1 folder\(s\) that .*classes lacks: n9"),
-        ({"templates": "bare.json"}, "entry 2: 'a bird' lacks a {c}"),
+        ({"classes": "more.json"}, r"names 1 folder\(s\) missing from .*classes: n9"),
+        ({"templates": "bare.json"}, "entry 2: 'a bird' has no {c}"),
         ({"templates": "half.json"}, "entry 1 holds half a character"),
         ({"annotations": "gone"}, "is no folder"),
     ],
