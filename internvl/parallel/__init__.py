@@ -1,1 +1,1 @@
-""""""
+"""Several GPUs: gradients over all ranks."""

@@ -1,4 +1,4 @@
-"""Gradients of all ranks summed and clipped."""
+"""Sums and clips the gradients of all ranks."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -7,21 +7,19 @@ from torch import Tensor, distributed, nn
 
 from internvl import dist
 
-_BUCKET = 2**26  # elements that cross the network at once
+_BUCKET = 2**26  # elements of one all-reduce
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Adds up the gradients of all ranks on each. A parameter that no rank has one for gets none.
-
-    Losses are divided by counts over all ranks beforehand, so the sum is the whole step's gradient.
-    """
+    """Replaces gradients by their sum over all ranks; one that no rank has stays None."""
+    # A sum, not a mean: losses are divided beforehand by counts over all ranks.
     if dist.world_size() == 1:
         return
     # A parameter whose branch no sample of this rank took has no gradient here. All ranks must
     # reduce the same buckets, or they would wait for each other.
     has = {str(i): float(p.grad is not None) for i, p in enumerate(parameters)}
-    anywhere = dist.sum_counts(has)
-    reached = [p for i, p in enumerate(parameters) if anywhere[str(i)]]
+    num_ranks = dist.sum_counts(has)
+    reached = [p for i, p in enumerate(parameters) if num_ranks[str(i)]]
     for bucket in _buckets(reached):
         flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket]
         summed = torch.cat(flat)  # one large message: many small ones are bound by latency
@@ -31,7 +29,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Parameters in order, of one type at a time, `_BUCKET` elements or little more together."""
+    """Yields parameters in order, in groups of one dtype and about `_BUCKET` elements."""
     bucket: list[nn.Parameter] = []
     for parameter in parameters:
         full = sum(p.numel() for p in bucket) >= _BUCKET
@@ -44,5 +42,5 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scales gradients down to a global norm of `max_norm`; returns the norm before."""
+    """Scales gradients down to a global norm of `max_norm`; returns the norm before, ()."""
     return nn.utils.clip_grad_norm_(list(parameters), max_norm)

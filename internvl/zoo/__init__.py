@@ -1,6 +1,6 @@
-"""The released models as one table of data: parts, sizes, template, tiling, published scores.
+"""Released models: vision tower, language model, sizes, template, tiling, published scores.
 
-`models.yaml` and `scores.yaml` beside this file hold the data. Imports no torch.
+The data are in `models.yaml` and `scores.yaml` of this folder. Imports no torch.
 """
 
 import difflib
@@ -15,8 +15,8 @@ import yaml
 from internvl.errors import UnknownModel
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "8bit": 1.0, "4bit": 0.5 + 4 / 64}
-"""Bytes of a weight; in 4 bits, 64 weights share a float32 scale. Only the blocks' linear layers
-are kept in 8 or 4 bits (bitsandbytes), everything else is then bfloat16."""
+"""Bytes per weight by dtype; in 4 bits, 64 weights share a float32 scale. bitsandbytes quantizes
+only the linear layers of the blocks, the rest is then bfloat16."""
 
 
 def _read(file_name: str) -> dict[str, Any]:
@@ -28,9 +28,9 @@ def _read(file_name: str) -> dict[str, Any]:
 
 _DATA = _read("models.yaml")
 VISION_TOWERS: dict[str, dict[str, Any]] = _DATA["vision_towers"]
-"""`vision_config` of a tower, as far as its shape goes."""
+"""Name of a vision tower -> the keys of its `vision_config` that determine shapes."""
 LANGUAGE_MODELS: dict[str, dict[str, Any]] = _DATA["language_models"]
-"""`llm_config` of a language model as the chat model stores it, as far as its shape goes."""
+"""Name of a language model -> the keys of its `llm_config` that determine shapes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,17 +45,17 @@ class Model:
     template: str = "internvl2_5"
     """Conversation template; empty for InternVL-14B."""
     select_layer: int = -1
-    """Which block's output of the tower is read."""
+    """Index of the tower's block whose output is used."""
     ps_version: str = "v2"
-    """Pixel shuffle."""
+    """Version of the pixel shuffle."""
     max_tiles: int = 12
     """Most tiles of an image, thumbnail not counted; 1: the image is one square tile."""
     published: str = ""
-    """Parameters as the release prints them, "2.2B"; empty where the specs give none."""
+    """Number of parameters as the release prints it, "2.2B"; empty if it prints none."""
     download_gb: float | None = None
     """Size of the download, 10^9 bytes."""
     note: str = ""
-    """What a reader of this row should know, such as why two numbers of it differ."""
+    """A remark on this row, such as why two numbers of it differ."""
 
     @property
     def repository(self) -> str:
@@ -73,10 +73,10 @@ MODELS: dict[str, Model] = {name: Model(name=name, **row) for name, row in _DATA
 
 
 def find(name: str) -> Model:
-    """The model called `name`: a name, a hub id, or either in other capitals.
+    """Returns a released model by name or hub id, in any case.
 
     Raises:
-        UnknownModel: no such model; names the nearest ones.
+        UnknownModel: no such model; lists the nearest names.
     """
     # Folders end in a slash, converted models in -hf, hub ids begin with an owner.
     short = name.rstrip("/").split("/")[-1].removesuffix("-hf").removesuffix("-HF")
@@ -89,30 +89,37 @@ def find(name: str) -> Model:
 
 
 def find_tower(name: str) -> dict[str, Any]:
-    """Finds the `vision_config` of a released tower by name or hub id. Raises UnknownModel."""
-    return _find_part(name, VISION_TOWERS, "vision tower")
+    """Returns the `vision_config` of a released tower by name or hub id.
+
+    Raises:
+        UnknownModel: no such tower; lists the nearest names.
+    """
+    return _find_component(name, VISION_TOWERS, "vision tower")
 
 
 def find_language_model(name: str) -> dict[str, Any]:
-    """Finds the `llm_config` of a language model that a released chat model contains, by name or
-    hub id. Raises UnknownModel."""
+    """Returns the `llm_config` of a released chat model's language model by name or hub id.
+
+    Raises:
+        UnknownModel: no such language model; lists the nearest names.
+    """
     # QLLaMA is no causal language model: it has queries and cross-attention of its own.
     chat_only = {key: sizes for key, sizes in LANGUAGE_MODELS.items() if key != "QLLaMA"}
-    return _find_part(name, chat_only, "language model")
+    return _find_component(name, chat_only, "language model")
 
 
-def _find_part(name: str, table: dict[str, dict[str, Any]], kind: str) -> dict[str, Any]:
+def _find_component(name: str, table: dict[str, dict[str, Any]], component: str) -> dict[str, Any]:
     short = name.rstrip("/").split("/")[-1].lower()
     lowered = {key.lower(): key for key in table}
     if short in lowered:
         return table[lowered[short]]
     near = difflib.get_close_matches(short, lowered, n=3, cutoff=0.4) or [*lowered][:3]
     names = ", ".join(lowered[match] for match in near)
-    raise UnknownModel(f"no {kind} of a released model is called {name!r}; nearest: {names}")
+    raise UnknownModel(f"no {component} of a released model is called {name!r}; nearest: {names}")
 
 
 def official_config(model: Model) -> dict[str, Any]:
-    """The official `config.json` of a model, as far as its shape goes."""
+    """Returns the keys of a model's official `config.json` that determine shapes and tiling."""
     if model.family == "dual":
         return {
             "model_type": "internvl",
@@ -137,7 +144,7 @@ def official_config(model: Model) -> dict[str, Any]:
 
 
 def num_parameters(model: Model) -> int:
-    """Number of parameters of a model, computed from its sizes."""
+    """Computes the number of parameters of a model from its sizes."""
     vision, language = VISION_TOWERS[model.vision], LANGUAGE_MODELS[model.language]
     if model.family == "dual":
         return _tower(vision) + _language_model(language) + _queries_and_heads(vision, language)
@@ -145,6 +152,7 @@ def num_parameters(model: Model) -> int:
 
 
 def _tower(sizes: dict[str, Any]) -> int:
+    """Parameters of a vision tower."""
     d, f = sizes["hidden_size"], sizes["intermediate_size"]
     layer_norm, bias = sizes["norm_type"] == "layer_norm", sizes["qkv_bias"]
     # Norms before attention and MLP; a LayerNorm has a bias too.
@@ -155,12 +163,14 @@ def _tower(sizes: dict[str, Any]) -> int:
 
 
 def _projector(vision: dict[str, Any], language: dict[str, Any]) -> int:
+    """Parameters of the projector: LayerNorm and two linear layers with bias."""
     # Pixel shuffle joins 2 x 2 tokens of the tower: four widths enter.
     wide, d = 4 * vision["hidden_size"], language["hidden_size"]
     return 2 * wide + wide * d + d + d * d + d
 
 
 def _language_model(sizes: dict[str, Any]) -> int:
+    """Parameters of a language model, embeddings and head included."""
     d, heads, kv_heads = (
         sizes[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads")
     )
@@ -187,7 +197,7 @@ _EMBED_DIM = 768
 
 
 def _queries_and_heads(vision: dict[str, Any], language: dict[str, Any]) -> int:
-    """Parameters of InternVL-14B outside its tower and its Llama."""
+    """Parameters of InternVL-14B besides its vision tower and its Llama."""
     wide, d = vision["hidden_size"], language["hidden_size"]
     # Every second layer of QLLaMA, the first included, attends to the image.
     cross = -(-language["num_hidden_layers"] // language["cross_attention_frequency"])
@@ -198,17 +208,16 @@ def _queries_and_heads(vision: dict[str, Any], language: dict[str, Any]) -> int:
 
 
 def memory_gib(model: Model, dtype: str) -> float:
-    """GiB of the weights alone in `dtype`, a key of BYTES."""
-    packed = _packable(model) if dtype in ("8bit", "4bit") else num_parameters(model)
-    rest = num_parameters(model) - packed
-    return (packed * BYTES[dtype] + rest * BYTES["bfloat16"]) / 2**30
+    """Returns the memory of the weights alone in GiB, in `dtype`, a key of BYTES."""
+    stored = _quantizable(model) if dtype in ("8bit", "4bit") else num_parameters(model)
+    rest = num_parameters(model) - stored
+    return (stored * BYTES[dtype] + rest * BYTES["bfloat16"]) / 2**30
 
 
-def _packable(model: Model) -> int:
-    """Weights of the blocks' linear layers; a mixture's experts are none. InternVL-14B: unknown,
-    so all of them count."""
+def _quantizable(model: Model) -> int:
+    """Number of weights that bitsandbytes quantizes: the linear layers of the blocks."""
     if model.family == "dual":
-        return num_parameters(model)
+        return num_parameters(model)  # not known, so all of them
     vision, language = VISION_TOWERS[model.vision], LANGUAGE_MODELS[model.language]
     d, f = vision["hidden_size"], vision["intermediate_size"]
     tower = vision["num_hidden_layers"] * (4 * d * d + 2 * d * f)
@@ -223,19 +232,19 @@ def _packable(model: Model) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedScore:
-    """A published result."""
+    """A published score of a released model."""
 
     task: str
-    """As `internvl evaluate` calls it."""
+    """Task of `internvl evaluate`."""
     metric: str
     value: float
     source: str
-    """Where it is published; scores.yaml lists the sources."""
+    """Key of the publication in scores.yaml."""
     language: str = "en"
     mode: str = "chat"
     """ "c" or "g" for InternVL-14B; "chat" otherwise."""
     recipe: str = ""
-    """What the released model was trained with afterwards; empty: as released."""
+    """Further training of the released model; empty: as released."""
 
 
 @cache  # not when imported: only `internvl models NAME` and the demo's report show scores
@@ -244,8 +253,10 @@ def _score_rows() -> dict[str, Any]:
 
 
 def scores(name: str) -> tuple[PublishedScore, ...]:
-    """Everything published for a model (captions of chat models as fractions, the rest in percent
-    or points, as their sources print them)."""
+    """Returns the published scores of a model.
+
+    Captions of chat models are fractions, the rest percent or points, as their sources print them.
+    """
     return tuple(
         PublishedScore(
             metric=metric, value=value, **{k: v for k, v in row.items() if k != "scores"}
@@ -309,6 +320,7 @@ def describe(name: str) -> str:
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
+    """Renders a table of cells, columns aligned, two spaces apart."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     padded = (zip(row, widths, strict=True) for row in rows)
     return "\n".join("  ".join(cell.ljust(w) for cell, w in row).rstrip() for row in padded)

@@ -1,10 +1,7 @@
-"""GPUs as plain data: what `internvl check --plan` reckons with. Imports no torch.
+"""GPUs and their rates, for the plan of `internvl check --plan`. Imports no torch.
 
-`memory_gib` is what torch reports as total memory, a little less than what the card is sold as;
-`tflops` is the maker's figure for dense bfloat16 products with float32 sums, `tb_per_s` the maker's
-memory rate. `products` and `copies` are the shares of the two that were reached: an 8192³ product
-of random matrices and a device copy. On an H200 they were measured (789 to 812 TFLOP/s and 4.25
-TB/s, torch 2.11); the other cards' are the same shares, which is an assumption.
+`products` and `copies` were measured on an H200 (789 to 812 TFLOP/s and 4.25 TB/s, torch 2.11). For
+other GPUs the same shares of the peak are assumed.
 """
 
 import difflib
@@ -19,15 +16,21 @@ class Gpu:
     """One model of GPU."""
 
     name: str
+    # Not the nominal size: the driver keeps some.
     memory_gib: float
+    """Total memory as torch reports it, GiB."""
     tflops: float
+    """Peak of dense bfloat16 matrix products with float32 accumulation, TFLOP/s, by the maker."""
     tb_per_s: float
+    """Peak memory bandwidth, TB/s, by the maker."""
     products: float = 0.80
+    """Share of `tflops` that an 8192³ product of random matrices reaches."""
     copies: float = 0.885
+    """Share of `tb_per_s` that a device copy reaches."""
     measured: bool = False
-    """Whether `products` and `copies` were measured on this very model."""
+    """True if `products` and `copies` were measured on this model."""
     float8: bool = True
-    """Whether it has float8 products: compute capability 8.9 and above."""
+    """True if it has float8 matrix products: compute capability 8.9 and above."""
 
 
 _ROWS = (
@@ -50,7 +53,7 @@ GPUS: dict[str, Gpu] = {gpu.name: gpu for gpu in _ROWS}
 
 @dataclass(frozen=True)
 class Calibration:
-    """What one profiled step says of a GPU's rates.
+    """Efficiencies of the parts of a training step, from one profile.
 
     Source: dev/LOG.md, "Where a training step goes": InternVL2-2B, LoRA of rank 128, COCO captions,
     rows of 16,384 tokens, one H200, torch 2.11: 23.8 samples/s; of the kernels' time matrix
@@ -58,26 +61,27 @@ class Calibration:
     """
 
     flex: float = 0.27
-    """FlexAttention's share of the matmul rate, forward and backward together."""
+    """Rate of FlexAttention over the rate of matrix products, forward and backward together."""
     attention: float = 0.42
-    """The same of torch's fused attention (the tower's; taken for dense rows too)."""
+    """The same for torch's fused attention, of the tower and of dense rows."""
+    # Fitted to two measured steps: 1.3 to InternVL2-2B's, 1.6 to InternVL2-8B's.
     float8: float = 1.4
-    """Times the bfloat16 rate of products in float8, what they round included: 1.3 makes the step
-    of InternVL2-2B what was measured, 1.6 that of InternVL2-8B."""
+    """Rate of float8 products over the bfloat16 rate, quantization included."""
     passes: float = 6.0
-    """Reads and writes of every kept activation byte, compiled."""
+    """Reads and writes of every saved activation byte, compiled."""
     uncompiled: float = 2.0
-    """Times as many passes without the compiler. Assumed: not measured."""
+    """Factor of `passes` without the compiler. Assumed: not measured."""
     tower_passes: float = 20.0
     """Reads and writes of a tower block's width, forward."""
+    # At its power limit a GPU lowers its clock; kernels were measured in short bursts.
     loop: float = 1.2
-    """A step over what its parts take in short bursts: at its power limit a GPU slows down."""
+    """Time of a step over the sum of its kernels."""
     fill: float = 0.962
-    """Tokens of packed rows that are no padding, where rows are not known."""
+    """Share of a packed row's tokens that are not padding, if rows are not known."""
     bus_tb_per_s: float = 0.04
-    """Copies to the CPU and back with `compute.offload`. Assumed: not measured."""
+    """Bandwidth between GPU and CPU, TB/s, for offloading. Assumed: not measured."""
     reduce_tb_per_s: float = 0.2
-    """All-reduce of gradients between GPUs. Assumed: not measured."""
+    """Bandwidth of an all-reduce between GPUs, TB/s. Assumed: not measured."""
 
 
 CALIBRATION = Calibration()
@@ -92,13 +96,13 @@ def update_times(
     *,
     offloaded: bool = False,
 ) -> Iterator[tuple[str, float]]:
-    """Yields (purpose, seconds) of passes over weights, gradients and optimizer states.
+    """Yields (purpose, seconds) of the passes over weights, gradients and optimizer states.
 
     Args:
-        trained: parameters.
-        rows: of a step, over all GPUs; each adds to the gradients.
-        quantized: bytes that quantized weights move for a row.
-        offloaded: whether the moments wait in the CPU's memory.
+        trained: number of trained parameters.
+        rows: rows of a step over all GPUs; each adds to the gradients.
+        quantized: bytes read and written to dequantize weights, per row.
+        offloaded: True if the optimizer states are in the CPU's memory.
     """
     # Bytes per second: every GPU updates all weights, gradients are reduced, not sharded.
     copy = gpu.tb_per_s * gpu.copies * 1e12 * num_gpus
@@ -112,10 +116,10 @@ def update_times(
 
 
 def find(name: str) -> Gpu:
-    """Returns the GPU called `name`, in any case, with or without memory: "a100-40", "h100".
+    """Returns a GPU by name, in any case, with or without memory: "a100-40", "h100".
 
     Raises:
-        UnknownGpu: no such GPU; lists those that are known.
+        UnknownGpu: no such GPU; lists the names of the table.
     """
     plain_name = _plain(name)
     # The first match wins: "h100" is the row with the larger rates, which stands first.

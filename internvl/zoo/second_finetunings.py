@@ -30,7 +30,7 @@ def render() -> Iterator[tuple[Path, str]]:
 
 
 def _recipe(name: str, model: str, method: str, size: dict[str, Any], max_tokens: int) -> str:
-    """The YAML text of one recipe with its head."""
+    """Renders one recipe as YAML, with its head of comments."""
     gpus, per_device, accumulated = size[method]
     differs = "recipes/README.md"
     if "shards" in size:
