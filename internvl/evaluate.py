@@ -195,7 +195,7 @@ class _Opened:
 def _open_run(folder: Path, recipe: Recipe, device: str | None, dtype: str | None) -> _Opened:
     """The model of a run as its own evaluations have it, or where `dtype` names another compute
     type, in that."""
-    place = loading.device_of(device)
+    place = loading.resolve_device(device)
     chosen = dtype or recipe.dtype
     inside = _precision(recipe.dtype)
     inside += " with float8 products" if recipe.compute.float8 else ""

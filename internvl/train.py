@@ -139,7 +139,7 @@ def _completed(recipe: Recipe, chat: Chat | Dual | None) -> Recipe:
     """Returns the recipe with its open values taken from `chat`, else from the checkpoint."""
     if chat is None:
         return loading.complete(recipe).recipe
-    start = inherited.of_config(chat.model.config, "the model that is given")
+    start = inherited.checkpoint_from_config(chat.model.config, "the model that is given")
     return inherited.complete(recipe, start).recipe
 
 

@@ -410,7 +410,7 @@ def read_embedded(folder: Path) -> Problems:
     """As InternVL-14B reads them."""
     return one_by_one_of(
         only_damaged(folder),
-        lambda file: [*dual._read_ahead([str(file)], 1, 28, False)],
+        lambda file: [*dual._prefetch_pixels([str(file)], 1, 28, False)],
     )
 
 

@@ -1,1 +1,1 @@
-"""A loaded model in use: requests to answers, images and texts to features."""
+"""Loads models and uses them: requests to answers, images and texts to features."""

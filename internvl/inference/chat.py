@@ -1,4 +1,4 @@
-"""A chat model with its tokenizer, template and tiling: answers in batches or streamed."""
+"""A chat model with its tokenizer, template and tiling; answers in batches or as a stream."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,37 +23,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Chat:
-    """A chat model with everything that came with it."""
+    """A chat model with its tokenizer, conversation template and tiling."""
 
     model: chat_model.ChatModel
     tokenizer: PreTrainedTokenizerFast | None
-    """None where the folder has no tokenizer files."""
+    """None if the folder has no tokenizer files."""
     template: Template
     tiles: TilesConfig
-    """How the released model tiles an image."""
+    """Tiling of the checkpoint, or of the recipe in a run."""
     system_message: str | None
-    """Replaces the template's, where the checkpoint has its own."""
+    """System message of the checkpoint; None takes the template's."""
     folder: Path
-    """Where the weights came from."""
+    """Folder of the weights."""
 
     family = "chat"
+    # Prompt and beams of the original's evaluate_caption.py, so that published scores compare.
     caption_prompt = "Provide a one-sentence caption for the provided image."
-    """The original's only prompt for captions; `<image>` comes before it."""
     caption_beams = 1
 
     @property
     def device(self) -> torch.device:
-        """Where images and questions go in."""
+        """Device of the inputs."""
         return self.model.device
 
     @property
     def tokens_per_tile(self) -> int:
-        """Visual tokens of a tile (K)."""
+        """Number of visual tokens of a tile (K)."""
         return chat_model.tokens_per_tile(self.model.config, self.tiles.size)
 
     @property
     def encoder(self) -> ChatEncoder:
-        """Renders conversations for this model. Raises ModelFolderError without a tokenizer."""
+        """Encodes conversations to token ids. Raises ModelFolderError without a tokenizer."""
+        # Here and not in `load`: a model without tokenizer still exports and merges.
         if self.tokenizer is None:
             raise ModelFolderError(
                 f"{self.folder}: no tokenizer files; copy those of the release there to use text"
@@ -68,30 +69,36 @@ class Chat:
         batch_size: int = 16,
         **settings: Any,
     ) -> list[str]:
-        """One answer per request, in order; `settings` are fields of `generate.Settings`.
+        """Answers requests in batches; returns one answer per request, in order.
+
+        Args:
+            settings: further fields of `generate.Settings`.
 
         Raises:
-            UserError: an unknown setting, one out of range, or a bad request; see `encode` there.
+            UserError: an unknown setting or one out of range, or a bad request; see
+                `generate.encode`.
         """
-        chosen = Settings.of(max_new_tokens=max_new_tokens, **settings)
+        # Not in the signature: Settings alone names and checks them, for `stream` too.
+        all_settings = Settings.from_kwargs(max_new_tokens=max_new_tokens, **settings)
         return answers(
-            self.model, self.encoder, self.tiles, requests, chosen, batch_size=batch_size
+            self.model, self.encoder, self.tiles, requests, all_settings, batch_size=batch_size
         )
 
     def stream(
         self, request: Request, *, max_new_tokens: int = 1024, **settings: Any
     ) -> Iterator[str]:
-        """The pieces of one answer as they are generated; joined they are `answer`'s.
+        """Yields the pieces of one answer while it is generated; joined they equal `answer`'s.
 
         Raises:
-            UserError: with beam search, whose text is known at the end only.
+            UserError: as `answer`, or beam search, whose text is known only at its end.
         """
-        chosen = Settings.of(max_new_tokens=max_new_tokens, **settings)
-        known = configs.chat_settings(self.model.config)
+        all_settings = Settings.from_kwargs(max_new_tokens=max_new_tokens, **settings)
+        config = configs.chat_settings(self.model.config)
+        # Encoded before the iterator is returned: a bad request is refused at the call.
         prompt = generate.encode(
-            request, self.encoder, self.tiles, exif=known["exif"], normalize=known["normalize"]
+            request, self.encoder, self.tiles, exif=config["exif"], normalize=config["normalize"]
         )
-        return generate.stream(self.model, self.encoder, prompt, chosen)
+        return generate.stream(self.model, self.encoder, prompt, all_settings)
 
     def caption(
         self,
@@ -103,16 +110,17 @@ class Chat:
         min_new_tokens: int = 8,
         batch_size: int = 16,
     ) -> list[str]:
-        """Answers to `prompt` about each image, in order; one image each.
+        """Generates a caption per image, in order: the answer to `prompt`.
 
         Raises:
             UserError: an image or a setting that cannot be used.
         """
+        # The mark and its newline as the original's `chat` puts them before a question.
         message = {"role": "user", "content": f"<image>\n{prompt}"}
         requests = [Request([message], [image]) for image in images]
-        chosen = Settings(max_new_tokens, min_new_tokens, num_beams)
+        settings = Settings(max_new_tokens, min_new_tokens, num_beams)
         return answers(
-            self.model, self.encoder, self.tiles, requests, chosen, batch_size=batch_size
+            self.model, self.encoder, self.tiles, requests, settings, batch_size=batch_size
         )
 
     def as_chat(self, purpose: str) -> "Chat":

@@ -1,7 +1,7 @@
-"""InternVL-14B in use: images and captions to embeddings, pairs to matches, images to captions.
+"""InternVL-14B in use: embeds images and captions, scores pairs, captions images.
 
 Original: `encode_image`, `encode_text` and `forward` of `clip_benchmark/.../internvl_huggingface`,
-and `internvl_g/eval/evaluate_caption.py`. An image or caption gets the same answer in every batch.
+and `internvl_g/eval/evaluate_caption.py`. An image or caption gets the same output in every batch.
 """
 
 import os
@@ -42,10 +42,10 @@ from internvl.models.vision import normalize_tiles
 
 ImageInput = str | Path | bytes | BinaryIO | FileSlice | Image.Image | np.ndarray
 ImageInputs = Sequence[ImageInput] | ImageInput | Tensor
-"""Paths, `data:` addresses, encoded files, file objects, opened images and uint8 arrays (H, W, 3);
-or all of them normalized already, (B, 3, S, S). One alone is a row of its own."""
+"""Paths, `data:` addresses, encoded files, file objects, Pillow images and uint8 arrays (H, W, 3);
+or one normalized tensor (B, 3, S, S). A single image is a batch of one."""
 Captions = Sequence[str] | str | Tensor
-"""Strings, or token ids padded with 0, int64 (R, L). One alone is a row of its own."""
+"""Strings, or token ids padded with 0, int64 (R, L). A single caption is a batch of one."""
 
 if TYPE_CHECKING:
     from internvl.inference.chat import Chat
@@ -53,22 +53,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dual:
-    """InternVL-14B with its tokenizer; in a file of InternVL-C alone what needs the queries
-    refuses."""
+    """InternVL-14B with its tokenizer. InternVL-C alone has no queries: `match`, `caption` and
+    mode "g" then raise UserError."""
 
     model: DualModel
     tokenizer: PreTrainedTokenizerFast | None
-    """None where the folder has no tokenizer files."""
+    """None if the folder has no tokenizer files."""
     folder: Path
-    """Where the weights came from."""
+    """Folder of the weights."""
 
     family = "dual"
+    # Prompt and beams of the original's evaluate_caption.py, so that published scores compare.
     caption_prompt = "English caption:"
     caption_beams = 5
 
     @property
     def device(self) -> torch.device:
-        """Where images and captions go in."""
+        """Device of the inputs."""
         return self.model.device
 
     @property
@@ -82,7 +83,8 @@ class Dual:
 
     @property
     def encoder(self) -> CaptionEncoder:
-        """Captions to ids. Raises ModelFolderError without a tokenizer."""
+        """Encodes captions to token ids. Raises ModelFolderError without a tokenizer."""
+        # Here and not in `load`: images need no tokenizer.
         if self.tokenizer is None:
             raise ModelFolderError(
                 f"{self.folder}: no tokenizer files; copy those of the release there to use text, "
@@ -100,25 +102,25 @@ class Dual:
         batch_size: int = 64,
         crop: bool = False,
     ) -> Tensor:
-        """Features of images, float32 (B, E) on the CPU, of unit length.
+        """Embeds images: float32 (B, E) on the CPU, of unit length.
 
         Args:
-            images: one, or several: paths, bytes, opened images or uint8 arrays (H, W, 3), or a
+            images: one or several: paths, bytes, Pillow images or uint8 arrays (H, W, 3), or a
                 normalized tensor (B, 3, S, S).
             mode: "c" for InternVL-C, "g" for InternVL-G (both embed texts alike).
-            normalize: False returns what the original's `encode_image` does; for "g" that is the
-                sum of two unit vectors.
-            crop: cut the middle out, as the original does for classification, instead of resizing
-                to a square, as it does for retrieval.
+            normalize: False returns the output of the original's `encode_image`; for "g" that is
+                the sum of two unit vectors.
+            crop: crop the center, as the original does for classification, instead of resizing to
+                a square, as it does for retrieval.
 
         Raises:
-            BadImage: an image that cannot be read, by its place in the list.
+            BadImage: an image cannot be read; it is named by its index.
             UserError: an unknown mode, a tensor of another size, or "g" of a model without queries.
         """
-        found = self.encode_images_of(
+        features = self.encode_images_of(
             images, (mode,), normalize=normalize, batch_size=batch_size, crop=crop
         )
-        return found[mode]
+        return features[mode]
 
     @torch.no_grad()
     def encode_images_of(
@@ -130,19 +132,20 @@ class Dual:
         batch_size: int = 64,
         crop: bool = False,
     ) -> dict[Mode, Tensor]:
-        """`encode_images` in several modes; every image is read and looked at once."""
+        """Embeds images in several modes, as `encode_images`; runs the vision tower once."""
         modes = cast("list[Mode]", list_texts(modes, "mode"))
         for mode in modes:
             if mode not in ("c", "g"):
                 raise UserError(f'mode is "c" (InternVL-C) or "g" (InternVL-G), not {mode!r}')
         if "g" in modes:
             self._need_queries('mode "g"')
-        found: dict[Mode, list[Tensor]] = {mode: [] for mode in modes}
+        batches: dict[Mode, list[Tensor]] = {mode: [] for mode in modes}
         for pixels in self._pixels(images, batch_size, crop):
             encoded = self.model.encode_image(pixels, modes)
             for mode, features in zip(modes, encoded, strict=True):
-                found[mode].append(features.cpu())
-        return {mode: self._finished(features, normalize) for mode, features in found.items()}
+                # Batch by batch: the features of a whole data set would fill GPU memory.
+                batches[mode].append(features.cpu())
+        return {mode: self._concatenate(features, normalize) for mode, features in batches.items()}
 
     @torch.no_grad()
     def encode_texts(
@@ -153,15 +156,15 @@ class Dual:
         normalize: bool = True,
         batch_size: int = 256,
     ) -> Tensor:
-        """Features of captions, float32 (R, E) on the CPU, of unit length.
+        """Embeds captions: float32 (R, E) on the CPU, of unit length.
 
         Args:
-            texts: one, or several; "summarize:" is put before each.
-            input_ids: ids as they are instead, int64 (R, L); padding is 0, on the right.
-            normalize: False returns what the original's `encode_text` does.
+            texts: one or several; "summarize:" is prepended to each.
+            input_ids: token ids instead of texts, int64 (R, L), padded with 0 on the right.
+            normalize: False returns the output of the original's `encode_text`.
 
         Raises:
-            UserError: what is no text, or ids of another shape.
+            UserError: not a text, or ids of another shape.
             ModelFolderError: strings without a tokenizer.
         """
         check_whole("batch_size", batch_size, 1)
@@ -171,18 +174,21 @@ class Dual:
             rows = _rows(input_ids)
         else:
             rows = [self.encoder.embedding(text) for text in list_texts(texts)]
-        found = _in_batches(rows, batch_size, lambda ids: self.model.encode_text(self._to(ids)))
-        return self._finished(found, normalize)
+        features = _map_batches(
+            rows, batch_size, lambda ids: self.model.encode_text(self._to_device(ids))
+        )
+        return self._concatenate(features, normalize)
 
     def similarity(
         self, images: ImageInputs, texts: Captions, mode: Mode = "c", *, batch_size: int = 64
     ) -> Tensor:
-        """exp(logit_scale) times the cosines of images and captions, float32 (B, R).
+        """Returns exp(logit_scale) times the cosines of images and captions, float32 (B, R).
 
         Args:
-            images: as `encode_images` takes them, or its features (B, E).
-            texts: as `encode_texts` takes them, or its features (R, E).
+            images: as in `encode_images`, or their features (B, E).
+            texts: as in `encode_texts`, or their features (R, E).
         """
+        # At most two dimensions are features; image tensors have three or four.
         if not (isinstance(images, Tensor) and images.dim() <= 2):
             images = self.encode_images(images, mode, batch_size=batch_size)
         if not isinstance(texts, Tensor):
@@ -190,39 +196,44 @@ class Dual:
         elif not texts.is_floating_point():
             texts = self.encode_texts(input_ids=texts)
         images, texts = self._features(images, "images"), self._features(texts, "texts")
+        # Normalized again, since given features may come from `normalize=False`.
         cosines = F.normalize(images.float(), dim=-1) @ F.normalize(texts.float(), dim=-1).T
         return self.model.logit_scale.detach().float().exp().to(cosines.device) * cosines
 
     @torch.no_grad()
     def match(self, images: ImageInputs, texts: Captions, *, batch_size: int = 32) -> Tensor:
-        """Probability that image b and caption b belong together, float32 (B,) on the CPU.
+        """Returns the probability that image b and caption b match, float32 (B,) on the CPU.
 
-        Captions are cleaned as in training and stand alone, without "summarize:". Of pairs with
-        the same path that follow each other, the image is looked at once in a batch.
+        Captions are cleaned as in training and encoded without "summarize:". Paths that repeat
+        within a batch are read and encoded once.
 
         Raises:
-            UserError: other numbers of images and captions, or a model without queries.
+            UserError: unequal numbers of images and captions, or a model without queries.
         """
         self._need_queries("match")
         check_whole("batch_size", batch_size, 1)
-        images = self._listed(images)
+        images = self._as_batch(images)
         if isinstance(texts, Tensor):
             rows = _rows(texts)
         else:
             rows = [self.encoder.matching(clean_caption(text)) for text in list_texts(texts)]
         if len(images) != len(rows):
             raise UserError(f"match takes pairs, not {len(images)} images and {len(rows)} texts")
-        found = []
+        probabilities = []
+        # In the given order, not by length: pairs of one image often follow each other.
         for start in range(0, len(rows), batch_size):
-            part = slice(start, start + batch_size)
-            some, places = _distinct(images[part])
-            pixels = torch.cat([*self._pixels(some, batch_size, crop=False)])
-            seen = self.model.encode_kv(self.model.vision_tokens(pixels)[self._to(places)])
-            ids = self._to(pad_right(rows[part]))
+            batch = slice(start, start + batch_size)
+            distinct, indices = _deduplicate(images[batch])
+            pixels = torch.cat([*self._pixels(distinct, batch_size, crop=False)])
+            # The tower runs once per distinct image, and its output is repeated for the pairs.
+            vision = self.model.vision_tokens(pixels)[self._to_device(indices)]
+            cross_kv = self.model.encode_kv(vision)
+            ids = self._to_device(pad_right(rows[batch]))
             mask = self.model.joint_mask("itm", ids > 0)
-            states, _ = self.model.joint_states(seen, ids, mask)
-            found.append(self.model.itm_logits(states).float().softmax(-1)[:, 1].cpu())
-        return torch.cat(found) if found else torch.empty(0)
+            states, _ = self.model.joint_states(cross_kv, ids, mask)
+            # Of the logits (no match, match); softmax in float32 as 16 bits would round it.
+            probabilities.append(self.model.itm_logits(states).float().softmax(-1)[:, 1].cpu())
+        return torch.cat(probabilities) if probabilities else torch.empty(0)
 
     def caption(
         self,
@@ -235,7 +246,7 @@ class Dual:
         length_penalty: float = 1.0,
         batch_size: int = 16,
     ) -> list[str]:
-        """A caption of each image, by greedy (one beam) or beam search.
+        """Generates a caption per image, by greedy (one beam) or beam search.
 
         Raises:
             UserError: a model without queries, or a setting out of range.
@@ -249,10 +260,11 @@ class Dual:
         check_whole("max_new_tokens", max_new_tokens, 1)
         check_whole("min_new_tokens", min_new_tokens, 0)
         check_number("length_penalty", length_penalty)
-        how = BeamSearchConfig(
+        search = BeamSearchConfig(
             num_beams=num_beams,
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
+            # As in the original, whose search ends at the id in the model's configuration.
             end_id=self.model.config.text_config.eos_token_id,
             length_penalty=length_penalty,
         )
@@ -260,7 +272,8 @@ class Dual:
         prompt_ids = torch.tensor(encoder.prompt(prompt))
         captions: list[str] = []
         for pixels in self._pixels(images, batch_size, crop=False):
-            for ids in self.model.caption(pixels, prompt_ids, how).tolist():
+            for ids in self.model.caption(pixels, prompt_ids, search).tolist():
+                # Rows are padded with the end token, which is special.
                 captions.append(decode(encoder.tokenizer, ids, skip_special_tokens=True).strip())
         return captions
 
@@ -276,30 +289,33 @@ class Dual:
         return self
 
     def _pixels(self, images: ImageInputs, batch_size: int, crop: bool) -> Iterator[Tensor]:
-        """Normalized images (at most batch_size, 3, S, S) on the model's device."""
+        """Yields normalized images (up to batch_size, 3, S, S) on the model's device."""
         check_whole("batch_size", batch_size, 1)
-        images = self._listed(images)
+        images = self._as_batch(images)
         if isinstance(images, Tensor):
-            yield from (self._to(part) for part in images.split(batch_size) if len(part))
+            # `split` of an empty tensor gives one empty batch, which the tower cannot take.
+            yield from (self._to_device(batch) for batch in images.split(batch_size) if len(batch))
             return
-        for pixels in _read_ahead(images, batch_size, self.image_size, crop):
-            yield normalize_tiles(self._to(pixels), self.dtype)
+        for pixels in _prefetch_pixels(images, batch_size, self.image_size, crop):
+            # Moved as uint8, a quarter of the bytes of float32, and normalized on the device.
+            yield normalize_tiles(self._to_device(pixels), self.dtype)
 
-    def _listed(self, images: ImageInputs) -> list[ImageInput] | Tensor:
-        """Images as a list, or as the normalized tensor (B, 3, S, S) that they are."""
+    def _as_batch(self, images: ImageInputs) -> list[ImageInput] | Tensor:
+        """Returns a list of images, or a normalized tensor (B, 3, S, S)."""
+        # A uint8 tensor of up to three dimensions is one image like an array.
         if not isinstance(images, Tensor) or (images.dtype == torch.uint8 and images.dim() < 4):
             return list_images(images)
-        wanted = (3, self.image_size, self.image_size)
+        shape = (3, self.image_size, self.image_size)
         batch = images[None] if images.dim() == 3 else images
-        if batch.dim() != 4 or batch.shape[1:] != wanted or not images.is_floating_point():
+        if batch.dim() != 4 or batch.shape[1:] != shape or not images.is_floating_point():
             raise UserError(
-                f"a tensor of images must be normalized and of shape (B, {wanted[0]}, "
-                f"{wanted[1]}, {wanted[2]}), not {images.dtype} {tuple(images.shape)}"
+                f"a tensor of images must be normalized and of shape (B, {shape[0]}, "
+                f"{shape[1]}, {shape[2]}), not {images.dtype} {tuple(images.shape)}"
             )
         return batch
 
     def _features(self, features: Tensor, nouns: str) -> Tensor:
-        """Features as rows, (B, E)."""
+        """Checks features; returns them as rows, (B, E)."""
         rows, width = torch.atleast_2d(features), self.model.config.embed_dim
         if rows.shape[1] != width or not rows.is_floating_point():
             raise UserError(
@@ -308,31 +324,33 @@ class Dual:
             )
         return rows
 
-    def _to(self, tensor: Tensor) -> Tensor:
+    def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
 
-    def _finished(self, found: list[Tensor], normalize: bool) -> Tensor:
-        features = torch.cat(found) if found else torch.empty(0, self.model.config.embed_dim)
+    def _concatenate(self, batches: list[Tensor], normalize: bool) -> Tensor:
+        # `torch.cat` refuses an empty list; no images are (0, E).
+        features = torch.cat(batches) if batches else torch.empty(0, self.model.config.embed_dim)
         return F.normalize(features, dim=-1) if normalize else features
 
-    def _need_queries(self, what: str) -> None:
+    def _need_queries(self, purpose: str) -> None:
         if not self.model.num_queries:
             raise UserError(
-                f"{self.folder}: {what} needs QLLaMA's queries, and this file holds InternVL-C "
+                f"{self.folder}: {purpose} needs QLLaMA's queries, and this file holds InternVL-C "
                 "alone; load OpenGVLab/InternVL-14B-224px"
             )
 
 
-def _distinct(images: list[ImageInput] | Tensor) -> tuple[list[ImageInput] | Tensor, Tensor]:
-    """(each image once, int64 (B,) where each of `images` is there), where they are files."""
+def _deduplicate(images: list[ImageInput] | Tensor) -> tuple[list[ImageInput] | Tensor, Tensor]:
+    """Returns (distinct images, int64 (B,) index of each image among them); compares paths only."""
+    # Files only: arrays have no hash, and comparing pixels would read all of them.
     if isinstance(images, Tensor) or not all(isinstance(i, str | Path | FileSlice) for i in images):
         return images, torch.arange(len(images))
-    numbers = {image: number for number, image in enumerate(dict.fromkeys(images))}
-    return list(numbers), torch.tensor([numbers[image] for image in images])
+    indices = {image: index for index, image in enumerate(dict.fromkeys(images))}
+    return list(indices), torch.tensor([indices[image] for image in images])
 
 
 def _rows(input_ids: Tensor | None) -> list[list[int]]:
-    """Rows of ids without their padding. Raises UserError for ids of another shape or type."""
+    """Splits ids (R, L) into rows without padding. Raises UserError for another shape or dtype."""
     if not isinstance(input_ids, Tensor):
         raise UserError(f"input_ids must be a tensor, int64 (R, L), not {type(input_ids).__name__}")
     input_ids = torch.atleast_2d(input_ids)
@@ -340,43 +358,48 @@ def _rows(input_ids: Tensor | None) -> list[list[int]]:
         raise UserError(
             f"input_ids must be int64 (R, L), not {input_ids.dtype} {tuple(input_ids.shape)}"
         )
+    # Up to the last id above 0, not their count: an id of 0 inside a caption is kept.
     lengths = ((input_ids > 0) * torch.arange(1, input_ids.shape[1] + 1)).amax(1).tolist()
     return [row[:length] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
 
 
-def _in_batches(
+def _map_batches(
     rows: Sequence[Sequence[int]], batch_size: int, encode: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
-    """`encode` of all rows, in order. Rows of similar length go together, so little is padded."""
-    order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
-    found: dict[int, Tensor] = {}
+    """Applies `encode` to padded batches of rows; returns its output (1, E) per row, in order."""
+    # By length, so that rows of one batch need little padding.
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+    outputs: dict[int, Tensor] = {}
     for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        encoded = encode(pad_right([rows[number] for number in chosen])).cpu()
-        found |= zip(chosen, encoded.split(1), strict=True)
-    return [found[number] for number in range(len(rows))]
+        indices = order[start : start + batch_size]
+        encoded = encode(pad_right([rows[index] for index in indices])).cpu()
+        outputs |= zip(indices, encoded.split(1), strict=True)
+    return [outputs[index] for index in range(len(rows))]
 
 
-def _read_ahead(
+def _prefetch_pixels(
     images: Sequence[ImageInput], batch_size: int, size: int, crop: bool
 ) -> Iterator[Tensor]:
-    """uint8 (at most batch_size, 3, S, S); threads read the next batch while one is worked on."""
+    """Yields uint8 (up to batch_size, 3, S, S); threads decode the next batch meanwhile."""
     shape = center_square if crop else square
 
-    def read(number: int) -> Tensor:
-        opened = rgb_at(f"image {number}", images[number])
-        opened = Image.fromarray(opened) if isinstance(opened, np.ndarray) else opened
-        return shape(opened, size)
+    def read(index: int) -> Tensor:
+        image = rgb_at(f"image {index}", images[index])
+        # Files decode to arrays, and the crops are Pillow's.
+        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        return shape(image, size)
 
+    # Threads are enough: Pillow and simplejpeg release the GIL while they decode.
     waiting: deque[list[Future[Tensor]]] = deque()
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
         for start in range(0, len(images), batch_size):
-            numbers = range(start, min(start + batch_size, len(images)))
-            waiting.append([threads.submit(read, number) for number in numbers])
+            indices = range(start, min(start + batch_size, len(images)))
+            waiting.append([threads.submit(read, index) for index in indices])
+            # One batch ahead: decoded images of more batches would only take memory.
             if len(waiting) == 2:
-                yield _stacked(waiting.popleft())
-        yield from map(_stacked, waiting)
+                yield _stack(waiting.popleft())
+        yield from map(_stack, waiting)
 
 
-def _stacked(tasks: Sequence[Future[Tensor]]) -> Tensor:
+def _stack(tasks: Sequence[Future[Tensor]]) -> Tensor:
     return torch.stack([task.result() for task in tasks])

@@ -1,6 +1,6 @@
-"""The two families by the key that `hub.ModelFolder.family` gives: what differs between them.
+"""The model families by name: reading, building, loading and encoding of each.
 
-Whoever needs to know which one a model is looks it up here instead of asking for its class.
+Code that depends on the family looks it up in FAMILIES instead of testing a class.
 """
 
 from abc import ABC, abstractmethod
@@ -30,7 +30,7 @@ from internvl.models.dual.configs import DualConfig
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """How a model is loaded; fields as the arguments of `load`."""
+    """Arguments of `load`, with device and dtype resolved."""
 
     device: torch.device
     dtype: torch.dtype
@@ -44,7 +44,7 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class Description:
-    """What a chat folder is, before any weight is read."""
+    """Configuration, tokenizer, template and tiling of a chat folder, read without weights."""
 
     config: InternVLConfig
     tokenizer: PreTrainedTokenizerFast | None
@@ -54,43 +54,43 @@ class Description:
 
 
 class Family(ABC):
-    """What differs between chat models and InternVL-14B."""
+    """A model family; everything that differs between chat models and InternVL-14B."""
 
     name: str
-    """Key in FAMILIES, which objectives state as theirs."""
+    """Key in FAMILIES; an objective states it as the family it trains."""
 
     @abstractmethod
     def read_config(
         self, files: hub.ModelFolder, image_token_id: int | None = None, size: int | None = None
     ) -> Any:
-        """The configuration in a folder, for tiles of `size` px. Raises ModelFolderError."""
+        """Reads a folder's configuration, for tiles of `size` px. Raises ModelFolderError."""
 
     @abstractmethod
     def empty_model(self, config: Any) -> Any:
-        """The model without data (meta device)."""
+        """Builds the model without data (meta device)."""
 
     @abstractmethod
     def fit_tensors(self, config: Any, files: hub.ModelFolder) -> dict[str, hub.LazyTensor]:
-        """The folder's tensors under the model's names. Raises ModelFolderError."""
+        """Returns the folder's tensors under the model's names. Raises ModelFolderError."""
 
     @abstractmethod
     def load(self, opened: OpenedModel, options: LoadOptions) -> Chat | Dual:
-        """The model of an opened folder, its adapters left out. Raises ModelFolderError."""
+        """Loads the model of an opened folder without its adapters. Raises ModelFolderError."""
 
     @abstractmethod
-    def inherited(self, files: hub.ModelFolder, name: str) -> inherited.Checkpoint:
-        """What a recipe takes over; `name` is what messages call config.json."""
+    def checkpoint_settings(self, files: hub.ModelFolder, name: str) -> inherited.Checkpoint:
+        """Reads the settings that a recipe inherits; `name` is config.json's in messages."""
 
     @abstractmethod
     def with_settings(self, handle: Any, recipe: Recipe) -> Chat | Dual:
-        """The handle as the recipe wants it used. Raises UserError."""
+        """Returns the handle with the recipe's settings. Raises UserError."""
 
     @abstractmethod
     def encoder(self, opened: OpenedModel, recipe: Recipe) -> ChatEncoder | CaptionEncoder:
-        """The encoder that training uses; no weight is read. Raises ModelFolderError."""
+        """Builds the encoder of training; no weight is read. Raises ModelFolderError."""
 
     def check_objective(self, recipe: Recipe) -> None:
-        """Raises UserError where the recipe's objective does not train this family."""
+        """Raises UserError if the recipe's objective does not train this family."""
         if recipe.objective.family == self.name:
             return
         fitting = " or ".join(objective_names(self.name))
@@ -101,14 +101,14 @@ class Family(ABC):
 
 
 class ChatFamily(Family):
-    """Chat models, of the official or the hf layout."""
+    """Chat models, in the official or hf layout."""
 
     name = "chat"
 
     def read_config(
         self, files: hub.ModelFolder, image_token_id: int | None = None, size: int | None = None
     ) -> InternVLConfig:
-        """See `Family.read_config`; the token id is by default what the tokenizer files say."""
+        """See `Family.read_config`; by default the token id is read from the tokenizer files."""
         return chat_model.read_config(files, image_token_id, size)
 
     def empty_model(self, config: Any) -> chat_model.ChatModel:
@@ -121,9 +121,10 @@ class ChatFamily(Family):
 
     def load(self, opened: OpenedModel, options: LoadOptions) -> Chat:
         """See `Family.load`."""
-        head = describe(opened, options.image_token_id, options.image_size)
+        # Before the weights: an unknown template or a wrong tokenizer costs no reading of them.
+        description = describe(opened, options.image_token_id, options.image_size)
         model = chat_model.materialize(
-            head.config,
+            description.config,
             opened.files,
             device=options.device,
             dtype=options.dtype,
@@ -133,12 +134,17 @@ class ChatFamily(Family):
             quantize=options.quantize,
         )
         return Chat(
-            model, head.tokenizer, head.template, head.tiles, head.system_message, opened.folder
+            model=model,
+            tokenizer=description.tokenizer,
+            template=description.template,
+            tiles=description.tiles,
+            system_message=description.system_message,
+            folder=opened.folder,
         )
 
-    def inherited(self, files: hub.ModelFolder, name: str) -> inherited.Checkpoint:
-        """See `Family.inherited`."""
-        return inherited.of_chat_files(files, name)
+    def checkpoint_settings(self, files: hub.ModelFolder, name: str) -> inherited.Checkpoint:
+        """See `Family.checkpoint_settings`."""
+        return inherited.read_chat_checkpoint(files, name)
 
     def with_settings(self, handle: Chat, recipe: Recipe) -> Chat:
         """See `Family.with_settings`."""
@@ -149,13 +155,13 @@ class ChatFamily(Family):
                 "packed rows have no sliding windows; choose a model with another language model"
             )
         tiles = data.tiling
-        chosen = template(data.template) if data.template else handle.template
+        own_template = template(data.template) if data.template else handle.template
         system = handle.system_message if data.system_message is None else data.system_message
-        # Into the configuration, so that an export carries what the run was trained with.
+        # In the configuration, so that an export carries the settings of the training.
         model.config.internvl = configs.chat_settings(model.config) | {
-            "template": chosen.name,
-            # As a release says it: null where the template's own holds.
-            "system_message": None if system == chosen.system_message else system,
+            "template": own_template.name,
+            # As in a release: null stands for the template's own message.
+            "system_message": None if system == own_template.system_message else system,
             "dynamic_image_size": tiles.max > 1,
             "use_thumbnail": tiles.thumbnail,
             "min_dynamic_patch": tiles.min,
@@ -164,16 +170,18 @@ class ChatFamily(Family):
             "normalize": data.statistics,
             "exif": data.exif,
         }
-        return replace(handle, template=chosen, system_message=system, tiles=tiles)
+        return replace(handle, template=own_template, system_message=system, tiles=tiles)
 
     def encoder(self, opened: OpenedModel, recipe: Recipe) -> ChatEncoder:
         """See `Family.encoder`."""
-        head, data = describe(opened), recipe.data
+        description, data = describe(opened), recipe.data
         return ChatEncoder(
             _tokenizer(opened),
-            template(data.template) if data.template else head.template,
-            chat_model.tokens_per_tile(head.config, data.tiling.size),
-            head.system_message if data.system_message is None else data.system_message,
+            template(data.template) if data.template else description.template,
+            # Of the recipe's tile size: it decides the visual tokens, not the checkpoint's.
+            chat_model.tokens_per_tile(description.config, data.tiling.size),
+            # "" is a message of its own, which removes the checkpoint's.
+            description.system_message if data.system_message is None else data.system_message,
         )
 
 
@@ -198,6 +206,7 @@ class DualFamily(Family):
 
     def load(self, opened: OpenedModel, options: LoadOptions) -> Dual:
         """See `Family.load`."""
+        # Refused, not ignored: the loader below has no quantization.
         if options.quantize is not None:
             raise UserError(
                 f"quantize={options.quantize!r}: InternVL-14B is used in bfloat16 or float32"
@@ -211,16 +220,17 @@ class DualFamily(Family):
             attention=options.attention,
             device_map=options.device_map,
         )
+        # Ids of another model's tokenizer, past the embeddings, would fail in a GPU kernel.
         if opened.tokenizer is not None:
             check_vocabulary(opened.tokenizer, model.config.text_config.vocab_size, opened.folder)
         return Dual(model, opened.tokenizer, opened.folder)
 
-    def inherited(self, files: hub.ModelFolder, name: str) -> inherited.Checkpoint:
-        """See `Family.inherited`."""
-        return inherited.of_config(dual_files.read_config(files), name)
+    def checkpoint_settings(self, files: hub.ModelFolder, name: str) -> inherited.Checkpoint:
+        """See `Family.checkpoint_settings`."""
+        return inherited.checkpoint_from_config(dual_files.read_config(files), name)
 
     def with_settings(self, handle: Dual, recipe: Recipe) -> Dual:
-        """See `Family.with_settings`; a caption has no template and an image one square tile."""
+        """See `Family.with_settings`; captions have no template, images one square tile."""
         return handle
 
     def encoder(self, opened: OpenedModel, recipe: Recipe) -> CaptionEncoder:
@@ -228,24 +238,26 @@ class DualFamily(Family):
         return CaptionEncoder(_tokenizer(opened))
 
 
+# Stateless, so one instance of each serves all models.
 FAMILIES: dict[str, Family] = {"chat": ChatFamily(), "dual": DualFamily()}
 _MODEL_TYPES = {InternVLConfig.model_type: "chat", DualConfig.model_type: "dual"}
 
 
 def name_of(config: PreTrainedConfig) -> str:
-    """The key of a configuration's family: "chat" or "dual"."""
+    """Returns the family name of a configuration: "chat" or "dual"."""
     return _MODEL_TYPES[config.model_type]
 
 
 def describe(
     opened: OpenedModel, image_token_id: int | None = None, image_size: int | None = None
 ) -> Description:
-    """Configuration, tokenizer, template and tiling of a chat model; no weight is read.
+    """Reads configuration, tokenizer, template and tiling of a chat model, but no weight.
 
     Raises:
         ModelFolderError: not a chat model, or tokenizer files of another model.
     """
     folder, tokenizer = opened.folder, opened.tokenizer
+    # The loaded tokenizer knows the id; without it, read_config searches the files.
     if tokenizer is not None and image_token_id is None:
         image_token_id = placeholder_id(tokenizer, folder)
     config = chat_model.read_config(opened.files, image_token_id, image_size)
@@ -261,22 +273,24 @@ def describe(
     )
 
 
-def inherited_of_parts(model: ModelConfig, files: hub.ModelFolder) -> inherited.Checkpoint:
-    """What a recipe takes over from a model from parts, with the part or default it is from.
+def parts_checkpoint_settings(model: ModelConfig, files: hub.ModelFolder) -> inherited.Checkpoint:
+    """Reads the settings that a recipe inherits from a model from parts, with their sources.
 
     Args:
-        files: see `assemble`.
+        files: files of the assembled model, see `assemble`.
     """
-    start = inherited.of_chat_files(files, "default of a model from parts")
+    start = inherited.read_chat_checkpoint(files, "default of a model from parts")
+    # There is no config.json that could be named as the source.
     sources = dict.fromkeys(start.sources, "default of a model from parts")
     sources["data.tiles.size"] = f"the tower of {model.vision}"
     sources["data.template"] = "model.template"
-    # By this beginning `inherited.complete` knows that another template brings another message.
+    # By this prefix `inherited.complete` knows that another template brings another message.
     sources["data.system_message"] = f"template {model.template}"
     return replace(start, sources=sources)
 
 
 def _named_template(name: str | None, opened: OpenedModel) -> Template:
+    # No default: under another template answers are bad without any error.
     if name not in TEMPLATES:
         raise ModelFolderError(
             f"{opened.folder / 'config.json'}: its conversation template {name!r} is not known "
@@ -286,7 +300,8 @@ def _named_template(name: str | None, opened: OpenedModel) -> Template:
 
 
 def placeholder_id(tokenizer: PreTrainedTokenizerFast, folder: Path) -> int:
-    """The id of `<IMG_CONTEXT>`. Raises ModelFolderError where the tokenizer has none."""
+    """Returns the id of `<IMG_CONTEXT>`. Raises ModelFolderError if the tokenizer has none."""
+    # `convert_tokens_to_ids` would return the id of the unknown token instead of failing.
     vocabulary = tokenizer.get_vocab()
     if chat_model.IMAGE_TOKEN not in vocabulary:
         raise ModelFolderError(

@@ -1,7 +1,7 @@
-"""Requests to answers, batched: images and messages in, strings out.
+"""Generates answers in batches: images and messages in, strings out.
 
-Original: `InternVLChatModel.chat` and `batch_chat`; one request of a batch gets the answer it would
-get alone.
+Original: `InternVLChatModel.chat` and `batch_chat`. A request of a batch gets the same answer as
+alone.
 """
 
 import queue
@@ -40,19 +40,19 @@ from internvl.models import configs
 from internvl.models.vision import normalize_tiles
 
 ImageInput = str | Path | bytes | BinaryIO | FileSlice | Image.Image | np.ndarray | Tensor
-"""A path, `data:` address, encoded file or file object; an opened image, uint8 array (H, W) or
-(H, W, C) or tensor (C, H, W); or an image's normalized tiles, float (N, 3, S, S)."""
+"""A path, `data:` address, encoded file or file object; a Pillow image, uint8 array (H, W) or
+(H, W, C) or tensor (C, H, W); or the normalized tiles of an image, float (N, 3, S, S)."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A conversation that waits for an answer.
+    """A conversation to answer.
 
-    messages: turns as Message or {"role": …, "content": …}, under the rules of training data; the
-    last one is the user's. `<image>` marks say where the images belong, `\\<image>` is the word;
-    without any mark, the images are put before the last question. A content may be a list of
-    OpenAI's parts, and their images then stand where the parts do.
-    images: one, or several; either all images, which are tiled, or all tiles of an image each.
+    messages: turns as Message or {"role": …, "content": …}, checked like training data; the last
+    one is from the user. `<image>` marks place the images, `\\<image>` is the word; without any
+    mark, the images precede the last question. A content may be a list of OpenAI content parts;
+    their images stand at their parts.
+    images: one or several; either images, which are tiled, or the normalized tiles of each image.
     """
 
     messages: Sequence[Message | Mapping[str, Any]]
@@ -60,10 +60,11 @@ class Request:
 
     def __post_init__(self) -> None:
         images = () if self.images is None else list_images(self.images)
-        object.__setattr__(self, "images", images)  # frozen, once it is made
+        # File objects become bytes once: a request may be encoded twice, an iterator read once.
+        object.__setattr__(self, "images", images)
 
 
-_REFUSED = {
+_UNSUPPORTED = {
     "max_length": "use max_new_tokens",
     "min_length": "use min_new_tokens",
     "eos_token_id": "the template's end is used",
@@ -79,30 +80,30 @@ _REFUSED = {
         "transformers would run code from the hub for it",
     ),
 }
-"""Keys of GenerationConfig that cannot be followed here, and what to do instead."""
+"""Keys of GenerationConfig that `extra` does not take, and the remedy for each."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How answers are generated; greedy unless said otherwise.
+    """Generation settings; the default is greedy decoding.
 
     Raises:
-        UserError: a value out of range, or a key of `extra` that would not be followed.
+        UserError: a value out of range, or a key of `extra` that would be ignored.
     """
 
     max_new_tokens: int = 1024
     min_new_tokens: int = 0
     num_beams: int = 1
     temperature: float | None = None
-    """Sampling temperature; None or 0 does not sample. Sampling draws from torch's generator, so
-    `torch.manual_seed` fixes it."""
+    """Sampling temperature; None or 0 is greedy. Sampling draws from torch's global generator, so
+    `torch.manual_seed` makes it reproducible."""
     top_p: float = 1.0
-    """Sampling: the likeliest tokens that together have this probability."""
+    """Nucleus sampling: the most likely tokens with this cumulative probability."""
     top_k: int = 50
-    """Sampling: at most this many tokens (50 is transformers' own default; 0 for all)."""
+    """Sampling: at most this many tokens; 0 for all. 50 is the default of transformers."""
     repetition_penalty: float = 1.0
     extra: dict[str, Any] = field(default_factory=dict)
-    """Handed to transformers' GenerationConfig as it is, such as length_penalty."""
+    """More arguments of transformers' GenerationConfig, such as length_penalty."""
 
     def __post_init__(self) -> None:
         check_whole("max_new_tokens", self.max_new_tokens, 1)
@@ -111,7 +112,7 @@ class Settings:
         check_whole("top_k", self.top_k, 0)
         check_number("top_p", self.top_p, above=0, most=1)
         check_number("repetition_penalty", self.repetition_penalty, above=0)
-        # 0 is what other libraries' greedy search is called with.
+        # 0 is allowed: other libraries' greedy search is called with it.
         if self.temperature is not None and self.temperature != 0:
             check_number("temperature", self.temperature, above=0)
         if self.min_new_tokens > self.max_new_tokens:
@@ -122,30 +123,32 @@ class Settings:
         _check_extra(self.extra)
 
     @classmethod
-    def of(cls, **keys: Any) -> "Settings":
-        """Makes settings of keyword arguments. Raises UserError that names an unknown one."""
-        known = [own.name for own in fields(cls)]
-        for key in keys:
-            if key in known:
+    def from_kwargs(cls, **kwargs: Any) -> "Settings":
+        """Builds settings from keyword arguments. Raises UserError for an unknown name."""
+        # Checked here: the constructor's own TypeError could not name the nearest setting.
+        names = [setting.name for setting in fields(cls)]
+        for key in kwargs:
+            if key in names:
                 continue
-            if key in _generation_keys() - _REFUSED.keys():
+            if key in _generation_keys() - _UNSUPPORTED.keys():
                 raise UserError(f"{key} is a setting of transformers: write extra={{{key!r}: …}}")
-            remedy = _REFUSED.get(key) or nearest(key, known)
+            remedy = _UNSUPPORTED.get(key) or nearest(key, names)
             raise UserError(f"there is no setting {key!r}; {remedy}")
-        return cls(**keys)
+        return cls(**kwargs)
 
-    def config(self, end_id: int, pad_id: int) -> Any:
-        """As transformers' GenerationConfig; generation stops at `end_id`."""
+    def generation_config(self, end_id: int, pad_id: int) -> Any:
+        """Returns transformers' GenerationConfig; generation stops at token `end_id`."""
         from transformers import GenerationConfig
 
         sample = bool(self.temperature)
-        chosen: dict[str, Any] = {
+        sampling: dict[str, Any] = {
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
         }
         return GenerationConfig(
             max_new_tokens=self.max_new_tokens,
+            # None for 0: transformers would add a processor of logits that changes nothing.
             min_new_tokens=self.min_new_tokens or None,
             num_beams=self.num_beams,
             repetition_penalty=self.repetition_penalty,
@@ -153,31 +156,32 @@ class Settings:
             eos_token_id=end_id,
             pad_token_id=pad_id,
             use_cache=True,
-            **(chosen if sample else {}),
+            # Only when sampling: transformers warns of sampling settings in greedy decoding.
+            **(sampling if sample else {}),
             **self.extra,
         )
 
 
 def _generation_keys() -> set[str]:
-    """The settings that transformers knows; it takes any other name without a word."""
+    """Returns the arguments of GenerationConfig, which takes any other name silently."""
     from transformers import GenerationConfig
 
     return {key for key in GenerationConfig().to_dict() if not key.startswith("_")}
 
 
-_WHOLE = {
+_INTEGERS = {
     **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), 0),
     **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "decoder_start_token_id"), 0),
     **dict.fromkeys(("prompt_lookup_num_tokens", "max_matching_ngram_size", "max_cache_len"), 1),
     **dict.fromkeys(("prefill_chunk_size", "assistant_early_exit", "num_assistant_tokens"), 1),
 }
-"""Whole numbers of GenerationConfig and the smallest; most are not checked by transformers."""
-_SHARES = ("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-_NUMBERS = (
+"""Integers of GenerationConfig and their minimum; transformers checks few of them."""
+_FRACTIONS = ("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_FLOATS = (
     *("length_penalty", "diversity_penalty", "encoder_repetition_penalty", "guidance_scale"),
     "max_time",
 )
-_SWITCHES = (
+_BOOLEANS = (
     *("renormalize_logits", "remove_invalid_values", "token_healing", "low_memory", "is_assistant"),
     *("output_attentions", "output_hidden_states", "output_scores", "output_logits"),
     *("disable_compile", "use_mtp"),
@@ -187,36 +191,38 @@ _SWITCHES = (
 def _check_extra(extra: Any) -> None:
     if not isinstance(extra, Mapping):
         raise UserError(f"extra must be a dict of settings, not {type(extra).__name__}")
+    # Most settings have no extra, and transformers is imported for its keys only.
     if not extra:
         return
-    known, own = _generation_keys() - _REFUSED.keys(), {own.name for own in fields(Settings)}
+    settings = {setting.name for setting in fields(Settings)}
+    supported = _generation_keys() - _UNSUPPORTED.keys()
     for key in extra:
-        if key in own:
+        if key in settings:
             raise UserError(f"extra: {key} is a setting of its own; write {key}=…")
-        if key not in known:
-            remedy = _REFUSED.get(key) or nearest(str(key), sorted(known))
+        if key not in supported:
+            remedy = _UNSUPPORTED.get(key) or nearest(str(key), sorted(supported))
             raise UserError(f"extra: {key!r} is not followed here; {remedy}")
         _check_value(key, extra[key])
 
 
 def _check_value(key: str, value: Any) -> None:
-    """Raises UserError where the value of a key of `extra` is of another type than documented."""
-    if value is None:  # transformers' own default
+    """Raises UserError if a value of `extra` has another type or range than documented."""
+    if value is None:  # the default of transformers for every key
         return
-    if key in _WHOLE:
-        check_whole(f"extra: {key}", value, _WHOLE[key])
-    elif key in _NUMBERS:
+    if key in _INTEGERS:
+        check_whole(f"extra: {key}", value, _INTEGERS[key])
+    elif key in _FLOATS:
         check_number(f"extra: {key}", value)
-    elif key in _SHARES:
+    elif key in _FRACTIONS:
         check_number(f"extra: {key}", value, most=1)
-    elif key in _SWITCHES and not isinstance(value, bool):
+    elif key in _BOOLEANS and not isinstance(value, bool):
         raise UserError(f"extra: {key} must be True or False, not {value!r}")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """An encoded request: `input_ids` int64 (T,); `tiles` (N, 3, S, S), uint8 or, normalized
-    already, floating-point; None without images."""
+    """An encoded request: `input_ids` int64 (T,); `tiles` (N, 3, S, S), uint8, or float if
+    normalized; None without images."""
 
     input_ids: np.ndarray
     tiles: Tensor | None
@@ -231,49 +237,53 @@ def encode(
     exif: Exif = "ignore",
     normalize: str = "imagenet",
 ) -> Prompt:
-    """Opens a request's images and renders its prompt; `name` is what messages call it.
+    """Opens and tiles the images of a request, and encodes its prompt.
 
     Args:
-        normalize: a key of STATISTICS; its mean is the colour that `tiles.pad_square` pads with,
+        name: name of the request in error messages.
+        normalize: a key of STATISTICS; its mean is the color that `tiles.pad_square` pads with,
             as in training.
 
     Raises:
         BadImage: an image cannot be read.
         BadSample: turns that training would refuse, or marks that do not match the images.
-        UserError: tiles of another shape, or beside images.
+        UserError: tiles of another shape, or tiles together with images.
     """
     messages, images = _conversation(request, encoder, name)
-    pixels, per_image = _tiles(images, tiles, name, exif, STATISTICS[normalize][0])
-    ids = encoder.prompt(_with_marks(messages, len(per_image)), per_image, name)
+    pixels, tiles_per_image = _stack_tiles(images, tiles, name, exif, STATISTICS[normalize][0])
+    ids = encoder.prompt(_with_marks(messages, len(tiles_per_image)), tiles_per_image, name)
     return Prompt(ids, pixels)
 
 
 def _conversation(
     request: Request, encoder: ChatEncoder, name: str
 ) -> tuple[Sequence[Message], list[Any]]:
-    """(messages in order, images in the order of their marks), checked as training data is."""
+    """Returns (ordered messages, images in the order of their marks), checked as in training."""
     if not isinstance(request, Request):
-        given = type(request).__name__
-        raise UserError(f"{name} is a {given}, not internvl.Request(messages, images)")
+        type_name = type(request).__name__
+        raise UserError(f"{name} is a {type_name}, not internvl.Request(messages, images)")
+    # Strict: training drops unknown keys of a message, a request may rely on them.
     messages, slots = from_openai(name, request.messages, strict=True)
     if any(mark == VIDEO_MARK and value is not None for mark, value in slots):
         raise BadSample(name, "it has a part of type video; give its frames as images")
     return encoder.ordered(name, messages, "user"), in_order(slots, IMAGE_MARK, request.images)  # type: ignore[arg-type]
 
 
-def _tiles(
+def _stack_tiles(
     images: Sequence[Any], config: TilesConfig, name: str, exif: Exif, mean: Triple
 ) -> tuple[Tensor | None, tuple[int, ...]]:
-    """(all tiles or None, tiles of each image)."""
-    given = [i for i in images if isinstance(i, Tensor) and (i.dim() > 3 or i.is_floating_point())]
-    if given:
-        wanted = (3, config.size, config.size)
-        if len(given) < len(images) or any(t.shape[1:] != wanted or t.dim() != 4 for t in given):
+    """Returns (tiles (N, 3, S, S) or None without images, number of tiles of each image)."""
+    # An image tensor is uint8 with at most 3 dimensions; any other tensor must be tiles.
+    ready = [i for i in images if isinstance(i, Tensor) and (i.dim() > 3 or i.is_floating_point())]
+    if ready:
+        shape = (3, config.size, config.size)
+        # Not mixed with images: one batch would hold normalized and raw pixels.
+        if len(ready) < len(images) or any(t.shape[1:] != shape or t.dim() != 4 for t in ready):
             raise UserError(
-                f"tiles must be normalized tensors of shape (N, {', '.join(map(str, wanted))}), "
+                f"tiles must be normalized tensors of shape (N, {', '.join(map(str, shape))}), "
                 "one for every image of the request"
             )
-        return torch.cat(given), tuple(map(len, given))
+        return torch.cat(ready), tuple(map(len, ready))
     opened = [rgb_at(f"{name}: image {n}", image, exif) for n, image in enumerate(images)]
     cut = tile_images(opened, config, config.max, mean=mean)
     return (None, ()) if cut is None else (cut.pixels, cut.per_image)
@@ -289,9 +299,11 @@ def answers(
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """One answer per request, in order. `progress` is told how many more are done.
+    """Answers requests in batches of similar length; returns one answer per request, in order.
 
-    Requests of similar length are answered together, so little is padded.
+    Args:
+        batch_size: requests per call of the model's `generate`.
+        progress: called after every batch with its number of requests.
 
     Raises:
         BadSample, UserError: see `encode`; the turns of all are checked before the first answer.
@@ -299,83 +311,101 @@ def answers(
     check_whole("batch_size", batch_size, 1)
     requests = [requests] if isinstance(requests, Request) else listed(requests, "requests")
     names = [f"requests[{i}]" for i in range(len(requests))] if len(requests) > 1 else ["request"]
+    # All at first: a bad request at the end must not cost the answers before it.
     for request, name in zip(requests, names, strict=False):
         _conversation(request, encoder, name)
-    known = configs.chat_settings(model.config)
-    pixels = {key: known[key] for key in ("exif", "normalize")}
-    found: list[str | None] = [None] * len(requests)
+    chat_settings = configs.chat_settings(model.config)
+    image_settings = {key: chat_settings[key] for key in ("exif", "normalize")}
+    texts: list[str | None] = [None] * len(requests)
+    # Sorted within a window of batches: the tiles of all requests may not fit in memory.
     window = batch_size * 8
     for start in range(0, len(requests), window):
         indices = range(start, min(start + window, len(requests)))
-        prompts = {i: encode(requests[i], encoder, tiles, names[i], **pixels) for i in indices}
+        prompts = {
+            i: encode(requests[i], encoder, tiles, names[i], **image_settings) for i in indices
+        }
+        # By length, so that prompts of one batch need little padding.
         order = sorted(indices, key=lambda i: -len(prompts[i].input_ids))
         for batch in _batches(order, batch_size):
-            texts = generate(model, encoder, [prompts[i] for i in batch], settings)
-            for index, text in zip(batch, texts, strict=True):
-                found[index] = text
+            generated = generate(model, encoder, [prompts[i] for i in batch], settings)
+            for index, text in zip(batch, generated, strict=True):
+                texts[index] = text
             if progress is not None:
                 progress(len(batch))
-    return [text for text in found if text is not None]
+    return [text for text in texts if text is not None]
 
 
 @torch.no_grad()
 def generate(
-    model: Any, encoder: ChatEncoder, prompts: Sequence[Prompt], settings: Settings, **more: Any
+    model: Any,
+    encoder: ChatEncoder,
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    **generate_kwargs: Any,
 ) -> list[str]:
-    """Answers of one batch. Prompts are padded on the left and padding is never attended to.
+    """Generates the answers of one batch; prompts are padded on the left, padding is masked.
 
-    `more` is handed to the model's `generate`, such as a streamer.
+    Args:
+        generate_kwargs: more arguments of the model's `generate`, such as a streamer.
     """
     tokenizer, device = encoder.tokenizer, model.device
     end_id = tokenizer.convert_tokens_to_ids(encoder.template.end)
+    # Padding is masked, so any id serves if the tokenizer has none for it.
     pad_id = end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     ids, mask = pad_left(prompts, pad_id)
     statistics = STATISTICS[configs.chat_settings(model.config)["normalize"]]
+    # Moved as uint8, a quarter of the bytes of float32, and normalized on the device.
     tiles = [_normalized(p.tiles.to(device), statistics) for p in prompts if p.tiles is not None]
-    with _extra_named(settings.extra):
+    with _extra_as_user_error(settings.extra):
         output = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             pixel_values=torch.cat(tiles) if tiles else None,
-            generation_config=settings.config(end_id, pad_id),
-            **more,
+            generation_config=settings.generation_config(end_id, pad_id),
+            **generate_kwargs,
         )
     return [answer_text(row, encoder) for row in output[:, ids.shape[1] :].tolist()]
 
 
 @contextmanager
-def _extra_named(extra: Mapping[str, Any]) -> Iterator[None]:
-    """What transformers makes of a wrong value in `extra` becomes a UserError that names the keys.
+def _extra_as_user_error(extra: Mapping[str, Any]) -> Iterator[None]:
+    """Turns an exception of transformers about a value of `extra` into one that names its keys.
 
-    It checks few of them: most raise whatever happens once they are used.
+    Raises:
+        UserError: in place of the exception.
     """
+    # transformers validates few values: most raise anything at all once they are used.
     try:
         yield
     except Exception as error:
         # Errors of the model's forward, of the package's callbacks and of memory are not extra's.
         if not extra or isinstance(error, UserError | MemoryError | torch.OutOfMemoryError):
             raise
+        # Without the first two frames, this function and `generate`, that every error passes.
         frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)][2:]
         ours = {__file__, Module.__call__.__code__.co_filename}
-        names = {code.co_filename for code in frames if code is not Settings.config.__code__}
-        if names & ours:
+        # `generation_config` stands in this file, but only hands `extra` to the constructor.
+        build_config = Settings.generation_config.__code__
+        filenames = {code.co_filename for code in frames if code is not build_config}
+        if filenames & ours:
             raise
-        given = ", ".join(f"{key} = {value!r:.100}" for key, value in extra.items())
+        values = ", ".join(f"{key} = {value!r:.100}" for key, value in extra.items())
         raise UserError(
-            f"extra: transformers cannot follow {given} ({first_line(error)}); check the value in "
+            f"extra: transformers cannot follow {values} ({first_line(error)}); check the value in "
             "its GenerationConfig"
         ) from error
 
 
 def _normalized(tiles: Tensor, statistics: tuple[Triple, Triple]) -> Tensor:
-    """float32 (N, 3, S, S)."""
+    """Returns normalized tiles, float32 (N, 3, S, S)."""
     if tiles.is_floating_point():
         return tiles.float()
     return normalize_tiles(tiles, torch.float32, *statistics)
 
 
 def pad_left(prompts: Sequence[Prompt], pad_id: int) -> tuple[Tensor, Tensor]:
-    """(input_ids, attention_mask), int64 (B, T): the prompts, ending together."""
+    """Pads prompts on the left: (input_ids, attention_mask), int64 (B, T)."""
+    # Written here: setting the tokenizer's padding_side would change it for its other users.
     longest = max(len(p.input_ids) for p in prompts)
     ids = torch.full((len(prompts), longest), pad_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -386,8 +416,9 @@ def pad_left(prompts: Sequence[Prompt], pad_id: int) -> tuple[Tensor, Tensor]:
 
 
 def answer_text(ids: Sequence[int], encoder: ChatEncoder) -> str:
-    """The answer in generated ids: up to the template's end, without special tokens and outer
-    white space; where the template has a `lead`, what follows its last occurrence."""
+    """Decodes generated ids to the answer: the text before the template's end and after its last
+    `lead`, without special tokens and outer white space."""
+    # A lead is made of special tokens, so they must stay in the text for it to be located.
     template, skip = encoder.template, not encoder.template.lead
     text = decode(encoder.tokenizer, ids, skip_special_tokens=skip).split(template.end)[0]
     if not template.lead:
@@ -396,12 +427,12 @@ def answer_text(ids: Sequence[int], encoder: ChatEncoder) -> str:
 
 
 def stream(model: Any, encoder: ChatEncoder, prompt: Prompt, settings: Settings) -> Iterator[str]:
-    """The pieces of one answer as they are generated; joined they are `generate`'s answer.
+    """Yields the pieces of one answer while it is generated; joined they equal `generate`'s.
 
-    Generation runs in a thread, and stops when the iterator is closed.
+    Generation runs in a thread and stops when the iterator is closed.
 
     Raises:
-        UserError: with beam search, whose text is known at the end only.
+        UserError: beam search, whose text is known only at its end.
     """
     if settings.num_beams > 1:
         raise UserError(f"beam search (num_beams = {settings.num_beams}) cannot stream")
@@ -412,11 +443,11 @@ def stream(model: Any, encoder: ChatEncoder, prompt: Prompt, settings: Settings)
         return torch.full((len(ids),), closed.is_set(), device=ids.device)
 
     def work() -> None:
-        more = {"streamer": _Pieces(encoder, pieces.put), "stopping_criteria": [stop]}
+        callbacks = {"streamer": _Streamer(encoder, pieces.put), "stopping_criteria": [stop]}
         try:
-            generate(model, encoder, [prompt], settings, **more)
+            generate(model, encoder, [prompt], settings, **callbacks)
         finally:
-            pieces.put(None)
+            pieces.put(None)  # after an error too, or the reader below would wait for ever
 
     with ThreadPoolExecutor(1) as thread:
         done = thread.submit(work)
@@ -424,40 +455,41 @@ def stream(model: Any, encoder: ChatEncoder, prompt: Prompt, settings: Settings)
             while (piece := pieces.get()) is not None:
                 yield piece
         finally:
-            closed.set()
-        done.result()  # raises what went wrong
+            closed.set()  # before the pool's exit, which waits until generation has stopped
+        done.result()  # raises the thread's exception
 
 
-class _Pieces:
-    """What `transformers`' generate calls with the prompt and then with every token."""
+class _Streamer:
+    """A streamer of transformers' `generate`: gets the prompt, then every token."""
 
-    def __init__(self, encoder: ChatEncoder, take: Callable[[str], None]) -> None:
+    def __init__(self, encoder: ChatEncoder, emit: Callable[[str], None]) -> None:
         self.encoder = encoder
-        self.take = take
+        self.emit = emit
         self.ids: list[int] | None = None
         self.sent = ""
 
     def put(self, ids: Tensor) -> None:
-        if self.ids is None:  # the prompt
+        if self.ids is None:  # the first call brings the prompt
             self.ids = []
             return
         self.ids += ids.flatten().tolist()
-        # The whole answer is decoded every time (a second in all for 2,000 tokens): what a token
-        # adds to the text depends on those before it.
-        text = self._settled(self.ids)
+        # The whole answer is decoded every time (1 s in all for 2,000 tokens): the text that a
+        # token adds depends on those before it.
+        text = self._stable_text(self.ids)
         if text.startswith(self.sent):
             self._send(text)
 
     def end(self) -> None:
         self._send(answer_text(self.ids or [], self.encoder))
 
-    def _settled(self, ids: Sequence[int]) -> str:
-        """The text so far without what later tokens may still change: half a character, the
-        beginning of the template's end."""
+    def _stable_text(self, ids: Sequence[int]) -> str:
+        """Returns the text so far without what later tokens may still change."""
         template = self.encoder.template
         if template.lead and template.lead not in self.encoder.tokenizer.decode(ids):
             return ""
+        # A character of several tokens decodes to U+FFFD until its last byte is there.
         text = answer_text(ids, self.encoder).rstrip("\ufffd")
+        # The template's end may be plain text that arrives in several tokens.
         for length in range(len(template.end) - 1, 0, -1):
             if text.endswith(template.end[:length]):
                 return text[:-length].rstrip()
@@ -465,7 +497,7 @@ class _Pieces:
 
     def _send(self, text: str) -> None:
         if text[len(self.sent) :]:
-            self.take(text[len(self.sent) :])
+            self.emit(text[len(self.sent) :])
             self.sent = text
 
 
@@ -475,7 +507,7 @@ def _batches(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 
 def _with_marks(messages: Sequence[Message], num_images: int) -> Sequence[Message]:
-    """The messages with the images' marks before the last question if no question has one."""
+    """Puts the images' marks before the last question if no question has one."""
     if not num_images or has_marks(messages, IMAGE_MARK):
         return messages
     *earlier, last = messages

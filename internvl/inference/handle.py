@@ -1,4 +1,4 @@
-"""What every loaded model offers, whichever its family: `Chat` and `Dual` are the two."""
+"""The protocol of a loaded model of any family, which `Chat` and `Dual` implement."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,57 +7,64 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from transformers import PreTrainedTokenizerFast
 
+# For annotations only: code that takes any handle should import neither family.
 if TYPE_CHECKING:
     from internvl.inference.chat import Chat
     from internvl.inference.dual import Dual
 
 
+# A protocol, not a base class: both are dataclasses whose fields serve as these properties.
 class Handle(Protocol):
-    """A model with its tokenizer, ready to use."""
+    """A loaded model with its tokenizer."""
 
     @property
     def family(self) -> str:
-        """Key of `families.FAMILIES`: "chat" or "dual"."""
+        """Family name, a key of `families.FAMILIES`: "chat" or "dual"."""
         ...
 
     @property
     def model(self) -> Any:
-        """The module itself: a ChatModel or a DualModel."""
+        """The module, a ChatModel or a DualModel."""
         ...
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
-        """None where the folder has no tokenizer files."""
+        """The tokenizer; None if the folder has no tokenizer files."""
         ...
 
     @property
     def folder(self) -> Path:
-        """Where the weights came from."""
+        """Folder of the weights."""
         ...
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go in."""
+        """Device of the inputs."""
         ...
 
     @property
     def encoder(self) -> Any:
-        """Texts to token ids: a ChatEncoder or a CaptionEncoder. Raises ModelFolderError."""
+        """Encodes text to token ids: a ChatEncoder or a CaptionEncoder.
+
+        Raises:
+            ModelFolderError: no tokenizer.
+        """
         ...
 
     @property
     def caption_prompt(self) -> str:
-        """The original's prompt for a caption."""
+        """The prompt of the original's caption evaluation."""
         ...
 
     @property
     def caption_beams(self) -> int:
-        """Beams of the original's search for a caption."""
+        """Number of beams of the original's caption evaluation."""
         ...
 
     def caption(
         self,
         images: Sequence[Any],
+        # Defaults differ between the families, so none is stated here.
         prompt: str = ...,
         *,
         num_beams: int = ...,
@@ -65,24 +72,24 @@ class Handle(Protocol):
         min_new_tokens: int = ...,
         batch_size: int = ...,
     ) -> list[str]:
-        """A caption of each image, in order."""
+        """Generates a caption per image, in order."""
         ...
 
     def as_chat(self, purpose: str) -> "Chat":
-        """The handle where it converses.
+        """Returns itself as a chat model.
 
         Args:
-            purpose: what needs it, the subject of the message.
+            purpose: what needs a chat model, the subject of the error message.
 
         Raises:
-            UserError: this model does not converse.
+            UserError: this model is not a chat model.
         """
         ...
 
     def as_dual(self, purpose: str) -> "Dual":
-        """The handle where it embeds images and texts; as `as_chat`.
+        """Returns itself as an embedding model; `purpose` as in `as_chat`.
 
         Raises:
-            UserError: this model has no embeddings.
+            UserError: this model does not embed images and texts.
         """
         ...

@@ -1,8 +1,8 @@
-"""What a recipe leaves open, taken from its checkpoint: tile size and counts, thumbnail, padding,
-normalization, EXIF orientation, template, system message. Key by key; what the recipe says holds.
+"""Completes a recipe from its checkpoint: tile size and counts, thumbnail, padding, normalization,
+EXIF orientation, template, system message. Key by key; a value in the recipe takes precedence.
 
-    of_config   what a model folder says, from its config.json alone
-    complete    a recipe with nothing left open, and where each value is from
+    checkpoint_from_config   settings of a model folder, from its config.json alone
+    complete                 a recipe without open values, and the source of each value
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,17 +21,17 @@ from internvl.models.chat import processor
 from internvl.models.dual.configs import DualConfig
 from internvl.models.hub import ModelFolder
 
-_TEXTS = ("template", "system_message")
-_SETTINGS = ("normalize", "exif", *_TEXTS)
-"""Fields of `DataConfig` that a checkpoint has a say in, besides tiles."""
-_NAMES = {
+_SETTINGS = ("normalize", "exif", "template", "system_message")
+"""Fields of `DataConfig` that are inherited from a checkpoint, besides tiles."""
+_OFFICIAL_KEYS = {
     "min": "min_dynamic_patch",
     "max": "max_dynamic_patch",
     "thumbnail": "use_thumbnail",
     "pad_square": "pad2square",
 }
-"""Fields of `TilesConfig` and the official keys of config.json."""
-_OF_14B: dict[str, Any] = {
+"""Field of `TilesConfig` -> official key of config.json."""
+# No config.json of InternVL-14B states these: they are fixed in the original's code.
+_DUAL_VALUES: dict[str, Any] = {
     "data.tiles.min": 1,
     "data.tiles.max": 1,
     "data.tiles.pad_square": False,
@@ -40,51 +40,56 @@ _OF_14B: dict[str, Any] = {
     "data.template": None,
     "data.system_message": None,
 }
-"""What InternVL-14B honours of these keys, and nothing else."""
-_SHOWN = 32  # characters of a value in a table
+"""The only values that InternVL-14B supports."""
+_VALUE_WIDTH = 32
+"""Maximum characters of a value in a table."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """How a checkpoint takes images and conversations."""
+    """Image and conversation settings of a checkpoint."""
 
     dual: bool
-    """Whether it is InternVL-14B, which takes an image as one square tile and no conversations."""
+    """True for InternVL-14B, which takes an image as one square tile and no conversations."""
     values: dict[str, Any]
     """Dotted recipe key -> value."""
     sources: dict[str, str]
-    """Dotted recipe key -> where its value is from, for the reader."""
+    """Dotted recipe key -> source of its value, for the reader."""
     multiple: int
-    """A tile's side is a multiple of it, in pixels."""
+    """The side of a tile must be a multiple of it, px."""
     size: int
-    """Side of the tiles that its position embeddings are for, in pixels."""
+    """Side of the tiles that the position embeddings fit, px."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One value that holds in a run."""
+    """One value of a completed recipe."""
 
     key: str
     value: Any
     source: str
-    """Where it is from, for the reader."""
+    """Source of the value, for the reader."""
 
 
 @dataclass(frozen=True)
 class Completed:
-    """A recipe with nothing left open."""
+    """A recipe without open values."""
 
     recipe: Recipe
     settings: tuple[Setting, ...]
-    """Those that a checkpoint has a say in."""
+    """Settings that a checkpoint can state."""
     resized_from: int | None
-    """Side in pixels that the position embeddings are resized from, or None."""
+    """Side that the position embeddings are resized from, px; None if they fit."""
 
     def render(self) -> str:
-        """A line for each value and where it is from."""
-        rows = [(setting.key, _shown(setting.value), setting.source) for setting in self.settings]
-        wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [f"  {key:{wide[0]}}  {value:{wide[1]}}  {source}" for key, value, source in rows]
+        """Renders a table with a line per setting: key, value, source."""
+        rows = [
+            (setting.key, _shortened(setting.value), setting.source) for setting in self.settings
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            f"  {key:{widths[0]}}  {value:{widths[1]}}  {source}" for key, value, source in rows
+        ]
         if self.resized_from is not None:
             lines.append(
                 f"  position embeddings are resized from {self.resized_from} to "
@@ -93,90 +98,101 @@ class Completed:
         return "\n".join(["images and conversations", *lines])
 
 
-def _shown(value: Any) -> str:
+def _shortened(value: Any) -> str:
     text = repr(value) if isinstance(value, str) else str(value).lower()
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 2]} …"
+    return text if len(text) <= _VALUE_WIDTH else f"{text[: _VALUE_WIDTH - 2]} …"
 
 
-def of_chat_files(source: ModelFolder, name: str) -> Checkpoint:
-    """What config.json of a chat model says; no weight and no tokenizer is read.
+def read_chat_checkpoint(source: ModelFolder, name: str) -> Checkpoint:
+    """Reads the settings of a chat model from its config.json; no weight or tokenizer is read.
 
     Args:
-        name: what messages call the file, "config.json of owner/model".
+        name: name of the file in messages, such as "config.json of owner/model".
 
     Raises:
-        ModelFolderError: config.json is of no InternVL.
+        ModelFolderError: config.json of another model than InternVL.
     """
-    # Which id is the placeholder's does not matter here, so that no tokenizer is needed.
+    # Any id does: the settings do not depend on it, and the real one is in the tokenizer files.
     config = chat_model.read_config(source, image_token_id=0)
     if source.layout == "official":
-        return of_config(config, name, source.config)
+        return checkpoint_from_config(config, name, source.config)
+    # Our own exports in the hf layout carry the official keys in a section.
     if source.config.get("internvl") is not None:
-        return of_config(config, name, source.config["internvl"])
+        return checkpoint_from_config(config, name, source.config["internvl"])
     images = processor.read_images(source.folder)
-    return _of_processor(of_config(config, name, {}), images, name)
+    return _with_processor_sources(checkpoint_from_config(config, name, {}), images, name)
 
 
-def _of_processor(start: Checkpoint, images: processor.ImageSettings, name: str) -> Checkpoint:
-    """The checkpoint, whose images' settings are from its processor's file."""
-    keys = {f"data.tiles.{key}": official for key, official in _NAMES.items()}
+def _with_processor_sources(
+    checkpoint: Checkpoint, images: processor.ImageSettings, name: str
+) -> Checkpoint:
+    """Names the processor file as the source of the image settings that it states."""
+    keys = {f"data.tiles.{key}": official for key, official in _OFFICIAL_KEYS.items()}
     keys |= {"data.normalize": "normalize", "data.tiles.size": "force_image_size"}
+    # The last "config.json" of the name: a folder may have the same words in its path.
     file = images.file.join(name.rsplit("config.json", 1))
     stated = {key: file for key, official in keys.items() if official in images.values}
-    return replace(start, sources=start.sources | stated)
+    return replace(checkpoint, sources=checkpoint.sources | stated)
 
 
-def of_config(config: Any, name: str, said: dict[str, Any] | None = None) -> Checkpoint:
-    """What a configuration says of images and conversations.
+def checkpoint_from_config(
+    config: Any, name: str, official: dict[str, Any] | None = None
+) -> Checkpoint:
+    """Returns the image and conversation settings of a model configuration.
 
     Args:
         config: InternVLConfig or DualConfig.
-        said: the official keys that the file holds; defaults are named as such. None: all.
+        official: official keys in the file; a key it omits is reported as a default. None: all
+            keys are taken as stated.
     """
-    return _OF_CONFIGS[config.model_type](config, name, said)
+    return _FROM_CONFIG[config.model_type](config, name, official)
 
 
-def _of_dual_config(config: Any, name: str, said: dict[str, Any] | None) -> Checkpoint:
+def _from_dual_config(config: Any, name: str, official: dict[str, Any] | None) -> Checkpoint:
     size, patch = config.vision_config.image_size[0], config.vision_config.patch_size[0]
-    values = _OF_14B | {"data.tiles.size": size, "data.tiles.thumbnail": False}
+    values = _DUAL_VALUES | {"data.tiles.size": size, "data.tiles.thumbnail": False}
     sources = dict.fromkeys(values, "InternVL-14B") | {"data.tiles.size": name}
     return Checkpoint(True, values, sources, patch, size)
 
 
-def _of_chat_config(config: Any, name: str, said: dict[str, Any] | None) -> Checkpoint:
+def _from_chat_config(config: Any, name: str, official: dict[str, Any] | None) -> Checkpoint:
     size, patch = config.vision_config.image_size[0], config.vision_config.patch_size[0]
     settings = configs.chat_settings(config)
     tiles = vars(tiling(settings, size))
     values = {f"data.tiles.{key}": value for key, value in tiles.items()}
     values |= {f"data.{key}": settings[key] for key in _SETTINGS}
     sources = dict.fromkeys(values, name)
-    for key, official in _NAMES.items():
-        decisive = official
+    for key, official_key in _OFFICIAL_KEYS.items():
+        # With dynamic_image_size off, the file's counts have no effect: that key decides.
         if key in ("min", "max", "thumbnail") and not settings["dynamic_image_size"]:
-            decisive = "dynamic_image_size"
-        sources[f"data.tiles.{key}"] = _named(name, decisive, said)
+            official_key = "dynamic_image_size"
+        sources[f"data.tiles.{key}"] = _source(name, official_key, official)
     for key in _SETTINGS:
-        sources[f"data.{key}"] = _named(name, key, said)
+        sources[f"data.{key}"] = _source(name, key, official)
+    # Most checkpoints leave the system message to their template.
     if values["data.system_message"] is None and settings["template"] in TEMPLATES:
         values["data.system_message"] = TEMPLATES[settings["template"]].system_message
         sources["data.system_message"] = f"template {settings['template']}"
+    # Pixel shuffle merges 1 / downsample_ratio patches per side into one visual token.
     return Checkpoint(False, values, sources, round(patch / config.downsample_ratio), size)
 
 
-_OF_CONFIGS = {
-    InternVLConfig.model_type: _of_chat_config,
-    DualConfig.model_type: _of_dual_config,
+_FROM_CONFIG = {
+    InternVLConfig.model_type: _from_chat_config,
+    DualConfig.model_type: _from_dual_config,
 }
-"""model_type -> `of_config` of that family."""
+"""model_type -> `checkpoint_from_config` of that family."""
 
 
-def _named(name: str, key: str, said: dict[str, Any] | None) -> str:
-    """`name`, and that the file leaves the key out where it does."""
-    return name if said is None or said.get(key) is not None else f"{name}, by default ({key})"
+def _source(name: str, key: str, official: dict[str, Any] | None) -> str:
+    """Returns `name`, marked as a default if the file omits the key."""
+    is_stated = official is None or official.get(key) is not None
+    return name if is_stated else f"{name}, by default ({key})"
 
 
 def tiling(settings: dict[str, Any], size: int) -> TilesConfig:
-    """The checkpoint's own way to cut an image into tiles of `size` px."""
+    """Returns the tiling of a checkpoint for tiles of `size` px."""
+    # Without dynamic tiling the original ignores the counts and may pad; with it, it never pads.
     if not settings["dynamic_image_size"]:
         pad = settings["pad2square"]
         return TilesConfig(size=size, min=1, max=1, thumbnail=False, pad_square=pad)
@@ -188,58 +204,61 @@ def tiling(settings: dict[str, Any], size: int) -> TilesConfig:
     )
 
 
-def of_run(saved: Recipe, file: Path) -> Checkpoint:
-    """What the complete recipe in a run folder holds, for a run that goes on there: a checkpoint
-    that changed meanwhile does not change the run."""
+def checkpoint_from_run(saved: Recipe, file: Path) -> Checkpoint:
+    """Returns the settings in the complete recipe of a run folder, for a run that is resumed."""
+    # Not from the base checkpoint: if that changed meanwhile, the run must not change with it.
     values = {
         f"data.tiles.{f.name}": getattr(saved.data.tiles, f.name) for f in fields(TilesConfig)
     }
     values |= {f"data.{key}": getattr(saved.data, key) for key in _SETTINGS}
     dual, sources = saved.objective.family == "dual", dict.fromkeys(values, str(file))
+    # Multiple 1: the saved size was checked when the run began.
     return Checkpoint(dual, values, sources, 1, saved.data.tiling.size)
 
 
 def complete(recipe: Recipe, checkpoint: Checkpoint) -> Completed:
-    """The recipe with every open value filled in.
+    """Fills in every open value of a recipe.
 
     Raises:
-        UserError: what the recipe says of tiles does not fit the checkpoint; all in one sentence.
+        UserError: tiles of the recipe that do not fit the checkpoint; all problems in one sentence.
     """
     stated = {key for key in checkpoint.values if _value(recipe.data, key) is not None}
     values, sources = dict(checkpoint.values), dict(checkpoint.sources)
     for key in stated:
         values[key], sources[key] = _value(recipe.data, key), "recipe"
-    # A template of the recipe's brings its own system message, unless the checkpoint has one.
-    chosen = values["data.template"]
-    of_template = checkpoint.sources["data.system_message"].startswith("template ")
-    if "data.system_message" not in stated and of_template and chosen in TEMPLATES:
-        values["data.system_message"] = TEMPLATES[chosen].system_message
-        sources["data.system_message"] = f"template {chosen}"
+    # A template of the recipe brings its own system message, unless the checkpoint has one.
+    template_name = values["data.template"]
+    from_template = checkpoint.sources["data.system_message"].startswith("template ")
+    if "data.system_message" not in stated and from_template and template_name in TEMPLATES:
+        values["data.system_message"] = TEMPLATES[template_name].system_message
+        sources["data.system_message"] = f"template {template_name}"
     problems = list(_problems(values, stated, checkpoint))
     if problems:
         raise UserError(f"{recipe.model.name}: {'; '.join(problems)}")
-    inner = {key.rpartition(".")[2]: value for key, value in values.items() if ".tiles." in key}
-    outer = {key: values[f"data.{key}"] for key in _SETTINGS}
-    data = replace(recipe.data, tiles=TilesConfig(**inner), **outer)
-    shown = ["data.tiles.size"] if checkpoint.dual else list(values)
+    tiles = {key.rpartition(".")[2]: value for key, value in values.items() if ".tiles." in key}
+    other = {key: values[f"data.{key}"] for key in _SETTINGS}
+    data = replace(recipe.data, tiles=TilesConfig(**tiles), **other)
+    # All others of InternVL-14B are constants, and would only fill the table.
+    reported = ["data.tiles.size"] if checkpoint.dual else list(values)
     size = values["data.tiles.size"]
     return Completed(
         replace(recipe, data=data),
-        tuple(Setting(key, values[key], sources[key]) for key in shown),
+        tuple(Setting(key, values[key], sources[key]) for key in reported),
         None if size == checkpoint.size else checkpoint.size,
     )
 
 
 def is_complete(recipe: Recipe) -> bool:
-    """Whether nothing is left open."""
+    """True if the recipe has no open value."""
     data = recipe.data
+    # InternVL-14B has no conversations, so its template and system message stay None.
     texts = recipe.objective.family == "dual" or None not in (data.template, data.system_message)
     images = isinstance(data.tiles, TilesConfig) and None not in (data.normalize, data.exif)
     return images and texts
 
 
 def _value(data: DataConfig, key: str) -> Any:
-    """The value of a dotted key below `data`."""
+    """Returns the value of a dotted key below `data`."""
     value: Any = data
     for name in key.split(".")[1:]:
         value = getattr(value, name)
@@ -249,7 +268,7 @@ def _value(data: DataConfig, key: str) -> Any:
 def _problems(
     values: dict[str, Any], stated: Sequence[str] | set[str], checkpoint: Checkpoint
 ) -> Iterator[str]:
-    """What does not go together; values that nobody stated are never a problem of their own."""
+    """Yields the contradictions between values of the recipe and the checkpoint."""
     size = values["data.tiles.size"]
     if size % checkpoint.multiple:
         yield (
@@ -257,29 +276,35 @@ def _problems(
             f"of {checkpoint.multiple} pixels"
         )
     if checkpoint.dual:
-        yield from _unused(values, stated)
+        yield from _unsupported(values, stated)
         return
 
-    def said(key: str) -> str:
-        whose = "" if f"data.tiles.{key}" in stated else " of the checkpoint"
-        return f"data.tiles.{key} = {str(values[f'data.tiles.{key}']).lower()}{whose}"
+    def quoted(key: str) -> str:
+        owner = "" if f"data.tiles.{key}" in stated else " of the checkpoint"
+        return f"data.tiles.{key} = {str(values[f'data.tiles.{key}']).lower()}{owner}"
 
+    # Here, not in the recipe's own check: one side of each may be the checkpoint's.
     if values["data.tiles.min"] > values["data.tiles.max"]:
-        yield f"{said('min')} is larger than {said('max')}; set both"
+        yield f"{quoted('min')} is larger than {quoted('max')}; set both"
     if values["data.tiles.pad_square"] and values["data.tiles.max"] > 1:
-        yield f"{said('pad_square')} goes only with data.tiles.max: 1, not {said('max')}"
+        yield f"{quoted('pad_square')} goes only with data.tiles.max: 1, not {quoted('max')}"
 
 
-def _unused(values: dict[str, Any], stated: Sequence[str] | set[str]) -> Iterator[str]:
-    """What InternVL-14B would not honour: an image is one square tile, stretched, of ImageNet's
-    mean and deviation, and there are no conversations."""
-    for key, only in _OF_14B.items():
-        if key in stated and values[key] != only:
-            remedy = "leave it out" if only is None else f"leave it out or set {str(only).lower()}"
+def _unsupported(values: dict[str, Any], stated: Sequence[str] | set[str]) -> Iterator[str]:
+    """Yields the stated values that InternVL-14B does not support."""
+    # An image is one stretched square tile with ImageNet's mean and deviation; no conversations.
+    for key, supported in _DUAL_VALUES.items():
+        if key in stated and values[key] != supported:
+            remedy = (
+                "leave it out"
+                if supported is None
+                else f"leave it out or set {str(supported).lower()}"
+            )
             yield f"{key} = {str(values[key]).lower()} is not for InternVL-14B: {remedy}"
 
 
-def named(name: str, folder: Path) -> str:
-    """What messages call the config.json of `name`, a folder or a hub id."""
-    here = Path(name).expanduser().exists()
-    return str(folder / "config.json") if here else f"config.json of {name}"
+def config_label(name: str, folder: Path) -> str:
+    """Returns how messages name the config.json of `name`, a folder or hub id."""
+    # A hub id is what the user knows; the path in the hub's cache says nothing.
+    is_local = Path(name).expanduser().exists()
+    return str(folder / "config.json") if is_local else f"config.json of {name}"

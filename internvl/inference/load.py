@@ -1,4 +1,4 @@
-"""What a user holds: `load` turns a folder or hub id into a model, tokenizer and template."""
+"""Loads the model of a folder, hub id or recipe, with its tokenizer, template and tiling."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -41,26 +41,28 @@ def load(
     attention: str = "sdpa",
     image_size: int | None = None,
 ) -> Chat | Dual:
-    """The model of a folder or hub id, in either layout, of an adapter folder with its base, of a
-    run folder at its newest checkpoint, or of InternVL-C's own `.pth` file (or its folder).
+    """Loads a model for inference.
 
     Args:
+        name_or_folder: a model folder in the official or hf layout, a hub id, an adapter folder
+            (loaded on its base), a run folder (its newest checkpoint), or InternVL-C's `.pth` file
+            or folder.
         device: by default the GPU, if there is one.
         dtype: by default bfloat16 on a GPU, float32 on a CPU.
         image_token_id: id of the placeholder token, for a folder without tokenizer files.
         device_map: "auto" spreads the model over all GPUs.
-        quantize: "8bit" or "4bit" through bitsandbytes, which is made for a GPU.
-        drop_path: stochastic depth of the vision tower, in training.
-        attention: `transformers`' attention implementation.
-        image_size: another tile side in px; the position embeddings are resized to it.
+        quantize: "8bit" or "4bit" by bitsandbytes, on a GPU.
+        drop_path: stochastic depth rate of the vision tower, in training.
+        attention: attention implementation of `transformers`.
+        image_size: another tile side, px; the position embeddings are resized to it.
 
     Returns:
-        A `Chat`, or for InternVL-14B a `Dual`; which one, only the folder says.
+        A `Chat`, or a `Dual` if the folder holds InternVL-14B.
 
     Raises:
-        ModelFolderError: one sentence on what is wrong with the folder, and the remedy.
+        ModelFolderError: one sentence on the problem with the folder, and the remedy.
     """
-    target = device_of(device)
+    target = resolve_device(device)
     options = LoadOptions(
         device=target,
         dtype=_dtype(dtype, target),
@@ -75,45 +77,46 @@ def load(
 
 
 def load_opened(opened: OpenedModel, options: LoadOptions) -> Chat | Dual:
-    """The model of an opened folder; adapters and a run's newest checkpoint are in place."""
+    """Loads an opened folder, with its adapters or its run's newest checkpoint."""
     if opened.recipe is not None:
         return _load_run(opened, options.device, options.dtype)
     if opened.base is None:
         handle = FAMILIES[opened.files.family].load(opened, options)
     else:
         handle = load_opened(opened.base, options)
-    return handle if opened.adapter is None else _adapted(handle, opened.adapter)
+    return handle if opened.adapter is None else _load_adapter(handle, opened.adapter)
 
 
-def _adapted(base: Chat | Dual, folder: Path) -> Chat | Dual:
-    """The model with the adapters of a folder; those it has already are merged first."""
+def _load_adapter(base: Chat | Dual, folder: Path) -> Chat | Dual:
+    """Loads the adapters of a folder into a model; merges those it already has."""
+    # Adapters of a base were merged into the weights that the new ones were trained on.
     if lora.has_adapters(base.model):
         lora.merge(base.model)
     lora.load_adapter(base.model, folder)
     return base
 
 
-def device_of(device: str | torch.device | None) -> torch.device:
-    """The device that is named; by default the GPU, if there is one."""
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """Returns the device; None is the GPU if there is one, else the CPU."""
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _load_run(opened: OpenedModel, device: torch.device, dtype: torch.dtype) -> Chat | Dual:
-    """The model a run started from, with the weights of its newest checkpoint in place.
+    """Loads the model of a run with the weights of its newest checkpoint, in `dtype`.
 
     Raises:
         ModelFolderError: the run has no checkpoint yet.
     """
-    handle = _restored(opened)
+    handle = _load_checkpoint(opened)
     return replace(handle, model=handle.model.to(device, dtype).eval())
 
 
-def _restored(opened: OpenedModel) -> Chat | Dual:
-    """As `for_training` makes it, with the weights of the run's newest checkpoint."""
+def _load_checkpoint(opened: OpenedModel) -> Chat | Dual:
+    """Loads a run's model as `for_training`, with the weights of its newest checkpoint."""
     recipe, folder = opened.recipe, opened.run
     assert recipe is not None
     assert folder is not None
-    # Adapters trained on a quantized base are used and merged on the base as it was released.
+    # Adapters of a quantized base are used on the released base: merging needs its full weights.
     recipe = replace(recipe, model=replace(recipe.model, quantize=None))
     saved = checkpoint.steps(folder / "checkpoints")
     if not saved:
@@ -124,17 +127,18 @@ def _restored(opened: OpenedModel) -> Chat | Dual:
 
 
 def load_as_trained(folder: Path, device: torch.device, dtype: str) -> Chat | Dual:
-    """The model of a run as its own evaluations have it: trained weights in float32, frozen ones in
-    `dtype`, the recipe's attention; for use within `compilation.evaluating`.
+    """Loads the model of a run as its own evaluations use it, within `compilation.evaluating`.
 
-    The weights under adapters are as released: neither quantized nor in float8.
+    Trained weights are float32, frozen ones `dtype`; the attention backend is the recipe's. Base
+    weights under adapters are neither quantized nor in float8.
 
     Raises:
         ModelFolderError: the run has no checkpoint yet.
     """
     opened = open_model(folder)
     assert opened.recipe is not None
-    handle = _restored(opened)
+    handle = _load_checkpoint(opened)
+    # The order of a training start: apply_compute replaces modules on the device they run on.
     placement.to_device(handle.model, device, dtype)
     compute = replace(opened.recipe.compute, float8=False)
     kernels.apply_compute(handle.model, device, backends.available_compute(compute, device))
@@ -142,24 +146,24 @@ def load_as_trained(folder: Path, device: torch.device, dtype: str) -> Chat | Du
 
 
 def for_training(recipe: Recipe, start: OpenedModel | None = None) -> Chat | Dual:
-    """The model of a recipe, with what trains chosen and adapters attached: on the CPU in float32,
-    or quantized where it will train.
+    """Loads the model of a recipe for training: selects what trains and attaches adapters.
 
-    What the recipe says of template, system message and tiles goes into the model's configuration,
-    so that an export carries it.
+    It is on the CPU in float32, or quantized on its training device. Template, system message and
+    tiles of the recipe are written to its configuration, so that an export carries them.
 
     Args:
-        start: `recipe.model`, where it is open already.
+        start: `recipe.model` if it is already open.
 
     Raises:
         UserError: a model that does not train here or with this objective, a part it does not have,
-            or no bitsandbytes to quantize with.
+            or bitsandbytes is missing for a quantized one.
     """
     start = open_start(recipe) if start is None else start
     if not inherited.is_complete(recipe):
         recipe = complete(recipe, start).recipe
     quantize = recipe.model.quantize
-    device = device_of("cpu" if quantize is None or recipe.device == "cpu" else None)
+    # bitsandbytes quantizes where the weights arrive, so they must go to the GPU at once.
+    device = resolve_device("cpu" if quantize is None or recipe.device == "cpu" else None)
     options = LoadOptions(
         device=device,
         dtype=torch.float32 if quantize is None else _dtype(recipe.dtype, device),
@@ -169,49 +173,55 @@ def for_training(recipe: Recipe, start: OpenedModel | None = None) -> Chat | Dua
     )
     handle = load_opened(start, options)
     family = FAMILIES[handle.family]
+    # Again: a complete recipe has not been through `complete`, which checks before any weight.
     family.check_objective(recipe)
     _choose_trainable(handle.model, recipe.model)
     return family.with_settings(handle, recipe)
 
 
 def complete(recipe: Recipe, start: OpenedModel | None = None) -> Completed:
-    """The recipe with what it leaves open taken from its run folder, where a run goes on, else from
-    its checkpoint; no weight is read.
+    """Completes a recipe from the run folder if a run is resumed, else from its checkpoint.
+
+    No weight is read.
 
     Args:
-        start: `recipe.model`, where it is open already.
+        start: `recipe.model` if it is already open.
 
     Raises:
         ModelFolderError: the checkpoint cannot be used.
-        UserError: the objective or the tiles do not fit it; of tiles all in one sentence.
+        UserError: the objective or the tiles do not fit it; problems of tiles in one sentence.
     """
     if is_run(recipe.run):
         saved = load_recipe(recipe.run / "recipe.yaml")
+        # A run of another model is refused later, where both recipes are compared in full.
         if saved.model.start == recipe.model.start:
             saved = _complete_saved(saved, start)
-            return inherited.complete(recipe, inherited.of_run(saved, recipe.run / "recipe.yaml"))
+            checkpoint_settings = inherited.checkpoint_from_run(saved, recipe.run / "recipe.yaml")
+            return inherited.complete(recipe, checkpoint_settings)
     opened = open_start(recipe) if start is None else start
     FAMILIES[opened.files.family].check_objective(recipe)
-    return inherited.complete(recipe, _checkpoint_of(opened))
+    return inherited.complete(recipe, _checkpoint_settings(opened))
 
 
-def _checkpoint_of(opened: OpenedModel) -> inherited.Checkpoint:
-    """What a model or run says of images and conversations."""
+def _checkpoint_settings(opened: OpenedModel) -> inherited.Checkpoint:
+    """Returns the image and conversation settings of a model or run."""
     if opened.recipe is not None and opened.run is not None:
         saved = _complete_saved(opened.recipe, opened.base)
-        return inherited.of_run(saved, opened.run / "recipe.yaml")
+        return inherited.checkpoint_from_run(saved, opened.run / "recipe.yaml")
     files = opened.files
     if opened.parts is not None:
-        return families.inherited_of_parts(opened.parts, files)
-    return FAMILIES[files.family].inherited(files, inherited.named(opened.name, files.folder))
+        return families.parts_checkpoint_settings(opened.parts, files)
+    label = inherited.config_label(opened.name, files.folder)
+    return FAMILIES[files.family].checkpoint_settings(files, label)
 
 
 def _complete_saved(saved: Recipe, start: OpenedModel | None) -> Recipe:
-    """The recipe of a run folder, complete: earlier versions left the template open there."""
+    """Completes the recipe of a run folder."""
+    # Earlier versions wrote recipes with an open template.
     if inherited.is_complete(saved):
         return saved
     opened = open_start(saved) if start is None else start
-    return inherited.complete(saved, _checkpoint_of(opened)).recipe
+    return inherited.complete(saved, _checkpoint_settings(opened)).recipe
 
 
 def _choose_trainable(model: Any, config: ModelConfig) -> None:
@@ -221,14 +231,15 @@ def _choose_trainable(model: Any, config: ModelConfig) -> None:
                 f"model.quantize: {config.name} has adapters, which quantized weights cannot take "
                 f"in; `internvl merge {config.name} --to FOLDER`, and set model.id to FOLDER"
             )
-        lora.merge(model)  # training goes on from what the model computes
+        lora.merge(model)  # training continues from the model as it is used
+    # Before adapters are attached: the selection freezes every parameter it does not name.
     lora.select_trainable(model, config.parts, config.train_last_vision_blocks)
     if config.lora is not None:
         lora.attach(model, config.lora)
 
 
 def describe(folder: Path, image_token_id: int | None = None) -> Description:
-    """Configuration, tokenizer, template and tiling of a chat folder; no weight is read.
+    """Reads configuration, tokenizer, template and tiling of a chat folder, but no weight.
 
     Raises:
         ModelFolderError: not a chat model, or tokenizer files of another model.
@@ -249,18 +260,18 @@ def build(
     dtype: str | torch.dtype | None = None,
     seed: int = 42,
 ) -> Chat:
-    """A chat model from a standalone InternViT and a language model, by folder or hub id.
+    """Builds a chat model from a standalone InternViT and a language model, by folder or hub id.
 
-    The tokens of a chat model are added to the tokenizer and to the embeddings. A recipe says the
-    same with `model.vision`, `model.language` and the keys beside them.
+    The tokens of a chat model are added to the tokenizer and the embeddings. The keys of a recipe
+    for the same are `model.vision`, `model.language` and those next to them.
 
     Args:
         template_name: conversation template.
-        ps_version: pixel shuffle, "v2" or, as Chat 1.2 has it, "v1".
-        select_layer: which block's output of the tower is read, -1 or -4.
-        projector: `mlp_projector/*.pth` of a release; None starts a fresh one.
+        ps_version: pixel shuffle version, "v2", or "v1" as in Chat 1.2.
+        select_layer: index of the vision block whose output is projected, -1 or -4.
+        projector: `mlp_projector/*.pth` of a release; None initializes a new one.
         tiles: tiling and tile size; by default one tile of the tower's own size.
-        seed: of a fresh projector and of new token embeddings.
+        seed: seed of a new projector and of new token embeddings.
 
     Raises:
         ModelFolderError: a part is missing or does not fit.
@@ -279,11 +290,12 @@ def build(
     options = LoadOptions(device=target, dtype=_dtype(dtype, target))
     chat = load_opened(opened, options)
     assert isinstance(chat, Chat)
-    # The official keys do not say all of it: padding is for one tile alone.
+    # The official keys lose some of it: they hold padding for a single tile only.
     return chat if tiles is None else replace(chat, tiles=tiles)
 
 
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    # float32 on a CPU: many have no fast bfloat16.
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype is None:

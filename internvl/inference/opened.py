@@ -1,7 +1,7 @@
-"""A model that is opened once: its files, adapters, run and tokenizer, before any weight is read.
+"""Opens a model folder once: files, adapters, run and tokenizer, before any weight is read.
 
-`open_model` follows adapter and run folders down to the model below them. What it returns is passed
-on, so that no room opens the same folder again.
+`open_model` follows adapter and run folders down to the base model. Its result is passed on, so
+that no caller opens the same folder again.
 """
 
 from dataclasses import dataclass
@@ -25,33 +25,34 @@ from internvl.models.dual import files as dual_files
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model, adapter or run folder with everything below it."""
+    """An opened model, adapter or run folder with its base models."""
 
     name: str
-    """As it was asked for: a folder or a hub id."""
+    """The folder or hub id that was asked for."""
     files: hub.ModelFolder
-    """Of the model at the bottom."""
+    """Files of the base model at the bottom."""
     adapter: Path | None = None
-    """Folder of adapters on top, beside the model's own weights or alone."""
+    """Folder of adapters on top, next to the model's own weights or alone."""
     base: "OpenedModel | None" = None
-    """What a run started from, or what an adapter folder sits on; None of a model folder."""
+    """The model a run started from or an adapter folder belongs to; None for a model folder."""
     run: Path | None = None
-    """The run folder, where it is one."""
+    """The run folder, if it is one."""
     recipe: Recipe | None = None
-    """Of the run, as it lies there."""
+    """Recipe of the run, as its folder holds it."""
     parts: ModelConfig | None = None
-    """What a model from parts is made of."""
+    """Parts of a model that is assembled from a vision tower and a language model."""
     parts_tokenizer: PreTrainedTokenizerFast | None = None
-    """Of a model from parts: the language model's with the tokens of a chat model."""
+    """Tokenizer of such a model: the language model's with the tokens of a chat model."""
 
     @property
     def folder(self) -> Path:
-        """Where the weights at the bottom lie."""
+        """Folder of the base model's weights."""
         return self.files.folder
 
+    # Cached: the configuration, the vocabulary check and the encoder all ask for it.
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
-        """The model's tokenizer; None where the folder has no tokenizer files."""
+        """The model's tokenizer; None if the folder has no tokenizer files."""
         # No folder holds it: the language model's own files lack the tokens of a chat model.
         if self.parts_tokenizer is not None:
             return self.parts_tokenizer
@@ -61,8 +62,8 @@ class OpenedModel:
 def open_model(name_or_folder: str | Path, *, above: tuple[Path, ...] = ()) -> OpenedModel:
     """Opens a model, adapter or run folder, a hub id, or InternVL-C's `.pth` (or its folder).
 
-    Adapters beside a model's weights are that model's, as in transformers, whatever base they name.
-    The base of an adapter folder may have adapters of its own, or be a run.
+    Adapters next to a model's weights belong to that model, as in transformers, whatever base they
+    name. The base of an adapter folder may have adapters of its own, or be a run.
 
     Args:
         above: the adapter and run folders that led here.
@@ -73,24 +74,25 @@ def open_model(name_or_folder: str | Path, *, above: tuple[Path, ...] = ()) -> O
     name, pth = str(name_or_folder), Path(name_or_folder)
     if pth.suffix != ".pth":
         folder = hub.find_folder(name_or_folder)
-        alone = [] if (folder / "config.json").is_file() else list(folder.glob("*.pth"))
-        pth = alone[0] if len(alone) == 1 else folder
+        # InternVL-C was released as one .pth file without a config.json.
+        weights = [] if (folder / "config.json").is_file() else list(folder.glob("*.pth"))
+        pth = weights[0] if len(weights) == 1 else folder
     if pth.suffix == ".pth":
         released = zoo.official_config(zoo.find("InternVL-14B-224px"))
         return OpenedModel(name, dual_files.open_pth(pth, released))
-    # A chain that bites its own tail would recurse without end.
+    # A cycle of base folders would recurse without end.
     if folder.resolve() in above:
         raise ModelFolderError(
             f"{above[-1] / adapter_folder.CONFIG_FILE}: base_model_name_or_path leads back to "
             f"{folder}; set it to the model the adapters were trained on"
         )
-    beneath = (*above, folder.resolve())
+    visited = (*above, folder.resolve())
     if is_run(folder):
         recipe = load_recipe(folder / "recipe.yaml")
-        start = open_start(recipe, above=beneath)
+        start = open_start(recipe, above=visited)
         return OpenedModel(name, start.files, base=start, run=folder, recipe=recipe)
     if adapter_folder.is_adapter(folder):
-        base = open_model(adapter_folder.base_of(folder), above=beneath)
+        base = open_model(adapter_folder.base_of(folder), above=visited)
         return OpenedModel(name, base.files, adapter=folder, base=base)
     if not (folder / "config.json").is_file():
         adapter_folder.check_complete(folder)
@@ -111,16 +113,17 @@ def open_start(recipe: Recipe, *, above: tuple[Path, ...] = ()) -> OpenedModel:
 
 
 def open_parts(model: ModelConfig, seed: int, tiles: TilesConfig | None = None) -> OpenedModel:
-    """Opens the parts of a chat model as one; no weight is read.
+    """Opens the parts of a chat model as one model; no weight is read.
 
     Args:
-        seed: of a fresh projector and of new token embeddings.
+        seed: seed of a fresh projector and of new token embeddings.
         tiles: tiling and tile size; by default one tile of the tower's own size.
 
     Raises:
-        ModelFolderError: a part is missing, names it.
+        ModelFolderError: a part is missing; it is named.
         UserError: unknown conversation template.
     """
+    # First: an unknown template costs no download of a part.
     settings = parts_settings(model, tiles)
     folders = assemble.Parts(
         _part_folder("vision", model.vision),
@@ -132,7 +135,7 @@ def open_parts(model: ModelConfig, seed: int, tiles: TilesConfig | None = None) 
         raise ModelFolderError(
             f"{folders.language}: has no tokenizer files; copy those of the release there"
         )
-    # Before the files: how many rows the embeddings get is the tokenizer's to say.
+    # Before the files: the tokenizer decides how many rows the embeddings get.
     num_new = add_special_tokens(tokenizer)
     files = assemble.assemble(folders, settings, rows=len(tokenizer), num_new=num_new, seed=seed)
     return OpenedModel(model.name, files, parts=model, parts_tokenizer=tokenizer)
@@ -160,10 +163,10 @@ def _part_folder(key: str, name: str | None) -> Path:
     try:
         return hub.find_folder(str(name))
     except ModelFolderError as error:
-        # Two folders go in: the sentence must say which of them it is about.
+        # The caller gave two folders: the message must say which of them it is about.
         raise ModelFolderError(f"model.{key}: {error}") from None
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is one that `train` wrote."""
+    """True if `train` wrote the folder."""
     return (folder / "recipe.yaml").is_file()

@@ -159,14 +159,14 @@ def complete(recipe: Recipe, shape: InternVLConfig | DualConfig | None = None) -
     if shape is None and is_here(recipe):
         return loading.complete(recipe)
     if shape is not None:
-        start = inherited.of_config(shape, "the model's configuration")
+        start = inherited.checkpoint_from_config(shape, "the model's configuration")
     else:
         name = "table of released models (config.json is not here)"
         files = _files(recipe)
         start = (
-            FAMILIES[files.family].inherited(files, name)
+            FAMILIES[files.family].checkpoint_settings(files, name)
             if recipe.model.id is not None
-            else families.inherited_of_parts(recipe.model, files)
+            else families.parts_checkpoint_settings(recipe.model, files)
         )
     FAMILIES["dual" if start.dual else "chat"].check_objective(recipe)
     return inherited.complete(recipe, start)

@@ -442,9 +442,8 @@ def test_an_error_of_the_model_is_not_blamed_on_extra(chat, monkeypatch):
 
 
 def test_settings_become_the_generation_config():
-    config = generate.Settings(num_beams=4, min_new_tokens=2, extra={"length_penalty": 0.5}).config(
-        7, 8
-    )
+    settings = generate.Settings(num_beams=4, min_new_tokens=2, extra={"length_penalty": 0.5})
+    config = settings.generation_config(7, 8)
     assert (config.num_beams, config.min_new_tokens, config.length_penalty) == (4, 2, 0.5)
     assert (config.eos_token_id, config.pad_token_id, config.do_sample) == (7, 8, False)
 
@@ -536,7 +535,7 @@ def test_gpt_oss_labels(channels):
 
 def test_gpt_oss_streams_without_the_header(channels):
     said = []
-    pieces = generate._Pieces(channels, said.append)
+    pieces = generate._Streamer(channels, said.append)
     pieces.put(torch.tensor([[1, 2]]))
     text = "<|channel|>final<|message|> One two <|return|>"
     for token in channels.tokenizer(text).input_ids:

@@ -52,7 +52,7 @@ def test_the_processors_file_counts_where_config_json_says_nothing(folder):
     size = {"height": 56, "width": 56}
     change(folder, ALONE, min_patches=2, max_patches=4, size=size, image_mean=half, image_std=half)
     assert settings(folder) == (TilesConfig(size=56, min=2, max=4, thumbnail=True), "siglip")
-    start = inherited.of_chat_files(hub.open_folder(folder), str(folder / "config.json"))
+    start = inherited.read_chat_checkpoint(hub.open_folder(folder), str(folder / "config.json"))
     for key in ("size", "min", "max"):
         assert start.sources[f"data.tiles.{key}"] == str(folder / ALONE)
     assert start.sources["data.normalize"] == str(folder / ALONE)
