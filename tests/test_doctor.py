@@ -24,7 +24,7 @@ def test_report_covers_the_machine(findings: list[Finding]) -> None:
     names = {finding.name for finding in findings}
     assert {"Python", "CPU", "CUDA", "NCCL", "bf16 on the CPU", "disk for runs"} <= names
     assert {"dense mask", "torchvision"} <= names
-    assert _named(findings, "torch").found == metadata.version("torch")
+    assert _named(findings, "torch").detail == metadata.version("torch")
 
 
 def test_this_environment_is_not_broken(findings: list[Finding]) -> None:
@@ -55,7 +55,7 @@ def test_a_missing_extra_gives_the_exact_line(monkeypatch: pytest.MonkeyPatch) -
 def test_an_old_library_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_version", lambda name: "2.10.0")
     finding = _named(list(doctor._libraries()), "torch")
-    assert (finding.state, finding.found) == ("broken", "2.10.0, needs torch>=2.11")
+    assert (finding.state, finding.detail) == ("broken", "2.10.0, needs torch>=2.11")
     assert finding.remedy.endswith("pip install 'torch>=2.11'")
     assert doctor.is_broken([finding])
 
@@ -71,7 +71,7 @@ def test_a_torch_that_does_not_load_is_reported(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(doctor, "_try_import", lambda name: (None, "libtorch.so: cannot open"))
     (finding,) = doctor._gpus()
     assert finding.state == "broken"
-    assert "libtorch.so" in finding.found
+    assert "libtorch.so" in finding.detail
     assert list(doctor._attention()) == []
 
 
@@ -86,7 +86,7 @@ def test_a_driver_without_a_cuda_build_is_reported(
     monkeypatch.setattr(torch.version, "cuda", None)
     finding = doctor._cuda(torch)
     assert finding.state == "broken"
-    assert finding.found.startswith("driver 570.86.15, but")
+    assert finding.detail.startswith("driver 570.86.15, but")
 
 
 def test_java_that_does_not_start_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +99,7 @@ def test_java_that_does_not_start_is_reported(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_folder_to_be_made_is_looked_at_where_it_will_be(tmp_path: Path) -> None:
     finding = next(doctor._disks(tmp_path / "not" / "yet"))
-    assert re.search(r"\d+ GiB free at .*/not/yet", finding.found)
+    assert re.search(r"\d+ GiB free at .*/not/yet", finding.detail)
 
 
 def test_render_groups_counts_and_indents() -> None:
