@@ -1,4 +1,4 @@
-"""A model, adapter or run folder, measured: `evaluate.run(...)`."""
+"""Evaluates a model, adapter or run folder: `evaluate.run(...)`."""
 
 import json
 import shutil
@@ -31,21 +31,21 @@ from internvl.inference import load as loading
 from internvl.models import hub
 from internvl.training import checkpoint
 
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
+_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pth")
 _CAPTION_METRICS = {f"bleu_{n}": f"Bleu_{n}" for n in (1, 2, 3, 4)} | {
     "meteor": "METEOR",
     "rouge_l": "ROUGE_L",
     "cider": "CIDEr",
 }
-"""Our names and pycocoevalcap's, in its order."""
+"""Metric name -> pycocoevalcap's name, in its order."""
 
-_METRICS = {"image_retrieval": "t2i", "text_retrieval": "i2t"}
-"""CLIP_benchmark's words for the two directions, and those of the papers."""
+_DIRECTIONS = {"image_retrieval": "t2i", "text_retrieval": "i2t"}
+"""CLIP_benchmark's name of a retrieval direction -> the papers' name."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """An evaluation, and what result files call it."""
+    """An evaluation, with the data set and language that result files name."""
 
     config: EvalSection
     dataset: str
@@ -54,41 +54,48 @@ class Job:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found of a model."""
+    """Results of `measure`."""
 
     metrics: dict[str, float]
-    """Named "evaluation/metric", each from 0 to 1 unless its evaluator says otherwise."""
+    """"evaluation/metric" -> value, from 0 to 1 unless its evaluator says otherwise."""
     counts: dict[str, dict[str, int]]
-    """Evaluation -> what it measured on, such as images and texts, and how many."""
+    """Evaluation -> counts of what it measured, such as {"images": 1000, "texts": 5000}."""
     computed: str = ""
-    """In which precision, and where a run's own evaluations compute otherwise, what differs:
-    "float32; inside the run: bfloat16 autocast"."""
+    """Precision, device and attention of this evaluation. If the run computes differently, only the
+    differences: "float32; inside the run: bfloat16 autocast"."""
 
 
 @dataclass(frozen=True)
-class _Computed:
-    """How a model computes, in words: in this evaluation, and in the run or folder it is from."""
+class _Numerics:
+    """How the forward pass is computed, in words: now, and in the run or folder of the model."""
 
-    here: tuple[str, ...]
-    there: tuple[str, ...]
-    whose: str
+    current: tuple[str, ...]
+    reference: tuple[str, ...]
+    """The same properties in the same order."""
+    reference_name: str
 
     @property
-    def differs(self) -> str:
-        """What differs, as `Measured.computed`; empty where nothing does."""
-        pairs = [(h, t) for h, t in zip(self.here, self.there, strict=True) if h != t]
-        if not pairs:
+    def differences(self) -> str:
+        """The properties that differ, as in `Measured.computed`; empty if none does."""
+        changed = [
+            (current, reference)
+            for current, reference in zip(self.current, self.reference, strict=True)
+            if current != reference
+        ]
+        if not changed:
             return ""
-        here, there = (", ".join(words) for words in zip(*pairs, strict=True))
-        return f"{here}; {self.whose}: {there}"
+        current_text, reference_text = (", ".join(words) for words in zip(*changed, strict=True))
+        return f"{current_text}; {self.reference_name}: {reference_text}"
 
     def __str__(self) -> str:
-        return self.differs or ", ".join(self.here)
+        return self.differences or ", ".join(self.current)
 
 
-def run(model_or_run: str | Path, tasks: Sequence[str] | str = (), **how: Any) -> dict[str, float]:
-    """The metrics of `measure`, which takes the same."""
-    return measure(model_or_run, tasks, **how).metrics
+def run(
+    model_or_run: str | Path, tasks: Sequence[str] | str = (), **options: Any
+) -> dict[str, float]:
+    """Returns the metrics of `measure`, which takes the same arguments."""
+    return measure(model_or_run, tasks, **options).metrics
 
 
 def measure(
@@ -106,175 +113,175 @@ def measure(
     dtype: str | None = None,
     **fields: Any,
 ) -> Measured:
-    """Evaluates a model on published sets, on one's own files, or as the recipe of its run says.
+    """Evaluates a model on published sets or on the user's files, or a run as its recipe says.
 
-    What is wrong with the data is found before the model is loaded. Features are kept while they
-    are computed, so the same call goes on after an interruption. A run is measured as it measures
-    itself (trained weights in float32, products in its `dtype`, its attention and threads): the
-    last step's scores are the same. What differs is in `computed`, in `result.json` as
+    Problems of the data are reported before the model is loaded. Features are cached while they are
+    computed, so the same call resumes after an interruption. A run is measured as it measures
+    itself (trained weights in float32, products in its `dtype`, its attention and threads), so the
+    scores of its last step are reproduced. Differences are in `computed`, in `result.json` as
     NAME/computed, and in CLIP_benchmark's lines.
 
     Args:
-        tasks: names of published.TASKS or USER_TASKS, or of evaluations of the run's recipe;
-            by default all of the recipe's, or `caption-file` for a model.
-        to: folder for `result.json` and the answers; the run's evals folder, or out/evaluate.
-        root: folder that the published sets lie in.
-        dataset_root: the folder of the one set itself; `{dataset}` is filled in.
-        languages: of sets that have several, as CLIP_benchmark writes them.
-        dtype: of a run, the compute type, by default its own; of a model, that of all weights, by
-            default bfloat16 on a GPU and float32 on a CPU.
+        tasks: names of published.TASKS or USER_TASKS, or of evaluations of the run's recipe; by
+            default all of the recipe's, or `caption-file` for a model.
+        to: folder for `result.json` and the answers; by default RUN/evals/evaluate, or out/evaluate
+            for a model.
+        root: folder of the published sets.
+        dataset_root: folder of the one set that is measured; `{dataset}` is replaced by its name.
+        languages: languages of a multilingual set, as CLIP_benchmark writes them.
+        dtype: for a run, the dtype of the products, by default its own; for a model, that of all
+            weights, by default bfloat16 on a GPU and float32 on a CPU.
         output: file that the originals' result lines are appended to; by default `to`/result.jsonl.
-        features: folder where features stay; otherwise they go when everything is measured.
+        features: folder in which features are kept; by default they are deleted at the end.
         fields: of EvalConfig, such as `annotations`, `modes`, `limit`; they override a recipe's.
 
     Returns:
-        Metrics, and what they were measured on.
+        Metrics, and counts of what they were measured on.
 
     Raises:
-        ConfigError: an unknown task, or files of a set that are not there, with their addresses.
+        ConfigError: an unknown task, or missing files of a set, with their URLs.
         UserError: data that cannot be used.
     """
     tasks, languages = list_texts(tasks, "task"), list_texts(languages, "language")
     root, to, output, features = Path(root), _path(to), _path(output), _path(features)
+    # A call from Python may name a single mode.
     if isinstance(fields.get("modes"), str):
         fields["modes"] = [fields["modes"]]
     is_run = loading.is_run(Path(model_or_run))
     recipe = load_recipe(Path(model_or_run) / "recipe.yaml") if is_run else None
-    in_run = {} if recipe is None else recipe.evals
-    own_file = not in_run or "annotations" in fields
-    names = tasks or (["caption-file"] if own_file else list(in_run))
-    types = {name: _type_of(name, in_run) for name in names}
+    run_evals = {} if recipe is None else recipe.evals
+    # With its own annotations a call means a file, also for a run that has evaluations.
+    measures_file = not run_evals or "annotations" in fields
+    names = tasks or (["caption-file"] if measures_file else list(run_evals))
+    types = {name: _type_of(name, run_evals) for name in names}
     jobs: dict[str, Job] = {}
     for name, type_name in types.items():
         options = _options_of(type_name, set(types.values()), fields)
-        if name in in_run:
-            jobs[name] = Job(eval_config(**{**vars(in_run[name]), **options}), name, "en")
+        # The run's evaluations first: their names are the user's, and may equal a published one.
+        if name in run_evals:
+            jobs[name] = Job(eval_config(**{**vars(run_evals[name]), **options}), name, "en")
         elif name in published_sets.TASKS:
-            jobs |= _published_set(name, root, dataset_root, languages, split, options)
+            jobs |= _published_jobs(name, root, dataset_root, languages, split, options)
         else:
-            jobs[name] = _own(name, languages, split, options)
+            jobs[name] = _user_job(name, languages, split, options)
     folder = to or (Path(model_or_run) / "evals/evaluate" if is_run else Path("out/evaluate"))
+    # Before the model: reading the data finds its problems in seconds, loading may take minutes.
     evaluators = evals.build({name: job.config for name, job in jobs.items()})
-    kept = features or folder / "features"
+    features_folder = features or folder / "features"
     with placement.threads(None if recipe is None else recipe.threads):
         if recipe is None:
             opened = _open_model(model_or_run, device, dtype)
         else:
             opened = _open_run(Path(model_or_run), recipe, device, dtype)
-        handle, computed = opened.handle, opened.computed
-        own = kept / _identity(Path(model_or_run), handle, computed)
+        handle, numerics = opened.handle, opened.numerics
+        # Below the weights' fingerprint: features of another checkpoint must never be reused.
+        cache = features_folder / _fingerprint(Path(model_or_run), handle, numerics)
         with opened.computing:
-            metrics = evals.run_all(evaluators, handle, folder, features=own)
-    _note(folder / "result.json", list(jobs), computed.differs)
+            metrics = evals.run_all(evaluators, handle, folder, features=cache)
+    _record_differences(folder / "result.json", list(jobs), numerics.differences)
+    # Only now: until everything is measured, the next call resumes from them.
     if features is None:
-        shutil.rmtree(kept, ignore_errors=True)
-    differs = computed.differs
-    for name, job in jobs.items():
-        mine = f"{name}/"
-        values = {m.removeprefix(mine): v for m, v in metrics.items() if m.startswith(mine)}
-        if isinstance(job.config, CaptionEval):
-            _write_captions(folder, name, job)
-            lines: list[Any] = [_caption_line(job, job.config, values, handle, str(model_or_run))]
-        else:
-            lines = _benchmark_lines(job, values, str(model_or_run))
-            lines = [line | ({"computed": differs} if differs else {}) for line in lines]
-        _append(output or folder / "result.jsonl", lines)
+        shutil.rmtree(features_folder, ignore_errors=True)
+    _write_result_lines(folder, output, jobs, metrics, opened, str(model_or_run))
     counts = {name: evaluators[name].counts() for name in jobs}
-    return Measured(metrics, counts, str(computed))
+    return Measured(metrics, counts, str(numerics))
 
 
 @dataclass(frozen=True)
 class _Opened:
-    """A model that is ready to be measured, within `computing`."""
+    """A loaded model and the context in which it is measured."""
 
     handle: Any
+    """A Chat or Dual."""
     computing: AbstractContextManager[None]
-    computed: _Computed
+    numerics: _Numerics
 
 
 def _open_run(folder: Path, recipe: Recipe, device: str | None, dtype: str | None) -> _Opened:
-    """The model of a run as its own evaluations have it, or where `dtype` names another compute
-    type, in that."""
-    place = loading.resolve_device(device)
+    """Loads a run's model as its own evaluations have it; `dtype` replaces the recipe's."""
+    actual_device = loading.resolve_device(device)
     chosen = dtype or recipe.dtype
-    inside = _precision(recipe.dtype)
-    inside += " with float8 products" if recipe.compute.float8 else ""
-    inside += f" on {recipe.model.quantize} weights" if recipe.model.quantize else ""
-    where = place.type if recipe.device == "auto" else recipe.device
-    attention = recipe.compute.attention
+    run_precision = _precision(recipe.dtype)
+    run_precision += " with float8 products" if recipe.compute.float8 else ""
+    run_precision += f" on {recipe.model.quantize} weights" if recipe.model.quantize else ""
+    # What `auto` meant in the run is unknown, so it does not count as a difference.
+    run_device = actual_device.type if recipe.device == "auto" else recipe.device
     computing: AbstractContextManager[None]
-    if chosen not in placement.DTYPES:  # float16, which nothing trains in
-        handle = loading.load(folder, device=place, dtype=chosen)
-        here, computing = f"{chosen} weights", nullcontext()
-        used = "torch's own"
+    # float16, which no run trains in: all weights in it, as `load` gives any model.
+    if chosen not in placement.DTYPES:
+        handle = loading.load(folder, device=actual_device, dtype=chosen)
+        precision, computing = f"{chosen} weights", nullcontext()
+        attention = "torch's own"
     else:
-        handle = loading.load_as_trained(folder, place, chosen)
-        here, computing = _precision(chosen), compilation.evaluating(place, chosen)
-        used = backends.available_compute(recipe.compute, place).attention
-    words = _Computed(
-        (here, place.type, f"attention {used}"),
-        (inside, where, f"attention {attention}"),
+        handle = loading.load_as_trained(folder, actual_device, chosen)
+        precision, computing = _precision(chosen), compilation.evaluating(actual_device, chosen)
+        attention = backends.available_compute(recipe.compute, actual_device).attention
+    numerics = _Numerics(
+        (precision, actual_device.type, f"attention {attention}"),
+        (run_precision, run_device, f"attention {recipe.compute.attention}"),
         "inside the run",
     )
-    return _Opened(handle, computing, words)
+    return _Opened(handle, computing, numerics)
 
 
 def _precision(dtype: str) -> str:
-    """What a run's `dtype` means: trained weights are in float32 in any case."""
+    """Returns a recipe's `dtype` in words."""
+    # Not "bfloat16 weights": trained weights are float32 in any case.
     return dtype if dtype == "float32" else f"{dtype} autocast"
 
 
 def _open_model(name: str | Path, device: str | None, dtype: str | None) -> _Opened:
-    """A model that is no run's, its weights in one type."""
+    """Loads a model that is no run's, all weights in one dtype."""
     handle = loading.load(name, device=device, dtype=dtype)
-    here = str(handle.model.dtype).removeprefix("torch.")
-    stored = _stored(Path(handle.folder)) or here
-    return _Opened(handle, nullcontext(), _Computed((here,), (stored,), "the folder's weights"))
+    loaded_dtype = str(handle.model.dtype).removeprefix("torch.")
+    # A folder that does not say its dtype cannot differ from it.
+    stored_dtype = _stored_dtype(Path(handle.folder)) or loaded_dtype
+    numerics = _Numerics((loaded_dtype,), (stored_dtype,), "the folder's weights")
+    return _Opened(handle, nullcontext(), numerics)
 
 
-def _stored(folder: Path) -> str | None:
-    """The type that config.json says the weights have."""
+def _stored_dtype(folder: Path) -> str | None:
+    """Returns the dtype of the weights by config.json, or None."""
     if not (folder / "config.json").is_file():
         return None
     config = hub.read_json(folder / "config.json")
+    # Newer versions of transformers write `dtype`, earlier ones `torch_dtype`.
     return config.get("dtype") or config.get("torch_dtype")
 
 
-def _note(file: Path, names: Sequence[str], differs: str) -> None:
-    """Says in `result.json` of these evaluations how they were computed otherwise than inside the
-    run; nothing, where they were not."""
-    found = json.loads(file.read_text(encoding="utf-8"))
+def _record_differences(file: Path, names: Sequence[str], differences: str) -> None:
+    """Sets NAME/computed of these evaluations in `result.json`; no differences remove it."""
+    results = json.loads(file.read_text(encoding="utf-8"))
     for name in names:
-        found.pop(f"{name}/computed", None)
-        found |= {f"{name}/computed": differs} if differs else {}
-    write_json(file, found, indent=1)
+        # The file may hold the value of an earlier call with another dtype.
+        results.pop(f"{name}/computed", None)
+        results |= {f"{name}/computed": differences} if differences else {}
+    write_json(file, results, indent=1)
 
 
 def _path(path: str | Path | None) -> Path | None:
     return None if path is None else Path(path)
 
 
-def _type_of(name: str, in_run: Mapping[str, EvalConfig]) -> str:
-    """Returns the type of a task. Raises ConfigError if there is none of that name."""
-    if name in in_run:
-        return in_run[name].type
+def _type_of(name: str, run_evals: Mapping[str, EvalConfig]) -> str:
+    """Returns the type of a task. Raises ConfigError if there is no task of that name."""
+    if name in run_evals:
+        return run_evals[name].type
     if name in published_sets.TASKS:
         return published_sets.TASKS[name].type
     if name in published_sets.USER_TASKS:
         return name.partition("-")[0]
-    raise ConfigError(published_sets.no_such(name, in_run))
+    raise ConfigError(published_sets.no_such(name, run_evals))
 
 
 def _options_of(name: str, types: set[str], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the options for an evaluation of type `name` among tasks of these `types`.
-
-    Each type takes its own keys. A key that none of them has goes to all, which refuse it.
-    """
-    some = set[str]().union(*map(eval_keys, types))
-    return {k: v for k, v in fields.items() if k in eval_keys(name) or k not in some}
+    """Returns the `fields` that are keys of type `name`, in a call with tasks of these `types`."""
+    # A key of none of the types is passed on, so that the evaluation refuses it by name.
+    valid = set[str]().union(*map(eval_keys, types))
+    return {k: v for k, v in fields.items() if k in eval_keys(name) or k not in valid}
 
 
-def _published_set(
+def _published_jobs(
     name: str,
     root: Path,
     dataset_root: str | None,
@@ -282,72 +289,107 @@ def _published_set(
     split: str,
     fields: dict[str, Any],
 ) -> dict[str, Job]:
+    """Returns the evaluations of a published set, one per language."""
     task = published_sets.TASKS[name]
     folder = root / task.root
     if dataset_root is not None:
+        # Both placeholders of CLIP_benchmark's option of this name.
         folder = Path(dataset_root.format(dataset=task.dataset, dataset_cleaned=task.dataset))
-    found = published_sets.configs(name, folder, languages=languages, split=split, **fields)
+    configs = published_sets.configs(name, folder, languages=languages, split=split, **fields)
     chosen = languages or task.languages[:1]
     return {
         key: Job(config, task.dataset, language)
-        for (key, config), language in zip(found.items(), chosen, strict=True)
+        for (key, config), language in zip(configs.items(), chosen, strict=True)
     }
 
 
-def _own(name: str, languages: Sequence[str], split: str, fields: dict[str, Any]) -> Job:
+def _user_job(name: str, languages: Sequence[str], split: str, fields: dict[str, Any]) -> Job:
+    """Returns the evaluation of the user's files that `fields` name."""
     if fields.get("annotations") is None:
         raise ConfigError(f"{name} needs --annotations: {published_sets.USER_TASKS[name]}")
     annotations = Path(fields["annotations"])
+    # By default image paths are relative to the folder of the annotation file.
     images = annotations if annotations.is_dir() else annotations.parent
     type_name = name.partition("-")[0]
     defaults = {"images": images, "split": split}
-    given = {key: value for key, value in defaults.items() if key in eval_keys(type_name)}
-    given |= {**fields, "type": type_name}
+    # Only keys of this type: a classification has no `images` and no `split`.
+    keys = {key: value for key, value in defaults.items() if key in eval_keys(type_name)}
+    keys |= {**fields, "type": type_name}
     language = languages[0] if languages else "en"
-    return Job(eval_config(**given), annotations.stem, language)
+    return Job(eval_config(**keys), annotations.stem, language)
 
 
-def _identity(named: Path, handle: Any, computed: _Computed) -> str:
-    """A word for exactly these weights in this precision: names, sizes and times of their files."""
+def _fingerprint(named: Path, handle: Any, numerics: _Numerics) -> str:
+    """Returns a hash of the weight files' names, sizes and times, and of the precision."""
+    # Not of their content, which may be tens of gigabytes.
     folders = {named, Path(handle.folder)}
-    files = {file for folder in folders for kind in _WEIGHTS for file in folder.glob(kind)}
+    files = {
+        file for folder in folders for pattern in _WEIGHT_FILES for file in folder.glob(pattern)
+    }
     if loading.is_run(named):
+        # `load` takes the newest checkpoint.
         step = checkpoint.steps(named / "checkpoints")[-1]
         files |= {*(named / "checkpoints" / f"{step:06d}").rglob("*")}
     states = sorted((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
-    return blake2b(repr((states, computed.here)).encode(), digest_size=8).hexdigest()
+    return blake2b(repr((states, numerics.current)).encode(), digest_size=8).hexdigest()
+
+
+def _write_result_lines(
+    folder: Path,
+    output: Path | None,
+    jobs: Mapping[str, Job],
+    metrics: Mapping[str, float],
+    opened: _Opened,
+    model: str,
+) -> None:
+    """Appends the originals' result lines of all jobs; writes the captions of caption jobs."""
+    differences = opened.numerics.differences
+    for name, job in jobs.items():
+        prefix = f"{name}/"
+        values = {m.removeprefix(prefix): v for m, v in metrics.items() if m.startswith(prefix)}
+        if isinstance(job.config, CaptionEval):
+            _write_captions(folder, name, job)
+            lines: list[Any] = [_caption_line(job, job.config, values, opened.handle, model)]
+        else:
+            lines = _benchmark_lines(job, values, model)
+            # A caption line is a list and has no room for another key.
+            lines = [line | ({"computed": differences} if differences else {}) for line in lines]
+        _append(output or folder / "result.jsonl", lines)
 
 
 def _benchmark_lines(job: Job, values: dict[str, float], pretrained: str) -> list[dict[str, Any]]:
-    """CLIP_benchmark's result lines: one for each mode, and for each re-ranked one."""
+    """Returns CLIP_benchmark's result lines: one for each mode, and for each re-ranked one."""
     if not isinstance(job.config, RetrievalEval | ClassifyEval):
         return []
-    kind = "retrieval" if job.config.type == "retrieval" else "classification"
-    found = []
+    task_name = "retrieval" if job.config.type == "retrieval" else "classification"
+    lines = []
     for mode in job.config.modes:
         for prefix, task in (
-            (mode, f"zeroshot_{kind}"),
-            (f"{mode}_itm", f"zeroshot_{kind}_with_itm"),
+            (mode, f"zeroshot_{task_name}"),
+            (f"{mode}_itm", f"zeroshot_{task_name}_with_itm"),
         ):
             metrics = {
                 name.removeprefix(f"{prefix}_"): value
                 for name, value in values.items()
                 if name.startswith(f"{prefix}_")
+                # CLIP_benchmark has no mean recall.
                 and not name.endswith("mean_recall")
+                # "c_" is a prefix of "c_itm_" too.
                 and name.startswith(f"{mode}_itm_") == prefix.endswith("_itm")
             }
+            # None were re-ranked without `rerank`.
             if metrics:
-                found.append(
+                lines.append(
                     {
                         "dataset": job.dataset,
-                        "model": f"internvl_{mode}_{kind}_hf",
+                        "model": f"internvl_{mode}_{task_name}_hf",
                         "pretrained": pretrained,
                         "task": task,
                         "metrics": metrics,
                         "language": job.language,
                     }
                 )
-    return found
+    return lines
 
 
 def _append(path: Path, rows: Sequence[Any]) -> None:
@@ -357,22 +399,23 @@ def _append(path: Path, rows: Sequence[Any]) -> None:
 
 
 def _write_captions(folder: Path, name: str, job: Job) -> None:
-    """The original's results file: [{image_id, caption}] in DATASET_yymmddHHMMSS.json."""
+    """Writes the original's results file, [{image_id, caption}] in DATASET_yymmddHHMMSS.json."""
     rows = (folder / "result" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    found = [
+    captions = [
         {"image_id": row["image_id"], "caption": row["answer"]}
         for row in map(json.loads, rows)
-        if "answer" in row  # the others say what was left out
+        if "answer" in row  # other rows list samples that were left out
     ]
     file = folder / f"{job.dataset}_{datetime.now():%y%m%d%H%M%S}.json"
-    file.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
+    file.write_text(json.dumps(captions, ensure_ascii=False), encoding="utf-8")
 
 
 def _caption_line(
     job: Job, config: CaptionEval, values: dict[str, float], handle: Any, model: str
 ) -> list[Any]:
-    """The original's result line: [dataset, prompt, average length, metrics] for InternVL-G,
-    [checkpoint, dataset, average length, metrics] for chat models."""
+    """Returns the original's result line: [dataset, prompt, average length, metrics] for
+    InternVL-G, [checkpoint, dataset, average length, metrics] for chat models."""
+    # Fewer with `metrics: exact`.
     metrics = {theirs: values[ours] for ours, theirs in _CAPTION_METRICS.items() if ours in values}
     heads = {
         "chat": [model, job.dataset],
@@ -382,9 +425,9 @@ def _caption_line(
 
 
 def published(model: str | Path, name: str) -> float | None:
-    """The published value of a metric that `run` returned as `name`, on the same scale, or None.
+    """Returns the published value of metric `name` of `run`, on the same scale, or None.
 
-    Only for a released model as it is: by hub id, or by a folder of the same name.
+    Only for an unchanged released model: its hub id, or a folder of the same name.
     """
     if loading.is_run(Path(model)):
         return None
@@ -394,13 +437,16 @@ def published(model: str | Path, name: str) -> float | None:
         return None
     evaluation, _, metric = name.partition("/")
     task, language = _task_of(evaluation)
+    # zoo/ has the numbers as printed: percent for InternVL-14B, fractions for chat captions.
     percent = released.family == "dual"
     mode = "g" if percent else "chat"
+    # Scores after re-ranking (ITM) are not published.
     if metric[:2] in ("c_", "g_") and "_itm_" not in metric:
         mode, metric = metric[0], metric[2:]
-        for theirs, ours in _METRICS.items():
-            metric = metric.replace(theirs, ours)
+        for benchmark_name, paper_name in _DIRECTIONS.items():
+            metric = metric.replace(benchmark_name, paper_name)
     for score in zoo.scores(released.name):
+        # A score with a recipe is of the model after fine-tuning.
         if (score.task, score.metric, score.mode) != (task, metric, mode) or score.recipe:
             continue
         if score.language == language:
@@ -409,7 +455,8 @@ def published(model: str | Path, name: str) -> float | None:
 
 
 def _task_of(evaluation: str) -> tuple[str, str]:
-    """(task, language) as zoo/ has them."""
+    """Returns (task, language) of an evaluation, as zoo/ names them."""
+    # CLIP_benchmark, whose names we keep, writes Chinese "cn", and XTD "zh".
     for name in ("retrieval-flickr30k", "retrieval-coco"):
         if evaluation == f"{name}-cn":
             return name, "zh"
@@ -423,37 +470,38 @@ def render(
     model: str | Path = "",
     counts: Mapping[str, Mapping[str, int]] | None = None,
 ) -> str:
-    """A table of metrics, one line each, and beside each what was published for it.
+    """Renders a table of metrics, one line each, with the published values.
 
     Args:
-        model: whose published values; empty for none.
-        counts: of `Measured`. A published value stands only beside an evaluation of as many
-            images and texts as the whole published set has; others get a note.
+        model: the model whose published values are shown; empty for none.
+        counts: of `Measured`. A published value is shown only if as many images and texts were
+            measured as the published set has; otherwise a note says so.
     """
     width = max(map(len, metrics), default=0)
+    # A dict as an ordered set: metrics of one evaluation share their note.
     rows, notes, compared = [], dict[str, None](), False
     for name, value in metrics.items():
         row = f"{name:{width}}  {value:8.4f}"
-        known = published(model, name) if model and counts is not None else None
-        if known is not None and counts is not None:
+        reference = published(model, name) if model and counts is not None else None
+        if reference is not None and counts is not None:
             evaluation = name.partition("/")[0]
-            note = _partial(evaluation, counts[evaluation])
+            note = _incomplete_set_note(evaluation, counts[evaluation])
             if note:
                 notes[note] = None
             else:
-                row, compared = f"{row}  {known:9.4f}", True
+                row, compared = f"{row}  {reference:9.4f}", True
         rows.append(row)
     head = [f"{'':{width}}  measured  published"] if compared else []
     return "\n".join([*head, *rows, *notes])
 
 
-def _partial(evaluation: str, counts: Mapping[str, int]) -> str:
-    """How the set that was measured on differs from the whole published one; empty if not."""
+def _incomplete_set_note(evaluation: str, counts: Mapping[str, int]) -> str:
+    """Returns a note if the measured set is not the whole published one, else an empty text."""
     task = published_sets.published_set(evaluation)
     if task is None:
         return ""
     whole = f"{task.num_images:,} images and {task.num_texts:,} texts"
-    here = " and ".join(f"{number:,} {what}" for what, number in counts.items())
-    if here == whole:
+    measured = " and ".join(f"{count:,} {noun}" for noun, count in counts.items())
+    if measured == whole:
         return ""
-    return f"{evaluation}: published values are for {whole}; this set has {here}"
+    return f"{evaluation}: published values are for {whole}; this set has {measured}"
