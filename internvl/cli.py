@@ -1,8 +1,8 @@
-"""The command line: `internvl VERB …`. The only place that prints or exits.
+"""The command line: `internvl VERB …`. The only module that prints or exits.
 
-Exit codes: 0 done; 1 the work failed, one sentence on standard error; 2 the command or recipe is
-wrong; 130 stopped by Ctrl-C, 141 nobody reads the output any more, both without a word. Each verb
-imports what it needs when it runs, so `--help` is instant.
+Exit codes: 0 success; 1 the work failed, with one sentence on standard error; 2 the command or
+recipe is wrong; 130 stopped by Ctrl-C; 141 standard output was closed. The last two print nothing.
+A verb's docstring is its help.
 """
 
 import argparse
@@ -28,7 +28,8 @@ Arguments = argparse.Namespace
 
 
 def demo(args: Arguments) -> int:
-    """Embedded data, a tiny model, a CPU: train, evaluate, export, reload, report.html."""
+    """Train, evaluate, export and reload a tiny model on a CPU; writes report.html."""
+    # Here and in every verb: imports of torch and transformers take seconds, `--help` needs none.
     from internvl import demo
 
     page = demo.run(args.to, short=args.short)
@@ -37,7 +38,7 @@ def demo(args: Arguments) -> int:
 
 
 def doctor(args: Arguments) -> int:
-    """What this machine has, what is missing, and how to get it."""
+    """Check this machine and its libraries; says how to install what is missing."""
     from internvl import doctor
 
     findings = doctor.report()
@@ -46,27 +47,29 @@ def doctor(args: Arguments) -> int:
 
 
 def models(args: Arguments) -> int:
-    """The released models: size, parts, template, memory, published scores."""
+    """List the released models, or describe one: parts, size, memory, published scores."""
     from internvl import zoo
 
     if args.name is None:
         print(zoo.render_table())
         return 0
     try:
-        described = zoo.describe(args.name)
+        text = zoo.describe(args.name)
     except UnknownModel as error:
+        # Exit code 2: the name is part of the command.
         raise ConfigError(str(error)) from None
     if args.download:
         from internvl.models import hub
 
+        # A hub id is taken as it is: `-hf` repositories and forks are not in the table.
         name = args.name if "/" in args.name else zoo.find(args.name).repository
-        described = str(hub.download(name, args.to))
-    print(described)
+        text = str(hub.download(name, args.to))
+    print(text)
     return 0
 
 
 def check(args: Arguments) -> int:
-    """Resolve a recipe, read every sample, open every image; with --plan, memory and time."""
+    """Check a recipe, every sample and every image; with --plan, predict memory and time."""
     recipe = load_recipe(args.recipe, args.overrides)
     if args.plan:
         return _plan(recipe, args)
@@ -78,11 +81,12 @@ def check(args: Arguments) -> int:
 
 
 def _plan(recipe: Recipe, args: Arguments) -> int:
-    """The check and the plan; where the model's files are not here, the plan alone."""
-    gpu = _gpu(args.gpu)
+    """Prints the check and the plan; only the plan if the model's files are not on this machine."""
+    gpu = _gpu_to_plan_for(args.gpu)
     if args.gpus < 1:
         raise ConfigError(f"--gpus: at least 1, not {args.gpus}")
-    # Imports make a million objects that all stay: looking through them takes a fifth of the time.
+    # Imports create a million objects that all stay; collecting garbage among them would take a
+    # fifth of a plan's time.
     gc.disable()
     from internvl import check, plan
 
@@ -93,19 +97,21 @@ def _plan(recipe: Recipe, args: Arguments) -> int:
         checked = check.run(recipe, report=args.report)
         print(checked.render() + "\n")
     else:
-        log.get_logger().warning("%s is not here, so the data are not read", recipe.model.name)
-    made = plan.make(recipe, gpu, None if checked is None else checked.step, args.gpus)
+        # The tokenizer is among them, so no sample can be encoded.
+        message = "the files of %s are not on this machine, so the data is not checked"
+        log.get_logger().warning(message, recipe.model.name)
+    planned = plan.make(recipe, gpu, None if checked is None else checked.step, args.gpus)
     if checked is not None:
-        made = replace(made, inherited="")  # the check has said it
-    print(made.render())
-    return int(not made.fits or (checked is not None and bool(checked.problems)))
+        planned = replace(planned, inherited="")  # printed by the check already
+    print(planned.render())
+    return int(not planned.fits or (checked is not None and bool(checked.problems)))
 
 
-def _gpu(name: str) -> Any:
-    """The GPU to plan for: by name, or with "auto" this machine's.
+def _gpu_to_plan_for(name: str) -> Any:
+    """Returns the GPU of this name, or for "auto" this machine's.
 
     Raises:
-        ConfigError: no such GPU, or none here that the table knows.
+        ConfigError: no such GPU, or this machine has none that the table lists.
     """
     from internvl.zoo import gpus
 
@@ -114,19 +120,21 @@ def _gpu(name: str) -> Any:
             return gpus.find(name)
     except UnknownGpu as error:
         raise ConfigError(f"--gpu: {error}") from None
+    # Only now: a plan for a named GPU needs no CUDA.
     import torch
 
-    found = None
+    gpu = None
     if torch.cuda.is_available():
-        card = torch.cuda.get_device_properties(0)
-        found = gpus.recognize(card.name, card.total_memory / 2**30)
-    if found is None:
-        raise ConfigError(f"--gpu: no known GPU is here; name one of {', '.join(gpus.GPUS)}")
-    return found
+        properties = torch.cuda.get_device_properties(0)
+        gpu = gpus.recognize(properties.name, properties.total_memory / 2**30)
+    if gpu is None:
+        names = ", ".join(gpus.GPUS)
+        raise ConfigError(f"--gpu: this machine has no GPU of a known kind; name one of {names}")
+    return gpu
 
 
 def train(args: Arguments) -> int:
-    """Train; on an existing run folder, go on where it stopped."""
+    """Train a recipe; if its run folder exists, resume where the run stopped."""
     recipe = load_recipe(args.recipe, args.overrides)
     from internvl import train
 
@@ -135,11 +143,11 @@ def train(args: Arguments) -> int:
 
 
 def evaluate(args: Arguments) -> int:
-    """Measure a model on published sets or your own files, or a run as its recipe says."""
+    """Evaluate a model on published sets or your own files, or a run as its recipe says."""
     from internvl import evaluate
 
     fields = {name: getattr(args, name) for name in eval_options()}
-    found = evaluate.measure(
+    measured = evaluate.measure(
         args.model,
         args.tasks,
         to=args.to,
@@ -151,21 +159,23 @@ def evaluate(args: Arguments) -> int:
         features=args.features,
         device=args.device,
         dtype=args.dtype,
+        # Options that were not given must not replace a recipe's values.
         **{name: value for name, value in fields.items() if value is not None},
     )
+    # Published values are for test splits only.
     model = args.model if args.split == "test" else ""
-    print(evaluate.render(found.metrics, model, found.counts))
-    print(f"computed in {found.computed}")
+    print(evaluate.render(measured.metrics, model, measured.counts))
+    print(f"computed in {measured.computed}")
     return 0
 
 
 def chat(args: Arguments) -> int:
-    """A conversation in the terminal; with --prompt one answer."""
+    """Chat with a model in the terminal; with --prompt, get one answer."""
     from internvl.data.images import as_rgb
     from internvl.inference import load as loading
     from internvl.inference.generate import Request, Settings
 
-    # Before a model is loaded: what is wrong here is not the fault of a question.
+    # Before the model is loaded: in a conversation, errors are taken for a question's.
     settings = Settings(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
@@ -173,7 +183,7 @@ def chat(args: Arguments) -> int:
         num_beams=args.num_beams,
     )
     for image in args.image:
-        as_rgb(image)  # only to see that it can be: how it is read, the model says
+        as_rgb(image)  # for its errors alone; the model reads it again, in its own way
     images: list[Any] = [*args.image]
     model = loading.load(
         args.model,
@@ -184,25 +194,24 @@ def chat(args: Arguments) -> int:
     ).as_chat("a conversation")
     video_marks = ""
     if args.video is not None:
-        model, frames = _frames(model, args.video, args.frames)
+        model, frames = _open_video(model, args.video, args.frames)
         images += frames
         video_marks = "".join(f"Frame{i}: <image>\n" for i in range(1, len(frames) + 1))
 
-    def marked(question: str) -> str:
-        return _marked(question, len(args.image), video_marks)
+    def with_marks(question: str) -> str:
+        return _insert_marks(question, len(args.image), video_marks)
 
     if args.prompt:
-        turns = [{"role": "user", "content": marked(args.prompt)}]
-        _say(model, Request(turns, images), vars(settings))
+        turns = [{"role": "user", "content": with_marks(args.prompt)}]
+        _print_answer(model, Request(turns, images), vars(settings))
         return 0
-    return _converse(model, images, marked, vars(settings))
+    return _converse(model, images, with_marks, vars(settings))
 
 
 def _converse(
-    model: Any, images: list[Any], marked: Callable[[str], str], settings: dict[str, Any]
+    model: Any, images: list[Any], with_marks: Callable[[str], str], settings: dict[str, Any]
 ) -> int:
-    """Asks for questions and answers them until the input ends. What is wrong with a question is
-    said, and it is asked for again."""
+    """Reads and answers questions until the input ends; after an error it asks again."""
     from internvl.inference.generate import Request
 
     turns: list[dict[str, str]] = []
@@ -211,22 +220,24 @@ def _converse(
             prompt = input("> ")
             if not prompt.strip():
                 continue
-            question = prompt if turns else marked(prompt)  # the images belong to the first one
-            asked = [*turns, {"role": "user", "content": question}]
-            answer = _say(model, Request(asked, images), settings)
+            # The images belong to the first question; later ones refer to the same images.
+            question = prompt if turns else with_marks(prompt)
+            new_turns = [*turns, {"role": "user", "content": question}]
+            answer = _print_answer(model, Request(new_turns, images), settings)
         except EOFError:
             return 0
         except (UserError, UnicodeDecodeError) as error:
             print(f"internvl: {error}", file=sys.stderr)
             continue
+        # A conversation with an empty answer is refused as a request.
         if answer:
-            turns = [*asked, {"role": "assistant", "content": answer}]
+            turns = [*new_turns, {"role": "assistant", "content": answer}]
         else:
-            print("internvl: the answer is empty; the question is forgotten", file=sys.stderr)
+            print("internvl: the answer is empty; the question is dropped", file=sys.stderr)
 
 
-def _marked(question: str, num_images: int, video_marks: str) -> str:
-    """A first question with the marks of its images and video, where it has none of its own."""
+def _insert_marks(question: str, num_images: int, video_marks: str) -> str:
+    """Returns a first question with marks of its images and video, unless it has its own."""
     from internvl.data.messages import IMAGE_MARK, VIDEO_MARK, count_marks, fill_marks
 
     if count_marks(question, IMAGE_MARK):
@@ -236,8 +247,9 @@ def _marked(question: str, num_images: int, video_marks: str) -> str:
     return f"{IMAGE_MARK}\n" * num_images + video_marks + question
 
 
-def _say(model: Any, request: Any, settings: dict[str, Any]) -> str:
-    """Prints an answer, piece by piece where a person watches; returns it."""
+def _print_answer(model: Any, request: Any, settings: dict[str, Any]) -> str:
+    """Prints an answer, streamed if standard output is a terminal; returns it."""
+    # Beam search knows its answer only at the end.
     if settings["num_beams"] > 1 or not sys.stdout.isatty():
         answer = model.answer([request], **settings)[0]
         print(answer)
@@ -250,8 +262,8 @@ def _say(model: Any, request: Any, settings: dict[str, Any]) -> str:
     return answer
 
 
-def _frames(model: Any, video: str, count: int) -> tuple[Any, list[Any]]:
-    """(the model with one tile for every image, `count` frames spread evenly over a video)."""
+def _open_video(model: Any, video: str, count: int) -> tuple[Any, list[Any]]:
+    """Returns (the model with one tile per image, `count` frames spread evenly over a video)."""
     from dataclasses import replace
 
     import numpy as np
@@ -262,13 +274,15 @@ def _frames(model: Any, video: str, count: int) -> tuple[Any, list[Any]]:
 
     spread = VideoConfig(min_frames=count, max_frames=count, sampling="middle")
     frames = read_frames(Video(video), spread, np.random.default_rng(0))
+    # One tile per frame, as in training.
     return replace(model, tiles=replace(model.tiles, min=1, max=1)), frames
 
 
 def merge(args: Arguments) -> int:
-    """Adapters into their base model, as a folder that stands alone."""
+    """Merge adapters into their base model and export it as a self-contained folder."""
     from internvl import export as exporter
 
+    # Without adapters it would be a plain export, which is probably not what the user meant.
     if not exporter.has_adapters(args.model):
         raise UserError(
             f"{args.model}: has no adapters to merge; `internvl export` writes a model as it is"
@@ -277,7 +291,7 @@ def merge(args: Arguments) -> int:
 
 
 def export(args: Arguments) -> int:
-    """A complete, self-contained model folder, read back and compared."""
+    """Export a self-contained model folder, reload it and compare its outputs."""
     from internvl import export
 
     print(export.run(args.model, args.to, args.format, code_from=args.code_from))
@@ -285,23 +299,23 @@ def export(args: Arguments) -> int:
 
 
 def data(args: Arguments) -> int:
-    """From downloads as they lie to annotation files; boxes, captions and parquet converted."""
+    """Prepare downloaded data sets for training, or convert boxes, captions and Parquet files."""
     if args.action == "convert":
         from internvl.datasets import convert
 
         converted = convert.run(args.name, args.source, args.target)
-        print(_counts(converted.counts, converted.files))
+        print(_render_counts(converted.counts, converted.files))
         return 0
     from internvl.datasets import prepare
 
     prepared = prepare.run(args.name, args.root, download=args.download)
-    print(_counts(prepared.counts, prepared.files))
+    print(_render_counts(prepared.counts, prepared.files))
     for missing in prepared.missing:
         print(missing, file=sys.stderr)
     return int(not prepared.ready)
 
 
-def _counts(counts: Mapping[str, int], files: Sequence[Path]) -> str:
+def _render_counts(counts: Mapping[str, int], files: Sequence[Path]) -> str:
     return "\n".join([*(f"{name}: {n:,}" for name, n in counts.items()), *map(str, files)])
 
 
@@ -320,68 +334,121 @@ VERBS: dict[str, Callable[[Arguments], int]] = {
 
 
 def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The whole surface of the command line, and the part of each verb."""
-    top = argparse.ArgumentParser(prog="internvl", description="InternVL: train, evaluate, ship.")
+    """Returns the parser of the whole command line, and verb -> its own parser."""
+    top = argparse.ArgumentParser(
+        prog="internvl", description="Train, evaluate and ship the InternVL models."
+    )
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     add = {
         name: verbs.add_parser(name, help=verb.__doc__, description=verb.__doc__)
         for name, verb in VERBS.items()
     }
     for sub in add.values():
-        sub.add_argument("--debug", action="store_true", help="show tracebacks and debug lines")
-    add["demo"].add_argument("--to", type=Path, default=Path("runs/demo"), help="folder to fill")
-    add["demo"].add_argument("--short", action="store_true", help="a minute, to see that it works")
-    add["models"].add_argument("name", nargs="?", help="one model, such as InternVL2-2B")
-    add["models"].add_argument("--download", action="store_true", help="fetch it from the hub")
-    add["models"].add_argument("--to", type=Path, help="folder to fetch it to")
+        sub.add_argument("--debug", action="store_true", help="show tracebacks and debug messages")
+    add["demo"].add_argument(
+        "--to", type=Path, default=Path("runs/demo"), help="folder to write (default: runs/demo)"
+    )
+    add["demo"].add_argument(
+        "--short", action="store_true", help="train for about a minute, only to see that it works"
+    )
+    add["models"].add_argument("name", nargs="?", help="describe this model, such as InternVL2-2B")
+    add["models"].add_argument(
+        "--download", action="store_true", help="download its files from the Hugging Face hub"
+    )
+    add["models"].add_argument(
+        "--to", type=Path, help="folder for the download (default: the hub's cache)"
+    )
     for name in ("check", "train"):
         add[name].add_argument(
-            "recipe", type=Path, help="a YAML file, or a name: internvl2_2b_lora"
+            "recipe", type=Path, help="YAML file, or name of a recipe such as internvl2_2b_lora"
         )
-        add[name].add_argument("overrides", nargs="*", metavar="key=value", help="optim.lr=1e-5")
-    add["check"].add_argument("--report", type=Path, help="also write an HTML page there")
-    add["check"].add_argument("--plan", action="store_true", help="predict memory and time")
-    add["check"].add_argument("--gpu", default="auto", help="plan for it: H200, A100-40, 4090 …")
-    add["check"].add_argument("--gpus", type=int, default=1, help="plan for as many of them")
-    _evaluate_arguments(add["evaluate"])
-    add["chat"].add_argument("model", help="a model, adapter or run folder, or a hub id")
-    _chat_arguments(add["chat"])
-    for name in ("merge", "export"):
-        add[name].add_argument("model", help="a run, adapter or model folder, or a hub id")
-        add[name].add_argument("--to", type=Path, required=True, help="the new folder")
-        add[name].add_argument("--format", choices=("hf", "official"), default="hf")
         add[name].add_argument(
-            "--code-from", type=Path, help="official: copy the original's Python files from there"
+            "overrides",
+            nargs="*",
+            metavar="key=value",
+            help="replace a value of the recipe, such as optim.lr=1e-5",
         )
-    actions = add["data"].add_subparsers(dest="action", required=True, metavar="prepare|convert")
-    prepare = actions.add_parser("prepare", help="downloads as they lie to annotation files")
-    prepare.add_argument("name", help="coco-caption, flickr30k, flickr30k-cn, nocaps, sft-v1.2 …")
-    prepare.add_argument("--root", type=Path, required=True, help="folder the downloads lie in")
-    prepare.add_argument("--download", action="store_true", help="fetch what is missing")
-    convert = actions.add_parser("convert", help="one file or folder into another form")
-    convert.add_argument("name", help="boxes-to-1000, boxes-to-unit, captions or parquet")
-    convert.add_argument("source", type=Path)
-    convert.add_argument("target", type=Path)
+    add["check"].add_argument("--report", type=Path, help="also write an HTML report to this file")
+    add["check"].add_argument(
+        "--plan", action="store_true", help="predict memory use and training time"
+    )
+    add["check"].add_argument(
+        "--gpu",
+        default="auto",
+        help="GPU to plan for: H200, A100-40, 4090 … (default: this machine's)",
+    )
+    add["check"].add_argument("--gpus", type=int, default=1, help="number of GPUs to plan for")
+    _add_evaluate_arguments(add["evaluate"])
+    add["chat"].add_argument("model", help="model, adapter or run folder, or hub id")
+    _add_chat_arguments(add["chat"])
+    for name in ("merge", "export"):
+        add[name].add_argument("model", help="run, adapter or model folder, or hub id")
+        add[name].add_argument("--to", type=Path, required=True, help="folder to create")
+        add[name].add_argument(
+            "--format",
+            choices=("hf", "official"),
+            default="hf",
+            help="hf: for transformers (default); official: for the original's code",
+        )
+        add[name].add_argument(
+            "--code-from",
+            type=Path,
+            help="with --format official: copy the original's Python files from this folder",
+        )
+    _add_data_arguments(add["data"])
     return top, add
 
 
-def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
+def _add_data_arguments(sub: argparse.ArgumentParser) -> None:
+    actions = sub.add_subparsers(dest="action", required=True, metavar="prepare|convert")
+    prepare = actions.add_parser("prepare", help="turn downloaded files into annotation files")
+    prepare.add_argument(
+        "name", help="data set: coco-caption, flickr30k, flickr30k-cn, nocaps, sft-v1.2 …"
+    )
+    prepare.add_argument("--root", type=Path, required=True, help="folder of the downloads")
+    prepare.add_argument("--download", action="store_true", help="download missing files")
+    convert = actions.add_parser("convert", help="convert a file or folder to another format")
+    convert.add_argument(
+        "name", help="conversion: boxes-to-1000, boxes-to-unit, captions or parquet"
+    )
+    convert.add_argument("source", type=Path, help="file or folder to convert")
+    convert.add_argument("target", type=Path, help="file or folder to write")
+
+
+def _add_evaluate_arguments(sub: argparse.ArgumentParser) -> None:
+    # argparse would wrap the list of tasks into one paragraph.
     sub.formatter_class = argparse.RawDescriptionHelpFormatter
     sub.epilog = f"tasks:\n{published_sets.list_tasks()}"
-    sub.add_argument("model", help="a run folder, or a model folder or hub id")
-    sub.add_argument("tasks", nargs="*", metavar="TASK", help="see below, or of a run's recipe")
+    sub.add_argument("model", help="run folder, model folder or hub id")
+    sub.add_argument(
+        "tasks", nargs="*", metavar="TASK", help="from the list below, or of the run's recipe"
+    )
     sub.add_argument("--to", type=Path, help="folder for the results")
-    sub.add_argument("--root", type=Path, default=Path("data"), help="where the sets lie")
-    sub.add_argument("--dataset-root", help="the folder of the set itself; {dataset} is filled in")
-    sub.add_argument("--split", default="test")
-    sub.add_argument("--language", type=_listed, default=(), help="en, cn …; several with commas")
-    sub.add_argument("--output", type=Path, help="append CLIP_benchmark's result lines there")
-    sub.add_argument("--features", type=Path, help="keep features there")
-    sub.add_argument("--device", help="cuda, cuda:1, cpu; by default the GPU if there is one")
+    sub.add_argument(
+        "--root",
+        type=Path,
+        default=Path("data"),
+        help="folder of the published sets (default: data)",
+    )
+    sub.add_argument(
+        "--dataset-root", help="folder of the set itself; {dataset} is replaced by its name"
+    )
+    sub.add_argument("--split", default="test", help="split to measure (default: test)")
+    sub.add_argument(
+        "--language",
+        type=_split_commas,
+        default=(),
+        help="languages of a multilingual set, separated by commas: en,cn",
+    )
+    sub.add_argument(
+        "--output", type=Path, help="append the result lines of CLIP_benchmark to this file"
+    )
+    sub.add_argument("--features", type=Path, help="keep the features in this folder")
+    sub.add_argument("--device", help="cuda, cuda:1 or cpu (default: the GPU if there is one)")
     sub.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="by default a run's own; of a model, bfloat16 on a GPU and float32 on a CPU",
+        help="default: a run's own; for a model bfloat16 on a GPU, float32 on a CPU",
     )
     _add_eval_options(sub)
 
@@ -393,103 +460,124 @@ def _add_eval_options(sub: argparse.ArgumentParser) -> None:
         types = tuple(name_of(section, "type") for section in sections)
         if types not in groups:
             groups[types] = sub.add_argument_group(f"evaluations of type {', '.join(types)}")
-        names: dict[str, list[str]] = {}  # text -> the types that have it
+        # Text -> the types that have it: types that share a text share its line.
+        names: dict[str, list[str]] = {}
         for section, name in zip(sections, types, strict=True):
             names.setdefault(field_docs(section)[key], []).append(name)
         text = " ".join(f"{', '.join(n)}: {t}" if len(names) > 1 else t for t, n in names.items())
         option = f"--{key.replace('_', '-')}"
         groups[types].add_argument(
-            *([option.removesuffix("s")] if key == "modes" else []),  # its name on the command line
+            # --mode c,g reads better; --modes is accepted too.
+            *([option.removesuffix("s")] if key == "modes" else []),
             option,
             dest=key,
-            default=None,  # what is not given keeps the section's default, or a recipe's value
-            help=text.replace("%", "%%"),
-            **_argument(get_type_hints(sections[0])[key]),
+            # None tells an option that was not given from one that repeats the default.
+            default=None,
+            # An option that is not given is what null is in a recipe; argparse formats % itself.
+            help=text.replace("null:", "default:").replace("%", "%%"),
+            **_value_settings(get_type_hints(sections[0])[key]),
         )
 
 
-def _argument(hint: Any) -> dict[str, Any]:
-    """Returns argparse's settings for a value of this type."""
+def _value_settings(hint: Any) -> dict[str, Any]:
+    """Returns `add_argument`'s settings for a value of this type."""
     (hint, *_) = members(hint)
     if hint is bool:
         return {"action": "store_true"}
     if get_origin(hint) is Literal:
         return {"choices": get_args(hint)}
     if get_origin(hint) is tuple:
-        return {"type": _listed}
+        # pydantic converts the elements, with its error for the whole key.
+        return {"type": _split_commas}
     return {"type": hint}
 
 
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+def _split_commas(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def _chat_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--image", action="append", default=[], help="may be given again")
-    sub.add_argument("--video", help="a video file; its frames are one tile each")
-    sub.add_argument("--frames", type=int, default=8, help="how many stand for the video")
-    sub.add_argument("--prompt", help="one question; without it, a conversation")
-    sub.add_argument("--max-new-tokens", type=int, default=512)
-    sub.add_argument("--temperature", type=float, help="sample; without it the likeliest token")
-    sub.add_argument("--top-p", type=float, default=1.0, help="sampling: of the likeliest tokens")
-    sub.add_argument("--num-beams", type=int, default=1, help="beam search")
-    sub.add_argument("--device", help="cuda, cuda:1, cpu; by default the GPU if there is one")
-    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    sub.add_argument("--device-map", choices=("auto",), help="spread over all GPUs")
-    sub.add_argument("--quantize", choices=("8bit", "4bit"), help="through bitsandbytes")
+def _add_chat_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--image", action="append", default=[], help="image file; repeat it for several images"
+    )
+    sub.add_argument("--video", help="video file; each of its frames becomes one tile")
+    sub.add_argument("--frames", type=int, default=8, help="frames taken from it (default: 8)")
+    sub.add_argument("--prompt", help="the question; without it, a conversation starts")
+    sub.add_argument(
+        "--max-new-tokens", type=int, default=512, help="longest answer, in tokens (default: 512)"
+    )
+    sub.add_argument(
+        "--temperature", type=float, help="sample at this temperature (default: greedy decoding)"
+    )
+    sub.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="sample from the likeliest tokens of this total probability",
+    )
+    sub.add_argument(
+        "--num-beams", type=int, default=1, help="beams of a beam search (default: 1, none)"
+    )
+    sub.add_argument("--device", help="cuda, cuda:1 or cpu (default: the GPU if there is one)")
+    sub.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype of the weights (default: bfloat16 on a GPU, float32 on a CPU)",
+    )
+    sub.add_argument("--device-map", choices=("auto",), help="spread the model over all GPUs")
+    sub.add_argument("--quantize", choices=("8bit", "4bit"), help="load 8- or 4-bit weights")
 
 
 def parse(argv: Sequence[str]) -> Arguments:
-    """The arguments of a command line; options may stand between overrides.
-
-    argparse allows that for a parser without verbs only, so the verb's own one is called.
-    """
+    """Parses a command line; options may stand between overrides."""
     top, verbs = parser()
+    # argparse's intermixed parsing refuses parsers with subparsers, so a verb's own is called.
     if not argv or argv[0] not in verbs or argv[0] == "data":
         return top.parse_args(argv)
     return verbs[argv[0]].parse_intermixed_args(argv[1:], argparse.Namespace(verb=argv[0]))
 
 
-def _set_up_libraries(*, downloading: bool) -> None:
-    """What libraries read once, when they are imported.
-
-    transformers draws a bar for every model it opens, however small; what we say is enough.
-    """
+def _configure_libraries(*, downloading: bool) -> None:
+    """Sets environment variables that libraries read once, when they are imported."""
+    # transformers draws a progress bar for every model it opens, however small.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not downloading:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-_INTERRUPTED, _NOBODY_READS = 130, 141
-"""What a shell reports of SIGINT and SIGPIPE."""
+_INTERRUPTED, _OUTPUT_CLOSED = 130, 141
+"""Exit codes that a shell reports for SIGINT and SIGPIPE."""
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a verb and exits with its code."""
-    _print_anything()
+    _escape_unprintable()
     args = parse(sys.argv[1:] if argv is None else argv)
     log.setup(logging.DEBUG if args.debug else logging.INFO)
-    _set_up_libraries(downloading=getattr(args, "download", False))
-    code, message = _outcome(args)
+    _configure_libraries(downloading=getattr(args, "download", False))
+    code, message = _run_verb(args)
     if message:
         print(f"internvl: {message}", file=sys.stderr)
     try:
         sys.stdout.flush()
-    except OSError:  # said already; Python would fail again when it exits
+    except OSError:
+        # Reported above; Python would flush, and fail, again when it exits.
         _close_output()
     sys.exit(code)
 
 
-def _outcome(args: Arguments) -> tuple[int, str]:
-    """Runs a verb; (exit code, what to say of an error). With --debug errors stay as they are."""
+def _run_verb(args: Arguments) -> tuple[int, str]:
+    """Runs a verb; returns (exit code, error message). With --debug errors are raised."""
     try:
         code = VERBS[args.verb](args)
+        # Inside: a full disk shows only when buffered output is written.
         sys.stdout.flush()
     except KeyboardInterrupt:
         return _INTERRUPTED, ""
     except Exception as error:
+        # Standard output, as in `internvl models | head`; a named pipe of the user has a filename.
         if isinstance(error, BrokenPipeError) and error.filename is None:
-            return _NOBODY_READS, ""
+            return _OUTPUT_CLOSED, ""
         if args.debug:
             raise
         return (2 if isinstance(error, ConfigError) else 1), _explain(error)
@@ -497,7 +585,8 @@ def _outcome(args: Arguments) -> tuple[int, str]:
 
 
 def _explain(error: Exception) -> str:
-    """The sentence for what went wrong."""
+    """Returns the message for an exception."""
+    # torch reports a killed worker by its process id alone.
     if "DataLoader worker" in str(error):
         from internvl.data import workers
 
@@ -505,14 +594,14 @@ def _explain(error: Exception) -> str:
     return errors.explain(error)
 
 
-def _print_anything() -> None:
-    """A terminal that cannot show a character shows its escape; that is no reason to stop."""
+def _escape_unprintable() -> None:
+    """Makes terminals print an escape for a character that they cannot encode, not raise."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _close_output() -> None:
-    """So that Python does not write what is left when it exits, and fail again."""
+    """Redirects standard output to the null device, so that Python's flush at exit succeeds."""
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())

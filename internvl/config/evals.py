@@ -159,12 +159,11 @@ class RetrievalEval(EvalConfig):
     clean: bool = False
     """Clean captions as the original does for Flickr30K and COCO."""
     modes: tuple[Literal["c", "g"], ...] = ("c", "g")
-    """InternVL-C, InternVL-G, or both."""
+    """c: InternVL-C; g: InternVL-G; or both."""
     recall_k: tuple[Positive, ...] = (1, 5, 10)
     """Values of k: a query counts if a correct candidate is among its first k."""
     rerank: Annotated[int, Field(ge=0)] = 0
-    """Also re-rank this many first candidates of every query by the matching score (ITM); 0: do
-    not."""
+    """Also re-rank the first candidates of every query, this many, by the matching score (ITM)."""
     train: Path | None = None
     """Images with captions that were trained on, none of which may be measured. Image paths of
     both are relative to `images`."""
@@ -183,7 +182,7 @@ class ClassifyEval(EvalConfig):
     annotations: Path
     """A folder with one folder of images per class."""
     modes: tuple[Literal["c", "g"], ...] = ("c", "g")
-    """InternVL-C, InternVL-G, or both."""
+    """c: InternVL-C; g: InternVL-G; or both."""
     classes: Path | None = None
     """JSON of class names, in the order of the sorted folders, or by folder; null: the names of the
     folders."""

@@ -245,7 +245,7 @@ def test_an_empty_answer_is_not_kept(capsys, project, monkeypatch):
         capsys, monkeypatch, project, ["hush", "What is this?"], "--image", image
     )
     assert (code, said) == (0, ["", "1: <image>"])
-    assert "the answer is empty; the question is forgotten" in wrong[0]
+    assert "the answer is empty; the question is dropped" in wrong[0]
     assert asked[1][0] == [{"role": "user", "content": "<image>\nWhat is this?"}]
 
 
@@ -277,7 +277,7 @@ def test_what_is_wrong_before_any_question_is_said_before_the_model_loads(capsys
     ],
 )
 def test_marks_of_a_first_question(question, images, video, marked):
-    assert cli._marked(question, images, video) == marked
+    assert cli._insert_marks(question, images, video) == marked
 
 
 @pytest.mark.parametrize("options", [("--num-beams", 2), ("--temperature", 0.7, "--top-p", 0.9)])
