@@ -1,8 +1,8 @@
-"""The run and its loop: `train.run(recipe)`.
+"""The training loop: `train.run(recipe)`.
 
 build      recipe -> TrainState: model, objective, optimizer, sample order
 train_step micro-batches -> one update, normalized by global counts
-updates    the remaining steps, one after the other, and the metrics of each
+updates    the remaining steps, one at a time, with the metrics of each
 run        the loop: step, log, evaluate, save
 """
 
@@ -51,8 +51,8 @@ from internvl.training.spikes import Guard
 
 @dataclass
 class TrainState:
-    """A run in progress. Only `model`, `optimizer`, `step`, `position`, `num_bad` and `guard`
-    change."""
+    """A run in progress. Only `model`, `optimizer`, `step`, `position`, `num_bad`, `guard` and
+    `warmup_s` change."""
 
     recipe: Recipe
     device: torch.device
@@ -65,15 +65,16 @@ class TrainState:
     num_steps: int
     guard: Guard
     evaluators: dict[str, evals.Evaluator]
-    """The recipe's evaluations with their data read; rank 0 has them."""
+    """The recipe's evaluations with their data read; empty on all ranks but 0."""
     row_lengths: tuple[int, ...] = ()
-    """Lengths in tokens that rows are padded to; empty if rows keep their own."""
+    """Lengths in tokens that rows are padded to; empty if rows are not padded."""
     step: int = 0
     position: Position | None = None
     """Position in the data after `step` if a step is counted in rows, else None."""
     num_bad: int = 0
+    """Bad samples left out so far, over all ranks."""
     warmup_s: float = 0.0
-    """Seconds of compiling before the first step."""
+    """Seconds of compilation before the first step."""
 
     @property
     def model(self) -> chat_model.ChatModel | DualModel:
@@ -85,7 +86,7 @@ class TrainState:
 
     @property
     def total_samples(self) -> int:
-        """Number of samples of the whole run."""
+        """Number of samples that the whole run shows."""
         return self.recipe.num_samples(self.order.epoch_size(self.recipe.epochs))
 
 
@@ -96,20 +97,22 @@ def build(
 
     Args:
         chat: a model to train as it is, adapters included, instead of loading `recipe.model`.
-        order: of the samples, instead of that of a run that begins.
+        order: order of the samples, instead of that of a new run.
     """
     device = dist.init_from_env(recipe.device)
     if not inherited.is_complete(recipe):
-        recipe = _completed(recipe, chat)
+        recipe = _complete_recipe(recipe, chat)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     # Before the model is loaded: new adapters and heads draw their weights from this seed.
     torch.manual_seed(recipe.seed)
-    # Before the model: what is wrong with an evaluation must not cost the training before it.
+    # Now, not at the first evaluation: an error in its data must not cost the training until then.
     evaluators = evals.build(recipe.evals) if dist.is_main() else {}
     chat = loading.for_training(recipe) if chat is None else chat
     if order is None:
-        order = SampleOrder(_files(recipe), share_prefix=recipe.shares_prefix, seed=recipe.seed)
+        order = SampleOrder(
+            _open_sources(recipe), share_prefix=recipe.shares_prefix, seed=recipe.seed
+        )
     packs = recipe.objective.rows_are_packed
     objective = OBJECTIVES[recipe.objective.name](recipe.objective, recipe.data, chat.encoder)
     placement.to_device(chat.model, device, recipe.dtype)
@@ -131,12 +134,12 @@ def build(
     )
 
 
-def _files(recipe: Recipe) -> list[Source]:
+def _open_sources(recipe: Recipe) -> list[Source]:
     return [open_source(source) for source in source_configs(recipe.data)]
 
 
-def _completed(recipe: Recipe, chat: Chat | Dual | None) -> Recipe:
-    """Returns the recipe with its open values taken from `chat`, else from the checkpoint."""
+def _complete_recipe(recipe: Recipe, chat: Chat | Dual | None) -> Recipe:
+    """Returns the recipe with its unset values taken from `chat`, else from the checkpoint."""
     if chat is None:
         return loading.complete(recipe).recipe
     start = inherited.checkpoint_from_config(chat.model.config, "the model that is given")
@@ -146,21 +149,21 @@ def _completed(recipe: Recipe, chat: Chat | Dual | None) -> Recipe:
 def train_step(state: TrainState, micro_batches: Sequence[Batch]) -> dict[str, float]:
     """Takes one optimizer step; returns its loss, terms, learning rate and gradient norm.
 
-    The gradient does not depend on how the step was cut into rows or over ranks.
+    The gradient does not depend on how the step's samples are split into rows and over ranks.
 
     Raises:
         RunError: nothing to train on, out of GPU memory, or the guard stops the run.
     """
     recipe, objective = state.recipe, state.objective
-    counted = [objective.counts(batch) for batch in micro_batches]
+    counts_by_row = [objective.counts(batch) for batch in micro_batches]
     # Counted over all ranks before the first backward pass: each row's sum is divided by the count
     # of the whole step, so the gradient is the mean over the step, not a mean of rows' means.
-    counts = dist.sum_counts({n: sum(row[n] for row in counted) for n in objective.weights})
+    counts = dist.sum_counts({n: sum(row[n] for row in counts_by_row) for n in objective.weights})
     empty = [name for name, count in counts.items() if count == 0]
     if empty:
         raise RunError(f"step {state.step + 1} has nothing to train on for {', '.join(empty)}")
     state.model.train()
-    # By step, not once a run: dropout after a resume draws what it would have drawn without.
+    # Per step, not per run: dropout after a resume draws the numbers of an uninterrupted run.
     rng.seed_step(recipe.seed, state.step)
     with compilation.several_shapes():
         autocast = placement.autocast(state.device, recipe.dtype)
@@ -171,42 +174,45 @@ def train_step(state: TrainState, micro_batches: Sequence[Batch]) -> dict[str, f
                 objective.begin_step(state.model, rows, counts)
             except torch.OutOfMemoryError as error:
                 raise _out_of_memory(state, "while all pairs are encoded") from error
-        # Again: the iterator above is used up if the objective encoded all pairs at first.
+        # A new iterator: an objective that encodes all pairs first has exhausted the other.
         rows = feeding.prefetch_to_device(micro_batches, state.device)
         sums = [_backward(state, row, counts) for row in rows]
     # Summed before clipping: the norm is that of the whole step on every rank.
     trainable = [p for p in state.model.parameters() if p.requires_grad]
     gradients.sum_gradients(trainable)
     grad_norm = gradients.clip_gradients(trainable, recipe.optim.max_grad_norm)
-    # The only transfer to the host in a step: one wait for all values instead of one for each.
+    # The only transfer to the host in a step: one synchronization instead of one per value.
     *flat, norm = torch.cat([*sums, grad_norm[None]]).tolist()
-    by_row = [
+    sums_by_row = [
         dict(zip(counts, flat[start : start + len(counts)], strict=True))
         for start in range(0, len(flat), len(counts))
     ]
-    totals = dist.sum_counts({name: sum(row[name] for row in by_row) for name in counts})
+    totals = dist.sum_counts({name: sum(row[name] for row in sums_by_row) for name in counts})
     means = {name: total / counts[name] for name, total in totals.items()}
-    numbers = {"loss": _weighted(state, totals, counts), **means}
-    losses = [_weighted(state, *of_row) for of_row in zip(by_row, counted, strict=True)]
+    step_metrics = {"loss": _weighted_loss(state, totals, counts), **means}
+    losses = [
+        _weighted_loss(state, row_sums, row_counts)
+        for row_sums, row_counts in zip(sums_by_row, counts_by_row, strict=True)
+    ]
     lr = optim.set_lr(state.optimizer, state.step, state.num_steps, recipe.optim)
-    # Judged after the gradients are summed, so that every rank decides alike.
-    skipped = _refused(state, micro_batches, losses, numbers["loss"], norm)
+    # On the loss and norm over all ranks, so that every rank decides alike.
+    skipped = _is_refused(state, micro_batches, losses, step_metrics["loss"], norm)
     if not skipped:
         state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
-    return numbers | {"lr": lr, "grad_norm": norm} | ({"skipped": 1.0} if skipped else {})
+    return step_metrics | {"lr": lr, "grad_norm": norm} | ({"skipped": 1.0} if skipped else {})
 
 
-def _weighted(state: TrainState, sums: dict[str, float], counts: dict[str, float]) -> float:
-    """Returns the weighted loss of terms given as sums and counts; terms without a count add 0."""
+def _weighted_loss(state: TrainState, sums: dict[str, float], counts: dict[str, float]) -> float:
+    """Returns the weighted sum of the terms' means; a term with count 0 adds nothing."""
     return sum(w * sums[n] / counts[n] for n, w in state.objective.weights.items() if counts[n])
 
 
-def _refused(
+def _is_refused(
     state: TrainState, rows: Sequence[Batch], losses: Sequence[float], loss: float, norm: float
 ) -> bool:
-    """Returns True if the guard rejects this step, which is then listed; or stops the run."""
+    """Returns True if the guard skips this step, after listing it. Raises RunError if it stops."""
     step = state.step + 1
     reason = state.guard.objection(step, loss, norm)
     if reason is None:
@@ -218,7 +224,7 @@ def _refused(
 
 
 def _backward(state: TrainState, batch: Batch, counts: dict[str, float]) -> torch.Tensor:
-    """Runs forward and backward of a row; returns float32 (terms,) sums, ordered as `counts`.
+    """Runs forward and backward of a row; returns its sums, float32 (terms,), ordered as `counts`.
 
     Raises:
         RunError: the GPU's memory does not hold this row.
@@ -233,7 +239,7 @@ def _backward(state: TrainState, batch: Batch, counts: dict[str, float]) -> torc
                 sums = state.objective(state.model, batch)
             weights = state.objective.weights
             loss = torch.stack([weights[name] * sums[name] / counts[name] for name in counts]).sum()
-            # False if only the projector trains and the row has no image.
+            # No graph if only the projector trains and the row has no image.
             if loss.requires_grad:
                 loss.backward()
     except torch.OutOfMemoryError as error:
@@ -251,10 +257,8 @@ def _out_of_memory(state: TrainState, phase: str) -> RunError:
 
 
 def warm_up(state: TrainState) -> None:
-    """Compiles forward and backward for every padded row length, and drops the gradients.
-
-    Random numbers drawn here change nothing: every step seeds its own.
-    """
+    """Compiles forward and backward for every padded row length; discards the gradients."""
+    # Random numbers drawn here change no result: every step seeds its own.
     started = time.perf_counter()
     batches = state.objective.warmup_batches(state.row_lengths)
     state.model.train()
@@ -273,24 +277,28 @@ def warm_up(state: TrainState) -> None:
 def updates(state: TrainState) -> Iterator[dict[str, float]]:
     """Takes the remaining steps; yields the metrics of each.
 
-    Compiles before the first step. Rows of the next step are read while one trains.
+    Compiles before the first step. The next step's rows are read while one trains.
     """
     warm_up(state)
     first = state.step
     for step, wait_s in feeding.prefetch(_steps(state)):
         started = time.perf_counter()
-        take_bad(state, step)
+        handle_bad_samples(state, step)
         if step.index == first:
-            described = state.objective.describe(step.batches)
-            log.get_logger().info("step %d: %s", first + 1, described)
-        numbers = train_step(state, step.batches)
-        # After the step, of which it is: the loader itself is one ahead.
+            description = state.objective.describe(step.batches)
+            log.get_logger().info("step %d: %s", first + 1, description)
+        step_metrics = train_step(state, step.batches)
+        # The position of this step: the loader itself is one step ahead.
         state.position = step.position
-        yield numbers | _speed(state, step, wait_s, time.perf_counter() - started + wait_s)
+        step_s = time.perf_counter() - started + wait_s
+        yield step_metrics | _throughput(state, step, wait_s, step_s)
 
 
 def run(recipe: Recipe) -> Path:
-    """Trains until the recipe's end, going on from the run folder's newest checkpoint.
+    """Trains to the recipe's last step; resumes from the run folder's newest checkpoint.
+
+    Returns:
+        The run folder.
 
     Raises:
         RunError: the run folder holds another recipe or other data, or another process is training
@@ -304,50 +312,55 @@ def run(recipe: Recipe) -> Path:
         logger.setLevel(logging.WARNING)
     completed = loading.complete(recipe)
     recipe = completed.recipe
-    dist.barrier()  # every rank has read the run folder's recipe before rank 0 writes it anew
+    # Every rank has read the run folder's recipe before rank 0 overwrites it.
+    dist.barrier()
     with run_folder.owned(recipe), signals.stop_signal() as stop:
         if run_folder.finished(recipe.run):
             logger.info("the run %s is finished; choose another `run` to train again", recipe.run)
             return recipe.run
-        done = max(checkpoint.steps(recipe.run / "checkpoints"), default=0)
-        # With rows it only says whether the run has begun: their data may not grow.
-        done *= recipe.global_batch or 1
-        order = run_folder.order_of(recipe, _files(recipe), done)
+        num_done = max(checkpoint.steps(recipe.run / "checkpoints"), default=0)
+        # Samples; if a step is counted in rows, data may not grow and only 0 or not matters.
+        num_done *= recipe.global_batch or 1
+        order = run_folder.order_of(recipe, _open_sources(recipe), num_done)
         state = build(recipe, order=order)
         metrics = _resume(state)
         logger.info("%s\n%s", summary(state), completed.render())
-        enough = validate(state, metrics)
+        stop_reason = validate(state, metrics)
         with log.Progress("steps", total=state.num_steps - state.step) as progress:
-            for numbers in updates(state) if enough is None else ():
+            for step_metrics in updates(state) if stop_reason is None else ():
                 stopped = stop.agreed()
                 if state.step % recipe.log_every == 0 or state.step == state.num_steps:
-                    metrics.write(state.step, numbers)
+                    metrics.write(state.step, step_metrics)
                 progress.update()
-                if _due(state, recipe.checkpoint.every) or stopped or state.step == state.num_steps:
+                if (
+                    _is_due(state, recipe.checkpoint.every)
+                    or stopped
+                    or state.step == state.num_steps
+                ):
                     save(state)
                 if stopped:
                     raise Interrupted(
                         f"stopped at step {state.step} of {state.num_steps}; checkpoint written. "
                         "The same command goes on from there"
                     )
-                enough = validate(state, metrics)
-                if enough is not None:
+                stop_reason = validate(state, metrics)
+                if stop_reason is not None:
                     save(state)
                     break
-        why = enough or "all steps are done"
-        logger.info("the run ends at step %d: %s", state.step, why)
+        reason = stop_reason or "all steps are done"
+        logger.info("the run ends at step %d: %s", state.step, reason)
         metrics.close()
         if dist.is_main():
-            # An adapter folder names its base, and none holds a model from parts.
+            # An adapter folder names its base by id or path; a model from parts has neither.
             if recipe.model.lora is not None and recipe.model.id is not None:
                 lora.save_adapter(state.model, state.folder / "adapter", recipe.model.id)
-            run_folder.finish(recipe.run, state.step, why)
+            run_folder.finish(recipe.run, state.step, reason)
         dist.barrier()
     return recipe.run
 
 
 def save(state: TrainState) -> None:
-    """Writes a checkpoint of this step, on rank 0; the others wait."""
+    """Writes a checkpoint of this step on rank 0; the other ranks wait."""
     if dist.is_main():
         _checkpoint(state, state.folder / "checkpoints", state.recipe.checkpoint.keep)
     dist.barrier()
@@ -355,14 +368,14 @@ def save(state: TrainState) -> None:
 
 def _checkpoint(state: TrainState, folder: Path, keep: int) -> None:
     counters: dict[str, Any] = {"num_bad": state.num_bad, "guard": state.guard.state()}
-    # In steps of samples the order is a function of seed and step, so no cursor is saved.
+    # With `global_batch` the order is a function of seed and step, so no position is saved.
     if state.position is not None:
         counters["position"] = asdict(state.position)
     checkpoint.save(folder, state.step, state.model, state.optimizer, counters, keep)
 
 
 def validate(state: TrainState, metrics: tracking.Metrics) -> str | None:
-    """Evaluates what is due and keeps the best step; returns why the run should end, or None.
+    """Runs the due evaluations and keeps the best step; returns why the run should end, or None.
 
     Raises:
         RunError: an evaluation got worse than its guard allows; a checkpoint was written.
@@ -376,28 +389,30 @@ def validate(state: TrainState, metrics: tracking.Metrics) -> str | None:
             best = state.folder / "best"
             _checkpoint(state, best / "checkpoints", keep=1)
             shutil.copyfile(state.folder / "recipe.yaml", best / "recipe.yaml")
-    # Rank 0 alone evaluates; all must stop at the same step, or the next all-reduce would hang.
+    # Only rank 0 evaluates; all must stop at the same step, or the next all-reduce would hang.
     verdict = dist.from_main(verdict)
     for sentence in verdict.warnings:
         log.get_logger().warning("%s", sentence)
     if verdict.forgotten:
         save(state)
         raise RunError(
-            f"{'; '.join(verdict.forgotten)}. The checkpoint of this step is kept; train on what "
-            "is forgotten too, lower optim.lr, or allow more and start the same command again"
+            f"{'; '.join(verdict.forgotten)}. The checkpoint of this step is kept; train on such "
+            "data too, lower optim.lr, or raise max_worsening and start the same command again"
         )
     return verdict.stop
 
 
 def evaluate(state: TrainState) -> dict[str, float]:
-    """Runs the evaluations due at this step and not done yet; returns their metrics by name.
+    """Runs the evaluations that are due at this step; returns "evaluation/metric" -> value.
 
     Writes evals/STEP.json and the answers.
     """
     due = {
-        n: state.evaluators[n] for n, spec in state.recipe.evals.items() if _eval_due(state, spec)
+        name: state.evaluators[name]
+        for name, config in state.recipe.evals.items()
+        if _is_eval_due(state, config)
     }
-    # A resumed run comes by this step again; what is written already is not measured twice.
+    # A resumed run reaches this step again; evaluations in its file are not repeated.
     for name in evals.measured(state.folder / "evals", state.step):
         due.pop(name, None)
     if not due:
@@ -407,8 +422,13 @@ def evaluate(state: TrainState) -> dict[str, float]:
         return evals.run_all(due, state.chat, state.folder / "evals", state.step)
 
 
-def take_bad(state: TrainState, step: loader.Step) -> None:
-    """Raises for the step's first bad sample, or lists them all and counts, as the recipe says."""
+def handle_bad_samples(state: TrainState, step: loader.Step) -> None:
+    """Raises, or lists and counts, the bad samples of a step on all ranks.
+
+    Raises:
+        BadSample: with `on_bad_sample: raise`.
+        RunError: more than `max_bad_fraction` of the samples so far are bad.
+    """
     bad_samples = [bad for of_rank in dist.gather_objects(step.bad) for bad in of_rank]
     if not bad_samples:
         return
@@ -420,7 +440,7 @@ def take_bad(state: TrainState, step: loader.Step) -> None:
         for bad in bad_samples:
             bad_log.append({"step": step.index + 1, "sample": bad.name, "reason": bad.reason})
     state.num_bad += len(bad_samples)
-    # A share of very few samples says nothing: the cap counts from the first hundred on.
+    # A share of few samples is noise: fewer than a hundred count as a hundred.
     if state.num_bad > state.recipe.data.max_bad_fraction * max(step.num_seen, 100):
         raise RunError(
             f"{state.num_bad} of the first {step.num_seen} samples are bad, more than "
@@ -430,14 +450,14 @@ def take_bad(state: TrainState, step: loader.Step) -> None:
 
 
 def summary(state: TrainState) -> str:
-    """Returns one sentence on the samples, steps, parameters and devices of a run."""
+    """Describes the samples, steps, parameters and devices of a run in one line."""
     recipe = state.recipe
     batch = f"{recipe.global_batch_rows} rows" if recipe.global_batch_rows else recipe.global_batch
     num_trained, num_parameters = count_parameters(state.model)
     return (
-        f"{recipe.run}: {len(state.order):,} samples an epoch in "
+        f"{recipe.run}: {len(state.order):,} samples per epoch in "
         f"{state.order.num_groups:,} groups, "
-        f"{batch} a step, {state.num_steps:,} steps, from step {state.step}; "
+        f"{batch} per step, {state.num_steps:,} steps, from step {state.step}; "
         f"{num_trained:,} of {num_parameters:,} parameters train, {recipe.dtype} on "
         f"{dist.world_size()} x {state.device.type}"
     )
@@ -446,22 +466,22 @@ def summary(state: TrainState) -> str:
 def _steps(state: TrainState) -> Iterator[loader.Step]:
     recipe = state.recipe
 
-    def ready(batches: Sequence[Any]) -> Sequence[Batch]:
+    def prepare(batches: Sequence[Any]) -> Sequence[Batch]:
         if state.row_lengths:
             # A compiled model has one graph per length; any other length would recompile.
             batches = [feeding.pad(row, state.row_lengths) for row in batches]
-        # After padding, which copies; only pinned memory goes to the GPU without waiting.
+        # After padding, which copies; only pinned memory is copied to the GPU asynchronously.
         return [feeding.pin(row) for row in batches] if state.device.type == "cuda" else batches
 
     if recipe.global_batch_rows is not None:
         objective, order = state.objective, state.order
-        # The recipe was refused otherwise: pairs have no rows, and data that may grow no position.
+        # Other recipes were refused: pairs have no rows, and changed data no position.
         assert isinstance(objective, Sft)
         assert isinstance(order, SampleOrder)
         return row_steps.row_steps(
             order,
             state.reader,
-            lambda groups: ready(objective.rows(groups)),
+            lambda groups: prepare(objective.rows(groups)),
             recipe.data,
             num_rows=recipe.global_batch_rows,
             position=state.position or Position(),
@@ -473,7 +493,7 @@ def _steps(state: TrainState) -> Iterator[loader.Step]:
     return loader.steps(
         state.order,
         state.reader,
-        lambda units: ready(state.objective.batches(units)),
+        lambda units: prepare(state.objective.batches(units)),
         first=state.step,
         last=state.num_steps,
         global_batch=recipe.batch_samples,
@@ -485,7 +505,7 @@ def _steps(state: TrainState) -> Iterator[loader.Step]:
 
 
 def _resume(state: TrainState) -> tracking.Metrics:
-    """Loads the newest checkpoint and truncates the logs after its step."""
+    """Loads the newest checkpoint, truncates the logs after its step, and opens the metrics."""
     saved = checkpoint.steps(state.folder / "checkpoints")
     if saved:
         folder = state.folder / "checkpoints"
@@ -497,20 +517,23 @@ def _resume(state: TrainState) -> tracking.Metrics:
     dist.barrier()
     if not dist.is_main():
         return tracking.Metrics([])
-    # Steps after the checkpoint are taken again and would be logged twice.
+    # Steps after the checkpoint are repeated and would be logged twice.
     for name in ("bad_samples.jsonl", spikes.SKIPPED):
         log.StepLog(state.folder, name).truncate_after(state.step)
     return tracking.open_metrics(state.folder, state.step, state.recipe.wandb)
 
 
-def _speed(state: TrainState, step: loader.Step, wait_s: float, seconds: float) -> dict[str, float]:
-    of_rank = {
+def _throughput(
+    state: TrainState, step: loader.Step, wait_s: float, step_s: float
+) -> dict[str, float]:
+    """Returns the metrics of a step's size, speed and peak memory."""
+    rank_counts = {
         "rows": len(step.batches),
         "samples": sum(batch.num_samples for batch in step.batches),
         "tokens": sum(batch.num_tokens for batch in step.batches),
     }
-    summed = dist.sum_counts(of_rank)
-    rows, samples, tokens = (int(summed[name]) for name in of_rank)
+    counts = dist.sum_counts(rank_counts)
+    rows, samples, tokens = (int(counts[name]) for name in rank_counts)
     limit = state.recipe.data.row_tokens or state.recipe.data.max_tokens
     packs = state.recipe.objective.rows_are_packed
     return {
@@ -518,19 +541,20 @@ def _speed(state: TrainState, step: loader.Step, wait_s: float, seconds: float) 
         "samples": samples,
         "tokens": tokens,
         **({"fill": tokens / (max(1, rows) * limit)} if packs else {}),
-        "samples_per_s": samples / seconds,
-        "tokens_per_s": tokens / seconds,
+        "samples_per_s": samples / step_s,
+        "tokens_per_s": tokens / step_s,
         "data_wait_s": wait_s,
-        "step_s": seconds,
+        "step_s": step_s,
         "memory_gib": memory.peak_memory_gib(state.device),
     }
 
 
-def _eval_due(state: TrainState, spec: EvalConfig) -> bool:
+def _is_eval_due(state: TrainState, config: EvalConfig) -> bool:
+    # A guard needs the value before the first step, which later ones are compared with.
     if state.step == 0:
-        return spec.before or spec.guard is not None
-    return state.step == state.num_steps or _due(state, spec.every)
+        return config.before or config.guard is not None
+    return state.step == state.num_steps or _is_due(state, config.every)
 
 
-def _due(state: TrainState, every: int) -> bool:
+def _is_due(state: TrainState, every: int) -> bool:
     return every > 0 and state.step % every == 0
