@@ -106,7 +106,7 @@ def pack(
     pieces = [piece for unit in units for piece in split_unit(unit, max_tokens, max_tiles)]
     if packing == "official":
         cut = None if overflow_id is None else Overflow(overflow_id, max_tokens)
-        opened = [Buffer.of([piece]) for piece in pieces]
+        opened = [Buffer.from_units([piece]) for piece in pieces]
         filled = official_rows(opened, max_tokens, max_tiles, num_buffers, cut)
         rows = [buffer.pieces for buffer in filled]
     else:
@@ -190,11 +190,11 @@ class Buffer:
 
     tokens: int
     tiles: int
-    """Tiles in the original's count, see `of`."""
+    """Tiles in the original's count, see `from_units`."""
     pieces: list[Any]
 
     @classmethod
-    def of(cls, units: Sequence[Unit]) -> "Buffer":
+    def from_units(cls, units: Sequence[Unit]) -> "Buffer":
         # A sample without images counts one: the original gives it a white tile, which it masks
         # later but which takes room in the row. A cut rest counts the tiles that it has.
         tiles = sum(1 if unit.tiles is None else unit.num_tiles for unit in units)
@@ -205,7 +205,7 @@ def first_buffer(
     sizes: Sequence[tuple[int, int]], max_tokens: int, max_tiles: int, num_buffers: int
 ) -> list[list[int]]:
     """Packs pieces of `sizes` (tokens, tiles) officially, uncut; returns rows of piece indices."""
-    # At least one tile, see `Buffer.of`.
+    # At least one tile, see `Buffer.from_units`.
     pieces = [Buffer(tokens, max(1, tiles), [i]) for i, (tokens, tiles) in enumerate(sizes)]
     return [row.pieces for row in official_rows(pieces, max_tokens, max_tiles, num_buffers)]
 
@@ -293,12 +293,12 @@ class Overflow:
             inside = (starts <= self.max_tokens) & (self.max_tokens < ends)
             end = int(starts[inside][0]) if inside.any() else self.max_tokens
             following = starts[starts >= end]
-            pieces.append(Buffer.of(_between(rest.pieces, 0, end, self.context_id)))
+            pieces.append(Buffer.from_units(_between(rest.pieces, 0, end, self.context_id)))
             if not len(following):
-                rest = Buffer.of([])
+                rest = Buffer.from_units([])
                 break
             begin = int(following[0])
-            rest = Buffer.of(_between(rest.pieces, begin, rest.tokens, self.context_id))
+            rest = Buffer.from_units(_between(rest.pieces, begin, rest.tokens, self.context_id))
         return [piece for piece in (*pieces, rest) if self._is_valid(piece)]
 
     def _blocks(self, units: Sequence[Unit]) -> tuple[np.ndarray, np.ndarray]:

@@ -30,15 +30,18 @@ Weights = tuple[np.ndarray, np.ndarray, int]
 Resize = Callable[[np.ndarray, np.ndarray], None]
 
 
-def compiled_resize(width: int, height: int, how: str) -> Resize | None:
-    """Returns a compiled resize to `width` x `height` pixels, equal to `how`: "pillow" or "torch".
+def compiled_resize(width: int, height: int, backend: str) -> Resize | None:
+    """Returns a compiled resize to `width` x `height` pixels, equal to that of `backend`.
 
     It takes an RGB image, uint8 (H, W, 3), and fills tiles, uint8 (rows, columns, 3, S, S). Returns
     None without numba, for small targets, and for the first resizes of a process.
+
+    Args:
+        backend: "pillow" or "torch".
     """
     if width * height < _LEAST_PIXELS or next(_num_resizes) < _COMPILE_AFTER:
         return None
-    return _checked_resize(how)
+    return _checked_resize(backend)
 
 
 def resize_by_torch(image: np.ndarray, width: int, height: int) -> Tensor:
@@ -69,26 +72,26 @@ def _may_begin_with_height() -> bool:
 
 
 @cache
-def _checked_resize(how: str) -> Resize | None:
+def _checked_resize(backend: str) -> Resize | None:
     """Returns the compiled resize if numba is installed and it equals this Pillow or torch."""
     try:
         numba = importlib.import_module("numba")
     except ImportError:
         return None
     compiled = numba.njit(nogil=True)
-    resize = _Resize(compiled(_horizontal_pass), compiled(_vertical_pass), how)
+    resize = _Resize(compiled(_horizontal_pass), compiled(_vertical_pass), backend)
     draw = np.random.default_rng(0)
     # To 96 x 48: both shrunk (by Pillow 13 the height first, then the width), both grown, one each.
     for height, width in ((220, 70), (120, 200), (30, 20), (200, 30), (40, 120)):
         image = draw.integers(0, 256, (height, width, 3), dtype=np.uint8)
         tiles = np.empty((2, 1, 3, 48, 48), dtype=np.uint8)
         resize(image, tiles)
-        if how == "pillow":
+        if backend == "pillow":
             expected = np.asarray(Image.fromarray(image).resize((48, 96)))
         else:
             expected = resize_by_torch(image, 48, 96).permute(1, 2, 0).numpy()
         if not np.array_equal(tiles.transpose(0, 3, 1, 4, 2).reshape(96, 48, 3), expected):
-            logger.debug("the compiled resize differs from that of %s, which is used instead", how)
+            logger.debug("the compiled resize differs from %s, which is used instead", backend)
             return None
     return resize
 
@@ -96,10 +99,10 @@ def _checked_resize(how: str) -> Resize | None:
 class _Resize:
     """Runs the two compiled passes in the order that Pillow would."""
 
-    def __init__(self, horizontal: Any, vertical: Any, how: str) -> None:
+    def __init__(self, horizontal: Any, vertical: Any, backend: str) -> None:
         self.horizontal = horizontal
         self.vertical = vertical
-        self.how = how
+        self.backend = backend
 
     def __call__(self, image: np.ndarray, tiles: np.ndarray) -> None:
         rows, columns, _, size, _ = tiles.shape
@@ -110,8 +113,8 @@ class _Resize:
             height = to_height
         # Bytes, not int32, between the passes: Pillow and torch round here, too.
         middle = np.empty((3, height, to_width), dtype=np.uint8)
-        self.horizontal(_read_only(image), *_weights(width, to_width, self.how), middle)
-        self.vertical(_read_only(middle), *_weights(height, to_height, self.how), tiles)
+        self.horizontal(_read_only(image), *_weights(width, to_width, self.backend), middle)
+        self.vertical(_read_only(middle), *_weights(height, to_height, self.backend), tiles)
 
     def _resize_height(self, image: np.ndarray, to_height: int) -> np.ndarray:
         """Returns uint8 (to_height, W, 3): the vertical pass alone."""
@@ -120,7 +123,7 @@ class _Resize:
         resized = np.empty((to_height, width, 3), dtype=np.uint8)
         tile = resized.reshape(1, 1, 1, to_height, width * 3)
         plane = _read_only(image.reshape(1, height, width * 3))
-        self.vertical(plane, *_weights(height, to_height, self.how), tile)
+        self.vertical(plane, *_weights(height, to_height, self.backend), tile)
         return resized
 
 
@@ -133,7 +136,7 @@ def _read_only(array: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=4096)
-def _weights(size: int, to_size: int, how: str) -> Weights:
+def _weights(size: int, to_size: int, backend: str) -> Weights:
     """Returns (first, weights, bits) of a resize of one side from `size` to `to_size` pixels.
 
     `first`, uint64 (to_size,), is the first source pixel of each target; `weights` (taps, to_size)
@@ -155,12 +158,14 @@ def _weights(size: int, to_size: int, how: str) -> Weights:
         total = total + column
     weight = weight / total[:, None]
     bits = 22  # Pillow: 32 bits less 8 of the pixel and 2 for sums beyond 255
-    if how == "torch":
+    if backend == "torch":
         bits = 14
         while int(0.5 + weight.max() * (1 << (bits + 1))) < 1 << 15:
             bits += 1
     half = np.where(weight < 0, -0.5, 0.5)
-    fixed = np.trunc(half + weight * (1 << bits)).astype(np.int16 if how == "torch" else np.int32)
+    fixed = np.trunc(half + weight * (1 << bits)).astype(
+        np.int16 if backend == "torch" else np.int32
+    )
     return first.astype(np.uint64), np.ascontiguousarray(fixed.T), bits
 
 

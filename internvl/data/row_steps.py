@@ -92,7 +92,7 @@ class OfficialRows:
 
 
 def _official_tiles(unit: Unit) -> int:
-    # A text takes the room of one tile, see `Buffer.of`.
+    # A text takes the room of one tile, see `Buffer.from_units`.
     return 1 if unit.tiles is None else unit.num_tiles
 
 

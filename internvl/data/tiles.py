@@ -88,17 +88,17 @@ def cut(
     return tiles
 
 
-def _resize_into(tiles: Tensor, pixels: np.ndarray, how: str) -> None:
+def _resize_into(tiles: Tensor, pixels: np.ndarray, backend: str) -> None:
     """Resizes `pixels`, uint8 (H, W, 3), into `tiles`, uint8 (rows, columns, 3, S, S).
 
-    By Pillow's bicubic or torch's antialiased one (`how`), compiled if numba is installed.
+    By Pillow's bicubic or torch's antialiased one (`backend`), compiled if numba is installed.
     """
     rows, columns, _, size, _ = tiles.shape
     width, height = columns * size, rows * size
-    compiled = resample.compiled_resize(width, height, how)
+    compiled = resample.compiled_resize(width, height, backend)
     if compiled is not None:
         compiled(pixels, tiles.numpy())
-    elif how == "pillow":
+    elif backend == "pillow":
         resized = Image.fromarray(pixels).resize((width, height))
         # Plane by plane: saves a transposed copy of the whole, and copies runs of S bytes.
         for channel, plane in enumerate(resized.split()):

@@ -58,18 +58,18 @@ class Converted:
     """Such as {"lines": 1000, "boxes": 1432}."""
 
 
-def run(kind: str, source: Path, target: Path) -> Converted:
-    """Converts `source` into `target`, as `KINDS[kind]` says.
+def run(conversion: str, source: Path, target: Path) -> Converted:
+    """Converts `source` into `target` by the conversion of this name, a key of KINDS.
 
     Raises:
         UserError: no such kind; DataError, which is one: `source` is missing or not in its form
             (names file and line), or a package is missing (with its install line).
     """
-    if kind not in _CONVERTERS:
-        raise UserError(f"there is no conversion {kind!r}; known: {', '.join(KINDS)}")
+    if conversion not in _CONVERTERS:
+        raise UserError(f"there is no conversion {conversion!r}; known: {', '.join(KINDS)}")
     if not source.exists():
         raise DataError(f"there is no {source} to convert")
-    return _CONVERTERS[kind](source, target)
+    return _CONVERTERS[conversion](source, target)
 
 
 def box_to_1000(box: Box, size: tuple[float, float] = (1, 1)) -> tuple[int, int, int, int]:

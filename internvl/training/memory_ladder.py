@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from internvl.config import PairsConfig, Recipe
 
-# Of text alone; an image takes 256 tokens a tile.
+# Enough for short texts; an image needs 256 tokens per tile.
 _LEAST_TOKENS = 128
 """Smallest `data.max_tokens` that is suggested."""
 

@@ -53,7 +53,7 @@ class CaptionFile:
     texts: list[str] = field(default_factory=list)
     """Every row's caption, or its problem."""
     tried: bytearray = field(default_factory=bytearray)
-    """Nonzero for every image that has a row, good or bad."""
+    """State of every image: 0 no row yet, 1 has a row, good or bad, 2 unusable (repeated id)."""
     _by_name: dict[str, int] = field(default_factory=dict)  # file_key -> index in `images`
 
     @property
