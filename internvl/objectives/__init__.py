@@ -1,4 +1,4 @@
-"""What is minimized: the only difference between kinds of training."""
+"""Objectives: the loss terms of a training, its batches and their counts."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -13,54 +13,53 @@ from internvl.objectives import retrieval, sft
 
 
 class Objective(Protocol):
-    """How samples become batches, what a batch counts, and the SUM of each loss term.
+    """Makes batches of samples; computes the counts and the SUM of each loss term.
 
-    Units and batches are of the objective's own kind: whatever its reader makes, it takes.
+    Types of units and batches are the objective's: it takes what its reader makes.
     """
 
     weights: dict[str, float]
     """Weight of every term in the total."""
 
     def reader(self, files: Sequence[Source], seed: int) -> Dataset[Read]:
-        """What loader workers run: references of an order (`UnitRef`) to encoded units.
+        """Returns the data set that loader workers read: `UnitRef` -> encoded units.
 
         Args:
-            seed: of what is random in a unit, together with its epoch and sample.
+            seed: of the random numbers of a unit, together with its epoch and sample.
         """
         ...
 
     def batches(self, units: Sequence[Any]) -> Sequence[Batch]:
-        """The micro-batches of one step."""
+        """Makes the micro-batches of one step."""
         ...
 
     def describe(self, batches: Sequence[Any]) -> str:
-        """What the first step holds, for the log: its size, and how its first samples read."""
+        """Renders a step for the log: its size, and the text of its first samples."""
         ...
 
     def warmup_batches(self, lengths: Sequence[int]) -> Sequence[Batch]:
-        """Made-up batches that together have every shape for which blocks are compiled.
+        """Makes synthetic batches that have every shape for which blocks are compiled.
 
         Args:
-            lengths: that rows are padded to.
+            lengths: padded lengths of rows, in tokens.
         """
         ...
 
     def counts(self, batch: Any) -> dict[str, float]:
-        """What each term is averaged over, on CPU."""
+        """Returns the number of items that each term is averaged over, from a batch on the CPU."""
         ...
 
     def begin_step(self, model: Any, batches: Iterator[Any], counts: Mapping[str, float]) -> None:
-        """Before the backward passes of a step, under autocast: for a loss over the whole global
-        batch, which needs every batch's features (without gradient) before the first of them.
+        """Prepares a step, under autocast: a loss over the global batch encodes all features here.
 
         Args:
-            batches: the step's batches, each on the model's device once it is reached.
+            batches: the step's batches, each copied to the model's device when it is iterated.
             counts: of every term, over all batches and ranks.
         """
         ...
 
     def __call__(self, model: Any, batch: Any) -> dict[str, Tensor]:
-        """The sum of each term over a batch that is on the model's device."""
+        """Returns the sum of each term, float32 (), over a batch on the model's device."""
         ...
 
 

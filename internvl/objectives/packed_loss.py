@@ -1,4 +1,4 @@
-"""A packed row through a chat model: the loss that training minimizes and evaluation reads."""
+"""Loss of a chat model on a packed row, for training and evaluation."""
 
 from typing import Any
 
@@ -13,15 +13,15 @@ from internvl.models.vision import normalize_tiles
 
 
 def summed_loss(model: Any, row: PackedBatch, normalize: str) -> Tensor:
-    """float32 (): the weighted SUM of the next-token loss over a row's supervised positions.
+    """Returns the weighted SUM of the next-token loss over the supervised positions, float32 ().
 
     Args:
         row: on the model's device.
-        normalize: which mean and deviation pixels are normalized with, a key of `STATISTICS`.
+        normalize: mean and standard deviation of pixels, a key of `STATISTICS`.
     """
     implementation = model.config.text_config._attn_implementation
     mask = packed_mask(implementation, row.document, row.branch, model.dtype, row.starts)
-    pixels = row.pixel_values
+    pixels = row.pixel_values  # uint8: a quarter of float32's bytes to copy to the device
     if pixels is not None:
         pixels = normalize_tiles(pixels, torch.float32, *STATISTICS[normalize])
     return model(

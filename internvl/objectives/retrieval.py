@@ -1,17 +1,19 @@
-"""Images and captions of a step as each other's right and wrong answers: InternVL-14B's losses.
+"""InternVL-14B's losses: contrastive (ITC), matching (ITM) and caption generation (ITG).
 
-The contrastive term compares every image with every caption of the global batch. Where that does
-not fit on a device at once, only features travel between micro-batches: a first pass without
-gradient encodes them all, one loss over all features gives the gradient of each, and the second
-pass carries it back, a micro-batch at a time (gradient caching, Gao et al. 2021, arXiv:2101.06983).
-Both passes draw the same random numbers, so value and gradient are those of one large batch. What
-a frozen tower saw in the first pass is kept for the second, and the micro-batches that come first
-in the second come last in the first, for which they keep their graph. The features' gradient is
-carried back as far as the images before the other terms are computed, so that never both graphs
-of QLLaMA are there; the images' gradients of all terms go on together.
+ITC compares every image with every caption of the global batch. If that does not fit on a device
+at once, gradient caching (Gao et al. 2021, arXiv:2101.06983) cuts the step: a first pass without
+graph encodes the features of all micro-batches, one loss gives the gradient of each feature, and a
+second pass backpropagates it, one micro-batch at a time. Both passes draw the same random numbers,
+so loss and gradient equal those of one large batch. Recomputation and memory are limited:
+
+- Visual tokens of a frozen tower are cached between the passes.
+- The first pass encodes the second's first micro-batches last, and keeps their graph.
+- The second pass backpropagates the features as far as the cross-attention keys and values before
+  the other terms run: two graphs of QLLaMA never exist together. The rest runs once, for all terms.
 
 Shapes: B pairs of a micro-batch, n pairs of this rank, N of all ranks, F features of a pair (its
-caption's first, then one for each branch of its image), E width of an embedding.
+caption's first, then one for each branch of its image), E embedding width, Q queries, L caption
+length, D hidden size, T visual tokens of width W.
 """
 
 from collections import deque
@@ -42,37 +44,40 @@ _SHOWN_SAMPLES = 3
 
 
 @dataclass(frozen=True)
-class Cached:
-    """What the first pass left of a micro-batch."""
+class EncodedBatch:
+    """Features of a micro-batch, with their graph."""
 
-    seed: int | None
-    """Of the random numbers that both passes draw; None where there is nothing to draw again."""
-    loss: Tensor
-    """The contrastive sum over its pairs."""
-    gradient: Tensor
-    """Of the step's loss with respect to its features, (B, F, E)."""
-    scale_gradient: Tensor
-    """Of the same with respect to the logit scale; all of it is at the first micro-batch."""
-    vision: Tensor | None
-    """Visual tokens, (B, N, W), where the tower would see the same again."""
-    kept: "Encoded | None"
-    """With its graph, of micro-batches of which nothing is computed again."""
+    cross_kv: CrossKV
+    features: Tensor
+    """float32 (B, F, E)"""
+    kv_gradients: list[Tensor | None] | None
+    """Gradient of each tensor of `cross_kv`, filled by the backward pass of the features, whose
+    graph ends there; None if that graph includes the vision tower."""
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A micro-batch with its graph."""
+class CachedBatch:
+    """State of a micro-batch between the two passes."""
 
-    seen: CrossKV
-    features: Tensor
-    gradients: list[Tensor | None] | None
-    """Of what is seen, once the features' graph has been run back by itself; None where it goes on
-    below."""
+    seed: int | None
+    """Random seed of both passes; None if the graph of the first pass is kept."""
+    loss: Tensor
+    """Contrastive loss, float32 (), summed over its pairs."""
+    gradient: Tensor
+    """Gradient of the step's loss with respect to its features, (B, F, E)."""
+    scale_gradient: Tensor
+    """Gradient with respect to the logit scale: the first micro-batch has all of it."""
+    vision: Tensor | None
+    """Visual tokens, (B, T, W), if the second pass would compute the same ones."""
+    encoded: EncodedBatch | None
+    """Features with their graph, of micro-batches that are not encoded twice."""
 
 
 class RetrievalObjective:
-    """Fine-tuning: `itc`, contrastive, in both branches, with every caption of an image as a right
-    answer, over pairs; `itm`, matching, over each pair with its caption and with another.
+    """Fine-tuning with `itc`, averaged over pairs, and `itm`, over twice as many matches.
+
+    ITC has both branches (InternVL-C and -G); all captions of an image are right answers. ITM
+    classifies every image with its caption and with another image's.
 
     Original: `forward` of `internvl_stage2_retrieval/modeling_internvl.py`.
     """
@@ -82,193 +87,228 @@ class RetrievalObjective:
         self.data = data
         self.encoder = encoder
         self.weights = config.term_weights
-        self._cached: deque[Cached] = deque()
+        self._cached: deque[CachedBatch] = deque()
 
     def reader(self, files: Sequence[Source], seed: int) -> PairReader:
+        """See `Objective.reader`."""
         written = "itg" in self.weights
         return PairReader(files, self.encoder, self.data.tiling.size, seed=seed, written=written)
 
     def describe(self, batches: Sequence[PairBatch]) -> str:
+        """See `Objective.describe`."""
         pairs = sum(batch.num_samples for batch in batches)
         tokens = sum(batch.num_tokens for batch in batches)
         lines = [f"{pairs} pairs in {len(batches)} micro-batch(es), {tokens:,} tokens"]
-        read = partial(self.encoder.tokenizer.decode, skip_special_tokens=True)
+        decode = partial(self.encoder.tokenizer.decode, skip_special_tokens=True)
         for batch in batches[:1]:
+            # Not strict: retrieval has two matches per pair, and the first B are one per image.
             shown = zip(
                 batch.names, batch.text_ids, batch.match_ids, batch.match_labels, strict=False
             )
             for name, text, match, label in islice(shown, _SHOWN_SAMPLES):
-                beside = {0: "not ", 1: ""}.get(int(label), "uncounted: ")
-                lines.append(f"{name}\n{read(text[text > 0])}\n{beside}{read(match[match > 0])}")
+                prefix = {0: "not ", 1: ""}.get(int(label), "uncounted: ")
+                texts = decode(text[text > 0]), decode(match[match > 0])
+                lines.append(f"{name}\n{texts[0]}\n{prefix}{texts[1]}")
         return "\n".join(lines)
 
     def warmup_batches(self, lengths: Sequence[int]) -> list[PairBatch]:
-        """None: what is compiled takes any length."""
+        """Returns none: compiled blocks take any length."""
         return []
 
     def batches(self, units: Sequence[Pair]) -> list[PairBatch]:
-        """Micro-batches of pairs whose captions are of about the same length, the longest first: a
-        step has the same gradient in any order, and padding is computed as well."""
+        """Makes micro-batches of pairs with captions of similar length, the longest first."""
         size = self.config.micro_batch or max(1, len(units))
+        # Before sorting: which match a pair gets may depend on its position in the step.
         shown = [(pair, self.matches(pair, i, len(units))) for i, pair in enumerate(units)]
+        # Sorted because padding is computed as well; the gradient is the same in any order.
         if size < len(units):
-            shown.sort(key=lambda one: _lengths(*one), reverse=True)
-        parts = [shown[i : i + size] for i in range(0, len(shown), size)]
+            shown.sort(key=lambda pair_matches: _padded_lengths(*pair_matches), reverse=True)
+        groups = [shown[i : i + size] for i in range(0, len(shown), size)]
         return [
             make_batch(pairs, matches, [self.is_compared(pair) for pair in pairs])
-            for pairs, matches in (zip(*part, strict=True) for part in parts)
+            for pairs, matches in (zip(*group, strict=True) for group in groups)
         ]
 
-    def matches(self, pair: Pair, number: int, total: int) -> tuple[Match, ...]:
-        """Captions that the image of pair `number` of `total` is shown with."""
-        return (pair.negative, 0), (pair.positive, 1)
+    def matches(self, pair: Pair, index: int, total: int) -> tuple[Match, ...]:
+        """Returns the captions that an image is matched with.
+
+        Args:
+            index: of the pair among the `total` pairs of this rank's step.
+        """
+        return (pair.negative, 0), (pair.positive, 1)  # the original's order of blocks
 
     def is_compared(self, pair: Pair) -> bool:
-        """Whether its caption is embedded and compared."""
+        """True if the pair's caption takes part in ITC."""
         return True
 
     def counts(self, batch: PairBatch) -> dict[str, float]:
-        found = {
+        """See `Objective.counts`."""
+        counts = {
             "itc": float(batch.text_counts.sum()),
             "itm": float((batch.match_labels != IGNORE).sum()),
             "itg": float(len(batch.targets)),
         }
-        return {name: found[name] for name in self.weights}
+        return {name: counts[name] for name in self.weights}
 
     def begin_step(
         self, model: Any, batches: Iterator[PairBatch], counts: Mapping[str, float]
     ) -> None:
-        """The first pass; none where every rank has a single micro-batch."""
+        """Runs the first pass of gradient caching, if any rank has several micro-batches."""
         self._cached.clear()
-        number = self.config.kept_micro_batches
-        first = list(islice(batches, max(2, number)))
+        num_graphs = self.config.kept_micro_batches
+        first = list(islice(batches, max(2, num_graphs)))
+        # All ranks decide alike, also one with fewer micro-batches: the loss below is collective.
         if "itc" not in self.weights or set(dist.gather_objects(len(first))) == {1}:
             return
-        visions, encoded, image_ids, counted = [], [], [], []
+        visions, features, image_ids, text_counts = [], [], [], []
         seeds: list[int | None] = []
-        room = model.kept_bytes
-        # The first come last: they are the next to be trained on, and their graphs are kept for it.
-        for pairs in chain(first[number:], batches):
-            device = pairs.pixel_values.device
+        free_bytes = model.kept_bytes
+        # The first micro-batches come last: the second pass begins with them, on kept graphs.
+        for batch in chain(first[num_graphs:], batches):
+            device = batch.pixel_values.device
             seeds.append(int(torch.randint(2**62, ())))
-            with _nothing_kept(), _random_numbers(seeds[-1], device):
-                before = _random_state(device)
-                vision = model.vision_tokens(self._normalized(pairs))
-                same = not vision.requires_grad and torch.equal(before, _random_state(device))
-                keep = same and vision.nbytes <= room
-                room -= vision.nbytes if keep else 0
+            with _discard_saved_tensors(), _seeded(seeds[-1], device):
+                before = _rng_state(device)
+                vision = model.vision_tokens(self._normalized(batch))
+                # A tower that drew (stochastic depth) runs again: what follows it must draw alike.
+                same = not vision.requires_grad and torch.equal(before, _rng_state(device))
+                keep = same and vision.nbytes <= free_bytes
+                free_bytes -= vision.nbytes if keep else 0
                 visions.append(vision if keep else None)
-                encoded.append(self.features(model, model.encode_kv(vision), pairs).detach())
-            image_ids.append(pairs.image_ids)
-            counted.append(pairs.text_counts)
-        kept = [self._encoded(model, pairs, None) for pairs in first[:number]]
-        encoded[:0] = [one.features.detach() for one in kept]
-        image_ids[:0] = [pairs.image_ids for pairs in first[:number]]
-        counted[:0] = [pairs.text_counts for pairs in first[:number]]
-        if not encoded:  # only bad samples on this rank; the others wait for its (no) features
-            encoded = [self._no_features(model)]
-            image_ids = [encoded[0].new_zeros(0, dtype=torch.long)]
-            counted = [encoded[0].new_zeros(0)]
-        own = torch.cat(encoded).requires_grad_()
+                features.append(self.features(model, model.encode_kv(vision), batch).detach())
+            image_ids.append(batch.image_ids)
+            text_counts.append(batch.text_counts)
+        graphs = [self._encode(model, batch, None) for batch in first[:num_graphs]]
+        # In front again: from here on, in the order in which the second pass asks for them.
+        features[:0] = [encoded.features.detach() for encoded in graphs]
+        image_ids[:0] = [batch.image_ids for batch in first[:num_graphs]]
+        text_counts[:0] = [batch.text_counts for batch in first[:num_graphs]]
+        if not features:  # only bad samples on this rank; the others wait for its (no) features
+            features = [self._empty_features(model)]
+            image_ids = [features[0].new_zeros(0, dtype=torch.long)]
+            text_counts = [features[0].new_zeros(0)]
+        leaves = torch.cat(features).requires_grad_()
         scale = model.logit_scale.detach().float().requires_grad_()
-        losses = self._losses(own, torch.cat(image_ids), scale) * torch.cat(counted)
+        losses = self._losses(leaves, torch.cat(image_ids), scale) * torch.cat(text_counts)
+        # Weighted and averaged here: the sum that `__call__` returns has no gradient.
         weight = self.weights["itc"] / counts["itc"]
-        gradient, scale_gradient = torch.autograd.grad(weight * losses.sum(), [own, scale])
-        sizes = [len(part) for part in encoded]
-        left = chain(((None, None, one) for one in kept), zip(seeds, visions, repeat(None)))
-        for (seed, vision, one), loss, part in zip(
-            left, losses.detach().split(sizes), gradient.split(sizes), strict=False
+        gradient, scale_gradient = torch.autograd.grad(weight * losses.sum(), [leaves, scale])
+        sizes = [len(batch_features) for batch_features in features]
+        states = chain(
+            ((None, None, encoded) for encoded in graphs), zip(seeds, visions, repeat(None))
+        )
+        # Not strict: a rank without samples has a size, 0, but no micro-batch.
+        for (seed, vision, encoded), loss, batch_gradient in zip(
+            states, losses.detach().split(sizes), gradient.split(sizes), strict=False
         ):
-            self._cached.append(Cached(seed, loss.sum(), part, scale_gradient, vision, one))
+            cached = CachedBatch(seed, loss.sum(), batch_gradient, scale_gradient, vision, encoded)
+            self._cached.append(cached)
             scale_gradient = torch.zeros_like(scale_gradient)
 
     def __call__(self, model: Any, batch: PairBatch) -> dict[str, Tensor]:
-        """The terms' sums. After a first pass that of `itc` has no gradient: it is carried back
-        here, as far as the images if other terms go on from them."""
+        """Returns the sum of each term, float32 ().
+
+        After a first pass, `itc` has no gradient: this call backpropagates the features.
+        """
         cached = self._cached.popleft() if self._cached else None
         seed = None if cached is None else cached.seed
-        with _random_numbers(seed, batch.pixel_values.device):
+        with _seeded(seed, batch.pixel_values.device):
             if cached is None:
-                seen = model.encode_kv(model.vision_tokens(self._normalized(batch)))
-                sums = {"itc": self._contrast(model, seen, batch)} if "itc" in self.weights else {}
+                kv = model.encode_kv(model.vision_tokens(self._normalized(batch)))
+                sums = {"itc": self._itc_loss(model, kv, batch)} if "itc" in self.weights else {}
             else:
-                seen, sums = self._carry(model, batch, cached), {"itc": cached.loss}
-            terms = {"itm": self._match, "itg": self._write}
-            sums |= {n: terms[n](model, seen, batch) for n in self.weights if n in terms}
+                kv, sums = self._backward_features(model, batch, cached), {"itc": cached.loss}
+            terms = {"itm": self._itm_loss, "itg": self._itg_loss}
+            sums |= {n: terms[n](model, kv, batch) for n in self.weights if n in terms}
         return sums
 
-    def _encoded(self, model: Any, pairs: PairBatch, vision: Tensor | None) -> Encoded:
-        """With a graph; `vision` where it is known."""
+    def _encode(self, model: Any, batch: PairBatch, vision: Tensor | None) -> EncodedBatch:
+        """Encodes a micro-batch with a graph, from cached visual tokens (B, T, W) if not None."""
         if vision is None:
-            vision = model.vision_tokens(self._normalized(pairs))
-        seen = model.encode_kv(vision)
+            vision = model.vision_tokens(self._normalized(batch))
+        cross_kv = model.encode_kv(vision)
+        # ITC alone: nothing else uses keys and values, so one graph reaches to the tower.
         if len(self.weights) == 1:
-            return Encoded(seen, self.features(model, seen, pairs), None)
-        leaves = [t.detach().requires_grad_(t.requires_grad) for t in seen.tensors()]
+            return EncodedBatch(cross_kv, self.features(model, cross_kv, batch), None)
+        leaves = [t.detach().requires_grad_(t.requires_grad) for t in cross_kv.tensors()]
         gradients: list[Tensor | None] = [None] * len(leaves)
-        begin = (_Begin.apply(leaf, gradients, place) for place, leaf in enumerate(leaves))
-        return Encoded(seen, self.features(model, seen.with_tensors(begin), pairs), gradients)
+        stored = (_StoreGradient.apply(leaf, gradients, i) for i, leaf in enumerate(leaves))
+        features = self.features(model, cross_kv.with_tensors(stored), batch)
+        return EncodedBatch(cross_kv, features, gradients)
 
-    def _carry(self, model: Any, batch: PairBatch, cached: Cached) -> CrossKV:
-        """Carries the gradient of the features back; returns what other terms look at."""
-        one = cached.kept or self._encoded(model, batch, cached.vision)
-        with torch.autocast(one.features.device.type, enabled=False):
-            if one.features.requires_grad:
-                one.features.backward(cached.gradient)
+    def _backward_features(self, model: Any, batch: PairBatch, cached: CachedBatch) -> CrossKV:
+        """Backpropagates the cached gradient of the features and of the logit scale.
+
+        Returns:
+            Keys and values for the other terms; their backward adds the features' gradient.
+        """
+        encoded = cached.encoded or self._encode(model, batch, cached.vision)
+        # torch advises against autocast around a backward pass, and the caller's is still on.
+        with torch.autocast(encoded.features.device.type, enabled=False):
+            if encoded.features.requires_grad:
+                encoded.features.backward(cached.gradient)
             if model.logit_scale.requires_grad:
                 model.logit_scale.float().backward(cached.scale_gradient)
-        if one.gradients is None:
-            return one.seen
-        return one.seen.with_tensors(_Joined.apply(one.gradients, *one.seen.tensors()))
+        if encoded.kv_gradients is None:
+            return encoded.cross_kv
+        tensors = _AddGradients.apply(encoded.kv_gradients, *encoded.cross_kv.tensors())
+        return encoded.cross_kv.with_tensors(tensors)
 
-    def features(self, model: Any, seen: CrossKV, batch: PairBatch) -> Tensor:
-        """float32 (B, F, E) of unit length: captions, what the queries see, images."""
-        queries, captions = self._apart(model, seen, batch)
-        found = (
+    def features(self, model: Any, cross_kv: CrossKV, batch: PairBatch) -> Tensor:
+        """Returns features of captions, queries and images, float32 (B, F, E) of unit length."""
+        queries, captions = self._unimodal_states(model, cross_kv, batch)
+        embeddings = (
             model.text_embeds(captions, batch.text_mask),
             model.query_embeds(queries),
-            model.image_embeds(seen.tokens),
+            model.image_embeds(cross_kv.tokens),
         )
-        return F.normalize(torch.stack([embeds.float() for embeds in found], dim=1), dim=-1)
+        return F.normalize(torch.stack([e.float() for e in embeddings], dim=1), dim=-1)
 
-    def _apart(self, model: Any, seen: CrossKV, batch: PairBatch) -> tuple[Tensor, Tensor]:
-        """What queries and captions are without each other, in one pass: (B, Q, D), (B, L, D)."""
+    def _unimodal_states(
+        self, model: Any, cross_kv: CrossKV, batch: PairBatch
+    ) -> tuple[Tensor, Tensor]:
+        """Returns query states (B, Q, D) and caption states (B, L, D), each without the other."""
+        # One joint pass instead of two: short captions alone are bound by kernel launches.
         mask = model.joint_mask("itc", batch.text_mask)
-        return model.joint_states(seen, batch.text_ids, mask)
+        return model.joint_states(cross_kv, batch.text_ids, mask)
 
-    def _no_features(self, model: Any) -> Tensor:
+    def _empty_features(self, model: Any) -> Tensor:
         return torch.zeros(0, 3, model.config.embed_dim, device=model.device)
 
     def targets(self, image_ids: Tensor) -> Tensor:
-        """Share of each of N pairs in being the right answer: (n, N), rows sum to one."""
+        """Returns target probabilities (n, N): equal shares for all pairs of the same image."""
         same = image_ids[:, None] == dist.gather_rows(image_ids)
         return same / same.sum(1, keepdim=True)
 
-    def _contrast(self, model: Any, seen: CrossKV, batch: PairBatch) -> Tensor:
-        features, scale = self.features(model, seen, batch), model.logit_scale.float()
+    def _itc_loss(self, model: Any, cross_kv: CrossKV, batch: PairBatch) -> Tensor:
+        features, scale = self.features(model, cross_kv, batch), model.logit_scale.float()
         return (self._losses(features, batch.image_ids, scale) * batch.text_counts).sum()
 
-    def _losses(self, own: Tensor, image_ids: Tensor, scale: Tensor) -> Tensor:
+    def _losses(self, features: Tensor, image_ids: Tensor, scale: Tensor) -> Tensor:
         """Contrastive loss of each pair of this rank (n,) among all pairs; collective."""
-        with torch.autocast(own.device.type, enabled=False):
+        # Logits in float32: bfloat16 would round cosines that are scaled by up to 100.
+        with torch.autocast(features.device.type, enabled=False):
             targets = self.targets(image_ids)
-            return contrastive_losses(own, dist.gather_rows(own), targets, scale)
+            return contrastive_losses(features, dist.gather_rows(features), targets, scale)
 
-    def _match(self, model: Any, seen: CrossKV, batch: PairBatch) -> Tensor:
+    def _itm_loss(self, model: Any, cross_kv: CrossKV, batch: PairBatch) -> Tensor:
         mask = model.joint_mask("itm", batch.match_mask)
-        queries, _ = model.joint_states(seen, batch.match_ids, mask)
+        queries, _ = model.joint_states(cross_kv, batch.match_ids, mask)
         logits = model.itm_logits(queries).float()
         labels = batch.match_labels
         return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
 
-    def _write(self, model: Any, seen: CrossKV, batch: PairBatch) -> Tensor:
+    def _itg_loss(self, model: Any, cross_kv: CrossKV, batch: PairBatch) -> Tensor:
         mask = model.joint_mask("itg", batch.written_mask)
-        _, states = model.joint_states(seen, batch.written_ids, mask)
+        _, states = model.joint_states(cross_kv, batch.written_ids, mask)
         states = states.flatten(0, 1).index_select(0, batch.loss_positions)
         loss = states.new_zeros((), dtype=torch.float32)
+        # Logits of a chunk at a time, recomputed in the backward pass: all at once are large.
         chunk = model.loss_chunk
-        for part, targets in zip(states.split(chunk), batch.targets.split(chunk), strict=True):
-            loss = loss + checkpoint(_token_loss, model, part, targets, use_reentrant=False)
+        for chunk_states, targets in zip(
+            states.split(chunk), batch.targets.split(chunk), strict=True
+        ):
+            loss = loss + checkpoint(_token_loss, model, chunk_states, targets, use_reentrant=False)
         return loss
 
     def _normalized(self, batch: PairBatch) -> Tensor:
@@ -276,26 +316,27 @@ class RetrievalObjective:
         return normalize_tiles(batch.pixel_values, torch.float32, *statistics)
 
 
-class _Begin(torch.autograd.Function):
-    """A leaf as it is, whose gradient goes to a place in a list: the leaf itself would copy it into
-    its own order of dimensions."""
+class _StoreGradient(torch.autograd.Function):
+    """Identity of a leaf whose backward stores the gradient in `gradients[index]`."""
 
+    # `leaf.grad` would not do: autograd copies it into the leaf's own order of dimensions.
     @staticmethod
-    def forward(ctx: Any, leaf: Tensor, gradients: list[Tensor | None], place: int) -> Tensor:
-        ctx.gradients, ctx.place = gradients, place
+    def forward(ctx: Any, leaf: Tensor, gradients: list[Tensor | None], index: int) -> Tensor:
+        ctx.gradients, ctx.index = gradients, index
         return leaf.view_as(leaf)
 
     @staticmethod
-    def backward(ctx: Any, *own: Tensor) -> tuple[None, ...]:
-        ctx.gradients[ctx.place] = own[0]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+        ctx.gradients[ctx.index] = gradients[0]
         return None, None, None
 
 
-class _Joined(torch.autograd.Function):
-    """Tensors as they are, of which other uses have had their gradients already."""
+class _AddGradients(torch.autograd.Function):
+    """Identity of tensors whose backward adds `gradients`, which an earlier backward stored."""
 
     @staticmethod
     def forward(ctx: Any, gradients: list[Tensor | None], *tensors: Tensor) -> tuple[Tensor, ...]:
+        # None for tensors that no term uses, instead of zeros of their size.
         ctx.set_materialize_grads(False)
         ctx.gradients = gradients
         outputs = tuple(tensor.view_as(tensor) for tensor in tensors)
@@ -305,15 +346,16 @@ class _Joined(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *own: Tensor | None) -> tuple[Tensor | None, ...]:
-        pairs = zip(own, ctx.gradients, strict=True)
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        pairs = zip(gradients, ctx.gradients, strict=True)
+        # In place: nothing else uses the stored gradients.
         return None, *(b if a is None else a if b is None else b.add_(a) for a, b in pairs)
 
 
-def _lengths(pair: Pair, matches: Sequence[Match]) -> tuple[int, int]:
-    """What a pair's captions are padded to at least: those with the image, and those alone."""
-    beside = max(len(pair.written), *(len(text) for text, _ in matches))
-    return padded_length(beside), padded_length(len(pair.summary))
+def _padded_lengths(pair: Pair, matches: Sequence[Match]) -> tuple[int, int]:
+    """Padded length, in tokens, of a pair's captions: joint with the image, and for ITC."""
+    joint = max(len(pair.written), *(len(text) for text, _ in matches))
+    return padded_length(joint), padded_length(len(pair.summary))
 
 
 def _token_loss(model: Any, states: Tensor, targets: Tensor) -> Tensor:
@@ -321,87 +363,95 @@ def _token_loss(model: Any, states: Tensor, targets: Tensor) -> Tensor:
 
 
 class Stage2(RetrievalObjective):
-    """Pre-training: `itc` between the queries and the captions, each caption right for its own
-    image alone; `itm`, the first half of a step's images with a caption of another image, the
-    second half with their own; `itg`, captions written after a prompt, over their tokens.
+    """Pre-training with `itc`, `itm` (both averaged over pairs) and `itg` (over caption tokens).
 
-    A pair whose caption is empty is not compared and not matched. Original: `forward` of
-    `internvl_stage2/modeling_internvl.py`.
+    ITC compares queries and captions; only an image's own caption is right. ITM classifies the
+    first half of a step's images with another image's caption, the second half with their own. A
+    pair with an empty caption takes part in neither.
+
+    Original: `forward` of `internvl_stage2/modeling_internvl.py`.
     """
 
     config: Stage2Config
 
-    def matches(self, pair: Pair, number: int, total: int) -> tuple[Match, ...]:
-        """One caption, so that all ranks together show half of a step with another image's."""
-        own = number >= total - total // 2
-        caption = pair.positive if own else pair.negative
+    def matches(self, pair: Pair, index: int, total: int) -> tuple[Match, ...]:
+        """Returns one caption: another image's in the first half of the step, else its own."""
+        is_positive = index >= total - total // 2
+        caption = pair.positive if is_positive else pair.negative
+        # The length of an empty caption: begin and end of sequence are always there.
         empty = len(caption) <= len(self.encoder.matching(""))
-        return ((caption, IGNORE if empty else int(own)),)
+        return ((caption, IGNORE if empty else int(is_positive)),)
 
     def is_compared(self, pair: Pair) -> bool:
+        """False for an empty caption."""
         return len(pair.summary) > len(self.encoder.embedding(""))
 
-    def features(self, model: Any, seen: CrossKV, batch: PairBatch) -> Tensor:
-        """float32 (B, F, E) of unit length: captions, what the queries see."""
-        queries, captions = self._apart(model, seen, batch)
-        found = (
+    def features(self, model: Any, cross_kv: CrossKV, batch: PairBatch) -> Tensor:
+        """Returns features of captions and queries, float32 (B, F, E) of unit length."""
+        queries, captions = self._unimodal_states(model, cross_kv, batch)
+        embeddings = (
             model.text_embeds(captions, batch.text_mask),
             model.query_embeds(queries),
         )
-        return F.normalize(torch.stack([embeds.float() for embeds in found], dim=1), dim=-1)
+        return F.normalize(torch.stack([e.float() for e in embeddings], dim=1), dim=-1)
 
-    def _no_features(self, model: Any) -> Tensor:
+    def _empty_features(self, model: Any) -> Tensor:
         return torch.zeros(0, 2, model.config.embed_dim, device=model.device)
 
     def targets(self, image_ids: Tensor) -> Tensor:
-        """A pair's own number, smoothed: (n, N), rows sum to one."""
-        number = torch.arange(len(image_ids), device=image_ids.device)
-        number = number + (dist.rank() << 32)
-        right = (number[:, None] == dist.gather_rows(number)).float()
+        """Returns target probabilities (n, N): the pair itself, with label smoothing."""
+        pair_ids = torch.arange(len(image_ids), device=image_ids.device)
+        # Unique over ranks, which may have different numbers of pairs.
+        pair_ids = pair_ids + (dist.rank() << 32)
+        same = (pair_ids[:, None] == dist.gather_rows(pair_ids)).float()
         smoothing = self.config.label_smoothing
-        return (1 - smoothing) * right + smoothing / right.shape[1]
+        return (1 - smoothing) * same + smoothing / same.shape[1]
 
 
-def contrastive_losses(own: Tensor, all_: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
-    """(n,): over every branch of the image, half of the cross-entropy from the caption to the
-    images and half of that from the image to the captions.
+def contrastive_losses(local: Tensor, gathered: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+    """Returns the contrastive loss of each pair, float32 (n,), summed over the image branches.
+
+    Of each branch: half of the cross-entropy from images to captions and half of the reverse.
 
     Args:
-        own: features of unit length (n, F, E), the captions' first.
-        all_: those of all pairs (N, F, E).
-        targets: share of each answer (n, N).
-        scale: logarithm of what cosines are multiplied with.
+        local: this rank's features, unit length, (n, F, E), the captions' first.
+        gathered: features of all ranks, (N, F, E).
+        targets: target probabilities, (n, N); rows sum to one.
+        scale: (), logarithm of the factor of cosines (of the inverse temperature).
     """
-    (caption, *images), (captions, *others) = own.unbind(1), all_.unbind(1)
+    (caption, *images), (captions, *all_images) = local.unbind(1), gathered.unbind(1)
     return sum(
         (
-            0.5 * (_entropy(scale, image, captions, targets))
-            + 0.5 * (_entropy(scale, caption, other, targets))
-            for image, other in zip(images, others, strict=True)
+            0.5 * (_soft_cross_entropy(scale, image, captions, targets))
+            + 0.5 * (_soft_cross_entropy(scale, caption, branch_images, targets))
+            for image, branch_images in zip(images, all_images, strict=True)
         ),
-        start=own.new_zeros(len(own)),
+        start=local.new_zeros(len(local)),
     )
 
 
-def _entropy(scale: Tensor, queries: Tensor, answers: Tensor, targets: Tensor) -> Tensor:
-    return -(targets * (scale.exp() * queries @ answers.T).log_softmax(-1)).sum(-1)
+def _soft_cross_entropy(
+    scale: Tensor, queries: Tensor, candidates: Tensor, targets: Tensor
+) -> Tensor:
+    """Cross-entropy (n,) of queries (n, E) among candidates (N, E) with targets (n, N)."""
+    # Not F.cross_entropy: several captions of an image share the target.
+    return -(targets * (scale.exp() * queries @ candidates.T).log_softmax(-1)).sum(-1)
 
 
-def _nothing_kept() -> AbstractContextManager[None]:
-    """What the backward pass would need is let go at once, so that only memory tells this from
-    a pass with gradient. Under `no_grad` compiled blocks are other code, which draws other random
-    numbers."""
+def _discard_saved_tensors() -> AbstractContextManager[None]:
+    """Frees tensors saved for the backward pass at once: a forward pass that needs no graph."""
+    # Not `no_grad`: under it compiled blocks are other code, which draws other random numbers.
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing)
 
 
-def _random_state(device: torch.device) -> Tensor:
-    """Of the generator that the device draws from."""
+def _rng_state(device: torch.device) -> Tensor:
+    """Returns the state of the device's random generator."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 @contextmanager
-def _random_numbers(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Draws from a seed inside, and goes on as before afterwards; None changes nothing."""
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Seeds torch inside and restores its generators afterwards; None does neither."""
     if seed is None:
         yield
         return

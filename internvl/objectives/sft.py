@@ -22,8 +22,9 @@ _SHOWN_SAMPLES = 2
 
 
 class Sft:
-    """One term, `sft`, averaged over supervised tokens (weighted as the recipe says), or with
-    `loss_normalization: micro_batch` over rows, whose weights then sum to one.
+    """One term, `sft`, averaged over supervised tokens with the recipe's weighting.
+
+    With `loss_normalization: micro_batch` it is averaged over rows, whose weights then sum to one.
 
     Original: `InternVLChatModel.forward` with `loss_weight`, `dataset_packed.py`.
     """
@@ -35,16 +36,20 @@ class Sft:
         self.weights = {"sft": 1.0}
 
     def reader(self, files: Sequence[Source], seed: int) -> UnitReader:
+        """See `Objective.reader`."""
         return UnitReader(files, self.data, self.encode, seed=seed)
 
     def encode(self, samples: Sequence[Sample], tiles: Tiles | None) -> list[Unit | BadSample]:
+        """Encodes samples of the same images to units; the bad ones follow."""
         return encode_units(
             self.encoder, samples, tiles, self.data.max_tokens, share=self.data.share_prefix
         )
 
     def batches(self, units: Sequence[Unit]) -> list[PackedBatch]:
+        """Packs a step's units into rows, a micro-batch each."""
         rows = pack(
             units,
+            # A row may be longer than the longest sample: long rows pad less.
             max_tokens=self.data.row_tokens or self.data.max_tokens,
             max_tiles=self.data.max_tiles,
             weighting=self.config.weighting,
@@ -56,24 +61,29 @@ class Sft:
         return self._checked(rows)
 
     def rows(self, groups: Sequence[Sequence[Unit]]) -> list[PackedBatch]:
-        """Returns the batches of units that are grouped to rows already."""
+        """Makes the batches of units that are grouped to rows already."""
         branches = self.data.share_prefix
         return self._checked(build_rows(groups, self.config.weighting, branches=branches))
 
     def _checked(self, rows: list[PackedBatch]) -> list[PackedBatch]:
+        """Returns the rows with the recipe's loss weights, their placeholders checked."""
         for row in rows:
-            self._count_placeholders(row)
+            self._check_placeholders(row)
+        # The original averages each micro-batch by itself: a token of a short row weighs more.
         if self.config.loss_normalization == "micro_batch":
             return [replace(row, loss_weights=_sums_to_one(row.loss_weights)) for row in rows]
         return rows
 
-    def _count_placeholders(self, row: PackedBatch) -> None:
-        found = int((row.input_ids == self.encoder.context_id).sum())
-        wanted = row.num_tiles * self.encoder.tokens_per_tile
+    def _check_placeholders(self, row: PackedBatch) -> None:
+        placeholders = int((row.input_ids == self.encoder.context_id).sum())
+        visual = row.num_tiles * self.encoder.tokens_per_tile
         # Only the encoder writes placeholders, so no data can cause this.
-        assert found == wanted, f"{row.names}: {found} placeholders, {wanted} visual tokens"
+        assert placeholders == visual, (
+            f"{row.names}: {placeholders} placeholders, {visual} visual tokens"
+        )
 
     def describe(self, batches: Sequence[PackedBatch]) -> str:
+        """See `Objective.describe`."""
         tokens, tiles = sum(b.num_tokens for b in batches), sum(b.num_tiles for b in batches)
         supervised = sum(len(batch.targets) for batch in batches)
         lines = [
@@ -86,15 +96,15 @@ class Sft:
         return "\n".join(lines)
 
     def warmup_batches(self, lengths: Sequence[int]) -> list[PackedBatch]:
-        """For every length a row with two tiles, or what fits, and one without.
-
-        A row without tiles may start without gradient.
-        """
+        """Makes a row with at most two tiles and one without for every length."""
         per_tile = self.encoder.tokens_per_tile
+        # Two stand for any number of tiles: sizes are dynamic. Minus the supervised last token.
         most = {length: min(2, (length - 1) // per_tile) for length in lengths}
-        return [self._made_up(length, tiles) for length in lengths for tiles in {most[length], 0}]
+        # Without tiles the embeddings may need no gradient, which is another graph.
+        return [self._synthetic(length, tiles) for length in lengths for tiles in {most[length], 0}]
 
-    def _made_up(self, length: int, num_tiles: int) -> PackedBatch:
+    def _synthetic(self, length: int, num_tiles: int) -> PackedBatch:
+        """Makes a row of `length` tokens with `num_tiles` black tiles and one supervised token."""
         ids = np.zeros(length, dtype=np.int64)
         ids[: num_tiles * self.encoder.tokens_per_tile] = self.encoder.context_id
         labels = np.full(length, IGNORE, dtype=np.int64)
@@ -111,17 +121,19 @@ class Sft:
         return row
 
     def counts(self, batch: PackedBatch) -> dict[str, float]:
+        """See `Objective.counts`."""
         return {"sft": float(batch.loss_weights.sum())}
 
     def begin_step(
         self, model: Any, batches: Iterator[PackedBatch], counts: Mapping[str, float]
     ) -> None:
-        """Nothing: a row's loss needs no other row."""
+        """Does nothing: a row's loss needs no other row."""
 
     def __call__(self, model: Any, batch: PackedBatch) -> dict[str, Tensor]:
+        """See `Objective.__call__`."""
         return {"sft": summed_loss(model, batch, self.data.statistics)}
 
 
 def _sums_to_one(weights: Tensor) -> Tensor:
-    # A row may have nothing supervised; it then has no weights either.
+    # A row may have nothing supervised, and then no weights: their sum would divide by zero.
     return weights / weights.sum() if len(weights) else weights
