@@ -215,14 +215,19 @@ def read_run_json(path: Path, remedy: str) -> dict[str, Any]:
     return value
 
 
-def read_numbers(path: Path, remedy: str) -> dict[str, float]:
-    """As `read_run_json`, for an object whose values are numbers."""
-    numbers = read_run_json(path, remedy)
-    for name, value in numbers.items():
+def read_numbers(path: Path, remedy: str, *, text_suffix: str | None = None) -> dict[str, Any]:
+    """As `read_run_json`, for an object whose values are numbers.
+
+    Args:
+        text_suffix: end of the names whose value may be text.
+    """
+    values = read_run_json(path, remedy)
+    for name, value in values.items():
+        is_text = text_suffix is not None and name.endswith(text_suffix) and isinstance(value, str)
         # bool is a subclass of int, and `true` is no score.
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if not is_text and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise UserError(f"{path} is damaged ({name!r} is no number); {remedy}")
-    return numbers
+    return values
 
 
 def write_text(path: Path, text: str, *, fsync: bool = False) -> None:

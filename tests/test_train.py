@@ -530,6 +530,9 @@ def test_a_run_measures_the_same_inside_and_outside(project, tmp_path, dtype, me
     assert written["held/computed"] == said
     assert "captions/computed" not in written
     assert found.metrics["held/loss"] != inside["held/loss"]
+    # The file with that text is read by the next evaluation, which removes it.
+    evaluate.measure(run, ["held"], device="cpu", to=to)
+    assert json.loads((to / "result.json").read_text()) == inside
 
 
 @pytest.mark.parametrize("format", ["hf", "official"])

@@ -100,5 +100,8 @@ def _metrics_path(folder: Path, step: int | None) -> Path:
     return folder / ("result.json" if step is None else f"{step:06d}.json")
 
 
-def _read_metrics(path: Path) -> dict[str, float]:
-    return read_numbers(path, "remove it, to measure again") if path.exists() else {}
+def _read_metrics(path: Path) -> dict[str, Any]:
+    """Reads a metrics file, {} if there is none; NAME/computed, of `internvl evaluate`, is text."""
+    if not path.exists():
+        return {}
+    return read_numbers(path, "remove it, to measure again", text_suffix="/computed")
