@@ -93,8 +93,8 @@ class CaptionEval(EvalConfig):
     """Units of the n-gram scores: PTB tokens (English), characters (Chinese), or words."""
     metrics: Literal["all", "exact"] = "all"
     """exact: only the share of exact answers, which takes no time and needs no Java."""
-    # The original's length. Its minimum of 8 is set by the published tasks alone: own files may
-    # have one-word answers.
+    # The original's length. Only the published tasks set its minimum of 8: the answers of other
+    # files may be one word.
     max_new_tokens: Positive = 30
     """Longest answer, in tokens."""
     min_new_tokens: Annotated[int, Field(ge=0)] = 0
@@ -155,7 +155,7 @@ class RetrievalEval(EvalConfig):
     """Format of `annotations`; auto recognizes it by file name and content."""
     split: str = "test"
     """Images to measure in a Karpathy file, by its `split` field."""
-    # Off for users' files: XTD's published values, for one, are of captions as they are.
+    # Off by default: XTD's published values, for one, are of captions that were not cleaned.
     clean: bool = False
     """Clean captions as the original does for Flickr30K and COCO."""
     modes: tuple[Literal["c", "g"], ...] = ("c", "g")
@@ -214,7 +214,7 @@ def eval_options() -> dict[str, list[type[EvalConfig]]]:
     options: dict[str, list[type[EvalConfig]]] = {}
     for section in members(EvalSection):
         for field in fields(section):
-            # The task names `type`, and `split` is an option of its own, which published sets need.
+            # The task decides `type`; `split` is a general option, also of published sets.
             if field.name not in ("type", "split", *EvalConfig.in_training):
                 options.setdefault(field.name, []).append(section)
     return options
