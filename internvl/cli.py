@@ -182,6 +182,8 @@ def chat(args: Arguments) -> int:
         top_p=args.top_p,
         num_beams=args.num_beams,
     )
+    if args.frames < 1:
+        raise ConfigError(f"--frames: at least 1, not {args.frames}")
     for image in args.image:
         as_rgb(image)  # for its errors alone; the model reads it again, in its own way
     images: list[Any] = [*args.image]
@@ -264,8 +266,6 @@ def _print_answer(model: Any, request: Any, settings: dict[str, Any]) -> str:
 
 def _open_video(model: Any, video: str, count: int) -> tuple[Any, list[Any]]:
     """Returns (the model with one tile per image, `count` frames spread evenly over a video)."""
-    from dataclasses import replace
-
     import numpy as np
 
     from internvl.config import VideoConfig

@@ -268,6 +268,7 @@ def test_errors_of_our_own_are_one_family():
         (["chat", "{model}", "--image", "{tmp}", "--prompt", "x"], 1, "{tmp} is a folder"),
         (["chat", "{model}", "--image", "{tmp}/text.png", "--prompt", "x"], 1, "not an image"),
         (["chat", "{model}", "--video", "{tmp}/gone.mp4", "--prompt", "x"], 1, "{tmp}/gone.mp4"),
+        (["chat", "{model}", "--video", "x", "--frames", "0"], 2, "--frames: at least 1, not 0"),
         (["chat", "{tmp}/gone", "--prompt", "x"], 1, "{tmp}/gone: no such folder"),
         (["chat", "{tmp}/text.png", "--prompt", "x"], 1, "{tmp}/text.png"),
         (["chat", "{tmp}", "--prompt", "x"], 1, "config.json"),
