@@ -258,12 +258,12 @@ def _out_of_memory(state: TrainState, phase: str) -> RunError:
 
 def warm_up(state: TrainState) -> None:
     """Compiles forward and backward for every padded row length; discards the gradients."""
-    # Random numbers drawn here change no result: every step seeds its own.
     started = time.perf_counter()
     batches = state.objective.warmup_batches(state.row_lengths)
     state.model.train()
     with compilation.compiling(state.recipe.compute, state.device):
         for batch in feeding.prefetch_to_device(batches, state.device):
+            # Dropout draws random numbers here, which change no result: every step has its seed.
             _backward(state, batch, state.objective.counts(batch))
             state.optimizer.zero_grad(set_to_none=True)
     placement.synchronize(state.device)
