@@ -11,6 +11,7 @@ from pathlib import Path
 import dual_folders
 import pytest
 import tiny_run
+from command_line import call
 
 from internvl import cli, evaluate
 from internvl.errors import BadImage, BadSample, ConfigError, DataError, UnknownModel, UserError
@@ -20,14 +21,6 @@ from internvl.models import hub
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     return tiny_run.make(tmp_path_factory.mktemp("project"))
-
-
-def call(capsys, *words):
-    """(exit code, standard output, standard error) of a command line."""
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([str(word) for word in words])
-    out, err = capsys.readouterr()
-    return stopped.value.code, out, err
 
 
 def last_line(err):

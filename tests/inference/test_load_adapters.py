@@ -16,11 +16,11 @@ from chat_folders import (
     official_lora_folder,
     shared,
 )
+from command_line import call
 from peft import LoraConfig as LoraSettings
 from peft import get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
-from test_cli import call
 
 from internvl import cli, export, train, zoo
 from internvl.config import LoraConfig, ModelConfig, TilesConfig
