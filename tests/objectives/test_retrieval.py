@@ -493,13 +493,13 @@ def test_stage2_does_not_match_empty_captions(project, dual):
 
 RANKS = """
 import sys
-sys.path.insert(0, "tests")
+sys.path.insert(0, {tests!r})
 from pathlib import Path
 import torch
 from torch import distributed
 from internvl import dist
 from internvl.inference import load as loading
-from test_retrieval_objective import CASES, backward, objective, pairs
+from test_retrieval import CASES, backward, objective, pairs
 
 dist.init_from_env("cpu")
 folder, rank = Path({folder!r}), dist.rank()
@@ -529,7 +529,7 @@ CASES = [("retrieval", None, True), ("retrieval", 2, False), ("stage2", 2, True)
 
 def test_two_ranks_give_the_gradient_of_one(project, dual):
     """In one pass, and in two with 2 and 6 pairs."""
-    run_ranks(RANKS.format(folder=str(project)))
+    run_ranks(RANKS.format(folder=str(project), tests=str(Path(__file__).parent)))
     for case, (name, _, _) in enumerate(CASES):
         found = torch.load(project / f"ranks-{case}.pt", weights_only=True)
         whole = objective(dual, name, label_smoothing=0.1)
