@@ -9,6 +9,8 @@ import sentencepiece
 import torch
 from chat_folders import GOLDEN
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 DUAL = GOLDEN / "internvl_14b_cg"
 _PTH = {
@@ -107,3 +109,21 @@ _ADAPTED = (
     *(f"self_attn.{x}_proj" for x in "qkvo"),
     *("mlp.gate_proj", "mlp.down_proj", "mlp.up_proj"),
 )
+
+
+def add_small_tokenizer(folder: Path) -> Path:
+    """Bytes and a few merges, with the special ids of the Chinese Alpaca's."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["an image of something red"], trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder

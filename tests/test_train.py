@@ -6,8 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,48 +13,22 @@ import pytest
 import tiny_run
 import torch
 import torch.nn.functional as F
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_run import command, losses, recipe_of, wait_for_step
 from torch._dynamo.utils import counters
 
-from internvl import evaluate, export, log, train
+from internvl import export, log, train
 from internvl.compute import feeding
-from internvl.config import TilesConfig, recipes
 from internvl.data.records import IGNORE, Example, Unit
 from internvl.errors import BadSample
 from internvl.inference import load as loading
 from internvl.models.vision import normalize_tiles
-from internvl.training import memory_ladder, run_folder
+from internvl.training import memory_ladder
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """The recipe of a project whose start model all tests of this file share."""
     return tiny_run.make(tmp_path_factory.mktemp("project"))
-
-
-def recipe_of(project, tmp_path, *overrides):
-    return recipes.load_recipe(project, [f"run={tmp_path / 'run'}", *overrides])
-
-
-def losses(folder):
-    return {
-        row["step"]: (row["loss"], row["grad_norm"])
-        for row in log.StepLog(folder, "metrics.jsonl").rows()
-    }
-
-
-def command(project, folder, *overrides):
-    return [sys.executable, "-m", "internvl", "train", str(project), f"run={folder}", *overrides]
-
-
-def wait_for_step(folder, step, process, limit_s=3600):
-    """Returns once metrics.jsonl has reached `step`."""
-    until = time.monotonic() + limit_s
-    while time.monotonic() < until and process.poll() is None:
-        if max(losses(folder), default=0) >= step:
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"step {step} was not reached: {process.communicate()}")
 
 
 @pytest.mark.slow
@@ -72,64 +44,6 @@ def test_killed_three_times_and_resumed_bit_for_bit(project, tmp_path):
     subprocess.run(command(project, folder, "steps=40", *lora), check=True)
     assert losses(folder) == losses(straight)
     assert len(losses(folder)) == 40
-
-
-def test_a_finished_run_says_so(project, tmp_path, caplog):
-    recipe = recipe_of(project, tmp_path, "steps=2")
-    train.run(recipe)
-    before = losses(recipe.run)
-    with caplog.at_level("INFO", logger="internvl"):
-        log.get_logger().propagate = True
-        train.run(recipe)
-    assert "is finished" in caplog.text
-    assert losses(recipe.run) == before
-
-
-def test_the_run_folder(project, tmp_path):
-    recipe = recipe_of(project, tmp_path, "steps=12")
-    train.run(recipe)
-    assert recipes.load_recipe(recipe.run / "recipe.yaml") == loading.complete(recipe).recipe
-    saved = sorted(p.name for p in (recipe.run / "checkpoints").iterdir() if p.name.isdigit())
-    assert saved == ["000010", "000012"]  # keep = 2
-    assert (recipe.run / "checkpoints" / "LATEST").read_text().strip() == "000012"
-    rows = log.StepLog(recipe.run, "metrics.jsonl").rows()
-    assert [row["samples"] for row in rows] == [8] * 12
-    assert rows[-1]["loss"] < rows[0]["loss"]
-    events = EventAccumulator(str(recipe.run / "tensorboard")).Reload()
-    wanted = ("loss", "lr", "grad_norm", "tokens_per_s", "samples_per_s", "data_wait_s")
-    for name in (*wanted, "memory_gib"):
-        assert len(events.Scalars(name)) == 12
-    assert [e.value for e in events.Scalars("loss")] == pytest.approx([r["loss"] for r in rows])
-
-
-@pytest.mark.slow
-def test_ctrl_c_saves_and_goes_on(project, tmp_path):
-    straight = train.run(recipe_of(project, tmp_path, "steps=30"))
-    folder = tmp_path / "stopped"
-    process = subprocess.Popen(command(project, folder, "steps=30"), stderr=subprocess.PIPE)
-    wait_for_step(folder, 7, process)
-    process.send_signal(signal.SIGINT)
-    said = process.communicate()[1].decode()
-    assert process.returncode == 1
-    assert "checkpoint written" in said
-    subprocess.run(command(project, folder, "steps=30"), check=True)
-    assert losses(folder) == losses(straight)
-
-
-def test_a_second_process_and_another_recipe_are_refused(project, tmp_path):
-    recipe = recipe_of(project, tmp_path, "steps=2")
-    with (
-        run_folder.owned(recipe),
-        pytest.raises(train.RunError, match="another process is training"),
-    ):
-        train.run(recipe)
-    train.run(recipe)
-    with pytest.raises(train.RunError, match="optim.lr was 0.001, is 0.01"):
-        train.run(recipe_of(project, tmp_path, "steps=2", "optim.lr=0.01"))
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "notes.txt").write_text("mine")
-    with pytest.raises(train.RunError, match="not empty and no run"):
-        train.run(recipe_of(project, tmp_path, f"run={tmp_path / 'full'}"))
 
 
 @pytest.mark.slow
@@ -218,28 +132,6 @@ def test_bad_samples_are_raised_or_listed(project, tmp_path):
     few = [sources, "data.on_bad_sample=skip", "data.max_bad_fraction=0.01", "steps=6"]
     with pytest.raises(train.RunError, match="max_bad_fraction"):
         train.run(recipe_of(project, tmp_path, f"run={tmp_path / 'few'}", *few))
-
-
-@pytest.mark.slow
-def test_a_full_disk_is_one_sentence_and_loses_nothing(project, tmp_path):
-    """On a file system of 60 MiB two checkpoints of 23 MiB fit, a third does not."""
-    if subprocess.run(["unshare", "-rm", "true"], check=False, capture_output=True).returncode:
-        pytest.skip("unshare -rm is not allowed here")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    words = command(project, disk / "run", "checkpoint.every=2", "checkpoint.keep=9", "steps=20")
-    script = (
-        f"mount -t tmpfs -o size=60m tmpfs {disk} && {' '.join(map(repr, words))}; "
-        f"echo code $?; ls -a {disk}/run/checkpoints"
-    )
-    done = subprocess.run(
-        ["unshare", "-rm", "bash", "-c", script], check=False, capture_output=True, text=True
-    )
-    assert "code 1" in done.stdout, done.stderr
-    assert "the disk is full" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "000002" in done.stdout
-    assert "partial" not in done.stdout
 
 
 def test_accumulation_gives_the_same_gradient(project, tmp_path):
@@ -440,133 +332,3 @@ def test_the_loop_reads_in_ten_minutes():
     start = next(i for i, line in enumerate(source) if line.startswith("def run("))
     end = next(i for i in range(start + 1, len(source)) if source[i].startswith("def "))
     assert end - start <= 100
-
-
-def test_an_evaluation_cut_off_by_a_kill_is_made_up_for(project, tmp_path):
-    folder = project.parent
-    spec = f"{{annotations: {folder}/captions.json, images: {folder}, prompt: Name it, "
-    spec += "metrics: exact, limit: 3, max_new_tokens: 3, every: 5, before: true}"
-    recipe = recipe_of(project, tmp_path, "steps=7", f"evals.shapes={spec}")
-    train.run(recipe)
-    made = sorted(path.name for path in (recipe.run / "evals").glob("*.json"))
-    assert made == ["000000.json", "000005.json", "000007.json"]
-    # As a kill within the evaluation at step 5 leaves it.
-    for name in ("finished.json", "evals/000005.json", "evals/000007.json"):
-        (recipe.run / name).unlink()
-    for name in ("000007",):
-        shutil.rmtree(recipe.run / "checkpoints" / name)
-    train.run(recipe)
-    assert sorted(path.name for path in (recipe.run / "evals").glob("*.json")) == made
-
-
-def open_recipe(project, tmp_path, *overrides):
-    """A recipe that says nothing of tiles, on a start model of its own."""
-    start = tmp_path / "start"
-    if not start.exists():
-        shutil.copytree(project.parent / "start", start)
-    return recipe_of(project, tmp_path, f"model.id={start}", "data.tiles={}", *overrides)
-
-
-def test_a_recipe_without_tiles_trains_as_its_checkpoint_is(project, tmp_path, caplog):
-    """And goes on so, whatever becomes of the checkpoint's config.json."""
-    recipe = open_recipe(project, tmp_path, "steps=2")
-    log.get_logger().propagate = True
-    with caplog.at_level("INFO", logger="internvl"):
-        train.run(recipe)
-    source = tmp_path / "start/config.json"
-    assert f"data.tiles.size        64             {source}" in caplog.text
-    saved = recipes.load_recipe(recipe.run / "recipe.yaml")
-    assert saved.data.tiles == TilesConfig(size=64, min=1, max=1, thumbnail=False)
-    assert (saved.data.normalize, saved.data.template) == ("imagenet", "internvl2_5")
-    assert saved.data.system_message == ""
-    stated = train.run(recipe_of(project, tmp_path / "stated", "steps=2"))
-    assert losses(stated) == losses(recipe.run)
-    config = json.loads(source.read_text())
-    config["internvl"] |= {"max_dynamic_patch": 9, "dynamic_image_size": True}
-    source.write_text(json.dumps(config))
-    again = loading.complete(recipe)
-    assert again.recipe.data == saved.data
-    assert {setting.source for setting in again.settings} == {str(recipe.run / "recipe.yaml")}
-    other = loading.complete(open_recipe(project, tmp_path, f"run={tmp_path / 'other'}"))
-    assert other.recipe.data.tiling.max == 9
-
-
-def evaluated(project):
-    folder = project.parent
-    captions = (
-        f"{{annotations: {folder / 'captions.json'}, images: {folder}, prompt: 'What is this?'"
-    )
-    loss = f"{{type: loss, annotations: {folder / 'train.jsonl'}, images: {folder}}}"
-    return [
-        f"evals.captions={captions}, metrics: exact, max_new_tokens: 8, batch_size: 5}}",
-        f"evals.held={loss}",
-    ]
-
-
-def answers_of(folder):
-    return {file.name: file.read_text() for file in folder.glob("*.jsonl")}
-
-
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_run_measures_the_same_inside_and_outside(project, tmp_path, dtype, method):
-    lora = ["model.train=[]", "model.lora={rank: 4}", "compute.attention=eager"]
-    overrides = [*evaluated(project), f"dtype={dtype}", *(lora if method == "lora" else [])]
-    run = train.run(recipe_of(project, tmp_path, "steps=2", *overrides))
-    inside = json.loads((run / "evals/000002.json").read_text())
-    to = tmp_path / "outside"
-    outside = evaluate.measure(run, device="cpu", to=to)
-    assert outside.metrics == inside
-    assert json.loads((to / "result.json").read_text()) == inside
-    assert answers_of(to / "result") == answers_of(run / "evals/000002")
-    inner = "bfloat16 autocast" if dtype == "bfloat16" else dtype
-    assert outside.computed.startswith(f"{inner}, cpu, attention")
-    other = "float32" if dtype == "bfloat16" else "bfloat16"
-    outer = "bfloat16 autocast" if other == "bfloat16" else other
-    said = f"{outer}; inside the run: {inner}"
-    found = evaluate.measure(run, ["held"], device="cpu", dtype=other, to=to)
-    assert found.computed == said
-    written = json.loads((to / "result.json").read_text())
-    assert written["held/computed"] == said
-    assert "captions/computed" not in written
-    assert found.metrics["held/loss"] != inside["held/loss"]
-    # The file with that text is read by the next evaluation, which removes it.
-    evaluate.measure(run, ["held"], device="cpu", to=to)
-    assert json.loads((to / "result.json").read_text()) == inside
-
-
-@pytest.mark.parametrize("format", ["hf", "official"])
-def test_an_export_measures_what_its_run_measured(project, tmp_path, format):
-    run = train.run(recipe_of(project, tmp_path, "steps=2", *evaluated(project)))
-    inside = json.loads((run / "evals/000002.json").read_text())
-    export.run(run, tmp_path / "export", format)
-    folder = project.parent
-    found = evaluate.measure(
-        tmp_path / "export",
-        device="cpu",
-        to=tmp_path / "outside",
-        annotations=folder / "captions.json",
-        images=folder,
-        prompt="What is this?",
-        metrics="exact",
-        max_new_tokens=8,
-        batch_size=5,
-    )
-    names = ("exact", "average_length")
-    assert [found.metrics[f"caption-file/{n}"] for n in names] == [
-        inside[f"captions/{n}"] for n in names
-    ]
-    answers = tmp_path / "outside/result/caption-file.jsonl"
-    assert answers.read_text() == (run / "evals/000002/captions.jsonl").read_text()
-    assert found.computed == "float32"
-    half = evaluate.measure(
-        tmp_path / "export",
-        device="cpu",
-        dtype="bfloat16",
-        to=tmp_path / "half",
-        annotations=folder / "captions.json",
-        images=folder,
-        limit=2,
-        metrics="exact",
-    )
-    assert half.computed == "bfloat16; the folder's weights: float32"

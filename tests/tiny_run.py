@@ -1,12 +1,15 @@
 """A whole project in a folder: images, annotations, a small model and a recipe that trains it."""
 
 import json
+import sys
+import time
 from pathlib import Path
 
 import yaml
 from PIL import Image, ImageDraw
 
-from internvl import demo
+from internvl import demo, log
+from internvl.config import recipes
 
 COLORS = ("red", "green", "blue", "gray", "purple", "orange", "black", "yellow")
 SHAPES = ("circle", "square", "cross")
@@ -78,3 +81,30 @@ def _draw(folder: Path) -> None:
     (folder / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     tree = {"images": images, "annotations": annotations}
     (folder / "captions.json").write_text(json.dumps(tree), encoding="utf-8")
+
+
+def recipe_of(project, tmp_path, *overrides):
+    """The recipe `project`, to be run in `tmp_path`."""
+    return recipes.load_recipe(project, [f"run={tmp_path / 'run'}", *overrides])
+
+
+def command(project, folder, *overrides):
+    """Words of the command line that trains in `folder`."""
+    return [sys.executable, "-m", "internvl", "train", str(project), f"run={folder}", *overrides]
+
+
+def losses(folder):
+    """Step -> (loss, norm of the gradient) of the run in `folder`."""
+    return {
+        row["step"]: (row["loss"], row["grad_norm"])
+        for row in log.StepLog(folder, "metrics.jsonl").rows()
+    }
+
+
+def wait_for_step(folder, step, process):
+    """Returns once metrics.jsonl has reached `step`; a process that ended before is an error."""
+    while process.poll() is None:
+        if max(losses(folder), default=0) >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached: {process.communicate()}")

@@ -1,42 +1,21 @@
 """Every kind of source: its samples, its groups, and the sentence for what is wrong."""
 
-import base64
 import io
 import json
-import pickle
 import tarfile
 
 import numpy as np
 import pytest
 from data_files import SHARED, chat_line, picture, turns, write_lines
 from PIL import Image
+from source_samples import good, opened, samples, says
 
 from internvl.config import DataConfig, SourceConfig, recipes
-from internvl.data import index, sampler
+from internvl.data import sampler
 from internvl.data.images import FileSlice, open_rgb
-from internvl.data.records import Message, Sample, Video
+from internvl.data.records import Message, Video
 from internvl.data.sources import SOURCES, open_source, source_configs
 from internvl.errors import BadSample, ConfigError, DataError
-
-
-def opened(path, kind="chat", **keys):
-    return open_source(SourceConfig(name="x", type=kind, annotations=path, **keys))
-
-
-def samples(source):
-    return list(source.samples(range(len(source))))
-
-
-def good(source):
-    found = samples(source)
-    assert all(isinstance(sample, Sample) for sample in found), found
-    return found
-
-
-def says(source, number=0):
-    (bad,) = source.samples([number])
-    assert isinstance(bad, BadSample), bad
-    return str(bad)
 
 
 def test_official_chat_of_all_four_kinds(tmp_path):
@@ -59,97 +38,6 @@ def test_official_chat_of_all_four_kinds(tmp_path):
 def openai(content, **keys):
     answer = {"role": "assistant", "content": "Yes."}
     return {**keys, "messages": [{"role": "user", "content": content}, answer]}
-
-
-def test_openai_chat(tmp_path):
-    data = picture(tmp_path / "a.png", (8, 8)).read_bytes()
-    address = "data:image/png;base64," + base64.b64encode(data).decode()
-    rows = [
-        openai("<image>\nWhat?", images=["a.png"]),
-        openai("<video>\nWhat?", videos=["a.mp4"]),
-        openai([{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}]),
-        openai([{"type": "image_url", "image_url": {"url": address}}]),
-        openai([{"type": "image"}, {"type": "text", "text": "What?"}], images=["a.png"]),
-    ]
-    source = opened(write_lines(tmp_path / "x.jsonl", rows), images=str(tmp_path))
-    marks, video, parts, inline, separate = good(source)
-    assert marks.images == parts.images == separate.images == (str(tmp_path / "a.png"),)
-    assert video.videos == (Video(str(tmp_path / "a.mp4")),)
-    assert parts.messages[0] == separate.messages[0] == Message("user", "<image>\nWhat?")
-    assert inline.images == (data,)
-
-
-CHAT_PROBLEMS = [
-    (b"", "the line is blank"),
-    (b"{", "not JSON"),
-    (b"[1]", "a JSON object is expected, not list"),
-    (b"\xff\xfe", "not UTF-8"),
-    ({"image": "a.jpg"}, "`conversations` must be a list of turns; it is missing"),
-    ({"conversations": [{"from": "robot", "value": "x"}]}, "from 'robot'; known: human, gpt"),
-    ({"conversations": [{"from": "human"}]}, "turn 1 has no text under `value`"),
-    ({"conversations": [5]}, "turn 1 is from None"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "from 'tool'; known: system, user"),
-    ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "a part of type 'audio'"),
-    (chat_line("x", "y", image=3), "`image` must be a path"),
-    (chat_line("x", "y", image="../a.jpg"), "leaves the image folder"),
-    (
-        chat_line("x", "y", image="https://h.org/a.jpg"),
-        "https://h.org/a.jpg is an address, and files are named from the image folder '.' on; "
-        "download it there and write its path",
-    ),
-    (chat_line("x", "y", image="file:///d/a.jpg"), "write its path without `file://`"),
-    (chat_line("x", "y", video="s3://d/a.mp4"), "s3://d/a.mp4 is an address, and files are"),
-    (chat_line("x", "y", image=["a.jpg", " "]), "`image[1]` is an empty path; write the file's"),
-    (chat_line("x", "y", image="  "), "`image` is an empty path; write the file's name or remove"),
-    (
-        json.dumps(chat_line("x", "y")).encode() + b",",
-        "not JSON (a comma stands after it; JSON Lines has none between lines, remove it)",
-    ),
-    (chat_line("x", "y", image="a.jpg", video="b.mp4"), "images and videos"),
-    (chat_line("x", "y", video="b.mp4", clip=[3, 1]), "`clip` must be [start, end] in seconds"),
-    (openai([{"type": "image", "image": "data:image/png;base64,?"}]), "is not base64"),
-]
-
-
-@pytest.mark.parametrize(("row", "problem"), CHAT_PROBLEMS)
-def test_bad_lines(row, problem, tmp_path):
-    file = write_lines(tmp_path / "x.jsonl", [chat_line("a", "b"), row])
-    assert problem in says(opened(file), 1)
-    assert f"{file} line 2: " in says(opened(file), 1)
-
-
-def test_a_mark_is_put_only_where_the_source_says_so(tmp_path):
-    rows = [chat_line("What?", "A.", image="a.jpg"), chat_line("What?", "A.", video="a.mp4")]
-    file = write_lines(tmp_path / "x.jsonl", rows)
-    plain, _ = good(opened(file))
-    assert plain.messages[0].content == "What?"
-    image, video = good(opened(file, insert_image_mark=True))
-    assert image.messages[0].content == "<image>\nWhat?"
-    assert video.messages[0].content == "<video>\nWhat?"
-
-
-@pytest.mark.parametrize(
-    ("questions", "keys", "marked"),
-    [
-        (["Hello", "<image>\nWhat?"], {"image": "a.jpg"}, None),  # it has one, in a later question
-        (["Hello", "<video>\nWhat?"], {"video": "a.mp4"}, None),
-        (["Hello", "And?"], {"image": "a.jpg"}, "<image>\nHello"),
-        (["Hello", "And?"], {"image": ["a.jpg"]}, "<image>\nHello"),
-        ([r"Is \<image> a tag?", "And?"], {"image": "a.jpg"}, "<image>\n" + r"Is \<image> a tag?"),
-        (["Hello", "<image>"], {"video": "a.mp4"}, "<video>\nHello"),
-        (["Hello", "And?"], {"image": ["a.jpg", "b.jpg"]}, None),
-        (["Hello", "And?"], {}, None),
-    ],
-)
-def test_a_mark_is_put_only_where_no_question_has_one(questions, keys, marked, tmp_path):
-    texts = [questions[0], "An answer with <image>.", questions[1], "Yes."]
-    row = {**chat_line(*texts[:2]), "conversations": turns(*texts), **keys}
-    row["conversations"].insert(0, {"from": "system", "value": "Be <image> short."})
-    file = write_lines(tmp_path / "x.jsonl", [row])
-    (plain,) = good(opened(file))
-    (found,) = good(opened(file, insert_image_mark=True))
-    assert found.messages[1].content == (marked or questions[0])
-    assert [*found.messages[:1], *found.messages[2:]] == [*plain.messages[:1], *plain.messages[2:]]
 
 
 def test_parts_with_and_without_images_of_their_own(tmp_path):
@@ -212,51 +100,6 @@ def test_caption_lines(lines, tmp_path):
     first, second = good(opened(tmp_path / "x.txt", "captions", prompt="Say:", images="/i"))
     assert (first.images, first.messages[1].content) == (("/i/a.jpg",), "One, two.")
     assert (second.images, second.messages[1].content) == (("/i/b.jpg",), "Three.")
-
-
-def test_preferences(tmp_path):
-    row = {"image": "a.jpg", "question": "<image>\nWhat?", "chosen": "A cat.", "rejected": "No."}
-    file = write_lines(tmp_path / "x.jsonl", [row, {**row, "chosen": ""}])
-    source = opened(file, "preference")
-    (sample,) = source.samples([0])
-    assert sample.messages[1] == Message("assistant", "A cat.")
-    assert sample.extra == {"rejected": "No."}
-    assert "`chosen` must be a text that is not empty" in says(source, 1)
-
-
-def test_tables(tmp_path):
-    arrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    data = picture(tmp_path / "a.png", (8, 8)).read_bytes()
-    rows = [
-        {"image": {"bytes": data, "path": None}, "conversations": turns("<image>\nWhat?", "A.")},
-        {"image": None, "conversations": turns("Text?", "B.")},
-        {"image": {"bytes": data, "path": None}, "conversations": turns("<image>\nAgain?", "C.")},
-    ]
-    folder = tmp_path / "parts"
-    folder.mkdir()
-    parquet.write_table(arrow.Table.from_pylist(rows[:2]), folder / "0.parquet")
-    parquet.write_table(arrow.Table.from_pylist(rows[2:]), folder / "1.parquet")
-    source = opened(folder, "parquet")
-    first, text, again = good(source)
-    assert (first.images, text.images, again.images) == ((data,), (), (data,))
-    assert source.groups[0] == source.groups[2] != source.groups[1]
-    assert good(pickle.loads(pickle.dumps(source))) == [first, text, again]
-    captions = arrow.Table.from_pylist([{"image": "a.png", "text": "A square."}])
-    parquet.write_table(captions, tmp_path / "c.parquet")
-    (one,) = good(opened(tmp_path / "c.parquet", "parquet", prompt="Say:", images="/i"))
-    assert (one.images, one.messages[1].content) == (("/i/a.png",), "A square.")
-    (one,) = good(opened(tmp_path / "c.parquet", "parquet", images="/i"))
-    assert [message.role for message in one.messages] == ["assistant"]
-    stream = tmp_path / "saved" / "data-00000.arrow"
-    stream.parent.mkdir()
-    with (
-        arrow.OSFile(str(stream), "wb") as sink,
-        arrow.ipc.new_stream(sink, captions.schema) as out,
-    ):
-        out.write_table(captions)
-    assert len(opened(stream.parent, "parquet", prompt="Say:")) == 1
 
 
 def test_webdataset(tmp_path):
@@ -453,22 +296,6 @@ def test_a_tar_with_texts_that_are_none(tmp_path):
     assert open_rgb(found[4].images[0]).size == (8, 8)
 
 
-def test_a_table_with_texts_that_are_none(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    ends = np.array([0, 2, 4, 6], dtype=np.int32).tobytes()
-    buffers = [None, pyarrow.py_buffer(ends), pyarrow.py_buffer(b"ok\xff\xfehi")]
-    broken = pyarrow.Array.from_buffers(pyarrow.string(), 3, buffers)
-    whole = pyarrow.array(["a", "b", "c"])
-    for image, text, wanted in ((whole, broken, ("ok", "hi")), (broken, whole, ("a", "c"))):
-        parquet.write_table(pyarrow.table({"image": image, "text": text}), tmp_path / "x.parquet")
-        source = opened(tmp_path / "x.parquet", "parquet")
-        first, bad, last = samples(source)
-        assert (first.messages[-1].content, last.messages[-1].content) == wanted
-        assert f"{tmp_path / 'x.parquet'} row 2: a text in it is not UTF-8" in str(bad)
-        assert len(set(source.groups.tolist())) == 3
-
-
 def test_pairs_and_captions_with_half_a_character(tmp_path):
     rows = [{"image": "a.png", "caption": c} for c in ("red", "blue \ud83d", "green")]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -477,56 +304,6 @@ def test_pairs_and_captions_with_half_a_character(tmp_path):
     assert (first.messages[0].content, last.messages[0].content) == ("red", "green")
     assert f"{tmp_path / 'x.jsonl'} line 2: " in str(bad)
     assert "half a character" in str(bad)
-
-
-def test_weights(tmp_path):
-    def source(name, lines, weight):
-        file = write_lines(tmp_path / f"{name}.jsonl", [chat_line(name, "b")] * lines)
-        return open_source(SourceConfig(name=name, annotations=file, weight=weight))
-
-    files = [source("a", 30, 1.0), source("b", 10, 3.0)]
-    epoch = sampler.SampleOrder(files, share_prefix=True, seed=0)
-    shown = [ref.file for ref in epoch.step(0, 40, 40) for _ in ref.lines]
-    assert np.bincount(shown).tolist() == [10, 30]
-
-
-def test_a_random_part(tmp_path):
-    file = write_lines(tmp_path / "x.jsonl", [chat_line(str(i), "b") for i in range(40)])
-
-    def lines(part, seed=0):
-        source = opened(file, repeat=0.25, part=part)
-        epoch = sampler.SampleOrder([source], share_prefix=True, seed=seed)
-        return sorted(line for ref in epoch.step(0, 10, 10) for line in ref.lines)
-
-    assert lines("first") == list(range(10))
-    assert lines("random") == lines("random") != lines("first")
-    assert lines("random") != lines("random", seed=1)
-
-
-def test_the_index_follows_the_content(tmp_path):
-    file = write_lines(tmp_path / "x.jsonl", [chat_line("a", "b"), chat_line("c", "d")])
-    first = index.index_lines(file)
-    again = index.index_lines(file)
-    assert first.folder == again.folder
-    write_lines(file, [chat_line("a", "b")])
-    changed = index.index_lines(file)
-    assert (len(changed), changed.folder != first.folder) == (1, True)
-    file.write_bytes(file.read_bytes().rstrip(b"\n"))
-    assert [json.loads(line) for line in index.index_lines(file).lines([0])] == [
-        chat_line("a", "b")
-    ]
-
-
-def test_an_index_is_the_same_however_it_is_read(tmp_path, monkeypatch):
-    rows = [chat_line("x" * (i % 50), "y", image=f"{i % 7}.jpg") for i in range(200)]
-    file = write_lines(tmp_path / "x.jsonl", rows)
-    whole = index.index_lines(file, tmp_path / "one")
-    monkeypatch.setattr(index, "_CHUNK", 333)
-    pieces = index.index_lines(file, tmp_path / "two")
-    assert np.array_equal(whole.starts, pieces.starts)
-    assert np.array_equal(whole.groups, pieces.groups)
-    assert len(set(whole.groups.tolist())) == 7
-    assert list((tmp_path / "two").iterdir()) == [pieces.folder]
 
 
 @pytest.mark.skipif(not (SHARED / "data" / "broken").is_dir(), reason="no broken files here")
@@ -552,13 +329,3 @@ def test_a_recipe_needs_a_source_and_a_prompt():
     tree["data"] = {"sources": [{"name": "x", "annotations": "y", "type": "captions"}]}
     with pytest.raises(ConfigError, match="data.sources.0.prompt: missing"):
         recipes.resolve(tree)
-
-
-def test_a_file_that_changes_and_an_epoch_without_samples(tmp_path):
-    file = write_lines(tmp_path / "x.jsonl", [chat_line("a", "b")] * 4)
-    source = opened(file, repeat=0.1)
-    with pytest.raises(DataError, match="an epoch shows no sample; raise `repeat`"):
-        sampler.SampleOrder([source], share_prefix=True, seed=0)
-    write_lines(file, [chat_line("a", "b")] * 5)
-    with pytest.raises(DataError, match="was changed while it is read"):
-        samples(source)

@@ -4,45 +4,16 @@ import io
 import json
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
+from dataset_trees import chat, missing, touch, write
 from PIL import Image
 
-from internvl.datasets import checklist, convert, playground, prepare
+from internvl.datasets import checklist, convert, prepare
 from internvl.datasets import download as fetch
 from internvl.errors import DataError, UserError
 
-PUBLISHED = checklist.EXPECTED
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing published has the size of these trees; nothing may use the network."""
-    monkeypatch.setattr(checklist, "EXPECTED", {})
-
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise AssertionError("the network was used")
-
-    monkeypatch.setattr(fetch, "fetch", refuse)
-    monkeypatch.setattr(fetch, "fetch_snapshot", refuse)
-
-
-def write(path: Path, content: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-    return path
-
-
-def touch(root: Path, *names: str) -> None:
-    for name in names:
-        write(root / name, "")
-
-
-def chat(image: str | None) -> str:
-    turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
-    row = {"id": 0, "conversations": turns} | ({"image": image} if image else {})
-    return json.dumps(row) + "\n"
+pytestmark = pytest.mark.usefixtures("small")
 
 
 def turns(path: Path) -> list[list[str]]:
@@ -62,12 +33,6 @@ def path_of_images(annotations: Path) -> Path:
         else (annotations.parent)
     )
 
-
-def missing(prepared: prepare.Prepared) -> list[str]:
-    return [path.path.name for path in prepared.missing]
-
-
-# COCO
 
 TRAIN, VAL = "train2014/COCO_train2014_000000000009.jpg", "val2014/COCO_val2014_000000000025.jpg"
 REFERENCES = [{"id": i, "image_id": 25, "caption": f"giraffe {i}"} for i in range(5)]
@@ -156,9 +121,6 @@ def test_paths_that_leave_the_folder_are_refused(tmp_path: Path) -> None:
         prepare.run("coco-caption", tmp_path)
 
 
-# Flickr30K, NoCaps
-
-
 def flickr(root: Path, names: tuple[str, ...]) -> Path:
     folder = root / "data/flickr30k"
     touch(folder, "Images/1.jpg", "Images/2.jpg")
@@ -209,86 +171,6 @@ def test_nocaps(tmp_path: Path) -> None:
     assert json.loads(done.files[0].read_text())["images"][0]["file_name"] == "images/0a.jpg"
 
 
-# InternVL-Chat-V1-2 SFT, SynthDoG
-
-
-def sft(base: Path) -> None:
-    for folder in playground.SFT_IMAGES:
-        touch(base / "data" / folder, "1.jpg")
-    images = {"": "gqa/images/1.jpg", "coco": "train2017/1.jpg", "docvqa": "train/1.jpg"}
-    images["chartqa"] = "test/1.jpg"
-    for name, folder in playground.SFT_FOLDERS.items():
-        image = images.get(folder, "images/1.jpg")
-        write(base / f"opensource/{name}.jsonl", chat(image) + chat(None))
-
-
-@pytest.mark.parametrize("place", ["playground", "", "InternVL-Chat-V1-2-SFT-Data"])
-def test_sft_where_it_may_lie(tmp_path: Path, place: str) -> None:
-    base = tmp_path / place
-    sft(base)
-    done = prepare.run("sft-v1.2", tmp_path)
-    assert done.ready, done.missing
-    assert done.counts["samples in all"] == 18
-    meta = json.loads(done.files[-1].read_text())
-    assert list(meta) == list(playground.SFT_FOLDERS)
-    assert meta["geoqa+"] == {
-        "root": f"{base}/data/geoqa+/",
-        "annotation": f"{base}/opensource/geoqa+.jsonl",
-        "data_augment": False,
-        "repeat_time": 1,
-        "length": 2,
-    }
-
-
-def test_sft_folders_that_lack_are_listed_once(tmp_path: Path) -> None:
-    base = tmp_path / "playground"
-    sft(base)
-    (base / "data/gqa/images/1.jpg").unlink()
-    (base / "opensource/geoqa+.jsonl").unlink()
-    done = prepare.run("sft-v1.2", tmp_path)
-    assert missing(done) == ["images", "geoqa+.jsonl"]
-    assert done.missing[0].address.endswith("gqa/images.zip")
-    assert not (base / "internvl_1_2_finetune.json").exists()
-
-
-def test_sft_from_archives_as_they_come(tmp_path: Path) -> None:
-    base = tmp_path / "playground"
-    sft(base)
-    (base / "data/ai2d/abc_images/1.jpg").unlink()
-    (base / "data/chartqa/val/1.jpg").unlink()
-    (base / "opensource/geoqa+.jsonl").unlink()
-    for path, name in (
-        ("data/ai2d.zip", "ai2d/abc_images/1.jpg"),
-        ("data/chartqa/ChartQA Dataset.zip", "ChartQA Dataset/val/1.jpg"),
-    ):
-        with zipfile.ZipFile(base / path, "w") as file:
-            file.writestr(name, "")
-    with zipfile.ZipFile(tmp_path / "playground.zip", "w") as file:
-        file.writestr("playground/opensource/geoqa+.jsonl", chat("images/1.jpg"))
-    done = prepare.run("sft-v1.2", tmp_path)
-    assert done.ready, done.missing
-
-
-def test_sft_is_fetched_whole_where_nothing_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fetched: list[tuple[str, Path]] = []
-
-    def snapshot(repository: str, folder: Path) -> None:
-        fetched.append((repository, folder))
-        sft(folder)
-
-    monkeypatch.setattr(fetch, "fetch_snapshot", snapshot)
-    assert prepare.run("sft-v1.2", tmp_path, download=True).ready
-    assert fetched == [("OpenGVLab/InternVL-Chat-V1-2-SFT-Data", tmp_path / "playground")]
-
-
-def test_the_published_total() -> None:
-    published = [PUBLISHED[f"{name}.jsonl"]["samples"] for name in playground.SFT_FOLDERS]
-    assert sum(published) == 1_267_819
-    assert len(published) == 9
-
-
 def test_synthdog_parquet(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -311,9 +193,6 @@ def test_synthdog_parquet(tmp_path: Path) -> None:
 def test_synthdog_without_anything(tmp_path: Path) -> None:
     done = prepare.run("synthdog", tmp_path)
     assert done.missing[0].address.endswith("/synthdog-en-images.zip")
-
-
-# All
 
 
 def test_every_name_can_be_prepared(tmp_path: Path) -> None:

@@ -1,85 +1,31 @@
-"""Recall as the original's, in any chunk; retrieval and classes through a real small model."""
+"""Recall as the original's, in any chunk; retrieval through a real small model."""
 
 import json
 import shutil
 import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from chat_folders import prompt_folder
 from data_files import SHARED
-from dual_folders import dual_folder
-from PIL import Image
+from dual_folders import add_small_tokenizer, dual_folder
+from photos import COLORS, photo
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import normalize
-from transformers import PreTrainedTokenizerFast
 
-from internvl import evals, evaluate, train
+from internvl import evaluate, train
 from internvl.config import eval_config
 from internvl.config.recipes import resolve
-from internvl.datasets import published as published_sets
 from internvl.errors import UserError
 from internvl.evals import features
-from internvl.evals.classify import Classify, accuracies
 from internvl.evals.retrieval import Retrieval, recalls
 from internvl.inference import load as loading
 
 GOLDEN = Path(__file__).parents[1] / "golden/recall"
 FLICKR8K = SHARED / "data/flickr8k_cn"
 CASES = json.loads((GOLDEN / "metrics.json").read_text())
-COLORS = ("red", "green", "blue", "gray", "purple", "orange", "black", "yellow", "white", "pink")
-
-
 _NAMES_AT_1 = ("image_retrieval_recall@1", "text_retrieval_recall@1", "mean_recall")
-
-
-def photo(path: Path, seed: int, size: tuple[int, int] = (80, 60)) -> None:
-    """An image of soft coloured patches, another for every seed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
-    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(path)
-
-
-def add_small_tokenizer(folder: Path) -> Path:
-    """Bytes and a few merges, with the special ids of the Chinese Alpaca's."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<unk>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["an image of something red"], trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return add_small_tokenizer(dual_folder(tmp_path_factory.mktemp("model") / "InternVL-tiny"))
-
-
-@pytest.fixture(scope="module")
-def dual(model):
-    return loading.load(model, device="cpu", dtype="float32")
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """Ten images with one to three captions each, in the form of Flickr's text."""
-    lines = ["image,caption"]
-    for number, color in enumerate(COLORS):
-        photo(tmp_path / f"{number}.jpg", number, (60 + 9 * number, 80))
-        lines += [f"{number}.jpg,Something {color}, {k}." for k in range(1 + number % 3)]
-    (tmp_path / "test.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return tmp_path
 
 
 def plain_recalls(texts, images, of_text, ks=(1, 5, 10)):
@@ -157,14 +103,6 @@ def test_ranks_are_float32_under_autocast_and_tf32() -> None:
         torch.set_float32_matmul_precision(before)
     assert all(map(torch.equal, found, wanted))
     assert not torch.equal(rough, wanted[0])  # the check can fail
-
-
-def test_features_that_are_no_numbers_are_not_kept(tmp_path: Path) -> None:
-    rows = torch.ones(3, 2)
-    rows[1, 0] = torch.nan
-    with pytest.raises(UserError, match="of texts hold no finite number in row 2"):
-        features.FeatureCache(tmp_path).encode("texts", 3, lambda part: rows)
-    assert not [*tmp_path.iterdir()]
 
 
 def test_a_model_that_says_nothing_has_the_recall_of_chance() -> None:
@@ -365,228 +303,6 @@ def test_named_sets_are_found_and_compared(data: Path, tmp_path: Path) -> None:
     assert not any("this set has" in row for row in table)
     (row, _) = map(json.loads, (tmp_path / "out/result.jsonl").read_text().splitlines())
     assert (row["dataset"], row["language"]) == ("flickr30k", "cn")
-
-
-def test_published_scores_of_every_task_language_and_mode() -> None:
-    model = "OpenGVLab/InternVL-14B-224px"
-    for name, value in {
-        "retrieval-flickr30k/c_image_retrieval_recall@1": 0.817,
-        "retrieval-flickr30k-cn/g_text_retrieval_recall@5": 0.994,
-        "retrieval-coco/g_image_retrieval_recall@1": 0.586,
-        "retrieval-coco-cn/c_text_retrieval_recall@10": 0.967,
-        "retrieval-xtd/g_text_retrieval_recall@10": 0.986,
-        "retrieval-xtd-ko/c_image_retrieval_recall@1": 0.583,
-        "retrieval-xtd-pl/c_image_retrieval_recall@1": None,
-        "retrieval-coco/g_itm_image_retrieval_recall@1": None,
-        "caption-coco/cider": 1.282,
-        "caption-nocaps/average_length": 10.463,
-    }.items():
-        assert evaluate.published(model, name) == pytest.approx(value), name
-    assert evaluate.published("OpenGVLab/InternVL2-2B", "caption-coco/cider") == 0.793
-    assert evaluate.published("somebody/else", "caption-coco/cider") is None
-
-
-def test_every_named_set_is_read_from_its_layout(tmp_path: Path) -> None:
-    """The documented files and folders, as small as they can be."""
-    name = "COCO_val2014_000000000042.jpg"
-    coco, flickr, nocaps = (tmp_path / x for x in ("coco", "flickr30k", "nocaps"))
-    retrieval = tmp_path / "mscoco_captions"
-    for path in (
-        *(coco / "val2014" / name, flickr / "Images/7.jpg", nocaps / "images/7.jpg"),
-        retrieval / "val2014" / name,
-    ):
-        photo(path, 1)
-    one = [{"image_id": 42, "id": 1, "caption": "A cat."}]
-    named = {"images": [{"id": 42, "file_name": "Images/7.jpg"}], "annotations": one}
-    files = {
-        coco / "annotations/coco_karpathy_test.json": [{"image": f"val2014/{name}"}],
-        coco / "annotations/coco_karpathy_test_gt.json": {"images": [], "annotations": one},
-        flickr / "flickr30k_test_karpathy.json": named,
-        nocaps / "nocaps_val_4500_captions.json": named,
-        retrieval / "coco_test_karpathy.json": {
-            "images": [{"id": 42, "file_name": name}],
-            "annotations": one,
-        },
-        retrieval / "coco-cn_test.json": {
-            "images": [{"id": 42, "file_name": f"val2014/{name}"}],
-            "annotations": one,
-        },
-    }
-    for path, tree in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(tree))
-    for path, text in {
-        flickr / "flickr30k_test_karpathy.txt": "image,caption\n7.jpg,A cat.\n",
-        flickr / "flickr30k_cn_test.txt": "image,caption\n7.jpg,A cat.\n",
-        retrieval / "test_1kcaptions_ko.txt": "A cat.\n",
-        retrieval / "test_1kcaptions_en.txt": "A cat.\n",
-        retrieval / "test_image_names.txt": f"{name}\n",
-    }.items():
-        path.write_text(text)
-    for task, described in published_sets.TASKS.items():
-        languages = ("en", "ko") if task == "retrieval-xtd" else ()
-        options = {"recall_k": (1,)} if described.type == "retrieval" else {}
-        found = published_sets.configs(
-            task, tmp_path / described.root, languages=languages, **options
-        )
-        assert len(found) == max(1, len(languages))
-        for config in found.values():
-            evaluator = evals.EVALS[config.type](config)
-            assert [Path(path).exists() for path in evaluator.images()] == [True], task
-            assert evaluator.counts() == {"images": 1, "texts": 1}, task
-            if isinstance(evaluator, Retrieval):
-                cleaned = "A cat." if task == "retrieval-xtd" else "a cat"
-                assert evaluator.pairs.texts == (cleaned,), task
-            else:
-                assert evaluator.ids == [42]
-
-
-def test_captions_of_a_dual(model: Path, dual, data: Path, tmp_path: Path) -> None:
-    images = [{"id": 100 + n, "image": f"flickr30k-images/{n}.jpg"} for n in range(3)]
-    annotations = [{"image_id": 100 + n, "id": n, "caption": f"thing {n}"} for n in range(3)]
-    root = tmp_path / "data/flickr30k"
-    (root / "Images").mkdir(parents=True)
-    for n in range(3):
-        shutil.copy(data / f"{n}.jpg", root / f"Images/{n}.jpg")
-    tree = json.dumps({"images": images, "annotations": annotations})
-    (root / "flickr30k_test_karpathy.json").write_text(tree)
-    metrics = evaluate.run(
-        model,
-        ["caption-flickr30k"],
-        root=tmp_path / "data",
-        to=tmp_path / "out",
-        metrics="exact",
-        max_new_tokens=9,
-        batch_size=2,
-    )
-    (file,) = (tmp_path / "out").glob("flickr30k_*.json")
-    assert file.stem.rpartition("_")[2].isdigit()
-    assert len(file.stem) == len("flickr30k_yymmddHHMMSS")
-    paths = [str(data / f"{n}.jpg") for n in range(3)]
-    captions = dual.caption(paths, max_new_tokens=9)
-    wanted = [{"image_id": 100 + n, "caption": captions[n]} for n in range(3)]
-    assert json.loads(file.read_text()) == wanted
-    length = sum(len(text.split()) for text in captions) / 3
-    assert metrics["caption-flickr30k/average_length"] == pytest.approx(length)
-    (line,) = (tmp_path / "out/result.jsonl").read_text().splitlines()
-    assert json.loads(line) == ["flickr30k", "English caption:", pytest.approx(length), {}]
-
-
-def test_interrupted_captions_go_on(dual, data: Path, tmp_path: Path) -> None:
-    tree = {
-        "images": [{"id": n, "file_name": f"{n}.jpg"} for n in range(10)],
-        "annotations": [{"image_id": n, "id": n, "caption": "x"} for n in range(10)],
-    }
-    (data / "captions.json").write_text(json.dumps(tree))
-    config = eval_config(
-        annotations=data / "captions.json",
-        images=data,
-        metrics="exact",
-        max_new_tokens=4,
-        num_beams=1,
-        batch_size=1,
-    )
-    whole = evals.EVALS["caption"](config).run(dual, tmp_path)
-    (kept,) = tmp_path.glob("captions-*.jsonl")
-    lines = kept.read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [row["answer"] for row in whole.rows]
-    kept.write_text('"kept"\n' + "\n".join(lines[1:9]) + '\n"cut o')
-    again = evals.EVALS["caption"](config).run(dual, tmp_path)
-    assert [row["answer"] for row in again.rows] == ["kept", *(r["answer"] for r in whole.rows[1:])]
-
-
-@pytest.fixture
-def classes(tmp_path: Path) -> Path:
-    for number in range(6):
-        for k in range(1 + number % 2):
-            photo(tmp_path / f"classes/n{number}/{k}.jpg", 10 * number + k, (50 + 60 * k, 90))
-    named = {"birds": [f"{color} bird" for color in COLORS[:6]], "cars": []}
-    (tmp_path / "classnames.json").write_text(json.dumps(named))
-    names = {f"n{n}": f"bird {n}" for n in range(6)}
-    for name, tree in {
-        "numbers.json": names | {"n1": 3},
-        "more.json": names | {"n9": "gone"},
-        "bare.json": ["a {c}", "a bird"],
-        "half.json": ["{c} \ud83d"],
-    }.items():
-        (tmp_path / name).write_text(json.dumps(tree))
-    (tmp_path / "templates.json").write_text(json.dumps({"birds": ["a {c}.", "the {c}, {c}"]}))
-    return tmp_path
-
-
-def test_zero_shot_classes(dual, classes: Path) -> None:
-    config = eval_config(
-        type="classify",
-        annotations=classes / "classes",
-        classes=classes / "classnames.json",
-        templates=classes / "templates.json",
-        key="birds",
-        modes=("c",),
-    )
-    found = Classify(config).run(dual, None)
-    weights = []
-    for color in COLORS[:6]:
-        name = f"{color} bird"
-        mean = dual.encode_texts([f"a {name}.", f"the {name}, {name}"]).mean(dim=0)
-        weights.append(mean / mean.norm())
-    paths = sorted((classes / "classes").rglob("*.jpg"))
-    logits = 100 * dual.encode_images(paths, "c", crop=True) @ torch.stack(weights).T
-    truth = torch.tensor([int(path.parent.name[1:]) for path in paths])
-    hits = logits.argmax(dim=1) == truth
-    assert found.values["c_acc1"] == pytest.approx(hits.double().mean().item())
-    top = (logits.topk(5, dim=1)[1] == truth[:, None]).any(dim=1)
-    assert found.values["c_acc5"] == pytest.approx(top.double().mean().item())
-    per_class = [hits[truth == n].double().mean().item() for n in range(6)]
-    assert found.values["c_mean_per_class_recall"] == pytest.approx(sum(per_class) / 6)
-
-
-def test_a_class_without_an_image_is_named(classes: Path) -> None:
-    (classes / "classes/n8").mkdir()
-    spec = {"type": "classify", "annotations": classes / "classes"}
-    with pytest.raises(UserError, match="n8: this class has no image"):
-        Classify(eval_config(**spec))
-    for policy in ("keep", "skip"):  # it stays one of the classes to choose from
-        found = Classify(eval_config(**spec, on_bad_sample=policy)).counts()
-        assert found == {"images": 9, "classes": 7, "left out": 1}
-
-
-def test_accuracies_with_few_classes() -> None:
-    found = accuracies(torch.tensor([0, 1, 0, 2]), torch.tensor([0, 0, 2, 2]), 3)
-    assert found == {"acc1": 0.5, "mean_per_class_recall": 0.5}
-
-
-@pytest.mark.parametrize(
-    ("keys", "said"),
-    [
-        ({"classes": "classnames.json"}, "has no name for the folder n0"),
-        ({"classes": "classnames.json", "key": "cats"}, "no entry 'cats'; it has birds, cars"),
-        ({"classes": "classnames.json", "key": "cars"}, "a JSON list of texts is expected"),
-        ({"templates": "templates.json"}, "a JSON list of texts is expected"),
-        ({"templates": "gone.json"}, "cannot read"),
-        ({"classes": "numbers.json"}, "the name of n1 is the number 3, not text"),
-        ({"classes": "more.json"}, r"names 1 folder\(s\) missing from .*classes: n9"),
-        ({"templates": "bare.json"}, "entry 2: 'a bird' has no {c}"),
-        ({"templates": "half.json"}, "entry 1 holds half a character"),
-        ({"annotations": "gone"}, "is no folder"),
-    ],
-)
-def test_wrong_classes(classes: Path, keys: dict[str, str], said: str) -> None:
-    given = {"annotations": "classes"} | keys
-    paths = {name: value if name == "key" else classes / value for name, value in given.items()}
-    with pytest.raises(UserError, match=said):
-        Classify(eval_config(type="classify", **paths))
-
-
-def test_several_evaluations_of_a_handle(dual, data: Path, tmp_path: Path) -> None:
-    """As `train` calls them: any mixture, into STEP.json."""
-    configs = {"val": spec(data), "quick": spec(data, limit=4, modes=("c",), recall_k=(1,))}
-    found = evals.run_all(evals.build(configs), dual, tmp_path / "evals", 7)
-    assert json.loads((tmp_path / "evals/000007.json").read_text()) == found
-    assert evals.measured(tmp_path / "evals", 7) == {"val", "quick"}
-    assert "quick/c_image_retrieval_recall@1" in found
-    assert (
-        len((tmp_path / "evals/000007/quick.jsonl").read_text().splitlines()) == 4 + 1 + 2 + 3 + 1
-    )
 
 
 def test_during_training_and_after_it(model: Path, data: Path) -> None:

@@ -5,13 +5,11 @@ import json
 import pytest
 import torch
 from chat_folders import IMAGE_TOKEN_ID, golden_folder, prompt_folder
-from dual_folders import dual_folder
 from safetensors.torch import load_file, save_file
 from transformers import InternVLForConditionalGeneration
 
-from internvl.config import TilesConfig, recipes
 from internvl.data.templates import template
-from internvl.errors import ModelFolderError, UserError
+from internvl.errors import ModelFolderError
 from internvl.inference import load as loading
 
 
@@ -125,78 +123,3 @@ def test_an_official_file_without_an_output_matrix_is_incomplete(tmp_path):
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ModelFolderError, match="1 missing weights .language_model.lm_head.weight"):
         loading.load(folder, image_token_id=IMAGE_TOKEN_ID, device="cpu")
-
-
-def _recipe(folder, *overrides, **data):
-    sources = [{"name": "a", "annotations": "a.jsonl"}]
-    tree = {
-        "model": {"id": str(folder)},
-        "data": {"sources": sources, **data},
-        "run": str(folder.parent / "run"),
-        "global_batch": 1,
-        "steps": 1,
-    }
-    return recipes.resolve(tree, overrides)
-
-
-def _one_tile(folder, **changes):
-    """The folder's config.json with these values; size 84, 1 to 6 tiles, thumbnail otherwise."""
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def test_what_a_recipe_leaves_open_is_the_checkpoints_key_by_key(tmp_path):
-    folder = prompt_folder("internlm2.internlm2-chat", tmp_path / "model")
-    _one_tile(folder, normalize="siglip", system_message="Be brief.", max_dynamic_patch=5)
-    for data, size, most, thumbnail in (
-        ({}, 84, 5, True),
-        ({"tiles": {"max": 2}}, 84, 2, True),
-        ({"tiles": {"size": 56, "thumbnail": False}}, 56, 5, False),
-    ):
-        completed = loading.complete(_recipe(folder, **data))
-        found = completed.recipe.data
-        assert found.tiles == TilesConfig(size=size, min=1, max=most, thumbnail=thumbnail)
-        assert (found.normalize, found.template) == ("siglip", "internlm2-chat")
-        assert found.system_message == "Be brief."
-        sources = {setting.key: setting.source for setting in completed.settings}
-        for key in ("size", "min", "max", "thumbnail", "pad_square"):
-            stated = key in data.get("tiles", {})
-            wanted = "recipe" if stated else str(folder / "config.json")
-            assert sources[f"data.tiles.{key}"].startswith(wanted), key
-        assert ("resized from 84 to 56 px" in completed.render()) is (size == 56)
-
-
-def test_a_system_message_of_the_template_that_holds(tmp_path):
-    folder = prompt_folder("internlm2.internlm2-chat", tmp_path / "model")
-    for chosen in ("internlm2-chat", "internvl2_5"):
-        data = loading.complete(_recipe(folder, template=chosen)).recipe.data
-        assert (data.template, data.system_message) == (chosen, template(chosen).system_message)
-
-
-def test_all_that_does_not_fit_a_checkpoint_in_one_sentence(tmp_path):
-    folder = prompt_folder("qwen2.Hermes-2", tmp_path / "model")
-    _one_tile(folder, dynamic_image_size=False, pad2square=True)
-    with pytest.raises(UserError) as caught:
-        loading.complete(_recipe(folder, tiles={"size": 60, "max": 4}))
-    for part in (
-        "data.tiles.size = 60 does not fit this model",
-        "a multiple of 28 pixels",
-        "data.tiles.pad_square = true of the checkpoint goes only with data.tiles.max: 1",
-    ):
-        assert part in str(caught.value)
-    with pytest.raises(UserError, match="tiles.min = 3 is larger than data.tiles.max = 1 of the"):
-        loading.complete(_recipe(folder, tiles={"min": 3}))
-
-
-def test_internvl_14b_takes_one_tile_of_its_own_size(tmp_path):
-    folder = dual_folder(tmp_path / "model")
-    objective = "objective.name=retrieval"
-    completed = loading.complete(_recipe(folder, objective))
-    wanted = TilesConfig(size=84, min=1, max=1, thumbnail=False)
-    assert completed.recipe.data.tiles == wanted
-    assert [setting.key for setting in completed.settings] == ["data.tiles.size"]
-    data = {"tiles": {"max": 12}, "normalize": "clip", "template": "internvl2_5"}
-    with pytest.raises(UserError) as caught:
-        loading.complete(_recipe(folder, objective, **data))
-    for key in ("data.tiles.max = 12", "data.normalize = clip", "data.template = internvl2_5"):
-        assert f"{key} is not for InternVL-14B: leave it out" in str(caught.value)

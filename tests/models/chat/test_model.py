@@ -26,7 +26,6 @@ from internvl.models import keys
 from internvl.models import weights as model_weights
 from internvl.models.chat import model as chat_model
 from internvl.models.chat.model import ChatModel, Supervision
-from internvl.models.vision import DropPath, count_parameters
 
 CASES = ("chat_internlm2", "chat_qwen2")
 VARIANTS = [
@@ -224,21 +223,6 @@ def test_tied_embeddings_are_tied_when_the_file_has_no_output_matrix(tmp_path):
     assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
-RESIZES = [run["key"] for run in json.loads((POSITIONS / "case.json").read_text())["runs"]]
-
-
-@pytest.mark.parametrize("key", RESIZES)
-def test_golden_position_embeddings_resized(key):
-    old, new = map(int, key.split("to"))
-    wanted = load_file(POSITIONS / "internvl_g.safetensors")[f"internvl_g.{key}.output"]
-    # The inputs are drawn as the case says, not stored.
-    seeded = torch.Generator().manual_seed(old * 1000 + new)
-    table = torch.randn(1, (old // 14) ** 2 + 1, 32, generator=seeded)
-    found = model_weights.resize_positions(table, (new // 14) ** 2)
-    found = found[:, ::7] if key == "448to896" else found
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize("size", ["84x84", "112x112", "56x98", "126x70", "168x168"])
 @torch.no_grad()
 def test_golden_position_embeddings_at_forward(size, tmp_path):
@@ -275,53 +259,11 @@ def test_another_image_size_resizes_the_table(tmp_path):
     assert model.get_image_features(torch.rand(1, 3, 112, 112)).pooler_output.shape == (1, 16, 64)
 
 
-def test_drop_path_only_acts_in_training(tmp_path):
-    folder = golden_folder("chat_internlm2", "v2.sel-1", tmp_path)
-    plain = load(folder)
-    dropping = load(folder, drop_path=0.5)
-    pixels = torch.rand(2, 3, 84, 84)
-    assert set(plain.state_dict()) == set(dropping.state_dict())
-    wanted = plain.get_image_features(pixels).pooler_output
-    torch.testing.assert_close(dropping.get_image_features(pixels).pooler_output, wanted)
-    blocks = dropping.model.vision_tower.encoder.layer
-    assert [block.dropout.rate for block in blocks] == pytest.approx([0, 1 / 6, 1 / 3, 0.5])
-    dropping.train()
-    torch.manual_seed(0)
-    assert not torch.allclose(dropping.get_image_features(pixels).pooler_output, wanted, atol=1e-3)
-
-
-def test_drop_path_keeps_the_mean_and_whole_samples():
-    torch.manual_seed(0)
-    dropped = DropPath(0.25)(torch.ones(4000, 3, 2))
-    assert dropped.unique().tolist() == pytest.approx([0, 4 / 3])
-    assert (dropped.amin((1, 2)) == dropped.amax((1, 2))).all()
-    assert float(dropped.mean()) == pytest.approx(1, abs=0.05)
-
-
 def change(folder, remove=(), add=None, reshape=None):
     tensors = load_file(folder / "model.safetensors")
     for name in remove:
         del tensors[name]
     save_file(tensors | (add or {}) | (reshape or {}), folder / "model.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("edit", "says"),
-    [
-        ({"remove": ["mlp1.1.bias"]}, "1 missing weights .mlp1.1.bias"),
-        ({"add": {"more.weight": torch.zeros(2)}}, "1 unexpected weights .more.weight"),
-        (
-            {"reshape": {"language_model.output.weight": torch.zeros(610, 64)}},
-            "lm_head.weight has 610 rows, config.json says vocab_size 600",
-        ),
-        ({"reshape": {"mlp1.1.bias": torch.zeros(5)}}, "linear_1.bias is .5,., config.json asks"),
-    ],
-)
-def test_weights_that_do_not_fit_are_named(edit, says, tmp_path):
-    folder = golden_folder("chat_internlm2", "v2.sel-1", tmp_path)
-    change(folder, **edit)
-    with pytest.raises(ModelFolderError, match=says):
-        load(folder)
 
 
 def test_computed_buffers_of_old_files_are_harmless(tmp_path):
@@ -359,10 +301,3 @@ def test_a_device_map_never_cuts_a_block(tmp_path):
     whole, spread = load(folder), load(folder, device_map={"": "cpu"})
     assert all(map(torch.equal, whole.parameters(), spread.parameters()))
     assert set(whole._no_split_modules) == {"InternVLVisionLayer", "LlamaDecoderLayer"}
-
-
-def test_parameters_shared_by_modules_count_once(tmp_path):
-    model = load(golden_folder("chat_internlm2", "v2.sel-1", tmp_path))
-    model.lm_head.requires_grad_(False)
-    trained, everything = count_parameters(model)
-    assert everything - trained == 600 * 64

@@ -1,0 +1,77 @@
+"""Attention, recomputation and compilation applied to a model: it trains the same."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from chat_folders import IMAGE_TOKEN_ID, official_folder
+from packed_rows import assert_same, loss_and_gradients, row
+
+from internvl.compute import kernels
+from internvl.config import ComputeConfig, LoraConfig
+from internvl.errors import UserError
+from internvl.inference import load as loading
+from internvl.models.adapters import lora
+from internvl.models.attention.packed import packed_mask
+from internvl.models.attention.per_document import DOCUMENTS
+
+CPU = torch.device("cpu")
+
+
+def test_flash_is_refused_where_it_is_not(model):
+    with pytest.raises(UserError, match=r"pip install 'internvl\[flash\]'"):
+        kernels.apply_compute(model, CPU, ComputeConfig(attention="flash"))
+
+
+@pytest.mark.parametrize(("kind", "every"), [("full", 1), ("selective", 2)])
+@pytest.mark.parametrize("with_lora", [True, False])
+def test_recomputing_changes_nothing_and_leaves_frozen_parts_alone(model, kind, every, with_lora):
+    lora.select_trainable(model, [] if with_lora else ["language_model"])
+    if with_lora:
+        lora.attach(model, LoraConfig(rank=4, dropout=0.0))
+    wanted = loss_and_gradients(model, row())
+    kernels.apply_compute(model, CPU, ComputeConfig(checkpointing=kind))
+    decoders = model.model.language_model.layers
+    chosen = [block.gradient_checkpointing for block in decoders]
+    assert chosen == [i % every == 0 for i in range(len(decoders))]
+    tower = model.model.vision_tower.encoder.layer
+    assert not any(block.gradient_checkpointing for block in tower)
+    embeds = model.get_input_embeddings()(row().input_ids)
+    assert embeds.requires_grad is not with_lora  # transformers' own way makes it so for LoRA
+    assert_same(loss_and_gradients(model, row()), wanted)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_compiled_blocks_train_the_same(model):
+    wanted = loss_and_gradients(model, row())
+    names = [*model.state_dict()]
+    kernels.apply_compute(model, CPU, ComputeConfig(compile=True, loss_chunk=5))
+    assert model.loss_chunk == 5
+    assert [*model.state_dict()] == names
+    assert_same(loss_and_gradients(model, row()), wanted)
+
+
+def test_written_out_scores_train_the_same(model):
+    wanted = loss_and_gradients(model, row())
+    kernels.apply_compute(model, CPU, ComputeConfig(attention="eager"))
+    parts = (model.config.text_config, model.config.vision_config)
+    assert [part._attn_implementation for part in parts] == [DOCUMENTS, "eager"]
+    assert_same(loss_and_gradients(model, row()), wanted)
+
+
+def test_one_long_document_among_short_ones_is_not_taken_apart(model):
+    """Twelve times 19 x 19 scores would be more than 30 x 30."""
+    uneven = replace(row(), document=torch.cat([torch.zeros(19), torch.arange(1, 12)]).long())
+    assert packed_mask(DOCUMENTS, row().document, row().branch, torch.float32).shape[0] == 2
+    mask = packed_mask(DOCUMENTS, uneven.document, uneven.branch, torch.float32)
+    assert mask.shape == (1, 1, 30, 30)
+    wanted = loss_and_gradients(model, uneven)
+    kernels.apply_compute(model, CPU, ComputeConfig(attention="eager"))
+    assert_same(loss_and_gradients(model, uneven), wanted)
+
+
+def test_attention_with_sinks_stays_its_own(tmp_path):
+    folder = official_folder("GptOssForCausalLM", tmp_path)
+    chat = loading.load(folder, image_token_id=IMAGE_TOKEN_ID, device="cpu", dtype="float32")
+    kernels.apply_compute(chat.model, CPU, ComputeConfig(attention="eager"))
+    assert chat.model.config.text_config._attn_implementation == "eager"

@@ -1,0 +1,64 @@
+"""Captions of a dual, and an interrupted evaluation that goes on."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from internvl import evals, evaluate
+from internvl.config import eval_config
+
+
+def test_captions_of_a_dual(model: Path, dual, data: Path, tmp_path: Path) -> None:
+    images = [{"id": 100 + n, "image": f"flickr30k-images/{n}.jpg"} for n in range(3)]
+    annotations = [{"image_id": 100 + n, "id": n, "caption": f"thing {n}"} for n in range(3)]
+    root = tmp_path / "data/flickr30k"
+    (root / "Images").mkdir(parents=True)
+    for n in range(3):
+        shutil.copy(data / f"{n}.jpg", root / f"Images/{n}.jpg")
+    tree = json.dumps({"images": images, "annotations": annotations})
+    (root / "flickr30k_test_karpathy.json").write_text(tree)
+    metrics = evaluate.run(
+        model,
+        ["caption-flickr30k"],
+        root=tmp_path / "data",
+        to=tmp_path / "out",
+        metrics="exact",
+        max_new_tokens=9,
+        batch_size=2,
+    )
+    (file,) = (tmp_path / "out").glob("flickr30k_*.json")
+    assert file.stem.rpartition("_")[2].isdigit()
+    assert len(file.stem) == len("flickr30k_yymmddHHMMSS")
+    paths = [str(data / f"{n}.jpg") for n in range(3)]
+    captions = dual.caption(paths, max_new_tokens=9)
+    wanted = [{"image_id": 100 + n, "caption": captions[n]} for n in range(3)]
+    assert json.loads(file.read_text()) == wanted
+    length = sum(len(text.split()) for text in captions) / 3
+    assert metrics["caption-flickr30k/average_length"] == pytest.approx(length)
+    (line,) = (tmp_path / "out/result.jsonl").read_text().splitlines()
+    assert json.loads(line) == ["flickr30k", "English caption:", pytest.approx(length), {}]
+
+
+def test_interrupted_captions_go_on(dual, data: Path, tmp_path: Path) -> None:
+    tree = {
+        "images": [{"id": n, "file_name": f"{n}.jpg"} for n in range(10)],
+        "annotations": [{"image_id": n, "id": n, "caption": "x"} for n in range(10)],
+    }
+    (data / "captions.json").write_text(json.dumps(tree))
+    config = eval_config(
+        annotations=data / "captions.json",
+        images=data,
+        metrics="exact",
+        max_new_tokens=4,
+        num_beams=1,
+        batch_size=1,
+    )
+    whole = evals.EVALS["caption"](config).run(dual, tmp_path)
+    (kept,) = tmp_path.glob("captions-*.jsonl")
+    lines = kept.read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [row["answer"] for row in whole.rows]
+    kept.write_text('"kept"\n' + "\n".join(lines[1:9]) + '\n"cut o')
+    again = evals.EVALS["caption"](config).run(dual, tmp_path)
+    assert [row["answer"] for row in again.rows] == ["kept", *(r["answer"] for r in whole.rows[1:])]

@@ -1,0 +1,133 @@
+"""Evaluation inside a run, of its folder, and of what was exported: the same numbers."""
+
+import json
+import shutil
+
+import pytest
+import tiny_run
+from tiny_run import recipe_of
+
+from internvl import evaluate, export, train
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """The recipe of a project whose start model all tests of this file share."""
+    return tiny_run.make(tmp_path_factory.mktemp("project"))
+
+
+def test_an_evaluation_cut_off_by_a_kill_is_made_up_for(project, tmp_path):
+    folder = project.parent
+    spec = f"{{annotations: {folder}/captions.json, images: {folder}, prompt: Name it, "
+    spec += "metrics: exact, limit: 3, max_new_tokens: 3, every: 5, before: true}"
+    recipe = recipe_of(project, tmp_path, "steps=7", f"evals.shapes={spec}")
+    train.run(recipe)
+    made = sorted(path.name for path in (recipe.run / "evals").glob("*.json"))
+    assert made == ["000000.json", "000005.json", "000007.json"]
+    # As a kill within the evaluation at step 5 leaves it.
+    for name in ("finished.json", "evals/000005.json", "evals/000007.json"):
+        (recipe.run / name).unlink()
+    for name in ("000007",):
+        shutil.rmtree(recipe.run / "checkpoints" / name)
+    train.run(recipe)
+    assert sorted(path.name for path in (recipe.run / "evals").glob("*.json")) == made
+
+
+def evaluated(project):
+    folder = project.parent
+    captions = (
+        f"{{annotations: {folder / 'captions.json'}, images: {folder}, prompt: 'What is this?'"
+    )
+    loss = f"{{type: loss, annotations: {folder / 'train.jsonl'}, images: {folder}}}"
+    return [
+        f"evals.captions={captions}, metrics: exact, max_new_tokens: 8, batch_size: 5}}",
+        f"evals.held={loss}",
+    ]
+
+
+def answers_of(folder):
+    return {file.name: file.read_text() for file in folder.glob("*.jsonl")}
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_run_measures_the_same_inside_and_outside(project, tmp_path, dtype, method):
+    lora = ["model.train=[]", "model.lora={rank: 4}", "compute.attention=eager"]
+    overrides = [*evaluated(project), f"dtype={dtype}", *(lora if method == "lora" else [])]
+    run = train.run(recipe_of(project, tmp_path, "steps=2", *overrides))
+    inside = json.loads((run / "evals/000002.json").read_text())
+    to = tmp_path / "outside"
+    outside = evaluate.measure(run, device="cpu", to=to)
+    assert outside.metrics == inside
+    assert json.loads((to / "result.json").read_text()) == inside
+    assert answers_of(to / "result") == answers_of(run / "evals/000002")
+    inner = "bfloat16 autocast" if dtype == "bfloat16" else dtype
+    assert outside.computed.startswith(f"{inner}, cpu, attention")
+    other = "float32" if dtype == "bfloat16" else "bfloat16"
+    outer = "bfloat16 autocast" if other == "bfloat16" else other
+    said = f"{outer}; inside the run: {inner}"
+    found = evaluate.measure(run, ["held"], device="cpu", dtype=other, to=to)
+    assert found.computed == said
+    written = json.loads((to / "result.json").read_text())
+    assert written["held/computed"] == said
+    assert "captions/computed" not in written
+    assert found.metrics["held/loss"] != inside["held/loss"]
+    # The file with that text is read by the next evaluation, which removes it.
+    evaluate.measure(run, ["held"], device="cpu", to=to)
+    assert json.loads((to / "result.json").read_text()) == inside
+
+
+@pytest.mark.parametrize("format", ["hf", "official"])
+def test_an_export_measures_what_its_run_measured(project, tmp_path, format):
+    run = train.run(recipe_of(project, tmp_path, "steps=2", *evaluated(project)))
+    inside = json.loads((run / "evals/000002.json").read_text())
+    export.run(run, tmp_path / "export", format)
+    folder = project.parent
+    found = evaluate.measure(
+        tmp_path / "export",
+        device="cpu",
+        to=tmp_path / "outside",
+        annotations=folder / "captions.json",
+        images=folder,
+        prompt="What is this?",
+        metrics="exact",
+        max_new_tokens=8,
+        batch_size=5,
+    )
+    names = ("exact", "average_length")
+    assert [found.metrics[f"caption-file/{n}"] for n in names] == [
+        inside[f"captions/{n}"] for n in names
+    ]
+    answers = tmp_path / "outside/result/caption-file.jsonl"
+    assert answers.read_text() == (run / "evals/000002/captions.jsonl").read_text()
+    assert found.computed == "float32"
+    half = evaluate.measure(
+        tmp_path / "export",
+        device="cpu",
+        dtype="bfloat16",
+        to=tmp_path / "half",
+        annotations=folder / "captions.json",
+        images=folder,
+        limit=2,
+        metrics="exact",
+    )
+    assert half.computed == "bfloat16; the folder's weights: float32"
+
+
+def test_published_scores_of_every_task_language_and_mode() -> None:
+    model = "OpenGVLab/InternVL-14B-224px"
+    for name, value in {
+        "retrieval-flickr30k/c_image_retrieval_recall@1": 0.817,
+        "retrieval-flickr30k-cn/g_text_retrieval_recall@5": 0.994,
+        "retrieval-coco/g_image_retrieval_recall@1": 0.586,
+        "retrieval-coco-cn/c_text_retrieval_recall@10": 0.967,
+        "retrieval-xtd/g_text_retrieval_recall@10": 0.986,
+        "retrieval-xtd-ko/c_image_retrieval_recall@1": 0.583,
+        "retrieval-xtd-pl/c_image_retrieval_recall@1": None,
+        "retrieval-coco/g_itm_image_retrieval_recall@1": None,
+        "caption-coco/cider": 1.282,
+        "caption-nocaps/average_length": 10.463,
+    }.items():
+        assert evaluate.published(model, name) == pytest.approx(value), name
+    assert evaluate.published("OpenGVLab/InternVL2-2B", "caption-coco/cider") == 0.793
+    assert evaluate.published("somebody/else", "caption-coco/cider") is None
