@@ -1,0 +1,111 @@
+"""tests/ mirrors the package: who changes a module knows which file tests it.
+
+`internvl/ROOM/x.py` is tested in `tests/ROOM/test_x.py`, the room's own functions (its `__init__`)
+in `tests/ROOM/test_ROOM.py`. A long file may be cut by topic: `test_x_topic.py` is one of x's.
+"""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGE, TESTS = ROOT / "internvl", ROOT / "tests"
+
+ONE_DOOR = {
+    "check": "a report is what `check.run` returns",
+    "config": "a recipe is read whole: its sections' rules are seen in its problems",
+    "config/objective": "sections of a recipe, as the rest of config",
+    "data/captions": "forms of one file: every test reads each of them",
+    "demo": "a demo's parts only run one after the other",
+    "export": "layouts are what an export writes",
+    "plan": "a plan is one table",
+    "report": "a style is seen on a page alone",
+    "zoo": "tables of facts: what reads them is tested",
+}
+"""Rooms whose modules are tested through the room's door, in the room's own test file."""
+
+ELSEWHERE = {
+    "datasets/checklist.py": ("datasets/test_prepare.py", "prepare lists what is missing"),
+    "evals/loss.py": ("test_evaluate.py", "a loss needs a run to be measured of"),
+    "evals/scores.py": ("data/captions/test_captions.py", "scores of captions of every form"),
+    "inference/chat.py": ("inference/test_load.py", "what `load` returns"),
+    "inference/families.py": ("inference/test_load.py", "what `load` chooses from"),
+    "inference/handle.py": ("inference/test_load.py", "what both families answer to"),
+    "models/adapters/dropout.py": ("models/adapters/test_lora.py", "dropout of an adapter"),
+    "models/adapters/layers.py": ("models/adapters/test_folder.py", "a folder's settings resolved"),
+    "models/adapters/merging.py": ("models/adapters/test_folder.py", "against PEFT's own logits"),
+    "models/adapters/names.py": ("models/adapters/test_folder.py", "names in a folder's file"),
+    "models/adapters/seeded_dropout_triton.py": (
+        "models/adapters/test_seeded_dropout.py",
+        "kernels beside their twin, on a GPU",
+    ),
+    "models/attention/flash4.py": ("models/attention/test_packed.py", "one of the packed kernels"),
+    "models/attention/per_document.py": ("models/attention/test_packed.py", "likewise"),
+    "models/configs.py": ("export/test_export.py", "both forms, there and back"),
+    "models/dual/qllama.py": ("models/dual/test_model.py", "against the original's states"),
+    "models/modules.py": ("models/kernels/test_last_mlp.py", "how kernels replace layers"),
+    "objectives/packed_loss.py": ("test_train.py", "what a step of training sums"),
+}
+"""Module -> the file that tests it, and why there."""
+
+NO_MODULE = {
+    "test_benchmarks.py": "benchmarks/",
+    "test_cpu_seconds.py": "tests/cpu_seconds.py",
+    "test_docs.py": "docs/",
+    "test_fuzz.py": "every reader of files",
+    "test_house.py": "rules of the house",
+    "test_layers.py": "who may import whom",
+    "test_mirror.py": "this table",
+    "test_wheel.py": "the built package",
+}
+"""Test file -> what it tests instead of a module."""
+
+MODULES = sorted(
+    path.relative_to(PACKAGE).as_posix()
+    for path in PACKAGE.rglob("*.py")
+    if path.name not in ("__init__.py", "__main__.py")
+)
+FILES = sorted(path.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py"))
+
+
+def own_file(module: str) -> str:
+    """The test file that mirrors a module."""
+    path = Path(module)
+    return (path.parent / f"test_{path.name}").as_posix()
+
+
+def door(room: str) -> str:
+    """The test file of a room; a room inside one of ONE_DOOR goes through the outer one."""
+    outer = next((o for o in ONE_DOOR if room.startswith(f"{o}/")), room)
+    return f"{outer}/test_{Path(outer).name}.py"
+
+
+def is_tested(module: str) -> bool:
+    room = Path(module).parent.as_posix()
+    elsewhere = ELSEWHERE[module][0] if module in ELSEWHERE else ""
+    return not {own_file(module), elsewhere, door(room) if room in ONE_DOOR else ""}.isdisjoint(
+        FILES
+    )
+
+
+def has_module(file: str) -> bool:
+    """Whether a test file is named after a module beside it, its topic following, or its room."""
+    room, name = Path(file).parent, Path(file).stem.removeprefix("test_")
+    modules = [Path(module).stem for module in MODULES if Path(module).parent == room]
+    return any(name == module or name.startswith(f"{module}_") for module in [*modules, room.name])
+
+
+def test_every_module_has_a_file_of_tests() -> None:
+    missing = [f"tests/{own_file(module)}" for module in MODULES if not is_tested(module)]
+    assert missing == [], "make these, or say in test_mirror.py where their modules are tested"
+
+
+def test_every_file_of_tests_has_a_module() -> None:
+    strays = [file for file in FILES if not has_module(file) and file not in NO_MODULE]
+    assert strays == [], "name these after the module that they test"
+
+
+def test_no_exception_is_stale() -> None:
+    rooms = {Path(module).parent.as_posix() for module in MODULES if own_file(module) not in FILES}
+    assert set(ONE_DOOR) - rooms == set()
+    assert set(NO_MODULE) - set(FILES) == set()
+    assert [file for file in NO_MODULE if has_module(file)] == []
+    assert [m for m in ELSEWHERE if m not in MODULES or own_file(m) in FILES] == []
