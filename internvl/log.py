@@ -55,6 +55,10 @@ def setup(level: int = logging.INFO, *, rank: int = 0) -> None:
     logger.handlers = [handler]
     logger.setLevel(max(level, logging.WARNING) if rank else level)
     logger.propagate = False  # a root handler of the calling program would print it again
+    # transformers imports an installed torchao, which warns in every process of the GPU libraries
+    # that this machine cannot load, and of its own use of torch.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class Progress:

@@ -23,6 +23,15 @@ def quiet_after() -> Iterator[None]:
     logger.propagate = True
 
 
+@pytest.mark.slow
+def test_an_installed_torchao_does_not_warn_in_every_process() -> None:
+    pytest.importorskip("torchao")
+    code = "from internvl import log; log.setup(); import transformers.modeling_utils"
+    words = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
 def test_setup_twice_says_a_line_once(capsys: pytest.CaptureFixture[str]) -> None:
     log.setup()
     log.setup()
