@@ -145,18 +145,24 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("line", BAD)
-@pytest.mark.parametrize("form", ["lines", "list"])
+def ends_a_list(line):
+    """Whether nothing after the bad row can be read in a JSON list: it has no end of its own."""
+    content = line if isinstance(line, bytes) else line.encode()
+    return not content.removeprefix(BOM).strip() or BAD[line].startswith(
+        ("not", TOO_DEEP, "a number")
+    )
+
+
+@pytest.mark.parametrize(
+    ("form", "line"),
+    [("lines", line) for line in BAD] + [("list", line) for line in BAD if not ends_a_list(line)],
+)
 def test_a_bad_row_is_named_and_the_others_are_fine(form, line, tmp_path):
     data = line if isinstance(line, bytes) else line.encode()
     if form == "lines":
         source = opened(tmp_path / "x.jsonl", b"\n".join([ONE.encode(), data, ONE.encode(), b""]))
         where = "line 2"
     else:
-        if not data.removeprefix(BOM).strip() or BAD[line].startswith(
-            ("not", TOO_DEEP, "a number")
-        ):
-            pytest.skip("nothing after it can be read in a list")
         source = opened(tmp_path / "x.json", b"[" + b",\n".join([ONE.encode(), data]) + b"]")
         where = "entry 2"
     first, bad, *_ = read(source)
