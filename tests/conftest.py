@@ -16,6 +16,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # are found by what they were built from, so an old one is never run.
 _COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "inductor"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_COMPILED))
+# No test uses the network: Weights & Biases keeps metrics in the run's folder, and its own errors.
+os.environ.update(WANDB_MODE="offline", WANDB_ERROR_REPORTING="false", WANDB_SILENT="true")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

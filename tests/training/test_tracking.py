@@ -27,10 +27,8 @@ def test_without_it_there_are_the_file_and_tensorboard(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")  # the library's own
-def test_offline_runs_stay_in_the_folder(tmp_path, monkeypatch):
+def test_offline_runs_stay_in_the_folder(tmp_path):
     pytest.importorskip("wandb", reason="Weights & Biases: internvl[wandb]")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
     folder = tmp_path / "lora"
     folder.mkdir()
     for first in (1, 2):  # the second goes on after step 1
