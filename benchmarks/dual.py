@@ -6,7 +6,7 @@
 
 Weights are made on the GPU in bfloat16; every row has a process of its own. Training rows are steps
 of `internvl train` on a recipe of recipes/internvl_14b, with JPEG files of COCO's sizes, captions
-of COCO's lengths, and the loader's workers; shares are needed FLOPs (plan/dual_flops.py of the
+of COCO's lengths, and the loader's workers; shares are needed FLOPs (plan/flops.py of the
 package) over the rate of an 8192³ bfloat16 product of the same process. `hours` are those of the
 recipe's steps. Of a row that measures its first step, `first_wait_s` is left out: a later step's
 pairs are read during the one before. lora_224_kept the LoRA recipe in micro-batches of 32, nothing
@@ -50,7 +50,8 @@ from internvl.models.adapters import lora
 from internvl.models.dual import configs as dual_configs
 from internvl.models.dual.model import DualModel
 from internvl.objectives.retrieval import RetrievalObjective
-from internvl.plan import dual_flops
+from internvl.plan import flops
+from internvl.plan.work import Sequences, Work, work_of
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "internvl_14b"
 BYTES_FULL = 16
@@ -165,14 +166,11 @@ def tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 class Counting(RetrievalObjective):
     """The objective, and what every step held."""
 
-    steps: list[dual_flops.PairWork]
+    steps: list[Work]
 
     def batches(self, units: Any) -> list[PairBatch]:
         made = super().batches(units)
-        total = dual_flops.PairWork(0)
-        for batch in made:
-            total += dual_flops.work_of(batch, self.weights)
-        self.steps.append(total)
+        self.steps.append(sum((work_of(batch, self.weights) for batch in made), start=Work()))
         return made
 
 
@@ -241,10 +239,10 @@ def training(row: Training, device: torch.device, ceiling: float, tiny: bool) ->
     # A step's pairs are read during the one before; where there is none, it waits for them.
     first_wait_s = 0.0 if row.warmup else rows[0]["data_wait_s"]
     seconds[0] -= first_wait_s
-    work = dual_flops.PairWork(0)
+    work = Work()
     for step in now.objective.steps[1 + row.warmup :][: row.steps]:
         work += step
-    needed = dual_flops.count(now.model, work).needed
+    needed = flops.count(now.model, work).needed
     total_steps = recipe_steps(now.recipe)
     return {
         "recipe": f"internvl_14b_{row.recipe}",
@@ -257,8 +255,8 @@ def training(row: Training, device: torch.device, ceiling: float, tiny: bool) ->
         "data_wait_s": statistics.mean(numbers["data_wait_s"] for numbers in rows[row.warmup :]),
         "first_wait_s": first_wait_s,
         "ceiling_share": needed / sum(seconds) / 1e12 / ceiling,
-        "tflop_per_pair": needed / work.images / 1e12,
-        "text_tokens_per_pair": work.text_tokens / work.images,
+        "tflop_per_pair": needed / work.samples / 1e12,
+        "text_tokens_per_pair": work.texts.tokens / work.samples,
         "peak_gib": rows[-1]["memory_gib"],
         "trained": sum(p.numel() for p in now.model.parameters() if p.requires_grad),
         "recipe_steps": total_steps,
@@ -312,14 +310,15 @@ def encode(device: torch.device, ceiling: float, tiny: bool) -> dict[str, Any]:
     length = 24
     ids = torch.randint(5, 5000, (4 * count, length))
     queries = handle.model.num_queries
-    pictures = dual_flops.PairWork(images=count)
-    texts = dual_flops.PairWork(0, len(ids), ids.numel(), len(ids) * length * (length + 1) // 2)
-    kinds: dict[str, tuple[Callable[[], Tensor], int, dual_flops.PairWork]] = {
-        "images_c": (lambda: handle.encode_images(pixels, "c", batch_size=batch), count, pictures),
+    images = Work(tiles=count)
+    causal = len(ids) * length * (length + 1) // 2
+    texts = Work(texts=Sequences(len(ids), ids.numel(), causal))
+    kinds: dict[str, tuple[Callable[[], Tensor], int, Work]] = {
+        "images_c": (lambda: handle.encode_images(pixels, "c", batch_size=batch), count, images),
         "images_g": (
             lambda: handle.encode_images(pixels, "g", batch_size=batch),
             count,
-            dual_flops.PairWork(count, queried=count),
+            Work(tiles=count, queried=count),
         ),
         "texts": (lambda: handle.encode_texts(input_ids=ids, batch_size=256), len(ids), texts),
     }
@@ -330,7 +329,7 @@ def encode(device: torch.device, ceiling: float, tiny: bool) -> dict[str, Any]:
         for name, (work, number, held) in kinds.items():
             with compilation.several_shapes():
                 seconds = timed(work, device, 1 if tiny else 3)
-            needed = dual_flops.count(handle.model, held).needed
+            needed = flops.count(handle.model, held).needed
             share = needed / seconds / 1e12 / ceiling
             found[f"{name}_{form}"] = {"per_s": number / seconds, "ceiling_share": share}
     with tempfile.TemporaryDirectory() as place:

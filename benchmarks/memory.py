@@ -27,8 +27,7 @@ from internvl import plan, train
 from internvl.config import Recipe, recipes
 from internvl.data.records import PackedBatch
 from internvl.inference.chat import Chat
-from internvl.plan.flops import work_of
-from internvl.plan.work import FirstStep
+from internvl.plan.work import FirstStep, Work, work_of
 from internvl.zoo import gpus
 
 STEPS = 3
@@ -169,17 +168,17 @@ def report(
 ) -> dict[str, Any]:
     """Measured beside predicted."""
     works = [work_of(batch) for batch in batches]
-    work = sum(works[1:], works[0]).scaled(1 / STEPS)
-    tokens = tuple(batch.num_tokens for batch in batches[-max(1, len(batches) // STEPS) :])
-    step = FirstStep(work, tokens, now.recipe.global_batch)
+    work = sum(works, start=Work()) * (1 / STEPS)
+    last_step = tuple(works[-max(1, len(works) // STEPS) :])
+    step = FirstStep(last_step, work, now.recipe.global_batch)
     made = plan.make(now.recipe, gpus.find("H200"), step, shape=now.model.config)
     measured: dict[str, Any] = {"states_gib": states_gib(now)}
     predicted: dict[str, Any] = {
-        "states_gib": sum(made.memory.parts.get(part, 0.0) for part in STATES) / 2**30,
+        "states_gib": sum(made.memory.components.get(part, 0.0) for part in STATES) / 2**30,
         "allocated_gib": made.memory.allocated_gib,
         "total_gib": made.memory.total_gib,
         "step_s": made.step_s,
-        "parts_gib": {k: round(v / 2**30, 3) for k, v in made.memory.parts.items()},
+        "parts_gib": {k: round(v / 2**30, 3) for k, v in made.memory.components.items()},
     }
     error = {"states": predicted["states_gib"] / measured["states_gib"] - 1}
     if now.device.type == "cuda":

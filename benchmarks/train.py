@@ -38,6 +38,7 @@ from internvl.data.packing import padded_tokens
 from internvl.data.records import PackedBatch, Unit
 from internvl.objectives.sft import Sft
 from internvl.plan import flops
+from internvl.plan.work import Work, work_of
 
 WARMUP = 2
 
@@ -87,16 +88,13 @@ DEFAULT = ("2b_coco", "2b_coco_shared", "1b_coco", "8b_coco", "2b_full")
 class Counting(Sft):
     """The objective, and what every step's rows held."""
 
-    steps: list[flops.Work]
+    steps: list[Work]
     padded: list[int]
     """Tokens of a step's rows, padding included."""
 
     def batches(self, units: Any) -> list[PackedBatch]:
         rows = super().batches(units)
-        total = flops.work_of(rows[0])
-        for row in rows[1:]:
-            total += flops.work_of(row)
-        self.steps.append(total)
+        self.steps.append(sum(map(work_of, rows), start=Work()))
         longest = self.data.row_tokens or self.data.max_tokens
         self.padded.append(sum(padded_tokens(row.num_tokens, longest) for row in rows))
         return rows
@@ -239,8 +237,8 @@ def report(
         "samples_per_step": work[0].samples,
         "rows_per_step": statistics.mean(r["rows"] for r in measured),
         "row_tokens": length,
-        "fill": round(sum(w.tokens for w in work) / sum(padded), 4),
-        "tokens_per_sample": round(sum(w.tokens for w in work) / samples, 1),
+        "fill": round(sum(w.rows.tokens for w in work) / sum(padded), 4),
+        "tokens_per_sample": round(sum(w.rows.tokens for w in work) / samples, 1),
         "tiles_per_sample": round(sum(w.tiles for w in work) / samples, 3),
         "supervised_per_sample": round(sum(w.supervised for w in work) / samples, 1),
         "tflop_per_sample": round(sum(needed) / samples / 1e12, 3),

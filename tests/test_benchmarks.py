@@ -143,7 +143,8 @@ def test_flops_of_internvl_14b_are_those_that_torch_counts(monkeypatch, choice):
     from internvl.config import recipes
     from internvl.data.records import Pair
     from internvl.objectives.retrieval import RetrievalObjective
-    from internvl.plan import dual_flops
+    from internvl.plan import flops
+    from internvl.plan.work import Sequences, work_of
 
     source = {"name": "pairs", "type": "pairs", "annotations": "pairs.csv"}
     recipe = recipes.resolve(
@@ -177,11 +178,12 @@ def test_flops_of_internvl_14b_are_those_that_torch_counts(monkeypatch, choice):
     objective.begin_step(model, iter([batch]), objective.counts(batch))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
         sum(objective(model, batch).values()).backward()
-    work = dual_flops.work_of(batch, objective.weights)
+    work = work_of(batch, objective.weights)
     # Torch counts what the masks hide: padding, and queries and captions that are only compared.
     hidden = 2 * model.num_queries * length
-    dense = replace(work, text_pairs=number * (length * length + hidden))
-    wanted = dual_flops.count(model, dense).needed
+    texts = Sequences(number, work.texts.tokens, number * (length * length + hidden))
+    dense = replace(work, texts=texts)
+    wanted = flops.count(model, dense).needed
     assert counted.get_total_flops() == pytest.approx(wanted, rel=0.01)
 
 

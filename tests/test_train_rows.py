@@ -11,7 +11,7 @@ from ranks import run_ranks
 from internvl import check, log, plan, train
 from internvl.config import recipes
 from internvl.errors import CheckpointError, RunError
-from internvl.plan import gpus
+from internvl.zoo import gpus
 
 TRAIN = """
 from internvl import train
@@ -92,11 +92,11 @@ def test_it_is_checked_and_planned(project, tmp_path):
     assert "7 steps of 3 rows" in checked.arithmetic
     assert "the first step: 3 row(s)" in checked.arithmetic
     first = next(train.updates(train.build(recipe)))
-    assert (checked.step.work.samples, sum(checked.step.row_tokens)) == (
+    assert (checked.step.work.samples, checked.step.work.rows.tokens) == (
         first["samples"],
         first["tokens"],
     )
     assumed = plan.make(recipe, gpus.find("H200")).load
-    assert assumed.rows == pytest.approx(3)
+    assert assumed.micro_batches == pytest.approx(3)
     counted = plan.make(recipe, gpus.find("H200"), checked.step).load
-    assert counted.rows == 3
+    assert counted.micro_batches == 3

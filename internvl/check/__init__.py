@@ -6,11 +6,9 @@ number of steps and rows, and shows the first batch as text. Results are cached 
 cache folder, so a second check reads only what changed.
 """
 
-import functools
 import hashlib
 import io
 import json
-import operator
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -48,10 +46,7 @@ from internvl.inference.families import FAMILIES
 from internvl.inference.opened import OpenedModel, open_start
 from internvl.models.attention.packed import BLOCK
 from internvl.objectives import OBJECTIVES, Objective
-from internvl.objectives.sft import Sft
-from internvl.plan import dual_flops
-from internvl.plan.flops import work_of
-from internvl.plan.work import FirstStep
+from internvl.plan.work import first_step
 
 _CHUNK_LINES = 64
 """Lines that a worker reads per job; also the unit of the cache."""
@@ -85,23 +80,19 @@ def run(recipe: Recipe, *, report: Path | None = None) -> CheckResult:
     encoder = _make_encoder(recipe, opened)
     files, unusable = _open_all(recipe)
     checked.problems += unusable
+    # The recipe's own objective and reader: a new one is checked as what it is.
     objective: Any = OBJECTIVES[recipe.objective.name](recipe.objective, recipe.data, encoder)
-    reader: Any
-    if isinstance(encoder, CaptionEncoder):
-        reader = objective.reader(files, recipe.seed)
-    else:
-        # `pixels=False` still decodes every image, but does not resize it to tiles.
-        reader = UnitReader(files, recipe.data, objective.encode, seed=recipe.seed, pixels=False)
+    reader: Any = objective.reader(files, recipe.seed)
+    if isinstance(reader, UnitReader):
+        reader.pixels = False  # every image is still decoded, but not resized to tiles
     _count_lines(_ChunkCounter(reader, _settings(recipe, encoder), encoder), checked)
     for name, config in recipe.evals.items():
         checked.problems += _eval_problems(name, config)
     # With a source missing, the order of the samples and the number of steps would be others.
     if files and not unusable:
         order = SampleOrder(files, share_prefix=recipe.shares_prefix, seed=recipe.seed)
-        if isinstance(encoder, CaptionEncoder):
-            _first_pairs(order, reader, objective, checked)
-        else:
-            _first_step(order, reader, objective, encoder, checked)
+        add_first_step = _first_rows if recipe.objective.rows_are_packed else _first_pairs
+        add_first_step(order, reader, objective, checked)
     if report is not None:
         pages.write(check_report.page(checked), report)
     return checked
@@ -324,12 +315,8 @@ def _eval_problems(name: str, config: EvalConfig) -> list[BadSample]:
     return []
 
 
-def _first_step(
-    order: SampleOrder,
-    reader: UnitReader,
-    objective: Sft,
-    encoder: ChatEncoder,
-    checked: CheckResult,
+def _first_rows(
+    order: SampleOrder, reader: UnitReader, objective: Any, checked: CheckResult
 ) -> None:
     """Adds the number of steps, the first step's rows and samples of its first row."""
     recipe = checked.recipe
@@ -346,17 +333,15 @@ def _first_step(
             _row_line(rows, units, recipe) + _better_rows(units, recipe.data),
         ]
     )
-    # Not `sum`: it would begin with 0, which does not add to a Work.
-    work = functools.reduce(operator.add, map(work_of, rows))
-    checked.step = FirstStep(work, tuple(row.num_tokens for row in rows), len(order))
+    checked.step = first_step(rows, objective.weights, len(order))
     # One of each unit: the answers to an image differ little, images do.
-    shown = (next(_show(ref, rows[0].names, reader, objective, encoder), None) for ref in refs)
+    shown = (next(_show(ref, rows[0].names, reader, objective), None) for ref in refs)
     # A unit may be in another row: it has nothing to show.
     checked.first_samples = list(islice(filter(None, shown), _SHOWN_SAMPLES))
 
 
 def _rows_of_first_step(
-    order: SampleOrder, reader: UnitReader, objective: Sft, recipe: Recipe
+    order: SampleOrder, reader: UnitReader, objective: Any, recipe: Recipe
 ) -> tuple[list[UnitRef], list[Unit], list[PackedBatch]]:
     """Returns references, units and rows of the first step; all empty if no sample is readable."""
     if recipe.global_batch_rows is None:
@@ -400,7 +385,7 @@ def _first_pairs(
         steps = _arithmetic(order, recipe)
         batches: Sequence[Any] = objective.batches(units)
         checked.arithmetic = f"{steps}\nthe first step: {objective.describe(batches)}"
-        checked.step = dual_flops.step_of(batches, objective.weights, len(order))
+        checked.step = first_step(batches, objective.weights, len(order))
 
 
 def _arithmetic(order: SampleOrder, recipe: Recipe) -> str:
@@ -462,11 +447,7 @@ def _better_rows(units: Sequence[Unit], data: DataConfig) -> str:
 
 
 def _show(
-    ref: UnitRef,
-    names: Sequence[str],
-    reader: UnitReader,
-    objective: Sft,
-    encoder: ChatEncoder,
+    ref: UnitRef, names: Sequence[str], reader: UnitReader, objective: Any
 ) -> Iterator[ShownSample]:
     """Yields the samples of `ref` that are in `names`, with the tiles and text of training."""
     for sample in reader.files[ref.file].samples(ref.lines):
@@ -482,7 +463,7 @@ def _show(
                 tuple(_thumbnail(image) for image in reader.images(sample, ref)[0]),
                 () if tiles is None else tiles.grids,
                 () if tiles is None else tiles.per_image,
-                tuple(spans(unit.examples[0], encoder)),
+                tuple(spans(unit.examples[0], objective.encoder)),
             )
 
 

@@ -12,7 +12,6 @@ from internvl.config import Recipe
 from internvl.data.chat import marked
 from internvl.data.records import Grid, Sample
 from internvl.errors import BadSample
-from internvl.plan.dual_flops import PairStep
 from internvl.plan.work import FirstStep
 
 # A wrong image folder makes every line a problem; the first ones already show that.
@@ -77,7 +76,7 @@ class CheckResult:
     """Counts by the source's name."""
     arithmetic: str = ""
     """Samples, groups, steps and rows, as text; empty if no sample can be used."""
-    step: FirstStep | PairStep | None = None
+    step: FirstStep | None = None
     """None if no sample can be used."""
     first_samples: list[ShownSample] = field(default_factory=list)
     """Samples of the first row."""

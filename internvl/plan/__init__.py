@@ -1,19 +1,17 @@
 """Will it fit, and how long will it take: `plan.make(recipe, gpu, step)`. Needs no GPU, no weights.
 
 The model is built on the meta device from `config.json` (or the table of released models), frozen
-and adapted as training does it, and counted: memory by footprint.py, FLOPs by flops.py. A step
-then takes
+and adapted as training does it, and counted:
 
-    time = loop x ( products / matmul rate + attention / its rates + bytes / memory rate )
+    work      what a step holds, in numbers            load      the same for a recipe and its data
+    flops     what it computes                         memory    bytes at its peak
+    time      seconds                                  render    all of it as text
 
-where products include padding and what checkpointing computes again, and bytes are the passes over
-activations, weights and optimizer states. The rates in `gpus.CALIBRATION` come from one profile.
-For InternVL-14B plan/dual_footprint.py, plan/dual_flops.py and plan/dual.py do the same.
+Each of them knows both families: rows of a chat model, pairs of InternVL-14B.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,8 @@ import torch
 from transformers import InternVLConfig
 
 from internvl import zoo
-from internvl.compute import backends, placement
-from internvl.config import ComputeConfig, ModelConfig, Recipe, recipes
+from internvl.compute import placement
+from internvl.config import ModelConfig, Recipe, recipes
 from internvl.errors import UnknownModel, UserError
 from internvl.inference import families, inherited
 from internvl.inference import load as loading
@@ -32,99 +30,22 @@ from internvl.inference.opened import open_model, open_start, parts_settings
 from internvl.models import hub, kernels
 from internvl.models.adapters import lora
 from internvl.models.chat import assemble
-from internvl.models.chat import model as chat_model
 from internvl.models.dual.configs import DualConfig
 from internvl.models.vision import count_parameters
-from internvl.plan import dual as dual_plan
-from internvl.plan import dual_flops, dual_footprint, flops, footprint
-from internvl.plan.dual import PairLoad
-from internvl.plan.dual_flops import PairStep
-from internvl.plan.flops import Flops, Work
-from internvl.plan.footprint import GIB, Footprint, Shape
+from internvl.plan import flops, memory, time
+from internvl.plan.load import load_of
+from internvl.plan.render import MEMORY_ERROR, TIME_ERROR, Plan
 from internvl.plan.work import FirstStep
 from internvl.training import memory_ladder
-from internvl.zoo import gpus
-from internvl.zoo.gpus import CALIBRATION, Gpu
+from internvl.zoo.gpus import Gpu
 
-MEMORY_ERROR = 0.10
-"""Stated error of the peak. What is allocated was within 5.1 % in eleven measured steps of chat
-models, within 10 % in InternVL-14B's (benchmarks/results/memory_h200.json, dual_h200.json)."""
-TIME_ERROR = 0.25
-"""Stated error of the time on the GPU that was profiled, where it was up to 20 %; on others 0.4."""
-OTHER_TIME_ERROR = 0.4
-_TEXT_TOKENS, _SUPERVISED = 64, 16  # of an assumed sample
-
-
-@dataclass(frozen=True)
-class Load:
-    """What a step of the run holds."""
-
-    work: Work
-    """Of a whole step, over all GPUs."""
-    rows: float
-    padded: float
-    """Tokens with padding."""
-    row: Shape
-    """The largest row."""
-    samples: int | None
-    """In an epoch; None where the data are not known."""
-    source: str
-    """Where these numbers are from, for the reader."""
-
-    @property
-    def largest(self) -> str:
-        """The row that memory is reckoned for, in words."""
-        return f"row: {self.row.tokens:,} tokens, {self.row.tiles} tiles"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The prediction."""
-
-    recipe: Recipe
-    """With nothing left open."""
-    gpu: Gpu
-    num_gpus: int
-    load: Load | PairLoad
-    memory: Footprint
-    flops: Flops
-    """Of a step, over all GPUs."""
-    parts_s: dict[str, float]
-    """Seconds of a step by what it does."""
-    trained: int
-    parameters: int
-    remedy: str = ""
-    """What makes it fit, where it does not."""
-    inherited: str = ""
-    """What holds of images and conversations, and where it is from, in lines."""
-
-    @property
-    def fits(self) -> bool:
-        return self.memory.total_gib <= self.gpu.memory_gib
-
-    @property
-    def step_s(self) -> float:
-        return sum(self.parts_s.values())
-
-    @property
-    def samples_per_s(self) -> float:
-        return self.load.work.samples / self.step_s
-
-    @property
-    def share(self) -> float:
-        """Needed FLOPs over what the GPUs' matrix products reach."""
-        rate = self.gpu.tflops * self.gpu.products * 1e12 * self.num_gpus
-        return self.flops.needed / self.step_s / rate
-
-    def render(self) -> str:
-        """The prediction as text."""
-        return "\n".join(_lines(self))
+__all__ = ["MEMORY_ERROR", "TIME_ERROR", "Plan", "complete", "is_here", "make", "model_of"]
 
 
 def make(
     recipe: Recipe,
     gpu: Gpu,
-    step: FirstStep | PairStep | None = None,
+    step: FirstStep | None = None,
     num_gpus: int = 1,
     shape: InternVLConfig | DualConfig | None = None,
 ) -> Plan:
@@ -145,13 +66,13 @@ def make(
         )
     completed = complete(recipe, shape)
     model = model_of(completed.recipe, shape)
-    made = _predict(completed.recipe, model, gpu, step, num_gpus)
-    made = replace(made, inherited=completed.render())
-    return made if made.fits else replace(made, remedy=_remedy(made, model, step))
+    plan = _predict(completed.recipe, model, gpu, step, num_gpus)
+    plan = replace(plan, inherited=completed.render())
+    return plan if plan.fits else replace(plan, remedy=_remedy(plan, model, step))
 
 
 def complete(recipe: Recipe, shape: InternVLConfig | DualConfig | None = None) -> Completed:
-    """As handles.complete; where the model's files are not here, from the table of released models.
+    """As `inference.load.complete`, or from the table of released models if no file is here.
 
     Raises:
         UserError: as `make`.
@@ -255,190 +176,50 @@ def _is_local(name: str) -> bool:
         return False
 
 
-def attention_of(compute: ComputeConfig) -> str:
-    """The attention a GPU computes with."""
-    return "flex" if compute.attention in ("auto", "flash") else compute.attention
-
-
-def is_compiled(compute: ComputeConfig) -> bool:
-    """Whether a GPU runs compiled blocks."""
-    return compute.compile is None or compute.compile
-
-
-def _predict(
-    recipe: Recipe, model: Any, gpu: Gpu, step: FirstStep | PairStep | None, num_gpus: int
-) -> Plan:
-    load, memory = _memory(recipe, model, step, num_gpus)
-    if isinstance(load, PairLoad):
-        needed = dual_flops.count(model, load.work)
-        compiled = is_compiled(recipe.compute)
-        times = dual_plan.times(recipe, model, load, gpu, num_gpus, compiled=compiled)
-    else:
-        needed = flops.count(model, load.work)
-        times = _times(recipe, model, load, needed, gpu, num_gpus)
+def _predict(recipe: Recipe, model: Any, gpu: Gpu, step: FirstStep | None, num_gpus: int) -> Plan:
+    load = load_of(recipe, model, step, num_gpus)
     trained, parameters = count_parameters(model)
     return Plan(
         recipe=recipe,
         gpu=gpu,
         num_gpus=num_gpus,
         load=load,
-        memory=memory,
-        flops=needed,
-        parts_s=dict(times),
+        memory=memory.predict(model, recipe, load, num_gpus),
+        flops=flops.count(model, load.work),
+        component_s=dict(time.seconds(recipe, model, load, gpu, num_gpus)),
         trained=trained,
         parameters=parameters,
     )
 
 
-def _memory(
-    recipe: Recipe, model: Any, step: FirstStep | PairStep | None, num_gpus: int
-) -> tuple[Load | PairLoad, Footprint]:
-    """What a step holds, and the memory it takes of each GPU."""
-    compiled, attention = is_compiled(recipe.compute), attention_of(recipe.compute)
-    if families.name_of(model.config) == "dual":
-        assert not isinstance(step, FirstStep)
-        pair_load = dual_plan.load_of(recipe, model.num_queries, step, num_gpus)
-        return pair_load, dual_footprint.of(
-            model,
-            recipe,
-            pair_load.pairs,
-            pair_load.captions,
-            compiled=compiled,
-            micro_batches=round(pair_load.rows / num_gpus),
-        )
-    assert not isinstance(step, PairStep)
-    load = load_of(recipe, model, step, num_gpus)
-    return load, footprint.of(model, recipe, load.row, compiled=compiled, attention=attention)
-
-
-def load_of(recipe: Recipe, model: Any, step: FirstStep | None, num_gpus: int = 1) -> Load:
-    """What a step holds, counted or assumed."""
-    data = recipe.data
-    lengths = backends.row_lengths(recipe.compute, torch.device("cuda"), data)
-    limit = lengths[-1] if lengths else data.row_tokens or data.max_tokens
-    if step is None:
-        tiling = data.tiling
-        per_tile = chat_model.tokens_per_tile(model.config, tiling.size)
-        tiles = tiling.max + (tiling.thumbnail and tiling.max > 1)
-        tokens = min(data.max_tokens, tiles * per_tile + _TEXT_TOKENS)
-        pairs = tokens * (tokens + 1) / 2
-        sample = Work(1, tokens, tiles, _SUPERVISED, pairs)
-        batch = float(recipe.global_batch or 0)
-        if recipe.global_batch_rows is not None:  # as full as other runs' rows are
-            batch = recipe.global_batch_rows * limit * CALIBRATION.fill / tokens
-        work = sample.scaled(batch)
-        padded = work.tokens / CALIBRATION.fill
-        source = (
-            f"assumed, for the data were not read: {tiles} tile(s), {_TEXT_TOKENS} tokens of text "
-            f"and {_SUPERVISED} supervised ones a sample, nothing shared"
-        )
-        rows = padded / limit
-        samples = None
-    else:
-        work = step.work
-        padded = sum(next((n for n in lengths if n >= t), t) for t in step.row_tokens)
-        rows, samples = len(step.row_tokens), step.samples_an_epoch
-        source = f"counted in the first step: {rows} row(s), {work.tokens / padded:.1%} full"
-    longest = limit
-    if rows <= num_gpus:
-        longest = next((n for n in lengths if n >= padded), math.ceil(padded))
-    share = longest / work.tokens
-    row = Shape(
-        tokens=min(limit, longest),
-        tiles=min(data.max_tiles, math.ceil(work.tiles * share)),
-        supervised=math.ceil(work.supervised * share),
-    )
-    return Load(work, rows, padded, row, samples, source)
-
-
-def _times(
-    recipe: Recipe, model: Any, load: Load, needed: Flops, gpu: Gpu, num_gpus: int
-) -> Iterator[tuple[str, float]]:
-    """Seconds of a step by what it does, the loop's own share included."""
-    known = CALIBRATION
-    rate = gpu.tflops * gpu.products * 1e12 * num_gpus
-    copy = gpu.tb_per_s * gpu.copies * 1e12 * num_gpus
-    compiled, attention = is_compiled(recipe.compute), attention_of(recipe.compute)
-    number = 2 if recipe.dtype == "bfloat16" else 4
-    padding = load.padded / load.work.tokens
-    again = {"none": 0.0, "selective": 0.5, "full": 1.0}[recipe.compute.checkpointing]
-    slower = known.loop * number / 2  # float32 products run at half the rate at best
-
-    again_tower = again if flops.trains(model.model.vision_tower) else 0.0
-    whole, run = (flops.last_mlp_flops(model, n) for n in (load.work.tokens, load.work.supervised))
-    products = padding * (_in_bfloat16(needed.decoder, again) - _in_bfloat16(whole, again))
-    products += _in_bfloat16(run, again)
-    products += _in_bfloat16(needed.tower, again_tower) + needed.logits.needed
-    yield "matrix products", slower * products / rate
-
-    inner, forward = needed.decoder_attention.needed, needed.decoder_attention.forward
-    mixing = inner + again * forward
-    if attention != "flex":  # every pair of a row, seen or not
-        mixing *= (load.padded / max(1.0, load.rows)) ** 2 * load.rows / load.work.pairs
-    speed = known.flex if attention == "flex" else known.attention
-    seconds = mixing / speed + needed.tower_attention.needed / known.attention
-    yield "attention", slower * seconds / rate
-
-    blocks = footprint.Blocks(
-        model,
-        recipe.compute,
-        number,
-        compiled=compiled,
-        attention=attention,
-        joined=not recipe.model.quantize,
-    )
-    vision = model.config.vision_config
-    num_blocks = model.config.text_config.num_hidden_layers
-    kept = (num_blocks - 1) * blocks.decoder_block(load.row.tokens) + blocks.last_block(load.row)
-    kept *= load.padded / load.row.tokens
-    passes = known.passes * (1.0 if compiled else known.uncompiled) * (1 + again / 3)
-    moved = passes * kept
-    patches = load.work.tiles * blocks.patch_tokens * vision.num_hidden_layers
-    shown = 3 if flops.trains(model.model.vision_tower) else 1
-    moved += shown * known.tower_passes * number * patches * vision.hidden_size
-    yield "pointwise", known.loop * moved / copy
-
-    if recipe.compute.offload:
-        entered = num_blocks * load.padded * number * model.config.text_config.hidden_size
-        waits = 2 * (again * entered + (1 - again) * kept)
-        yield "copies to the CPU and back", waits / (known.bus_tb_per_s * 1e12 * num_gpus)
-
-    quantized = 0.0
-    if recipe.model.quantize is not None:
-        packed = footprint.states(model, recipe)["quantized weights"]
-        numbers = packed / (0.5625 if recipe.model.quantize == "4bit" else 1.0)
-        quantized = (2 + again) * (packed + 4 * numbers)
-    trained, _ = count_parameters(model)
-    offloaded = recipe.optim.offload
-    yield from gpus.update_times(trained, load.rows, gpu, num_gpus, quantized, offloaded=offloaded)
-
-
-def _in_bfloat16(part: flops.Part, again: float) -> float:
-    """FLOPs of bfloat16 products that take the time of a part's, `again` of its forward twice."""
-    faster = part.float8 / max(1.0, part.needed) * (1 - 1 / CALIBRATION.float8)
-    return (part.needed + again * part.forward) * (1 - faster)
-
-
-def _remedy(made: Plan, model: Any, step: FirstStep | PairStep | None) -> str:
+def _remedy(plan: Plan, model: Any, step: FirstStep | None) -> str:
     """The first setting of the ladder that makes it fit, alone or with those before it."""
 
     # Nothing on the ladder changes the model: in 4 bits it has the same parameters. Times are
-    # predicted for the answer alone, because they take as long as all the rest.
+    # predicted for the answer alone, because they take as long as all the rest, and weights and
+    # optimizer states are counted once for all settings that leave them alone: a walk over the
+    # parameters of a model of 80 blocks is most of a prediction.
+    counted: dict[Any, dict[str, float]] = {}
+
     def fits(recipe: Recipe) -> bool:
-        _, memory = _memory(recipe, model, step, made.num_gpus)
-        return memory.total_gib <= made.gpu.memory_gib
+        setting = (recipe.model.quantize, recipe.optim)
+        if setting not in counted:
+            counted[setting] = memory.states(model, recipe)
+        load = load_of(recipe, model, step, plan.num_gpus)
+        needed = memory.predict(model, recipe, load, plan.num_gpus, counted[setting])
+        return needed.total_gib <= plan.gpu.memory_gib
 
     def summary(recipe: Recipe) -> str:
-        return _short(_predict(recipe, model, made.gpu, step, made.num_gpus))
+        return _short(_predict(recipe, model, plan.gpu, step, plan.num_gpus))
 
     for rung in memory_ladder.LADDER:
-        recipe = made.recipe
+        recipe = plan.recipe
         while (value := rung.value(recipe)) is not None:
             recipe = _set(recipe, rung.key, value)
             if fits(recipe):
                 return f"{rung.key}={value} makes it fit: {summary(recipe)}"
     settings: dict[str, str] = {}
-    recipe = made.recipe
+    recipe = plan.recipe
     while (following := memory_ladder.next_rung(recipe)) is not None:
         rung, value = following
         settings[rung.key] = value
@@ -457,74 +238,5 @@ def _set(recipe: Recipe, key: str, value: str) -> Recipe:
     return recipes.resolve(recipes.to_tree(recipe), [f"{key}={value}"])
 
 
-def _short(made: Plan) -> str:
-    return f"{made.memory.total_gib:.1f} GiB, {made.samples_per_s:.3g} samples/s"
-
-
-def _lines(made: Plan) -> Iterator[str]:
-    recipe, gpu, memory = made.recipe, made.gpu, made.memory
-    adapters = recipe.model.lora
-    method = f"training {', '.join(recipe.model.parts)}"
-    if adapters is not None:
-        method = f"LoRA of rank {adapters.rank}"
-    if recipe.model.quantize:
-        method += f" on {recipe.model.quantize} weights"
-    if recipe.compute.float8:
-        method += " with float8 products (their rate is an estimate)"
-    yield (
-        f"plan for {made.num_gpus} x {gpu.name} ({gpu.memory_gib:g} GiB): {recipe.model.name}, "
-        f"{method}, {made.trained:,} of {made.parameters:,} parameters train"
-    )
-    yield from made.inherited.splitlines()
-    yield f"  samples: {made.load.source}"
-    yield f"  largest {made.load.largest}, checkpointing {recipe.compute.checkpointing}"
-    yield f"  peak memory, GiB (error up to {MEMORY_ERROR:.0%})"
-    yield from _table(memory.parts, GIB)
-    yield f"    {'allocated at the peak':<34}{memory.allocated_gib:8.2f}"
-    yield from _table(memory.overhead, GIB)
-    yield f"    {'in all':<34}{memory.total_gib:8.2f}"
-    left = gpu.memory_gib - memory.total_gib
-    near = abs(left) < MEMORY_ERROR * gpu.memory_gib
-    doubt = "; within the error, so try one step first" if near else ""
-    if made.fits:
-        yield f"  fits: {left:.1f} GiB are left{doubt}"
-    else:
-        yield f"  DOES NOT FIT: {-left:.1f} GiB too much{doubt}"
-        yield f"    {made.remedy}"
-        if isinstance(made.load, PairLoad):
-            yield "    every GPU holds all weights: they are not sharded over GPUs yet"
-    error = f"error up to {TIME_ERROR if gpu.measured else OTHER_TIME_ERROR:.0%}"
-    yield f"  a step of {made.load.work.samples:,.0f} samples, seconds ({error})"
-    yield from _table(made.parts_s, 1.0)
-    yield f"    {'in all':<34}{made.step_s:8.2f}"
-    yield (
-        f"  {made.samples_per_s:.3g} samples/s, "
-        f"{made.flops.needed / made.load.work.samples / 1e12:.3g} TFLOP a sample, {made.share:.0%} "
-        f"of what matrix products reach ({gpu.tflops * gpu.products:.0f} TFLOP/s a GPU)"
-    )
-    if made.load.samples is not None:
-        samples = made.load.samples
-        whole = recipe.num_samples(samples) / made.samples_per_s
-        yield (
-            f"  an epoch of {samples:,} samples: {_duration(samples / made.samples_per_s)}; "
-            f"the run's {recipe.num_steps(samples):,} steps: {_duration(whole)}"
-        )
-    if recipe.optim.offload:
-        yield f"  the CPU's memory holds {8 * made.trained / GIB:.1f} GiB of moments for each GPU"
-    if not gpu.measured:
-        yield f"  the rates of {gpu.name} are its maker's, times the shares an H200 reached"
-    if made.num_gpus > 1:
-        yield "  several GPUs: a copy of the model on each; assumed, not measured"
-
-
-def _table(parts: dict[str, float], unit: float) -> Iterator[str]:
-    rows: Sequence[tuple[str, float]] = sorted(parts.items(), key=lambda item: -item[1])
-    for name, value in rows:
-        yield f"    {name:<34}{value / unit:8.2f}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+def _short(plan: Plan) -> str:
+    return f"{plan.memory.total_gib:.1f} GiB, {plan.samples_per_s:.3g} samples/s"

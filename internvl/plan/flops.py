@@ -1,93 +1,74 @@
-"""What a training step has to compute, counted from the model itself and from what rows hold.
+"""FLOPs that the result of a step needs, counted from the model itself; 2 a multiply-add.
 
-FLOPs are those the result needs, 2 a multiply-add: real tokens and pairs only, nothing twice, the
-output matrix only where supervised. A matrix W of a part that sees T tokens costs
+Real tokens and pairs only, nothing twice (neither what checkpointing recomputes nor the second pass
+of gradient caching), the output matrix only at supervised tokens. A matrix W of a part that reads T
+tokens costs
 
     2 |W| T  forward  +  2 |W| T  if W trains  +  2 |W| T  if anything below W trains
 
 (of a mixture's experts, the share that is used), and attention 4 · width · pairs, three times that
-where a gradient passes through it. So LoRA on a frozen language model needs its linear layers
-twice, the adapters three times, and of the first block's q, k and v no gradient of the input; a
-frozen tower is run forward only. Norms, rotations and activations are not counted.
+if a gradient passes through it. So LoRA on a frozen language model needs its linear layers twice,
+the adapters three times, and of the first block's q, k and v no gradient of the input; a frozen
+tower is run forward only. Norms, rotations, activations and the products of all features with each
+other are not counted.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import nn
 
-from internvl.data.records import PackedBatch
+from internvl.inference import families
 from internvl.models import configs, kernels
-from internvl.models.attention.packed import last_queries
+from internvl.plan.work import Summable, Work
 
-_FIRST = ("q_proj", "k_proj", "v_proj", "qkv_proj")
+FIRST = ("q_proj", "k_proj", "v_proj", "qkv_proj")
 """Layers that read the input of their block, through its first norm."""
 _FIRST_NORMS = ("input_layernorm", "layernorm_before")
 
 
 @dataclass(frozen=True)
-class Work:
-    """What rows hold, as FLOPs are counted from it."""
-
-    samples: float
-    tokens: float
-    tiles: float
-    supervised: float
-    pairs: float
-    """Queries and keys that see each other."""
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(*(a + b for a, b in zip(_numbers(self), _numbers(other), strict=True)))
-
-    def scaled(self, factor: float) -> "Work":
-        """As much of everything, `factor` times."""
-        return Work(*(factor * number for number in _numbers(self)))
-
-
-def _numbers(work: Work) -> tuple[float, ...]:
-    return tuple(getattr(work, field.name) for field in fields(work))
-
-
-def work_of(row: PackedBatch) -> Work:
-    """What a row asks for; padding asks for nothing."""
-    real = row.document >= 0
-    seen_by = last_queries(row.document, row.branch) - torch.arange(len(row.document)) + 1
-    pairs = int(seen_by[real].sum())
-    return Work(row.num_samples, row.num_tokens, row.num_tiles, len(row.targets), pairs)
-
-
-@dataclass(frozen=True)
-class Part:
-    """FLOPs of a part: of its forward, of all that is needed of it, and of that in float8."""
+class Part(Summable):
+    """FLOPs of a component."""
 
     forward: float = 0.0
     needed: float = 0.0
+    """Forward and backward."""
     float8: float = 0.0
-
-    def __add__(self, other: "Part") -> "Part":
-        return Part(
-            self.forward + other.forward, self.needed + other.needed, self.float8 + other.float8
-        )
+    """Those of `needed` that are float8 products."""
 
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs by what a GPU does them with."""
+    """FLOPs of a step by component."""
 
-    tower: Part
+    tower: Part = field(default_factory=Part)
     """Matrix products of the vision tower and of a chat model's projector."""
-    tower_attention: Part
-    decoder: Part
+    tower_attention: Part = field(default_factory=Part)
+    decoder: Part = field(default_factory=Part)
     """Matrix products of the language model's blocks."""
-    decoder_attention: Part
-    logits: Part
+    decoder_attention: Part = field(default_factory=Part)
+    logits: Part = field(default_factory=Part)
     """The output matrix; of InternVL-14B the pools and projections as well."""
 
     @property
     def needed(self) -> float:
-        return sum(getattr(self, field.name).needed for field in fields(self))
+        return sum(getattr(self, component.name).needed for component in fields(self))
+
+
+@dataclass(frozen=True)
+class _Cross:
+    """Work of QLLaMA's cross-attentions, each layer's the same."""
+
+    queries: float
+    visual: float
+    """Visual tokens, whose keys and values are made once for all that read them."""
+    attention: float
+    """FLOPs forward."""
+    below: bool
+    """Whether the visual tokens take a gradient."""
 
 
 def count(model: Any, work: Work) -> Flops:
@@ -97,42 +78,120 @@ def count(model: Any, work: Work) -> Flops:
     training runs the last MLP on supervised positions alone (`last_mlp_flops`).
 
     Args:
-        model: a `ChatModel` with what trains chosen and adapters attached; the meta device does.
+        model: a ChatModel or DualModel with what trains chosen and adapters attached; the meta
+            device does.
     """
-    vision, text = model.config.vision_config, model.config.text_config
-    tower, decoder = model.model.vision_tower, model.model.language_model
-    patches = (vision.image_size[0] // vision.patch_size[0]) ** 2
-    tokens = (patches + 1) * work.tiles
+    vision, tower = model.config.vision_config, model.model.vision_tower
+    patches = patches_of(model)
+    # Pixels take no gradient.
+    products = _matrices(tower.embeddings.patch_embeddings, patches * work.tiles, below=False)
     pairs = (patches + 1) ** 2 * work.tiles
-
-    below = trains(tower.embeddings)
-    images = _matrices(tower.embeddings.patch_embeddings, patches * work.tiles, below=False)
-    images, mixing, below = _blocks(
-        tower.encoder.layer, tokens, 4 * vision.hidden_size * pairs, below, images
+    blocks, attention, below = _blocks(
+        tower.encoder.layer,
+        (patches + 1) * work.tiles,
+        4 * vision.hidden_size * pairs,
+        trains(tower.embeddings),
     )
-    projector = model.model.multi_modal_projector
-    visual = work.tiles * patches * model.config.downsample_ratio**2
+    # A chat model reads the tower through a projector, InternVL-14B by cross-attention and pools.
+    above = {"chat": _chat, "dual": _dual}[families.name_of(model.config)]
+    return above(model, work, Flops(products + blocks, attention), below)
+
+
+def _chat(model: Any, work: Work, tower: Flops, below: bool) -> Flops:
+    """Adds projector, language model and output matrix."""
+    projector, decoder = model.model.multi_modal_projector, model.model.language_model
+    visual = work.tiles * patches_of(model) * model.config.downsample_ratio**2
+    products = tower.tower  # the projector counts as the tower's
     for name in ("linear_1", "linear_2"):
-        images += _matrices(
+        products += _matrices(
             projector.get_submodule(name), visual, below or trains(projector.layer_norm)
         )
     below = below or trains(projector) or trains(decoder.embed_tokens)
-    products, attention, below = _blocks(
-        decoder.layers, work.tokens, 4 * query_width(text) * work.pairs, below, Part()
-    )
+    # 2 for queries with keys, 2 for weights with values.
+    mixing = 4 * query_width(model.config.text_config) * work.rows.attended_pairs
+    blocks, attention, below = _blocks(decoder.layers, work.rows.tokens, mixing, below)
     logits = _matrices(model.lm_head, work.supervised, below or trains(decoder.norm))
-    return Flops(images, mixing, products, attention, logits)
+    return Flops(products, tower.tower_attention, blocks, attention, logits)
+
+
+def _dual(model: Any, work: Work, tower: Flops, below: bool) -> Flops:
+    """Adds QLLaMA, the pools and the heads."""
+    language, num_queries = model.model.language_model, model.num_queries
+    queries = model.model.query_tokens
+    forms = (work.texts, work.matches, work.written)
+    tokens, pairs = (sum(getattr(s, name) for s in forms) for name in ("tokens", "attended_pairs"))
+    readers = work.queried + work.matches.count + work.written.count  # each with its queries
+    seen = work.tiles * (patches_of(model) + 1)
+    width, vision_width = (
+        model.config.text_config.hidden_size,
+        model.config.vision_config.hidden_size,
+    )
+    # Matched captions and queries attend to each other, written ones to the queries alone.
+    pairs += readers * num_queries**2
+    pairs += (2 * work.matches.tokens + work.written.tokens) * num_queries
+    cross = _Cross(
+        queries=readers * num_queries,
+        visual=seen if readers else 0,
+        attention=4.0 * width * readers * num_queries * (patches_of(model) + 1),
+        below=below,
+    )
+    blocks, attention, _ = _blocks(
+        language.layers,
+        tokens + readers * num_queries,
+        4.0 * width * pairs,
+        trains(language.embed_tokens) or trains(queries),
+        cross,
+    )
+    passed = trains(model.model)
+    image, image_attention = _pool(model.image_pool, work.tiles, seen, vision_width, below)
+    query, query_attention = _pool(
+        model.query_pool, work.queried, work.queried * num_queries, width, passed
+    )
+    logits = image + query
+    logits += _matrices(model.text_projection, work.texts.count, trains(language))
+    logits += _matrices(model.itm_head, work.matches.count * num_queries, passed)
+    logits += _matrices(model.lm_head, work.supervised, passed)
+    return Flops(
+        tower.tower,
+        tower.tower_attention + image_attention,
+        blocks,
+        attention + query_attention,
+        logits,
+    )
+
+
+def _pool(
+    pool: nn.Module, pooled: float, tokens: float, width: int, below: bool
+) -> tuple[Part, Part]:
+    """(matrix products, attention) of an attention pool: one query for each of `pooled`."""
+    below = below or any(
+        parameter.requires_grad and name.startswith("norm_")
+        for name, parameter in pool.named_parameters()
+    )
+    products = Part()
+    for name, matrix, _ in _weights(pool):
+        reads_pooled = "q_proj" in name or "o_proj" in name
+        passed = below or ("o_proj" in name and trains(pool))
+        products += _product(matrix, pooled if reads_pooled else tokens, passed)
+    mixing = 4.0 * width * tokens
+    return products, Part(mixing, mixing * (3 if below or trains(pool) else 1))
 
 
 def last_mlp_flops(model: Any, positions: float) -> Part:
-    """Of the decoder's products those of the last MLP, where it sees supervised positions alone
-    (models/kernels/last_mlp.py): for so many of them. Nothing where it sees every token."""
+    """FLOPs of the last MLP at `positions` supervised tokens; zero if it runs on every token
+    (models/kernels/last_mlp.py)."""
     decoder = model.model.language_model
     block = decoder.layers[-1]
     if not kernels.supports_last_mlp(block):
         return Part()
     below = (model.model.vision_tower, model.model.multi_modal_projector, decoder.embed_tokens)
-    return _matrices(block.mlp, positions, any(trains(part) for part in (*below, decoder.layers)))
+    return _matrices(block.mlp, positions, any(trains(m) for m in (*below, decoder.layers)))
+
+
+def patches_of(model: Any) -> int:
+    """Patches of a tile, the class token left out."""
+    vision = model.config.vision_config
+    return (vision.image_size[0] // vision.patch_size[0]) ** 2
 
 
 def query_width(text: Any) -> int:
@@ -141,34 +200,73 @@ def query_width(text: Any) -> int:
 
 
 def trains(module: nn.Module) -> bool:
-    """Whether any parameter of a module does."""
+    """Whether any parameter of a module takes a gradient."""
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _blocks(
-    blocks: nn.ModuleList, tokens: float, mixing: float, below: bool, start: Part
+    blocks: nn.ModuleList,
+    tokens: float,
+    attention: float,
+    below: bool,
+    cross: _Cross | None = None,
 ) -> tuple[Part, Part, bool]:
-    """(matrix products added to `start`, attention, whether anything trains up to the end)."""
-    products, attention = start, Part()
+    """(matrix products, attention, whether anything trains up to the end) of a stack.
+
+    Args:
+        attention: forward FLOPs of a block's self-attention.
+        below: whether anything trains before the first block.
+    """
+    products, mixing = Part(), Part()
     for block in blocks:
-        products += _products(block, tokens, below)
-        below = below or trains(block)
-        attention += Part(mixing, mixing * (3 if below else 1))
-    return products, attention, below
+        # The MLP also follows the cross-attention, whose visual tokens may come from what trains.
+        below_mlp = below or (cross is not None and cross.below)
+        products += _products(block, tokens, below, below_mlp)
+        first = below or _trains_in(block, _FIRST_NORMS)
+        # InternViT's blocks call it attention, language models self_attn.
+        mixer = block.get_submodule("attention" if hasattr(block, "attention") else "self_attn")
+        mixing += Part(attention, attention * (3 if first or trains(mixer) else 1))
+        if cross is not None and block.cross_attn is not None:
+            crossing = _crossing(block, cross, below)
+            products, mixing = products + crossing[0], mixing + crossing[1]
+        below = below_mlp or trains(block)
+    return products, mixing, below
 
 
-def _products(block: nn.Module, tokens: float, below: bool) -> Part:
-    first = below or any(
-        parameter.requires_grad
-        for name, parameter in block.named_parameters()
-        if name.startswith(_FIRST_NORMS)
-    )
+def _products(block: nn.Module, tokens: float, below: bool, below_mlp: bool) -> Part:
+    """Matrix products of a block without its cross-attention."""
+    first = below or _trains_in(block, _FIRST_NORMS)
+    # Everything after the first projections lies above some of this block's own weights.
     later = below or trains(block)
     total = Part()
     for name, matrix, share in _weights(block):
-        reads_input = any(layer in name for layer in _FIRST) and "lora_B" not in name
-        total += _product(matrix, share * tokens, first if reads_input else later)
+        if name.startswith("cross_attn."):  # reads other tokens: `_crossing`
+            continue
+        # lora_A reads the block's input, lora_B what lora_A makes of it, which trains.
+        reads_input = any(layer in name for layer in FIRST) and "lora_B" not in name
+        passed = first if reads_input else later or (below_mlp and "mlp" in name)
+        total += _product(matrix, share * tokens, passed)
     return total
+
+
+def _crossing(block: Any, cross: _Cross, below: bool) -> tuple[Part, Part]:
+    """(matrix products, attention) of a block's cross-attention."""
+    # What lies between the block's input and its queries.
+    before = ("self_attn", "input_layernorm", "cross_attn.norm")
+    passed = below or cross.below or _trains_in(block, before)
+    products = Part()
+    for name, matrix, _ in _weights(block.cross_attn):
+        reads_images = "k_proj" in name or "v_proj" in name
+        products += _product(matrix, cross.visual if reads_images else cross.queries, passed)
+    factor = 3 if passed or trains(block.cross_attn) else 1
+    return products, Part(cross.attention, cross.attention * factor)
+
+
+def _trains_in(block: nn.Module, prefixes: tuple[str, ...]) -> bool:
+    return any(
+        parameter.requires_grad and name.startswith(prefixes)
+        for name, parameter in block.named_parameters()
+    )
 
 
 def _matrices(module: nn.Module, tokens: float, below: bool) -> Part:
@@ -185,11 +283,12 @@ def _product(matrix: nn.Parameter, tokens: float, below: bool) -> Part:
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, float]]:
-    """(name, matrix, share of the tokens that it sees); a shared matrix comes once."""
+    """(name, matrix, share of the tokens that it reads); a shared matrix comes once."""
     for name, parameter in module.named_parameters():
         if "experts" in name and parameter.ndim == 3:
+            # A token runs through top_k of the experts, whose matrices stand in one tensor.
             owner = module.get_submodule(name.rpartition(".experts")[0] or "")
-            chosen = getattr(owner, "gate", None) or getattr(owner, "router", None)
-            yield name, parameter, getattr(chosen, "top_k", 1) / parameter.shape[0]
+            router = getattr(owner, "gate", None) or getattr(owner, "router", None)
+            yield name, parameter, getattr(router, "top_k", 1) / parameter.shape[0]
         elif parameter.ndim > 1:
             yield name, parameter, 1.0

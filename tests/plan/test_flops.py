@@ -9,6 +9,7 @@ from internvl.models.adapters import lora
 from internvl.models.chat import model as chat_model
 from internvl.models.kernels import last_mlp
 from internvl.plan import flops
+from internvl.plan.work import Sequences, Work
 
 FULL = ("multi_modal_projector", "language_model")
 ALL = ("vision_tower", *FULL)
@@ -37,7 +38,7 @@ def test_flops_are_those_that_torch_counts(name, train, rank, on):
     pixels = torch.rand(tiles, 3, 56, 56)
     with FlopCounterMode(display=False) as counted:
         model(input_ids=ids, pixel_values=pixels).logits.sum().backward()
-    work = flops.Work(1, length, tiles, length, length * length)
+    work = Work(1, tiles, length, Sequences(1, length, length * length))
     assert counted.get_total_flops() == pytest.approx(flops.count(model, work).needed, rel=1e-3)
 
 
@@ -62,7 +63,7 @@ def test_the_last_mlp_runs_on_supervised_positions_alone(train, rank):
 
 
 def test_an_a_that_q_k_and_v_share_is_needed_once():
-    work = flops.Work(1, 64, 0, 64, 64 * 64)
+    work = Work(1, 0, 64, Sequences(1, 64, 64 * 64))
     shared, apart = (small_model("InternVL2-2B", (), None) for _ in range(2))
     adapters = {"language_model": lora.Adapter(8, 16.0)}
     lora.inject(shared, adapters, share=True)
@@ -79,6 +80,6 @@ def test_a_mixture_needs_the_experts_that_are_used():
     rest = sum(
         p.numel() for n, p in block.named_parameters() if p.ndim > 1 and "mlp.experts" not in n
     )
-    counted = flops.count(model, flops.Work(1, 10, 0, 0, 0)).decoder.forward
+    counted = flops.count(model, Work(1, rows=Sequences(1, 10))).decoder.forward
     layers = len(model.model.language_model.layers)
     assert counted == pytest.approx(layers * 2 * 10 * (rest + experts * 8 / 128))

@@ -12,8 +12,7 @@ from data_files import chat_line, model_folder, picture, recipe, write_lines
 from internvl import check, cli, plan
 from internvl.config import recipes
 from internvl.errors import UserError
-from internvl.plan.flops import Work
-from internvl.plan.work import FirstStep
+from internvl.plan.work import FirstStep, Sequences, Work
 from internvl.zoo import gpus
 
 ROOT = Path(__file__).parents[2]
@@ -44,16 +43,16 @@ def step_of(row):
     """What a measured step held, from its JSON."""
     samples, tokens = row["samples_per_step"], row["tokens_per_sample"]
     shared = 5 if "shared" in row["row"] else 1  # samples of an image, one prefix
-    pairs = samples / shared * (shared * tokens) ** 2 / 2
+    rows = round(row["rows_per_step"])
+    attended_pairs = samples / shared * (shared * tokens) ** 2 / 2
     work = Work(
         samples,
-        samples * tokens,
         samples * row["tiles_per_sample"],
         samples * row["supervised_per_sample"],
-        pairs,
+        Sequences(rows, samples * tokens, attended_pairs),
     )
-    rows = round(row["rows_per_step"])
-    return FirstStep(work, (round(work.tokens / rows),) * rows, 566_747)
+    one_row = Work(rows=Sequences(1, round(samples * tokens / rows)))
+    return FirstStep((one_row,) * rows, work, 566_747)
 
 
 @pytest.mark.parametrize("name", ["2b_coco", "2b_coco_shared"])
@@ -102,7 +101,7 @@ def test_less_is_kept_and_more_computed_down_the_ladder():
     assert seconds == sorted(seconds)
     two = plan.make(made[0], gpus.find("A100-80"), num_gpus=2)
     assert plans[0].step_s / 2 < two.step_s < plans[0].step_s
-    assert two.memory.parts["frozen weights"] == plans[0].memory.parts["frozen weights"]
+    assert two.memory.components["frozen weights"] == plans[0].memory.components["frozen weights"]
 
 
 def test_only_the_configuration_is_read(tmp_path):
@@ -130,7 +129,7 @@ def test_data_are_counted_where_they_can_be_read(tmp_path, capsys):
     file = write_lines(tmp_path / "x.jsonl", rows)
     made = recipe(folder, file, tmp_path, tmp_path / "run")
     step = check.run(made).step
-    assert step.samples_an_epoch == 6
+    assert step.samples_per_epoch == 6
     assert step.work.samples == made.global_batch
     assert step.work.tiles == 3  # of one image, shared by the four samples of the step
     found = plan.make(made, gpus.find("H200"), step)
@@ -177,8 +176,8 @@ def test_gpus_are_found_by_what_people_and_drivers_call_them():
 def test_quantized_weights_are_smaller():
     made = released("InternVL2-8B")
     quantized = replace(made, model=replace(made.model, quantize="4bit"))
-    parts = plan.make(quantized, gpus.find("H200")).memory.parts
-    before = plan.make(made, gpus.find("H200")).memory.parts
+    parts = plan.make(quantized, gpus.find("H200")).memory.components
+    before = plan.make(made, gpus.find("H200")).memory.components
     assert parts["quantized weights"] + parts["frozen weights"] < 0.4 * before["frozen weights"]
     kept = parts["language model activations"] / before["language model activations"]
     assert kept == pytest.approx(1, abs=0.1)  # adapters on 4 bits are not joined
@@ -194,15 +193,15 @@ def test_recipes_of_internvl_14b_are_planned(name):
     assert found.fits
     said = found.render()
     assert said.count("error up to") == 2  # of memory and time
-    assert found.memory.parts["frozen weights"] > 23 * 2**30
+    assert found.memory.components["frozen weights"] > 23 * 2**30
     # The first pass of gradient caching, where the step is cut.
-    assert ("first pass of gradient caching" in found.parts_s) == (name != "head_coco")
+    assert ("first pass of gradient caching" in found.component_s) == (name != "head_coco")
 
 
 def test_full_fine_tuning_of_internvl_14b_does_not_fit():
     found = plan.make(pairs("full_flickr30k", "objective.micro_batch=2"), gpus.find("A100-80"))
     assert not found.fits
-    parts = found.memory.parts
+    parts = found.memory.components
     states = ("trained weights", "gradients", "optimizer states")
     # 16 bytes a weight, 4 of the output matrix, which no loss reaches.
     assert sum(parts[name] for name in states) == 16 * 13_836_319_747 - 12 * 4096 * 49_954
@@ -253,11 +252,12 @@ def test_tiles_of_a_released_model_that_is_not_here(model, objective, size, most
 def test_pairs_are_counted_where_they_can_be_read(tmp_path):
     made = recipes.load_recipe(pair_runs.make(tmp_path), ("objective.micro_batch=4",))
     step = check.run(made).step
-    assert step.samples_an_epoch == 48
-    assert step.work.images == made.global_batch == step.work.texts == step.work.matches / 2
-    assert step.captions.text % 8 == step.captions.match % 8 == 0
-    assert step.work.text_tokens <= made.global_batch * step.captions.text
+    assert step.samples_per_epoch == 48
+    work, batch = step.work, step.micro_batches[0]
+    assert work.tiles == made.global_batch == work.texts.count == work.matches.count / 2
+    assert batch.texts.length % 8 == batch.matches.length % 8 == 0
+    assert work.texts.tokens <= sum(padded.texts.tokens for padded in step.micro_batches)
     found = plan.make(made, gpus.find("H200"), step)
     assert found.load.work == step.work
-    assert (found.load.pairs, found.load.rows) == (4, 2)
+    assert (found.load.largest.samples, found.load.micro_batches) == (4, 2)
     assert "an epoch of 48 samples" in found.render()

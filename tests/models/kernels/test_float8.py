@@ -318,12 +318,12 @@ def test_the_plan_knows_its_weights_and_its_speed(project, tmp_path):
     # not joined with weights in float8, so there is no second B.
     tower = 24 * 12 * 1024**2
     second_b = 2 * 24 * 128 * (2048 + 2 * 1024 + 2048 + 2 * 8192 + 2048)
-    saved = plain.memory.parts["frozen weights"] - fast.memory.parts["frozen weights"]
+    saved = plain.memory.components["frozen weights"] - fast.memory.components["frozen weights"]
     assert saved == pytest.approx(tower + second_b, rel=0.02)
     assert fast.flops.needed == plain.flops.needed
-    shares = [p.parts_s.pop("matrix products") for p in (fast, plain)]
+    shares = [p.component_s.pop("matrix products") for p in (fast, plain)]
     assert 1 / gpus.CALIBRATION.float8 < shares[0] / shares[1] < 0.85
-    assert fast.parts_s == pytest.approx(plain.parts_s, rel=0.05)  # adapters are apart
+    assert fast.component_s == pytest.approx(plain.component_s, rel=0.05)  # adapters are apart
     assert "float8 products (their rate is an estimate)" in fast.render()
     assert fast.trained == plain.trained
     assert fast.parameters == plain.parameters

@@ -1,4 +1,4 @@
-"""footprint: what weights and states take, and what autograd keeps, against real small models."""
+"""memory: what weights and states take, and what autograd keeps, against real small models."""
 
 from dataclasses import replace
 
@@ -16,7 +16,8 @@ from internvl.models.adapters import seeded_dropout
 from internvl.models.attention.packed import dense_mask
 from internvl.models.chat import model as chat_model
 from internvl.models.modules import replace_module
-from internvl.plan import footprint
+from internvl.plan import memory
+from internvl.plan.work import Work, padded
 from internvl.training import optim
 from internvl.zoo import gpus
 
@@ -58,9 +59,12 @@ def text_run(model, supervised=1):
     return lambda: model(**inputs).loss
 
 
-def blocks(model, compute):
-    compiled = bool(compute.compile)
-    return footprint.Blocks(model, compute, 2, compiled=compiled, attention="dense")
+def activations(model, compute, tiles=0, supervised=1):
+    """What a row keeps as computed on a CPU, predicted."""
+    recipe = released("InternVL2-2B")
+    compute = replace(compute, attention="dense", compile=bool(compute.compile))
+    row = Work(tiles=tiles, supervised=supervised, rows=padded(1, TOKENS))
+    return memory.activations_of(model, replace(recipe, compute=compute), row)
 
 
 def difference(build, run, compute):
@@ -70,9 +74,8 @@ def difference(build, run, compute):
         model = build(layers)
         kernels.apply_compute(model, torch.device("cpu"), compute)
         counted.append(kept(model, run(model)))
-        made = blocks(model, compute)
-        row = footprint.Shape(TOKENS, 3, 1)
-        predicted.append(made.casts() + made.decoder(row) + made.tower(row))
+        row = activations(model, compute, tiles=3)
+        predicted.append(row.casts() + row.decoder() + row.tower())
     return counted[1] - counted[0], predicted[1] - predicted[0]
 
 
@@ -152,9 +155,8 @@ def test_what_the_last_mlp_no_longer_keeps(name, rank, dropout, compile):
     compute = ComputeConfig(compile=compile)
     kernels.apply_compute(model, torch.device("cpu"), compute)
     cut = kept(model, text_run(model, supervised))
-    made = blocks(model, compute)
-    row = footprint.Shape(TOKENS, 0, supervised)
-    predicted = made.decoder_block(TOKENS) - made.last_block(row)
+    row = activations(model, compute, supervised=supervised)
+    predicted = row.decoder_block(TOKENS) - row.last_block()
     block = replace_module(layers, "0", block_class)
     if compile:
         block.compile(dynamic=False)
@@ -214,7 +216,7 @@ def test_states_are_those_of_the_real_run(tmp_path, method):
     moments = [
         value for state in optimizer.state.values() for value in state.values() if value.ndim
     ]
-    found = footprint.states(plan.model_of(made), made)
+    found = memory.states(plan.model_of(made), made)
     trained = [p for p in model.parameters() if p.requires_grad]
     assert found["trained weights"] == bytes_of(trained)
     assert found["gradients"] == bytes_of(p.grad for p in trained)
@@ -249,7 +251,7 @@ def released(name, **model):
 
 def test_the_tutorials_adapters_have_their_number():
     made = released("InternVL2-2B", lora={"rank": 128})
-    found = footprint.states(plan.model_of(made), made)
+    found = memory.states(plan.model_of(made), made)
     assert found["trained weights"] == 4 * 125_829_120
     assert found["optimizer states"] == 8 * 125_829_120
 
@@ -257,20 +259,20 @@ def test_the_tutorials_adapters_have_their_number():
 def test_moments_in_8_bits_take_a_byte_and_their_scales():
     made = released("InternVL2-2B", lora={"rank": 128})
     small = replace(made, optim=replace(made.optim, name="adamw-8bit"))
-    found = footprint.states(plan.model_of(small), small)["optimizer states"]
+    found = memory.states(plan.model_of(small), small)["optimizer states"]
     assert found == 2 * 125_829_120 * (1 + 4 / 256)
 
 
 def test_moments_on_the_cpu_take_nothing_and_are_copied():
     made = released("InternVL2-2B", lora={"rank": 128})
     there = replace(made, optim=replace(made.optim, offload=True))
-    before, after = (footprint.states(plan.model_of(made), recipe) for recipe in (made, there))
+    before, after = (memory.states(plan.model_of(made), recipe) for recipe in (made, there))
     assert after == before | {"optimizer states": 0.0}
     copies = "moments from the CPU and back"
     h200 = gpus.find("H200")
     known, with_copies = (plan.make(recipe, h200) for recipe in (made, there))
-    assert with_copies.parts_s[copies] == 16 * 125_829_120 / (0.04 * 1e12)
-    assert copies not in known.parts_s
+    assert with_copies.component_s[copies] == 16 * 125_829_120 / (0.04 * 1e12)
+    assert copies not in known.component_s
     assert "the CPU's memory holds 0.9 GiB of moments" in with_copies.render()
 
 
@@ -280,7 +282,7 @@ def test_moments_on_the_cpu_take_nothing_and_are_copied():
 def test_weights_take_what_the_table_of_models_says(name, dtype):
     quantize = None if dtype == "bfloat16" else dtype
     made = released(name, lora={"rank": 1}, quantize=quantize)
-    found = footprint.states(plan.model_of(made), made)
+    found = memory.states(plan.model_of(made), made)
     weights = found["frozen weights"] + found["quantized weights"]
     wanted = zoo.memory_gib(zoo.find(name), dtype) * 2**30
     assert weights == pytest.approx(wanted, rel=3e-3)

@@ -1,4 +1,4 @@
-"""dual_footprint: what autograd keeps of InternVL-14B's losses, against real small models."""
+"""memory: what autograd keeps of InternVL-14B's losses, against real small models."""
 
 import weakref
 from dataclasses import replace
@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_footprint import bytes_of, kept
+from test_memory import bytes_of, kept
 
 from internvl import plan, zoo
 from internvl.compute import kernels, placement
@@ -18,8 +18,9 @@ from internvl.models.adapters import lora
 from internvl.models.dual import configs as dual_configs
 from internvl.models.dual.model import DualModel
 from internvl.objectives import OBJECTIVES
-from internvl.plan import dual as dual_plan
-from internvl.plan import dual_flops, dual_footprint, footprint
+from internvl.plan import memory, time
+from internvl.plan.load import load_of
+from internvl.plan.work import first_step
 from internvl.training import optim
 from internvl.zoo import gpus
 
@@ -103,6 +104,13 @@ def losses(objective, model, batch):
     return torch.stack(list(sums.values())).sum()
 
 
+def activations(recipe, config, objective, batch):
+    """What a micro-batch keeps, predicted."""
+    step = first_step([batch], objective.weights, PAIRS)
+    model = plan.model_of(recipe, config)
+    return memory.activations_of(model, recipe, load_of(recipe, model, step).largest)
+
+
 def made_of(recipe, config):
     """(bytes that autograd keeps of a micro-batch, those predicted for tower and QLLaMA)."""
     model = real(recipe, config)
@@ -110,15 +118,8 @@ def made_of(recipe, config):
     objective = objective_of(recipe)
     batch = batch_of(objective)
     counted = kept(model, partial(losses, objective, model, batch))
-    captions = dual_flops.step_of([batch], objective.weights, PAIRS).captions
-    made = dual_footprint.PairMemory(
-        plan.model_of(recipe, config),
-        recipe,
-        PAIRS,
-        captions,
-        compiled=bool(recipe.compute.compile),
-    )
-    return counted, made.casts() + made.language() + made.blocks.tower(made.shape)
+    predicted = activations(recipe, config, objective, batch)
+    return counted, predicted.all_casts() + predicted.language() + predicted.tower()
 
 
 def differences(recipe, *sizes):
@@ -176,13 +177,10 @@ def peak_of(recipe, config):
             with torch.autocast("cpu", torch.bfloat16):
                 total = losses(objective, model, batch)
             total.backward()
-    captions = dual_flops.step_of(batches[:1], objective.weights, PAIRS).captions
-    made = dual_footprint.PairMemory(
-        plan.model_of(recipe, config), recipe, PAIRS, captions, compiled=False
-    )
-    found = (recipe.objective.kept_micro_batches - 1) * made.encoded() + made.casts()
-    found += made.blocks.tower(made.shape) + made.language_in_turn()
-    return peak, found - made.looks_gradients()  # which no hook sees
+    batch = activations(recipe, config, objective, batches[0])
+    predicted = (recipe.objective.kept_micro_batches - 1) * batch.cached_graph()
+    predicted += batch.all_casts() + batch.tower() + batch.language_in_turn()
+    return peak, predicted - batch.cross_gradients()  # which no hook sees
 
 
 @pytest.mark.parametrize(
@@ -218,13 +216,11 @@ def test_what_a_frozen_tower_saw_is_kept_for_the_second_pass(choice):
     first, *others = objective._cached
     assert first.kept is not None  # goes on from here, so nothing is seen again
     saw = [cached.vision for cached in others if cached.vision is not None]
-    captions = dual_flops.step_of(batches[:1], objective.weights, PAIRS).captions
-    empty = plan.model_of(recipe, config)
-    batch = dual_footprint.PairMemory(empty, recipe, PAIRS, captions, compiled=False)
-    assert batch.kept(2) == sum(vision.nbytes for vision in saw)
+    batch = activations(recipe, config, objective, batches[0])
+    assert batch.cached_visual(2) == sum(vision.nbytes for vision in saw)
     assert bool(saw) == (choice in ("head", "queries"))
-    empty.kept_bytes = batch.visual_tokens(1)
-    assert batch.kept(2) == (batch.visual_tokens(1) if saw else 0)
+    batch.model.kept_bytes = batch.visual_bytes
+    assert batch.cached_visual(2) == (batch.visual_bytes if saw else 0)
 
 
 def test_a_plan_knows_who_looks_twice():
@@ -239,11 +235,9 @@ def test_a_plan_knows_who_looks_twice():
             objective=replace(recipe.objective, micro_batch=PAIRS),
             model=replace(recipe.model, **changes),
         )
-        load = dual_plan.load_of(cut, 16, None)
-        times = dual_plan.times(
-            cut, plan.model_of(cut, config), load, gpus.find("H200"), 1, compiled=False
-        )
-        return dict(times)["first pass of gradient caching"]
+        model = plan.model_of(cut, config)
+        seconds = time.seconds(cut, model, load_of(cut, model, None), gpus.find("H200"), 1)
+        return dict(seconds)["first pass of gradient caching"]
 
     assert first_pass("head") < first_pass("head", drop_path=0.1)
     assert first_pass("full") == first_pass("full", drop_path=0.1)
@@ -270,7 +264,7 @@ def test_states_are_those_of_the_real_run(choice, objective):
     trained = [p for p in model.parameters() if p.requires_grad]
     moments = [m for state in optimizer.state.values() for m in state.values() if m.ndim]
     empty = plan.model_of(recipe, config)
-    found = footprint.states(empty, recipe, dual_footprint.unreached(recipe))
+    found = memory.states(empty, recipe)
     assert found["trained weights"] == bytes_of(trained)
     assert found["gradients"] == bytes_of(p.grad for p in trained if p.grad is not None)
     scale = 2 * 4  # two moments of one number, which have no dimension

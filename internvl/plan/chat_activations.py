@@ -1,0 +1,98 @@
+"""Bytes that a packed row of a chat model saves for its backward pass."""
+
+from internvl.models import kernels
+from internvl.plan import flops
+from internvl.plan.activations import SAVED_BY_BLOCKS, Activations, largest
+from internvl.plan.load import RECOMPUTED, Load
+
+
+class ChatActivations(Activations):
+    """Bytes that a packed row of a chat model saves."""
+
+    def components(self) -> dict[str, float]:
+        """See `Activations`."""
+        # Normalized pixels in float32, and the tower's cast of them to bfloat16.
+        tiles = 6.0 * self.batch.tiles * 3 * self.vision.image_size[0] ** 2
+        # The logits are gone when the first block is run back: the larger of the two counts.
+        passing = {
+            "gradients of a block's activations": self.backward(),
+            "logits of a chunk": self.logits(self.batch.supervised),
+        }
+        moving = {
+            "tiles": tiles,
+            "cast copies of trained weights": self.casts(),
+            "vision tower activations": self.tower(),
+            "language model activations": self.decoder(),
+            **largest(passing),
+        }
+        # A frozen tower is done before the language model saves anything.
+        if self.frozen_tower() + tiles > sum(moving.values()):
+            return {"tiles": tiles, "vision tower, forward": self.frozen_tower()}
+        return moving
+
+    def stored(self, load: Load) -> float:
+        """See `Activations`; of the language model alone."""
+        row = (len(self.layers) - 1) * self.decoder_block(self.batch.rows.tokens)
+        return (row + self.last_block()) * load.computed.rows.tokens / self.batch.rows.tokens
+
+    def waiting(self, load: Load) -> float:
+        """See `Activations`; of the language model alone."""
+        tokens = load.computed.rows.tokens
+        entered = len(self.layers) * tokens * self.dtype_bytes * self.text.hidden_size
+        recomputed = RECOMPUTED[self.compute.checkpointing]
+        return recomputed * entered + (1 - recomputed) * self.stored(load)
+
+    def frozen_states(self, load: Load, tower_passes: float, language_passes: float) -> float:
+        """See `Activations`; of the tower alone, three times if it trains."""
+        tokens = load.work.tiles * self.patch_tokens * len(self.tower_layers)
+        states = self.dtype_bytes * tokens * self.vision.hidden_size
+        return tower_passes * (3 if self.tower_trains else 1) * states
+
+    def decoder(self) -> float:
+        """Bytes that the language model's blocks save, and the hidden states around them."""
+        tokens, width = self.batch.rows.tokens, self.text.hidden_size
+        # Trained embeddings are float32, and so is what blocks add to them.
+        residual = self.language_model.embed_tokens.weight.element_size()
+        cut = kernels.supports_last_mlp(self.layers[-1])
+        left = self.batch.supervised if cut else tokens
+        around = (tokens * residual + left * (residual + 4.0 + self.dtype_bytes)) * width
+        visual = self.batch.tiles * (self.patch_tokens - 1) * self.model.config.downsample_ratio**2
+        # The projector's input is four patches wide, its output as wide as the language model.
+        around += visual * self.dtype_bytes * (width + 4 * self.vision.hidden_size)
+        if not flops.trains(self.model):
+            return around
+        block, count = self.decoder_block(tokens), len(self.layers)
+        num_kept = self.num_kept(count, self.layers)
+        entered = tokens * width * residual
+        recomputed = block if num_kept == 0 else 0.0  # one at a time
+        if self.compute.offload:
+            return around + block + entered
+        if num_kept == count or (num_kept and count % 2 == 0):  # the last block is one of them
+            around += self.last_block() - block
+        return around + num_kept * block + (count - num_kept) * entered + recomputed
+
+    def last_block(self) -> float:
+        """Bytes that the last block saves; its MLP may run on supervised positions alone."""
+        tokens = self.batch.rows.tokens
+        whole = self.decoder_block(tokens)
+        if not kernels.supports_last_mlp(self.layers[-1]):
+            return whole
+        # The cut MLP sees another number of positions in every step, so it is never compiled.
+        whole_mlp, cut_mlp = self._mlp_token(self.compiled), self._mlp_token(compiled=False)
+        return whole - tokens * whole_mlp + self.batch.supervised * cut_mlp
+
+    def _mlp_token(self, compiled: bool) -> float:
+        """Bytes that the last block's second half saves per token."""
+        block = self.layers[-1]
+        adapters = self.adapters_of(block.mlp)
+        saved = SAVED_BY_BLOCKS[self.mode(block, adapters), compiled].last_mlp
+        narrow, wide = self.values_per_token(saved, self.inner_width(), self.text.hidden_size, 0)
+        narrow += adapters.inputs + adapters.rank
+        return self.dtype_bytes * narrow + 4 * wide + adapters.mask_bytes + 4
+
+    def backward(self) -> float:
+        """Bytes of the gradients that exist together in the backward pass of a block's MLP."""
+        if not flops.trains(self.model):
+            return 0.0
+        # Of the gate, the up projection and their product.
+        return 3.0 * self.dtype_bytes * self.batch.rows.tokens * self.inner_width()

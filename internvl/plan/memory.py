@@ -1,0 +1,142 @@
+"""Peak memory of a training step by component, worked out from a model on the meta device.
+
+Weights, gradients and optimizer states are counted parameter by parameter here; what a micro-batch
+keeps for the backward pass stands in activations.py, chat_activations.py and dual_activations.py.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from internvl.config import Recipe
+from internvl.inference import families
+from internvl.plan.activations import Activations, adapted_layers, is_fused
+from internvl.plan.chat_activations import ChatActivations
+from internvl.plan.dual_activations import DualActivations, unreached
+from internvl.plan.load import Load
+from internvl.plan.work import Work
+from internvl.training import optim
+
+GIB = 2**30
+ABSMAX_BLOCK = 64
+"""Weights that share a float32 scale in 4 bits (NF4 without double quantization)."""
+MOMENT_BLOCK = 256
+"""Values of an 8-bit moment that share a float32 scale (torchao)."""
+CONTEXT_GIB = 0.6
+"""What CUDA, cuBLAS and torch's kernels take before the first tensor. Assumed."""
+SLACK = 0.04
+"""Share of the activations that torch's allocator holds and does not use. Assumed."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes by component at the step's peak."""
+
+    components: dict[str, float]
+    overhead: dict[str, float]
+    """What the GPU needs beyond what torch counts as allocated."""
+
+    @property
+    def allocated_gib(self) -> float:
+        """What `torch.cuda.max_memory_allocated` would say."""
+        return sum(self.components.values()) / GIB
+
+    @property
+    def total_gib(self) -> float:
+        """What the GPU must have."""
+        return self.allocated_gib + sum(self.overhead.values()) / GIB
+
+
+def predict(
+    model: Any,
+    recipe: Recipe,
+    load: Load,
+    num_gpus: int = 1,
+    fixed: dict[str, float] | None = None,
+) -> Footprint:
+    """Predicts the memory that a step takes of each GPU, in bytes.
+
+    Args:
+        model: on the meta device, as `placement.to_device` leaves it.
+        fixed: `states`, if they are counted already.
+    """
+    fixed = states(model, recipe) if fixed is None else fixed
+    micro_batches = round(load.micro_batches / num_gpus)
+    moving = activations_of(model, recipe, load.largest, micro_batches).components()
+    components = {name: size for name, size in {**fixed, **moving}.items() if size}
+    overhead = {
+        # Weights and states are allocated once and leave no holes; only activations come and go.
+        "allocator": SLACK * sum(moving.values()),
+        "CUDA and kernels": CONTEXT_GIB * GIB,
+    }
+    return Footprint(components, overhead)
+
+
+def activations_of(model: Any, recipe: Recipe, batch: Work, micro_batches: int = 1) -> Activations:
+    """Returns what counts the activations of a micro-batch of the model's family.
+
+    Args:
+        batch: the micro-batch, padded.
+        micro_batches: of a step on one GPU.
+    """
+    if families.name_of(model.config) == "chat":
+        return ChatActivations(model, recipe, batch)
+    return DualActivations(model, recipe, batch, micro_batches)
+
+
+def states(model: nn.Module, recipe: Recipe) -> dict[str, float]:
+    """Returns the bytes of weights, gradients and optimizer states, the same for every batch."""
+    sizes = dict.fromkeys(
+        ("frozen weights", "quantized weights", "trained weights", "gradients", "optimizer states"),
+        0.0,
+    )
+    quantized = _quantized(model) if recipe.model.quantize else set()
+    # Muon has a momentum alone where AdamW has two moments.
+    matrices = optim.hidden_matrices(model) if recipe.optim.name == "muon" else frozenset()
+    idle = unreached(recipe)
+    for name, parameter in model.named_parameters():
+        size = parameter.numel() * parameter.element_size()
+        if parameter.requires_grad:
+            sizes["trained weights"] += size
+            if name.startswith(idle):  # without a gradient AdamW makes no state either
+                continue
+            sizes["gradients"] += size
+            if not recipe.optim.offload:  # else the moments live in the CPU's memory
+                moments = 1 if name in matrices else 2
+                sizes["optimizer states"] += moments * _moment_size(parameter, recipe.optim.name)
+        elif id(parameter) in quantized:
+            sizes["quantized weights"] += _quantized_size(parameter, str(recipe.model.quantize))
+        else:
+            sizes["frozen weights"] += size
+    sizes["frozen weights"] += sum(b.numel() * b.element_size() for b in model.buffers())
+    if not recipe.model.quantize:  # B once more, in the buffer of the weight it is fused with
+        for layer in adapted_layers(model):
+            weight = layer.base_layer.weight
+            copy = layer.lora_B["default"].weight.numel() * weight.element_size()
+            sizes["frozen weights"] += copy if is_fused(layer) else 0
+    return sizes
+
+
+def _moment_size(parameter: nn.Parameter, optimizer: str) -> float:
+    """Bytes of one moment; torchao's 8-bit AdamW leaves small and odd tensors in float32."""
+    count = parameter.numel()
+    if optimizer == "adamw-8bit" and count >= 4096 and count % MOMENT_BLOCK == 0:
+        return count * (1 + 4 / MOMENT_BLOCK)
+    return count * parameter.element_size()
+
+
+def _quantized(model: nn.Module) -> set[int]:
+    """Ids of the weights that bitsandbytes packs: linear layers outside projector and output."""
+    left_out = ("lm_head", "model.multi_modal_projector")
+    return {
+        id(module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith(left_out) and "lora_" not in name
+    }
+
+
+def _quantized_size(weight: nn.Parameter, bits: str) -> float:
+    """4 bits and a float32 for every ABSMAX_BLOCK of them; or 8 bits and a float32 a row."""
+    count = weight.numel()
+    return count * (0.5 + 4 / ABSMAX_BLOCK) if bits == "4bit" else count + 4 * weight.shape[0]

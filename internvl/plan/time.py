@@ -1,0 +1,131 @@
+"""How long a step takes: `seconds` by what a GPU does.
+
+    time = loop x ( products / matmul rate + attention / its rates + bytes / memory rate )
+
+Products include padding, what checkpointing recomputes and, if a step of pairs is cut into
+micro-batches, the first pass of gradient caching (not of a frozen tower, whose output is kept).
+Bytes are the passes over activations, weights and optimizer states. The rates in
+`gpus.CALIBRATION` come from one profile of a chat model. On an H200 InternVL-14B's head recipe took
+1.94 s a step (1.90 predicted), LoRA 6.1 s in four micro-batches (5.2) and 7.1 s in one with
+checkpointing (6.3), beside other work on the host.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from internvl.config import Recipe
+from internvl.models.vision import count_parameters
+from internvl.plan import flops, memory
+from internvl.plan.flops import Part
+from internvl.plan.load import RECOMPUTED, Load, attention_of, is_compiled
+from internvl.plan.work import Sequences
+from internvl.zoo import gpus
+from internvl.zoo.gpus import CALIBRATION, Gpu
+
+
+def seconds(
+    recipe: Recipe, model: Any, load: Load, gpu: Gpu, num_gpus: int
+) -> Iterator[tuple[str, float]]:
+    """Yields (what a step does, seconds), the loop's own share included."""
+    step = _Step(recipe, model, load, num_gpus)
+    rate = gpu.tflops * gpu.products * 1e12 * num_gpus
+    copy = gpu.tb_per_s * gpu.copies * 1e12 * num_gpus
+    # float32 products run at half the rate at best.
+    slowdown = CALIBRATION.loop * step.activations.dtype_bytes / 2
+    yield "matrix products", slowdown * step.products() / rate
+    yield "attention", slowdown * step.attention() / rate
+    if step.cached:
+        yield "first pass of gradient caching", slowdown * step.first_pass() / rate
+    yield "pointwise", CALIBRATION.loop * step.moved_bytes() / copy
+    bus = CALIBRATION.bus_tb_per_s * 1e12 * num_gpus
+    if recipe.compute.offload:  # there, and back for the backward pass
+        yield "copies to the CPU and back", 2 * step.activations.waiting(load) / bus
+    trained, _ = count_parameters(model)
+    yield from gpus.update_times(
+        trained,
+        load.micro_batches,
+        gpu,
+        num_gpus,
+        step.quantized_bytes(),
+        offloaded=recipe.optim.offload,
+    )
+
+
+class _Step:
+    """FLOPs and bytes of a step over all GPUs, repeated ones included."""
+
+    def __init__(self, recipe: Recipe, model: Any, load: Load, num_gpus: int) -> None:
+        self.recipe, self.model, self.load = recipe, model, load
+        self.activations = memory.activations_of(model, recipe, load.largest)
+        self.computed = flops.count(model, load.computed)
+        self.recomputed = RECOMPUTED[recipe.compute.checkpointing]
+        """Share of the blocks that run forward twice."""
+        per_gpu = round(load.micro_batches / num_gpus)
+        twice = 0
+        if load.largest.texts.count:  # the first ones go on from where the first pass left them
+            twice = max(0, per_gpu - recipe.pairs.kept_micro_batches)
+        self.cached = twice / max(1, per_gpu)
+        """Share of a step that gradient caching encodes twice."""
+        self.cached_tower = self.cached * (1 - self.activations.cached_visual_share(twice))
+        """The same of the tower, whose output is kept if it is frozen."""
+
+    def products(self) -> float:
+        """FLOPs of matrix products, those in float8 as many as take their time in bfloat16."""
+        whole, cut = (
+            flops.last_mlp_flops(self.model, tokens)
+            for tokens in (self.load.computed.rows.tokens, self.load.work.supervised)
+        )
+        # The last MLP runs on supervised positions alone.
+        decoder = self._run("decoder") - self._in_bfloat16(whole, "decoder")
+        decoder += self._in_bfloat16(cut, "decoder")
+        return decoder + self._run("tower") + self.computed.logits.needed
+
+    def attention(self) -> float:
+        """FLOPs of attention, as many as products would compute in its time."""
+        flex = attention_of(self.recipe) == "flex"
+        decoder = CALIBRATION.flex if flex else CALIBRATION.attention
+        tower = self._run("tower_attention") / CALIBRATION.attention
+        return self._run("decoder_attention") / decoder + tower
+
+    def first_pass(self) -> float:
+        """FLOPs of what gradient caching encodes without gradient; matches and written captions
+        have no features."""
+        none = Sequences()
+        work = replace(self.load.computed, matches=none, written=none, supervised=0.0)
+        encoded = flops.count(self.model, work)
+        tower, others = self.cached_tower, self.cached
+        products = others * (encoded.decoder.forward + encoded.logits.forward)
+        products += tower * encoded.tower.forward
+        attention = others * encoded.decoder_attention.forward
+        attention += tower * encoded.tower_attention.forward
+        return products + attention / CALIBRATION.attention
+
+    def moved_bytes(self) -> float:
+        """Reads and writes of pointwise kernels."""
+        compiled = is_compiled(self.recipe.compute)
+        passes = CALIBRATION.passes * (1.0 if compiled else CALIBRATION.uncompiled)
+        # Forward is a third of a step's passes, and what runs forward twice has one third more.
+        passes *= 1 + (self.recomputed + self.cached) / 3
+        states = self.activations.frozen_states(self.load, 1 + self.cached_tower, 1 + self.cached)
+        return passes * self.activations.stored(self.load) + CALIBRATION.tower_passes * states
+
+    def quantized_bytes(self) -> float:
+        """Bytes that quantized weights move for a row: read packed, written and read unpacked."""
+        bits = self.recipe.model.quantize
+        if bits is None:
+            return 0.0
+        packed = memory.states(self.model, self.recipe)["quantized weights"]
+        weights = packed / (0.5625 if bits == "4bit" else 1.0)  # with the scale of a block
+        return (2 + self.recomputed) * (packed + 4 * weights)
+
+    def _run(self, component: str) -> float:
+        return self._in_bfloat16(getattr(self.computed, component), component)
+
+    def _in_bfloat16(self, part: Part, component: str) -> float:
+        """FLOPs of a part with what is recomputed of it."""
+        vision, language = self.model.model.vision_tower, self.model.model.language_model
+        module = vision if component.startswith("tower") else language
+        again = self.recomputed * flops.trains(module)  # frozen blocks keep nothing to recompute
+        faster = part.float8 / max(1.0, part.needed) * (1 - 1 / CALIBRATION.float8)
+        return (part.needed + again * part.forward) * (1 - faster)
