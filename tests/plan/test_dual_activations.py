@@ -214,7 +214,7 @@ def test_what_a_frozen_tower_saw_is_kept_for_the_second_pass(choice):
     with torch.autocast("cpu", torch.bfloat16):
         objective.begin_step(model, iter(batches), {"itc": 3 * PAIRS})
     first, *others = objective._cached
-    assert first.kept is not None  # goes on from here, so nothing is seen again
+    assert first.encoded is not None  # goes on from here, so nothing is seen again
     saw = [cached.vision for cached in others if cached.vision is not None]
     batch = activations(recipe, config, objective, batches[0])
     assert batch.cached_visual(2) == sum(vision.nbytes for vision in saw)
