@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_memory import bytes_of, kept
+from saved_bytes import bytes_of, kept
 
 from internvl import plan, zoo
 from internvl.compute import kernels, placement

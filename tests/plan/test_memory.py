@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from data_files import model_folder, recipe
+from saved_bytes import bytes_of, kept
 from small_models import small_model
 
 from internvl import plan, zoo
-from internvl.compute import compilation, kernels, placement
+from internvl.compute import kernels, placement
 from internvl.config import ComputeConfig, LoraConfig
 from internvl.config.recipes import resolve
 from internvl.inference import load as loading
@@ -24,26 +25,6 @@ from internvl.zoo import gpus
 TOKENS = 640
 TEXT = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024}
 VISION = {"hidden_size": 192, "intermediate_size": 512, "image_size": 112}
-
-
-def kept(model, run):
-    """Bytes that autograd keeps of `run`, without parameters."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    found, alive = {}, []
-
-    def pack(tensor):
-        alive.append(tensor)
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autocast("cpu", torch.bfloat16), compilation.several_shapes():
-        run().backward()  # compiled, if at all
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = run()
-    del loss
-    return sum(found.values())
 
 
 def text_run(model, supervised=1):
@@ -225,10 +206,6 @@ def test_states_are_those_of_the_real_run(tmp_path, method):
     kernels.apply_compute(model, torch.device("cpu"), ComputeConfig())
     frozen = [p for p in model.parameters() if not p.requires_grad]
     assert found["frozen weights"] == storage_of([*frozen, *model.buffers()])
-
-
-def bytes_of(tensors):
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def storage_of(tensors):
