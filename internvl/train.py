@@ -29,6 +29,8 @@ from internvl.inference import inherited
 from internvl.inference import load as loading
 from internvl.inference.chat import Chat
 from internvl.inference.dual import Dual
+from internvl.inference.inherited import Completed
+from internvl.inference.opened import OpenedModel
 from internvl.models.adapters import lora
 from internvl.models.chat import model as chat_model
 from internvl.models.dual.model import DualModel
@@ -91,24 +93,29 @@ class TrainState:
 
 
 def build(
-    recipe: Recipe, chat: Chat | Dual | None = None, order: Order | None = None
+    recipe: Recipe,
+    chat: Chat | Dual | None = None,
+    order: Order | None = None,
+    start: OpenedModel | None = None,
 ) -> TrainState:
     """Builds everything a run needs: data, model on its device, objective and optimizer.
 
     Args:
         chat: a model to train as it is, adapters included, instead of loading `recipe.model`.
         order: order of the samples, instead of that of a new run.
+        start: `recipe.model` if it is already open.
     """
     device = dist.init_from_env(recipe.device)
     if not inherited.is_complete(recipe):
-        recipe = _complete_recipe(recipe, chat)
+        completed = _complete_recipe(recipe, chat, start)
+        recipe, start = completed.recipe, completed.start
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     # Before the model is loaded: new adapters and heads draw their weights from this seed.
     torch.manual_seed(recipe.seed)
     # Now, not at the first evaluation: an error in its data must not cost the training until then.
     evaluators = evals.build(recipe.evals) if dist.is_main() else {}
-    chat = loading.for_training(recipe) if chat is None else chat
+    chat = loading.for_training(recipe, start) if chat is None else chat
     if order is None:
         order = SampleOrder(
             _open_sources(recipe), share_prefix=recipe.shares_prefix, seed=recipe.seed
@@ -138,12 +145,16 @@ def _open_sources(recipe: Recipe) -> list[Source]:
     return [open_source(source) for source in source_configs(recipe.data)]
 
 
-def _complete_recipe(recipe: Recipe, chat: Chat | Dual | None) -> Recipe:
-    """Returns the recipe with its unset values taken from `chat`, else from the checkpoint."""
+def _complete_recipe(
+    recipe: Recipe, chat: Chat | Dual | None, start: OpenedModel | None
+) -> Completed:
+    """Completes the recipe with unset values taken from `chat`, else from the checkpoint."""
     if chat is None:
-        return loading.complete(recipe).recipe
-    start = inherited.checkpoint_from_config(chat.model.config, "the model that is given")
-    return inherited.complete(recipe, start).recipe
+        return loading.complete(recipe, start)
+    checkpoint_settings = inherited.checkpoint_from_config(
+        chat.model.config, "the model that is given"
+    )
+    return inherited.complete(recipe, checkpoint_settings)
 
 
 def train_step(state: TrainState, micro_batches: Sequence[Batch]) -> dict[str, float]:
@@ -322,7 +333,7 @@ def run(recipe: Recipe) -> Path:
         # Samples; if a step is counted in rows, data may not grow and only 0 or not matters.
         num_done *= recipe.global_batch or 1
         order = run_folder.order_of(recipe, _open_sources(recipe), num_done)
-        state = build(recipe, order=order)
+        state = build(recipe, order=order, start=completed.start)
         metrics = _resume(state)
         logger.info("%s\n%s", summary(state), completed.render())
         stop_reason = validate(state, metrics)

@@ -15,6 +15,7 @@ from transformers import InternVLConfig
 from internvl.config import DataConfig, Recipe, TilesConfig
 from internvl.data.templates import TEMPLATES
 from internvl.errors import UserError
+from internvl.inference.opened import OpenedModel
 from internvl.models import configs
 from internvl.models.chat import model as chat_model
 from internvl.models.chat import processor
@@ -80,6 +81,8 @@ class Completed:
     """Settings that a checkpoint can state."""
     resized_from: int | None
     """Side that the position embeddings are resized from, px; None if they fit."""
+    start: OpenedModel | None = None
+    """`recipe.model` if completing the recipe had to open it."""
 
     def render(self) -> str:
         """Renders a table with a line per setting: key, value, source."""

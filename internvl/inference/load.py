@@ -193,14 +193,16 @@ def complete(recipe: Recipe, start: OpenedModel | None = None) -> Completed:
     """
     if is_run(recipe.run):
         saved = load_recipe(recipe.run / "recipe.yaml")
+        # Without opening the base model: a finished run needs it no more, and it may be gone.
         # A run of another model is refused later, where both recipes are compared in full.
         if saved.model.start == recipe.model.start:
             saved = _complete_saved(saved, start)
             checkpoint_settings = inherited.checkpoint_from_run(saved, recipe.run / "recipe.yaml")
-            return inherited.complete(recipe, checkpoint_settings)
+            return replace(inherited.complete(recipe, checkpoint_settings), start=start)
     opened = open_start(recipe) if start is None else start
     FAMILIES[opened.files.family].check_objective(recipe)
-    return inherited.complete(recipe, _checkpoint_settings(opened))
+    # Returned too, so that the model is loaded from what is open and not opened again.
+    return replace(inherited.complete(recipe, _checkpoint_settings(opened)), start=opened)
 
 
 def _checkpoint_settings(opened: OpenedModel) -> inherited.Checkpoint:

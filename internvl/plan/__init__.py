@@ -26,7 +26,7 @@ from internvl.inference import families, inherited
 from internvl.inference import load as loading
 from internvl.inference.families import FAMILIES
 from internvl.inference.inherited import Completed
-from internvl.inference.opened import open_model, open_start, parts_settings
+from internvl.inference.opened import OpenedModel, open_model, open_start, parts_settings
 from internvl.models import hub, kernels
 from internvl.models.adapters import lora
 from internvl.models.chat import assemble
@@ -65,7 +65,7 @@ def make(
             f"compute.float8: {gpu.name} has no float8 products; set compute.float8=false"
         )
     completed = complete(recipe, shape)
-    model = model_of(completed.recipe, shape)
+    model = model_of(completed.recipe, shape, completed.start)
     plan = _predict(completed.recipe, model, gpu, step, num_gpus)
     plan = replace(plan, inherited=completed.render())
     return plan if plan.fits else replace(plan, remedy=_remedy(plan, model, step))
@@ -93,9 +93,13 @@ def complete(recipe: Recipe, shape: InternVLConfig | DualConfig | None = None) -
     return inherited.complete(recipe, start)
 
 
-def model_of(recipe: Recipe, shape: InternVLConfig | DualConfig | None = None) -> Any:
+def model_of(
+    recipe: Recipe,
+    shape: InternVLConfig | DualConfig | None = None,
+    start: OpenedModel | None = None,
+) -> Any:
     """The recipe's model on the meta device: frozen, adapted and placed as for training."""
-    config = _config(recipe) if shape is None else shape
+    config = _config(recipe, start) if shape is None else shape
     family = FAMILIES[families.name_of(config)]
     family.check_objective(recipe)
     model = family.empty_model(config)
@@ -109,9 +113,9 @@ def model_of(recipe: Recipe, shape: InternVLConfig | DualConfig | None = None) -
     return model
 
 
-def _config(recipe: Recipe) -> InternVLConfig | DualConfig:
+def _config(recipe: Recipe, start: OpenedModel | None) -> InternVLConfig | DualConfig:
     """The configuration of the model's folder, else of the released model of that name."""
-    files = _files(recipe)
+    files = _files(recipe) if start is None else start.files
     # Which id is the placeholder's does not matter here, so that no tokenizer is needed.
     return FAMILIES[files.family].read_config(files, 0, recipe.data.tiles.size)
 
