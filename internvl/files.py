@@ -130,12 +130,47 @@ def read_object(file: Path) -> dict[str, Any]:
     Raises:
         ModelFolderError: missing, another format, no JSON or no object; names the file.
     """
+    return _parse_object(file, _read_bytes(file))
+
+
+class FolderReader:
+    """Reads files of a folder by name, each at most once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._contents: dict[str, bytes | None] = {}
+        self._objects: dict[str, dict[str, Any]] = {}
+
+    def content(self, name: str) -> bytes | None:
+        """Returns the bytes of a file; None if there is none. Raises ModelFolderError."""
+        if name not in self._contents:
+            file = self.folder / name
+            self._contents[name] = _read_bytes(file) if file.is_file() else None
+        return self._contents[name]
+
+    def object(self, name: str) -> dict[str, Any]:
+        """Returns the JSON object in a file; empty if there is no file. Raises as `read_object`."""
+        # Parsed once too: a tokenizer.json of 10 MB takes longer to parse than to read.
+        if name not in self._objects:
+            content = self.content(name)
+            self._objects[name] = (
+                {} if content is None else _parse_object(self.folder / name, content)
+            )
+        return self._objects[name]
+
+
+def _read_bytes(file: Path) -> bytes:
     try:
-        value = json.loads(file.read_text(encoding="utf-8-sig"))
+        return file.read_bytes()
     except OSError as error:
         raise unreadable(file, error) from error
+
+
+def _parse_object(file: Path, content: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        meaning = describe(file)
+        meaning = describe_head(content[:1024])
         raise ModelFolderError(
             f"{file}: {meaning}"
             if meaning

@@ -1119,14 +1119,14 @@ _TABLE = (
         "tokenizer-json",
         seed_tokenizer,
         read_tokenizer,
-        ("internvl.data.tokenizers._read",),
+        ("internvl.data.tokenizers.check_files",),
         cost=2,
     ),
     Reader(
         "tokenizer-vocabulary",
         seed_vocabulary,
         read_tokenizer,
-        ("internvl.data.tokenizers._read",),
+        ("internvl.data.tokenizers.check_files",),
         cost=2,
     ),
     Reader(

@@ -1,5 +1,6 @@
 """What a file really is, said in one sentence with its name and the remedy."""
 
+import codecs
 import gzip
 import io
 import json
@@ -14,7 +15,7 @@ from safetensors.torch import save
 
 from internvl import files
 from internvl.errors import ModelFolderError
-from internvl.files import describe, read_object
+from internvl.files import FolderReader, describe, read_object
 from internvl.models import hub
 
 
@@ -202,3 +203,16 @@ def test_partials_of_killed_writers_are_removed(tmp_path):
     files.remove_partials(tmp_path)
     files.remove_partials(tmp_path / "missing")
     assert os.listdir(tmp_path) == ["LATEST"]
+
+
+def test_a_folder_reader_reads_a_file_once(tmp_path):
+    (tmp_path / "a.json").write_bytes(codecs.BOM_UTF8 + b'{"a": 1}')
+    (tmp_path / "b.json").write_text("[1]")
+    reader = FolderReader(tmp_path)
+    assert reader.content("a.json") == codecs.BOM_UTF8 + b'{"a": 1}'
+    (tmp_path / "a.json").unlink()
+    assert reader.object("a.json") == {"a": 1}
+    assert reader.content("none.json") is None
+    assert reader.object("none.json") == {}
+    with pytest.raises(ModelFolderError, match=r"b\.json: expected an object, found list"):
+        reader.object("b.json")

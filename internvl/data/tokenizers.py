@@ -8,7 +8,6 @@ import codecs
 import json
 import logging
 import re
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import BatchEncoding, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from internvl.errors import ModelFolderError, UserError
-from internvl.files import describe, first_line, read_object
+from internvl.files import FolderReader, describe_head, first_line, read_object
 
 logger = logging.getLogger(__name__)
 
@@ -53,30 +52,35 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
     Raises:
         ModelFolderError: tokenizer files that are unknown, damaged, or of different tokenizers.
     """
-    config = _read(folder / "tokenizer_config.json")
-    check_files(folder, config)
-    with _without_byte_order_marks(folder) as readable:
-        return _load(folder, readable, config)
+    # Not kept: the parsed vocabulary takes tens of MB, and is of no use once the tokenizer exists.
+    reader = FolderReader(folder)
+    check_files(reader)
+    return _load(reader)
 
 
-def _load(folder: Path, readable: Path, config: dict[str, Any]) -> PreTrainedTokenizerFast | None:
-    """Loads the tokenizer of `folder` from `readable`, which has the same files without BOM."""
+def _load(reader: FolderReader) -> PreTrainedTokenizerFast | None:
+    folder, config = reader.folder, reader.object(_CONFIG)
     class_name = str(config.get("tokenizer_class", "")).removesuffix("Fast")
     # Before tokenizer.json, a conversion of it that may have the fast tokenizer's spaces.
-    if (folder / "tokenizer.model").is_file() and (class_name in _SENTENCEPIECE or not config):
-        with _as_folder_error(folder, "tokenizer.model"):
-            return _load_sentencepiece(readable, config, class_name or "LlamaTokenizer")
+    if (folder / _SENTENCEPIECE_FILE).is_file() and (class_name in _SENTENCEPIECE or not config):
+        with _as_folder_error(folder, _SENTENCEPIECE_FILE):
+            return _load_sentencepiece(reader, class_name or "LlamaTokenizer")
     if (folder / "tokenizer.json").is_file():
         # Names that a processor reads (`video_token` …) would become tokens without a row.
         named = isinstance(config.get("extra_special_tokens"), dict)
         extra: dict[str, Any] = {"extra_special_tokens": config.get(_ADDITIONAL) or []}
         with _as_folder_error(folder, "tokenizer.json"):
             # An export of a WholeTextTokenizer, known by its normalizer: the class is not saved.
-            whole = _END_MARK in _normalizer(folder)
+            normalizer = reader.object("tokenizer.json").get("normalizer")
+            whole = _END_MARK in json.dumps(normalizer, ensure_ascii=False)
             tokenizer_class = WholeTextTokenizer if whole else PreTrainedTokenizerFast
-            return tokenizer_class.from_pretrained(readable, **(extra if named else {}))
+            with _without_byte_order_marks(reader) as readable:
+                return tokenizer_class.from_pretrained(readable, **(extra if named else {}))
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        with _as_folder_error(folder, "vocab.json and merges.txt"):
+        with (
+            _as_folder_error(folder, "vocab.json and merges.txt"),
+            _without_byte_order_marks(reader) as readable,
+        ):
             return Qwen2Tokenizer.from_pretrained(readable)
     if not config:
         return None
@@ -87,38 +91,35 @@ def _load(folder: Path, readable: Path, config: dict[str, Any]) -> PreTrainedTok
 
 
 @contextmanager
-def _without_byte_order_marks(folder: Path) -> Iterator[Path]:
+def _without_byte_order_marks(reader: FolderReader) -> Iterator[Path]:
     """Yields the folder, or a copy of its tokenizer files without their byte-order marks."""
-    # `transformers` does not read files that begin with one.
-    present = [folder / name for name in (*_OBJECTS, "tokenizer_config.json", "merges.txt")]
-    present = [file for file in present if file.is_file()]
-    if not any(_starts_with_mark(file) for file in present):
-        yield folder
+    # `transformers` does not read files that begin with one, and takes no contents but a folder.
+    names = (*_OBJECTS, _CONFIG, "merges.txt")
+    contents = [reader.content(name) or b"" for name in names]
+    if not any(content.startswith(codecs.BOM_UTF8) for content in contents):
+        yield reader.folder
         return
     with tempfile.TemporaryDirectory() as copy:
-        for file in present:
-            (Path(copy) / file.name).write_bytes(file.read_bytes().removeprefix(codecs.BOM_UTF8))
-        if (folder / "tokenizer.model").is_file():
-            shutil.copy(folder / "tokenizer.model", copy)
+        for name in (*names, _SENTENCEPIECE_FILE, "chat_template.jinja"):
+            content = reader.content(name)
+            if content is not None:
+                (Path(copy) / name).write_bytes(content.removeprefix(codecs.BOM_UTF8))
         yield Path(copy)
 
 
-def _starts_with_mark(file: Path) -> bool:
-    with file.open("rb") as opened:
-        return opened.read(3) == codecs.BOM_UTF8
-
-
+_CONFIG, _SENTENCEPIECE_FILE = "tokenizer_config.json", "tokenizer.model"
 _OBJECTS = ("tokenizer.json", "added_tokens.json", "special_tokens_map.json", "vocab.json")
 
 
-def check_files(folder: Path, config: dict[str, Any]) -> None:
+def check_files(reader: FolderReader) -> None:
     """Raises ModelFolderError that names the first tokenizer file with wrong content."""
     # Checked first: the libraries' own errors name neither the file nor the key.
-    for name in ("tokenizer.model", "merges.txt"):
-        file = folder / name
-        if file.is_file() and (meaning := describe(file)):
-            raise ModelFolderError(f"{file}: {meaning}")
-    trees = {name: _read(folder / name) for name in _OBJECTS}
+    folder, config = reader.folder, reader.object(_CONFIG)
+    for name in (_SENTENCEPIECE_FILE, "merges.txt"):
+        content = reader.content(name)
+        if content is not None and (meaning := describe_head(content[:1024])):
+            raise ModelFolderError(f"{folder / name}: {meaning}")
+    trees = {name: reader.object(name) for name in _OBJECTS}
     for name in ("added_tokens.json", "vocab.json"):
         for token, token_id in trees[name].items():
             if not _is_id(token_id):
@@ -216,13 +217,12 @@ class WholeTextTokenizer(PreTrainedTokenizerFast):
         return text + _END_MARK if normalized == _SPACE + text else text
 
 
-def _load_sentencepiece(
-    folder: Path, config: dict[str, Any], class_name: str
-) -> PreTrainedTokenizerFast:
+def _load_sentencepiece(reader: FolderReader, class_name: str) -> PreTrainedTokenizerFast:
     """Loads SentencePiece files as a fast tokenizer with the slow tokenizer's leading spaces."""
     # Read off the file: sentencepiece 0.2.2 refuses to run InternLM2's, for a piece with a null.
     file: Any = sentencepiece_model_pb2
-    model = file.ModelProto.FromString((folder / "tokenizer.model").read_bytes())
+    folder, config = reader.folder, reader.object(_CONFIG)
+    model = file.ModelProto.FromString(reader.content(_SENTENCEPIECE_FILE))
     if model.trainer_spec.model_type != file.TrainerSpec.BPE:
         raise ModelFolderError(
             f"{folder / 'tokenizer.model'}: a SentencePiece model of another type than BPE, which "
@@ -233,8 +233,8 @@ def _load_sentencepiece(
     # `legacy=False` (Phi-3) does so at the start of the text only.
     spaced = bool(model.normalizer_spec.add_dummy_prefix)
     whole = spaced and class_name == "LlamaTokenizer" and config.get("legacy") is False
-    special = _special_tokens(folder, config)
-    core = _core(folder, model, _added_tokens(folder, config, special), normalized=whole)
+    special = _special_tokens(reader)
+    core = _core(folder, model, _added_tokens(reader, special), normalized=whole)
     vocab = core.get_vocab()
     named = {name: str(special[name][0]) for name in special if name != _ADDITIONAL}
     # Tokens outside the vocabulary are left out: the constructor would append them as new ids.
@@ -302,12 +302,13 @@ def _any_of(contents: Iterable[str]) -> str:
     return "|".join(re.escape(content) for content in contents)
 
 
-def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, list[AddedToken]]:
+def _special_tokens(reader: FolderReader) -> dict[str, list[AddedToken]]:
     """Returns special tokens by name ("bos_token" …), with the slow Llama tokenizer's defaults."""
+    config = reader.object(_CONFIG)
     values = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | config
     # `transformers` reads special_tokens_map.json only if the config lists no added tokens.
     if config.get("added_tokens_decoder") is None:
-        values |= _read(folder / "special_tokens_map.json")
+        values |= reader.object("special_tokens_map.json")
         values[_ADDITIONAL] = [*(config.get(_ADDITIONAL) or ()), *(values.get(_ADDITIONAL) or ())]
     named = {name: [values[name]] for name in _NAMES if values.get(name) is not None}
     named[_ADDITIONAL] = list(values.get(_ADDITIONAL) or ())
@@ -326,15 +327,14 @@ def _token(value: str | dict[str, Any]) -> AddedToken:
 
 
 def _added_tokens(
-    folder: Path, config: dict[str, Any], special: dict[str, list[AddedToken]]
+    reader: FolderReader, special: dict[str, list[AddedToken]]
 ) -> list[dict[str, Any]]:
     """Lists the tokens that a release adds to its SentencePiece model, with their ids; id None for
     special tokens without one."""
-    by_id = config.get("added_tokens_decoder")
+    by_id = reader.object(_CONFIG).get("added_tokens_decoder")
     if by_id is None:
-        # The older form: token -> id.
-        ids = _read(folder / "added_tokens.json")
-        by_id = {token_id: {"content": token, "special": True} for token, token_id in ids.items()}
+        ids_by_token = reader.object("added_tokens.json")
+        by_id = {i: {"content": token, "special": True} for token, i in ids_by_token.items()}
     plain = dict.fromkeys(_STRIPS, False)
     added = [plain | entry | {"id": int(token_id)} for token_id, entry in by_id.items()]
     listed = {entry["content"] for entry in added}
@@ -488,7 +488,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Writes the tokenizer files of an export, with the token names that a processor needs."""
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
-    config = _read(file) | {
+    config = read_object(file) | {
         # In addition to the processor's names below: `decode` skips these.
         _ADDITIONAL: [str(token) for token in tokenizer.extra_special_tokens],
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -533,13 +533,3 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int, folder: Path
             f"{folder}: the tokenizer knows ids up to {largest}, the model has {rows} embedding "
             "rows; the tokenizer files are not of this model, take those of its release"
         )
-
-
-def _normalizer(folder: Path) -> str:
-    """Returns the normalizer of `tokenizer.json` as JSON text."""
-    normalizer = _read(folder / "tokenizer.json").get("normalizer")
-    return json.dumps(normalizer, ensure_ascii=False)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    return read_object(file) if file.is_file() else {}

@@ -122,7 +122,7 @@ def read_chat_checkpoint(source: ModelFolder, name: str) -> Checkpoint:
     # Our own exports in the hf layout carry the official keys in a section.
     if source.config.get("internvl") is not None:
         return checkpoint_from_config(config, name, source.config["internvl"])
-    images = processor.read_images(source.folder)
+    images = processor.read_images(source.reader)
     return _with_processor_sources(checkpoint_from_config(config, name, {}), images, name)
 
 

@@ -70,6 +70,11 @@ class ModelFolder:
     config: dict[str, Any]
     """Content of config.json."""
 
+    @cached_property
+    def reader(self) -> files.FolderReader:
+        """Reads other files of the folder, each once."""
+        return files.FolderReader(self.folder)
+
     @property
     def family(self) -> str:
         """ "chat" or "dual" (InternVL-14B). Raises ModelFolderError for anything else."""

@@ -255,7 +255,7 @@ def read_config(
         config.image_token_id = config.image_token_id if image_token_id is None else image_token_id
         if source.config.get("internvl") is None:
             # Written by transformers alone: tiling and normalization are in its processor's files.
-            image_settings = processor.read_images(source.folder)
+            image_settings = processor.read_images(source.reader)
             config.internvl = configs.chat_settings(config) | image_settings.values
     else:
         placeholder = _image_token_id(source, image_token_id)

@@ -13,7 +13,7 @@ from typing import Any
 
 from internvl.config.types import STATISTICS
 from internvl.errors import ModelFolderError
-from internvl.files import read_object
+from internvl.files import FolderReader
 from internvl.models import config_checks, configs
 
 _INSIDE = "image_processor"
@@ -33,7 +33,7 @@ class ImageSettings:
     """Official key -> value, of the keys that the file holds."""
 
 
-def read_images(folder: Path) -> ImageSettings:
+def read_images(reader: FolderReader) -> ImageSettings:
     """The image settings of an -hf folder, empty where it has no processor.
 
     `crop_to_patches` has no effect, as in transformers: InternVLProcessor always sets it, and the
@@ -42,7 +42,7 @@ def read_images(folder: Path) -> ImageSettings:
     Raises:
         ModelFolderError: a damaged file, or a value that is wrong or not computed here.
     """
-    file, section, values = _of_images(folder)
+    file, section, values = _of_images(reader)
     # transformers writes null for what its class does not say.
     values = {key: value for key, value in values.items() if value is not None}
     config_checks.check_processor(file, section, values)
@@ -59,14 +59,15 @@ def read_images(folder: Path) -> ImageSettings:
     return ImageSettings(file.name, settings)
 
 
-def _of_images(folder: Path) -> tuple[Path, str, dict[str, Any]]:
+def _of_images(reader: FolderReader) -> tuple[Path, str, dict[str, Any]]:
     """(file, section, content): first processor_config.json's section, as in transformers."""
-    whole, alone = folder / "processor_config.json", folder / "preprocessor_config.json"
-    inside = read_object(whole).get(_INSIDE) if whole.is_file() else None
+    whole, alone = "processor_config.json", "preprocessor_config.json"
+    inside = reader.object(whole).get(_INSIDE)
     if inside is None:
-        return alone, "", read_object(alone) if alone.is_file() else {}
-    config_checks.check_section(whole, _INSIDE, inside)
-    return whole, _INSIDE, inside
+        return reader.folder / alone, "", reader.object(alone)
+    file = reader.folder / whole
+    config_checks.check_section(file, _INSIDE, inside)
+    return file, _INSIDE, inside
 
 
 def _normalize(file: Path, section: str, values: Mapping[str, Any]) -> str:
