@@ -75,13 +75,14 @@ def _load(reader: FolderReader) -> PreTrainedTokenizerFast | None:
             whole = _END_MARK in json.dumps(normalizer, ensure_ascii=False)
             tokenizer_class = WholeTextTokenizer if whole else PreTrainedTokenizerFast
             with _without_byte_order_marks(reader) as readable:
-                return tokenizer_class.from_pretrained(readable, **(extra if named else {}))
+                kwargs = _NOT_MISTRAL | (extra if named else {})
+                return tokenizer_class.from_pretrained(readable, **kwargs)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         with (
             _as_folder_error(folder, "vocab.json and merges.txt"),
             _without_byte_order_marks(reader) as readable,
         ):
-            return Qwen2Tokenizer.from_pretrained(readable)
+            return Qwen2Tokenizer.from_pretrained(readable, **_NOT_MISTRAL)
     if not config:
         return None
     raise ModelFolderError(
@@ -107,6 +108,9 @@ def _without_byte_order_marks(reader: FolderReader) -> Iterator[Path]:
         yield Path(copy)
 
 
+_NOT_MISTRAL: dict[str, Any] = {"fix_mistral_regex": False}
+"""Stops transformers from taking a vocabulary above 100,000 tokens for Mistral's, with a warning of
+wrong tokens, if config.json names no version of transformers, as that of an official export."""
 _CONFIG, _SENTENCEPIECE_FILE = "tokenizer_config.json", "tokenizer.model"
 _OBJECTS = ("tokenizer.json", "added_tokens.json", "special_tokens_map.json", "vocab.json")
 
@@ -508,6 +512,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
         "backend",
         "is_local",
         "local_files_only",
+        *_NOT_MISTRAL,
     ):
         config.pop(key, None)
     text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)

@@ -1,6 +1,8 @@
 """Tokenizers from files alone: ids of the originals' slow tokenizers."""
 
+import codecs
 import json
+import logging
 import re
 import shutil
 
@@ -9,6 +11,7 @@ import sentencepiece
 from chat_folders import GOLDEN, shared
 from mutations import HTML_PAGE, LFS_POINTER
 from sentencepiece import sentencepiece_model_pb2
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from internvl.data.tokenizers import (
@@ -330,6 +333,29 @@ def test_special_tokens_are_added_once_and_in_order(tmp_path):
     ids = [tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS]
     assert ids == list(range(length, length + 9))
     assert add_special_tokens(tokenizer) == 0
+
+
+def test_a_byte_order_mark_leaves_the_chat_template(tmp_path):
+    folder = copy("qwen2", tmp_path / "folder")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    config = folder / "tokenizer_config.json"
+    config.write_bytes(codecs.BOM_UTF8 + config.read_bytes())
+    assert load_tokenizer(folder).chat_template == "{{ messages }}"
+
+
+def test_a_large_vocabulary_is_not_taken_for_mistrals(tmp_path, caplog, monkeypatch):
+    """As of an official export, whose config.json names no version of transformers."""
+    words = {f"w{token_id}": token_id for token_id in range(100_001)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+    (tmp_path / "config.json").write_text('{"model_type": "internvl_chat"}')
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    tokenizer = load_tokenizer(tmp_path)
+    assert not caplog.records
+    save_tokenizer(tokenizer, tmp_path / "saved")
+    assert "mistral" not in (tmp_path / "saved" / "tokenizer_config.json").read_text()
 
 
 def test_a_tokenizer_of_another_model_is_named(tmp_path):
