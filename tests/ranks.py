@@ -9,11 +9,23 @@ import os
 import socket
 import tempfile
 import time
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["internvl.train", "torch.utils.tensorboard"])
+
+
+def _start_server() -> None:
+    """Starts the fork server unless it runs; what libraries warn of on import is not shown."""
+    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(null)
 
 
 def run_ranks(code: str, *, num_ranks: int = 2) -> list[str]:
@@ -27,6 +39,7 @@ def run_ranks(code: str, *, num_ranks: int = 2) -> list[str]:
     """
     import cpu_seconds  # not by the ranks, which import this file: it imports pytest
 
+    _start_server()
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
