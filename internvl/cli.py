@@ -55,15 +55,14 @@ def models(args: Arguments) -> int:
         return 0
     try:
         text = zoo.describe(args.name)
+        repository = zoo.repository(args.name) if args.download else ""
     except UnknownModel as error:
         # Exit code 2: the name is part of the command.
         raise ConfigError(str(error)) from None
     if args.download:
         from internvl.models import hub
 
-        # A hub id is taken as it is: `-hf` repositories and forks are not in the table.
-        name = args.name if "/" in args.name else zoo.find(args.name).repository
-        text = str(hub.download(name, args.to))
+        text = str(hub.download(repository, args.to))
     print(text)
     return 0
 
@@ -354,7 +353,9 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
     add["demo"].add_argument(
         "--short", action="store_true", help="train for about a minute, only to see that it works"
     )
-    add["models"].add_argument("name", nargs="?", help="describe this model, such as InternVL2-2B")
+    add["models"].add_argument(
+        "name", nargs="?", help="describe this model or part, such as InternVL2-2B"
+    )
     add["models"].add_argument(
         "--download", action="store_true", help="download its files from the Hugging Face hub"
     )

@@ -130,4 +130,7 @@ def test_published_scores_of_every_task_language_and_mode() -> None:
     }.items():
         assert evaluate.published(model, name) == pytest.approx(value), name
     assert evaluate.published("OpenGVLab/InternVL2-2B", "caption-coco/cider") == 0.793
+    tuned = "pretrained/InternVL-14B-FlickrCN-FT-364px"
+    mean = evaluate.published(tuned, "retrieval-flickr30k-cn/g_mean_recall")
+    assert mean == pytest.approx(0.964)
     assert evaluate.published("somebody/else", "caption-coco/cider") is None

@@ -53,7 +53,7 @@ class Model:
     published: str = ""
     """Number of parameters as the release prints it, "2.2B"; empty if it prints none."""
     download_gb: float | None = None
-    """Size of the download, 10^9 bytes."""
+    """Size of the download, GB as the release prints it."""
     note: str = ""
     """A remark on this row, such as why two numbers of it differ."""
 
@@ -70,6 +70,25 @@ class Model:
 
 MODELS: dict[str, Model] = {name: Model(name=name, **row) for name, row in _DATA["models"].items()}
 """Released models by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """A vision tower or language model that is downloaded alone."""
+
+    repositories: tuple[str, ...]
+    """Hub ids of the same files; the first one is downloaded."""
+    published: str
+    """Number of parameters as the guide prints it."""
+    download_gb: float
+    """Size of the download, GB as the guide prints it."""
+
+
+PARTS: dict[str, Release] = {
+    name: Release(**row | {"repositories": tuple(row["repositories"])})
+    for name, row in _DATA["parts"].items()
+}
+"""Name of a vision tower or language model -> its release."""
 
 
 def find(name: str) -> Model:
@@ -106,6 +125,30 @@ def find_language_model(name: str) -> dict[str, Any]:
     # QLLaMA is no causal language model: it has queries and cross-attention of its own.
     chat_only = {key: sizes for key, sizes in LANGUAGE_MODELS.items() if key != "QLLaMA"}
     return _find_component(name, chat_only, "language model")
+
+
+def repository(name: str) -> str:
+    """Returns the hub id of a model or of one of its parts; a hub id is returned unchanged.
+
+    Raises:
+        UnknownModel: no such model or part, or a part that is not released alone.
+    """
+    # Unchanged: `-hf` repositories and forks are in no table.
+    if "/" in name:
+        return name
+    component = _component_name(name)
+    if component is None:
+        return find(name).repository
+    if component not in PARTS:
+        raise UnknownModel(f"{component}: its hub id is in no table; name it with its owner")
+    return PARTS[component].repositories[0]
+
+
+def _component_name(name: str) -> str | None:
+    """Returns the key of a vision tower or language model by name or hub id; None if it is none."""
+    short = name.rstrip("/").split("/")[-1].lower()
+    parts = {key.lower(): key for key in (*VISION_TOWERS, *LANGUAGE_MODELS) if key != "QLLaMA"}
+    return parts.get(short)
 
 
 def _find_component(name: str, table: dict[str, dict[str, Any]], component: str) -> dict[str, Any]:
@@ -282,9 +325,14 @@ def render_table() -> str:
 def describe(name: str) -> str:
     """Renders one model in full: parts, sizes, memory per dtype, download, published scores.
 
+    A vision tower or language model of a released model is rendered too.
+
     Raises:
         UnknownModel: no such model.
     """
+    component = _component_name(name)
+    if component is not None:
+        return _describe_component(component)
     model = find(name)
     vision = VISION_TOWERS[model.vision]
     lines = [
@@ -317,6 +365,24 @@ def describe(name: str) -> str:
         ]
         lines += ["", _aligned(rows)]
     return "\n".join(lines)
+
+
+def _describe_component(name: str) -> str:
+    """Renders a vision tower or language model: hub ids, size, memory, models that have it."""
+    is_tower = name in VISION_TOWERS
+    release = PARTS.get(name)
+    count = _tower(VISION_TOWERS[name]) if is_tower else _language_model(LANGUAGE_MODELS[name])
+    title = f"  (hub id {' or '.join(release.repositories)})" if release else ""
+    published = f" (published {release.published})" if release else ""
+    lines = [
+        f"{name}, a {'vision tower' if is_tower else 'language model'}{title}",
+        f"  parameters      {count:,}{published}",
+        f"  weights, GiB    float32 {count * 4 / 2**30:.1f}, bfloat16 {count * 2 / 2**30:.1f}",
+    ]
+    if release:
+        lines.append(f"  download        {release.download_gb} GB")
+    models = [model.name for model in MODELS.values() if name in (model.vision, model.language)]
+    return "\n".join([*lines, f"  part of         {', '.join(models)}"])
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> str:

@@ -177,6 +177,55 @@ def test_the_table_and_the_description():
     assert "does not train here" in zoo.describe("InternVL3_5-GPT-OSS-20B-A4B-Preview")
 
 
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("InternViT-6B-448px-V1-2", ("published 5.5B", "11.1 GB", "InternVL-Chat-V1-2-Plus")),
+        (
+            "OpenGVLab/Nous-Hermes-2-Yi-34B",
+            ("published 34.4B", "65.0 GB", "NousResearch/Nous-Hermes-2-Yi-34B", "InternVL2-40B"),
+        ),
+        ("qwen2.5-7b-instruct", ("language model", "7,6", "InternVL3-8B")),
+    ],
+)
+def test_parts_are_described_as_the_guides_print_them(name, lines):
+    text = zoo.describe(name)
+    for line in lines:
+        assert line in text, text
+    printed = {"InternViT-6B-448px-V1-2": 5_536_496_000, "Nous-Hermes-2-Yi-34B": 34_388_917_248}
+    for part, count in printed.items():
+        assert f"{count / 1e9:.1f}B" == zoo.PARTS[part].published
+        assert f"{count:,}" in zoo.describe(part)
+
+
+def test_a_download_knows_its_repository():
+    assert zoo.repository("Nous-Hermes-2-Yi-34B") == "NousResearch/Nous-Hermes-2-Yi-34B"
+    assert zoo.repository("internvl2-2b") == "OpenGVLab/InternVL2-2B"
+    assert zoo.repository("somebody/InternVL2-2B-hf") == "somebody/InternVL2-2B-hf"
+    with pytest.raises(UnknownModel, match="LLaMA2-13B: its hub id is in no table"):
+        zoo.repository("LLaMA2-13B")
+
+
+@pytest.mark.parametrize(
+    ("name", "language", "printed"),
+    [
+        ("InternVL-14B-Flickr30K-FT-364px", "en", {"c": 97.2, "g": 97.6}),
+        ("InternVL-14B-FlickrCN-FT-364px", "zh", {"c": 96.2, "g": 96.4}),
+    ],
+)
+def test_the_mean_recall_of_fine_tuned_models_is_the_mean_of_its_recalls(name, language, printed):
+    for mode, mean in printed.items():
+        scores = {
+            s.metric: s.value
+            for s in zoo.scores(name)
+            if (s.task, s.language, s.mode) == ("retrieval-flickr30k", language, mode)
+        }
+        assert scores.pop("mean_recall") == mean
+        assert len(scores) == 6
+        # Both are printed with one digit.
+        assert sum(scores.values()) / 6 == pytest.approx(mean, abs=0.1)
+
+
 def test_importing_it_is_light():
     code = "import sys, internvl.zoo; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
