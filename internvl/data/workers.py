@@ -6,6 +6,7 @@ that names the sample; a death becomes one sentence: signal, likely cause, remed
 that the worker was reading.
 """
 
+import gc
 import multiprocessing
 import pickle
 import re
@@ -82,6 +83,18 @@ class _Named(Dataset[Any], Generic[Job]):
             return _Failed(error)
 
 
+@contextmanager
+def _frozen_garbage() -> Iterator[None]:
+    """Keeps processes that are forked inside from collecting the garbage of this one."""
+    # A decoded video frame holds a scaler with threads. Threads do not survive a fork, and the
+    # child that frees the scaler waits for them forever.
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 class Reading(Generic[Job]):
     """Iterates over `reader[job]` in order; worker processes prefetch.
 
@@ -134,7 +147,7 @@ class Reading(Generic[Job]):
         with self.named_deaths():
             # In a thread: in the main one torch would install a SIGCHLD handler that raises at any
             # line of the program. Without it a death is noticed here, within five seconds.
-            with ThreadPoolExecutor(1) as thread:
+            with ThreadPoolExecutor(1) as thread, _frozen_garbage():
                 results = thread.submit(iter, self.loader).result()
             self.processes = [p for p in multiprocessing.active_children() if p not in others]
             for result in results:

@@ -1,6 +1,7 @@
 """Workers that are killed, crash or raise: what the main process says of it. Real processes."""
 
 import faulthandler
+import gc
 import os
 import pickle
 import re
@@ -55,6 +56,26 @@ def kill(number):
         os.kill(os.getpid(), number)
 
     return do
+
+
+class OfThisProcess:
+    """Ends any other process that frees it, as a video's scaler would block it."""
+
+    def __init__(self):
+        self.process, self.itself = os.getpid(), self
+
+    def __del__(self):
+        if os.getpid() != self.process:
+            os._exit(7)
+
+
+def test_a_worker_leaves_the_garbage_of_its_parent_alone(source):
+    gc.disable()
+    try:
+        OfThisProcess()  # in a cycle with itself: garbage, until somebody collects it
+        assert len(list(steps(source, 2, at(17, gc.collect)))) == 2
+    finally:
+        gc.enable()
 
 
 # Torch looks every five seconds whether its workers live: few of these tests kill one.
