@@ -128,7 +128,7 @@ def make_page(
                 facts=[
                     (f"{min(exact):.0%} – {max(exact):.0%}", "held-out images named exactly"),
                     (f"{len(chat.rows):,}", f"steps of {chat.recipe.global_batch} samples"),
-                    (f"{chat.samples_per_s:,.0f}", "samples a second"),
+                    (f"{chat.samples_per_s:,.0f}", "samples per second"),
                     (
                         f"{chat.rows[-1]['memory_gib']:.1f} GiB",
                         "peak memory of each process",
@@ -197,7 +197,7 @@ def _curves(chat: FinishedRun) -> report.Charts:
         title="How it learned",
         charts=[
             report.Chart(
-                title=f"Training loss (mean of {width} steps)",
+                title=f"Training loss (mean of {width} step{'s' * (width > 1)})",
                 x_label="step",
                 y_label="nats per token",
                 series=[report.Series(name="loss", points=losses)],

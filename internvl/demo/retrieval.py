@@ -270,7 +270,7 @@ def make_sections(run: FinishedRun, results: Sequence[SearchResults]) -> list[re
             title="How it learned to find",
             charts=[
                 report.Chart(
-                    title=f"Contrastive loss (mean of {mean} steps)",
+                    title=f"Contrastive loss (mean of {mean} step{'s' * (mean > 1)})",
                     x_label="step",
                     y_label="nats per pair, both branches",
                     series=[report.Series(name="loss", points=losses)],
