@@ -13,11 +13,13 @@ _NAMES: dict[str, tuple[str, str | None]] = {
     "Chat": ("internvl.inference.chat", "Chat"),
     "Dual": ("internvl.inference.dual", "Dual"),
     "generate": ("internvl.inference.generate", None),
-    "Request": ("internvl.inference.generate", "Request"),
+    "Request": ("internvl.inference.requests", "Request"),
+    "Conversation": ("internvl.inference.conversation", "Conversation"),
+    "Video": ("internvl.data.records", "Video"),
     "Recipe": ("internvl.config", "Recipe"),
     "load_recipe": ("internvl.config.recipes", "load_recipe"),
 }
-_MODULES = ("train", "evaluate", "export", "check", "data", "models", "zoo", "doctor")
+_MODULES = ("train", "evaluate", "export", "check", "data", "models", "zoo", "doctor", "errors")
 
 __all__ = ["__version__", *_NAMES, *_MODULES]
 
@@ -30,3 +32,8 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"internvl.{name}")
     raise AttributeError(f"module 'internvl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    # Python's own list has this file's imports and the submodules that happen to be loaded.
+    return sorted(__all__)

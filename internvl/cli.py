@@ -6,12 +6,13 @@ A verb's docstring is its help.
 """
 
 import argparse
+import contextlib
 import gc
 import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -173,22 +174,29 @@ def evaluate(args: Arguments) -> int:
 
 def chat(args: Arguments) -> int:
     """Chat with a model in the terminal; with --prompt, get one answer."""
+    from internvl.inference import commands
+
+    if not args.prompt:
+        # Standard error, as all messages of a conversation: answers alone can be redirected.
+        print(commands.greeting(args.model), file=sys.stderr, flush=True)
     from internvl.data.images import as_rgb
     from internvl.inference import load as loading
-    from internvl.inference.generate import Request, Settings
+    from internvl.inference.generate import Settings
+    from internvl.inference.requests import read_video
 
-    # Before the model is loaded: in a conversation, errors are taken for a question's.
-    settings = Settings(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        num_beams=args.num_beams,
-    )
+    settings: dict[str, Any] = {
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "num_beams": args.num_beams,
+    }
+    # All before the model is loaded: in a conversation, errors are taken for a question's.
+    Settings(**settings)
     if args.frames < 1:
         raise ConfigError(f"--frames: at least 1, not {args.frames}")
     for image in args.image:
         as_rgb(image)  # for its errors alone; the model reads it again, in its own way
-    images: list[Any] = [*args.image]
+    videos = [] if args.video is None else [read_video(args.video, args.frames)]
     model = loading.load(
         args.model,
         device=args.device,
@@ -196,88 +204,84 @@ def chat(args: Arguments) -> int:
         device_map=args.device_map,
         quantize=args.quantize,
     ).as_chat("a conversation")
-    video_marks = ""
-    if args.video is not None:
-        model, frames = _open_video(model, args.video, args.frames)
-        images += frames
-        video_marks = "".join(f"Frame{i}: <image>\n" for i in range(1, len(frames) + 1))
-
-    def with_marks(question: str) -> str:
-        return _insert_marks(question, len(args.image), video_marks)
-
+    conversation = model.conversation(args.image, videos=videos, num_frames=args.frames, **settings)
     if args.prompt:
-        turns = [{"role": "user", "content": with_marks(args.prompt)}]
-        _print_answer(model, Request(turns, images), vars(settings))
+        _print_answer(conversation, args.prompt)
         return 0
-    return _converse(model, images, with_marks, vars(settings))
+    with _line_history():
+        return _converse(conversation)
 
 
-def _converse(
-    model: Any, images: list[Any], with_marks: Callable[[str], str], settings: dict[str, Any]
-) -> int:
+def _converse(conversation: Any) -> int:
     """Reads and answers questions until the input ends; after an error it asks again."""
-    from internvl.inference.generate import Request
+    from internvl.inference import commands
 
-    turns: list[dict[str, str]] = []
     while True:
         try:
-            prompt = input("> ")
-            if not prompt.strip():
+            line = input("> ")
+            if not line.strip():
                 continue
-            # The images belong to the first question; later ones refer to the same images.
-            question = prompt if turns else with_marks(prompt)
-            new_turns = [*turns, {"role": "user", "content": question}]
-            answer = _print_answer(model, Request(new_turns, images), settings)
+            message = commands.run(line, conversation)
+            if message is not None:
+                print(message, file=sys.stderr)
+            elif not _print_answer(conversation, line):
+                print("internvl: the answer is empty; the question is dropped", file=sys.stderr)
         except EOFError:
             return 0
         except (UserError, UnicodeDecodeError) as error:
             print(f"internvl: {error}", file=sys.stderr)
-            continue
-        # A conversation with an empty answer is refused as a request.
-        if answer:
-            turns = [*new_turns, {"role": "assistant", "content": answer}]
-        else:
-            print("internvl: the answer is empty; the question is dropped", file=sys.stderr)
 
 
-def _insert_marks(question: str, num_images: int, video_marks: str) -> str:
-    """Returns a first question with marks of its images and video, unless it has its own."""
-    from internvl.data.messages import IMAGE_MARK, VIDEO_MARK, count_marks, fill_marks
+@contextlib.contextmanager
+def _line_history() -> Iterator[None]:
+    """Lets arrow keys edit a line and bring back earlier questions, of earlier conversations too.
 
-    if count_marks(question, IMAGE_MARK):
-        return question
-    if video_marks and count_marks(question, VIDEO_MARK) == 1:
-        return f"{IMAGE_MARK}\n" * num_images + fill_marks(question, VIDEO_MARK, video_marks.strip)
-    return f"{IMAGE_MARK}\n" * num_images + video_marks + question
+    They are kept in `$XDG_STATE_HOME/internvl/chat_history`, readable by their user alone.
+    """
+    try:
+        import readline
+    except ImportError:  # not on Windows
+        readline = None  # type: ignore[assignment]
+    # Without a terminal nobody types, and questions from a file are no history.
+    if readline is None or not sys.stdin.isatty():
+        yield
+        return
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    file = Path(state) / "internvl" / "chat_history"
+    # A conversation must not end for want of its history, as in a read-only home.
+    with contextlib.suppress(OSError):
+        readline.read_history_file(file)
+    readline.set_history_length(1000)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch(mode=0o600)
+            readline.write_history_file(file)
 
 
-def _print_answer(model: Any, request: Any, settings: dict[str, Any]) -> str:
+def _print_answer(conversation: Any, question: str) -> str:
     """Prints an answer, streamed if standard output is a terminal; returns it."""
     # Beam search knows its answer only at the end.
-    if settings["num_beams"] > 1 or not sys.stdout.isatty():
-        answer = model.answer([request], **settings)[0]
+    if conversation.settings["num_beams"] > 1 or not sys.stdout.isatty():
+        answer = conversation.ask(question)
         print(answer)
         return answer
     answer = ""
-    for piece in model.stream(request, **settings):
-        print(piece, end="", flush=True)
-        answer += piece
+    try:
+        # Closed at once: generation stops with its iterator.
+        with contextlib.closing(conversation.stream(question)) as pieces:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+                answer += piece
+    except KeyboardInterrupt:
+        # Nothing to read yet: whoever presses Ctrl-C then wants to leave.
+        if not answer:
+            raise
+        print(" … stopped", end="", file=sys.stderr, flush=True)
     print()
     return answer
-
-
-def _open_video(model: Any, video: str, count: int) -> tuple[Any, list[Any]]:
-    """Returns (the model with one tile per image, `count` frames spread evenly over a video)."""
-    import numpy as np
-
-    from internvl.config import VideoConfig
-    from internvl.data.records import Video
-    from internvl.data.video import read_frames
-
-    spread = VideoConfig(min_frames=count, max_frames=count, sampling="middle")
-    frames = read_frames(Video(video), spread, np.random.default_rng(0))
-    # One tile per frame, as in training.
-    return replace(model, tiles=replace(model.tiles, min=1, max=1)), frames
 
 
 def merge(args: Arguments) -> int:

@@ -1,5 +1,9 @@
 """The chat verb: a conversation on a terminal, marks, settings, a video."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import tiny_run
 from chat_folders import shared
@@ -120,20 +124,75 @@ def test_what_is_wrong_before_any_question_is_said_before_the_model_loads(capsys
     assert says in err
 
 
-@pytest.mark.parametrize(
-    ("question", "images", "video", "marked"),
-    [
-        ("What?", 0, "", "What?"),
-        ("What?", 2, "", "<image>\n<image>\nWhat?"),
-        (r"Is \<image> a tag?", 1, "", "<image>\n" + r"Is \<image> a tag?"),
-        ("One <image>, two <image>?", 2, "", "One <image>, two <image>?"),
-        ("What?", 1, "Frame1: <image>\n", "<image>\nFrame1: <image>\nWhat?"),
-        ("<video>\nWhat?", 1, "Frame1: <image>\n", "<image>\nFrame1: <image>\nWhat?"),
-        (r"A \<video>?", 0, "Frame1: <image>\n", "Frame1: <image>\n" + r"A \<video>?"),
-    ],
-)
-def test_marks_of_a_first_question(question, images, video, marked):
-    assert cli._insert_marks(question, images, video) == marked
+def test_commands_of_a_conversation(capsys, project, monkeypatch):
+    image = project.parent / "red-circle.png"
+    typed = ["What?", f"/image {image}", "Is it <image>?", "/imge x", "/help", "/reset", "Again?"]
+    code, said, wrong, asked = converse(capsys, monkeypatch, project, [*typed, "/exit", "No."])
+    assert (code, said) == (0, ["1: <image>", "3: <image>", "1: <image>"])
+    assert ["did you mean /image?" in sentence for sentence in wrong] == [True]
+    texts = [[turn["content"] for turn in messages] for messages, _, _ in asked]
+    assert texts == [["What?"], ["What?", "1: <image>", "Is it <image>?"], ["Again?"]]
+
+
+def test_a_conversation_greets_before_it_looks_for_the_model(capsys):
+    code, out, err = call(capsys, "chat", "no-such-model")
+    assert (code, out) == (1, "")
+    first, *_, last = err.splitlines()
+    assert first.startswith("chat with no-such-model: /image FILE, /video FILE, /reset, /help, ")
+    assert "no-such-model: no such folder" in last
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_it(capsys, project, monkeypatch):
+    typed, asked = iter(["Tell me.", "More."]), []
+
+    def ask(_: str) -> str:
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    def stream(self, request, **settings):
+        asked.append(request.messages)
+        yield "Once upon"
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setattr(Chat, "stream", stream)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["chat", str(project.parent / "start")])
+    assert stopped.value.code == 0
+    assert "stopped" in capsys.readouterr().err
+    assert [turn["content"] for turn in asked[1]] == ["Tell me.", "Once upon", "More."]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_terminal_keeps_the_questions_for_the_arrow_keys(project, tmp_path):
+    import pty
+
+    leader, follower = pty.openpty()
+    words = [sys.executable, "-m", "internvl", "chat", str(project.parent / "start")]
+    chat = subprocess.Popen(
+        [*words, "--max-new-tokens", "3"],
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        env=os.environ | {"XDG_STATE_HOME": str(tmp_path), "TERM": "dumb"},
+    )
+    os.close(follower)
+    os.write(leader, b"What is this?\n/exit\n")
+    shown = b""
+    while True:
+        try:
+            shown += os.read(leader, 1024)
+        except OSError:  # the other end is closed
+            break
+    assert chat.wait() == 0
+    assert b"chat with " in shown
+    history = tmp_path / "internvl" / "chat_history"
+    assert "What is this?" in history.read_text()
+    assert history.stat().st_mode & 0o077 == 0
 
 
 @pytest.mark.parametrize("options", [("--num-beams", 2), ("--temperature", 0.7, "--top-p", 0.9)])

@@ -58,6 +58,11 @@ def has_marks(messages: Sequence[Message], mark: str) -> bool:
     return any(count_marks(m.content, mark) for m in messages if m.role == "user")
 
 
+def list_marks(messages: Sequence[Message]) -> list[str]:
+    """Lists the unescaped image and video marks of the questions, in order."""
+    return [mark for m in messages if m.role == "user" for mark, _ in _slots(m.content)]
+
+
 def wrong_marks(messages: Sequence[Message], mark: str, num_media: int) -> str | None:
     """Returns problem and remedy if the questions do not have `num_media` marks, else None."""
     marks = sum(count_marks(m.content, mark) for m in messages if m.role == "user")

@@ -36,6 +36,7 @@ from internvl.data.pairs import (
 )
 from internvl.data.tokenizers import decode
 from internvl.errors import ModelFolderError, UserError
+from internvl.inference.handle import describe_weights
 from internvl.models.dual.beam_search import BeamSearchConfig
 from internvl.models.dual.model import DualModel, Mode
 from internvl.models.vision import normalize_tiles
@@ -287,6 +288,16 @@ class Dual:
     def as_dual(self, purpose: str) -> "Dual":
         """See `Handle.as_dual`."""
         return self
+
+    def __repr__(self) -> str:
+        queries = "InternVL-C and InternVL-G" if self.model.num_queries else "InternVL-C alone"
+        return (
+            f"<Dual: {self.folder}\n"
+            f"  {describe_weights(self.model)}\n"
+            f"  {queries}; an image is {self.image_size} px square\n"
+            "  encode_images(images), encode_texts(texts), similarity(images, texts),\n"
+            "  match(images, texts), caption(images)>"
+        )
 
     def _pixels(self, images: ImageInputs, batch_size: int, crop: bool) -> Iterator[Tensor]:
         """Yields normalized images (up to batch_size, 3, S, S) on the model's device."""

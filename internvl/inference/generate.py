@@ -7,62 +7,26 @@ alone.
 import queue
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import Module
 
 from internvl.config import TilesConfig
-from internvl.data.arguments import check_number, check_whole, list_images, listed, nearest
+from internvl.data.arguments import check_number, check_whole, nearest
 from internvl.data.chat import ChatEncoder
-from internvl.data.images import STATISTICS, Exif, FileSlice, Triple, rgb_at
-from internvl.data.messages import (
-    IMAGE_MARK,
-    VIDEO_MARK,
-    from_openai,
-    has_marks,
-    in_order,
-)
-from internvl.data.records import Message
-from internvl.data.tiles import tile_images
+from internvl.data.images import STATISTICS, Triple
 from internvl.data.tokenizers import decode
-from internvl.errors import BadSample, UserError
+from internvl.errors import UserError
 from internvl.files import first_line
+from internvl.inference.requests import Prompt, Request, check_turns, encode, list_requests
 from internvl.models import configs
 from internvl.models.vision import normalize_tiles
-
-ImageInput = str | Path | bytes | BinaryIO | FileSlice | Image.Image | np.ndarray | Tensor
-"""A path, `data:` address, encoded file or file object; a Pillow image, uint8 array (H, W) or
-(H, W, C) or tensor (C, H, W); or the normalized tiles of an image, float (N, 3, S, S)."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """A conversation to answer.
-
-    messages: turns as Message or {"role": …, "content": …}, checked like training data; the last
-    one is from the user. `<image>` marks place the images, `\\<image>` is the word; without any
-    mark, the images precede the last question. A content may be a list of OpenAI content parts;
-    their images stand at their parts.
-    images: one or several; either images, which are tiled, or the normalized tiles of each image.
-    """
-
-    messages: Sequence[Message | Mapping[str, Any]]
-    images: Sequence[ImageInput] | ImageInput = ()
-
-    def __post_init__(self) -> None:
-        images = () if self.images is None else list_images(self.images)
-        # File objects become bytes once: a request may be encoded twice, an iterator read once.
-        object.__setattr__(self, "images", images)
-
 
 _UNSUPPORTED = {
     "max_length": "use max_new_tokens",
@@ -219,81 +183,11 @@ def _check_value(key: str, value: Any) -> None:
         raise UserError(f"extra: {key} must be True or False, not {value!r}")
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """An encoded request: `input_ids` int64 (T,); `tiles` (N, 3, S, S), uint8, or float if
-    normalized; None without images."""
-
-    input_ids: np.ndarray
-    tiles: Tensor | None
-
-
-def encode(
-    request: Request,
-    encoder: ChatEncoder,
-    tiles: TilesConfig,
-    name: str = "request",
-    *,
-    exif: Exif = "ignore",
-    normalize: str = "imagenet",
-) -> Prompt:
-    """Opens and tiles the images of a request, and encodes its prompt.
-
-    Args:
-        name: name of the request in error messages.
-        normalize: a key of STATISTICS; its mean is the color that `tiles.pad_square` pads with,
-            as in training.
-
-    Raises:
-        BadImage: an image cannot be read.
-        BadSample: turns that training would refuse, or marks that do not match the images.
-        UserError: tiles of another shape, or tiles together with images.
-    """
-    messages, images = _conversation(request, encoder, name)
-    pixels, tiles_per_image = _stack_tiles(images, tiles, name, exif, STATISTICS[normalize][0])
-    ids = encoder.prompt(_with_marks(messages, len(tiles_per_image)), tiles_per_image, name)
-    return Prompt(ids, pixels)
-
-
-def _conversation(
-    request: Request, encoder: ChatEncoder, name: str
-) -> tuple[Sequence[Message], list[Any]]:
-    """Returns (ordered messages, images in the order of their marks), checked as in training."""
-    if not isinstance(request, Request):
-        type_name = type(request).__name__
-        raise UserError(f"{name} is a {type_name}, not internvl.Request(messages, images)")
-    # Strict: training drops unknown keys of a message, a request may rely on them.
-    messages, slots = from_openai(name, request.messages, strict=True)
-    if any(mark == VIDEO_MARK and value is not None for mark, value in slots):
-        raise BadSample(name, "it has a part of type video; give its frames as images")
-    return encoder.ordered(name, messages, "user"), in_order(slots, IMAGE_MARK, request.images)  # type: ignore[arg-type]
-
-
-def _stack_tiles(
-    images: Sequence[Any], config: TilesConfig, name: str, exif: Exif, mean: Triple
-) -> tuple[Tensor | None, tuple[int, ...]]:
-    """Returns (tiles (N, 3, S, S) or None without images, number of tiles of each image)."""
-    # An image tensor is uint8 with at most 3 dimensions; any other tensor must be tiles.
-    ready = [i for i in images if isinstance(i, Tensor) and (i.dim() > 3 or i.is_floating_point())]
-    if ready:
-        shape = (3, config.size, config.size)
-        # Not mixed with images: one batch would hold normalized and raw pixels.
-        if len(ready) < len(images) or any(t.shape[1:] != shape or t.dim() != 4 for t in ready):
-            raise UserError(
-                f"tiles must be normalized tensors of shape (N, {', '.join(map(str, shape))}), "
-                "one for every image of the request"
-            )
-        return torch.cat(ready), tuple(map(len, ready))
-    opened = [rgb_at(f"{name}: image {n}", image, exif) for n, image in enumerate(images)]
-    cut = tile_images(opened, config, config.max, mean=mean)
-    return (None, ()) if cut is None else (cut.pixels, cut.per_image)
-
-
 def answers(
     model: Any,
     encoder: ChatEncoder,
     tiles: TilesConfig,
-    requests: Sequence[Request] | Request,
+    requests: Sequence[Request | str] | Request | str,
     settings: Settings,
     *,
     batch_size: int = 16,
@@ -309,11 +203,11 @@ def answers(
         BadSample, UserError: see `encode`; the turns of all are checked before the first answer.
     """
     check_whole("batch_size", batch_size, 1)
-    requests = [requests] if isinstance(requests, Request) else listed(requests, "requests")
+    requests = list_requests(requests)
     names = [f"requests[{i}]" for i in range(len(requests))] if len(requests) > 1 else ["request"]
     # All at first: a bad request at the end must not cost the answers before it.
     for request, name in zip(requests, names, strict=False):
-        _conversation(request, encoder, name)
+        check_turns(request, encoder, name)
     chat_settings = configs.chat_settings(model.config)
     image_settings = {key: chat_settings[key] for key in ("exif", "normalize")}
     texts: list[str | None] = [None] * len(requests)
@@ -355,7 +249,7 @@ def generate(
     ids, mask = pad_left(prompts, pad_id)
     statistics = STATISTICS[configs.chat_settings(model.config)["normalize"]]
     # Moved as uint8, a quarter of the bytes of float32, and normalized on the device.
-    tiles = [_normalized(p.tiles.to(device), statistics) for p in prompts if p.tiles is not None]
+    tiles = [normalized(p.tiles.to(device), statistics) for p in prompts if p.tiles is not None]
     with _extra_as_user_error(settings.extra):
         output = model.generate(
             input_ids=ids.to(device),
@@ -396,7 +290,7 @@ def _extra_as_user_error(extra: Mapping[str, Any]) -> Iterator[None]:
         ) from error
 
 
-def _normalized(tiles: Tensor, statistics: tuple[Triple, Triple]) -> Tensor:
+def normalized(tiles: Tensor, statistics: tuple[Triple, Triple]) -> Tensor:
     """Returns normalized tiles, float32 (N, 3, S, S)."""
     if tiles.is_floating_point():
         return tiles.float()
@@ -426,7 +320,9 @@ def answer_text(ids: Sequence[int], encoder: ChatEncoder) -> str:
     return text.rpartition(template.lead)[2].strip()
 
 
-def stream(model: Any, encoder: ChatEncoder, prompt: Prompt, settings: Settings) -> Iterator[str]:
+def stream(
+    model: Any, encoder: ChatEncoder, prompt: Prompt, settings: Settings
+) -> Generator[str, None, None]:
     """Yields the pieces of one answer while it is generated; joined they equal `generate`'s.
 
     Generation runs in a thread and stops when the iterator is closed.
@@ -504,11 +400,3 @@ class _Streamer:
 def _batches(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     for start in range(0, len(order), size):
         yield order[start : start + size]
-
-
-def _with_marks(messages: Sequence[Message], num_images: int) -> Sequence[Message]:
-    """Puts the images' marks before the last question if no question has one."""
-    if not num_images or has_marks(messages, IMAGE_MARK):
-        return messages
-    *earlier, last = messages
-    return [*earlier, Message(last.role, f"{IMAGE_MARK}\n" * num_images + last.content)]

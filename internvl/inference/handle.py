@@ -93,3 +93,14 @@ class Handle(Protocol):
             UserError: this model does not embed images and texts.
         """
         ...
+
+
+def describe_weights(model: Any) -> str:
+    """Describes the weights of a module: "2.2 B parameters, bfloat16, on cuda:0"."""
+    parameters = list(model.parameters())
+    count = sum(parameter.numel() for parameter in parameters)
+    # Several: adapters beside a base in 16 bits, or a device map.
+    dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})
+    devices = sorted({str(parameter.device) for parameter in parameters})
+    size = f"{count / 1e9:.1f} B" if count >= 5e7 else f"{count / 1e6:.1f} M"
+    return f"{size} parameters, {' and '.join(dtypes)}, on {', '.join(devices)}"

@@ -240,8 +240,8 @@ def test_a_request_is_one_and_its_messages_a_list(chat):
         chat.stream([request])
     with pytest.raises(UserError, match="requests must be a list, not int"):
         chat.answer(5)
-    with pytest.raises(BadSample, match="`messages` must be a list; it is a str"):
-        chat.answer([Request("Hello")])
+    with pytest.raises(BadSample, match="`messages` must be a list; it is a int"):
+        chat.answer([Request(5)])
 
 
 def test_an_answer_that_opens_a_conversation_is_dropped_as_in_training(chat):
@@ -309,9 +309,6 @@ def test_parts_and_images_are_in_the_order_of_their_marks(chat):
     )
     assert torch.equal(found.tiles, wanted.tiles)
     assert found.input_ids.tolist() == wanted.input_ids.tolist()
-    video = Request([{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}])
-    with pytest.raises(BadSample, match="a part of type video; give its frames as images"):
-        chat.answer([video])
 
 
 def test_an_image_that_cannot_be_read_is_named_with_its_request(chat, tmp_path):
