@@ -97,6 +97,7 @@ class Chat:
             BadSample: turns or marks that training would refuse.
             UserError: an unknown setting or one out of range, or no question.
         """
+        # A single argument is the question: text alone, or about videos.
         if question is None:
             images, question = None, _lone_question(images)
         # An image is no question: both are texts, so a swapped call has no other sign.
@@ -148,6 +149,7 @@ class Chat:
         config = configs.chat_settings(self.model.config)
         statistics = STATISTICS[config["normalize"]]
         most = self.tiles.max if max_tiles is None else max_tiles
+        # No grid has at least `min` and at most `most` tiles if `min` is larger.
         tiles = replace(self.tiles, min=min(self.tiles.min, most), max=most)
         pixels, _ = requests.stack_tiles(
             listed_images, [False], tiles, "pixel_values", config["exif"], statistics[0]
@@ -227,6 +229,7 @@ class Chat:
         """See `Handle.as_dual`."""
         raise UserError(f"{purpose} needs an InternVL-14B model; this is a chat model")
 
+    # The dataclass's own would print every module of the model.
     def __repr__(self) -> str:
         tiles = f"1 tile of {self.tiles.size} px"
         if self.tiles.max > 1:
@@ -248,6 +251,7 @@ def _lone_question(question: Any) -> str:
     """
     if not isinstance(question, str):
         raise UserError("ask needs a question: ask(images, question)")
+    # Rather a forgotten question than one about a file's name.
     if os.path.isfile(question):
         raise UserError(
             f"ask needs a question about {question}: ask({question!r}, 'What is this?')"

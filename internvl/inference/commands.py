@@ -62,7 +62,7 @@ def _add_images(conversation: "Conversation", argument: str) -> str:
 def _add_videos(conversation: "Conversation", argument: str) -> str:
     paths = _paths(argument)
     conversation.add_videos(paths)
-    return f"{', '.join(paths)}: {conversation.num_frames} frames, shown with your next question"
+    return f"{', '.join(paths)}: shown with your next question"
 
 
 def _paths(argument: str) -> list[str]:

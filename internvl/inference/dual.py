@@ -289,6 +289,7 @@ class Dual:
         """See `Handle.as_dual`."""
         return self
 
+    # The dataclass's own would print every module of the model.
     def __repr__(self) -> str:
         queries = "InternVL-C and InternVL-G" if self.model.num_queries else "InternVL-C alone"
         return (

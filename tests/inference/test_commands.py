@@ -21,7 +21,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def talk():
-    """A conversation that nobody asks, so it needs no model."""
+    """A conversation that is never asked anything, so it needs no model."""
     return Conversation(None)
 
 
@@ -45,8 +45,8 @@ def test_images_by_name(folder, talk, line, paths):
 def test_a_video_by_name(folder, talk):
     (folder / "frames").mkdir()
     Image.new("RGB", (8, 8)).save("frames/f_0.png")
-    assert commands.run("/video frames", talk) == "frames: 8 frames, shown with your next question"
-    assert [len(frames) for frames in talk._next_videos] == [8]
+    assert commands.run("/video frames", talk) == "frames: shown with your next question"
+    assert [len(frames) for frames in talk._next_videos] == [1]
 
 
 def test_reset_help_and_exit(folder, talk):
