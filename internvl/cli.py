@@ -234,7 +234,8 @@ def _converse(conversation: Any) -> int:
 
 @contextlib.contextmanager
 def _line_history() -> Iterator[None]:
-    """Lets arrow keys edit a line and bring back earlier questions, of earlier conversations too.
+    """Lets arrow keys edit a line and bring back earlier questions, of earlier conversations too;
+    the tab key completes file names.
 
     They are kept in `$XDG_STATE_HOME/internvl/chat_history`, readable by their user alone.
     """
@@ -252,6 +253,9 @@ def _line_history() -> Iterator[None]:
     with contextlib.suppress(OSError):
         readline.read_history_file(file)
     readline.set_history_length(1000)
+    # Tab completes names of files, whole paths included.
+    readline.parse_and_bind("tab: complete")
+    readline.set_completer_delims(" \t\n")
     try:
         yield
     finally:

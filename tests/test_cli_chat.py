@@ -181,15 +181,19 @@ def test_a_terminal_keeps_the_questions_for_the_arrow_keys(project, tmp_path):
         env=os.environ | {"XDG_STATE_HOME": str(tmp_path), "TERM": "dumb"},
     )
     os.close(follower)
-    os.write(leader, b"What is this?\n/exit\n")
+    image = str(project.parent / "red-circle.png").encode()
+    typed = [b"What is this?\n", b"/image " + image[:-6] + b"\t\n", b"/exit\n"]
     shown = b""
     while True:
         try:
             shown += os.read(leader, 1024)
         except OSError:  # the other end is closed
             break
+        if shown.endswith(b"> ") and typed:
+            os.write(leader, typed.pop(0))
     assert chat.wait() == 0
     assert b"chat with " in shown
+    assert image + b": shown with your next question" in shown
     history = tmp_path / "internvl" / "chat_history"
     assert "What is this?" in history.read_text()
     assert history.stat().st_mode & 0o077 == 0

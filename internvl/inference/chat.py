@@ -101,8 +101,9 @@ class Chat:
         if question is None:
             images, question = None, _lone_question(images)
         # An image is no question: both are texts, so a swapped call has no other sign.
-        elif isinstance(images, str) and os.path.isfile(question) and not os.path.exists(images):
-            raise UserError(f"images come first: ask({question!r}, {images!r})")
+        elif isinstance(images, str) and isinstance(question, str):
+            if os.path.isfile(question) and not os.path.exists(images):
+                raise UserError(f"images come first: ask({question!r}, {images!r})")
         turns = [*list_turns(history), {"role": "user", "content": question}]
         request = Request(turns, images, videos, num_frames, max_tiles)
         (answer,) = self.answer(request, max_new_tokens=max_new_tokens, **settings)

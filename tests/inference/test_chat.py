@@ -93,6 +93,7 @@ def test_one_image_to_caption_needs_no_list(chat, cat):
         (("What is this?", "cat.jpg"), UserError, "images come first: ask('cat.jpg', 'What is"),
         (("nope.jpg", "What?"), BadImage, "image 0: there is no image nope.jpg"),
         ((5, "What?"), UserError, "images must be a list, not int"),
+        (("cat.jpg", ["What?"]), BadSample, "turn 1 has a part of type None; known: text, image"),
         (("cat.jpg", 5), BadSample, "turn 1 has no text under `content`"),
         (("cat.jpg", "What?", "Hi"), UserError, "history holds a str (H); it is a list of"),
         (("cat.jpg", "What?", [("a", None)]), BadSample, "turn 2 has no text under `content`"),
