@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -224,6 +225,27 @@ def test_the_mean_recall_of_fine_tuned_models_is_the_mean_of_its_recalls(name, l
         assert len(scores) == 6
         # Both are printed with one digit.
         assert sum(scores.values()) / 6 == pytest.approx(mean, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "printed"),
+    [
+        ("internvl_14b/internvl_14b_head_flickr30k", ("at least 32 GB", "24 of them needed")),
+        ("internvl_14b/internvl_14b_head_coco", ("at least 32 GB", "24 of them needed")),
+        ("internvl_14b/internvl_14b_lora_flickr30k_cn", ("at least 40 GB", "37 of them needed")),
+        ("internvl_14b/internvl_14b_full_flickr30k", ("97.2 as C, 97.6 as G",)),
+        ("internvl_14b/internvl_14b_full_flickr30k_cn", ("96.2 as C, 96.4 as G",)),
+        (
+            "internvl_chat_v1_2/internvl_chat_v1_2_sft",
+            ("5.5B, 11.1 GB", "34.4B, 65.0 GB", "OpenGVLab/Nous-Hermes-2-Yi-34B", "32 GPUs do as"),
+        ),
+    ],
+)
+def test_heads_of_recipes_say_what_the_guides_print(recipe, printed):
+    text = (Path(zoo.__file__).parent / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
+    head = " ".join(line[1:].strip() for line in text.splitlines() if line.startswith("#"))
+    for words in printed:
+        assert words in head, head
 
 
 def test_importing_it_is_light():
