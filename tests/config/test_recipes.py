@@ -11,7 +11,7 @@ from internvl.config import Recipe, recipes
 from internvl.config.recipes import load_recipe
 from internvl.datasets import convert, playground, prepare
 from internvl.errors import ConfigError
-from internvl.zoo import second_finetunings
+from internvl.zoo import recipe_table
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -79,10 +79,10 @@ def test_every_recipe_resolves_and_says_how_it_is_run(path: Path) -> None:
     assert max(map(len, lines)) <= 100
 
 
-def test_the_table_writes_the_files_of_the_second_finetunings() -> None:
-    for path, text in second_finetunings.render():
-        written = (second_finetunings.FOLDER / path).read_text(encoding="utf-8")
-        assert written == text, f"run `python -m internvl.zoo.second_finetunings`: {path}"
+def test_the_table_writes_the_files_of_the_recipe_table() -> None:
+    for path, text in recipe_table.render():
+        written = (recipe_table.FOLDER / path).read_text(encoding="utf-8")
+        assert written == text, f"run `python -m internvl.zoo.recipe_table`: {path}"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -131,7 +131,7 @@ def test_models_are_released_ones(path: Path) -> None:
 
 @pytest.mark.parametrize("row", SECOND_FINETUNINGS, ids=lambda row: row[0])
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_second_finetunings(row: tuple, method: str) -> None:
+def test_recipe_table(row: tuple, method: str) -> None:
     model, full, drop_path, lora, lr, weight_decay, max_tokens = row
     found = recipe(f"{model.lower().replace('-', '_')}_{method}")
     common(found)
