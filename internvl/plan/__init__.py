@@ -64,6 +64,7 @@ def make(
         raise UserError(
             f"compute.float8: {gpu.name} has no float8 products; set compute.float8=false"
         )
+    # Tile size and template decide how many tokens a sample has: they come first.
     completed = complete(recipe, shape)
     model = model_of(completed.recipe, shape, completed.start)
     plan = _predict(completed.recipe, model, gpu, step, num_gpus)
@@ -72,7 +73,7 @@ def make(
 
 
 def complete(recipe: Recipe, shape: InternVLConfig | DualConfig | None = None) -> Completed:
-    """As `inference.load.complete`, or from the table of released models if no file is here.
+    """Completes a recipe from its checkpoint, or from the table of released models without one.
 
     Raises:
         UserError: as `make`.
@@ -89,6 +90,7 @@ def complete(recipe: Recipe, shape: InternVLConfig | DualConfig | None = None) -
             if recipe.model.id is not None
             else families.parts_checkpoint_settings(recipe.model, files)
         )
+    # As training does, so that a plan is refused in the same words.
     FAMILIES["dual" if start.dual else "chat"].check_objective(recipe)
     return inherited.complete(recipe, start)
 
@@ -98,11 +100,12 @@ def model_of(
     shape: InternVLConfig | DualConfig | None = None,
     start: OpenedModel | None = None,
 ) -> Any:
-    """The recipe's model on the meta device: frozen, adapted and placed as for training."""
+    """Builds the recipe's model on the meta device: frozen, adapted and placed as for training."""
     config = _config(recipe, start) if shape is None else shape
     family = FAMILIES[families.name_of(config)]
     family.check_objective(recipe)
     model = family.empty_model(config)
+    # The order of a training start: the selection freezes every parameter it does not name.
     lora.select_trainable(model, recipe.model.parts, recipe.model.train_last_vision_blocks)
     if recipe.model.lora is not None:
         with torch.device("meta"):
@@ -114,17 +117,18 @@ def model_of(
 
 
 def _config(recipe: Recipe, start: OpenedModel | None) -> InternVLConfig | DualConfig:
-    """The configuration of the model's folder, else of the released model of that name."""
+    """Reads the configuration of the model's folder, else of the released model of that name."""
     files = _files(recipe) if start is None else start.files
     # Which id is the placeholder's does not matter here, so that no tokenizer is needed.
     return FAMILIES[files.family].read_config(files, 0, recipe.data.tiles.size)
 
 
 def _files(recipe: Recipe) -> hub.ModelFolder:
-    """The model's folder, else what is known of the released model of that name."""
+    """Opens the model's folder, else the table's entry of the released model of that name."""
     if recipe.model.id is None:
         return open_start(recipe).files if is_here(recipe) else _released_parts(recipe.model)
     folder = Path(recipe.model.id).expanduser()
+    # A folder of a released model's name may hold a changed model.
     if folder.is_dir():
         return open_model(folder).files
     try:
@@ -137,8 +141,7 @@ def _files(recipe: Recipe) -> hub.ModelFolder:
 
 
 def _released_parts(model: ModelConfig) -> hub.ModelFolder:
-    """The parts' own config.json, and of those that are not here what is known of the released
-    tower or language model of that name."""
+    """Reads the parts' config.json; for a part that is not here, the table's entry of its name."""
     tower, language = str(model.vision), str(model.language)
     config = assemble.official_config(
         _part_config("vision", tower, zoo.find_tower),
@@ -160,7 +163,7 @@ def _part_config(key: str, name: str, find: Callable[[str], dict[str, Any]]) -> 
 
 
 def is_here(recipe: Recipe) -> bool:
-    """Whether the model's files are on this machine, so that a check would fetch nothing."""
+    """True if the model's files are on this machine, so that a check would download nothing."""
     model = recipe.model
     if model.id is not None:
         return _is_local(model.id)
@@ -169,6 +172,7 @@ def is_here(recipe: Recipe) -> bool:
 
 
 def _is_local(name: str) -> bool:
+    # In the cache of downloads: asking the hub itself would be a network call nobody asked for.
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -176,12 +180,13 @@ def _is_local(name: str) -> bool:
         return True
     try:
         return isinstance(try_to_load_from_cache(name, "config.json"), str)
-    except HFValidationError:
+    except HFValidationError:  # a path that does not exist is no valid hub id
         return False
 
 
 def _predict(recipe: Recipe, model: Any, gpu: Gpu, step: FirstStep | None, num_gpus: int) -> Plan:
     load = load_of(recipe, model, step, num_gpus)
+    # On the meta device: counts without a byte of weights.
     trained, parameters = count_parameters(model)
     return Plan(
         recipe=recipe,

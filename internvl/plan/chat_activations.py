@@ -57,7 +57,6 @@ class ChatActivations(Activations):
         left = self.batch.supervised if cut else tokens
         around = (tokens * residual + left * (residual + 4.0 + self.dtype_bytes)) * width
         visual = self.batch.tiles * (self.patch_tokens - 1) * self.model.config.downsample_ratio**2
-        # The projector's input is four patches wide, its output as wide as the language model.
         around += visual * self.dtype_bytes * (width + 4 * self.vision.hidden_size)
         if not flops.trains(self.model):
             return around
@@ -94,5 +93,4 @@ class ChatActivations(Activations):
         """Bytes of the gradients that exist together in the backward pass of a block's MLP."""
         if not flops.trains(self.model):
             return 0.0
-        # Of the gate, the up projection and their product.
         return 3.0 * self.dtype_bytes * self.batch.rows.tokens * self.inner_width()

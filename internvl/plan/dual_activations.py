@@ -81,6 +81,7 @@ class DualActivations(Activations):
             "a frozen block, forward": self.forward(),
             "logits of a chunk": self.written_logits(),
         }
+        # The others run the tower once and keep its output.
         later = self.micro_batches - self.num_caching
         tower = self.tower()
         if self.compute.offload:  # one block; the others wait in the CPU's memory

@@ -110,6 +110,7 @@ def states(model: nn.Module, recipe: Recipe) -> dict[str, float]:
         else:
             sizes["frozen weights"] += size
     sizes["frozen weights"] += sum(b.numel() * b.element_size() for b in model.buffers())
+    # Quantized weights stay packed, so nothing is fused with them.
     if not recipe.model.quantize:  # B once more, in the buffer of the weight it is fused with
         for layer in adapted_layers(model):
             weight = layer.base_layer.weight

@@ -65,6 +65,7 @@ class Plan:
 def _lines(plan: Plan) -> Iterator[str]:
     recipe, gpu, memory = plan.recipe, plan.gpu, plan.memory
     adapters = recipe.model.lora
+    # Adapters train whatever `model.train` names besides: they say more about memory.
     method = f"training {', '.join(recipe.model.parts)}"
     if adapters is not None:
         method = f"LoRA of rank {adapters.rank}"
@@ -95,6 +96,7 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield f"    {plan.remedy}"
         if not recipe.objective.rows_are_packed:
             yield "    every GPU holds all weights: they are not sharded over GPUs yet"
+    # A GPU's own profile is worth more than its maker's figures.
     error = f"error up to {TIME_ERROR if gpu.measured else OTHER_TIME_ERROR:.0%}"
     yield f"  a step of {plan.load.work.samples:,.0f} samples, seconds ({error})"
     yield from _table(plan.component_s, 1.0)

@@ -184,6 +184,7 @@ def _retrieval_differs(dataset: dict[str, Any], method: dict[str, Any]) -> str:
 
 def _head(title: str, lines: Mapping[str, str]) -> str:
     """Renders the comments on top of a recipe: its title, then a paragraph for each key."""
+    # Comments, not keys: a recipe holds nothing that training does not read.
     paragraphs = [f"# {title}"]
     for key, text in lines.items():
         paragraphs += textwrap.wrap(
