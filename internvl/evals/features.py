@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from internvl.data.images import FileSlice
 from internvl.errors import UserError
 from internvl.files import atomic_file
 from internvl.log import Progress
+from internvl.models.weights import save_tensors
 
 SCORES_AT_ONCE = 1 << 20
 """Scores in memory at the same time while ranking; about 20 bytes each with temporaries."""
@@ -96,7 +97,7 @@ class FeatureCache:
         if file is None:
             return features
         with atomic_file(file) as partial:
-            save_file({"features": features}, partial)
+            save_tensors({"features": features}, partial)
         return features
 
 

@@ -250,7 +250,7 @@ def _write_hf(exported: Exported, folder: Path, dtype: torch.dtype | None) -> No
         return
     save_tokenizer(chat.tokenizer, folder)
     if (exported.folder / "tokenizer.model").is_file():
-        shutil.copy(exported.folder / "tokenizer.model", folder)
+        _copy(exported.folder / "tokenizer.model", folder)
     # Without it `generate` would go on past the template's end of turn.
     end = chat.tokenizer.convert_tokens_to_ids(chat.template.end)
     generation = {"eos_token_id": end, "pad_token_id": chat.tokenizer.pad_token_id}
@@ -281,11 +281,16 @@ def _write_official(
     if exported.chat is None or hub.read_json(exported.folder / "config.json").get("llm_config"):
         for name in _TOKENIZER_FILES:
             if (exported.folder / name).is_file():
-                shutil.copy(exported.folder / name, folder)
+                _copy(exported.folder / name, folder)
     elif exported.chat.tokenizer is not None:
         save_tokenizer(exported.chat.tokenizer, folder)
         if (exported.folder / "tokenizer.model").is_file():
-            shutil.copy(exported.folder / "tokenizer.model", folder)
+            _copy(exported.folder / "tokenizer.model", folder)
+
+
+def _copy(file: Path, folder: Path) -> None:
+    # Content alone: `shutil.copy` takes over the mode too, and a private file would stay private.
+    shutil.copyfile(file, folder / file.name)
 
 
 def _copy_code(code_from: Path, folder: Path) -> dict[str, Any]:
@@ -299,7 +304,7 @@ def _copy_code(code_from: Path, folder: Path) -> dict[str, Any]:
             "official release"
         )
     for file in files:
-        shutil.copy(file, folder)
+        _copy(file, folder)
     return auto_map
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,18 @@ def one_device(device: str | torch.device) -> dict[str, Any] | None:
     return None if torch.device(device).type == "cpu" else {"": torch.device(device)}
 
 
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Writes a safetensors file with the permissions of any new file, 0666 less the umask."""
+    # safetensors replaces the file by a temporary one of mode 0600, which no other user can serve.
+    # The mode is read from an empty file: asking for the umask would change it for other threads.
+    file.touch()
+    mode = stat.S_IMODE(file.stat().st_mode)
+    save_file(tensors, file, metadata={"format": "pt"})
+    # Not if equal: file systems without permissions refuse it.
+    if stat.S_IMODE(file.stat().st_mode) != mode:
+        file.chmod(mode)
+
+
 SHARD_BYTES = 5 * 10**9  # decimal GB
 
 
@@ -127,7 +140,7 @@ def write_weights(
 
     def flush() -> None:
         # The final names hold the number of shards, which is not known before the last one.
-        save_file(pending, folder / f"{len(shards):05d}.partial", metadata={"format": "pt"})
+        save_tensors(pending, folder / f"{len(shards):05d}.partial")
         shards.append(list(pending))
         pending.clear()
 

@@ -2,10 +2,13 @@
 
 import json
 import logging
+import os
 import shutil
+import stat
 
 import numpy as np
 import pytest
+import tiny_run
 import torch
 from chat_folders import (
     ARCHITECTURES,
@@ -22,8 +25,9 @@ from transformers import AutoProcessor, InternVLForConditionalGeneration, PreTra
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 
-from internvl import export
+from internvl import export, train
 from internvl.config import LoraConfig
+from internvl.config.recipes import load_recipe
 from internvl.data.chat import ChatEncoder
 from internvl.data.images import open_rgb
 from internvl.data.records import Message
@@ -142,6 +146,33 @@ def test_adapters_are_merged(tmp_path):
     found = export.probe(chat_model.load_model(from_model))
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
     assert lora.has_adapters(chat.model)
+
+
+def test_the_umask_decides_who_reads_a_run_and_its_exports(tmp_path, monkeypatch):
+    """Also where the file that is copied, or replaced, is private."""
+    umask = os.umask(0o027)
+    try:
+        recipe = tiny_run.make(tmp_path / "p", steps=2, run=str(tmp_path / "run"))
+        words = ["model.train=[]", "model.lora.rank=4", "checkpoint.best=val/loss"]
+        words += ["evals.val.type=loss", f"evals.val.annotations={tmp_path}/p/train.jsonl"]
+        words += [f"evals.val.images={tmp_path}/p", "evals.val.limit=4"]
+        train.run(load_recipe(recipe, words))
+        code = official("Qwen2ForCausalLM", tmp_path / "code")
+        config = json.loads((code / "config.json").read_text()) | {"auto_map": {"AutoModel": "a.B"}}
+        (code / "config.json").write_text(json.dumps(config))
+        (code / "a.py").touch(0o600)
+        monkeypatch.setattr(model_weights, "SHARD_BYTES", 2_000_000)
+        export.run(tmp_path / "run", tmp_path / "hf")
+        export.run(code, tmp_path / "official", "official", code_from=code)
+    finally:
+        os.umask(umask)
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
+    written = [tmp_path / "hf", tmp_path / "official", tmp_path / "run"]
+    written += [path for folder in written for path in folder.rglob("*")]
+    names = {path.name for path in written}
+    assert {"adapter_model.safetensors", ".metadata", "best", "a.py"} <= names
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in written}
+    assert modes == {path: 0o750 if path.is_dir() else 0o640 for path in written}
 
 
 def test_pixel_shuffle_v1_is_official_only(tmp_path):

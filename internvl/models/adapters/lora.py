@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from internvl.config import LoraConfig
 from internvl.errors import ModelFolderError, UserError
+from internvl.files import atomic_file, write_text
 from internvl.models import configs
 from internvl.models.adapters import fused_lora, merging
 from internvl.models.adapters import layers as adapter_layers
@@ -28,6 +28,7 @@ from internvl.models.adapters.folder import base_of as base_of
 from internvl.models.adapters.folder import is_adapter as is_adapter
 from internvl.models.adapters.merging import MergedState as MergedState
 from internvl.models.adapters.merging import merge as merge
+from internvl.models.weights import save_tensors
 
 _HEADS = ("text_projection.", "image_pool.", "query_pool.", "itm_head.", "logit_scale")
 PARTS = {
@@ -228,8 +229,9 @@ def save_adapter(model: Any, folder: Path, base: str | Path | None = None) -> No
     # Enums by their values, as PEFT's own files have them.
     config = {key: getattr(value, "value", value) for key, value in config.items()}
     text = json.dumps(config, indent=2, sort_keys=True, default=sorted)
-    save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    with atomic_file(folder / WEIGHTS_FILE) as partial:
+        save_tensors(state, partial)
+    write_text(folder / CONFIG_FILE, text + "\n")
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
