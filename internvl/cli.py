@@ -162,6 +162,8 @@ def evaluate(args: Arguments) -> int:
         features=args.features,
         device=args.device,
         dtype=args.dtype,
+        step=args.step,
+        base=args.base,
         # Options that were not given must not replace a recipe's values.
         **{name: value for name, value in fields.items() if value is not None},
     )
@@ -203,6 +205,8 @@ def chat(args: Arguments) -> int:
         dtype=args.dtype,
         device_map=args.device_map,
         quantize=args.quantize,
+        step=args.step,
+        base=args.base,
     ).as_chat("a conversation")
     conversation = model.conversation(args.image, videos=videos, num_frames=args.frames, **settings)
     if args.prompt:
@@ -293,7 +297,7 @@ def merge(args: Arguments) -> int:
     from internvl import export as exporter
 
     # Without adapters it would be a plain export, which is probably not what the user meant.
-    if not exporter.has_adapters(args.model):
+    if not exporter.has_adapters(args.model, step=args.step, base=args.base):
         raise UserError(
             f"{args.model}: has no adapters to merge; `internvl export` writes a model as it is"
         )
@@ -304,7 +308,16 @@ def export(args: Arguments) -> int:
     """Export a self-contained model folder, reload it and compare its outputs."""
     from internvl import export
 
-    print(export.run(args.model, args.to, args.format, code_from=args.code_from))
+    print(
+        export.run(
+            args.model,
+            args.to,
+            args.format,
+            code_from=args.code_from,
+            step=args.step,
+            base=args.base,
+        )
+    )
     return 0
 
 
@@ -407,8 +420,26 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
             type=Path,
             help="with --format official: copy the original's Python files from this folder",
         )
+    for name in ("evaluate", "chat", "merge", "export"):
+        _add_run_arguments(add[name])
     _add_data_arguments(add["data"])
     return top, add
+
+
+def _add_run_arguments(sub: argparse.ArgumentParser) -> None:
+    """Adds the options of runs and adapters that a verb opens."""
+    sub.add_argument(
+        "--step",
+        type=int,
+        help="step of a run's checkpoint (default: the newest); or name RUN/checkpoints/000400",
+    )
+    sub.add_argument(
+        "--base",
+        action="append",
+        metavar="DIR",
+        help="model in place of a base that a moved run or adapter folder misses; repeat it for a "
+        "chain that misses several",
+    )
 
 
 def _add_data_arguments(sub: argparse.ArgumentParser) -> None:

@@ -17,7 +17,6 @@ from internvl.config import (
     ClassifyEval,
     EvalConfig,
     EvalSection,
-    Recipe,
     RetrievalEval,
     eval_config,
     eval_keys,
@@ -28,8 +27,10 @@ from internvl.datasets import published as published_sets
 from internvl.errors import ConfigError, UnknownModel
 from internvl.files import write_json
 from internvl.inference import load as loading
+from internvl.inference.families import LoadOptions
+from internvl.inference.opened import OpenedModel, RunStep, find_run, open_model
 from internvl.models import hub
-from internvl.training import checkpoint
+from internvl.models.bases import Replacements
 
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pth")
 _CAPTION_METRICS = {f"bleu_{n}": f"Bleu_{n}" for n in (1, 2, 3, 4)} | {
@@ -111,6 +112,8 @@ def measure(
     features: str | Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    step: int | None = None,
+    base: Replacements = None,
     **fields: Any,
 ) -> Measured:
     """Evaluates a model on published sets or on the user's files, or a run as its recipe says.
@@ -124,8 +127,8 @@ def measure(
     Args:
         tasks: names of published.TASKS or USER_TASKS, or of evaluations of the run's recipe; by
             default all of the recipe's, or `caption-file` for a model.
-        to: folder for `result.json` and the answers; by default RUN/evals/evaluate, or out/evaluate
-            for a model.
+        to: folder for `result.json` and the answers; by default RUN/evals/evaluate, its subfolder
+            of the step if one is named, or out/evaluate for a model.
         root: folder of the published sets.
         dataset_root: folder of the one set that is measured; `{dataset}` is replaced by its name.
         languages: languages of a multilingual set, as CLIP_benchmark writes them.
@@ -133,6 +136,7 @@ def measure(
             weights, by default bfloat16 on a GPU and float32 on a CPU.
         output: file that the originals' result lines are appended to; by default `to`/result.jsonl.
         features: folder in which features are kept; by default they are deleted at the end.
+        step, base: as of `internvl.load`.
         fields: of EvalConfig, such as `annotations`, `modes`, `limit`; they override a recipe's.
 
     Returns:
@@ -147,8 +151,8 @@ def measure(
     # A call from Python may name a single mode.
     if isinstance(fields.get("modes"), str):
         fields["modes"] = [fields["modes"]]
-    is_run = loading.is_run(Path(model_or_run))
-    recipe = load_recipe(Path(model_or_run) / "recipe.yaml") if is_run else None
+    run_step = find_run(model_or_run, step)
+    recipe = None if run_step is None else load_recipe(run_step.folder / "recipe.yaml")
     run_evals = {} if recipe is None else recipe.evals
     # With its own annotations a call means a file, also for a run that has evaluations.
     measures_file = not run_evals or "annotations" in fields
@@ -164,18 +168,18 @@ def measure(
             jobs |= _published_jobs(name, root, dataset_root, languages, split, options)
         else:
             jobs[name] = _user_job(name, languages, split, options)
-    folder = to or (Path(model_or_run) / "evals/evaluate" if is_run else Path("out/evaluate"))
+    folder = to or (Path("out/evaluate") if run_step is None else _default_folder(run_step))
     # Before the model: reading the data finds its problems in seconds, loading may take minutes.
     evaluators = evals.build({name: job.config for name, job in jobs.items()})
     features_folder = features or folder / "features"
     with placement.threads(None if recipe is None else recipe.threads):
         if recipe is None:
-            opened = _open_model(model_or_run, device, dtype)
+            opened = _open_model(model_or_run, device, dtype, base)
         else:
-            opened = _open_run(Path(model_or_run), recipe, device, dtype)
+            opened = _open_run(open_model(model_or_run, step=step, base=base), device, dtype)
         handle, numerics = opened.handle, opened.numerics
         # Below the weights' fingerprint: features of another checkpoint must never be reused.
-        cache = features_folder / _fingerprint(Path(model_or_run), handle, numerics)
+        cache = features_folder / _fingerprint(Path(model_or_run), run_step, handle, numerics)
         with opened.computing:
             metrics = evals.run_all(evaluators, handle, folder, features=cache)
     _record_differences(folder / "result.json", list(jobs), numerics.differences)
@@ -197,8 +201,18 @@ class _Opened:
     numerics: _Numerics
 
 
-def _open_run(folder: Path, recipe: Recipe, device: str | None, dtype: str | None) -> _Opened:
+def _default_folder(run_step: RunStep) -> Path:
+    """Returns the folder of the results: one for each step that was named, to be compared."""
+    # Checks the step, before the data are read.
+    _, step = run_step.checkpoint
+    folder = run_step.folder / "evals/evaluate"
+    return folder if run_step.step is None else folder / f"{step:06d}"
+
+
+def _open_run(opened: OpenedModel, device: str | None, dtype: str | None) -> _Opened:
     """Loads a run's model as its own evaluations have it; `dtype` replaces the recipe's."""
+    recipe = opened.recipe
+    assert recipe is not None
     actual_device = loading.resolve_device(device)
     chosen = dtype or recipe.dtype
     run_precision = _precision(recipe.dtype)
@@ -209,11 +223,13 @@ def _open_run(folder: Path, recipe: Recipe, device: str | None, dtype: str | Non
     computing: AbstractContextManager[None]
     # float16, which no run trains in: all weights in it, as `load` gives any model.
     if chosen not in placement.DTYPES:
-        handle = loading.load(folder, device=actual_device, dtype=chosen)
+        weights_dtype = loading.resolve_dtype(chosen, actual_device)
+        options = LoadOptions(device=actual_device, dtype=weights_dtype)
+        handle = loading.load_opened(opened, options)
         precision, computing = f"{chosen} weights", nullcontext()
         attention = "torch's own"
     else:
-        handle = loading.load_as_trained(folder, actual_device, chosen)
+        handle = loading.load_as_trained(opened, actual_device, chosen)
         precision, computing = _precision(chosen), compilation.evaluating(actual_device, chosen)
         attention = backends.available_compute(recipe.compute, actual_device).attention
     numerics = _Numerics(
@@ -230,9 +246,11 @@ def _precision(dtype: str) -> str:
     return dtype if dtype == "float32" else f"{dtype} autocast"
 
 
-def _open_model(name: str | Path, device: str | None, dtype: str | None) -> _Opened:
+def _open_model(
+    name: str | Path, device: str | None, dtype: str | None, base: Replacements
+) -> _Opened:
     """Loads a model that is no run's, all weights in one dtype."""
-    handle = loading.load(name, device=device, dtype=dtype)
+    handle = loading.load(name, device=device, dtype=dtype, base=base)
     loaded_dtype = str(handle.model.dtype).removeprefix("torch.")
     # A folder that does not say its dtype cannot differ from it.
     stored_dtype = _stored_dtype(Path(handle.folder)) or loaded_dtype
@@ -319,17 +337,16 @@ def _user_job(name: str, languages: Sequence[str], split: str, fields: dict[str,
     return Job(eval_config(**keys), annotations.stem, language)
 
 
-def _fingerprint(named: Path, handle: Any, numerics: _Numerics) -> str:
+def _fingerprint(named: Path, run_step: RunStep | None, handle: Any, numerics: _Numerics) -> str:
     """Returns a hash of the weight files' names, sizes and times, and of the precision."""
     # Not of their content, which may be tens of gigabytes.
     folders = {named, Path(handle.folder)}
     files = {
         file for folder in folders for pattern in _WEIGHT_FILES for file in folder.glob(pattern)
     }
-    if loading.is_run(named):
-        # `load` takes the newest checkpoint.
-        step = checkpoint.steps(named / "checkpoints")[-1]
-        files |= {*(named / "checkpoints" / f"{step:06d}").rglob("*")}
+    if run_step is not None:
+        checkpoints, step = run_step.checkpoint
+        files |= {*(checkpoints / f"{step:06d}").rglob("*")}
     states = sorted((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
     return blake2b(repr((states, numerics.current)).encode(), digest_size=8).hexdigest()
 
@@ -429,7 +446,7 @@ def published(model: str | Path, name: str) -> float | None:
 
     Only for an unchanged released model: its hub id, or a folder of the same name.
     """
-    if loading.is_run(Path(model)):
+    if find_run(model) is not None:
         return None
     try:
         released = zoo.find(str(model))

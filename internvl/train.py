@@ -25,12 +25,13 @@ from internvl.data.records import Batch
 from internvl.data.sampler import Order, Position, SampleOrder
 from internvl.data.sources import Source, open_source, source_configs
 from internvl.errors import Interrupted, RunError
-from internvl.inference import inherited
+from internvl.inference import inherited, opened
 from internvl.inference import load as loading
 from internvl.inference.chat import Chat
 from internvl.inference.dual import Dual
 from internvl.inference.inherited import Completed
 from internvl.inference.opened import OpenedModel
+from internvl.models import bases
 from internvl.models.adapters import lora
 from internvl.models.chat import model as chat_model
 from internvl.models.dual.model import DualModel
@@ -333,7 +334,10 @@ def run(recipe: Recipe) -> Path:
         # Samples; if a step is counted in rows, data may not grow and only 0 or not matters.
         num_done *= recipe.global_batch or 1
         order = run_folder.order_of(recipe, _open_sources(recipe), num_done)
-        state = build(recipe, order=order, start=completed.start)
+        start = completed.start or opened.open_start(recipe)
+        if dist.is_main():
+            bases.write(recipe.run, opened.places(recipe, start))
+        state = build(recipe, order=order, start=start)
         metrics = _resume(state)
         logger.info("%s\n%s", summary(state), completed.render())
         stop_reason = validate(state, metrics)
@@ -364,7 +368,8 @@ def run(recipe: Recipe) -> Path:
         if dist.is_main():
             # An adapter folder names its base by id or path; a model from parts has neither.
             if recipe.model.lora is not None and recipe.model.id is not None:
-                lora.save_adapter(state.model, state.folder / "adapter", recipe.model.id)
+                folder, base = state.folder / "adapter", start.local or recipe.model.id
+                lora.save_adapter(state.model, folder, base, start.step)
             run_folder.finish(recipe.run, state.step, reason)
         dist.barrier()
     return recipe.run
@@ -400,6 +405,7 @@ def validate(state: TrainState, metrics: tracking.Metrics) -> str | None:
             best = state.folder / "best"
             _checkpoint(state, best / "checkpoints", keep=1)
             shutil.copyfile(state.folder / "recipe.yaml", best / "recipe.yaml")
+            bases.write(best, bases.read(state.folder))
     # Only rank 0 evaluates; all must stop at the same step, or the next all-reduce would hang.
     verdict = dist.from_main(verdict)
     for sentence in verdict.warnings:

@@ -18,7 +18,7 @@ from transformers import InternVLForConditionalGeneration, PreTrainedConfig
 
 from internvl.data.templates import jinja
 from internvl.data.tokenizers import save_tokenizer
-from internvl.errors import ExportError
+from internvl.errors import ExportError, UserError
 from internvl.export.layouts import LAYOUTS, Format, Layout, probe, processor_files
 from internvl.files import complete_folder
 from internvl.inference import load as loading
@@ -29,6 +29,7 @@ from internvl.inference.opened import OpenedModel, open_model
 from internvl.models import configs, hub, kernels, keys
 from internvl.models import weights as model_weights
 from internvl.models.adapters import merging
+from internvl.models.bases import Replacements
 
 __all__ = ["Exported", "has_adapters", "probe", "processor_files", "run"]
 
@@ -67,26 +68,31 @@ def run(
     code_from: str | Path | None = None,
     dtype: torch.dtype | None = None,
     verify: bool = True,
+    step: int | None = None,
+    base: Replacements = None,
 ) -> Path:
     """Writes a model, with its adapters merged, as a self-contained folder; returns its path.
 
     Args:
-        model_or_folder: a handle, a model, adapter or run folder, or a hub id.
+        model_or_folder: a handle, a model, adapter or run folder, one of a run's checkpoints
+            (RUN/checkpoints/000400, RUN/best), or a hub id.
         to: the new folder; it must not exist, or be empty.
         format: "hf" for plain transformers, "official" for the original code.
         code_from: a folder with the original's Python files and `auto_map`, copied into an official
             export so that `AutoModel` works with it in one step.
         dtype: of the floating-point weights; by default as they are.
         verify: read the folder back and compare its logits.
+        step, base: as of `internvl.load`; only for a folder.
 
     Raises:
         ExportError: the target is taken, the format cannot hold this model, or what was written
             does not compute the same.
         ModelFolderError: the model cannot be read.
+        UserError: a step of what is no run, or a base that nothing needs.
     """
     if format not in ("hf", "official"):
         raise ExportError(f"format {format!r}: choose hf or official")
-    exported = _open(model_or_folder)
+    exported = _open(model_or_folder, step, base)
     exported.layout.check_format(exported.config, format)
     if code_from is not None and format == "hf":
         raise ExportError("code_from belongs to format official; hf needs no code")
@@ -104,19 +110,35 @@ def run(
     return Path(to)
 
 
-def has_adapters(folder: str | Path) -> bool:
-    """True if a run, adapter or model folder (or hub id) holds adapters that an export merges."""
-    opened = open_model(folder)
-    # A run says so in its recipe; its checkpoint need not be opened.
-    if opened.recipe is not None:
-        return opened.recipe.model.lora is not None
-    return opened.adapter is not None or keys.has_adapters(opened.files.tensors)
+def has_adapters(
+    folder: str | Path,
+    *,
+    step: int | None = None,
+    base: Replacements = None,
+) -> bool:
+    """True if an export of a run, adapter or model folder (or hub id) merges adapters.
+
+    They may be those of a base: a run that trains all weights takes in its base's adapters.
+    """
+    opened: OpenedModel | None = open_model(folder, step=step, base=base)
+    while opened is not None:
+        # A run says so in its recipe; its checkpoint need not be opened.
+        if opened.adapter is not None or (opened.recipe is not None and opened.recipe.model.lora):
+            return True
+        files, opened = opened.files, opened.base
+    return keys.has_adapters(files.tensors)
 
 
-def _open(model_or_folder: Chat | Dual | str | Path) -> Exported:
+def _open(
+    model_or_folder: Chat | Dual | str | Path,
+    step: int | None,
+    base: Replacements,
+) -> Exported:
     if not isinstance(model_or_folder, str | Path):
+        if step is not None or base is not None:
+            raise UserError("step, base: only for a folder; a loaded model has its weights")
         return _from_handle(model_or_folder)
-    opened = open_model(model_or_folder)
+    opened = open_model(model_or_folder, step=step, base=base)
     files = opened.files
     merged = opened.base is not None or opened.adapter is not None
     if merged or (files.layout == "official" and keys.has_adapters(files.tensors)):

@@ -26,6 +26,7 @@ from internvl.models import configs, hub
 from internvl.models.chat import model as chat_model
 from internvl.models.dual import files as dual_files
 from internvl.models.dual.configs import DualConfig
+from internvl.models.vision import resize_tower
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,10 @@ class Family(ABC):
     @abstractmethod
     def with_settings(self, handle: Any, recipe: Recipe) -> Chat | Dual:
         """Returns the handle with the recipe's settings. Raises UserError."""
+
+    @abstractmethod
+    def resized(self, handle: Any, side: int) -> Chat | Dual:
+        """Returns the handle for tiles of `side` px; its position embeddings are resized."""
 
     @abstractmethod
     def encoder(self, opened: OpenedModel, recipe: Recipe) -> ChatEncoder | CaptionEncoder:
@@ -172,6 +177,14 @@ class ChatFamily(Family):
         }
         return replace(handle, template=own_template, system_message=system, tiles=tiles)
 
+    def resized(self, handle: Chat, side: int) -> Chat:
+        """See `Family.resized`."""
+        config = handle.model.config
+        resize_tower(handle.model, side)
+        config.internvl = configs.chat_settings(config) | {"force_image_size": side}
+        config.image_seq_length = chat_model.tokens_per_tile(config, side)
+        return replace(handle, tiles=replace(handle.tiles, size=side))
+
     def encoder(self, opened: OpenedModel, recipe: Recipe) -> ChatEncoder:
         """See `Family.encoder`."""
         description, data = describe(opened), recipe.data
@@ -231,6 +244,12 @@ class DualFamily(Family):
 
     def with_settings(self, handle: Dual, recipe: Recipe) -> Dual:
         """See `Family.with_settings`; captions have no template, images one square tile."""
+        return handle
+
+    def resized(self, handle: Dual, side: int) -> Dual:
+        """See `Family.resized`."""
+        resize_tower(handle.model, side)
+        handle.model.config.force_image_size = side
         return handle
 
     def encoder(self, opened: OpenedModel, recipe: Recipe) -> CaptionEncoder:

@@ -9,7 +9,7 @@ import torch
 from internvl.compute import backends, kernels, placement
 from internvl.config import ModelConfig, Recipe, TilesConfig
 from internvl.config.recipes import load_recipe
-from internvl.errors import ModelFolderError, UserError
+from internvl.errors import UserError
 from internvl.inference import families, inherited
 from internvl.inference.chat import Chat
 from internvl.inference.dual import Dual
@@ -18,6 +18,8 @@ from internvl.inference.inherited import Completed, tiling
 from internvl.inference.opened import OpenedModel, is_run, open_model, open_parts, open_start
 from internvl.models import hub
 from internvl.models.adapters import lora
+from internvl.models.bases import Replacements
+from internvl.models.vision import set_drop_path
 from internvl.training import checkpoint
 
 __all__ = ["Chat", "Dual", "complete", "describe", "for_training", "is_run", "load", "tiling"]
@@ -40,13 +42,15 @@ def load(
     drop_path: float = 0.0,
     attention: str = "sdpa",
     image_size: int | None = None,
+    step: int | None = None,
+    base: Replacements = None,
 ) -> Chat | Dual:
     """Loads a model for inference.
 
     Args:
         name_or_folder: a model folder in the official or hf layout, a hub id, an adapter folder
-            (loaded on its base), a run folder (its newest checkpoint), or InternVL-C's `.pth` file
-            or folder.
+            (loaded on its base), a run folder, one of its checkpoints (RUN/checkpoints/000400,
+            RUN/best), or InternVL-C's `.pth` file or folder.
         device: by default the GPU, if there is one.
         dtype: by default bfloat16 on a GPU, float32 on a CPU.
         image_token_id: id of the placeholder token, for a folder without tokenizer files.
@@ -55,17 +59,22 @@ def load(
         drop_path: stochastic depth rate of the vision tower, in training.
         attention: attention implementation of `transformers`.
         image_size: another tile side, px; the position embeddings are resized to it.
+        step: step of a run's checkpoint; by default the newest.
+        base: the model in place of a base that a moved run or adapter folder misses; several for a
+            chain that misses several, nearest first.
 
     Returns:
         A `Chat`, or a `Dual` if the folder holds InternVL-14B.
 
     Raises:
         ModelFolderError: one sentence on the problem with the folder, and the remedy.
+        UserError: an option that what is loaded cannot take.
     """
+    opened = open_model(name_or_folder, step=step, base=base)
     target = resolve_device(device)
     options = LoadOptions(
         device=target,
-        dtype=_dtype(dtype, target),
+        dtype=resolve_dtype(dtype, target),
         image_token_id=image_token_id,
         device_map=device_map,
         quantize=quantize,
@@ -73,13 +82,13 @@ def load(
         attention=attention,
         image_size=image_size,
     )
-    return load_opened(open_model(name_or_folder), options)
+    return load_opened(opened, options)
 
 
 def load_opened(opened: OpenedModel, options: LoadOptions) -> Chat | Dual:
-    """Loads an opened folder, with its adapters or its run's newest checkpoint."""
+    """Loads an opened folder, with its adapters or its run's checkpoint."""
     if opened.recipe is not None:
-        return _load_run(opened, options.device, options.dtype)
+        return _load_run(opened, options)
     if opened.base is None:
         handle = FAMILIES[opened.files.family].load(opened, options)
     else:
@@ -101,32 +110,47 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _load_run(opened: OpenedModel, device: torch.device, dtype: torch.dtype) -> Chat | Dual:
-    """Loads the model of a run with the weights of its newest checkpoint, in `dtype`.
+def _load_run(opened: OpenedModel, options: LoadOptions) -> Chat | Dual:
+    """Loads the model of a run with the weights of its checkpoint, in the dtype of the options.
 
     Raises:
         ModelFolderError: the run has no checkpoint yet.
+        UserError: an option that only a model folder takes.
     """
+    refused = {"quantize": options.quantize, "device_map": options.device_map}
+    for key, value in refused.items():
+        # A checkpoint holds only what was trained, in full and for one device.
+        if value is not None:
+            raise UserError(
+                f"{key} = {value!r} is for model folders, and {opened.name} is a run; "
+                f"`internvl export {opened.name} --to FOLDER`, and use FOLDER"
+            )
     handle = _load_checkpoint(opened)
-    return replace(handle, model=handle.model.to(device, dtype).eval())
+    model, side = handle.model, options.image_size
+    # Only now: the checkpoint holds the embeddings of the run's own tiles.
+    if side not in (None, model.config.vision_config.image_size[0]):
+        handle = FAMILIES[handle.family].resized(handle, side)
+    # The run's own rate is of its training, and must not go on in that of the next run.
+    if opened.recipe is not None and options.drop_path != opened.recipe.model.drop_path:
+        set_drop_path(model, options.drop_path)
+    return replace(handle, model=model.to(options.device, options.dtype).eval())
 
 
 def _load_checkpoint(opened: OpenedModel) -> Chat | Dual:
-    """Loads a run's model as `for_training`, with the weights of its newest checkpoint."""
-    recipe, folder = opened.recipe, opened.run
+    """Loads a run's model as `for_training`, with the weights of its checkpoint."""
+    recipe, run = opened.recipe, opened.run
     assert recipe is not None
-    assert folder is not None
+    assert run is not None
     # Adapters of a quantized base are used on the released base: merging needs its full weights.
     recipe = replace(recipe, model=replace(recipe.model, quantize=None))
-    saved = checkpoint.steps(folder / "checkpoints")
-    if not saved:
-        raise ModelFolderError(f"{folder}: the run has no checkpoint yet; train it first")
+    # First: a run without a checkpoint costs no loading of its base.
+    folder, step = run.checkpoint
     handle = for_training(recipe, opened.base)
-    checkpoint.load_weights(folder / "checkpoints", saved[-1], handle.model)
+    checkpoint.load_weights(folder, step, handle.model)
     return handle
 
 
-def load_as_trained(folder: Path, device: torch.device, dtype: str) -> Chat | Dual:
+def load_as_trained(opened: OpenedModel, device: torch.device, dtype: str) -> Chat | Dual:
     """Loads the model of a run as its own evaluations use it, within `compilation.evaluating`.
 
     Trained weights are float32, frozen ones `dtype`; the attention backend is the recipe's. Base
@@ -135,7 +159,6 @@ def load_as_trained(folder: Path, device: torch.device, dtype: str) -> Chat | Du
     Raises:
         ModelFolderError: the run has no checkpoint yet.
     """
-    opened = open_model(folder)
     assert opened.recipe is not None
     handle = _load_checkpoint(opened)
     # The order of a training start: apply_compute replaces modules on the device they run on.
@@ -166,7 +189,7 @@ def for_training(recipe: Recipe, start: OpenedModel | None = None) -> Chat | Dua
     device = resolve_device("cpu" if quantize is None or recipe.device == "cpu" else None)
     options = LoadOptions(
         device=device,
-        dtype=torch.float32 if quantize is None else _dtype(recipe.dtype, device),
+        dtype=torch.float32 if quantize is None else resolve_dtype(recipe.dtype, device),
         quantize=quantize,
         drop_path=recipe.model.drop_path,
         image_size=recipe.data.tiling.size,
@@ -209,7 +232,10 @@ def _checkpoint_settings(opened: OpenedModel) -> inherited.Checkpoint:
     """Returns the image and conversation settings of a model or run."""
     if opened.recipe is not None and opened.run is not None:
         saved = _complete_saved(opened.recipe, opened.base)
-        return inherited.checkpoint_from_run(saved, opened.run / "recipe.yaml")
+        return inherited.checkpoint_from_run(saved, opened.run.folder / "recipe.yaml")
+    # Adapters of a run are used with its settings, not with those of the model below it.
+    if opened.base is not None:
+        return _checkpoint_settings(opened.base)
     files = opened.files
     if opened.parts is not None:
         return families.parts_checkpoint_settings(opened.parts, files)
@@ -289,14 +315,15 @@ def build(
     )
     target = torch.device(device)
     opened = open_parts(parts, seed, tiles)
-    options = LoadOptions(device=target, dtype=_dtype(dtype, target))
+    options = LoadOptions(device=target, dtype=resolve_dtype(dtype, target))
     chat = load_opened(opened, options)
     assert isinstance(chat, Chat)
     # The official keys lose some of it: they hold padding for a single tile only.
     return chat if tiles is None else replace(chat, tiles=tiles)
 
 
-def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """Returns the dtype; None is bfloat16 on a GPU, else float32. Raises UserError."""
     # float32 on a CPU: many have no fast bfloat16.
     if isinstance(dtype, torch.dtype):
         return dtype

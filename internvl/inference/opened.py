@@ -4,7 +4,7 @@
 that no caller opens the same folder again.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ from internvl.config import ModelConfig, Recipe, TilesConfig
 from internvl.config.recipes import load_recipe
 from internvl.data.templates import template
 from internvl.data.tokenizers import add_special_tokens, load_tokenizer
-from internvl.errors import ModelFolderError
-from internvl.models import hub
+from internvl.errors import ModelFolderError, UserError
+from internvl.models import bases, hub
 from internvl.models.adapters import folder as adapter_folder
+from internvl.models.bases import Located, Place, Replacements, Search
 from internvl.models.chat import assemble
 from internvl.models.dual import files as dual_files
+from internvl.training import checkpoint
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,10 @@ class OpenedModel:
     """Folder of adapters on top, next to the model's own weights or alone."""
     base: "OpenedModel | None" = None
     """The model a run started from or an adapter folder belongs to; None for a model folder."""
-    run: Path | None = None
-    """The run folder, if it is one."""
+    local: Path | None = None
+    """Path of `name`: the run's for one of its checkpoints; None for a hub id or parts."""
+    run: "RunStep | None" = None
+    """The run folder and its checkpoint, if it is one."""
     recipe: Recipe | None = None
     """Recipe of the run, as its folder holds it."""
     parts: ModelConfig | None = None
@@ -49,6 +53,11 @@ class OpenedModel:
         """Folder of the base model's weights."""
         return self.files.folder
 
+    @property
+    def step(self) -> int | None:
+        """Step of a run's checkpoint. Raises ModelFolderError if it has none."""
+        return None if self.run is None else self.run.checkpoint[1]
+
     # Cached: the configuration, the vocabulary check and the encoder all ask for it.
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
@@ -59,19 +68,98 @@ class OpenedModel:
         return load_tokenizer(self.folder) if self.base is None else self.base.tokenizer
 
 
-def open_model(name_or_folder: str | Path, *, above: tuple[Path, ...] = ()) -> OpenedModel:
+@dataclass(frozen=True)
+class RunStep:
+    """A run folder and the checkpoint that is taken from it."""
+
+    folder: Path
+    step: int | None = None
+    """Step of the checkpoint; None for the newest."""
+
+    @property
+    def checkpoint(self) -> tuple[Path, int]:
+        """The folder that holds the checkpoint, and its step.
+
+        Raises:
+            ModelFolderError: the run has none, or none of this step.
+        """
+        saved = checkpoint.steps(self.folder / "checkpoints")
+        best = checkpoint.steps(self.folder / "best/checkpoints")
+        if self.step is None and not saved:
+            raise ModelFolderError(f"{self.folder}: the run has no checkpoint yet; train it first")
+        if self.step is None or self.step in saved:
+            return self.folder / "checkpoints", saved[-1] if self.step is None else self.step
+        # Kept longer than the newest ones.
+        if self.step in best:
+            return self.folder / "best/checkpoints", self.step
+        kept_steps = ", ".join(map(str, sorted({*saved, *best}))) or "none"
+        raise ModelFolderError(
+            f"{self.folder}: has no checkpoint of step {self.step}; its steps are {kept_steps}"
+        )
+
+
+def find_run(name_or_folder: str | Path, step: int | None = None) -> RunStep | None:
+    """Returns the run of a run folder or of one of its checkpoints; None for anything else.
+
+    Args:
+        step: step of the checkpoint to take; by default that of the folder, else the newest.
+
+    Raises:
+        UserError: a step of what is no run, or another than the folder's.
+    """
+    folder = Path(name_or_folder).expanduser()
+    if is_run(folder):
+        return RunStep(folder, step)
+    # Resolved: the folder may be named as "." from within.
+    above = folder.resolve().parent
+    if folder.resolve().name.isdigit() and above.name == "checkpoints" and is_run(above.parent):
+        own_step = int(folder.resolve().name)
+        if step not in (None, own_step):
+            raise UserError(f"step {step}: {folder} is step {own_step}; name one of the two")
+        is_plain = folder.parent.name == "checkpoints" and folder.parent.parent.name
+        return RunStep(folder.parent.parent if is_plain else above.parent, own_step)
+    if step is not None:
+        raise UserError(f"step {step}: {folder} is no run; only a run folder has steps")
+    return None
+
+
+def open_model(
+    name_or_folder: str | Path,
+    *,
+    step: int | None = None,
+    base: Replacements = None,
+) -> OpenedModel:
     """Opens a model, adapter or run folder, a hub id, or InternVL-C's `.pth` (or its folder).
 
     Adapters next to a model's weights belong to that model, as in transformers, whatever base they
     name. The base of an adapter folder may have adapters of its own, or be a run.
 
     Args:
-        above: the adapter and run folders that led here.
+        step: step of a run's checkpoint; by default the newest. RUN/checkpoints/STEP is the same.
+        base: in place of the base that a run or adapter folder misses; several for a chain that
+            misses several, nearest first.
 
     Raises:
         ModelFolderError: no such folder, file or id.
+        UserError: a step of what is no run, or a base that nothing needs.
     """
+    search = Search(base)
+    opened = _open(name_or_folder, search, step)
+    search.check_used(opened.name)
+    return opened
+
+
+def _open(
+    name_or_folder: str | Path,
+    search: Search,
+    step: int | None = None,
+    above: tuple[Path, ...] = (),
+) -> OpenedModel:
+    """As `open_model`; `above` are the adapter and run folders that led here."""
     name, pth = str(name_or_folder), Path(name_or_folder)
+    run = find_run(name_or_folder, step)
+    if run is not None:
+        return _open_run(name, run, search, above)
     if pth.suffix != ".pth":
         folder = hub.find_folder(name_or_folder)
         # InternVL-C was released as one .pth file without a config.json.
@@ -79,37 +167,126 @@ def open_model(name_or_folder: str | Path, *, above: tuple[Path, ...] = ()) -> O
         pth = weights[0] if len(weights) == 1 else folder
     if pth.suffix == ".pth":
         released = zoo.official_config(zoo.find("InternVL-14B-224px"))
-        return OpenedModel(name, dual_files.open_pth(pth, released))
-    # A cycle of base folders would recurse without end.
+        return OpenedModel(name, dual_files.open_pth(pth, released), local=pth)
+    local = folder if pth.expanduser().exists() else None
+    if adapter_folder.is_adapter(folder):
+        visited = _visit(folder, above)
+        located = adapter_folder.base_of(folder, search)
+        base = _open_located(located, search, visited)
+        return OpenedModel(name, base.files, adapter=folder, base=base, local=local)
+    if not (folder / "config.json").is_file():
+        adapter_folder.check_complete(folder)
+    adapter = folder if adapter_folder.is_beside_model(folder) else None
+    return OpenedModel(name, hub.open_folder(folder), adapter, local=local)
+
+
+def _open_run(name: str, run: RunStep, search: Search, above: tuple[Path, ...]) -> OpenedModel:
+    visited = _visit(run.folder, above)
+    recipe = load_recipe(run.folder / "recipe.yaml")
+    # A step that was asked for is checked before minutes of loading its base.
+    if run.step is not None:
+        _ = run.checkpoint
+    # The best step is a run of its own within the run, whose recipe it has.
+    is_best = run.folder.name == "best" and is_run(run.folder.parent)
+    root = run.folder.parent if is_best else run.folder
+    start = _open_start(recipe, run.folder, search, root=root, above=visited)
+    return OpenedModel(name, start.files, base=start, local=run.folder, run=run, recipe=recipe)
+
+
+def _visit(folder: Path, above: tuple[Path, ...]) -> tuple[Path, ...]:
+    """Returns `above` and `folder`. Raises ModelFolderError for a cycle, which has no end."""
     if folder.resolve() in above:
         raise ModelFolderError(
             f"{above[-1] / adapter_folder.CONFIG_FILE}: base_model_name_or_path leads back to "
             f"{folder}; set it to the model the adapters were trained on"
         )
-    visited = (*above, folder.resolve())
-    if is_run(folder):
-        recipe = load_recipe(folder / "recipe.yaml")
-        start = open_start(recipe, above=visited)
-        return OpenedModel(name, start.files, base=start, run=folder, recipe=recipe)
-    if adapter_folder.is_adapter(folder):
-        base = open_model(adapter_folder.base_of(folder), above=visited)
-        return OpenedModel(name, base.files, adapter=folder, base=base)
-    if not (folder / "config.json").is_file():
-        adapter_folder.check_complete(folder)
-    adapter = folder if adapter_folder.is_beside_model(folder) else None
-    return OpenedModel(name, hub.open_folder(folder), adapter)
+    return (*above, folder.resolve())
 
 
-def open_start(recipe: Recipe, *, above: tuple[Path, ...] = ()) -> OpenedModel:
+def _open_located(located: Located, search: Search, above: tuple[Path, ...]) -> OpenedModel:
+    # The folder of a checkpoint has its step already; a replacement may be no run.
+    step = located.step if is_run(located.path) else None
+    if step is not None:
+        try:
+            _ = RunStep(located.path, step).checkpoint
+        except ModelFolderError as error:
+            raise ModelFolderError(
+                f"{above[-1]}: the checkpoint that it was trained on is gone ({error}); put that "
+                "back, another one has other weights"
+            ) from None
+    return _open(located.path, search, step, above)
+
+
+def open_start(recipe: Recipe) -> OpenedModel:
     """Opens the model that a recipe starts from, by its id or from parts.
+
+    If its run folder exists, the same model as when the run began, wherever that was moved.
 
     Raises:
         ModelFolderError: as `open_model`; names the part that is missing.
         UserError: unknown conversation template.
     """
-    if recipe.model.id is not None:
-        return open_model(recipe.model.id, above=above)
-    return open_parts(recipe.model, recipe.seed)
+    search = Search(remedy="put it back")
+    return _open_start(recipe, recipe.run, search, root=recipe.run)
+
+
+def _open_start(
+    recipe: Recipe,
+    folder: Path,
+    search: Search,
+    *,
+    root: Path,
+    above: tuple[Path, ...] = (),
+) -> OpenedModel:
+    """Opens a recipe's model, looked up from the run in `folder` whose own folder is `root`."""
+    model = recipe.model
+
+    def locate(key: str, name: str) -> Located | None:
+        near = list(bases.moved(name, recipe.run, root)) if is_run(folder) else []
+        path = Path(name).expanduser()
+        # A relative path is the working directory's only if the run's has no such model.
+        places = [path, *near] if path.is_absolute() else [*near, path]
+        return search.locate(folder, key, name, places)
+
+    if model.id is not None:
+        located = locate("id", model.id)
+        if located is not None:
+            return replace(_open_located(located, search, above), name=model.id)
+        try:
+            return _open(model.id, search, None, above)
+        except ModelFolderError as error:
+            if not is_run(folder) or Path(model.id).expanduser().exists():
+                raise
+            raise ModelFolderError(
+                f"{folder}: its base model is not there ({error}); {search.remedy}"
+            ) from error
+    paths: dict[str, Any] = {key: getattr(model, key) for key in _PART_KEYS}
+    names = {key: str(name) for key, name in paths.items() if name is not None}
+    located_parts = {key: locate(key, name) for key, name in names.items()}
+    paths |= {
+        key: type(paths[key])(place.path)
+        for key, place in located_parts.items()
+        if place is not None
+    }
+    return open_parts(replace(model, **paths), recipe.seed)
+
+
+_PART_KEYS = ("vision", "language", "projector")
+"""Keys of a model from parts that name a file or folder."""
+
+
+def places(recipe: Recipe, start: OpenedModel) -> dict[str, Place]:
+    """Returns the places of a recipe's model or parts as `base.json` holds them; no hub ids."""
+    if start.parts is not None:
+        paths = {key: getattr(start.parts, key) for key in _PART_KEYS}
+        return {
+            key: bases.new_place(str(getattr(recipe.model, key)), Path(path))
+            for key, path in paths.items()
+            if path is not None and Path(path).expanduser().exists()
+        }
+    if start.local is None:
+        return {}
+    return {"id": bases.new_place(start.name, start.local, start.step)}
 
 
 def open_parts(model: ModelConfig, seed: int, tiles: TilesConfig | None = None) -> OpenedModel:

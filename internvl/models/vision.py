@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from transformers import InternVLForConditionalGeneration
 
+from internvl.models.weights import resize_positions
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -57,3 +59,16 @@ def set_drop_path(model: InternVLForConditionalGeneration, rate: float) -> None:
         block.attention.set_submodule("projection_dropout", DropPath(block_rate))
         block.set_submodule("dropout", DropPath(block_rate))
         block.train(block.training)
+
+
+def resize_tower(model: InternVLForConditionalGeneration, side: int) -> None:
+    """Resizes the vision tower's position embeddings in place, to tiles of `side` px."""
+    tower = model.model.vision_tower
+    embeddings, patches = tower.embeddings, tower.embeddings.patch_embeddings
+    grid = side // patches.patch_size[0]
+    table = embeddings.position_embeddings
+    resized = resize_positions(table.detach(), grid**2)
+    embeddings.position_embeddings = nn.Parameter(resized, requires_grad=table.requires_grad)
+    patches.num_patches, patches.patch_shape = grid**2, (grid, grid)
+    for module in (embeddings, patches, tower.config, model.config.vision_config):
+        module.image_size = (side, side)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from internvl.errors import ModelFolderError
 from internvl.models import hub
+from internvl.models.bases import Located, Search, is_model
 from internvl.models.config_checks import ValueRule
 from internvl.models.hub import LazyTensor
 
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PICKLED_FILE = "adapter_model.bin"
+BASE_KEY = "base_model_name_or_path"
 
 MERGE_REMEDY = "merge it with peft (merge_and_unload) and use the merged model"
 _REFUSED = {
@@ -124,8 +126,11 @@ def check_complete(folder: Path) -> None:
             )
 
 
-def base_of(folder: Path) -> Path:
-    """Returns the folder of an adapter's base model, which may be an adapter folder itself.
+def base_of(folder: Path, search: Search | None = None) -> Located:
+    """Returns the place of an adapter's base model, which may be an adapter folder itself.
+
+    Args:
+        search: looks up the base; by default without replacements.
 
     Raises:
         ModelFolderError: no base is named, or it does not exist.
@@ -138,56 +143,50 @@ def base_of(folder: Path) -> Path:
             f"{file}: names no base_model_name_or_path; set it to the model the adapters were "
             "trained on"
         )
-    nearby = _relative_base(folder, base)
-    local = Path(base).expanduser() if nearby is None else nearby
-    if not local.exists() and config.get("revision") not in (None, "main"):
-        raise ModelFolderError(
-            f"{file}: revision = {config['revision']!r} of the base is not fetched here; download "
-            "it into a folder and set base_model_name_or_path to that"
-        )
-    # An original checkpoint of one file.
-    if local.suffix == ".pth" and local.is_file():
-        return local
-    try:
-        model_folder = hub.find_folder(base if nearby is None else nearby)
-    except ModelFolderError as error:
-        raise ModelFolderError(
-            f"{file}: its base model is not there ({error}); set base_model_name_or_path to the "
-            "folder of that model"
-        ) from error
+    candidates = [*_beside(folder, base), Path(base).expanduser()]
+    located = (search or Search()).locate(folder, BASE_KEY, base, candidates)
+    if located is None:
+        located = Located(_named_base(file, base, config.get("revision")))
     # Loading the base would read this folder again, without end.
-    if model_folder.resolve() == folder.resolve():
+    if located.path.resolve() == folder.resolve():
         raise ModelFolderError(
             f"{file}: base_model_name_or_path is this folder, which has no model; set it to the "
             "model the adapters were trained on"
         )
-    if not _is_base(model_folder):
+    if not is_model(located.path):
         raise ModelFolderError(
-            f"{file}: base_model_name_or_path = {base!r} is {model_folder.resolve()} here, "
+            f"{file}: base_model_name_or_path = {base!r} is {located.path.resolve()} here, "
             "where no model is (no config.json); set it to the whole path of the model the "
             "adapters were trained on"
         )
-    return model_folder
+    return located
 
 
-def _relative_base(folder: Path, base: str) -> Path | None:
-    """Returns a relative base in the adapter's folder or next to it, or None if there is none."""
+def _named_base(file: Path, base: str, revision: Any) -> Path:
+    """Returns the folder of a base that is no model on this disk, mostly a hub id."""
+    if not Path(base).expanduser().exists() and revision not in (None, "main"):
+        raise ModelFolderError(
+            f"{file}: revision = {revision!r} of the base is not fetched here; download "
+            "it into a folder and set base_model_name_or_path to that"
+        )
+    try:
+        return hub.find_folder(base)
+    except ModelFolderError as error:
+        raise ModelFolderError(
+            f"{file}: its base model is not there ({error}); set base_model_name_or_path to the "
+            "folder of that model, or name it with --base DIR (base=DIR in Python)"
+        ) from error
+
+
+def _beside(folder: Path, base: str) -> Iterator[Path]:
+    """Yields a relative base in the adapter's folder and next to it."""
     # So that both can be moved together; else the name is the hub's or the working directory's.
     if Path(base).expanduser().is_absolute():
-        return None
+        return
     for above in (folder, folder.parent):
         path = above / base
-        if path.resolve() != folder.resolve() and _is_base(path):
-            return path
-    return None
-
-
-def _is_base(path: Path) -> bool:
-    """True if a path is a model, an adapter, a run, or an original .pth file."""
-    if path.suffix == ".pth":
-        return path.is_file()
-    names = ("config.json", CONFIG_FILE, "recipe.yaml")
-    return any((path / name).is_file() for name in names) or any(path.glob("*.pth"))
+        if path.resolve() != folder.resolve():
+            yield path
 
 
 def read_settings(folder: Path) -> PeftLoraConfig:

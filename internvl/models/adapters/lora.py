@@ -6,7 +6,7 @@ written as a folder that plain `peft` loads onto plain `transformers`' model.
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from torch.distributed.tensor import DTensor
 from internvl.config import LoraConfig
 from internvl.errors import ModelFolderError, UserError
 from internvl.files import atomic_file, write_text
-from internvl.models import configs
+from internvl.models import bases, configs
 from internvl.models.adapters import fused_lora, merging
 from internvl.models.adapters import layers as adapter_layers
 from internvl.models.adapters.dropout import DrawnDropout, RepeatedDropout
-from internvl.models.adapters.folder import CONFIG_FILE, WEIGHTS_FILE
+from internvl.models.adapters.folder import BASE_KEY, CONFIG_FILE, WEIGHTS_FILE
 from internvl.models.adapters.folder import base_of as base_of
 from internvl.models.adapters.folder import is_adapter as is_adapter
 from internvl.models.adapters.merging import MergedState as MergedState
@@ -217,14 +217,30 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def save_adapter(model: Any, folder: Path, base: str | Path | None = None) -> None:
-    """Writes the adapters as a PEFT folder; `base` is the model they belong to, by name or path."""
+def save_adapter(
+    model: Any, folder: Path, base: str | Path | None = None, step: int | None = None
+) -> None:
+    """Writes the adapters as a PEFT folder.
+
+    A base on this disk is found again if it is moved together with the folder, see `bases`.
+
+    Args:
+        base: the model they belong to, by path or hub id.
+        step: step of its checkpoint that they were trained on, if it is a run.
+    """
     state = adapter_state(model)
     folder.mkdir(parents=True, exist_ok=True)
     config = model.peft_config[_ADAPTER].to_dict()
     # As it is: a pattern stays a string, and a set is sorted below.
     config["target_modules"] = model.peft_config[_ADAPTER].target_modules
-    config["base_model_name_or_path"] = None if base is None else str(base)
+    name = None if base is None else str(base)
+    places = {}
+    if base is not None and bases.is_model(Path(base).expanduser()):
+        place = bases.new_place("", Path(base), step)
+        # Absolute: PEFT looks up a relative path from the working directory.
+        name = place.path
+        places[BASE_KEY] = replace(place, name=name)
+    config[BASE_KEY] = name
     config["inference_mode"] = True
     # Enums by their values, as PEFT's own files have them.
     config = {key: getattr(value, "value", value) for key, value in config.items()}
@@ -232,6 +248,7 @@ def save_adapter(model: Any, folder: Path, base: str | Path | None = None) -> No
     with atomic_file(folder / WEIGHTS_FILE) as partial:
         save_tensors(state, partial)
     write_text(folder / CONFIG_FILE, text + "\n")
+    bases.write(folder, places)
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
