@@ -207,6 +207,7 @@ def _open_located(located: Located, search: Search, above: tuple[Path, ...]) -> 
     # The folder of a checkpoint has its step already; a replacement may be no run.
     step = located.step if is_run(located.path) else None
     if step is not None:
+        # Here, and not by `_open`: only here it is known who needs this very step.
         try:
             _ = RunStep(located.path, step).checkpoint
         except ModelFolderError as error:
@@ -249,9 +250,10 @@ def _open_start(
         return search.locate(folder, key, name, places)
 
     if model.id is not None:
-        located = locate("id", model.id)
-        if located is not None:
-            return replace(_open_located(located, search, above), name=model.id)
+        base = locate("id", model.id)
+        if base is not None:
+            # Under its name in the recipe, which a moved run keeps.
+            return replace(_open_located(base, search, above), name=model.id)
         try:
             return _open(model.id, search, None, above)
         except ModelFolderError as error:
@@ -264,9 +266,9 @@ def _open_start(
     names = {key: str(name) for key, name in paths.items() if name is not None}
     located_parts = {key: locate(key, name) for key, name in names.items()}
     paths |= {
-        key: type(paths[key])(place.path)
-        for key, place in located_parts.items()
-        if place is not None
+        key: type(paths[key])(located.path)
+        for key, located in located_parts.items()
+        if located is not None
     }
     return open_parts(replace(model, **paths), recipe.seed)
 

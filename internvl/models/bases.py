@@ -79,28 +79,32 @@ class Search:
         Raises:
             ModelFolderError: it was on this disk, and is no more.
         """
-        place = read(folder).get(key)
+        record = read(folder).get(key)
         # A recipe that was edited since names another model.
-        place = place if place is not None and place.name == name else None
-        recorded = [] if place is None else [*_beside(folder, place.relative), Path(place.path)]
-        paths = [path for path in (*recorded, *candidates) if is_model(path)]
-        step = None if place is None else place.step
+        record = record if record is not None and record.name == name else None
+        recorded = [] if record is None else [*_beside(folder, record.relative), Path(record.path)]
+        # By where they lead: mostly they are all one, whose weights need reading only once.
+        real: dict[Path, Path] = {}
+        for path in filter(is_model, (*recorded, *candidates)):
+            real.setdefault(path.resolve(), path)
+        paths = list(real.values())
+        step = None if record is None else record.step
         if paths:
-            path = paths[0] if place is None else _same_weights(paths, place, folder)
+            path = paths[0] if record is None else _same_weights(paths, record, folder)
             named = Path(name).expanduser()
             # As the user knows it, which messages repeat.
             return Located(named if named.exists() and named.samefile(path) else path, step)
         if self._left:
             replacement = Path(self._left.pop(0)).expanduser()
             logger.info("%s: takes %s in place of its base %s", folder, replacement, name)
-            if place is not None and replacement.exists():
-                _same_weights([replacement], place, folder)
+            if record is not None and replacement.exists():
+                _same_weights([replacement], record, folder)
             return Located(replacement, step)
-        if place is None:
+        if record is None:
             return None
         raise ModelFolderError(
-            f"{folder}: its base model {name} is not there (looked for it at {place.path} and, "
-            f"from this folder, at {place.relative}); {self.remedy}"
+            f"{folder}: its base model {name} is not there (looked for it at {record.path} and, "
+            f"from this folder, at {record.relative}); {self.remedy}"
         )
 
     def check_used(self, name: str | Path) -> None:
@@ -131,12 +135,12 @@ def read(folder: Path) -> dict[str, Place]:
 
 
 def _place(tree: Any) -> Place:
-    place = Place(**tree)
-    texts = (place.name, place.path, place.relative, place.digest)
-    is_step = place.step is None or (isinstance(place.step, int) and place.step >= 0)
+    record = Place(**tree)
+    texts = (record.name, record.path, record.relative, record.digest)
+    is_step = record.step is None or (isinstance(record.step, int) and record.step >= 0)
     if not is_step or not all(isinstance(text, str) for text in texts):
         raise TypeError
-    return place
+    return record
 
 
 def write(folder: Path, places: Mapping[str, Place]) -> None:
@@ -145,13 +149,13 @@ def write(folder: Path, places: Mapping[str, Place]) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     earlier, tree = read(folder), {}
-    for key, place in places.items():
-        relative = os.path.relpath(place.path, folder.resolve())
-        before = earlier.get(key, place)
+    for key, record in places.items():
+        relative = os.path.relpath(record.path, folder.resolve())
+        before = earlier.get(key, record)
         # A run that is resumed keeps what it began with, which may have been replaced since.
-        is_same = (before.name, before.step) == (place.name, place.step)
-        weights = before.digest if is_same else place.digest
-        tree[key] = asdict(replace(place, relative=relative, digest=weights))
+        is_same = (before.name, before.step) == (record.name, record.step)
+        weights = before.digest if is_same else record.digest
+        tree[key] = asdict(replace(record, relative=relative, digest=weights))
     write_json(folder / FILE, tree, indent=1)
 
 
@@ -184,20 +188,20 @@ def _beside(folder: Path, relative: str) -> Iterator[Path]:
         yield Path(os.path.normpath(origin / relative))
 
 
-def _same_weights(paths: Sequence[Path], place: Place, folder: Path) -> Path:
+def _same_weights(paths: Sequence[Path], record: Place, folder: Path) -> Path:
     """Returns the first path with the recorded weights; else the first, with a warning."""
-    digests = [digest(path, place.step) for path in paths]
-    same = [path for path, value in zip(paths, digests, strict=True) if value == place.digest]
-    # Empty for a checkpoint that was removed, which has its own error.
-    if not same and digests[0]:
-        logger.warning(
-            "%s: the weights in %s are not those of the base that it was trained on, %s, so its "
-            "answers may be wrong; unless they are the same in another format, put those back",
-            folder,
-            paths[0],
-            place.path,
-        )
-    return (same or paths)[0]
+    for path in paths:
+        # Empty for a checkpoint that was removed, which has its own error.
+        if digest(path, record.step) in (record.digest, ""):
+            return path
+    logger.warning(
+        "%s: the weights in %s are not those of the base that it was trained on, %s, so its "
+        "answers may be wrong; unless they are the same in another format, put those back",
+        folder,
+        paths[0],
+        record.path,
+    )
+    return paths[0]
 
 
 def digest(path: Path, step: int | None = None) -> str:

@@ -143,6 +143,7 @@ def base_of(folder: Path, search: Search | None = None) -> Located:
             f"{file}: names no base_model_name_or_path; set it to the model the adapters were "
             "trained on"
         )
+    # Nearby first, so that both can be moved together.
     candidates = [*_beside(folder, base), Path(base).expanduser()]
     located = (search or Search()).locate(folder, BASE_KEY, base, candidates)
     if located is None:
@@ -180,7 +181,7 @@ def _named_base(file: Path, base: str, revision: Any) -> Path:
 
 def _beside(folder: Path, base: str) -> Iterator[Path]:
     """Yields a relative base in the adapter's folder and next to it."""
-    # So that both can be moved together; else the name is the hub's or the working directory's.
+    # Any other name is the hub's or the working directory's.
     if Path(base).expanduser().is_absolute():
         return
     for above in (folder, folder.parent):

@@ -236,10 +236,10 @@ def save_adapter(
     name = None if base is None else str(base)
     places = {}
     if base is not None and bases.is_model(Path(base).expanduser()):
-        place = bases.new_place("", Path(base), step)
+        record = bases.new_place("", Path(base), step)
         # Absolute: PEFT looks up a relative path from the working directory.
-        name = place.path
-        places[BASE_KEY] = replace(place, name=name)
+        name = record.path
+        places[BASE_KEY] = replace(record, name=name)
     config[BASE_KEY] = name
     config["inference_mode"] = True
     # Enums by their values, as PEFT's own files have them.
