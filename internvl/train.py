@@ -29,6 +29,7 @@ from internvl.inference import inherited, opened
 from internvl.inference import load as loading
 from internvl.inference.chat import Chat
 from internvl.inference.dual import Dual
+from internvl.inference.families import FAMILIES
 from internvl.inference.inherited import Completed
 from internvl.inference.opened import OpenedModel
 from internvl.models import bases
@@ -369,7 +370,8 @@ def run(recipe: Recipe) -> Path:
             # An adapter folder names its base by id or path; a model from parts has neither.
             if recipe.model.lora is not None and recipe.model.id is not None:
                 folder, base = state.folder / "adapter", start.local or recipe.model.id
-                lora.save_adapter(state.model, folder, base, start.step)
+                settings = FAMILIES[state.chat.family].settings(state.chat)
+                lora.save_adapter(state.model, folder, base, start.step, settings)
             run_folder.finish(recipe.run, state.step, reason)
         dist.barrier()
     return recipe.run

@@ -87,6 +87,18 @@ class Family(ABC):
         """Returns the handle with the recipe's settings. Raises UserError."""
 
     @abstractmethod
+    def settings(self, handle: Any) -> dict[str, Any]:
+        """Returns the official keys of images and conversations, as `stored` reads them."""
+
+    @abstractmethod
+    def stored(self, handle: Any, settings: dict[str, Any]) -> Chat | Dual:
+        """Returns the handle with official keys of an adapter folder, but for the tile's side.
+
+        Raises:
+            ModelFolderError: unknown conversation template.
+        """
+
+    @abstractmethod
     def resized(self, handle: Any, side: int) -> Chat | Dual:
         """Returns the handle for tiles of `side` px; its position embeddings are resized."""
 
@@ -177,6 +189,24 @@ class ChatFamily(Family):
         }
         return replace(handle, template=own_template, system_message=system, tiles=tiles)
 
+    def settings(self, handle: Chat) -> dict[str, Any]:
+        """See `Family.settings`."""
+        settings = configs.chat_settings(handle.model.config)
+        return {key: settings[key] for key in configs.RUN_KEYS}
+
+    def stored(self, handle: Chat, settings: dict[str, Any]) -> Chat:
+        """See `Family.stored`."""
+        config, side = handle.model.config, handle.model.config.vision_config.image_size[0]
+        # A file by hand may omit keys, whose values are then the base's.
+        merged = configs.chat_settings(config) | settings | {"force_image_size": side}
+        config.internvl = merged
+        return replace(
+            handle,
+            template=_named_template(merged["template"], handle.folder),
+            tiles=tiling(merged, side),
+            system_message=merged["system_message"],
+        )
+
     def resized(self, handle: Chat, side: int) -> Chat:
         """See `Family.resized`."""
         config = handle.model.config
@@ -246,6 +276,14 @@ class DualFamily(Family):
         """See `Family.with_settings`; captions have no template, images one square tile."""
         return handle
 
+    def settings(self, handle: Dual) -> dict[str, Any]:
+        """See `Family.settings`; there is nothing but the side of the image."""
+        return {"force_image_size": handle.model.config.image_size}
+
+    def stored(self, handle: Dual, settings: dict[str, Any]) -> Dual:
+        """See `Family.stored`."""
+        return handle
+
     def resized(self, handle: Dual, side: int) -> Dual:
         """See `Family.resized`."""
         resize_tower(handle.model, side)
@@ -286,7 +324,7 @@ def describe(
     return Description(
         config=config,
         tokenizer=tokenizer,
-        template=_named_template(settings["template"], opened),
+        template=_named_template(settings["template"], opened.folder),
         tiles=tiling(settings, config.vision_config.image_size[0]),
         system_message=settings["system_message"],
     )
@@ -308,11 +346,11 @@ def parts_checkpoint_settings(model: ModelConfig, files: hub.ModelFolder) -> inh
     return replace(start, sources=sources)
 
 
-def _named_template(name: str | None, opened: OpenedModel) -> Template:
+def _named_template(name: str | None, folder: Path) -> Template:
     # No default: under another template answers are bad without any error.
     if name not in TEMPLATES:
         raise ModelFolderError(
-            f"{opened.folder / 'config.json'}: its conversation template {name!r} is not known "
+            f"{folder / 'config.json'}: its conversation template {name!r} is not known "
             f"here; known are {', '.join(TEMPLATES)}"
         )
     return TEMPLATES[name]

@@ -17,6 +17,7 @@ from internvl.inference.families import FAMILIES, Description, LoadOptions
 from internvl.inference.inherited import Completed, tiling
 from internvl.inference.opened import OpenedModel, is_run, open_model, open_parts, open_start
 from internvl.models import hub
+from internvl.models.adapters import folder as adapter_folder
 from internvl.models.adapters import lora
 from internvl.models.bases import Replacements
 from internvl.models.vision import set_drop_path
@@ -89,20 +90,26 @@ def load_opened(opened: OpenedModel, options: LoadOptions) -> Chat | Dual:
     """Loads an opened folder, with its adapters or its run's checkpoint."""
     if opened.recipe is not None:
         return _load_run(opened, options)
+    settings = _adapter_settings(opened)
+    if options.image_size is None:
+        # Down to the base: a table that is resized twice has lost detail.
+        options = replace(options, image_size=settings.get("force_image_size"))
     if opened.base is None:
         handle = FAMILIES[opened.files.family].load(opened, options)
     else:
         handle = load_opened(opened.base, options)
-    return handle if opened.adapter is None else _load_adapter(handle, opened.adapter)
-
-
-def _load_adapter(base: Chat | Dual, folder: Path) -> Chat | Dual:
-    """Loads the adapters of a folder into a model; merges those it already has."""
+    if opened.adapter is None:
+        return handle
     # Adapters of a base were merged into the weights that the new ones were trained on.
-    if lora.has_adapters(base.model):
-        lora.merge(base.model)
-    lora.load_adapter(base.model, folder)
-    return base
+    if lora.has_adapters(handle.model):
+        lora.merge(handle.model)
+    lora.load_adapter(handle.model, opened.adapter)
+    return FAMILIES[handle.family].stored(handle, settings) if settings else handle
+
+
+def _adapter_settings(opened: OpenedModel) -> dict[str, Any]:
+    """Reads the settings that an opened folder's adapters were trained with, else empty."""
+    return {} if opened.adapter is None else adapter_folder.settings_of(opened.adapter)
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -233,13 +240,19 @@ def _checkpoint_settings(opened: OpenedModel) -> inherited.Checkpoint:
     if opened.recipe is not None and opened.run is not None:
         saved = _complete_saved(opened.recipe, opened.base)
         return inherited.checkpoint_from_run(saved, opened.run.folder / "recipe.yaml")
-    # Adapters of a run are used with its settings, not with those of the model below it.
-    if opened.base is not None:
+    settings = _adapter_settings(opened)
+    # Adapters on a run are used with its settings, not with those of the model at the bottom.
+    if opened.base is not None and not settings:
         return _checkpoint_settings(opened.base)
     files = opened.files
     if opened.parts is not None:
         return families.parts_checkpoint_settings(opened.parts, files)
     label = inherited.config_label(opened.name, files.folder)
+    if opened.adapter is not None and settings:
+        label = str(opened.adapter / adapter_folder.SETTINGS_FILE)
+        if files.layout == "hf":
+            settings = {"internvl": (files.config.get("internvl") or {}) | settings}
+        files = replace(files, config=files.config | settings)
     return FAMILIES[files.family].checkpoint_settings(files, label)
 
 

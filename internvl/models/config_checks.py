@@ -194,6 +194,11 @@ def check_chat(file: Path, config: dict[str, Any]) -> None:
     check_language(file, _section(file, config, language), language)
 
 
+def check_settings(file: Path, settings: dict[str, Any]) -> None:
+    """Raises ModelFolderError if official keys of images and conversations are wrong."""
+    _check(file, "", settings, _CHAT)
+
+
 def check_section(file: Path, name: str, value: Any) -> None:
     """Raises ModelFolderError if a section of a JSON file is not an object."""
     _check(file, "", {name: value}, {name: _OBJECT})

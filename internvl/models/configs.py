@@ -60,6 +60,9 @@ _CHAT: dict[str, Any] = {
 _OPTIONAL = {"system_message": None, "normalize": "imagenet", "exif": "ignore"}
 """Keys that are not written if they have these values."""
 
+RUN_KEYS = tuple(key for key in _CHAT if key != "ps_version")
+"""Keys of `_CHAT` that a recipe sets; the version of the pixel shuffle is the model's."""
+
 HF_CHAT: dict[str, Any] = _CHAT | {
     # What the released -hf folders are: their processor tiles 1 to 12 with a thumbnail.
     "template": "internvl2_5",

@@ -22,7 +22,10 @@ FOLDERS = ("first", "second", "second/adapter", "third", "third/adapter", "full"
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-    """start <- runs/first <- runs/second <- its adapter <- runs/third <- runs/full."""
+    """start <- runs/first <- runs/second <- its adapter <- runs/third <- its adapter <- runs/full.
+
+    The position embeddings grow and shrink again, as tiles do.
+    """
     root = tmp_path_factory.mktemp("chain")
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(root)
@@ -30,9 +33,9 @@ def chain(tmp_path_factory):
         (root / "p/start").rename(root / "start")
         for run, start, words in (
             ("first", "start", LORA),
-            ("second", "runs/first", LORA),
+            ("second", "runs/first", [*LORA, "data.tiles.size=112", "data.exif=apply"]),
             ("third", "runs/second/adapter", [*LORA, "data.system_message=Be brief."]),
-            ("full", "runs/third", ["model.drop_path=0.2", *best(root)]),
+            ("full", "runs/third/adapter", ["model.drop_path=0.2", *best(root)]),
         ):
             names = [f"model.id={start}", f"run=runs/{run}"]
             train.run(load_recipe(project, [*names, *words]))
@@ -86,8 +89,31 @@ def test_every_link_of_a_chain_merges_and_exports(name, capsys, chain, probes, t
     torch.testing.assert_close(probe(tmp_path / "hf"), probes[name], atol=1e-4, rtol=0)
 
 
-def test_a_chain_keeps_the_settings_of_its_runs(chain):
-    assert loading.load(chain / "runs/full", device="cpu").system_message == "Be brief."
+@pytest.mark.parametrize("name", ["third", "third/adapter", "full"])
+def test_the_settings_of_a_run_stay_with_what_came_of_it(name, chain):
+    """Of all runs below: the orientation of the second, the message of the third."""
+    chat = loading.load(chain / "runs" / name, device="cpu")
+    assert chat.system_message == "Be brief."
+    assert chat.model.config.internvl["exif"] == "apply"
+    assert chat.tiles.size == 64
+    second = loading.load(chain / "runs/second/adapter", device="cpu")
+    assert (second.tiles.size, second.system_message) == (112, "")
+
+
+def test_a_run_inherits_from_adapters_what_they_were_trained_with(chain):
+    adapter = chain / "runs/second/adapter"
+    recipe = load_recipe(chain / "p/recipe.yaml", [f"model.id={adapter}", "data.tiles.size=null"])
+    settings = {s.key: (s.value, s.source) for s in loading.complete(recipe).settings}
+    assert settings["data.exif"] == ("apply", f"{adapter}/internvl.json")
+    assert settings["data.tiles.size"] == (112, f"{adapter}/internvl.json")
+
+
+def test_settings_of_an_adapter_folder_are_checked(chain, tmp_path):
+    adapter = shutil.copytree(chain / "runs/second/adapter", tmp_path / "a")
+    file = adapter / "internvl.json"
+    file.write_text(file.read_text().replace("112", "[]"))
+    with pytest.raises(ModelFolderError, match="internvl.json: force_image_size"):
+        probe(adapter)
 
 
 def test_a_folder_alone_asks_for_its_base(copied, probes, capsys, tmp_path):
@@ -177,7 +203,12 @@ def test_what_a_run_cannot_take_is_refused(chain):
 def test_steps_are_evaluated_into_folders_of_their_own(chain, copied):
     run = copied / "runs/first"
     options = {"annotations": chain.with_name("away") / "p/captions.json", "max_new_tokens": 2}
-    options |= {"images": chain.with_name("away") / "p", "prompt": "Name it.", "limit": 4}
+    options |= {
+        "images": chain.with_name("away") / "p",
+        "prompt": "Name it.",
+        "limit": 4,
+        "metrics": "exact",
+    }
     newest = evaluate.run(run, **options)
     earlier = evaluate.run(run, step=2, **options)
     assert set(newest) == set(earlier)

@@ -18,7 +18,7 @@ from torch import Tensor
 from internvl.errors import ModelFolderError
 from internvl.models import hub
 from internvl.models.bases import Located, Search, is_model
-from internvl.models.config_checks import ValueRule
+from internvl.models.config_checks import ValueRule, check_settings
 from internvl.models.hub import LazyTensor
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PICKLED_FILE = "adapter_model.bin"
 BASE_KEY = "base_model_name_or_path"
+SETTINGS_FILE = "internvl.json"
+"""Official keys of images and conversations that the adapters were trained with. A file of its own:
+PEFT warns of keys in its configuration that it does not know."""
 
 MERGE_REMEDY = "merge it with peft (merge_and_unload) and use the merged model"
 _REFUSED = {
@@ -161,6 +164,22 @@ def base_of(folder: Path, search: Search | None = None) -> Located:
             "adapters were trained on"
         )
     return located
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """Reads the official keys of images and conversations that adapters were trained with.
+
+    Empty for adapters of others, which are used with the settings of their base.
+
+    Raises:
+        ModelFolderError: a value of the wrong type.
+    """
+    file = folder / SETTINGS_FILE
+    if not file.is_file():
+        return {}
+    settings = hub.read_json(file)
+    check_settings(file, settings)
+    return settings
 
 
 def _named_base(file: Path, base: str, revision: Any) -> Path:

@@ -18,12 +18,12 @@ from torch.distributed.tensor import DTensor
 
 from internvl.config import LoraConfig
 from internvl.errors import ModelFolderError, UserError
-from internvl.files import atomic_file, write_text
+from internvl.files import atomic_file, write_json, write_text
 from internvl.models import bases, configs
 from internvl.models.adapters import fused_lora, merging
 from internvl.models.adapters import layers as adapter_layers
 from internvl.models.adapters.dropout import DrawnDropout, RepeatedDropout
-from internvl.models.adapters.folder import BASE_KEY, CONFIG_FILE, WEIGHTS_FILE
+from internvl.models.adapters.folder import BASE_KEY, CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE
 from internvl.models.adapters.folder import base_of as base_of
 from internvl.models.adapters.folder import is_adapter as is_adapter
 from internvl.models.adapters.merging import MergedState as MergedState
@@ -218,7 +218,11 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_adapter(
-    model: Any, folder: Path, base: str | Path | None = None, step: int | None = None
+    model: Any,
+    folder: Path,
+    base: str | Path | None = None,
+    step: int | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the adapters as a PEFT folder.
 
@@ -227,6 +231,7 @@ def save_adapter(
     Args:
         base: the model they belong to, by path or hub id.
         step: step of its checkpoint that they were trained on, if it is a run.
+        settings: official keys of images and conversations that they were trained with.
     """
     state = adapter_state(model)
     folder.mkdir(parents=True, exist_ok=True)
@@ -249,6 +254,8 @@ def save_adapter(
         save_tensors(state, partial)
     write_text(folder / CONFIG_FILE, text + "\n")
     bases.write(folder, places)
+    if settings is not None:
+        write_json(folder / SETTINGS_FILE, dict(settings), indent=1)
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
