@@ -71,7 +71,6 @@ def load(
         ModelFolderError: one sentence on the problem with the folder, and the remedy.
         UserError: an option that what is loaded cannot take.
     """
-    opened = open_model(name_or_folder, step=step, base=base)
     target = resolve_device(device)
     options = LoadOptions(
         device=target,
@@ -83,7 +82,7 @@ def load(
         attention=attention,
         image_size=image_size,
     )
-    return load_opened(opened, options)
+    return load_opened(open_model(name_or_folder, step=step, base=base), options)
 
 
 def load_opened(opened: OpenedModel, options: LoadOptions) -> Chat | Dual:
