@@ -6,7 +6,9 @@ Names are resolved when they are first used, so importing the package is instant
 import importlib
 from typing import Any
 
-__version__ = "0.2.0.dev0"
+from internvl.version import VERSION
+
+__version__ = VERSION
 
 _NAMES: dict[str, tuple[str, str | None]] = {
     "load": ("internvl.inference.load", "load"),

@@ -1,7 +1,7 @@
 """The command line: `internvl VERB …`. The only module that prints or exits.
 
 Exit codes: 0 success; 1 the work failed, with one sentence on standard error; 2 the command or
-recipe is wrong; 130 stopped by Ctrl-C; 141 standard output was closed. The last two print nothing.
+recipe is wrong; 130 stopped by Ctrl-C; 141 nobody reads the output. The last two print nothing.
 A verb's docstring is its help.
 """
 
@@ -11,6 +11,8 @@ import gc
 import io
 import logging
 import os
+import select
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +25,8 @@ from internvl.config.docs import field_docs
 from internvl.config.recipes import load_recipe
 from internvl.config.unions import members, name_of
 from internvl.datasets import published as published_sets
-from internvl.errors import ConfigError, UnknownGpu, UnknownModel, UserError
+from internvl.errors import ConfigError, Interrupted, UnknownGpu, UnknownModel, UserError
+from internvl.version import VERSION
 
 Arguments = argparse.Namespace
 
@@ -139,10 +142,33 @@ def _gpu_to_plan_for(name: str) -> Any:
 def train(args: Arguments) -> int:
     """Train a recipe; if its run folder exists, resume where the run stopped."""
     recipe = load_recipe(args.recipe, args.overrides)
-    from internvl import train
+    from internvl import dist, train
 
-    train.run(recipe)
+    try:
+        train.run(recipe)
+    except Interrupted:
+        if dist.is_main():
+            print(_next_commands(recipe, "what it has learned so far"))
+        raise
+    if dist.is_main():
+        print(_next_commands(recipe, "the trained model"))
     return 0
+
+
+def _next_commands(recipe: Recipe, model: str) -> str:
+    """Returns the commands that use a run's model, which is described in words."""
+    run = shlex.quote(str(recipe.run))
+    exported = shlex.quote(f"{recipe.run}-exported")
+    commands = [f"internvl evaluate {run}" if recipe.evals else None]
+    if recipe.objective.family == "chat":
+        commands += [
+            None if recipe.evals else f"internvl evaluate {run} --annotations FILE",
+            f"internvl chat {run} --image FILE",
+        ]
+    else:
+        commands += [f"internvl evaluate {run} retrieval-folder --annotations FILE"]
+    commands += [f"internvl export {run} --to {exported}"]
+    return "\n  ".join([f"To use {model}:", *filter(None, commands)])
 
 
 def evaluate(args: Arguments) -> int:
@@ -169,8 +195,8 @@ def evaluate(args: Arguments) -> int:
     )
     # Published values are for test splits only.
     model = args.model if args.split == "test" else ""
-    print(evaluate.render(measured.metrics, model, measured.counts))
-    print(f"computed in {measured.computed}")
+    print(evaluate.render(measured.metrics, model, measured.counts, measured.tables))
+    print(f"computed in {measured.computed}; written to {measured.folder}")
     return 0
 
 
@@ -361,6 +387,7 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
     top = argparse.ArgumentParser(
         prog="internvl", description="Train, evaluate and ship the InternVL models."
     )
+    top.add_argument("--version", action="version", version=f"internvl {VERSION}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     add = {
         name: verbs.add_parser(name, help=verb.__doc__, description=verb.__doc__)
@@ -574,6 +601,10 @@ def _add_chat_arguments(sub: argparse.ArgumentParser) -> None:
 def parse(argv: Sequence[str]) -> Arguments:
     """Parses a command line; options may stand between overrides."""
     top, verbs = parser()
+    if not argv:
+        # As other tools of verbs do: the list of verbs, and the code of a wrong command.
+        top.print_help(sys.stderr)
+        sys.exit(2)
     # argparse's intermixed parsing refuses parsers with subparsers, so a verb's own is called.
     if not argv or argv[0] not in verbs or argv[0] == "data":
         return top.parse_args(argv)
@@ -588,6 +619,7 @@ def _configure_libraries(*, downloading: bool) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
+_OUTPUT_FILES = (1, 2)  # descriptors of standard output and error
 _INTERRUPTED, _OUTPUT_CLOSED = 130, 141
 """Exit codes that a shell reports for SIGINT and SIGPIPE."""
 
@@ -595,17 +627,18 @@ _INTERRUPTED, _OUTPUT_CLOSED = 130, 141
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a verb and exits with its code."""
     _escape_unprintable()
-    args = parse(sys.argv[1:] if argv is None else argv)
-    log.setup(logging.DEBUG if args.debug else logging.INFO)
-    _configure_libraries(downloading=getattr(args, "download", False))
-    code, message = _run_verb(args)
-    if message:
-        print(f"internvl: {message}", file=sys.stderr)
     try:
-        sys.stdout.flush()
-    except OSError:
-        # Reported above; Python would flush, and fail, again when it exits.
-        _close_output()
+        args = parse(sys.argv[1:] if argv is None else argv)
+        log.setup(logging.DEBUG if args.debug else logging.INFO)
+        _configure_libraries(downloading=getattr(args, "download", False))
+        code, message = _run_verb(args)
+        if message:
+            # Whoever closed standard error reads no message either.
+            with contextlib.suppress(BrokenPipeError):
+                print(f"internvl: {message}", file=sys.stderr)
+    finally:
+        # Here too for --help, whose text is still in the buffer when it exits.
+        _flush_or_close()
     sys.exit(code)
 
 
@@ -618,8 +651,7 @@ def _run_verb(args: Arguments) -> tuple[int, str]:
     except KeyboardInterrupt:
         return _INTERRUPTED, ""
     except Exception as error:
-        # Standard output, as in `internvl models | head`; a named pipe of the user has a filename.
-        if isinstance(error, BrokenPipeError) and error.filename is None:
+        if _comes_of_closed_output(error):
             return _OUTPUT_CLOSED, ""
         if args.debug:
             raise
@@ -644,7 +676,31 @@ def _escape_unprintable() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _close_output() -> None:
-    """Redirects standard output to the null device, so that Python's flush at exit succeeds."""
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+def _comes_of_closed_output(error: BaseException | None) -> bool:
+    """True if writing to standard output or error failed since nobody reads it (`… | head`)."""
+    while error is not None:
+        # The pipe itself is asked: a line that was logged while a file was open bears its name, and
+        # connections break too.
+        if isinstance(error, BrokenPipeError):
+            return any(map(_has_no_reader, _OUTPUT_FILES))
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _has_no_reader(file: int) -> bool:
+    poll = select.poll()
+    poll.register(file, select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _flush_or_close() -> None:
+    """Flushes standard output and error; one that cannot be written goes to the null device.
+
+    Its failure is reported already; Python would flush, and fail, again when it exits.
+    """
+    for stream, file in zip((sys.stdout, sys.stderr), _OUTPUT_FILES, strict=True):
+        try:
+            stream.flush()
+        except OSError:
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), file)

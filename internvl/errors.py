@@ -14,6 +14,15 @@ class UserError(ValueError):
     """Something a user can put right; its text is the whole message, remedy included."""
 
 
+def counted(count: int, noun: str, nouns: str = "") -> str:
+    """Formats a count with its noun in the singular or plural: "1 problem", "1,066 problems".
+
+    Args:
+        nouns: the plural if it is not `noun` with an s.
+    """
+    return f"{count:,} {noun if count == 1 else nouns or f'{noun}s'}"
+
+
 def explain(error: BaseException) -> str:
     """Returns the message for an exception to somebody who does not read tracebacks.
 
@@ -69,6 +78,7 @@ _REMEDIES = {
     errno.EADDRINUSE: "the port is in use; choose another one",
     errno.ECONNREFUSED: "nothing answers there; check the address, the network and the proxy",
     errno.ENETUNREACH: "the network cannot be reached; check it and the proxy",
+    errno.EPIPE: "what reads at the other end is gone; look why it ended and start again",
     errno.ETIMEDOUT: "no answer in time; check the network and start the same command again",
 }
 """What an error number of the operating system means here, and what to do."""

@@ -1,5 +1,6 @@
 """Evaluates a model, adapter or run folder: `evaluate.run(...)`."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,8 @@ from internvl.config.recipes import load_recipe
 from internvl.data.arguments import list_texts
 from internvl.datasets import published as published_sets
 from internvl.errors import ConfigError, UnknownModel
-from internvl.files import write_json
+from internvl.evals.scores import Table
+from internvl.files import write_json, write_text
 from internvl.inference import load as loading
 from internvl.inference.families import LoadOptions
 from internvl.inference.opened import OpenedModel, RunStep, find_run, open_model
@@ -40,6 +42,8 @@ _CAPTION_METRICS = {f"bleu_{n}": f"Bleu_{n}" for n in (1, 2, 3, 4)} | {
 }
 """Metric name -> pycocoevalcap's name, in its order."""
 
+_CALL = "call.json"  # of a folder of results: whose they are
+_LONGEST_NAME = 100
 _DIRECTIONS = {"image_retrieval": "t2i", "text_retrieval": "i2t"}
 """CLIP_benchmark's name of a retrieval direction -> the papers' name."""
 
@@ -61,6 +65,10 @@ class Measured:
     """"evaluation/metric" -> value, from 0 to 1 unless its evaluator says otherwise."""
     counts: dict[str, dict[str, int]]
     """Evaluation -> counts of what it measured, such as {"images": 1000, "texts": 5000}."""
+    tables: Mapping[str, Table | None]
+    """Evaluation -> how its metrics are shown; None for a line each."""
+    folder: Path
+    """Where the results are written."""
     computed: str = ""
     """Precision, device and attention of this evaluation. If the run computes differently, only the
     differences: "float32; inside the run: bfloat16 autocast"."""
@@ -127,8 +135,9 @@ def measure(
     Args:
         tasks: names of published.TASKS or USER_TASKS, or of evaluations of the run's recipe; by
             default all of the recipe's, or `caption-file` for a model.
-        to: folder for `result.json` and the answers; by default RUN/evals/evaluate, its subfolder
-            of the step if one is named, or out/evaluate for a model.
+        to: folder for `result.json` and the answers; by default a folder of this very call below
+            RUN/evals/evaluate/STEP, or below out/evaluate/MODEL for a model: the same call writes
+            there again, and no other does.
         root: folder of the published sets.
         dataset_root: folder of the one set that is measured; `{dataset}` is replaced by its name.
         languages: languages of a multilingual set, as CLIP_benchmark writes them.
@@ -168,9 +177,17 @@ def measure(
             jobs |= _published_jobs(name, root, dataset_root, languages, split, options)
         else:
             jobs[name] = _user_job(name, languages, split, options)
-    folder = to or (Path("out/evaluate") if run_step is None else _default_folder(run_step))
+    # Its step too is checked before the data are read.
+    parent = _results_parent(model_or_run) if run_step is None else _step_parent(run_step)
     # Before the model: reading the data finds its problems in seconds, loading may take minutes.
     evaluators = evals.build({name: job.config for name, job in jobs.items()})
+    folder = to
+    if folder is None:
+        call = {"tasks": list(names), "root": root, "dataset_root": dataset_root, "split": split}
+        call |= {"languages": languages, "device": device, "dtype": dtype, **fields}
+        # A run may move, or be named by a checkpoint's folder: its results move with it.
+        call |= {"model": _absolute(model_or_run)} if run_step is None else {}
+        folder = _results_folder(parent, _jobs_name(jobs), call)
     features_folder = features or folder / "features"
     with placement.threads(None if recipe is None else recipe.threads):
         if recipe is None:
@@ -188,7 +205,56 @@ def measure(
         shutil.rmtree(features_folder, ignore_errors=True)
     _write_result_lines(folder, output, jobs, metrics, opened, str(model_or_run))
     counts = {name: evaluators[name].counts() for name in jobs}
-    return Measured(metrics, counts, str(numerics))
+    tables = {name: evaluators[name].table() for name in jobs}
+    return Measured(metrics, counts, tables, folder, str(numerics))
+
+
+def _jobs_name(jobs: Mapping[str, Job]) -> str:
+    """Returns a name for a folder of the results of these evaluations."""
+    # A user's file has a name, its task is one of all files.
+    names = [
+        f"{name}-{job.dataset}" if name in published_sets.USER_TASKS else name
+        for name, job in jobs.items()
+    ]
+    joined = "+".join(names).replace("/", "-")
+    # File systems end at 255 bytes; the call itself is in the folder.
+    short = joined if len(joined) <= _LONGEST_NAME else f"{names[0]}+{len(names) - 1}-more"
+    return short[:_LONGEST_NAME]
+
+
+def _absolute(model: str | Path) -> Path:
+    """Returns the path of a folder wherever it is named from; a hub id as it is."""
+    path = Path(model).expanduser()
+    return path.resolve() if path.exists() else path
+
+
+def _results_parent(model: str | Path) -> Path:
+    # Two levels tell exports of several runs apart, and the owners of a hub id.
+    path = _absolute(model)
+    return Path("out/evaluate") / "-".join(name for name in path.parts[-2:] if name != path.anchor)
+
+
+def _step_parent(run_step: RunStep) -> Path:
+    _, step = run_step.checkpoint
+    return run_step.folder / "evals/evaluate" / f"{step:06d}"
+
+
+def _results_folder(parent: Path, name: str, call: Mapping[str, Any]) -> Path:
+    """Returns the folder of this call of `measure`; creates it with the call in a file.
+
+    A folder `name` of another call, with other options or another model of the same name, is left
+    alone: this one's is then `name`-2, `name`-3, …
+    """
+    text = json.dumps(call, default=str, indent=1, sort_keys=True)
+    candidates = (parent / (f"{name}-{n}" if n > 1 else name) for n in itertools.count(1))
+    folder = next(folder for folder in candidates if _is_free_for(folder, text))
+    write_text(folder / _CALL, text)
+    return folder
+
+
+def _is_free_for(folder: Path, call: str) -> bool:
+    saved = folder / _CALL
+    return not folder.exists() or (saved.exists() and saved.read_text("utf-8") == call)
 
 
 @dataclass(frozen=True)
@@ -199,14 +265,6 @@ class _Opened:
     """A Chat or Dual."""
     computing: AbstractContextManager[None]
     numerics: _Numerics
-
-
-def _default_folder(run_step: RunStep) -> Path:
-    """Returns the folder of the results: one for each step that was named, to be compared."""
-    # Checks the step, before the data are read.
-    _, step = run_step.checkpoint
-    folder = run_step.folder / "evals/evaluate"
-    return folder if run_step.step is None else folder / f"{step:06d}"
 
 
 def _open_run(opened: OpenedModel, device: str | None, dtype: str | None) -> _Opened:
@@ -483,33 +541,48 @@ def _task_of(evaluation: str) -> tuple[str, str]:
 
 
 def render(
-    metrics: dict[str, float],
+    metrics: Mapping[str, float],
     model: str | Path = "",
     counts: Mapping[str, Mapping[str, int]] | None = None,
+    tables: Mapping[str, Table | None] | None = None,
 ) -> str:
-    """Renders a table of metrics, one line each, with the published values.
+    """Renders the metrics with the published values: a table or lines for each evaluation.
 
     Args:
         model: the model whose published values are shown; empty for none.
         counts: of `Measured`. A published value is shown only if as many images and texts were
             measured as the published set has; otherwise a note says so.
+        tables: of `Measured`; an evaluation without one has a line for every metric.
     """
     width = max(map(len, metrics), default=0)
     # A dict as an ordered set: metrics of one evaluation share their note.
-    rows, notes, compared = [], dict[str, None](), False
+    lines, notes = [], dict[str, None]()
+    by_evaluation: dict[str, dict[str, float]] = {}
     for name, value in metrics.items():
-        row = f"{name:{width}}  {value:8.4f}"
-        reference = published(model, name) if model and counts is not None else None
-        if reference is not None and counts is not None:
-            evaluation = name.partition("/")[0]
-            note = _incomplete_set_note(evaluation, counts[evaluation])
+        evaluation, _, metric = name.rpartition("/")
+        by_evaluation.setdefault(evaluation, {})[metric] = value
+    for evaluation, values in by_evaluation.items():
+        references = {}
+        if model and counts is not None:
+            pairs = ((metric, published(model, f"{evaluation}/{metric}")) for metric in values)
+            references = {metric: value for metric, value in pairs if value is not None}
+            note = _incomplete_set_note(evaluation, counts[evaluation]) if references else ""
             if note:
-                notes[note] = None
-            else:
-                row, compared = f"{row}  {reference:9.4f}", True
-        rows.append(row)
-    head = [f"{'':{width}}  measured  published"] if compared else []
-    return "\n".join([*head, *rows, *notes])
+                notes[note], references = None, {}
+        table = (tables or {}).get(evaluation)
+        if table is not None:
+            sizes = (counts or {}).get(evaluation, {}).items()
+            measured = ", ".join(f"{count:,} {noun}" for noun, count in sizes)
+            lines += [f"{evaluation}: {measured}" if measured else f"{evaluation}:"]
+            lines += [f"  {line}" for line in table.render(values, references)]
+            lines += ["  (in brackets: published)"] if references else []
+            continue
+        lines += [f"{'':{width}}  measured  published"] if references else []
+        for metric, value in values.items():
+            line = f"{f'{evaluation}/{metric}':{width}}  {value:8.4f}"
+            reference = references.get(metric)
+            lines.append(line if reference is None else f"{line}  {reference:9.4f}")
+    return "\n".join([*lines, *notes])
 
 
 def _incomplete_set_note(evaluation: str, counts: Mapping[str, int]) -> str:

@@ -1,4 +1,4 @@
-"""Log lines, progress, JSONL files such as metrics.jsonl, TensorBoard. Imports no torch.
+"""Log lines, a run's log file, progress, JSONL files, TensorBoard. Imports no torch.
 
 The package logs to the logger "internvl" and is silent until `setup` is called, which the command
 line does; a program that imports the package keeps its own logging.
@@ -9,14 +9,15 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from tqdm import tqdm
 
-from internvl.errors import UserError
+from internvl.errors import UserError, explain
 from internvl.files import names_file, write_text
 
 Row = Mapping[str, float | int | str | list[str]]
@@ -35,6 +36,9 @@ class _StderrHandler(logging.Handler):
 
     # Not logging.StreamHandler, which keeps the stream of its start: tests replace stderr later.
     def emit(self, record: logging.LogRecord) -> None:
+        # A line of progress, for the log file: a bar shows it here already.
+        if getattr(record, "in_bar", False):
+            return
         with tqdm.external_write_mode(file=sys.stderr):
             sys.stderr.write(self.format(record) + "\n")
             sys.stderr.flush()
@@ -61,64 +65,166 @@ def setup(level: int = logging.INFO, *, rank: int = 0) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+class _FileHandler(logging.Handler):
+    """Appends log lines with date and time to a text file."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(logging.INFO)
+        self.path = path
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # Opened for every line, as StepLog's. Names of samples may hold halves of characters.
+        with (
+            names_file(self.path),
+            self.path.open("a", encoding="utf-8", errors="backslashreplace") as file,
+        ):
+            file.write(self.format(record) + "\n")
+
+
+class _Relay(logging.Handler):
+    """Passes records on as a logger did before its level was lowered."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        super().__init__(logger.getEffectiveLevel())
+        self.handlers = list(logger.handlers)
+        self.parent = logger.parent if logger.propagate else None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        for handler in self.handlers:
+            if record.levelno >= handler.level:
+                handler.handle(record)
+        if self.parent is not None:
+            self.parent.callHandlers(record)
+
+
+@contextmanager
+def also_to(path: Path) -> Iterator[None]:
+    """Appends log lines of INFO and above to a file, and the sentence of an error that ends it.
+
+    What the calling program shows stays as it is: a program without logging is silent.
+
+    Raises:
+        OSError: a line could not be written (disk full, …); the error names `path`.
+    """
+    logger, handler = get_logger(), _FileHandler(path)
+    before = logger.handlers, logger.level, logger.propagate
+    # Records below the logger's level reach no handler, so the level goes down for the file's sake.
+    if logger.isEnabledFor(logging.INFO):
+        logger.handlers = [*logger.handlers, handler]
+    else:
+        logger.handlers, logger.propagate = [_Relay(logger), handler], False
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    except BaseException as error:
+        sentence = explain(error) if isinstance(error, Exception) else type(error).__name__
+        # On a full disk the error itself is what counts.
+        with suppress(OSError):
+            handler.handle(logger.makeRecord("internvl", logging.ERROR, "", 0, sentence, (), None))
+        raise
+    finally:
+        logger.handlers, level, logger.propagate = before
+        logger.setLevel(level)
+
+
 class Progress:
     """How far a piece of work is: a bar on a terminal, else a log line every `every_s` seconds.
 
-    Shown only where INFO lines of the package are, and a bar only after two seconds.
+    Shown only where INFO lines of the package are, and a bar only after two seconds. Beside a bar
+    the lines go to a log file, if there is one.
 
     >>> with Progress("images", total=3) as progress:
     ...     for image in range(3):
     ...         progress.update()
     """
 
-    def __init__(self, unit: str, *, total: int | None = None, every_s: float = 30.0) -> None:
+    def __init__(
+        self, unit: str, *, total: int | None = None, done: int = 0, every_s: float = 30.0
+    ) -> None:
         """
         Args:
             unit: What is counted, in the plural, such as "images".
             total: How many there will be; None when nobody knows.
-            every_s: Seconds between two lines where standard error is no terminal.
+            done: How many were done before, which do not count for the speed.
+            every_s: Seconds between two lines.
         """
         self.unit = unit
         self.total = total
-        self.done = 0
+        self.done = self._start = done
+        self._note = ""
         self._every_s = every_s
         # Monotonic: the clock of the day jumps when it is set.
         self._start_s = self._line_s = time.monotonic()
-        shown = get_logger().isEnabledFor(logging.INFO)
-        on_terminal = shown and sys.stderr.isatty()
+        self._line_done = done
         self._bar = (
-            tqdm(total=total, unit=f" {unit}", delay=_BAR_DELAY_S, leave=False, file=sys.stderr)
-            if on_terminal
+            tqdm(
+                total=total,
+                initial=done,
+                # Text with the time left first: a narrow terminal cuts the end off.
+                bar_format="{desc}" if total is None else "|{bar:10}| {desc}",
+                delay=_BAR_DELAY_S,
+                leave=False,
+                dynamic_ncols=True,
+                file=sys.stderr,
+            )
+            if _shows_bars()
             else None
         )
 
-    def update(self, count: int = 1) -> None:
-        """`count` more are done."""
-        self.done += count
-        if self._bar is not None:
-            self._bar.update(count)
-            return
-        now_s = time.monotonic()
-        if now_s - self._line_s >= self._every_s:
-            self._line_s = now_s
-            get_logger().info(self.line(now_s - self._start_s))
+    def update(self, count: int = 1, note: str = "") -> None:
+        """`count` more are done.
 
-    def line(self, elapsed_s: float) -> str:
-        """One line: done, share, rate, and the time left if the total is known."""
-        rate = self.done / max(elapsed_s, 1e-9)  # a coarse clock may show no time at all
+        Args:
+            note: Text about them, shown instead of the speed. The first and the last such note are
+                lines, however fast they come.
+        """
+        first = bool(note) and not self._note
+        self.done, self._note = self.done + count, note
+        now_s = time.monotonic()
+        if self._bar is not None:
+            text = self.line(now_s - self._start_s, short=True)
+            self._bar.set_description_str(text, refresh=False)
+            self._bar.update(count)
+        if first or now_s - self._line_s >= self._every_s:
+            self._log(now_s, in_bar=self._bar is not None)
+
+    def line(self, elapsed_s: float, *, short: bool = False) -> str:
+        """One line: done, share, the time left if the total is known, and speed or note.
+
+        Args:
+            short: Without the share, which a bar shows.
+        """
+        rate = (self.done - self._start) / max(elapsed_s, 1e-9)  # a coarse clock shows no time
+        about = self._note or (speed(rate, self.unit) if rate else "")
         if self.total is None:
-            return f"{self.done:,} {self.unit}, {rate:.1f} a second"
-        share = self.done / max(self.total, 1)
-        left = tqdm.format_interval((self.total - self.done) / rate) if self.done else "?"
-        return (
-            f"{self.done:,} of {self.total:,} {self.unit} ({share:.0%}), "
-            f"{rate:.1f} a second, {left} left"
-        )
+            counts = [f"{self.done:,} {self.unit}"]
+        elif short:
+            counts = [f"{self.done:,}/{self.total:,} {self.unit}"]
+        else:
+            share = self.done / max(self.total, 1)
+            counts = [f"{self.done:,} of {self.total:,} {self.unit} ({share:.0%})"]
+        if self.total is not None:
+            counts.append(self._time(elapsed_s, rate))
+        return ", ".join(filter(None, [*counts, about]))
+
+    def _time(self, elapsed_s: float, rate: float) -> str:
+        assert self.total is not None
+        if self.done >= self.total:
+            return f"took {tqdm.format_interval(elapsed_s)}"
+        return f"{tqdm.format_interval((self.total - self.done) / rate) if rate else '?'} left"
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Take the bar away; the last note stays as a line."""
         if self._bar is not None:
             self._bar.close()
+            self._bar = None
+        if self._note and self._line_done != self.done:
+            self._log(time.monotonic())
+
+    def _log(self, now_s: float, *, in_bar: bool = False) -> None:
+        self._line_s, self._line_done = now_s, -1 if in_bar else self.done
+        get_logger().info("%s", self.line(now_s - self._start_s), extra={"in_bar": in_bar})
 
     def __enter__(self) -> Self:
         return self
@@ -130,6 +236,25 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _shows_bars() -> bool:
+    """True if `setup` shows INFO lines on standard error, and that is a terminal."""
+    logger = get_logger()
+    mine = [h for h in logger.handlers if isinstance(h, _StderrHandler)]
+    return bool(mine) and logger.isEnabledFor(logging.INFO) and sys.stderr.isatty()
+
+
+def speed(rate: float, unit: str) -> str:
+    """Formats a speed in units per second: "5.0 images/s", or "12.0 s/image" if slow.
+
+    Args:
+        unit: plural, such as "images" or "images looked for".
+    """
+    noun = unit.split()[0]
+    if 0 < rate < 1:
+        return f"{1 / rate:,.1f} s/{noun.removesuffix('s')}"
+    return f"{rate:,.{1 if rate < 100 else 0}f} {noun}/s"
 
 
 class StepLog:

@@ -10,6 +10,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from internvl.data import loader, row_steps
 from internvl.data.records import Batch
 from internvl.data.sampler import Order, Position, SampleOrder
 from internvl.data.sources import Source, open_source, source_configs
-from internvl.errors import Interrupted, RunError
+from internvl.errors import Interrupted, RunError, counted
 from internvl.inference import inherited, opened
 from internvl.inference import load as loading
 from internvl.inference.chat import Chat
@@ -327,7 +328,7 @@ def run(recipe: Recipe) -> Path:
     recipe = completed.recipe
     # Every rank has read the run folder's recipe before rank 0 overwrites it.
     dist.barrier()
-    with run_folder.owned(recipe), signals.stop_signal() as stop:
+    with run_folder.owned(recipe), _log_file(recipe.run), signals.stop_signal() as stop:
         if run_folder.finished(recipe.run):
             logger.info("the run %s is finished; choose another `run` to train again", recipe.run)
             return recipe.run
@@ -342,12 +343,13 @@ def run(recipe: Recipe) -> Path:
         metrics = _resume(state)
         logger.info("%s\n%s", summary(state), completed.render())
         stop_reason = validate(state, metrics)
-        with log.Progress("steps", total=state.num_steps - state.step) as progress:
+        readout = tracking.Readout()
+        with log.Progress("steps", total=state.num_steps, done=state.step) as progress:
             for step_metrics in updates(state) if stop_reason is None else ():
                 stopped = stop.agreed()
                 if state.step % recipe.log_every == 0 or state.step == state.num_steps:
                     metrics.write(state.step, step_metrics)
-                progress.update()
+                progress.update(note=readout.line(step_metrics))
                 if (
                     _is_due(state, recipe.checkpoint.every)
                     or stopped
@@ -377,6 +379,11 @@ def run(recipe: Recipe) -> Path:
     return recipe.run
 
 
+def _log_file(folder: Path) -> AbstractContextManager[None]:
+    """Writes the log lines of rank 0 to the run's file too, inside this context."""
+    return log.also_to(folder / tracking.LOG_FILE) if dist.is_main() else nullcontext()
+
+
 def save(state: TrainState) -> None:
     """Writes a checkpoint of this step on rank 0; the other ranks wait."""
     if dist.is_main():
@@ -385,11 +392,16 @@ def save(state: TrainState) -> None:
 
 
 def _checkpoint(state: TrainState, folder: Path, keep: int) -> None:
+    started = time.perf_counter()
     counters: dict[str, Any] = {"num_bad": state.num_bad, "guard": state.guard.state()}
     # With `global_batch` the order is a function of seed and step, so no position is saved.
     if state.position is not None:
         counters["position"] = asdict(state.position)
-    checkpoint.save(folder, state.step, state.model, state.optimizer, counters, keep)
+    target = checkpoint.save(folder, state.step, state.model, state.optimizer, counters, keep)
+    mib = sum(file.stat().st_size for file in target.iterdir()) / 2**20
+    seconds = time.perf_counter() - started
+    message = "step %d: checkpoint %s written (%s MiB, %.1f s)"
+    log.get_logger().info(message, state.step, target, f"{mib:,.0f}", seconds)
 
 
 def validate(state: TrainState, metrics: tracking.Metrics) -> str | None:
@@ -405,6 +417,8 @@ def validate(state: TrainState, metrics: tracking.Metrics) -> str | None:
         verdict = early_stopping.judge(state.recipe, history, state.step)
         if verdict.best:
             best = state.folder / "best"
+            message = "step %d is the best so far by %s, kept in %s"
+            log.get_logger().info(message, state.step, state.recipe.checkpoint.best, best)
             _checkpoint(state, best / "checkpoints", keep=1)
             shutil.copyfile(state.folder / "recipe.yaml", best / "recipe.yaml")
             bases.write(best, bases.read(state.folder))
@@ -474,9 +488,9 @@ def summary(state: TrainState) -> str:
     batch = f"{recipe.global_batch_rows} rows" if recipe.global_batch_rows else recipe.global_batch
     num_trained, num_parameters = count_parameters(state.model)
     return (
-        f"{recipe.run}: {len(state.order):,} samples per epoch in "
-        f"{state.order.num_groups:,} groups, "
-        f"{batch} per step, {state.num_steps:,} steps, from step {state.step}; "
+        f"{recipe.run}: {counted(len(state.order), 'sample')} per epoch in "
+        f"{counted(state.order.num_groups, 'group')}, "
+        f"{batch} per step, {counted(state.num_steps, 'step')}, from step {state.step}; "
         f"{num_trained:,} of {num_parameters:,} parameters train, {recipe.dtype} on "
         f"{dist.world_size()} x {state.device.type}"
     )

@@ -5,12 +5,15 @@ import io
 import json
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import dual_folders
 import pytest
 import tiny_run
 from command_line import call
 
+import internvl
 from internvl import cli, evaluate
 from internvl.errors import BadImage, BadSample, ConfigError, DataError, UnknownModel, UserError
 from internvl.models import hub
@@ -78,7 +81,7 @@ def _line(question, answer, **more):
         (["{cut"], "lines.jsonl line 1: not JSON"),
         ([_line("<image>\nx", "y", image="gone.png")], "line 1: there is no image"),
         ([_line("<image>\nx", "y", image="cut.jpg")], "cut.jpg: the image cannot be decoded"),
-        ([_line("x <image> <image>", "y", image="good.png")], "2 <image> mark(s)"),
+        ([_line("x <image> <image>", "y", image="good.png")], "2 <image> marks"),
         ([_line("x", "")], "an answer is empty"),
         ([_line("x " * 400, "y")], "would lose every answer. Raise data.max_tokens"),
     ],
@@ -128,7 +131,7 @@ def test_evaluate_and_export(capsys, project, tmp_path):
         (["retrieval-flickr30"], "no task 'retrieval-flickr30'; did you mean retrieval-flickr30k?"),
         (["retrieval-folder"], "retrieval-folder needs --annotations"),
         (["retrieval-xtd", "--language", "de"], "has no language 'de'; it has en, es"),
-        (["caption-coco"], "caption-coco: 3 file(s) or folder(s) are missing"),
+        (["caption-coco"], "caption-coco: 3 files or folders are missing"),
         (["caption-coco"], "coco_karpathy_test.json: from https://github.com/OpenGVLab/"),
         (["retrieval-folder", "--annotations", "x", "--mode", "h"], "modes.0: input should be"),
     ],
@@ -194,7 +197,8 @@ def raising(monkeypatch, error):
         (OSError(errno.EISDIR, "x", b"out"), 1, "out: this is a folder, and a file is expected"),
         (OSError(errno.ENOTDIR, "x", "out/a"), 1, "out/a: this is a file or lies below one"),
         (OSError(errno.ENOENT, "x", "a", None, "b"), 1, "a: there is no such file or folder"),
-        (OSError(errno.EPIPE, "Broken pipe", "fifo"), 1, "fifo: Broken pipe; check the file"),
+        (OSError(errno.EPIPE, "Broken pipe", "fifo"), 1, "fifo: what reads at the other end is"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, "what reads at the other end is gone"),
         (OSError(errno.EMFILE, "x", "a"), 1, "a: too many files are open at once; raise"),
         (OSError("Invalid IPC stream"), 1, "Invalid IPC stream; check the file (--debug shows"),
         (MemoryError("Unable to allocate 9 GiB"), 1, "memory ran out (Unable to allocate 9 GiB)"),
@@ -209,12 +213,10 @@ def raising(monkeypatch, error):
         (RuntimeError("first\nsecond"), 1, "RuntimeError: first. This is a bug"),
         (AssertionError(), 1, "AssertionError. This is a bug"),
         (KeyboardInterrupt(), 130, ""),
-        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, ""),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
 def test_every_error_is_a_sentence(capfd, monkeypatch, error, code, said):
-    monkeypatch.setattr(cli, "_close_output", lambda: None)
     raising(monkeypatch, error)
     found, _, err = call(capfd, "doctor")
     assert (found, said in err) == (code, True), err
@@ -284,12 +286,54 @@ def test_wrong_paths_are_named(capsys, project, tmp_path, monkeypatch, words, co
     assert "This is a bug" not in last
 
 
-def test_output_that_nobody_reads_is_no_error():
-    command = f"{sys.executable} -m internvl models; echo $? >&2"
+_LONG = """
+import sys
+from pathlib import Path
+from internvl import cli, files, log
+
+def chatter(args):
+    for n in range(100_000):
+        print(n)
+        with files.names_file(Path("a.jsonl")):
+            log.get_logger().info("line %d", n)
+    return 0
+
+cli.VERBS["doctor"] = chatter
+cli.main(["doctor"])
+"""
+
+
+@pytest.mark.parametrize("pipe", ["| head -n 1", "2>&1 | head -n 1", "2>&1 >/dev/null | head -n 1"])
+def test_output_that_nobody_reads_is_no_error(tmp_path, pipe):
+    """Whether lines or messages go nowhere, and whatever file was open when it happened."""
+    (tmp_path / "long.py").write_text(_LONG, encoding="utf-8")
+    script = f"{{ {sys.executable} long.py; echo $? >code; }} {pipe}"
     done = subprocess.run(
-        ["bash", "-c", f"({command}) | true"], check=False, capture_output=True, text=True
+        ["bash", "-c", script], check=True, capture_output=True, text=True, cwd=tmp_path
     )
-    assert done.stderr.strip() in ("141", "0")  # 0 where it was quicker than the reader
+    assert (tmp_path / "code").read_text() == "141\n"
+    assert "Broken pipe" not in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("words", ["models", "--help", "models nowhere", "", "train gone.yaml"])
+def test_no_verb_complains_of_a_reader_that_left(words):
+    script = f"{{ {sys.executable} -m internvl {words}; }} 2>&1 | true"
+    done = subprocess.run(["bash", "-c", script], check=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_without_a_verb_all_are_listed(capsys):
+    code, out, err = call(capsys)
+    assert (code, out) == (2, "")
+    assert all(f"\n    {verb} " in err for verb in cli.VERBS)
+
+
+def test_the_version_is_the_package_s(capsys):
+    with open(Path(cli.__file__).parents[1] / "pyproject.toml", "rb") as file:
+        version = tomllib.load(file)["project"]["version"]
+    assert call(capsys, "--version") == (0, f"internvl {version}\n", "")
+    assert internvl.__version__ == version
 
 
 def test_output_that_cannot_be_written_is_said():

@@ -87,11 +87,11 @@ def test_a_bad_question_does_not_end_a_conversation(capsys, project, monkeypatch
     for sentence, says in zip(
         wrong,
         (
-            r"2 <image> mark(s) in the questions, but 1 image(s)",
+            r"2 <image> marks in the questions, but 1 image",
             r"\<image> (in JSON \\<image>) where the word is meant",
             "half of a character",
             "codec can't decode",
-            "1 <video> mark(s)",
+            "1 <video> mark",
             "must not contain <IMG_CONTEXT>",
         ),
         strict=True,

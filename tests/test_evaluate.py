@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny_run
@@ -112,6 +113,55 @@ def test_an_export_measures_what_its_run_measured(project, tmp_path, format):
         metrics="exact",
     )
     assert half.computed == "bfloat16; the folder's weights: float32"
+
+
+def test_a_second_evaluation_leaves_the_first_ones_results(project, tmp_path, monkeypatch):
+    """A folder for each call: another task, other options, another model of the same name."""
+    monkeypatch.chdir(tmp_path)
+    folder = project.parent
+    for name in ("one", "two"):
+        shutil.copytree(folder / "start", tmp_path / name / "a/model")
+    texts = {"annotations": folder / "captions.json", "images": folder, "metrics": "exact"}
+
+    def folder_of(model, *tasks, **options):
+        keys = {**texts, "limit": 2, "max_new_tokens": 2, **options}
+        return evaluate.measure(model, tasks, device="cpu", **keys).folder
+
+    first = folder_of("one/a/model")
+    assert first == Path("out/evaluate/a-model/caption-file-captions")
+    results = json.loads((first / "result.json").read_text())
+    assert sorted(path.name for path in first.iterdir() if path.suffix != ".json") == [
+        *("result", "result.jsonl"),
+    ]
+    # The same call, and other names of the same files.
+    assert folder_of("one/a/model") == first
+    assert folder_of("one/../one/a/model", "caption-file") == first
+    assert len((first / "result.jsonl").read_text().splitlines()) == 3
+    others = [folder_of("one/a/model", limit=1), folder_of("two/a/model")]
+    assert [other.name for other in others] == [f"{first.name}-2", f"{first.name}-3"]
+    assert json.loads((first / "result.json").read_text()) == results
+    assert json.loads((others[0] / "call.json").read_text())["limit"] == 1
+    other = tmp_path / "words.json"
+    shutil.copy(folder / "captions.json", other)
+    assert folder_of("one/a/model", annotations=other).name == "caption-file-words"
+
+
+def test_a_run_has_a_folder_for_each_step(project, tmp_path):
+    spec = f"{{annotations: {project.parent}/captions.json, images: {project.parent}, "
+    spec += "prompt: Name it, metrics: exact, limit: 1, max_new_tokens: 1, every: 0}"
+    for steps in (1, 2):
+        run = recipe_of(project, tmp_path, f"steps={steps}", f"evals.shapes={spec}")
+        shutil.rmtree(run.run, ignore_errors=True)
+        train.run(run)
+        expected = run.run / f"evals/evaluate/{steps:06d}/shapes"
+        assert evaluate.measure(run.run, device="cpu").folder == expected
+        assert (expected / "result.json").exists()
+
+
+def test_names_of_many_tasks_fit_a_file_system():
+    jobs = {f"{'x' * 60}-{n}": evaluate.Job(None, "d", "en") for n in range(9)}
+    assert evaluate._jobs_name(jobs) == f"{'x' * 60}-0+8-more"
+    assert evaluate._jobs_name({"a/b": jobs[f"{'x' * 60}-0"]}) == "a-b"
 
 
 def test_published_scores_of_every_task_language_and_mode() -> None:

@@ -4,14 +4,17 @@ import errno
 import json
 import logging
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_line import on_terminal
 
 from internvl import log
+from internvl.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +70,7 @@ def test_progress_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4
     assert "1 of 4 images (25%)" in lines[0]
-    assert lines[-1].endswith("00:00 left")
+    assert "4 of 4 images (100%), took 00:00" in lines[-1]
 
 
 def test_progress_lines_are_not_too_many(capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,15 +84,106 @@ def test_progress_lines_are_not_too_many(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ("total", "done", "elapsed_s", "line"),
     [
-        (200, 50, 10, "50 of 200 images (25%), 5.0 a second, 00:30 left"),
-        (200, 0, 10, "0 of 200 images (0%), 0.0 a second, ? left"),
-        (None, 1500, 10, "1,500 images, 150.0 a second"),
+        (200, 50, 10, "50 of 200 images (25%), 00:30 left, 5.0 images/s"),
+        (200, 5, 200, "5 of 200 images (2%), 2:10:00 left, 40.0 s/image"),
+        (200, 0, 10, "0 of 200 images (0%), ? left"),
+        (200, 200, 10, "200 of 200 images (100%), took 00:10, 20.0 images/s"),
+        (None, 1500, 10, "1,500 images, 150 images/s"),
     ],
 )
 def test_progress_line(total: int | None, done: int, elapsed_s: float, line: str) -> None:
     progress = log.Progress("images", total=total, every_s=60)
     progress.update(done)
     assert progress.line(elapsed_s) == line
+
+
+def test_a_note_replaces_the_speed_and_its_first_and_last_are_lines(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    log.setup()
+    with log.Progress("steps", total=6, done=2, every_s=60) as progress:
+        for step in range(3, 7):
+            progress.update(note=f"loss {step}")
+    first, last = capsys.readouterr().err.splitlines()
+    assert "3 of 6 steps (50%), 00:00 left, loss 3" in first
+    assert "6 of 6 steps (100%), took 00:00, loss 6" in last
+
+
+_BAR = """
+import time
+from pathlib import Path
+from internvl import log
+log._BAR_DELAY_S = 0
+log.setup()
+with log.also_to(Path("train.log")), log.Progress("steps", total=3) as progress:
+    for loss in (3, 2, 1):
+        time.sleep(0.15)
+        progress.update(note=f"loss {loss}")
+        log.get_logger().info("checkpoint %d", loss)
+"""
+
+
+def test_a_terminal_shows_a_bar_and_the_file_its_lines(tmp_path: Path) -> None:
+    out = on_terminal([sys.executable, "-c", _BAR], tmp_path)
+    drawn = [text for text in re.split(r"[\r\n]+", out) if "/3 steps" in text]
+    assert any(re.match(r"\|█+[^|]*\| 2/3 steps, 00:00 left, loss 2", text) for text in drawn), out
+    lines = [line.partition(" ")[2] for line in out.splitlines() if "checkpoint" in line]
+    assert len(lines) == 3
+    assert "3 of 3 steps (100%), took 00:00, loss 1" in out
+    assert "1 of 3 steps (33%)" not in out
+    saved = (tmp_path / "train.log").read_text(encoding="utf-8").splitlines()
+    assert [line.split(" ", 2)[2].split(",")[0] for line in saved] == [
+        *("1 of 3 steps (33%)", "checkpoint 3", "checkpoint 2", "checkpoint 1"),
+        "3 of 3 steps (100%)",
+    ]
+
+
+def test_a_log_file_is_appended_and_ends_with_the_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "train.log"
+    with log.also_to(file):
+        log.get_logger().info("step %d", 1)
+        log.get_logger().info("half of a character: \udc80")
+    log.get_logger().info("not in the file")
+    with pytest.raises(UserError), log.also_to(file):
+        raise UserError("a.png: cut; replace it")
+    lines = file.read_text(encoding="utf-8").splitlines()
+    assert [line[20:] for line in lines] == [
+        "step 1",
+        "half of a character: \\udc80",
+        "a.png: cut; replace it",
+    ]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", lines[0][:20])
+    assert "cut" not in capsys.readouterr().err
+
+
+def test_a_silent_program_stays_silent_with_a_log_file(tmp_path: Path) -> None:
+    code = (
+        "import logging\n"
+        "from pathlib import Path\n"
+        "from internvl import log\n"
+        "with log.also_to(Path('train.log')):\n"
+        "    log.get_logger().info('hello')\n"
+        "    log.get_logger().warning('careful')\n"
+        "log.get_logger().info('hello')\n"
+        "assert log.get_logger().level == logging.NOTSET and log.get_logger().propagate\n"
+    )
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("", "careful\n")
+    lines = (tmp_path / "train.log").read_text(encoding="utf-8").splitlines()
+    assert [line[20:] for line in lines] == ["hello", "careful"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full (Linux)")
+def test_a_log_file_on_a_full_disk_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "train.log"
+    file.symlink_to("/dev/full")
+    log.setup()
+    with pytest.raises(OSError, match="No space left") as caught, log.also_to(file):
+        log.get_logger().info("step 1")
+    assert caught.value.filename == str(file)
 
 
 def test_metrics_round_trip_with_numbers_json_does_not_know(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ ELSEWHERE = {
     "models/dual/qllama.py": ("models/dual/test_model.py", "against the original's states"),
     "models/modules.py": ("models/kernels/test_last_mlp.py", "how kernels replace layers"),
     "objectives/packed_loss.py": ("test_train.py", "what a step of training sums"),
+    "version.py": ("test_cli.py", "what --version prints"),
     "plan/activations.py": ("plan/test_memory.py", "what a chat model saves, counted by autograd"),
     "plan/chat_activations.py": ("plan/test_memory.py", "likewise"),
 }

@@ -280,8 +280,8 @@ def test_a_check_reads_every_pair(project, tmp_path):
     assert [str(bad).split(":")[0].rpartition(" ")[2] for bad in checked.problems] == [
         *("8", "9", "51")
     ]
-    assert "50 samples an epoch in 50 groups; 2 epoch(s) of them in steps of 8" in said
-    assert "1 sample(s) equal another sample" in said
+    assert "50 samples per epoch in 50 groups; 2 epochs of them in steps of 8" in said
+    assert "1 sample equals another sample" in said
     assert " pairs in 1 micro-batch(es)" in said
     assert "\nsummarize:" in said
 

@@ -90,7 +90,7 @@ def test_it_is_checked_and_planned(project, tmp_path):
     checked = check.run(recipe)
     assert not checked.problems
     assert "7 steps of 3 rows" in checked.arithmetic
-    assert "the first step: 3 row(s)" in checked.arithmetic
+    assert "the first step: 3 rows" in checked.arithmetic
     first = next(train.updates(train.build(recipe)))
     assert (checked.step.work.samples, checked.step.work.rows.tokens) == (
         first["samples"],

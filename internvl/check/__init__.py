@@ -37,7 +37,7 @@ from internvl.data.row_steps import row_steps
 from internvl.data.sampler import Position, SampleOrder, UnitRef
 from internvl.data.sources import Source, open_source, source_configs
 from internvl.data.workers import Reading, describe_refs, name_failing
-from internvl.errors import BadSample, DataError, UserError
+from internvl.errors import BadSample, DataError, UserError, counted
 from internvl.evals import EVALS
 from internvl.evals.scores import DataProblems
 from internvl.files import cache_folder, write_json
@@ -296,9 +296,9 @@ def _count_lines(counter: _ChunkCounter, checked: CheckResult) -> None:
             # Within a chunk they come by image; a reader looks for them by line.
             checked.problems += sorted(chunk.bad, key=lambda bad: (len(bad.name), bad.name))
             progress.update(chunk.num_lines)
-    for file, counted in zip(files, by_file, strict=True):
-        columns = np.concatenate([chunk.rows for chunk in counted]).T
-        digests = np.concatenate([chunk.digests for chunk in counted])
+    for file, file_chunks in zip(files, by_file, strict=True):
+        columns = np.concatenate([chunk.rows for chunk in file_chunks]).T
+        digests = np.concatenate([chunk.digests for chunk in file_chunks])
         named = dict(zip(_COLUMNS, columns, strict=True))
         checked.counts[file.config.name] = Counts(**named, digest=digests)
 
@@ -390,16 +390,18 @@ def _first_pairs(
 
 def _arithmetic(order: SampleOrder, recipe: Recipe) -> str:
     """Formats samples, groups, epochs and steps of the run."""
-    epoch = f"{len(order):,} samples an epoch in {order.num_groups:,} groups; "
+    samples = counted(len(order), "sample")
+    epoch = f"{samples} per epoch in {counted(order.num_groups, 'group')}; "
     num_steps = recipe.num_steps(len(order))
     if recipe.global_batch_rows is not None:
         return f"{epoch}{num_steps:,} steps of {recipe.global_batch_rows:,} rows"
     total, batch = recipe.num_samples(len(order)), recipe.batch_samples
     last = total - (num_steps - 1) * batch
     partial = "" if last == batch else f", the last of {last:,}"
+    epochs = total / len(order)
     return (
-        f"{epoch}{total / len(order):.4g} epoch(s) of them in steps of {batch:,}{partial}: "
-        f"{num_steps:,} steps"
+        f"{epoch}{epochs:.4g} {'epoch' if epochs == 1 else 'epochs'} of them in steps of "
+        f"{batch:,}{partial}: {counted(num_steps, 'step')}"
     )
 
 
@@ -417,7 +419,7 @@ def _row_line(rows: Sequence[PackedBatch], units: Sequence[Unit], recipe: Recipe
         saved = f"; without shared prefixes {alone / tokens:.2f} times the tokens"
         saved += f" and {tiles_alone / tiles:.2f} times the tiles" if tiles else ""
     return (
-        f"the first step: {len(rows)} row(s) of at most {limit:,} tokens and "
+        f"the first step: {counted(len(rows), 'row')} of at most {limit:,} tokens and "
         f"{recipe.data.max_tiles} tiles, {tokens / padded:.1%} full, {tiles} tiles, "
         f"{sum(len(row.targets) for row in rows):,} supervised tokens{saved}"
     )

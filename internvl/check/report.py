@@ -11,7 +11,7 @@ from internvl import report as pages
 from internvl.config import Recipe
 from internvl.data.chat import marked
 from internvl.data.records import Grid, Sample
-from internvl.errors import BadSample
+from internvl.errors import BadSample, counted
 from internvl.plan.work import FirstStep
 
 # A wrong image folder makes every line a problem; the first ones already show that.
@@ -104,14 +104,24 @@ class CheckResult:
         if tiles.any():
             yield from _histogram("tiles a sample", tiles)
         limit = self.recipe.data.max_tokens
-        for count, trait in (
-            (int((tokens >= limit).sum()), f"are cut at data.max_tokens = {limit:,}"),
-            (int((tokens >= _NEAR * limit).sum()), f"have {_NEAR:.0%} of data.max_tokens or more"),
-            (int((self.column("unknown") > 0).sum()), "hold text the tokenizer does not know"),
-            (self.num_duplicates, "equal another sample, images and text"),
+        for count, does, do, trait in (
+            (int((tokens >= limit).sum()), "is cut", "are cut", f"at data.max_tokens = {limit:,}"),
+            (
+                int((tokens >= _NEAR * limit).sum()),
+                "has",
+                "have",
+                f"{_NEAR:.0%} of data.max_tokens or more",
+            ),
+            (
+                int((self.column("unknown") > 0).sum()),
+                "holds",
+                "hold",
+                "text the tokenizer does not know",
+            ),
+            (self.num_duplicates, "equals", "equal", "another sample, images and text"),
         ):
             if count:
-                yield f"{count:,} sample(s) {trait}"
+                yield f"{counted(count, f'sample {does}', f'samples {do}')} {trait}"
 
     @property
     def num_duplicates(self) -> int:
@@ -171,7 +181,7 @@ def _histogram(title: str, values: np.ndarray) -> Iterator[str]:
 
 def _render_sample(shown: ShownSample) -> str:
     images = [
-        f"  {path}: {columns} x {rows} grid, {count} tile(s)"
+        f"  {path}: {columns} x {rows} grid, {counted(count, 'tile')}"
         for path, (columns, rows), count in zip(
             shown.images, shown.grids, shown.per_image, strict=True
         )

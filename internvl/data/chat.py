@@ -20,7 +20,7 @@ from internvl.data.messages import (
 )
 from internvl.data.records import IGNORE, Example, Message, Sample
 from internvl.data.templates import Template
-from internvl.errors import BadSample
+from internvl.errors import BadSample, counted
 
 IMAGE_START, IMAGE_CONTEXT, IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
 _BLOCK = IMAGE_START + IMAGE_CONTEXT + IMAGE_END
@@ -159,10 +159,11 @@ class ChatEncoder:
         supervised = np.asarray(ids if labels is None else labels, dtype=np.int64)
         positions = np.flatnonzero(row == self.context_id)
         if len(positions) != len(tiles_per_image):
+            placeholders = counted(len(positions), "image placeholder")
             raise BadSample(
                 name,
-                f"{len(positions)} image placeholders after tokenization, but "
-                f"{len(tiles_per_image)} image(s); the text must not contain {IMAGE_CONTEXT}",
+                f"{placeholders} after tokenization, but {counted(len(tiles_per_image), 'image')}; "
+                f"the text must not contain {IMAGE_CONTEXT}",
             )
         # After tokenization: thousands of placeholders in the text would only cost time.
         repeats = np.ones(len(row), dtype=np.int64)

@@ -12,7 +12,7 @@ from typing import Any
 from internvl.data.arguments import not_a_text
 from internvl.data.images import read_data_address
 from internvl.data.records import Message
-from internvl.errors import BadImage, BadSample
+from internvl.errors import BadImage, BadSample, counted
 
 IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"
 
@@ -73,7 +73,8 @@ def wrong_marks(messages: Sequence[Message], mark: str, num_media: int) -> str |
     # Too many usually means a question about HTML, which JSON escapes once more.
     if marks > num_media:
         remedy += f", and \\{mark} (in JSON \\\\{mark}) where the word is meant"
-    return f"{marks} {mark} mark(s) in the questions, but {num_media} {noun}(s); {remedy}"
+    counts = f"{counted(marks, f'{mark} mark')} in the questions, but {counted(num_media, noun)}"
+    return f"{counts}; {remedy}"
 
 
 def check_marks(name: str, messages: Sequence[Message], num_images: int) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from internvl.data import captions
 from internvl.data.captions import CaptionFile, NamedImage
 from internvl.data.images import FileSlice, is_address, join_inside, read_rgb, spelled_otherwise
-from internvl.errors import BadImage, BadSample, DataError
+from internvl.errors import BadImage, BadSample, DataError, counted
 from internvl.log import Progress
 
 # Only releases up to 2014 name their split in the file's name; 2017's names are bare numbers.
@@ -79,7 +79,9 @@ def read_pairs(
     pairs = _pairs_of(file, images, clean or (lambda text: text))
     if not pairs.texts:
         problems = pairs.problems
-        first = f"; {len(problems)} problem(s), the first: {problems[0]}" if problems else ""
+        first = (
+            f"; {counted(len(problems), 'problem')}, the first: {problems[0]}" if problems else ""
+        )
         raise DataError(
             f"{annotations} holds no image with a caption{first}; check it and its form"
         )

@@ -30,7 +30,7 @@ from internvl.data.json_rows import entries, is_list, parse, parse_row
 from internvl.data.records import Sample
 from internvl.data.tables import Table
 from internvl.data.texts import printable
-from internvl.errors import BadSample, DataError
+from internvl.errors import BadSample, DataError, counted
 
 Parse = Callable[[str, dict[str, Any], SourceConfig], Sample]
 
@@ -255,7 +255,7 @@ def source_configs(data: DataConfig) -> list[SourceConfig]:
         f"{name}: {problem}" for name, entry in tree.items() for problem in _meta_problems(entry)
     ]
     if problems:
-        raise DataError("\n".join([f"{data.meta}: {len(problems)} problem(s)", *problems]))
+        raise DataError("\n".join([f"{data.meta}: {counted(len(problems), 'problem')}", *problems]))
     return [*(_from_meta(name, entry) for name, entry in tree.items()), *data.sources]
 
 

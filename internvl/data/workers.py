@@ -8,6 +8,7 @@ that the worker was reading.
 
 import gc
 import multiprocessing
+import os
 import pickle
 import re
 import signal
@@ -17,15 +18,17 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import cache
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from internvl import dist, log
 from internvl.data.sampler import UnitRef
 from internvl.data.sources import Source
-from internvl.errors import DataError, WorkerDied
+from internvl.errors import DataError, WorkerDied, counted
 
 Job = TypeVar("Job")
 
@@ -95,6 +98,27 @@ def _frozen_garbage() -> Iterator[None]:
         gc.unfreeze()
 
 
+class _Loader(DataLoader[Any]):
+    """A DataLoader that leaves the word about too many workers to `warn_of_idle_workers`."""
+
+    def check_worker_number_rationality(self) -> None:
+        """Does nothing; torch's own warns of every loader, twice and in words of its code."""
+
+
+@cache
+def warn_of_idle_workers(workers: int) -> None:
+    """Warns once per process of more workers than CPU cores, which read no faster."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if cores is not None and workers > cores and dist.is_main():
+        log.get_logger().warning(
+            "data.workers = %d, but this process has %s: more workers than cores take memory and "
+            "read no faster; lower data.workers to %d or less",
+            workers,
+            counted(cores, "CPU core"),
+            cores,
+        )
+
+
 class Reading(Generic[Job]):
     """Iterates over `reader[job]` in order; worker processes prefetch.
 
@@ -120,7 +144,8 @@ class Reading(Generic[Job]):
         self.issued: deque[tuple[int, Job]] = deque()
         """(index, job) of the jobs that are sent to workers and not returned yet."""
         self.processes: list[BaseProcess] = []
-        self.loader = DataLoader(
+        warn_of_idle_workers(workers)
+        self.loader = _Loader(
             _Named(reader, name),
             sampler=self._issue(jobs),
             batch_size=None,

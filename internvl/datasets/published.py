@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from internvl.config import EvalSection, eval_config
-from internvl.errors import ConfigError
+from internvl.errors import ConfigError, counted
 
 OPENGVLAB = "https://github.com/OpenGVLab/InternVL/releases/download/data/"
 KARPATHY = "https://github.com/mehdidc/retrieval_annotations/releases/download/1.0.0/"
@@ -237,9 +237,8 @@ def configs(
     # Not `is_file`: images are folders.
     missing = [f"{path}: from {address}" for path, address in required if not path.exists()]
     if missing:
-        raise ConfigError(
-            "\n".join([f"{name}: {len(missing)} file(s) or folder(s) are missing", *missing])
-        )
+        absent = counted(len(missing), "file or folder is", "files or folders are")
+        raise ConfigError("\n".join([f"{name}: {absent} missing", *missing]))
     fields: dict[str, Any] = {"type": task.type, "images": images}
     if task.type == "retrieval":
         fields |= {"form": task.form, "clean": task.clean, "split": split, "batch_size": 64}

@@ -9,7 +9,7 @@ from internvl.config import EvalConfig
 from internvl.data.images import FileSlice
 from internvl.evals import caption, classify, loss, retrieval
 from internvl.evals.metrics import one_meteor
-from internvl.evals.scores import EvalScores
+from internvl.evals.scores import EvalScores, Table
 from internvl.files import read_numbers, write_json
 from internvl.log import get_logger
 
@@ -23,6 +23,10 @@ class Evaluator(Protocol):
 
     def counts(self) -> dict[str, int]:
         """Returns the size of the data by name, such as images and texts."""
+        ...
+
+    def table(self) -> Table | None:
+        """Returns how the metrics are shown, or None if a line for each suits them."""
         ...
 
     def run(self, handle: Any, folder: Path | None) -> EvalScores:
@@ -91,9 +95,19 @@ def run_all(
         # After each evaluation and atomically: a killed run does not measure it again. After the
         # rows: metrics in the file mean that the rows are complete.
         write_json(path, {**_read_metrics(path), **metrics}, indent=1)
-        shown = ", ".join(f"{metric} {value:.4f}" for metric, value in scores.values.items())
-        get_logger().info("%s%s: %s", name, "" if step is None else f" at step {step}", shown)
+        if step is None:  # the caller shows the metrics
+            get_logger().info("%s: measured; its rows are in %s", name, rows_path)
+        else:
+            shown = _shown(evaluator.table(), scores.values)
+            get_logger().info("%s at step %d: %s", name, step, shown)
     return metrics
+
+
+def _shown(table: Table | None, values: Mapping[str, float]) -> str:
+    """Returns metrics as text: one line, or lines of a table."""
+    if table is None:
+        return ", ".join(f"{metric} {value:.4f}" for metric, value in values.items())
+    return "\n  ".join(["", *table.render(values)])
 
 
 def _metrics_path(folder: Path, step: int | None) -> Path:

@@ -91,6 +91,9 @@ class Caption:
         counts = {"images": len(self.ids), "texts": references}
         return counts | ({"left out": len(self.problems)} if self.problems else {})
 
+    def table(self) -> None:
+        """See `Evaluator.table`."""
+
     def run(self, handle: Handle, folder: Path | None) -> EvalScores:
         """Generates with `handle` and scores; caches answers in `folder`, if any."""
         try:

@@ -18,9 +18,16 @@ from internvl.data.images import IMAGE_ENDINGS
 from internvl.data.json_rows import RepeatedKeys, read_json
 from internvl.data.pair_files import broken
 from internvl.data.texts import json_type, printable, text_problem
-from internvl.errors import BadSample, UserError
+from internvl.errors import BadSample, UserError, counted
 from internvl.evals.features import FeatureCache, ranks, share_within
-from internvl.evals.scores import EvalScores, fingerprint, raise_or_log, skipped_rows
+from internvl.evals.scores import (
+    EvalScores,
+    Table,
+    TableRow,
+    fingerprint,
+    raise_or_log,
+    skipped_rows,
+)
 
 _REMEDY = "put them right, or set on_bad_sample (--on-bad-sample) to skip to leave them out"
 
@@ -101,6 +108,16 @@ class Classify:
         counts = {"images": len(self.files), "classes": len(self.names)}
         return counts | ({"left out": len(self.problems)} if self.problems else {})
 
+    def table(self) -> Table:
+        """See `Evaluator.table`: modes by accuracies."""
+        top5 = {"acc5": "top-5"} if len(self.names) >= 5 else {}
+        columns = {"acc1": "top-1", **top5, "mean_per_class_recall": "per class"}
+        rows = tuple(
+            TableRow(f"InternVL-{mode.upper()}", tuple(f"{mode}_{name}" for name in columns))
+            for mode in self.config.modes
+        )
+        return Table("accuracy in %", tuple(columns.values()), rows)
+
     def run(self, handle: Any, folder: Path | None) -> EvalScores:
         """Encodes with `handle` (Dual) and classifies; caches features in `folder`, if any."""
         handle = handle.as_dual("zero-shot classification")
@@ -155,7 +172,7 @@ class Classify:
             if extra:  # with fewer classes than meant the task would be an easier one
                 some = printable(", ".join(extra[:5])) + (", …" if len(extra) > 5 else "")
                 root = self.config.annotations
-                reason = f"it names {len(extra)} folder(s) missing from {root}: {some}"
+                reason = f"it names {counted(len(extra), 'folder')} missing from {root}: {some}"
                 self.problems.append(BadSample(str(path), reason))
             names = [entry[folder] for folder in self.folders]
         else:

@@ -46,7 +46,8 @@ class FeatureCache:
             UserError: a feature is not finite.
         """
         chunks = []
-        with Progress(name, total=total) as progress:
+        # Without the modes, which the file's name has.
+        with Progress(name.partition("_")[0], total=total) as progress:
             for start in range(0, total, CHUNK_ROWS):
                 rows = range(start, min(start + CHUNK_ROWS, total))
                 chunks.append(self._chunk(name, rows, encode_rows))

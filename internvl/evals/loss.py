@@ -88,6 +88,9 @@ class Loss:
         """See `Evaluator.counts`."""
         return {"samples": len(self.lines)}
 
+    def table(self) -> None:
+        """See `Evaluator.table`."""
+
     def run(self, handle: Any, folder: Path | None) -> EvalScores:
         """Measures a Chat; `folder` is not used."""
         handle = handle.as_chat("an evaluation of type loss")

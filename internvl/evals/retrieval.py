@@ -25,8 +25,18 @@ from internvl.evals.features import (
     share_within,
     too_large,
 )
-from internvl.evals.scores import EvalScores, fingerprint, raise_or_log, skipped_rows
+from internvl.evals.scores import (
+    EvalScores,
+    Table,
+    TableRow,
+    fingerprint,
+    raise_or_log,
+    skipped_rows,
+)
 from internvl.log import Progress
+
+_DIRECTIONS = {"image_retrieval": "text → image", "text_retrieval": "image → text"}
+"""CLIP_benchmark's name of a direction, by what is retrieved -> query and result."""
 
 _REMEDY = (
     "put them right, or set on_bad_sample (--on-bad-sample) to skip to leave them out, or to keep"
@@ -107,6 +117,22 @@ class Retrieval:
         """See `Evaluator.counts`."""
         counts = {"images": len(self.pairs.images), "texts": len(self.pairs.texts)}
         return counts | ({"left out": len(self.problems)} if self.problems else {})
+
+    def table(self) -> Table:
+        """See `Evaluator.table`: directions by R@k for every mode, and for its re-ranked scores."""
+        ks, rows = self.config.recall_k, []
+        prefixes = {
+            f"{mode}{suffix}": f"InternVL-{mode.upper()}{name}"
+            for mode in self.config.modes
+            for suffix, name in (("", ""), *([("_itm", " + ITM")] if self.config.rerank else []))
+        }
+        for prefix, name in prefixes.items():
+            for metric, direction in _DIRECTIONS.items():
+                # It is of both directions, so it follows the last one.
+                mean = f"{prefix}_mean_recall" if metric == [*_DIRECTIONS][-1] else None
+                metrics = tuple(f"{prefix}_{metric}_recall@{k}" for k in ks)
+                rows.append(TableRow(f"{name}  {direction}", metrics, mean))
+        return Table("recall in %", tuple(f"R@{k}" for k in ks), tuple(rows))
 
     def run(self, handle: Any, folder: Path | None) -> EvalScores:
         """Encodes with `handle` (Dual) and ranks; caches features in `folder`, if any."""

@@ -1,13 +1,13 @@
 """Results of evaluators, and the policy for problems in their data."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from internvl.data.images import FileSlice
 from internvl.data.texts import problem_lines
-from internvl.errors import BadSample, UserError
+from internvl.errors import BadSample, UserError, counted
 from internvl.log import get_logger
 
 
@@ -19,6 +19,50 @@ class EvalScores:
     """Metric -> value."""
     rows: list[dict[str, Any]]
     """One for every image or text, and one for every skipped sample."""
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A row of `Table`."""
+
+    label: str
+    metrics: tuple[str, ...]
+    """A metric for each column."""
+    mean: str | None = None
+    """The metric that is the mean of this row and those above it, written after it."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """How an evaluation with several modes shows its metrics: as percentages, in rows."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[TableRow, ...]
+
+    def render(
+        self, values: Mapping[str, float], published: Mapping[str, float] | None = None
+    ) -> list[str]:
+        """Returns the lines of the table, its head first.
+
+        Args:
+            values: metric -> value from 0 to 1.
+            published: the same for published values, which follow in brackets.
+        """
+        published = published or {}
+        cell = 16 if published else 8
+        left = max(len(self.title), *(len(row.label) for row in self.rows))
+
+        def shown(metric: str) -> str:
+            printed = f" ({published[metric]:.1%})".replace("%", "") if metric in published else ""
+            return f"{100 * values[metric]:.2f}{printed}"
+
+        lines = [f"{self.title:{left}}" + "".join(f"{name:>{cell}}" for name in self.columns)]
+        for row in self.rows:
+            mean = "" if row.mean is None else f"   mean {shown(row.mean)}"
+            cells = "".join(f"{shown(metric):>{cell}}" for metric in row.metrics)
+            lines.append(f"{row.label:{left}}{cells}{mean}")
+        return lines
 
 
 def fingerprint(image: str | FileSlice) -> tuple[int, int]:
@@ -35,7 +79,7 @@ class DataProblems(UserError):
     """Problems in the data of an evaluation; the message lists only the first of many."""
 
     def __init__(self, problems: Sequence[BadSample], remedy: str) -> None:
-        head = f"{len(problems):,} problem(s) in the data; {remedy}"
+        head = f"{counted(len(problems), 'problem')} in the data; {remedy}"
         super().__init__("\n".join([head, *problem_lines(problems)]))
         self.problems = problems  # all of them, for `internvl check`
 
@@ -55,7 +99,7 @@ def raise_or_log(problems: Sequence[BadSample], policy: str, remedy: str) -> Non
     if policy == "raise":
         raise DataProblems(problems, remedy)
     lines = "\n".join(problem_lines(problems))
-    get_logger().warning("%d problem(s) in the data:\n%s", len(problems), lines)
+    get_logger().warning("%s in the data:\n%s", counted(len(problems), "problem"), lines)
 
 
 def skipped_rows(problems: Sequence[BadSample]) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from internvl.data.loader import UnitReader
 from internvl.data.packing import build_rows, encode_units, pack, unpack
 from internvl.data.records import IGNORE, Example, PackedBatch, Sample, Tiles, Unit
 from internvl.data.sources import Source
-from internvl.errors import BadSample
+from internvl.errors import BadSample, counted
 from internvl.objectives.packed_loss import summed_loss
 
 _SHOWN_SAMPLES = 2
@@ -86,9 +86,10 @@ class Sft:
         """See `Objective.describe`."""
         tokens, tiles = sum(b.num_tokens for b in batches), sum(b.num_tiles for b in batches)
         supervised = sum(len(batch.targets) for batch in batches)
+        samples = sum(batch.num_samples for batch in batches)
         lines = [
-            f"{sum(b.num_samples for b in batches)} samples in {len(batches)} row(s), {tokens:,} "
-            f"tokens, {supervised / max(1, tokens):.1%} of them supervised, {tiles} tiles"
+            f"{counted(samples, 'sample')} in {counted(len(batches), 'row')}, {tokens:,} tokens, "
+            f"{supervised / max(1, tokens):.1%} of them supervised, {counted(tiles, 'tile')}"
         ]
         for example in islice((e for batch in batches for e in unpack(batch)), _SHOWN_SAMPLES):
             text = marked(spans(example, self.encoder))

@@ -9,6 +9,7 @@ import torch
 
 from internvl.compute import backends
 from internvl.config import ComputeConfig, Recipe
+from internvl.errors import counted
 from internvl.models.chat import model as chat_model
 from internvl.plan.work import FirstStep, Sequences, Work, padded
 from internvl.zoo.gpus import CALIBRATION
@@ -80,15 +81,17 @@ def _rows(recipe: Recipe, model: Any, step: FirstStep | None, num_gpus: int) -> 
         tokens = work.rows.tokens / CALIBRATION.fill
         rows = tokens / limit
         source = (
-            f"assumed, for the data were not read: {_tiles(recipe)} tile(s), {_TEXT_TOKENS} tokens "
-            f"of text and {_SUPERVISED} supervised ones a sample, nothing shared"
+            f"assumed, for the data were not read: {counted(_tiles(recipe), 'tile')}, "
+            f"{_TEXT_TOKENS} tokens of text and {_SUPERVISED} supervised ones a sample, "
+            "nothing shared"
         )
     else:
         work, samples, rows = step.work, step.samples_per_epoch, len(step.micro_batches)
         counts = [row.rows.tokens for row in step.micro_batches]
         # Compiled blocks exist for a few lengths only: a row takes the next one.
         tokens = sum(next((n for n in lengths if n >= count), count) for count in counts)
-        source = f"counted in the first step: {rows} row(s), {work.rows.tokens / tokens:.1%} full"
+        full = f"{work.rows.tokens / tokens:.1%} full"
+        source = f"counted in the first step: {counted(len(step.micro_batches), 'row')}, {full}"
     longest = limit
     if rows <= num_gpus:  # every GPU has one row or none, which need not be full
         longest = next((n for n in lengths if n >= tokens), math.ceil(tokens))

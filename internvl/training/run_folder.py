@@ -13,6 +13,7 @@ from internvl.data import changes
 from internvl.data.sampler import Earlier, GrownOrder, Order, Prefix, SampleOrder
 from internvl.data.sources import Source
 from internvl.errors import DataError, RunError
+from internvl.training import tracking
 
 
 def finished(folder: Path) -> bool:
@@ -61,10 +62,11 @@ def _locked(recipe: Recipe) -> Iterator[None]:
                 f"another process is training in {folder}; wait for it or choose another `run`"
             ) from None
         # Without a recipe these are somebody's files; with one, what a run has written.
-        others = [e.name for e in folder.iterdir() if e.name not in (".lock", "recipe.yaml")]
+        others = {e.name for e in folder.iterdir()} - {".lock", "recipe.yaml"}
         if not saved.exists() and others:
             raise RunError(f"{folder} is not empty and no run; choose another `run`")
-        if saved.exists() and others:
+        # A run that failed before it began has written its log alone.
+        if saved.exists() and others - {tracking.LOG_FILE}:
             changed = recipes.differences(recipes.load_recipe(saved), recipe)
             if changed:
                 raise RunError(

@@ -1,11 +1,36 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard and, if asked for, Weights & Biases."""
+"""Metrics of a run: its line on the terminal, metrics.jsonl, TensorBoard, Weights & Biases."""
 
 import hashlib
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from internvl.errors import UserError
-from internvl.log import StepLog, TensorBoard
+from internvl.log import StepLog, TensorBoard, speed
+
+LOG_FILE = "train.log"
+"""The file of a run folder with the lines of its training, appended by a resumed run."""
+_LATEST = 20  # steps whose mean speed a line shows: single ones differ by their samples
+
+
+class Readout:
+    """Text about a step for people: its loss and learning rate, and the speed of the latest."""
+
+    def __init__(self) -> None:
+        self._latest: deque[tuple[float, float]] = deque(maxlen=_LATEST)
+        """(samples, seconds) of a step."""
+
+    def line(self, step_metrics: Mapping[str, float]) -> str:
+        """Returns the text for the step that follows the one of the last call."""
+        self._latest.append((step_metrics["samples"], step_metrics["step_s"]))
+        samples, seconds = (sum(values) for values in zip(*self._latest, strict=True))
+        words = [
+            f"loss {step_metrics['loss']:.4f}",
+            f"lr {step_metrics['lr']:.2e}",
+            speed(samples / seconds, "samples"),
+            speed(len(self._latest) / seconds, "steps"),
+        ]
+        return ", ".join(words + (["update skipped"] if step_metrics.get("skipped") else []))
 
 
 class WandB:

@@ -43,7 +43,7 @@ def test_good_data(model, images, tmp_path):
     assert "no problem found" in text
     assert "6 samples an epoch in 2 groups" in text
     assert "in steps of 4, the last of 2: 2 steps" in text
-    assert "wide.jpg: 2 x 1 grid, 3 tile(s)" in text
+    assert "wide.jpg: 2 x 1 grid, 3 tiles" in text
     assert "[27 visual tokens]" in text
     assert "⟦A gradient.<|im_end|>⟧" in text
     assert found.counts["chat"].tiles.tolist() == [3] * 5 + [0]
@@ -156,9 +156,9 @@ def test_what_the_samples_hold(model, images, tmp_path):
     for part in (
         "5 good samples (2 text, 2 one image, 1 several images)",
         "tokens a sample:",
-        "1 sample(s) are cut at data.max_tokens = 512",
-        "1 sample(s) have 90% of data.max_tokens or more",
-        "1 sample(s) equal another sample",
+        "1 sample is cut at data.max_tokens = 512",
+        "1 sample has 90% of data.max_tokens or more",
+        "1 sample equals another sample",
     ):
         assert part in text
 
@@ -198,7 +198,7 @@ def test_a_video(model, images, tmp_path):
     assert found.problems == []
     assert found.counts["chat"].tiles.tolist() == [4]
     text = found.render()
-    assert "clip/ frame 4: 1 x 1 grid, 1 tile(s)" in text
+    assert "clip/ frame 4: 1 x 1 grid, 1 tile" in text
     assert "Frame-4: <img>[9 visual tokens]</img>" in text
 
 

@@ -60,7 +60,7 @@ def test_marks_are_counted_in_questions_alone():
     with pytest.raises(BadSample) as error:
         check_marks("x line 2", messages, 0)
     assert str(error.value) == (
-        "x line 2: 1 <image> mark(s) in the questions, but 0 image(s); write one mark where each "
+        "x line 2: 1 <image> mark in the questions, but 0 images; write one mark where each "
         r"image belongs, and \<image> (in JSON \\<image>) where the word is meant"
     )
     with pytest.raises(

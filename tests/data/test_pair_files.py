@@ -214,7 +214,7 @@ def test_duplicate_ids_and_pictures_without_captions(root: Path) -> None:
     assert said(found) == [
         "c.json annotation 13: there is no image 99 under `images`",
         "c.json images entries 2 and 3: the id 2 is there already: entry 2 is 2.jpg, entry 3 is "
-        "3.jpg; give every image an id of its own (2 caption(s) of it)",
+        "3.jpg; give every image an id of its own (2 captions of it)",
         "c.json images entry 4: 1.jpg is the file of image 1 too; give the captions of image 3 the "
         "id 1 and remove this entry",
         "c.json image 4: 3.jpg has no caption; write one or remove the image",

@@ -176,7 +176,7 @@ def test_a_wrong_meta_file_names_everything(tmp_path):
         source_configs(meta(tmp_path, a={"root": "/i"}, b=3, c={"root": 1, "repeat_time": -1}))
     text = str(error.value)
     for part in (
-        "5 problem(s)",
+        "5 problems",
         "a: `annotation` must be",
         "b: a JSON object",
         "`repeat_time` must",

@@ -221,7 +221,7 @@ def test_problems_are_named_before_anything_is_encoded(data: Path) -> None:
     with pytest.raises(UserError) as error:
         Retrieval(spec(data, train=data / "train.txt"))
     said = str(error.value)
-    assert "5 problem(s) in the data" in said
+    assert "5 problems in the data" in said
     for part in (
         "test.txt line 21: the caption is empty",
         f"test.txt line 22: there is no image {data}/gone.jpg",
@@ -288,14 +288,22 @@ def test_named_sets_are_found_and_compared(data: Path, tmp_path: Path) -> None:
     shutil.copy(data / "test.txt", root / "flickr30k_cn_test.txt")
     options = {"root": tmp_path / "data", "to": tmp_path / "out"}
     found = evaluate.measure(folder, ["retrieval-flickr30k-cn"], **options)
-    table = evaluate.render(found.metrics, folder, found.counts).splitlines()
-    assert not any("0.9290" in row for row in table)
+    table = evaluate.render(found.metrics, folder, found.counts, found.tables).splitlines()
+    assert not any("92.9" in row for row in table)
     assert table[-1] == (
         "retrieval-flickr30k-cn: published values are for 1,000 images and 5,000 texts; this set "
         "has 10 images and 19 texts"
     )
     # Beside results of as many they stand.
     whole = {"retrieval-flickr30k-cn": {"images": 1000, "texts": 5000}}
+    table = evaluate.render(found.metrics, folder, whole, found.tables).splitlines()
+    assert table[0] == "retrieval-flickr30k-cn: 1,000 images, 5,000 texts"
+    assert table[1].split() == ["recall", "in", "%", "R@1", "R@5", "R@10"]
+    measured = 100 * found.metrics["retrieval-flickr30k-cn/g_text_retrieval_recall@1"]
+    row = next(row for row in table if row.startswith("  InternVL-G  image → text"))
+    assert row[26:42].split() == [f"{measured:.2f}", "(92.9)"]
+    assert table[-1] == "  (in brackets: published)"
+    # Without the tables, a line for every metric.
     table = evaluate.render(found.metrics, folder, whole).splitlines()
     line = next(row for row in table if "g_text_retrieval_recall@1 " in row)
     assert line.split()[-1] == "0.9290"

@@ -33,7 +33,7 @@ from internvl.data.captions.lines import (
 from internvl.data.images import IMAGE_ENDINGS, FileSlice
 from internvl.data.json_rows import not_json, parse_line, read_json
 from internvl.data.texts import problem_lines, read_text
-from internvl.errors import DataError
+from internvl.errors import DataError, counted
 
 __all__ = [
     "BAD",
@@ -107,7 +107,7 @@ def read_whole(
     file = read(path, form, split=split, images=images)
     problems = file.problems
     if problems:
-        head = f"{path} has {len(problems):,} problem(s); put them right and start again"
+        head = f"{path} has {counted(len(problems), 'problem')}; put them right and start again"
         raise DataError("\n".join([head, *problem_lines(problems)]))
     return file
 

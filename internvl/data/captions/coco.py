@@ -14,7 +14,7 @@ from internvl.data.captions.caption_file import (
 from internvl.data.captions.json_entries import karpathy_names
 from internvl.data.json_rows import read_json
 from internvl.data.texts import json_type, text_problem
-from internvl.errors import DataError
+from internvl.errors import DataError, counted
 
 
 def read_coco(file: CaptionFile, *, tree: Any = None, chosen: Path | None = None) -> None:
@@ -197,7 +197,9 @@ class _CocoImages:
         """Adds a problem for every unusable image, with the number of captions dropped with it."""
         for image_id, (where, reason) in self.unusable.items():
             count = self.num_dropped[image_id]
-            self.file.bad(where, f"{reason} ({count} caption(s) of it)" if count else reason)
+            self.file.bad(
+                where, f"{reason} ({counted(count, 'caption')} of it)" if count else reason
+            )
 
 
 def _is_number(value: ImageId) -> bool:

@@ -8,7 +8,7 @@ from internvl.data.captions.caption_file import CaptionFile, name_problem, objec
 from internvl.data.captions.lines import TEXT_KEYS, numbered_lines
 from internvl.data.json_rows import parse_json, parse_line, read_json
 from internvl.data.texts import json_type, printable, problem_lines, read_text
-from internvl.errors import BadSample, DataError
+from internvl.errors import BadSample, DataError, counted
 
 
 def read_json_lines(file: CaptionFile, text: str | None = None) -> None:
@@ -75,9 +75,8 @@ def karpathy_names(path: Path) -> list[tuple[str, str]]:
         else:
             names.append((where, row["image"]))
     if problems:
-        head = (
-            f"{path} is not Karpathy's list of images: {len(problems)} problem(s); fetch it again"
-        )
+        count = counted(len(problems), "problem")
+        head = f"{path} is not Karpathy's list of images: {count}; fetch it again"
         raise DataError("\n".join([head, *problem_lines(problems)]))
     return names
 

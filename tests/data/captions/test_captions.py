@@ -225,7 +225,7 @@ def test_a_file_under_two_ids_is_named_however_it_is_spelled(root: Path, name: s
     also = "" if name == "a.png" else " (a.png)"
     assert said(file) == [
         f"images entry 2: {name} is the file of image 1{also} too; give the captions of image 2 "
-        "the id 1 and remove this entry (1 caption(s) of it)"
+        "the id 1 and remove this entry (1 caption of it)"
     ]
     lines = read(root / "c.csv", f"image,caption\na.png,one\n{name},two\n")
     assert pairs_of(lines) == [("a.png", "one"), ("a.png", "two")]
