@@ -41,7 +41,7 @@ def test_good_data(model, images, tmp_path):
     assert found.problems == []
     text = found.render()
     assert "no problem found" in text
-    assert "6 samples an epoch in 2 groups" in text
+    assert "6 samples per epoch in 2 groups" in text
     assert "in steps of 4, the last of 2: 2 steps" in text
     assert "wide.jpg: 2 x 1 grid, 3 tiles" in text
     assert "[27 visual tokens]" in text

@@ -64,10 +64,10 @@ def test_marks_are_counted_in_questions_alone():
         r"image belongs, and \<image> (in JSON \\<image>) where the word is meant"
     )
     with pytest.raises(
-        BadSample, match=r"0 <image> mark\(s\) .*, but 2 image\(s\); [^\\]*belongs$"
+        BadSample, match=r"0 <image> marks .*, but 2 images; [^\\]*belongs$"
     ):
         check_marks("x", [Message("user", r"\<image>")], 2)
-    with pytest.raises(BadSample, match=r"1 <video> mark\(s\) .*, but 0 video\(s\)"):
+    with pytest.raises(BadSample, match=r"1 <video> mark .*, but 0 videos"):
         check_marks("x", [Message("user", "<video>")], 0)
 
 

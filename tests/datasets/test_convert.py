@@ -147,7 +147,7 @@ def test_broken_caption_files() -> None:
     folder = SHARED / "data/broken"
     with pytest.raises(
         DataError,
-        match=r"4 problem\(s\)(.|\n)*line 3: (.|\n)*line 5: (.|\n)*line 6: (.|\n)*line 8: ",
+        match=r"4 problems(.|\n)*line 3: (.|\n)*line 5: (.|\n)*line 6: (.|\n)*line 8: ",
     ):
         convert.read_flickr(folder / "captions_bad_rows.txt")
     with pytest.raises(DataError, match="not UTF-8"):

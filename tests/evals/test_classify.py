@@ -87,7 +87,7 @@ def test_accuracies_with_few_classes() -> None:
         ({"templates": "templates.json"}, "a JSON list of texts is expected"),
         ({"templates": "gone.json"}, "cannot read"),
         ({"classes": "numbers.json"}, "the name of n1 is the number 3, not text"),
-        ({"classes": "more.json"}, r"names 1 folder\(s\) missing from .*classes: n9"),
+        ({"classes": "more.json"}, r"names 1 folder missing from .*classes: n9"),
         ({"templates": "bare.json"}, "entry 2: 'a bird' has no {c}"),
         ({"templates": "half.json"}, "entry 1 holds half a character"),
         ({"annotations": "gone"}, "is no folder"),

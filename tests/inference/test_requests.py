@@ -120,7 +120,7 @@ def test_what_is_wrong_with_a_video(chat, frames, tmp_path):
         encoded(chat, Request("What?", videos="nope.mp4"))
     with pytest.raises(BadImage, match="^request: video: the list of frames is empty"):
         encoded(chat, Request("What?", videos=[[]]))
-    with pytest.raises(BadSample, match=r"2 <video> mark\(s\) in the questions, but 1 video"):
+    with pytest.raises(BadSample, match=r"2 <video> marks in the questions, but 1 video"):
         encoded(chat, Request("One <video>, two <video>", videos=frames))
     with pytest.raises(UserError, match="videos must be a list, not int"):
         Request("What?", videos=5)
