@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from internvl.data.arguments import list_images
 from internvl.data.images import as_rgb, rgb_at
 from internvl.data.records import Message
-from internvl.errors import UserError
+from internvl.errors import UserError, counted
 from internvl.inference.generate import Settings
 from internvl.inference.requests import Request, list_videos, read_video, with_marks
 
@@ -219,5 +219,6 @@ class Conversation:
         return read_video(video, self.num_frames)
 
     def __repr__(self) -> str:
-        media = f"{len(self._images)} image(s), {len(self._videos)} video(s)"
-        return f"<Conversation with {self.chat.folder}: {len(self.history)} answer(s), {media}>"
+        images, videos = counted(len(self._images), "image"), counted(len(self._videos), "video")
+        answers = counted(len(self.history), "answer")
+        return f"<Conversation with {self.chat.folder}: {answers}, {images}, {videos}>"

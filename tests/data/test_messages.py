@@ -63,9 +63,7 @@ def test_marks_are_counted_in_questions_alone():
         "x line 2: 1 <image> mark in the questions, but 0 images; write one mark where each "
         r"image belongs, and \<image> (in JSON \\<image>) where the word is meant"
     )
-    with pytest.raises(
-        BadSample, match=r"0 <image> marks .*, but 2 images; [^\\]*belongs$"
-    ):
+    with pytest.raises(BadSample, match=r"0 <image> marks .*, but 2 images; [^\\]*belongs$"):
         check_marks("x", [Message("user", r"\<image>")], 2)
     with pytest.raises(BadSample, match=r"1 <video> mark .*, but 0 videos"):
         check_marks("x", [Message("user", "<video>")], 0)

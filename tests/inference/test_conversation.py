@@ -106,7 +106,7 @@ def test_a_question_that_fails_changes_nothing(chat, tmp_path):
     assert (talk.messages, talk.images) == ([], [])
     talk.ask("What?")
     assert talk.history[0][0] == "<image>\nWhat?"
-    assert "1 answer(s), 1 image(s), 0 video(s)" in repr(talk)
+    assert "1 answer, 1 image, 0 videos" in repr(talk)
 
 
 def test_an_empty_answer_is_not_kept(chat, asked):

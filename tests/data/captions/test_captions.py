@@ -182,7 +182,7 @@ def test_captions_that_are_no_text(root: Path, form: str, value: Any, expected: 
         ([{**A, "id": HALF}], [], ["images entry 1: its `id` holds half a character"]),
         ([A], [(1, "x"), {"id": HALF, "image_id": 7}], ["annotations entry 2: there is no image"]),
         ([{"file_name": "a.png"}], [], ["images entry 1: no `id`"]),
-        ([{"id": 1}], [(1, "x")], ["neither `file_name` nor `image` names it (1 caption(s)"]),
+        ([{"id": 1}], [(1, "x")], ["neither `file_name` nor `image` names it (1 caption of"]),
         ([{"id": 1, "file_name": 7}], [], ["the image's name is the number 7"]),
         ([{"id": 1, "file_name": "\ud83d.png"}], [], ["the image's name holds half a character"]),
         (["a.png"], [], ["images entry 1: a JSON object is expected, not a text"]),
