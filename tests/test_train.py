@@ -310,7 +310,7 @@ def test_the_log_shows_the_first_samples_and_what_is_supervised(project, tmp_pat
         next(updates)
         next(updates)
     ours = [r.getMessage() for r in caplog.records if r.name == "internvl"]
-    (said,) = [message for message in ours if "supervised" in message]
+    (said,) = {message for message in ours if "supervised" in message}
     assert re.match(r"step 1: 8 samples in \d rows?, \d+ tokens, \d+\.\d% of them", said)
     assert said.count("[16 visual tokens]") == 2
     shown = re.findall(r"⟦(.*?)⟧", said)
