@@ -186,7 +186,10 @@ class Progress:
             text = self.line(now_s - self._start_s, short=True)
             self._bar.set_description_str(text, refresh=False)
             self._bar.update(count)
-        if first or now_s - self._line_s >= self._every_s:
+        if note and self.done == self.total:
+            # Now, not when it closes: what follows the last step may take long.
+            self._log(now_s)
+        elif first or now_s - self._line_s >= self._every_s:
             self._log(now_s, in_bar=self._bar is not None)
 
     def line(self, elapsed_s: float, *, short: bool = False) -> str:

@@ -133,8 +133,8 @@ def test_a_terminal_shows_a_bar_and_the_file_its_lines(tmp_path: Path) -> None:
     assert "1 of 3 steps (33%)" not in out
     saved = (tmp_path / "train.log").read_text(encoding="utf-8").splitlines()
     assert [line.split(" ", 2)[2].split(",")[0] for line in saved] == [
-        *("1 of 3 steps (33%)", "checkpoint 3", "checkpoint 2", "checkpoint 1"),
-        "3 of 3 steps (100%)",
+        *("1 of 3 steps (33%)", "checkpoint 3", "checkpoint 2"),
+        *("3 of 3 steps (100%)", "checkpoint 1"),
     ]
 
 

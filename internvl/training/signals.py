@@ -1,5 +1,6 @@
 """SIGINT and SIGTERM: finish the step, save, end."""
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,9 +23,12 @@ class Stop:
 def stop_signal() -> Iterator[Stop]:
     """Context in which SIGINT and SIGTERM end the run after the current step, a second SIGINT at
     once."""
-    stop = Stop()
+    stop, process = Stop(), os.getpid()
 
     def ask(signum: int, frame: Any) -> None:
+        # A terminal sends Ctrl-C to loader workers too, which were forked with this handler.
+        if os.getpid() != process:
+            return
         if stop.asked and signum == signal.SIGINT:
             raise KeyboardInterrupt
         stop.asked = True

@@ -9,7 +9,7 @@ import tiny_run
 from ranks import run_ranks
 from tiny_run import command, losses, recipe_of, wait_for_step
 
-from internvl import train
+from internvl import log, train
 from internvl.errors import Interrupted
 from internvl.training import checkpoint, signals
 
@@ -58,6 +58,19 @@ def test_a_signal_ends_the_step_saves_and_the_run_goes_on(
     assert list(losses(recipe.run)) == [1, 2, 3]
     train.run(recipe)
     assert losses(recipe.run) == straight
+
+
+def test_forked_readers_leave_ctrl_c_to_the_run(capfd):
+    """A terminal sends it to them too."""
+    log.setup()
+    with signals.stop_signal() as stop:
+        child = os.fork()
+        if not child:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            os._exit(int(stop.asked))
+        assert os.waitpid(child, 0)[1] == 0
+    assert "stopping" not in capfd.readouterr().err
 
 
 def test_a_second_ctrl_c_ends_at_once():
