@@ -81,6 +81,20 @@ def test_a_chain_that_was_moved_loads_from_anywhere(copied, probes, monkeypatch,
         assert torch.equal(probe(copied / "runs" / name), probes[name]), name
 
 
+def test_runs_without_a_record_find_a_base_that_moved_along(copied, probes):
+    """As earlier versions wrote them: by the two paths of their recipe."""
+    for name in ("first", "second"):
+        (copied / "runs" / name / "base.json").unlink()
+    assert torch.equal(probe(copied / "runs/second"), probes["second"])
+    (copied / "runs/first").rename(copied / "elsewhere")
+    with pytest.raises(ModelFolderError, match="second: its base model is not there .* --base DIR"):
+        probe(copied / "runs/second")
+    assert torch.equal(
+        probe(copied / "runs/second", base=[copied / "elsewhere", copied / "start"]),
+        probes["second"],
+    )
+
+
 @pytest.mark.parametrize("name", ["second", "third/adapter", "full"])
 def test_every_link_of_a_chain_merges_and_exports(name, capsys, chain, probes, tmp_path):
     """Also a run that trains all weights: its base's adapters are merged into them."""
