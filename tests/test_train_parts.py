@@ -210,3 +210,23 @@ def test_a_run_is_evaluated_loaded_and_exported(parts, tmp_path):
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(ModelFolderError, match="no checkpoint yet"):
         loading.load(run, device="cpu")
+
+
+def test_a_run_on_parts_moves_with_them_and_another_starts_from_it(parts, tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    names = [old / path.name for path in parts]
+    old.mkdir()
+    for path, copy in zip(parts, names, strict=True):
+        shutil.copytree(path, copy) if path.is_dir() else shutil.copy(path, copy)
+    train.run(recipe_of(old, names, "run", projector=True))
+    lora = ["model.lora.rank=4", "model.train=[]", f"model.id={old}/run", f"run={old}/upper"]
+    reset = [f"model.{key}=null" for key in ("vision", "language", "projector", "template")]
+    train.run(load_recipe(old / "recipe.yaml", [*reset, *lora]))
+    folders = ("run", "upper", "upper/adapter")
+    expected = {name: weights(old / name) for name in folders}
+    old.rename(new)
+    for name in folders:
+        assert equal(weights(new / name), expected[name])
+    (new / "projector.pth").unlink()
+    with pytest.raises(ModelFolderError, match=r"run: its base model .*/projector.pth is not the"):
+        weights(new / "upper")
