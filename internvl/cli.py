@@ -176,23 +176,30 @@ def evaluate(args: Arguments) -> int:
     from internvl import evaluate
 
     fields = {name: getattr(args, name) for name in eval_options()}
-    measured = evaluate.measure(
-        args.model,
-        args.tasks,
-        to=args.to,
-        root=args.root,
-        dataset_root=args.dataset_root,
-        languages=args.language,
-        split=args.split,
-        output=args.output,
-        features=args.features,
-        device=args.device,
-        dtype=args.dtype,
-        step=args.step,
-        base=args.base,
+    options: dict[str, Any] = {
+        "to": args.to,
+        "root": args.root,
+        "dataset_root": args.dataset_root,
+        "languages": args.language,
+        "split": args.split,
+        "output": args.output,
+        "features": args.features,
+        "device": args.device,
+        "dtype": args.dtype,
+        "base": args.base,
         # Options that were not given must not replace a recipe's values.
         **{name: value for name, value in fields.items() if value is not None},
-    )
+    }
+    if args.step is not None and len(args.step) > 1:
+        compared = evaluate.compare(args.model, args.step, args.tasks, **options)
+        print(evaluate.render_steps(compared))
+        for measured_step, result in compared.items():
+            print(
+                f"step {measured_step}: computed in {result.computed}; written to {result.folder}"
+            )
+        return 0
+    step = None if args.step is None else args.step[0]
+    measured = evaluate.measure(args.model, args.tasks, step=step, **options)
     # Published values are for test splits only.
     model = args.model if args.split == "test" else ""
     print(evaluate.render(measured.metrics, model, measured.counts, measured.tables))
@@ -448,18 +455,17 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
             help="with --format official: copy the original's Python files from this folder",
         )
     for name in ("evaluate", "chat", "merge", "export"):
-        _add_run_arguments(add[name])
+        _add_run_arguments(add[name], several=name == "evaluate")
     _add_data_arguments(add["data"])
     return top, add
 
 
-def _add_run_arguments(sub: argparse.ArgumentParser) -> None:
+def _add_run_arguments(sub: argparse.ArgumentParser, *, several: bool) -> None:
     """Adds the options of runs and adapters that a verb opens."""
-    sub.add_argument(
-        "--step",
-        type=int,
-        help="step of a run's checkpoint (default: the newest); or name RUN/checkpoints/000400",
-    )
+    text = "step of a run's checkpoint (default: the newest); or name RUN/checkpoints/000400"
+    if several:
+        text += "; several steps, as 200,400, are compared"
+    sub.add_argument("--step", type=_steps if several else int, metavar="STEP", help=text)
     sub.add_argument(
         "--base",
         action="append",
@@ -560,6 +566,17 @@ def _value_settings(hint: Any) -> dict[str, Any]:
         # pydantic converts the elements, with its error for the whole key.
         return {"type": _split_commas}
     return {"type": hint}
+
+
+def _steps(text: str) -> list[int]:
+    """Parses steps separated by commas."""
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        # argparse's own message would name this function.
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no step; write a number, or several as 200,400"
+        ) from None
 
 
 def _split_commas(text: str) -> list[str]:

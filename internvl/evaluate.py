@@ -209,6 +209,39 @@ def measure(
     return Measured(metrics, counts, tables, folder, str(numerics))
 
 
+def compare(
+    run_folder: str | Path,
+    steps: Sequence[int],
+    tasks: Sequence[str] | str = (),
+    *,
+    to: str | Path | None = None,
+    **options: Any,
+) -> dict[int, Measured]:
+    """Evaluates several checkpoints of a run; returns step -> what `measure` returns.
+
+    Args:
+        to: as of `measure`; each step has a subfolder of it.
+        options: of `measure`.
+
+    Raises:
+        ConfigError, UserError: as `measure`; every step is checked before the first is measured.
+    """
+    for step in steps:
+        run_step = find_run(run_folder, step)
+        if run_step is not None:
+            _ = run_step.checkpoint
+    return {
+        step: measure(
+            run_folder,
+            tasks,
+            to=None if to is None else Path(to) / f"{step:06d}",
+            step=step,
+            **options,
+        )
+        for step in dict.fromkeys(steps)
+    }
+
+
 def _jobs_name(jobs: Mapping[str, Job]) -> str:
     """Returns a name for a folder of the results of these evaluations."""
     # A user's file has a name, its task is one of all files.
@@ -583,6 +616,20 @@ def render(
             reference = references.get(metric)
             lines.append(line if reference is None else f"{line}  {reference:9.4f}")
     return "\n".join([*lines, *notes])
+
+
+def render_steps(measured: Mapping[int, Measured]) -> str:
+    """Renders a table of metrics with a column for each step."""
+    names = dict.fromkeys(name for result in measured.values() for name in result.metrics)
+    heads = [f"step {step}" for step in measured]
+    width, column = max(map(len, names), default=0), max(8, *map(len, heads))
+    lines = ["  ".join([" " * width, *(f"{head:>{column}}" for head in heads)])]
+    for name in names:
+        # A step may lack a metric, such as one of answers that are all empty.
+        values = (result.metrics.get(name) for result in measured.values())
+        cells = (f"{'' if value is None else f'{value:.4f}':>{column}}" for value in values)
+        lines.append("  ".join([f"{name:{width}}", *cells]))
+    return "\n".join(lines)
 
 
 def _incomplete_set_note(evaluation: str, counts: Mapping[str, int]) -> str:

@@ -230,5 +230,22 @@ def test_steps_are_evaluated_into_folders_of_their_own(chain, copied):
     written = [path.relative_to(run) for path in run.glob("evals/evaluate/**/result.json")]
     assert len(written) == 2
     assert Path("evals/evaluate/000002/caption-file-captions/result.json") in written
+    compared = evaluate.compare(run, [2, 3], **options)
+    assert {step: result.metrics for step, result in compared.items()} == {2: earlier, 3: newest}
+    lines = [line.split() for line in evaluate.render_steps(compared).splitlines()]
+    assert lines[0] == ["step", "2", "step", "3"]
+    assert [line[0] for line in lines[1:]] == [*newest]
     with pytest.raises(UserError, match="has no checkpoint of step 9"):
-        evaluate.run(run, step=9, **options)
+        evaluate.compare(run, [2, 9], **options)
+
+
+def test_steps_are_compared_on_the_command_line(chain, capsys, tmp_path):
+    words = [f"--annotations={chain}/p/captions.json", f"--images={chain}/p", "--limit=2"]
+    words += ["--metrics=exact", "--max-new-tokens=2", f"--to={tmp_path}", "--prompt=Name it."]
+    code, out, _ = call(capsys, "evaluate", chain / "runs/first", "--step", "2,3", *words)
+    assert code == 0
+    assert "step 2    step 3" in out
+    assert f"written to {tmp_path}/000002" in out
+    code, _, err = call(capsys, "evaluate", chain / "runs/first", "--step", "2,x", *words)
+    assert code == 2
+    assert "argument --step: '2,x' is no step; write a number, or several as 200,400" in err
