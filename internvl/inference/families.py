@@ -191,6 +191,7 @@ class ChatFamily(Family):
 
     def settings(self, handle: Chat) -> dict[str, Any]:
         """See `Family.settings`."""
+        # Not the pixel shuffle's version: it is the base's, whatever an adapter folder says.
         settings = configs.chat_settings(handle.model.config)
         return {key: settings[key] for key in configs.RUN_KEYS}
 
