@@ -70,6 +70,9 @@ def wrong_marks(messages: Sequence[Message], mark: str, num_media: int) -> str |
         return None
     noun = mark.strip("<>")
     remedy = f"write one mark where each {noun} belongs"
+    # The original's files often have none: it puts a lone image first.
+    if marks == 0 and num_media == 1:
+        remedy += ", or set insert_image_mark: true for the source, which puts it first"
     # Too many usually means a question about HTML, which JSON escapes once more.
     if marks > num_media:
         remedy += f", and \\{mark} (in JSON \\\\{mark}) where the word is meant"

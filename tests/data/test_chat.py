@@ -119,8 +119,12 @@ def test_training_continues_the_prompt_of_inference(name):
         ((), 0, "the conversation is empty"),
         ((("assistant", "a"),), 1, "no question before the caption; set its source's prompt"),
         ((("user", "a"), ("user", "b"), ("assistant", "c")), 0, "1 and 2 are both from user"),
-        ((("user", "a"), ("assistant", "b")), 1, "0 <image> mark.s. in the questions, but 1"),
-        ((("user", "<image>"), ("assistant", "b")), 0, "1 <image> mark.s. in the questions, but 0"),
+        (
+            (("user", "a"), ("assistant", "b")),
+            1,
+            "0 <image> marks in the questions, but 1 image; write .* insert_image_mark: true",
+        ),
+        ((("user", "<image>"), ("assistant", "b")), 0, "1 <image> mark in the questions, but 0"),
         ((("user", "<IMG_CONTEXT>"), ("assistant", "b")), 0, "must not contain <IMG_CONTEXT>"),
         ((("user", "a " * 300), ("assistant", "b")), 0, "would lose every answer"),
     ],
@@ -149,7 +153,7 @@ def test_a_mark_after_a_backslash_is_the_word(name):
     assert example.input_ids[: len(prompt)].tolist() == prompt.tolist()
     with pytest.raises(BadSample, match=r"2 <image> mark.*1 image.*\\<image> .* where the word"):
         encode.prompt([Message("user", "<image> or <image>?")], (1,))
-    with pytest.raises(BadSample, match="1 <video> mark.s. in the questions, but 0 video"):
+    with pytest.raises(BadSample, match="1 <video> mark in the questions, but 0 video"):
         encode.encode(conversation("What is <video>?", "A tag."), ())
 
 
