@@ -419,7 +419,9 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
     )
     for name in ("check", "train"):
         add[name].add_argument(
-            "recipe", type=Path, help="YAML file, or name of a recipe such as internvl2_2b_lora"
+            "recipe",
+            type=Path,
+            help="YAML file, run folder, or name of a recipe: internvl2_2b_lora",
         )
         add[name].add_argument(
             "overrides",

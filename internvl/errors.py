@@ -5,6 +5,7 @@ Imports nothing of the package: every part may use it.
 
 import errno
 import os
+from collections.abc import Mapping
 from typing import Any
 
 _LONGEST_LINE = 300  # characters of a foreign exception that are shown
@@ -126,13 +127,18 @@ class DataError(UserError):
 class BadSample(UserError):
     """A sample that cannot be trained on: its name (file and line), the reason, the remedy."""
 
-    def __init__(self, name: str, reason: str) -> None:
+    def __init__(self, name: str, reason: str, needs: Mapping[str, int] | None = None) -> None:
+        """
+        Args:
+            needs: a recipe's keys -> the smallest values with which the sample would be good.
+        """
         super().__init__(f"{name}: {reason}")
         self.name = name
         self.reason = reason
+        self.needs = dict(needs or {})
 
     def __reduce__(self) -> tuple[Any, ...]:  # loader workers send it through a pipe
-        return BadSample, (self.name, self.reason)
+        return BadSample, (self.name, self.reason, self.needs)
 
 
 class BadImage(UserError):

@@ -25,9 +25,9 @@ from internvl.config import (
 from internvl.config.recipes import load_recipe
 from internvl.data.arguments import list_texts
 from internvl.datasets import published as published_sets
-from internvl.errors import ConfigError, UnknownModel
+from internvl.errors import ConfigError, ModelFolderError, UnknownModel
 from internvl.evals.scores import Table
-from internvl.files import write_json, write_text
+from internvl.files import no_such_model, write_json, write_text
 from internvl.inference import load as loading
 from internvl.inference.families import LoadOptions
 from internvl.inference.opened import OpenedModel, RunStep, find_run, open_model
@@ -153,6 +153,7 @@ def measure(
 
     Raises:
         ConfigError: an unknown task, or missing files of a set, with their URLs.
+        ModelFolderError: no such run or model.
         UserError: data that cannot be used.
     """
     tasks, languages = list_texts(tasks, "task"), list_texts(languages, "language")
@@ -160,6 +161,14 @@ def measure(
     # A call from Python may name a single mode.
     if isinstance(fields.get("modes"), str):
         fields["modes"] = [fields["modes"]]
+    problem = no_such_model(model_or_run)
+    if problem is not None:
+        raise ModelFolderError(problem)
+    if not tasks and "annotations" not in fields and not Path(model_or_run).exists():
+        raise ConfigError(
+            f"{model_or_run}: there is no such run; to evaluate a model of the hub, name a task or "
+            "--annotations"
+        )
     run_step = find_run(model_or_run, step)
     recipe = None if run_step is None else load_recipe(run_step.folder / "recipe.yaml")
     run_evals = {} if recipe is None else recipe.evals

@@ -5,6 +5,7 @@ clone without LFS, half a file after an interrupted download, a proxy's error pa
 of the package but its errors, so that every reader and writer may use it.
 """
 
+import difflib
 import json
 import os
 import secrets
@@ -122,6 +123,25 @@ def unreadable(file: Path, error: OSError) -> ModelFolderError:
         return ModelFolderError(f"{file}: missing, so this is not a complete model folder")
     reason = error.strerror or type(error).__name__
     return ModelFolderError(f"{file}: cannot be opened ({reason}); check what it is and its rights")
+
+
+def no_such_model(name: str | Path) -> str | None:
+    """Returns why a name is no run, model or hub id; None if it exists or the hub may have it."""
+    text, path = str(name), Path(name).expanduser()
+    if path.suffix == ".pth" or path.exists():
+        return None
+    # What looks like a path is never asked of the hub: a typo would read as a network error.
+    if path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
+        return (
+            f"{text}: no such folder, and not a hub id of the form owner/name; "
+            "`internvl models` lists the released models"
+        )
+    # A folder of this machine, such as runs/, is no owner on the hub.
+    if not path.parent.is_dir():
+        return None
+    near = difflib.get_close_matches(path.name, sorted(p.name for p in path.parent.iterdir()), n=1)
+    hint = f"did you mean {path.parent / near[0]}?" if near else f"`ls {path.parent}` shows others"
+    return f"{text}: there is no such run or model; {hint}"
 
 
 def read_object(file: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ run        the loop: step, log, evaluate, save
 
 import logging
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,8 +24,8 @@ from internvl.compute import backends, compilation, feeding, kernels, memory, pl
 from internvl.config import EvalConfig, Recipe
 from internvl.data import loader, row_steps
 from internvl.data.records import Batch
-from internvl.data.sampler import Order, Position, SampleOrder
-from internvl.data.sources import Source, open_source, source_configs
+from internvl.data.sampler import Ending, Order, Position, SampleOrder, step_bounds
+from internvl.data.sources import open_sources
 from internvl.errors import Interrupted, RunError, counted
 from internvl.inference import inherited, opened
 from internvl.inference import load as loading
@@ -44,6 +45,7 @@ from internvl.parallel import gradients
 from internvl.training import (
     checkpoint,
     early_stopping,
+    length,
     memory_ladder,
     optim,
     run_folder,
@@ -68,9 +70,13 @@ class TrainState:
     order: Order
     reader: Dataset[loader.Read]
     num_steps: int
+    total_samples: int
+    """Samples that the whole run shows; 0 if a step is counted in rows."""
     guard: Guard
     evaluators: dict[str, evals.Evaluator]
     """The recipe's evaluations with their data read; empty on all ranks but 0."""
+    endings: tuple[Ending, ...] = ()
+    """Earlier ends of a run that was made longer."""
     row_lengths: tuple[int, ...] = ()
     """Lengths in tokens that rows are padded to; empty if rows are not padded."""
     step: int = 0
@@ -89,17 +95,13 @@ class TrainState:
     def folder(self) -> Path:
         return self.recipe.run
 
-    @property
-    def total_samples(self) -> int:
-        """Number of samples that the whole run shows."""
-        return self.recipe.num_samples(self.order.epoch_size(self.recipe.epochs))
-
 
 def build(
     recipe: Recipe,
     chat: Chat | Dual | None = None,
     order: Order | None = None,
     start: OpenedModel | None = None,
+    endings: Sequence[Ending] = (),
 ) -> TrainState:
     """Builds everything a run needs: data, model on its device, objective and optimizer.
 
@@ -107,6 +109,7 @@ def build(
         chat: a model to train as it is, adapters included, instead of loading `recipe.model`.
         order: order of the samples, instead of that of a new run.
         start: `recipe.model` if it is already open.
+        endings: earlier ends of the run.
     """
     device = dist.init_from_env(recipe.device)
     if not inherited.is_complete(recipe):
@@ -121,7 +124,7 @@ def build(
     chat = loading.for_training(recipe, start) if chat is None else chat
     if order is None:
         order = SampleOrder(
-            _open_sources(recipe), share_prefix=recipe.shares_prefix, seed=recipe.seed
+            open_sources(recipe.data), share_prefix=recipe.shares_prefix, seed=recipe.seed
         )
     packs = recipe.objective.rows_are_packed
     objective = OBJECTIVES[recipe.objective.name](recipe.objective, recipe.data, chat.encoder)
@@ -129,6 +132,7 @@ def build(
     kernels.apply_compute(chat.model, device, recipe.compute)
     # Last: apply_compute may replace modules, and the optimizer must hold what trains.
     optimizer = optim.build(chat.model, recipe.optim)
+    num_steps, total = length.of_run(recipe, order, endings)
     return TrainState(
         recipe=recipe,
         device=device,
@@ -137,15 +141,13 @@ def build(
         optimizer=optimizer,
         order=order,
         reader=objective.reader(order.files, recipe.seed),
-        num_steps=recipe.num_steps(order.epoch_size(recipe.epochs)),
+        num_steps=num_steps,
+        total_samples=total,
         guard=Guard(recipe.guard),
         evaluators=evaluators,
+        endings=tuple(endings),
         row_lengths=backends.row_lengths(recipe.compute, device, recipe.data) if packs else (),
     )
-
-
-def _open_sources(recipe: Recipe) -> list[Source]:
-    return [open_source(source) for source in source_configs(recipe.data)]
 
 
 def _complete_recipe(
@@ -163,6 +165,8 @@ def _complete_recipe(
 def train_step(state: TrainState, micro_batches: Sequence[Batch]) -> dict[str, float]:
     """Takes one optimizer step; returns its loss, terms, learning rate and gradient norm.
 
+    A step without a good sample on any rank counts, but updates nothing and has no loss.
+
     The gradient does not depend on how the step's samples are split into rows and over ranks.
 
     Raises:
@@ -172,7 +176,10 @@ def train_step(state: TrainState, micro_batches: Sequence[Batch]) -> dict[str, f
     counts_by_row = [objective.counts(batch) for batch in micro_batches]
     # Counted over all ranks before the first backward pass: each row's sum is divided by the count
     # of the whole step, so the gradient is the mean over the step, not a mean of rows' means.
-    counts = dist.sum_counts({n: sum(row[n] for row in counts_by_row) for n in objective.weights})
+    counts = {name: sum(row[name] for row in counts_by_row) for name in objective.weights}
+    counts = dist.sum_counts({**counts, _ROWS: len(micro_batches)})
+    if not counts.pop(_ROWS):
+        return _pass_over(state)
     empty = [name for name, count in counts.items() if count == 0]
     if empty:
         raise RunError(f"step {state.step + 1} has nothing to train on for {', '.join(empty)}")
@@ -216,6 +223,23 @@ def train_step(state: TrainState, micro_batches: Sequence[Batch]) -> dict[str, f
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     return step_metrics | {"lr": lr, "grad_norm": norm} | ({"skipped": 1.0} if skipped else {})
+
+
+_ROWS = "rows"
+"""Name of the count of batches, next to those of the objective's terms."""
+
+
+def _pass_over(state: TrainState) -> dict[str, float]:
+    """Counts a step of bad samples alone, which has nothing to update with."""
+    # Counted, not taken again: the position in the data stays a function of the step, for a resume
+    # and for every rank.
+    lr = optim.lr_at(state.step, state.num_steps, state.recipe.optim)
+    state.step += 1
+    reason = "all of its samples are bad, so nothing is updated"
+    log.get_logger().warning("step %d: %s", state.step, reason)
+    if dist.is_main():
+        log.StepLog(state.folder, spikes.SKIPPED).append({"step": state.step, "reason": reason})
+    return {"lr": lr, "skipped": 1.0}
 
 
 def _weighted_loss(state: TrainState, sums: dict[str, float], counts: dict[str, float]) -> float:
@@ -294,13 +318,15 @@ def updates(state: TrainState) -> Iterator[dict[str, float]]:
     Compiles before the first step. The next step's rows are read while one trains.
     """
     warm_up(state)
-    first = state.step
+    is_described = False
     for step, wait_s in feeding.prefetch(_steps(state)):
         started = time.perf_counter()
         handle_bad_samples(state, step)
-        if step.index == first:
+        # The first one that this rank has samples of; all of a step may be bad.
+        if step.batches and not is_described:
             description = state.objective.describe(step.batches)
-            log.get_logger().info("step %d: %s", first + 1, description)
+            log.get_logger().info("step %d: %s", step.index + 1, description)
+            is_described = True
         step_metrics = train_step(state, step.batches)
         # The position of this step: the loader itself is one step ahead.
         state.position = step.position
@@ -329,25 +355,30 @@ def run(recipe: Recipe) -> Path:
     # Every rank has read the run folder's recipe before rank 0 overwrites it.
     dist.barrier()
     with run_folder.owned(recipe), _log_file(recipe.run), signals.stop_signal() as stop:
-        if run_folder.finished(recipe.run):
-            logger.info("the run %s is finished; choose another `run` to train again", recipe.run)
+        if length.finished(recipe.run):
+            logger.info("the run %s is finished; %s", recipe.run, length.how_to_go_on(recipe))
             return recipe.run
         num_done = max(checkpoint.steps(recipe.run / "checkpoints"), default=0)
+        endings = length.endings(recipe.run)
         # Samples; if a step is counted in rows, data may not grow and only 0 or not matters.
-        num_done *= recipe.global_batch or 1
-        order = run_folder.order_of(recipe, _open_sources(recipe), num_done)
+        num_done, _ = step_bounds(num_done, recipe.global_batch or 1, sys.maxsize, endings)
+        order = run_folder.order_of(recipe, open_sources(recipe.data), num_done)
         start = completed.start or opened.open_start(recipe)
         if dist.is_main():
             bases.write(recipe.run, opened.places(recipe, start))
-        state = build(recipe, order=order, start=start)
+        state = build(recipe, order=order, start=start, endings=endings)
         metrics = _resume(state)
         logger.info("%s\n%s", summary(state), completed.render())
+        if endings and state.step == endings[-1].step:
+            logger.info("%s", length.continuation(recipe.optim, endings, state.num_steps))
         stop_reason = validate(state, metrics)
         readout = tracking.Readout()
         with log.Progress("steps", total=state.num_steps, done=state.step) as progress:
             for step_metrics in updates(state) if stop_reason is None else ():
                 stopped = stop.agreed()
-                if state.step % recipe.log_every == 0 or state.step == state.num_steps:
+                is_logged = state.step % recipe.log_every == 0 or state.step == state.num_steps
+                # A step that was passed over has no loss; its line is in skipped_steps.jsonl.
+                if is_logged and "loss" in step_metrics:
                     metrics.write(state.step, step_metrics)
                 progress.update(note=readout.line(step_metrics))
                 if (
@@ -374,7 +405,7 @@ def run(recipe: Recipe) -> Path:
                 folder, base = state.folder / "adapter", start.local or recipe.model.id
                 settings = FAMILIES[state.chat.family].settings(state.chat)
                 lora.save_adapter(state.model, folder, base, start.step, settings)
-            run_folder.finish(recipe.run, state.step, reason)
+            length.finish(recipe, state.step, state.total_samples, reason)
         dist.barrier()
     return recipe.run
 
@@ -531,6 +562,7 @@ def _steps(state: TrainState) -> Iterator[loader.Step]:
         last=state.num_steps,
         global_batch=recipe.batch_samples,
         total=state.total_samples,
+        endings=state.endings,
         workers=recipe.data.workers,
         rank=dist.rank(),
         world_size=dist.world_size(),

@@ -48,7 +48,7 @@ from internvl.inference import dual, generate
 from internvl.inference import load as loading
 from internvl.models.adapters import lora
 from internvl.objectives.sft import Sft
-from internvl.training import checkpoint, early_stopping, run_folder
+from internvl.training import checkpoint, early_stopping, length, run_folder
 
 Problems = Sequence[Exception]
 TILES = TilesConfig(size=28, max=2)
@@ -780,6 +780,7 @@ def seed_run(folder: Path) -> None:
     for step in (0, 5):
         values = {"val/loss": 1.5, "val/exact": 0.25}
         (run / "evals" / f"{step:06d}.json").write_text(json.dumps(values))
+    (run / "endings.json").write_text(json.dumps({"endings": [{"step": 3, "samples": 20}]}))
     tree_ = recipe_tree(folder) | {"run": str(run)}
     (run / "recipe.yaml").write_text(yaml.safe_dump(tree_, sort_keys=False))
 
@@ -792,7 +793,8 @@ def read_run(folder: Path) -> Problems:
     given = seed_copy("run") / "run" / "recipe.yaml"
     recipe = replace(load_recipe(given), run=run)
     with run_folder.owned(recipe):
-        run_folder.finished(run)
+        length.finished(run)
+        length.endings(run)
         model, optimizer = small_training()
         for step in checkpoint.steps(run / "checkpoints"):
             state = checkpoint.load(run / "checkpoints", step, model, optimizer)
@@ -1211,7 +1213,7 @@ _TABLE = (
             "internvl.training.checkpoint.load",
             "internvl.log.StepLog._parse",
             "internvl.training.early_stopping.history",
-            "internvl.config.recipes.differences",
+            "internvl.config.recipes.changes",
         ),
         cost=2,
     ),

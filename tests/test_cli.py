@@ -45,7 +45,7 @@ def test_help_is_instant(verb):
     ("overrides", "code", "said"),
     [
         (["optm.lr=1"], 2, "optm: unknown key; did you mean optim?"),
-        (["optim.lr=fast"], 2, "optim.lr: input should be a valid number"),
+        (["optim.lr=fast"], 2, "optim.lr: must be a number"),
         (["data.sources.0.annotations=gone.jsonl"], 1, "there is no annotation file gone.jsonl"),
         (["model.id=gone/model"], 1, "gone/model"),
         (["data.tiles.size=60"], 1, "data.tiles.size = 60 does not fit this model"),
@@ -133,7 +133,7 @@ def test_evaluate_and_export(capsys, project, tmp_path):
         (["retrieval-xtd", "--language", "de"], "has no language 'de'; it has en, es"),
         (["caption-coco"], "caption-coco: 3 files or folders are missing"),
         (["caption-coco"], "coco_karpathy_test.json: from https://github.com/OpenGVLab/"),
-        (["retrieval-folder", "--annotations", "x", "--mode", "h"], "modes.0: input should be"),
+        (["retrieval-folder", "--annotations", "x", "--mode", "h"], "modes.0: must be"),
     ],
 )
 def test_tasks_that_cannot_run_load_no_model(capsys, tmp_path, words, said):

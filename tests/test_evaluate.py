@@ -9,6 +9,7 @@ import tiny_run
 from tiny_run import recipe_of
 
 from internvl import evaluate, export, train
+from internvl.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +185,21 @@ def test_published_scores_of_every_task_language_and_mode() -> None:
     mean = evaluate.published(tuned, "retrieval-flickr30k-cn/g_mean_recall")
     assert mean == pytest.approx(0.964)
     assert evaluate.published("somebody/else", "caption-coco/cider") is None
+
+
+def test_a_name_of_no_run_or_model_is_said_before_all_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    for name, said in {
+        "runs/nope": "runs/nope: there is no such run or model; `ls runs` shows others",
+        "runs/min": "runs/min: there is no such run or model; did you mean runs/mine?",
+        "nope": "nope: no such folder, and not a hub id of the form owner/name",
+        "./no/folder": "./no/folder: no such folder",
+        "owner/nope": "owner/nope: there is no such run; to evaluate a model of the hub, name a",
+    }.items():
+        with pytest.raises(UserError) as refused:
+            evaluate.run(name)
+        assert str(refused.value).startswith(said)
+        with pytest.raises(UserError) as refused:
+            evaluate.run(name, "no-task")
+        assert str(refused.value).startswith(said if "owner" not in name else "there is no task")

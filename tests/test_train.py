@@ -134,6 +134,58 @@ def test_bad_samples_are_raised_or_listed(project, tmp_path):
         train.run(recipe_of(project, tmp_path, f"run={tmp_path / 'few'}", *few))
 
 
+# One image of 24 is broken; its two samples are a step of their own.
+ALL_BAD = ["data.on_bad_sample=skip", "data.max_bad_fraction=0.5", "global_batch=2", "steps=24"]
+
+
+@pytest.fixture(scope="module")
+def broken(project, tmp_path_factory):
+    """The override for the project's data with a broken image."""
+    folder = tmp_path_factory.mktemp("data")
+    for file in (*project.parent.glob("*.png"), project.parent / "train.jsonl"):
+        shutil.copy(file, folder)
+    (folder / "red-circle.png").write_bytes(b"no image")
+    return f"data.sources=[{{name: s, annotations: {folder}/train.jsonl, images: {folder}}}]"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_step_of_bad_samples_alone_is_passed_over(project, broken, tmp_path, workers):
+    settings = [broken, *ALL_BAD, f"data.workers={workers}", "checkpoint.every=1"]
+    done = train.run(recipe_of(project, tmp_path, *settings, "checkpoint.keep=99"))
+    (skipped,) = log.StepLog(done, "skipped_steps.jsonl").rows()
+    assert skipped["reason"].startswith("all of its samples are bad")
+    assert sorted([*losses(done), skipped["step"]]) == list(range(1, 25))
+    listed = log.StepLog(done, "bad_samples.jsonl").rows()
+    assert [row["step"] for row in listed] == [skipped["step"]] * 2
+    # As if the machine had gone right before that step, in it, and after it.
+    for first in (skipped["step"] - 1, skipped["step"], skipped["step"] + 1):
+        again = tmp_path / f"from{first}"
+        shutil.copytree(done, again)
+        (again / "finished.json").unlink()
+        for step in range(first + 1, 25):
+            shutil.rmtree(again / "checkpoints" / f"{step:06d}")
+        train.run(recipe_of(project, tmp_path, *settings, "checkpoint.keep=99", f"run={again}"))
+        assert losses(again) == losses(done)
+        for name in ("skipped_steps.jsonl", "bad_samples.jsonl"):
+            assert (again / name).read_bytes() == (done / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_with_bad_samples_bit_for_bit(project, broken, tmp_path):
+    settings = [broken, *ALL_BAD, "checkpoint.every=3", "data.workers=1"]
+    straight = train.run(recipe_of(project, tmp_path, *settings))
+    folder = tmp_path / "killed"
+    for lowest in (4, 11, 18):
+        process = subprocess.Popen(command(project, folder, *settings))
+        wait_for_step(folder, lowest, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command(project, folder, *settings), check=True)
+    assert losses(folder) == losses(straight)
+    for name in ("skipped_steps.jsonl", "bad_samples.jsonl"):
+        assert (folder / name).read_bytes() == (straight / name).read_bytes()
+
+
 def test_accumulation_gives_the_same_gradient(project, tmp_path):
     """8 samples as one row, as several, and as one row each: 1 x 8, 2 x 4, 8 x 1."""
     found = []

@@ -68,6 +68,17 @@ def test_ranks_list_bad_samples_once_and_stop_together(project, tmp_path):
     assert "missing.png" in listed["reason"]
     rows = log.StepLog(done, "metrics.jsonl").rows()
     assert sum(row["samples"] for row in rows) == 47
+    # On batches of two, the pair of lines of a missing image is a whole step.
+    second = json.loads(lines[1]) | {"image": "missing.png"}
+    broken.write_text("\n".join([json.dumps(row), json.dumps(second), *lines[2:]]) + "\n")
+    settings = [*settings, "global_batch=2", "steps=24"]
+    alone = train.run(recipes.load_recipe(project, [*settings, f"run={tmp_path / 'one'}"]))
+    together = tmp_path / "two"
+    run_ranks(TRAIN.format(recipe=str(project), settings=[*settings, f"run={together}"]))
+    for name in ("skipped_steps.jsonl", "bad_samples.jsonl"):
+        assert (together / name).read_bytes() == (alone / name).read_bytes()
+    assert len(log.StepLog(together, "skipped_steps.jsonl").rows()) == 1
+    assert log.StepLog(together, "metrics.jsonl").rows()[-1]["step"] == 24
     raising = [source, "steps=6", f"run={tmp_path / 'raised'}"]
     with pytest.raises(AssertionError, match=r"BadSample: .*broken.jsonl line 1"):
         run_ranks(TRAIN.format(recipe=str(project), settings=raising))

@@ -35,7 +35,7 @@ from internvl.data.pairs import CaptionEncoder
 from internvl.data.records import PackedBatch, Pair, Sample, Tiles, Unit
 from internvl.data.row_steps import row_steps
 from internvl.data.sampler import Position, SampleOrder, UnitRef
-from internvl.data.sources import Source, open_source, source_configs
+from internvl.data.sources import Source, open_source, readable_configs, wrong_count
 from internvl.data.workers import Reading, describe_refs, name_failing
 from internvl.errors import BadSample, DataError, UserError, counted
 from internvl.evals import EVALS
@@ -78,8 +78,8 @@ def run(recipe: Recipe, *, report: Path | None = None) -> CheckResult:
     recipe = completed.recipe
     checked = CheckResult(recipe, inherited=completed.render())
     encoder = _make_encoder(recipe, opened)
-    files, unusable = _open_all(recipe)
-    checked.problems += unusable
+    files, problems, are_all = _open_all(recipe)
+    checked.problems += problems
     # The recipe's own objective and reader: a new one is checked as what it is.
     objective: Any = OBJECTIVES[recipe.objective.name](recipe.objective, recipe.data, encoder)
     reader: Any = objective.reader(files, recipe.seed)
@@ -89,7 +89,7 @@ def run(recipe: Recipe, *, report: Path | None = None) -> CheckResult:
     for name, config in recipe.evals.items():
         checked.problems += _eval_problems(name, config)
     # With a source missing, the order of the samples and the number of steps would be others.
-    if files and not unusable:
+    if files and are_all:
         order = SampleOrder(files, share_prefix=recipe.shares_prefix, seed=recipe.seed)
         add_first_step = _first_rows if recipe.objective.rows_are_packed else _first_pairs
         add_first_step(order, reader, objective, checked)
@@ -98,16 +98,20 @@ def run(recipe: Recipe, *, report: Path | None = None) -> CheckResult:
     return checked
 
 
-def _open_all(recipe: Recipe) -> tuple[list[Source], list[BadSample]]:
-    """Opens the recipe's sources; returns them and a problem for each that cannot be opened."""
+def _open_all(recipe: Recipe) -> tuple[list[Source], list[BadSample], bool]:
+    """Opens the recipe's sources: (sources, problems, True if all can be read)."""
     try:
-        configs = source_configs(recipe.data)
+        configs, wrong = readable_configs(recipe.data)
+        problems = [BadSample(f"{recipe.data.meta}: {bad.name}", bad.reason) for bad in wrong]
+        are_all = all(bad.reason.startswith("`length`") for bad in wrong)
     except DataError as error:
-        return [], [BadSample("data.meta", str(error))]
-    files, problems = [], []
+        configs, problems = list(recipe.data.sources), [BadSample("data.meta", str(error))]
+        are_all = False
+    files = []
     for config in configs:
         try:
-            files.append(open_source(config))
+            # A wrong count hides no problem of the lines, so they are read all the same.
+            file = open_source(config, check_count=False)
         except DataError as error:
             # Most sentences of files name the file; those of sources begin with the source.
             path, reason = (
@@ -116,7 +120,13 @@ def _open_all(recipe: Recipe) -> tuple[list[Source], list[BadSample]]:
             )
             name = f"source {config.name}" if path in reason else path
             problems.append(BadSample(name, reason))
-    return files, problems
+            are_all = False
+            continue
+        files.append(file)
+        reason_of_count = wrong_count(file)
+        if reason_of_count is not None:
+            problems.append(BadSample(f"source {config.name}", reason_of_count))
+    return files, problems, are_all
 
 
 def _make_encoder(recipe: Recipe, opened: OpenedModel) -> ChatEncoder | CaptionEncoder:
@@ -200,7 +210,7 @@ class _ChunkCounter(Dataset[_ChunkCounts]):
         return {
             "rows": rows,
             "digests": digests,
-            "bad": [(bad.name, bad.reason) for bad in read.bad],
+            "bad": [(bad.name, bad.reason, bad.needs) for bad in read.bad],
         }
 
 
@@ -309,7 +319,9 @@ def _eval_problems(name: str, config: EvalConfig) -> list[BadSample]:
         # The constructor reads the annotations and opens every image; no model is needed.
         EVALS[config.type](config)
     except DataProblems as error:
-        return [BadSample(f"evals.{name}", str(problem)) for problem in error.problems]
+        return [
+            BadSample(f"evals.{name} {problem.name}", problem.reason) for problem in error.problems
+        ]
     except UserError as error:
         return [BadSample(f"evals.{name}", str(error))]
     return []
@@ -345,8 +357,7 @@ def _rows_of_first_step(
 ) -> tuple[list[UnitRef], list[Unit], list[PackedBatch]]:
     """Returns references, units and rows of the first step; all empty if no sample is readable."""
     if recipe.global_batch_rows is None:
-        refs = order.step(0, recipe.batch_samples, recipe.num_samples(len(order)))
-        units = [unit for ref in refs for unit in reader[ref].units]
+        refs, units = _first_units(order, reader, recipe)
         return refs, units, objective.batches(units) if units else []
     groups: list[list[Unit]] = []
 
@@ -374,13 +385,26 @@ def _rows_of_first_step(
     return refs, units, objective.rows(groups)
 
 
+def _first_units(
+    order: SampleOrder, reader: Dataset[Read], recipe: Recipe
+) -> tuple[list[UnitRef], list[Any]]:
+    """Returns references and units of the first step that has a good sample; empty if none has."""
+    # Training passes over a step of bad samples alone.
+    for step in range(recipe.num_steps(len(order))):
+        refs = order.step(step, recipe.batch_samples, recipe.num_samples(len(order)))
+        units = [unit for ref in refs for unit in reader[ref].units]
+        # Later epochs have the same samples.
+        if units or (step + 1) * recipe.batch_samples >= len(order):
+            return refs, units
+    return [], []
+
+
 def _first_pairs(
     order: SampleOrder, reader: Dataset[Read], objective: Objective, checked: CheckResult
 ) -> None:
     """Adds the number of steps and a description of the first step's pairs."""
     recipe = checked.recipe
-    refs = order.step(0, recipe.batch_samples, recipe.num_samples(len(order)))
-    units = [unit for ref in refs for unit in reader[ref].units]
+    _, units = _first_units(order, reader, recipe)
     if units:
         steps = _arithmetic(order, recipe)
         batches: Sequence[Any] = objective.batches(units)

@@ -1,21 +1,20 @@
 """Result of `check`, as text (`CheckResult.render`) and as an HTML page (`page`)."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
 
 from internvl import report as pages
+from internvl.check import problems as grouped
 from internvl.config import Recipe
 from internvl.data.chat import marked
 from internvl.data.records import Grid, Sample
 from internvl.errors import BadSample, counted
 from internvl.plan.work import FirstStep
 
-# A wrong image folder makes every line a problem; the first ones already show that.
-_SHOWN_PROBLEMS = 20
 _NEAR = 0.9
 """Share of `data.max_tokens` from which on a sample counts as near the limit."""
 _NUM_BINS = 10
@@ -84,7 +83,7 @@ class CheckResult:
     def render(self) -> str:
         """Formats problems, settings, sources, sizes, steps and the first batch as text."""
         paragraphs = [
-            "\n".join(_problem_lines(self.problems)),
+            "\n".join(grouped.lines(self.problems, self.recipe.data)),
             self.inherited,
             "\n".join(_source_line(name, counts) for name, counts in self.counts.items()),
             "\n".join(self.summary()),
@@ -134,17 +133,6 @@ class CheckResult:
         columns = [getattr(counts, name) for counts in self.counts.values()]
         # Not from an empty int64 array: with it, uint64 digests become float64 and lose 11 bits.
         return np.concatenate(columns) if columns else np.zeros(0, dtype=np.int64)
-
-
-def _problem_lines(problems: Sequence[BadSample]) -> Iterator[str]:
-    if not problems:
-        yield "no problem found"
-        return
-    yield f"{len(problems):,} problem(s)"
-    for problem in problems[:_SHOWN_PROBLEMS]:
-        yield f"  {problem}"
-    if len(problems) > _SHOWN_PROBLEMS:
-        yield f"  and {len(problems) - _SHOWN_PROBLEMS:,} more"
 
 
 def _source_line(name: str, counts: Counts) -> str:
@@ -207,7 +195,7 @@ def page(checked: CheckResult) -> pages.Report:
             ],
             note=checked.arithmetic.replace("\n", ". "),
         ),
-        pages.Text(title="Problems", paragraphs=list(_problem_lines(checked.problems))),
+        _problem_table(checked),
     ]
     if len(tokens):
         lines = [_source_line(name, counts) for name, counts in checked.counts.items()]
@@ -224,6 +212,19 @@ def page(checked: CheckResult) -> pages.Report:
         title="What will be trained on",
         subtitle=f"{checked.recipe.run}: {', '.join(checked.counts)}",
         sections=tuple(sections),
+    )
+
+
+def _problem_table(checked: CheckResult) -> pages.Section:
+    if not checked.problems:
+        return pages.Text(title="Problems", paragraphs=["no problem found"])
+    data = checked.recipe.data
+    _, *rest = grouped.lines(checked.problems, data)
+    return pages.Table(
+        title="Problems",
+        head=("count", "problem", "first places", "what keeps them"),
+        rows=grouped.table_rows(checked.problems, data),
+        note=rest[-1].strip() if len(rest) > grouped.SHOWN else "",
     )
 
 

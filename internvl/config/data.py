@@ -1,10 +1,11 @@
 """`data:` sources, tiles, packing."""
 
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from internvl.config.types import STRICT, Fraction, Positive, TileCount
 
@@ -51,6 +52,18 @@ class TilesConfig(TilesChoice):
     """Pad an image to a square instead of stretching it."""
 
 
+def _check_sampling(sampling: str) -> str:
+    if not re.fullmatch(r"rand|middle|fps[0-9]*\.?[0-9]+", sampling):
+        raise ValueError("must be rand, middle, or fps and frames per second, such as fps2")
+    return sampling
+
+
+def _check_label(label: str) -> str:
+    if "{}" not in label:
+        raise ValueError("must hold {}, which becomes the number of the frame")
+    return label
+
+
 @dataclass(frozen=True, kw_only=True)
 class VideoConfig:
     """Which frames of a video the model sees. Each becomes one tile."""
@@ -61,10 +74,10 @@ class VideoConfig:
     max_frames: Positive = 32
     """Most frames drawn; the count is drawn at random each time, whatever the video's length."""
     # Matched here: a misspelled sampling stops the recipe, not the loader at its first video.
-    sampling: Annotated[str, Field(pattern=r"^(rand|middle|fps[0-9]*\.?[0-9]+)$")] = "rand"
+    sampling: Annotated[str, AfterValidator(_check_sampling)] = "rand"
     """rand: one random frame from each of equal segments; middle: the middle frame of each; fps2,
     fps0.5, …: that many frames per second, at most `max_frames`."""
-    label: Annotated[str, Field(pattern=r"\{\}")] = "Frame-{}: <image>"
+    label: Annotated[str, AfterValidator(_check_label)] = "Frame-{}: <image>"
     """Text line of a frame; {} is the frame's number, from 1."""
 
 

@@ -19,7 +19,7 @@ from internvl.config import released
 from internvl.config.compute import ComputeConfig
 from internvl.config.data import TilesConfig
 from internvl.config.model import START_KEYS, ModelConfig
-from internvl.config.problems import sentences
+from internvl.config.problems import headed, sentences
 from internvl.config.recipe import Recipe
 from internvl.config.training import GuardConfig
 from internvl.config.types import Tower
@@ -27,6 +27,11 @@ from internvl.errors import ConfigError, UserError
 from internvl.files import other_format
 
 _SHOWN = 100  # characters of an override in a message
+_SAVED = "recipe.yaml"
+_RUN_HAS = (".lock", "checkpoints", "finished.json")
+"""What training writes to a run folder; one of these tells it from a recipe's folder."""
+_EITHER = (("epochs", "steps"), ("global_batch", "global_batch_rows"))
+"""Keys of which a recipe has one of each pair."""
 _BOOL = "tag:yaml.org,2002:bool"
 
 
@@ -65,9 +70,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] | str = ()) -> Recipe:
-    """Reads a recipe from a YAML file, or the package's recipe of that name.
+    """Reads a recipe from a YAML file, a run folder, or the package's recipe of that name.
 
-    Relative paths in a recipe start from the working directory, as on the command line.
+    Relative paths in a recipe start from the working directory, as on the command line. The `run`
+    of a run folder's recipe is that folder, wherever it was moved.
 
     Args:
         overrides: "key=value" each: a dotted key and a YAML value.
@@ -75,7 +81,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] | str = ()) -> Recipe
     Raises:
         ConfigError: file missing or not YAML, unknown key, wrong type or value; all at once.
     """
-    text = _read_text(path)
+    run = _run_folder(path)
+    text = _read_text(path if run is None else run / _SAVED)
     try:
         tree = _parse_yaml(text)
     # Before ValueError, its base class: such a file is YAML.
@@ -88,7 +95,37 @@ def load_recipe(path: str | Path, overrides: Sequence[str] | str = ()) -> Recipe
     # YAML allows a file that is empty or one long text.
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds no keys; write `key: value` lines, as `recipes/` has them")
+    if run is not None:
+        tree["run"] = str(run)
     return resolve(tree, overrides, name=str(path))
+
+
+def _run_folder(path: str | Path) -> Path | None:
+    """Returns the path if it is a run folder, None if it is no folder. Raises ConfigError."""
+    folder = Path(path).expanduser()
+    if not _is_folder(folder):
+        return None
+    if not (folder / _SAVED).is_file():
+        raise ConfigError(
+            f"{path} is a folder and no run, for it has no {_SAVED}; name a recipe (a YAML file) "
+            "or the folder of a run"
+        )
+    # A recipe of somebody's in a folder of other files; training would fill that folder.
+    if not any((folder / name).exists() for name in _RUN_HAS):
+        raise ConfigError(
+            f"{path} is no run yet, for only a recipe is in it; name that: {folder / _SAVED}"
+        )
+    return folder
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (
+        OSError,
+        ValueError,
+    ):  # a null byte, or a name that is too long: `_read_text` reports it
+        return False
 
 
 def _read_text(path: str | Path) -> str:
@@ -98,7 +135,8 @@ def _read_text(path: str | Path) -> str:
     except FileNotFoundError:
         near = released.nearest(path)
         hint = f"did you mean {near}?" if near else "see `recipes/` for examples"
-        raise ConfigError(f"there is no recipe {path}; {hint}") from None
+        noun = "recipe" if Path(path).suffix in (".yaml", ".yml") else "recipe or run"
+        raise ConfigError(f"there is no {noun} {path}; {hint}") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise ConfigError(f"cannot read the recipe {path}: {error}; check the path") from None
     # Before decoding: a UTF-16 file would be reported as bad UTF-8, a web page as bad YAML.
@@ -144,7 +182,7 @@ def resolve(
     if recipe is not None:
         problems += _contradictions(recipe)
     if problems or recipe is None:
-        raise ConfigError("\n".join([f"{name}: {len(problems)} problem(s)", *problems]))
+        raise ConfigError(headed(name, problems))
     return recipe
 
 
@@ -217,7 +255,14 @@ def to_yaml(recipe: Recipe) -> str:
 def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str] | str) -> Iterator[str]:
     """Sets every override in `tree`; yields a problem for each that cannot be set."""
     # A single text would be read letter by letter.
-    for override in [overrides] if isinstance(overrides, str) else overrides:
+    overrides = [overrides] if isinstance(overrides, str) else overrides
+    replaced = {override.partition("=")[0] for override in overrides}
+    for pair in _EITHER:
+        for key, other in (pair, pair[::-1]):
+            # The file's own choice is replaced: `steps=10` needs no `epochs=null` with it.
+            if key in replaced and other not in replaced and tree.get(other) is not None:
+                tree[other] = None
+    for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             shown = override if len(override) < _SHOWN else f"{override[:_SHOWN]}…"
@@ -386,7 +431,13 @@ def _is_changeable(key: str, recipe: Recipe) -> bool:
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
-    """Lists the dotted keys, with both values, that make two recipes compute different results."""
+    """Lists the sentences of `changes`."""
+    return [*changes(old, new).values()]
+
+
+def changes(old: Recipe, new: Recipe) -> dict[str, str]:
+    """Returns the dotted keys that make two recipes compute different results -> a sentence with
+    both values."""
 
     def flatten(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
         # An empty mapping is a value: it would be no key at all.
@@ -399,8 +450,8 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     before = dict(flatten(to_tree(old), ""))
     after = dict(flatten(to_tree(new), ""))
     keys = [key for key in {**before, **after} if not _is_changeable(key, new)]
-    return [
-        f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
+    return {
+        key: f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
         for key in keys
         if before.get(key) != after.get(key)
-    ]
+    }

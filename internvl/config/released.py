@@ -32,5 +32,9 @@ def locate(recipe: str | Path) -> Path:
 
 def nearest(recipe: str | Path) -> str | None:
     """Returns the name of the package's recipe closest to a path or name; None if none is close."""
-    name = Path(recipe).name.removesuffix(".yaml")
+    path = Path(recipe)
+    # `runs/nope` is a path of the user's, and no misspelled name.
+    if len(path.parts) > 1 and path.parts[0] != "recipes" and path.suffix != ".yaml":
+        return None
+    name = path.name.removesuffix(".yaml")
     return next(iter(difflib.get_close_matches(name, paths(), n=1)), None)

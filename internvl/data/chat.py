@@ -181,6 +181,7 @@ class ChatEncoder:
                 name,
                 f"{len(row)} tokens; cutting it to data.max_tokens = {max_tokens} would lose "
                 f"{lost}. Raise data.max_tokens or lower data.tiles.max",
+                {"data.max_tokens": len(row)},
             )
         return row[:max_tokens], labels[:max_tokens]
 

@@ -23,7 +23,7 @@ from internvl.data.texts import printable
 from internvl.errors import DataError
 from internvl.files import cache_folder, complete_folder
 
-_LAYOUT = b"2"  # raise when the arrays change for the same file
+_LAYOUT = b"3"  # raise when the arrays change for the same file
 _CHUNK = 1 << 25  # bytes read at once
 _KEYS = (b'"image', b'"video')
 _MEDIA = re.compile(rb'"(?:image|video)s?"\s*:\s*(\[[^\]]*\]|"(?:[^"\\]|\\.)*")')
@@ -38,13 +38,14 @@ class LineIndex:
     """Random access to the lines of a file.
 
     `starts` is int64 (lines + 1,), byte offsets; `groups` int32 (lines,), equal for lines with the
-    same images. Both are mapped from `folder`.
+    same images. Both are mapped from `folder`. Blank lines at the end of the file are no lines of
+    it: they have offsets, but no group.
     """
 
     def __init__(self, path: Path, folder: Path, digest: str) -> None:
         """
         Args:
-            digest: `digests_of` the file's lines.
+            digest: `digests_of` the file's lines, without blank ones at its end.
         """
         self.path = path
         self.folder = folder
@@ -63,7 +64,12 @@ class LineIndex:
         return np.load(self.folder / "groups.npy", mmap_mode="r")
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        return len(self.groups)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the lines."""
+        return int(self.starts[len(self)])
 
     def lines(self, indices: Sequence[int]) -> Iterator[bytes]:
         """Yields the lines at `indices`, in that order, line ends included.
@@ -94,7 +100,11 @@ def index_lines(path: Path, cache: Path | None = None) -> LineIndex:
             np.save(partial / "starts.npy", starts)
             np.save(partial / "groups.npy", groups)
         log.get_logger().info("%s: %s lines indexed in %s", path, f"{len(groups):,}", folder)
-    return LineIndex(path, folder, digest)
+    index = LineIndex(path, folder, digest)
+    # A line that is appended after blank ones, or in their place, makes the file longer, not other.
+    if index.size < index.starts[-1]:
+        index.digest = digests_of(path, index.size)[1]
+    return index
 
 
 def digest_of(path: Path, size: int | None = None, without: bytes = b"") -> str:
@@ -233,7 +243,7 @@ def _whole_lines(path: Path, size: int | None = None) -> Iterator[bytes]:
 
 
 def _scan(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the (starts, groups) of a file, see `LineIndex`."""
+    """Scans a file; returns its (starts, groups), see `LineIndex`."""
     ends, keys = [np.zeros(1, dtype=np.int64)], [np.zeros(0, dtype=np.uint64)]
     offset = 0
     # In NumPy, not line by line in Python: files have millions of lines.
@@ -244,7 +254,20 @@ def _scan(path: Path) -> tuple[np.ndarray, np.ndarray]:
         ends.append(local + offset)
         keys.append(_media_keys(piece, local))
         offset += len(piece)
-    return np.concatenate(ends), _dense(np.concatenate(keys))
+    starts, media = np.concatenate(ends), np.concatenate(keys)
+    return starts, _dense(media[: _without_blank_end(path, starts)])
+
+
+def _without_blank_end(path: Path, starts: np.ndarray) -> int:
+    """Returns the number of lines up to the last one with text."""
+    count = len(starts) - 1
+    with path.open("rb") as file:
+        while count:
+            file.seek(int(starts[count - 1]))
+            if not json_rows.is_blank(file.read(int(starts[count] - starts[count - 1]))):
+                break
+            count -= 1
+    return count
 
 
 def _media_keys(piece: bytes, ends: np.ndarray) -> np.ndarray:

@@ -163,9 +163,14 @@ def not_json(path: Path, text: str, error: ValueError) -> DataError:
     )
 
 
+def is_blank(line: bytes) -> bool:
+    """True for a line without text."""
+    return not line.removeprefix(BOM).strip()
+
+
 def parse_row(name: str, line: bytes) -> dict[str, Any]:
     """Parses the JSON object of a line. Raises BadSample with the `name` of the line."""
-    if not line.removeprefix(BOM).strip():
+    if is_blank(line):
         raise BadSample(name, "the line is blank; remove it")
     try:
         row = parse(line)

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, get_worker_info
 from internvl.config import DataConfig
 from internvl.data.images import STATISTICS, read_rgb, size_of
 from internvl.data.records import Batch, Sample, Tiles, Unit
-from internvl.data.sampler import Order, Position, UnitRef
+from internvl.data.sampler import Ending, Order, Position, UnitRef, step_bounds
 from internvl.data.sources import Source
 from internvl.data.tiles import empty_tiles, tile_images
 from internvl.data.video import read_frames, with_frames
@@ -113,9 +113,7 @@ class UnitReader(Dataset[Read]):
         # Before pixels are made: a sample of too many tiles is then refused without their memory.
         empty = empty_tiles([size_of(image) for image in images], self.config.tiling, most)
         if empty is not None and len(empty.pixels) > self.config.max_tiles:
-            problem = f"{len(empty.pixels)} tiles, but a row takes {self.config.max_tiles}"
-            remedy = "raise data.max_tiles or lower data.tiles.max"
-            return [], [BadSample(s.name, f"{problem}; {remedy}") for s in samples], None
+            return [], [*bad, *self._with_too_many_tiles(ready, empty)], None
         if not self.pixels:
             return ready, bad, empty
         try:
@@ -130,6 +128,21 @@ class UnitReader(Dataset[Read]):
         except BadImage as error:
             return [], [BadSample(sample.name, str(error)) for sample in samples], None
         return ready, bad, tiles
+
+    def _with_too_many_tiles(self, samples: Sequence[Sample], tiles: Tiles) -> Iterator[BadSample]:
+        """Yields samples of more tiles than a row takes as bad, with what would keep them."""
+        num_tiles = len(tiles.pixels)
+        reason = (
+            f"{num_tiles} tiles, but a row takes {self.config.max_tiles}; raise data.max_tiles or "
+            "lower data.tiles.max"
+        )
+        # In a row of more tiles it may be too long, or bad for a reason that no key removes.
+        encoded = self.encode(samples, tiles) if samples else []
+        others = {bad.name: bad.needs for bad in encoded if isinstance(bad, BadSample)}
+        for sample in samples:
+            needs = {"data.max_tiles": num_tiles, **others.get(sample.name, {})}
+            is_kept = others.get(sample.name) != {}
+            yield BadSample(sample.name, reason, needs if is_kept else None)
 
     def images(self, sample: Sample, ref: UnitRef) -> tuple[list[np.ndarray], list[int]]:
         """Decodes images, or frames with the count of each video; all RGB uint8 (H, W, 3).
@@ -227,6 +240,7 @@ def steps(
     last: int,
     global_batch: int,
     total: int,
+    endings: Sequence[Ending] = (),
     workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
@@ -234,6 +248,7 @@ def steps(
     """Yields steps `first` … `last` - 1 of a run over `total` samples; rank r gets every r-th unit.
 
     Args:
+        endings: see `sampler.step_bounds`.
         pack: units to batches.
         workers: processes that prefetch; 0 reads in this one.
 
@@ -243,7 +258,7 @@ def steps(
 
     def groups_of(index: int) -> list[list[UnitRef]]:
         # Before anything is read: a rank decodes only the images of its own units.
-        refs = order.step(index, global_batch, total)[rank::world_size]
+        refs = order.between(*step_bounds(index, global_batch, total, endings))[rank::world_size]
         return [refs[start : start + TOGETHER] for start in range(0, len(refs), TOGETHER)]
 
     # One stream over all steps, so that workers read the next step while this one trains.
@@ -265,5 +280,5 @@ def steps(
             for read in received(next(groups)):
                 units += read.units
                 bad += read.bad
-        num_seen = (index + 1) * global_batch
+        _, num_seen = step_bounds(index, global_batch, total, endings)
         yield Step(index, pack(units), bad, time.perf_counter() - waiting, num_seen)

@@ -47,6 +47,34 @@ class Position:
     """Rows that still take pieces; with best-fit packing one list of all."""
 
 
+@dataclass(frozen=True)
+class Ending:
+    """End of a run that was made longer afterwards."""
+
+    step: int
+    samples: int
+    """Samples of the run up to it; fewer than whole batches if its last one was smaller."""
+
+
+def step_bounds(
+    step: int, global_batch: int, total: int, endings: Sequence[Ending] = ()
+) -> tuple[int, int]:
+    """Returns (first, last + 1) of the samples of step `step` (from 0) of a run over `total`.
+
+    Args:
+        endings: earlier ends of the run, in order. Batches begin anew at each, so that no sample
+            is left out after a smaller last batch.
+    """
+    start = Ending(0, 0)
+    for ending in endings:
+        if ending.step > step:
+            total = ending.samples
+            break
+        start = ending
+    first = start.samples + (step - start.step) * global_batch
+    return first, min(first + global_batch, total)
+
+
 class SampleOrder:
     """All samples of the sources, grouped, shuffled anew every epoch, and cut into steps.
 
@@ -96,7 +124,7 @@ class SampleOrder:
 
     def step(self, step: int, global_batch: int, total: int) -> list[UnitRef]:
         """Returns the units of step `step` (from 0) of a run over `total` samples in all."""
-        return self.between(step * global_batch, min((step + 1) * global_batch, total))
+        return self.between(*step_bounds(step, global_batch, total))
 
     def between(self, first: int, last: int, epoch: int = 0) -> list[UnitRef]:
         """Returns the units of samples `first` … `last` - 1, counted from the start of `epoch`."""
@@ -230,9 +258,12 @@ class GrownOrder:
 
     def step(self, step: int, global_batch: int, total: int) -> list[UnitRef]:
         """See `SampleOrder.step`."""
-        first, last = step * global_batch, min((step + 1) * global_batch, total)
+        return self.between(*step_bounds(step, global_batch, total))
+
+    def between(self, first: int, last: int) -> list[UnitRef]:
+        """Returns the units of samples `first` … `last` - 1 of the run."""
         refs: list[UnitRef] = []
-        ends = [*(start for start, _, _ in self._segments[1:]), total]
+        ends = [*(start for start, _, _ in self._segments[1:]), last]
         # A step may lie across a growth: it then ends the old epoch and begins the new one.
         for (start, epoch, order), end in zip(self._segments, ends, strict=True):
             refs += order.between(max(first, start) - start, min(last, end) - start, epoch)

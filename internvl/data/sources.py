@@ -119,7 +119,7 @@ class LineSource:
         folder = self._folder()
         if folder:
             return Content(len(self), 0, digest_of(self.index.path, None, folder))
-        return Content(len(self), int(self.index.starts[-1]), self.index.digest)
+        return Content(len(self), self.index.size, self.index.digest)
 
     def begins_with(self, content: Content) -> bool:
         """See `Source.begins_with`."""
@@ -187,8 +187,11 @@ class TableSource:
         return self.table.digest(ends.index(content.samples) + 1) == content.digest
 
 
-def open_source(config: SourceConfig) -> Source:
+def open_source(config: SourceConfig, *, check_count: bool = True) -> Source:
     """Opens and indexes a source.
+
+    Args:
+        check_count: whether another number of samples than `num_samples` is an error.
 
     Raises:
         DataError: its file is missing, unreadable, empty, or does not hold `num_samples` samples.
@@ -212,13 +215,40 @@ def open_source(config: SourceConfig) -> Source:
         raise DataError(f"source {config.name}: {reason}") from None
     if not len(source):
         raise DataError(f"source {config.name}: {config.annotations} is empty; it holds no sample")
-    # A file that was cut while it was copied is valid JSONL.
-    if config.num_samples not in (None, len(source)):
-        raise DataError(
-            f"source {config.name}: {config.annotations} holds {len(source):,} samples, not "
-            f"{config.num_samples:,} as its num_samples (`length` in a meta file) says"
-        )
+    problem = wrong_count(source) if check_count else None
+    if problem is not None:
+        raise DataError(f"source {config.name}: {problem}")
     return source
+
+
+def wrong_count(source: Source) -> str | None:
+    """Returns why the number of samples is not the source's `num_samples`, else None."""
+    expected = source.config.num_samples
+    # A file that was cut while it was copied is valid JSONL.
+    if expected in (None, len(source)):
+        return None
+    return (
+        f"{source.config.annotations} holds {len(source):,} samples, not {expected:,} as its "
+        f"num_samples (`length` in a meta file) says; set it to {len(source)}, or fetch the whole "
+        "file"
+    )
+
+
+def open_sources(data: DataConfig) -> list[Source]:
+    """Opens all sources of a recipe.
+
+    Raises:
+        DataError: the problem of each that cannot be opened, one a line.
+    """
+    sources, problems = [], []
+    for config in source_configs(data):
+        try:
+            sources.append(open_source(config))
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+    return sources
 
 
 def meta_entries(path: Path) -> dict[str, Any]:
@@ -246,38 +276,58 @@ def source_configs(data: DataConfig) -> list[SourceConfig]:
     Raises:
         DataError: the meta file is missing or wrong; lists all its problems.
     """
-    if data.meta is None:
-        return list(data.sources)
-    tree = meta_entries(data.meta)
-    taken = {source.name for source in data.sources}
-    problems = [f"{name}: data.sources has this name too" for name in tree if name in taken]
-    problems += [
-        f"{name}: {problem}" for name, entry in tree.items() for problem in _meta_problems(entry)
-    ]
+    configs, problems = readable_configs(data)
     if problems:
-        raise DataError("\n".join([f"{data.meta}: {counted(len(problems), 'problem')}", *problems]))
-    return [*(_from_meta(name, entry) for name, entry in tree.items()), *data.sources]
+        texts = [f"{problem.name}: {problem.reason}" for problem in problems]
+        raise DataError("\n".join([f"{data.meta}: {counted(len(problems), 'problem')}", *texts]))
+    return configs
 
 
-def _meta_problems(entry: Any) -> Iterator[str]:
+def readable_configs(data: DataConfig) -> tuple[list[SourceConfig], list[BadSample]]:
+    """Lists the sources that can be read, and the problems of the meta file by data set.
+
+    A wrong `length` is a problem, but hides no other: its data set is listed without it.
+
+    Raises:
+        DataError: the meta file is missing, or no JSON object.
+    """
+    if data.meta is None:
+        return list(data.sources), []
+    taken = {source.name for source in data.sources}
+    configs, problems = [], []
+    for name, entry in meta_entries(data.meta).items():
+        wrong = dict(_meta_problems(entry))
+        if name in taken:
+            wrong[""] = "data.sources has this name too"
+        problems += [BadSample(name, text) for text in wrong.values()]
+        if "length" in wrong:
+            entry = {key: value for key, value in entry.items() if key != "length"}
+            del wrong["length"]
+        if not wrong:
+            configs.append(_from_meta(name, entry))
+    return [*configs, *data.sources], problems
+
+
+def _meta_problems(entry: Any) -> Iterator[tuple[str, str]]:
+    """Yields (key, problem)."""
     if not isinstance(entry, dict):
-        yield "a JSON object is expected"
+        yield "", "a JSON object is expected"
         return
     root, annotation = entry.get("root"), entry.get("annotation")
     if root is not None and not isinstance(root, str):
-        yield "`root` must be a folder"
+        yield "root", "`root` must be a folder"
     if not isinstance(annotation, str) or not annotation:
-        yield "`annotation` must be the path of a file"
+        yield "annotation", "`annotation` must be the path of a file"
     for key in ("repeat_time", "length", "max_dynamic_patch"):
         value = entry.get(key, 1)
         if not _is_positive(value):
-            yield f"`{key}` must be a number above 0, not {value!r}"
+            yield key, f"`{key}` must be a number above 0, not {value!r}"
         elif key != "repeat_time" and value != int(value):
-            yield f"`{key}` must be a whole number, not {value!r}"
+            yield key, f"`{key}` must be a whole number, not {value!r}"
         elif key == "max_dynamic_patch" and value > MOST_TILES:
-            yield f"`{key}` must be {MOST_TILES:,} at most, not {value:,}"
+            yield key, f"`{key}` must be {MOST_TILES:,} at most, not {value:,}"
     if not isinstance(entry.get("data_augment", False), bool):
-        yield "`data_augment` must be true or false"
+        yield "data_augment", "`data_augment` must be true or false"
 
 
 def _is_positive(value: Any) -> bool:

@@ -13,7 +13,7 @@ from torch import distributed
 
 from internvl import dist, train
 from internvl.config import Recipe
-from internvl.training import run_folder
+from internvl.training import length
 
 _LONGEST_WAIT = timedelta(minutes=10)
 """Timeout of collectives; the other process never works alone for longer than a step."""
@@ -27,7 +27,7 @@ def train_in_two(recipe: Recipe, file: Path) -> None:
     """
     # Not two threads: they would wait for each other in every layer of a model this small, two
     # processes only once per step.
-    if run_folder.finished(recipe.run):
+    if length.finished(recipe.run):
         train.run(recipe)  # says so
         return
     with _second_rank(file):

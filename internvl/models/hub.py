@@ -120,14 +120,10 @@ def find_folder(name_or_folder: str | Path, cache: Path | None = None) -> Path:
     folder = Path(name_or_folder).expanduser()
     if folder.is_dir():
         return folder
-    # What looks like a path is never asked of the hub: a typo would read as a network error.
-    text = str(name_or_folder)
-    if folder.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
-        raise ModelFolderError(
-            f"{text}: no such folder, and not a hub id of the form owner/name; "
-            "`internvl models` lists the released models"
-        )
-    return download(text, cache=cache)
+    problem = files.no_such_model(name_or_folder)
+    if problem is not None:
+        raise ModelFolderError(problem)
+    return download(str(name_or_folder), cache=cache)
 
 
 def download(name: str, to: Path | None = None, cache: Path | None = None) -> Path:

@@ -43,6 +43,16 @@ class Facts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows of texts; the first column is a count."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Score:
     """One row of `Scores`."""
 
@@ -209,7 +219,7 @@ class Attribution:
     text: str
 
 
-Section = Text | Facts | Scores | Charts | Images | Searches | Samples | Attribution
+Section = Text | Facts | Table | Scores | Charts | Images | Searches | Samples | Attribution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,6 +277,20 @@ def _facts(section: Facts) -> str:
         for value, label in section.facts
     )
     return f'<dl class="facts">{facts}</dl>{_note(section.note)}'
+
+
+def _table(section: Table) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in section.head)
+    rows = "".join(
+        f'<tr><td class="number">{escape(count)}</td>'
+        + "".join(f"<td>{escape(text)}</td>" for text in texts)
+        + "</tr>"
+        for count, *texts in section.rows
+    )
+    return (
+        f'<div class="scroll"><table class="texts"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>{_note(section.note)}"
+    )
 
 
 def _scores(section: Scores) -> str:
@@ -561,6 +585,7 @@ def _data_url(image: bytes) -> str:
 _RENDERERS: dict[type, Callable[[Any], str]] = {
     Text: _text,
     Facts: _facts,
+    Table: _table,
     Scores: _scores,
     Charts: _charts,
     Images: _images,

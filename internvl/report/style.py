@@ -66,6 +66,9 @@ tbody tr:first-child > * { padding-top: .6rem; }
 tbody tr:last-child > *, th[scope=rowgroup] { padding-bottom: .6rem; }
 th[scope=rowgroup] { padding-top: .6rem; font-weight: 650; vertical-align: top; }
 th[scope=row] { color: var(--soft); white-space: nowrap; }
+.texts td { vertical-align: top; overflow-wrap: break-word; min-width: 9rem; }
+.texts td.number { min-width: 0; }
+.texts td:nth-child(2) { min-width: 18rem; }
 .number { text-align: right; white-space: nowrap; }
 td.number { color: var(--soft); }
 td.number.after { color: var(--ink); font-weight: 650; }

@@ -1,30 +1,17 @@
-"""The run folder: its lock, the recipe and data that it holds, and whether its run is finished."""
+"""The run folder: its lock, and the recipe and data that it holds."""
 
 import fcntl
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 from internvl import dist, log
 from internvl.config import Recipe, recipes
 from internvl.data import changes
 from internvl.data.sampler import Earlier, GrownOrder, Order, Prefix, SampleOrder
 from internvl.data.sources import Source
-from internvl.errors import DataError, RunError
-from internvl.training import tracking
-
-
-def finished(folder: Path) -> bool:
-    """True if the run in `folder` reached its end."""
-    return (folder / "finished.json").exists()
-
-
-def finish(folder: Path, step: int, why: str) -> None:
-    """Marks the run in `folder` as done at `step`."""
-    text = json.dumps({"step": step, "why": why})
-    (folder / "finished.json").write_text(text, encoding="utf-8")
+from internvl.errors import DataError, RunError, UserError
+from internvl.training import length, tracking
 
 
 @contextmanager
@@ -40,7 +27,8 @@ def owned(recipe: Recipe) -> Iterator[None]:
         if dist.is_main():
             try:
                 held.enter_context(_locked(recipe))
-            except RunError as error:
+            # Any: a run that is made longer reads its files and its data.
+            except UserError as error:
                 problem = str(error)
         problem = dist.from_main(problem)
         if problem is not None:
@@ -67,12 +55,16 @@ def _locked(recipe: Recipe) -> Iterator[None]:
             raise RunError(f"{folder} is not empty and no run; choose another `run`")
         # A run that failed before it began has written its log alone.
         if saved.exists() and others - {tracking.LOG_FILE}:
-            changed = recipes.differences(recipes.load_recipe(saved), recipe)
-            if changed:
+            before = recipes.load_recipe(saved)
+            changed = recipes.changes(before, recipe)
+            others_changed = [text for key, text in changed.items() if key not in length.KEYS]
+            if others_changed:
                 raise RunError(
-                    f"{folder} holds a run of another recipe ({'; '.join(changed)}); "
+                    f"{folder} holds a run of another recipe ({'; '.join(others_changed)}); "
                     "set it back to go on, or choose another `run`"
                 )
+            if changed:
+                length.extend(before, recipe, "; ".join(changed.values()))
         # Even if equal: a file of an older version has not the keys that are new since then.
         saved.write_text(text, encoding="utf-8")
         yield

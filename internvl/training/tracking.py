@@ -24,8 +24,10 @@ class Readout:
         """Returns the text for the step that follows the one of the last call."""
         self._latest.append((step_metrics["samples"], step_metrics["step_s"]))
         samples, seconds = (sum(values) for values in zip(*self._latest, strict=True))
+        # A step that was passed over has none.
+        loss = step_metrics.get("loss")
         words = [
-            f"loss {step_metrics['loss']:.4f}",
+            "no good sample" if loss is None else f"loss {loss:.4f}",
             f"lr {step_metrics['lr']:.2e}",
             speed(samples / seconds, "samples"),
             speed(len(self._latest) / seconds, "steps"),

@@ -8,8 +8,10 @@ import pytest
 from data_files import SHARED, chat_line, model_folder, picture, recipe, write_lines
 
 from internvl import check
+from internvl.check import problems
 from internvl.config import DataConfig
 from internvl.data.records import Example, Unit
+from internvl.errors import BadSample
 
 QUESTION, ANSWER = "<image>\nWhat is this?", "A gradient."
 
@@ -94,7 +96,7 @@ def test_every_problem_is_named_with_its_line(model, images, tmp_path):
     for line, says in expected.items():
         with pytest.raises(type(by_line[line]), match=says):
             raise by_line[line]
-    assert f"{len(expected)} problem(s)" in found.render()
+    assert f"{len(expected)} problems" in found.render()
 
 
 def test_half_a_character_spares_the_lines_of_the_same_image(model, images, tmp_path):
@@ -123,8 +125,7 @@ def test_an_evaluation_is_read_too(model, images, tmp_path):
     evaluation = f"{{annotations: {tmp_path}/coco.json, images: {images}, prompt: Name it.}}"
     rows = [chat_line(QUESTION, ANSWER, image="wide.jpg")]
     found = checked(model, images, rows, tmp_path, f"evals.names={evaluation}")
-    assert [bad.name for bad in found.problems] == ["evals.names"]
-    assert "truncated.jpg" in found.problems[0].reason
+    assert [bad.name for bad in found.problems] == [f"evals.names {images}/truncated.jpg"]
 
 
 @pytest.mark.skipif(not (SHARED / "data" / "broken").is_dir(), reason="no broken files here")
@@ -208,7 +209,12 @@ def test_the_page(model, images, tmp_path):
     to = tmp_path / "report.html"
     check.run(recipe(model, file, images, tmp_path / "run"), report=to)
     page = to.read_text(encoding="utf-8")
-    for part in ("there is no image", "<mark>A gradient.&lt;|im_end|&gt;</mark>", "2 x 1 tiles"):
+    for part in (
+        "there is no image",
+        f"<td>{file} line 2</td>",
+        "<mark>A gradient.&lt;|im_end|&gt;</mark>",
+        "2 x 1 tiles",
+    ):
         assert part in page
 
 
@@ -221,6 +227,129 @@ def test_a_meta_file_is_checked(model, images, tmp_path):
     found = check.run(replace(base, data=data))
     assert len(found.counts["good"]) == 2
     assert ["holds 2 samples, not 3" in str(problem) for problem in found.problems] == [True]
+
+
+def test_a_wrong_length_hides_no_other_problem(model, images, tmp_path):
+    """Of the file, of other data sets, and of the recipe's own sources; steps are counted too."""
+    rows = [chat_line("What?", ANSWER, image=name) for name in ("wide.jpg", "missing.jpg")]
+    file = write_lines(tmp_path / "chat.jsonl", rows)
+    entry = {"root": str(images), "annotation": str(file)}
+    lengths = {"few": 3, "text": "many", "none": 0}
+    meta = {name: {**entry, "length": length} for name, length in lengths.items()}
+    base = recipe(model, file, images, tmp_path / "run")
+    data = replace(base.data, meta=tmp_path / "meta.json")
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    found = check.run(replace(base, data=data))
+    text = found.render()
+    assert (
+        f"source few: {file} holds 2 samples, not 3 as its num_samples (`length` in a meta file)"
+        in text
+    )
+    for name, value in (("text", "'many'"), ("none", 0)):
+        wrong = f"meta.json: {name}: `length` must be a number above 0, not {value}"
+        assert wrong in text
+    assert f"4 x there is no image {images}/missing.jpg ({file} line 2)" in text
+    assert {name: len(counts) for name, counts in found.counts.items()} == {
+        **dict.fromkeys(meta, 1),
+        "chat": 0,  # its line has no mark, which a meta file's sources insert
+    }
+    assert "8 samples per epoch" in text
+    # A data set that cannot be read is left out alone.
+    (tmp_path / "meta.json").write_text(json.dumps({**meta, "broken": {"root": 3}}))
+    found = check.run(replace(base, data=data))
+    assert set(found.counts) == {*meta, "chat"}
+    assert (
+        f"{tmp_path}/meta.json: broken: `annotation` must be the path of a file" in found.render()
+    )
+    assert found.arithmetic == ""
+
+
+def test_equal_problems_are_one_line_with_the_value_that_keeps_all(model, images, tmp_path):
+    long = [chat_line("Long " * count, ANSWER) for count in range(600, 630)]
+    missing = [chat_line(QUESTION, ANSWER, image=f"IMG_{n:03d}.jpg") for n in range(25)]
+    rows = [*long, chat_line(QUESTION, ANSWER, image="wide.jpg"), *missing, [1, 2]]
+    found = checked(model, images, rows, tmp_path)
+    file = tmp_path / "chat.jsonl"
+    assert len(found.problems) == 56
+    head, tokens, image, other, rest, *_ = found.render().splitlines()
+    assert head == "56 problems of 3 kinds"
+    assert tokens.startswith("  30 x 2470 to 2586 tokens; cutting it")
+    assert "cutting it to data.max_tokens = 512 would lose every answer" in tokens
+    assert f"({file} lines 1, 2, 3 and 27 more); data.max_tokens=2624 keeps all 30" in tokens
+    assert image == (
+        f"  25 x there is no image {images}/IMG_0….jpg ({file} lines 32, 33, 34 and 22 more)"
+    )
+    assert other == f"  {file} line 57: a JSON object is expected, not list"
+    assert rest == ""
+    kept = checked(model, images, rows, tmp_path, "data.max_tokens=2624")
+    assert len(kept.problems) == 26
+    # A row is never shorter than a sample.
+    rows_too = checked(model, images, long[:1], tmp_path, "data.row_tokens=512")
+    assert rows_too.render().startswith("1 problem\n")
+    assert "; data.max_tokens=2496 data.row_tokens=2496 keep it" in rows_too.render()
+    values = ("data.max_tokens=2496", "data.row_tokens=2496")
+    assert checked(model, images, long[:1], tmp_path, *values).problems == []
+
+
+def test_too_many_tiles_and_tokens_are_one_remedy(model, images, tmp_path):
+    """Four images of a tile, of 9 tokens, each."""
+    picture(images / "other.jpg", (336, 168))
+    rows = [chat_line("<image>\n" * 4 + "Alike?", "Yes.", image=["wide.jpg", "other.jpg"] * 2)]
+    limits = ("data.max_tiles=3", "data.max_tokens=40")
+    found = checked(model, images, rows, tmp_path, *limits)
+    (problem,) = found.problems
+    assert problem.needs.keys() == {"data.max_tiles", "data.max_tokens"}
+    words = "data.max_tiles=4 data.max_tokens=128 keep it"
+    assert found.render().splitlines()[1].endswith(f"; {words}")
+    assert checked(model, images, rows, tmp_path, *words.split()[:2]).problems == []
+    # What no key mends has no value to set.
+    wrong = [chat_line("<image>\n" * 3 + "Alike?", "Yes.", image=["wide.jpg", "other.jpg"] * 2)]
+    (problem,) = checked(model, images, wrong, tmp_path, *limits).problems
+    assert problem.needs == {}
+
+
+def test_problems_alike_in_all_but_names_and_numbers():
+    data = DataConfig()
+
+    def lines(*reasons):
+        bad = [BadSample(f"a.jsonl line {n}", reason) for n, reason in enumerate(reasons, 1)]
+        return [line.strip() for line in problems.lines(bad, data)]
+
+    assert lines("turn 3 has no text", "turn 12 has no text") == [
+        "2 problems of 1 kind",
+        "2 x turn 3 to 12 has no text (a.jsonl lines 1, 2)",
+    ]
+    assert lines("there is no image /i/1.jpg", "there is no image /i/2.png")[1] == (
+        "2 x there is no image /i/… (a.jsonl lines 1, 2)"
+    )
+    assert lines("unknown role 'bot'", "unknown role 'bear'")[1] == (
+        "2 x unknown role 'b…' (a.jsonl lines 1, 2)"
+    )
+    assert lines("an answer is empty", "a question is empty") == [
+        "2 problems",
+        "a.jsonl line 1: an answer is empty",
+        "a.jsonl line 2: a question is empty",
+    ]
+    many = [f"{chr(97 + n % 26) * (1 + n // 26)} is wrong" for n in range(30)]
+    assert lines(*many)[-1] == "and 10 more"
+
+
+def test_blank_lines_at_the_end_are_no_samples(model, images, tmp_path):
+    row = chat_line(QUESTION, ANSWER, image="wide.jpg")
+    found = checked(model, images, [row, row, b"", b"  ", b""], tmp_path)
+    assert found.problems == []
+    assert "2 samples per epoch" in found.render()
+    found = checked(model, images, [row, b"", row], tmp_path)
+    assert [str(bad) for bad in found.problems] == [
+        f"{tmp_path}/chat.jsonl line 2: the line is blank; remove it"
+    ]
+
+
+def test_the_first_step_is_the_first_with_a_good_sample(model, images, tmp_path):
+    bad = [chat_line(QUESTION, ANSWER, image="missing.jpg")] * 40
+    good = chat_line(QUESTION, ANSWER, image="wide.jpg")
+    found = checked(model, images, [good, *bad], tmp_path)
+    assert "the first step: 1 row of at most 512 tokens" in found.render()
 
 
 def test_rows_that_samples_fill_better_are_named():

@@ -2,12 +2,22 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
-from internvl.config import DataConfig, TilesChoice, TilesConfig, eval_options, recipes
+from internvl.config import (
+    DataConfig,
+    Recipe,
+    TilesChoice,
+    TilesConfig,
+    eval_options,
+    foreign,
+    recipes,
+)
 from internvl.config.docs import field_docs
+from internvl.config.problems import keys
 from internvl.config.recipes import load_recipe, resolve
 from internvl.errors import ConfigError
 
@@ -48,9 +58,9 @@ def test_all_problems_at_once_with_the_nearest_name():
     )
     assert "model.lora.rnk: unknown key; did you mean rank?" in found
     assert "data.sources.0.anotations: unknown key; did you mean annotations?" in found
-    assert any(line.startswith("data.tiles.max: input should be a valid integer") for line in found)
+    assert any(line.startswith("data.tiles.max: must be a whole number") for line in found)
     assert any("'language_modle'" in line for line in found)
-    assert any(line.startswith("global_batch: input should be greater than 0") for line in found)
+    assert any(line.startswith("global_batch: must be above 0") for line in found)
     assert any("'foo' is not an override" in line for line in found)
 
 
@@ -224,8 +234,102 @@ def test_another_file_than_a_recipe_is_named(tmp_path, content, said):
 
 
 def test_an_image_becomes_no_more_tiles_than_can_be_listed():
-    said = "data.tiles.max: input should be less than or equal to 1000, not 1000000000"
+    said = "data.tiles.max: must be 1000 or less, not 1000000000"
     assert problems(GOOD, "data.tiles.max=1000000000") == [said]
+
+
+TRIED = {
+    "lr=2e-5": "write optim.lr=2e-5",
+    "learning_rate=2e-5": "here it is optim.lr",
+    "optim.learning_rate=2e-5": "here it is optim.lr",
+    "batch_size=4": "here it is global_batch (counts samples over all devices",
+    "per_device_train_batch_size=4": "here it is global_batch (",
+    "gradient_accumulation_steps=8": "here it is global_batch (",
+    "num_train_epochs=3": "here it is epochs",
+    "max_steps=3": "here it is steps",
+    "lora_rank=16": "here it is model.lora.rank (adapters are a section, `model.lora: {rank: 16",
+    "use_llm_lora=16": "here it is model.lora.rank",
+    "lora_alpha=32": "here it is model.lora.alpha",
+    "freeze_backbone=true": "here it is model.train (it lists what trains, all else is frozen)",
+    "max_seq_length=4096": "here it is data.max_tokens",
+    "data.max_length=4096": "here it is data.max_tokens",
+    "weight_decay=0.1": "write optim.weight_decay=0.1",
+    "warmup_ratio=0.1": "write optim.warmup_ratio=0.1",
+    "lr_scheduler_type=cosine": "here it is optim.schedule",
+    "output_dir=runs/x": "here it is run (the run folder)",
+    "max_dynamic_patch=6": "here it is data.tiles.max",
+    "save_steps=100": "here it is checkpoint.every",
+    "bf16=true": "here it is dtype",
+    "max_tokens=3": "it is one of another section: data.max_tokens, evals.NAME.max_tokens",
+    "lora.rank=3": "it is one of another section: model.lora",
+    "learnin_rate=3": "did you mean optim.lr?",
+}
+
+
+@pytest.mark.parametrize(("override", "says"), TRIED.items())
+def test_a_key_of_another_trainer_names_ours(override, says):
+    (line,) = problems(GOOD, [override])
+    assert line.startswith(f"{override.partition('=')[0].split('.rank')[0]}: unknown key; ")
+    assert says in line
+
+
+def test_every_key_that_is_named_instead_exists():
+    for name, (key, _) in foreign.ours().items():
+        assert key in keys(Recipe), (name, key)
+        # A key of ours that has its own place is no foreign one.
+        assert name not in [dotted for dotted in keys(Recipe) if "." not in dotted]
+
+
+WRONG = {
+    "model.lora=16": "model.lora: must be a section of keys, not 16",
+    "model.lora=true": "model.lora: must be a section of keys, not true",
+    "evals=3": "evals: must be a section of keys, not 3",
+    "optim.lr=fast": "optim.lr: must be a number, not 'fast'",
+    "optim.lr=-1": "optim.lr: must be above 0, not -1",
+    "model.drop_path=2": "model.drop_path: must be 1 or less, not 2",
+    "guard.window=2": "guard.window: must be 8 or more, not 2",
+    "global_batch=1.5": "global_batch: must be a whole number, not 1.5",
+    "compute.compile=maybe": "compute.compile: must be true or false, not 'maybe'",
+    "seed=null": "seed: must be a whole number, not null",
+    "model.id=3": "model.id: must be a text, not 3; put it in quotes",
+    "data.sources.0.images=3": "data.sources.0.images: must be a text, not 3; put it in quotes",
+    "data.meta=3": "data.meta: must be a path, not 3",
+    "dtype=fp16": "dtype: must be 'float32' or 'bfloat16', not 'fp16'",
+    "optim.betas=[0.9, 0.95, 1]": "optim.betas: must have 2 values, not 3",
+    "data.video.sampling=all": "data.video.sampling: must be rand, middle, or fps and frames per "
+    "second, such as fps2, not 'all'",
+    "data.video.label=Frame": "data.video.label: must hold {}, which becomes the number of the "
+    "frame, not 'Frame'",
+}
+
+
+@pytest.mark.parametrize(("override", "line"), WRONG.items())
+def test_a_wrong_value_is_told_in_words_of_a_recipe(override, line):
+    assert problems(GOOD, [override]) == [line]
+
+
+def test_the_other_way_to_give_a_length_replaces_the_first():
+    """`steps=5` on the command line needs no `epochs=null` next to it."""
+    recipe = resolve({**GOOD, "epochs": 1.0, "steps": None}, ["steps=5"])
+    assert (recipe.epochs, recipe.steps) == (None, 5)
+    both = problems({**GOOD, "epochs": 1.0, "steps": None}, ["steps=5", "epochs=2"])
+    assert both == ["epochs, steps: give exactly one of the two"]
+
+
+def test_a_run_folder_is_its_recipe_where_it_is_now(tmp_path):
+    for name, says in (
+        ("nope", "there is no recipe or run "),
+        (".", "is a folder and no run, for it has no recipe.yaml"),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            load_recipe(tmp_path / name)
+        assert says in str(refused.value)
+    (tmp_path / "recipe.yaml").write_text(recipes.to_yaml(resolve(GOOD)))
+    with pytest.raises(ConfigError, match="only a recipe is in it; name that: .*recipe.yaml"):
+        load_recipe(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    assert load_recipe(tmp_path).run == tmp_path
+    assert load_recipe(tmp_path, ["run=elsewhere"]).run == Path("elsewhere")
 
 
 # Sections of several types under one key.

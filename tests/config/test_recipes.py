@@ -106,7 +106,9 @@ def test_a_file_in_the_working_directory_goes_before_a_recipe_of_its_name(
 
 
 def test_a_misspelled_name_gets_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"no recipe intervl2_2b_lora; did you mean internvl2_2b"):
+    with pytest.raises(
+        ConfigError, match=r"no recipe or run intervl2_2b_lora; did you mean internvl2_2b"
+    ):
         load_recipe("intervl2_2b_lora")
 
 

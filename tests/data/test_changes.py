@@ -186,6 +186,7 @@ CRLF, MARK = (b"\n", b"\r\n"), b"\xef\xbb\xbf"
         lambda old: MARK + old.replace(*CRLF),
         lambda old: old[:-1],
         lambda old: old.replace(*CRLF)[:-2],
+        lambda old: old + b"\n \r\n",  # blank lines at the end
     ],
 )
 @pytest.mark.parametrize("chunk", [1 << 25, 7])  # bytes; line ends are cut by small ones

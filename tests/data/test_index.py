@@ -32,3 +32,20 @@ def test_an_index_is_the_same_however_it_is_read(tmp_path, monkeypatch):
     assert np.array_equal(whole.groups, pieces.groups)
     assert len(set(whole.groups.tolist())) == 7
     assert list((tmp_path / "two").iterdir()) == [pieces.folder]
+
+
+def test_blank_lines_at_the_end_are_not_counted(tmp_path, monkeypatch):
+    lines = b'{"image": "a"}\n\n{"image": "a"}\n'
+    for chunk in (1 << 25, 5):
+        monkeypatch.setattr(index, "_CHUNK", chunk)
+        for end in (b"", b"\n", b"  ", b"\r\n\t\n \n"):
+            file = tmp_path / f"{chunk}{len(end)}.jsonl"
+            file.write_bytes(lines + end)
+            found = index.index_lines(file)
+            assert len(found) == 3, end
+            assert found.size == len(lines)
+            assert found.digest == index.digests_of(file, len(lines))[1]
+            assert b"".join(found.lines(range(3))) == lines
+        for blank in (b"", b"\n\n", index.json_rows.BOM, index.json_rows.BOM + b"\n \n"):
+            (tmp_path / "blank.jsonl").write_bytes(blank)
+            assert len(index.index_lines(tmp_path / "blank.jsonl")) == 0

@@ -7,6 +7,7 @@ from source_samples import opened, samples
 
 from internvl.config import SourceConfig
 from internvl.data import sampler
+from internvl.data.sampler import Ending, step_bounds
 from internvl.data.sources import open_source
 from internvl.errors import DataError
 
@@ -43,3 +44,12 @@ def test_a_file_that_changes_and_an_epoch_without_samples(tmp_path):
     write_lines(file, [chat_line("a", "b")] * 5)
     with pytest.raises(DataError, match="was changed while it is read"):
         samples(source)
+
+
+def test_batches_begin_anew_where_a_run_had_ended():
+    """23 samples in batches of 5; then 23 more, twice."""
+    ended = [Ending(5, 23), Ending(10, 46)]
+    bounds = [step_bounds(step, 5, 69, ended) for step in range(15)]
+    assert [last - first for first, last in bounds] == [5, 5, 5, 5, 3] * 3
+    assert [first for first, _ in bounds[1:]] == [last for _, last in bounds[:-1]]
+    assert [step_bounds(step, 5, 23) for step in range(5)] == bounds[:5]
