@@ -258,7 +258,7 @@ def test_a_bug_says_which_sample_it_was_about(capsys, monkeypatch):
         (["data", "convert", "frames", "{tmp}", "{tmp}/out"], 1, "no conversion 'frames'"),
         (["data", "convert", "captions", "{tmp}/c.txt", "{tmp}/text.png/out"], 1, "text.png"),
         (["data", "prepare", "cocoa", "--root", "{tmp}"], 1, "no data set 'cocoa' to prepare"),
-        (["check", "{tmp}"], 2, "cannot read the recipe {tmp}"),
+        (["check", "{tmp}"], 2, "{tmp} is a folder and no run"),
         (["check", "{tmp}/gone.yaml"], 2, "there is no recipe {tmp}/gone.yaml"),
         (["check", "{tmp}/text.png"], 2, "{tmp}/text.png holds no keys"),
         (

@@ -33,6 +33,7 @@ def of_run(recipe: Recipe, order: Order, ended: Sequence[Ending] = ()) -> tuple[
         ended: earlier ends of the run, where batches begin anew.
     """
     size = order.epoch_size(recipe.epochs)
+    # The position that a checkpoint of such a run holds goes on across an end.
     if recipe.global_batch_rows is not None:
         return recipe.num_steps(size), 0
     if not ended:
