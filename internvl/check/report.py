@@ -1,5 +1,6 @@
 """Result of `check`, as text (`CheckResult.render`) and as an HTML page (`page`)."""
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -193,7 +194,7 @@ def page(checked: CheckResult) -> pages.Report:
                 (f"{checked.column('tiles').sum():,}", "tiles"),
                 (f"{checked.num_duplicates:,}", "duplicates"),
             ],
-            note=checked.arithmetic.replace("\n", ". "),
+            note=". ".join(line[:1].upper() + line[1:] for line in checked.arithmetic.splitlines()),
         ),
         _problem_table(checked),
     ]
@@ -204,7 +205,9 @@ def page(checked: CheckResult) -> pages.Report:
         sections.append(pages.Charts(title="Sizes", charts=charts))
     if checked.inherited:
         title, *held = checked.inherited.splitlines()
-        sections.append(pages.Text(title=title.capitalize(), paragraphs=held))
+        # Columns of text, which paragraphs would close up.
+        held = textwrap.dedent("\n".join(held)).splitlines()
+        sections.append(pages.Text(title=title.capitalize(), commands=held))
     if checked.first_samples:
         shown = list(map(_page_sample, checked.first_samples))
         sections.append(pages.Samples(title="First samples", samples=shown))
@@ -230,9 +233,9 @@ def _problem_table(checked: CheckResult) -> pages.Section:
 
 def _chart(name: str, values: np.ndarray) -> pages.Chart:
     counts, edges = _bins(values)
-    # A chart joins points by lines: two for each bin draw the steps of a histogram.
+    # Half a number down: the bar of 3 alone stands around 3.
     points = [
-        (float(x), float(count))
+        (float(x) - 0.5, float(count))
         for count, edge in zip(counts, pairwise(edges), strict=True)
         for x in edge
     ]
@@ -243,6 +246,7 @@ def _chart(name: str, values: np.ndarray) -> pages.Chart:
         series=[pages.Series(name="samples", points=points)],
         form=",.0f",
         from_zero=True,
+        bars=True,
     )
 
 

@@ -97,6 +97,8 @@ class Chart:
     """Python format specification of the y values, e.g. ".0%"."""
     from_zero: bool = False
     """True includes zero in the y axis."""
+    bars: bool = False
+    """True draws the bars of a histogram of whole numbers: of each, a point at both ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,7 +347,11 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 14, 10, 48  # of its margins
 
 def _chart(chart: Chart) -> str:
     points = [p for series in chart.series for p in series.points if all(map(math.isfinite, p))]
-    xs = _axis([x for x, _ in points])
+    ends = [x for x, _ in points]
+    if chart.bars and ends and max(ends) - min(ends) < _FEW_BARS:
+        # One or two bars would fill the chart.
+        ends += [min(ends) - 1, max(ends) + 1]
+    xs = _axis(ends, whole=chart.bars)
     ys = _axis([y for _, y in points] + [0.0] * chart.from_zero, loose=True)
 
     def across(x: float) -> float:
@@ -363,9 +369,12 @@ def _chart(chart: Chart) -> str:
         f"{x:,.10g}</text>"
         for x in xs.ticks
     )
+    draw = _bars if chart.bars else _curve
     curves = "".join(
-        _curve(series, _color(i), across, down, chart.form) for i, series in enumerate(chart.series)
+        draw(series, _color(i), across, down, chart.form) for i, series in enumerate(chart.series)
     )
+    # The last value of a curve is its result; a histogram has none.
+    legend = "" if chart.bars else f'<ul class="legend">{_legend(chart)}</ul>'
     middle = _TOP + (_HEIGHT - _TOP - _BOTTOM) / 2
     return (
         f'<figure><figcaption>{escape(chart.title)}</figcaption><svg viewBox="0 0 {_WIDTH} '
@@ -373,8 +382,7 @@ def _chart(chart: Chart) -> str:
         f'<text class="label" x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 6}" '
         f'text-anchor="middle">{escape(chart.x_label)}</text>'
         f'<text class="label" transform="translate(13 {middle}) rotate(-90)" '
-        f'text-anchor="middle">{escape(chart.y_label)}</text>{curves}</svg>'
-        f'<ul class="legend">{_legend(chart)}</ul></figure>'
+        f'text-anchor="middle">{escape(chart.y_label)}</text>{curves}</svg>{legend}</figure>'
     )
 
 
@@ -408,6 +416,29 @@ def _curve(
     return f'<g class="curve" style="--color:{color}">{lines}{dots}</g>'
 
 
+def _bars(
+    series: Series,
+    color: str,
+    across: Callable[[float], float],
+    down: Callable[[float], float],
+    form: str,
+) -> str:
+    drawn = []
+    ends = zip(series.points[::2], series.points[1::2], strict=True)
+    for (left, value), (right, _) in ends:
+        # A bar ends half a number beyond the numbers that it counts.
+        first, last = f"{left + 0.5:,.10g}", f"{right - 0.5:,.10g}"
+        of_bar = first if first == last else f"{first} to {last}"
+        # A pixel of space between bars, and at least one of height for a value above zero.
+        height = max(down(0) - down(value), 1.0 if value else 0.0)
+        drawn.append(
+            f'<rect x="{across(left) + 0.5:.1f}" y="{down(0) - height:.1f}" '
+            f'width="{max(across(right) - across(left) - 1, 1):.1f}" height="{height:.1f}">'
+            f"<title>{of_bar}: {value:{form}} {escape(series.name)}</title></rect>"
+        )
+    return f'<g class="bar" style="--color:{color}">{"".join(drawn)}</g>'
+
+
 def _legend(chart: Chart) -> str:
     entries = []
     for i, series in enumerate(chart.series):
@@ -432,8 +463,13 @@ class _Axis:
     ticks: list[float]
 
 
-def _axis(values: list[float], *, loose: bool = False) -> _Axis:
-    """Chooses about five round ticks; `loose`: it ends at ticks, not at the outermost values."""
+def _axis(values: list[float], *, loose: bool = False, whole: bool = False) -> _Axis:
+    """Chooses about five round ticks.
+
+    Args:
+        loose: it ends at ticks, not at the outermost values.
+        whole: ticks are whole numbers.
+    """
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     # A constant curve: a range of zero would be divided by.
     if low == high:
@@ -441,7 +477,9 @@ def _axis(values: list[float], *, loose: bool = False) -> _Axis:
     raw = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(raw))
     # 0.999 and 1e-9 absorb rounding, which would skip a step or lose a tick at an end.
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    steps = (1, 2, 5, 10) if whole else (1, 2, 2.5, 5, 10)
+    step = next(m * power for m in steps if m * power >= raw * 0.999)
+    step = max(step, 1.0) if whole else step
     first, last = (
         (math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9))
         if loose
@@ -606,6 +644,7 @@ _MAGIC = {
 _ADDRESS = re.compile(r"(https?://[^\s<>\"']*[^\s<>\"'.,;:)])")
 
 _MOST_DOTS = 40
+_FEW_BARS = 3
 _NUM_COLORS = 6
 
 # 'unsafe-inline' is for styles alone: the style sheet, and the lengths of bars.

@@ -43,6 +43,7 @@ section {
 h2 { margin: 0 0 .9rem; font-size: 1.2rem; letter-spacing: -.01em; }
 h3 { margin: 0 0 .6rem; font-size: .95rem; overflow-wrap: anywhere; }
 p { margin: 0 0 .7rem; max-width: 60rem; }
+section > p:last-child { margin-bottom: 0; }
 .note { margin: .8rem 0 0; color: var(--soft); font-size: .88rem; }
 pre {
   margin: .5rem 0 0; padding: .9rem 1rem; overflow-x: auto; background: var(--code);
@@ -92,6 +93,7 @@ svg text { fill: var(--soft); font-size: 13px; }
 .grid line { stroke: var(--rule); stroke-width: 1; }
 .curve polyline { fill: none; stroke: var(--color); stroke-width: 2; stroke-linejoin: round;
   stroke-linecap: round; }
+.bar rect { fill: var(--color); }
 .curve circle { fill: var(--color); stroke: var(--card); stroke-width: 1.5; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: .3rem 0 0 3.2rem; padding: 0;
   list-style: none; color: var(--soft); font-size: .88rem; }

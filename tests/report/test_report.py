@@ -320,6 +320,29 @@ def test_ticks_are_round_and_cover_the_values():
     assert report._axis([0.0, 1312.0]).ticks == [0, 500, 1000]
 
 
+def test_bars_stand_on_zero_and_name_what_they_count():
+    points = [(0.5, 61.0), (1.5, 61.0), (1.5, 0.0), (4.5, 0.0), (4.5, 1.0), (5.5, 1.0)]
+    chart = report.Chart(
+        title="tiles a sample",
+        x_label="tiles",
+        y_label="samples",
+        series=[report.Series(name="samples", points=points)],
+        form=",.0f",
+        from_zero=True,
+        bars=True,
+    )
+    page = report._chart(chart)
+    for title in ("1: 61 samples", "2 to 4: 0 samples", "5: 1 samples"):
+        assert f"<title>{title}</title>" in page
+    tops = re.findall(r'<rect x="[\d.]+" y="([\d.]+)" width="[\d.]+" height="([\d.]+)"', page)
+    assert len({float(top) + float(height) for top, height in tops}) == 1
+    assert "<polyline" not in page
+    assert "legend" not in page
+    # Whole numbers alone: one bin has one tick.
+    assert report._axis([0.5, 1.5], whole=True).ticks == [1]
+    assert report._axis([0.5, 12.5], whole=True).ticks == [5, 10]
+
+
 def test_tiles_are_cut_and_numbered_with_the_thumbnail_last():
     tiled = report.TiledImage(image=drawing("red"), columns=3, rows=2, thumbnail=True)
     drawn = report._tiled(tiled)
