@@ -188,7 +188,7 @@ def page(checked: CheckResult) -> pages.Report:
             title="In numbers",
             facts=[
                 (f"{len(tokens):,}", "good samples"),
-                (f"{len(checked.problems):,}", "problems"),
+                (f"{len(checked.problems):,}", "problem" + "s" * (len(checked.problems) != 1)),
                 (f"{tokens.sum():,}", "tokens"),
                 (f"{share:.1%}", "of them supervised"),
                 (f"{checked.column('tiles').sum():,}", "tiles"),

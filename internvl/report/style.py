@@ -67,7 +67,7 @@ tbody tr:first-child > * { padding-top: .6rem; }
 tbody tr:last-child > *, th[scope=rowgroup] { padding-bottom: .6rem; }
 th[scope=rowgroup] { padding-top: .6rem; font-weight: 650; vertical-align: top; }
 th[scope=row] { color: var(--soft); white-space: nowrap; }
-.texts td { vertical-align: top; overflow-wrap: break-word; min-width: 9rem; }
+.texts td { vertical-align: top; overflow-wrap: anywhere; min-width: 9rem; }
 .texts td.number { min-width: 0; }
 .texts td:nth-child(2) { min-width: 18rem; }
 .number { text-align: right; white-space: nowrap; }
@@ -145,6 +145,11 @@ mark { background: var(--mark); color: inherit; border-radius: 4px; padding: .1e
 .attribution { margin: 0; color: var(--soft); font-size: .88rem; white-space: pre-line;
   overflow-wrap: anywhere; }
 @media (max-width: 40rem) {
+  .texts thead { display: none; }
+  .texts tr { display: block; padding: .5rem 0; border-bottom: 1px solid var(--rule); }
+  .texts tr:last-child { border-bottom: 0; }
+  .texts td, .texts td.number { display: block; padding: .1rem 0; text-align: left; min-width: 0; }
+  .texts td:nth-child(n+3) { color: var(--soft); font-size: .88rem; }
   section { padding: 1.1rem 1rem; }
   th, td { padding-left: .4rem; padding-right: .4rem; }
   .wide { display: none; }
