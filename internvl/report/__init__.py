@@ -282,12 +282,14 @@ def _facts(section: Facts) -> str:
 
 
 def _table(section: Table) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in section.head)
+    # A column without any text would only take room.
+    shown = [i for i in range(len(section.head)) if any(row[i] for row in section.rows)]
+    head = "".join(f"<th>{escape(section.head[i])}</th>" for i in shown)
     rows = "".join(
         f'<tr><td class="number">{escape(count)}</td>'
         + "".join(f"<td>{escape(text)}</td>" for text in texts)
         + "</tr>"
-        for count, *texts in section.rows
+        for count, *texts in ([row[i] for i in shown] for row in section.rows)
     )
     return (
         f'<div class="scroll"><table class="texts"><thead><tr>{head}</tr></thead>'

@@ -320,6 +320,15 @@ def test_ticks_are_round_and_cover_the_values():
     assert report._axis([0.0, 1312.0]).ticks == [0, 500, 1000]
 
 
+def test_a_table_has_no_column_without_text():
+    rows = [("15", "there is no image <a>", "", ""), ("1", "not JSON", "line 3", "")]
+    head = ("count", "problem", "first places", "what keeps them")
+    page = report._table(report.Table(title="t", head=head, rows=rows))
+    assert "what keeps them" not in page
+    assert page.count("<td") == 6
+    assert "there is no image &lt;a&gt;" in page
+
+
 def test_bars_stand_on_zero_and_name_what_they_count():
     points = [(0.5, 61.0), (1.5, 61.0), (1.5, 0.0), (4.5, 0.0), (4.5, 1.0), (5.5, 1.0)]
     chart = report.Chart(
