@@ -204,7 +204,7 @@ def test_samples_follow_torchs_seed(chat):
         ([], "the conversation is empty"),
         ([("user", "<IMG_CONTEXT>")], "the text must not contain <IMG_CONTEXT>"),
         ([("user", "What is <image>?")], r"1 <image> mark.*0 image.* and \\<image>"),
-        ([("user", "What is <video>?")], "1 <video> mark.s. in the questions, but 0 video"),
+        ([("user", "What is <video>?")], "1 <video> mark in the questions, but 0 video"),
     ],
 )
 def test_inference_refuses_what_training_refuses(turns, says, chat):
