@@ -3,6 +3,9 @@
 Exit codes: 0 success; 1 the work failed, with one sentence on standard error; 2 the command or
 recipe is wrong; 130 stopped by Ctrl-C; 141 nobody reads the output. The last two print nothing.
 A verb's docstring is its help.
+
+A verb checks its arguments and files first, then says what it loads, then imports torch and
+transformers, which take seconds (`_loading`). What is imported before must not import them.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from internvl import errors, log
@@ -31,10 +35,24 @@ from internvl.version import VERSION
 Arguments = argparse.Namespace
 
 
+@contextlib.contextmanager
+def _loading(name: object) -> Iterator[None]:
+    """Logs what is loaded; the block imports what takes seconds."""
+    log.get_logger().info("loading %s …", name)
+    # Imports create a million objects that all stay; collecting garbage among them, during the
+    # imports and after them, would take a fifth of their time.
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def demo(args: Arguments) -> int:
     """Train, evaluate, export and reload a tiny model on a CPU; writes report.html."""
-    # Here and in every verb: imports of torch and transformers take seconds, `--help` needs none.
-    from internvl import demo
+    with _loading("the demo"):
+        from internvl import demo
 
     page = demo.run(args.to, short=args.short)
     print(f"The report is {page.resolve()}; open it in a browser.")
@@ -45,7 +63,8 @@ def doctor(args: Arguments) -> int:
     """Check this machine and its libraries; says how to install what is missing."""
     from internvl import doctor
 
-    findings = doctor.report()
+    with _loading("the libraries of this machine"):
+        findings = doctor.report()
     print(doctor.render(findings))
     return int(doctor.is_broken(findings))
 
@@ -76,7 +95,11 @@ def check(args: Arguments) -> int:
     recipe = load_recipe(args.recipe, args.overrides)
     if args.plan:
         return _plan(recipe, args)
-    from internvl import check
+    from internvl.inference import opened
+
+    opened.check_start(recipe, weights=False)
+    with _loading(recipe.model.name):
+        from internvl import check
 
     checked = check.run(recipe, report=args.report)
     print(checked.render())
@@ -88,18 +111,11 @@ def _plan(recipe: Recipe, args: Arguments) -> int:
     gpu = _gpu_to_plan_for(args.gpu)
     if args.gpus < 1:
         raise ConfigError(f"--gpus: at least 1, not {args.gpus}")
-    # Imports create a million objects that all stay; collecting garbage among them, during the
-    # imports and after them, would take a fifth of a plan's time.
-    gc.disable()
-    from internvl import plan
-
-    gc.freeze()
-    gc.enable()
+    with _loading(recipe.model.name):
+        from internvl import check, plan
 
     checked = None
     if plan.is_here(recipe):
-        from internvl import check
-
         checked = check.run(recipe, report=args.report)
         print(checked.render() + "\n")
     else:
@@ -142,7 +158,15 @@ def _gpu_to_plan_for(name: str) -> Any:
 def train(args: Arguments) -> int:
     """Train a recipe; if its run folder exists, resume where the run stopped."""
     recipe = load_recipe(args.recipe, args.overrides)
-    from internvl import dist, train
+    from internvl.data import sources
+    from internvl.inference import opened
+
+    # A run that goes on holds its weights: its base may be gone.
+    if not opened.is_run(recipe.run):
+        opened.check_start(recipe, weights=True)
+    sources.check_files(recipe.data)
+    with _loading(recipe.model.name):
+        from internvl import dist, train
 
     try:
         train.run(recipe)
@@ -173,7 +197,13 @@ def _next_commands(recipe: Recipe, model: str) -> str:
 
 def evaluate(args: Arguments) -> int:
     """Evaluate a model on published sets or your own files, or a run as its recipe says."""
-    from internvl import evaluate
+    from internvl.models import hub
+
+    # Nothing is asked of the hub before the tasks are checked.
+    if not hub.is_hub_id(args.model):
+        _open(args)
+    with _loading(args.model):
+        from internvl import evaluate
 
     fields = {name: getattr(args, name) for name in eval_options()}
     options: dict[str, Any] = {
@@ -215,9 +245,8 @@ def chat(args: Arguments) -> int:
         # Standard error, as all messages of a conversation: answers alone can be redirected.
         print(commands.greeting(args.model), file=sys.stderr, flush=True)
     from internvl.data.images import as_rgb
-    from internvl.inference import load as loading
-    from internvl.inference.generate import Settings
-    from internvl.inference.requests import read_video
+    from internvl.data.video import read_video
+    from internvl.inference.settings import Settings
 
     settings: dict[str, Any] = {
         "max_new_tokens": args.max_new_tokens,
@@ -232,14 +261,16 @@ def chat(args: Arguments) -> int:
     for image in args.image:
         as_rgb(image)  # for its errors alone; the model reads it again, in its own way
     videos = [] if args.video is None else [read_video(args.video, args.frames)]
+    opened = _open(args)
+    with _loading(args.model):
+        from internvl.inference import load as loading
+
     model = loading.load(
-        args.model,
+        opened,
         device=args.device,
         dtype=args.dtype,
         device_map=args.device_map,
         quantize=args.quantize,
-        step=args.step,
-        base=args.base,
     ).as_chat("a conversation")
     conversation = model.conversation(args.image, videos=videos, num_frames=args.frames, **settings)
     if args.prompt:
@@ -327,31 +358,42 @@ def _print_answer(conversation: Any, question: str) -> str:
 
 def merge(args: Arguments) -> int:
     """Merge adapters into their base model and export it as a self-contained folder."""
-    from internvl import export as exporter
-
+    exporter = _exporter(args)
     # Without adapters it would be a plain export, which is probably not what the user meant.
     if not exporter.has_adapters(args.model, step=args.step, base=args.base):
         raise UserError(
             f"{args.model}: has no adapters to merge; `internvl export` writes a model as it is"
         )
-    return export(args)
+    return _export(exporter, args)
 
 
 def export(args: Arguments) -> int:
     """Export a self-contained model folder, reload it and compare its outputs."""
-    from internvl import export
+    return _export(_exporter(args), args)
 
-    print(
-        export.run(
-            args.model,
-            args.to,
-            args.format,
-            code_from=args.code_from,
-            step=args.step,
-            base=args.base,
-        )
-    )
+
+def _exporter(args: Arguments) -> ModuleType:
+    """Imports `internvl.export`, after a check that the model is there."""
+    _open(args)
+    with _loading(args.model):
+        from internvl import export
+
+    return export
+
+
+def _export(exporter: ModuleType, args: Arguments) -> int:
+    chosen = {"code_from": args.code_from, "step": args.step, "base": args.base}
+    print(exporter.run(args.model, args.to, args.format, **chosen))
     return 0
+
+
+def _open(args: Arguments) -> Any:
+    """Opens the model of a command line; its folder is refused before torch is imported."""
+    from internvl.inference.opened import open_model
+
+    opened = open_model(args.model, step=args.step, base=args.base)
+    opened.check()
+    return opened
 
 
 def data(args: Arguments) -> int:

@@ -35,7 +35,6 @@ from internvl.inference.families import FAMILIES
 from internvl.inference.inherited import Completed
 from internvl.inference.opened import OpenedModel
 from internvl.models import bases
-from internvl.models.adapters import lora
 from internvl.models.chat import model as chat_model
 from internvl.models.dual.model import DualModel
 from internvl.models.vision import count_parameters
@@ -402,6 +401,9 @@ def run(recipe: Recipe) -> Path:
         if dist.is_main():
             # An adapter folder names its base by id or path; a model from parts has neither.
             if recipe.model.lora is not None and recipe.model.id is not None:
+                # Here: PEFT takes half a second to import, and full fine-tuning needs none.
+                from internvl.models.adapters import lora
+
                 folder, base = state.folder / "adapter", start.local or recipe.model.id
                 settings = FAMILIES[state.chat.family].settings(state.chat)
                 lora.save_adapter(state.model, folder, base, start.step, settings)

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from internvl import files
 from internvl.errors import ModelFolderError
 from internvl.files import FolderReader, describe, read_object
-from internvl.models import hub
+from internvl.models.tensors import load_pickled, open_tensors
 
 
 def zipped() -> bytes:
@@ -45,7 +45,7 @@ def test_other_files_under_a_models_names(name, kind, tmp_path):
     file = tmp_path / name
     file.write_bytes(content)
     with pytest.raises(ModelFolderError, match=f"{file}: .*{says}") as caught:
-        read_object(file) if name.endswith(".json") else dict(hub.open_tensors(file))
+        read_object(file) if name.endswith(".json") else dict(open_tensors(file))
     assert "\n" not in str(caught.value)
 
 
@@ -95,7 +95,7 @@ def test_safetensors_that_are_none(content, says, tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(content)
     with pytest.raises(ModelFolderError, match=f"{file}: .*{says}"):
-        dict(hub.open_tensors(file))
+        dict(open_tensors(file))
 
 
 @pytest.mark.parametrize(
@@ -109,14 +109,14 @@ def test_safetensors_that_are_none(content, says, tmp_path):
 def test_pickles_of_other_things(held, says, tmp_path):
     torch.save(held, tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelFolderError, match=f"pytorch_model.bin: {says}.*safetensors files"):
-        dict(hub.open_tensors(tmp_path / "pytorch_model.bin"))
+        dict(open_tensors(tmp_path / "pytorch_model.bin"))
 
 
 def test_old_pickles_and_files_that_change_are_read(tmp_path):
     file = tmp_path / "pytorch_model.bin"
     for value in (1.0, 2.0):  # not the cached content of the first
         torch.save({"a": torch.full((3,), value)}, file, _use_new_zipfile_serialization=value == 2)
-        assert torch.equal(hub.load_pickled(file)["a"], torch.full((3,), value))
+        assert torch.equal(load_pickled(file)["a"], torch.full((3,), value))
 
 
 def test_nothing_is_known_against_a_good_file(tmp_path):

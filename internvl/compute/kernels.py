@@ -7,8 +7,8 @@ import torch
 from internvl.compute.backends import attention_backend, attention_kernels, is_compiled
 from internvl.config import ComputeConfig
 from internvl.models import kernels
-from internvl.models.adapters import fused_lora
 from internvl.models.attention import packed, per_document
+from internvl.models.trainable import has_adapters
 
 _COMPILE = {"fallback_random": True}
 """Dropout's masks come from torch's own generator, which draws four numbers at a time; compiled
@@ -27,8 +27,12 @@ def apply_compute(model: Any, device: torch.device, compute: ComputeConfig) -> N
     model.loss_chunk = compute.loss_chunk
     _set_attention(model, attention_backend(compute, device), device)
     kernels.apply(model, compute, device)
-    # After float8, whose layers have no weight to fuse B with.
-    fused_lora.fuse(model)
+    if has_adapters(model):
+        # Here: PEFT takes half a second, which full fine-tuning need not wait.
+        from internvl.models.adapters import fused_lora
+
+        # After float8, whose layers have no weight to fuse B with.
+        fused_lora.fuse(model)
     if compute.checkpointing != "none":
         _checkpoint(model, 1 if compute.checkpointing == "full" else 2)
     if is_compiled(compute, device):

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
-from internvl.data.images import FileSlice, is_file_object, read_file_object
+from internvl.data.images import FileSlice, is_file_object, is_tensor, read_file_object
 from internvl.errors import UserError
 
-_ONE_IMAGE = (str, bytes, bytearray, memoryview, os.PathLike, FileSlice, Image.Image, Tensor)
+_ONE_IMAGE = (str, bytes, bytearray, memoryview, os.PathLike, FileSlice, Image.Image)
 
 
 def list_texts(texts: Any, noun: str = "text") -> list[str]:
@@ -63,7 +62,7 @@ def list_images(images: Any) -> list[Any]:
         UserError: an unordered collection, or not images.
         BadImage: a file object that is closed or in text mode.
     """
-    if isinstance(images, _ONE_IMAGE) or is_file_object(images):
+    if isinstance(images, _ONE_IMAGE) or is_tensor(images) or is_file_object(images):
         images = [images]
     elif isinstance(images, np.ndarray) and images.dtype.kind not in "OUS":
         # Numbers are an image or a batch; an array of paths is a collection like a list.

@@ -1,13 +1,17 @@
-"""Decodes image files to RGB. Files are untrusted: their size is limited before decoding."""
+"""Decodes image files to RGB. Files are untrusted: their size is limited before decoding.
+
+Imports no torch.
+"""
 
 import base64
 import io
 import os
 import posixpath
 import stat
+import sys
 import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,9 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
-from torch import Tensor
 
 from internvl import files
 from internvl.config.types import STATISTICS as STATISTICS
@@ -134,7 +136,7 @@ def as_rgb(image: Any, exif: Exif = "ignore") -> Rgb:
         return _upright(_to_rgb(image, ""), image, exif)
     if isinstance(image, np.ndarray | np.generic):
         return _array_to_rgb(np.asarray(image), "array", "(H, W, C)")
-    if isinstance(image, Tensor):
+    if is_tensor(image):
         if image.dim() == 3:
             image = image.movedim(0, -1)
         return _array_to_rgb(image.detach().cpu().numpy(), "tensor", "(C, H, W)")
@@ -158,6 +160,13 @@ def rgb_at(label: str, image: Any, exif: Exif = "ignore") -> Rgb:
         return as_rgb(image, exif)
     except BadImage as error:
         raise BadImage(f"{label}: {error}") from None
+
+
+def is_tensor(value: Any) -> bool:
+    """Returns whether a value is a torch tensor."""
+    # Without importing torch: an image file is checked, and refused, before that takes seconds.
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
 
 
 def is_file_object(value: Any) -> bool:
@@ -522,12 +531,3 @@ def degrade(image: Image.Image, quality: int) -> Image.Image:
     image.save(buffer, format="JPEG", quality=quality)
     with Image.open(buffer) as degraded:
         return degraded.convert("RGB")
-
-
-def degrade_tiles(tiles: Tensor, qualities: Sequence[int]) -> Tensor:
-    """Degrades each of the tiles, uint8 (N, 3, S, S), by JPEG at its quality."""
-    degraded = [
-        np.asarray(degrade(Image.fromarray(tile.permute(1, 2, 0).numpy()), quality))
-        for tile, quality in zip(tiles, qualities, strict=True)
-    ]
-    return torch.from_numpy(np.stack(degraded)).permute(0, 3, 1, 2).contiguous()

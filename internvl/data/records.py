@@ -16,13 +16,15 @@ import os
 import sys
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from torch import Tensor
 
-from internvl.data.images import ImageRef
+from internvl.data.images import ImageRef, is_tensor
 from internvl.errors import BadImage
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IGNORE = -100  # the default `ignore_index` of torch's cross entropy
 """Label of a position that is not supervised."""
@@ -96,7 +98,7 @@ class Tiles:
     """The tiles of one sample's images; `per_image` sums to N."""
 
     # uint8 until the device normalizes it: a quarter of the memory and of the copy of float32.
-    pixels: Tensor
+    pixels: "Tensor"
     """uint8 (N, 3, S, S)"""
     per_image: tuple[int, ...]
     grids: tuple[Grid, ...]
@@ -125,7 +127,7 @@ class Unit:
 
     examples: tuple[Example, ...]
     prefix: int
-    tiles: Tensor | None
+    tiles: "Tensor | None"
 
     @property
     def num_tiles(self) -> int:
@@ -163,27 +165,27 @@ class PackedBatch:
     `loss_positions[m]` predicts `targets[m]`.
     """
 
-    input_ids: Tensor
+    input_ids: "Tensor"
     """int64 (1, L)"""
-    position_ids: Tensor
+    position_ids: "Tensor"
     """int64 (1, L); restarts with every document, a branch goes on from its prefix."""
-    document: Tensor
+    document: "Tensor"
     """int64 (L,), 0, 1, …; below 0 is padding."""
-    branch: Tensor
+    branch: "Tensor"
     """int64 (L,); 0 is the prefix."""
-    pixel_values: Tensor | None
+    pixel_values: "Tensor | None"
     """uint8 (N, 3, S, S), or None if the row has no image."""
     # Explicit instead of shifted labels: a prefix's last token predicts the first of every branch.
-    loss_positions: Tensor
+    loss_positions: "Tensor"
     """int64 (M,), indices into the row; may repeat."""
-    targets: Tensor
+    targets: "Tensor"
     """int64 (M,)"""
-    loss_weights: Tensor
+    loss_weights: "Tensor"
     """float32 (M,)"""
     names: tuple[str, ...]
     """The samples of the row."""
     # Variable-length attention kernels take these instead of a mask.
-    starts: Tensor | None = None
+    starts: "Tensor | None" = None
     """int32 (D + 1,): starts of the documents, padding included, and the row's end; None in a run
     whose documents may have branches."""
 
@@ -208,7 +210,7 @@ class Pair:
     """An image, its caption and a caption of another image, as token ids."""
 
     name: str
-    pixels: Tensor
+    pixels: "Tensor"
     """uint8 (3, S, S)"""
     image_id: int
     """Signed 64-bit id, the same for captions of the same image."""
@@ -233,29 +235,29 @@ Match = tuple[tuple[int, ...], int]
 class PairBatch:
     """Pairs encoded together, on CPU until used. Padded with 0 on the right."""
 
-    pixel_values: Tensor
+    pixel_values: "Tensor"
     """uint8 (B, 3, S, S)"""
-    image_ids: Tensor
+    image_ids: "Tensor"
     """int64 (B,)"""
-    text_ids: Tensor
+    text_ids: "Tensor"
     """int64 (B, T), captions to embed."""
-    text_mask: Tensor
+    text_mask: "Tensor"
     """bool (B, T), true where there is text."""
-    text_counts: Tensor
+    text_counts: "Tensor"
     """float32 (B,): 1, or 0 for a text that is not compared."""
-    match_ids: Tensor
+    match_ids: "Tensor"
     """int64 (R, T), captions to match: row r with image r mod B."""
-    match_mask: Tensor
+    match_mask: "Tensor"
     """bool (R, T)"""
-    match_labels: Tensor
+    match_labels: "Tensor"
     """int64 (R,): 1 match, 0 no match, -100 not counted."""
-    written_ids: Tensor
+    written_ids: "Tensor"
     """int64 (B, T), prompts and the captions to generate."""
-    written_mask: Tensor
+    written_mask: "Tensor"
     """bool (B, T)"""
-    loss_positions: Tensor
+    loss_positions: "Tensor"
     """int64 (M,), indices into the flattened (B, T) that predict `targets`."""
-    targets: Tensor
+    targets: "Tensor"
     """int64 (M,)"""
     names: tuple[str, ...]
     """The samples of the batch."""
@@ -280,6 +282,6 @@ class PairBatch:
 def _moved(batch: Batch, device: Any) -> dict[str, Any]:
     # `non_blocking` copies overlap with compute if the tensors are pinned.
     return {
-        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        key: value.to(device, non_blocking=True) if is_tensor(value) else value
         for key, value in vars(batch).items()
     }

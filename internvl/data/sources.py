@@ -308,6 +308,17 @@ def readable_configs(data: DataConfig) -> tuple[list[SourceConfig], list[BadSamp
     return [*configs, *data.sources], problems
 
 
+def check_files(data: DataConfig) -> None:
+    """Checks that the meta file and every annotation file are there; reads no annotations.
+
+    Raises:
+        DataError: one is missing, or the meta file is wrong.
+    """
+    for config in source_configs(data):
+        if not config.annotations.exists():
+            open_source(config)  # raises, in words for each type
+
+
 def _meta_problems(entry: Any) -> Iterator[tuple[str, str]]:
     """Yields (key, problem)."""
     if not isinstance(entry, dict):

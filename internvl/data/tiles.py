@@ -19,7 +19,6 @@ from internvl.data.images import (
     Rgb,
     Triple,
     degrade,
-    degrade_tiles,
     pad_square,
     size_of,
 )
@@ -182,3 +181,12 @@ def empty_tiles(
     grids = choose_grids(sizes, config, max_tiles)
     per_image = tuple(num_tiles(grid, config.thumbnail) for grid in grids)
     return Tiles(torch.empty(sum(per_image), 3, 0, 0, dtype=torch.uint8), per_image, grids)
+
+
+def degrade_tiles(tiles: Tensor, qualities: Sequence[int]) -> Tensor:
+    """Degrades each of the tiles, uint8 (N, 3, S, S), by JPEG at its quality."""
+    degraded = [
+        np.asarray(degrade(Image.fromarray(tile.permute(1, 2, 0).numpy()), quality))
+        for tile, quality in zip(tiles, qualities, strict=True)
+    ]
+    return torch.from_numpy(np.stack(degraded)).permute(0, 3, 1, 2).contiguous()

@@ -28,8 +28,8 @@ from internvl.inference.families import FAMILIES, Description, LoadOptions
 from internvl.inference.opened import OpenedModel, open_model
 from internvl.models import configs, hub, kernels, keys
 from internvl.models import weights as model_weights
-from internvl.models.adapters import merging
 from internvl.models.bases import Replacements
+from internvl.models.tensors import LazyTensor
 
 __all__ = ["Exported", "has_adapters", "probe", "processor_files", "run"]
 
@@ -92,6 +92,8 @@ def run(
     """
     if format not in ("hf", "official"):
         raise ExportError(f"format {format!r}: choose hf or official")
+    # Before the model: reading it may take minutes.
+    _check_free(Path(to))
     exported = _open(model_or_folder, step, base)
     exported.layout.check_format(exported.config, format)
     if code_from is not None and format == "hf":
@@ -161,6 +163,9 @@ def _from_handle(handle: Chat | Dual) -> Exported:
             "the model's frozen weights are in float8 for training; export the run folder instead, "
             "which takes them as released"
         )
+    # Here: PEFT takes half a second, and a folder without adapters is written from file to file.
+    from internvl.models.adapters import merging
+
     device, layout = model.device, LAYOUTS[handle.family]
 
     def answer() -> Tensor:
@@ -213,14 +218,14 @@ def _probe_device(num_bytes: int) -> torch.device:
     return torch.device("cpu")
 
 
-def _num_bytes(tensors: Mapping[str, hub.LazyTensor]) -> int:
+def _num_bytes(tensors: Mapping[str, LazyTensor]) -> int:
     return sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
 
 
 class _ReadOnAccess(Mapping[str, Tensor]):
     """A mapping of lazy tensors that reads each on access and keeps none."""
 
-    def __init__(self, tensors: Mapping[str, hub.LazyTensor]) -> None:
+    def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
         self._tensors = tensors
 
     def __getitem__(self, name: str) -> Tensor:
@@ -243,13 +248,17 @@ def _stored_dtype(files: hub.ModelFolder) -> torch.dtype:
 @contextmanager
 def _complete_or_absent(target: Path) -> Iterator[Path]:
     """Yields a folder to write into that becomes `target` on success and is removed otherwise."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ExportError(f"{target}: exists and is not empty; choose another folder")
+    _check_free(target)
     try:
         with complete_folder(target) as partial:
             yield partial
     except OSError as error:
         raise ExportError(f"{target}: could not be written ({error})") from error
+
+
+def _check_free(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ExportError(f"{target}: exists and is not empty; choose another folder")
 
 
 def _write_hf(exported: Exported, folder: Path, dtype: torch.dtype | None) -> None:

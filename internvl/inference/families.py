@@ -26,6 +26,7 @@ from internvl.models import configs, hub
 from internvl.models.chat import model as chat_model
 from internvl.models.dual import files as dual_files
 from internvl.models.dual.configs import DualConfig
+from internvl.models.tensors import LazyTensor
 from internvl.models.vision import resize_tower
 
 
@@ -71,7 +72,7 @@ class Family(ABC):
         """Builds the model without data (meta device)."""
 
     @abstractmethod
-    def fit_tensors(self, config: Any, files: hub.ModelFolder) -> dict[str, hub.LazyTensor]:
+    def fit_tensors(self, config: Any, files: hub.ModelFolder) -> dict[str, LazyTensor]:
         """Returns the folder's tensors under the model's names. Raises ModelFolderError."""
 
     @abstractmethod
@@ -132,7 +133,7 @@ class ChatFamily(Family):
         """See `Family.empty_model`."""
         return chat_model.empty_model(config)
 
-    def fit_tensors(self, config: Any, files: hub.ModelFolder) -> dict[str, hub.LazyTensor]:
+    def fit_tensors(self, config: Any, files: hub.ModelFolder) -> dict[str, LazyTensor]:
         """See `Family.fit_tensors`."""
         return chat_model.fit_tensors(config, files)
 
@@ -244,7 +245,7 @@ class DualFamily(Family):
         """See `Family.empty_model`."""
         return dual_files.empty_model(config)
 
-    def fit_tensors(self, config: Any, files: hub.ModelFolder) -> dict[str, hub.LazyTensor]:
+    def fit_tensors(self, config: Any, files: hub.ModelFolder) -> dict[str, LazyTensor]:
         """See `Family.fit_tensors`."""
         return dual_files.fit_tensors(config, files)
 

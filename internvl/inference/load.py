@@ -1,4 +1,8 @@
-"""Loads the model of a folder, hub id or recipe, with its tokenizer, template and tiling."""
+"""Loads the model of a folder, hub id or recipe, with its tokenizer, template and tiling.
+
+PEFT, distributed checkpoints and what only training computes with take a second to import, so each
+is imported where a model needs it.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 
-from internvl.compute import backends, kernels, placement
 from internvl.config import ModelConfig, Recipe, TilesConfig
 from internvl.config.recipes import load_recipe
 from internvl.errors import UserError
@@ -17,11 +20,9 @@ from internvl.inference.families import FAMILIES, Description, LoadOptions
 from internvl.inference.inherited import Completed, tiling
 from internvl.inference.opened import OpenedModel, is_run, open_model, open_parts, open_start
 from internvl.models import hub
-from internvl.models.adapters import folder as adapter_folder
-from internvl.models.adapters import lora
 from internvl.models.bases import Replacements
+from internvl.models.trainable import has_adapters, select_trainable
 from internvl.models.vision import set_drop_path
-from internvl.training import checkpoint
 
 __all__ = ["Chat", "Dual", "complete", "describe", "for_training", "is_run", "load", "tiling"]
 
@@ -33,7 +34,7 @@ DTYPES = {
 
 
 def load(
-    name_or_folder: str | Path,
+    name_or_folder: str | Path | OpenedModel,
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -51,7 +52,7 @@ def load(
     Args:
         name_or_folder: a model folder in the official or hf layout, a hub id, an adapter folder
             (loaded on its base), a run folder, one of its checkpoints (RUN/checkpoints/000400,
-            RUN/best), or InternVL-C's `.pth` file or folder.
+            RUN/best), or InternVL-C's `.pth` file or folder; or one that `open_model` has opened.
         device: by default the GPU, if there is one.
         dtype: by default bfloat16 on a GPU, float32 on a CPU.
         image_token_id: id of the placeholder token, for a folder without tokenizer files.
@@ -82,7 +83,9 @@ def load(
         attention=attention,
         image_size=image_size,
     )
-    return load_opened(open_model(name_or_folder, step=step, base=base), options)
+    if not isinstance(name_or_folder, OpenedModel):
+        name_or_folder = open_model(name_or_folder, step=step, base=base)
+    return load_opened(name_or_folder, options)
 
 
 def load_opened(opened: OpenedModel, options: LoadOptions) -> Chat | Dual:
@@ -99,8 +102,10 @@ def load_opened(opened: OpenedModel, options: LoadOptions) -> Chat | Dual:
         handle = load_opened(opened.base, options)
     if opened.adapter is None:
         return handle
+    from internvl.models.adapters import lora
+
     # Adapters of a base were merged into the weights that the new ones were trained on.
-    if lora.has_adapters(handle.model):
+    if has_adapters(handle.model):
         lora.merge(handle.model)
     lora.load_adapter(handle.model, opened.adapter)
     return FAMILIES[handle.family].stored(handle, settings) if settings else handle
@@ -108,7 +113,11 @@ def load_opened(opened: OpenedModel, options: LoadOptions) -> Chat | Dual:
 
 def _adapter_settings(opened: OpenedModel) -> dict[str, Any]:
     """Reads the settings that an opened folder's adapters were trained with, else empty."""
-    return {} if opened.adapter is None else adapter_folder.settings_of(opened.adapter)
+    if opened.adapter is None:
+        return {}
+    from internvl.models.adapters.settings import settings_of
+
+    return settings_of(opened.adapter)
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -144,6 +153,8 @@ def _load_run(opened: OpenedModel, options: LoadOptions) -> Chat | Dual:
 
 def _load_checkpoint(opened: OpenedModel) -> Chat | Dual:
     """Loads a run's model as `for_training`, with the weights of its checkpoint."""
+    from internvl.training import checkpoint
+
     recipe, run = opened.recipe, opened.run
     assert recipe is not None
     assert run is not None
@@ -165,6 +176,8 @@ def load_as_trained(opened: OpenedModel, device: torch.device, dtype: str) -> Ch
     Raises:
         ModelFolderError: the run has no checkpoint yet.
     """
+    from internvl.compute import backends, kernels, placement
+
     assert opened.recipe is not None
     handle = _load_checkpoint(opened)
     # The order of a training start: apply_compute replaces modules on the device they run on.
@@ -265,16 +278,20 @@ def _complete_saved(saved: Recipe, start: OpenedModel | None) -> Recipe:
 
 
 def _choose_trainable(model: Any, config: ModelConfig) -> None:
-    if lora.has_adapters(model):
+    if has_adapters(model):
         if config.quantize is not None:
             raise UserError(
                 f"model.quantize: {config.name} has adapters, which quantized weights cannot take "
                 f"in; `internvl merge {config.name} --to FOLDER`, and set model.id to FOLDER"
             )
-        lora.merge(model)  # training continues from the model as it is used
+        from internvl.models.adapters import merging
+
+        merging.merge(model)  # training continues from the model as it is used
     # Before adapters are attached: the selection freezes every parameter it does not name.
-    lora.select_trainable(model, config.parts, config.train_last_vision_blocks)
+    select_trainable(model, config.parts, config.train_last_vision_blocks)
     if config.lora is not None:
+        from internvl.models.adapters import lora
+
         lora.attach(model, config.lora)
 
 

@@ -2,27 +2,28 @@
 
 `open_model` follows adapter and run folders down to the base model. Its result is passed on, so
 that no caller opens the same folder again.
+
+Files are refused in a second: torch and transformers, which take several, are imported only where a
+tokenizer, a `.pth` file or parts are opened.
 """
 
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Any
 
 from internvl import zoo
 from internvl.config import ModelConfig, Recipe, TilesConfig
 from internvl.config.recipes import load_recipe
 from internvl.data.templates import template
-from internvl.data.tokenizers import add_special_tokens, load_tokenizer
 from internvl.errors import ModelFolderError, UserError
 from internvl.models import bases, hub
 from internvl.models.adapters import folder as adapter_folder
 from internvl.models.bases import Located, Place, Replacements, Search
-from internvl.models.chat import assemble
-from internvl.models.dual import files as dual_files
-from internvl.training import checkpoint
+from internvl.training import saved_steps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class OpenedModel:
     """Recipe of the run, as its folder holds it."""
     parts: ModelConfig | None = None
     """Parts of a model that is assembled from a vision tower and a language model."""
-    parts_tokenizer: PreTrainedTokenizerFast | None = None
+    parts_tokenizer: "PreTrainedTokenizerFast | None" = None
     """Tokenizer of such a model: the language model's with the tokens of a chat model."""
 
     @property
@@ -58,13 +59,31 @@ class OpenedModel:
         """Step of a run's checkpoint. Raises ModelFolderError if it has none."""
         return None if self.run is None else self.run.checkpoint[1]
 
+    def check(self, *, weights: bool = True) -> None:
+        """Checks that all of it is there; reads no weight, imports no torch.
+
+        Args:
+            weights: whether weights and checkpoints must be there too.
+
+        Raises:
+            ModelFolderError: another model than ours, or missing weights or checkpoint.
+        """
+        if self.base is None:
+            self.files.check(weights=weights)
+        else:
+            self.base.check(weights=weights)
+        # The property raises.
+        _ = self.step if weights else None
+
     # Cached: the configuration, the vocabulary check and the encoder all ask for it.
     @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerFast | None:
+    def tokenizer(self) -> "PreTrainedTokenizerFast | None":
         """The model's tokenizer; None if the folder has no tokenizer files."""
         # No folder holds it: the language model's own files lack the tokens of a chat model.
         if self.parts_tokenizer is not None:
             return self.parts_tokenizer
+        from internvl.data.tokenizers import load_tokenizer
+
         return load_tokenizer(self.folder) if self.base is None else self.base.tokenizer
 
 
@@ -83,8 +102,8 @@ class RunStep:
         Raises:
             ModelFolderError: the run has none, or none of this step.
         """
-        saved = checkpoint.steps(self.folder / "checkpoints")
-        best = checkpoint.steps(self.folder / "best/checkpoints")
+        saved = saved_steps.steps(self.folder / "checkpoints")
+        best = saved_steps.steps(self.folder / "best/checkpoints")
         if self.step is None and not saved:
             raise ModelFolderError(f"{self.folder}: the run has no checkpoint yet; train it first")
         if self.step is None or self.step in saved:
@@ -166,6 +185,8 @@ def _open(
         weights = [] if (folder / "config.json").is_file() else list(folder.glob("*.pth"))
         pth = weights[0] if len(weights) == 1 else folder
     if pth.suffix == ".pth":
+        from internvl.models.dual import files as dual_files
+
         released = zoo.official_config(zoo.find("InternVL-14B-224px"))
         return OpenedModel(name, dual_files.open_pth(pth, released), local=pth)
     local = folder if pth.expanduser().exists() else None
@@ -304,11 +325,11 @@ def open_parts(model: ModelConfig, seed: int, tiles: TilesConfig | None = None) 
     """
     # First: an unknown template costs no download of a part.
     settings = parts_settings(model, tiles)
-    folders = assemble.Parts(
-        _part_folder("vision", model.vision),
-        _part_folder("language", model.language),
-        model.projector,
-    )
+    vision, language = _part_folders(model)
+    from internvl.data.tokenizers import add_special_tokens, load_tokenizer
+    from internvl.models.chat import assemble
+
+    folders = assemble.Parts(vision, language, model.projector)
     tokenizer = load_tokenizer(folders.language)
     if tokenizer is None:
         raise ModelFolderError(
@@ -336,6 +357,26 @@ def parts_settings(model: ModelConfig, tiles: TilesConfig | None = None) -> dict
         "max_dynamic_patch": 1 if tiles is None else tiles.max,
         "force_image_size": None if tiles is None else tiles.size,
     }
+
+
+def check_start(recipe: Recipe, *, weights: bool) -> None:
+    """Checks that the model a recipe starts from is there; reads no weight, imports no torch.
+
+    Args:
+        weights: whether its weights must be there too.
+
+    Raises:
+        ModelFolderError: as `open_start`.
+    """
+    if recipe.model.id is None:
+        _part_folders(recipe.model)
+    else:
+        open_start(recipe).check(weights=weights)
+
+
+def _part_folders(model: ModelConfig) -> tuple[Path, Path]:
+    """Returns the folders of the vision tower and the language model."""
+    return _part_folder("vision", model.vision), _part_folder("language", model.language)
 
 
 def _part_folder(key: str, name: str | None) -> Path:

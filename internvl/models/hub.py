@@ -1,65 +1,31 @@
-"""Resolves a model folder or hub id to local files, family, layout and lazily read tensors.
+"""Resolves a model folder or hub id to local files, family and layout. Imports no torch.
 
-Nothing from a checkpoint is ever run: `config.json` is read as data, weights are safetensors, or
-`.bin` files through torch's `weights_only=True`.
+Nothing from a checkpoint is ever run: `config.json` is read as data.
 """
 
 import logging
 import os
 import re
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path, PurePath
-from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from internvl import files
 from internvl.errors import ModelFolderError
 from internvl.files import read_object
 
+if TYPE_CHECKING:
+    from internvl.models.tensors import LazyTensor
+
 logger = logging.getLogger(__name__)
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-}
 _FORMATS = (("model.safetensors", True), ("pytorch_model.bin", False))
 """Names of the weights in the order in which `transformers` looks for them; whether safetensors."""
 
 # As save_pretrained names shards: NAME-00001-of-00004.safetensors.
 _NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
-
-
-@dataclass(frozen=True)
-class LazyTensor:
-    """A tensor that stays in its file until `read`; a mapping of them is a streamed state dict."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
-
-    def __getitem__(self, index: Any) -> Tensor:
-        # transformers indexes every entry of a state dict with [...] when it fills a parameter.
-        return self.read()[index]
 
 
 @dataclass(frozen=True)
@@ -99,10 +65,22 @@ class ModelFolder:
         return self.config.get(section) is not None
 
     @cached_property
-    def tensors(self) -> dict[str, LazyTensor]:
+    def tensors(self) -> "dict[str, LazyTensor]":
         """Every tensor of the folder by its name in the file. Raises ModelFolderError."""
+        # Here: a folder is opened, and refused, before torch is imported.
+        from internvl.models.tensors import merge_tensors
+
         # Cached: a shard's header is parsed once, however many callers ask for names.
-        return merge_tensors(weight_files(self.folder, self.config.get("transformers_weights")))
+        return merge_tensors(self.weights)
+
+    @property
+    def weights(self) -> list[Path]:
+        """Files of the weights. Raises ModelFolderError if one is missing."""
+        return weight_files(self.folder, self.config.get("transformers_weights"))
+
+    def check(self, *, weights: bool = True) -> None:
+        """Raises ModelFolderError for another model, and for missing `weights`; reads none."""
+        _ = self.family, self.weights if weights else ()
 
 
 def open_folder(name_or_folder: str | Path, cache: Path | None = None) -> ModelFolder:
@@ -124,6 +102,12 @@ def find_folder(name_or_folder: str | Path, cache: Path | None = None) -> Path:
     if problem is not None:
         raise ModelFolderError(problem)
     return download(str(name_or_folder), cache=cache)
+
+
+def is_hub_id(name_or_folder: str | Path) -> bool:
+    """Returns whether a name is no folder or file here, and may be one of the hub."""
+    here = Path(name_or_folder).expanduser().exists()
+    return not here and files.no_such_model(name_or_folder) is None
 
 
 def download(name: str, to: Path | None = None, cache: Path | None = None) -> Path:
@@ -278,108 +262,6 @@ def _shards(index: Path) -> list[Path]:
             f"({', '.join(missing[:3])}); the download is not complete, start it again"
         )
     return shards
-
-
-def merge_tensors(shards: Sequence[Path]) -> dict[str, LazyTensor]:
-    """Merges the tensors of all files by name.
-
-    Raises:
-        ModelFolderError: a file is damaged, or two hold different tensors of one name.
-    """
-    tensors: dict[str, LazyTensor] = {}
-    owners: dict[str, Path] = {}
-    for file in shards:
-        for name, tensor in open_tensors(file):
-            # Equal duplicates are harmless; only a real conflict costs reading both tensors.
-            if name in tensors and not _equal(tensors[name], tensor):
-                raise ModelFolderError(
-                    f"{file}: holds another {name} than {owners[name].name}, and both are shards "
-                    "of this model; they are of two models, so download the folder again or remove "
-                    "the older files"
-                )
-            tensors[name], owners[name] = tensor, file
-    return tensors
-
-
-def _equal(a: LazyTensor, b: LazyTensor) -> bool:
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
-        return False
-    # As bytes: NaN equals itself, and 8-bit floats have no comparison.
-    first, second = (tensor.read().contiguous().view(-1) for tensor in (a, b))
-    return torch.equal(first.view(torch.uint8), second.view(torch.uint8))
-
-
-def open_tensors(file: Path) -> Iterator[tuple[str, LazyTensor]]:
-    """Yields (name, lazy tensor) of a weight file. Raises ModelFolderError if it is damaged."""
-    if file.suffix != ".safetensors":
-        for name, tensor in load_pickled(file).items():
-            yield name, LazyTensor(tuple(tensor.shape), tensor.dtype, _constant(tensor))
-        return
-    try:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (not a mapping)
-                header = opened.get_slice(name)  # shape and dtype without the data
-                dtype = _DTYPES.get(header.get_dtype(), torch.float32)
-                yield name, LazyTensor(tuple(header.get_shape()), dtype, _reader(file, name))
-    except (SafetensorError, OSError) as error:
-        raise _damaged(file, error) from error
-
-
-def _damaged(file: Path, error: Exception) -> ModelFolderError:
-    return files.explain_safetensors(file, error)
-
-
-def _reader(file: Path, name: str) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        # Opened for each tensor: an open file keeps every page it has shown resident, so that a
-        # model loaded in another dtype would need its files' size on top of its own.
-        try:
-            with safe_open(file, framework="pt") as opened:
-                return opened.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise _damaged(file, error) from error
-
-    return read
-
-
-def _constant(tensor: Tensor) -> Callable[[], Tensor]:
-    return lambda: tensor
-
-
-def load_pickled(file: Path) -> dict[str, Tensor]:
-    """Loads the tensors of a `.bin` or `.pth` file, memory-mapped. Raises ModelFolderError."""
-    try:
-        status = file.stat()
-    except OSError as error:
-        raise files.unreadable(file, error) from error
-    return _load_pickled(file, status.st_mtime_ns, status.st_size)
-
-
-# One entry: a cached file stays mapped, and a load asks for the same file several times.
-@lru_cache(maxsize=1)
-def _load_pickled(file: Path, changed_ns: int, size: int) -> dict[str, Tensor]:
-    """Loads `file`; `changed_ns` and `size` are cache keys, so a rewritten file is read anew."""
-    remedy = "use the safetensors files of the release"
-    try:
-        # Old files are no zip archives, and cannot be mapped.
-        mapped = zipfile.is_zipfile(file)
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    # Whatever bytes a damaged pickle holds, torch raises: KeyError, EOFError, RuntimeError …
-    except Exception as error:
-        meaning = files.describe(file)
-        raise ModelFolderError(
-            f"{file}: {meaning or f'not a plain file of tensors ({files.first_line(error)})'}; "
-            f"{remedy}"
-        ) from error
-    if not isinstance(content, dict):
-        raise ModelFolderError(f"{file}: holds a {type(content).__name__}, not tensors; {remedy}")
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise ModelFolderError(
-                f"{file}: holds {type(value).__name__} under {name!r} where only tensors belong, "
-                f"as a training checkpoint does; {remedy}"
-            )
-    return content
 
 
 def special_token_id(folder: Path, token: str) -> int | None:

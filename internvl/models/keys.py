@@ -18,7 +18,7 @@ from transformers import InternVLConfig, PreTrainedConfig
 from internvl.errors import ModelFolderError
 from internvl.models import configs
 from internvl.models.dual.configs import DualConfig
-from internvl.models.hub import LazyTensor
+from internvl.models.tensors import LazyTensor
 
 
 class Change(Protocol):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from internvl.errors import ModelFolderError
 from internvl.models import keys
-from internvl.models.hub import LazyTensor
+from internvl.models.tensors import LazyTensor
 
 logger = logging.getLogger(__name__)
 

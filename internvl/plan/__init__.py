@@ -28,9 +28,9 @@ from internvl.inference.families import FAMILIES
 from internvl.inference.inherited import Completed
 from internvl.inference.opened import OpenedModel, open_model, open_start, parts_settings
 from internvl.models import hub, kernels
-from internvl.models.adapters import lora
 from internvl.models.chat import assemble
 from internvl.models.dual.configs import DualConfig
+from internvl.models.trainable import select_trainable
 from internvl.models.vision import count_parameters
 from internvl.plan import flops, memory, time
 from internvl.plan.load import load_of
@@ -106,8 +106,11 @@ def model_of(
     family.check_objective(recipe)
     model = family.empty_model(config)
     # The order of a training start: the selection freezes every parameter it does not name.
-    lora.select_trainable(model, recipe.model.parts, recipe.model.train_last_vision_blocks)
+    select_trainable(model, recipe.model.parts, recipe.model.train_last_vision_blocks)
     if recipe.model.lora is not None:
+        # Here: PEFT takes half a second.
+        from internvl.models.adapters import lora
+
         with torch.device("meta"):
             lora.attach(model, recipe.model.lora)
     placement.to_device(model, torch.device("meta"), recipe.dtype)

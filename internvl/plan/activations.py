@@ -13,10 +13,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from internvl.config import Recipe
+from internvl.models.trainable import is_adapted
 from internvl.plan import flops
 from internvl.plan.load import Load, attention_of, is_compiled
 from internvl.plan.work import Work
@@ -77,7 +77,7 @@ def trains_itself(block: nn.Module) -> bool:
 
 def adapted_layers(module: nn.Module) -> Iterator[Any]:
     """Yields the layers that carry adapters."""
-    return (layer for layer in module.modules() if isinstance(layer, LoraLayer))
+    return (layer for layer in module.modules() if is_adapted(layer))
 
 
 def is_fused(layer: Any) -> bool:
@@ -261,7 +261,7 @@ class Activations(ABC):
         rank = inputs = mask_bytes = 0.0
         seen: set[int] = set()
         for name, layer in module.named_modules():
-            if not isinstance(layer, LoraLayer):
+            if not is_adapted(layer):
                 continue
             a = layer.lora_A["default"].weight
             shared = id(a) in seen

@@ -35,17 +35,11 @@ from internvl.files import (
     write_json,
     write_text,
 )
+from internvl.training.saved_steps import steps as steps
 
 _GO_BACK = "remove this folder to go on from the one before"
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
-
-
-def steps(folder: Path) -> list[int]:
-    """Returns the steps of the complete checkpoints in `folder`, oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit())
 
 
 def save(

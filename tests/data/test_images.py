@@ -68,7 +68,7 @@ def test_augmentation_is_per_tile_and_repeats_with_its_seed():
     draw = np.random.default_rng(3)
     qualities = [int(draw.integers(75, 101)) for _ in plain]
     assert len(set(qualities)) > 1
-    assert torch.equal(augmented(3), images.degrade_tiles(plain, qualities))
+    assert torch.equal(augmented(3), tiles.degrade_tiles(plain, qualities))
     assert torch.equal(augmented(3), augmented(3))
     assert not torch.equal(augmented(3), augmented(4))
     # Without tiling: the whole image first, then the resize; padding is ignored.

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from internvl.errors import ModelFolderError
 from internvl.models import hub, keys
 from internvl.models.chat import model as chat_model
-from internvl.models.hub import LazyTensor
+from internvl.models.tensors import LazyTensor
 
 
 def lazy(tensor):

@@ -11,11 +11,12 @@ from official_keys import official_dual_keys, official_keys
 from internvl import zoo
 from internvl.config import LoraConfig
 from internvl.errors import UnknownModel
-from internvl.models import configs, hub, keys
+from internvl.models import configs, keys
 from internvl.models.adapters import lora
 from internvl.models.chat import model as chat_model
 from internvl.models.dual import configs as dual_configs
 from internvl.models.dual import files as dual_files
+from internvl.models.tensors import LazyTensor
 from internvl.models.vision import count_parameters
 
 CHAT = [model for model in zoo.MODELS.values() if model.family == "chat"]
@@ -60,7 +61,7 @@ def test_sizes_and_keys_of_internvl_14b_at_full_size(name, wanted):
     stored = dict(keys.ours_to_official(config, names))
     assert set(stored) == official_dual_keys(official)
     assert len(stored) == 1048
-    lazy = {n: hub.LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for n, t in stored.items()}
+    lazy = {n: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for n, t in stored.items()}
     back = keys.official_to_ours(config, names, lazy)
     assert (back.missing, back.unexpected) == ([], [])
     assert {n: t.shape for n, t in back.tensors.items()} == {

@@ -24,15 +24,15 @@ from torch import Tensor, nn
 
 from internvl.errors import ModelFolderError
 from internvl.models import keys
-from internvl.models.adapters.folder import (
-    CONFIG_FILE,
+from internvl.models.adapters.folder import CONFIG_FILE
+from internvl.models.adapters.names import SAME, TOKENS, Entry, Naming, choose_naming, parse
+from internvl.models.adapters.settings import (
     MERGE_REMEDY,
     foreign_errors,
     read_settings,
     read_tensors,
 )
-from internvl.models.adapters.names import SAME, TOKENS, Entry, Naming, choose_naming, parse
-from internvl.models.hub import LazyTensor
+from internvl.models.tensors import LazyTensor
 
 logger = logging.getLogger(__name__)
 

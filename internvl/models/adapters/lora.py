@@ -1,11 +1,11 @@
-"""Trainable parts and blocks, and low-rank adapters (PEFT): attached, saved and loaded.
+"""Low-rank adapters (PEFT): attached, saved and loaded.
 
 Adapters are injected into the model itself, so that it keeps its class and its forward, and are
 written as a folder that plain `peft` loads onto plain `transformers`' model.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,20 +28,10 @@ from internvl.models.adapters.folder import base_of as base_of
 from internvl.models.adapters.folder import is_adapter as is_adapter
 from internvl.models.adapters.merging import MergedState as MergedState
 from internvl.models.adapters.merging import merge as merge
+from internvl.models.trainable import PARTS as PARTS
+from internvl.models.trainable import has_adapters as has_adapters
+from internvl.models.trainable import select_trainable as select_trainable
 from internvl.models.weights import save_tensors
-
-_HEADS = ("text_projection.", "image_pool.", "query_pool.", "itm_head.", "logit_scale")
-PARTS = {
-    "vision_tower": ("model.vision_tower.",),
-    "multi_modal_projector": ("model.multi_modal_projector.",),
-    "language_model": ("model.language_model.", "model.query_tokens.", "lm_head."),
-    "queries": ("model.query_tokens.",),  # and the cross-attention, see `_owns`
-    "heads": _HEADS,
-    "lm_head": ("lm_head.",),
-    **{name.removesuffix("."): (name,) for name in _HEADS},
-}
-"""Part -> the names it owns; the output matrix and InternVL-14B's queries belong to the language
-model, and parts of it and of the heads have names of their own."""
 
 _ADAPTER = "default"
 _PEFT_PREFIX = "base_model.model."
@@ -61,45 +51,6 @@ class Adapter:
 
     rank: int
     alpha: float
-
-
-def select_trainable(
-    model: nn.Module, parts: Iterable[str] | str, last_vision_blocks: int | None = None
-) -> None:
-    """Sets the weights of `parts` to train and freezes all others.
-
-    Args:
-        parts: names of `PARTS`.
-        last_vision_blocks: also train this many blocks at the end of the vision tower.
-
-    Raises:
-        UserError: a part that this model does not have, or more blocks than there are.
-    """
-    chosen = (parts,) if isinstance(parts, str) else tuple(parts)
-    names = [name for name, _ in model.named_parameters()]
-    # By weights rather than by family: InternVL-14B has parts that a chat model lacks.
-    available = [part_name for part_name in PARTS if any(_owns(part_name, n) for n in names)]
-    unknown = [part_name for part_name in chosen if part_name not in available]
-    if unknown:
-        raise UserError(f"unknown part {unknown[0]!r}; parts are {', '.join(available)}")
-    trained = {name for part_name in chosen for name in names if _owns(part_name, name)}
-    if last_vision_blocks:
-        blocks = list(model.get_submodule("model.vision_tower.encoder.layer").children())
-        if last_vision_blocks > len(blocks):
-            raise UserError(
-                f"the vision tower has {len(blocks)} blocks, cannot train the last "
-                f"{last_vision_blocks}"
-            )
-        first = len(blocks) - last_vision_blocks
-        last = tuple(f"model.vision_tower.encoder.layer.{i}." for i in range(first, len(blocks)))
-        trained |= {name for name in names if name.startswith(last)}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
-
-
-def _owns(part_name: str, name: str) -> bool:
-    # The cross-attention lies inside the language model's blocks, so no prefix names it.
-    return name.startswith(PARTS[part_name]) or (part_name == "queries" and ".cross_attn." in name)
 
 
 def attach(model: nn.Module, settings: LoraConfig) -> nn.Module:
@@ -182,10 +133,6 @@ def _share_a(model: Any, name: str) -> None:
             drawn.keep = True
             layer.lora_dropout[_ADAPTER] = RepeatedDropout(drawn, last=layer is v)
             layer.train(model.training)
-
-
-def has_adapters(model: nn.Module) -> bool:
-    return any(True for _ in _layers(model))
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

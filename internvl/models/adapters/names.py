@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from internvl.errors import ModelFolderError
 from internvl.models import keys
-from internvl.models.hub import LazyTensor
+from internvl.models.tensors import LazyTensor
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from transformers.models.internvl.modeling_internvl import InternVLMultiModalPro
 
 from internvl.errors import ModelFolderError
 from internvl.models import config_checks, configs, hub
-from internvl.models.hub import LazyTensor, ModelFolder
+from internvl.models.hub import ModelFolder
+from internvl.models.tensors import LazyTensor, load_pickled
 
 _PROJECTOR = {"0": "layer_norm", "1": "linear_1", "3": "linear_2"}
 """Names in the original's projector files -> ours."""
@@ -47,6 +48,12 @@ class AssembledFolder(ModelFolder):
     """New tokens at the end of the vocabulary, whose rows no file holds."""
     seed: int
     """Of a fresh projector and of new rows of the input embeddings."""
+
+    @property
+    def weights(self) -> list[Path]:
+        """Files of the parts. Raises ModelFolderError if one is missing."""
+        projector = [] if self.projector is None else [self.projector]
+        return [*self.vision.weights, *self.language.weights, *projector]
 
     @cached_property
     def tensors(self) -> dict[str, LazyTensor]:
@@ -182,7 +189,7 @@ def _projector_tensors(
 ) -> dict[str, LazyTensor]:
     """Returns the projector under official names; fresh with torch's own initialization."""
     if file is not None:
-        named = hub.load_pickled(file)
+        named = load_pickled(file)
     else:
         # Forked: what is drawn later (adapters, dropout) must not depend on there being a file.
         with torch.random.fork_rng(devices=[]):

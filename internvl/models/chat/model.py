@@ -15,9 +15,9 @@ from transformers.models.internvl.modeling_internvl import InternVLCausalLMOutpu
 from internvl.errors import ModelFolderError, UserError
 from internvl.models import config_checks, configs, hub, kernels, keys
 from internvl.models import weights as model_weights
-from internvl.models.adapters import lora
 from internvl.models.chat import processor
-from internvl.models.hub import LazyTensor, ModelFolder
+from internvl.models.hub import ModelFolder
+from internvl.models.tensors import LazyTensor
 from internvl.models.vision import set_drop_path
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"
@@ -223,6 +223,9 @@ def materialize(
         set_drop_path(model, drop_path)
     # The hf layout has no names for adapters inside a checkpoint; the official releases do.
     if source.layout == "official" and keys.has_adapters(source.tensors):
+        # Here: PEFT takes half a second, and few models have adapters.
+        from internvl.models.adapters import lora
+
         adapters = keys.split_adapters(source.tensors).adapters
         state = keys.adapters_to_ours(config, empty_model(config).state_dict(), adapters)
         lora.load_official(model, state, source.folder)

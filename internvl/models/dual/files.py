@@ -14,11 +14,11 @@ from torch import Tensor
 from internvl.errors import ModelFolderError
 from internvl.models import config_checks, hub, keys
 from internvl.models import weights as model_weights
-from internvl.models.adapters import lora
 from internvl.models.dual import configs as dual_configs
 from internvl.models.dual.configs import DualConfig
 from internvl.models.dual.model import DualModel
-from internvl.models.hub import LazyTensor, ModelFolder
+from internvl.models.hub import ModelFolder
+from internvl.models.tensors import LazyTensor, open_tensors
 from internvl.models.vision import set_drop_path
 
 
@@ -30,9 +30,14 @@ class InternVLC(ModelFolder):
     """The `.pth` file."""
 
     @property
+    def weights(self) -> list[Path]:
+        """The `.pth` file."""
+        return [self.file]
+
+    @property
     def tensors(self) -> dict[str, LazyTensor]:
         """Lazy tensors by InternVL-14B's official names."""
-        return {keys.pth_to_official(name): t for name, t in hub.open_tensors(self.file)}
+        return {keys.pth_to_official(name): t for name, t in open_tensors(self.file)}
 
 
 def open_pth(file: Path, config: dict[str, Any]) -> InternVLC:
@@ -131,6 +136,9 @@ def load_model(
     if drop_path:
         set_drop_path(model, drop_path)
     if keys.has_adapters(source.tensors):
+        # Here: PEFT takes half a second, and the released model has no adapters.
+        from internvl.models.adapters import lora
+
         lora.load_official(model, _adapters(config, source), source.folder)
         lora.merge(model)  # inference then needs no further matrix products
     return model
