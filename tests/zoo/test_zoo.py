@@ -19,6 +19,7 @@ from internvl.models.dual import files as dual_files
 from internvl.models.tensors import LazyTensor
 from internvl.models.vision import count_parameters
 
+ROOT = Path(__file__).parents[2]
 CHAT = [model for model in zoo.MODELS.values() if model.family == "chat"]
 
 
@@ -161,6 +162,18 @@ def test_every_score_is_keyed_once(model):
 def test_memory():
     assert zoo.memory_gib(zoo.find("InternVL2-2B"), "bfloat16") == pytest.approx(4.109, abs=1e-3)
     assert zoo.memory_gib(zoo.find("InternVL2-2B"), "4bit") == pytest.approx(1.683, abs=1e-3)
+
+
+def test_the_memory_of_the_document_is_that_of_the_verb():
+    text = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    table = text.split("| | float32 | bfloat16 | 8 bits | 4 bits |\n")[1].split("\n\n")[0]
+    lines = table.splitlines()[1:]  # past the line of dashes
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert len(rows) == 3
+    for name, *cells in rows:
+        assert cells == [f"{zoo.memory_gib(zoo.find(name), dtype):.1f}" for dtype in zoo.BYTES]
+        said = ", ".join(f"{dtype} {cell}" for dtype, cell in zip(zoo.BYTES, cells, strict=True))
+        assert said in zoo.describe(name)
 
 
 def test_the_table_and_the_description():
