@@ -114,6 +114,7 @@ def _plan(recipe: Recipe, args: Arguments) -> int:
     with _loading(recipe.model.name):
         from internvl import check, plan
 
+    # Its model may be a released one that was never downloaded.
     checked = None
     if plan.is_here(recipe):
         checked = check.run(recipe, report=args.report)

@@ -81,6 +81,7 @@ class Settings:
 
     def generation_config(self, end_id: int, pad_id: int) -> Any:
         """Returns transformers' GenerationConfig; generation stops at token `end_id`."""
+        # Here: settings are checked before transformers is imported.
         from transformers import GenerationConfig
 
         sample = bool(self.temperature)
@@ -132,6 +133,7 @@ _BOOLEANS = (
 
 
 def _check_extra(extra: Any) -> None:
+    # A list of pairs, say, would pass for keys below.
     if not isinstance(extra, Mapping):
         raise UserError(f"extra must be a dict of settings, not {type(extra).__name__}")
     # Most settings have no extra, and transformers is imported for its keys only.

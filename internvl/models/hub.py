@@ -80,6 +80,7 @@ class ModelFolder:
 
     def check(self, *, weights: bool = True) -> None:
         """Raises ModelFolderError for another model, and for missing `weights`; reads none."""
+        # Both properties raise, without torch.
         _ = self.family, self.weights if weights else ()
 
 

@@ -108,7 +108,7 @@ def model_of(
     # The order of a training start: the selection freezes every parameter it does not name.
     select_trainable(model, recipe.model.parts, recipe.model.train_last_vision_blocks)
     if recipe.model.lora is not None:
-        # Here: PEFT takes half a second.
+        # Here: PEFT takes half a second, and only these plans need it.
         from internvl.models.adapters import lora
 
         with torch.device("meta"):

@@ -60,6 +60,7 @@ def base_of(folder: Path, search: Search | None = None) -> Located:
     file = folder / CONFIG_FILE
     config = hub.read_json(file)
     base = config.get("base_model_name_or_path")
+    # PEFT writes null for a base that it has only seen in memory.
     if not base or not isinstance(base, str):
         raise ModelFolderError(
             f"{file}: names no base_model_name_or_path; set it to the model the adapters were "

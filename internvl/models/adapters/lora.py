@@ -75,6 +75,7 @@ def inject(
     share: bool | None = None,
 ) -> nn.Module:
     """As `attach`, with rank and alpha for each part; `share` overrules which q, k, v share A."""
+    # Projector and heads have no linear layers that the original adapts.
     unknown = [part_name for part_name in adapters if part_name not in _LINEARS]
     if unknown:
         raise UserError(
