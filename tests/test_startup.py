@@ -76,6 +76,7 @@ def rooms(*names):
         (["chat", "{folder}/start", "--image", "gone.png"], "there is no image gone.png"),
         (["chat", "{folder}/start", "--image", "{folder}/train.jsonl"], "train.jsonl: JSON"),
         (["chat", "{folder}/start", "--top-p", "7"], "top_p"),
+        (["chat", "{folder}/start", "--video", "gone.mp4"], "gone.mp4"),
         (["evaluate", "./gone"], "./gone: no such folder"),
         (["export", "./gone", "--to", "out"], "./gone: no such folder"),
         (["merge", "./gone", "--to", "out"], "./gone: no such folder"),

@@ -19,6 +19,7 @@ from PIL import Image
 
 from internvl import files
 from internvl.config import VideoConfig
+from internvl.data.arguments import list_images
 from internvl.data.images import (
     HEAD,
     Exif,
@@ -114,6 +115,30 @@ def read_frames(
     if video.path.lower().endswith(_ANIMATIONS):
         return _animation_frames(video, config, draw)
     return _decoded_frames(video, config, draw)
+
+
+def read_video(
+    video: Any, num_frames: int, label: str = "video", exif: Exif = "ignore"
+) -> list[Any]:
+    """Reads `num_frames` frames of a video, the middle ones of equal segments; returns those of a
+    list of frames.
+
+    Raises:
+        BadImage: it cannot be read, or has no frames; begins with `label`.
+    """
+    if not isinstance(video, str | os.PathLike | Video):
+        frames = list_images(video)
+        if not frames:
+            raise BadImage(f"{label}: the list of frames is empty; leave the video out")
+        return frames
+    try:
+        # A folder of frames is marked by the slash at its end.
+        folder_mark = os.sep if not isinstance(video, Video) and os.path.isdir(video) else ""
+        clip = video if isinstance(video, Video) else Video(os.fspath(video) + folder_mark)
+        spread = VideoConfig(min_frames=num_frames, max_frames=num_frames, sampling="middle")
+        return list(read_frames(clip, spread, np.random.default_rng(0), exif))
+    except BadImage as error:
+        raise BadImage(f"{label}: {error}") from None
 
 
 def with_frames(sample: Sample, counts: Sequence[int], label: str) -> Sample:

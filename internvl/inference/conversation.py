@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from internvl.data.arguments import list_images
 from internvl.data.images import as_rgb, rgb_at
 from internvl.data.records import Message
+from internvl.data.video import read_video
 from internvl.errors import UserError, counted
 from internvl.inference.generate import Settings
-from internvl.inference.requests import Request, list_videos, read_video, with_marks
+from internvl.inference.requests import Request, list_videos, with_marks
 
 # For annotations only: `Chat.conversation` makes them, so chat.py comes above.
 if TYPE_CHECKING:

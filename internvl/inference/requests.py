@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from internvl.config import TilesConfig, VideoConfig
+from internvl.config import TilesConfig
 from internvl.data.arguments import check_whole, list_images, listed
 from internvl.data.chat import ChatEncoder
 from internvl.data.images import STATISTICS, Exif, FileSlice, Triple, rgb_at
@@ -28,8 +28,8 @@ from internvl.data.messages import (
 )
 from internvl.data.records import Message, Video
 from internvl.data.tiles import tile_images
-from internvl.data.video import read_frames
-from internvl.errors import BadImage, BadSample, UserError
+from internvl.data.video import read_video
+from internvl.errors import BadSample, UserError
 
 ImageInput = str | Path | bytes | BinaryIO | FileSlice | Image.Image | np.ndarray | Tensor
 """A path, `data:` address, encoded file or file object; a Pillow image, uint8 array (H, W) or
@@ -209,30 +209,6 @@ def _with_frames(messages: Sequence[Message], frame_counts: Sequence[int]) -> Se
         Message(m.role, fill_marks(m.content, VIDEO_MARK, lines)) if m.role == "user" else m
         for m in messages
     ]
-
-
-def read_video(
-    video: Any, num_frames: int, label: str = "video", exif: Exif = "ignore"
-) -> list[Any]:
-    """Reads `num_frames` frames of a video, the middle ones of equal segments; returns those of a
-    list of frames.
-
-    Raises:
-        BadImage: it cannot be read, or has no frames; begins with `label`.
-    """
-    if not isinstance(video, str | os.PathLike | Video):
-        frames = list_images(video)
-        if not frames:
-            raise BadImage(f"{label}: the list of frames is empty; leave the video out")
-        return frames
-    try:
-        # A folder of frames is marked by the slash at its end.
-        folder_mark = os.sep if not isinstance(video, Video) and os.path.isdir(video) else ""
-        clip = video if isinstance(video, Video) else Video(os.fspath(video) + folder_mark)
-        spread = VideoConfig(min_frames=num_frames, max_frames=num_frames, sampling="middle")
-        return list(read_frames(clip, spread, np.random.default_rng(0), exif))
-    except BadImage as error:
-        raise BadImage(f"{label}: {error}") from None
 
 
 def stack_tiles(

@@ -9,6 +9,7 @@ from PIL import Image
 
 from internvl.config import VideoConfig
 from internvl.data.records import Message, Video
+from internvl.data.video import read_video
 from internvl.errors import BadImage, BadSample, UserError
 from internvl.inference import load as loading
 from internvl.inference import requests
@@ -100,9 +101,9 @@ def test_the_same_video_however_a_request_gives_it(chat, frames):
 def test_frames_of_a_file_are_the_middles_of_segments(chat):
     pytest.importorskip("av")
     file = shared("cases/trimmed-video/trim.mp4")
-    read = requests.read_video(file, 4)
+    read = read_video(file, 4)
     assert len(read) == 4
-    clip = requests.read_video(Video(str(file), 0, 0.1), 2)
+    clip = read_video(Video(str(file), 0, 0.1), 2)
     assert len(clip) == 2
     assert VideoConfig(min_frames=4, max_frames=4, sampling="middle").sampling == "middle"
 
