@@ -19,17 +19,10 @@ RARE = {"peft", "triton", "torch._inductor.compile_fx", "tensorboard"}
 PARALLEL = {"torch.distributed.checkpoint"}
 """What runs alone need: their checkpoints may be of many ranks."""
 WORK = (
-    "train",
-    "training",
-    "objectives",
-    "evaluate",
-    "evals",
-    "export",
-    "check",
-    "plan",
-    "compute",
+    *("train", "training.checkpoint", "training.optim", "objectives", "compute"),
+    *("evaluate", "evals", "export", "check", "plan"),
 )
-"""Rooms of the package that a verb may do without."""
+"""Rooms and modules of the package that a verb may do without."""
 
 SCRIPT = """
 import json, sys

@@ -20,6 +20,7 @@ from internvl.inference.families import FAMILIES, Description, LoadOptions
 from internvl.inference.inherited import Completed, tiling
 from internvl.inference.opened import OpenedModel, is_run, open_model, open_parts, open_start
 from internvl.models import hub
+from internvl.models.adapters.folder import SETTINGS_FILE
 from internvl.models.bases import Replacements
 from internvl.models.trainable import has_adapters, select_trainable
 from internvl.models.vision import set_drop_path
@@ -261,7 +262,7 @@ def _checkpoint_settings(opened: OpenedModel) -> inherited.Checkpoint:
         return families.parts_checkpoint_settings(opened.parts, files)
     label = inherited.config_label(opened.name, files.folder)
     if opened.adapter is not None and settings:
-        label = str(opened.adapter / adapter_folder.SETTINGS_FILE)
+        label = str(opened.adapter / SETTINGS_FILE)
         if files.layout == "hf":
             settings = {"internvl": (files.config.get("internvl") or {}) | settings}
         files = replace(files, config=files.config | settings)
