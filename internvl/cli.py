@@ -202,7 +202,8 @@ def evaluate(args: Arguments) -> int:
 
     # Nothing is asked of the hub before the tasks are checked.
     if not hub.is_hub_id(args.model):
-        _open(args)
+        for asked_step in args.step or [None]:
+            _open(args, asked_step)
     with _loading(args.model):
         from internvl import evaluate
 
@@ -262,7 +263,7 @@ def chat(args: Arguments) -> int:
     for image in args.image:
         as_rgb(image)  # for its errors alone; the model reads it again, in its own way
     videos = [] if args.video is None else [read_video(args.video, args.frames)]
-    opened = _open(args)
+    opened = _open(args, args.step)
     with _loading(args.model):
         from internvl.inference import load as loading
 
@@ -375,7 +376,7 @@ def export(args: Arguments) -> int:
 
 def _exporter(args: Arguments) -> ModuleType:
     """Imports `internvl.export`, after a check that the model is there."""
-    _open(args)
+    _open(args, args.step)
     with _loading(args.model):
         from internvl import export
 
@@ -388,11 +389,11 @@ def _export(exporter: ModuleType, args: Arguments) -> int:
     return 0
 
 
-def _open(args: Arguments) -> Any:
+def _open(args: Arguments, step: int | None) -> Any:
     """Opens the model of a command line; its folder is refused before torch is imported."""
     from internvl.inference.opened import open_model
 
-    opened = open_model(args.model, step=args.step, base=args.base)
+    opened = open_model(args.model, step=step, base=args.base)
     opened.check()
     return opened
 

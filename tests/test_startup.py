@@ -71,6 +71,7 @@ def rooms(*names):
         (["chat", "{folder}/start", "--top-p", "7"], "top_p"),
         (["chat", "{folder}/start", "--video", "gone.mp4"], "gone.mp4"),
         (["evaluate", "./gone"], "./gone: no such folder"),
+        (["evaluate", "{folder}/start", "--step", "2,4"], "step 2"),
         (["export", "./gone", "--to", "out"], "./gone: no such folder"),
         (["merge", "./gone", "--to", "out"], "./gone: no such folder"),
         (["train", "gone.yaml"], "there is no recipe gone.yaml"),
