@@ -152,11 +152,8 @@ mark { background: var(--mark); color: inherit; border-radius: 4px; padding: .1e
   .texts td:nth-child(n+3) { color: var(--soft); font-size: .88rem; }
   section { padding: 1.1rem 1rem; }
   th, td { padding-left: .4rem; padding-right: .4rem; }
-  .wide, .texts thead { display: none; }
-  .texts tr { display: grid; grid-template-columns: auto 1fr; }
-  .texts td, .texts td:nth-child(2) { grid-column: 2; min-width: 0; overflow-wrap: anywhere; }
   .texts td:empty { display: none; }
-  .texts td.number { grid-area: 1 / 1; }
+  .wide { display: none; }
 }
 @media print { body { background: #fff; } section { break-inside: avoid; } nav { display: none; } }
 """
