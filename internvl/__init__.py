@@ -6,9 +6,8 @@ Names are resolved when they are first used, so importing the package is instant
 import importlib
 from typing import Any
 
-from internvl.version import VERSION
 
-__version__ = VERSION
+__version__ = "0.2.0.dev0"
 
 _NAMES: dict[str, tuple[str, str | None]] = {
     "load": ("internvl.inference.load", "load"),

@@ -30,7 +30,6 @@ from internvl.config.recipes import load_recipe
 from internvl.config.unions import members, name_of
 from internvl.datasets import published as published_sets
 from internvl.errors import ConfigError, Interrupted, UnknownGpu, UnknownModel, UserError
-from internvl.version import VERSION
 
 Arguments = argparse.Namespace
 
@@ -438,7 +437,9 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
     top = argparse.ArgumentParser(
         prog="internvl", description="Train, evaluate and ship the InternVL models."
     )
-    top.add_argument("--version", action="version", version=f"internvl {VERSION}")
+    # Of the package in memory, not of an installed one's metadata, which a checkout may not have.
+    version = sys.modules["internvl"].__version__
+    top.add_argument("--version", action="version", version=f"internvl {version}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     add = {
         name: verbs.add_parser(name, help=verb.__doc__, description=verb.__doc__)

@@ -26,7 +26,7 @@ LEVELS = {
     2: ("data", "models", "report", "doctor"),
     1: ("config", "zoo", "log", "dist"),
     0: ("files",),
-    -1: ("errors", "version"),
+    -1: ("errors",),
 }
 """Top-level part -> level; compat, launch and serve are still to come."""
 LEVEL_OF = {part: level for level, parts in LEVELS.items() for part in parts}
