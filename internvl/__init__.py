@@ -6,7 +6,6 @@ Names are resolved when they are first used, so importing the package is instant
 import importlib
 from typing import Any
 
-
 __version__ = "0.2.0.dev0"
 
 _NAMES: dict[str, tuple[str, str | None]] = {

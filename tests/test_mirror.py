@@ -47,7 +47,6 @@ ELSEWHERE = {
     "models/trainable.py": ("models/adapters/test_lora.py", "what trains beside adapters"),
     "objectives/packed_loss.py": ("test_train.py", "what a step of training sums"),
     "training/saved_steps.py": ("training/test_checkpoint.py", "what `save` leaves there"),
-    "version.py": ("test_cli.py", "what --version prints"),
     "plan/activations.py": ("plan/test_memory.py", "what a chat model saves, counted by autograd"),
     "plan/chat_activations.py": ("plan/test_memory.py", "likewise"),
 }
