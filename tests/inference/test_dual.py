@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import internvl
 from internvl.data.pairs import center_square, clean_caption, pad_right, square
-from internvl.errors import BadImage, UserError
+from internvl.errors import BadImage, ModelFolderError, UserError
 from internvl.inference import load as loading
 from internvl.models.vision import normalize_tiles
 
@@ -248,7 +248,7 @@ def test_the_folder_of_internvl_c_needs_no_name(tmp_path):
     file = pth_file(tmp_path / "here")
     beside = (file.parent / "config.json").read_text()
     (file.parent / "config.json").unlink()
-    with pytest.raises(loading.ModelFolderError, match="missing weights"):  # the release's sizes
+    with pytest.raises(ModelFolderError, match="missing weights"):  # the release's sizes
         loading.load(file.parent)
     (file.parent / "config.json").write_text(beside)
     assert loading.load(file, device="cpu").model.num_queries == 0
