@@ -50,9 +50,11 @@ class Table:
             published: the same for published values, which follow in brackets.
         """
         published = published or {}
+        # Brackets in some cells widen all: numbers of a column stay below each other.
         cell = 16 if published else 8
         left = max(len(self.title), *(len(row.label) for row in self.rows))
 
+        # One decimal for published values, as papers print them.
         def shown(metric: str) -> str:
             printed = f" ({published[metric]:.1%})".replace("%", "") if metric in published else ""
             return f"{100 * values[metric]:.2f}{printed}"

@@ -29,6 +29,7 @@ def stop_signal() -> Iterator[Stop]:
         # A terminal sends Ctrl-C to loader workers too, which were forked with this handler.
         if os.getpid() != process:
             return
+        # SIGTERM may come again and again: a scheduler repeats it while the checkpoint is written.
         if stop.asked and signum == signal.SIGINT:
             raise KeyboardInterrupt
         stop.asked = True
