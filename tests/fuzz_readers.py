@@ -616,7 +616,8 @@ def seed_adapter(folder: Path) -> None:
 
     model = loading.load(model_folder(folder / "model"), device="cpu").model
     lora.attach(model, LoraConfig(rank=2))
-    lora.save_adapter(model, folder / "adapter", folder / "model")
+    settings = {"template": "internvl2_5", "force_image_size": 56, "use_thumbnail": True}
+    lora.save_adapter(model, folder / "adapter", folder / "model", settings=settings)
 
 
 def seed_sentencepiece(folder: Path) -> None:

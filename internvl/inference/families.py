@@ -92,8 +92,8 @@ class Family(ABC):
         """Returns the official keys of images and conversations, as `stored` reads them."""
 
     @abstractmethod
-    def stored(self, handle: Any, settings: dict[str, Any]) -> Chat | Dual:
-        """Returns the handle with official keys of an adapter folder, but for the tile's side.
+    def stored(self, handle: Any, settings: dict[str, Any], file: Path) -> Chat | Dual:
+        """Returns the handle with official keys of a file, but for the tile's side.
 
         Raises:
             ModelFolderError: unknown conversation template.
@@ -196,7 +196,7 @@ class ChatFamily(Family):
         settings = configs.chat_settings(handle.model.config)
         return {key: settings[key] for key in configs.RUN_KEYS}
 
-    def stored(self, handle: Chat, settings: dict[str, Any]) -> Chat:
+    def stored(self, handle: Chat, settings: dict[str, Any], file: Path) -> Chat:
         """See `Family.stored`."""
         config, side = handle.model.config, handle.model.config.vision_config.image_size[0]
         # A file by hand may omit keys, whose values are then the base's.
@@ -204,7 +204,7 @@ class ChatFamily(Family):
         config.internvl = merged
         return replace(
             handle,
-            template=_named_template(merged["template"], handle.folder),
+            template=_named_template(merged["template"], file),
             tiles=tiling(merged, side),
             system_message=merged["system_message"],
         )
@@ -282,7 +282,7 @@ class DualFamily(Family):
         """See `Family.settings`; there is nothing but the side of the image."""
         return {"force_image_size": handle.model.config.image_size}
 
-    def stored(self, handle: Dual, settings: dict[str, Any]) -> Dual:
+    def stored(self, handle: Dual, settings: dict[str, Any], file: Path) -> Dual:
         """See `Family.stored`."""
         return handle
 
@@ -326,7 +326,7 @@ def describe(
     return Description(
         config=config,
         tokenizer=tokenizer,
-        template=_named_template(settings["template"], opened.folder),
+        template=_named_template(settings["template"], opened.folder / "config.json"),
         tiles=tiling(settings, config.vision_config.image_size[0]),
         system_message=settings["system_message"],
     )
@@ -348,11 +348,11 @@ def parts_checkpoint_settings(model: ModelConfig, files: hub.ModelFolder) -> inh
     return replace(start, sources=sources)
 
 
-def _named_template(name: str | None, folder: Path) -> Template:
+def _named_template(name: str | None, file: Path) -> Template:
     # No default: under another template answers are bad without any error.
     if name not in TEMPLATES:
         raise ModelFolderError(
-            f"{folder / 'config.json'}: its conversation template {name!r} is not known "
+            f"{file}: its conversation template {name!r} is not known "
             f"here; known are {', '.join(TEMPLATES)}"
         )
     return TEMPLATES[name]

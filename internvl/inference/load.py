@@ -12,7 +12,7 @@ import torch
 
 from internvl.config import ModelConfig, Recipe, TilesConfig
 from internvl.config.recipes import load_recipe
-from internvl.errors import UserError
+from internvl.errors import ModelFolderError, UserError
 from internvl.inference import families, inherited
 from internvl.inference.chat import Chat
 from internvl.inference.dual import Dual
@@ -109,16 +109,32 @@ def load_opened(opened: OpenedModel, options: LoadOptions) -> Chat | Dual:
     if has_adapters(handle.model):
         lora.merge(handle.model)
     lora.load_adapter(handle.model, opened.adapter)
-    return FAMILIES[handle.family].stored(handle, settings) if settings else handle
+    file = opened.adapter / SETTINGS_FILE
+    return FAMILIES[handle.family].stored(handle, settings, file) if settings else handle
 
 
 def _adapter_settings(opened: OpenedModel) -> dict[str, Any]:
-    """Reads the settings that an opened folder's adapters were trained with, else empty."""
+    """Reads the settings that an opened folder's adapters were trained with, else empty.
+
+    Raises:
+        ModelFolderError: a value of the wrong type, or tiles that the model cannot take.
+    """
     if opened.adapter is None:
         return {}
     from internvl.models.adapters.settings import settings_of
 
-    return settings_of(opened.adapter)
+    settings, files = settings_of(opened.adapter), opened.files
+    side = settings.get("force_image_size")
+    # Here: past this file, a side that does not fit would be reported as a recipe's.
+    if side is not None:
+        multiple = FAMILIES[files.family].checkpoint_settings(files, "config.json").multiple
+        if side % multiple:
+            raise ModelFolderError(
+                f"{opened.adapter / SETTINGS_FILE}: force_image_size = {side} does "
+                f"not fit this model: a tile's side must be a multiple of {multiple} pixels; copy "
+                "the adapter folder again"
+            )
+    return settings
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

@@ -122,11 +122,19 @@ def test_a_run_inherits_from_adapters_what_they_were_trained_with(chain):
     assert settings["data.tiles.size"] == (112, f"{adapter}/internvl.json")
 
 
-def test_settings_of_an_adapter_folder_are_checked(chain, tmp_path):
+@pytest.mark.parametrize(
+    ("text", "value", "says"),
+    [
+        ("112", "[]", "force_image_size"),
+        ("112", "57", "force_image_size = 57 does not fit this model"),
+        ("internvl2_5", "nobody's", 'its conversation template "nobody\'s" is not known here'),
+    ],
+)
+def test_settings_of_an_adapter_folder_are_checked(text, value, says, chain, tmp_path):
     adapter = shutil.copytree(chain / "runs/second/adapter", tmp_path / "a")
     file = adapter / "internvl.json"
-    file.write_text(file.read_text().replace("112", "[]"))
-    with pytest.raises(ModelFolderError, match="internvl.json: force_image_size"):
+    file.write_text(file.read_text().replace(text, value))
+    with pytest.raises(ModelFolderError, match=f"internvl.json: {says}"):
         probe(adapter)
 
 

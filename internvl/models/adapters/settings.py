@@ -18,7 +18,7 @@ from torch import Tensor
 from internvl.errors import ModelFolderError
 from internvl.models import hub
 from internvl.models.adapters.folder import CONFIG_FILE, PICKLED_FILE, SETTINGS_FILE, WEIGHTS_FILE
-from internvl.models.config_checks import ValueRule, check_settings
+from internvl.models.config_checks import ValueRule, check_counts, check_settings
 from internvl.models.tensors import LazyTensor, open_tensors
 
 logger = logging.getLogger(__name__)
@@ -256,4 +256,7 @@ def settings_of(folder: Path) -> dict[str, Any]:
         return {}
     settings = hub.read_json(file)
     check_settings(file, settings)
+    fewest, most = "min_dynamic_patch", "max_dynamic_patch"
+    if settings.get(fewest) is not None and settings.get(most) is not None:
+        check_counts(file, "", (fewest, settings[fewest]), (most, settings[most]))
     return settings
