@@ -8,10 +8,12 @@ import pair_runs
 import pytest
 import tiny_run
 from command_line import call, on_terminal
-from tiny_run import command
+from tiny_run import command, recipe_of
 
-from internvl import train
+from internvl import log, train
 from internvl.data import workers
+from internvl.errors import DataError
+from internvl.training import run_folder
 
 STEP = r"of 4 steps \(\d+%\), (took )?[\d:]+( left)?, loss \d\.\d{4}, lr \d\.\d\de[-+]\d\d, "
 STEP += r"[\d,.]+ (samples/s|s/sample), [\d,.]+ (steps/s|s/step)$"
@@ -81,12 +83,12 @@ def test_an_interrupted_run_names_its_commands_too(capsys, project, tmp_path, mo
     assert log_file.read_text(encoding="utf-8").count("4 of 4 steps (100%)") == 1
 
 
-def test_a_run_that_failed_before_its_first_step_may_be_changed(capsys, project, tmp_path):
-    run = tmp_path / "run"
-    gone = "data.sources.0.annotations=gone.jsonl"
-    assert call(capsys, "train", project, f"run={run}", "steps=1", gone)[0] == 1
-    assert "there is no annotation file gone.jsonl" in (run / "train.log").read_text()
-    assert call(capsys, "train", project, f"run={run}", "steps=1")[0] == 0
+def test_a_run_that_failed_before_its_first_step_may_be_changed(project, tmp_path):
+    failed = recipe_of(project, tmp_path, "steps=1")
+    with run_folder.owned(failed), pytest.raises(DataError), log.also_to(failed.run / "train.log"):
+        raise DataError("a.jsonl: cut; fetch it again")
+    with run_folder.owned(recipe_of(project, tmp_path, "steps=2")):
+        assert "cut; fetch it again" in (failed.run / "train.log").read_text(encoding="utf-8")
 
 
 def test_too_many_workers_are_warned_of_once(capsys, project, tmp_path, recwarn):
