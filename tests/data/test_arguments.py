@@ -175,13 +175,13 @@ def test_one_override_is_a_list_of_one():
 def test_one_task_and_one_language(tmp_path):
     for tasks in ("retrieval-xtd", ["retrieval-xtd"]):
         with pytest.raises(ConfigError, match=r"retrieval-xtd: 2 .*\n.*test_1kcaptions_ko.txt"):
-            evaluate.run("no-model", tasks, languages="ko", root=str(tmp_path), modes="c")
+            evaluate.run("no/model", tasks, languages="ko", root=str(tmp_path), modes="c")
     with pytest.raises(ConfigError, match="has no language 'xx'"):
-        evaluate.run("no-model", "retrieval-xtd", languages="xx", root=tmp_path)
+        evaluate.run("no/model", "retrieval-xtd", languages="xx", root=tmp_path)
     with pytest.raises(UserError, match="tasks must be a list, not int"):
-        evaluate.run("no-model", 5)
+        evaluate.run("no/model", 5)
     with pytest.raises(UserError, match="there is no annotation file|cannot read"):
-        evaluate.run("no-model", "caption-file", annotations=str(tmp_path / "a.json"))
+        evaluate.run("no/model", "caption-file", annotations=str(tmp_path / "a.json"))
     with pytest.raises(ConfigError, match="min_new_tokens: 9, larger than max_new_tokens, 8"):
         eval_config(annotations="a", min_new_tokens=9, max_new_tokens=8)
 
