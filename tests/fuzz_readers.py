@@ -832,6 +832,7 @@ _FORMATS = "internvl.data.formats"
 _PAIRS = "internvl.data.pair_files"
 _CAPTIONS = "internvl.data.captions"
 _HUB = "internvl.models.hub"
+_TENSORS = "internvl.models.tensors"
 _READ_IMAGE = "internvl.data.images._to_rgb"
 _ROW = f"{_SOURCES}.parse_row"
 
@@ -1081,7 +1082,7 @@ _TABLE = (
         "model-official",
         seed_official,
         load_model,
-        (f"{_HUB}.open_tensors", f"{_HUB}.weight_files"),
+        (f"{_TENSORS}.open_tensors", f"{_HUB}.weight_files"),
         damaged="model/[cm]*.*[js]*",
         cost=8,
     ),
@@ -1097,16 +1098,16 @@ _TABLE = (
         "model-hf",
         seed_hf,
         load_model,
-        (f"{_HUB}.open_tensors",),
+        (f"{_TENSORS}.open_tensors",),
         damaged="model/[cmp]*.*[js]*",
         cost=8,
     ),
-    Reader("model-dual", seed_dual, load_model, (f"{_HUB}.open_tensors",), cost=8),
+    Reader("model-dual", seed_dual, load_model, (f"{_TENSORS}.open_tensors",), cost=8),
     Reader(
         "model-pth",
         seed_pth,
         load_model_file,
-        (f"{_HUB}.load_pickled",),
+        (f"{_TENSORS}.load_pickled",),
         damaged="model/*.pth",
         cost=8,
     ),

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -63,8 +64,8 @@ def test_every_line_for_a_chat_model_runs(folder):
     for theirs, ours in lines_of("models.md"):
         assert ours, theirs
         for line in ours:
-            if "quantize=" in line and not torch.cuda.is_available():
-                compile(line, line, "exec")
+            # bitsandbytes rounds on a CPU too; without it the line is refused by name.
+            if "quantize=" in line and find_spec("bitsandbytes") is None:
                 with pytest.raises(UserError):
                     exec(line, names)
                 continue

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import tiny_run
@@ -16,8 +17,9 @@ HEAVY = {"torch", "transformers", "peft", "safetensors", "huggingface_hub"}
 
 RARE = {"peft", "triton", "torch._inductor.compile_fx", "tensorboard"}
 """What only adapters, compilation and TensorBoard need."""
-PARALLEL = {"torch.distributed.checkpoint"}
-"""What runs alone need: their checkpoints may be of many ranks."""
+PARALLEL = set() if find_spec("torchao") else {"torch.distributed.checkpoint"}
+"""What runs alone need: their checkpoints may be of many ranks. transformers imports an installed
+torchao, which imports it."""
 WORK = (
     *("train", "training.checkpoint", "training.optim", "objectives", "compute"),
     *("evaluate", "evals", "export", "check", "plan"),
@@ -103,18 +105,25 @@ def test_a_hub_id_that_is_not_here_is_refused_before_torch(project):
     ("words", "forbidden"),
     [
         (["chat", "{folder}/start", "--prompt", "x"], RARE | PARALLEL | rooms(*WORK)),
-        (
+        pytest.param(
             ["export", "{folder}/start", "--to", "{out}"],
             RARE | PARALLEL | rooms(*(name for name in WORK if name != "export")),
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             ["train", "{recipe}", "steps=1"],
             RARE - {"tensorboard"} | rooms("evaluate", "export", "check", "plan"),
+            marks=pytest.mark.slow,
         ),
-        (["check", "{recipe}"], RARE | PARALLEL | rooms("train", "evaluate", "export")),
-        (
+        pytest.param(
+            ["check", "{recipe}"],
+            RARE | PARALLEL | rooms("train", "evaluate", "export"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             ["check", "{recipe}", "--plan", "--gpu", "H200"],
             RARE | PARALLEL | rooms("train", "evaluate", "export"),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,

@@ -148,6 +148,7 @@ def broken(project, tmp_path_factory):
     return f"data.sources=[{{name: s, annotations: {folder}/train.jsonl, images: {folder}}}]"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_step_of_bad_samples_alone_is_passed_over(project, broken, tmp_path, workers):
     settings = [broken, *ALL_BAD, f"data.workers={workers}", "checkpoint.every=1"]

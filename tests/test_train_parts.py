@@ -190,6 +190,7 @@ def test_a_killed_run_ends_as_one_that_was_not(parts, tmp_path, monkeypatch):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_loaded_and_exported(parts, tmp_path):
     words = ("model.train=[]", "model.lora.rank=2", "data.tiles.size=112")
     recipe = recipe_of(tmp_path, parts, "run", *words, projector=True, evaluated=True, steps=2)

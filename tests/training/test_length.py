@@ -62,6 +62,7 @@ def test_without_a_decay_two_times_one_epoch_are_two_epochs_bit_for_bit(project,
         assert (run / name).read_bytes() == (straight / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_every_epoch_shows_every_sample_and_a_resume_goes_on_exactly(finished, tmp_path, caplog):
     run, again = tmp_path / "run", tmp_path / "again"
     shutil.copytree(finished, run)
