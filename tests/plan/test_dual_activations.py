@@ -183,10 +183,8 @@ def peak_of(recipe, config):
     return peak, predicted - batch.cross_gradients()  # which no hook sees
 
 
-@pytest.mark.parametrize(
-    "kept_micro_batches",
-    [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kept_micro_batches", [1, 2, 3])
 def test_the_peak_of_a_step_in_micro_batches(kept_micro_batches):
     recipe = recipe_of("lora")
     settings = replace(recipe.objective, kept_micro_batches=kept_micro_batches)
@@ -243,6 +241,7 @@ def test_a_plan_knows_who_looks_twice():
     assert first_pass("full") == first_pass("full", drop_path=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
 def test_checkpointed_blocks_keep_what_enters_them(checkpointing):
     recipe = recipe_of("lora", checkpointing=checkpointing)

@@ -164,6 +164,7 @@ def test_compiled_code_keeps_what_its_graphs_do(request):
     assert counted() == compiled
 
 
+@pytest.mark.slow
 def test_checkpointed_blocks_keep_what_enters_them():
     def build(layers):
         sizes = {"text": TEXT | {"num_hidden_layers": layers}}
