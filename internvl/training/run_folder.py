@@ -1,6 +1,7 @@
 """The run folder: its lock, and the recipe and data that it holds."""
 
 import fcntl
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -43,6 +44,8 @@ def _locked(recipe: Recipe) -> Iterator[None]:
     saved = folder / "recipe.yaml"
     # A lock of the kernel's, which ends with the process, however that ends.
     with (folder / ".lock").open("w") as lock:
+        # A reader process that outlives a killed run for seconds would hold the lock as well.
+        os.register_at_fork(after_in_child=lock.close)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
