@@ -111,11 +111,15 @@ def _plan(recipe: Recipe, args: Arguments) -> int:
     if args.gpus < 1:
         raise ConfigError(f"--gpus: at least 1, not {args.gpus}")
     with _loading(recipe.model.name):
-        from internvl import check, plan
+        from internvl import plan
 
-    # Its model may be a released one that was never downloaded.
+        # Its model may be a released one that was never downloaded.
+        is_here = plan.is_here(recipe)
+        if is_here:
+            from internvl import check
+
     checked = None
-    if plan.is_here(recipe):
+    if is_here:
         checked = check.run(recipe, report=args.report)
         print(checked.render() + "\n")
     else:

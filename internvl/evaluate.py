@@ -175,17 +175,7 @@ def measure(
     # With its own annotations a call means a file, also for a run that has evaluations.
     measures_file = not run_evals or "annotations" in fields
     names = tasks or (["caption-file"] if measures_file else list(run_evals))
-    types = {name: _type_of(name, run_evals) for name in names}
-    jobs: dict[str, Job] = {}
-    for name, type_name in types.items():
-        options = _options_of(type_name, set(types.values()), fields)
-        # The run's evaluations first: their names are the user's, and may equal a published one.
-        if name in run_evals:
-            jobs[name] = Job(eval_config(**{**vars(run_evals[name]), **options}), name, "en")
-        elif name in published_sets.TASKS:
-            jobs |= _published_jobs(name, root, dataset_root, languages, split, options)
-        else:
-            jobs[name] = _user_job(name, languages, split, options)
+    jobs = _jobs(names, run_evals, fields, root, dataset_root, languages, split)
     # Its step too is checked before the data are read.
     parent = _results_parent(model_or_run) if run_step is None else _step_parent(run_step)
     # Before the model: reading the data finds its problems in seconds, loading may take minutes.
@@ -249,6 +239,30 @@ def compare(
         )
         for step in dict.fromkeys(steps)
     }
+
+
+def _jobs(
+    names: Sequence[str],
+    run_evals: Mapping[str, EvalConfig],
+    fields: Mapping[str, Any],
+    root: Path,
+    dataset_root: str | None,
+    languages: Sequence[str],
+    split: str,
+) -> dict[str, Job]:
+    """Makes the jobs of `measure`: several for a published set with several languages."""
+    types = {name: _type_of(name, run_evals) for name in names}
+    jobs: dict[str, Job] = {}
+    for name, type_name in types.items():
+        options = _options_of(type_name, set(types.values()), fields)
+        # The run's evaluations first: their names are the user's, and may equal a published one.
+        if name in run_evals:
+            jobs[name] = Job(eval_config(**{**vars(run_evals[name]), **options}), name, "en")
+        elif name in published_sets.TASKS:
+            jobs |= _published_jobs(name, root, dataset_root, languages, split, options)
+        else:
+            jobs[name] = _user_job(name, languages, split, options)
+    return jobs
 
 
 def _jobs_name(jobs: Mapping[str, Job]) -> str:

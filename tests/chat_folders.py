@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from internvl.inference import load as loading
 
 GOLDEN = Path(__file__).parent / "golden"
 IMAGE_TOKEN_ID = 590
@@ -144,6 +147,26 @@ def add_tokenizer(folder: Path, name: str) -> Path:
     """The golden tokenizer `name` into a folder; its output rows beyond it are never the best."""
     for file in (GOLDEN / "label_masks" / f"tokenizer_{name}").iterdir():
         shutil.copy(file, folder)
+    return folder
+
+
+def training_model(to: Path) -> torch.nn.Module:
+    """A small model in float32, ready to train."""
+    folder = golden_folder("chat_internlm2", "v2.sel-1", to)
+    chat = loading.load(folder, image_token_id=IMAGE_TOKEN_ID, device="cpu", dtype="float32")
+    return chat.model.train()
+
+
+def large_vocabulary(folder: Path, tokenizer_class: str) -> Path:
+    """A tokenizer of more than 100,000 tokens, as most releases have."""
+    folder.mkdir(exist_ok=True)
+    words = {f"w{token_id}": token_id for token_id in range(100_001)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(folder / "tokenizer.json"))
+    config = json.dumps({"tokenizer_class": tokenizer_class})
+    (folder / "tokenizer_config.json").write_text(config)
+    (folder / "config.json").write_text('{"model_type": "internvl_chat"}')
     return folder
 
 

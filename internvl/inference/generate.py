@@ -122,12 +122,9 @@ def _extra_as_user_error(extra: Mapping[str, Any]) -> Iterator[None]:
         if not extra or isinstance(error, UserError | MemoryError | torch.OutOfMemoryError):
             raise
         # Without the first two frames, this function and `generate`, that every error passes.
-        frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)][2:]
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][2:]
         ours = {__file__, Module.__call__.__code__.co_filename}
-        # `generation_config` stands in this file, but only hands `extra` to the constructor.
-        build_config = Settings.generation_config.__code__
-        filenames = {code.co_filename for code in frames if code is not build_config}
-        if filenames & ours:
+        if ours & {frame.f_code.co_filename for frame in frames}:
             raise
         values = ", ".join(f"{key} = {value!r:.100}" for key, value in extra.items())
         raise UserError(

@@ -29,7 +29,7 @@ class Load:
     computed: Work
     """The same as kernels compute it: padding, and pairs of tokens that a mask hides."""
     largest: Work
-    """The micro-batch that memory is reckoned for, padded."""
+    """The micro-batch with the highest peak memory, padded."""
     micro_batches: float
     """Of a step, over all GPUs; rows of a chat model."""
     samples: int | None

@@ -67,7 +67,7 @@ class Work(Summable):
 
 @dataclass(frozen=True)
 class FirstStep:
-    """The first step of a run, as a plan reckons with it."""
+    """Counts of the first step of a run."""
 
     micro_batches: tuple[Work, ...]
     """Rows without padding; captions padded to the longest of their micro-batch."""

@@ -8,10 +8,9 @@ import shutil
 
 import pytest
 import sentencepiece
-from chat_folders import GOLDEN, shared
+from chat_folders import GOLDEN, large_vocabulary, shared
 from mutations import HTML_PAGE, LFS_POINTER
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from internvl.data.tokenizers import (
@@ -345,12 +344,7 @@ def test_a_byte_order_mark_leaves_the_chat_template(tmp_path):
 
 def test_a_large_vocabulary_is_not_taken_for_mistrals(tmp_path, caplog, monkeypatch):
     """As of an official export, whose config.json names no version of transformers."""
-    words = {f"w{token_id}": token_id for token_id in range(100_001)}
-    backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
-    (tmp_path / "config.json").write_text('{"model_type": "internvl_chat"}')
+    large_vocabulary(tmp_path, "Qwen2Tokenizer")
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     tokenizer = load_tokenizer(tmp_path)
     assert not caplog.records

@@ -13,7 +13,7 @@ from pathlib import Path
 import pair_runs
 import pytest
 import tiny_run
-from tokenizers import Tokenizer, models, pre_tokenizers
+from chat_folders import large_vocabulary
 
 from internvl import export, train
 from internvl.config.recipes import load_recipe
@@ -116,21 +116,9 @@ def tokenizers(root: Path) -> dict[str, tuple]:
     folders = {
         "vocabulary": vocabulary,
         "sentencepiece": GOLDEN / "tokenizer_internlm2",
-        "large vocabulary": large_vocabulary(root / "large"),
+        "large vocabulary": large_vocabulary(root / "large", "PreTrainedTokenizerFast"),
     }
     return {name: ("tokenizer", folder, folder) for name, folder in folders.items()}
-
-
-def large_vocabulary(folder: Path) -> Path:
-    """A tokenizer of more than 100,000 tokens, as most releases have."""
-    folder.mkdir()
-    words = {f"w{token_id}": token_id for token_id in range(100_001)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    (folder / "config.json").write_text('{"model_type": "internvl_chat"}')
-    return folder
 
 
 def recipes(root: Path) -> dict[str, tuple]:

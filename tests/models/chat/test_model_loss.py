@@ -3,9 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from chat_folders import IMAGE_TOKEN_ID, golden_folder
+from chat_folders import IMAGE_TOKEN_ID, training_model
 
-from internvl.inference import load as loading
 from internvl.models.adapters import lora
 from internvl.models.chat.model import Supervision
 
@@ -14,10 +13,7 @@ K = 9  # visual tokens of an 84-pixel tile
 
 @pytest.fixture
 def model(tmp_path):
-    folder = golden_folder("chat_internlm2", "v2.sel-1", tmp_path)
-    return loading.load(
-        folder, image_token_id=IMAGE_TOKEN_ID, device="cpu", dtype="float32"
-    ).model.train()
+    return training_model(tmp_path)
 
 
 def row(num_tiles=2):
