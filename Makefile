@@ -46,7 +46,7 @@ check: $(VENV)/.dev
 test: $(VENV)/.dev
 	$(VENV)/bin/pytest -q -n 2 --dist worksteal -m "not scripts and not slow and not slow_fuzz"
 
-test-slow: $(VENV)/.dev
+test-slow: $(VENV)/.slow
 	$(VENV)/bin/pytest -q -n 2 --dist worksteal -m "(slow or slow_fuzz) and not scripts"
 
 scripts: $(VENV)/.dev
@@ -65,6 +65,10 @@ $(VENV)/bin/pip:
 $(VENV)/.demo: $(PINS) | $(VENV)/bin/pip
 	$(call install,demo)
 	$(bytecode)
+	@touch $@
+
+$(VENV)/.slow: $(VENV)/.dev
+	$(call install,lowbit)
 	@touch $@
 
 # dev contains demo, so both are done.
