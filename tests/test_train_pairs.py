@@ -126,7 +126,7 @@ def test_a_run_learns_and_its_folder_is_a_dual(project, tmp_path):
     assert measured == {key: pytest.approx(value) for key, value in after.items()}
 
 
-@pytest.mark.parametrize("objective", ["retrieval", "stage2"])
+@pytest.mark.parametrize("objective", ["retrieval", pytest.param("stage2", marks=pytest.mark.slow)])
 def test_micro_batches_train_the_same(project, tmp_path, objective):
     found = []
     for number in ("null", "3"):

@@ -48,7 +48,7 @@ def close(one, other):
     assert torch.allclose(torch.tensor(one), torch.tensor(other), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("packing", ["official", pytest.param("best-fit", marks=pytest.mark.slow)])
 def test_a_run_goes_on_bit_for_bit_and_on_two_ranks(project, tmp_path, packing):
     lora = ["model.train=[]", "model.lora={rank: 4, dropout: 0}"]  # ranks draw other dropout
     settings = [*ROWS, *PACKINGS[packing], *lora]

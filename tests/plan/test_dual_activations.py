@@ -133,7 +133,7 @@ def differences(recipe, *sizes):
     "choice",
     [
         pytest.param("full", marks=pytest.mark.slow),
-        "lora",
+        pytest.param("lora", marks=pytest.mark.slow),
         "head",
         pytest.param("queries", marks=pytest.mark.slow),
     ],
