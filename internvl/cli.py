@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from internvl import errors, log
+from internvl import errors, launchers, log
 from internvl.config import Recipe, eval_options
 from internvl.config.docs import field_docs
 from internvl.config.recipes import load_recipe
@@ -697,10 +697,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     _escape_unprintable()
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
+        launchers.follow_parent()
         log.setup(logging.DEBUG if args.debug else logging.INFO)
         _configure_libraries(downloading=getattr(args, "download", False))
         code, message = _run_verb(args)
-        if message:
+        # `internvl train`, which started this rank, prints one sentence for all of them.
+        if message and not launchers.has_parent():
             # Whoever closed standard error reads no message either.
             with contextlib.suppress(BrokenPipeError):
                 print(f"internvl: {message}", file=sys.stderr)
@@ -721,9 +723,11 @@ def _run_verb(args: Arguments) -> tuple[int, str]:
     except Exception as error:
         if _comes_of_closed_output(error):
             return _OUTPUT_CLOSED, ""
+        code, message = 2 if isinstance(error, ConfigError) else 1, _explain(error)
+        launchers.report(message, code, lost_peer=errors.lost_peer(error))
         if args.debug:
             raise
-        return (2 if isinstance(error, ConfigError) else 1), _explain(error)
+        return code, message
     return code, ""
 
 

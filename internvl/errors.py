@@ -37,7 +37,6 @@ def explain(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         reason = _bracketed(error)
         return f"memory ran out{reason}; close other programs, or lower what is held at once"
-    text = str(error)
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
         return (
             f"the GPU's memory ran out{_bracketed(error)}; lower the batch size or the number of "
@@ -47,12 +46,22 @@ def explain(error: BaseException) -> str:
         reason = _bracketed(error)
         return f"a package is missing or broken{reason}; `internvl doctor` says how to get it"
     # Last: torch's OutOfMemoryError is a RuntimeError too. This rank is only the messenger.
-    if isinstance(error, RuntimeError) and _PEER_GONE in text:
+    if lost_peer(error):
         return "another process of this run ended; its own last line, above or in its log, says why"
     return _explain_bug(error)
 
 
-_PEER_GONE = "by peer"  # gloo's and NCCL's: "Connection closed by peer [127.0.0.1]:3124"
+_PEER_GONE = ("by peer", "Broken pipe", "Timed out waiting", "Connection refused")
+"""Words of gloo, NCCL and torch's store: "Connection closed by peer [127.0.0.1]:3124"."""
+
+
+def lost_peer(error: BaseException) -> bool:
+    """True if an exception only says that another process of the run ended or hangs."""
+    text = str(error)
+    is_torch = isinstance(error, RuntimeError) and not isinstance(error, UserError)
+    return is_torch and any(words in text for words in _PEER_GONE)
+
+
 _REMEDIES = {
     errno.ENOENT: "there is no such file or folder; check the path",
     errno.EACCES: "permission denied; allow it (`ls -l` shows who may) or choose another place",

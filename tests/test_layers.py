@@ -25,10 +25,10 @@ LEVELS = {
     3: ("datasets", "compute", "parallel", "training"),
     2: ("data", "models", "report", "doctor"),
     1: ("config", "zoo", "log", "dist"),
-    0: ("files",),
+    0: ("files", "launchers"),
     -1: ("errors",),
 }
-"""Top-level part -> level; compat, launch and serve are still to come."""
+"""Top-level part -> level; compat and serve are still to come."""
 LEVEL_OF = {part: level for level, parts in LEVELS.items() for part in parts}
 
 # Folders that are open sets, with what their members may share.

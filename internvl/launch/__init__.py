@@ -1,0 +1,1 @@
+"""Starts the ranks of a run: here (`local`), or on the nodes of a cluster."""

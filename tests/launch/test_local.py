@@ -1,0 +1,125 @@
+"""Real processes as ranks: what they are told, and that none outlives a failure or its parent."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from internvl.launch import local
+from internvl.launch.local import Ended
+
+HOST = socket.gethostname()
+# Torch-free ranks start at once; they wait as ranks in a collective do.
+RANK = """
+import os, signal, sys, time
+from internvl import launchers
+
+rank, folder = int(os.environ["RANK"]), {folder!r}
+launchers.follow_parent()
+def note(name):
+    open(f"{{folder}}/{{name}}-{{rank}}", "w").write(str(os.getpid()))
+def wait():
+    note("waits")
+    time.sleep(60)
+{code}
+"""
+
+
+def ranks_of(code: str, folder: Path) -> list[str]:
+    return [sys.executable, "-c", RANK.format(folder=str(folder), code=code)]
+
+
+def wait_for(*files: Path) -> list[int]:
+    """The process ids in files, once they are written."""
+    while not all(file.exists() and file.read_text() for file in files):
+        time.sleep(0.02)
+    return [int(file.read_text()) for file in files]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        # A zombie has ended; only its parent has not asked yet.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_each_rank_has_the_environment_that_torchrun_gives(tmp_path: Path) -> None:
+    names = ("LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+    code = f"note('-'.join(os.environ[name] for name in {names}))"
+    assert local.run(ranks_of(code, tmp_path), 3) == Ended(0)
+    written = sorted(file.name for file in tmp_path.iterdir())
+    assert written == [f"{rank}-3-3-localhost-{rank}" for rank in range(3)]
+
+
+def test_a_killed_rank_ends_the_others_and_is_named(tmp_path: Path) -> None:
+    code = "os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else wait()"
+    ended = local.run(ranks_of(code, tmp_path), 2)
+    assert ended.code == 128 + signal.SIGKILL
+    assert ended.sentence == (
+        f"rank 1 of 2 ranks on {HOST}: was killed by signal 9 (SIGKILL); most likely the "
+        "machine's memory ran out, or somebody killed it"
+    )
+
+
+def test_the_cause_is_told_not_what_followed_from_it(tmp_path: Path) -> None:
+    code = """
+if rank == 0:
+    launchers.report("another process ended", 1, lost_peer=True)
+    sys.exit(1)
+time.sleep(0.2)
+launchers.report("the disk is full", 1)
+sys.exit(1)
+"""
+    ended = local.run(ranks_of(code, tmp_path), 2)
+    assert ended == Ended(1, f"rank 1 of 2 ranks on {HOST}: the disk is full")
+
+
+def test_what_all_ranks_say_is_said_once(tmp_path: Path) -> None:
+    code = "launchers.report('no such model', 2); sys.exit(2)"
+    assert local.run(ranks_of(code, tmp_path), 2) == Ended(2, "no such model")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_go_on_to_the_ranks_which_end_in_order(tmp_path: Path, signum: int) -> None:
+    code = """
+def save(*rest):
+    note("saved")
+    sys.exit()
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGINT, save)
+wait()
+"""
+    parent = subprocess.Popen(launcher(ranks_of(code, tmp_path)))
+    wait_for(*(tmp_path / f"waits-{rank}" for rank in range(2)))
+    parent.send_signal(signum)
+    assert parent.wait() == 0
+    assert all((tmp_path / f"saved-{rank}").exists() for rank in range(2))
+
+
+def launcher(command: list[str]) -> list[str]:
+    code = f"import sys; from internvl.launch import local; sys.exit(local.run({command}, 2).code)"
+    return [sys.executable, "-c", code]
+
+
+def test_ranks_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    parent = subprocess.Popen(launcher(ranks_of("wait()", tmp_path)))
+    pids = wait_for(*(tmp_path / f"waits-{rank}" for rank in range(2)))
+    assert all(map(is_alive, pids))
+    parent.kill()
+    parent.wait()
+    until = time.monotonic() + 30
+    while any(map(is_alive, pids)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(map(is_alive, pids))
+
+
+def test_verbs_run_with_this_python() -> None:
+    command = [*local.verb("--version")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=True)
+    assert done.stdout.startswith("internvl ")
