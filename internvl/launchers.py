@@ -36,9 +36,9 @@ def report(sentence: str, code: int, *, lost_peer: bool = False) -> None:
     if not file:
         return
     now_s = time.time()
-    details = {"py_callstack": "", "timestamp": str(int(now_s))}
-    message = {"message": sentence, "extraInfo": details}
-    words = {"message": message, "time_s": now_s, "code": code, "lost_peer": lost_peer}
+    # torchrun reads the first two.
+    words = {"message": sentence, "timestamp": int(now_s), "time_s": now_s}
+    words |= {"code": code, "lost_peer": lost_peer}
     # On a full disk the sentence still stands on standard error.
     with suppress(OSError):
         Path(file).write_text(json.dumps(words), encoding="utf-8")

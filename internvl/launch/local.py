@@ -198,7 +198,7 @@ class _Cause:
         assert rank.ended_s is not None
         if words is not None:
             time_s, follows = float(words["time_s"]), bool(words["lost_peer"])
-            return cls(follows, time_s, index, code, words["message"]["message"])
+            return cls(follows, time_s, index, code, words["message"])
         if code > 0:
             sentence = f"ended with exit code {code}; what it wrote before tells why"
             return cls(False, rank.ended_s, index, code, sentence)
