@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ class Row:
 
     model: str
     rank: int | None = 128
+    dropout: float = 0.05
+    """Of the adapters, as in the recipe."""
     captions: int = 1
     share: bool = False
     mixture: bool = False
@@ -64,25 +66,39 @@ class Row:
 
 FLOAT8 = {"float8": True}
 
-ROWS = {
+RECIPES = {
     "2b_coco": Row("InternVL2-2B"),
     "2b_coco_shared": Row("InternVL2-2B", captions=5, share=True, row_tokens=18944),
     "1b_coco": Row("InternVL2-1B"),
     "8b_coco": Row("InternVL2-8B", batch=128),
     "2b_full": Row("InternVL2-2B", rank=None, mixture=True, batch=128, row_tokens=16384),
-    "8b_coco_full_checkpointing": Row("InternVL2-8B", batch=128, compute={"checkpointing": "full"}),
-    "2b_coco_float8": Row("InternVL2-2B", compute=FLOAT8),
-    "2b_coco_shared_float8": Row(
-        "InternVL2-2B", captions=5, share=True, row_tokens=18944, compute=FLOAT8
-    ),
-    "8b_coco_float8": Row("InternVL2-8B", batch=128, compute=FLOAT8),
-    "2b_full_float8": Row(
-        "InternVL2-2B", rank=None, mixture=True, batch=128, row_tokens=16384, compute=FLOAT8
-    ),
-    "2b_coco_flex": Row("InternVL2-2B", compute={"attention": "flex"}),
-    "2b_coco_eager": Row("InternVL2-2B", compute={"compile": False}),
 }
-DEFAULT = ("2b_coco", "2b_coco_shared", "1b_coco", "8b_coco", "2b_full")
+"""Rows as the recipes are; the default."""
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "no_dropout": {"dropout": 0.0},
+    "float8": {"compute": {"float8": True}},
+    "flex": {"compute": {"attention": "flex"}},
+    "eager": {"compute": {"compile": False}},
+    "checkpointing": {"compute": {"checkpointing": "full"}},
+    "full": {"rank": None},
+}
+"""What the words after a recipe's name change, for example 2b_coco_float8_no_dropout."""
+
+
+def named(name: str) -> Row:
+    """The row of a name: one of `RECIPES`, then any of `OPTIONS` joined by underscores."""
+    recipe = max((known for known in RECIPES if name.startswith(known)), key=len, default=None)
+    if recipe is None:
+        raise SystemExit(f"{name}: a row's name begins with one of {', '.join(RECIPES)}")
+    row, rest = RECIPES[recipe], name[len(recipe) :]
+    while rest:
+        option = next((word for word in OPTIONS if rest.startswith(f"_{word}")), None)
+        if option is None:
+            raise SystemExit(f"{name}: {rest[1:]!r} is none of {', '.join(OPTIONS)}")
+        changes, rest = OPTIONS[option], rest[len(option) + 1 :]
+        row = replace(row, **{**changes, "compute": row.compute | changes.get("compute", {})})
+    return row
 
 
 class Counting(Sft):
@@ -172,9 +188,11 @@ def build(
     row: Row, folder: Path, device: torch.device, options: argparse.Namespace
 ) -> train.TrainState:
     """The run of a row: files on disk, a random model, all else as `train.build` makes it."""
-    chat = workloads.random_chat(row.model, device, rank=row.rank, tiny=options.tiny)
+    chat = workloads.random_chat(
+        row.model, device, rank=row.rank, dropout=row.dropout, tiny=options.tiny
+    )
     steps = WARMUP + options.steps
-    batch = 10 if options.tiny else row.batch
+    batch = 10 if options.tiny else options.batch or row.batch
     drawn = workloads.mixture(0) if row.mixture else workloads.coco(0)
     count = max(1, min(batch * steps, _DRAWN) // row.captions)
     samples = list(itertools.islice(drawn, count))
@@ -245,6 +263,7 @@ def report(
         "loss": [round(r["loss"], 4) for r in rows],
         "steps": len(seconds),
         "warmup_steps": WARMUP,
+        "dropout": row.dropout if row.rank else 0.0,
         "compute": row.compute,
         "hardware": _hardware(now.device),
         "torch": torch.__version__,
@@ -291,8 +310,9 @@ def _hardware(device: torch.device) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("rows", nargs="*", default=DEFAULT, help=", ".join(ROWS))
+    parser.add_argument("rows", nargs="*", default=list(RECIPES), help=f"{', '.join(RECIPES)}, each with _{', _'.join(OPTIONS)}")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--batch", type=int, help="samples of a step, instead of the recipe's")
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--to", type=Path, default=None, help="folder for one JSON a row")
     parser.add_argument("--profile", action="store_true")
@@ -300,11 +320,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.tiny:
         options.steps = min(options.steps, 2)
+    rows = {name: named(name) for name in options.rows}
     ceiling = workloads.matmul_tflops(torch.device("cpu" if options.tiny else "cuda"))
-    for name in options.rows:
+    for name, row in rows.items():
         started = time.perf_counter()
         try:
-            figures = measure(name, ROWS[name], options, ceiling)
+            figures = measure(name, row, options, ceiling)
         except Exception:  # noqa: BLE001  a row that fails must not cost the others
             traceback.print_exc()
             continue

@@ -158,6 +158,7 @@ def random_chat(
     device: torch.device,
     *,
     rank: int | None,
+    dropout: float = 0.0,
     tiny: bool = False,
     prepare: Callable[[nn.Module], None] | None = None,
 ) -> Chat:
@@ -165,6 +166,7 @@ def random_chat(
 
     Args:
         rank: of LoRA on the language model; None trains projector and language model themselves.
+        dropout: of the adapters.
         tiny: two narrow layers of each part instead of the real sizes.
         prepare: what to do with the model before adapters go on it.
     """
@@ -181,7 +183,7 @@ def random_chat(
         prepare(model)
     lora.select_trainable(model, () if rank else ("multi_modal_projector", "language_model"))
     if rank:
-        lora.attach(model, LoraConfig(rank=rank, dropout=0.0))
+        lora.attach(model, LoraConfig(rank=rank, dropout=dropout))
         for parameter_name, parameter in model.named_parameters():
             if "lora_B" in parameter_name:  # zeros would run faster than trained factors
                 torch.nn.init.normal_(parameter, std=0.01)
