@@ -310,7 +310,12 @@ def _hardware(device: torch.device) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("rows", nargs="*", default=list(RECIPES), help=f"{', '.join(RECIPES)}, each with _{', _'.join(OPTIONS)}")
+    parser.add_argument(
+        "rows",
+        nargs="*",
+        default=list(RECIPES),
+        help=f"{', '.join(RECIPES)}, each with _{', _'.join(OPTIONS)}",
+    )
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--batch", type=int, help="samples of a step, instead of the recipe's")
     parser.add_argument("--workers", type=int, default=12)
