@@ -40,7 +40,7 @@ from internvl.models.dual.model import DualModel
 from internvl.models.vision import count_parameters
 from internvl.objectives import OBJECTIVES, Objective
 from internvl.objectives.sft import Sft
-from internvl.parallel import gradients
+from internvl.parallel import gradients, mesh, shard
 from internvl.training import (
     checkpoint,
     early_stopping,
@@ -53,6 +53,8 @@ from internvl.training import (
     tracking,
 )
 from internvl.training.spikes import Guard
+
+CPU = torch.device("cpu")
 
 
 @dataclass
@@ -127,9 +129,13 @@ def build(
         )
     packs = recipe.objective.rows_are_packed
     objective = OBJECTIVES[recipe.objective.name](recipe.objective, recipe.data, chat.encoder)
-    placement.to_device(chat.model, device, recipe.dtype)
-    kernels.apply_compute(chat.model, device, recipe.compute)
-    # Last: apply_compute may replace modules, and the optimizer must hold what trains.
+    grid = mesh.build(recipe.parallel, device)
+    # A model that is to be sharded goes to the GPU unit by unit.
+    placement.to_device(chat.model, device if grid is None else CPU, recipe.dtype)
+    kernels.apply_compute(chat.model, device, recipe.compute, sharded=grid is not None)
+    if grid is not None:
+        shard.shard(chat.model, recipe.parallel, grid, placement.DTYPES[recipe.dtype])
+    # Last: modules may have been replaced, and the optimizer must hold what trains.
     optimizer = optim.build(chat.model, recipe.optim)
     num_steps, total = length.of_run(recipe, order, endings)
     return TrainState(
@@ -196,7 +202,11 @@ def train_step(state: TrainState, micro_batches: Sequence[Batch]) -> dict[str, f
                 raise _out_of_memory(state, "while all pairs are encoded") from error
         # A new iterator: an objective that encodes all pairs first has exhausted the other.
         rows = feeding.prefetch_to_device(micro_batches, state.device)
-        sums = [_backward(state, row, counts) for row in rows]
+        sums = []
+        for index, row in enumerate(rows, start=1):
+            shard.begin_row(state.model, recipe.parallel, index == len(micro_batches))
+            sums.append(_backward(state, row, counts))
+    shard.free(state.model)
     # Summed before clipping: the norm is that of the whole step on every rank.
     trainable = [p for p in state.model.parameters() if p.requires_grad]
     gradients.sum_gradients(trainable)

@@ -45,6 +45,7 @@ ELSEWHERE = {
     "models/modules.py": ("models/kernels/test_last_mlp.py", "how kernels replace layers"),
     "models/tensors.py": ("models/test_hub.py", "tensors of a folder's files"),
     "models/trainable.py": ("models/adapters/test_lora.py", "what trains beside adapters"),
+    "models/units.py": ("parallel/test_shard.py", "what shards gather one by one"),
     "objectives/packed_loss.py": ("test_train.py", "what a step of training sums"),
     "training/saved_steps.py": ("training/test_checkpoint.py", "what `save` leaves there"),
     "plan/activations.py": ("plan/test_memory.py", "what a chat model saves, counted by autograd"),

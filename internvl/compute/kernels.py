@@ -15,10 +15,15 @@ _COMPILE = {"fallback_random": True}
 kernels spend as much on one number as on four, and were bound by it."""
 
 
-def apply_compute(model: Any, device: torch.device, compute: ComputeConfig) -> None:
+def apply_compute(
+    model: Any, device: torch.device, compute: ComputeConfig, *, sharded: bool = False
+) -> None:
     """Sets attention, fast layers, fused adapters and recomputation, and compiles the blocks.
 
     Names and values of weights stay as they are, but for the frozen ones under `compute.float8`.
+
+    Args:
+        sharded: the model will be cut into shards, whose adapters are not fused.
 
     Raises:
         UserError: float8 products that this GPU does not have, or nothing frozen to use them for.
@@ -27,7 +32,8 @@ def apply_compute(model: Any, device: torch.device, compute: ComputeConfig) -> N
     model.loss_chunk = compute.loss_chunk
     _set_attention(model, attention_backend(compute, device), device)
     kernels.apply(model, compute, device)
-    if has_adapters(model):
+    # A fused base is a view of memory that it shares with B; a shard has memory of its own.
+    if has_adapters(model) and not sharded:
         # Here: PEFT takes half a second, which full fine-tuning need not wait.
         from internvl.models.adapters import fused_lora
 

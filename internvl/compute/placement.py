@@ -12,7 +12,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def to_device(model: nn.Module, device: torch.device, dtype: str) -> nn.Module:
     """Moves the model to its device: trained weights in float32, frozen ones in `dtype`.
 
-    Every rank has all of it, from the same files and seed.
+    Every rank has all of it, from the same files and seed. Before it is sharded `device` is where
+    it is, so that no GPU has to hold all of it.
     """
     for parameter in model.parameters():
         weight_dtype = torch.float32 if parameter.requires_grad else DTYPES[dtype]

@@ -31,6 +31,7 @@ from internvl.config.objective import (
     objective_names,
 )
 from internvl.config.optim import LayerDecayConfig, OptimConfig
+from internvl.config.parallel import ParallelConfig
 from internvl.config.recipe import Recipe
 from internvl.config.training import CheckpointConfig, GuardConfig, StopConfig
 from internvl.config.types import Fraction, Part, Positive, Tower
@@ -55,6 +56,7 @@ __all__ = [  # ruff removes imports that are neither used nor listed
     "ObjectiveSection",
     "OptimConfig",
     "PairsConfig",
+    "ParallelConfig",
     "Part",
     "Positive",
     "Recipe",

@@ -12,6 +12,7 @@ from internvl.config.evals import EvalSection
 from internvl.config.model import ModelConfig
 from internvl.config.objective import ObjectiveSection, PairsConfig, SftConfig
 from internvl.config.optim import OptimConfig
+from internvl.config.parallel import ParallelConfig
 from internvl.config.training import CheckpointConfig, GuardConfig, StopConfig
 from internvl.config.types import STRICT, Positive
 
@@ -27,6 +28,7 @@ class Recipe:
     objective: ObjectiveSection = SftConfig()
     optim: OptimConfig = OptimConfig()
     compute: ComputeConfig = ComputeConfig()
+    parallel: ParallelConfig = ParallelConfig()
     evals: dict[str, EvalSection] = field(default_factory=dict)
     guard: GuardConfig = GuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

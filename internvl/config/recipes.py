@@ -19,6 +19,7 @@ from internvl.config import released
 from internvl.config.compute import ComputeConfig
 from internvl.config.data import TilesConfig
 from internvl.config.model import START_KEYS, ModelConfig
+from internvl.config.parallel import ParallelConfig
 from internvl.config.problems import headed, sentences
 from internvl.config.recipe import Recipe
 from internvl.config.training import GuardConfig
@@ -340,6 +341,29 @@ def _contradictions(recipe: Recipe) -> list[str]:
     problems += _model_contradictions(recipe.model)
     if recipe.compute.float8:
         problems += _float8_contradictions(recipe)
+    problems += _parallel_contradictions(recipe)
+    return problems
+
+
+def _parallel_contradictions(recipe: Recipe) -> list[str]:
+    problems = recipe.parallel.problems()
+    shard = recipe.parallel.shard
+    if shard == "none":
+        return problems
+    if recipe.model.quantize is not None:
+        problems.append(
+            f"parallel.shard: model.quantize packs weights in blocks that {shard} would cut; "
+            "remove model.quantize, for shards take less memory anyway, or set parallel.shard: none"
+        )
+    if recipe.compute.float8:
+        problems.append(
+            f"parallel.shard: compute.float8 keeps products' weights apart from those that {shard} "
+            "cuts; set compute.float8: false or parallel.shard: none"
+        )
+    if recipe.optim.offload:
+        problems.append(
+            "optim.offload: shards have an offload of their own; set parallel.offload: cpu instead"
+        )
     return problems
 
 
@@ -417,6 +441,7 @@ _CHANGEABLE_ON_RESUME = (
     "device",
     "run",
     *(f"guard.{key.name}" for key in dataclasses.fields(GuardConfig)),
+    *(f"parallel.{key.name}" for key in dataclasses.fields(ParallelConfig)),
     # float8 rounds by percents: a run that switched would be two experiments.
     *(f"compute.{k.name}" for k in dataclasses.fields(ComputeConfig) if k.name != "float8"),
 )

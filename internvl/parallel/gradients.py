@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
 
 from internvl import dist
 
@@ -12,6 +13,8 @@ _BUCKET = 2**26  # elements of one all-reduce
 
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Replaces gradients by their sum over all ranks; one that no rank has stays None."""
+    # Those of shards are sums already.
+    parameters = [p for p in parameters if not isinstance(p, DTensor)]
     # A sum, not a mean: losses are divided beforehand by counts over all ranks.
     if dist.world_size() == 1:
         return
@@ -43,4 +46,20 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scales gradients down to a global norm of `max_norm`; returns the norm before, ()."""
-    return nn.utils.clip_grad_norm_(list(parameters), max_norm)
+    parameters = list(parameters)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    shards = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    if not shards:
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
+    copies = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    # A norm of shards is a part of the whole until it is summed over ranks; one of copies is not.
+    total = nn.utils.get_total_norm(shards)
+    assert isinstance(total, DTensor)
+    norms = [total.full_tensor(), nn.utils.get_total_norm(copies)]
+    norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    # Apart: shards may be offloaded to the CPU.
+    for tensors in (copies, [gradient.to_local() for gradient in shards]):
+        if tensors:
+            torch._foreach_mul_(tensors, factor.to(tensors[0].device))
+    return norm

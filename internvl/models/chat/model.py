@@ -1,5 +1,6 @@
 """The chat model: `transformers`' InternVL plus what training needs of its forward."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,11 +14,12 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, Inter
 from transformers.models.internvl.modeling_internvl import InternVLCausalLMOutputWithPast
 
 from internvl.errors import ModelFolderError, UserError
-from internvl.models import config_checks, configs, hub, kernels, keys
+from internvl.models import config_checks, configs, hub, kernels, keys, units
 from internvl.models import weights as model_weights
 from internvl.models.chat import processor
 from internvl.models.hub import ModelFolder
 from internvl.models.tensors import LazyTensor
+from internvl.models.units import Unit
 from internvl.models.vision import set_drop_path
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"
@@ -62,6 +64,25 @@ class ChatModel(InternVLForConditionalGeneration):
     loss_chunk = 1024
     """Supervised positions whose logits exist at the same time."""
 
+    runs_head = False
+    """Whether a row without targets runs all modules still, its loss at weight 0: ranks that share
+    weights wait for one another in each."""
+    runs_tower = False
+    """The same for the vision tower and the projector in a row without images."""
+
+    def shard_units(self) -> Iterator[Unit]:
+        """Yields the modules that shards gather one by one, inner ones first."""
+        yield from units.tower_units(self.model.vision_tower)
+        yield from units.stack(self.model.language_model.layers)
+        # The rest: with the output matrix in it, the chunks of a loss gather nothing.
+        yield Unit(self)
+
+    def keep_in_step(self, tower_is_cut: bool) -> None:
+        """Makes every row run the modules that other ranks wait for, or reduce gradients of."""
+        self.runs_head = True
+        vision = self.model.vision_tower, self.model.multi_modal_projector
+        self.runs_tower = tower_is_cut or units.trains(*vision)
+
     # The parameters are spelled out because `generate` reads them off the signature.
     def forward(
         self,
@@ -94,6 +115,8 @@ class ChatModel(InternVLForConditionalGeneration):
             return super().forward(labels=labels, logits_to_keep=logits_to_keep, **inputs)
         # Past the parent's forward, which counts placeholders and so makes the host wait for a GPU.
         assert input_ids is not None
+        if self.runs_head and not len(supervision.positions):
+            supervision = _unweighted(input_ids)
         language_model = self.model.language_model
         with kernels.select_positions(language_model.layers, supervision.positions) as selected:
             hidden = language_model(
@@ -118,7 +141,7 @@ class ChatModel(InternVLForConditionalGeneration):
         """(1, L, D) of a row (1, L): token embeddings, visual tokens at their placeholders."""
         embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is None:
-            return embeds
+            return self._with_blank_tile(embeds) if self.runs_tower else embeds
         # Duplicate a lone tile: torch.compile specializes on batch size 1 and would recompile.
         tiles = pixel_values if len(pixel_values) > 1 else pixel_values.repeat(2, 1, 1, 1)
         visual = self.model.get_image_features(pixel_values=tiles).pooler_output
@@ -127,6 +150,13 @@ class ChatModel(InternVLForConditionalGeneration):
         # The size is known from the tiles; plain nonzero would synchronize with the GPU.
         positions = torch.nonzero_static(placeholders, size=len(visual)).squeeze(1)
         return embeds[0].index_copy(0, positions, visual)[None]
+
+    def _with_blank_tile(self, embeds: Tensor) -> Tensor:
+        """Returns the embeddings (1, L, D) with the visual tokens of a tile added at weight 0."""
+        side = self.config.vision_config.image_size[0]
+        tiles = embeds.new_zeros(2, 3, side, side, dtype=torch.float32)
+        visual = self.model.get_image_features(pixel_values=tiles).pooler_output
+        return embeds + 0 * visual.to(embeds.dtype).mean()
 
     def _expand_inputs_for_generation(
         self,
@@ -152,6 +182,12 @@ class ChatModel(InternVLForConditionalGeneration):
         # float32: a softmax over some 100,000 tokens is too coarse in bfloat16.
         losses = F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="none")
         return (losses * weights).sum()
+
+
+def _unweighted(input_ids: Tensor) -> Supervision:
+    """Returns one target at weight 0 for a row (1, L)."""
+    zero = input_ids.new_zeros(1)
+    return Supervision(positions=zero, targets=zero, weights=zero.float())
 
 
 def load_model(

@@ -1,0 +1,40 @@
+"""The grid of processes over which a model is sharded and replicated."""
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from internvl import dist
+from internvl.config import ParallelConfig
+from internvl.errors import UserError
+
+REPLICAS, SHARDS = "replicas", "shards"
+"""Names of the dimensions; the ranks of a copy are neighbours, on as few machines as possible."""
+
+
+def build(config: ParallelConfig, device: torch.device) -> DeviceMesh | None:
+    """Returns the grid of all ranks, (shards,) or (replicas, shards); None if nothing is sharded.
+
+    Collective: every rank calls it.
+
+    Raises:
+        UserError: the ranks do not divide into the replicas, or a single one should offload.
+    """
+    if config.shard == "none":
+        return None
+    ranks, replicas = dist.world_size(), config.replicas
+    if ranks == 1:
+        if config.offload != "none":
+            raise UserError(
+                "parallel.offload: cpu is for several processes; start the run with torchrun, or "
+                "set parallel.offload=none and optim.offload=true"
+            )
+        return None
+    if ranks % replicas or ranks == replicas:
+        raise UserError(
+            f"parallel.replicas: {ranks} processes do not divide into {replicas} copies of two or "
+            "more each; choose a divisor of them, or parallel.shard=none for a copy on each"
+        )
+    if replicas == 1:
+        return init_device_mesh(device.type, (ranks,), mesh_dim_names=(SHARDS,))
+    shape = (replicas, ranks // replicas)
+    return init_device_mesh(device.type, shape, mesh_dim_names=(REPLICAS, SHARDS))

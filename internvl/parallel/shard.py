@@ -1,0 +1,139 @@
+"""ZeRO 1 to 3 on torch's `fully_shard`.
+
+Trained parameters become DTensors in float32, cut by rows over the ranks of a copy; frozen ones too
+under zero3, in the dtype of the computation. Optimizer state has their shape. The stages differ in
+what is whole while a step runs:
+
+    zero1   weights from the first row to the last; gradients, summed over ranks once
+    zero2   weights from the first row to the last; gradients of a unit, summed row by row
+    zero3   weights and gradients of a unit
+
+All ranks must run the same units in the same order, or their collectives pair up wrongly.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+
+from internvl.config import ParallelConfig
+from internvl.models import units
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def shard(model: Any, config: ParallelConfig, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    """Cuts the model's parameters over the ranks of `mesh`, unit by unit, on its device.
+
+    Last, after checkpointing and compilation; before the optimizer, which holds the shards. Trained
+    parameters are float32 and frozen ones in `dtype` already. A model on the meta device stays
+    there, and is loaded shard by shard.
+
+    Args:
+        dtype: of the computation.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype,
+        reduce_dtype=_DTYPES[config.reduce],
+        # Autocast casts what a product takes; positions and loss weights stay float32.
+        cast_forward_inputs=False,
+    )
+    whole = [*_whole_parameters(model, config)]
+    _move(whole, mesh)
+    everything = [*model.shard_units()]
+    for unit in everything:
+        fully_shard(
+            unit.module,
+            mesh=mesh,
+            reshard_after_forward=config.shard == "zero3" and unit.module is not model,
+            mp_policy=policy,
+            offload_policy=_offload_policy(config, mesh),
+            ignored_params=set(whole),
+        )
+        for method in unit.methods:
+            register_fsdp_forward_method(unit.module, method)
+    for unit in everything:
+        # Sums, not means: losses are divided by counts over all ranks. Plain sums, for gloo.
+        unit.module.set_gradient_divide_factor(1.0)
+        unit.module.set_force_sum_reduction_for_comms(True)
+        if unit.following is not None:
+            unit.module.set_modules_to_forward_prefetch([unit.following])
+    tower = model.model.vision_tower
+    model.keep_in_step(config.shard == "zero3" and not units.stays_whole(tower))
+
+
+def begin_row(model: nn.Module, config: ParallelConfig, is_last: bool) -> None:
+    """Prepares the next forward and backward pass of a step; gradients are whole after the last."""
+    if not isinstance(model, FSDPModule):
+        return
+    if config.shard == "zero1":
+        model.set_requires_gradient_sync(is_last)
+    elif config.replicas > 1:
+        # A sum over shards for each row, but one over the copies is enough.
+        model.set_requires_all_reduce(is_last)
+    if config.shard != "zero3":
+        model.set_reshard_after_backward(is_last)
+
+
+def free(model: nn.Module) -> None:
+    """Frees all gathered weights; afterwards all ranks gather them anew, alike."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextmanager
+def whole(model: nn.Module, config: ParallelConfig) -> Iterator[None]:
+    """Gathers all weights; inside, ranks may run different modules, without gradients.
+
+    Collective at its beginning. Takes the memory of the whole model in the computation's dtype.
+    """
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.set_reshard_after_forward(False)
+    try:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.unshard()
+        yield
+    finally:
+        free(model)
+        if config.shard == "zero3":
+            model.set_reshard_after_forward(True)
+            model.set_reshard_after_forward(False, recurse=False)
+
+
+def _whole_parameters(model: Any, config: ParallelConfig) -> Iterator[nn.Parameter]:
+    """Yields the parameters of which every rank keeps all."""
+    tower = model.model.vision_tower
+    small = set(tower.parameters()) if units.stays_whole(tower) else set()
+    for parameter in model.parameters():
+        frozen = not parameter.requires_grad and (config.shard != "zero3" or parameter in small)
+        # A scalar has no rows to cut.
+        if frozen or parameter.ndim == 0:
+            yield parameter
+
+
+def _move(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
+    """Moves parameters to this rank's device, unless they are yet to be loaded."""
+    for parameter in parameters:
+        if not parameter.is_meta:
+            parameter.data = parameter.data.to(mesh.device_type)
+
+
+def _offload_policy(config: ParallelConfig, mesh: DeviceMesh) -> OffloadPolicy:
+    if config.offload == "none":
+        return OffloadPolicy()
+    return CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
