@@ -42,6 +42,8 @@ class LoadOptions:
     drop_path: float = 0.0
     attention: str = "sdpa"
     image_size: int | None = None
+    values: bool = True
+    """False for weights of zeros that take no memory, in the right shapes."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ class ChatFamily(Family):
             attention=options.attention,
             device_map=options.device_map,
             quantize=options.quantize,
+            values=options.values,
         )
         return Chat(
             model=model,
@@ -264,6 +267,7 @@ class DualFamily(Family):
             drop_path=options.drop_path,
             attention=options.attention,
             device_map=options.device_map,
+            values=options.values,
         )
         # Ids of another model's tokenizer, past the embeddings, would fail in a GPU kernel.
         if opened.tokenizer is not None:

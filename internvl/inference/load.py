@@ -4,6 +4,7 @@ PEFT, distributed checkpoints and what only training computes with take a second
 is imported where a model needs it.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +20,10 @@ from internvl.inference.dual import Dual
 from internvl.inference.families import FAMILIES, Description, LoadOptions
 from internvl.inference.inherited import Completed, tiling
 from internvl.inference.opened import OpenedModel, is_run, open_model, open_parts, open_start
-from internvl.models import hub
+from internvl.models import hub, keys
 from internvl.models.adapters.folder import SETTINGS_FILE
 from internvl.models.bases import Replacements
+from internvl.models.tensors import LazyTensor, in_memory
 from internvl.models.trainable import has_adapters, select_trainable
 from internvl.models.vision import set_drop_path
 
@@ -204,14 +206,26 @@ def load_as_trained(opened: OpenedModel, device: torch.device, dtype: str) -> Ch
     return replace(handle, model=handle.model.eval())
 
 
-def for_training(recipe: Recipe, start: OpenedModel | None = None) -> Chat | Dual:
+def for_training(
+    recipe: Recipe,
+    start: OpenedModel | None = None,
+    shard: Callable[[Any], Any] | None = None,
+    device: torch.device | None = None,
+    shards_on: torch.device | None = None,
+) -> Chat | Dual:
     """Loads the model of a recipe for training: selects what trains and attaches adapters.
 
     It is on the CPU in float32, or quantized on its training device. Template, system message and
     tiles of the recipe are written to its configuration, so that an export carries them.
 
+    With `shard`, each rank reads its own rows alone; the model is on `device`, its trained weights
+    float32 and its frozen ones in the recipe's dtype. Every value is that of a load without.
+
     Args:
         start: `recipe.model` if it is already open.
+        shard: shards the model, which is on the meta device then, in place.
+        device: device of a sharded model; by default the CPU.
+        shards_on: device of its sharded weights, if another.
 
     Raises:
         UserError: a model that does not train here or with this objective, a part it does not have,
@@ -230,12 +244,64 @@ def for_training(recipe: Recipe, start: OpenedModel | None = None) -> Chat | Dua
         drop_path=recipe.model.drop_path,
         image_size=recipe.data.tiling.size,
     )
-    handle = load_opened(start, options)
-    family = FAMILIES[handle.family]
     # Again: a complete recipe has not been through `complete`, which checks before any weight.
-    family.check_objective(recipe)
+    FAMILIES[start.files.family].check_objective(recipe)
+    if shard is not None:
+        device = device or torch.device("cpu")
+        return _load_shards(recipe, start, options, shard, device, shards_on or device)
+    handle = load_opened(start, options)
     _choose_trainable(handle.model, recipe.model)
-    return family.with_settings(handle, recipe)
+    return FAMILIES[handle.family].with_settings(handle, recipe)
+
+
+def _load_shards(
+    recipe: Recipe,
+    start: OpenedModel,
+    options: LoadOptions,
+    shard: Callable[[Any], Any],
+    device: torch.device,
+    shards_on: torch.device,
+) -> Chat | Dual:
+    from internvl.parallel import fill
+
+    handle, tensors = _without_values(start, options)
+    model: Any = handle.model
+    fill.without_data(model)
+    state = torch.get_rng_state()
+    # Adapters draw their weights here too, so that what is drawn afterwards stays the same.
+    _choose_trainable(model, recipe.model)
+    fill.set_dtypes(model, resolve_dtype(recipe.dtype, device))
+    handle = FAMILIES[handle.family].with_settings(handle, recipe)
+    shard(model)
+    fill.allocate(model, device, shards_on)
+    parameters = fill.names(model)
+    adapters = {name for name in parameters if ".lora_" in name}
+    fill.fill({n: p for n, p in parameters.items() if n not in adapters}, tensors)
+    if adapters:
+        from internvl.models.adapters import lora
+
+        fill.fill_drawn(parameters, lora.drawn_again(model, state))
+    return handle
+
+
+def _without_values(
+    start: OpenedModel, options: LoadOptions
+) -> tuple[Chat | Dual, dict[str, LazyTensor]]:
+    """Returns a model without weights, and its weights as tensors that are read when asked for."""
+    files = start.files
+    family = FAMILIES[files.family]
+    is_merged = start.base is not None or start.adapter is not None
+    if not is_merged and not keys.has_adapters(files.tensors):
+        handle = family.load(start, replace(options, values=False))
+        return handle, family.fit_tensors(handle.model.config, files)
+    # Whole in memory on every rank: merged weights are in no file.
+    handle = load_opened(start, options)
+    if has_adapters(handle.model):
+        from internvl.models.adapters import merging
+
+        merging.merge(handle.model)
+    state = handle.model.state_dict()
+    return handle, {name: in_memory(tensor) for name, tensor in state.items()}
 
 
 def complete(recipe: Recipe, start: OpenedModel | None = None) -> Completed:

@@ -7,7 +7,7 @@ model has, so a bias or norm that is absent needs no entry.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +28,9 @@ class Change(Protocol):
 
     def to_official(self, tensors: list[Tensor]) -> list[Tensor]: ...
 
+    def rows(self, sources: Sequence[LazyTensor], index: int, start: int, stop: int) -> Tensor:
+        """Reads rows [start, stop) of tensor `index` of `to_ours`, and little else."""
+
 
 class Rename:
     """Changes the name only."""
@@ -37,6 +40,9 @@ class Rename:
 
     def to_official(self, tensors: list[Tensor]) -> list[Tensor]:
         return tensors
+
+    def rows(self, sources: Sequence[LazyTensor], index: int, start: int, stop: int) -> Tensor:
+        return sources[index].rows(start, stop)
 
 
 class Transpose:
@@ -48,6 +54,9 @@ class Transpose:
 
     to_official = to_ours
 
+    def rows(self, sources: Sequence[LazyTensor], index: int, start: int, stop: int) -> Tensor:
+        return sources[index].read()[:, start:stop].T.contiguous()
+
 
 class Thirds:
     """Splits `qkv` (3D, …), which stacks q, k and v."""
@@ -57,6 +66,10 @@ class Thirds:
 
     def to_official(self, tensors: list[Tensor]) -> list[Tensor]:
         return [torch.cat(tensors)]
+
+    def rows(self, sources: Sequence[LazyTensor], index: int, start: int, stop: int) -> Tensor:
+        first = index * (sources[0].shape[0] // 3)
+        return sources[0].rows(first + start, first + stop)
 
 
 @dataclass(frozen=True)
@@ -81,6 +94,20 @@ class Interleaved:
         ]
         return [torch.cat(per_head, dim=1).flatten(0, 2)]
 
+    def rows(self, sources: Sequence[LazyTensor], index: int, start: int, stop: int) -> Tensor:
+        group = self.heads // self.kv_heads
+        head_rows = sources[0].shape[0] // (self.heads + 2 * self.kv_heads)
+        first, count = ((0, group), (group, 1), (group + 1, 1))[index]
+        # The rows of one key head lie together, those of the next one a group further on.
+        block, blocks = count * head_rows, []
+        while start < stop:
+            key_head, offset = divmod(start, block)
+            length = min(stop - start, block - offset)
+            row = (key_head * (group + 2) + first) * head_rows + offset
+            blocks.append(sources[0].rows(row, row + length))
+            start += length
+        return torch.cat(blocks)
+
     def _per_key_head(self, tensors: list[Tensor]) -> Iterator[tuple[Tensor, int]]:
         return zip(tensors, (self.heads // self.kv_heads, 1, 1), strict=True)
 
@@ -96,6 +123,9 @@ class Experts:
     def to_official(self, tensors: list[Tensor]) -> list[Tensor]:
         return [half.contiguous() for expert in tensors[0] for half in expert.chunk(2)]
 
+    def rows(self, sources: Sequence[LazyTensor], index: int, start: int, stop: int) -> Tensor:
+        return self.to_ours([source.read() for source in sources[2 * start : 2 * stop]])[0]
+
 
 class Stack:
     """Stacks one tensor per expert to (experts, …)."""
@@ -105,6 +135,9 @@ class Stack:
 
     def to_official(self, tensors: list[Tensor]) -> list[Tensor]:
         return [expert.contiguous() for expert in tensors[0]]
+
+    def rows(self, sources: Sequence[LazyTensor], index: int, start: int, stop: int) -> Tensor:
+        return self.to_ours([source.read() for source in sources[start:stop]])[0]
 
 
 @dataclass(frozen=True)
@@ -485,5 +518,8 @@ def _convert_lazily(group: Group, sources: list[LazyTensor], index: int) -> Lazy
             f"{sources[0].shape} in the file; the two are not of the same model, copy both again"
         ) from error
     return LazyTensor(
-        shape, sources[0].dtype, lambda: change([source.read() for source in sources])[index]
+        shape,
+        sources[0].dtype,
+        lambda: change([source.read() for source in sources])[index],
+        lambda start, stop: group.change.rows(sources, index, start, stop),
     )

@@ -45,6 +45,17 @@ class LazyTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    read_rows: Callable[[int, int], Tensor] | None = None
+    """Reads rows [start, stop) alone; None if they take reading the whole tensor."""
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Returns rows [start, stop), (stop - start, …)."""
+        # Not from the file: its reader refuses slices without elements.
+        if start >= stop:
+            return torch.empty((0, *self.shape[1:]), dtype=self.dtype)
+        if self.read_rows is None or stop - start == self.shape[0]:
+            return self.read()[start:stop]
+        return self.read_rows(start, stop)
 
     def __getitem__(self, index: Any) -> Tensor:
         # transformers indexes every entry of a state dict with [...] when it fills a parameter.
@@ -84,14 +95,15 @@ def open_tensors(file: Path) -> Iterator[tuple[str, LazyTensor]]:
     """Yields (name, lazy tensor) of a weight file. Raises ModelFolderError if it is damaged."""
     if file.suffix != ".safetensors":
         for name, tensor in load_pickled(file).items():
-            yield name, LazyTensor(tuple(tensor.shape), tensor.dtype, _constant(tensor))
+            yield name, in_memory(tensor)
         return
     try:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (not a mapping)
                 header = opened.get_slice(name)  # shape and dtype without the data
                 dtype = _DTYPES.get(header.get_dtype(), torch.float32)
-                yield name, LazyTensor(tuple(header.get_shape()), dtype, _reader(file, name))
+                shape = tuple(header.get_shape())
+                yield name, LazyTensor(shape, dtype, _reader(file, name), _row_reader(file, name))
     except (SafetensorError, OSError) as error:
         raise _damaged(file, error) from error
 
@@ -113,8 +125,31 @@ def _reader(file: Path, name: str) -> Callable[[], Tensor]:
     return read
 
 
-def _constant(tensor: Tensor) -> Callable[[], Tensor]:
-    return lambda: tensor
+def _row_reader(file: Path, name: str) -> Callable[[int, int], Tensor]:
+    def read(start: int, stop: int) -> Tensor:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                return opened.get_slice(name)[start:stop]
+        except (SafetensorError, OSError) as error:
+            raise _damaged(file, error) from error
+
+    return read
+
+
+def in_memory(tensor: Tensor) -> LazyTensor:
+    """Wraps a tensor that is in memory already."""
+    return LazyTensor(
+        tuple(tensor.shape), tensor.dtype, lambda: tensor, lambda start, stop: tensor[start:stop]
+    )
+
+
+def without_values(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
+    """Returns zeros of the same shape that take no memory, whatever the file holds."""
+
+    def read() -> Tensor:
+        return torch.zeros((), dtype=dtype).expand(tensor.shape)
+
+    return LazyTensor(tensor.shape, dtype, read)
 
 
 def load_pickled(file: Path) -> dict[str, Tensor]:

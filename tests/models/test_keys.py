@@ -48,6 +48,45 @@ def test_changes_go_there_and_back(change, shapes):
     assert all(part.is_contiguous() for part in change.to_ours(tensors))
 
 
+@pytest.mark.parametrize(
+    ("change", "shapes"),
+    [
+        (keys.Thirds(), [(12, 5)]),
+        (keys.Interleaved(6, 2), [(40, 5)]),
+        (keys.Interleaved(4, 4), [(48,)]),
+        (keys.Experts(), [(3, 5)] * 8),
+        (keys.Stack(), [(3, 5)] * 4),
+        (keys.Rename(), [(7,)]),
+    ],
+)
+def test_rows_are_read_without_the_others(change, shapes):
+    """Every slice of every tensor, from as many rows of the file as it has."""
+    tensors = [torch.randn(shape) for shape in shapes]
+    num_read = 0
+
+    def counted(tensor):
+        def rows(start, stop):
+            nonlocal num_read
+            num_read += (stop - start) * tensor[0].numel()
+            return tensor[start:stop]
+
+        return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: rows(0, len(tensor)), rows)
+
+    sources = [counted(tensor) for tensor in tensors]
+    for index, whole in enumerate(change.to_ours(tensors)):
+        for start in range(len(whole)):
+            for stop in range(start + 1, len(whole) + 1):
+                num_read = 0
+                assert torch.equal(change.rows(sources, index, start, stop), whole[start:stop])
+                assert num_read == whole[start:stop].numel()
+
+
+def test_rows_of_a_transposed_matrix():
+    matrix = torch.randn(5, 7)
+    rows = keys.Transpose().rows([lazy(matrix)], 0, 2, 6)
+    assert torch.equal(rows, keys.Transpose().to_ours([matrix])[0][2:6])
+
+
 @pytest.mark.parametrize("architecture", ["InternLM2ForCausalLM", *ARCHITECTURES])
 def test_every_name_has_one_place(architecture, tmp_path):
     if architecture == "InternLM2ForCausalLM":

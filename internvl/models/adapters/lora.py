@@ -27,6 +27,7 @@ from internvl.models.adapters.folder import BASE_KEY, CONFIG_FILE, SETTINGS_FILE
 from internvl.models.adapters.folder import base_of as base_of
 from internvl.models.adapters.folder import is_adapter as is_adapter
 from internvl.models.adapters.merging import MergedState as MergedState
+from internvl.models.adapters.merging import adapted_layers
 from internvl.models.adapters.merging import merge as merge
 from internvl.models.trainable import PARTS as PARTS
 from internvl.models.trainable import has_adapters as has_adapters
@@ -97,6 +98,30 @@ def inject(
             _share_a(model, name.replace(".v_proj", ".q_proj"))
     _keep_trainable(model, trained)
     return model
+
+
+def drawn_again(model: nn.Module, state: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yields (name, weights) of the adapters that `attach` drew, one layer at a time.
+
+    Args:
+        state: state of torch's generator when `attach` began.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(state)
+        for name, layer in adapted_layers(model):
+            shape = (layer.out_features, layer.in_features)
+            base = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            # On the CPU, where PEFT puts an adapter that is to be drawn there, but of no size.
+            base.weight = nn.Parameter(torch.zeros(()).expand(shape), requires_grad=False)
+            alone = nn.ModuleDict({"layer": base})
+            config = PeftLoraConfig(r=layer.r[_ADAPTER], target_modules=["layer"], bias="none")
+            inject_adapter_in_model(config, alone)
+            weights: Any = alone["layer"]
+            for matrix in ("lora_A", "lora_B"):
+                yield (
+                    f"{name}.{matrix}.{_ADAPTER}.weight",
+                    getattr(weights, matrix)[_ADAPTER].weight,
+                )
 
 
 def _peft_config(adapters: Mapping[str, Adapter], dropout: float) -> PeftLoraConfig:

@@ -19,7 +19,7 @@ from internvl.errors import ModelFolderError
 from internvl.models import hub
 from internvl.models.adapters.folder import CONFIG_FILE, PICKLED_FILE, SETTINGS_FILE, WEIGHTS_FILE
 from internvl.models.config_checks import ValueRule, check_counts, check_settings
-from internvl.models.tensors import LazyTensor, open_tensors
+from internvl.models.tensors import LazyTensor, in_memory, open_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +211,7 @@ def read_tensors(folder: Path) -> tuple[Path, dict[str, LazyTensor]]:
     file = folder / WEIGHTS_FILE
     if not file.is_file() and (folder / PICKLED_FILE).is_file():
         file = folder / PICKLED_FILE
-        tensors = {name: _in_memory(tensor) for name, tensor in _unpickled(file).items()}
+        tensors = {name: in_memory(tensor) for name, tensor in _unpickled(file).items()}
     elif not file.is_file():
         raise ModelFolderError(f"{file}: missing; copy the adapter folder again")
     else:
@@ -237,10 +237,6 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
             f"{file}: not a plain dict of tensors; save the adapter again with save_pretrained"
         )
     return {str(name): tensor for name, tensor in loaded.items()}
-
-
-def _in_memory(tensor: Tensor) -> LazyTensor:
-    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
 def settings_of(folder: Path) -> dict[str, Any]:

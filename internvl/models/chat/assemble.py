@@ -18,7 +18,7 @@ from transformers.models.internvl.modeling_internvl import InternVLMultiModalPro
 from internvl.errors import ModelFolderError
 from internvl.models import config_checks, configs, hub
 from internvl.models.hub import ModelFolder
-from internvl.models.tensors import LazyTensor, load_pickled
+from internvl.models.tensors import LazyTensor, in_memory, load_pickled
 
 _PROJECTOR = {"0": "layer_norm", "1": "linear_1", "3": "linear_2"}
 """Names in the original's projector files -> ours."""
@@ -162,7 +162,11 @@ def _resized_input(tensor: LazyTensor, rows: int, std: float, seed: int) -> Lazy
         fresh.normal_(0.0, std, generator=generator)
         return torch.cat([table[:rows], fresh.to(table.dtype)])
 
-    return LazyTensor((rows, *tensor.shape[1:]), tensor.dtype, read)
+    def read_rows(start: int, stop: int) -> Tensor:
+        # Drawn rows follow from all before them, so a slice that has some reads the whole.
+        return tensor.rows(start, stop) if stop <= tensor.shape[0] else read()[start:stop]
+
+    return LazyTensor((rows, *tensor.shape[1:]), tensor.dtype, read, read_rows)
 
 
 def _resized_output(tensor: LazyTensor, rows: int, num_new: int) -> LazyTensor:
@@ -181,7 +185,13 @@ def _resized_output(tensor: LazyTensor, rows: int, num_new: int) -> LazyTensor:
         return torch.cat([earlier, mean.expand(gap + num_new, -1)])
 
     dtype = torch.float32 if num_new else tensor.dtype
-    return LazyTensor((rows, *tensor.shape[1:]), dtype, read)
+
+    def read_rows(start: int, stop: int) -> Tensor:
+        if stop <= min(rows - num_new, tensor.shape[0]):
+            return tensor.rows(start, stop).to(dtype)
+        return read()[start:stop]
+
+    return LazyTensor((rows, *tensor.shape[1:]), dtype, read, read_rows)
 
 
 def _projector_tensors(
@@ -198,8 +208,4 @@ def _projector_tensors(
         official = {ours: theirs for theirs, ours in _PROJECTOR.items()}
         split = {name: name.partition(".") for name in fresh}
         named = {f"{official[split[n][0]]}.{split[n][2]}": tensor for n, tensor in fresh.items()}
-    return {f"mlp1.{name}": _in_memory(tensor) for name, tensor in named.items()}
-
-
-def _in_memory(tensor: Tensor) -> LazyTensor:
-    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+    return {f"mlp1.{name}": in_memory(tensor) for name, tensor in named.items()}

@@ -18,7 +18,7 @@ from internvl.models import config_checks, configs, hub, kernels, keys, units
 from internvl.models import weights as model_weights
 from internvl.models.chat import processor
 from internvl.models.hub import ModelFolder
-from internvl.models.tensors import LazyTensor
+from internvl.models.tensors import LazyTensor, without_values
 from internvl.models.units import Unit
 from internvl.models.vision import set_drop_path
 
@@ -242,9 +242,16 @@ def materialize(
     attention: str = "sdpa",
     device_map: str | dict[str, Any] | None = None,
     quantize: str | None = None,
+    values: bool = True,
 ) -> ChatModel:
-    """The model of `config` with the weights of `source`; arguments as `load_model`'s."""
+    """The model of `config` with the weights of `source`; arguments as `load_model`'s.
+
+    Args:
+        values: False for zeros that take no memory instead of the weights.
+    """
     tensors = fit_tensors(config, source)
+    if not values:
+        tensors = {name: without_values(tensor, dtype) for name, tensor in tensors.items()}
     # No name but lazy tensors: transformers opens no file itself and holds one tensor at a time.
     model = ChatModel.from_pretrained(
         None,

@@ -18,7 +18,7 @@ from internvl.models.dual import configs as dual_configs
 from internvl.models.dual.configs import DualConfig
 from internvl.models.dual.model import DualModel
 from internvl.models.hub import ModelFolder
-from internvl.models.tensors import LazyTensor, open_tensors
+from internvl.models.tensors import LazyTensor, open_tensors, without_values
 from internvl.models.vision import set_drop_path
 
 
@@ -109,6 +109,7 @@ def load_model(
     drop_path: float = 0.0,
     attention: str = "sdpa",
     device_map: str | dict[str, Any] | None = None,
+    values: bool = True,
 ) -> DualModel:
     """InternVL-14B, in evaluation mode; adapters that the checkpoint carries are merged.
 
@@ -119,16 +120,20 @@ def load_model(
         drop_path: stochastic depth of the vision tower's last block, in training.
         attention: `transformers`' attention implementation.
         device_map: "auto" spreads the model over all GPUs (`device` is then not used).
+        values: False for zeros that take no memory instead of the weights.
 
     Raises:
         ModelFolderError: what is missing or damaged, by name, and what to do.
     """
     config = read_config(source, image_size)
+    tensors = fit_tensors(config, source)
+    if not values:
+        tensors = {name: without_values(tensor, dtype) for name, tensor in tensors.items()}
     # No name but lazy tensors: transformers opens no file itself and holds one tensor at a time.
     model = DualModel.from_pretrained(
         None,
         config=config,
-        state_dict=fit_tensors(config, source),
+        state_dict=tensors,
         dtype=dtype,
         attn_implementation=attention,
         device_map=device_map or model_weights.one_device(device),
