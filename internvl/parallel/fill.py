@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,13 +85,13 @@ def fill_drawn(parameters: Mapping[str, nn.Parameter], drawn: Iterable[tuple[str
 @torch.no_grad()
 def read_into(parameter: Tensor, tensor: LazyTensor) -> None:
     """Reads the rows of a parameter that this rank has, cast to its dtype."""
-    local: Any = parameter
-    shape, offset = parameter.shape, (0,) * parameter.ndim
     if isinstance(parameter, DTensor):
-        local = parameter.to_local()
+        local: Tensor = parameter.to_local()
         shape, offset = compute_local_shape_and_global_offset(
             parameter.shape, parameter.device_mesh, parameter.placements
         )
+    else:
+        local, shape, offset = parameter, tuple(parameter.shape), (0,) * parameter.ndim
     if local.numel() == 0:
         return
     values = tensor.rows(offset[0], offset[0] + shape[0]) if parameter.ndim else tensor.read()
