@@ -5,14 +5,16 @@ features travel between GPUs (NCCL).
 """
 
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from datetime import timedelta
+from itertools import count
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
-from internvl.errors import UserError
+from internvl.errors import OtherRankFailed, UserError
 
 T = TypeVar("T")
 
@@ -150,3 +152,100 @@ class _GatherRows(torch.autograd.Function):
 def from_main(value: T) -> T:
     """Returns rank 0's `value` on every rank; it must pickle."""
     return gather_objects(value)[0]
+
+
+def gather_to_main(value: T) -> list[T]:
+    """Returns every rank's `value`, in rank order, on rank 0, and [] on the others; must pickle."""
+    if not distributed.is_initialized():
+        return [value]
+    values: list[Any] | None = [None] * world_size() if is_main() else None
+    distributed.gather_object(value, values)
+    return values or []
+
+
+def raise_on_all(error: UserError | None) -> None:
+    """Raises `error` on its rank and OtherRankFailed on the others; returns if no rank has one.
+
+    Collective: a rank that raised alone would leave the others waiting for it.
+    """
+    texts = gather_objects(None if error is None else str(error))
+    if error is not None:
+        raise error
+    for text in texts:
+        if text is not None:
+            raise OtherRankFailed(text)
+
+
+def main_alone(work: Callable[[], T]) -> T | None:
+    """Returns what `work` returns on rank 0, None on the others, which wait however long it takes.
+
+    Raises:
+        UserError: of `work`, on every rank.
+    """
+    value, error = None, None
+    if is_main():
+        try:
+            value = work()
+        except UserError as raised:
+            error = raised
+    wait_for_all()
+    raise_on_all(error)
+    return value
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """As `main_alone`, but returns rank 0's value, which must pickle, on every rank."""
+    value: Any = main_alone(work)
+    return from_main(value)
+
+
+_PATIENCE = timedelta(days=7)
+_POLL_S = 0.05
+_patient_groups: dict[int, Any] = {}  # id of the whole group -> one of the same ranks
+
+
+def wait_for_all(meanwhile: Callable[[], None] = lambda: None) -> None:
+    """Waits until every rank is here, however long that takes; an ended rank raises RuntimeError.
+
+    Args:
+        meanwhile: called again and again until then.
+    """
+    if not distributed.is_initialized():
+        return
+    whole = distributed.group.WORLD
+    if id(whole) not in _patient_groups:
+        # One of its own: time-outs of the others tell a hanging step from one that computes.
+        _patient_groups.clear()
+        _patient_groups[id(whole)] = distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    arrival = distributed.all_reduce(
+        torch.zeros(1), group=_patient_groups[id(whole)], async_op=True
+    )
+    assert arrival is not None
+    while not arrival.is_completed():
+        meanwhile()
+        time.sleep(_POLL_S)
+    arrival.wait()  # raises what ended it, such as a closed connection
+
+
+class Tally:
+    """A count over all ranks that none waits for: every rank adds, any reads the sum so far.
+
+    All ranks make their tallies in the same order.
+    """
+
+    _serial = count()
+
+    def __init__(self) -> None:
+        self._key = f"internvl/tally/{next(self._serial)}"
+        self._store: Any = None
+        self._sum = 0
+        if distributed.is_initialized():
+            # The group's own: one of ours would need another port.
+            self._store = distributed.distributed_c10d._get_default_store()
+
+    def add(self, more: int) -> int:
+        """Adds; returns the sum over all ranks so far."""
+        if self._store is not None:
+            return int(self._store.add(self._key, more))
+        self._sum += more
+        return self._sum

@@ -178,6 +178,10 @@ class Interrupted(UserError):
     """Stopped by the user; what was reached is saved."""
 
 
+class OtherRankFailed(UserError):
+    """Another rank of the same command failed, with this text, and says so itself."""
+
+
 class UnknownModel(UserError):
     """No released model has this name; the message names the nearest ones."""
 

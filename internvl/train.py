@@ -75,7 +75,7 @@ class TrainState:
     """Samples that the whole run shows; 0 if a step is counted in rows."""
     guard: Guard
     evaluators: dict[str, evals.Evaluator]
-    """The recipe's evaluations with their data read; empty on all ranks but 0."""
+    """The recipe's evaluations with their data read."""
     endings: tuple[Ending, ...] = ()
     """Earlier ends of a run that was made longer."""
     row_lengths: tuple[int, ...] = ()
@@ -121,7 +121,7 @@ def build(
     # Before the model is loaded: new adapters and heads draw their weights from this seed.
     torch.manual_seed(recipe.seed)
     # Now, not at the first evaluation: an error in its data must not cost the training until then.
-    evaluators = evals.build(recipe.evals) if dist.is_main() else {}
+    evaluators = evals.build(recipe.evals)
     chat = loading.for_training(recipe, start) if chat is None else chat
     if order is None:
         order = SampleOrder(
@@ -453,20 +453,18 @@ def validate(state: TrainState, metrics: tracking.Metrics) -> str | None:
     Raises:
         RunError: an evaluation got worse than its guard allows; a checkpoint was written.
     """
-    verdict = early_stopping.Verdict()
+    measured = evaluate(state)
     if dist.is_main():
-        metrics.show(state.step, evaluate(state))
-        history = early_stopping.history(state.folder / "evals", state.step)
-        verdict = early_stopping.judge(state.recipe, history, state.step)
-        if verdict.best:
-            best = state.folder / "best"
-            message = "step %d is the best so far by %s, kept in %s"
-            log.get_logger().info(message, state.step, state.recipe.checkpoint.best, best)
-            _checkpoint(state, best / "checkpoints", keep=1)
-            shutil.copyfile(state.folder / "recipe.yaml", best / "recipe.yaml")
-            bases.write(best, bases.read(state.folder))
-    # Only rank 0 evaluates; all must stop at the same step, or the next all-reduce would hang.
-    verdict = dist.from_main(verdict)
+        metrics.show(state.step, measured)
+    # By rank 0, which wrote the files: all must stop at the same step, or the next step would hang.
+    verdict = dist.on_main(lambda: _verdict(state))
+    if verdict.best and dist.is_main():
+        best = state.folder / "best"
+        message = "step %d is the best so far by %s, kept in %s"
+        log.get_logger().info(message, state.step, state.recipe.checkpoint.best, best)
+        _checkpoint(state, best / "checkpoints", keep=1)
+        shutil.copyfile(state.folder / "recipe.yaml", best / "recipe.yaml")
+        bases.write(best, bases.read(state.folder))
     for sentence in verdict.warnings:
         log.get_logger().warning("%s", sentence)
     if verdict.forgotten:
@@ -478,10 +476,15 @@ def validate(state: TrainState, metrics: tracking.Metrics) -> str | None:
     return verdict.stop
 
 
+def _verdict(state: TrainState) -> early_stopping.Verdict:
+    history = early_stopping.history(state.folder / "evals", state.step)
+    return early_stopping.judge(state.recipe, history, state.step)
+
+
 def evaluate(state: TrainState) -> dict[str, float]:
     """Runs the evaluations that are due at this step; returns "evaluation/metric" -> value.
 
-    Writes evals/STEP.json and the answers.
+    All ranks compute; rank 0 writes evals/STEP.json and the answers.
     """
     due = {
         name: state.evaluators[name]

@@ -34,7 +34,7 @@ LEVEL_OF = {part: level for level, parts in LEVELS.items() for part in parts}
 # Folders that are open sets, with what their members may share.
 OPEN_SETS: dict[str, tuple[str, ...]] = {
     "objectives": ("packed_loss",),
-    "evals": ("features", "metrics", "scores"),
+    "evals": ("answers", "features", "metrics", "scores", "sharing"),
 }
 
 # Rooms inside a folder that know nothing of each other.

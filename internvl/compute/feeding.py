@@ -1,7 +1,7 @@
 """Pads, pins and prefetches batches and copies them to the device while a step runs."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
@@ -50,7 +50,7 @@ def _tensors(row: Batch) -> dict[str, Tensor]:
     return {name: value for name, value in vars(row).items() if isinstance(value, Tensor)}
 
 
-def prefetch(items: Iterator[T]) -> Iterator[tuple[T, float]]:
+def prefetch(items: Iterator[T]) -> Generator[tuple[T, float], None, None]:
     """Prefetches one item in a background thread; yields (item, seconds blocked)."""
     # One thread: items come from a generator, which two may not run at a time.
     with ThreadPoolExecutor(1) as thread:

@@ -78,6 +78,7 @@ _ORIENTATIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SWAPS_SIDES = tuple(_ORIENTATIONS[tag] for tag in (5, 6, 7, 8))
 _CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 _ORIENTATION_TAG = 0x0112
 _JPEG_SIDE = 65_500  # libjpeg's JPEG_MAX_DIMENSION
@@ -117,6 +118,17 @@ def read_rgb(source: ImageRef, exif: Exif = "ignore") -> np.ndarray:
             if decoded is not None:
                 return np.asarray(_upright(Image.fromarray(decoded), image, exif))
         return np.asarray(_upright(_to_rgb(image, name_of(source)), image, exif))
+
+
+def stored_size(source: ImageRef, exif: Exif = "ignore") -> tuple[int, int]:
+    """Returns (width, height) of an image file in px, as decoded, from its header alone.
+
+    Raises BadImage.
+    """
+    with open_checked(source) as image:
+        width, height = image.size
+        method = _orientation(image) if exif == "apply" else None
+        return (height, width) if method in _SWAPS_SIDES else (width, height)
 
 
 def as_rgb(image: Any, exif: Exif = "ignore") -> Rgb:

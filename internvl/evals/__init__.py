@@ -5,12 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from internvl import dist
 from internvl.config import EvalConfig
 from internvl.data.images import FileSlice
 from internvl.evals import caption, classify, loss, retrieval
 from internvl.evals.metrics import one_meteor
 from internvl.evals.scores import EvalScores, Table
-from internvl.files import read_numbers, write_json
+from internvl.files import read_numbers, write_json, write_text
 from internvl.log import get_logger
 
 
@@ -29,8 +30,10 @@ class Evaluator(Protocol):
         """Returns how the metrics are shown, or None if a line for each suits them."""
         ...
 
-    def run(self, handle: Any, folder: Path | None) -> EvalScores:
-        """Measures a model.
+    def run(self, handle: Any, folder: Path | None) -> EvalScores | None:
+        """Measures a model on all ranks together; returns the scores on rank 0, None on the others.
+
+        They do not depend on the number of ranks.
 
         Args:
             handle: a Chat or Dual.
@@ -59,9 +62,12 @@ def build(configs: Mapping[str, EvalConfig]) -> dict[str, Evaluator]:
 
 
 def measured(folder: Path, step: int) -> set[str]:
-    """Returns the names of the evaluations that `folder`/STEP.json already holds."""
+    """Returns the names of the evaluations that `folder`/STEP.json already holds, as rank 0 sees
+    it."""
     # From the right: an evaluation's name may have a slash, a metric's has none.
-    return {name.rpartition("/")[0] for name in _read_metrics(_metrics_path(folder, step))}
+    return dist.on_main(
+        lambda: {name.rpartition("/")[0] for name in _read_metrics(_metrics_path(folder, step))}
+    )
 
 
 # METEOR loads its tables for 9 CPU seconds: one process serves all evaluations of a call.
@@ -80,6 +86,8 @@ def run_all(
         step: of the run; None, for a model outside a run, names the files "result".
         features: cache folder of this very model, see `Evaluator.run`.
 
+    All ranks call it; rank 0 writes.
+
     Returns:
         The metrics of this call, named "evaluation/metric".
     """
@@ -87,20 +95,27 @@ def run_all(
     metrics: dict[str, float] = {}
     for name, evaluator in evaluators.items():
         scores = evaluator.run(handle, features)
+        if scores is None:
+            continue
         metrics |= {f"{name}/{metric}": value for metric, value in scores.values.items()}
-        rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scores.rows)
-        rows_path = path.with_suffix("") / f"{name}.jsonl"
-        rows_path.parent.mkdir(parents=True, exist_ok=True)
-        rows_path.write_text(rows, encoding="utf-8")
-        # After each evaluation and atomically: a killed run does not measure it again. After the
-        # rows: metrics in the file mean that the rows are complete.
-        write_json(path, {**_read_metrics(path), **metrics}, indent=1)
+        rows_path = _write(path, name, scores, metrics)
         if step is None:  # the caller shows the metrics
             get_logger().info("%s: measured; its rows are in %s", name, rows_path)
         else:
             shown = _shown(evaluator.table(), scores.values)
             get_logger().info("%s at step %d: %s", name, step, shown)
-    return metrics
+    return dist.from_main(metrics)
+
+
+def _write(path: Path, name: str, scores: EvalScores, metrics: Mapping[str, float]) -> Path:
+    """Writes the rows of an evaluation, then all metrics so far; returns the path of the rows."""
+    rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scores.rows)
+    rows_path = path.with_suffix("") / f"{name}.jsonl"
+    write_text(rows_path, rows)
+    # After each evaluation and atomically: a killed run does not measure it again. After the
+    # rows: metrics in the file mean that the rows are complete.
+    write_json(path, {**_read_metrics(path), **metrics}, indent=1)
+    return rows_path
 
 
 def _shown(table: Table | None, values: Mapping[str, float]) -> str:

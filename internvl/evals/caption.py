@@ -1,24 +1,31 @@
 """Captions: a generated text for every image of a COCO caption file against its references."""
 
-import json
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from internvl import dist
 from internvl.config import CaptionEval
 from internvl.data import captions
 from internvl.data.captions import CaptionFile, ImageId, NamedImage
-from internvl.data.pair_files import broken, image_path
+from internvl.data.images import Exif, read_rgb
+from internvl.data.pair_files import image_path
 from internvl.errors import BadImage, BadSample, UserError
-from internvl.evals import metrics
+from internvl.evals import metrics, sharing
+from internvl.evals.answers import AnswerFiles, Row
 from internvl.evals.scores import EvalScores, fingerprint, raise_or_log, skipped_rows
 from internvl.inference.handle import Handle
-from internvl.log import Progress
 
 _REMEDY = "put them right, or set on_bad_sample (--on-bad-sample) to skip to leave them out"
 
-_WINDOW = 8  # batches between two writes of the answers: what an interruption can cost
+_WINDOW = 8
+"""Batches whose images are sorted by their tiles: similar prompts need little padding."""
+
+_BLACK = np.zeros((32, 32, 3), np.uint8)
+"""Stands for a batch without a readable image where all ranks must run as many."""
 
 
 class Caption:
@@ -53,6 +60,7 @@ class Caption:
             policy = "keep"
         raise_or_log(self.problems, policy, _REMEDY)
         self.ids = list(self.paths)
+        self._unread: list[BadSample] = []  # could be read at first, and then could not
         if not self.ids:
             raise UserError(f"{config.annotations} has no image with a caption; check it")
 
@@ -74,7 +82,7 @@ class Caption:
                 self.problems.append(file.problem(image.where, str(reason)))
                 self._unusable = True
         # Decoded before any model is loaded: a truncated file would end a long run otherwise.
-        unreadable = broken([*self.paths.values()])
+        unreadable = sharing.broken([*self.paths.values()])
         ids = list(self.paths)  # `broken` counts by position, and `paths` shrinks meanwhile
         for index, reason in unreadable.items():
             path = self.paths.pop(ids[index])
@@ -87,80 +95,115 @@ class Caption:
 
     def counts(self) -> dict[str, int]:
         """See `Evaluator.counts`."""
-        references = sum(len(self.references[i]) for i in self.ids)
-        counts = {"images": len(self.ids), "texts": references}
-        return counts | ({"left out": len(self.problems)} if self.problems else {})
+        unread = {problem.name for problem in self._unread}
+        ids = [i for i in self.ids if self.paths[i] not in unread]
+        counts = {"images": len(ids), "texts": sum(len(self.references[i]) for i in ids)}
+        left_out = len(self.problems) + len(unread)
+        return counts | ({"left out": left_out} if left_out else {})
 
     def table(self) -> None:
         """See `Evaluator.table`."""
 
-    def run(self, handle: Handle, folder: Path | None) -> EvalScores:
-        """Generates with `handle` and scores; caches answers in `folder`, if any."""
-        try:
-            texts = self._texts(handle, folder)
-        except BadImage as error:
-            raise UserError(f"{self.config.annotations}: {error}") from None
-        answers = dict(zip(self.ids, texts, strict=True))
+    def run(self, handle: Handle, folder: Path | None) -> EvalScores | None:
+        """Generates with `handle` and scores; keeps answers in `folder`, if any."""
+        rows = self._answers(handle, folder)
+        return dist.main_alone(lambda: self._score([row for batch in rows for row in batch]))
+
+    def _score(self, rows: Sequence[tuple[int, Row]]) -> EvalScores:
+        """Computes the metrics of answers, (index in `ids`, row) in any order."""
+        by_index = dict(rows)
+        ordered = [(i, by_index[index]) for index, i in enumerate(self.ids)]
+        answers = {i: row["answer"] for i, row in ordered if "answer" in row}
+        self._unread = [BadSample(self.paths[i], r["reason"]) for i, r in ordered if "reason" in r]
+        raise_or_log(self._unread, "skip", _REMEDY)
+        if not answers:
+            raise UserError(f"{self.config.annotations}: none of its images can be read any more")
         # Skipped images have references but no answer; the scorers take equal keys only.
-        references = {i: self.references[i] for i in self.ids}
+        references = {i: self.references[i] for i in answers}
         values = {
             "exact": metrics.exact_match(answers, references),
-            "average_length": sum(len(text.split()) for text in texts) / len(texts),
+            "average_length": sum(len(text.split()) for text in answers.values()) / len(answers),
         }
         if self.config.metrics == "all":
             values |= metrics.caption_scores(answers, references, tokenize=self.config.tokenize)
-        return EvalScores(values, [*self._rows(answers), *skipped_rows(self.problems)])
+        skipped = skipped_rows([*self.problems, *self._unread])
+        return EvalScores(values, [*self._rows(answers), *skipped])
 
-    def _texts(self, handle: Handle, folder: Path | None) -> list[str]:
-        """Generates a text for every image, in order; resumes after the cached ones."""
-        config = self.config
-        images, cache = self.images(), None
-        texts: list[str] = []
+    def _answers(self, handle: Handle, folder: Path | None) -> list[list[tuple[int, Row]]]:
+        """Generates a text for every image on one of the ranks; goes on after those on disk.
+
+        Returns:
+            On rank 0, for every batch (index in `ids`, {"answer": text} or {"reason": text}).
+        """
+        config, images = self.config, self.images()
+        tiles = sharing.spread(images, lambda share: [handle.num_tiles(path) for path in share])
+        batches = self._batches(tiles)
+        files = None
+        done: dict[int, list[tuple[int, Row]]] = {}
         if folder is not None:
-            # Other settings or a changed image: another file, so that no old answer is reused.
+            # Other settings or a changed image: another folder, so that no old answer is reused.
             key = repr((self.config, [(path, *fingerprint(path)) for path in images]))
-            cache = folder / f"captions-{blake2b(key.encode(), digest_size=8).hexdigest()}.jsonl"
-            texts = _read_answers(cache)
-        window = _WINDOW * config.batch_size
-        with Progress("captions", total=len(images)) as progress:
-            progress.update(len(texts))
-            for start in range(len(texts), len(images), window):
-                answered = handle.caption(
-                    images[start : start + window],
-                    config.prompt or handle.caption_prompt,
-                    num_beams=config.num_beams or handle.caption_beams,
-                    max_new_tokens=config.max_new_tokens,
-                    min_new_tokens=config.min_new_tokens,
-                    batch_size=config.batch_size,
-                )
-                new = list(map(metrics.whole_text, answered))
-                texts += new
-                if cache is not None:
-                    cache.parent.mkdir(parents=True, exist_ok=True)
-                    # Appended, not rewritten; JSON because an answer may have line breaks.
-                    with cache.open("a", encoding="utf-8") as file:
-                        file.writelines(json.dumps(text) + "\n" for text in new)
-                progress.update(len(new))
-        return texts
+            digest = blake2b(key.encode(), digest_size=8).hexdigest()
+            files = AnswerFiles(folder / f"captions-{digest}")
+            rows = files.read() if dist.is_main() else {}
+            for n, batch in enumerate(batches):
+                # Half a batch is computed again, as the whole that it is part of.
+                if all(index in rows for index in batch):
+                    done[n] = [(index, rows[index]) for index in batch]
+
+        def read(batch: Sequence[int]) -> list[tuple[int, np.ndarray | str]]:
+            return [(index, _read(images[index], handle.exif)) for index in batch]
+
+        in_step = sharing.in_step(handle.model)
+
+        def answer(batch: Sequence[tuple[int, np.ndarray | str]]) -> list[tuple[int, Row]]:
+            arrays = {index: image for index, image in batch if not isinstance(image, str)}
+            shown = [*arrays.values()] or ([_BLACK] if in_step else [])
+            texts = handle.caption(
+                shown,
+                config.prompt or handle.caption_prompt,
+                num_beams=config.num_beams or handle.caption_beams,
+                max_new_tokens=config.max_new_tokens,
+                min_new_tokens=config.min_new_tokens,
+                batch_size=config.batch_size,
+            )
+            texts_by_index = dict(zip(arrays, map(metrics.whole_text, texts), strict=False))
+            return [
+                (i, {"reason": image} if isinstance(image, str) else {"answer": texts_by_index[i]})
+                for i, image in batch
+            ]
+
+        def keep(index: int, rows: list[tuple[int, Row]]) -> None:
+            if files is not None:
+                files.append(dict(rows))
+
+        work = sharing.Work("captions", read, answer, keep, in_step)
+        costs = [len(batch) * max(tiles[index] for index in batch) for batch in batches]
+        return work.run(batches, sizes=[*map(len, batches)], costs=costs, done=done)
+
+    def _batches(self, tiles: Sequence[int]) -> list[list[int]]:
+        """Groups indices of images to batches of similar numbers of tiles."""
+        size, batches = self.config.batch_size, []
+        for start in range(0, len(tiles), _WINDOW * size):
+            window = range(start, min(start + _WINDOW * size, len(tiles)))
+            order = sorted(window, key=lambda index: -tiles[index])
+            batches += [order[n : n + size] for n in range(0, len(order), size)]
+        return batches
 
     def _rows(self, answers: dict[ImageId, str]) -> Iterator[dict[str, Any]]:
-        for i in self.ids:
+        for i, answer in answers.items():
             yield {
                 "image": self.paths[i],
                 "image_id": i,
                 "references": self.references[i],
-                "answer": answers[i],
-                "exact": metrics.exact_match({i: answers[i]}, {i: self.references[i]}) == 1.0,
+                "answer": answer,
+                "exact": metrics.exact_match({i: answer}, {i: self.references[i]}) == 1.0,
             }
 
 
-def _read_answers(path: Path) -> list[str]:
-    """Reads the answers in a file of JSON strings; truncates an incomplete last line."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    complete = text[: text.rfind("\n") + 1]
-    # A killed process may leave half a line, which the next append would continue.
-    if complete != text:
-        path.write_text(complete, encoding="utf-8")
-    return [json.loads(line) for line in complete.splitlines()]
+def _read(path: str, exif: Exif) -> np.ndarray | str:
+    """Decodes an image to uint8 (H, W, 3), or returns why it cannot be."""
+    try:
+        return read_rgb(path, exif)
+    except BadImage as error:
+        return str(error)

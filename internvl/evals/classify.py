@@ -4,7 +4,7 @@ Original: CLIP_benchmark's `metrics/zeroshot_classification.py`. Class names and
 from files that the user has.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from internvl import dist
 from internvl.config import ClassifyEval
 from internvl.data.images import IMAGE_ENDINGS
 from internvl.data.json_rows import RepeatedKeys, read_json
-from internvl.data.pair_files import broken
 from internvl.data.texts import json_type, printable, text_problem
 from internvl.errors import BadSample, UserError, counted
-from internvl.evals.features import FeatureCache, ranks, share_within
+from internvl.evals import sharing
+from internvl.evals.features import CHUNK_TEXTS, FeatureCache, ranks, share_within
 from internvl.evals.scores import (
     EvalScores,
     Table,
@@ -59,7 +60,7 @@ class Classify:
         if not files:
             raise UserError(f"{root} has no folder with images; classes are folders")
         # Decoded before any model is loaded: a truncated file would end a long run otherwise.
-        bad = broken([path for path, _ in files])
+        bad = sharing.broken([path for path, _ in files])
         self.problems = [BadSample(printable(files[i][0]), why) for i, why in bad.items()]
         self.problems += self._empty_classes(root)
         # "keep" measures in spite of problems, but a broken image cannot be encoded.
@@ -118,21 +119,30 @@ class Classify:
         )
         return Table("accuracy in %", tuple(columns.values()), rows)
 
-    def run(self, handle: Any, folder: Path | None) -> EvalScores:
+    def run(self, handle: Any, folder: Path | None) -> EvalScores | None:
         """Encodes with `handle` (Dual) and classifies; caches features in `folder`, if any."""
         handle = handle.as_dual("zero-shot classification")
         cache, paths = FeatureCache(self._cache_folder(folder)), self.images()
         batch_size = self.config.batch_size
         classes = cache.encode(
-            "classes", len(self.names), lambda rows: self._class_features(handle, rows)
+            "classes",
+            len(self.names),
+            lambda rows: self._class_features(handle, rows),
+            # A class has a text for every template.
+            chunk=max(1, CHUNK_TEXTS // len(self.templates)),
+            in_step=sharing.in_step(handle.model),
         )
-        truth = torch.tensor([label for _, label in self.files])
-        values: dict[str, float] = {}
-        ranks_by_mode: dict[str, list[int]] = {}
         # All modes from one pass of the vision tower, which takes nearly all of the time.
         features = cache.encode_images(
             "crops", handle, paths, self.config.modes, batch_size=batch_size, crop=True
         )
+        return dist.main_alone(lambda: self._score(features, classes))
+
+    def _score(self, features: Mapping[str, Tensor], classes: Tensor) -> EvalScores:
+        """Ranks the classes, float32 (num_classes, E), of the images' features by mode."""
+        truth = torch.tensor([label for _, label in self.files])
+        values: dict[str, float] = {}
+        ranks_by_mode: dict[str, list[int]] = {}
         for mode, images in features.items():
             class_ranks = ranks(images, classes, truth, torch.arange(len(classes))).cpu()
             ranks_by_mode[mode] = class_ranks.tolist()

@@ -12,17 +12,24 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from internvl import dist
 from internvl.data.images import FileSlice
 from internvl.errors import UserError
+from internvl.evals import sharing
 from internvl.files import atomic_file
-from internvl.log import Progress
 from internvl.models.weights import save_tensors
 
 SCORES_AT_ONCE = 1 << 20
 """Scores in memory at the same time while ranking; about 20 bytes each with temporaries."""
 
 CHUNK_ROWS = 1024
-"""Rows of a cached file of features: what an interruption can cost."""
+"""Rows of a product while ranking both ways."""
+
+CHUNK_TEXTS = 256
+"""Texts of a chunk of features: one batch of the encoder."""
+
+CHUNK_BATCHES = 8
+"""Batches of images of a chunk of features: what an interruption can cost a rank."""
 
 TIE_MARGIN = 1e-6
 """Scores of unit vectors closer than this may be equal but for rounding."""
@@ -35,24 +42,52 @@ class FeatureCache:
     # Files carry a name and row numbers only: another model or data set needs another folder.
     folder: Path | None
 
-    def encode(self, name: str, total: int, encode_rows: Callable[[range], Tensor]) -> Tensor:
-        """Returns float32 (total, E) on the CPU, chunk by chunk from the cache or `encode_rows`.
+    def encode(
+        self,
+        name: str,
+        total: int,
+        encode_rows: Callable[[range], Tensor],
+        *,
+        chunk: int | None = None,
+        in_step: bool = False,
+    ) -> Tensor:
+        """Encodes rows in chunks shared out over the ranks, or reads chunks that are there.
 
         Args:
             name: of the files, and in messages.
             encode_rows: features of some rows, float (len(rows), E), on any device.
+            chunk: rows of a file, by default CHUNK_TEXTS.
+            in_step: see `sharing.Work`.
+
+        Returns:
+            float32 (total, E) on the CPU of rank 0; (0, 0) on the other ranks.
 
         Raises:
             UserError: a feature is not finite.
         """
-        chunks = []
+        size = chunk or CHUNK_TEXTS
+        chunks = [range(start, min(start + size, total)) for start in range(0, total, size)]
+        files = [self._file(name, rows) for rows in chunks]
+        done = {
+            index: load_file(file)["features"]
+            for index, file in enumerate(files)
+            if dist.is_main() and file is not None and file.is_file()
+        }
+
+        def encode_chunk(rows: range) -> Tensor:
+            return _finite(encode_rows(rows), name, rows)
+
+        def keep(index: int, features: Tensor) -> None:
+            file = files[index]
+            if file is not None:
+                with atomic_file(file) as partial:
+                    save_tensors({"features": features}, partial)
+
         # Without the modes, which the file's name has.
-        with Progress(name.partition("_")[0], total=total) as progress:
-            for start in range(0, total, CHUNK_ROWS):
-                rows = range(start, min(start + CHUNK_ROWS, total))
-                chunks.append(self._chunk(name, rows, encode_rows))
-                progress.update(len(rows))
-        return torch.cat(chunks)
+        unit = name.partition("_")[0]
+        work = sharing.Work(unit, lambda rows: rows, encode_chunk, keep, in_step)
+        encoded = work.run(chunks, sizes=[*map(len, chunks)], done=done)
+        return torch.cat(encoded) if encoded else torch.empty(0, 0)
 
     def encode_images(
         self,
@@ -60,6 +95,8 @@ class FeatureCache:
         handle: Any,
         paths: Sequence[str | FileSlice],
         modes: Sequence[str],
+        *,
+        batch_size: int,
         **options: Any,
     ) -> dict[str, Tensor]:
         """Encodes images in every mode, with one pass of the vision tower.
@@ -68,38 +105,42 @@ class FeatureCache:
             handle: a Dual; `options` go to its `encode_images_of`.
 
         Returns:
-            mode -> features, float32 (len(paths), E), on the device of `handle`.
+            mode -> features, float32 (len(paths), E), on the device of `handle`; as `encode`, rank
+            0 alone has them.
         """
 
         # One cached tensor for all modes: after an interruption all are there, or none.
         def encode_rows(rows: range) -> Tensor:
-            features = handle.encode_images_of(paths[rows.start : rows.stop], modes, **options)
+            images = paths[rows.start : rows.stop]
+            features = handle.encode_images_of(images, modes, batch_size=batch_size, **options)
             return torch.cat([features[mode] for mode in modes], dim=1)
 
+        in_step = sharing.in_step(handle.model)
+        # In step every rank must run as many batches in a chunk, and the last chunk has fewer.
+        chunk = batch_size if in_step else CHUNK_BATCHES * batch_size
         together = f"{name}_{''.join(modes)}"
-        features = self.encode(together, len(paths), encode_rows).to(handle.device)
-        return dict(zip(modes, features.chunk(len(modes), dim=1), strict=True))
+        features = self.encode(together, len(paths), encode_rows, chunk=chunk, in_step=in_step)
+        features = features.to(handle.device)
+        return dict(zip(modes, features.chunk(len(modes), dim=1), strict=False))
 
-    def _chunk(self, name: str, rows: range, encode_rows: Callable[[range], Tensor]) -> Tensor:
-        file = None
-        if self.folder is not None:
-            file = self.folder / f"{name}-{rows.start:07d}-{rows.stop:07d}.safetensors"
-            if file.is_file():
-                return load_file(file)["features"]
-        features = encode_rows(rows).float().cpu().contiguous()
-        # NaN compares as false with everything: every rank would be 0, a perfect recall.
-        finite = torch.isfinite(features).all(dim=1)
-        if not finite.all():
-            row_number = rows[int(finite.int().argmin())] + 1
-            raise UserError(
-                f"the features of {name} hold no finite number in row {row_number}: the weights "
-                "diverged, or their type has too small a range (try dtype float32)"
-            )
-        if file is None:
-            return features
-        with atomic_file(file) as partial:
-            save_tensors({"features": features}, partial)
-        return features
+    def _file(self, name: str, rows: range) -> Path | None:
+        if self.folder is None:
+            return None
+        return self.folder / f"{name}-{rows.start:07d}-{rows.stop:07d}.safetensors"
+
+
+def _finite(features: Tensor, name: str, rows: range) -> Tensor:
+    """Returns the features of rows in float32 on the CPU. Raises UserError if one is not finite."""
+    features = features.float().cpu().contiguous()
+    # NaN compares as false with everything: every rank would be 0, a perfect recall.
+    finite = torch.isfinite(features).all(dim=1)
+    if not finite.all():
+        row_number = rows[int(finite.int().argmin())] + 1
+        raise UserError(
+            f"the features of {name} hold no finite number in row {row_number}: the weights "
+            "diverged, or their type has too small a range (try dtype float32)"
+        )
+    return features
 
 
 def ranks(queries: Tensor, candidates: Tensor, query_ids: Tensor, candidate_ids: Tensor) -> Tensor:

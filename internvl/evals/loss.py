@@ -1,29 +1,30 @@
 """Loss on held-out samples: what training minimizes, without generating anything."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from internvl import dist
 from internvl.compute import compilation, feeding
 from internvl.config import DataConfig, LossEval, SourceConfig
 from internvl.data.images import FileSlice
 from internvl.data.loader import Read, UnitReader
 from internvl.data.packing import encode_units, pack
-from internvl.data.pair_files import broken
 from internvl.data.records import Sample
 from internvl.data.sampler import UnitRef
 from internvl.data.sources import open_source
 from internvl.errors import BadSample, UserError
+from internvl.evals import sharing
 from internvl.evals.scores import EvalScores, raise_or_log, skipped_rows
-from internvl.log import Progress
 from internvl.models import configs
 from internvl.models.attention import packed
 from internvl.objectives.packed_loss import summed_loss
 
-_CHUNK_SAMPLES = 256  # samples that are packed together; their tiles are in memory at once
+_CHUNK_SAMPLES = 64  # samples that are packed together, by one rank; their tiles are in memory
 _ROW_TILES = 48  # most tiles of a row, unless a sample has more
 
 _REMEDY = "put them right, or set on_bad_sample to skip to leave them out"
@@ -72,7 +73,7 @@ class Loss:
                         image if isinstance(image, FileSlice) else str(image), sample.name
                     )
         images = list(first_samples)  # each decoded once, however many samples show it
-        unreadable = broken(images)
+        unreadable = sharing.broken(images)
         return problems + [
             BadSample(first_samples[images[index]], f"{images[index]}: {reason}")
             for index, reason in unreadable.items()
@@ -91,11 +92,10 @@ class Loss:
     def table(self) -> None:
         """See `Evaluator.table`."""
 
-    def run(self, handle: Any, folder: Path | None) -> EvalScores:
+    def run(self, handle: Any, folder: Path | None) -> EvalScores | None:
         """Measures a Chat; `folder` is not used."""
         handle = handle.as_chat("an evaluation of type loss")
-        model, bad = handle.model, list[BadSample]()
-        settings = configs.chat_settings(model.config)
+        settings = configs.chat_settings(handle.model.config)
         data = DataConfig(
             tiles=handle.tiles,
             normalize=settings["normalize"],
@@ -103,37 +103,66 @@ class Loss:
             max_tokens=self.config.max_tokens,
             max_tiles=max(_ROW_TILES, 2 * handle.tiles.max),
         )
+        chunks = [
+            self.lines[start : start + _CHUNK_SAMPLES]
+            for start in range(0, len(self.lines), _CHUNK_SAMPLES)
+        ]
         # FlexAttention is only itself when compiled, and then for one length of rows.
-        flex = model.config.text_config._attn_implementation in (packed.FLEX, packed.FLASH)
+        flex = handle.model.config.text_config._attn_implementation in (packed.FLEX, packed.FLASH)
         blocks = -(-data.max_tokens // packed.BLOCK)
         lengths = (blocks * packed.BLOCK,) if flex else ()
-        total = count = 0.0  # Python floats: a float32 sum over a million tokens would round
-        with ExitStack() as contexts, Progress("samples", total=len(self.lines)) as progress:
+        work = sharing.Work(
+            "samples",
+            self._reader(data, handle.encoder),
+            lambda read: _sums(handle.model, read, data, lengths),
+            in_step=sharing.in_step(handle.model),
+        )
+        with ExitStack() as contexts:
             contexts.enter_context(torch.no_grad())
             if flex:
                 contexts.enter_context(compilation.compiled())
-            for read, num_lines in self._reads(data, handle.encoder):
-                bad += read.bad
-                rows = pack(read.units, max_tokens=data.max_tokens, max_tiles=data.max_tiles)
-                for row in rows:
-                    on_device = feeding.pad(row, lengths).to(model.device)
-                    total += float(summed_loss(model, on_device, data.statistics))
-                    count += len(row.targets)
-                progress.update(num_lines)
+            sums = work.run(chunks, sizes=[*map(len, chunks)])
+        return dist.main_alone(lambda: self._score(sums))
+
+    def _score(self, sums: Sequence["_Sums"]) -> EvalScores:
+        """Computes the mean of all chunks."""
+        bad = [problem for chunk in sums for problem in chunk.bad]
         policy = "skip" if self.config.on_bad_sample != "raise" else "raise"
         raise_or_log(bad, policy, _REMEDY)
+        count = sum(chunk.count for chunk in sums)
         if not count:
             raise UserError(f"{self.config.annotations} holds no sample with an answer")
+        # Python floats: a float32 sum over a million tokens would round.
+        total = sum(row for chunk in sums for row in chunk.rows)
         return EvalScores({"loss": total / count}, skipped_rows(bad))
 
-    def _reads(self, data: DataConfig, encoder: Any) -> Iterator[tuple[Read, int]]:
-        """Yields (encoded samples, number of lines) in the order of the file."""
+    def _reader(self, data: DataConfig, encoder: Any) -> Callable[[range], Read]:
+        """Returns what reads and encodes lines of the file."""
 
         # share=True: samples of one image become one unit, and its tiles are encoded once.
         def encode(samples: Any, tiles: Any) -> Any:
             return encode_units(encoder, samples, tiles, data.max_tokens, share=True)
 
         reader = UnitReader([self.source], data, encode)
-        for start in range(0, len(self.lines), _CHUNK_SAMPLES):
-            lines = tuple(self.lines[start : start + _CHUNK_SAMPLES])
-            yield reader[UnitRef(0, lines, 0, start)], len(lines)
+        return lambda lines: reader[UnitRef(0, tuple(lines), 0, lines.start)]
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What a chunk adds to the loss."""
+
+    rows: list[float]
+    """Summed loss of each packed row."""
+    count: int
+    """Supervised tokens."""
+    bad: list[BadSample]
+
+
+def _sums(model: Any, read: Read, data: DataConfig, lengths: tuple[int, ...]) -> _Sums:
+    """Packs the samples of a chunk and sums their loss; rows are padded to one of `lengths`."""
+    rows = pack(read.units, max_tokens=data.max_tokens, max_tiles=data.max_tiles)
+    losses = [
+        float(summed_loss(model, feeding.pad(row, lengths).to(model.device), data.statistics))
+        for row in rows
+    ]
+    return _Sums(losses, sum(len(row.targets) for row in rows), list(read.bad))

@@ -5,7 +5,8 @@ of its captions is among the first k. Ties, which it leaves to torch.topk, go to
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from internvl import dist
 from internvl.config import RetrievalEval
 from internvl.data.images import FileSlice
-from internvl.data.pair_files import Pairs, broken, leaks, read_pairs
+from internvl.data.pair_files import Pairs, leaks, read_pairs
 from internvl.data.pairs import clean_caption
 from internvl.errors import BadSample, UserError
+from internvl.evals import sharing
 from internvl.evals.features import (
+    CHUNK_BATCHES,
     FeatureCache,
     nearest,
     ranks_both_ways,
@@ -33,7 +37,6 @@ from internvl.evals.scores import (
     raise_or_log,
     skipped_rows,
 )
-from internvl.log import Progress
 
 _DIRECTIONS = {"image_retrieval": "text → image", "text_retrieval": "image → text"}
 """CLIP_benchmark's name of a direction, by what is retrieved -> query and result."""
@@ -81,7 +84,7 @@ class Retrieval:
         beyond = range(len(pairs.images))[config.limit :] if config.limit else ()
         pairs = pairs.without({*beyond})
         # Decoded before any model is loaded: a truncated file would end a long run otherwise.
-        bad = broken(pairs.images)
+        bad = sharing.broken(pairs.images)
         problems = [*pairs.problems, *(BadSample(str(pairs.images[i]), bad[i]) for i in bad)]
         leaked = self._leaks(pairs)
         problems += [BadSample(str(pairs.images[i]), leaked[i]) for i in leaked]
@@ -134,7 +137,7 @@ class Retrieval:
                 rows.append(TableRow(f"{name}  {direction}", metrics, mean))
         return Table("recall in %", tuple(f"R@{k}" for k in ks), tuple(rows))
 
-    def run(self, handle: Any, folder: Path | None) -> EvalScores:
+    def run(self, handle: Any, folder: Path | None) -> EvalScores | None:
         """Encodes with `handle` (Dual) and ranks; caches features in `folder`, if any."""
         handle = handle.as_dual("retrieval")
         cache, all_texts = FeatureCache(self._cache_folder(folder)), self.pairs.texts
@@ -143,47 +146,92 @@ class Retrieval:
         def encode_texts(rows: range) -> Tensor:
             return handle.encode_texts(all_texts[rows.start : rows.stop])
 
-        texts = cache.encode("texts", len(all_texts), encode_texts).to(handle.device)
-        # One for all modes: the match score does not depend on the mode, its candidates overlap.
-        matcher = _PairMatcher(handle, self.pairs, batch_size)
-        values: dict[str, float] = {}
-        ranks_by_mode: dict[str, tuple[list[int], list[int]]] = {}
+        in_step = sharing.in_step(handle.model)
+        texts = cache.encode("texts", len(all_texts), encode_texts, in_step=in_step)
+        texts = texts.to(handle.device)
         features = cache.encode_images(
             "images", handle, self.pairs.images, self.config.modes, batch_size=batch_size
         )
-        for mode, images in features.items():
-            ranks = ranks_both_ways(texts, images, image_of_text)
-            ranks_by_mode[mode] = (ranks[0].tolist(), ranks[1].tolist())
+        # Rank 0 ranks alone: a query's rank among all candidates needs all features.
+        ranked = dist.main_alone(
+            lambda: {
+                mode: ranks_both_ways(texts, images, image_of_text)
+                for mode, images in features.items()
+            }
+        )
+        candidates: dict[str, _Candidates] = {}
+        scores: dict[tuple[int, int], float] = {}
+        if self.config.rerank:
+            if dist.is_main():
+                candidates = {mode: self._nearest(texts, features[mode]) for mode in features}
+            scores = self._match(handle, candidates.values(), cache)
+        return dist.main_alone(lambda: self._score(ranked or {}, candidates, scores))
+
+    def _score(
+        self,
+        ranked: Mapping[str, tuple[Tensor, Tensor]],
+        candidates: Mapping[str, "_Candidates"],
+        scores: Mapping[tuple[int, int], float],
+    ) -> EvalScores:
+        """Computes the recalls from `ranks_both_ways` of every mode, and the re-ranked ones."""
+        values: dict[str, float] = {}
+        for mode, ranks in ranked.items():
             values |= _named(mode, recalls(*ranks, self.config.recall_k))
-            if self.config.rerank:
-                reranked = self._rerank(texts, images, ranks, matcher)
+            if mode in candidates:
+                reranked = self._rerank(ranks, candidates[mode], scores)
                 values |= _named(f"{mode}_itm", recalls(*reranked, self.config.recall_k))
+        ranks_by_mode = {
+            mode: (ranks[0].tolist(), ranks[1].tolist()) for mode, ranks in ranked.items()
+        }
         return EvalScores(values, [*self._rows(ranks_by_mode), *skipped_rows(self.problems)])
 
+    def _nearest(self, texts: Tensor, images: Tensor) -> "_Candidates":
+        """Returns the first `rerank` candidates of features (num_texts, E) and (num_images, E)."""
+        return _Candidates(
+            nearest(texts, images, self.config.rerank).tolist(),
+            nearest(images, texts, self.config.rerank).tolist(),
+        )
+
+    def _match(
+        self, handle: Any, candidates: Iterable["_Candidates"], cache: FeatureCache
+    ) -> dict[tuple[int, int], float]:
+        """Matches the candidates of rank 0: (image, text) -> score, from 0 to 1, on rank 0."""
+        # One set for all modes and directions: the score depends on neither, and they overlap.
+        # Sorted by image: `match` encodes equal images of a batch that follow each other once.
+        pairs = dist.from_main(sorted({pair for some in candidates for pair in some.pairs()}))
+        images, texts, size = self.pairs.images, self.pairs.texts, self.config.batch_size
+
+        def match(rows: range) -> Tensor:
+            batch = pairs[rows.start : rows.stop]
+            chosen = [images[i] for i, _ in batch], [texts[t] for _, t in batch]
+            scores: Tensor = handle.match(*chosen, batch_size=size)
+            return scores[:, None]
+
+        in_step = sharing.in_step(handle.model)
+        name = f"pairs_{blake2b(repr(pairs).encode(), digest_size=8).hexdigest()}"
+        chunk = size if in_step else CHUNK_BATCHES * size
+        scores = cache.encode(name, len(pairs), match, chunk=chunk, in_step=in_step)
+        return dict(zip(pairs, scores.flatten().tolist(), strict=False))
+
     def _rerank(
-        self, texts: Tensor, images: Tensor, ranks: tuple[Tensor, Tensor], matcher: "_PairMatcher"
+        self,
+        ranks: tuple[Tensor, Tensor],
+        candidates: "_Candidates",
+        scores: Mapping[tuple[int, int], float],
     ) -> tuple[Tensor, Tensor]:
-        """Returns `ranks` with each query's first `rerank` candidates sorted by match score.
+        """Returns `ranks` with each query's candidates sorted by match score.
 
         Args:
-            texts: (num_texts, E).
-            images: (num_images, E).
             ranks: int64 (num_texts,) and (num_images,), see `recalls`.
         """
         image_of_text = self.pairs.image_of_text
-        near_images = nearest(texts, images, self.config.rerank).tolist()
-        near_texts = nearest(images, texts, self.config.rerank).tolist()
-        # Both directions in one call, which computes a pair that both contain once.
-        pairs = [(i, t) for t, row in enumerate(near_images) for i in row]
-        pairs += [(i, t) for i, row in enumerate(near_texts) for t in row]
-        scores = matcher.scores(pairs)
         image_ranks, text_ranks = ranks[0].tolist(), ranks[1].tolist()
-        for t, row in enumerate(near_images):
+        for t, row in enumerate(candidates.images):
             order = sorted(row, key=lambda i: -scores[i, t])  # stable: ties stay as they were
             image = image_of_text[t]
             # Beyond the candidates a rank stays as it was, and never becomes one of the first.
             image_ranks[t] = order.index(image) if image in order else max(len(row), image_ranks[t])
-        for i, row in enumerate(near_texts):
+        for i, row in enumerate(candidates.texts):
             order = sorted(row, key=lambda t: -scores[i, t])
             hits = [rank for rank, t in enumerate(order) if image_of_text[t] == i]
             text_ranks[i] = hits[0] if hits else max(len(row), text_ranks[i])
@@ -216,6 +264,8 @@ class Retrieval:
         fingerprints = [(path, *fingerprint(path)) for path in self.pairs.images]
         key = repr((fingerprints, self.pairs.texts))
         cache_folder = folder / blake2b(key.encode(), digest_size=8).hexdigest()
+        if not dist.is_main():
+            return cache_folder
         cache_folder.mkdir(parents=True, exist_ok=True)
         # A hash names nothing: with the features kept, their row r is row r of this file.
         rows = {"images": [*map(str, self.pairs.images)], "texts": self.pairs.texts}
@@ -224,26 +274,19 @@ class Retrieval:
         return cache_folder
 
 
-class _PairMatcher:
-    """Match scores of (image, text) pairs, each computed once."""
+@dataclass(frozen=True)
+class _Candidates:
+    """Nearest candidates of every query, best first."""
 
-    def __init__(self, handle: Any, pairs: Pairs, batch_size: int) -> None:
-        self.handle, self.pairs, self.batch_size = handle, pairs, batch_size
-        self._scores: dict[tuple[int, int], float] = {}
+    images: list[list[int]]
+    """Of every text."""
+    texts: list[list[int]]
+    """Of every image."""
 
-    def scores(self, pairs: Sequence[tuple[int, int]]) -> dict[tuple[int, int], float]:
-        """Returns (image, text) -> score, from 0 to 1, of at least these pairs of indices."""
-        # Sorted by image: `match` encodes equal images of a batch that follow each other once.
-        new = sorted({*pairs} - self._scores.keys())
-        with Progress("pairs matched", total=len(new)) as progress:
-            for start in range(0, len(new), self.batch_size):
-                batch = new[start : start + self.batch_size]
-                images = [self.pairs.images[i] for i, _ in batch]
-                texts = [self.pairs.texts[t] for _, t in batch]
-                scores = self.handle.match(images, texts, batch_size=len(batch))
-                self._scores.update(zip(batch, scores.tolist(), strict=True))
-                progress.update(len(batch))
-        return self._scores
+    def pairs(self) -> Iterator[tuple[int, int]]:
+        """Yields (image, text) of both directions; pairs of both come twice."""
+        yield from ((i, t) for t, row in enumerate(self.images) for i in row)
+        yield from ((i, t) for i, row in enumerate(self.texts) for t in row)
 
 
 def _named(prefix: str, values: dict[str, float]) -> dict[str, float]:

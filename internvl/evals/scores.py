@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from internvl import dist
 from internvl.data.images import FileSlice
 from internvl.data.texts import problem_lines
 from internvl.errors import BadSample, UserError, counted
@@ -100,6 +101,9 @@ def raise_or_log(problems: Sequence[BadSample], policy: str, remedy: str) -> Non
         return
     if policy == "raise":
         raise DataProblems(problems, remedy)
+    # All ranks have read the same data; one of them says so.
+    if not dist.is_main():
+        return
     lines = "\n".join(problem_lines(problems))
     get_logger().warning("%s in the data:\n%s", counted(len(problems), "problem"), lines)
 

@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerFast
 from internvl.config import TilesConfig
 from internvl.data.arguments import list_images
 from internvl.data.chat import ChatEncoder
-from internvl.data.images import STATISTICS
+from internvl.data.images import STATISTICS, Exif, stored_size
 from internvl.data.templates import Template
-from internvl.errors import ModelFolderError, UserError
+from internvl.data.tiles import choose_grids, num_tiles
+from internvl.errors import BadImage, ModelFolderError, UserError
 from internvl.inference import generate, requests
 from internvl.inference.conversation import Conversation, Turns, list_turns
 from internvl.inference.generate import Settings, answers
@@ -57,6 +58,24 @@ class Chat:
     def tokens_per_tile(self) -> int:
         """Number of visual tokens of a tile (K)."""
         return chat_model.tokens_per_tile(self.model.config, self.tiles.size)
+
+    @property
+    def exif(self) -> Exif:
+        """See `Handle.exif`."""
+        exif: Exif = configs.chat_settings(self.model.config)["exif"]
+        return exif
+
+    def num_tiles(self, image: str) -> int:
+        """See `Handle.num_tiles`."""
+        # No header is read if all images have as many.
+        if self.tiles.max == 1:
+            return 1
+        try:
+            size = stored_size(image, self.exif)
+        except BadImage:
+            return 1
+        (grid,) = choose_grids([size], self.tiles, self.tiles.max)
+        return num_tiles(grid, self.tiles.thumbnail)
 
     @property
     def encoder(self) -> ChatEncoder:

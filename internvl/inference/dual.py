@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, ClassVar, cast
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from internvl.data.arguments import (
     list_texts,
     not_a_text,
 )
-from internvl.data.images import FileSlice, rgb_at
+from internvl.data.images import Exif, FileSlice, rgb_at
 from internvl.data.pairs import (
     CaptionEncoder,
     center_square,
@@ -67,6 +67,8 @@ class Dual:
     # Prompt and beams of the original's evaluate_caption.py, so that published scores compare.
     caption_prompt = "English caption:"
     caption_beams = 5
+    # As the original, which shows photographs as they are stored.
+    exif: ClassVar[Exif] = "ignore"
 
     @property
     def device(self) -> torch.device:
@@ -81,6 +83,10 @@ class Dual:
     def image_size(self) -> int:
         """Side (S) of the square image, px."""
         return self.model.config.image_size
+
+    def num_tiles(self, image: str) -> int:
+        """See `Handle.num_tiles`."""
+        return 1
 
     @property
     def encoder(self) -> CaptionEncoder:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from internvl.data.images import Exif
+
 # For annotations only: code that takes any handle should import neither family.
 if TYPE_CHECKING:
     from internvl.inference.chat import Chat
@@ -59,6 +61,15 @@ class Handle(Protocol):
     @property
     def caption_beams(self) -> int:
         """Number of beams of the original's caption evaluation."""
+        ...
+
+    @property
+    def exif(self) -> Exif:
+        """Whether the EXIF orientation of images is applied, see `open_rgb`."""
+        ...
+
+    def num_tiles(self, image: str) -> int:
+        """Returns the number of tiles of an image file, from its header; 1 if it has none."""
         ...
 
     def caption(

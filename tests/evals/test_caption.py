@@ -56,9 +56,14 @@ def test_interrupted_captions_go_on(dual, data: Path, tmp_path: Path) -> None:
         batch_size=1,
     )
     whole = evals.EVALS["caption"](config).run(dual, tmp_path)
-    (kept,) = tmp_path.glob("captions-*.jsonl")
+    (kept,) = tmp_path.glob("captions-*/*.jsonl")
     lines = kept.read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [row["answer"] for row in whole.rows]
-    kept.write_text('"kept"\n' + "\n".join(lines[1:9]) + '\n"cut o')
+    rows = [{"item": n, "answer": row["answer"]} for n, row in enumerate(whole.rows)]
+    assert [json.loads(line) for line in lines] == rows
+    first = json.dumps({"item": 0, "answer": "kept"})
+    kept.write_bytes("\n".join([first, *lines[1:8], '{"item": 8, "answer": "\u4e00'])[:-1].encode())
     again = evals.EVALS["caption"](config).run(dual, tmp_path)
     assert [row["answer"] for row in again.rows] == ["kept", *(r["answer"] for r in whole.rows[1:])]
+    # Those that were missing, in a file of this start.
+    (added,) = {*tmp_path.glob("captions-*/*.jsonl")} - {kept}
+    assert [json.loads(line) for line in added.read_text().splitlines()] == rows[8:]

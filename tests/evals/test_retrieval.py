@@ -193,7 +193,8 @@ def test_pairs_of_one_picture_look_at_it_once(dual, data: Path) -> None:
 
 
 def test_an_interrupted_evaluation_goes_on(dual, data: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(features, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(features, "CHUNK_TEXTS", 4)
+    monkeypatch.setattr(features, "CHUNK_BATCHES", 1)
     kept = tmp_path / "features"
     whole = Retrieval(spec(data)).run(dual, kept)
     files = sorted(kept.rglob("*.safetensors"))

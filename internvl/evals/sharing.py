@@ -1,0 +1,179 @@
+"""Shares an evaluation out over the ranks: every batch is computed on one of them.
+
+Batches do not depend on the number of ranks, so neither do the results.
+"""
+
+import heapq
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, Generic, Self, TypeVar
+
+from internvl import dist
+from internvl.compute import feeding
+from internvl.data import pair_files
+from internvl.data.images import FileSlice
+from internvl.errors import UserError
+from internvl.log import Progress
+
+T = TypeVar("T")
+Batch = TypeVar("Batch")
+Prepared = TypeVar("Prepared")
+Result = TypeVar("Result")
+
+
+def spread(items: Sequence[T], work: Callable[[Sequence[T]], Sequence[Result]]) -> list[Result]:
+    """Applies `work` to each rank's share of the items; returns all results, in order, on all."""
+    ranks = dist.world_size()
+    gathered = dist.gather_objects(work(items[dist.rank() :: ranks]))
+    return [gathered[index % ranks][index // ranks] for index in range(len(items))]
+
+
+def broken(images: Sequence[str | FileSlice]) -> dict[int, str]:
+    """As `pair_files.broken`, with the images shared out: each is decoded by one rank."""
+
+    def reasons(share: Sequence[str | FileSlice]) -> list[str | None]:
+        unreadable = pair_files.broken(share)
+        return [unreadable.get(index) for index in range(len(share))]
+
+    decoded = enumerate(spread(images, reasons))
+    return {index: reason for index, reason in decoded if reason is not None}
+
+
+def in_step(model: Any) -> bool:
+    """True if every forward of `model` is collective, so that all ranks must run as many."""
+    if dist.world_size() == 1:
+        return False
+    # Here: a single process never needs it, and it takes a second to import.
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A batch that a rank computes next."""
+
+    index: int
+    counts: bool = True
+    """False: only to run as many as the other ranks; the result is dropped."""
+
+
+def deal(costs: Sequence[float], num_ranks: int, *, in_step: bool = False) -> list[list[Turn]]:
+    """Shares batches out by their costs, longest first; returns every rank's turns.
+
+    Args:
+        in_step: every rank gets as many turns, those of a round of about equal cost.
+    """
+    order = sorted(range(len(costs)), key=lambda index: -costs[index])
+    turns: list[list[Turn]] = [[] for _ in range(num_ranks)]
+    if in_step:
+        for position, index in enumerate(order):
+            turns[position % num_ranks].append(Turn(index))
+        for share in turns:
+            # The cheapest batch once more: others of the round cost at least as much.
+            fillers = [Turn(index, counts=False) for index in order[-1:]]
+            share += fillers * (len(turns[0]) - len(share))
+        return turns
+    loads = [(0.0, rank) for rank in range(num_ranks)]
+    for index in order:
+        load, rank = heapq.heappop(loads)
+        turns[rank].append(Turn(index))
+        heapq.heappush(loads, (load + costs[index], rank))
+    return turns
+
+
+@dataclass(frozen=True)
+class Work(Generic[Batch, Prepared, Result]):
+    """What is done with every batch of an evaluation."""
+
+    unit: str
+    """Plural of what is counted for the progress."""
+    prepare: Callable[[Batch], Prepared]
+    """Runs ahead in a thread, without the model."""
+    compute: Callable[[Prepared], Result]
+    keep: Callable[[int, Result], None] = lambda index, result: None
+    """Called with the index and result of a batch by the rank that computed it, at once."""
+    in_step: bool = False
+    """Every `compute` is collective; see `in_step`."""
+
+    def run(
+        self,
+        batches: Sequence[Batch],
+        *,
+        sizes: Sequence[int],
+        costs: Sequence[float] | None = None,
+        done: Mapping[int, Result] | None = None,
+    ) -> list[Result]:
+        """Computes all batches; returns their results, in order, on rank 0, and [] on the others.
+
+        Args:
+            sizes: items of every batch.
+            costs: of every batch, by default its size.
+            done: index of a batch -> its result from earlier; only rank 0's counts.
+
+        Raises:
+            UserError: of any batch, on every rank.
+        """
+        results = dict(done or {}) if dist.is_main() else {}
+        # Rank 0's alone: another host may not see all files yet, and would deal otherwise.
+        finished = set(dist.from_main(list(results)))
+        left = [index for index in range(len(batches)) if index not in finished]
+        weights = sizes if costs is None else costs
+        shares = deal([weights[i] for i in left], dist.world_size(), in_step=self.in_step)
+        turns = [Turn(left[turn.index], turn.counts) for turn in shares[dist.rank()]]
+        computed: dict[int, Result] = {}
+        failures, error = dist.Tally(), None
+        with _Shown(self.unit, sum(sizes), sum(sizes[index] for index in finished)) as shown:
+            prepared = feeding.prefetch((turn, self.prepare(batches[turn.index])) for turn in turns)
+            with closing(prepared):
+                for (turn, ready), _ in prepared:
+                    # Nobody needs the rest; but in step the others would wait for this rank.
+                    if failures.add(0) and not self.in_step:
+                        break
+                    try:
+                        result = self.compute(ready)
+                    except UserError as raised:
+                        error = error or raised
+                        failures.add(1)
+                        continue
+                    if turn.counts:
+                        computed[turn.index] = result
+                        self.keep(turn.index, result)
+                        shown.add(sizes[turn.index])
+            dist.wait_for_all(shown.refresh)
+            shown.refresh()
+        dist.raise_on_all(error)
+        for of_rank in dist.gather_to_main(computed):
+            results |= of_rank
+        return [results[index] for index in range(len(batches))] if dist.is_main() else []
+
+
+class _Shown:
+    """Progress of all ranks together, shown by rank 0."""
+
+    def __init__(self, unit: str, total: int, done: int) -> None:
+        self._tally = dist.Tally()
+        self._progress = Progress(unit, total=total, done=done) if dist.is_main() else None
+        self._start = self._done = done
+
+    def add(self, count: int) -> None:
+        """Counts items of this rank."""
+        self._show(self._tally.add(count))
+
+    def refresh(self) -> None:
+        """Shows what the other ranks have counted since."""
+        if self._progress is not None:
+            self._show(self._tally.add(0))
+
+    def _show(self, computed: int) -> None:
+        if self._progress is not None:
+            self._progress.update(self._start + computed - self._done)
+            self._done = self._start + computed
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._progress is not None:
+            self._progress.close()
