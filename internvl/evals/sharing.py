@@ -65,6 +65,7 @@ def deal(costs: Sequence[float], num_ranks: int, *, in_step: bool = False) -> li
     Args:
         in_step: every rank gets as many turns, those of a round of about equal cost.
     """
+    # Stable: equal costs keep their order, and so go to the ranks in turn.
     order = sorted(range(len(costs)), key=lambda index: -costs[index])
     turns: list[list[Turn]] = [[] for _ in range(num_ranks)]
     if in_step:
@@ -75,6 +76,7 @@ def deal(costs: Sequence[float], num_ranks: int, *, in_step: bool = False) -> li
             fillers = [Turn(index, counts=False) for index in order[-1:]]
             share += fillers * (len(turns[0]) - len(share))
         return turns
+    # A heap: the rank with least to do, of several the first, takes the next batch.
     loads = [(0.0, rank) for rank in range(num_ranks)]
     for index in order:
         load, rank = heapq.heappop(loads)
@@ -122,6 +124,7 @@ class Work(Generic[Batch, Prepared, Result]):
         weights = sizes if costs is None else costs
         shares = deal([weights[i] for i in left], dist.world_size(), in_step=self.in_step)
         turns = [Turn(left[turn.index], turn.counts) for turn in shares[dist.rank()]]
+        # A tally, not a collective: ranks that are not in step ask it at different batches.
         computed: dict[int, Result] = {}
         failures, error = dist.Tally(), None
         with _Shown(self.unit, sum(sizes), sum(sizes[index] for index in finished)) as shown:
