@@ -10,7 +10,7 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from internvl import dist, evals, log
+from internvl import dist, evals, log, plan
 from internvl.compute import backends, compilation, feeding, kernels, memory, placement, rng
 from internvl.config import EvalConfig, Recipe
 from internvl.data import loader, row_steps
@@ -41,6 +41,8 @@ from internvl.models.vision import count_parameters
 from internvl.objectives import OBJECTIVES, Objective
 from internvl.objectives.sft import Sft
 from internvl.parallel import gradients, mesh, shard
+from internvl.parallel.sharing import Sharing
+from internvl.plan import costs as plan_costs
 from internvl.training import (
     checkpoint,
     early_stopping,
@@ -552,6 +554,7 @@ def _steps(state: TrainState) -> Iterator[loader.Step]:
         # After padding, which copies; only pinned memory is copied to the GPU asynchronously.
         return [feeding.pin(row) for row in batches] if state.device.type == "cuda" else batches
 
+    sharing = _sharing(state)
     if recipe.global_batch_rows is not None:
         objective, order = state.objective, state.order
         # Other recipes were refused: pairs have no rows, and changed data no position.
@@ -566,13 +569,12 @@ def _steps(state: TrainState) -> Iterator[loader.Step]:
             position=state.position or Position(),
             first=state.step,
             last=state.num_steps,
-            rank=dist.rank(),
-            world_size=dist.world_size(),
+            sharing=sharing,
         )
     return loader.steps(
         state.order,
         state.reader,
-        lambda units: prepare(state.objective.batches(units)),
+        lambda units: _batches(state, units, prepare, sharing),
         first=state.step,
         last=state.num_steps,
         global_batch=recipe.batch_samples,
@@ -582,6 +584,35 @@ def _steps(state: TrainState) -> Iterator[loader.Step]:
         rank=dist.rank(),
         world_size=dist.world_size(),
     )
+
+
+def _batches(
+    state: TrainState,
+    units: Sequence[Any],
+    prepare: Callable[[Sequence[Any]], Sequence[Batch]],
+    sharing: Sharing | None,
+) -> Sequence[Batch]:
+    """Makes this rank's batches of a step, from the units that it has read."""
+    objective, data = state.objective, state.recipe.data
+    if sharing is None:
+        return prepare(objective.batches(units))
+    # After reading: only then are lengths and tiles true, and no image is read twice.
+    if not isinstance(objective, Sft) or data.packing != "best-fit":
+        return sharing.align(prepare(objective.batches(sharing.even(units))))
+    lengths = state.row_lengths or (data.row_tokens or data.max_tokens,)
+    rows = sharing.rows(objective.pieces(units), lengths, data.max_tiles)
+    # Not sorted: the n-th rows of all ranks are alike.
+    return prepare(objective.rows([row for row in rows if row]))
+
+
+def _sharing(state: TrainState) -> Sharing | None:
+    """Makes what ranks even out each step's work by; None on one rank."""
+    if dist.world_size() == 1:
+        return None
+    # On the meta device: the model itself may be fused, quantized or sharded by now.
+    model = plan.model_of(state.recipe, state.model.config)
+    costs = plan_costs.costs_of(state.recipe, model)
+    return Sharing(costs.of_unit, costs.of_batch)
 
 
 def _resume(state: TrainState) -> tracking.Metrics:

@@ -23,6 +23,7 @@ ONE_DOOR = {
 """Rooms whose modules are tested through the room's door, in the room's own test file."""
 
 ELSEWHERE = {
+    "data/transfer.py": ("data/test_loader.py", "what workers hand over"),
     "datasets/checklist.py": ("datasets/test_prepare.py", "prepare lists what is missing"),
     "evals/loss.py": ("test_evaluate.py", "a loss needs a run to be measured of"),
     "evals/scores.py": ("data/captions/test_captions.py", "scores of captions of every form"),

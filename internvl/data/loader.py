@@ -1,7 +1,5 @@
 """Reads annotation lines into the batches of each step, prefetched by worker processes."""
 
-import io
-import pickle
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from internvl.config import DataConfig
+from internvl.data import transfer
 from internvl.data.images import STATISTICS, read_rgb, size_of
 from internvl.data.records import Batch, Sample, Tiles, Unit
 from internvl.data.sampler import Ending, Order, Position, UnitRef, step_bounds
@@ -177,41 +175,15 @@ class _SharedReads:
     # descriptor, which takes longer than to unpickle the rest.
 
     def __init__(self, reads: Sequence[Read]) -> None:
-        tensors: list[Tensor] = []
-        buffer = io.BytesIO()
-        pickler = pickle.Pickler(buffer, pickle.HIGHEST_PROTOCOL)
-
-        def outside(value: Any) -> Any:
-            # Only pixels are uint8; all other values are small and are pickled.
-            if not isinstance(value, Tensor) or value.dtype != torch.uint8:
-                return None
-            tensors.append(value)
-            return value.shape
-
-        pickler.persistent_id = outside  # type: ignore[method-assign]
-        pickler.dump(list(reads))
-        self.rest = buffer.getvalue()
+        self.rest, tensors = transfer.dump(list(reads))
         # Written straight into shared memory: a tensor made before would be copied once more.
-        size = sum(tensor.numel() for tensor in tensors)
-        self.pixels = torch.empty(size, dtype=torch.uint8).share_memory_()
+        self.pixels = torch.empty(transfer.num_bytes(tensors), dtype=torch.uint8).share_memory_()
         if tensors:
             torch.cat([tensor.flatten() for tensor in tensors], out=self.pixels)
 
     def reads(self) -> list[Read]:
         """Unpickles the reads; their tensors share one memory."""
-        start = 0
-
-        # Called in the order in which they were pickled, so that shapes alone say where each is.
-        def view(shape: torch.Size) -> Tensor:
-            nonlocal start
-            end = start + shape.numel()
-            pixels = self.pixels[start:end].view(shape)
-            start = end
-            return pixels
-
-        unpickler = pickle.Unpickler(io.BytesIO(self.rest))
-        unpickler.persistent_load = view  # type: ignore[method-assign]
-        return unpickler.load()
+        return transfer.load(self.rest, self.pixels)
 
 
 class Groups(Dataset[Any]):
@@ -245,11 +217,11 @@ def steps(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Step]:
-    """Yields steps `first` … `last` - 1 of a run over `total` samples; rank r gets every r-th unit.
+    """Yields steps `first` … `last` - 1 of a run over `total` samples; ranks read units in turn.
 
     Args:
         endings: see `sampler.step_bounds`.
-        pack: units to batches.
+        pack: the units that this rank has read to its batches; may trade units with other ranks.
         workers: processes that prefetch; 0 reads in this one.
 
     Raises:

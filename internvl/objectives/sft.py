@@ -12,7 +12,7 @@ from torch import Tensor
 from internvl.config import DataConfig, SftConfig
 from internvl.data.chat import ChatEncoder, marked, spans
 from internvl.data.loader import UnitReader
-from internvl.data.packing import build_rows, encode_units, pack, unpack
+from internvl.data.packing import build_rows, encode_units, pack, split_unit, unpack
 from internvl.data.records import IGNORE, Example, PackedBatch, Sample, Tiles, Unit
 from internvl.data.sources import Source
 from internvl.errors import BadSample, counted
@@ -59,6 +59,11 @@ class Sft:
             overflow_id=self.encoder.context_id if self.data.allow_overflow else None,
         )
         return self._checked(rows)
+
+    def pieces(self, units: Sequence[Unit]) -> list[Unit]:
+        """Cuts units that exceed a row."""
+        most = (self.data.row_tokens or self.data.max_tokens, self.data.max_tiles)
+        return [piece for unit in units for piece in split_unit(unit, *most)]
 
     def rows(self, groups: Sequence[Sequence[Unit]]) -> list[PackedBatch]:
         """Makes the batches of units that are grouped to rows already."""

@@ -19,7 +19,7 @@ from internvl.models.vision import count_parameters
 from internvl.plan import flops, memory
 from internvl.plan.flops import Part
 from internvl.plan.load import RECOMPUTED, Load, attention_of, is_compiled
-from internvl.plan.work import Sequences
+from internvl.plan.work import Sequences, Work
 from internvl.zoo import gpus
 from internvl.zoo.gpus import CALIBRATION, Gpu
 
@@ -50,6 +50,13 @@ def seconds(
         step.quantized_bytes(),
         offloaded=recipe.optim.offload,
     )
+
+
+def computed_flops(recipe: Recipe, model: Any, work: Work) -> float:
+    """Returns the FLOPs of products that take as long as `work`: attention counts more, repeated
+    passes count again."""
+    step = _Step(recipe, model, Load(work, work, work, 1.0, None, ""), 1)
+    return step.products() + step.attention()
 
 
 class _Step:

@@ -53,7 +53,7 @@ def data_of(packing, workers=0):
     return DataConfig(packing=packing, workers=workers, **limits)
 
 
-def run(files, packing, *, rows=4, first=0, last=12, position=None, workers=0, bad=(), **ranks):
+def run(files, packing, *, rows=4, first=0, last=12, position=None, workers=0, bad=()):
     order = SampleOrder(files, share_prefix=False, seed=5)
     return list(
         row_steps(
@@ -65,7 +65,6 @@ def run(files, packing, *, rows=4, first=0, last=12, position=None, workers=0, b
             position=position or Position(),
             first=first,
             last=last,
-            **ranks,
         )
     )
 
@@ -135,18 +134,6 @@ def test_official_rows_are_one_stream_whatever_a_step_takes(files):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine of few cores
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("packing", ["best-fit", "official"])
-def test_ranks_share_the_rows_of_one(files, packing, workers):
-    alone = run(files, packing, bad={7})
-    ranks = [run(files, packing, bad={7}, workers=workers, rank=r, world_size=3) for r in range(3)]
-    for step, *dealt in zip(alone, *ranks, strict=True):
-        assert [names(part) for part in dealt] == [names(step)[r::3] for r in range(3)]
-        assert {part.position for part in dealt} == {step.position}
-        assert [len(part.bad) for part in dealt] == [len(step.bad), 0, 0]
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("packing", ["best-fit", "official"])
 def test_it_goes_on_from_the_position_of_any_step(files, packing, workers):
