@@ -13,10 +13,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import Dataset
 
 from internvl import dist, evals, log, plan
@@ -27,6 +29,7 @@ from internvl.data.records import Batch
 from internvl.data.sampler import Ending, Order, Position, SampleOrder, step_bounds
 from internvl.data.sources import open_sources
 from internvl.errors import Interrupted, RunError, counted
+from internvl.files import remove_partials
 from internvl.inference import inherited, opened
 from internvl.inference import load as loading
 from internvl.inference.chat import Chat
@@ -76,6 +79,7 @@ class TrainState:
     total_samples: int
     """Samples that the whole run shows; 0 if a step is counted in rows."""
     guard: Guard
+    saver: checkpoint.Saver
     evaluators: dict[str, evals.Evaluator]
     """The recipe's evaluations with their data read."""
     endings: tuple[Ending, ...] = ()
@@ -124,19 +128,25 @@ def build(
     torch.manual_seed(recipe.seed)
     # Now, not at the first evaluation: an error in its data must not cost the training until then.
     evaluators = evals.build(recipe.evals)
-    chat = loading.for_training(recipe, start) if chat is None else chat
+    grid = mesh.build(recipe.parallel, device)
+    if chat is not None:
+        # It goes to the GPU unit by unit if it is sharded.
+        placement.to_device(chat.model, device if grid is None else CPU, recipe.dtype)
+        _prepare(chat.model, recipe, device, grid)
+    elif grid is None:
+        chat = loading.for_training(recipe, start)
+        placement.to_device(chat.model, device, recipe.dtype)
+        _prepare(chat.model, recipe, device, None)
+    else:
+        cut = partial(_prepare, recipe=recipe, device=device, grid=grid)
+        shards_on = CPU if recipe.parallel.offload == "cpu" else device
+        chat = loading.for_training(recipe, start, cut, device, shards_on)
     if order is None:
         order = SampleOrder(
             open_sources(recipe.data), share_prefix=recipe.shares_prefix, seed=recipe.seed
         )
     packs = recipe.objective.rows_are_packed
     objective = OBJECTIVES[recipe.objective.name](recipe.objective, recipe.data, chat.encoder)
-    grid = mesh.build(recipe.parallel, device)
-    # A model that is to be sharded goes to the GPU unit by unit.
-    placement.to_device(chat.model, device if grid is None else CPU, recipe.dtype)
-    kernels.apply_compute(chat.model, device, recipe.compute, sharded=grid is not None)
-    if grid is not None:
-        shard.shard(chat.model, recipe.parallel, grid, placement.DTYPES[recipe.dtype])
     # Last: modules may have been replaced, and the optimizer must hold what trains.
     optimizer = optim.build(chat.model, recipe.optim)
     num_steps, total = length.of_run(recipe, order, endings)
@@ -151,10 +161,18 @@ def build(
         num_steps=num_steps,
         total_samples=total,
         guard=Guard(recipe.guard),
+        saver=checkpoint.Saver(device),
         evaluators=evaluators,
         endings=tuple(endings),
         row_lengths=backends.row_lengths(recipe.compute, device, recipe.data) if packs else (),
     )
+
+
+def _prepare(model: Any, recipe: Recipe, device: torch.device, grid: DeviceMesh | None) -> None:
+    """Sets how a model computes and cuts it into shards; it may be on the meta device."""
+    kernels.apply_compute(model, device, recipe.compute, sharded=grid is not None)
+    if grid is not None:
+        shard.shard(model, recipe.parallel, grid, placement.DTYPES[recipe.dtype])
 
 
 def _complete_recipe(
@@ -378,47 +396,50 @@ def run(recipe: Recipe) -> Path:
         if dist.is_main():
             bases.write(recipe.run, opened.places(recipe, start))
         state = build(recipe, order=order, start=start, endings=endings)
-        metrics = _resume(state)
-        logger.info("%s\n%s", summary(state), completed.render())
-        if endings and state.step == endings[-1].step:
-            logger.info("%s", length.continuation(recipe.optim, endings, state.num_steps))
-        stop_reason = validate(state, metrics)
-        readout = tracking.Readout()
-        with log.Progress("steps", total=state.num_steps, done=state.step) as progress:
-            for step_metrics in updates(state) if stop_reason is None else ():
-                stopped = stop.agreed()
-                is_logged = state.step % recipe.log_every == 0 or state.step == state.num_steps
-                # A step that was passed over has no loss; its line is in skipped_steps.jsonl.
-                if is_logged and "loss" in step_metrics:
-                    metrics.write(state.step, step_metrics)
-                progress.update(note=readout.line(step_metrics))
-                if (
-                    _is_due(state, recipe.checkpoint.every)
-                    or stopped
-                    or state.step == state.num_steps
-                ):
-                    save(state)
-                if stopped:
-                    raise Interrupted(
-                        f"stopped at step {state.step} of {state.num_steps}; checkpoint written. "
-                        "The same command goes on from there"
-                    )
-                stop_reason = validate(state, metrics)
-                if stop_reason is not None:
-                    save(state)
-                    break
+        with state.saver:
+            metrics = _resume(state)
+            logger.info("%s\n%s", summary(state), completed.render())
+            if endings and state.step == endings[-1].step:
+                logger.info("%s", length.continuation(recipe.optim, endings, state.num_steps))
+            stop_reason = validate(state, metrics)
+            readout = tracking.Readout()
+            with log.Progress("steps", total=state.num_steps, done=state.step) as progress:
+                for step_metrics in updates(state) if stop_reason is None else ():
+                    stopped = stop.agreed()
+                    state.saver.poll()
+                    is_logged = state.step % recipe.log_every == 0 or state.step == state.num_steps
+                    # A step that was passed over has no loss; its line is in skipped_steps.jsonl.
+                    if is_logged and "loss" in step_metrics:
+                        metrics.write(state.step, step_metrics)
+                    progress.update(note=readout.line(step_metrics))
+                    if (
+                        _is_due(state, recipe.checkpoint.every)
+                        or stopped
+                        or state.step == state.num_steps
+                    ):
+                        save(state)
+                    if stopped:
+                        state.saver.wait()
+                        raise Interrupted(
+                            f"stopped at step {state.step} of {state.num_steps}; checkpoint "
+                            "written. The same command goes on from there"
+                        )
+                    stop_reason = validate(state, metrics)
+                    if stop_reason is not None:
+                        save(state)
+                        break
         reason = stop_reason or "all steps are done"
         logger.info("the run ends at step %d: %s", state.step, reason)
         metrics.close()
-        if dist.is_main():
-            # An adapter folder names its base by id or path; a model from parts has neither.
-            if recipe.model.lora is not None and recipe.model.id is not None:
-                # Here: PEFT takes half a second to import, and full fine-tuning needs none.
-                from internvl.models.adapters import lora
+        # An adapter folder names its base by id or path; a model from parts has neither.
+        if recipe.model.lora is not None and recipe.model.id is not None:
+            # Here: PEFT takes half a second to import, and full fine-tuning needs none.
+            from internvl.models.adapters import lora
 
-                folder, base = state.folder / "adapter", start.local or recipe.model.id
-                settings = FAMILIES[state.chat.family].settings(state.chat)
-                lora.save_adapter(state.model, folder, base, start.step, settings)
+            folder, base = state.folder / "adapter", start.local or recipe.model.id
+            settings = FAMILIES[state.chat.family].settings(state.chat)
+            lora.save_adapter(state.model, folder, base, start.step, settings)
+        if dist.is_main():
             length.finish(recipe, state.step, state.total_samples, reason)
         dist.barrier()
     return recipe.run
@@ -430,23 +451,17 @@ def _log_file(folder: Path) -> AbstractContextManager[None]:
 
 
 def save(state: TrainState) -> None:
-    """Writes a checkpoint of this step on rank 0; the other ranks wait."""
-    if dist.is_main():
-        _checkpoint(state, state.folder / "checkpoints", state.recipe.checkpoint.keep)
-    dist.barrier()
+    """Begins to write a checkpoint of this step, on all ranks; see `checkpoint.Saver`."""
+    _checkpoint(state, state.folder / "checkpoints", state.recipe.checkpoint.keep)
 
 
-def _checkpoint(state: TrainState, folder: Path, keep: int) -> None:
-    started = time.perf_counter()
+def _checkpoint(state: TrainState, folder: Path, keep: int, copy_of: Path | None = None) -> None:
     counters: dict[str, Any] = {"num_bad": state.num_bad, "guard": state.guard.state()}
     # With `global_batch` the order is a function of seed and step, so no position is saved.
     if state.position is not None:
         counters["position"] = asdict(state.position)
-    target = checkpoint.save(folder, state.step, state.model, state.optimizer, counters, keep)
-    mib = sum(file.stat().st_size for file in target.iterdir()) / 2**20
-    seconds = time.perf_counter() - started
-    message = "step %d: checkpoint %s written (%s MiB, %.1f s)"
-    log.get_logger().info(message, state.step, target, f"{mib:,.0f}", seconds)
+    model, optimizer = state.model, state.optimizer
+    state.saver.save(folder, state.step, model, optimizer, counters, keep, copy_of=copy_of)
 
 
 def validate(state: TrainState, metrics: tracking.Metrics) -> str | None:
@@ -460,17 +475,13 @@ def validate(state: TrainState, metrics: tracking.Metrics) -> str | None:
         metrics.show(state.step, measured)
     # By rank 0, which wrote the files: all must stop at the same step, or the next step would hang.
     verdict = dist.on_main(lambda: _verdict(state))
-    if verdict.best and dist.is_main():
-        best = state.folder / "best"
-        message = "step %d is the best so far by %s, kept in %s"
-        log.get_logger().info(message, state.step, state.recipe.checkpoint.best, best)
-        _checkpoint(state, best / "checkpoints", keep=1)
-        shutil.copyfile(state.folder / "recipe.yaml", best / "recipe.yaml")
-        bases.write(best, bases.read(state.folder))
+    if verdict.best:
+        _keep_best(state)
     for sentence in verdict.warnings:
         log.get_logger().warning("%s", sentence)
     if verdict.forgotten:
         save(state)
+        state.saver.wait()
         raise RunError(
             f"{'; '.join(verdict.forgotten)}. The checkpoint of this step is kept; train on such "
             "data too, lower optim.lr, or raise max_worsening and start the same command again"
@@ -481,6 +492,17 @@ def validate(state: TrainState, metrics: tracking.Metrics) -> str | None:
 def _verdict(state: TrainState) -> early_stopping.Verdict:
     history = early_stopping.history(state.folder / "evals", state.step)
     return early_stopping.judge(state.recipe, history, state.step)
+
+
+def _keep_best(state: TrainState) -> None:
+    """Keeps a copy of this step in the run's folder `best`, on all ranks."""
+    best = state.folder / "best"
+    message = "step %d is the best so far by %s, kept in %s"
+    log.get_logger().info(message, state.step, state.recipe.checkpoint.best, best)
+    _checkpoint(state, best / "checkpoints", 1, copy_of=state.folder / "checkpoints")
+    if dist.is_main():
+        shutil.copyfile(state.folder / "recipe.yaml", best / "recipe.yaml")
+        bases.write(best, bases.read(state.folder))
 
 
 def evaluate(state: TrainState) -> dict[str, float]:
@@ -617,9 +639,12 @@ def _sharing(state: TrainState) -> Sharing | None:
 
 def _resume(state: TrainState) -> tracking.Metrics:
     """Loads the newest checkpoint, truncates the logs after its step, and opens the metrics."""
-    saved = checkpoint.steps(state.folder / "checkpoints")
+    folder = state.folder / "checkpoints"
+    saved = checkpoint.steps(folder)
+    if dist.is_main():
+        for unfinished in (folder, state.folder / "best/checkpoints"):
+            remove_partials(unfinished)
     if saved:
-        folder = state.folder / "checkpoints"
         counters = checkpoint.load(folder, saved[-1], state.model, state.optimizer)
         state.step, state.num_bad = saved[-1], checkpoint.whole_number(counters, "num_bad")
         if state.recipe.global_batch_rows is not None:

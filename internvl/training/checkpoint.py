@@ -5,41 +5,172 @@
     checkpoints/LATEST          names the newest one, for people
 
 A checkpoint is written below `.000500.partial` and renamed, so a folder without a dot is complete.
+Every rank writes what it alone has, in a thread of its own while the next steps are taken. A run
+goes on from a checkpoint with any number of ranks and any sharding.
 """
 
 import errno
+import os
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
+from threading import Thread
+from types import TracebackType
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
+from internvl import dist, log
 from internvl.data.sampler import Position
 from internvl.errors import CheckpointError, UserError
-from internvl.files import (
-    complete_folder,
-    read_run_json,
-    remove_partials,
-    write_json,
-    write_text,
-)
+from internvl.files import read_run_json, remove_partials, write_json, write_text
 from internvl.training.saved_steps import steps as steps
 
 _GO_BACK = "remove this folder to go on from the one before"
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+_LONGEST_WRITE = timedelta(hours=3)
+"""Of the slowest rank after the fastest; disks of a cluster stand still at times."""
+
+
+@dataclass
+class _Write:
+    """A checkpoint that is being written."""
+
+    step: int
+    target: Path
+    needed: int
+    """Bytes of all ranks."""
+    keep: int
+    problem: str | None = "its thread ended"
+    """Why it was not written; None once it is complete."""
+    thread: Thread | None = None
+    size: int = 0
+    """Bytes on the disk."""
+    started: float = field(default_factory=time.perf_counter)
+    seconds: float = 0.0
+
+
+class Saver:
+    """Writes checkpoints, one at a time, each complete or not at all.
+
+    Collective: all ranks call its methods at the same steps, and all raise alike.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        several = dist.world_size() > 1
+        # Of its own: its messages must not meet those of the steps taken meanwhile.
+        self._group = distributed.new_group(backend="gloo") if several else None
+        # One process on a CPU computes with the cores that would write.
+        self._stager = _stager(device) if several or device.type == "cuda" else None
+        self._write: _Write | None = None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.wait()
+        # Other ranks may not come here, so this one waits for its own thread alone.
+        elif issubclass(kind, Exception) and self._write is not None and self._write.thread:
+            self._write.thread.join(_JOIN_S)
+
+    def save(
+        self,
+        folder: Path,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+        keep: int,
+        *,
+        copy_of: Path | None = None,
+    ) -> None:
+        """Begins to write checkpoint `step` below `folder`, once the one before is written.
+
+        Returns when the values are copied, or written if there is one process on a CPU.
+
+        Args:
+            keep: how many checkpoints stay in `folder`, the newest ones.
+            copy_of: a folder of checkpoints; if this step is one, its files are linked instead.
+
+        Raises:
+            CheckpointError: this checkpoint or the one before could not be written (disk full, …).
+                Nothing partial is left behind.
+        """
+        self.wait()
+        target = folder / f"{step:06d}"
+        begun = _begin(target, copy_of) if dist.is_main() else (False, None)
+        is_there, problem = dist.from_main(begun)
+        if problem is not None:
+            raise CheckpointError(problem)
+        if is_there:
+            return
+        tensors = _tensors(model, optimizer)
+        needed = dist.sum_counts({"bytes": _num_bytes(tensors)})["bytes"]
+        write = _Write(step, target, int(needed), keep)
+        self._write = write
+        if self._stager is None:
+            _write(write, tensors, state, self._group)
+            return self.wait()
+        if self._group is not None:
+            distributed.distributed_c10d._set_pg_timeout(_LONGEST_WRITE, self._group)
+        # Copied: the next step changes the tensors while they are written.
+        arguments = (write, self._stager.stage(tensors), state, self._group)
+        write.thread = Thread(target=_write, args=arguments, name="checkpoint", daemon=True)
+        write.thread.start()
+
+    def poll(self) -> None:
+        """Raises CheckpointError if the last checkpoint could not be written, once that is known
+        on every rank."""
+        if self._write is None:
+            return
+        thread = self._write.thread
+        is_written = float(thread is None or not thread.is_alive())
+        if dist.sum_counts({"written": is_written})["written"] == dist.world_size():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is complete.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self._write is None:
+            return
+        write, self._write = self._write, None
+        if write.thread is not None:
+            write.thread.join()
+        # Of rank 0 first, which may have failed after the others were done.
+        problem = next(filter(None, dist.gather_objects(write.problem)), None)
+        if problem is not None:
+            raise CheckpointError(problem)
+        message = "step %d: checkpoint %s written (%s MiB, %.1f s)"
+        mib = f"{write.size / 2**20:,.0f}"
+        log.get_logger().info(message, write.step, write.target, mib, write.seconds)
+
+
+_JOIN_S = 30
+"""Of a checkpoint that is being written when the run fails."""
 
 
 def save(
@@ -50,30 +181,98 @@ def save(
     state: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Writes checkpoint `step`, then removes all but the newest `keep`.
+    """Writes checkpoint `step`, then removes all but the newest `keep`; see `Saver.save`."""
+    with Saver(torch.device("cpu")) as saver:
+        saver.save(folder, step, model, optimizer, state, keep)
+    return folder / f"{step:06d}"
 
-    Raises:
-        CheckpointError: it could not be written (disk full, …). Nothing partial is left behind.
-    """
-    target = folder / f"{step:06d}"
-    tensors = _tensors(model, optimizer)
+
+def _stager(device: torch.device) -> Any:
+    """Returns torch's copier of tensors to the CPU's memory."""
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+    on_gpu = device.type == "cuda"
+    return DefaultStager(
+        StagingOptions(
+            use_pinned_memory=on_gpu,
+            use_shared_memory=False,
+            use_async_staging=False,
+            use_non_blocking_copy=on_gpu,
+        )
+    )
+
+
+def _begin(target: Path, copy_of: Path | None) -> tuple[bool, str | None]:
+    """Prepares the folder of a checkpoint; returns (it is there already, problem)."""
     try:
-        # A process that was killed while it wrote leaves one, which nothing else removes.
-        remove_partials(folder)
-        with complete_folder(target) as partial:
-            with _quiet():
-                dcp.save(tensors, checkpoint_id=partial, no_dist=True)
-            write_json(partial / "state.json", {**state, "step": step})
-            if target.exists():
-                shutil.rmtree(target)
-        write_text(folder / "LATEST", target.name + "\n")
+        # A process that was killed while it wrote leaves one.
+        remove_partials(target.parent)
+        # A step has one state. Another copy would be in the way of the one that is complete.
+        if target.exists():
+            return True, None
+        partial = _partial(target)
+        partial.parent.mkdir(parents=True)
+        if copy_of is not None and (copy_of / target.name).exists():
+            shutil.copytree(copy_of / target.name, partial, copy_function=_link)
+            _complete(target, keep=1)
+            return True, None
+        partial.mkdir()
+    except OSError as error:
+        return False, _why(error, target, 0)
+    return False, None
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial") / target.name
+
+
+def _link(source: str, target: str) -> None:
+    """Links a file, or copies it where links are refused."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _write(
+    write: _Write,
+    tensors: dict[str, Any],
+    state: dict[str, Any],
+    group: distributed.ProcessGroup | None,
+) -> None:
+    """Writes this rank's values; on rank 0 also the rest, when all ranks are done."""
+    partial = _partial(write.target)
+    try:
+        # Without a group there is no other rank, and torch would warn of that.
+        with _quiet() if group is None else nullcontext():
+            dcp.save(tensors, checkpoint_id=partial, process_group=group, no_dist=group is None)
+        if dist.is_main():
+            write_json(partial / "state.json", {**state, "step": write.step})
+            _complete(write.target, write.keep)
+            write.size = sum(file.stat().st_size for file in write.target.iterdir())
+        write.problem = None
     except (OSError, CheckpointException, RuntimeError) as error:
-        needed = sum(t.nbytes for t in tensors.values() if isinstance(t, Tensor))
-        raise CheckpointError(_why(error, target, needed)) from error
+        if dist.is_main():
+            shutil.rmtree(partial.parent, ignore_errors=True)
+        write.problem = _why(error, write.target, write.needed)
+    write.seconds = time.perf_counter() - write.started
+
+
+def _complete(target: Path, keep: int) -> None:
+    """Renames a checkpoint whose files are all there, then removes all but the newest `keep`."""
+    partial = _partial(target)
+    partial.rename(target)
+    partial.parent.rmdir()
+    write_text(target.parent / "LATEST", target.name + "\n")
     # After the new one is complete: a full disk must not cost the old ones.
-    for old in steps(folder)[:-keep]:
-        shutil.rmtree(folder / f"{old:06d}")
-    return target
+    for old in steps(target.parent)[:-keep]:
+        shutil.rmtree(target.parent / f"{old:06d}")
+
+
+def _num_bytes(tensors: dict[str, Any]) -> int:
+    """Returns the bytes of the values that are on this rank."""
+    locals_ = (t.to_local() if isinstance(t, DTensor) else t for t in tensors.values())
+    return sum(t.nbytes for t in locals_ if isinstance(t, Tensor))
 
 
 def load(
@@ -81,19 +280,34 @@ def load(
 ) -> dict[str, Any]:
     """Loads checkpoint `step` into model and optimizer; returns its plain state.
 
+    Each rank reads what it has; all ranks call it, and all raise alike.
+
     Raises:
         CheckpointError: it does not fit this model, or its files are damaged.
     """
-    source = folder / f"{step:06d}"
-    tensors = _tensors(model, optimizer)
+    tensors, state, problem = _tensors(model, optimizer), {}, None
+    try:
+        state = _read(folder / f"{step:06d}", tensors)
+    except CheckpointError as error:
+        problem = str(error)
+    problem = next(filter(None, dist.gather_objects(problem)), None)
+    if problem is not None:
+        raise CheckpointError(problem)
+    set_optimizer_state_dict(model, optimizer, _prefixed(tensors, "optimizer."), options=_FLAT)
+    return state
+
+
+def _read(source: Path, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Reads this rank's values into `tensors`; returns the plain state. Raises CheckpointError."""
     try:
         with _quiet():
             saved = dcp.FileSystemReader(source).read_metadata().state_dict_metadata
             # A parameter that no loss has reached yet has no moments; those in `tensors` are zero.
             stored = {k: v for k, v in tensors.items() if k in saved or not _is_moment(k)}
+            # Without a group: a rank that cannot read must not leave the others waiting.
             dcp.load(stored, checkpoint_id=source, no_dist=True)
             tensors |= stored
-        state = read_run_json(source / "state.json", _GO_BACK)
+        return read_run_json(source / "state.json", _GO_BACK)
     except UserError as error:
         raise CheckpointError(str(error)) from None
     # The metadata is a pickle: damaged, it may raise anything. CheckpointException is no Exception.
@@ -101,8 +315,6 @@ def load(
         raise CheckpointError(
             f"cannot read the checkpoint {source} ({_first_line(error)}); {_GO_BACK}"
         ) from error
-    set_optimizer_state_dict(model, optimizer, _prefixed(tensors, "optimizer."), options=_FLAT)
-    return state
 
 
 def whole_number(state: dict[str, Any], key: str) -> int:
@@ -175,7 +387,7 @@ def _why(error: BaseException, target: Path, needed: int) -> str:
         free = shutil.disk_usage(target.parent).free
     except OSError:
         free = needed
-    errno_of = getattr(error, "errno", None)
+    errno_of = getattr(_first(error), "errno", None)
     if free < 1.02 * needed or errno_of in (errno.ENOSPC, errno.EDQUOT):
         return (
             f"the disk is full: checkpoint {target} needs {needed / 2**20:.0f} MiB and "
@@ -185,9 +397,15 @@ def _why(error: BaseException, target: Path, needed: int) -> str:
     return f"checkpoint {target} was not written: {_first_line(error)}"
 
 
-def _first_line(error: BaseException) -> str:
+def _first(error: BaseException) -> BaseException:
+    """Returns the error of the first rank that failed."""
     if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
+        return next(iter(error.failures.values()))[0]
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    error = _first(error)
     readable = OSError | CheckpointException | RuntimeError | ValueError | EOFError
     if not isinstance(error, readable):  # the words of a damaged pickle's errors say nothing
         return "it is damaged"

@@ -16,6 +16,7 @@ from peft import inject_adapter_in_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from internvl import dist
 from internvl.config import LoraConfig
 from internvl.errors import ModelFolderError, UserError
 from internvl.files import atomic_file, write_json, write_text
@@ -168,13 +169,17 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the adapters' weights by the names of a PEFT folder, on CPU; collective if sharded.
+    """Returns the adapters' weights by the names of a PEFT folder, on CPU; on rank 0 alone.
+
+    All ranks call it: each has a shard.
 
     Raises:
         UserError: the model has no adapters, or others than plain LoRA.
     """
     state = {}
+    has_layers = False
     for name, layer in _layers(model):
+        has_layers = True
         if not fused_lora.is_plain(layer):
             raise UserError(
                 f"{name}: its adapter is more than plain LoRA, which is not written here; export "
@@ -184,8 +189,10 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
             weight = getattr(layer, matrix)[_ADAPTER].weight.detach()
             whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
             # Cloned, because a shared A must be three tensors in the file.
-            state[f"{_PEFT_PREFIX}{name}.{matrix}.weight"] = whole.to("cpu", copy=True).contiguous()
-    if not state:
+            if dist.is_main():
+                whole = whole.to("cpu", copy=True).contiguous()
+                state[f"{_PEFT_PREFIX}{name}.{matrix}.weight"] = whole
+    if not has_layers:
         raise UserError("the model has no adapters to save")
     return state
 
@@ -197,7 +204,7 @@ def save_adapter(
     step: int | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes the adapters as a PEFT folder.
+    """Writes the adapters as a PEFT folder; all ranks call it.
 
     A base on this disk is found again if it is moved together with the folder, see `bases`.
 
@@ -207,6 +214,8 @@ def save_adapter(
         settings: official keys of images and conversations that they were trained with.
     """
     state = adapter_state(model)
+    if not dist.is_main():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     config = model.peft_config[_ADAPTER].to_dict()
     # As it is: a pattern stays a string, and a set is sorted below.
