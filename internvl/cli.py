@@ -29,7 +29,14 @@ from internvl.config.docs import field_docs
 from internvl.config.recipes import load_recipe
 from internvl.config.unions import members, name_of
 from internvl.datasets import published as published_sets
-from internvl.errors import ConfigError, Interrupted, UnknownGpu, UnknownModel, UserError
+from internvl.errors import (
+    ConfigError,
+    Interrupted,
+    RanksFailed,
+    UnknownGpu,
+    UnknownModel,
+    UserError,
+)
 
 Arguments = argparse.Namespace
 
@@ -164,14 +171,18 @@ def train(args: Arguments) -> int:
     recipe = load_recipe(args.recipe, args.overrides)
     from internvl.data import sources
     from internvl.inference import opened
+    from internvl.launch import local
 
     # A run that goes on holds its weights: its base may be gone.
     if not opened.is_run(recipe.run):
         opened.check_start(recipe, weights=True)
     sources.check_files(recipe.data)
     with _loading(recipe.model.name):
-        from internvl import dist, train
-
+        num_ranks = local.choose_ranks(args.gpus, args.processes, recipe.device)
+        if num_ranks == 1:
+            from internvl import dist, train
+    if num_ranks > 1:
+        return _run_as_ranks(args, num_ranks)
     try:
         train.run(recipe)
     except Interrupted:
@@ -181,6 +192,21 @@ def train(args: Arguments) -> int:
     if dist.is_main():
         print(_next_commands(recipe, "the trained model"))
     return 0
+
+
+def _run_as_ranks(args: Arguments, num_ranks: int) -> int:
+    """Runs this command once more, as several ranks, until they end.
+
+    Raises:
+        RanksFailed: one of them failed, for the reason in the text.
+    """
+    from internvl.launch import local
+
+    log.get_logger().info("starting %d processes …", num_ranks)
+    ended = local.run(local.verb(*args.argv), num_ranks)
+    if ended.sentence:
+        raise RanksFailed(ended.sentence, ended.code)
+    return ended.code
 
 
 def _next_commands(recipe: Recipe, model: str) -> str:
@@ -478,6 +504,7 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
             metavar="key=value",
             help="replace a value of the recipe, such as optim.lr=1e-5",
         )
+    _add_rank_arguments(add["train"])
     add["check"].add_argument("--report", type=Path, help="also write an HTML report to this file")
     add["check"].add_argument(
         "--plan", action="store_true", help="predict memory use and training time"
@@ -509,6 +536,16 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
         _add_run_arguments(add[name], several=name == "evaluate")
     _add_data_arguments(add["data"])
     return top, add
+
+
+def _add_rank_arguments(sub: argparse.ArgumentParser) -> None:
+    """Adds the options that say how many processes share the work on this machine."""
+    sub.add_argument(
+        "--gpus", type=int, metavar="N", help="use N GPUs of this machine (default: all of them)"
+    )
+    sub.add_argument(
+        "--processes", type=int, metavar="N", help="without a GPU: share the work among N processes"
+    )
 
 
 def _add_run_arguments(sub: argparse.ArgumentParser, *, several: bool) -> None:
@@ -676,7 +713,8 @@ def parse(argv: Sequence[str]) -> Arguments:
     # argparse's intermixed parsing refuses parsers with subparsers, so a verb's own is called.
     if not argv or argv[0] not in verbs or argv[0] == "data":
         return top.parse_args(argv)
-    return verbs[argv[0]].parse_intermixed_args(argv[1:], argparse.Namespace(verb=argv[0]))
+    started = argparse.Namespace(verb=argv[0], argv=argv)
+    return verbs[argv[0]].parse_intermixed_args(argv[1:], started)
 
 
 def _configure_libraries(*, downloading: bool) -> None:
@@ -698,7 +736,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         launchers.follow_parent()
-        log.setup(logging.DEBUG if args.debug else logging.INFO)
+        log.setup(logging.DEBUG if args.debug else logging.INFO, rank=launchers.rank())
         _configure_libraries(downloading=getattr(args, "download", False))
         code, message = _run_verb(args)
         # `internvl train`, which started this rank, prints one sentence for all of them.
@@ -723,12 +761,18 @@ def _run_verb(args: Arguments) -> tuple[int, str]:
     except Exception as error:
         if _comes_of_closed_output(error):
             return _OUTPUT_CLOSED, ""
-        code, message = 2 if isinstance(error, ConfigError) else 1, _explain(error)
+        code, message = _exit_code(error), _explain(error)
         launchers.report(message, code, lost_peer=errors.lost_peer(error))
         if args.debug:
             raise
         return code, message
     return code, ""
+
+
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, RanksFailed):
+        return error.code
+    return 2 if isinstance(error, ConfigError) else 1
 
 
 def _explain(error: Exception) -> str:

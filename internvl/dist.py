@@ -13,19 +13,28 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed import distributed_c10d
 
+from internvl import launchers
 from internvl.errors import OtherRankFailed, UserError
+from internvl.launchers import Membership
 
 T = TypeVar("T")
 
+_JOIN = timedelta(minutes=10)
+"""Until every rank has started."""
 _LONGEST_WAIT = timedelta(hours=3)
-"""Of a rank for another one: rank 0 evaluates and saves while the others wait."""
-
-_ENV = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Of a rank for another one while models load and compile, evaluate and save."""
+_FLIGHT_RECORDER = {
+    "TORCH_FR_BUFFER_SIZE": "20000",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    # 1 would end the process before the file is written.
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
+}
 
 
 def init_from_env(device: Literal["auto", "cpu", "cuda"] = "auto") -> torch.device:
-    """Joins the process group that torchrun describes in the environment, if there is one.
+    """Joins the process group that torchrun, Slurm or MPI describe in the environment, if any.
 
     Args:
         device: What to compute on; auto takes CUDA where there is a GPU.
@@ -34,30 +43,38 @@ def init_from_env(device: Literal["auto", "cpu", "cuda"] = "auto") -> torch.devi
         This process's own device, made current when it is a GPU.
 
     Raises:
-        UserError: No GPU for this process, or half of torchrun's variables are missing.
+        UserError: No GPU for this process, or half of a launcher's variables are missing.
     """
-    # All five are checked here: LOCAL_RANK is read before torch could complain about the others.
-    present = [name for name in _ENV if name in os.environ]
-    launched = "WORLD_SIZE" in present or "RANK" in present
-    missing = [name for name in _ENV if name not in present]
-    if launched and missing:
-        raise UserError(
-            f"the environment has {', '.join(present)} but not {', '.join(missing)}: "
-            "start several processes with torchrun, or unset them for a single one"
-        )
-    local_device = _local_device(device, int(os.environ["LOCAL_RANK"]) if launched else 0)
-    if launched and not distributed.is_initialized():
+    launchers.follow_parent()
+    membership = launchers.joined()
+    local_device = _local_device(device, membership)
+    if membership is not None and not distributed.is_initialized():
+        # Libraries look for these, whoever started the ranks.
+        os.environ.update(membership.variables())
         on_gpu = local_device.type == "cuda"
+        if on_gpu:
+            _record_flight()
         # Both on a GPU: counts and objects go through gloo and so never wait for queued kernels.
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        distributed.init_process_group(backend, timeout=_LONGEST_WAIT)
+        distributed.init_process_group(backend, timeout=_JOIN)
+        set_timeout(_LONGEST_WAIT)
     return local_device
 
 
-def _local_device(device: str, local_rank: int) -> torch.device:
+def _record_flight() -> None:
+    """Has NCCL keep its last collectives, and write them down if one takes too long."""
+    for name, value in _FLIGHT_RECORDER.items():
+        os.environ.setdefault(name, value)
+
+
+def _local_device(device: str, membership: Membership | None) -> torch.device:
     num_gpus = torch.cuda.device_count()
     if device == "cpu" or (device == "auto" and num_gpus == 0):
         return torch.device("cpu")
+    local_rank = 0 if membership is None else membership.local_rank
+    # Slurm and MPI may show a task its own GPU alone.
+    if membership is not None and membership.launcher in ("Slurm", "MPI") and num_gpus == 1:
+        local_rank = 0
     if local_rank >= num_gpus:
         raise UserError(
             f"local rank {local_rank} has no GPU of its own ({num_gpus} visible): start at most "
@@ -73,6 +90,15 @@ def shutdown() -> None:
     """Leaves the process group, if one was joined."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def set_timeout(limit: timedelta) -> None:
+    """Sets how long a collective of any group may take, `wait_for_all` apart; on every rank."""
+    if distributed.is_initialized():
+        patient = list(map(id, _patient_groups.values()))
+        for group in list(distributed_c10d._world.pg_map):
+            if id(group) not in patient:
+                distributed_c10d._set_pg_timeout(limit, group)
 
 
 def rank() -> int:

@@ -57,6 +57,8 @@ _PEER_GONE = ("by peer", "Broken pipe", "Timed out waiting", "Connection refused
 
 def lost_peer(error: BaseException) -> bool:
     """True if an exception only says that another process of the run ended or hangs."""
+    if isinstance(error, OtherRankFailed):
+        return True
     text = str(error)
     is_torch = isinstance(error, RuntimeError) and not isinstance(error, UserError)
     return is_torch and any(words in text for words in _PEER_GONE)
@@ -180,6 +182,18 @@ class Interrupted(UserError):
 
 class OtherRankFailed(UserError):
     """Another rank of the same command failed, with this text, and says so itself."""
+
+
+class RanksFailed(RunError):
+    """Processes that were started together have failed; the text names the first and its reason."""
+
+    def __init__(self, sentence: str, code: int) -> None:
+        """
+        Args:
+            code: exit code of that process.
+        """
+        super().__init__(sentence)
+        self.code = code
 
 
 class UnknownModel(UserError):

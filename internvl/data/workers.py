@@ -52,6 +52,7 @@ _DIED = re.compile(
     r"(?:is killed by signal: (?P<signal>[^.]*)|exited unexpectedly)"
 )
 _SHARED_MEMORY = re.compile(r"shared memory|</torch_\d+")  # torch's own words
+_DYING_S = 1.0
 _NAMED = 3  # groups of samples in a sentence
 
 
@@ -189,24 +190,34 @@ class Reading(Generic[Job]):
         """
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, ConnectionError, EOFError) as error:
             sentence = self._death(error) or _resource_error(error)
             if sentence is None:
                 raise
             raise sentence from None
 
-    def _death(self, error: RuntimeError) -> WorkerDied | None:
+    def _death(self, error: Exception) -> WorkerDied | None:
         match = _DIED.search(str(error))
-        if match is None:
+        if match is not None:
+            pids = {int(pid) for pid in match["pids"].split(",")}
+            signal_name = match["signal"]
+        elif isinstance(error, RuntimeError):
             return None
-        pids = {int(pid) for pid in match["pids"].split(",")}
+        else:
+            # A result of the dead one is fetched from it, and so its socket breaks first.
+            for process in self.processes:
+                process.join(timeout=_DYING_S / len(self.processes))
+            pids = {p.pid for p in self.processes if p.pid and p.exitcode is not None}
+            signal_name = None
+            if not pids:
+                return None
         dead = [(n, p) for n, p in enumerate(self.processes) if p.pid in pids]
         for _, process in dead:
             process.join(timeout=1)  # its exit code is set by then
         # A worker that dies at once does so before `processes` is set.
         worker, code = (dead[0][0], dead[0][1].exitcode) if dead else (None, None)
         self._terminate_others()
-        return WorkerDied(death_sentence(min(pids), code, match["signal"], self._in_hand(worker)))
+        return WorkerDied(death_sentence(min(pids), code, signal_name, self._in_hand(worker)))
 
     def _terminate_others(self) -> None:
         """Terminates the workers that are left."""

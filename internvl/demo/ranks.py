@@ -5,7 +5,7 @@ from pathlib import Path
 
 from internvl import train
 from internvl.config import Recipe
-from internvl.errors import RunError
+from internvl.errors import RanksFailed
 from internvl.launch import local
 from internvl.training import length
 
@@ -17,7 +17,7 @@ def train_in_two(recipe: Recipe, file: Path) -> None:
         file: path of the recipe, which they read.
 
     Raises:
-        RunError: one of them failed, for the reason in the text.
+        RanksFailed: one of them failed, for the reason in the text.
     """
     # Not two threads: they would wait for each other in every layer of a model this small, two
     # processes only once per step.
@@ -27,4 +27,4 @@ def train_in_two(recipe: Recipe, file: Path) -> None:
     # The next commands that `train` prints are not those of a demo.
     ended = local.run(local.verb("train", str(file)), 2, stdout=subprocess.DEVNULL)
     if ended.code:
-        raise RunError(ended.sentence)
+        raise RanksFailed(ended.sentence, ended.code)

@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from internvl import launchers
-from internvl.errors import counted
+from internvl.errors import ConfigError, counted
 
 _POLL_S = 0.05
 _REPORT_S = 2.0
@@ -57,6 +57,54 @@ class _Rank:
 def verb(*words: str) -> list[str]:
     """Returns the command that runs a verb of the command line with this Python."""
     return [sys.executable, "-m", "internvl", *words]
+
+
+def choose_ranks(gpus: int | None, processes: int | None, device: str | None) -> int:
+    """Returns how many ranks to start here; 1 if this process is to do the work itself.
+
+    Args:
+        gpus: `--gpus`: ranks with a GPU each; None takes all GPUs of this machine.
+        processes: `--processes`: ranks on the CPU.
+        device: "cpu" leaves GPUs alone; None is "auto".
+
+    Raises:
+        ConfigError: they contradict each other, this machine, or the launcher of this process.
+    """
+    if gpus is not None and processes is not None:
+        raise ConfigError("--gpus and --processes: give one of them")
+    option, count = ("--gpus", gpus) if processes is None else ("--processes", processes)
+    if count is not None and count < 1:
+        raise ConfigError(f"{option}: at least 1, not {count}")
+    membership = launchers.joined()
+    if membership is not None:
+        if count is not None and not launchers.has_parent():
+            raise ConfigError(
+                f"{option} {count}: this process is one of {membership.world_size} that "
+                f"{membership.launcher} has started; leave {option} out"
+            )
+        return 1
+    if processes is not None:
+        if device not in ("cpu", None, "auto") or (device != "cpu" and count_gpus()):
+            raise ConfigError("--processes: ranks on the CPU, which needs device=cpu; or --gpus N")
+        return processes
+    if device not in ("auto", "cuda", None):
+        # cpu, or a single GPU by its index.
+        if gpus is not None and device == "cpu":
+            raise ConfigError("--gpus: the device is cpu; use --processes N, or device=auto")
+        return 1
+    available = count_gpus()
+    if gpus is not None and gpus > available:
+        hint = "; --processes N starts ranks on the CPU" if not available else ""
+        raise ConfigError(f"--gpus {gpus}: this machine has {counted(available, 'GPU')}{hint}")
+    return max(1, available if gpus is None else gpus)
+
+
+def count_gpus() -> int:
+    """Returns the number of GPUs that processes started here see."""
+    # Here: whoever chooses CPUs or goes on alone imports it at its own time.
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def run(command: Sequence[str], num_ranks: int, *, stdout: int | None = None) -> Ended:

@@ -2,11 +2,12 @@
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
-from internvl import dist, log
+from internvl import dist, launchers, log
 from internvl.config import Recipe, recipes
 from internvl.data import changes
 from internvl.data.sampler import Earlier, GrownOrder, Order, Prefix, SampleOrder
@@ -43,15 +44,22 @@ def _locked(recipe: Recipe) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     saved = folder / "recipe.yaml"
     # A lock of the kernel's, which ends with the process, however that ends.
-    with (folder / ".lock").open("w") as lock:
+    with (folder / ".lock").open("a+", encoding="utf-8") as lock:
         # A reader process that outlives a killed run for seconds would hold the lock as well.
         os.register_at_fork(after_in_child=lock.close)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            lock.seek(0)
+            holder = f" ({lock.readline().strip()})".replace(" ()", "")
             raise RunError(
-                f"another process is training in {folder}; wait for it or choose another `run`"
+                f"another process is training in {folder}{holder}; wait for it or end it, or "
+                "choose another `run`"
             ) from None
+        lock.truncate(0)
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        lock.write(f"process {os.getpid()} on {launchers.host()}, since {now}\n")
+        lock.flush()
         # Without a recipe these are somebody's files; with one, what a run has written.
         others = {e.name for e in folder.iterdir()} - {".lock", "recipe.yaml"}
         if not saved.exists() and others:

@@ -2,10 +2,12 @@
 
 import faulthandler
 import gc
+import multiprocessing
 import os
 import pickle
 import re
 import signal
+import time
 
 import pytest
 import tiny_run
@@ -126,6 +128,16 @@ def test_the_samples_that_it_had_are_named(source):
 def test_a_worker_that_exits_is_a_sentence(source):
     with pytest.raises(WorkerDied, match=r"ended with exit code 3; it was reading .*chat"):
         list(steps(source, 1, at(2, lambda: os._exit(3))))
+
+
+def test_a_worker_that_is_killed_with_a_result_in_hand_is_a_sentence(source):
+    read = steps(source, 1)
+    next(read)
+    (worker,) = multiprocessing.active_children()
+    time.sleep(0.5)  # it has sent what comes next, whose images are fetched from it
+    worker.kill()
+    with pytest.raises(WorkerDied, match=r"killed by signal 9 \(SIGKILL\); it was reading .*chat"):
+        next(read)
 
 
 def planted():

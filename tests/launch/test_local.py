@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from internvl import launchers
+from internvl.errors import ConfigError
 from internvl.launch import local
 from internvl.launch.local import Ended
+from internvl.launchers import Membership
 
 HOST = socket.gethostname()
 # Torch-free ranks start at once; they wait as ranks in a collective do.
@@ -123,3 +126,72 @@ def test_verbs_run_with_this_python() -> None:
     command = [*local.verb("--version")]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=True)
     assert done.stdout.startswith("internvl ")
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*Membership(0, 1, 0, "", 0, "").variables(), launchers.PARENT):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    ("gpus", "processes", "device", "available", "count"),
+    [
+        (None, None, "auto", 0, 1),
+        (None, None, "auto", 1, 1),
+        (None, None, "auto", 8, 8),
+        (None, None, None, 8, 8),
+        (None, None, "cpu", 8, 1),
+        (None, None, "cuda:1", 8, 1),
+        (4, None, "auto", 8, 4),
+        (1, None, "cuda", 8, 1),
+        (None, 2, "auto", 0, 2),
+        (None, 2, "cpu", 8, 2),
+    ],
+)
+def test_all_gpus_of_a_machine_are_used_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: int | None,
+    processes: int | None,
+    device: str | None,
+    available: int,
+    count: int,
+) -> None:
+    monkeypatch.setattr(local, "count_gpus", lambda: available)
+    assert local.choose_ranks(gpus, processes, device) == count
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    ("gpus", "processes", "device", "sentence"),
+    [
+        (9, None, "auto", "--gpus 9: this machine has 8 GPUs"),
+        (0, None, "auto", "--gpus: at least 1, not 0"),
+        (2, 2, "auto", "--gpus and --processes: give one of them"),
+        (2, None, "cpu", "--gpus: the device is cpu; use --processes N"),
+        (None, 2, "auto", "--processes: ranks on the CPU, which needs device=cpu"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: int | None,
+    processes: int | None,
+    device: str,
+    sentence: str,
+) -> None:
+    monkeypatch.setattr(local, "count_gpus", lambda: 8)
+    with pytest.raises(ConfigError, match=sentence):
+        local.choose_ranks(gpus, processes, device)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_rank_starts_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in Membership(1, 8, 1, "node1", 29500, "").variables().items():
+        monkeypatch.setenv(name, value)
+    assert local.choose_ranks(None, None, "auto") == 1
+    with pytest.raises(ConfigError, match="--gpus 4: this process is one of 8 that torchrun"):
+        local.choose_ranks(4, None, "auto")
+    # The command line of its launcher, which is run once more, has the option.
+    monkeypatch.setenv(launchers.PARENT, "17")
+    assert local.choose_ranks(4, None, "auto") == 1
