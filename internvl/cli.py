@@ -234,7 +234,7 @@ def evaluate(args: Arguments) -> int:
         for asked_step in args.step or [None]:
             _open(args, asked_step)
     with _loading(args.model):
-        from internvl import evaluate
+        from internvl import dist, evaluate
 
     fields = {name: getattr(args, name) for name in eval_options()}
     options: dict[str, Any] = {
@@ -247,24 +247,27 @@ def evaluate(args: Arguments) -> int:
         "features": args.features,
         "device": args.device,
         "dtype": args.dtype,
+        "device_map": args.device_map,
         "base": args.base,
         # Options that were not given must not replace a recipe's values.
         **{name: value for name, value in fields.items() if value is not None},
     }
     if args.step is not None and len(args.step) > 1:
         compared = evaluate.compare(args.model, args.step, args.tasks, **options)
+        if not dist.is_main():
+            return 0
         print(evaluate.render_steps(compared))
         for measured_step, result in compared.items():
-            print(
-                f"step {measured_step}: computed in {result.computed}; written to {result.folder}"
-            )
+            print(f"step {measured_step}: {evaluate.closing(result)}")
         return 0
     step = None if args.step is None else args.step[0]
     measured = evaluate.measure(args.model, args.tasks, step=step, **options)
+    if not dist.is_main():
+        return 0
     # Published values are for test splits only.
     model = args.model if args.split == "test" else ""
     print(evaluate.render(measured.metrics, model, measured.counts, measured.tables))
-    print(f"computed in {measured.computed}; written to {measured.folder}")
+    print(evaluate.closing(measured))
     return 0
 
 
@@ -613,6 +616,9 @@ def _add_evaluate_arguments(sub: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="default: a run's own; for a model bfloat16 on a GPU, float32 on a CPU",
+    )
+    sub.add_argument(
+        "--device-map", choices=("auto",), help="spread a model larger than a GPU over all GPUs"
     )
     _add_eval_options(sub)
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,7 +12,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from internvl import evals, zoo
+from internvl import dist, evals, log, zoo
 from internvl.compute import backends, compilation, placement
 from internvl.config import (
     CaptionEval,
@@ -25,7 +26,7 @@ from internvl.config import (
 from internvl.config.recipes import load_recipe
 from internvl.data.arguments import list_texts
 from internvl.datasets import published as published_sets
-from internvl.errors import ConfigError, ModelFolderError, UnknownModel
+from internvl.errors import ConfigError, ModelFolderError, UnknownModel, UserError, counted
 from internvl.evals.scores import Table
 from internvl.files import no_such_model, write_json, write_text
 from internvl.inference import load as loading
@@ -72,6 +73,8 @@ class Measured:
     computed: str = ""
     """Precision, device and attention of this evaluation. If the run computes differently, only the
     differences: "float32; inside the run: bfloat16 autocast"."""
+    ranks: int = 1
+    """Processes that shared the items."""
 
 
 @dataclass(frozen=True)
@@ -120,14 +123,17 @@ def measure(
     features: str | Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    device_map: str | None = None,
     step: int | None = None,
     base: Replacements = None,
     **fields: Any,
 ) -> Measured:
     """Evaluates a model on published sets or on the user's files, or a run as its recipe says.
 
-    Problems of the data are reported before the model is loaded. Features are cached while they are
-    computed, so the same call resumes after an interruption. A run is measured as it measures
+    Problems of the data are reported before the model is loaded. Under torchrun, Slurm or MPI the
+    items are shared out over all processes, and the results do not depend on their number. Features
+    and answers are cached while they are computed, so the same call resumes after an interruption,
+    on any number of processes. A run is measured as it measures
     itself (trained weights in float32, products in its `dtype`, its attention and threads), so the
     scores of its last step are reproduced. Differences are in `computed`, in `result.json` as
     NAME/computed, and in CLIP_benchmark's lines.
@@ -143,6 +149,8 @@ def measure(
         languages: languages of a multilingual set, as CLIP_benchmark writes them.
         dtype: for a run, the dtype of the products, by default its own; for a model, that of all
             weights, by default bfloat16 on a GPU and float32 on a CPU.
+        device_map: "auto" spreads a model that is larger than a GPU over all of them, in a single
+            process.
         output: file that the originals' result lines are appended to; by default `to`/result.jsonl.
         features: folder in which features are kept; by default they are deleted at the end.
         step, base: as of `internvl.load`.
@@ -161,6 +169,7 @@ def measure(
     # A call from Python may name a single mode.
     if isinstance(fields.get("modes"), str):
         fields["modes"] = [fields["modes"]]
+    device = _join(device, device_map)
     problem = no_such_model(model_or_run)
     if problem is not None:
         raise ModelFolderError(problem)
@@ -186,26 +195,62 @@ def measure(
         call |= {"languages": languages, "device": device, "dtype": dtype, **fields}
         # A run may move, or be named by a checkpoint's folder: its results move with it.
         call |= {"model": _absolute(model_or_run)} if run_step is None else {}
-        folder = _results_folder(parent, _jobs_name(jobs), call)
+        folder = dist.on_main(lambda: _results_folder(parent, _jobs_name(jobs), call))
     features_folder = features or folder / "features"
     with placement.threads(None if recipe is None else recipe.threads):
         if recipe is None:
-            opened = _open_model(model_or_run, device, dtype, base)
+            opened = _open_model(model_or_run, device, dtype, device_map, base)
+        elif device_map is not None:
+            raise UserError(
+                f"device_map = {device_map!r} is for model folders, and {model_or_run} is a run; "
+                f"`internvl export {model_or_run} --to FOLDER`, and evaluate FOLDER"
+            )
         else:
             opened = _open_run(open_model(model_or_run, step=step, base=base), device, dtype)
         handle, numerics = opened.handle, opened.numerics
         # Below the weights' fingerprint: features of another checkpoint must never be reused.
-        cache = features_folder / _fingerprint(Path(model_or_run), run_step, handle, numerics)
+        cache = features_folder / dist.on_main(
+            lambda: _fingerprint(Path(model_or_run), run_step, handle, numerics)
+        )
         with opened.computing:
             metrics = evals.run_all(evaluators, handle, folder, features=cache)
-    _record_differences(folder / "result.json", list(jobs), numerics.differences)
-    # Only now: until everything is measured, the next call resumes from them.
-    if features is None:
-        shutil.rmtree(features_folder, ignore_errors=True)
-    _write_result_lines(folder, output, jobs, metrics, opened, str(model_or_run))
-    counts = {name: evaluators[name].counts() for name in jobs}
+    counts = dist.from_main({name: evaluators[name].counts() for name in jobs})
+
+    def finish() -> None:
+        _record(folder / "result.json", counts, numerics.differences)
+        # Only now: until everything is measured, the next call resumes from them.
+        if features is None:
+            shutil.rmtree(features_folder, ignore_errors=True)
+        _write_result_lines(folder, output, jobs, metrics, opened, str(model_or_run))
+
+    dist.main_alone(finish)
     tables = {name: evaluators[name].table() for name in jobs}
-    return Measured(metrics, counts, tables, folder, str(numerics))
+    return Measured(metrics, counts, tables, folder, str(numerics), dist.world_size())
+
+
+def _join(device: str | None, device_map: str | None) -> str | None:
+    """Joins the processes that share this evaluation, if any; returns this one's device.
+
+    Raises:
+        ConfigError: several processes, and an option that is for a single one.
+    """
+    joined = dist.init_from_env("cpu" if device == "cpu" else "auto")
+    if dist.world_size() == 1:
+        return device
+    if not dist.is_main():
+        log.get_logger().setLevel(logging.WARNING)
+    processes = counted(dist.world_size(), "process", "processes")
+    if device_map is not None:
+        raise ConfigError(
+            f"device_map: {device_map} spreads one model over all GPUs of a single process, and "
+            f"there are {processes}; start one, or leave the option out"
+        )
+    if device not in (None, "cpu", "cuda"):
+        raise ConfigError(
+            f"device: {device} is one device, and each of {processes} needs its own; leave the "
+            "option out"
+        )
+    return str(joined)
 
 
 def compare(
@@ -252,6 +297,8 @@ def _jobs(
 ) -> dict[str, Job]:
     """Makes the jobs of `measure`: several for a published set with several languages."""
     types = {name: _type_of(name, run_evals) for name in names}
+    # A broken image costs its own line, not the evaluation; a recipe says itself what it does.
+    policy = {"on_bad_sample": "skip_broken"}
     jobs: dict[str, Job] = {}
     for name, type_name in types.items():
         options = _options_of(type_name, set(types.values()), fields)
@@ -259,9 +306,9 @@ def _jobs(
         if name in run_evals:
             jobs[name] = Job(eval_config(**{**vars(run_evals[name]), **options}), name, "en")
         elif name in published_sets.TASKS:
-            jobs |= _published_jobs(name, root, dataset_root, languages, split, options)
+            jobs |= _published_jobs(name, root, dataset_root, languages, split, policy | options)
         else:
-            jobs[name] = _user_job(name, languages, split, options)
+            jobs[name] = _user_job(name, languages, split, policy | options)
     return jobs
 
 
@@ -361,10 +408,14 @@ def _precision(dtype: str) -> str:
 
 
 def _open_model(
-    name: str | Path, device: str | None, dtype: str | None, base: Replacements
+    name: str | Path,
+    device: str | None,
+    dtype: str | None,
+    device_map: str | None,
+    base: Replacements,
 ) -> _Opened:
     """Loads a model that is no run's, all weights in one dtype."""
-    handle = loading.load(name, device=device, dtype=dtype, base=base)
+    handle = loading.load(name, device=device, dtype=dtype, device_map=device_map, base=base)
     loaded_dtype = str(handle.model.dtype).removeprefix("torch.")
     # A folder that does not say its dtype cannot differ from it.
     stored_dtype = _stored_dtype(Path(handle.folder)) or loaded_dtype
@@ -381,13 +432,16 @@ def _stored_dtype(folder: Path) -> str | None:
     return config.get("dtype") or config.get("torch_dtype")
 
 
-def _record_differences(file: Path, names: Sequence[str], differences: str) -> None:
-    """Sets NAME/computed of these evaluations in `result.json`; no differences remove it."""
+def _record(file: Path, counts: Mapping[str, Mapping[str, int]], differences: str) -> None:
+    """Sets NAME/computed and NAME/left_out of these evaluations in `result.json`; no differences
+    and nothing left out remove them."""
     results = json.loads(file.read_text(encoding="utf-8"))
-    for name in names:
-        # The file may hold the value of an earlier call with another dtype.
-        results.pop(f"{name}/computed", None)
-        results |= {f"{name}/computed": differences} if differences else {}
+    for name, of_evaluation in counts.items():
+        noted = {"computed": differences, "left_out": of_evaluation.get(evals.LEFT_OUT)}
+        for key, value in noted.items():
+            # The file may hold the value of an earlier call.
+            results.pop(f"{name}/{key}", None)
+            results |= {f"{name}/{key}": value} if value else {}
     write_json(file, results, indent=1)
 
 
@@ -627,8 +681,7 @@ def render(
                 notes[note], references = None, {}
         table = (tables or {}).get(evaluation)
         if table is not None:
-            sizes = (counts or {}).get(evaluation, {}).items()
-            measured = ", ".join(f"{count:,} {noun}" for noun, count in sizes)
+            measured = _listed((counts or {}).get(evaluation, {}))
             lines += [f"{evaluation}: {measured}" if measured else f"{evaluation}:"]
             lines += [f"  {line}" for line in table.render(values, references)]
             lines += ["  (in brackets: published)"] if references else []
@@ -639,6 +692,23 @@ def render(
             reference = references.get(metric)
             lines.append(line if reference is None else f"{line}  {reference:9.4f}")
     return "\n".join([*lines, *notes])
+
+
+def closing(measured: Measured) -> str:
+    """Renders what was measured, how and by how many processes, and where the results are."""
+    # A table's head says already what it was measured on.
+    sizes = [
+        f"{name}: {_listed(counts)}"
+        for name, counts in measured.counts.items()
+        if measured.tables.get(name) is None
+    ]
+    processes = f" by {measured.ranks} processes" if measured.ranks > 1 else ""
+    computed = f"computed in {measured.computed}{processes}; written to {measured.folder}"
+    return "; ".join([*sizes, computed])
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {noun}" for noun, count in counts.items())
 
 
 def render_steps(measured: Mapping[int, Measured]) -> str:

@@ -60,11 +60,13 @@ class EvalConfig:
     """Measure only this many images (or samples), the first ones."""
     batch_size: Positive = 16
     """Images or texts in one call of the model."""
-    on_bad_sample: Literal["raise", "skip", "keep"] = "raise"
+    on_bad_sample: Literal["raise", "skip_broken", "skip", "keep"] = "raise"
     """What to do about broken and missing images, captions that are not text or name an image that
     is not listed, images without captions, repeated ids, and images that were trained on. raise:
-    stop with an error that names all; skip: leave them out and list them; keep: only list them, if
-    the rest can be measured with them."""
+    stop with an error that names all; skip_broken: leave image files out that cannot be decoded,
+    and list them, but stop for anything else; skip: leave all of them out and list them; keep: only
+    list them, if the rest can be measured with them. `internvl evaluate` takes skip_broken for what
+    is no evaluation of a recipe."""
 
     @property
     def files(self) -> tuple[Path | None, ...]:

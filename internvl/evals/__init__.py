@@ -10,6 +10,7 @@ from internvl.config import EvalConfig
 from internvl.data.images import FileSlice
 from internvl.evals import caption, classify, loss, retrieval
 from internvl.evals.metrics import one_meteor
+from internvl.evals.scores import LEFT_OUT as LEFT_OUT
 from internvl.evals.scores import EvalScores, Table
 from internvl.files import read_numbers, write_json, write_text
 from internvl.log import get_logger

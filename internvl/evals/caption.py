@@ -16,7 +16,14 @@ from internvl.data.pair_files import image_path
 from internvl.errors import BadImage, BadSample, UserError
 from internvl.evals import metrics, sharing
 from internvl.evals.answers import AnswerFiles, Row
-from internvl.evals.scores import EvalScores, fingerprint, raise_or_log, skipped_rows
+from internvl.evals.scores import (
+    LEFT_OUT,
+    EvalScores,
+    fingerprint,
+    raise_or_log,
+    raise_or_log_images,
+    skipped_rows,
+)
 from internvl.inference.handle import Handle
 
 _REMEDY = "put them right, or set on_bad_sample (--on-bad-sample) to skip to leave them out"
@@ -54,14 +61,15 @@ class Caption:
         named = zip(ids, file.images, strict=True)
         # `limit` counts images that have a caption: a COCO file may list others before them.
         self._resolve([pair for pair in named if pair[0] in self.references][: config.limit], file)
-        policy = "skip" if config.on_bad_sample == "skip" else "raise"
+        policy = config.on_bad_sample
         # "keep" measures in spite of problems, but not on an image that cannot be shown.
-        if config.on_bad_sample == "keep" and not self._unusable:
-            policy = "keep"
-        raise_or_log(self.problems, policy, _REMEDY)
+        policy = "raise" if policy == "keep" and self._unusable else policy
+        raise_or_log_images(self.problems, self._broken, policy, _REMEDY)
+        self.problems += self._broken
         self.ids = list(self.paths)
         self._unread: list[BadSample] = []  # could be read at first, and then could not
         if not self.ids:
+            raise_or_log(self.problems, "raise", _REMEDY)
             raise UserError(f"{config.annotations} has no image with a caption; check it")
 
     def _resolve(self, named: Sequence[tuple[ImageId, NamedImage]], file: CaptionFile) -> None:
@@ -84,10 +92,7 @@ class Caption:
         # Decoded before any model is loaded: a truncated file would end a long run otherwise.
         unreadable = sharing.broken([*self.paths.values()])
         ids = list(self.paths)  # `broken` counts by position, and `paths` shrinks meanwhile
-        for index, reason in unreadable.items():
-            path = self.paths.pop(ids[index])
-            self.problems.append(BadSample(path, reason))
-            self._unusable = True
+        self._broken = [BadSample(self.paths.pop(ids[i]), why) for i, why in unreadable.items()]
 
     def images(self) -> Sequence[str]:
         """Returns every image that will be opened, in the order of `ids`."""
@@ -99,7 +104,7 @@ class Caption:
         ids = [i for i in self.ids if self.paths[i] not in unread]
         counts = {"images": len(ids), "texts": sum(len(self.references[i]) for i in ids)}
         left_out = len(self.problems) + len(unread)
-        return counts | ({"left out": left_out} if left_out else {})
+        return counts | ({LEFT_OUT: left_out} if left_out else {})
 
     def table(self) -> None:
         """See `Evaluator.table`."""

@@ -22,11 +22,12 @@ from internvl.errors import BadSample, UserError, counted
 from internvl.evals import sharing
 from internvl.evals.features import CHUNK_TEXTS, FeatureCache, ranks, share_within
 from internvl.evals.scores import (
+    LEFT_OUT,
     EvalScores,
     Table,
     TableRow,
     fingerprint,
-    raise_or_log,
+    raise_or_log_images,
     skipped_rows,
 )
 
@@ -61,10 +62,8 @@ class Classify:
             raise UserError(f"{root} has no folder with images; classes are folders")
         # Decoded before any model is loaded: a truncated file would end a long run otherwise.
         bad = sharing.broken([path for path, _ in files])
-        self.problems = [BadSample(printable(files[i][0]), why) for i, why in bad.items()]
-        self.problems += self._empty_classes(root)
-        # "keep" measures in spite of problems, but a broken image cannot be encoded.
-        policy = "raise" if bad and config.on_bad_sample == "keep" else config.on_bad_sample
+        unreadable = [BadSample(printable(files[i][0]), why) for i, why in bad.items()]
+        self.problems = self._empty_classes(root)
         self.names = self._class_names()
         self.templates = ["{c}"] if config.templates is None else self._texts(config.templates)
         for index, template in enumerate(self.templates, start=1):
@@ -73,7 +72,8 @@ class Classify:
                     f"{config.templates} entry {index}: {template!r} has no {{c}} for the class; "
                     "every template needs one"
                 )
-        raise_or_log(self.problems, policy, _REMEDY)
+        raise_or_log_images(self.problems, unreadable, config.on_bad_sample, _REMEDY)
+        self.problems += unreadable
         self.files = [file for index, file in enumerate(files) if index not in bad]
         if not self.files:
             raise UserError(f"{root} holds no image that can be read")
@@ -107,7 +107,7 @@ class Classify:
     def counts(self) -> dict[str, int]:
         """See `Evaluator.counts`."""
         counts = {"images": len(self.files), "classes": len(self.names)}
-        return counts | ({"left out": len(self.problems)} if self.problems else {})
+        return counts | ({LEFT_OUT: len(self.problems)} if self.problems else {})
 
     def table(self) -> Table:
         """See `Evaluator.table`: modes by accuracies."""

@@ -19,7 +19,13 @@ from internvl.data.sampler import UnitRef
 from internvl.data.sources import open_source
 from internvl.errors import BadSample, UserError
 from internvl.evals import sharing
-from internvl.evals.scores import EvalScores, raise_or_log, skipped_rows
+from internvl.evals.scores import (
+    LEFT_OUT,
+    EvalScores,
+    raise_or_log,
+    raise_or_log_images,
+    skipped_rows,
+)
 from internvl.models import configs
 from internvl.models.attention import packed
 from internvl.objectives.packed_loss import summed_loss
@@ -55,26 +61,29 @@ class Loss:
             )
         )
         self.lines = range(min(len(self.source), config.limit or len(self.source)))
+        self._left_out = 0
         # Other policies meet bad samples in `run`, which reads every sample anyhow.
-        if config.on_bad_sample == "raise":
-            raise_or_log(self._problems(), "raise", _REMEDY)
+        if config.on_bad_sample in ("raise", "skip_broken"):
+            problems = self._bad_samples()
+            unreadable = self._broken_images()
+            raise_or_log_images(problems, unreadable, config.on_bad_sample, _REMEDY)
 
-    def _problems(self) -> list[BadSample]:
-        """Returns the problems of samples and images, without a model."""
-        problems: list[BadSample] = []
-        first_samples: dict[str | FileSlice, str] = {}  # image -> first sample that shows it
+    def _bad_samples(self) -> list[BadSample]:
+        samples = self.source.samples(self.lines)
+        return [sample for sample in samples if isinstance(sample, BadSample)]
+
+    def _broken_images(self) -> list[BadSample]:
+        """Returns the problems of images, by the first sample that shows them."""
+        first_samples: dict[str | FileSlice, str] = {}
         for sample in self.source.samples(self.lines):
-            if isinstance(sample, BadSample):
-                problems.append(sample)
-                continue
-            for image in sample.images:
+            for image in sample.images if isinstance(sample, Sample) else ():
                 if not isinstance(image, bytes):
                     first_samples.setdefault(
                         image if isinstance(image, FileSlice) else str(image), sample.name
                     )
         images = list(first_samples)  # each decoded once, however many samples show it
         unreadable = sharing.broken(images)
-        return problems + [
+        return [
             BadSample(first_samples[images[index]], f"{images[index]}: {reason}")
             for index, reason in unreadable.items()
         ]
@@ -87,7 +96,8 @@ class Loss:
 
     def counts(self) -> dict[str, int]:
         """See `Evaluator.counts`."""
-        return {"samples": len(self.lines)}
+        counts = {"samples": len(self.lines) - self._left_out}
+        return counts | ({LEFT_OUT: self._left_out} if self._left_out else {})
 
     def table(self) -> None:
         """See `Evaluator.table`."""
@@ -129,6 +139,7 @@ class Loss:
         bad = [problem for chunk in sums for problem in chunk.bad]
         policy = "skip" if self.config.on_bad_sample != "raise" else "raise"
         raise_or_log(bad, policy, _REMEDY)
+        self._left_out = len(bad)
         count = sum(chunk.count for chunk in sums)
         if not count:
             raise UserError(f"{self.config.annotations} holds no sample with an answer")

@@ -30,11 +30,12 @@ from internvl.evals.features import (
     too_large,
 )
 from internvl.evals.scores import (
+    LEFT_OUT,
     EvalScores,
     Table,
     TableRow,
     fingerprint,
-    raise_or_log,
+    raise_or_log_images,
     skipped_rows,
 )
 
@@ -85,14 +86,14 @@ class Retrieval:
         pairs = pairs.without({*beyond})
         # Decoded before any model is loaded: a truncated file would end a long run otherwise.
         bad = sharing.broken(pairs.images)
-        problems = [*pairs.problems, *(BadSample(str(pairs.images[i]), bad[i]) for i in bad)]
+        unreadable = [BadSample(str(pairs.images[i]), bad[i]) for i in bad]
         leaked = self._leaks(pairs)
-        problems += [BadSample(str(pairs.images[i]), leaked[i]) for i in leaked]
-        # "keep" measures on leaked images too, but a broken one cannot be encoded.
-        policy = "raise" if bad and config.on_bad_sample == "keep" else config.on_bad_sample
-        raise_or_log(problems, policy, _REMEDY)
-        self.problems = problems
-        self.pairs = pairs.without({*bad, *leaked} if policy == "skip" else set())
+        problems = [*pairs.problems, *(BadSample(str(pairs.images[i]), leaked[i]) for i in leaked)]
+        policy = config.on_bad_sample
+        raise_or_log_images(problems, unreadable, policy, _REMEDY)
+        self.problems = [*problems, *unreadable]
+        # "keep" measures on leaked images too.
+        self.pairs = pairs.without({*bad, *(leaked if policy == "skip" else ())})
         # After skipping, which leaves fewer candidates; the original's topk would fail beyond them.
         for candidates, count in (
             ("images", len(self.pairs.images)),
@@ -119,7 +120,7 @@ class Retrieval:
     def counts(self) -> dict[str, int]:
         """See `Evaluator.counts`."""
         counts = {"images": len(self.pairs.images), "texts": len(self.pairs.texts)}
-        return counts | ({"left out": len(self.problems)} if self.problems else {})
+        return counts | ({LEFT_OUT: len(self.problems)} if self.problems else {})
 
     def table(self) -> Table:
         """See `Evaluator.table`: directions by R@k for every mode, and for its re-ranked scores."""

@@ -11,6 +11,9 @@ from internvl.data.texts import problem_lines
 from internvl.errors import BadSample, UserError, counted
 from internvl.log import get_logger
 
+LEFT_OUT = "left out"
+"""Name of the count of items that could not be measured, if there are any."""
+
 
 @dataclass(frozen=True)
 class EvalScores:
@@ -106,6 +109,20 @@ def raise_or_log(problems: Sequence[BadSample], policy: str, remedy: str) -> Non
         return
     lines = "\n".join(problem_lines(problems))
     get_logger().warning("%s in the data:\n%s", counted(len(problems), "problem"), lines)
+
+
+def raise_or_log_images(
+    problems: Sequence[BadSample], broken: Sequence[BadSample], policy: str, remedy: str
+) -> None:
+    """As `raise_or_log`, for problems of the data and, of their images, those that are broken."""
+    if policy != "skip_broken":
+        # A broken image cannot be kept: nothing can be computed of it.
+        policy = "raise" if broken and policy == "keep" else policy
+        raise_or_log([*problems, *broken], policy, remedy)
+    elif problems:
+        raise_or_log([*problems, *broken], "raise", remedy)
+    else:
+        raise_or_log(broken, "skip", remedy)
 
 
 def skipped_rows(problems: Sequence[BadSample]) -> list[dict[str, Any]]:

@@ -327,9 +327,13 @@ class _Answers:
     """A handle that writes what it is told."""
 
     caption_prompt, caption_beams = "Describe it.", 1
+    exif, model = "ignore", None
 
     def __init__(self, texts: list[str]) -> None:
         self.texts = texts
+
+    def num_tiles(self, image: str) -> int:
+        return 1
 
     def caption(self, images: Any, prompt: str, **settings: Any) -> list[str]:
         return self.texts
