@@ -521,7 +521,8 @@ def evaluate(state: TrainState) -> dict[str, float]:
     if not due:
         return {}
     state.model.eval()
-    with compilation.evaluating(state.device, state.recipe.dtype):
+    computing = compilation.evaluating(state.device, state.recipe.dtype)
+    with computing, shard.evaluating(state.model, state.recipe.parallel):
         return evals.run_all(due, state.chat, state.folder / "evals", state.step)
 
 

@@ -48,6 +48,7 @@ ELSEWHERE = {
     "models/trainable.py": ("models/adapters/test_lora.py", "what trains beside adapters"),
     "models/units.py": ("parallel/test_shard.py", "what shards gather one by one"),
     "objectives/packed_loss.py": ("test_train.py", "what a step of training sums"),
+    "parallel/lockstep.py": ("test_train_ranks.py", "evaluations of a model in shards"),
     "training/saved_steps.py": ("training/test_checkpoint.py", "what `save` leaves there"),
     "plan/activations.py": ("plan/test_memory.py", "what a chat model saves, counted by autograd"),
     "plan/chat_activations.py": ("plan/test_memory.py", "likewise"),

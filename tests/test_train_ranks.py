@@ -9,6 +9,7 @@ from ranks import run_ranks
 
 from internvl import log, train
 from internvl.config import recipes
+from internvl.evals import loss
 
 TRAIN = """
 from internvl import train
@@ -82,3 +83,41 @@ def test_ranks_list_bad_samples_once_and_stop_together(project, tmp_path):
     raising = [source, "steps=6", f"run={tmp_path / 'raised'}"]
     with pytest.raises(AssertionError, match=r"BadSample: .*broken.jsonl line 1"):
         run_ranks(TRAIN.format(recipe=str(project), settings=raising))
+
+
+EVALUATE = """
+from internvl import train
+from internvl.config import recipes
+from internvl.evals import loss
+
+loss._CHUNK_SAMPLES = 16
+for settings in {cases!r}:
+    train.run(recipes.load_recipe({recipe!r}, settings))
+"""
+
+
+def test_evaluations_on_every_rank_are_those_of_one_process(project, tmp_path, monkeypatch):
+    """Of whole and of sharded weights; before the first step they are equal to the last bit."""
+    folder = project.parent
+    files = f"annotations: {folder}/captions.json, images: {folder}, prompt: Name it, before: true"
+    settings = [
+        f"evals.texts={{{files}, metrics: exact, max_new_tokens: 6, batch_size: 5}}",
+        # Of 16 and of 8 samples: rank 1 has fewer rows.
+        f"evals.held={{type: loss, {files}, max_tokens: 64}}",
+        "steps=1",
+        "checkpoint.every=0",
+        "checkpoint.best=held/loss",
+    ]
+    stages = ("none", "zero2", "zero3")
+    cases = [[*settings, f"run={tmp_path / stage}", f"parallel.shard={stage}"] for stage in stages]
+    monkeypatch.setattr(loss, "_CHUNK_SAMPLES", 16)
+    alone = train.run(recipes.load_recipe(project, [*settings, f"run={tmp_path / 'alone'}"]))
+    run_ranks(EVALUATE.format(recipe=str(project), cases=cases))
+    for stage in stages:
+        for name in ("000000.json", "000000/texts.jsonl", "000000/held.jsonl"):
+            found = (tmp_path / stage / "evals" / name).read_text()
+            assert found == (alone / "evals" / name).read_text(), (stage, name)
+        one, several = (
+            json.loads((run / "evals/000001.json").read_text()) for run in (alone, tmp_path / stage)
+        )
+        assert several == pytest.approx(one, rel=1e-5)

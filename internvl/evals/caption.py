@@ -25,6 +25,7 @@ from internvl.evals.scores import (
     skipped_rows,
 )
 from internvl.inference.handle import Handle
+from internvl.parallel import lockstep
 
 _REMEDY = "put them right, or set on_bad_sample (--on-bad-sample) to skip to leave them out"
 
@@ -159,7 +160,7 @@ class Caption:
         def read(batch: Sequence[int]) -> list[tuple[int, np.ndarray | str]]:
             return [(index, _read(images[index], handle.exif)) for index in batch]
 
-        in_step = sharing.in_step(handle.model)
+        in_step = lockstep.in_step(handle.model)
 
         def answer(batch: Sequence[tuple[int, np.ndarray | str]]) -> list[tuple[int, Row]]:
             arrays = {index: image for index, image in batch if not isinstance(image, str)}

@@ -30,6 +30,7 @@ from internvl.evals.scores import (
     raise_or_log_images,
     skipped_rows,
 )
+from internvl.parallel import lockstep
 
 _REMEDY = "put them right, or set on_bad_sample (--on-bad-sample) to skip to leave them out"
 
@@ -130,7 +131,7 @@ class Classify:
             lambda rows: self._class_features(handle, rows),
             # A class has a text for every template.
             chunk=max(1, CHUNK_TEXTS // len(self.templates)),
-            in_step=sharing.in_step(handle.model),
+            in_step=lockstep.in_step(handle.model),
         )
         # All modes from one pass of the vision tower, which takes nearly all of the time.
         features = cache.encode_images(

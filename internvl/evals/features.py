@@ -18,6 +18,7 @@ from internvl.errors import UserError
 from internvl.evals import sharing
 from internvl.files import atomic_file
 from internvl.models.weights import save_tensors
+from internvl.parallel import lockstep
 
 SCORES_AT_ONCE = 1 << 20
 """Scores in memory at the same time while ranking; about 20 bytes each with temporaries."""
@@ -115,7 +116,7 @@ class FeatureCache:
             features = handle.encode_images_of(images, modes, batch_size=batch_size, **options)
             return torch.cat([features[mode] for mode in modes], dim=1)
 
-        in_step = sharing.in_step(handle.model)
+        in_step = lockstep.in_step(handle.model)
         # In step every rank must run as many batches in a chunk, and the last chunk has fewer.
         chunk = batch_size if in_step else CHUNK_BATCHES * batch_size
         together = f"{name}_{''.join(modes)}"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from internvl import dist
@@ -14,7 +15,7 @@ from internvl.config import DataConfig, LossEval, SourceConfig
 from internvl.data.images import FileSlice
 from internvl.data.loader import Read, UnitReader
 from internvl.data.packing import encode_units, pack
-from internvl.data.records import Sample
+from internvl.data.records import Example, PackedBatch, Sample, Unit
 from internvl.data.sampler import UnitRef
 from internvl.data.sources import open_source
 from internvl.errors import BadSample, UserError
@@ -29,6 +30,7 @@ from internvl.evals.scores import (
 from internvl.models import configs
 from internvl.models.attention import packed
 from internvl.objectives.packed_loss import summed_loss
+from internvl.parallel import lockstep
 
 _CHUNK_SAMPLES = 64  # samples that are packed together, by one rank; their tiles are in memory
 _ROW_TILES = 48  # most tiles of a row, unless a sample has more
@@ -125,7 +127,7 @@ class Loss:
             "samples",
             self._reader(data, handle.encoder),
             lambda read: _sums(handle.model, read, data, lengths),
-            in_step=sharing.in_step(handle.model),
+            in_step=lockstep.in_step(handle.model),
         )
         with ExitStack() as contexts:
             contexts.enter_context(torch.no_grad())
@@ -172,8 +174,19 @@ class _Sums:
 def _sums(model: Any, read: Read, data: DataConfig, lengths: tuple[int, ...]) -> _Sums:
     """Packs the samples of a chunk and sums their loss; rows are padded to one of `lengths`."""
     rows = pack(read.units, max_tokens=data.max_tokens, max_tiles=data.max_tiles)
+    # Where every forward waits for all ranks, each runs as many rows as the fullest chunk has.
+    fillers = lockstep.most(len(rows)) - len(rows) if lockstep.in_step(model) else 0
     losses = [
         float(summed_loss(model, feeding.pad(row, lengths).to(model.device), data.statistics))
-        for row in rows
+        for row in [*rows, *[_empty_row(data)] * fillers]
     ]
-    return _Sums(losses, sum(len(row.targets) for row in rows), list(read.bad))
+    count = sum(len(row.targets) for row in rows)
+    return _Sums(losses[: len(rows)], count, list(read.bad))
+
+
+def _empty_row(data: DataConfig) -> PackedBatch:
+    """Makes a row of two tokens whose loss counts for nothing."""
+    ids = np.zeros(2, dtype=np.int64)
+    unit = Unit((Example("no sample", ids, ids),), 0, None)
+    (row,) = pack([unit], max_tokens=data.max_tokens, max_tiles=data.max_tiles)
+    return row

@@ -38,6 +38,7 @@ from internvl.evals.scores import (
     raise_or_log_images,
     skipped_rows,
 )
+from internvl.parallel import lockstep
 
 _DIRECTIONS = {"image_retrieval": "text → image", "text_retrieval": "image → text"}
 """CLIP_benchmark's name of a direction, by what is retrieved -> query and result."""
@@ -147,7 +148,7 @@ class Retrieval:
         def encode_texts(rows: range) -> Tensor:
             return handle.encode_texts(all_texts[rows.start : rows.stop])
 
-        in_step = sharing.in_step(handle.model)
+        in_step = lockstep.in_step(handle.model)
         texts = cache.encode("texts", len(all_texts), encode_texts, in_step=in_step)
         texts = texts.to(handle.device)
         features = cache.encode_images(
@@ -208,7 +209,7 @@ class Retrieval:
             scores: Tensor = handle.match(*chosen, batch_size=size)
             return scores[:, None]
 
-        in_step = sharing.in_step(handle.model)
+        in_step = lockstep.in_step(handle.model)
         name = f"pairs_{blake2b(repr(pairs).encode(), digest_size=8).hexdigest()}"
         chunk = size if in_step else CHUNK_BATCHES * size
         scores = cache.encode(name, len(pairs), match, chunk=chunk, in_step=in_step)

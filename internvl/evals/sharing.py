@@ -7,7 +7,7 @@ import heapq
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Generic, Self, TypeVar
+from typing import Generic, Self, TypeVar
 
 from internvl import dist
 from internvl.compute import feeding
@@ -38,16 +38,6 @@ def broken(images: Sequence[str | FileSlice]) -> dict[int, str]:
 
     decoded = enumerate(spread(images, reasons))
     return {index: reason for index, reason in decoded if reason is not None}
-
-
-def in_step(model: Any) -> bool:
-    """True if every forward of `model` is collective, so that all ranks must run as many."""
-    if dist.world_size() == 1:
-        return False
-    # Here: a single process never needs it, and it takes a second to import.
-    from torch.distributed.tensor import DTensor
-
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 @dataclass(frozen=True)
@@ -97,7 +87,7 @@ class Work(Generic[Batch, Prepared, Result]):
     keep: Callable[[int, Result], None] = lambda index, result: None
     """Called with the index and result of a batch by the rank that computed it, at once."""
     in_step: bool = False
-    """Every `compute` is collective; see `in_step`."""
+    """Every `compute` is collective; see `lockstep.in_step`."""
 
     def run(
         self,

@@ -40,6 +40,7 @@ from internvl.inference.handle import describe_weights
 from internvl.models.dual.beam_search import BeamSearchConfig
 from internvl.models.dual.model import DualModel, Mode
 from internvl.models.vision import normalize_tiles
+from internvl.parallel import lockstep
 
 ImageInput = str | Path | bytes | BinaryIO | FileSlice | Image.Image | np.ndarray
 ImageInputs = Sequence[ImageInput] | ImageInput | Tensor
@@ -274,6 +275,7 @@ class Dual:
             # As in the original, whose search ends at the id in the model's configuration.
             end_id=self.model.config.text_config.eos_token_id,
             length_penalty=length_penalty,
+            ends=lockstep.all_done if lockstep.in_step(self.model) else bool,
         )
         encoder = self.encoder
         prompt_ids = torch.tensor(encoder.prompt(prompt))

@@ -27,6 +27,7 @@ from internvl.inference.requests import Prompt, Request, check_turns, encode, li
 from internvl.inference.settings import Settings as Settings
 from internvl.models import configs
 from internvl.models.vision import normalize_tiles
+from internvl.parallel import lockstep
 
 
 def answers(
@@ -102,6 +103,8 @@ def generate(
             attention_mask=mask.to(device),
             pixel_values=torch.cat(tiles) if tiles else None,
             generation_config=settings.generation_config(end_id, pad_id),
+            # Ranks that share weights go on until the last of them has its answers.
+            synced_gpus=lockstep.in_step(model),
             **generate_kwargs,
         )
     return [answer_text(row, encoder) for row in output[:, ids.shape[1] :].tolist()]

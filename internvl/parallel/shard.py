@@ -26,7 +26,9 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
 
+from internvl import dist
 from internvl.config import ParallelConfig
 from internvl.models import units
 
@@ -113,6 +115,39 @@ def whole(model: nn.Module, config: ParallelConfig) -> Iterator[None]:
         if config.shard == "zero3":
             model.set_reshard_after_forward(True)
             model.set_reshard_after_forward(False, recurse=False)
+
+
+@contextmanager
+def evaluating(model: nn.Module, config: ParallelConfig) -> Iterator[None]:
+    """Prepares the weights for an evaluation, and frees them after it.
+
+    They are gathered once if the stage has them whole in a step too, or if the GPU's free memory
+    holds them easily. Otherwise every forward gathers them anew, and ranks stay in step: see
+    `lockstep`.
+    """
+    if not isinstance(model, FSDPModule):
+        yield
+    elif config.shard != "zero3" or _fits(model):
+        with whole(model, config):
+            yield
+    else:
+        try:
+            yield
+        finally:
+            free(model)
+
+
+def _fits(model: nn.Module) -> bool:
+    """Returns whether half of the free memory of every rank's GPU holds all weights."""
+    cut = [p for p in model.parameters() if isinstance(p, DTensor)]
+    # Ranks on one machine share its memory, and nothing tells how many would gather there.
+    if cut[0].device.type != "cuda":
+        return False
+    free_bytes, _ = torch.cuda.mem_get_info(cut[0].device)
+    free_bytes += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    fits = 2 * sum(p.numel() * p.element_size() for p in cut) <= free_bytes
+    # All alike: a rank that gathers waits for the others.
+    return dist.sum_counts({"fits": float(fits)})["fits"] == dist.world_size()
 
 
 def _whole_parameters(model: Any, config: ParallelConfig) -> Iterator[nn.Parameter]:

@@ -32,6 +32,9 @@ class BeamSearchConfig:
     end_id: int
     length_penalty: float = 1.0
     """A finished text scores sum(log probabilities) / length ** length_penalty, end included."""
+    ends: Callable[[bool], bool] = bool
+    """Whether the search ends, from whether all its texts are finished; asked after each token.
+    Ranks that share weights must all go on until the last of them is done."""
 
 
 def search(first: Tensor, step: Step, config: BeamSearchConfig) -> Tensor:
@@ -53,7 +56,7 @@ def _greedy(first: Tensor, step: Step, config: BeamSearchConfig) -> Tensor:
         chosen = chosen.masked_fill(done, config.end_id)
         tokens = torch.cat([tokens, chosen[:, None]], dim=1)
         done = done | (chosen == config.end_id)
-        if length == config.max_new_tokens or done.all():
+        if length == config.max_new_tokens or config.ends(bool(done.all())):
             break
         ancestors = torch.cat([ancestors, ancestors.new_ones(len(ancestors), 1, 1)], dim=2)
         logits = step(chosen[:, None], ancestors)[:, 0]
@@ -94,7 +97,7 @@ def _beams(first: Tensor, step: Step, config: BeamSearchConfig) -> Tensor:
         parents, tokens = parents.gather(1, rows), _gather_rows(rows, candidates)
         # Done if the best running beam, ended now, could not beat the worst finished text.
         done = done | (best[:, -1] >= running[:, 0] / length**config.length_penalty)
-        if length == config.max_new_tokens or done.all():
+        if length == config.max_new_tokens or config.ends(bool(done.all())):
             break
         ancestors = torch.cat([_gather_rows(parents, ancestors), diagonal], dim=2)
         logits = step(tokens[:, :, -1], ancestors)
