@@ -198,6 +198,7 @@ def train_step(state: TrainState, micro_batches: Sequence[Batch]) -> dict[str, f
         RunError: nothing to train on, out of GPU memory, or the guard stops the run.
     """
     recipe, objective = state.recipe, state.objective
+    micro_batches = _filled(state, micro_batches)
     counts_by_row = [objective.counts(batch) for batch in micro_batches]
     # Counted over all ranks before the first backward pass: each row's sum is divided by the count
     # of the whole step, so the gradient is the mean over the step, not a mean of rows' means.
@@ -224,7 +225,7 @@ def train_step(state: TrainState, micro_batches: Sequence[Batch]) -> dict[str, f
         rows = feeding.prefetch_to_device(micro_batches, state.device)
         sums = []
         for index, row in enumerate(rows, start=1):
-            shard.begin_row(state.model, recipe.parallel, index == len(micro_batches))
+            shard.begin_row(state.model, recipe.parallel, index, len(micro_batches))
             sums.append(_backward(state, row, counts))
     shard.free(state.model)
     # Summed before clipping: the norm is that of the whole step on every rank.
@@ -252,6 +253,15 @@ def train_step(state: TrainState, micro_batches: Sequence[Batch]) -> dict[str, f
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     return step_metrics | {"lr": lr, "grad_norm": norm} | ({"skipped": 1.0} if skipped else {})
+
+
+def _filled(state: TrainState, micro_batches: Sequence[Batch]) -> Sequence[Batch]:
+    """Returns as many batches as the rank with most has, the added ones empty, under shards."""
+    if not shard.is_sharded(state.model):
+        return micro_batches
+    # Ranks wait for one another in every module: one with fewer batches would never come.
+    missing = max(dist.gather_objects(len(micro_batches))) - len(micro_batches)
+    return [*micro_batches, *[state.objective.empty_batch(state.row_lengths)] * missing]
 
 
 _ROWS = "rows"

@@ -45,6 +45,14 @@ class Objective(Protocol):
         """
         ...
 
+    def empty_batch(self, lengths: Sequence[int]) -> Batch:
+        """Makes a batch without samples that runs every module and counts nothing.
+
+        Args:
+            lengths: padded lengths of rows, in tokens; empty if rows are not padded.
+        """
+        ...
+
     def counts(self, batch: Any) -> dict[str, float]:
         """Returns the number of items that each term is averaged over, from a batch on the CPU."""
         ...

@@ -19,7 +19,7 @@ length, D hidden size, T visual tokens of width W.
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice, repeat
 from typing import Any
@@ -27,7 +27,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from internvl import dist
 from internvl.compute import rng
@@ -115,6 +114,22 @@ class RetrievalObjective:
         """Returns none: compiled blocks take any length."""
         return []
 
+    def empty_batch(self, lengths: Sequence[int]) -> PairBatch:
+        """See `Objective.empty_batch`; its image is black and its caption empty."""
+        side = self.data.tiling.size
+        ids = tuple(self.encoder.matching(""))
+        pixels = torch.zeros(3, side, side, dtype=torch.uint8)
+        pair = Pair("", pixels, 0, ids, ids, ids, ids, num_given=len(ids))
+        batch = make_batch([pair], [self.matches(pair, 0, 1)], [False])
+        # Without an id it has no features among which other ranks would compare theirs.
+        return replace(
+            batch,
+            image_ids=batch.image_ids[:0],
+            text_counts=batch.text_counts[:0],
+            match_labels=torch.full_like(batch.match_labels, IGNORE),
+            names=(),
+        )
+
     def batches(self, units: Sequence[Pair]) -> list[PairBatch]:
         """Makes micro-batches of pairs with captions of similar length, the longest first."""
         size = self.config.micro_batch or max(1, len(units))
@@ -173,9 +188,11 @@ class RetrievalObjective:
                 # A tower that drew (stochastic depth) runs again: what follows it must draw alike.
                 same = not vision.requires_grad and torch.equal(before, _rng_state(device))
                 keep = same and vision.nbytes <= free_bytes
+                if model.tower_is_cut:
+                    keep = all(dist.gather_objects(keep))
                 free_bytes -= vision.nbytes if keep else 0
                 visions.append(vision if keep else None)
-                features.append(self.features(model, model.encode_kv(vision), batch).detach())
+                features.append(self._compared(model, model.encode_kv(vision), batch).detach())
             image_ids.append(batch.image_ids)
             text_counts.append(batch.text_counts)
         graphs = [self._encode(model, batch, None) for batch in first[:num_graphs]]
@@ -229,11 +246,11 @@ class RetrievalObjective:
         cross_kv = model.encode_kv(vision)
         # ITC alone: nothing else uses keys and values, so one graph reaches to the tower.
         if len(self.weights) == 1:
-            return EncodedBatch(cross_kv, self.features(model, cross_kv, batch), None)
+            return EncodedBatch(cross_kv, self._compared(model, cross_kv, batch), None)
         leaves = [t.detach().requires_grad_(t.requires_grad) for t in cross_kv.tensors()]
         gradients: list[Tensor | None] = [None] * len(leaves)
         stored = (_StoreGradient.apply(leaf, gradients, i) for i, leaf in enumerate(leaves))
-        features = self.features(model, cross_kv.with_tensors(stored), batch)
+        features = self._compared(model, cross_kv.with_tensors(stored), batch)
         return EncodedBatch(cross_kv, features, gradients)
 
     def _backward_features(self, model: Any, batch: PairBatch, cached: CachedBatch) -> CrossKV:
@@ -253,6 +270,10 @@ class RetrievalObjective:
             return encoded.cross_kv
         tensors = _AddGradients.apply(encoded.kv_gradients, *encoded.cross_kv.tensors())
         return encoded.cross_kv.with_tensors(tensors)
+
+    def _compared(self, model: Any, cross_kv: CrossKV, batch: PairBatch) -> Tensor:
+        """Returns the features (n, F, E) that are compared: none of an empty batch."""
+        return self.features(model, cross_kv, batch)[: len(batch.image_ids)]
 
     def features(self, model: Any, cross_kv: CrossKV, batch: PairBatch) -> Tensor:
         """Returns features of captions, queries and images, float32 (B, F, E) of unit length."""
@@ -281,7 +302,7 @@ class RetrievalObjective:
         return same / same.sum(1, keepdim=True)
 
     def _itc_loss(self, model: Any, cross_kv: CrossKV, batch: PairBatch) -> Tensor:
-        features, scale = self.features(model, cross_kv, batch), model.logit_scale.float()
+        features, scale = self._compared(model, cross_kv, batch), model.logit_scale.float()
         return (self._losses(features, batch.image_ids, scale) * batch.text_counts).sum()
 
     def _losses(self, features: Tensor, image_ids: Tensor, scale: Tensor) -> Tensor:
@@ -302,14 +323,7 @@ class RetrievalObjective:
         mask = model.joint_mask("itg", batch.written_mask)
         _, states = model.joint_states(cross_kv, batch.written_ids, mask)
         states = states.flatten(0, 1).index_select(0, batch.loss_positions)
-        loss = states.new_zeros((), dtype=torch.float32)
-        # Logits of a chunk at a time, recomputed in the backward pass: all at once are large.
-        chunk = model.loss_chunk
-        for chunk_states, targets in zip(
-            states.split(chunk), batch.targets.split(chunk), strict=True
-        ):
-            loss = loss + checkpoint(_token_loss, model, chunk_states, targets, use_reentrant=False)
-        return loss
+        return model.caption_loss(states, batch.targets)
 
     def _normalized(self, batch: PairBatch) -> Tensor:
         statistics = STATISTICS[self.data.statistics]
@@ -356,10 +370,6 @@ def _padded_lengths(pair: Pair, matches: Sequence[Match]) -> tuple[int, int]:
     """Padded length, in tokens, of a pair's captions: joint with the image, and for ITC."""
     joint = max(len(pair.written), *(len(text) for text, _ in matches))
     return padded_length(joint), padded_length(len(pair.summary))
-
-
-def _token_loss(model: Any, states: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(model.lm_head(states).float(), targets, reduction="sum")
 
 
 class Stage2(RetrievalObjective):

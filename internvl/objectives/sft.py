@@ -109,6 +109,12 @@ class Sft:
         # Without tiles the embeddings may need no gradient, which is another graph.
         return [self._synthetic(length, tiles) for length in lengths for tiles in {most[length], 0}]
 
+    def empty_batch(self, lengths: Sequence[int]) -> PackedBatch:
+        """See `Objective.empty_batch`; its row has a black tile and a target at weight 0."""
+        length = min(lengths, default=self.encoder.tokens_per_tile + 1)
+        row = self._synthetic(length, min(1, (length - 1) // self.encoder.tokens_per_tile))
+        return replace(row, loss_weights=torch.zeros_like(row.loss_weights), names=())
+
     def _synthetic(self, length: int, num_tiles: int) -> PackedBatch:
         """Makes a row of `length` tokens with `num_tiles` black tiles and one supervised token."""
         ids = np.zeros(length, dtype=np.int64)

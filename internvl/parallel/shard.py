@@ -51,8 +51,8 @@ def shard(model: Any, config: ParallelConfig, mesh: DeviceMesh, dtype: torch.dty
         # Autocast casts what a product takes; positions and loss weights stay float32.
         cast_forward_inputs=False,
     )
-    whole = [*_whole_parameters(model, config)]
-    _move(whole, mesh)
+    ignored = set(_whole_parameters(model, config))
+    _move(ignored, mesh)
     everything = [*model.shard_units()]
     for unit in everything:
         fully_shard(
@@ -61,7 +61,7 @@ def shard(model: Any, config: ParallelConfig, mesh: DeviceMesh, dtype: torch.dty
             reshard_after_forward=config.shard == "zero3" and unit.module is not model,
             mp_policy=policy,
             offload_policy=_offload_policy(config, mesh),
-            ignored_params=set(whole),
+            ignored_params=ignored,
         )
         for method in unit.methods:
             register_fsdp_forward_method(unit.module, method)
@@ -75,11 +75,23 @@ def shard(model: Any, config: ParallelConfig, mesh: DeviceMesh, dtype: torch.dty
     model.keep_in_step(config.shard == "zero3" and not units.stays_whole(tower))
 
 
-def begin_row(model: nn.Module, config: ParallelConfig, is_last: bool) -> None:
-    """Prepares the next forward and backward pass of a step; gradients are whole after the last."""
+def is_sharded(model: nn.Module) -> bool:
+    """Returns whether `shard` has cut the model."""
+    return isinstance(model, FSDPModule)
+
+
+def begin_row(model: nn.Module, config: ParallelConfig, row: int, num_rows: int) -> None:
+    """Prepares forward and backward of row `row`, from 1, of a step's rows.
+
+    Collective. After the last one gradients are summed over all ranks.
+    """
     if not isinstance(model, FSDPModule):
         return
+    is_last = row == num_rows
     if config.shard == "zero1":
+        if row == 1:
+            # Also units that no row runs: torch looks for their gradients.
+            _gather(model)
         model.set_requires_gradient_sync(is_last)
     elif config.replicas > 1:
         # A sum over shards for each row, but one over the copies is enough.
@@ -106,9 +118,7 @@ def whole(model: nn.Module, config: ParallelConfig) -> Iterator[None]:
         return
     model.set_reshard_after_forward(False)
     try:
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.unshard()
+        _gather(model)
         yield
     finally:
         free(model)
@@ -150,15 +160,19 @@ def _fits(model: nn.Module) -> bool:
     return dist.sum_counts({"fits": float(fits)})["fits"] == dist.world_size()
 
 
+def _gather(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+
+
 def _whole_parameters(model: Any, config: ParallelConfig) -> Iterator[nn.Parameter]:
     """Yields the parameters of which every rank keeps all."""
     tower = model.model.vision_tower
-    small = set(tower.parameters()) if units.stays_whole(tower) else set()
-    for parameter in model.parameters():
-        frozen = not parameter.requires_grad and (config.shard != "zero3" or parameter in small)
-        # A scalar has no rows to cut.
-        if frozen or parameter.ndim == 0:
-            yield parameter
+    yield from model.whole_parameters()
+    yield from tower.parameters() if units.stays_whole(tower) else ()
+    if config.shard != "zero3":
+        yield from (p for p in model.parameters() if not p.requires_grad)
 
 
 def _move(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from internvl.config import LayerDecayConfig, OptimConfig
 from internvl.errors import UserError
@@ -38,7 +39,9 @@ def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
         empty = {"params": [], "weight_decay": weight_decay, "lr_scale": scale}
         if config.name == "muon":
             empty["muon"] = name in matrices
-        groups.setdefault((layer, decays, empty.get("muon")), empty)["params"].append(parameter)
+        # torch updates shards and whole parameters in two calls.
+        key = (layer, decays, empty.get("muon"), isinstance(parameter, DTensor))
+        groups.setdefault(key, empty)["params"].append(parameter)
     settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if config.name == "muon":
         return Muon(list(groups.values()), config.momentum, **settings)

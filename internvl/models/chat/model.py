@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLModel
 from transformers.models.internvl.modeling_internvl import InternVLCausalLMOutputWithPast
@@ -76,6 +76,10 @@ class ChatModel(InternVLForConditionalGeneration):
         yield from units.stack(self.model.language_model.layers)
         # The rest: with the output matrix in it, the chunks of a loss gather nothing.
         yield Unit(self)
+
+    def whole_parameters(self) -> Iterator[nn.Parameter]:
+        """Yields none: there is no parameter that is too small to gather."""
+        return iter(())
 
     def keep_in_step(self, tower_is_cut: bool) -> None:
         """Makes every row run the modules that other ranks wait for, or reduce gradients of."""

@@ -6,19 +6,22 @@ each use combines other steps of it.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, InternVLVisionModel, PreTrainedModel
 from transformers import initialization as init
 
+from internvl.models import units
 from internvl.models.dual import rms_norm
 from internvl.models.dual.beam_search import BeamSearchConfig, search
 from internvl.models.dual.configs import DualConfig
 from internvl.models.dual.qllama import CrossKV, Mask, QLlamaModel, QueryTokens, attention_mask
+from internvl.models.units import Unit
 
 Mode = Literal["c", "g"]
 
@@ -82,6 +85,9 @@ class DualModel(PreTrainedModel):
     kept_bytes = 6 * 2**30
     """Bytes of frozen-tower output that a step may keep between its passes (gradient caching)."""
 
+    tower_is_cut = False
+    """Whether ranks share the vision tower's weights, and so must all run it or none."""
+
     def __init__(self, config: DualConfig) -> None:
         super().__init__(config)
         text = config.text_config
@@ -111,6 +117,34 @@ class DualModel(PreTrainedModel):
         elif module is self:
             init.constant_(self.logit_scale, math.log(1 / 0.07))
             init.normal_(self.text_projection.weight, std=self.text_projection.in_features**-0.5)
+
+    def shard_units(self) -> Iterator[Unit]:
+        """Yields the modules that shards gather one by one, inner ones first."""
+        yield from units.tower_units(self.model.vision_tower)
+        language_model = self.model.language_model
+        for unit in units.stack(language_model.layers):
+            layer: Any = unit.module
+            # Apart from its layer: `encode_kv` calls it before the layers run.
+            if layer.cross_attn is not None:
+                yield Unit(layer.cross_attn, methods=("attend",))
+            yield unit
+        yield Unit(language_model.embed_tokens)
+        yield Unit(language_model)
+        yield from map(Unit, [self.image_pool, self.text_projection])
+        if self.num_queries:
+            yield Unit(self.query_pool)
+        # The first of its methods that a step calls must be one of these.
+        yield Unit(self, methods=("vision_tokens", "text_states", "caption_loss"))
+
+    def whole_parameters(self) -> Iterator[nn.Parameter]:
+        """Yields the parameters that are too small to gather: queries, matching head and scale."""
+        yield self.logit_scale
+        if self.model.query_tokens is not None:
+            yield from (*self.model.query_tokens.parameters(), *self.itm_head.parameters())
+
+    def keep_in_step(self, tower_is_cut: bool) -> None:
+        """Makes every micro-batch run the modules that other ranks wait for."""
+        self.tower_is_cut = tower_is_cut
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.language_model.embed_tokens
@@ -174,6 +208,19 @@ class DualModel(PreTrainedModel):
     def itm_logits(self, query_states: Tensor) -> Tensor:
         """Returns logits (R, 2) of (no match, match): the mean over the queries (R, Q, D)."""
         return self.itm_head(query_states).mean(1)
+
+    def caption_loss(self, states: Tensor, targets: Tensor) -> Tensor:
+        """Sums the next-token loss of text states (M, D) with targets (M,): float32 ()."""
+        loss = states.new_zeros((), dtype=torch.float32)
+        # Logits of a chunk at a time, recomputed in the backward pass: all at once are large.
+        for chunk in zip(
+            states.split(self.loss_chunk), targets.split(self.loss_chunk), strict=True
+        ):
+            loss = loss + checkpoint(self._chunk_loss, *chunk, use_reentrant=False)
+        return loss
+
+    def _chunk_loss(self, states: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.lm_head(states).float(), targets, reduction="sum")
 
     def encode_image(self, pixel_values: Tensor, modes: Sequence[Mode]) -> list[Tensor]:
         """Embeds normalized images (B, 3, S, S): float32 (B, E) for each of the modes.
