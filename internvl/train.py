@@ -322,7 +322,7 @@ def _backward(state: TrainState, batch: Batch, counts: dict[str, float]) -> torc
     except torch.OutOfMemoryError as error:
         row = (
             f"in a row of {batch.num_samples} samples, {batch.num_tokens:,} tokens and "
-            f"{batch.num_tiles} tiles (the first: {batch.names[0]})"
+            f"{batch.num_tiles} tiles (the first: {next(iter(batch.names), 'none')})"
         )
         raise _out_of_memory(state, row) from error
     return torch.stack([sums[name].detach().float() for name in counts])
