@@ -8,7 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +142,11 @@ def _open(
         return _from_handle(model_or_folder)
     opened = open_model(model_or_folder, step=step, base=base)
     files = opened.files
+    if opened.recipe is not None:
+        return _from_run(opened)
     merged = opened.base is not None or opened.adapter is not None
     if merged or (files.layout == "official" and keys.has_adapters(files.tensors)):
-        # Adapters are merged, or a checkpoint is put in place: the model must be in memory.
+        # Adapters of a folder may be any that PEFT has; it merges layers in memory.
         device = _probe_device(_num_bytes(files.tensors))
         options = LoadOptions(device=device, dtype=_stored_dtype(files))
         return _from_handle(loading.load_opened(opened, options))
@@ -208,6 +210,39 @@ def _from_folder(opened: OpenedModel) -> Exported:
         device=device,
         layout=layout,
     )
+
+
+def _from_run(opened: OpenedModel) -> Exported:
+    """Describes an export that merges a run's checkpoint weight by weight."""
+    dtype = _stored_dtype(opened.files)
+    options = LoadOptions(device=torch.device("cpu"), dtype=dtype)
+    handle, tensors = loading.without_values(opened, options)
+    layout, config = LAYOUTS[handle.family], handle.model.config
+    device = _probe_device(_num_bytes(tensors))
+
+    def answer() -> Tensor:
+        # With the adapters on their layers: the logits tell whether they were merged well.
+        return probe(loading.load_opened(opened, replace(options, device=device)).model)
+
+    embeddings, head = model_weights.EMBEDDINGS
+    # A tied matrix is one tensor under two names.
+    tensors.setdefault(head, tensors[embeddings])
+    # In the model's order, which decides the shards of a large one.
+    ordered = {name: _in_dtype(tensors[name], dtype) for name in handle.model.state_dict()}
+    return Exported(
+        config=config,
+        weights=_ReadOnAccess(ordered),
+        chat=layout.conversation(handle),
+        folder=handle.folder,
+        dtype=None,
+        answer=answer,
+        device=device,
+        layout=layout,
+    )
+
+
+def _in_dtype(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
+    return LazyTensor(tensor.shape, dtype, lambda: tensor.read().to(dtype))
 
 
 def _probe_device(num_bytes: int) -> torch.device:

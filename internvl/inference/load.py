@@ -20,7 +20,7 @@ from internvl.inference.dual import Dual
 from internvl.inference.families import FAMILIES, Description, LoadOptions
 from internvl.inference.inherited import Completed, tiling
 from internvl.inference.opened import OpenedModel, is_run, open_model, open_parts, open_start
-from internvl.models import hub, keys
+from internvl.models import hub, keys, weights
 from internvl.models.adapters.folder import SETTINGS_FILE
 from internvl.models.bases import Replacements
 from internvl.models.tensors import LazyTensor, in_memory
@@ -264,7 +264,7 @@ def _load_shards(
 ) -> Chat | Dual:
     from internvl.parallel import fill
 
-    handle, tensors = _without_values(start, options)
+    handle, tensors = without_values(start, options)
     model: Any = handle.model
     fill.without_data(model)
     state = torch.get_rng_state()
@@ -284,24 +284,57 @@ def _load_shards(
     return handle
 
 
-def _without_values(
+def without_values(
     start: OpenedModel, options: LoadOptions
 ) -> tuple[Chat | Dual, dict[str, LazyTensor]]:
-    """Returns a model without weights, and its weights as tensors that are read when asked for."""
+    """Returns a model without weights, and its weights as tensors that are read when asked for.
+
+    Adapters are merged, from weights in the dtype of the options. Every value is that of
+    `load_opened` on a CPU, with adapters merged.
+    """
     files = start.files
     family = FAMILIES[files.family]
+    if start.recipe is not None:
+        return _run_without_values(start, options)
     is_merged = start.base is not None or start.adapter is not None
     if not is_merged and not keys.has_adapters(files.tensors):
         handle = family.load(start, replace(options, values=False))
         return handle, family.fit_tensors(handle.model.config, files)
-    # Whole in memory on every rank: merged weights are in no file.
-    handle = load_opened(start, options)
+    # Whole in memory: adapters in a folder may be any that PEFT has, which merges whole layers.
+    handle = load_opened(start, replace(options, values=True))
     if has_adapters(handle.model):
         from internvl.models.adapters import merging
 
         merging.merge(handle.model)
     state = handle.model.state_dict()
     return handle, {name: in_memory(tensor) for name, tensor in state.items()}
+
+
+def _run_without_values(
+    opened: OpenedModel, options: LoadOptions
+) -> tuple[Chat | Dual, dict[str, LazyTensor]]:
+    from internvl.models.adapters import streamed
+    from internvl.training import checkpoint
+
+    recipe, run, start = opened.recipe, opened.run, opened.base
+    assert recipe is not None
+    assert run is not None
+    assert start is not None
+    folder, step = run.checkpoint
+    if not inherited.is_complete(recipe):
+        recipe = complete(recipe, start).recipe
+    # In float32, as the run began; what it merges is rounded once, in the dtype asked for.
+    own = replace(options, dtype=torch.float32, image_size=recipe.data.tiling.size)
+    handle, base = without_values(start, own)
+    family = FAMILIES[handle.family]
+    handle = family.with_settings(handle, recipe)
+    trained = checkpoint.read_weights(folder, step)
+    tensors = streamed.merged(base, trained, recipe.model.lora, options.dtype)
+    side = options.image_size
+    if side not in (None, handle.model.config.vision_config.image_size[0]):
+        handle = family.resized(handle, side)
+        tensors = weights.check_shapes(opened.folder, handle.model.state_dict(), tensors)
+    return handle, tensors
 
 
 def complete(recipe: Recipe, start: OpenedModel | None = None) -> Completed:

@@ -28,6 +28,10 @@ import torch.distributed.checkpoint as dcp
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -39,6 +43,7 @@ from internvl import dist, log
 from internvl.data.sampler import Position
 from internvl.errors import CheckpointError, UserError
 from internvl.files import read_run_json, remove_partials, write_json, write_text
+from internvl.models.tensors import LazyTensor
 from internvl.training.saved_steps import steps as steps
 
 _GO_BACK = "remove this folder to go on from the one before"
@@ -299,7 +304,7 @@ def load(
 
 def _read(source: Path, tensors: dict[str, Any]) -> dict[str, Any]:
     """Reads this rank's values into `tensors`; returns the plain state. Raises CheckpointError."""
-    try:
+    with _readable(source):
         with _quiet():
             saved = dcp.FileSystemReader(source).read_metadata().state_dict_metadata
             # A parameter that no loss has reached yet has no moments; those in `tensors` are zero.
@@ -308,6 +313,13 @@ def _read(source: Path, tensors: dict[str, Any]) -> dict[str, Any]:
             dcp.load(stored, checkpoint_id=source, no_dist=True)
             tensors |= stored
         return read_run_json(source / "state.json", _GO_BACK)
+
+
+@contextmanager
+def _readable(source: Path) -> Iterator[None]:
+    """Turns what reading a damaged checkpoint raises into CheckpointError."""
+    try:
+        yield
     except UserError as error:
         raise CheckpointError(str(error)) from None
     # The metadata is a pickle: damaged, it may raise anything. CheckpointException is no Exception.
@@ -342,15 +354,66 @@ def position(state: dict[str, Any]) -> Position:
 
 def load_weights(folder: Path, step: int, model: nn.Module) -> None:
     """Loads only the trained weights of checkpoint `step` into `model`, for use or export."""
-    weights = _trained(model)
-    try:
-        with _quiet():
-            dcp.load(weights, checkpoint_id=folder / f"{step:06d}", no_dist=True)
-    except (Exception, CheckpointException) as error:  # see `load`
-        source = folder / f"{step:06d}"
-        raise CheckpointError(
-            f"cannot read the checkpoint {source} ({_first_line(error)}); {_GO_BACK}"
-        ) from error
+    source = folder / f"{step:06d}"
+    with _readable(source), _quiet():
+        dcp.load(_trained(model), checkpoint_id=source, no_dist=True)
+
+
+def read_weights(folder: Path, step: int) -> dict[str, LazyTensor]:
+    """Returns the trained weights of checkpoint `step` by their names in the model, each read when
+    asked for, and only the rows that are.
+
+    Raises:
+        CheckpointError: damaged; when a weight is read as well.
+    """
+    source = folder / f"{step:06d}"
+    reader = dcp.FileSystemReader(source)
+    with _readable(source):
+        metadata = reader.read_metadata()
+        reader.set_up_storage_reader(metadata, is_coordinator=True)
+        stored = metadata.state_dict_metadata.items()
+    return {
+        name.removeprefix("model."): _lazy(reader, name, entry)
+        for name, entry in stored
+        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def _lazy(reader: dcp.FileSystemReader, name: str, entry: TensorStorageMetadata) -> LazyTensor:
+    shape, dtype = tuple(entry.size), entry.properties.dtype
+
+    def read(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+        rows = torch.empty(sizes, dtype=dtype)
+        chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+        items = create_read_items_for_chunk_list(name, entry, [chunk])
+        with _readable(Path(reader.path)):
+            reader.read_data(LoadPlan(items), _Into(rows)).wait()
+        return rows
+
+    def read_rows(start: int, stop: int) -> Tensor:
+        return read((start, *(0,) * (len(shape) - 1)), (stop - start, *shape[1:]))
+
+    return LazyTensor(shape, dtype, lambda: read((0,) * len(shape), shape), read_rows)
+
+
+class _Into(DefaultLoadPlanner):
+    """Puts what is read into one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self.target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        """Returns the view that an item is copied into."""
+        target = self.target
+        for dim, (first, size) in enumerate(
+            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        ):
+            target = target.narrow(dim, first, size)
+        return target
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Does nothing: the values are in place."""
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

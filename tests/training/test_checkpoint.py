@@ -1,10 +1,18 @@
-"""Checkpoints that cannot be written, or only in part."""
+"""Checkpoints of several ranks, and those that cannot be written, or only in part."""
 
 import subprocess
 
 import pytest
 import tiny_run
-from tiny_run import command
+import torch
+from ranks import run_ranks
+from tiny_run import command, losses
+
+from internvl import export, train
+from internvl.config import recipes
+from internvl.inference import load as loading
+from internvl.models.adapters import lora
+from internvl.training import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -33,3 +41,186 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(project, tmp_path):
     assert "Traceback" not in done.stderr
     assert "000002" in done.stdout
     assert "partial" not in done.stdout
+
+
+RUN = """
+import os
+import signal
+from internvl import train
+from internvl.config import recipes
+from internvl.errors import Interrupted
+
+take = train.train_step
+
+def step(state, rows):
+    for row in rows:
+        print(*row.names, sep="\\n")
+    metrics = take(state, rows)
+    if state.step == {until}:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return metrics
+
+train.train_step = step
+{before}
+try:
+    train.run(recipes.load_recipe({recipe!r}, {settings!r}))
+except Interrupted:
+    pass
+"""
+EPOCH = ["steps=6", "checkpoint.every=1", "checkpoint.keep=1"]
+
+
+def run(project, folder, *settings, num_ranks, until=0, before=""):
+    """Runs to step `until`, or to the end, on `num_ranks` ranks; returns the samples' names."""
+    words = [f"run={folder}", *EPOCH, *settings]
+    code = RUN.format(until=until, recipe=str(project), settings=words, before=before)
+    return [
+        name for said in run_ranks(code, num_ranks=num_ranks) for name in said.split("\n") if name
+    ]
+
+
+def assert_close(folder, expected):
+    steps = losses(folder)
+    assert steps.keys() == expected.keys()
+    found = torch.tensor(list(steps.values()), dtype=torch.float64)
+    wanted = torch.tensor(list(expected.values()), dtype=torch.float64)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def straight(project, tmp_path_factory):
+    """The samples and the losses of a run on one process, and its folder."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    names = run(project, folder, num_ranks=1)
+    assert len(set(names)) == len(names) == 48
+    return names, losses(folder), folder
+
+
+def test_a_run_goes_on_with_other_ranks_and_another_sharding(project, straight, tmp_path):
+    folder = tmp_path / "run"
+    names = run(project, folder, "parallel.shard=zero3", num_ranks=2, until=2)
+    assert checkpoint.steps(folder / "checkpoints") == [2]
+    names += run(project, folder, num_ranks=1, until=4)
+    names += run(project, folder, "parallel.shard=zero1", num_ranks=2)
+    assert sorted(names) == sorted(straight[0])
+    assert_close(folder, straight[1])
+
+
+@pytest.mark.slow
+def test_four_ranks_go_on_from_one_and_from_two(project, straight, tmp_path):
+    folder = tmp_path / "run"
+    lora = ("parallel.shard=zero3", "parallel.replicas=2")
+    names = run(project, folder, "parallel.shard=zero2", num_ranks=2, until=2)
+    names += run(project, folder, num_ranks=1, until=3)
+    names += run(project, folder, *lora, num_ranks=4, until=5)
+    names += run(project, folder, num_ranks=1)
+    assert sorted(names) == sorted(straight[0])
+    assert_close(folder, straight[1])
+
+
+def test_export_and_loading_read_what_two_ranks_wrote(project, tmp_path):
+    """Adapters are merged tensor by tensor, to the bits of a model merged in memory."""
+    folder = tmp_path / "run"
+    adapted = ("model.lora={rank: 4}", "model.train=[multi_modal_projector]", "steps=1")
+    run(project, folder, "parallel.shard=zero3", *adapted, num_ranks=2)
+    adapter = loading.load(folder / "adapter", device="cpu").model
+    model = loading.load(folder, device="cpu").model
+    written, loaded = lora.adapter_state(adapter), lora.adapter_state(model)
+    assert written.keys() == loaded.keys()
+    assert all(torch.equal(written[name], loaded[name]) for name in written)
+    merged = lora.merge(model).state_dict()
+    for format in ("hf", "official"):
+        exported = export.run(folder, tmp_path / format, format)
+        found = loading.load(exported, device="cpu", dtype="float32").model.state_dict()
+        assert found.keys() == merged.keys()
+        assert all(torch.equal(found[name], merged[name]) for name in merged)
+    # One process that goes on from it writes the same values.
+    words = [f"run={folder}", *EPOCH, *adapted, "global_batch=8"]
+    state = train.build(recipes.load_recipe(project, words))
+    checkpoint.load(folder / "checkpoints", 1, state.model, state.optimizer)
+    checkpoint.save(tmp_path / "alone", 1, state.model, state.optimizer, {}, keep=1)
+    alone = checkpoint.read_weights(tmp_path / "alone", 1)
+    together = checkpoint.read_weights(folder / "checkpoints", 1)
+    assert alone.keys() == together.keys()
+    for name, tensor in together.items():
+        assert torch.equal(tensor.read(), alone[name].read())
+        rows = len(tensor.read())
+        assert torch.equal(tensor.rows(1, rows - 1), alone[name].read()[1 : rows - 1])
+
+
+FAILS = """
+import resource
+from internvl.training import checkpoint
+
+class Limited(checkpoint.Saver):
+    def save(self, folder, step, *values, **options):
+        self.wait()
+        if step == 2 and int(os.environ["RANK"]) == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
+        super().save(folder, step, *values, **options)
+
+checkpoint.Saver = Limited
+"""
+
+
+def test_a_rank_that_cannot_write_ends_all_in_one_sentence(project, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(AssertionError) as failed:
+        run(project, folder, "parallel.shard=zero3", num_ranks=2, before=FAILS)
+    lines = str(failed.value).splitlines()
+    sentences = [line for line in lines if line.startswith("internvl.errors.CheckpointError")]
+    assert len(sentences) == 2
+    assert len(set(sentences)) == 1
+    assert f"checkpoint {folder / 'checkpoints/000002'} was not written" in sentences[0]
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [
+        "000001",
+        "LATEST",
+    ]
+
+
+SHORT = ("parallel.shard=zero3", "steps=3")
+KILLS = """
+from internvl.training import checkpoint
+
+original = {where}
+
+def killed(*values, **options):
+    if {name!r} in str(values) + str(options) and int(os.environ["RANK"]) == {rank}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*values, **options)
+
+{where} = killed
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("where", "name", "rank", "left"),
+    [
+        ("checkpoint.dcp.save", ".000002", 1, {1}),  # its files are missing
+        ("checkpoint.write_json", ".000002", 0, {1}),  # all files are there but the last
+        ("checkpoint.shutil.rmtree", "checkpoints/000001", 0, {1, 2}),  # complete, not yet alone
+    ],
+)
+def test_a_kill_within_a_checkpoint_costs_nothing(
+    project, undisturbed, tmp_path, where, name, rank, left
+):
+    folder = tmp_path / "run"
+    before = KILLS.format(where=where, name=name, rank=rank)
+    with pytest.raises(AssertionError, match=f"rank {rank} failed"):
+        run(project, folder, *SHORT, num_ranks=2, before=before)
+    assert set(checkpoint.steps(folder / "checkpoints")) == left
+    run(project, folder, *SHORT, num_ranks=2)
+    assert losses(folder) == losses(undisturbed)
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [
+        "000003",
+        "LATEST",
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(project, tmp_path_factory):
+    """The folder of a sharded run of two ranks that nothing stopped."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    run(project, folder, *SHORT, num_ranks=2)
+    return folder
