@@ -17,10 +17,12 @@ def test_weights_are_those_of_a_merge(name, dtype):
     model = small_model(name, ["multi_modal_projector"], 4, on=on)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    trained = {n: in_memory(p.detach()) for n, p in model.named_parameters() if p.requires_grad}
+    parameters = dict(model.named_parameters())
+    # Copies: merging writes into the model's own.
+    trained = {n: in_memory(p.detach().clone()) for n, p in parameters.items() if p.requires_grad}
     base = {
-        n.replace(".base_layer.", "."): in_memory(torch.zeros_like(p) if p.requires_grad else p)
-        for n, p in model.state_dict(keep_vars=True).items()
+        n.replace(".base_layer.", "."): in_memory(p.detach().clone())
+        for n, p in model.state_dict().items()
         if ".lora_" not in n
     }
     found = streamed.merged(base, trained, LoraConfig(rank=4, on=on), dtype)
