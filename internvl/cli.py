@@ -233,9 +233,21 @@ def evaluate(args: Arguments) -> int:
     if not hub.is_hub_id(args.model):
         for asked_step in args.step or [None]:
             _open(args, asked_step)
-    with _loading(args.model):
-        from internvl import dist, evaluate
+    from internvl.launch import local
 
+    if args.device_map is not None and (args.gpus or args.processes):
+        raise ConfigError(
+            "--device-map auto spreads one model over all GPUs of a single process; leave --gpus "
+            "and --processes out"
+        )
+    with _loading(args.model):
+        num_ranks = 1
+        if args.device_map is None:
+            num_ranks = local.choose_ranks(args.gpus, args.processes, args.device)
+        if num_ranks == 1:
+            from internvl import dist, evaluate
+    if num_ranks > 1:
+        return _run_as_ranks(args, num_ranks)
     fields = {name: getattr(args, name) for name in eval_options()}
     options: dict[str, Any] = {
         "to": args.to,
@@ -508,6 +520,7 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
             help="replace a value of the recipe, such as optim.lr=1e-5",
         )
     _add_rank_arguments(add["train"])
+    _add_rank_arguments(add["evaluate"])
     add["check"].add_argument("--report", type=Path, help="also write an HTML report to this file")
     add["check"].add_argument(
         "--plan", action="store_true", help="predict memory use and training time"
