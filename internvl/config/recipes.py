@@ -181,10 +181,24 @@ def resolve(
     except ValidationError as error:
         problems += sentences(error, Recipe)
     if recipe is not None:
+        problems += _truth_values(tree, to_tree(recipe))
         problems += _contradictions(recipe)
     if problems or recipe is None:
         raise ConfigError(headed(name, problems))
     return recipe
+
+
+def _truth_values(tree: Any, resolved: Any, path: str = "") -> Iterator[str]:
+    """Yields a problem for each true or false that was read as a number."""
+    # pydantic reads true as 1; its strict mode would refuse texts for paths as well.
+    if isinstance(tree, bool) and isinstance(resolved, int | float) and resolved is not tree:
+        yield f"{path}: must be a number, not {str(tree).lower()}"
+    if isinstance(tree, dict) and isinstance(resolved, dict):
+        for key, value in tree.items():
+            yield from _truth_values(value, resolved.get(key), f"{path}.{key}".lstrip("."))
+    if isinstance(tree, list) and isinstance(resolved, list):
+        for index, (value, read) in enumerate(zip(tree, resolved, strict=False)):
+            yield from _truth_values(value, read, f"{path}.{index}")
 
 
 def _start_problems(model: Any) -> Iterator[str]:

@@ -303,6 +303,16 @@ WRONG = {
 }
 
 
+def test_true_is_no_number():
+    tree = {**GOOD, "optim": {"lr": True, "betas": [0.9, False], "decay_vectors": True}}
+    with pytest.raises(ConfigError) as error:
+        resolve(tree, ["log_every=true"])
+    lines = str(error.value)
+    for key, value in (("optim.lr", "true"), ("optim.betas.1", "false"), ("log_every", "true")):
+        assert f"{key}: must be a number, not {value}" in lines
+    assert "decay_vectors" not in lines
+
+
 @pytest.mark.parametrize(("override", "line"), WRONG.items())
 def test_a_wrong_value_is_told_in_words_of_a_recipe(override, line):
     assert problems(GOOD, [override]) == [line]
