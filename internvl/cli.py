@@ -227,6 +227,10 @@ def _next_commands(recipe: Recipe, model: str) -> str:
 
 def evaluate(args: Arguments) -> int:
     """Evaluate a model on published sets or your own files, or a run as its recipe says."""
+    if args.answers is not None:
+        return _score(args)
+    if args.model is None:
+        raise ConfigError("a model or run to evaluate is missing; or give --answers FILE")
     from internvl.models import hub
 
     # Nothing is asked of the hub before the tasks are checked.
@@ -280,6 +284,34 @@ def evaluate(args: Arguments) -> int:
     model = args.model if args.split == "test" else ""
     print(evaluate.render(measured.metrics, model, measured.counts, measured.tables))
     print(evaluate.closing(measured))
+    return 0
+
+
+def _score(args: Arguments) -> int:
+    """Scores a file of answers; the first word may be a task, as no model is needed."""
+    words = [word for word in (args.model, *args.tasks) if word is not None]
+    tasks = {*published_sets.TASKS, *published_sets.USER_TASKS}
+    model = words.pop(0) if words and words[0] not in tasks else ""
+    if len(words) > 1:
+        raise ConfigError("--answers: a file of answers is for one task")
+    with _loading(args.answers):
+        from internvl import evaluate
+    fields = {name: getattr(args, name) for name in eval_options()}
+    scored = evaluate.score(
+        args.answers,
+        *words,
+        model=model,
+        to=args.to,
+        root=args.root,
+        dataset_root=args.dataset_root,
+        languages=args.language,
+        split=args.split,
+        step=None if args.step is None else args.step[0],
+        **{name: value for name, value in fields.items() if value is not None},
+    )
+    shown_model = model if args.split == "test" else ""
+    print(evaluate.render(scored.metrics, shown_model, scored.counts, scored.tables))
+    print(evaluate.closing(scored))
     return 0
 
 
@@ -599,11 +631,18 @@ def _add_evaluate_arguments(sub: argparse.ArgumentParser) -> None:
     # argparse would wrap the list of tasks into one paragraph.
     sub.formatter_class = argparse.RawDescriptionHelpFormatter
     sub.epilog = f"tasks:\n{published_sets.list_tasks()}"
-    sub.add_argument("model", help="run folder, model folder or hub id")
+    sub.add_argument("model", nargs="?", help="run folder, model folder or hub id")
     sub.add_argument(
         "tasks", nargs="*", metavar="TASK", help="from the list below, or of the run's recipe"
     )
     sub.add_argument("--to", type=Path, help="folder for the results")
+    sub.add_argument(
+        "--answers",
+        type=Path,
+        metavar="FILE",
+        help="score the answers in this file, without a model: rows of an earlier result "
+        "(result/TASK.jsonl), or image_id and caption as the original writes them",
+    )
     sub.add_argument(
         "--root",
         type=Path,

@@ -27,6 +27,7 @@ from internvl.config.recipes import load_recipe
 from internvl.data.arguments import list_texts
 from internvl.datasets import published as published_sets
 from internvl.errors import ConfigError, ModelFolderError, UnknownModel, UserError, counted
+from internvl.evals.answers import read_file
 from internvl.evals.scores import Table
 from internvl.files import no_such_model, write_json, write_text
 from internvl.inference import load as loading
@@ -226,6 +227,60 @@ def measure(
     dist.main_alone(finish)
     tables = {name: evaluators[name].table() for name in jobs}
     return Measured(metrics, counts, tables, folder, str(numerics), dist.world_size())
+
+
+def score(
+    answers: str | Path,
+    task: str = "",
+    *,
+    model: str | Path = "",
+    to: str | Path | None = None,
+    root: str | Path = Path("data"),
+    dataset_root: str | None = None,
+    languages: Sequence[str] | str = (),
+    split: str = "test",
+    step: int | None = None,
+    **fields: Any,
+) -> Measured:
+    """Scores a file of answers without a model, as `measure` scores those of one.
+
+    Args:
+        answers: rows of an evaluation's result, RESULT/TASK.jsonl, or the original's result file:
+            JSON Lines or a list of objects with image_id and answer or caption.
+        task: by default `caption-file`, or the only evaluation of the run.
+        model: run whose evaluation `task` is, or name of a released model to compare with.
+        to: folder for the results, by default out/evaluate/answers-NAME.
+        root, dataset_root, languages, split, fields: as of `measure`.
+
+    Raises:
+        ConfigError: a task whose answers cannot be scored alone.
+        UserError: answers that cannot be used, or do not belong to the task.
+    """
+    run_step = find_run(model, step) if model else None
+    run_evals = {} if run_step is None else load_recipe(run_step.folder / "recipe.yaml").evals
+    name = task or (next(iter(run_evals)) if len(run_evals) == 1 else "caption-file")
+    root, texts = Path(root), list_texts(languages, "language")
+    jobs = _jobs([name], run_evals, fields, root, dataset_root, texts, split)
+    if len(jobs) > 1:
+        raise ConfigError(f"{name}: a file of answers is for one language; name it (--language)")
+    ((job_name, job),) = jobs.items()
+    scorer = evals.FROM_ANSWERS.get(job.config.type)
+    if scorer is None:
+        raise ConfigError(
+            f"{name}: only answers can be scored without a model, those of "
+            f"{', '.join(evals.FROM_ANSWERS)}; leave the file of answers out"
+        )
+    file = Path(answers)
+    evaluator = scorer(job.config, read_file(file))
+    folder = _path(to)
+    if folder is None:
+        call = {"answers": _absolute(file), "task": name, "root": root, "split": split}
+        call |= {"dataset_root": dataset_root, "languages": texts, **fields}
+        folder = _results_folder(Path("out/evaluate") / f"answers-{file.stem}", job_name, call)
+    metrics = evals.run_all({job_name: evaluator}, None, folder)
+    counts = {job_name: evaluator.counts()}
+    _record(folder / "result.json", counts, "")
+    return Measured(metrics, counts, {job_name: evaluator.table()}, folder)
 
 
 def _join(device: str | None, device_map: str | None) -> str | None:
@@ -703,7 +758,9 @@ def closing(measured: Measured) -> str:
         if measured.tables.get(name) is None
     ]
     processes = f" by {measured.ranks} processes" if measured.ranks > 1 else ""
-    computed = f"computed in {measured.computed}{processes}; written to {measured.folder}"
+    # Nothing was computed of answers that were there.
+    how = f"computed in {measured.computed}{processes}; " if measured.computed else ""
+    computed = f"{how}written to {measured.folder}"
     return "; ".join([*sizes, computed])
 
 

@@ -103,6 +103,11 @@ def test_an_export_measures_what_its_run_measured(project, tmp_path, format):
     answers = tmp_path / "outside/result/caption-file.jsonl"
     assert answers.read_text() == (run / "evals/000002/captions.jsonl").read_text()
     assert found.computed == "float32"
+    # The same of the answers alone.
+    texts = {"annotations": folder / "captions.json", "metrics": "exact", "to": tmp_path / "scored"}
+    assert evaluate.score(answers, **texts).metrics == found.metrics
+    (original,) = (tmp_path / "outside").glob("captions_*.json")
+    assert evaluate.score(original, **texts).metrics == found.metrics
     half = evaluate.measure(
         tmp_path / "export",
         device="cpu",

@@ -52,6 +52,11 @@ EVALS: dict[str, Callable[..., Evaluator]] = {
     "classify": classify.Classify,
 }
 
+FROM_ANSWERS: dict[str, Callable[[Any, Mapping[Any, str]], Evaluator]] = {
+    "caption": caption.CaptionAnswers,
+}
+"""Types whose answers can be scored without a model: (section, id -> answer) -> evaluator."""
+
 
 def build(configs: Mapping[str, EvalConfig]) -> dict[str, Evaluator]:
     """Builds the evaluators of a recipe by name; reads their data.

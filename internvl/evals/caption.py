@@ -1,6 +1,6 @@
 """Captions: a generated text for every image of a COCO caption file against its references."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from internvl.parallel import lockstep
 
 _REMEDY = "put them right, or set on_bad_sample (--on-bad-sample) to skip to leave them out"
 
+_NO_ANSWER_REMEDY = "answer these images too, or leave them out with --on-bad-sample skip"
+
 _WINDOW = 8
 """Batches whose images are sorted by their tiles: similar prompts need little padding."""
 
@@ -46,7 +48,11 @@ class Caption:
         UserError: the file is missing, holds no image with a caption, or has problems.
     """
 
-    def __init__(self, config: CaptionEval) -> None:
+    def __init__(self, config: CaptionEval, *, opens_images: bool = True) -> None:
+        """
+        Args:
+            opens_images: False for answers that are there: no image is needed.
+        """
         self.config = config
         file = captions.read(
             config.annotations, config.form, split=config.split, images=config.pictures
@@ -61,7 +67,13 @@ class Caption:
             self.references.setdefault(ids[index], []).append(caption)
         named = zip(ids, file.images, strict=True)
         # `limit` counts images that have a caption: a COCO file may list others before them.
-        self._resolve([pair for pair in named if pair[0] in self.references][: config.limit], file)
+        chosen = [pair for pair in named if pair[0] in self.references][: config.limit]
+        self._broken: list[BadSample] = []
+        self._unusable = False
+        if opens_images:
+            self._resolve(chosen, file)
+        else:
+            self.paths = {image_id: image.name for image_id, image in chosen}
         policy = config.on_bad_sample
         # "keep" measures in spite of problems, but not on an image that cannot be shown.
         policy = "raise" if policy == "keep" and self._unusable else policy
@@ -76,7 +88,6 @@ class Caption:
     def _resolve(self, named: Sequence[tuple[ImageId, NamedImage]], file: CaptionFile) -> None:
         """Resolves names to `paths` and decodes every image once; failures become problems."""
         images_by_path: dict[str, NamedImage] = {}
-        self._unusable = False
         for image_id, image in named:
             path, reason = image_path(image, self.config.images, flat=self.config.flat)
             first = images_by_path.setdefault(path, image) if isinstance(path, str) else image
@@ -205,6 +216,38 @@ class Caption:
                 "answer": answer,
                 "exact": metrics.exact_match({i: answer}, {i: self.references[i]}) == 1.0,
             }
+
+
+class CaptionAnswers(Caption):
+    """`Caption` of answers that are there already: no model runs and no image is opened.
+
+    Raises:
+        UserError: as `Caption`; an answer to no image of the file, or, unless on_bad_sample is
+            skip, an image without an answer.
+    """
+
+    def __init__(self, config: CaptionEval, answers: Mapping[ImageId, str]) -> None:
+        super().__init__(config, opens_images=False)
+        unknown = [image_id for image_id in answers if image_id not in self.references]
+        if unknown:
+            raise UserError(
+                f"there is an answer for {unknown[0]!r}, and {config.annotations} has no image "
+                "with a caption of this id; score answers against the file that they are for"
+            )
+        self._rows_answered: list[tuple[int, Row]] = [
+            (index, {"answer": metrics.whole_text(answers[image_id])})
+            if image_id in answers
+            else (index, {"reason": "there is no answer"})
+            for index, image_id in enumerate(self.ids)
+        ]
+        if config.on_bad_sample != "skip":
+            unanswered = [i for i in self.ids if i not in answers]
+            problems = [BadSample(self.paths[i], "there is no answer") for i in unanswered]
+            raise_or_log(problems, "raise", _NO_ANSWER_REMEDY)
+
+    def run(self, handle: Any, folder: Path | None) -> EvalScores | None:
+        """Scores the answers; neither `handle` nor `folder` is used."""
+        return dist.main_alone(lambda: self._score(self._rows_answered))
 
 
 def _read(path: str, exif: Exif) -> np.ndarray | str:
