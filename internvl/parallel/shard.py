@@ -51,7 +51,7 @@ def shard(model: Any, config: ParallelConfig, mesh: DeviceMesh, dtype: torch.dty
         # Autocast casts what a product takes; positions and loss weights stay float32.
         cast_forward_inputs=False,
     )
-    ignored = set(_whole_parameters(model, config))
+    ignored = set(whole_parameters(model, config))
     _move(ignored, mesh)
     everything = [*model.shard_units()]
     for unit in everything:
@@ -166,7 +166,7 @@ def _gather(model: nn.Module) -> None:
             module.unshard()
 
 
-def _whole_parameters(model: Any, config: ParallelConfig) -> Iterator[nn.Parameter]:
+def whole_parameters(model: Any, config: ParallelConfig) -> Iterator[nn.Parameter]:
     """Yields the parameters of which every rank keeps all."""
     tower = model.model.vision_tower
     yield from model.whole_parameters()

@@ -32,7 +32,7 @@ from internvl.models.chat import assemble
 from internvl.models.dual.configs import DualConfig
 from internvl.models.trainable import select_trainable
 from internvl.models.vision import count_parameters
-from internvl.plan import flops, memory, time
+from internvl.plan import flops, memory, shards, time
 from internvl.plan.load import load_of
 from internvl.plan.render import MEMORY_ERROR, TIME_ERROR, Plan
 from internvl.plan.work import FirstStep
@@ -40,6 +40,9 @@ from internvl.training import memory_ladder
 from internvl.zoo.gpus import Gpu
 
 __all__ = ["MEMORY_ERROR", "TIME_ERROR", "Plan", "complete", "is_here", "make", "model_of"]
+
+
+_STAGES = ("none", "zero1", "zero2", "zero3")
 
 
 def make(
@@ -53,7 +56,7 @@ def make(
 
     Args:
         step: what `check` counted in the first step; None goes by stated assumptions.
-        num_gpus: each with a copy of the model and its share of every step's samples.
+        num_gpus: each with its share of every step's samples, and of the model as `parallel` says.
         shape: the model's configuration; by default that of `recipe.model`.
 
     Raises:
@@ -189,6 +192,7 @@ def _is_local(name: str) -> bool:
 
 def _predict(recipe: Recipe, model: Any, gpu: Gpu, step: FirstStep | None, num_gpus: int) -> Plan:
     load = load_of(recipe, model, step, num_gpus)
+    cut = shards.of(model, recipe, num_gpus)
     # On the meta device: counts without a byte of weights.
     trained, parameters = count_parameters(model)
     return Plan(
@@ -196,9 +200,10 @@ def _predict(recipe: Recipe, model: Any, gpu: Gpu, step: FirstStep | None, num_g
         gpu=gpu,
         num_gpus=num_gpus,
         load=load,
-        memory=memory.predict(model, recipe, load, num_gpus),
+        memory=memory.predict(model, recipe, load, num_gpus, cut=cut),
         flops=flops.count(model, load.work),
-        component_s=dict(time.seconds(recipe, model, load, gpu, num_gpus)),
+        component_s=dict(time.seconds(recipe, model, load, gpu, num_gpus, cut)),
+        messages=tuple(time.messages(model, load, gpu, num_gpus, cut)),
         trained=trained,
         parameters=parameters,
     )
@@ -211,19 +216,27 @@ def _remedy(plan: Plan, model: Any, step: FirstStep | None) -> str:
     # predicted for the answer alone, because they take as long as all the rest, and weights and
     # optimizer states are counted once for all settings that leave them alone: a walk over the
     # parameters of a model of 80 blocks is most of a prediction.
-    counted: dict[Any, dict[str, float]] = {}
+    counted: dict[Any, tuple[shards.Shards | None, dict[str, float]]] = {}
 
     def fits(recipe: Recipe) -> bool:
-        setting = (recipe.model.quantize, recipe.optim)
+        setting = (recipe.model.quantize, recipe.optim, recipe.parallel)
         if setting not in counted:
-            counted[setting] = memory.states(model, recipe)
+            cut = shards.of(model, recipe, plan.num_gpus)
+            counted[setting] = cut, memory.states(model, recipe, cut)
+        cut, fixed = counted[setting]
         load = load_of(recipe, model, step, plan.num_gpus)
-        needed = memory.predict(model, recipe, load, plan.num_gpus, counted[setting])
+        needed = memory.predict(model, recipe, load, plan.num_gpus, dict(fixed), cut)
         return needed.total_gib <= plan.gpu.memory_gib
 
     def summary(recipe: Recipe) -> str:
         return _short(_predict(recipe, model, plan.gpu, step, plan.num_gpus))
 
+    # First: it costs messages alone, where the others cost computation or change the training.
+    later = _STAGES[_STAGES.index(plan.recipe.parallel.shard) + 1 :] if plan.num_gpus > 1 else ()
+    for stage in later:
+        recipe = _set(plan.recipe, "parallel.shard", stage)
+        if not recipe.model.quantize and fits(recipe):
+            return f"parallel.shard={stage} makes it fit: {summary(recipe)}"
     for rung in memory_ladder.LADDER:
         recipe = plan.recipe
         while (value := rung.value(recipe)) is not None:

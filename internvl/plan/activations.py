@@ -100,7 +100,7 @@ class Adapters(NamedTuple):
 class Activations(ABC):
     """Bytes that a micro-batch saves for its backward pass."""
 
-    def __init__(self, model: Any, recipe: Recipe, batch: Work) -> None:
+    def __init__(self, model: Any, recipe: Recipe, batch: Work, *, sharded: bool = False) -> None:
         self.model = model
         self.recipe = recipe
         self.compute = recipe.compute
@@ -109,7 +109,8 @@ class Activations(ABC):
         self.compiled = is_compiled(recipe.compute)
         self.attention = attention_of(recipe)
         fusable = any(is_fused(layer) for layer in adapted_layers(model))
-        self.fused = fusable and not recipe.model.quantize
+        self.fused = fusable and not recipe.model.quantize and not sharded
+        self.sharded = sharded
         self.text, self.vision = model.config.text_config, model.config.vision_config
         self.language_model = model.model.language_model
         self.layers = self.language_model.layers
@@ -143,13 +144,17 @@ class Activations(ABC):
         """Share of the micro-batches whose visual tokens gradient caching keeps."""
         return 0.0
 
+    def trained_bytes(self, trains: bool) -> int:
+        """Bytes of a value in the computation: trained weights are float32, gathered ones not."""
+        return 4 if trains and not self.sharded else self.dtype_bytes
+
     def casts(self, uses: int = 1) -> float:
         """Bytes of trained matrices cast to the compute dtype, which the backward pass reads.
 
         Args:
             uses: how often the language model runs in a forward pass.
         """
-        if self.dtype_bytes == 4:
+        if self.dtype_bytes == 4 or self.sharded:  # gathered in the dtype of the computation
             return 0.0
         total = 0.0
         for layers in (self.layers, self.tower_layers):
@@ -192,7 +197,7 @@ class Activations(ABC):
         num_kept = self.num_kept(count, self.tower_layers)
         entered = float(self.tower_tokens * self.vision.hidden_size)
         # LayerScale of a trained block is float32, and so is the residual stream behind it.
-        entered *= 4 if trains_itself(self.tower_layers[-1]) else self.dtype_bytes
+        entered *= self.trained_bytes(trains_itself(self.tower_layers[-1]))
         block = self.tower_block()
         # If all are recomputed, one at a time is there.
         return num_kept * block + (count - num_kept) * entered + (0.0 if num_kept else block)
@@ -225,7 +230,8 @@ class Activations(ABC):
         total = chunk * head.shape[0] * (12.0 + 2 * self.dtype_bytes)
         if head.requires_grad:
             copies = 2 * self.dtype_bytes if self.dtype_bytes == 2 else 0
-            total += head.numel() * (4.0 + copies)
+            # Of shards it is the root's: `Shards.unit_gradients`.
+            total += head.numel() * (self.dtype_bytes if self.sharded else 4.0 + copies)
         return total
 
     def inner_width(self) -> int:

@@ -52,7 +52,7 @@ class ChatActivations(Activations):
         """Bytes that the language model's blocks save, and the hidden states around them."""
         tokens, width = self.batch.rows.tokens, self.text.hidden_size
         # Trained embeddings are float32, and so is what blocks add to them.
-        residual = self.language_model.embed_tokens.weight.element_size()
+        residual = self.trained_bytes(self.language_model.embed_tokens.weight.requires_grad)
         cut = kernels.supports_last_mlp(self.layers[-1])
         left = self.batch.supervised if cut else tokens
         around = (tokens * residual + left * (residual + 4.0 + self.dtype_bytes)) * width

@@ -55,8 +55,16 @@ def unreached(recipe: Recipe) -> tuple[str, ...]:
 class DualActivations(Activations):
     """Bytes that a micro-batch of InternVL-14B's pairs saves."""
 
-    def __init__(self, model: Any, recipe: Recipe, batch: Work, micro_batches: int = 1) -> None:
-        super().__init__(model, recipe, batch)
+    def __init__(
+        self,
+        model: Any,
+        recipe: Recipe,
+        batch: Work,
+        micro_batches: int = 1,
+        *,
+        sharded: bool = False,
+    ) -> None:
+        super().__init__(model, recipe, batch, sharded=sharded)
         self.micro_batches = micro_batches
         self.width = self.text.hidden_size
         self.terms = recipe.objective.term_weights
@@ -113,7 +121,9 @@ class DualActivations(Activations):
 
     def _changed(self, compute: ComputeConfig) -> "DualActivations":
         recipe = replace(self.recipe, compute=compute)
-        return DualActivations(self.model, recipe, self.batch, self.micro_batches)
+        return DualActivations(
+            self.model, recipe, self.batch, self.micro_batches, sharded=self.sharded
+        )
 
     def frozen_states(self, load: Load, tower_passes: float, language_passes: float) -> float:
         """See `Activations`."""
@@ -148,7 +158,7 @@ class DualActivations(Activations):
 
     def all_casts(self) -> float:
         """Bytes of trained matrices cast to the compute dtype, those of the heads included."""
-        if self.dtype_bytes == 4:
+        if self.dtype_bytes == 4 or self.sharded:
             return 0.0
         idle = ("model.", *unreached(self.recipe))
         heads = sum(
@@ -197,7 +207,7 @@ class DualActivations(Activations):
         total, recomputed = 0.0, 0.0
         # Trained embeddings and queries are float32, and so is what layers add to them.
         starts = (self.language_model.embed_tokens, self.model.model.query_tokens)
-        residual_bytes = 4 if any(map(flops.trains, starts)) else self.dtype_bytes
+        residual_bytes = self.trained_bytes(any(map(flops.trains, starts)))
         for form in tracked:
             residual = form.tokens * self.width * residual_bytes
             states = form.tokens * self.width * (4 + self.dtype_bytes)

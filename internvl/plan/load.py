@@ -37,6 +37,10 @@ class Load:
     source: str
     """Where these numbers are from, for the reader."""
 
+    def per_gpu(self, num_gpus: int) -> int:
+        """Returns the micro-batches of the GPU that has most."""
+        return max(1, math.ceil(self.micro_batches / num_gpus - 1e-6))
+
     @property
     def largest_text(self) -> str:
         """The largest micro-batch in words."""
@@ -94,7 +98,11 @@ def _rows(recipe: Recipe, model: Any, step: FirstStep | None, num_gpus: int) -> 
         source = f"counted in the first step: {counted(len(step.micro_batches), 'row')}, {full}"
     longest = limit
     if rows <= num_gpus:  # every GPU has one row or none, which need not be full
-        longest = next((n for n in lengths if n >= tokens), math.ceil(tokens))
+        # Evened out, each has as many tokens as any other.
+        share = tokens / num_gpus
+        longest = next((n for n in lengths if n >= share), math.ceil(share))
+        if num_gpus > 1:
+            rows, tokens = num_gpus, longest * num_gpus
     share = longest / work.rows.tokens
     largest = Work(
         tiles=min(data.max_tiles, math.ceil(work.tiles * share)),

@@ -15,6 +15,7 @@ from internvl.plan.activations import Activations, adapted_layers, is_fused
 from internvl.plan.chat_activations import ChatActivations
 from internvl.plan.dual_activations import DualActivations, unreached
 from internvl.plan.load import Load
+from internvl.plan.shards import Shards
 from internvl.plan.work import Work
 from internvl.training import optim
 
@@ -54,16 +55,21 @@ def predict(
     load: Load,
     num_gpus: int = 1,
     fixed: dict[str, float] | None = None,
+    cut: Shards | None = None,
 ) -> Footprint:
     """Predicts the memory that a step takes of each GPU, in bytes.
 
     Args:
         model: on the meta device, as `placement.to_device` leaves it.
         fixed: `states`, if they are counted already.
+        cut: how weights are sharded; None: every GPU holds all of them.
     """
-    fixed = states(model, recipe) if fixed is None else fixed
-    micro_batches = round(load.micro_batches / num_gpus)
-    moving = activations_of(model, recipe, load.largest, micro_batches).components()
+    fixed = states(model, recipe, cut) if fixed is None else fixed
+    micro_batches = load.per_gpu(num_gpus)
+    counted = activations_of(model, recipe, load.largest, micro_batches, sharded=cut is not None)
+    moving = counted.components()
+    if cut is not None:
+        fixed, moving = _sharded(fixed, moving, cut, micro_batches)
     components = {name: size for name, size in {**fixed, **moving}.items() if size}
     overhead = {
         # Weights and states are allocated once and leave no holes; only activations come and go.
@@ -73,20 +79,39 @@ def predict(
     return Footprint(components, overhead)
 
 
-def activations_of(model: Any, recipe: Recipe, batch: Work, micro_batches: int = 1) -> Activations:
+def _sharded(
+    fixed: dict[str, float], moving: dict[str, float], cut: Shards, micro_batches: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Adds what is whole for a while: the larger of the backward pass's beginning and its end."""
+    gathered = {"gathered weights": cut.gathered()}
+    first = moving | {"gradients of a unit": cut.unit_gradients(micro_batches)}
+    # The shards of a single micro-batch's gradients grow as its activations are freed.
+    grown = fixed.pop("gradients") if micro_batches == 1 else 0.0
+    last = {"gradients of the root": cut.root_gradients(), "gradients": grown}
+    return fixed, gathered | max(first, last, key=lambda components: sum(components.values()))
+
+
+def activations_of(
+    model: Any, recipe: Recipe, batch: Work, micro_batches: int = 1, *, sharded: bool = False
+) -> Activations:
     """Returns what counts the activations of a micro-batch of the model's family.
 
     Args:
         batch: the micro-batch, padded.
         micro_batches: of a step on one GPU.
+        sharded: whether units are gathered in the dtype of the computation.
     """
     if families.name_of(model.config) == "chat":
-        return ChatActivations(model, recipe, batch)
-    return DualActivations(model, recipe, batch, micro_batches)
+        return ChatActivations(model, recipe, batch, sharded=sharded)
+    return DualActivations(model, recipe, batch, micro_batches, sharded=sharded)
 
 
-def states(model: nn.Module, recipe: Recipe) -> dict[str, float]:
-    """Returns the bytes of weights, gradients and optimizer states, the same for every batch."""
+def states(model: nn.Module, recipe: Recipe, cut: Shards | None = None) -> dict[str, float]:
+    """Returns the bytes of weights, gradients and optimizer states, the same for every batch.
+
+    Args:
+        cut: how they are sharded; None: a GPU holds all.
+    """
     sizes = dict.fromkeys(
         ("frozen weights", "quantized weights", "trained weights", "gradients", "optimizer states"),
         0.0,
@@ -96,7 +121,10 @@ def states(model: nn.Module, recipe: Recipe) -> dict[str, float]:
     matrices = optim.hidden_matrices(model) if recipe.optim.name == "muon" else frozenset()
     idle = unreached(recipe)
     for name, parameter in model.named_parameters():
-        size = parameter.numel() * parameter.element_size()
+        share = 1.0 if cut is None else cut.share(parameter)
+        if share < 1 and cut is not None and cut.offload:  # in the CPU's memory
+            continue
+        size = share * parameter.numel() * parameter.element_size()
         if parameter.requires_grad:
             sizes["trained weights"] += size
             if name.startswith(idle):  # without a gradient AdamW makes no state either
@@ -104,14 +132,16 @@ def states(model: nn.Module, recipe: Recipe) -> dict[str, float]:
             sizes["gradients"] += size
             if not recipe.optim.offload:  # else the moments live in the CPU's memory
                 moments = 1 if name in matrices else 2
-                sizes["optimizer states"] += moments * _moment_size(parameter, recipe.optim.name)
+                moment = share * _moment_size(parameter, recipe.optim.name)
+                sizes["optimizer states"] += moments * moment
         elif id(parameter) in quantized:
             sizes["quantized weights"] += _quantized_size(parameter, str(recipe.model.quantize))
         else:
             sizes["frozen weights"] += size
     sizes["frozen weights"] += sum(b.numel() * b.element_size() for b in model.buffers())
     # Quantized weights stay packed, so nothing is fused with them.
-    if not recipe.model.quantize:  # B once more, in the buffer of the weight it is fused with
+    # Shards are not fused.
+    if not recipe.model.quantize and cut is None:  # B once more, in the buffer it is fused with
         for layer in adapted_layers(model):
             weight = layer.base_layer.weight
             copy = layer.lora_B["default"].weight.numel() * weight.element_size()

@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from internvl.config import Recipe
+from internvl.errors import counted
 from internvl.plan.flops import Flops
 from internvl.plan.load import Load
 from internvl.plan.memory import GIB, Footprint
-from internvl.zoo.gpus import Gpu
+from internvl.plan.time import Message
+from internvl.zoo.gpus import LINKS, Gpu
 
 MEMORY_ERROR = 0.10
 """Stated error of the peak. What is allocated was within 5.1 % in eleven measured steps of chat
@@ -32,6 +34,8 @@ class Plan:
     """Of a step, over all GPUs."""
     component_s: dict[str, float]
     """Seconds of a step by component."""
+    messages: tuple[Message, ...]
+    """Collectives of a step between GPUs."""
     trained: int
     parameters: int
     remedy: str = ""
@@ -94,8 +98,6 @@ def _lines(plan: Plan) -> Iterator[str]:
     else:
         yield f"  DOES NOT FIT: {-left:.1f} GiB too much{doubt}"
         yield f"    {plan.remedy}"
-        if not recipe.objective.rows_are_packed:
-            yield "    every GPU holds all weights: they are not sharded over GPUs yet"
     # A GPU's own profile is worth more than its maker's figures.
     error = f"error up to {TIME_ERROR if gpu.measured else OTHER_TIME_ERROR:.0%}"
     yield f"  a step of {plan.load.work.samples:,.0f} samples, seconds ({error})"
@@ -118,8 +120,31 @@ def _lines(plan: Plan) -> Iterator[str]:
     # A user who trusts these times should know which were never measured.
     if not gpu.measured:
         yield f"  the rates of {gpu.name} are its maker's, times the shares an H200 reached"
-    if plan.num_gpus > 1:
-        yield "  several GPUs: a copy of the model on each; assumed, not measured"
+    yield from _links(plan)
+
+
+def _links(plan: Plan) -> Iterator[str]:
+    """Yields where weights lie and what GPUs send each other."""
+    parallel = plan.recipe.parallel
+    if plan.num_gpus == 1:
+        return
+    if parallel.shard == "none":
+        yield "  a copy of the model on every GPU (parallel.shard=none)"
+    else:
+        size = plan.num_gpus // parallel.replicas
+        copies = counted(parallel.replicas, "copy", "copies")
+        yield f"  {parallel.shard}: {copies} of the model, each over {size} GPUs"
+    sent = ", ".join(f"{m.name} {m.sent / 1e9:.3g} GB" for m in plan.messages)
+    total = sum(message.seconds for message in plan.messages)
+    nodes = f"{LINKS.network_gb * 8:.0f} Gb/s a GPU between machines of {LINKS.gpus_per_node}"
+    yield f"  each GPU sends a step: {sent}; {total:.2f} s by assumed rates:"
+    yield (
+        f"    {plan.gpu.link_gb:g} GB/s each way inside a machine, {nodes}, "
+        f"{LINKS.share:.0%} of both reached"
+    )
+    if parallel.shard != "none":
+        share = f"{LINKS.hidden:.0%}"
+        yield f"    messages hide behind {share} of the computation, the rest is waited for"
 
 
 def _table(components: dict[str, float], unit: float) -> Iterator[str]:

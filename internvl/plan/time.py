@@ -11,7 +11,7 @@ checkpointing (6.3), beside other work on the host.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from internvl.config import Recipe
@@ -19,15 +19,63 @@ from internvl.models.vision import count_parameters
 from internvl.plan import flops, memory
 from internvl.plan.flops import Part
 from internvl.plan.load import RECOMPUTED, Load, attention_of, is_compiled
+from internvl.plan.shards import Shards
 from internvl.plan.work import Sequences, Work
 from internvl.zoo import gpus
 from internvl.zoo.gpus import CALIBRATION, Gpu
 
 
+@dataclass(frozen=True)
+class Message:
+    """A collective of a step."""
+
+    name: str
+    sent: float
+    """Bytes that a GPU sends."""
+    seconds: float
+
+
+def messages(
+    model: Any, load: Load, gpu: Gpu, num_gpus: int, cut: Shards | None
+) -> Iterator[Message]:
+    """Yields the collectives of a step, at the rates that `gpus.LINKS` states."""
+    if cut is not None:
+        for name, sent, group in cut.traffic(load.per_gpu(num_gpus)):
+            yield Message(name, sent, sent / (gpu.link_gb_per_s(group) * 1e9))
+    elif num_gpus > 1:
+        trained, _ = count_parameters(model)
+        sent = 2 * (num_gpus - 1) / num_gpus * 4.0 * trained
+        yield Message("all-reduce", sent, sent / (gpu.link_gb_per_s(num_gpus) * 1e9))
+
+
 def seconds(
-    recipe: Recipe, model: Any, load: Load, gpu: Gpu, num_gpus: int
+    recipe: Recipe,
+    model: Any,
+    load: Load,
+    gpu: Gpu,
+    num_gpus: int,
+    cut: Shards | None = None,
 ) -> Iterator[tuple[str, float]]:
-    """Yields (what a step does, seconds), the loop's own share included."""
+    """Yields (what a step does, seconds), the loop's own share included.
+
+    Args:
+        cut: how weights are sharded; None: every GPU holds all of them.
+    """
+    computed = dict(_computation(recipe, model, load, gpu, num_gpus, cut))
+    yield from computed.items()
+    sending = sum(message.seconds for message in messages(model, load, gpu, num_gpus, cut))
+    if not sending:
+        return
+    # Whole gradients are summed after the last row; units are sent while others are computed.
+    hidden = 0.0 if cut is None else gpus.LINKS.hidden * sum(computed.values())
+    # The first unit's gathering and the last one's sum hide behind nothing.
+    units = 1 if cut is None else len(cut.units) + 1
+    yield "waiting for messages", max(sending - hidden, sending / units)
+
+
+def _computation(
+    recipe: Recipe, model: Any, load: Load, gpu: Gpu, num_gpus: int, cut: Shards | None
+) -> Iterator[tuple[str, float]]:
     step = _Step(recipe, model, load, num_gpus)
     rate = gpu.tflops * gpu.products * 1e12 * num_gpus
     copy = gpu.tb_per_s * gpu.copies * 1e12 * num_gpus
@@ -48,7 +96,8 @@ def seconds(
         gpu,
         num_gpus,
         step.quantized_bytes(),
-        offloaded=recipe.optim.offload,
+        updated=None if cut is None else trained - cut.trained * (1 - 1 / cut.num_shards),
+        offloaded=recipe.optim.offload or recipe.parallel.offload == "cpu",
     )
 
 
@@ -68,7 +117,7 @@ class _Step:
         self.computed = flops.count(model, load.computed)
         self.recomputed = RECOMPUTED[recipe.compute.checkpointing]
         """Share of the blocks that run forward twice."""
-        per_gpu = round(load.micro_batches / num_gpus)
+        per_gpu = load.per_gpu(num_gpus)
         twice = 0
         if load.largest.texts.count:  # the first ones go on from where the first pass left them
             twice = max(0, per_gpu - recipe.pairs.kept_micro_batches)

@@ -31,19 +31,45 @@ class Gpu:
     """True if `products` and `copies` were measured on this model."""
     float8: bool = True
     """True if it has float8 matrix products: compute capability 8.9 and above."""
+    link_gb: float = 32.0
+    """Peak rate between the GPUs of a machine, each way, GB/s: NVLink, else PCIe."""
+
+    def link_gb_per_s(self, num_gpus: int) -> float:
+        """Returns the rate at which each of a group of GPUs sends and receives, GB/s."""
+        inside = self.link_gb * LINKS.share
+        if num_gpus <= LINKS.gpus_per_node:
+            return inside
+        # Every GPU has a card of its own, and a ring that crosses goes through all of them.
+        return min(inside, LINKS.gpus_per_node * LINKS.network_gb * LINKS.share)
+
+
+@dataclass(frozen=True)
+class Links:
+    """Links between GPUs. Assumed: not measured."""
+
+    gpus_per_node: int = 8
+    network_gb: float = 50.0
+    """Rate of a GPU's network card, GB/s: 400 Gb/s."""
+    share: float = 0.78
+    """Share of a link's peak that a collective of large messages reaches."""
+    hidden: float = 0.9
+    """Share of the computation's time that messages can hide behind."""
+
+
+LINKS = Links()
 
 
 _ROWS = (
-    Gpu("B200", 178.4, 2250.0, 8.0),
-    Gpu("H200", 139.8, 989.4, 4.8, measured=True),
-    Gpu("H100-80", 79.2, 989.4, 3.35),
-    Gpu("H100-PCIe-80", 79.2, 756.0, 2.0),
-    Gpu("A100-80", 79.2, 312.0, 2.039, float8=False),
-    Gpu("A100-40", 39.4, 312.0, 1.555, float8=False),
+    Gpu("B200", 178.4, 2250.0, 8.0, link_gb=900.0),
+    Gpu("H200", 139.8, 989.4, 4.8, measured=True, link_gb=450.0),
+    Gpu("H100-80", 79.2, 989.4, 3.35, link_gb=450.0),
+    Gpu("H100-PCIe-80", 79.2, 756.0, 2.0, link_gb=64.0),
+    Gpu("A100-80", 79.2, 312.0, 2.039, float8=False, link_gb=300.0),
+    Gpu("A100-40", 39.4, 312.0, 1.555, float8=False, link_gb=300.0),
     Gpu("L40S", 44.4, 362.0, 0.864),
     Gpu("A6000", 47.4, 154.8, 0.768, float8=False),
     Gpu("L4", 22.0, 121.0, 0.3),
-    Gpu("5090-32", 31.4, 209.5, 1.792),
+    Gpu("5090-32", 31.4, 209.5, 1.792, link_gb=64.0),
     Gpu("4090-24", 23.5, 165.2, 1.008),
     Gpu("3090-24", 23.6, 71.0, 0.936, float8=False),
 )
@@ -80,39 +106,37 @@ class Calibration:
     """Share of a packed row's tokens that are not padding, if rows are not known."""
     bus_tb_per_s: float = 0.04
     """Bandwidth between GPU and CPU, TB/s, for offloading. Assumed: not measured."""
-    reduce_tb_per_s: float = 0.2
-    """Bandwidth of an all-reduce between GPUs, TB/s. Assumed: not measured."""
 
 
 CALIBRATION = Calibration()
 
 
 def update_times(
-    trained: int,
+    trained: float,
     rows: float,
     gpu: Gpu,
     num_gpus: int,
     quantized: float = 0.0,
     *,
+    updated: float | None = None,
     offloaded: bool = False,
 ) -> Iterator[tuple[str, float]]:
     """Yields (purpose, seconds) of the passes over weights, gradients and optimizer states.
 
     Args:
         trained: number of trained parameters.
+        updated: those of a GPU's shard; None: every GPU updates all of them.
         rows: rows of a step over all GPUs; each adds to the gradients.
         quantized: bytes read and written to dequantize weights, per row.
         offloaded: True if the optimizer states are in the CPU's memory.
     """
-    # Bytes per second: every GPU updates all weights, gradients are reduced, not sharded.
+    updated = trained if updated is None else updated
     copy = gpu.tb_per_s * gpu.copies * 1e12 * num_gpus
     batches = max(rows, num_gpus)
-    moved = num_gpus * 40.0 * trained + (18.0 * trained + quantized) * batches
+    moved = num_gpus * 40.0 * updated + (18.0 * trained + quantized) * batches
     yield "weights and optimizer", CALIBRATION.loop * moved / copy
     if offloaded:
-        yield "moments from the CPU and back", 16.0 * trained / (CALIBRATION.bus_tb_per_s * 1e12)
-    if num_gpus > 1:
-        yield "gradients between GPUs", 8.0 * trained / (CALIBRATION.reduce_tb_per_s * 1e12)
+        yield "moments from the CPU and back", 16.0 * updated / (CALIBRATION.bus_tb_per_s * 1e12)
 
 
 def find(name: str) -> Gpu:

@@ -1,0 +1,142 @@
+"""What sharding over GPUs adds and takes away: bytes that a GPU holds, bytes that it sends.
+
+Counted from the same units that training shards (`shard_units` of the model), S GPUs to a copy:
+
+    zero1, zero2   float32 weights, gradients and optimizer states of what trains: 1/S each; weights
+                   of the computation whole from the first row of a step to the last
+    zero3          all weights 1/S; a few units whole at a time, and the root from forward to the
+                   end of backward
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from internvl.config import Recipe
+from internvl.errors import UserError
+from internvl.parallel import shard
+
+GATHERED_UNITS = 3
+"""Units of zero3 that are whole at a time: one that is computed, the next one, and its buffer."""
+
+
+@dataclass(frozen=True)
+class UnitSize:
+    """Parameters of a unit that are cut."""
+
+    trained: int
+    frozen: int
+
+    @property
+    def whole(self) -> int:
+        return self.trained + self.frozen
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How a model lies on the GPUs of a run."""
+
+    stage: str
+    num_gpus: int
+    replicas: int
+    reduce_bytes: int
+    """Bytes of a value of a gradient that GPUs sum."""
+    dtype_bytes: int
+    offload: bool
+    units: tuple[UnitSize, ...]
+    root: UnitSize
+    whole: frozenset[int]
+    """Ids of the parameters of which every GPU keeps all."""
+
+    @property
+    def num_shards(self) -> int:
+        """GPUs over which a copy is cut."""
+        return self.num_gpus // self.replicas
+
+    def share(self, parameter: nn.Parameter) -> float:
+        """Returns the share of a parameter that a GPU holds."""
+        return 1.0 if id(parameter) in self.whole else 1 / self.num_shards
+
+    @property
+    def trained(self) -> int:
+        """Trained parameters that are cut."""
+        return self.root.trained + sum(unit.trained for unit in self.units)
+
+    @property
+    def all(self) -> int:
+        """Parameters that are cut."""
+        return self.root.whole + sum(unit.whole for unit in self.units)
+
+    def gathered(self) -> float:
+        """Bytes of whole weights while a row is computed, in the dtype of the computation."""
+        if self.stage != "zero3":
+            return float(self.dtype_bytes * self.all)
+        largest = max((unit.whole for unit in self.units), default=0)
+        return float(self.dtype_bytes * (self.root.whole + GATHERED_UNITS * largest))
+
+    def unit_gradients(self, micro_batches: int) -> float:
+        """Bytes of gradients that are whole: of a unit, on their way to the other GPUs; with zero1
+        of all, if a GPU has several micro-batches."""
+        largest = max((unit.trained for unit in self.units), default=0)
+        # In the dtype of the computation, copied to that of the sum; the unit before it still goes.
+        passing = largest * (self.dtype_bytes + 2.0 * self.reduce_bytes)
+        # The output matrix has its gradient from the first block's backward to the last.
+        passing += self.dtype_bytes * self.root.trained
+        if self.stage == "zero1" and micro_batches > 1:
+            passing += float(self.reduce_bytes * self.trained)
+        return passing
+
+    def root_gradients(self) -> float:
+        """Bytes at the end of the backward pass, when the root's gradients are summed."""
+        return float(self.root.trained * (self.dtype_bytes + self.reduce_bytes))
+
+    def traffic(self, micro_batches: int) -> Iterator[tuple[str, float, int]]:
+        """Yields (collective, bytes that a GPU sends in a step, GPUs that take part)."""
+        sent = (self.num_shards - 1) / self.num_shards
+        # The root stays whole from forward to backward, a unit of zero3 is gathered twice.
+        units = sum(unit.whole for unit in self.units)
+        gathers = 2 * units + self.root.whole if self.stage == "zero3" else units + self.root.whole
+        rows = micro_batches if self.stage == "zero3" else 1
+        yield "all-gather", sent * self.dtype_bytes * gathers * rows, self.num_shards
+        sums = 1 if self.stage == "zero1" else micro_batches
+        yield "reduce-scatter", sent * self.reduce_bytes * self.trained * sums, self.num_shards
+        if self.replicas > 1:
+            shard_bytes = self.reduce_bytes * self.trained / self.num_shards
+            crossing = 2 * (self.replicas - 1) / self.replicas
+            yield "all-reduce", crossing * shard_bytes, self.num_gpus
+
+
+def of(model: Any, recipe: Recipe, num_gpus: int) -> Shards | None:
+    """Counts the shards of a model on the meta device; None if every GPU holds all of it.
+
+    Raises:
+        UserError: the GPUs do not divide into the replicas.
+    """
+    config = recipe.parallel
+    if config.shard == "none" or num_gpus == 1:
+        return None
+    if num_gpus % config.replicas or num_gpus == config.replicas:
+        raise UserError(
+            f"parallel.replicas: {num_gpus} GPUs do not divide into {config.replicas} copies of "
+            "two or more each; choose a divisor of them"
+        )
+    whole = frozenset(map(id, shard.whole_parameters(model, config)))
+    counted, sizes = set(whole), []
+    for unit in model.shard_units():  # inner ones first
+        cut = [p for p in unit.module.parameters() if id(p) not in counted]
+        counted |= set(map(id, cut))
+        trained = sum(p.numel() for p in cut if p.requires_grad)
+        sizes.append(UnitSize(trained, sum(p.numel() for p in cut) - trained))
+    return Shards(
+        stage=config.shard,
+        num_gpus=num_gpus,
+        replicas=config.replicas,
+        reduce_bytes=2 if config.reduce == "bfloat16" else 4,
+        dtype_bytes=2 if recipe.dtype == "bfloat16" else 4,
+        offload=config.offload == "cpu",
+        units=tuple(sizes[:-1]),
+        root=sizes[-1],
+        whole=whole,
+    )

@@ -1,0 +1,117 @@
+"""Plans of several GPUs: what each holds and sends, by stage, and what makes a model fit."""
+
+import re
+
+import pytest
+
+from internvl import plan
+from internvl.config import recipes
+from internvl.plan import memory, shards
+from internvl.plan.load import load_of
+from internvl.zoo import gpus
+
+H200 = gpus.find("h200")
+
+
+def released(name, shard="zero3", lora=None, **keys):
+    model = {"id": f"OpenGVLab/{name}"} | ({"lora": {"rank": lora}} if lora else {})
+    tree = {
+        "model": model,
+        "data": {"sources": [{"name": "s", "annotations": "none.jsonl"}], "max_tokens": 4096},
+        "compute": {"checkpointing": "full"},
+        "parallel": {"shard": shard},
+        "run": "run",
+        "global_batch": 128,
+        "epochs": 1,
+    }
+    return recipes.resolve(tree | keys)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """The smallest released model, counted for a recipe: (recipe, model on the meta device)."""
+    recipe = plan.complete(released("InternVL2-1B")).recipe
+    return recipe, plan.model_of(recipe)
+
+
+def states_of(parts, shard, num_gpus=8, replicas=1):
+    recipe, model = parts
+    parallel = {} if shard == "none" else {"shard": shard, "replicas": replicas}
+    recipe = recipes.resolve(recipes.to_tree(recipe) | {"parallel": parallel})
+    cut = shards.of(model, recipe, num_gpus)
+    load = load_of(recipe, model, None, num_gpus)
+    return cut, memory.predict(model, recipe, load, num_gpus, cut=cut)
+
+
+def test_every_stage_takes_less_than_the_one_before(parts):
+    totals = [states_of(parts, s)[1].allocated_gib for s in ("none", "zero1", "zero2", "zero3")]
+    assert totals == sorted(totals, reverse=True)
+    assert len(set(totals)) == 4
+
+
+def test_states_are_cut_over_the_gpus_of_a_copy(parts):
+    _, model = parts
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    for num_gpus, replicas in ((8, 1), (32, 1), (32, 4)):
+        cut, footprint = states_of(parts, "zero3", num_gpus, replicas)
+        assert cut.num_shards == num_gpus // replicas
+        assert footprint.components["trained weights"] == 4 * trained / cut.num_shards
+        assert footprint.components["optimizer states"] == 8 * trained / cut.num_shards
+        # A frozen tower of this size stays whole.
+        assert footprint.components["frozen weights"] == pytest.approx(2 * frozen, rel=1e-3)
+
+
+def test_units_are_those_of_training(parts):
+    """The cut parameters, each in one unit."""
+    recipe, model = parts
+    cut = shards.of(model, recipe, 4)
+    layers = len(model.model.language_model.layers)
+    whole = sum(p.numel() for p in model.parameters() if id(p) in cut.whole)
+    assert cut.all == sum(p.numel() for p in model.parameters()) - whole
+    assert len([unit for unit in cut.units if unit.trained]) == layers
+
+
+def test_what_a_gpu_sends(parts):
+    sent = {
+        stage: {name: sent for name, sent, _ in states_of(parts, stage)[0].traffic(2)}
+        for stage in ("zero1", "zero2", "zero3")
+    }
+    cut = states_of(parts, "zero3")[0]
+    once = 7 / 8 * 2 * cut.all
+    # Weights once a step; or twice a row, but for the root. Gradients once a step, or a row.
+    assert sent["zero2"]["all-gather"] == pytest.approx(7 / 8 * 2 * cut.trained)
+    assert once < sent["zero3"]["all-gather"] / 2 < 2 * once
+    assert sent["zero1"]["reduce-scatter"] == 7 / 8 * 4 * cut.trained
+    assert sent["zero2"]["reduce-scatter"] == 2 * sent["zero1"]["reduce-scatter"]
+    hybrid = {name: sent for name, sent, _ in states_of(parts, "zero3", 16, 2)[0].traffic(1)}
+    assert hybrid["all-reduce"] == pytest.approx(4 * cut.trained / 8)
+
+
+def test_links_inside_a_machine_and_between():
+    assert H200.link_gb_per_s(8) == pytest.approx(351)
+    assert H200.link_gb_per_s(16) == pytest.approx(312)  # eight cards of 400 Gb/s a machine
+    assert gpus.find("4090").link_gb_per_s(8) < 26
+
+
+def test_gpus_that_do_not_divide_are_refused(parts):
+    with pytest.raises(ValueError, match="6 GPUs do not divide into 4 copies"):
+        states_of(parts, "zero3", 6, 4)
+
+
+def test_the_plan_names_the_stage_that_fits_and_says_what_is_sent():
+    large = released("InternVL2-40B", "none")
+    text = plan.make(large, H200, None, 16).render()
+    assert "DOES NOT FIT" in text
+    assert re.search("parallel.shard=zero[123] makes it fit", text)
+    text = plan.make(released("InternVL2-40B"), H200, None, 16).render()
+    assert "zero3: 1 copy of the model, each over 16 GPUs" in text
+    assert "all-gather" in text
+    assert "waiting for messages" in text
+
+
+def test_one_gpu_plans_as_without_shards():
+    alone, cut = (released("InternVL2-1B", shard) for shard in ("none", "zero3"))
+    plans = [plan.make(recipe, H200, None, 1) for recipe in (alone, cut)]
+    assert plans[0].memory == plans[1].memory
+    assert plans[0].component_s == plans[1].component_s
