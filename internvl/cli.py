@@ -99,6 +99,8 @@ def models(args: Arguments) -> int:
 def check(args: Arguments) -> int:
     """Check a recipe, every sample and every image; with --plan, predict memory and time."""
     recipe = load_recipe(args.recipe, args.overrides)
+    if args.rehearse:
+        return _rehearse(recipe, args)
     if args.plan:
         return _plan(recipe, args)
     from internvl.inference import opened
@@ -138,6 +140,27 @@ def _plan(recipe: Recipe, args: Arguments) -> int:
         planned = replace(planned, inherited="")  # printed by the check already
     print(planned.render())
     return int(not planned.fits or (checked is not None and bool(checked.problems)))
+
+
+def _rehearse(recipe: Recipe, args: Arguments) -> int:
+    """Prints what one rank of `--gpus` takes here, beside the plan."""
+    if args.gpus < 1:
+        raise ConfigError(f"--gpus: at least 1, not {args.gpus}")
+    from internvl.data import sources
+    from internvl.inference import opened
+
+    opened.check_start(recipe, weights=False)
+    sources.check_files(recipe.data)
+    with _loading(recipe.model.name):
+        import torch
+
+        from internvl.check import rehearse
+
+    # Without a GPU of the table there is nothing to plan for, and memory is measured all the same.
+    is_meant = args.gpu != "auto" or torch.cuda.is_available()
+    rehearsed = rehearse.run(recipe, args.gpus, _gpu_to_plan_for(args.gpu) if is_meant else None)
+    print(rehearsed.render())
+    return int(not rehearsed.fits)
 
 
 def _gpu_to_plan_for(name: str) -> Any:
@@ -563,6 +586,11 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
         help="GPU to plan for: H200, A100-40, 4090 … (default: this machine's)",
     )
     add["check"].add_argument("--gpus", type=int, default=1, help="number of GPUs to plan for")
+    add["check"].add_argument(
+        "--rehearse",
+        action="store_true",
+        help="run a few steps as one of --gpus GPUs on the one that is here: memory and time",
+    )
     _add_evaluate_arguments(add["evaluate"])
     add["chat"].add_argument("model", help="model, adapter or run folder, or hub id")
     _add_chat_arguments(add["chat"])

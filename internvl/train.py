@@ -132,19 +132,41 @@ def build(
     if chat is not None:
         # It goes to the GPU unit by unit if it is sharded.
         placement.to_device(chat.model, device if grid is None else CPU, recipe.dtype)
-        _prepare(chat.model, recipe, device, grid)
+        prepare(chat.model, recipe, device, grid)
     elif grid is None:
         chat = loading.for_training(recipe, start)
         placement.to_device(chat.model, device, recipe.dtype)
-        _prepare(chat.model, recipe, device, None)
+        prepare(chat.model, recipe, device, None)
     else:
-        cut = partial(_prepare, recipe=recipe, device=device, grid=grid)
+        cut = partial(prepare, recipe=recipe, device=device, grid=grid)
         shards_on = CPU if recipe.parallel.offload == "cpu" else device
         chat = loading.for_training(recipe, start, cut, device, shards_on)
     if order is None:
         order = SampleOrder(
             open_sources(recipe.data), share_prefix=recipe.shares_prefix, seed=recipe.seed
         )
+    return assemble(
+        recipe,
+        chat,
+        device,
+        order,
+        checkpoint.Saver(device),
+        evaluators=evaluators,
+        endings=endings,
+    )
+
+
+def assemble(
+    recipe: Recipe,
+    chat: Chat | Dual,
+    device: torch.device,
+    order: Order,
+    saver: checkpoint.Saver,
+    *,
+    evaluators: dict[str, evals.Evaluator] | None = None,
+    endings: Sequence[Ending] = (),
+) -> TrainState:
+    """Returns the state of a run whose model is on its device, ready to compute."""
     packs = recipe.objective.rows_are_packed
     objective = OBJECTIVES[recipe.objective.name](recipe.objective, recipe.data, chat.encoder)
     # Last: modules may have been replaced, and the optimizer must hold what trains.
@@ -161,14 +183,14 @@ def build(
         num_steps=num_steps,
         total_samples=total,
         guard=Guard(recipe.guard),
-        saver=checkpoint.Saver(device),
-        evaluators=evaluators,
+        saver=saver,
+        evaluators=evaluators or {},
         endings=tuple(endings),
         row_lengths=backends.row_lengths(recipe.compute, device, recipe.data) if packs else (),
     )
 
 
-def _prepare(model: Any, recipe: Recipe, device: torch.device, grid: DeviceMesh | None) -> None:
+def prepare(model: Any, recipe: Recipe, device: torch.device, grid: DeviceMesh | None) -> None:
     """Sets how a model computes and cuts it into shards; it may be on the meta device."""
     kernels.apply_compute(model, device, recipe.compute, sharded=grid is not None)
     if grid is not None:

@@ -255,7 +255,8 @@ def _remedy(plan: Plan, model: Any, step: FirstStep | None) -> str:
     together = " ".join(f"{key}={value}" for key, value in settings.items())
     return (
         f"no setting makes it fit: with {together or 'these settings'} it takes {summary(recipe)}; "
-        "choose LoRA, a smaller model or a larger GPU"
+        "choose LoRA, a smaller model or a larger GPU, or shard it over several (--gpus 8 "
+        "parallel.shard=zero3)"
     )
 
 

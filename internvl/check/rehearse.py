@@ -1,0 +1,444 @@
+"""Runs a few steps of one rank of many on the device that is here: `rehearse.run(recipe, 64)`.
+
+Weights are drawn, shards are those of training, rows are the data's first step as that rank would
+get them, kernels and memory are real. The other ranks are torch's fake process group: it takes what
+is sent and returns nothing, so there is no loss, and weights that would be gathered are whatever
+memory held. Time between GPUs is not measured; the plan's rates stand for it.
+"""
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
+
+from internvl import dist, plan, train
+from internvl.compute import feeding, placement
+from internvl.config import Recipe
+from internvl.data import balance
+from internvl.data.balance import Piece
+from internvl.data.loader import UnitReader
+from internvl.data.packing import padded_tokens
+from internvl.data.records import Batch, PackedBatch
+from internvl.data.sampler import SampleOrder, UnitRef
+from internvl.data.sources import open_sources
+from internvl.errors import UserError, counted
+from internvl.inference import families
+from internvl.inference import load as loading
+from internvl.inference.chat import Chat
+from internvl.inference.dual import Dual
+from internvl.inference.families import FAMILIES
+from internvl.inference.opened import OpenedModel, open_start
+from internvl.models.vision import set_drop_path
+from internvl.objectives import OBJECTIVES
+from internvl.objectives.sft import Sft
+from internvl.parallel import fill, mesh
+from internvl.plan import Plan
+from internvl.plan import costs as plan_costs
+from internvl.plan.costs import Costs
+from internvl.plan.memory import GIB
+from internvl.plan.work import first_step
+from internvl.training import checkpoint
+from internvl.training.spikes import Guard
+from internvl.zoo.gpus import Gpu
+
+STEPS = 4
+"""Steps of a rehearsal; the first two, which allocate and choose kernels, are not timed."""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a rank took."""
+
+    recipe: Recipe
+    num_gpus: int
+    device: str
+    batches: tuple[Batch, ...]
+    """Of the rank, in a step."""
+    peak_bytes: float
+    """Allocated by torch at most."""
+    reserved_bytes: float
+    """Held by torch's allocator, free memory of its blocks included; 0 on a CPU."""
+    step_s: float
+    plan: Plan | None
+    """Of the same step; None if no GPU of the table is meant."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(batch.num_tokens for batch in self.batches)
+
+    @property
+    def needed_gib(self) -> float:
+        """What a GPU must have, GiB."""
+        overhead = 0.0 if self.plan is None else sum(self.plan.memory.overhead.values())
+        return (max(self.peak_bytes, self.reserved_bytes) + overhead) / GIB
+
+    @property
+    def fits(self) -> bool:
+        """False if the GPU that is planned for is too small."""
+        return self.plan is None or self.needed_gib <= self.plan.gpu.memory_gib
+
+    def render(self) -> str:
+        """Formats what was measured beside the plan."""
+        return "\n".join(_lines(self))
+
+
+def run(recipe: Recipe, num_gpus: int, gpu: Gpu | None = None, *, steps: int = STEPS) -> Rehearsal:
+    """Takes `steps` steps as one of `num_gpus` ranks.
+
+    Args:
+        gpu: what to plan for beside it.
+
+    Raises:
+        UserError: this process is one of several already, or a model that is not rehearsed.
+        RunError: out of memory; names row and remedy.
+    """
+    if distributed.is_initialized():
+        raise UserError("a rehearsal is one process: start it without torchrun")
+    if recipe.model.quantize is not None:
+        raise UserError(
+            "model.quantize: a rehearsal draws weights and does not quantize; use --plan, or "
+            "model.quantize=null"
+        )
+    start = open_start(recipe)
+    # A rehearsal measures steps; evaluations would need their data and a model that answers.
+    recipe = replace(loading.complete(recipe, start).recipe, evals={})
+    device = dist.init_from_env(recipe.device)
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    torch.manual_seed(recipe.seed)
+    sources = open_sources(recipe.data)
+    order = SampleOrder(sources, share_prefix=recipe.shares_prefix, seed=recipe.seed)
+    meta = plan.model_of(recipe, _shape(recipe, start))
+    step = _Step(recipe, start, order, plan_costs.costs_of(recipe, meta), num_gpus)
+    planned = None if gpu is None else plan.make(recipe, gpu, step.counted(), num_gpus)
+    saver = checkpoint.Saver(torch.device("cpu"))  # before there is a group, and never used
+    with _stand_in(num_gpus):
+        state = _state(recipe, start, meta, order, device, saver)
+        batches = _prepared(step.batches(), state)
+        if not batches:
+            raise UserError(
+                "the first step has no good sample; `internvl check` lists the bad ones"
+            )
+        train.warm_up(state)
+        with peak_bytes(state) as peak:
+            for _ in range(2):
+                train.train_step(state, batches)
+        seconds = [_timed(state, batches) for _ in range(max(1, steps - 2))]
+        on_gpu = device.type == "cuda"
+        return Rehearsal(
+            recipe,
+            num_gpus,
+            torch.cuda.get_device_name(device) if on_gpu else "this CPU",
+            tuple(batches),
+            peak[0],
+            torch.cuda.max_memory_reserved(device) if on_gpu else 0.0,
+            statistics.median(seconds),
+            planned,
+        )
+
+
+def _shape(recipe: Recipe, start: OpenedModel) -> Any:
+    """Reads the model's configuration, with the placeholder's id of its own tokenizer."""
+    family, size = FAMILIES[start.files.family], recipe.data.tiling.size
+    if family.name == "chat":
+        return families.describe(start, image_size=size).config
+    return family.read_config(start.files, size=size)
+
+
+def _timed(state: train.TrainState, batches: Sequence[Batch]) -> float:
+    started = time.perf_counter()
+    train.train_step(state, batches)
+    placement.synchronize(state.device)
+    return time.perf_counter() - started
+
+
+@contextmanager
+def _stand_in(num_gpus: int) -> Iterator[None]:
+    """Makes this process rank 0 of a group whose other ranks do not exist."""
+    if num_gpus == 1:
+        yield
+        return
+    # Importing it registers the backend.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    distributed.init_process_group("fake", rank=0, world_size=num_gpus, store=FakeStore())
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+class _Lenient(Guard):
+    """A guard that lets everything pass: losses and norms mean nothing here."""
+
+    def objection(self, step: int, loss: float, norm: float) -> str | None:
+        return None
+
+    def remember(self, loss: float, norm: float) -> None:
+        """Does nothing."""
+
+
+def _state(
+    recipe: Recipe,
+    start: OpenedModel,
+    model: Any,
+    order: SampleOrder,
+    device: torch.device,
+    saver: checkpoint.Saver,
+) -> train.TrainState:
+    """Builds the run of a rank, its model with drawn weights."""
+    if recipe.model.drop_path:
+        set_drop_path(model, recipe.model.drop_path)
+    grid = mesh.build(recipe.parallel, device)
+    train.prepare(model, recipe, device, grid)
+    is_offloaded = grid is not None and recipe.parallel.offload == "cpu"
+    buffers = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    fill.allocate(model, device, torch.device("cpu") if is_offloaded else device)
+    _draw(model, buffers)
+    handle: Chat | Dual
+    if FAMILIES[start.files.family].name == "chat":
+        description = families.describe(start)
+        handle = Chat(
+            model,
+            start.tokenizer,
+            description.template,
+            recipe.data.tiling,
+            description.system_message,
+            start.folder,
+        )
+    else:
+        handle = Dual(model, start.tokenizer, start.folder)
+    state = train.assemble(recipe, handle, device, order, saver)
+    state.guard = _Lenient(recipe.guard)
+    return state
+
+
+@torch.no_grad()
+def _draw(model: Any, buffers: Sequence[str]) -> None:
+    """Draws this rank's weights; fills the named buffers, such as the frequencies of rotations."""
+    # Zeros and infinities would compute faster than weights: a GPU spends less power on them.
+    for name, parameter in model.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if local.dtype.itemsize > 1:
+            local.fill_(1.0) if "norm" in name and local.ndim == 1 else local.normal_(0, 0.02)
+    for name in buffers:
+        model.get_buffer(name).fill_(0.01)
+
+
+class _Step:
+    """The first step of a run, and the rows of its most loaded rank."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        start: OpenedModel,
+        order: SampleOrder,
+        costs: Costs,
+        num_gpus: int,
+    ) -> None:
+        self.recipe, self.order, self.costs, self.num_gpus = recipe, order, costs, num_gpus
+        encoder = FAMILIES[start.files.family].encoder(start, recipe)
+        self.objective: Any = OBJECTIVES[recipe.objective.name](
+            recipe.objective, recipe.data, encoder
+        )
+        self.reader: Any = self.objective.reader(order.files, recipe.seed)
+        self.refs = self._refs()
+        if isinstance(self.reader, UnitReader):
+            self.reader.pixels = False  # sizes alone: only one rank's images are cut into tiles
+            self.read = [self._pieces(ref) for ref in self.refs]
+
+    def _refs(self) -> list[UnitRef]:
+        recipe = self.recipe
+        if recipe.global_batch_rows is None:
+            return self.order.between(0, recipe.batch_samples)
+        # As many samples as fill the rows, for they are packed before they are dealt to ranks.
+        limit = recipe.global_batch_rows * (recipe.data.row_tokens or recipe.data.max_tokens)
+        refs: list[UnitRef] = []
+        tokens = 0
+        for ref in self.order.groups_from(0):
+            if tokens >= limit:
+                break
+            refs.append(ref)
+            tokens += sum(unit.num_tokens for unit in self.reader[ref].units)
+        return refs
+
+    def _pieces(self, ref: UnitRef) -> list[Any]:
+        units = self.reader[ref].units
+        return self.objective.pieces(units) if isinstance(self.objective, Sft) else units
+
+    def batches(self) -> list[Any]:
+        """Reads the rank's samples and makes its batches."""
+        if not isinstance(self.reader, UnitReader):
+            share = self.refs[:: self.num_gpus]
+            units = [unit for ref in share for unit in self.reader[ref].units]
+            return self.objective.batches(units) if units else []
+        rows = max(self._dealt(), key=self._load)
+        self.reader.pixels = True
+        groups = {}
+        for index in sorted({index for row in rows for index, _ in row}):
+            groups[index] = self._pieces(self.refs[index])
+        self.reader.pixels = False
+        return self.objective.rows([[groups[index][i] for index, i in row] for row in rows if row])
+
+    def _load(self, rows: Sequence[Sequence[tuple[int, int]]]) -> tuple[int, float]:
+        """Returns (tokens of the longest row, cost), by which the most loaded rank is chosen."""
+        units = [[self.read[index][i] for index, i in row] for row in rows]
+        longest = max((sum(unit.num_tokens for unit in row) for row in units), default=0)
+        return longest, sum(self.costs.of_unit(unit) for row in units for unit in row)
+
+    def _dealt(self) -> list[list[list[tuple[int, int]]]]:
+        """Deals the step to ranks as training does: rank -> rows -> (reference, piece)."""
+        places = [
+            [
+                (index, i)
+                for index in range(rank, len(self.refs), self.num_gpus)
+                for i in range(len(self.read[index]))
+            ]
+            for rank in range(self.num_gpus)
+        ]
+        data = self.recipe.data
+        limit = data.row_tokens or data.max_tokens
+        pieces = [
+            [
+                Piece(self.costs.of_unit(unit), unit.num_tokens, unit.num_tiles)
+                for unit in (self.read[index][i] for index, i in of_rank)
+            ]
+            for of_rank in places
+        ]
+        lengths = sorted({padded_tokens(0, limit), limit})
+        dealt = balance.even_rows(pieces, lengths, data.max_tiles)
+        return [[[places[rank][i] for rank, i in row] for row in rows] for rows in dealt]
+
+    def counted(self) -> Any:
+        """Counts the whole step for the plan."""
+        if isinstance(self.reader, UnitReader):
+            rows = [
+                [self.read[index][i] for index, i in row]
+                for rows in self._dealt()
+                for row in rows
+                if row
+            ]
+            batches = self.objective.rows(rows)
+        else:
+            batches = self.objective.batches(
+                [unit for ref in self.refs for unit in self.reader[ref].units]
+            )
+        return first_step(batches, self.objective.weights, len(self.order)) if batches else None
+
+
+def _prepared(batches: Sequence[Any], state: train.TrainState) -> list[Any]:
+    """Pads and pins batches as the training loop does."""
+    if state.row_lengths:
+        batches = [feeding.pad(row, state.row_lengths) for row in batches]
+    return [feeding.pin(row) for row in batches] if state.device.type == "cuda" else [*batches]
+
+
+@contextmanager
+def peak_bytes(state: train.TrainState) -> Iterator[list[float]]:
+    """Measures the most memory that torch allocates on the run's device; fills in the list."""
+    peak = [0.0]
+    if state.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(state.device)
+        yield peak
+        peak[0] = torch.cuda.max_memory_allocated(state.device)
+        return
+    held = _held_bytes(state)
+    # The allocator's own reports: also of what shards free while their tensors live on.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        yield peak
+    changed = most = 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            changed += event.nbytes()
+            most = max(most, changed)
+    peak[0] = float(held + most)
+
+
+def _held_bytes(state: train.TrainState) -> int:
+    """Returns the bytes of weights, buffers and optimizer states of this rank."""
+    moments = (v for held in state.optimizer.state.values() for v in held.values())
+    tensors = [
+        tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        for tensor in chain(state.model.parameters(), state.model.buffers(), moments)
+        if isinstance(tensor, torch.Tensor)
+    ]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def _lines(rehearsal: Rehearsal) -> Iterator[str]:
+    recipe, planned = rehearsal.recipe, rehearsal.plan
+    yield (
+        f"rehearsal of one rank of {rehearsal.num_gpus} on {rehearsal.device} "
+        f"(parallel.shard={recipe.parallel.shard}, replicas={recipe.parallel.replicas})"
+    )
+    samples = sum(batch.num_samples for batch in rehearsal.batches)
+    tiles = sum(batch.num_tiles for batch in rehearsal.batches)
+    unit_name = "row" if isinstance(rehearsal.batches[0], PackedBatch) else "micro-batch"
+    plural = "rows" if unit_name == "row" else "micro-batches"
+    yield (
+        f"  the rank that has most of the first step: {counted(samples, 'sample')} in "
+        f"{counted(len(rehearsal.batches), unit_name, plural)}, {rehearsal.tokens:,} tokens, "
+        f"{counted(tiles, 'tile')}"
+    )
+    beside = "" if planned is None else f"{'planned':>10}"
+    yield f"    {'':<34}{'measured':>10}{beside}"
+    figures = [
+        (
+            "memory allocated at the peak, GiB",
+            rehearsal.peak_bytes / GIB,
+            None if planned is None else planned.memory.allocated_gib,
+        ),
+        (
+            "step of a rank without messages, s",
+            rehearsal.step_s,
+            None if planned is None else planned.step_s - planned.component_s.get(_WAITING, 0.0),
+        ),
+    ]
+    for name, measured, predicted in figures:
+        second = "" if predicted is None else f"{predicted:>10.2f}"
+        yield f"    {name:<34}{measured:>10.2f}{second}"
+    yield f"  {rehearsal.tokens / rehearsal.step_s:,.0f} tokens/s a rank before messages"
+    if planned is None:
+        yield "  the time of messages between GPUs needs the rates of a GPU: name one with --gpu"
+    else:
+        yield from _beside(rehearsal, planned)
+    yield "  no loss: the stand-in for the other GPUs returns nothing"
+
+
+_WAITING = "waiting for messages"
+
+
+def _beside(rehearsal: Rehearsal, planned: Plan) -> Iterator[str]:
+    sending = sum(message.seconds for message in planned.messages)
+    waiting = planned.component_s.get(_WAITING, 0.0)
+    samples = planned.load.work.samples
+    both = [samples / (rehearsal.step_s + extra) for extra in (waiting, sending)]
+    share = planned.flops.needed / rehearsal.num_gpus / rehearsal.step_s / 1e12
+    yield (
+        f"  {share:.0f} TFLOP/s of needed FLOPs, "
+        f"{share / (planned.gpu.tflops * planned.gpu.products):.0%} of what products reach on "
+        f"{planned.gpu.name}"
+    )
+    if planned.messages:
+        yield (
+            f"  messages: {sending:.2f} s a step by assumed rates; {samples:,.0f} samples at "
+            f"{both[0]:.3g} samples/s on all GPUs if they hide behind the computation, "
+            f"{both[1]:.3g} if none does"
+        )
+    left = planned.gpu.memory_gib - rehearsal.needed_gib
+    if rehearsal.fits:
+        yield f"  fits {planned.gpu.name}: {left:.1f} of {planned.gpu.memory_gib:g} GiB are left"
+    else:
+        size = f"{planned.gpu.name} ({planned.gpu.memory_gib:g} GiB)"
+        yield f"  DOES NOT FIT {size}: {-left:.1f} GiB too much"
+        if planned.remedy:
+            yield f"    {planned.remedy}"

@@ -1,0 +1,75 @@
+"""One rank of many in one process: the memory of a real rank, its rows, and no loss."""
+
+import json
+
+import pytest
+import tiny_run
+from ranks import run_ranks
+
+from internvl import cli
+from internvl.check import rehearse
+from internvl.config import recipes
+from internvl.zoo import gpus
+
+STAGES = ("zero1", "zero3")
+ADAPTED = ("model.train=[multi_modal_projector]", "model.lora.rank=4")
+
+REAL = """
+import json
+from internvl import train
+from internvl.check import rehearse
+from internvl.config import recipes
+
+peaks = {{}}
+for stage in {stages!r}:
+    recipe = recipes.load_recipe({recipe!r}, [f"parallel.shard={{stage}}", "steps=1"])
+    state = train.build(recipe)
+    batches = next(iter(train._steps(state))).batches
+    with rehearse.peak_bytes(state) as peak:
+        for _ in range(2):
+            train.train_step(state, batches)
+    peaks[stage] = [peak[0], sum(batch.num_tokens for batch in batches)]
+print(json.dumps(peaks))
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    return tiny_run.make(tmp_path_factory.mktemp("project"))
+
+
+def test_memory_is_that_of_a_real_rank_of_two(project):
+    ranks = [json.loads(out) for out in run_ranks(REAL.format(stages=STAGES, recipe=str(project)))]
+    peaks = []
+    for stage in STAGES:
+        recipe = recipes.load_recipe(project, [f"parallel.shard={stage}"])
+        rehearsed = rehearse.run(recipe, 2, steps=3)
+        assert rehearsed.tokens in [rank[stage][1] for rank in ranks]
+        real = max(rank[stage][0] for rank in ranks)
+        assert rehearsed.peak_bytes == pytest.approx(real, rel=0.08)
+        peaks.append(rehearsed.peak_bytes)
+    assert peaks[0] > 1.05 * peaks[1]
+
+
+def test_the_command_prints_what_was_measured_beside_the_plan_and_no_loss(project, capsys):
+    words = ["check", str(project), "--rehearse", "--gpus", "16", "--gpu", "h200"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words, "parallel.shard=zero3"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert "rehearsal of one rank of 16 on this CPU (parallel.shard=zero3, replicas=1)" in out
+    assert "planned" in out
+    assert "fits H200" in out
+    assert "loss" not in out.replace("no loss: the stand-in", "")
+
+
+def test_what_does_not_fit_is_said(project):
+    small = gpus.Gpu("toy", 0.5, 100.0, 1.0)
+    rehearsed = rehearse.run(recipes.load_recipe(project), 1, small, steps=3)
+    assert "DOES NOT FIT toy (0.5 GiB)" in rehearsed.render()
+
+
+def test_quantized_weights_are_refused(project):
+    recipe = recipes.load_recipe(project, [*ADAPTED, "model.quantize=4bit"])
+    with pytest.raises(ValueError, match="a rehearsal draws weights and does not quantize"):
+        rehearse.run(recipe, 2)
