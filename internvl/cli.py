@@ -97,7 +97,12 @@ def models(args: Arguments) -> int:
 
 
 def check(args: Arguments) -> int:
-    """Check a recipe, every sample and every image; with --plan, predict memory and time."""
+    """Check a recipe, every sample and every image; with --plan, predict memory and time.
+
+    With --parity, check that a model is asked as it was trained, here and elsewhere.
+    """
+    if args.parity:
+        return _parity(args)
     recipe = load_recipe(args.recipe, args.overrides)
     if args.rehearse:
         return _rehearse(recipe, args)
@@ -112,6 +117,18 @@ def check(args: Arguments) -> int:
     checked = check.run(recipe, report=args.report)
     print(checked.render())
     return int(bool(checked.problems))
+
+
+def _parity(args: Arguments) -> int:
+    """Prints how training, inference and an export render the same samples; 1 if they differ."""
+    if args.overrides:
+        raise ConfigError(f"{args.overrides[0]}: --parity takes a model, which has no keys to set")
+    with _loading(args.recipe):
+        from internvl.check import parity
+
+    compared = parity.run(str(args.recipe), annotations=args.annotations, images=args.images)
+    print(compared.render())
+    return int(compared.num_different > 0)
 
 
 def _plan(recipe: Recipe, args: Arguments) -> int:
@@ -579,6 +596,20 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
     add["check"].add_argument("--report", type=Path, help="also write an HTML report to this file")
     add["check"].add_argument(
         "--plan", action="store_true", help="predict memory use and training time"
+    )
+    add["check"].add_argument(
+        "--parity",
+        action="store_true",
+        help="compare how training, inference and an export render samples for a MODEL, which is "
+        "named in place of the recipe",
+    )
+    add["check"].add_argument(
+        "--annotations",
+        type=Path,
+        help="chat JSONL to compare with --parity, instead of drawn ones",
+    )
+    add["check"].add_argument(
+        "--images", type=Path, default=Path(), help="folder of its images (default: here)"
     )
     add["check"].add_argument(
         "--gpu",
