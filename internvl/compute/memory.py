@@ -1,27 +1,31 @@
 """Offloads tensors saved for the backward pass to the CPU; measures peak memory."""
 
-import itertools
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from internvl.config import ComputeConfig
 
 _LEAST_OFFLOADED = 4096  # bytes; smaller tensors stay where they are
 
 
-def offloaded(
-    model: nn.Module, device: torch.device, compute: ComputeConfig
-) -> AbstractContextManager[Any]:
+@contextmanager
+def offloaded(model: nn.Module, device: torch.device, compute: ComputeConfig) -> Iterator[None]:
     """Moves tensors saved for backward to the CPU if `compute.offload` is set; weights stay."""
     if not compute.offload:
-        return nullcontext()
-    weights = {
-        tensor.untyped_storage().data_ptr()
-        for tensor in itertools.chain(model.parameters(), model.buffers())
-    }
+        yield
+        return
+    weights: set[int] = set()
+
+    def note(module: nn.Module, inputs: Any = None) -> None:
+        tensors = chain(module.parameters(), module.buffers())
+        whole = (tensor for tensor in tensors if not isinstance(tensor, DTensor))
+        weights.update(tensor.untyped_storage().data_ptr() for tensor in whole)
 
     def copied(tensor: Tensor, home: torch.device) -> Tensor:
         # Compiled code asserts the strides of its inputs, which `.to` might change.
@@ -44,7 +48,15 @@ def offloaded(
     def fetch(saved: Tensor | tuple[torch.device, Tensor]) -> Tensor:
         return saved if isinstance(saved, Tensor) else copied(saved[1], saved[0])
 
-    return torch.autograd.graph.saved_tensors_hooks(leave, fetch)
+    note(model)
+    with ExitStack() as stack:
+        for module in model.modules():
+            # Gathered right before, its weights have memory of another address every time.
+            if hasattr(module, "unshard"):
+                hook = module.register_forward_pre_hook(note)
+                stack.callback(hook.remove)
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(leave, fetch))
+        yield
 
 
 def peak_memory_gib(device: torch.device) -> float:

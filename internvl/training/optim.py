@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from internvl.config import LayerDecayConfig, OptimConfig
 from internvl.errors import UserError
@@ -99,11 +99,14 @@ class Muon(torch.optim.AdamW):
         lr = group["lr"]
         for shape, parameters in shapes.items():
             # Equal shapes together: many small products would be bound by their launches.
-            updates = orthogonal(torch.stack([self._averaged(p) for p in parameters]))
+            # Rows alone have other singular vectors, so shards are orthogonalized whole.
+            matrices = [_whole(self._averaged(p)) for p in parameters]
+            updates = orthogonal(torch.stack(matrices))
             scale = 0.2 * math.sqrt(max(shape))  # the root mean square of AdamW's updates
             for parameter, update in zip(parameters, updates, strict=True):
                 parameter.mul_(1 - lr * group["weight_decay"])
-                parameter.add_(update.to(parameter.dtype), alpha=-lr * scale)
+                update = _cut(update.to(parameter.dtype), parameter)
+                parameter.add_(update, alpha=-lr * scale)
 
     def _averaged(self, parameter: nn.Parameter) -> Tensor:
         """Returns the gradient with Nesterov momentum, in the parameter's shape."""
@@ -116,6 +119,19 @@ class Muon(torch.optim.AdamW):
             state["step"] = torch.zeros((), dtype=torch.float32)
         buffer = state["momentum_buffer"].lerp_(gradient, 1 - self.momentum)
         return gradient.lerp(buffer, self.momentum)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _cut(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Returns this rank's share of a tensor that all ranks have, as `parameter` is cut."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    spec = parameter.device_mesh, parameter.placements
+    # No rank's values are sent: all have computed the same.
+    return distribute_tensor(tensor, *spec, src_data_rank=None)
 
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
