@@ -220,12 +220,15 @@ def train_step(state: TrainState, micro_batches: Sequence[Batch]) -> dict[str, f
         RunError: nothing to train on, out of GPU memory, or the guard stops the run.
     """
     recipe, objective = state.recipe, state.objective
+    num_tiles = sum(batch.num_tiles for batch in micro_batches)
+    # After counting: an empty batch has a tile, but no image.
     micro_batches = _filled(state, micro_batches)
     counts_by_row = [objective.counts(batch) for batch in micro_batches]
     # Counted over all ranks before the first backward pass: each row's sum is divided by the count
     # of the whole step, so the gradient is the mean over the step, not a mean of rows' means.
     counts = {name: sum(row[name] for row in counts_by_row) for name in objective.weights}
-    counts = dist.sum_counts({**counts, _ROWS: len(micro_batches)})
+    counts = dist.sum_counts({**counts, _ROWS: len(micro_batches), _TILES: num_tiles})
+    tiles_of_all = counts.pop(_TILES)
     if not counts.pop(_ROWS):
         return _pass_over(state)
     empty = [name for name, count in counts.items() if count == 0]
@@ -249,7 +252,7 @@ def train_step(state: TrainState, micro_batches: Sequence[Batch]) -> dict[str, f
         for index, row in enumerate(rows, start=1):
             shard.begin_row(state.model, recipe.parallel, index, len(micro_batches))
             sums.append(_backward(state, row, counts))
-    shard.free(state.model)
+    shard.end_step(state.model, tiles_of_all)
     # Summed before clipping: the norm is that of the whole step on every rank.
     trainable = [p for p in state.model.parameters() if p.requires_grad]
     gradients.sum_gradients(trainable)
@@ -286,8 +289,8 @@ def _filled(state: TrainState, micro_batches: Sequence[Batch]) -> Sequence[Batch
     return [*micro_batches, *[state.objective.empty_batch(state.row_lengths)] * missing]
 
 
-_ROWS = "rows"
-"""Name of the count of batches, next to those of the objective's terms."""
+_ROWS, _TILES = "rows", "tiles"
+"""Names of the counts of batches and tiles, next to those of the objective's terms."""
 
 
 def _pass_over(state: TrainState) -> dict[str, float]:

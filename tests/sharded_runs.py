@@ -1,5 +1,6 @@
 """Steps of the same runs on one process and on several: losses, norms and the first gradient."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,15 +12,33 @@ from torch.distributed.tensor import DTensor
 
 from internvl import dist, train
 from internvl.config import recipes
+from internvl.data import loader
+from internvl.models import units
 
 
 def full(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-for name, settings in {cases!r}.items():
+def dealt(run, deal):
+    \"\"\"Rows of every step: as the loader shares them out, or those that `deal` takes.\"\"\"
+    if deal is None:
+        yield from (step.batches for step in train._steps(run))
+        return
+    names = {{"rank": dist.rank(), "ranks": dist.world_size()}}
+    steps = loader.steps(
+        run.order, run.reader, run.objective.batches, first=0, last=run.num_steps,
+        global_batch=run.recipe.batch_samples, total=run.total_samples,
+    )
+    for step in steps:
+        rows = [(step.index, i, row) for i, row in enumerate(step.batches)]
+        yield [row for s, i, row in rows if eval(deal, names | {{"step": s, "i": i, "row": row}})]
+
+
+for name, (settings, before, deal) in {cases!r}.items():
+    exec(before)
     run = train.build(recipes.load_recipe({recipe!r}, settings))
-    gradients = {{}}
+    gradients, values, rows = {{}}, [], []
 
     def keep(optimizer, *_):
         if not gradients:
@@ -28,44 +47,51 @@ for name, settings in {cases!r}.items():
                     gradients[key] = full(p.grad).clone()
 
     run.optimizer.register_step_pre_hook(keep)
-    {prepare}
-    values = []
-    for step in train._steps(run):
-        metrics = train.train_step(run, step.batches)
+    for batches in dealt(run, deal):
+        metrics = train.train_step(run, batches)
         values.append([metrics["loss"], metrics["grad_norm"]])
-    trained = {{key: p for key, p in run.model.named_parameters() if p.requires_grad}}
-    weights = {{key: full(p).detach() for key, p in trained.items()}}
+        rows.append([len(batches), sum(batch.num_tiles for batch in batches)])
+    rows = dist.gather_objects(rows)
     if dist.is_main():
-        torch.save([values, gradients, weights], {to!r} + f"/{{name}}.pt")
+        torch.save([values, gradients, rows], {to!r} + f"/{{name}}.pt")
 """
 
 
-def steps(project, folder, cases, *, num_ranks, prepare="pass"):
-    """Runs every case, a name and its settings, to its end on `num_ranks` ranks.
+@dataclass(frozen=True)
+class Case:
+    """A run: settings of its recipe, code before it is built, and which rows each rank takes."""
 
-    Returns name -> (losses and norms, float64 (steps, 2), gradients of the first step, weights).
-    """
+    settings: tuple[str, ...]
+    before: str = ""
+    deal: str | None = None
+    """Expression over step, i, row, rank and ranks; None: as training shares them out."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Losses and norms, float64 (steps, 2), the first gradient, and (rows, tiles) of each rank."""
+
+    values: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+    rows: list[list[list[int]]]
+
+
+def take(project, folder, cases, *, num_ranks):
+    """Runs every case, by name, to its end on `num_ranks` ranks; returns name -> Steps."""
     folder = Path(folder) / str(num_ranks)
     folder.mkdir(parents=True, exist_ok=True)
-    cases = {
-        name: ["optim.max_grad_norm=1e9", f"run={folder / 'run'}", *settings]
-        for name, settings in cases.items()
-    }
-    code = STEPS.format(cases=cases, recipe=str(project), to=str(folder), prepare=prepare)
-    run_ranks(code, num_ranks=num_ranks)
-    results = {}
-    for name in cases:
-        values, gradients, weights = torch.load(folder / f"{name}.pt", weights_only=True)
-        results[name] = torch.tensor(values, dtype=torch.float64), gradients, weights
-    return results
+    # Unclipped, with a rate from the first step on: gradients are compared, and used.
+    common = ["optim.max_grad_norm=1e9", "optim.warmup_ratio=0.0", f"run={folder / 'run'}"]
+    plain = {name: ([*common, *c.settings], c.before, c.deal) for name, c in cases.items()}
+    run_ranks(STEPS.format(cases=plain, recipe=str(project), to=str(folder)), num_ranks=num_ranks)
+    return {name: Steps(*torch.load(folder / f"{name}.pt", weights_only=True)) for name in cases}
 
 
 def assert_same(one, several, tolerance=1e-5):
     """Losses and norms are the same relatively; gradients, relatively to the largest value."""
-    (values, gradients, _), (their_values, their_gradients, _) = one, several
-    torch.testing.assert_close(their_values, values, rtol=tolerance, atol=0)
-    assert their_gradients.keys() == gradients.keys()
-    largest = max(gradient.abs().max() for gradient in gradients.values())
-    for name, gradient in gradients.items():
-        error = (their_gradients[name] - gradient).abs().max()
+    torch.testing.assert_close(several.values, one.values, rtol=tolerance, atol=0)
+    assert several.gradients.keys() == one.gradients.keys()
+    largest = max(gradient.abs().max() for gradient in one.gradients.values())
+    for name, gradient in one.gradients.items():
+        error = (several.gradients[name] - gradient).abs().max()
         assert error <= tolerance * largest, (name, error)

@@ -100,6 +100,14 @@ def begin_row(model: nn.Module, config: ParallelConfig, row: int, num_rows: int)
         model.set_reshard_after_backward(is_last)
 
 
+def end_step(model: Any, num_tiles: float) -> None:
+    """Frees gathered weights after the last row of a step that has `num_tiles` over all ranks."""
+    if is_sharded(model):
+        free(model)
+        if not num_tiles:
+            model.forget_blank_tiles()
+
+
 def free(model: nn.Module) -> None:
     """Frees all gathered weights; afterwards all ranks gather them anew, alike."""
     for module in model.modules():

@@ -84,8 +84,15 @@ class ChatModel(InternVLForConditionalGeneration):
     def keep_in_step(self, tower_is_cut: bool) -> None:
         """Makes every row run the modules that other ranks wait for, or reduce gradients of."""
         self.runs_head = True
-        vision = self.model.vision_tower, self.model.multi_modal_projector
-        self.runs_tower = tower_is_cut or units.trains(*vision)
+        self.runs_tower = tower_is_cut or units.trains(*self._vision())
+
+    def forget_blank_tiles(self) -> None:
+        """Removes the gradients of a step without images: zeros, which AdamW would act on."""
+        for module in self._vision():
+            module.zero_grad(set_to_none=True)
+
+    def _vision(self) -> tuple[nn.Module, nn.Module]:
+        return self.model.vision_tower, self.model.multi_modal_projector
 
     # The parameters are spelled out because `generate` reads them off the signature.
     def forward(
