@@ -170,7 +170,7 @@ def measure(
     # A call from Python may name a single mode.
     if isinstance(fields.get("modes"), str):
         fields["modes"] = [fields["modes"]]
-    device = _join(device, device_map)
+    own_device = _join(device, device_map)
     problem = no_such_model(model_or_run)
     if problem is not None:
         raise ModelFolderError(problem)
@@ -194,20 +194,21 @@ def measure(
     if folder is None:
         call = {"tasks": list(names), "root": root, "dataset_root": dataset_root, "split": split}
         call |= {"languages": languages, "device": device, "dtype": dtype, **fields}
+        # Neither its processes nor their devices: the same call may go on with others.
         # A run may move, or be named by a checkpoint's folder: its results move with it.
         call |= {"model": _absolute(model_or_run)} if run_step is None else {}
         folder = dist.on_main(lambda: _results_folder(parent, _jobs_name(jobs), call))
     features_folder = features or folder / "features"
     with placement.threads(None if recipe is None else recipe.threads):
         if recipe is None:
-            opened = _open_model(model_or_run, device, dtype, device_map, base)
+            opened = _open_model(model_or_run, own_device, dtype, device_map, base)
         elif device_map is not None:
             raise UserError(
                 f"device_map = {device_map!r} is for model folders, and {model_or_run} is a run; "
                 f"`internvl export {model_or_run} --to FOLDER`, and evaluate FOLDER"
             )
         else:
-            opened = _open_run(open_model(model_or_run, step=step, base=base), device, dtype)
+            opened = _open_run(open_model(model_or_run, step=step, base=base), own_device, dtype)
         handle, numerics = opened.handle, opened.numerics
         # Below the weights' fingerprint: features of another checkpoint must never be reused.
         cache = features_folder / dist.on_main(

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny_run
+import yaml
 from dual_folders import add_small_tokenizer, dual_folder
 from photos import COLORS, photo
 from ranks import run_ranks
@@ -98,3 +100,84 @@ def test_an_evaluation_killed_five_times_is_an_undisturbed_one(project, tmp_path
     assert run_ranks(MEASURE.format(kill={}, **keys)) == [f"2 {counts}\n"] * 2
     assert results(to) == results(tmp_path / "alone")
     assert not (to / "features").exists()
+
+
+EVERYWHERE = """
+import json
+import os
+from pathlib import Path
+
+from internvl import evaluate, train
+from internvl.config import recipes
+
+os.chdir({folder!r})
+for recipe in {recipes!r}:
+    train.run(recipes.load_recipe(recipe, ["run=" + Path(recipe).stem]))
+    evaluate.measure(Path(recipe).stem, device="cpu", to=Path(recipe).stem + "-outside")
+for task, options in {tasks!r}.items():
+    evaluate.measure({model!r}, task, device="cpu", **options)
+"""
+
+
+@pytest.mark.slow
+def test_every_evaluation_is_that_of_one_process(project, tmp_path, tmp_path_factory) -> None:
+    """Of captions, loss, retrieval and classes, in a run and by the verb, in folders of its own."""
+    for n in range(6):
+        for k in range(1 + n % 2):
+            photo(project / f"classes/n{n}/{k}.jpg", 10 * n + k, (50 + 60 * k, 90))
+    files = {"annotations": str(project / "captions.json"), "images": str(project), "before": True}
+    texts = {**files, "metrics": "exact", "max_new_tokens": 4, "batch_size": 4}
+    chat = tiny_run.make(
+        tmp_path_factory.mktemp("chat"),
+        steps=1,
+        evals={"texts": texts, "held": {**files, "type": "loss", "prompt": "Name it"}},
+    )
+    classes = {"type": "classify", "annotations": str(project / "classes"), "batch_size": 1}
+    pairs = {
+        "model": {"id": str(project / "InternVL-tiny"), "train": ["heads"]},
+        "data": {
+            "sources": [{"name": "pairs", "type": "captions", **files}],
+            "tiles": {"size": 84, "max": 1},
+            "max_tokens": 80,
+            "workers": 0,
+        },
+        "objective": {"name": "retrieval"},
+        "evals": {
+            "texts": texts,
+            "pairs": {**files, "type": "retrieval", "batch_size": 2, "rerank": 2},
+            "classes": {**classes, "before": True},
+        },
+        "global_batch": 6,
+        "steps": 1,
+        "dtype": "float32",
+        "device": "cpu",
+    }
+    del pairs["data"]["sources"][0]["before"]
+    for name, tree in (("chat", yaml.safe_load(chat.read_text())), ("pairs", pairs)):
+        (project / f"{name}.yaml").write_text(yaml.safe_dump({**tree, "run": name}))
+    options = {key: files[key] for key in ("annotations", "images")}
+    keys = {
+        "recipes": [str(project / f"{name}.yaml") for name in ("chat", "pairs")],
+        "model": str(project / "InternVL-tiny"),
+        "tasks": {
+            "retrieval-folder": {**options, "batch_size": 2},
+            "caption-file": {**options, "metrics": "exact", "batch_size": 4},
+            "classify-folder": {"annotations": classes["annotations"], "batch_size": 1},
+        },
+    }
+    for num_ranks in (1, 2):
+        folder = tmp_path / str(num_ranks)
+        folder.mkdir()
+        run_ranks(EVERYWHERE.format(folder=str(folder), **keys), num_ranks=num_ranks)
+    one, two = tmp_path / "1", tmp_path / "2"
+    results = sorted(file.relative_to(one) for file in one.rglob("0000*.json"))
+    results += sorted(file.relative_to(one) for file in one.rglob("result.json"))
+    assert len(results) == 2 * 2 + 2 + 3
+    for file in results:
+        values, expected = (json.loads((folder / file).read_text()) for folder in (two, one))
+        # After a step the weights differ by the rounding of a sum over ranks.
+        trained = file.name == "000001.json" or "outside" in file.parts[0]
+        assert values == (pytest.approx(expected, rel=1e-4) if trained else expected), file
+    for name in ("chat", "pairs"):
+        inside = json.loads((two / name / "evals/000001.json").read_text())
+        assert json.loads((two / f"{name}-outside/result.json").read_text()) == inside

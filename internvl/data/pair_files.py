@@ -8,7 +8,7 @@ Problems are listed in `problems` by file and line, and the caller decides.
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -219,7 +219,17 @@ def _size(path: str | FileSlice) -> int:
 
 def broken(images: Sequence[str | FileSlice]) -> dict[int, str]:
     """Decodes all images; returns index -> reason of those that cannot be decoded."""
-    reasons: dict[int, str] = {}
+    with Progress("images opened", total=len(images)) as progress:
+        reasons: dict[int, str] = {}
+        for index, problem in enumerate(decode_all(images)):
+            if problem is not None:
+                reasons[index] = problem
+            progress.update()
+    return reasons
+
+
+def decode_all(images: Sequence[str | FileSlice]) -> Iterator[str | None]:
+    """Decodes images ahead in threads; yields for each, in order, why it cannot be, or None."""
 
     def reason(path: str | FileSlice) -> str | None:
         try:
@@ -228,13 +238,6 @@ def broken(images: Sequence[str | FileSlice]) -> dict[int, str]:
             return str(bad)
         return None
 
-    with (
-        Progress("images opened", total=len(images)) as progress,
-        # Threads suffice: Pillow's decoders release the GIL.
-        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads,
-    ):
-        for index, problem in enumerate(threads.map(reason, images)):
-            if problem is not None:
-                reasons[index] = problem
-            progress.update()
-    return reasons
+    # Threads suffice: Pillow's decoders release the GIL.
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        yield from threads.map(reason, images)

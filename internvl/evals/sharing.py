@@ -4,6 +4,7 @@ Batches do not depend on the number of ranks, so neither do the results.
 """
 
 import heapq
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -31,13 +32,18 @@ def spread(items: Sequence[T], work: Callable[[Sequence[T]], Sequence[Result]]) 
 
 def broken(images: Sequence[str | FileSlice]) -> dict[int, str]:
     """As `pair_files.broken`, with the images shared out: each is decoded by one rank."""
+    with _Shown("images opened", len(images), 0) as shown:
 
-    def reasons(share: Sequence[str | FileSlice]) -> list[str | None]:
-        unreadable = pair_files.broken(share)
-        return [unreadable.get(index) for index in range(len(share))]
+        def decode(share: Sequence[str | FileSlice]) -> list[str | None]:
+            reasons = []
+            for reason in pair_files.decode_all(share):
+                reasons.append(reason)
+                shown.add(1)
+            shown.wait()
+            return reasons
 
-    decoded = enumerate(spread(images, reasons))
-    return {index: reason for index, reason in decoded if reason is not None}
+        decoded = spread(images, decode)
+    return {index: reason for index, reason in enumerate(decoded) if reason is not None}
 
 
 @dataclass(frozen=True)
@@ -134,12 +140,15 @@ class Work(Generic[Batch, Prepared, Result]):
                         computed[turn.index] = result
                         self.keep(turn.index, result)
                         shown.add(sizes[turn.index])
-            dist.wait_for_all(shown.refresh)
-            shown.refresh()
+            shown.wait()
         dist.raise_on_all(error)
         for of_rank in dist.gather_to_main(computed):
             results |= of_rank
         return [results[index] for index in range(len(batches))] if dist.is_main() else []
+
+
+_TELL_S = 0.2
+"""Seconds between two counts that a rank tells the others."""
 
 
 class _Shown:
@@ -149,18 +158,27 @@ class _Shown:
         self._tally = dist.Tally()
         self._progress = Progress(unit, total=total, done=done) if dist.is_main() else None
         self._start = self._done = done
+        self._untold, self._told_s = 0, 0.0
 
     def add(self, count: int) -> None:
         """Counts items of this rank."""
-        self._show(self._tally.add(count))
+        self._untold += count
+        now_s = time.monotonic()
+        # Not each item: the tally may lie on another machine.
+        if now_s - self._told_s > _TELL_S:
+            self._told_s = now_s
+            self._tell()
 
-    def refresh(self) -> None:
-        """Shows what the other ranks have counted since."""
-        if self._progress is not None:
-            self._show(self._tally.add(0))
+    def wait(self) -> None:
+        """Waits until every rank is here, and shows meanwhile what the others count."""
+        self._tell()
+        dist.wait_for_all(self._tell)
+        self._tell()
 
-    def _show(self, computed: int) -> None:
-        if self._progress is not None:
+    def _tell(self) -> None:
+        computed = self._tally.add(self._untold)
+        self._untold = 0
+        if self._progress is not None and self._start + computed > self._done:
             self._progress.update(self._start + computed - self._done)
             self._done = self._start + computed
 
