@@ -176,6 +176,9 @@ class _Shown:
         self._tell()
 
     def _tell(self) -> None:
+        # Rank 0 alone reads; the others would only keep the tally busy.
+        if self._progress is None and not self._untold:
+            return
         computed = self._tally.add(self._untold)
         self._untold = 0
         if self._progress is not None and self._start + computed > self._done:
