@@ -42,27 +42,32 @@ def render() -> Iterator[tuple[Path, str]]:
         for method, settings in table["retrieval"]["methods"].items():
             name = f"internvl_14b_{method}_{key}"
             yield Path("internvl_14b") / f"{name}.yaml", _retrieval(name, key, dataset, settings)
+    for row in table["chat_v1_2"]["rows"]:
+        text = _chat_v1_2(row, table["chat_v1_2"]["sources"])
+        yield Path("internvl_chat_v1_2") / f"{row['name']}.yaml", text
 
 
 def _second_finetuning(
     name: str, model: str, method: str, size: dict[str, Any], max_tokens: int
 ) -> str:
     gpus, per_device, accumulated = size[method]
-    differs = "recipes/README.md"
-    if "shards" in size:
-        differs += f"; the original shards ({size['shards']}); no key for that yet"
+    is_cut = "shards" in size
     # Adapters are trained without drop path in every script.
     adapted = "lora: {rank: 16}" if method == "lora" else f"drop_path: {size['drop_path']}"
     samples = "sample" if per_device == 1 else "samples"
+    hardware = (
+        f"{gpus} GPUs in the original, {per_device} {samples} a device x {accumulated} accumulated"
+    )
+    if is_cut:
+        hardware += f"; {size['planned'][method]} GiB of each by plan (80 GB GPUs)"
     head: dict[str, str] = {
         "command": f"internvl train {name}",
-        "hardware": (
-            f"{gpus} GPUs in the original, {per_device} {samples} a device x {accumulated} "
-            "accumulated"
-        ),
+        "hardware": hardware,
         "original": f"{size['script']}_dynamic_res_2nd_finetune_{method}.sh",
-        "differs": differs,
+        "differs": "recipes/README.md",
     }
+    # The original's file for these sizes is a zero_stage3_config.
+    cut = "compute: {checkpointing: full}\nparallel: {shard: zero3}\n" if is_cut else ""
     title = f"{model}, second fine-tuning on your own conversations: {_METHODS[method]}."
     return f"""\
 {_head(title, head)}
@@ -73,9 +78,75 @@ data:
   tiles: {{size: 448, min: 1, max: 6, thumbnail: true}}
   max_tokens: {max_tokens}
 optim: {{lr: {_float(size["lr"])}, weight_decay: {size["weight_decay"]}, decay_vectors: true}}
-run: runs/{name}
+{cut}run: runs/{name}
 global_batch: {math.prod(size[method])}
 epochs: 1
+"""
+
+
+def _chat_v1_2(row: dict[str, Any], sources: list[dict[str, str]]) -> str:
+    name, gpus = row["name"], row["gpus"]
+    head: dict[str, str] = {
+        "data": "internvl data prepare sft-v1.2 --root .",
+        "start": (
+            "the parts below in pretrained/: OpenGVLab/InternViT-6B-448px-V1-2 (5.5B, 11.1 GB, "
+            "with its projector) and NousResearch/Nous-Hermes-2-Yi-34B (34.4B, 65.0 GB; the same "
+            "as OpenGVLab/Nous-Hermes-2-Yi-34B): internvl models NAME --download --to "
+            "pretrained/NAME"
+        ),
+        "command": (
+            f"internvl train {name}; on a cluster: internvl launch {name} --nodes {gpus // 8} "
+            "--gpus-per-node 8 --partition NAME"
+        ),
+        "hardware": (
+            f"{gpus} GPUs of 80 GB, {row['planned']} GiB of each by plan; the original's 64 took "
+            "about 18 h with 8 samples a device; 32 GPUs do as well"
+        ),
+        "original": "internvl_chat_v1_2_hermes2_yi34b_448_res_finetune.sh",
+        "differs": (
+            f"rows are packed up to {row['row_tokens']:,} tokens, so a per-device batch has no "
+            "meaning: only the 512 samples of a step count; the loss is the mean over the step, "
+            "not of micro-batch means; samples are shuffled, not grouped by length; its script "
+            "trains with pixel shuffle v2 by oversight, this recipe with v1 as the released model "
+            "has it"
+        ),
+        "measured": "not measured yet",
+    }
+    title = (
+        f"InternVL-Chat-V1-2 from its parts on {gpus} GPUs: everything trained on 1,267,819 "
+        "samples, one epoch."
+    )
+    listed = "\n".join(
+        f"""\
+    - name: {source["name"]}
+      annotations: playground/opensource/{source["name"]}.jsonl
+      images: {source["images"]}
+      insert_image_mark: true"""
+        for source in sources
+    )
+    return f"""\
+{_head(title, head)}
+model:
+  vision: pretrained/InternViT-6B-448px-V1-2
+  language: pretrained/Nous-Hermes-2-Yi-34B
+  projector: pretrained/InternViT-6B-448px-V1-2/mlp_projector/hermes_2_yi_34b.pth
+  template: Hermes-2
+  ps_version: v1
+  train: [vision_tower, multi_modal_projector, language_model]
+  drop_path: 0.4
+data:
+  sources:
+{listed}
+  tiles: {{size: 448, min: 1, max: 1, thumbnail: false}}
+  max_tokens: 2048
+  row_tokens: {row["row_tokens"]}
+optim: {{lr: 1.0e-5, weight_decay: 0.05, decay_vectors: true}}
+compute: {{checkpointing: full}}
+parallel: {{shard: zero3}}
+run: runs/{name}
+global_batch: 512
+epochs: 1
+drop_last: true
 """
 
 
@@ -147,7 +218,8 @@ def _retrieval(name: str, key: str, dataset: dict[str, Any], method: dict[str, A
       images: {dataset["images"]}
   tiles: {{size: {method["size"]}, max: 1}}
 objective: {{name: retrieval, micro_batch: {method["micro_batch"]}}}
-{method["optim"]}evals:
+{method["optim"]}parallel: {{shard: zero3}}
+evals:
   {dataset["eval"]}:
     type: retrieval
     annotations: {dataset["test"]}

@@ -1,10 +1,11 @@
 """Plans of several GPUs: what each holds and sends, by stage, and what makes a model fit."""
 
 import re
+from pathlib import Path
 
 import pytest
 
-from internvl import plan
+from internvl import plan, zoo
 from internvl.config import recipes
 from internvl.plan import memory, shards
 from internvl.plan.load import load_of
@@ -115,3 +116,40 @@ def test_one_gpu_plans_as_without_shards():
     plans = [plan.make(recipe, H200, None, 1) for recipe in (alone, cut)]
     assert plans[0].memory == plans[1].memory
     assert plans[0].component_s == plans[1].component_s
+
+
+SLOW = pytest.mark.slow
+MANY = [
+    ("internvl_chat_v1_2_sft", 64),
+    pytest.param("internvl_chat_v1_2_sft_32gpus", 32, marks=SLOW),
+    pytest.param("internvl2_26b_full", 8, marks=SLOW),
+    ("internvl2_40b_full", 16),
+    pytest.param("internvl2_40b_lora", 2, marks=SLOW),
+    pytest.param("internvl2_llama3_76b_full", 32, marks=SLOW),
+    pytest.param("internvl2_llama3_76b_lora", 8, marks=SLOW),
+    pytest.param("internvl2_5_26b_lora", 2, marks=SLOW),
+    pytest.param("internvl2_5_38b_full", 16, marks=SLOW),
+    pytest.param("internvl2_5_38b_lora", 2, marks=SLOW),
+    pytest.param("internvl2_5_78b_full", 32, marks=SLOW),
+    pytest.param("internvl2_5_78b_lora", 8, marks=SLOW),
+    ("internvl_14b_head_coco", 4),
+    pytest.param("internvl_14b_lora_coco", 4, marks=SLOW),
+    ("internvl_14b_full_coco", 32),
+    pytest.param("internvl_14b_full_coco", 8, marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(("name", "num_gpus"), MANY)
+def test_recipes_for_many_gpus_fit_in_the_memory_that_they_state(name, num_gpus):
+    (path,) = (Path(zoo.__file__).parent / "recipes").rglob(f"{name}.yaml")
+    text = " ".join(path.read_text(encoding="utf-8").replace("\n#", " ").split())
+    stated = [int(gib) for gib in re.findall(r"(\d+) GiB(?: of (?:each|them))?,? by plan", text)]
+    planned = plan.make(recipes.load_recipe(path), gpus.find("a100-80"), None, num_gpus)
+    assert planned.fits
+    assert round(planned.memory.total_gib) in stated
+
+
+def test_internvl_14b_on_four_gpus_takes_less_than_the_original():
+    for method, original in (("head", 24), ("lora", 37)):
+        made = recipes.load_recipe(f"internvl_14b_{method}_flickr30k")
+        assert plan.make(made, gpus.find("a100-40"), None, 4).memory.total_gib <= original
