@@ -208,15 +208,9 @@ def _gpu_to_plan_for(name: str) -> Any:
 
 def train(args: Arguments) -> int:
     """Train a recipe; if its run folder exists, resume where the run stopped."""
-    recipe = load_recipe(args.recipe, args.overrides)
-    from internvl.data import sources
-    from internvl.inference import opened
+    recipe = _open_recipe(args)
     from internvl.launch import local
 
-    # A run that goes on holds its weights: its base may be gone.
-    if not opened.is_run(recipe.run):
-        opened.check_start(recipe, weights=True)
-    sources.check_files(recipe.data)
     with _loading(recipe.model.name):
         num_ranks = local.choose_ranks(args.gpus, args.processes, recipe.device)
         if num_ranks == 1:
@@ -234,6 +228,19 @@ def train(args: Arguments) -> int:
     return 0
 
 
+def _open_recipe(args: Arguments) -> Recipe:
+    """Reads the recipe to train, whose model and data files are here."""
+    recipe = load_recipe(args.recipe, args.overrides)
+    from internvl.data import sources
+    from internvl.inference import opened
+
+    # A run that goes on holds its weights: its base may be gone.
+    if not opened.is_run(recipe.run):
+        opened.check_start(recipe, weights=True)
+    sources.check_files(recipe.data)
+    return recipe
+
+
 def _run_as_ranks(args: Arguments, num_ranks: int) -> int:
     """Runs this command once more, as several ranks, until they end.
 
@@ -247,6 +254,80 @@ def _run_as_ranks(args: Arguments, num_ranks: int) -> int:
     if ended.sentence:
         raise RanksFailed(ended.sentence, ended.code)
     return ended.code
+
+
+def launch(args: Arguments) -> int:
+    """Write a Slurm job that trains or evaluates on several nodes, and submit it if asked."""
+    inner: Arguments = args.command
+    run = _check_training(inner, args.nodes * _per_node(args)) if inner.verb == "train" else None
+    from internvl.launch import slurm
+
+    if inner.verb == "evaluate":
+        _check_evaluation(inner)
+    name = Path(inner.recipe if run else inner.model).stem
+    folder = Path() if run is None else run
+    job = slurm.Job(
+        words=inner.argv,
+        nodes=args.nodes,
+        per_node=_per_node(args),
+        on_gpus=args.gpus_per_node is not None,
+        run=run,
+        name=args.name or f"internvl-{name}",
+        log=folder / launchers.BATCH_LOG,
+        partition=args.partition,
+        time=args.time,
+        cpus_per_node=args.cpus_per_node,
+        sbatch_args=shlex.split(" ".join(args.sbatch_args)),
+        srun_args=shlex.split(" ".join(args.srun_args)),
+        setup=args.setup,
+    )
+    if args.dry_run:
+        print(slurm.render(job), end="")
+        return 0
+    default = launchers.BATCH_FILE if run else f"evaluate-{name}.sbatch"
+    file = args.file or folder / default
+    slurm.write(job, file)
+    if args.submit:
+        log_file = str(job.log).replace("%j", slurm.submit(file))
+        print(f"Submitted {file}; its output will be in {log_file}.")
+    else:
+        print(f"Written: {file}. To submit it:\n  sbatch {shlex.quote(str(file))}")
+    return 0
+
+
+def _per_node(args: Arguments) -> int:
+    """Returns the ranks on a node. Raises ConfigError: none, both or no positive numbers given."""
+    options = {
+        "--gpus-per-node": args.gpus_per_node,
+        "--processes-per-node": args.processes_per_node,
+    }
+    counts = {name: count for name, count in options.items() if count is not None}
+    if len(counts) != 1:
+        raise ConfigError("--gpus-per-node N, or --processes-per-node N without GPUs: give one")
+    for name, count in (("--nodes", args.nodes), *counts.items()):
+        if count < 1:
+            raise ConfigError(f"{name}: at least 1, not {count}")
+    return int(*counts.values())
+
+
+def _check_training(args: Arguments, num_ranks: int) -> Path:
+    """Refuses what the run would refuse when it starts; returns its folder."""
+    recipe = _open_recipe(args)
+    if args.gpus is not None or args.processes is not None:
+        raise ConfigError("--gpus, --processes: give --gpus-per-node instead")
+    problem = recipe.parallel.unfit(num_ranks) if num_ranks > 1 else None
+    if problem is not None:
+        raise ConfigError(problem)
+    return recipe.run
+
+
+def _check_evaluation(args: Arguments) -> None:
+    """Refuses models and options that `evaluate` would refuse."""
+    from internvl.models import hub
+
+    if not hub.is_hub_id(args.model):
+        for step in args.step or [None]:
+            _open(args, step)
 
 
 def _next_commands(recipe: Recipe, model: str) -> str:
@@ -541,6 +622,7 @@ VERBS: dict[str, Callable[[Arguments], int]] = {
     "models": models,
     "check": check,
     "train": train,
+    "launch": launch,
     "evaluate": evaluate,
     "chat": chat,
     "merge": merge,
@@ -593,6 +675,7 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
         )
     _add_rank_arguments(add["train"])
     _add_rank_arguments(add["evaluate"])
+    _add_launch_arguments(add["launch"])
     add["check"].add_argument("--report", type=Path, help="also write an HTML report to this file")
     add["check"].add_argument(
         "--plan", action="store_true", help="predict memory use and training time"
@@ -653,6 +736,49 @@ def _add_rank_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--processes", type=int, metavar="N", help="without a GPU: share the work among N processes"
     )
+
+
+def _add_launch_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.usage = (
+        "internvl launch RECIPE [key=value …] --nodes N --gpus-per-node G [options]\n"
+        "       internvl launch evaluate MODEL [TASK …] --nodes N --gpus-per-node G [options]"
+    )
+    sub.epilog = "Other words and options are those of `internvl train` or `internvl evaluate`."
+    # Shortened options would be taken from those of `evaluate`.
+    sub.allow_abbrev = False
+    sub.add_argument("--nodes", type=int, required=True, metavar="N", help="number of nodes")
+    sub.add_argument(
+        "--gpus-per-node", type=int, metavar="G", help="GPUs on a node, a process each"
+    )
+    sub.add_argument(
+        "--processes-per-node", type=int, metavar="N", help="processes on a node without GPUs"
+    )
+    sub.add_argument("--partition", metavar="P", help="partition (default: Slurm's own)")
+    sub.add_argument("--time", metavar="H:MM:SS", help="time limit (default: the partition's)")
+    sub.add_argument(
+        "--cpus-per-node", type=int, metavar="N", help="CPU cores (default: whole nodes)"
+    )
+    sub.add_argument("--name", help="name of the job (default: internvl- and the recipe's)")
+    for tool in ("sbatch", "srun"):
+        sub.add_argument(
+            f"--{tool}-args",
+            action="append",
+            default=[],
+            metavar="OPTIONS",
+            help=f"more options of {tool}, such as --{tool}-args=--account=mine",
+        )
+    sub.add_argument(
+        "--setup",
+        action="append",
+        default=[],
+        metavar="LINE",
+        help="line of shell before the start, such as 'module load cuda'; repeat it for more",
+    )
+    sub.add_argument(
+        "--file", type=Path, help=f"file to write (default: RUN/{launchers.BATCH_FILE})"
+    )
+    sub.add_argument("--dry-run", action="store_true", help="print the file, write nothing")
+    sub.add_argument("--submit", action="store_true", help="submit it with sbatch")
 
 
 def _add_run_arguments(sub: argparse.ArgumentParser, *, several: bool) -> None:
@@ -830,8 +956,22 @@ def parse(argv: Sequence[str]) -> Arguments:
     # argparse's intermixed parsing refuses parsers with subparsers, so a verb's own is called.
     if not argv or argv[0] not in verbs or argv[0] == "data":
         return top.parse_args(argv)
+    if argv[0] == "launch":
+        return _parse_launch(argv, verbs)
     started = argparse.Namespace(verb=argv[0], argv=argv)
     return verbs[argv[0]].parse_intermixed_args(argv[1:], started)
+
+
+def _parse_launch(argv: Sequence[str], verbs: Mapping[str, argparse.ArgumentParser]) -> Arguments:
+    """Parses the options of a launch, and what is left as the command line that it launches."""
+    args, words = verbs["launch"].parse_known_args(argv[1:], argparse.Namespace(verb="launch"))
+    if not words:
+        verbs["launch"].error("which recipe, or evaluate and which model?")
+    inner = words if words[0] in ("train", "evaluate") else ["train", *words]
+    args.command = verbs[inner[0]].parse_intermixed_args(
+        inner[1:], argparse.Namespace(verb=inner[0], argv=inner)
+    )
+    return args
 
 
 def _configure_libraries(*, downloading: bool) -> None:

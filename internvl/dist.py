@@ -5,8 +5,11 @@ features travel between GPUs (NCCL).
 """
 
 import os
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
 from typing import Any, Literal, TypeVar
@@ -23,7 +26,7 @@ T = TypeVar("T")
 
 _JOIN = timedelta(minutes=10)
 """Until every rank has started."""
-_LONGEST_WAIT = timedelta(hours=3)
+_LONGEST_WAIT_S = 3 * 3600.0
 """Of a rank for another one while models load and compile, evaluate and save."""
 _FLIGHT_RECORDER = {
     "TORCH_FR_BUFFER_SIZE": "20000",
@@ -57,7 +60,7 @@ def init_from_env(device: Literal["auto", "cpu", "cuda"] = "auto") -> torch.devi
         # Both on a GPU: counts and objects go through gloo and so never wait for queued kernels.
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         distributed.init_process_group(backend, timeout=_JOIN)
-        set_timeout(_LONGEST_WAIT)
+        set_timeout(_LONGEST_WAIT_S)
     return local_device
 
 
@@ -92,13 +95,13 @@ def shutdown() -> None:
         distributed.destroy_process_group()
 
 
-def set_timeout(limit: timedelta) -> None:
+def set_timeout(limit_s: float) -> None:
     """Sets how long a collective of any group may take, `wait_for_all` apart; on every rank."""
     if distributed.is_initialized():
         patient = list(map(id, _patient_groups.values()))
         for group in list(distributed_c10d._world.pg_map):
             if id(group) not in patient:
-                distributed_c10d._set_pg_timeout(limit, group)
+                distributed_c10d._set_pg_timeout(timedelta(seconds=limit_s), group)
 
 
 def rank() -> int:
@@ -116,6 +119,32 @@ def is_main() -> bool:
     return rank() == 0
 
 
+@dataclass
+class Waiting:
+    """How far this process is in the order of collectives that all ranks share."""
+
+    done: int = 0
+    is_inside: bool = False
+    """It waits for the others."""
+
+
+waiting = Waiting()
+
+
+@contextmanager
+def _counted() -> Iterator[None]:
+    # Another thread's collectives belong to another order.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting.is_inside = True
+    try:
+        yield
+    finally:
+        waiting.is_inside = False
+        waiting.done += 1
+
+
 def barrier() -> None:
     """Waits on the CPU until every process is here."""
     sum_counts({"here": 1.0})
@@ -131,7 +160,8 @@ def sum_counts(counts: Mapping[str, float]) -> dict[str, float]:
         return dict(counts)
     names = sorted(counts)  # the order of a dict may differ between ranks
     values = torch.tensor([counts[name] for name in names], dtype=torch.float64)
-    distributed.all_reduce(values)
+    with _counted():
+        distributed.all_reduce(values)
     return dict(zip(names, values.tolist(), strict=True))
 
 
@@ -140,7 +170,8 @@ def gather_objects(value: T) -> list[T]:
     if not distributed.is_initialized():
         return [value]
     values: list[T | None] = [None] * world_size()
-    distributed.all_gather_object(values, value)
+    with _counted():
+        distributed.all_gather_object(values, value)
     return values  # type: ignore[return-value]  # filled on every rank by now
 
 
@@ -247,10 +278,11 @@ def wait_for_all(meanwhile: Callable[[], None] = lambda: None) -> None:
         torch.zeros(1), group=_patient_groups[id(whole)], async_op=True
     )
     assert arrival is not None
-    while not arrival.is_completed():
-        meanwhile()
-        time.sleep(_POLL_S)
-    arrival.wait()  # raises what ended it, such as a closed connection
+    with _counted():
+        while not arrival.is_completed():
+            meanwhile()
+            time.sleep(_POLL_S)
+        arrival.wait()  # raises what ended it, such as a closed connection
 
 
 class Tally:

@@ -47,11 +47,18 @@ def explain(error: BaseException) -> str:
         return f"a package is missing or broken{reason}; `internvl doctor` says how to get it"
     # Last: torch's OutOfMemoryError is a RuntimeError too. This rank is only the messenger.
     if lost_peer(error):
+        if _PEER_HANGS in str(error):
+            return (
+                "another process of this run does not get on; the log tells which one, and the "
+                "folder `watchdog` of the run what it did. The same command goes on from the last "
+                "checkpoint"
+            )
         return "another process of this run ended; its own last line, above or in its log, says why"
     return _explain_bug(error)
 
 
-_PEER_GONE = ("by peer", "Broken pipe", "Timed out waiting", "Connection refused")
+_PEER_HANGS = "Timed out waiting"
+_PEER_GONE = ("by peer", "Broken pipe", _PEER_HANGS, "Connection refused")
 """Words of gloo, NCCL and torch's store: "Connection closed by peer [127.0.0.1]:3124"."""
 
 

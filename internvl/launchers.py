@@ -46,7 +46,9 @@ class Membership:
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _DEFAULT_PORT = 29500  # torchrun's
-_FIRST_PORT, _NUM_PORTS = 12_000, 20_000  # below those that systems give to clients
+BATCH_FILE, BATCH_LOG = "launch.sbatch", "slurm-%j.out"
+"""Files that `internvl launch` puts into a run folder before the run begins."""
+FIRST_PORT, NUM_PORTS = 12_000, 20_000  # below those that systems give to clients
 
 
 def joined(environment: Mapping[str, str] = os.environ) -> Membership | None:
@@ -137,9 +139,15 @@ def first_host(nodes: str) -> str:
     return "".join(match[name] or "" for name in ("start", "index", "end")) or "localhost"
 
 
+def is_of_launch(name: str) -> bool:
+    """True for a file in a run folder that a launcher has put there, not the run."""
+    start, end = BATCH_LOG.split("%j")
+    return name == BATCH_FILE or (name.startswith(start) and name.endswith(end))
+
+
 def port_of(job: int) -> int:
     """Returns the port at which the ranks of a job meet."""
-    return _FIRST_PORT + job % _NUM_PORTS
+    return FIRST_PORT + job % NUM_PORTS
 
 
 def rank() -> int:

@@ -139,6 +139,9 @@ class Progress:
     ...         progress.update()
     """
 
+    updated_s = 0.0
+    """Time of the last update in this process, of any progress, in seconds since 1970."""
+
     def __init__(
         self, unit: str, *, total: int | None = None, done: int = 0, every_s: float = 30.0
     ) -> None:
@@ -179,6 +182,7 @@ class Progress:
             note: Text about them, shown instead of the speed. The first and the last such note are
                 lines, however fast they come.
         """
+        Progress.updated_s = time.time()
         first = bool(note) and not self._note
         self.done, self._note = self.done + count, note
         now_s = time.monotonic()

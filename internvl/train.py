@@ -56,6 +56,7 @@ from internvl.training import (
     signals,
     spikes,
     tracking,
+    watchdog,
 )
 from internvl.training.spikes import Guard
 
@@ -381,10 +382,13 @@ def updates(state: TrainState) -> Iterator[dict[str, float]]:
 
     Compiles before the first step. The next step's rows are read while one trains.
     """
+    watchdog.beat("compiles")
     warm_up(state)
-    is_described = False
+    is_described, is_first = False, True
+    watchdog.beat("reads", state.step + 1)
     for step, wait_s in feeding.prefetch(_steps(state)):
         started = time.perf_counter()
+        watchdog.beat("trains", step.index + 1, first_names(step.batches))
         handle_bad_samples(state, step)
         # The first one that this rank has samples of; all of a step may be bad.
         if step.batches and not is_described:
@@ -395,7 +399,18 @@ def updates(state: TrainState) -> Iterator[dict[str, float]]:
         # The position of this step: the loader itself is one step ahead.
         state.position = step.position
         step_s = time.perf_counter() - started + wait_s
+        if is_first and state.recipe.watchdog_s:
+            is_first = False
+            # From now on no rank does alone what takes minutes.
+            dist.barrier()
+            dist.set_timeout(2 * state.recipe.watchdog_s)
         yield step_metrics | _throughput(state, step, wait_s, step_s)
+        watchdog.beat("reads", state.step + 1)
+
+
+def first_names(batches: Sequence[Batch]) -> list[str]:
+    """Returns the name of the first sample of each row; rows that only fill up have none."""
+    return [name for batch in batches for name in batch.names[:1]]
 
 
 def run(recipe: Recipe) -> Path:
@@ -418,7 +433,12 @@ def run(recipe: Recipe) -> Path:
     recipe = completed.recipe
     # Every rank has read the run folder's recipe before rank 0 overwrites it.
     dist.barrier()
-    with run_folder.owned(recipe), _log_file(recipe.run), signals.stop_signal() as stop:
+    with (
+        run_folder.owned(recipe),
+        _log_file(recipe.run),
+        watchdog.watching(recipe.run, recipe.watchdog_s),
+        signals.stop_signal() as stop,
+    ):
         if length.finished(recipe.run):
             logger.info("the run %s is finished; %s", recipe.run, length.how_to_go_on(recipe))
             return recipe.run
@@ -487,6 +507,7 @@ def _log_file(folder: Path) -> AbstractContextManager[None]:
 
 def save(state: TrainState) -> None:
     """Begins to write a checkpoint of this step, on all ranks; see `checkpoint.Saver`."""
+    watchdog.beat("saves")
     _checkpoint(state, state.folder / "checkpoints", state.recipe.checkpoint.keep)
 
 
@@ -556,6 +577,7 @@ def evaluate(state: TrainState) -> dict[str, float]:
     if not due:
         return {}
     state.model.eval()
+    watchdog.beat("evaluates")
     computing = compilation.evaluating(state.device, state.recipe.dtype)
     with computing, shard.evaluating(state.model, state.recipe.parallel):
         return evals.run_all(due, state.chat, state.folder / "evals", state.step)

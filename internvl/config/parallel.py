@@ -36,3 +36,12 @@ class ParallelConfig:
             for key in ("replicas", "reduce", "offload")
             if getattr(self, key) != getattr(type(self), key)
         ]
+
+    def unfit(self, ranks: int) -> str | None:
+        """Returns why so many processes, two or more, do not share a model like this, or None."""
+        if self.shard == "none" or (ranks % self.replicas == 0 and ranks > self.replicas):
+            return None
+        return (
+            f"parallel.replicas: {ranks} processes do not divide into {self.replicas} copies of "
+            "two or more each; choose a divisor of them, or parallel.shard=none for a copy on each"
+        )

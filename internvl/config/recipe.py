@@ -58,6 +58,10 @@ class Recipe:
     """Of shuffling, dropout and randomly initialized weights."""
     log_every: Positive = 1
     """Steps between lines of metrics.jsonl."""
+    watchdog_s: Annotated[float, Field(ge=0)] = 300.0
+    """Seconds without progress after which every process writes its stacks to the folder `watchdog`
+    of the run, and the log says which one the others wait for. Processes that wait for each other
+    twice as long end the run. 0: never, and waiting has no end."""
     wandb: str | None = None
     """Weights & Biases project that metrics are sent to as well; TensorBoard gets them always."""
 

@@ -445,6 +445,7 @@ _CHANGEABLE_ON_RESUME = (
     "objective.micro_batch",
     "objective.kept_micro_batches",
     "log_every",
+    "watchdog_s",
     "wandb",
     "checkpoint.every",
     "checkpoint.keep",

@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import signal
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -21,6 +22,7 @@ from dataclasses import replace
 from functools import cache
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -120,6 +122,28 @@ def warn_of_idle_workers(workers: int) -> None:
         )
 
 
+_readings: "WeakSet[Reading[Any]]" = WeakSet()
+
+
+def waited_for() -> tuple[str, float] | None:
+    """Returns the samples that this process waits for longest, and since when (seconds since
+    1970)."""
+    # A copy of names: another thread reads meanwhile.
+    waits = [(reading.waiting_s, reading) for reading in list(_readings)]
+    since = [(start_s, reading) for start_s, reading in waits if start_s is not None]
+    if not since:
+        return None
+    start_s, reading = min(since, key=lambda wait: wait[0])
+    jobs = list(reading.issued)
+    return (reading.describe(jobs[0][1]) if jobs else "", start_s)
+
+
+def reader_pids() -> list[int]:
+    """Returns the processes that read data for this one."""
+    processes = [process for reading in list(_readings) for process in reading.processes]
+    return [p.pid for p in processes if p.pid is not None and p.exitcode is None]
+
+
 class Reading(Generic[Job]):
     """Iterates over `reader[job]` in order; worker processes prefetch.
 
@@ -145,6 +169,9 @@ class Reading(Generic[Job]):
         self.issued: deque[tuple[int, Job]] = deque()
         """(index, job) of the jobs that are sent to workers and not returned yet."""
         self.processes: list[BaseProcess] = []
+        self.waiting_s: float | None = None
+        """Time since which the next result is waited for, in seconds since 1970."""
+        _readings.add(self)
         warn_of_idle_workers(workers)
         self.loader = _Loader(
             _Named(reader, name),
@@ -176,11 +203,17 @@ class Reading(Generic[Job]):
             with ThreadPoolExecutor(1) as thread, _frozen_garbage():
                 results = thread.submit(iter, self.loader).result()
             self.processes = [p for p in multiprocessing.active_children() if p not in others]
-            for result in results:
-                if isinstance(result, _Failed):
-                    raise _resource_error(result.error) or result.error
-                self.issued.popleft()
-                yield result
+            try:
+                self.waiting_s = time.time()
+                for result in results:
+                    self.waiting_s = None
+                    if isinstance(result, _Failed):
+                        raise _resource_error(result.error) or result.error
+                    self.issued.popleft()
+                    yield result
+                    self.waiting_s = time.time()
+            finally:
+                self.waiting_s = None
 
     @contextmanager
     def named_deaths(self) -> Iterator[None]:

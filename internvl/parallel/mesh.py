@@ -29,11 +29,9 @@ def build(config: ParallelConfig, device: torch.device) -> DeviceMesh | None:
                 "set parallel.offload=none and optim.offload=true"
             )
         return None
-    if ranks % replicas or ranks == replicas:
-        raise UserError(
-            f"parallel.replicas: {ranks} processes do not divide into {replicas} copies of two or "
-            "more each; choose a divisor of them, or parallel.shard=none for a copy on each"
-        )
+    problem = config.unfit(ranks)
+    if problem is not None:
+        raise UserError(problem)
     if replicas == 1:
         return init_device_mesh(device.type, (ranks,), mesh_dim_names=(SHARDS,))
     shape = (replicas, ranks // replicas)

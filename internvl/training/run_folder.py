@@ -61,7 +61,8 @@ def _locked(recipe: Recipe) -> Iterator[None]:
         lock.write(f"process {os.getpid()} on {launchers.host()}, since {now}\n")
         lock.flush()
         # Without a recipe these are somebody's files; with one, what a run has written.
-        others = {e.name for e in folder.iterdir()} - {".lock", "recipe.yaml"}
+        names = {entry.name for entry in folder.iterdir() if not launchers.is_of_launch(entry.name)}
+        others = names - {".lock", "recipe.yaml"}
         if not saved.exists() and others:
             raise RunError(f"{folder} is not empty and no run; choose another `run`")
         # A run that failed before it began has written its log alone.
