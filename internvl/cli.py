@@ -323,6 +323,8 @@ def _check_training(args: Arguments, num_ranks: int) -> Path:
 
 def _check_evaluation(args: Arguments) -> None:
     """Refuses models and options that `evaluate` would refuse."""
+    if args.model is None or args.answers is not None:
+        raise ConfigError("launch evaluate: name a model or run; answers are scored without GPUs")
     from internvl.models import hub
 
     if not hub.is_hub_id(args.model):
