@@ -37,6 +37,7 @@ from internvl.errors import (
     UnknownModel,
     UserError,
 )
+from internvl.files import write_text
 
 Arguments = argparse.Namespace
 
@@ -387,6 +388,7 @@ def evaluate(args: Arguments) -> int:
         "device": args.device,
         "dtype": args.dtype,
         "device_map": args.device_map,
+        "quantize": args.quantize,
         "base": args.base,
         # Options that were not given must not replace a recipe's values.
         **{name: value for name, value in fields.items() if value is not None},
@@ -614,6 +616,41 @@ def data(args: Arguments) -> int:
     return int(not prepared.ready)
 
 
+def compat(args: Arguments) -> int:
+    """Run a command line of the original code: it is translated, shown and run by this package."""
+    from internvl import compat
+
+    translation = compat.translate(args.command, args.words, os.environ)
+    # Under torchrun every rank comes here.
+    is_first = os.environ.get("RANK", "0") == "0"
+    if is_first:
+        _print_translation(translation)
+    if not translation.runs:
+        return 0
+    if translation.file is not None and is_first:
+        write_text(translation.file, translation.recipe)
+    for words in translation.commands:
+        parsed = parse(words)
+        parsed.debug = args.debug
+        code = VERBS[parsed.verb](parsed)
+        if code:
+            return code
+    return 0
+
+
+def _print_translation(translation: Any) -> None:
+    for note in translation.notes:
+        print(f"internvl: {note}", file=sys.stderr)
+    if translation.file is not None:
+        print(f"# {translation.file}\n{translation.recipe}")
+    for words in translation.commands:
+        print(f"internvl {shlex.join(words)}")
+    if translation.done:
+        print(translation.done)
+    # Ranks that start next write to the same terminal.
+    sys.stdout.flush()
+
+
 def _render_counts(counts: Mapping[str, int], files: Sequence[Path]) -> str:
     return "\n".join([*(f"{name}: {n:,}" for name, n in counts.items()), *map(str, files)])
 
@@ -630,6 +667,7 @@ VERBS: dict[str, Callable[[Arguments], int]] = {
     "merge": merge,
     "export": export,
     "data": data,
+    "compat": compat,
 }
 
 
@@ -727,6 +765,7 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
     for name in ("evaluate", "chat", "merge", "export"):
         _add_run_arguments(add[name], several=name == "evaluate")
     _add_data_arguments(add["data"])
+    _add_compat_arguments(add["compat"])
     return top, add
 
 
@@ -814,6 +853,21 @@ def _add_data_arguments(sub: argparse.ArgumentParser) -> None:
     convert.add_argument("target", type=Path, help="file or folder to write")
 
 
+# A literal: `internvl --help` must not read the tables of all flags and scripts.
+COMPAT_COMMANDS = (
+    *("evaluate.sh", "finetune", "shell", "clip_benchmark", "merge_lora"),
+    *("internvl_custom2hf", "internvl_hf2custom", "install-shims"),
+)
+
+
+def _add_compat_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.usage = "internvl compat COMMAND …"
+    names = ", ".join(COMPAT_COMMANDS)
+    sub.epilog = f"commands: {names}; `internvl compat COMMAND --help` shows the words of one"
+    sub.add_argument("command", metavar="COMMAND", help="command of the original, see below")
+    sub.add_argument("words", nargs=argparse.REMAINDER, metavar="…", help="its words as they are")
+
+
 def _add_evaluate_arguments(sub: argparse.ArgumentParser) -> None:
     # argparse would wrap the list of tasks into one paragraph.
     sub.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -859,6 +913,7 @@ def _add_evaluate_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--device-map", choices=("auto",), help="spread a model larger than a GPU over all GPUs"
     )
+    sub.add_argument("--quantize", choices=("8bit", "4bit"), help="load 8- or 4-bit weights")
     _add_eval_options(sub)
 
 
@@ -956,7 +1011,7 @@ def parse(argv: Sequence[str]) -> Arguments:
         top.print_help(sys.stderr)
         sys.exit(2)
     # argparse's intermixed parsing refuses parsers with subparsers, so a verb's own is called.
-    if not argv or argv[0] not in verbs or argv[0] == "data":
+    if not argv or argv[0] not in verbs or argv[0] in ("data", "compat"):
         return top.parse_args(argv)
     if argv[0] == "launch":
         return _parse_launch(argv, verbs)

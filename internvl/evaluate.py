@@ -125,6 +125,7 @@ def measure(
     device: str | None = None,
     dtype: str | None = None,
     device_map: str | None = None,
+    quantize: str | None = None,
     step: int | None = None,
     base: Replacements = None,
     **fields: Any,
@@ -152,6 +153,7 @@ def measure(
             weights, by default bfloat16 on a GPU and float32 on a CPU.
         device_map: "auto" spreads a model that is larger than a GPU over all of them, in a single
             process.
+        quantize: "8bit" or "4bit" loads a chat model's weights by bitsandbytes, on a GPU.
         output: file that the originals' result lines are appended to; by default `to`/result.jsonl.
         features: folder in which features are kept; by default they are deleted at the end.
         step, base: as of `internvl.load`.
@@ -201,11 +203,12 @@ def measure(
     features_folder = features or folder / "features"
     with placement.threads(None if recipe is None else recipe.threads):
         if recipe is None:
-            opened = _open_model(model_or_run, own_device, dtype, device_map, base)
-        elif device_map is not None:
+            opened = _open_model(model_or_run, own_device, dtype, device_map, quantize, base)
+        elif device_map is not None or quantize is not None:
+            option = "quantize" if device_map is None else "device_map"
             raise UserError(
-                f"device_map = {device_map!r} is for model folders, and {model_or_run} is a run; "
-                f"`internvl export {model_or_run} --to FOLDER`, and evaluate FOLDER"
+                f"{option} = {device_map or quantize!r} is for model folders, and {model_or_run} is"
+                f" a run; `internvl export {model_or_run} --to FOLDER`, and evaluate FOLDER"
             )
         else:
             opened = _open_run(open_model(model_or_run, step=step, base=base), own_device, dtype)
@@ -468,11 +471,14 @@ def _open_model(
     device: str | None,
     dtype: str | None,
     device_map: str | None,
+    quantize: str | None,
     base: Replacements,
 ) -> _Opened:
     """Loads a model that is no run's, all weights in one dtype."""
-    handle = loading.load(name, device=device, dtype=dtype, device_map=device_map, base=base)
+    options: dict[str, Any] = {"device_map": device_map, "quantize": quantize}
+    handle = loading.load(name, device=device, dtype=dtype, base=base, **options)
     loaded_dtype = str(handle.model.dtype).removeprefix("torch.")
+    loaded_dtype += f" on {quantize} weights" if quantize else ""
     # A folder that does not say its dtype cannot differ from it.
     stored_dtype = _stored_dtype(Path(handle.folder)) or loaded_dtype
     numerics = _Numerics((loaded_dtype,), (stored_dtype,), "the folder's weights")

@@ -104,6 +104,9 @@ class CaptionEval(EvalConfig):
     num_beams: Positive | None = None
     """Width of the beam search. null: the original's, 5 for InternVL-14B and 1 (greedy) for chat
     models."""
+    tiles: str | int | None = None
+    """Most tiles of an image for a chat model: a number, `one`, or `checkpoint` for the model's.
+    null: the model's."""
     # Not `images`, the folder; saved recipes have this key.
     pictures: Path | None = None
     """Karpathy's list of the image names, if `annotations` has only their ids."""
@@ -127,6 +130,10 @@ class CaptionEval(EvalConfig):
                 f"min_new_tokens: {self.min_new_tokens}, larger than max_new_tokens, "
                 f"{self.max_new_tokens}"
             )
+        # A command line's number is text.
+        if self.tiles not in (None, "one", "checkpoint"):
+            if not str(self.tiles).isdigit() or int(self.tiles) < 1:
+                yield f"tiles: {self.tiles!r} is no number from 1 on, nor one, nor checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True)

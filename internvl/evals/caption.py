@@ -1,6 +1,7 @@
 """Captions: a generated text for every image of a COCO caption file against its references."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,7 @@ class Caption:
 
     def run(self, handle: Handle, folder: Path | None) -> EvalScores | None:
         """Generates with `handle` and scores; keeps answers in `folder`, if any."""
-        rows = self._answers(handle, folder)
+        rows = self._answers(_tiled(handle, self.config.tiles), folder)
         return dist.main_alone(lambda: self._score([row for batch in rows for row in batch]))
 
     def _score(self, rows: Sequence[tuple[int, Row]]) -> EvalScores:
@@ -248,6 +249,17 @@ class CaptionAnswers(Caption):
     def run(self, handle: Any, folder: Path | None) -> EvalScores | None:
         """Scores the answers; neither `handle` nor `folder` is used."""
         return dist.main_alone(lambda: self._score(self._rows_answered))
+
+
+def _tiled(handle: Any, most: str | int | None) -> Any:
+    """Returns a chat model that cuts images into at most so many tiles, see CaptionEval."""
+    if most in (None, "checkpoint"):
+        return handle
+    chat = handle.as_chat("tiles")
+    largest = 1 if most == "one" else int(most)
+    # No grid has at least `min` tiles and at most `max` if `min` is larger.
+    tiles = replace(chat.tiles, min=min(chat.tiles.min, largest), max=largest)
+    return replace(chat, tiles=tiles)
 
 
 def _read(path: str, exif: Exif) -> np.ndarray | str:

@@ -1,0 +1,145 @@
+"""`evaluate.sh CHECKPOINT KEY [flags]`: the original's evaluations as `internvl evaluate`."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from internvl.compat.translation import Translation, take_flags
+from internvl.config import eval_keys, eval_options
+from internvl.datasets import published
+from internvl.errors import ConfigError
+from internvl.inference.opened import open_model
+from internvl.models import hub
+
+
+@cache
+def _table() -> dict[str, Any]:
+    text = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
+    table: dict[str, Any] = yaml.safe_load(text)
+    table["keys"] = {key: [key] for key in table["keys"]["same"].split()} | table["keys"]["other"]
+    return table
+
+
+def keys() -> dict[str, list[str]]:
+    """Returns every key of the original's evaluate.sh -> its tasks here."""
+    keys: dict[str, list[str]] = _table()["keys"]
+    return keys
+
+
+def tasks() -> set[str]:
+    """Returns the names of all tasks that `internvl evaluate` has."""
+    return {line.split()[0] for line in published.list_tasks().splitlines()}
+
+
+def translate(words: Sequence[str], environment: Mapping[str, str]) -> Translation:
+    """Translates `CHECKPOINT KEY [flags]`, with GPUS=n in the environment."""
+    table = _table()
+    abouts = {flag: row["about"] for flag, row in table["valued"].items()}
+    positional, flags = take_flags(words, abouts, tuple(table["switches"]))
+    if len(positional) != 2:
+        raise ConfigError("evaluate.sh: CHECKPOINT and KEY, such as pretrained/X caption-coco")
+    checkpoint, key = positional[0].rstrip("/") or positional[0], positional[1]
+    names = _tasks_of(key)
+    for flag, row in table["valued"].items():
+        if flag in flags and "refused" in row:
+            raise ConfigError(f"--{flag}: {row['refused']}")
+    family = "chat" if hub.is_hub_id(checkpoint) else open_model(checkpoint).files.family
+    notes = [
+        f"--{flag}: changes nothing: {row['nothing']}"
+        for flag, row in table["valued"].items()
+        if flag in flags and "nothing" in row
+    ]
+    if family == "dual":
+        if key not in table["captions"]:
+            raise ConfigError(f"{key}: is for chat models, and {checkpoint} is an InternVL-14B")
+        # Its evaluate.sh hands no flags on.
+        notes += [f"--{flag}: changes nothing for InternVL-14B" for flag in flags]
+        flags = {}
+        options: list[str] = []
+    else:
+        options, more = _tiles(key, flags, names)
+        notes += more
+    options += _plain_options(flags, names)
+    # The last two parts of its path, as the original names its file of result lines.
+    model = "_".join(Path(checkpoint).parts[-2:])
+    folder = Path(flags.get("out-dir", ["results"])[0])
+    options += ["--to", str(folder / model), "--output", str(folder / f"{model}.txt")]
+    more_options, more_notes = _devices(flags, environment)
+    command = ("evaluate", checkpoint, *names, *options, *more_options)
+    return Translation(commands=(command,), notes=tuple(notes + more_notes))
+
+
+def _tasks_of(key: str) -> list[str]:
+    """Returns the tasks of a key. Raises ConfigError for an unknown or missing one."""
+    if key not in keys():
+        near = difflib.get_close_matches(key, keys(), n=1)
+        hint = f"did you mean {near[0]}?" if near else "its keys are in docs/original.md"
+        raise ConfigError(f"{key}: the original's evaluate.sh has no such key; {hint}")
+    missing = [name for name in keys()[key] if name not in tasks()]
+    if missing:
+        raise ConfigError(f"{key}: internvl evaluate has no task {missing[0]} yet")
+    return keys()[key]
+
+
+def _tiles(key: str, flags: Mapping[str, Any], names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the option of tiles, and what to know about it."""
+    table = _table()
+    notes: list[str] = []
+    if key in table["fixed"]:
+        ignored = [
+            f"--{flag}: changes nothing: the script of {key} takes no flags" for flag in flags
+        ]
+        return _option("tiles", names, str(table["fixed"][key])), ignored
+    if "dynamic" in flags:
+        default = next(n for start, n in table["max_num"].items() if key.startswith(start))
+        return _option("tiles", names, flags.get("max-num", [str(default)])[0]), notes
+    if "max-num" in flags:
+        notes.append("--max-num: changes nothing without --dynamic")
+    notes.append("without --dynamic every image is one tile; published scores are with --dynamic")
+    return _option("tiles", names, "one"), notes
+
+
+def _plain_options(flags: Mapping[str, Sequence[str]], names: Sequence[str]) -> list[str]:
+    """Returns the options of flags that have one."""
+    rows = {**_table()["valued"], **_table()["switches"]}
+    options: list[str] = []
+    for flag, values in flags.items():
+        if "option" in rows[flag]:
+            options += _option(rows[flag]["option"], names, *values)
+    bits = {"load-in-8bit": "8bit", "load-in-4bit": "4bit"}
+    options += [word for flag, bit in bits.items() if flag in flags for word in ("--quantize", bit)]
+    return options
+
+
+def _option(name: str, names: Sequence[str], *values: str) -> list[str]:
+    """Returns `--name value`. Raises ConfigError if no task has such an option."""
+    key = name.replace("-", "_")
+    types = {
+        published.TASKS[task].type if task in published.TASKS else "benchmark" for task in names
+    }
+    if key not in eval_options() or not any(key in eval_keys(name) for name in types):
+        raise ConfigError(f"--{name}: is no option of {', '.join(names)}")
+    return [f"--{name}", *values]
+
+
+def _devices(
+    flags: Mapping[str, Any], environment: Mapping[str, str]
+) -> tuple[list[str], list[str]]:
+    """Returns the options of GPUs, and what differs."""
+    if "auto" in flags:
+        return ["--device-map", "auto"], []
+    text = environment.get("GPUS", "8")
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"GPUS={text}: a number from 1 on is expected")
+    from internvl.launch import local
+
+    available = local.count_gpus()
+    if available == 0:
+        return [], []
+    if int(text) <= available:
+        return ["--gpus", text], []
+    return ["--gpus", str(available)], [f"GPUS={text}: this machine has {available}"]

@@ -1,0 +1,93 @@
+"""Training scripts of the original by their paths there, as data (`scripts.yaml`)."""
+
+import difflib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from internvl.errors import ConfigError
+
+ROOTS = ("internvl_chat", "internvl_g", "internvl_chat_gpt_oss")
+"""Folders of the original that hold training scripts in `shell/`."""
+
+
+@cache
+def paths() -> dict[str, str]:
+    """Returns every script by its path below the original: path -> folder in the table."""
+    return {
+        f"{folder}/{name}.sh": folder
+        for folder, group in _table().items()
+        for name in group["scripts"]
+    }
+
+
+@cache
+def _table() -> dict[str, Any]:
+    text = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
+    table: dict[str, Any] = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return table
+
+
+def locate(script: str, folder: Path) -> str | None:
+    """Returns the path of a script below the original, None if it is none of its scripts.
+
+    Args:
+        script: as it was typed, such as shell/finetune/x.sh, with or without internvl_chat/.
+        folder: the working directory, whose name decides between scripts of the same path.
+    """
+    typed = Path(script).as_posix().removeprefix("./")
+    # The longest path first: in a folder called internvl_g its own scripts are meant.
+    for candidate in (f"{folder.resolve().name}/{typed}", typed):
+        matches = [path for path in paths() if f"/{candidate}".endswith(f"/{path}")]
+        if matches:
+            return matches[0]
+    return next((path for path in paths() if path.partition("/")[2] == typed), None)
+
+
+def nearest(script: str) -> str | None:
+    """Returns the path of the script whose name is closest."""
+    names = {Path(path).name: path for path in paths()}
+    near = difflib.get_close_matches(Path(script).name, names, n=1, cutoff=0.5)
+    return names[near[0]] if near else None
+
+
+def text(path: str) -> str:
+    """Returns a script of the table in shell's own words. Raises ConfigError for another path."""
+    folder = paths().get(path)
+    if folder is None:
+        raise ConfigError(f"{path}: no script of the original")
+    group = _table()[folder]
+    script = group["scripts"][Path(path).stem] or {}
+    variables = {**(group.get("variables") or {}), **script.get("variables", {})}
+    flags = {**(group.get("flags") or {}), **script.get("flags", {})}
+    settings = {**group, **script}
+    lines = [_assignment(name, value) for name, value in variables.items()]
+    if "accumulation" in settings:
+        lines.append(f"GRADIENT_ACC=$(({settings['accumulation']}))")
+    lines.append(f"{_start(settings)} internvl/train/{settings['entry']}.py \\")
+    lines += [f"  --{flag}{_value(value)} \\" for flag, value in flags.items()]
+    return "\n".join([*lines, ""])
+
+
+def _assignment(name: str, value: Any) -> str:
+    # These two are fixed in the scripts; all others are defaults.
+    if name.endswith("_LAYER_DECAY_RATE"):
+        return f"export {name}={value}"
+    return f"{name}=${{{name}:-{value}}}"
+
+
+def _start(settings: dict[str, Any]) -> str:
+    if settings["launcher"] == "srun":
+        return (
+            'srun -p "${PARTITION}" --nodes=$((GPUS / GPUS_PER_NODE)) --ntasks=${GPUS} '
+            "--ntasks-per-node=${GPUS_PER_NODE} ${SRUN_ARGS} python -u"
+        )
+    if "NPROC_PER_NODE" in settings.get("accumulation", ""):
+        return "torchrun --nnodes=$WORLD_SIZE --nproc-per-node=$NPROC_PER_NODE"
+    return "torchrun --nproc_per_node=${GPUS}"
+
+
+def _value(value: Any) -> str:
+    return f" {value}" if str(value).startswith("$") else f" '{value}'"

@@ -1,0 +1,168 @@
+"""`finetune` and `shell`: flags and scripts of the original's training as a recipe and its run."""
+
+import dataclasses
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from internvl.compat import finetune, scripts, shell
+from internvl.compat.shims import is_shim
+from internvl.compat.translation import Translation
+from internvl.config import Recipe
+from internvl.config.recipes import resolve
+from internvl.errors import ConfigError
+
+HEAD = "# Written by `internvl compat`"
+"""First words of a recipe that may be written again."""
+_AUTHORS_PARTITIONS = ("INTERN2", "Intern5", "VC2", "VC5")
+"""Defaults of the scripts, which only their authors' cluster has."""
+_SCRIPT_OPTIONS = ("--dry-run", "--here")
+_ENTRY = "internvl/train/internvl_chat_finetune.py"
+_PAIRS_ENTRY = "internvl/train/internvl_stage2_finetune.py"
+
+
+def translate_flags(words: Sequence[str], environment: Mapping[str, str]) -> Translation:
+    """Translates `finetune [ENTRY.py] --flag value …`.
+
+    Under torchrun its processes train; without it GPUS=n counts them for the batch.
+    """
+    rest = list(words)
+    dry = "--dry-run" in rest
+    rest = [word for word in rest if word != "--dry-run"]
+    is_entry = bool(rest) and rest[0].endswith(".py")
+    default = _PAIRS_ENTRY if "--dataset_name" in rest else _ENTRY
+    entry = rest.pop(0) if is_entry else default
+    name = "WORLD_SIZE" if "RANK" in environment else "GPUS"
+    launch = shell.Launch(
+        "torchrun",
+        {"nproc_per_node": environment.get(name, "1")},
+        entry,
+        tuple(rest),
+        environment,
+        (),
+    )
+    options = ["--dry-run"] if dry else []
+    return _translate(launch, options, (), environment, origin=f"finetune {shlex.join(words)}")
+
+
+def translate_script(words: Sequence[str], environment: Mapping[str, str]) -> Translation:
+    """Translates `shell SCRIPT [key=value …] [--here] [--dry-run]`.
+
+    A script that is here is read, whoever edited it; otherwise the path names the original's.
+    """
+    options = [word for word in words if word in _SCRIPT_OPTIONS]
+    rest = [word for word in words if word not in _SCRIPT_OPTIONS]
+    if not rest:
+        raise ConfigError("compat shell: name a script, such as shell/finetune/x.sh")
+    script, *more = rest
+    overrides = [word for word in more if "=" in word and not word.startswith("-")]
+    others = [word for word in more if word not in overrides]
+    if others:
+        raise ConfigError(f"{others[0]}: neither key=value nor one of {', '.join(_SCRIPT_OPTIONS)}")
+    launch = shell.read(_text(script), environment, name=script)
+    return _translate(launch, options, overrides, environment, origin=f"shell {script}")
+
+
+def _text(script: str) -> str:
+    """Returns the text of a script: a user's file, or the original's from the table."""
+    path = Path(script)
+    original = scripts.locate(script, Path())
+    if path.is_file() and not (original is not None and is_shim(path)):
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ConfigError(f"{script}: no UTF-8 text") from None
+    if original is not None:
+        return scripts.text(original)
+    near = scripts.nearest(script)
+    hint = f"; did you mean {near}?" if near else ""
+    raise ConfigError(f"there is no script {script}, and the original has none of this path{hint}")
+
+
+def _translate(
+    launch: shell.Launch,
+    options: Sequence[str],
+    overrides: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    origin: str,
+) -> Translation:
+    num_gpus = launch.num_gpus
+    translated = finetune.translate(
+        launch.entry, launch.flags, num_gpus=num_gpus, environment=launch.environment
+    )
+    recipe = resolve(translated.tree, overrides, name=origin)
+    # Beside the run: a run folder that does not exist yet tells that the run is new.
+    file = recipe.run.with_name(f"{recipe.run.name}.yaml")
+    _check_own(file)
+    notes = [f"{line}: not translated" for line in launch.skipped] + translated.notes
+    on_slurm = launch.launcher == "srun" and "--here" not in options
+    if on_slurm:
+        command = _slurm(launch, file, environment)
+    else:
+        command, more = _local(file, num_gpus, environment)
+        notes += more
+    return Translation(
+        commands=((*command, *overrides),),
+        notes=tuple(notes),
+        recipe=f"{HEAD} {origin}\n{_yaml(translated.tree)}",
+        file=file,
+        runs="--dry-run" not in options,
+    )
+
+
+def _check_own(file: Path) -> None:
+    """Raises ConfigError if a file exists that no translation has written."""
+    if file.exists() and not file.read_text(encoding="utf-8").startswith(HEAD):
+        raise ConfigError(f"{file}: exists, and is not from here; move it, or change --output_dir")
+
+
+def _yaml(tree: Mapping[str, Any]) -> str:
+    """Returns the tree as YAML, sections in a recipe's order."""
+    order = [field.name for field in dataclasses.fields(Recipe)]
+    ordered = {name: tree[name] for name in order if name in tree}
+    return yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, default_flow_style=None)
+
+
+def _local(
+    file: Path, num_gpus: int, environment: Mapping[str, str]
+) -> tuple[tuple[str, ...], list[str]]:
+    """Returns the command that trains on this machine, and what differs."""
+    command = ("train", str(file))
+    # Its processes are started already.
+    if "RANK" in environment:
+        return command, []
+    from internvl.launch import local
+
+    available = local.count_gpus()
+    if num_gpus <= available:
+        return (*command, "--gpus", str(num_gpus)), []
+    if num_gpus == 1:
+        return command, []
+    return command, [
+        f"{num_gpus} GPUs: this machine has {available}; every step still has as many samples"
+    ]
+
+
+def _slurm(launch: shell.Launch, file: Path, environment: Mapping[str, str]) -> tuple[str, ...]:
+    """Returns the command that hands a training to Slurm."""
+    options = launch.options
+    per_node = min(int(options.get("ntasks_per_node") or launch.num_gpus), launch.num_gpus)
+    nodes, rest = divmod(launch.num_gpus, per_node)
+    if rest:
+        raise ConfigError(
+            f"GPUS={launch.num_gpus}: no whole number of nodes of {per_node} GPUs; change GPUS or "
+            "GPUS_PER_NODE"
+        )
+    partition = options.get("p") or options.get("partition")
+    if partition in _AUTHORS_PARTITIONS and "PARTITION" not in environment:
+        partition = None
+    return (
+        *("launch", "train", str(file), "--nodes", str(nodes), "--gpus-per-node", str(per_node)),
+        *(("--partition", partition) if partition else ()),
+        *((f"--srun-args={environment['SRUN_ARGS']}",) if environment.get("SRUN_ARGS") else ()),
+        "--submit",
+    )

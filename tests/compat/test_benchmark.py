@@ -1,0 +1,82 @@
+"""CLIP_benchmark's command line."""
+
+import shlex
+
+import pytest
+
+from internvl.compat import benchmark
+from internvl.errors import ConfigError
+
+LINE = (
+    'eval --model_type internvl --language "{}" --task "zeroshot_retrieval" --dataset "{}" '
+    "--dataset_root ./data/flickr30k --model internvl_{}_retrieval_hf --pretrained "
+    "./work_dirs/x_ep10/ --output result_ft.json"
+)
+
+
+def command(line, **environment):
+    (words,) = benchmark.translate(shlex.split(line), environment).commands
+    return " ".join(words)
+
+
+@pytest.mark.parametrize(
+    ("language", "dataset", "task"),
+    [
+        ("en", "flickr30k", "retrieval-flickr30k"),
+        ("cn", "flickr30k", "retrieval-flickr30k-cn"),
+        ("en", "mscoco_captions", "retrieval-coco"),
+        ("cn", "mscoco_captions", "retrieval-coco-cn"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["c", "g"])
+def test_the_guides_lines(language, dataset, task, mode):
+    # The original's result line has the path without its last slash.
+    assert command(LINE.format(language, dataset, mode)) == (
+        f"evaluate ./work_dirs/x_ep10 {task} --mode {mode} --dataset-root ./data/flickr30k "
+        "--split test --batch-size 64 --output result_ft.json"
+    )
+
+
+def test_other_flags():
+    line = LINE.format("en", "multilingual_mscoco_captions", "c")
+    line += " --language ko --recall_k 1 5 --no_amp --batch_size 8 --num_workers 2"
+    done = benchmark.translate(shlex.split(line), {})
+    words = " ".join(done.commands[0])
+    assert " retrieval-xtd " in words
+    assert "--language ko --batch-size 8 --recall-k 1,5 --dtype float32" in words
+    assert done.notes == ("--num_workers: changes nothing here",)
+
+
+def test_the_output_is_a_template():
+    line = LINE.format("en", "flickr30k", "g").replace(
+        "result_ft", "{dataset}_{pretrained}_{language}"
+    )
+    assert "--output flickr30k_x_ep10_en.json" in command(line)
+
+
+def test_results_that_exist_are_skipped_if_asked(tmp_path):
+    (tmp_path / "r.json").touch()
+    line = LINE.format("en", "flickr30k", "g").replace("result_ft", f"{tmp_path}/r")
+    done = benchmark.translate(shlex.split(f"{line} --skip_existing"), {})
+    assert (done.commands, "exists" in done.done) == ((), True)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("eval ", "build ", "`eval` and its flags"),
+        ("--model_type internvl", "", "internvl only"),
+        ("zeroshot_retrieval", "zeroshot_retrieval_with_itm", "--rerank"),
+        ("zeroshot_retrieval", "zeroshot_classification", "classify-folder"),
+        ("flickr30k", "cifar10", "not one of flickr30k"),
+        ('"en"', '"ko"', "flickr30k has en, cn"),
+        ("internvl_c_retrieval_hf", "ViT-B-32", "internvl_c_retrieval_hf or"),
+        ("--output result_ft.json", "--cupl", "CuPL"),
+        ("--output result_ft.json", "--colour red", "no such flag"),
+        ("--output result_ft.json", "--output", "a file is missing"),
+    ],
+)
+def test_refused(old, new, message):
+    line = LINE.format("en", "flickr30k", "c").replace(old, new)
+    with pytest.raises(ConfigError, match=message):
+        command(line)
