@@ -60,7 +60,14 @@ def _offload(recipe: Recipe) -> str | None:
 def _offload_moments(recipe: Recipe) -> str | None:
     # Other optimizers keep 8-bit moments or one moment; their states are not offloaded.
     plain = recipe.optim.name == "adamw" and not recipe.optim.offload
+    # Shards have an offload of their own.
+    plain = plain and recipe.parallel.shard == "none"
     return "true" if plain and recipe.model.parts else None
+
+
+def _offload_shards(recipe: Recipe) -> str | None:
+    parallel = recipe.parallel
+    return "cpu" if parallel.shard != "none" and parallel.offload == "none" else None
 
 
 def _quantize(recipe: Recipe) -> str | None:
@@ -68,7 +75,7 @@ def _quantize(recipe: Recipe) -> str | None:
         return None
     # Weights in 4 bits have no gradients: only adapters can train on them.
     frozen = recipe.model.lora is not None and "language_model" not in recipe.model.parts
-    frozen = frozen and not recipe.compute.float8
+    frozen = frozen and not recipe.compute.float8 and recipe.parallel.shard == "none"
     return "4bit" if frozen and recipe.model.quantize != "4bit" else None
 
 
@@ -117,6 +124,12 @@ LADDER = (
         "8 of the 16 bytes of a trained weight: both AdamW moments move to the CPU's memory",
         "16 bytes per trained weight over the bus in every step",
         _offload_moments,
+    ),
+    Rung(
+        "parallel.offload",
+        "a GPU's shards of weights, gradients and moments, which move to the CPU's memory",
+        "copies of them over the bus in every row, and the update on the CPU",
+        _offload_shards,
     ),
     Rung(
         "model.quantize",
