@@ -7,6 +7,7 @@ line does; a program that imports the package keeps its own logging.
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -66,20 +67,46 @@ def setup(level: int = logging.INFO, *, rank: int = 0) -> None:
 
 
 class _FileHandler(logging.Handler):
-    """Appends log lines with date and time to a text file."""
+    """Appends log lines with date and time to a text file; on a full disk they wait for space."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(logging.INFO)
         self.path = path
+        self.pending: list[str] = []
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        # Opened for every line, as StepLog's. Names of samples may hold halves of characters.
-        with (
-            names_file(self.path),
-            self.path.open("a", encoding="utf-8", errors="backslashreplace") as file,
-        ):
-            file.write(self.format(record) + "\n")
+        self.pending.append(self.format(record) + "\n")
+        # A line of the log is no reason to end a run of days.
+        with suppress(OSError):
+            self.write()
+
+    def write(self) -> None:
+        """Writes the lines that wait. Raises OSError, which names the file."""
+        text = "".join(self.pending)
+        _append(self.path, text, errors="backslashreplace")
+        self.pending.clear()
+
+
+def _append(path: Path, text: str, *, errors: str = "strict") -> None:
+    """Appends text to a file, all of it or nothing.
+
+    Raises:
+        OSError: it could not be written (disk full, …); the error names `path`.
+    """
+    data = text.encode("utf-8", errors)
+    # Opened each time: truncate_after may have replaced the file. Without a buffer, which would be
+    # written once more when the file is closed.
+    with names_file(path), path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            # Half a line would stand in the middle once there is space again.
+            with suppress(OSError):
+                os.truncate(path, size)
+            raise
 
 
 class _Relay(logging.Handler):
@@ -105,7 +132,8 @@ def also_to(path: Path) -> Iterator[None]:
     What the calling program shows stays as it is: a program without logging is silent.
 
     Raises:
-        OSError: a line could not be written (disk full, …); the error names `path`.
+        OSError: at the end there are lines that could not be written (disk full, …); the error
+            names `path`.
     """
     logger, handler = get_logger(), _FileHandler(path)
     before = logger.handlers, logger.level, logger.propagate
@@ -123,6 +151,9 @@ def also_to(path: Path) -> Iterator[None]:
         with suppress(OSError):
             handler.handle(logger.makeRecord("internvl", logging.ERROR, "", 0, sentence, (), None))
         raise
+    else:
+        if handler.pending:
+            handler.write()
     finally:
         logger.handlers, level, logger.propagate = before
         logger.setLevel(level)
@@ -285,10 +316,7 @@ class StepLog:
             OSError: The row could not be written (disk full, …); the error names the file.
         """
         assert "step" in row, f"a row without a step: {row}"
-        line = _line(row)
-        # Opened for every row: nothing is buffered, and truncate_after may replace the file.
-        with names_file(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        _append(self.path, _line(row) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows, oldest first. A last line cut short by a crash is left out.

@@ -28,7 +28,7 @@ from internvl.data import loader, row_steps
 from internvl.data.records import Batch
 from internvl.data.sampler import Ending, Order, Position, SampleOrder, step_bounds
 from internvl.data.sources import open_sources
-from internvl.errors import Interrupted, RunError, counted
+from internvl.errors import CheckpointError, Interrupted, RunError, counted
 from internvl.files import remove_partials
 from internvl.inference import inherited, opened
 from internvl.inference import load as loading
@@ -461,18 +461,18 @@ def run(recipe: Recipe) -> Path:
             with log.Progress("steps", total=state.num_steps, done=state.step) as progress:
                 for step_metrics in updates(state) if stop_reason is None else ():
                     stopped = stop.agreed()
-                    state.saver.poll()
+                    _tolerate(state, state.saver.poll)
                     is_logged = state.step % recipe.log_every == 0 or state.step == state.num_steps
                     # A step that was passed over has no loss; its line is in skipped_steps.jsonl.
                     if is_logged and "loss" in step_metrics:
                         metrics.write(state.step, step_metrics)
                     progress.update(note=readout.line(step_metrics))
-                    if (
-                        _is_due(state, recipe.checkpoint.every)
-                        or stopped
-                        or state.step == state.num_steps
-                    ):
+                    if stopped or state.step == state.num_steps:
+                        _tolerate(state, state.saver.wait)
                         save(state)
+                    elif _is_due(state, recipe.checkpoint.every):
+                        _tolerate(state, state.saver.wait)
+                        _tolerate(state, lambda: save(state))
                     if stopped:
                         state.saver.wait()
                         raise Interrupted(
@@ -511,6 +511,16 @@ def save(state: TrainState) -> None:
     _checkpoint(state, state.folder / "checkpoints", state.recipe.checkpoint.keep)
 
 
+def _tolerate(state: TrainState, work: Callable[[], None]) -> None:
+    """Runs a step of saving after which others come: if it fails, on all ranks alike, the run goes
+    on, for it loses nothing that it has in memory."""
+    try:
+        work()
+    except CheckpointError as error:
+        message = "step %d: %s. This run goes on, and saves again at the next checkpoint"
+        log.get_logger().warning(message, state.step, error)
+
+
 def _checkpoint(state: TrainState, folder: Path, keep: int, copy_of: Path | None = None) -> None:
     counters: dict[str, Any] = {"num_bad": state.num_bad, "guard": state.guard.state()}
     # With `global_batch` the order is a function of seed and step, so no position is saved.
@@ -532,7 +542,7 @@ def validate(state: TrainState, metrics: tracking.Metrics) -> str | None:
     # By rank 0, which wrote the files: all must stop at the same step, or the next step would hang.
     verdict = dist.on_main(lambda: _verdict(state))
     if verdict.best:
-        _keep_best(state)
+        _tolerate(state, lambda: _keep_best(state))
     for sentence in verdict.warnings:
         log.get_logger().warning("%s", sentence)
     if verdict.forgotten:

@@ -184,6 +184,27 @@ def test_a_log_file_on_a_full_disk_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left") as caught, log.also_to(file):
         log.get_logger().info("step 1")
     assert caught.value.filename == str(file)
+    # Lines wait until there is space.
+    with log.also_to(file):
+        log.get_logger().info("step 2")
+        file.unlink()
+        log.get_logger().info("step 3")
+    assert [line[20:] for line in file.read_text().splitlines()] == ["step 2", "step 3"]
+
+
+def test_half_a_line_is_taken_back(tmp_path: Path) -> None:
+    code = (
+        "import resource, sys; from pathlib import Path; from internvl import log\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (40, 40))\n"
+        "rows = log.StepLog(Path(), 'rows.jsonl')\n"
+        "rows.append({'step': 1})\n"
+        "try:\n    rows.append({'step': 2, 'name': 30 * 'x'})\n"
+        "except OSError as error:\n    print(error.filename)\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "rows.jsonl\n"
+    assert (tmp_path / "rows.jsonl").read_text() == '{"step": 1}\n'
 
 
 def test_metrics_round_trip_with_numbers_json_does_not_know(tmp_path: Path) -> None:

@@ -455,7 +455,7 @@ def _why(error: BaseException, target: Path, needed: int) -> str:
         return (
             f"the disk is full: checkpoint {target} needs {needed / 2**20:.0f} MiB and "
             f"{free / 2**20:.0f} MiB are free; it was not written, earlier ones are untouched. "
-            "Free some space (or lower checkpoint.keep) and start the same command again"
+            "Free some space, or lower checkpoint.keep; the same command then goes on"
         )
     return f"checkpoint {target} was not written: {_first_line(error)}"
 

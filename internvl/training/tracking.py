@@ -5,7 +5,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from internvl.errors import UserError
+from internvl import log
+from internvl.errors import UserError, explain
 from internvl.log import StepLog, TensorBoard, speed
 
 LOG_FILE = "train.log"
@@ -81,22 +82,53 @@ class Metrics:
     def __init__(self, boards: Sequence[TensorBoard | WandB], rows: StepLog | None = None) -> None:
         self.boards = boards
         self.rows = rows
+        self._pending: deque[dict[str, float]] = deque()
+        self._troubled: set[str] = set()
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Writes a training step to the file and to the boards."""
+        """Writes a training step to the file and to the boards; what a full disk refuses waits."""
         if self.rows is not None:
-            self.rows.append({"step": step, **numbers})
+            self._pending.append({"step": step, **numbers})
+            try:
+                self._write_pending(self.rows)
+            except OSError as error:
+                self._warn(error, "its lines wait in memory for space")
         self.show(step, numbers)
+
+    def _write_pending(self, rows: StepLog) -> None:
+        while self._pending:
+            rows.append(self._pending[0])
+            self._pending.popleft()
+            self._troubled.clear()
+
+    def _warn(self, error: OSError, remedy: str) -> None:
+        # Once, not at every step; again when it has worked in between.
+        sentence = explain(error)
+        if sentence not in self._troubled:
+            self._troubled.add(sentence)
+            log.get_logger().warning("%s. The run goes on; %s", sentence, remedy)
 
     def show(self, step: int, numbers: Mapping[str, float]) -> None:
         """Writes numbers to the boards alone, such as an evaluation's, which has its own file."""
         for board in self.boards:
-            board.scalars(step, numbers)
+            try:
+                board.scalars(step, numbers)
+            except OSError as error:
+                self._warn(error, "metrics.jsonl has these numbers too")
 
     def close(self) -> None:
-        """Flushes the boards."""
+        """Flushes the file and the boards.
+
+        Raises:
+            OSError: it could not be written (disk full, …); the error names the file.
+        """
+        if self.rows is not None:
+            self._write_pending(self.rows)
         for board in self.boards:
-            board.close()
+            try:
+                board.close()
+            except OSError as error:
+                self._warn(error, "metrics.jsonl has these numbers too")
 
 
 def open_metrics(folder: Path, step: int, project: str | None) -> Metrics:

@@ -1,6 +1,7 @@
 """Metrics go to a file, to TensorBoard and, when asked, to Weights & Biases."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +38,21 @@ def test_offline_runs_stay_in_the_folder(tmp_path):
         metrics.close()
     assert len({path.name.rpartition("-")[2] for path in (folder / "wandb").glob("offline-*")}) == 1
     assert len(log.StepLog(folder, "metrics.jsonl").rows()) == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full (Linux)")
+def test_lines_wait_while_the_disk_is_full_and_are_all_written(tmp_path, caplog):
+    rows = log.StepLog(tmp_path, "metrics.jsonl")
+    metrics = tracking.Metrics([], rows)
+    rows.path.symlink_to("/dev/full")
+    log.get_logger().propagate = True
+    metrics.write(1, {"loss": 2.0})
+    metrics.write(2, {"loss": 1.0})
+    assert caplog.text.count("metrics.jsonl: the disk is full") == 1
+    assert "The run goes on; its lines wait in memory for space" in caplog.text
+    with pytest.raises(OSError, match="No space left"):
+        metrics.close()
+    rows.path.unlink()
+    metrics.write(3, {"loss": 0.5})
+    metrics.close()
+    assert [row["loss"] for row in rows.rows()] == [2.0, 1.0, 0.5]
