@@ -208,7 +208,11 @@ class _GatherRows(torch.autograd.Function):
 
 def from_main(value: T) -> T:
     """Returns rank 0's `value` on every rank; it must pickle."""
-    return gather_objects(value)[0]
+    if not distributed.is_initialized():
+        return value
+    values = [value if is_main() else None]
+    distributed.broadcast_object_list(values)
+    return values[0]  # type: ignore[return-value]  # rank 0's by now
 
 
 def gather_to_main(value: T) -> list[T]:

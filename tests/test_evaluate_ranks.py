@@ -10,7 +10,8 @@ from dual_folders import add_small_tokenizer, dual_folder
 from photos import COLORS, photo
 from ranks import run_ranks
 
-from internvl import evaluate
+from internvl import evaluate, train
+from internvl.config import recipes
 
 TASKS = ["caption-file", "retrieval-folder"]
 
@@ -59,7 +60,41 @@ def project(tmp_path_factory) -> Path:
         text = f"Something {COLORS[n % len(COLORS)]}, {n}."
         tree["annotations"].append({"id": n, "image_id": n, "caption": text})
     (folder / "captions.json").write_text(json.dumps(tree))
+    for n in range(6):
+        for k in range(1 + n % 2):
+            photo(folder / f"classes/n{n}/{k}.jpg", 10 * n + k, (50 + 60 * k, 90))
     return folder
+
+
+def pairs_recipe(project: Path) -> dict:
+    """A recipe of one step with every evaluation that InternVL-14B has, before the step too."""
+    files = {"annotations": str(project / "captions.json"), "images": str(project)}
+    texts = {"metrics": "exact", "max_new_tokens": 4, "batch_size": 4, "num_beams": 2}
+    classes = str(project / "classes")
+    return {
+        "model": {"id": str(project / "InternVL-tiny"), "train": ["heads"]},
+        "data": {
+            "sources": [{"name": "pairs", "type": "captions", **files}],
+            "tiles": {"size": 84, "max": 1},
+            "max_tokens": 80,
+            "workers": 0,
+        },
+        "objective": {"name": "retrieval"},
+        "evals": {
+            "texts": {**files, **texts, "before": True},
+            "pairs": {**files, "type": "retrieval", "batch_size": 2, "rerank": 2, "before": True},
+            "classes": {
+                "type": "classify",
+                "annotations": classes,
+                "batch_size": 1,
+                "before": True,
+            },
+        },
+        "global_batch": 6,
+        "steps": 1,
+        "dtype": "float32",
+        "device": "cpu",
+    }
 
 
 def options_of(project: Path) -> dict:
@@ -122,9 +157,6 @@ for task, options in {tasks!r}.items():
 @pytest.mark.slow
 def test_every_evaluation_is_that_of_one_process(project, tmp_path, tmp_path_factory) -> None:
     """Of captions, loss, retrieval and classes, in a run and by the verb, in folders of its own."""
-    for n in range(6):
-        for k in range(1 + n % 2):
-            photo(project / f"classes/n{n}/{k}.jpg", 10 * n + k, (50 + 60 * k, 90))
     files = {"annotations": str(project / "captions.json"), "images": str(project), "before": True}
     texts = {**files, "metrics": "exact", "max_new_tokens": 4, "batch_size": 4}
     chat = tiny_run.make(
@@ -132,27 +164,8 @@ def test_every_evaluation_is_that_of_one_process(project, tmp_path, tmp_path_fac
         steps=1,
         evals={"texts": texts, "held": {**files, "type": "loss", "prompt": "Name it"}},
     )
-    classes = {"type": "classify", "annotations": str(project / "classes"), "batch_size": 1}
-    pairs = {
-        "model": {"id": str(project / "InternVL-tiny"), "train": ["heads"]},
-        "data": {
-            "sources": [{"name": "pairs", "type": "captions", **files}],
-            "tiles": {"size": 84, "max": 1},
-            "max_tokens": 80,
-            "workers": 0,
-        },
-        "objective": {"name": "retrieval"},
-        "evals": {
-            "texts": texts,
-            "pairs": {**files, "type": "retrieval", "batch_size": 2, "rerank": 2},
-            "classes": {**classes, "before": True},
-        },
-        "global_batch": 6,
-        "steps": 1,
-        "dtype": "float32",
-        "device": "cpu",
-    }
-    del pairs["data"]["sources"][0]["before"]
+    classes = {"annotations": str(project / "classes"), "batch_size": 1}
+    pairs = pairs_recipe(project)
     for name, tree in (("chat", yaml.safe_load(chat.read_text())), ("pairs", pairs)):
         (project / f"{name}.yaml").write_text(yaml.safe_dump({**tree, "run": name}))
     options = {key: files[key] for key in ("annotations", "images")}
@@ -181,3 +194,28 @@ def test_every_evaluation_is_that_of_one_process(project, tmp_path, tmp_path_fac
     for name in ("chat", "pairs"):
         inside = json.loads((two / name / "evals/000001.json").read_text())
         assert json.loads((two / f"{name}-outside/result.json").read_text()) == inside
+
+
+SHARDED = """
+from internvl import train
+from internvl.config import recipes
+
+for settings in {cases!r}:
+    train.run(recipes.load_recipe({recipe!r}, settings))
+"""
+
+
+@pytest.mark.slow
+def test_a_model_in_shards_is_measured_as_a_whole_one(project, tmp_path) -> None:
+    """InternVL-14B before the first step, to the last bit; a chat model is in test_train_ranks."""
+    recipe = tmp_path / "recipe.yaml"
+    tree = {**pairs_recipe(project), "run": str(tmp_path / "alone")}
+    recipe.write_text(yaml.safe_dump(tree))
+    alone = train.run(recipes.load_recipe(recipe))
+    stages = ("zero1", "zero3")
+    cases = [[f"parallel.shard={stage}", f"run={tmp_path / stage}"] for stage in stages]
+    run_ranks(SHARDED.format(recipe=str(recipe), cases=cases))
+    for stage in stages:
+        for file in ("000000.json", *(f"000000/{n}.jsonl" for n in ("texts", "pairs", "classes"))):
+            found = (tmp_path / stage / "evals" / file).read_text()
+            assert found == (alone / "evals" / file).read_text(), (stage, file)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ class AnswerFiles:
         for file in sorted(self.folder.glob("*.jsonl")):
             # By bytes: half a line may end within a character.
             for line in file.read_bytes().split(b"\n")[:-1]:
-                row = json.loads(line)
-                rows[row.pop("item")] = row
+                # A power failure leaves worse than half a line; what is lost is computed again.
+                with suppress(ValueError):
+                    row = json.loads(line)
+                    rows[row.pop("item")] = row
         return rows
 
     def append(self, rows: Mapping[int, Row]) -> None:

@@ -267,4 +267,4 @@ def _read(path: str, exif: Exif) -> np.ndarray | str:
     try:
         return read_rgb(path, exif)
     except BadImage as error:
-        return str(error)
+        return str(error).removeprefix(f"{path}: ")

@@ -31,7 +31,7 @@ def spread(items: Sequence[T], work: Callable[[Sequence[T]], Sequence[Result]]) 
 
 
 def broken(images: Sequence[str | FileSlice]) -> dict[int, str]:
-    """As `pair_files.broken`, with the images shared out: each is decoded by one rank."""
+    """Decodes every image on one of the ranks: index -> reason, without the path, of the broken."""
     with _Shown("images opened", len(images), 0) as shown:
 
         def decode(share: Sequence[str | FileSlice]) -> list[str | None]:
@@ -42,8 +42,12 @@ def broken(images: Sequence[str | FileSlice]) -> dict[int, str]:
             shown.wait()
             return reasons
 
-        decoded = spread(images, decode)
-    return {index: reason for index, reason in enumerate(decoded) if reason is not None}
+        decoded = enumerate(zip(images, spread(images, decode), strict=True))
+    return {
+        index: reason.removeprefix(f"{image}: ")
+        for index, (image, reason) in decoded
+        if reason is not None
+    }
 
 
 @dataclass(frozen=True)

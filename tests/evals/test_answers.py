@@ -26,6 +26,9 @@ def test_answers_are_read_up_to_a_line_that_was_cut_off(tmp_path: Path) -> None:
     for cut in range(1, last + 1):
         files[0].write_bytes(whole[:-cut])
         assert AnswerFiles(folder).read() == rows
+    # Of a power failure.
+    files[0].write_bytes(whole[:-last] + b"\0" * 9 + b"\n")
+    assert AnswerFiles(folder).read() == rows
 
 
 ROWS = [

@@ -8,6 +8,7 @@ import pytest
 
 from internvl import evals, evaluate
 from internvl.config import eval_config
+from internvl.errors import UserError
 
 
 def test_captions_of_a_dual(model: Path, dual, data: Path, tmp_path: Path) -> None:
@@ -67,3 +68,34 @@ def test_interrupted_captions_go_on(dual, data: Path, tmp_path: Path) -> None:
     # Those that were missing, in a file of this start.
     (added,) = {*tmp_path.glob("captions-*/*.jsonl")} - {kept}
     assert [json.loads(line) for line in added.read_text().splitlines()] == rows[8:]
+
+
+def test_a_broken_image_costs_its_own_line(dual, data: Path, tmp_path: Path) -> None:
+    tree = {
+        "images": [{"id": n, "file_name": f"{n}.jpg"} for n in range(4)],
+        "annotations": [{"image_id": n, "id": n, "caption": "x"} for n in range(4)],
+    }
+    (data / "captions.json").write_text(json.dumps(tree))
+    (data / "1.jpg").write_bytes((data / "1.jpg").read_bytes()[:300])
+    options = {
+        "annotations": data / "captions.json",
+        "images": data,
+        "metrics": "exact",
+        "max_new_tokens": 2,
+        "num_beams": 1,
+    }
+    broken = rf"1 problem in the data.*\n{data}/1.jpg: the image cannot be decoded"
+    with pytest.raises(UserError, match=broken):
+        evals.EVALS["caption"](eval_config(**options))
+    evaluator = evals.EVALS["caption"](eval_config(**options, on_bad_sample="skip_broken"))
+    # Broken since then.
+    (data / "2.jpg").unlink()
+    rows = evaluator.run(dual, tmp_path / "kept").rows
+    assert [row.get("image_id") for row in rows] == [0, 3, None, None]
+    assert [row["sample"] for row in rows[2:]] == [str(data / "1.jpg"), str(data / "2.jpg")]
+    assert "2.jpg" in rows[3]["reason"]
+    assert evaluator.counts() == {"images": 2, "texts": 2, "left out": 2}
+    # A file that was never there is a mistake of another kind.
+    missing = rf"2 problems in the data.*\n{data}/captions.json image 2: there is no image"
+    with pytest.raises(UserError, match=missing):
+        evals.EVALS["caption"](eval_config(**options, on_bad_sample="skip_broken"))
