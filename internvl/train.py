@@ -11,8 +11,8 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,15 @@ from internvl.compute import backends, compilation, feeding, kernels, memory, pl
 from internvl.config import EvalConfig, Recipe
 from internvl.data import loader, row_steps
 from internvl.data.records import Batch
-from internvl.data.sampler import Ending, Order, Position, SampleOrder, step_bounds
+from internvl.data.sampler import (
+    Ending,
+    GrownOrder,
+    Order,
+    Position,
+    SampleOrder,
+    UnitRef,
+    step_bounds,
+)
 from internvl.data.sources import open_sources
 from internvl.errors import CheckpointError, Interrupted, RunError, counted
 from internvl.files import remove_partials
@@ -42,7 +50,8 @@ from internvl.models.chat import model as chat_model
 from internvl.models.dual.model import DualModel
 from internvl.models.vision import count_parameters
 from internvl.objectives import OBJECTIVES, Objective
-from internvl.objectives.sft import Sft
+from internvl.objectives.packed import PackedObjective
+from internvl.objectives.run_start import RunStart
 from internvl.parallel import gradients, mesh, shard
 from internvl.parallel.sharing import Sharing
 from internvl.plan import costs as plan_costs
@@ -134,14 +143,8 @@ def build(
         # It goes to the GPU unit by unit if it is sharded.
         placement.to_device(chat.model, device if grid is None else CPU, recipe.dtype)
         prepare(chat.model, recipe, device, grid)
-    elif grid is None:
-        chat = loading.for_training(recipe, start)
-        placement.to_device(chat.model, device, recipe.dtype)
-        prepare(chat.model, recipe, device, None)
     else:
-        cut = partial(prepare, recipe=recipe, device=device, grid=grid)
-        shards_on = CPU if recipe.parallel.offload == "cpu" else device
-        chat = loading.for_training(recipe, start, cut, device, shards_on)
+        chat = _load(recipe, start, device, grid)
     if order is None:
         order = SampleOrder(
             open_sources(recipe.data), share_prefix=recipe.shares_prefix, seed=recipe.seed
@@ -189,6 +192,27 @@ def assemble(
         endings=tuple(endings),
         row_lengths=backends.row_lengths(recipe.compute, device, recipe.data) if packs else (),
     )
+
+
+def _load(
+    recipe: Recipe, start: OpenedModel | None, device: torch.device, grid: DeviceMesh | None
+) -> Chat | Dual:
+    """Loads the recipe's model as it trains: on its device, with its kernels, cut into shards."""
+    if grid is None:
+        chat = loading.for_training(recipe, start)
+        placement.to_device(chat.model, device, recipe.dtype)
+        prepare(chat.model, recipe, device, None)
+        return chat
+    cut = partial(prepare, recipe=recipe, device=device, grid=grid)
+    shards_on = CPU if recipe.parallel.offload == "cpu" else device
+    return loading.for_training(recipe, start, cut, device, shards_on)
+
+
+def _load_initial(recipe: Recipe, device: torch.device) -> Any:
+    """Loads the weights that the run started from, frozen, as a second model."""
+    frozen = replace(recipe.model, train=(), lora=None, train_last_vision_blocks=0, drop_path=0.0)
+    grid = mesh.build(recipe.parallel, device)
+    return _load(replace(recipe, model=frozen), None, device, grid).model.eval()
 
 
 def prepare(model: Any, recipe: Recipe, device: torch.device, grid: DeviceMesh | None) -> None:
@@ -278,6 +302,7 @@ def train_step(state: TrainState, micro_batches: Sequence[Batch]) -> dict[str, f
         state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
+    step_metrics |= objective.end_step(means, applied=not skipped)
     return step_metrics | {"lr": lr, "grad_norm": norm} | ({"skipped": 1.0} if skipped else {})
 
 
@@ -359,6 +384,41 @@ def _out_of_memory(state: TrainState, phase: str) -> RunError:
     return RunError(f"{where}. {memory_ladder.advice(state.recipe)}")
 
 
+def _run_start(state: TrainState) -> RunStart:
+    """Makes what the objective is told before the next step."""
+    recipe, order = state.recipe, state.order
+
+    def refs() -> Sequence[UnitRef]:
+        # A step counted in rows shows no one knows how many; later epochs show the same samples.
+        total = state.total_samples or len(order)
+        return order.between(0, total if isinstance(order, GrownOrder) else min(total, len(order)))
+
+    @contextmanager
+    def computing() -> Iterator[None]:
+        with (
+            compilation.compiling(recipe.compute, state.device),
+            placement.autocast(state.device, recipe.dtype),
+            backends.math_attention(recipe.compute),
+        ):
+            yield
+
+    return RunStart(
+        folder=state.folder,
+        step=state.step,
+        reference=recipe.objective.reference_of(recipe),
+        model=state.model,
+        device=state.device,
+        data=recipe.data,
+        files=order.files,
+        refs=refs,
+        reader=state.reader,
+        pad=lambda row: feeding.pad(row, state.row_lengths),
+        computing=computing,
+        initial_model=partial(_load_initial, recipe, state.device),
+        in_step=shard.is_sharded(state.model),
+    )
+
+
 def warm_up(state: TrainState) -> None:
     """Compiles forward and backward for every padded row length; discards the gradients."""
     started = time.perf_counter()
@@ -382,6 +442,7 @@ def updates(state: TrainState) -> Iterator[dict[str, float]]:
 
     Compiles before the first step. The next step's rows are read while one trains.
     """
+    state.objective.begin_run(_run_start(state))
     watchdog.beat("compiles")
     warm_up(state)
     is_described, is_first = False, True
@@ -526,6 +587,8 @@ def _checkpoint(state: TrainState, folder: Path, keep: int, copy_of: Path | None
     # With `global_batch` the order is a function of seed and step, so no position is saved.
     if state.position is not None:
         counters["position"] = asdict(state.position)
+    if state.objective.state():
+        counters["objective"] = state.objective.state()
     model, optimizer = state.model, state.optimizer
     state.saver.save(folder, state.step, model, optimizer, counters, keep, copy_of=copy_of)
 
@@ -648,7 +711,7 @@ def _steps(state: TrainState) -> Iterator[loader.Step]:
     if recipe.global_batch_rows is not None:
         objective, order = state.objective, state.order
         # Other recipes were refused: pairs have no rows, and changed data no position.
-        assert isinstance(objective, Sft)
+        assert isinstance(objective, PackedObjective)
         assert isinstance(order, SampleOrder)
         return row_steps.row_steps(
             order,
@@ -687,7 +750,7 @@ def _batches(
     if sharing is None:
         return prepare(objective.batches(units))
     # After reading: only then are lengths and tiles true, and no image is read twice.
-    if not isinstance(objective, Sft) or data.packing != "best-fit":
+    if not isinstance(objective, PackedObjective) or data.packing != "best-fit":
         return sharing.align(prepare(objective.batches(sharing.even(units))))
     lengths = state.row_lengths or (data.row_tokens or data.max_tokens,)
     rows = sharing.rows(objective.pieces(units), lengths, data.max_tiles)
@@ -718,6 +781,8 @@ def _resume(state: TrainState) -> tracking.Metrics:
         if state.recipe.global_batch_rows is not None:
             state.position = checkpoint.position(counters)
         state.guard.restore(counters.get("guard"))
+        if state.objective.state():
+            state.objective.restore(counters.get("objective"))
     dist.barrier()
     if not dist.is_main():
         return tracking.Metrics([])

@@ -33,7 +33,15 @@ LEVEL_OF = {part: level for level, parts in LEVELS.items() for part in parts}
 
 # Folders that are open sets, with what their members may share.
 OPEN_SETS: dict[str, tuple[str, ...]] = {
-    "objectives": ("packed_loss",),
+    "objectives": (
+        "packed",
+        "packed_loss",
+        "pair_losses",
+        "passes",
+        "reference",
+        "run_start",
+        "stateless",
+    ),
     "evals": ("answers", "features", "metrics", "scores", "sharing"),
 }
 

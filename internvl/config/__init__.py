@@ -21,6 +21,7 @@ from internvl.config.evals import (
 )
 from internvl.config.model import LoraConfig, ModelConfig
 from internvl.config.objective import (
+    MpoConfig,
     ObjectiveConfig,
     ObjectiveSection,
     # No recipe can choose it: callers test for it to tell InternVL-14B's objectives.
@@ -52,6 +53,7 @@ __all__ = [  # ruff removes imports that are neither used nor listed
     "LoraConfig",
     "LossEval",
     "ModelConfig",
+    "MpoConfig",
     "ObjectiveConfig",
     "ObjectiveSection",
     "OptimConfig",

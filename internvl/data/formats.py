@@ -82,9 +82,7 @@ def preference(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:
     # The keys of media in a chat row, so that `chat` reads and checks them.
     media: dict[str, Any] = {k: row[k] for k in ("image", "video", "clip") if k in row}
     sample = chat(name, {**media, "conversations": turns}, config)
-    return Sample(
-        name, sample.messages, sample.images, sample.videos, {"rejected": row["rejected"]}
-    )
+    return replace(sample, rejected=row["rejected"], extra={})
 
 
 def table_row(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:

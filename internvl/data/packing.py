@@ -43,7 +43,7 @@ def make_units(
     supervised one.
     """
     if share and tiles is not None and len(examples) > 1:
-        prefix = _common_prefix(examples)
+        prefix = common_prefix(examples)
         # Every visual token must be in the prefix: each branch would need the tiles again.
         if all((e.input_ids[prefix:] != context_id).all() for e in examples):
             return [Unit(tuple(examples), prefix, tiles)]
@@ -70,7 +70,7 @@ def encode_units(
     return [*make_units(examples, pixels, encoder.context_id, share=share), *bad]
 
 
-def _common_prefix(examples: Sequence[Example]) -> int:
+def common_prefix(examples: Sequence[Example]) -> int:
     """Returns the number of leading tokens that are equal and unsupervised in all examples."""
     shortest = min(len(e.input_ids) for e in examples)
     ids = np.stack([e.input_ids[:shortest] for e in examples])
@@ -103,16 +103,35 @@ def pack(
     Raises:
         BadSample: a sample exceeds a row.
     """
+    rows = pack_units(
+        units,
+        max_tokens=max_tokens,
+        max_tiles=max_tiles,
+        packing=packing,
+        num_buffers=num_buffers,
+        overflow_id=overflow_id,
+    )
+    return build_rows(rows, weighting, branches=branches)
+
+
+def pack_units(
+    units: Sequence[Unit],
+    *,
+    max_tokens: int,
+    max_tiles: int,
+    packing: str = "best-fit",
+    num_buffers: int = 20,
+    overflow_id: int | None = None,
+) -> list[list[Unit]]:
+    """Groups units to rows; arguments and errors as those of `pack`."""
     pieces = [piece for unit in units for piece in split_unit(unit, max_tokens, max_tiles)]
     if packing == "official":
         cut = None if overflow_id is None else Overflow(overflow_id, max_tokens)
         opened = [Buffer.from_units([piece]) for piece in pieces]
         filled = official_rows(opened, max_tokens, max_tiles, num_buffers, cut)
-        rows = [buffer.pieces for buffer in filled]
-    else:
-        sizes = [(piece.num_tokens, piece.num_tiles) for piece in pieces]
-        rows = [[pieces[i] for i in row] for row in least_padded(sizes, max_tokens, max_tiles)]
-    return build_rows(rows, weighting, branches=branches)
+        return [buffer.pieces for buffer in filled]
+    sizes = [(piece.num_tokens, piece.num_tiles) for piece in pieces]
+    return [[pieces[i] for i in row] for row in least_padded(sizes, max_tokens, max_tiles)]
 
 
 def build_rows(

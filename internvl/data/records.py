@@ -14,9 +14,9 @@ D hidden size, V vocabulary.
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
@@ -91,6 +91,8 @@ class Sample:
     """In the order of the `<video>` marks."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Keys of the line that training does not use, for evaluators."""
+    rejected: str | None = None
+    """In a preference pair: an answer that is worse than the last one of `messages`."""
 
 
 @dataclass(frozen=True)
@@ -201,8 +203,26 @@ class PackedBatch:
     def num_tiles(self) -> int:
         return 0 if self.pixel_values is None else len(self.pixel_values)
 
-    def to(self, device: Any) -> "PackedBatch":
-        return PackedBatch(**_moved(self, device))
+    def to(self, device: Any) -> Self:
+        return replace(self, **_moved(self, device))
+
+
+@dataclass(kw_only=True)
+class PreferenceBatch(PackedBatch):
+    """A packed row of P preference pairs: a document each, its answers as branches 1 and 2.
+
+    `names` has one entry for each pair.
+    """
+
+    answers: "Tensor"
+    """int64 (M,): the answer that a target belongs to, 2 p for the chosen one of pair p and 2 p + 1
+    for the rejected one."""
+    lengths: "Tensor"
+    """float32 (P, 2): supervised tokens of the chosen and the rejected answers."""
+    contents: tuple[str, ...]
+    """A digest of each pair: ids, labels and pixels."""
+    reference: "Tensor | None" = None
+    """float32 (P, 2): log-probabilities of the answers under the reference, if they are stored."""
 
 
 @dataclass(frozen=True)

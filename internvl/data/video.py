@@ -167,7 +167,7 @@ def with_frames(sample: Sample, counts: Sequence[int], label: str) -> Sample:
         Message(m.role, fill_marks(m.content, VIDEO_MARK, lines)) if m.role == "user" else m
         for m in sample.messages
     )
-    return Sample(sample.name, messages, sample.images, sample.videos, sample.extra)
+    return replace(sample, messages=messages)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 Imports no PEFT: that takes half a second, and few models have adapters.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -70,3 +72,17 @@ def is_adapted(module: nn.Module) -> bool:
 def has_adapters(model: nn.Module) -> bool:
     """Returns whether a model carries low-rank adapters."""
     return any(map(is_adapted, model.modules()))
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Computes with the base weights alone inside; the adapters keep their values."""
+    layers: list[Any] = [module for module in model.modules() if is_adapted(module)]
+    # Not PEFT's `enable_adapters`, which also freezes the adapters.
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False

@@ -9,7 +9,8 @@ from torch.utils.data import Dataset
 from internvl.data.loader import Read
 from internvl.data.records import Batch
 from internvl.data.sources import Source
-from internvl.objectives import retrieval, sft
+from internvl.objectives import mpo, retrieval, sft
+from internvl.objectives.run_start import RunStart
 
 
 class Objective(Protocol):
@@ -70,9 +71,31 @@ class Objective(Protocol):
         """Returns the sum of each term, float32 (), over a batch on the model's device."""
         ...
 
+    def begin_run(self, start: RunStart) -> None:
+        """Prepares for the run's next step; collective, like all below."""
+        ...
+
+    def end_step(self, means: dict[str, float], applied: bool) -> dict[str, float]:
+        """Ends a step; returns more metrics of it.
+
+        Args:
+            means: of the terms, over the whole step.
+            applied: False if the guard refused the update.
+        """
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Returns what a checkpoint keeps of the objective, as plain values; {} for nothing."""
+        ...
+
+    def restore(self, state: Any) -> None:
+        """Restores what `state` returned. Raises RunError if it is damaged."""
+        ...
+
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "sft": sft.Sft,
     "retrieval": retrieval.RetrievalObjective,
     "stage2": retrieval.Stage2,
+    "mpo": mpo.Mpo,
 }

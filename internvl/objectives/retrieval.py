@@ -18,7 +18,6 @@ length, D hidden size, T visual tokens of width W.
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice, repeat
@@ -29,7 +28,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from internvl import dist
-from internvl.compute import rng
 from internvl.config import DataConfig, PairsConfig, Stage2Config
 from internvl.data.images import STATISTICS
 from internvl.data.pair_reader import PairReader, make_batch, padded_length
@@ -38,6 +36,8 @@ from internvl.data.records import IGNORE, Match, Pair, PairBatch
 from internvl.data.sources import Source
 from internvl.models.dual.qllama import CrossKV
 from internvl.models.vision import normalize_tiles
+from internvl.objectives.passes import discard_saved_tensors, rng_state, seeded
+from internvl.objectives.stateless import Stateless
 
 _SHOWN_SAMPLES = 3
 
@@ -72,7 +72,7 @@ class CachedBatch:
     """Features with their graph, of micro-batches that are not encoded twice."""
 
 
-class RetrievalObjective:
+class RetrievalObjective(Stateless):
     """Fine-tuning with `itc`, averaged over pairs, and `itm`, over twice as many matches.
 
     ITC has both branches (InternVL-C and -G); all captions of an image are right answers. ITM
@@ -182,11 +182,11 @@ class RetrievalObjective:
         for batch in chain(first[num_graphs:], batches):
             device = batch.pixel_values.device
             seeds.append(int(torch.randint(2**62, ())))
-            with _discard_saved_tensors(), _seeded(seeds[-1], device):
-                before = _rng_state(device)
+            with discard_saved_tensors(), seeded(seeds[-1], device):
+                before = rng_state(device)
                 vision = model.vision_tokens(self._normalized(batch))
                 # A tower that drew (stochastic depth) runs again: what follows it must draw alike.
-                same = not vision.requires_grad and torch.equal(before, _rng_state(device))
+                same = not vision.requires_grad and torch.equal(before, rng_state(device))
                 keep = same and vision.nbytes <= free_bytes
                 if model.tower_is_cut:
                     keep = all(dist.gather_objects(keep))
@@ -229,7 +229,7 @@ class RetrievalObjective:
         """
         cached = self._cached.popleft() if self._cached else None
         seed = None if cached is None else cached.seed
-        with _seeded(seed, batch.pixel_values.device):
+        with seeded(seed, batch.pixel_values.device):
             if cached is None:
                 kv = model.encode_kv(model.vision_tokens(self._normalized(batch)))
                 sums = {"itc": self._itc_loss(model, kv, batch)} if "itc" in self.weights else {}
@@ -446,25 +446,3 @@ def _soft_cross_entropy(
     """Cross-entropy (n,) of queries (n, E) among candidates (N, E) with targets (n, N)."""
     # Not F.cross_entropy: several captions of an image share the target.
     return -(targets * (scale.exp() * queries @ candidates.T).log_softmax(-1)).sum(-1)
-
-
-def _discard_saved_tensors() -> AbstractContextManager[None]:
-    """Frees tensors saved for the backward pass at once: a forward pass that needs no graph."""
-    # Not `no_grad`: under it compiled blocks are other code, which draws other random numbers.
-    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing)
-
-
-def _rng_state(device: torch.device) -> Tensor:
-    """Returns the state of the device's random generator."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-@contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Seeds torch inside and restores its generators afterwards; None does neither."""
-    if seed is None:
-        yield
-        return
-    with rng.preserve_rng(device):
-        torch.manual_seed(seed)
-        yield

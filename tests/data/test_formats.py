@@ -112,5 +112,5 @@ def test_preferences(tmp_path):
     source = opened(file, "preference")
     (sample,) = source.samples([0])
     assert sample.messages[1] == Message("assistant", "A cat.")
-    assert sample.extra == {"rejected": "No."}
+    assert sample.rejected == "No."
     assert "`chosen` must be a text that is not empty" in says(source, 1)

@@ -5,9 +5,11 @@ from typing import Annotated
 from internvl.config.objective.base import ObjectiveConfig
 from internvl.config.objective.packed import SftConfig
 from internvl.config.objective.pairs import PairsConfig, RetrievalConfig, Stage2Config
+from internvl.config.objective.preference import MpoConfig
 from internvl.config.unions import OneOf, members, name_of
 
 __all__ = [
+    "MpoConfig",
     "ObjectiveConfig",
     "ObjectiveSection",
     "PairsConfig",
@@ -17,7 +19,7 @@ __all__ = [
     "objective_names",
 ]
 
-ObjectiveSection = Annotated[SftConfig | RetrievalConfig | Stage2Config, OneOf("name")]
+ObjectiveSection = Annotated[SftConfig | RetrievalConfig | Stage2Config | MpoConfig, OneOf("name")]
 """Every objective; a new one is one more member. A recipe without `name` takes the first."""
 
 

@@ -34,6 +34,10 @@ class ObjectiveConfig:
         weights = {term: self.weights.get(term, 1.0) for term in self.terms}
         return {term: weight for term, weight in weights.items() if weight}
 
+    def reference_of(self, recipe: "Recipe") -> str:
+        """Returns where the log-probabilities of a reference come from; "" if none is used."""
+        return ""
+
     def problems(self, recipe: "Recipe") -> Iterator[str]:
         """Yields "key: reason" for each value of `recipe` that does not fit this objective."""
         unknown = [term for term in self.weights if term not in self.terms]

@@ -55,6 +55,10 @@ class FusedLinear(Linear):
         if not torch.compiler.is_compiling() and self.is_stale():
             _sync([self])
         x = x.to(self.fused.dtype)
+        if self.disable_adapters:
+            for follower in self.followers:
+                follower.output = follower.base_layer(x)
+            return self.base_layer(x)
         dropout = self.lora_dropout[_ADAPTER]
         rate = 0.0 if isinstance(dropout, nn.Identity) or not self.training else dropout.rate
         dropped = None

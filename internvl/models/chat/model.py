@@ -36,6 +36,9 @@ class Supervision:
     positions: Tensor
     targets: Tensor
     weights: Tensor
+    segments: Tensor | None = None
+    """int64 (M,): the sum that each target adds to, 0 … num_segments - 1; None: one sum of all."""
+    num_segments: int = 0
 
 
 class ColumnMajorModel(InternVLModel):
@@ -108,7 +111,8 @@ class ChatModel(InternVLForConditionalGeneration):
         supervision: Supervision | None = None,
         **kwargs: Any,
     ) -> InternVLCausalLMOutputWithPast:
-        """As the parent's; with `supervision`, `loss` is the weighted SUM over its positions.
+        """As the parent's; with `supervision`, `loss` is the weighted SUM over its positions, or
+        those of its segments, float32 (num_segments,).
 
         Logits are then computed at those positions only, a chunk at a time, and not returned.
         `input_ids` (1, L) must hold as many placeholders as there are visual tokens.
@@ -127,7 +131,7 @@ class ChatModel(InternVLForConditionalGeneration):
         # Past the parent's forward, which counts placeholders and so makes the host wait for a GPU.
         assert input_ids is not None
         if self.runs_head and not len(supervision.positions):
-            supervision = _unweighted(input_ids)
+            supervision = _unweighted(input_ids, supervision)
         language_model = self.model.language_model
         with kernels.select_positions(language_model.layers, supervision.positions) as selected:
             hidden = language_model(
@@ -140,10 +144,15 @@ class ChatModel(InternVLForConditionalGeneration):
         if not selected:
             hidden = hidden.index_select(0, supervision.positions)
         # A sum over thousands of tokens would lose its last digits in bfloat16.
-        loss = hidden.new_zeros((), dtype=torch.float32)
+        segments = supervision.segments
+        shape = () if segments is None else (supervision.num_segments,)
+        loss = hidden.new_zeros(shape, dtype=torch.float32)
         for start in range(0, len(hidden), self.loss_chunk):
             chunk = slice(start, start + self.loss_chunk)
-            terms = (hidden[chunk], supervision.targets[chunk], supervision.weights[chunk])
+            terms: list[Any] = [hidden[chunk], supervision.targets[chunk]]
+            terms.append(supervision.weights[chunk])
+            if segments is not None:
+                terms += [segments[chunk], supervision.num_segments]
             # Recomputed in backward: float32 logits (M, V) of a whole row would take gigabytes.
             loss = loss + checkpoint(self._chunk_loss, *terms, use_reentrant=False)
         return InternVLCausalLMOutputWithPast(loss=loss)
@@ -189,16 +198,28 @@ class ChatModel(InternVLForConditionalGeneration):
         )
         return input_ids, kwargs | {"pixel_values": pixel_values}
 
-    def _chunk_loss(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    def _chunk_loss(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        segments: Tensor | None = None,
+        num_segments: int = 0,
+    ) -> Tensor:
         # float32: a softmax over some 100,000 tokens is too coarse in bfloat16.
-        losses = F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="none")
-        return (losses * weights).sum()
+        losses = F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="none") * weights
+        if segments is None:
+            return losses.sum()
+        # Not `index_add`, whose order of additions differs from run to run on a GPU.
+        inside = segments == torch.arange(num_segments, device=segments.device)[:, None]
+        return torch.where(inside, losses, 0.0).sum(1)
 
 
-def _unweighted(input_ids: Tensor) -> Supervision:
-    """Returns one target at weight 0 for a row (1, L)."""
+def _unweighted(input_ids: Tensor, empty: Supervision) -> Supervision:
+    """Returns one target at weight 0 for a row (1, L), with the segments of `empty`."""
     zero = input_ids.new_zeros(1)
-    return Supervision(positions=zero, targets=zero, weights=zero.float())
+    segments = None if empty.segments is None else zero
+    return replace(empty, positions=zero, targets=zero, weights=zero.float(), segments=segments)
 
 
 def load_model(
