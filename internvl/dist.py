@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -36,11 +37,14 @@ _FLIGHT_RECORDER = {
 }
 
 
-def init_from_env(device: Literal["auto", "cpu", "cuda"] = "auto") -> torch.device:
+def init_from_env(
+    device: Literal["auto", "cpu", "cuda"] = "auto", traces: Path | None = None
+) -> torch.device:
     """Joins the process group that torchrun, Slurm or MPI describe in the environment, if any.
 
     Args:
         device: What to compute on; auto takes CUDA where there is a GPU.
+        traces: Start of the names of NCCL's files about collectives that took too long.
 
     Returns:
         This process's own device, made current when it is a GPU.
@@ -56,7 +60,7 @@ def init_from_env(device: Literal["auto", "cpu", "cuda"] = "auto") -> torch.devi
         os.environ.update(membership.variables())
         on_gpu = local_device.type == "cuda"
         if on_gpu:
-            _record_flight()
+            _record_flight(traces)
         # Both on a GPU: counts and objects go through gloo and so never wait for queued kernels.
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         distributed.init_process_group(backend, timeout=_JOIN)
@@ -64,9 +68,14 @@ def init_from_env(device: Literal["auto", "cpu", "cuda"] = "auto") -> torch.devi
     return local_device
 
 
-def _record_flight() -> None:
+def _record_flight(traces: Path | None) -> None:
     """Has NCCL keep its last collectives, and write them down if one takes too long."""
-    for name, value in _FLIGHT_RECORDER.items():
+    settings = dict(_FLIGHT_RECORDER)
+    if traces is not None:
+        # The second is its name in older versions of torch.
+        names = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+        settings |= dict.fromkeys(names, str(traces.absolute()))
+    for name, value in settings.items():
         os.environ.setdefault(name, value)
 
 

@@ -487,7 +487,7 @@ def run(recipe: Recipe) -> Path:
         BadSample: with `on_bad_sample: raise`.
     """
     logger = log.get_logger()
-    dist.init_from_env(recipe.device)
+    dist.init_from_env(recipe.device, recipe.run / watchdog.FOLDER / watchdog.TRACES)
     if not dist.is_main():
         logger.setLevel(logging.WARNING)
     completed = loading.complete(recipe)

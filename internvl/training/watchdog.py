@@ -8,7 +8,6 @@ logs what the ranks do. Nothing is ended here: collectives have time-outs of the
 import faulthandler
 import json
 import os
-import shutil
 import signal
 import threading
 import time
@@ -24,7 +23,8 @@ from internvl import dist, launchers, log
 from internvl.data import workers
 from internvl.errors import counted
 
-FOLDER = "watchdog"
+FOLDER, TRACES = "watchdog", "nccl-"
+"""Folder in a run folder, and the start of the names of NCCL's files there."""
 _TICK_SHARE, _LEAST_TICK_S, _MOST_TICK_S = 0.1, 0.05, 15.0
 _STARTING = 3.0
 """Models load and compile before the first step, which takes longer than any other."""
@@ -91,10 +91,6 @@ def watching(folder: Path, limit_s: float) -> Iterator[None]:
     if not limit_s:
         yield
         return
-    if dist.is_main():
-        # Of an earlier start, whose ranks may have been others.
-        shutil.rmtree(folder / FOLDER, ignore_errors=True)
-    dist.barrier()
     _current.step = 0
     beat("starts")
     watchdog = Watchdog(folder / FOLDER, limit_s)
@@ -122,7 +118,9 @@ class Watchdog:
         # A full or read-only disk costs the report, not the run.
         with suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._stacks = self.file("stacks").open("w")
+            self.file("json").unlink(missing_ok=True)
+            # Appended: a restart must not remove what tells why it was needed.
+            self._stacks = self.file("stacks").open("a")
             # Now: loader workers, which are forked later, inherit it.
             faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
         self._thread.start()

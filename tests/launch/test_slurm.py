@@ -86,6 +86,24 @@ def test_the_file_of_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
     assert slurm.render(job) == TRAINING
 
 
+def test_the_guide_shows_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "cwd", lambda: Path("/data/project"))
+    monkeypatch.setattr(sys, "executable", "/opt/venv/bin/python")
+    run = Path("runs/mine")
+    job = Job(
+        words=["train", "mine.yaml", "optim.lr=1e-5"],
+        nodes=4,
+        per_node=8,
+        run=run,
+        name="internvl-mine",
+        log=run / launchers.BATCH_LOG,
+        partition="gpu",
+        time="8:00:00",
+    )
+    guide = Path(__file__).parents[2] / "docs" / "many-gpus.md"
+    assert f"```bash\n{slurm.render(job)}```" in guide.read_text(encoding="utf-8")
+
+
 def test_an_evaluation_does_not_go_back_to_the_queue() -> None:
     job = Job(words=["evaluate", "model", "mmbench"], nodes=1, per_node=2, on_gpus=False)
     text = slurm.render(job)
