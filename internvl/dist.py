@@ -291,10 +291,12 @@ def wait_for_all(meanwhile: Callable[[], None] = lambda: None) -> None:
         torch.zeros(1), group=_patient_groups[id(whole)], async_op=True
     )
     assert arrival is not None
+    pause_s = _POLL_S / 64  # at first: most waits are short
     with _counted():
         while not arrival.is_completed():
             meanwhile()
-            time.sleep(_POLL_S)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _POLL_S)
         arrival.wait()  # raises what ended it, such as a closed connection
 
 

@@ -16,6 +16,7 @@ from internvl.data import pair_files
 from internvl.data.images import FileSlice
 from internvl.errors import UserError
 from internvl.log import Progress
+from internvl.training import watchdog
 
 T = TypeVar("T")
 Batch = TypeVar("Batch")
@@ -26,7 +27,10 @@ Result = TypeVar("Result")
 def spread(items: Sequence[T], work: Callable[[Sequence[T]], Sequence[Result]]) -> list[Result]:
     """Applies `work` to each rank's share of the items; returns all results, in order, on all."""
     ranks = dist.world_size()
-    gathered = dist.gather_objects(work(items[dist.rank() :: ranks]))
+    results = work(items[dist.rank() :: ranks])
+    # However long: a rank's files may lie on the slower disk.
+    dist.wait_for_all()
+    gathered = dist.gather_objects(results)
     return [gathered[index % ranks][index // ranks] for index in range(len(items))]
 
 
@@ -117,6 +121,8 @@ class Work(Generic[Batch, Prepared, Result]):
         Raises:
             UserError: of any batch, on every rank.
         """
+        # Rank 0 may have read the results of hours.
+        dist.wait_for_all()
         results = dict(done or {}) if dist.is_main() else {}
         # Rank 0's alone: another host may not see all files yet, and would deal otherwise.
         finished = set(dist.from_main(list(results)))
@@ -134,6 +140,7 @@ class Work(Generic[Batch, Prepared, Result]):
                     # Nobody needs the rest; but in step the others would wait for this rank.
                     if failures.add(0) and not self.in_step:
                         break
+                    watchdog.beat("evaluates")
                     try:
                         result = self.compute(ready)
                     except UserError as raised:
