@@ -1057,7 +1057,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if message and not launchers.has_parent():
             # Whoever closed standard error reads no message either.
             with contextlib.suppress(BrokenPipeError):
-                print(f"internvl: {message}", file=sys.stderr)
+                print(f"internvl: {launchers.describe_rank()}{message}", file=sys.stderr)
     finally:
         # Here too for --help, whose text is still in the buffer when it exits.
         _flush_or_close()

@@ -48,6 +48,8 @@ _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _DEFAULT_PORT = 29500  # torchrun's
 BATCH_FILE, BATCH_LOG = "launch.sbatch", "slurm-%j.out"
 """Files that `internvl launch` puts into a run folder before the run begins."""
+TORCHRUN_FOLDER = "torchrun"
+"""Folder there, in which torchrun keeps what ended its ranks."""
 FIRST_PORT, NUM_PORTS = 12_000, 20_000  # below those that systems give to clients
 
 
@@ -142,7 +144,7 @@ def first_host(nodes: str) -> str:
 def is_of_launch(name: str) -> bool:
     """True for a file in a run folder that a launcher has put there, not the run."""
     start, end = BATCH_LOG.split("%j")
-    return name == BATCH_FILE or (name.startswith(start) and name.endswith(end))
+    return name in (BATCH_FILE, TORCHRUN_FOLDER) or (name.startswith(start) and name.endswith(end))
 
 
 def port_of(job: int) -> int:
@@ -157,6 +159,11 @@ def rank() -> int:
         membership = joined()
         return 0 if membership is None else membership.rank
     return 0
+
+
+def describe_rank() -> str:
+    """Returns rank and host as the start of a sentence, "" on rank 0 and for a single process."""
+    return f"rank {rank()} on {host()}: " if rank() else ""
 
 
 def has_parent() -> bool:

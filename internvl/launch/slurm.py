@@ -127,7 +127,8 @@ def _torchrun(job: Job) -> list[str]:
     return [
         f"{python} -m torch.distributed.run",
         f'--nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node={job.per_node}',
-        f"--max-restarts={_RESTARTS}",
+        f"--max-restarts={_RESTARTS}"
+        + ("" if job.run is None else f' --log-dir="$run/{launchers.TORCHRUN_FOLDER}"'),
         '--rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$first:$port"',
     ]
 

@@ -52,7 +52,7 @@ before=$(newest)
 srun --kill-on-bad-exit=0 --wait=30 --cpu-bind=none --cpus-per-task=64 --label \\
   {sys.executable} -m torch.distributed.run \\
   --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node=8 \\
-  --max-restarts=3 \\
+  --max-restarts=3 --log-dir="$run/torchrun" \\
   --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$first:$port" \\
   -m internvl train mine.yaml 'run=/data/my run'
 code=$?
@@ -68,7 +68,7 @@ exit $((code ? code : 1))
 
 
 def test_the_file_of_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "cwd", lambda: Path("/data/project"))
+    monkeypatch.setattr(Path, "cwd", lambda *_: Path("/data/project"))
     run = Path("/data/my run")
     job = Job(
         words=["train", "mine.yaml", f"run={run}"],
@@ -87,7 +87,7 @@ def test_the_file_of_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_guide_shows_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "cwd", lambda: Path("/data/project"))
+    monkeypatch.setattr(Path, "cwd", lambda *_: Path("/data/project"))
     monkeypatch.setattr(sys, "executable", "/opt/venv/bin/python")
     run = Path("runs/mine")
     job = Job(
