@@ -19,7 +19,11 @@ TOWERS = ["vision_tower", "language_model"]
 
 def run(script, *words):
     command = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks" / script), *words]
-    if script in ("dual.py", "memory.py"):  # a busy machine would leave out rows after minutes
+    if script in (
+        "dual.py",
+        "memory.py",
+        "rehearse.py",
+    ):  # a busy machine would leave out rows after minutes
         command += ["--budget-s", "1e6"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -38,6 +42,19 @@ def test_memory_table():
     assert row["error"]["states"] == pytest.approx(0, abs=1e-3)
     assert len(row["step_s"]) == 3
     assert row["predicted"]["total_gib"] > row["predicted"]["allocated_gib"] > 0
+
+
+def test_ranks_are_evened_out():
+    rows = run("balance.py", "--steps", "3", "--ranks", "8")
+    assert [row["row"] for row in rows] == ["one tile, 8 ranks", "mixture, 8 ranks"]
+    for row in rows:
+        assert max(row["balanced"].values()) < 0.03 < max(row["unbalanced"].values())
+
+
+def test_one_rank_of_many():
+    (row,) = run("rehearse.py", "--tiny", "14b_head_4")
+    assert row["allocated_gib"] > 0
+    assert row["tokens"] > 0
 
 
 def archive(folder, **counts):
