@@ -25,6 +25,7 @@ ONE_DOOR = {
 ELSEWHERE = {
     "data/transfer.py": ("data/test_loader.py", "what workers hand over"),
     "datasets/checklist.py": ("datasets/test_prepare.py", "prepare lists what is missing"),
+    "datasets/mmpr.py": ("datasets/test_prepare.py", "a data set to prepare"),
     "evals/loss.py": ("test_evaluate.py", "a loss needs a run to be measured of"),
     "evals/scores.py": ("data/captions/test_captions.py", "scores of captions of every form"),
     "inference/families.py": ("inference/test_load.py", "what `load` chooses from"),

@@ -27,12 +27,12 @@ from internvl import report as pages
 from internvl.check import report as check_report
 from internvl.check.report import CheckResult, Counts, ShownSample
 from internvl.config import DataConfig, EvalConfig, Recipe
-from internvl.data.chat import ChatEncoder, spans
+from internvl.data.chat import ChatEncoder
 from internvl.data.images import FileSlice, ImageRef, is_address
 from internvl.data.loader import Read, UnitReader
 from internvl.data.packing import least_padded, padded_tokens
 from internvl.data.pairs import CaptionEncoder
-from internvl.data.records import PackedBatch, Pair, Sample, Tiles, Unit
+from internvl.data.records import Example, PackedBatch, Pair, Sample, Tiles, Unit
 from internvl.data.row_steps import row_steps
 from internvl.data.sampler import Position, SampleOrder, UnitRef
 from internvl.data.sources import Source, open_source, readable_configs, wrong_count
@@ -223,10 +223,17 @@ def _measures(
         unknown = 0 if unknown_id is None else unit.summary.count(unknown_id)
         yield unit.name, len(unit.summary), 1, len(unit.written) - unit.num_given, unknown
         return
+    by_name: dict[str, list[Example]] = {}
     for example in unit.examples:
-        ids = example.input_ids
+        by_name.setdefault(example.name, []).append(example)
+    for name, examples in by_name.items():
+        # The answers of a pair share what comes before them.
+        ids = np.concatenate(
+            [examples[0].input_ids, *(e.input_ids[unit.prefix :] for e in examples[1:])]
+        )
         unknown = 0 if unknown_id is None else int((ids == unknown_id).sum())
-        yield example.name, len(ids), unit.num_tiles, example.num_supervised, unknown
+        supervised = sum(example.num_supervised for example in examples)
+        yield name, len(ids), unit.num_tiles, supervised, unknown
 
 
 def _settings(recipe: Recipe, encoder: ChatEncoder | CaptionEncoder) -> str:
@@ -257,7 +264,11 @@ def _content(sample: Sample | BadSample) -> tuple[Any, ...]:
         return ("bad", sample.reason)
     media = [_state(image) for image in sample.images]
     media += [(_state(video.path), video.start_s, video.end_s) for video in sample.videos]
-    return (sample.messages, media)
+    return (
+        (sample.messages, media)
+        if sample.rejected is None
+        else (sample.messages, media, sample.rejected)
+    )
 
 
 def _state(media: ImageRef) -> tuple[Any, ...]:
@@ -489,7 +500,7 @@ def _show(
                 tuple(_thumbnail(image) for image in reader.images(sample, ref)[0]),
                 () if tiles is None else tiles.grids,
                 () if tiles is None else tiles.per_image,
-                tuple(spans(unit.examples[0], objective.encoder)),
+                tuple(objective.shown_spans(unit)),
             )
 
 

@@ -101,8 +101,9 @@ class SourceConfig:
         "coco_format",
     ] = "chat"
     """chat: JSONL with `conversations` (official) or `messages` (OpenAI style); coco-captions: COCO
-    JSON; captions: any caption format, recognized by file name and content; preference: JSONL with
-    `question, chosen, rejected`; parquet: a Parquet or Arrow file, or a folder of them (Hugging
+    JSON; captions: any caption format, recognized by file name and content; preference: JSONL of
+    pairs, `question, chosen, rejected` or as ms-swift, LLaMA-Factory and TRL have them, which chat
+    and parquet read too; parquet: a Parquet or Arrow file, or a folder of them (Hugging
     Face datasets); webdataset: a tar file or a folder of them; pairs: the same formats as captions,
     and tars; flickr_format: lines `name.jpg,caption`; coco_format: a JSON list of `image` and
     `caption`. The last two are the original's formats of pairs."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from internvl.config import SourceConfig
+from internvl.data import preferences
 from internvl.data.images import FileSlice, ImageRef, join_inside
 from internvl.data.messages import (
     IMAGE_MARK,
@@ -25,7 +26,15 @@ _USED = {"conversations", "messages", "image", "images", "video", "videos", "cli
 
 
 def chat(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:
-    """Parses `conversations` with `image` or `video`, or `messages` with `images` or `videos`."""
+    """Parses `conversations` with `image` or `video`, `messages` with `images` or `videos`, or a
+    preference pair."""
+    # Sources of a meta file have no type: the original's preference data are listed in one.
+    if preferences.is_pair(row):
+        return preference(name, row, config)
+    return _conversation(name, row, config)
+
+
+def _conversation(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:
     slots: list[Slot] = []
     if "messages" in row and "conversations" not in row:
         messages, slots = from_openai(name, row["messages"])
@@ -71,25 +80,17 @@ def sliced_caption(name: str, row: dict[str, Any], config: SourceConfig) -> Samp
 
 
 def preference(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:
-    """Parses `question, chosen, rejected`; the rejected answer goes to the sample's `extra`."""
-    for key in ("question", "chosen", "rejected"):
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            raise BadSample(name, f"`{key}` must be a text that is not empty")
-    turns = [
-        {"from": "human", "value": row["question"]},
-        {"from": "gpt", "value": row["chosen"]},
-    ]
-    # The keys of media in a chat row, so that `chat` reads and checks them.
-    media: dict[str, Any] = {k: row[k] for k in ("image", "video", "clip") if k in row}
-    sample = chat(name, {**media, "conversations": turns}, config)
-    return replace(sample, rejected=row["rejected"], extra={})
+    """Parses a preference pair of any form of preferences.py; the messages end with the chosen
+    answer."""
+    pair, rejected = preferences.as_chat(name, row)
+    return replace(_conversation(name, pair, config), rejected=rejected)
 
 
 def table_row(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:
     """Parses a table row: chat columns, or an image and a `caption` or `text` column."""
     # A table gives every row every column; null stands for what JSON would leave out.
     row = {key: value for key, value in row.items() if value is not None}
-    if "conversations" in row or "messages" in row:
+    if "conversations" in row or "messages" in row or preferences.is_pair(row):
         return chat(name, row, config)
     if not row.keys() & {"caption", "text"}:
         columns = ", ".join(row)
@@ -105,7 +106,8 @@ def shard_row(name: str, row: dict[str, Any], config: SourceConfig) -> Sample:
     if row.get("row") is not None:
         if not isinstance(row["row"], dict):
             raise BadSample(name, "its .json is not an object; write one")
-        if "conversations" in row["row"] or "messages" in row["row"]:
+        is_pair = preferences.is_pair(row["row"])
+        if is_pair or "conversations" in row["row"] or "messages" in row["row"]:
             # Its own paths are those of before the tar was made.
             fields = {k: v for k, v in row["row"].items() if k not in ("image", "images")}
             return chat(name, {**fields, "images": slices}, config)

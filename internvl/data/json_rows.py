@@ -30,7 +30,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _SPACE = re.compile(r"[ \t\r\n]*")
 # JSON has raw line ends between tokens only; rows must be equal whatever ends their lines.
 _LINE_ENDS = str.maketrans("\n", " ", "\r")
-_ROW_KEYS = {"conversations", "messages", "question"}
+_ROW_KEYS = {"conversations", "messages", "question", "chosen"}
 _ONE_PER_LINE = "write one JSON object a line (JSON Lines), or one JSON list of all"
 
 _FOREIGN = {

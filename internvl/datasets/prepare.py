@@ -15,7 +15,7 @@ from typing import Any
 
 from internvl.data import captions
 from internvl.data.json_rows import read_json
-from internvl.datasets import convert, playground
+from internvl.datasets import convert, mmpr, playground
 from internvl.datasets import download as fetch
 from internvl.datasets.checklist import Missing, Tree
 from internvl.datasets.published import COCO, FLICKR, KARPATHY, NOCAPS, NOCAPS_IMAGES, OPENGVLAB
@@ -26,6 +26,7 @@ NAMES: dict[str, str] = {
     "coco-caption": "COCO captions, Karpathy split: 566,747 to train on, 5,000 images to test",
     "flickr30k": "Flickr30K captions, Karpathy split: train, validation, test",
     "flickr30k-cn": "Flickr30K-CN, the same images with Chinese captions: train, test",
+    "mmpr": "MMPR v1.2, v1.1 or v1.0: preference pairs for objective mpo",
     "nocaps": "NoCaps validation, 4,500 images with new objects, to test",
     "sft-v1.2": "InternVL-Chat-V1-2 SFT: nine annotation files, 1,267,819 conversations",
     "synthdog": "SynthDoG-EN parquet to images and conversations",
@@ -228,6 +229,7 @@ _STEPS: dict[str, Callable[[Tree], Iterator[Path]]] = {
     "coco-caption": _coco_caption,
     "flickr30k": _flickr30k,
     "flickr30k-cn": _flickr30k_cn,
+    "mmpr": mmpr.prepare,
     "nocaps": _nocaps,
     "sft-v1.2": playground.sft,
     "synthdog": playground.synthdog,

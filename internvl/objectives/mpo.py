@@ -210,6 +210,15 @@ class Mpo(PackedObjective):
                 texts.append(marked(spans(example, self.encoder)))
             yield name, texts[0], texts[1]
 
+    def shown_spans(self, unit: Unit) -> Iterator[tuple[str, bool]]:
+        """See `PackedObjective.shown_spans`; the rejected answer follows the chosen one."""
+        chosen, rejected = unit.examples
+        yield from spans(chosen, self.encoder)
+        yield "\nrejected: ", False
+        branch = slice(unit.prefix, None)
+        ids, labels = rejected.input_ids[branch], rejected.labels[branch]
+        yield from spans(Example(rejected.name, ids, labels), self.encoder)
+
     def counts(self, batch: PreferenceBatch) -> dict[str, float]:
         """See `Objective.counts`."""
         pairs = float(batch.num_samples)

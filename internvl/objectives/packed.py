@@ -1,13 +1,13 @@
 """Packed rows as micro-batches, for the objectives of chat models."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 
 from internvl.config import DataConfig
-from internvl.data.chat import ChatEncoder
+from internvl.data.chat import ChatEncoder, spans
 from internvl.data.loader import UnitReader
 from internvl.data.packing import encode_units, pack_units, split_unit
 from internvl.data.records import IGNORE, Example, PackedBatch, Sample, Tiles, Unit
@@ -62,6 +62,10 @@ class PackedObjective(Stateless):
     def build(self, groups: Sequence[Sequence[Unit]]) -> Sequence[PackedBatch]:
         """Makes batches of units, which may be synthetic."""
         raise NotImplementedError
+
+    def shown_spans(self, unit: Unit) -> Iterator[tuple[str, bool]]:
+        """Yields (text, supervised) of a unit's first example, for people."""
+        return spans(unit.examples[0], self.encoder)
 
     def check_placeholders(self, row: PackedBatch) -> None:
         """Asserts that a row has as many placeholders as visual tokens."""

@@ -74,7 +74,7 @@ def test_one_object_is_one_sample(tmp_path):
     assert json_rows.is_list(tmp_path / "b.json")
     row = {"question": "q", "chosen": "a", "rejected": "b"}
     (sample,) = read(opened(tmp_path / "c.json", json.dumps(row, indent=1), "preference"))
-    assert sample.extra == {"rejected": "b"}
+    assert sample.rejected == "b"
 
 
 ONE = json.dumps(ROWS[0])

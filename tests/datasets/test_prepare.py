@@ -224,3 +224,24 @@ def test_download_fetches_what_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert missing(done) == ["images"]  # a page for people, not an address of a file
     assert prepare.run("synthdog", tmp_path, download=True).ready
     assert fetched[1].endswith("synthdog-en-images.zip")
+
+
+def test_mmpr_as_it_lies(tmp_path: Path) -> None:
+    done = prepare.run("mmpr", tmp_path)
+    assert [missing.path.name for missing in done.missing] == ["meta.json", "annotations", "images"]
+    folder = tmp_path / "MMPR-v1.1"
+    entry = {"root": "MMPR-v1.1/images/M3CoT", "annotation": "MMPR-v1.1/annotations/a.jsonl"}
+    write(folder / "meta.json", {"m3cot": {**entry, "length": 2, "repeat_time": 0.5}})
+    row = {"image": "1.png", "question": "Which?", "chosen": "A", "rejected": "B"}
+    (folder / "annotations").mkdir()
+    (folder / "annotations/a.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+    (folder / "images.zip_aa").touch()
+    (missing,) = prepare.run("mmpr", tmp_path).missing
+    assert f"cat {folder}/images.zip_* > {folder}/images.zip" in str(missing)
+    touch(folder / "images", "M3CoT/1.png")
+    done = prepare.run("mmpr", tmp_path)
+    assert done.ready, done.missing
+    assert (done.files, done.counts) == ((folder / "meta.json",), {"m3cot pairs": 2})
+    (folder / "annotations/a.jsonl").write_text(f"{json.dumps(row)}\n")
+    with pytest.raises(DataError, match="holds 1 pairs, but m3cot of the meta file has 2"):
+        prepare.run("mmpr", tmp_path)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from internvl import log, train
+from internvl import check, log, train
 from internvl.config import recipes
 from internvl.data.packing import common_prefix
 from internvl.errors import DataError, RunError
@@ -233,3 +233,12 @@ def test_known_failures_are_noticed_once(project, caplog):
         watch.step(measured)
     with pytest.raises(RunError, match="chosen answers become less probable"):
         watch.step(falling[3])
+
+
+def test_a_check_counts_and_shows_pairs(project, tmp_path):
+    checked = check.run(recipes.load_recipe(project, [f"run={tmp_path}/run"]))
+    assert not checked.problems
+    assert len(checked.counts["pairs"].tokens) == len(preference_runs.PAIRS)
+    assert "6 samples per epoch" in checked.arithmetic
+    shown = ["".join(text for text, _ in sample.spans) for sample in checked.first_samples]
+    assert all("<|im_end|>\n\nrejected: " in text for text in shown), shown
