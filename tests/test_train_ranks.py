@@ -7,9 +7,10 @@ import tiny_run
 import torch
 from ranks import run_ranks
 
-from internvl import log, train
+from internvl import Request, log, train
 from internvl.config import recipes
 from internvl.evals import loss
+from internvl.inference import load as loading
 
 TRAIN = """
 from internvl import train
@@ -121,3 +122,30 @@ def test_evaluations_on_every_rank_are_those_of_one_process(project, tmp_path, m
             json.loads((run / "evals/000001.json").read_text()) for run in (alone, tmp_path / stage)
         )
         assert several == pytest.approx(one, rel=1e-5)
+
+
+ASK = """
+from internvl import Request, dist, train
+from internvl.config import recipes
+
+run = train.build(recipes.load_recipe({recipe!r}, {settings!r}))
+run.model.eval()
+image = {image!r}
+# Unequal in images, length and answers; each rank has a batch that the other has not.
+asked = [["Hello"], [Request("What is this?", [image, image])]]
+batch = asked[dist.rank()]
+print(run.chat.answer(batch, max_new_tokens=3 + 4 * dist.rank(), min_new_tokens=2))
+"""
+
+
+@pytest.mark.slow
+def test_ranks_in_step_may_differ_in_images_and_lengths(project, tmp_path):
+    image = str(project.parent / "red-circle.png")
+    settings = [f"run={tmp_path / 'run'}", "parallel.shard=zero3", "model.drop_path=0"]
+    together = run_ranks(ASK.format(recipe=str(project), settings=settings, image=image))
+    chat = loading.load(project.parent / "start", device="cpu", dtype="float32")
+    alone = [
+        chat.answer(["Hello"], max_new_tokens=3, min_new_tokens=2),
+        chat.answer([Request("What is this?", [image, image])], max_new_tokens=7, min_new_tokens=2),
+    ]
+    assert together == [f"{answers}\n" for answers in alone]

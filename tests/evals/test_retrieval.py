@@ -240,6 +240,26 @@ def test_problems_are_named_before_anything_is_encoded(data: Path) -> None:
         Retrieval(spec(data, train=data / "train.txt", on_bad_sample="skip"))
 
 
+def test_a_broken_image_costs_its_own_line(model: Path, data: Path) -> None:
+    (data / "4.jpg").write_bytes((data / "4.jpg").read_bytes()[:500])
+    options = {"annotations": data / "test.txt", "recall_k": [1, 5], "device": "cpu"}
+    found = evaluate.measure(model, "retrieval-folder", to=data / "out", modes="c", **options)
+    assert found.counts == {"retrieval-folder": {"images": 9, "texts": 17, "left out": 1}}
+    written = json.loads((data / "out/result.json").read_text())
+    assert written == found.metrics | {"retrieval-folder/left_out": 1}
+    *_, last = map(
+        json.loads, (data / "out/result/retrieval-folder.jsonl").read_text().splitlines()
+    )
+    assert last["sample"] == str(data / "4.jpg")
+    # What is wrong in another way still is an error, and so is all of it if that is asked for.
+    with pytest.raises(UserError, match="1 problem in the data"):
+        evaluate.measure(model, "retrieval-folder", on_bad_sample="raise", **options)
+    with (data / "test.txt").open("a") as file:
+        file.write("gone.jpg,nothing\n")
+    with pytest.raises(UserError, match="2 problems in the data"):
+        evaluate.measure(model, "retrieval-folder", **options)
+
+
 def test_a_chat_model_is_refused(data: Path) -> None:
     with pytest.raises(UserError, match="retrieval needs an InternVL-14B model"):
         Retrieval(spec(data)).run(

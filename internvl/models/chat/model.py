@@ -127,6 +127,9 @@ class ChatModel(InternVLForConditionalGeneration):
             **kwargs,
         }
         if supervision is None:
+            if self.runs_tower and pixel_values is None and _begins(inputs):
+                embeds = self._with_blank_tile(self.get_input_embeddings()(input_ids))
+                inputs |= {"input_ids": None, "inputs_embeds": embeds}
             return super().forward(labels=labels, logits_to_keep=logits_to_keep, **inputs)
         # Past the parent's forward, which counts placeholders and so makes the host wait for a GPU.
         assert input_ids is not None
@@ -172,7 +175,7 @@ class ChatModel(InternVLForConditionalGeneration):
         return embeds[0].index_copy(0, positions, visual)[None]
 
     def _with_blank_tile(self, embeds: Tensor) -> Tensor:
-        """Returns the embeddings (1, L, D) with the visual tokens of a tile added at weight 0."""
+        """Returns the embeddings (B, L, D) with the visual tokens of a tile added at weight 0."""
         side = self.config.vision_config.image_size[0]
         tiles = embeds.new_zeros(2, 3, side, side, dtype=torch.float32)
         visual = self.model.get_image_features(pixel_values=tiles).pooler_output
@@ -213,6 +216,12 @@ class ChatModel(InternVLForConditionalGeneration):
         # Not `index_add`, whose order of additions differs from run to run on a GPU.
         inside = segments == torch.arange(num_segments, device=segments.device)[:, None]
         return torch.where(inside, losses, 0.0).sum(1)
+
+
+def _begins(inputs: dict[str, Any]) -> bool:
+    """Returns whether inputs of a forward are token ids that nothing precedes."""
+    cache = inputs["past_key_values"]
+    return inputs["inputs_embeds"] is None and (cache is None or not cache.get_seq_length())
 
 
 def _unweighted(input_ids: Tensor, empty: Supervision) -> Supervision:
