@@ -91,6 +91,9 @@ PARTS: dict[str, Release] = {
 """Name of a vision tower or language model -> its release."""
 
 
+_STAGES = ("-Pretrained", "-Instruct", "-MPO")
+
+
 def find(name: str) -> Model:
     """Returns a released model by name or hub id, in any case.
 
@@ -99,6 +102,9 @@ def find(name: str) -> Model:
     """
     # Folders end in a slash, converted models in -hf, hub ids begin with an owner.
     short = name.rstrip("/").split("/")[-1].removesuffix("-hf").removesuffix("-HF")
+    # Releases of the same sizes at other stages of their training.
+    for stage in _STAGES:
+        short = short.removesuffix(stage)
     lowered = {name.lower(): model for name, model in MODELS.items()}
     if short.lower() in lowered:
         return lowered[short.lower()]

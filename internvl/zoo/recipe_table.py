@@ -16,6 +16,7 @@ import yaml
 FOLDER = Path(__file__).parent / "recipes"
 _TABLE = Path(__file__).with_suffix(".yaml")
 _METHODS = {"full": "projector and language model", "lora": "LoRA of rank 16"}
+_MPO_METHODS = {"full": "everything trained", "lora": "LoRA of rank 16"}
 _WIDTH = 100  # columns, as in the package's code
 _SHARING = (
     "data.share_prefix=true puts an image's captions into one row with it and takes about five "
@@ -42,6 +43,11 @@ def render() -> Iterator[tuple[Path, str]]:
         for method, settings in table["retrieval"]["methods"].items():
             name = f"internvl_14b_{method}_{key}"
             yield Path("internvl_14b") / f"{name}.yaml", _retrieval(name, key, dataset, settings)
+    for row in table["mpo"]["rows"]:
+        for method in _MPO_METHODS:
+            name = f"{row['model'].lower().replace('-', '_')}_mpo_{method}"
+            settings = {**table["mpo"]["releases"][row["release"]], **row}
+            yield Path(settings["folder"]) / f"{name}.yaml", _mpo(name, method, settings)
     for row in table["chat_v1_2"]["rows"]:
         text = _chat_v1_2(row, table["chat_v1_2"]["sources"])
         yield Path("internvl_chat_v1_2") / f"{row['name']}.yaml", text
@@ -147,6 +153,70 @@ run: runs/{name}
 global_batch: 512
 epochs: 1
 drop_last: true
+"""
+
+
+def _mpo(name: str, method: str, row: dict[str, Any]) -> str:
+    is_lora = method == "lora"
+    hardware = f"{row['batch']} GPUs in the original, a pair each"
+    if is_lora:
+        hardware = row.get("lora_hardware", "as of the second fine-tuning by LoRA of this size")
+    differs = (
+        "recipes/README.md; tower and question are computed once for both answers; the reference "
+        "is {}; delta takes one update a step and is kept by a resume; a pair that does not fit is "
+        "left out and listed, not cut or replaced"
+    ).format(
+        "the model with its adapters off"
+        if is_lora
+        else "computed once before the first step, not by a second model in memory"
+    )
+    head: dict[str, str] = {
+        "data": f"internvl data prepare mmpr --root . ({row['data']}, its meta file as it is)",
+        "command": f"internvl train {name}",
+        "hardware": hardware,
+        "original": (
+            f"assumed; {row['script']} trains all weights, its other values are here"
+            if is_lora
+            else row["script"]
+        ),
+        "differs": differs,
+        **({"expected": row["expected"]} if "expected" in row and not is_lora else {}),
+    }
+    trained = "lora: {rank: 16}"
+    if not is_lora:
+        trained = (
+            f"train: [vision_tower, multi_modal_projector, language_model], "
+            f"drop_path: {row['drop_path']}"
+        )
+    # A pair is at most both answers, each of the longest sample.
+    row_tokens = row["max_tokens"] if is_lora else 2 * row["max_tokens"]
+    # Ten times the rate of full training, as ms-swift's example of MPO by LoRA has it.
+    rate = 1e-5 if is_lora else row["lr"]
+    shards = f"parallel: {row['parallel']}\n"
+    if is_lora:
+        # Adapters have hardly any state to keep on the CPU.
+        shards = "parallel: {shard: zero3}\n" if row.get("shards_lora") else ""
+    title = (
+        f"{row['start']}, mixed preference optimization on {row['data']}: {_MPO_METHODS[method]}."
+    )
+    return f"""\
+{_head(title, head)}
+model:
+  id: OpenGVLab/{row["start"]}
+  {trained.replace(", drop_path", chr(10) + "  drop_path")}
+data:
+  meta: {row["data"]}/meta.json
+  tiles: {{size: 448, min: 1, max: 12, thumbnail: true}}
+  max_tokens: {row["max_tokens"]}
+  row_tokens: {row_tokens}
+  share_prefix: false  # pairs of one image come apart, as in the original
+  on_bad_sample: skip
+objective: {{name: mpo, beta: 0.1, weights: {{dpo: 0.8, bco: 0.2, sft: 1.0}}}}
+optim: {{lr: {_float(rate)}, weight_decay: 0.05, decay_vectors: true}}
+compute: {{checkpointing: full}}
+{shards}run: runs/{name}
+global_batch: {row["batch"]}
+epochs: 1
 """
 
 

@@ -126,7 +126,7 @@ def test_models_are_released_ones(path: Path) -> None:
         assert zoo.find_tower(start.vision)
         assert zoo.find_language_model(start.language)
     elif model.startswith("OpenGVLab/"):
-        assert zoo.find(model).repository == model
+        assert zoo.find(model).repository == model.removesuffix("-Instruct")
     else:
         assert f'"{model}"' in head(path) or path.stem.startswith("demo")  # made as the head says
 
@@ -150,6 +150,42 @@ def test_recipe_table(row: tuple, method: str) -> None:
         assert found.model.parts == PROJECTOR_AND_LANGUAGE
     else:
         only_adapters(found, 16)
+
+
+# Of the original scripts: learning rate, global batch, longest sample, drop path, DeepSpeed stage.
+MPO = {
+    "internvl2_8b": (5e-6, 256, 6144, 0.1, "zero1"),
+    **{f"internvl2_5_{n}b": (1e-6, 256, 8192, 0.1, "zero1") for n in (1, 2, 4, 8)},
+    "internvl2_5_26b": (1e-6, 256, 8192, 0.4, "zero3"),
+    **{f"internvl2_5_{n}b": (1e-6, 512, 8192, 0.4, "zero3") for n in (38, 78)},
+    **{f"internvl3_{n}b": (2e-7, 256, 12288, 0.1, "zero1") for n in (1, 2)},
+    **{f"internvl3_{n}b": (2e-7, 256, 12288, 0.1, "zero3") for n in (8, 9, 14)},
+    **{f"internvl3_{n}b": (2e-7, 512, 8192, 0.4, "zero3") for n in (38, 78)},
+    **{f"internvl3_5_{n}b": (2e-7, 256, 16384, 0.0, "zero3") for n in (1, 2, 4)},
+    **{f"internvl3_5_{n}": (2e-7, 256, 16384, 0.1, "zero3") for n in ("8b", "14b", "30b_a3b")},
+    **{f"internvl3_5_{n}": (2e-7, 256, 16384, 0.4, "zero3") for n in ("38b", "241b_a28b")},
+}
+
+
+@pytest.mark.parametrize("size", MPO)
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_preference_recipes(size: str, method: str) -> None:
+    lr, batch, max_tokens, drop_path, shard = MPO[size]
+    chosen = recipe(f"{size}_mpo_{method}")
+    assert (chosen.global_batch, chosen.data.max_tokens) == (batch, max_tokens)
+    assert chosen.objective.term_weights == {"dpo": 0.8, "bco": 0.2, "sft": 1.0}
+    assert (chosen.objective.beta, chosen.objective.delta) == (0.1, "exact")
+    assert (chosen.optim.weight_decay, chosen.optim.warmup_ratio) == (0.05, 0.03)
+    assert (chosen.data.tiles.max, chosen.data.tiles.thumbnail) == (12, True)
+    assert "instruct" in str(chosen.model.id).lower() or not size.startswith("internvl3")
+    if method == "full":
+        assert chosen.model.parts == ("vision_tower", *PROJECTOR_AND_LANGUAGE)
+        assert (chosen.optim.lr, chosen.model.drop_path) == (lr, drop_path)
+        assert chosen.parallel.shard == shard
+        assert chosen.objective.reference_of(chosen) == "precomputed"
+    else:
+        only_adapters(chosen, 16)
+        assert chosen.objective.reference_of(chosen) == "adapters"
 
 
 def only_adapters(found: Recipe, rank: int) -> None:
