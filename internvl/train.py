@@ -36,7 +36,7 @@ from internvl.data.sampler import (
     step_bounds,
 )
 from internvl.data.sources import open_sources
-from internvl.errors import CheckpointError, Interrupted, RunError, counted
+from internvl.errors import CheckpointError, Interrupted, RunError, UserError, counted
 from internvl.files import remove_partials
 from internvl.inference import inherited, opened
 from internvl.inference import load as loading
@@ -517,7 +517,7 @@ def run(recipe: Recipe) -> Path:
             logger.info("%s\n%s", summary(state), completed.render())
             if endings and state.step == endings[-1].step:
                 logger.info("%s", length.continuation(recipe.optim, endings, state.num_steps))
-            stop_reason = validate(state, metrics)
+            stop_reason = _validate_or_stop(state, metrics)
             readout = tracking.Readout()
             with log.Progress("steps", total=state.num_steps, done=state.step) as progress:
                 for step_metrics in updates(state) if stop_reason is None else ():
@@ -536,11 +536,8 @@ def run(recipe: Recipe) -> Path:
                         _tolerate(state, lambda: save(state))
                     if stopped:
                         state.saver.wait()
-                        raise Interrupted(
-                            f"stopped at step {state.step} of {state.num_steps}; checkpoint "
-                            "written. The same command goes on from there"
-                        )
-                    stop_reason = validate(state, metrics)
+                        raise _interrupted(state)
+                    stop_reason = _validate_or_stop(state, metrics)
                     if stop_reason is not None:
                         save(state)
                         break
@@ -559,6 +556,30 @@ def run(recipe: Recipe) -> Path:
             length.finish(recipe, state.step, state.total_samples, reason)
         dist.barrier()
     return recipe.run
+
+
+def _interrupted(state: TrainState) -> Interrupted:
+    if not state.step:
+        return Interrupted("stopped before the first step; the same command begins again")
+    return Interrupted(
+        f"stopped at step {state.step} of {state.num_steps}; checkpoint written. "
+        "The same command goes on from there"
+    )
+
+
+def _validate_or_stop(state: TrainState, metrics: tracking.Metrics) -> str | None:
+    """As `validate`, but if a signal ends an evaluation, saves this step and raises Interrupted."""
+    try:
+        return validate(state, metrics)
+    except UserError as error:
+        # By its text: of the ranks that raise, only those that were asked raise Interrupted.
+        if str(error) != signals.IN_EVALUATION:
+            raise
+    if state.step:
+        _tolerate(state, state.saver.wait)
+        save(state)
+        state.saver.wait()
+    raise _interrupted(state)
 
 
 def _log_file(folder: Path) -> AbstractContextManager[None]:

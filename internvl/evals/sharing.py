@@ -16,7 +16,7 @@ from internvl.data import pair_files
 from internvl.data.images import FileSlice
 from internvl.errors import UserError
 from internvl.log import Progress
-from internvl.training import watchdog
+from internvl.training import signals, watchdog
 
 T = TypeVar("T")
 Batch = TypeVar("Batch")
@@ -142,6 +142,9 @@ class Work(Generic[Batch, Prepared, Result]):
                         break
                     watchdog.beat("evaluates")
                     try:
+                        # A scheduler that wants the GPUs back does not wait for an evaluation.
+                        if not self.in_step:
+                            signals.raise_if_asked()
                         result = self.compute(ready)
                     except UserError as raised:
                         error = error or raised

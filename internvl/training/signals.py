@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from internvl import dist, log
+from internvl.errors import Interrupted
+
+IN_EVALUATION = "stopped during an evaluation"
 
 
 class Stop:
@@ -17,6 +20,15 @@ class Stop:
     def agreed(self) -> bool:
         """True on every rank if any rank was asked: all of them stop after the same step."""
         return dist.sum_counts({"asked": float(self.asked)})["asked"] > 0
+
+
+_current: list[Stop] = []
+
+
+def raise_if_asked() -> None:
+    """Raises Interrupted with the text `IN_EVALUATION` if a signal asked this rank to stop."""
+    if any(stop.asked for stop in _current):
+        raise Interrupted(IN_EVALUATION)
 
 
 @contextmanager
@@ -36,8 +48,10 @@ def stop_signal() -> Iterator[Stop]:
         log.get_logger().info("stopping after this step; once more to stop at once")
 
     before = {signum: signal.signal(signum, ask) for signum in (signal.SIGINT, signal.SIGTERM)}
+    _current.append(stop)
     try:
         yield stop
     finally:
+        _current.remove(stop)
         for signum, handler in before.items():
             signal.signal(signum, handler)

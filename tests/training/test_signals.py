@@ -1,5 +1,6 @@
 """Ctrl-C, SIGTERM and SIGKILL: a run goes on exactly, as if nothing had stopped it."""
 
+import json
 import os
 import signal
 import subprocess
@@ -57,6 +58,29 @@ def test_a_signal_ends_the_step_saves_and_the_run_goes_on(
     assert checkpoint.steps(recipe.run / "checkpoints") == [2, 3]
     assert list(losses(recipe.run)) == [1, 2, 3]
     train.run(recipe)
+    assert losses(recipe.run) == straight
+
+
+def test_a_signal_ends_an_evaluation_which_is_done_when_the_run_goes_on(
+    project, straight, tmp_path, monkeypatch
+):
+    source = {"type": "loss", "annotations": str(project.parent / "train.jsonl"), "every": 3}
+    evals = json.dumps({"seen": source | {"images": str(project.parent)}})
+    recipe = recipe_of(project, tmp_path, *SETTINGS, "checkpoint.every=100", f"evals={evals}")
+    run_all = train.evals.run_all
+
+    def asked(*values):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return run_all(*values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.evals, "run_all", asked)
+        with pytest.raises(Interrupted, match="stopped at step 3 of 6; checkpoint written"):
+            train.run(recipe)
+    assert checkpoint.steps(recipe.run / "checkpoints") == [3]
+    assert not (recipe.run / "evals" / "000003.json").exists()
+    train.run(recipe)
+    assert (recipe.run / "evals" / "000003.json").exists()
     assert losses(recipe.run) == straight
 
 
