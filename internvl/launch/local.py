@@ -131,6 +131,7 @@ def run(command: Sequence[str], num_ranks: int, *, stdout: int | None = None) ->
             try:
                 _wait(ranks)
             finally:
+                # After an error of this process itself; otherwise all have ended.
                 for rank in ranks:
                     if rank.process.poll() is None:
                         rank.process.kill()
@@ -139,6 +140,7 @@ def run(command: Sequence[str], num_ranks: int, *, stdout: int | None = None) ->
 
 
 def _free_port() -> int:
+    # Another process may take it before rank 0 does; its sentence then says so.
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port: int = probe.getsockname()[1]
@@ -168,6 +170,7 @@ def _forwarding(ranks: Sequence[_Rank], asked: list[int]) -> Iterator[None]:
 
     def forward(signum: int, frame: FrameType | None) -> None:
         asked.append(signum)
+        # The first asks to stop, the second to stop at once, and a hanging rank heeds neither.
         kills = asked.count(signal.SIGINT) >= _MOST_INTERRUPTS
         for rank in ranks:
             # A rank knows no SIGHUP: the end of a terminal is a reason to save as well.
@@ -200,6 +203,7 @@ def _wait(ranks: Sequence[_Rank]) -> None:
                 rank.ended_s = time.time()
                 if rank.process.returncode and failed_s is None:
                     failed_s = now_s
+        # A rank in a collective of the GPUs runs no handler of SIGTERM.
         if failed_s is not None and now_s > failed_s + _REPORT_S + _TERM_S:
             for rank in ranks:
                 _send(rank, signal.SIGKILL)
@@ -217,6 +221,7 @@ def _judge(ranks: Sequence[_Rank], asked: Sequence[int]) -> Ended:
         return Ended(0)
     causes = sorted(_Cause.of(index, rank) for index, rank in failed)
     first = causes[0]
+    # As a single process that Ctrl-C ends before its first step, which says nothing either.
     if asked and first.code == _INTERRUPTED:
         return Ended(first.code)
     # What all ranks say alike, such as a wrong key of the recipe, is about none of them.

@@ -63,6 +63,7 @@ def render(job: Job) -> str:
         *job.setup,
         "",
     ]
+    # A line each, for whoever reads or changes the file.
     start = [*_srun(job), *_torchrun(job), f"-m internvl {shlex.join(job.words)}"]
     command = " \\\n  ".join(start)
     if job.run is None:
@@ -87,6 +88,7 @@ def render(job: Job) -> str:
 
 
 def _options(job: Job) -> list[str]:
+    # Without a count of cores whole nodes: a job's default is a single core for all of its ranks.
     optional = {
         "partition": job.partition,
         "time": job.time,
@@ -123,10 +125,12 @@ def _srun(job: Job) -> list[str]:
 
 
 def _torchrun(job: Job) -> list[str]:
+    # This Python, wherever the job's shell would look; the nodes share its folder.
     python = shlex.quote(sys.executable)
     return [
         f"{python} -m torch.distributed.run",
         f'--nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node={job.per_node}',
+        # With a log folder torchrun reads, and shows, the sentence that ended a rank.
         f"--max-restarts={_RESTARTS}"
         + ("" if job.run is None else f' --log-dir="$run/{launchers.TORCHRUN_FOLDER}"'),
         '--rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$first:$port"',

@@ -147,9 +147,11 @@ class Watchdog:
     def _run(self) -> None:
         while not self._stopped.wait(self.tick_s):
             self._arm()
+            # Of the day, not monotonic: ranks on other hosts compare it with their own.
             now_s = time.time()
             status = self._write_status(now_s)
             newest_s = max(other.progress_s for other in [status, *self._read_others()])
+            # Any rank's: the others may wait for long while one evaluates or compiles.
             limit_s = self.limit_s if _current.step > 1 else _STARTING * self.limit_s
             if now_s - newest_s < limit_s:
                 continue
@@ -174,6 +176,7 @@ class Watchdog:
         _current.reads, _current.reads_s = workers.waited_for() or ("", None)
         _current.collectives = dist.waiting.done
         _current.waits_for_ranks = dist.waiting.is_inside
+        # By files, which need no rank to answer: the main thread of any may hang.
         if dist.world_size() > 1:
             with suppress(OSError):
                 self.file("json").write_text(json.dumps(asdict(_current)), encoding="utf-8")
@@ -225,6 +228,7 @@ class Watchdog:
             return ""
         alive = {status.rank for status in statuses if now_s - status.written_s < self.limit_s}
         missing = sorted(set(range(ranks)) - alive)
+        # A rank that cannot even write its status is dead, or its host is.
         if missing:
             return f"Nothing is heard of rank {', '.join(map(str, missing[:_NAMED]))}."
         # A read that all wait for comes before what they wait in.
