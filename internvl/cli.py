@@ -38,6 +38,7 @@ from internvl.errors import (
     UserError,
 )
 from internvl.files import write_text
+from internvl.launch import options as launch_options
 
 Arguments = argparse.Namespace
 
@@ -259,34 +260,18 @@ def _run_as_ranks(args: Arguments, num_ranks: int) -> int:
 
 def launch(args: Arguments) -> int:
     """Write a Slurm job that trains or evaluates on several nodes, and submit it if asked."""
-    inner: Arguments = args.command
-    run = _check_training(inner, args.nodes * _per_node(args)) if inner.verb == "train" else None
     from internvl.launch import slurm
 
-    if inner.verb == "evaluate":
+    inner: Arguments = args.command
+    run = None
+    if inner.verb == "train":
+        run = _check_training(inner, args.nodes * launch_options.per_node(args))
+    else:
         _check_evaluation(inner)
-    name = Path(inner.recipe if run else inner.model).stem
-    folder = Path() if run is None else run
-    job = slurm.Job(
-        words=inner.argv,
-        nodes=args.nodes,
-        per_node=_per_node(args),
-        on_gpus=args.gpus_per_node is not None,
-        run=run,
-        name=args.name or f"internvl-{name}",
-        log=folder / launchers.BATCH_LOG,
-        partition=args.partition,
-        time=args.time,
-        cpus_per_node=args.cpus_per_node,
-        sbatch_args=shlex.split(" ".join(args.sbatch_args)),
-        srun_args=shlex.split(" ".join(args.srun_args)),
-        setup=args.setup,
-    )
+    job, file = launch_options.job_of(args, Path(inner.recipe if run else inner.model).stem, run)
     if args.dry_run:
         print(slurm.render(job), end="")
         return 0
-    default = launchers.BATCH_FILE if run else f"evaluate-{name}.sbatch"
-    file = args.file or folder / default
     slurm.write(job, file)
     if args.submit:
         log_file = str(job.log).replace("%j", slurm.submit(file))
@@ -294,21 +279,6 @@ def launch(args: Arguments) -> int:
     else:
         print(f"Written: {file}. To submit it:\n  sbatch {shlex.quote(str(file))}")
     return 0
-
-
-def _per_node(args: Arguments) -> int:
-    """Returns the ranks on a node. Raises ConfigError: none, both or no positive numbers given."""
-    options = {
-        "--gpus-per-node": args.gpus_per_node,
-        "--processes-per-node": args.processes_per_node,
-    }
-    counts = {name: count for name, count in options.items() if count is not None}
-    if len(counts) != 1:
-        raise ConfigError("--gpus-per-node N, or --processes-per-node N without GPUs: give one")
-    for name, count in (("--nodes", args.nodes), *counts.items()):
-        if count < 1:
-            raise ConfigError(f"{name}: at least 1, not {count}")
-    return int(*counts.values())
 
 
 def _check_training(args: Arguments, num_ranks: int) -> Path:
@@ -715,7 +685,7 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
         )
     _add_rank_arguments(add["train"])
     _add_rank_arguments(add["evaluate"])
-    _add_launch_arguments(add["launch"])
+    launch_options.add_arguments(add["launch"])
     add["check"].add_argument("--report", type=Path, help="also write an HTML report to this file")
     add["check"].add_argument(
         "--plan", action="store_true", help="predict memory use and training time"
@@ -777,49 +747,6 @@ def _add_rank_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--processes", type=int, metavar="N", help="without a GPU: share the work among N processes"
     )
-
-
-def _add_launch_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.usage = (
-        "internvl launch RECIPE [key=value …] --nodes N --gpus-per-node G [options]\n"
-        "       internvl launch evaluate MODEL [TASK …] --nodes N --gpus-per-node G [options]"
-    )
-    sub.epilog = "Other words and options are those of `internvl train` or `internvl evaluate`."
-    # Shortened options would be taken from those of `evaluate`.
-    sub.allow_abbrev = False
-    sub.add_argument("--nodes", type=int, required=True, metavar="N", help="number of nodes")
-    sub.add_argument(
-        "--gpus-per-node", type=int, metavar="G", help="GPUs on a node, a process each"
-    )
-    sub.add_argument(
-        "--processes-per-node", type=int, metavar="N", help="processes on a node without GPUs"
-    )
-    sub.add_argument("--partition", metavar="P", help="partition (default: Slurm's own)")
-    sub.add_argument("--time", metavar="H:MM:SS", help="time limit (default: the partition's)")
-    sub.add_argument(
-        "--cpus-per-node", type=int, metavar="N", help="CPU cores (default: whole nodes)"
-    )
-    sub.add_argument("--name", help="name of the job (default: internvl- and the recipe's)")
-    for tool in ("sbatch", "srun"):
-        sub.add_argument(
-            f"--{tool}-args",
-            action="append",
-            default=[],
-            metavar="OPTIONS",
-            help=f"more options of {tool}, such as --{tool}-args=--account=mine",
-        )
-    sub.add_argument(
-        "--setup",
-        action="append",
-        default=[],
-        metavar="LINE",
-        help="line of shell before the start, such as 'module load cuda'; repeat it for more",
-    )
-    sub.add_argument(
-        "--file", type=Path, help=f"file to write (default: RUN/{launchers.BATCH_FILE})"
-    )
-    sub.add_argument("--dry-run", action="store_true", help="print the file, write nothing")
-    sub.add_argument("--submit", action="store_true", help="submit it with sbatch")
 
 
 def _add_run_arguments(sub: argparse.ArgumentParser, *, several: bool) -> None:

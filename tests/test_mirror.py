@@ -31,6 +31,7 @@ ELSEWHERE = {
     "inference/families.py": ("inference/test_load.py", "what `load` chooses from"),
     "inference/handle.py": ("inference/test_load.py", "what both families answer to"),
     "inference/settings.py": ("inference/test_generate.py", "settings of an answer"),
+    "launch/options.py": ("launch/test_slurm.py", "options of a job, seen in its file"),
     "models/adapters/dropout.py": ("models/adapters/test_lora.py", "dropout of an adapter"),
     "models/adapters/layers.py": ("models/adapters/test_folder.py", "a folder's settings resolved"),
     "models/adapters/merging.py": ("models/adapters/test_folder.py", "against PEFT's own logits"),
