@@ -26,6 +26,7 @@ from internvl.config import (
 from internvl.config.recipes import load_recipe
 from internvl.data.arguments import list_texts
 from internvl.datasets import published as published_sets
+from internvl.datasets import tasks as benchmarks
 from internvl.errors import ConfigError, ModelFolderError, UnknownModel, UserError, counted
 from internvl.evals.answers import read_file
 from internvl.evals.scores import Table
@@ -44,6 +45,8 @@ _CAPTION_METRICS = {f"bleu_{n}": f"Bleu_{n}" for n in (1, 2, 3, 4)} | {
 }
 """Metric name -> pycocoevalcap's name, in its order."""
 
+_IN_POINTS = ("average_length", "perception", "cognition", "overall", "score")
+"""Metrics that are no shares of 1."""
 _CALL = "call.json"  # of a folder of results: whose they are
 _LONGEST_NAME = 100
 _DIRECTIONS = {"image_retrieval": "t2i", "text_retrieval": "i2t"}
@@ -186,8 +189,8 @@ def measure(
     run_evals = {} if recipe is None else recipe.evals
     # With its own annotations a call means a file, also for a run that has evaluations.
     measures_file = not run_evals or "annotations" in fields
-    names = tasks or (["caption-file"] if measures_file else list(run_evals))
-    jobs = _jobs(names, run_evals, fields, root, dataset_root, languages, split)
+    names = _expanded(tasks, run_evals) or (["caption-file"] if measures_file else list(run_evals))
+    jobs = _jobs(names, run_evals, fields, root, dataset_root, languages, split, str(model_or_run))
     # Its step too is checked before the data are read.
     parent = _results_parent(model_or_run) if run_step is None else _step_parent(run_step)
     # Before the model: reading the data finds its problems in seconds, loading may take minutes.
@@ -264,7 +267,7 @@ def score(
     run_evals = {} if run_step is None else load_recipe(run_step.folder / "recipe.yaml").evals
     name = task or (next(iter(run_evals)) if len(run_evals) == 1 else "caption-file")
     root, texts = Path(root), list_texts(languages, "language")
-    jobs = _jobs([name], run_evals, fields, root, dataset_root, texts, split)
+    jobs = _jobs([name], run_evals, fields, root, dataset_root, texts, split, str(model))
     if len(jobs) > 1:
         raise ConfigError(f"{name}: a file of answers is for one language; name it (--language)")
     ((job_name, job),) = jobs.items()
@@ -353,8 +356,13 @@ def _jobs(
     dataset_root: str | None,
     languages: Sequence[str],
     split: str,
+    model: str,
 ) -> dict[str, Job]:
-    """Makes the jobs of `measure`: several for a published set with several languages."""
+    """Makes the jobs of `measure`: several for a published set with several languages.
+
+    Args:
+        model: its name in the original's result files.
+    """
     types = {name: _type_of(name, run_evals) for name in names}
     # A broken image costs its own line, not the evaluation; a recipe says itself what it does.
     policy = {"on_bad_sample": "skip_broken"}
@@ -364,11 +372,22 @@ def _jobs(
         # The run's evaluations first: their names are the user's, and may equal a published one.
         if name in run_evals:
             jobs[name] = Job(eval_config(**{**vars(run_evals[name]), **options}), name, "en")
+        elif type_name == "benchmark":
+            jobs[name] = _benchmark_job(name, root, dataset_root, model, policy | options)
         elif name in published_sets.TASKS:
             jobs |= _published_jobs(name, root, dataset_root, languages, split, policy | options)
         else:
             jobs[name] = _user_job(name, languages, split, policy | options)
     return jobs
+
+
+def _expanded(names: Sequence[str], run_evals: Mapping[str, EvalConfig]) -> list[str]:
+    """Replaces keys that stand for several, such as `vqa`, by these."""
+    expanded: dict[str, None] = {}
+    for name in names:
+        task = None if name in run_evals else benchmarks.find(name)
+        expanded |= dict.fromkeys(task.keys if task is not None and task.keys else [name])
+    return list(expanded)
 
 
 def _jobs_name(jobs: Mapping[str, Job]) -> str:
@@ -515,6 +534,8 @@ def _type_of(name: str, run_evals: Mapping[str, EvalConfig]) -> str:
     """Returns the type of a task. Raises ConfigError if there is no task of that name."""
     if name in run_evals:
         return run_evals[name].type
+    if benchmarks.find(name) is not None:
+        return "benchmark"
     if name in published_sets.TASKS:
         return published_sets.TASKS[name].type
     if name in published_sets.USER_TASKS:
@@ -549,6 +570,17 @@ def _published_jobs(
         key: Job(config, task.dataset, language)
         for (key, config), language in zip(configs.items(), chosen, strict=True)
     }
+
+
+def _benchmark_job(
+    name: str, root: Path, dataset_root: str | None, model: str, fields: dict[str, Any]
+) -> Job:
+    """Returns the evaluation of a benchmark below the folder of the published sets."""
+    task = benchmarks.find(name)
+    assert task is not None
+    folder = root if dataset_root is None else Path(dataset_root)
+    keys = {"checkpoint": model, "annotations": folder, **fields}
+    return Job(eval_config(type="benchmark", task=task.name, **keys), task.name, "en")
 
 
 def _user_job(name: str, languages: Sequence[str], split: str, fields: dict[str, Any]) -> Job:
@@ -684,9 +716,9 @@ def published(model: str | Path, name: str) -> float | None:
         return None
     evaluation, _, metric = name.partition("/")
     task, language = _task_of(evaluation)
-    # zoo/ has the numbers as printed: percent for InternVL-14B, fractions for chat captions.
-    percent = released.family == "dual"
-    mode = "g" if percent else "chat"
+    # zoo/ has the numbers as printed: percent but for chat captions, which are fractions.
+    percent = released.family == "dual" or benchmarks.find(task) is not None
+    mode = "g" if released.family == "dual" else "chat"
     # Scores after re-ranking (ITM) are not published.
     if metric[:2] in ("c_", "g_") and "_itm_" not in metric:
         mode, metric = metric[0], metric[2:]
@@ -697,7 +729,7 @@ def published(model: str | Path, name: str) -> float | None:
         if (score.task, score.metric, score.mode) != (task, metric, mode) or score.recipe:
             continue
         if score.language == language:
-            return score.value / 100 if percent and metric != "average_length" else score.value
+            return score.value / 100 if percent and metric not in _IN_POINTS else score.value
     return None
 
 
@@ -791,6 +823,16 @@ def render_steps(measured: Mapping[int, Measured]) -> str:
 
 def _incomplete_set_note(evaluation: str, counts: Mapping[str, int]) -> str:
     """Returns a note if the measured set is not the whole published one, else an empty text."""
+    benchmark = benchmarks.find(evaluation)
+    if benchmark is not None:
+        sizes = [dataset.questions for dataset in benchmark.sets.values()]
+        questions = sum(size for size in sizes if size is not None)
+        if None in sizes or questions == counts.get("questions"):
+            return ""
+        return (
+            f"{evaluation}: published values are for {questions:,} questions; this set has "
+            f"{counts.get('questions', 0):,}"
+        )
     task = published_sets.published_set(evaluation)
     if task is None:
         return ""

@@ -42,7 +42,9 @@ OPEN_SETS: dict[str, tuple[str, ...]] = {
         "run_start",
         "stateless",
     ),
-    "evals": ("answers", "features", "metrics", "scores", "sharing"),
+    "evals": (
+        *("answers", "asking", "features", "judges", "metrics", "scores", "scoring", "sharing"),
+    ),
 }
 
 # Rooms inside a folder that know nothing of each other.

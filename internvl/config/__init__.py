@@ -7,12 +7,15 @@ checks it; the resolved one is saved in the run folder.
 from internvl.config.compute import ComputeConfig
 from internvl.config.data import DataConfig, SourceConfig, TilesChoice, TilesConfig, VideoConfig
 from internvl.config.evals import (
+    BenchmarkEval,
     CaptionEval,
     ClassifyEval,
     EvalConfig,
     EvalGuardConfig,
     EvalSection,
+    JudgedEval,
     LossEval,
+    QaEval,
     RetrievalEval,
     # With these three, cli.py and evaluate.py take a new evaluator's keys without an edit.
     eval_config,
@@ -39,6 +42,7 @@ from internvl.config.types import Fraction, Part, Positive, Tower
 
 # Not docs, recipes and released: they read files; callers import them by their full name.
 __all__ = [  # ruff removes imports that are neither used nor listed
+    "BenchmarkEval",
     "CaptionEval",
     "CheckpointConfig",
     "ClassifyEval",
@@ -49,6 +53,7 @@ __all__ = [  # ruff removes imports that are neither used nor listed
     "EvalSection",
     "Fraction",
     "GuardConfig",
+    "JudgedEval",
     "LayerDecayConfig",
     "LoraConfig",
     "LossEval",
@@ -61,6 +66,7 @@ __all__ = [  # ruff removes imports that are neither used nor listed
     "ParallelConfig",
     "Part",
     "Positive",
+    "QaEval",
     "Recipe",
     "RetrievalConfig",
     "RetrievalEval",

@@ -207,8 +207,88 @@ class ClassifyEval(EvalConfig):
         return (self.annotations, self.classes, self.templates)
 
 
-EvalSection = Annotated[CaptionEval | LossEval | RetrievalEval | ClassifyEval, OneOf("type")]
+@dataclass(frozen=True, kw_only=True)
+class JudgedEval(EvalConfig):
+    """An evaluation of a chat model's answers, which a judge may rate."""
+
+    tiles: str | int | None = None
+    """Most tiles of an image: a number, `one`, or `checkpoint` for the model's own. null: those of
+    the published scores, one for models that do not tile."""
+    num_beams: Positive = 1
+    """Width of the beam search; 1 is greedy."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """Sampling temperature; 0 is greedy."""
+    judge: str | None = None
+    """Base address of an OpenAI-compatible server that rates free answers, such as
+    http://localhost:8000/v1; its key is read from INTERNVL_JUDGE_KEY or OPENAI_API_KEY. null: free
+    answers are only written."""
+    judge_model: str | None = None
+    """Name of the judge's model; null: the original's."""
+
+    def problems(self) -> Iterator[str]:
+        """See `EvalConfig.problems`."""
+        if self.tiles is None or self.tiles in ("one", "checkpoint"):
+            return
+        # A command line's number is text.
+        if not str(self.tiles).isdigit() or int(self.tiles) < 1:
+            yield f"tiles: {self.tiles!r} is neither a number from 1 on, nor one, nor checkpoint"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkEval(JudgedEval):
+    """A published benchmark under the original's name, for chat models."""
+
+    type: Literal["benchmark"] = "benchmark"
+    task: str
+    """Name of the benchmark, such as vqa-chartqa-test; `internvl evaluate --help` lists them."""
+    annotations: Path = Path("data")
+    """Folder of the published sets; paths beside `data/` are relative to its parent."""
+    corrected: bool = False
+    """Also score with the original's mistakes mended; these metrics begin with corrected_."""
+    cot: bool = False
+    """Ask for reasoning before the answer, where the original can."""
+    subtask: str | None = None
+    """Subtask of MME-RealWorld; null: Autonomous_Driving."""
+    segments: Positive | None = None
+    """Frames of a video; null: the original's, 16 for MVBench."""
+    total_tiles: Positive = 64
+    """Most tiles of all pages of a question of MP-DocVQA."""
+    checkpoint: str = ""
+    """Name of the model in the original's result files; empty: its folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QaEval(JudgedEval):
+    """Held-out conversations: every answer is generated and compared with the file's."""
+
+    type: Literal["qa"] = "qa"
+    annotations: Path
+    """Chat JSONL as training reads it: several turns, several images, or a video. `answers` of a
+    line are further reference answers, `category` groups the scores."""
+    images: Path = Path(".")
+    """Folder that image paths are relative to."""
+    metric: Literal[
+        "auto", "exact", "soft", "anls", "number", "boxes", "yes-no", "choice", "judge"
+    ] = "auto"
+    """auto: chosen for every question by its reference answer. exact: equal without case; soft:
+    VQA's agreement with several answers; anls: edit distance; number; boxes: IoU of 0.5; yes-no;
+    choice: a letter among the options of the question; judge: see `judge`."""
+    tolerance: Annotated[float, Field(ge=0)] = 0.0
+    """Largest relative error of a right number, such as 0.05."""
+    max_new_tokens: Positive = 256
+    """Longest answer, in tokens."""
+    frames: Positive = 8
+    """Frames of a video."""
+
+
+EvalSection = Annotated[
+    CaptionEval | LossEval | RetrievalEval | ClassifyEval | BenchmarkEval | QaEval, OneOf("type")
+]
 """Every evaluator; a new one is one more member. A section without `type` is of the first."""
+
+
+_NO_OPTION = ("type", "split", "task", "checkpoint", *EvalConfig.in_training)
+"""Keys of a section that the command line gives otherwise, or that only a recipe has."""
 
 
 def eval_keys(name: str) -> set[str]:
@@ -223,8 +303,8 @@ def eval_options() -> dict[str, list[type[EvalConfig]]]:
     options: dict[str, list[type[EvalConfig]]] = {}
     for section in members(EvalSection):
         for field in fields(section):
-            # The task decides `type`; `split` is a general option, also of published sets.
-            if field.name not in ("type", "split", *EvalConfig.in_training):
+            # The tasks decide `type` and `task`; `split` is also of published sets.
+            if field.name not in _NO_OPTION:
                 options.setdefault(field.name, []).append(section)
     return options
 

@@ -9,7 +9,7 @@ import io
 import os
 import re
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -115,6 +115,29 @@ def read_frames(
     if video.path.lower().endswith(_ANIMATIONS):
         return _animation_frames(video, config, draw)
     return _decoded_frames(video, config, draw)
+
+
+def read_frames_at(path: str, choose: Callable[[int, float], Sequence[int]]) -> list[Image.Image]:
+    """Decodes the RGB frames of a video file that `choose` names by index, in its order.
+
+    Args:
+        choose: called with the number of frames and the frames a second.
+
+    Raises:
+        BadImage: it is missing, cannot be decoded, or ends before one of them.
+    """
+    source, name = _read_source(path), name_of(path)
+    with _open_stream(source, name) as (container, stream):
+        timing = _read_timing(container, stream, name)
+    last = len(timing.shown) - 1
+    chosen = [min(max(index, 0), last) for index in choose(last + 1, timing.fps)]
+    distinct = np.unique(np.array(chosen, np.int64))
+    with _open_stream(source, name) as (container, stream):
+        frames, _ = _decode(container, stream, distinct, name)
+    if frames is None:
+        raise BadImage(f"{name} ends before frame {int(distinct[-1])}; replace the file")
+    by_index = dict(zip(distinct.tolist(), frames, strict=True))
+    return [by_index[index] for index in chosen]
 
 
 def read_video(

@@ -15,7 +15,7 @@ from typing import Any
 
 from internvl.data import captions
 from internvl.data.json_rows import read_json
-from internvl.datasets import convert, mmpr, playground
+from internvl.datasets import convert, mmpr, playground, tasks
 from internvl.datasets import download as fetch
 from internvl.datasets.checklist import Missing, Tree
 from internvl.datasets.published import COCO, FLICKR, KARPATHY, NOCAPS, NOCAPS_IMAGES, OPENGVLAB
@@ -59,7 +59,7 @@ def run(name: str, root: Path, *, download: bool = False) -> Prepared:
     """Prepares the data set `name`.
 
     Args:
-        name: one of NAMES.
+        name: one of NAMES, or a benchmark's.
         root: folder that holds `data/` and `playground/`, usually the working directory; for
             sft-v1.2 the hub's snapshot (with `opensource/` and `data/`) will do as well.
         download: fetch files whose URL a program can fetch.
@@ -68,13 +68,17 @@ def run(name: str, root: Path, *, download: bool = False) -> Prepared:
         UserError: no such data set; DataError, which is one: a file is not in its form or does
             not hold the published number of samples, or a download failed.
     """
-    if name not in _STEPS:
-        near = difflib.get_close_matches(name, NAMES, n=1)
+    is_benchmark = name in tasks.tasks()
+    if name not in _STEPS and not is_benchmark:
+        near = difflib.get_close_matches(name, [*NAMES, *tasks.tasks()], n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(NAMES)}"
-        raise UserError(f"there is no data set {name!r} to prepare; {hint}")
+        raise UserError(
+            f"there is no data set {name!r} to prepare; {hint}, or a benchmark of "
+            "`internvl evaluate --help`"
+        )
     tree = Tree(root, download)
     # Exhausted before the counts are read: the generator fills `tree` while it runs.
-    files = tuple(_STEPS[name](tree))
+    files = tuple(_benchmark(tree, name) if is_benchmark else _STEPS[name](tree))
     return Prepared(name, files, tree.counts, tuple(tree.missing))
 
 
@@ -234,3 +238,37 @@ _STEPS: dict[str, Callable[[Tree], Iterator[Path]]] = {
     "sft-v1.2": playground.sft,
     "synthdog": playground.synthdog,
 }
+
+
+def _benchmark(tree: Tree, name: str) -> Iterator[Path]:
+    """Fetches or lists the files of a key's data sets; yields those that exist."""
+    entries = {
+        dataset.name: dataset
+        for key in tasks.tasks()[name].keys or (name,)
+        if key in tasks.tasks()
+        for dataset in tasks.tasks()[key].sets.values()
+    }
+    for entry in entries.values():
+        places = tasks.Places(tree.root / "data", entry)
+        for role, file in entry.files.items():
+            path = places.file(role)
+            if path.exists() or _fetched(tree, path, file.address):
+                yield path
+        for folder in entry.folders:
+            tree.has_images(places.path(folder.path), folder.address)
+
+
+def _fetched(tree: Tree, path: Path, address: str) -> bool:
+    """True if a missing file was fetched; lists it otherwise."""
+    # Other addresses are pages, folders of a hub, or forms to fill in.
+    fetchable = address.startswith("http") and " " not in address and path.suffix
+    if tree.download and fetchable and address.endswith(fetch.ARCHIVES):
+        archive = path.parent / address.rpartition("/")[2]
+        if not archive.is_file():
+            fetch.fetch(address, archive)
+        fetch.unpack_files(archive, [path.name], path.parent)
+    elif fetchable and Path(address).suffix == path.suffix:
+        return tree.has_file(path, address)
+    if not path.exists():
+        tree.missing.append(Missing(path, address))
+    return path.exists()

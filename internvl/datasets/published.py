@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from internvl.config import EvalSection, eval_config
+from internvl.datasets import tasks
 from internvl.errors import ConfigError, counted
 
 OPENGVLAB = "https://github.com/OpenGVLab/InternVL/releases/download/data/"
@@ -172,6 +173,7 @@ TASKS: dict[str, Task] = {
 """By name, as `internvl evaluate` calls them."""
 
 USER_TASKS = {
+    "qa-file": "your own questions with their answers, chat JSONL (--annotations FILE)",
     "caption-file": "captions of your own images (--annotations FILE --images DIR)",
     "retrieval-folder": "your own images and texts (--annotations FILE-OR-FOLDER --images DIR)",
     "classify-folder": "a folder of images for each class (--annotations FOLDER)",
@@ -181,7 +183,7 @@ USER_TASKS = {
 
 def no_such(name: str, others: Iterable[str] = ()) -> str:
     """Returns the error message for an unknown task; `others`: further names that exist."""
-    names = [*others, *TASKS, *USER_TASKS]
+    names = [*others, *TASKS, *USER_TASKS, *tasks.tasks()]
     # Below difflib's 0.6: people leave out the prefix, as in "flickr30k".
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
@@ -194,7 +196,9 @@ def list_tasks() -> str:
         name: f"{task.about}: {task.num_images:,} images, {task.num_texts:,} texts"
         for name, task in TASKS.items()
     } | USER_TASKS
-    return "\n".join(f"  {name:24}{about}" for name, about in rows.items())
+    benchmarks = {name: task.about for name, task in tasks.tasks().items()}
+    lines = [f"  {name:27}{about}" for name, about in (rows | benchmarks).items()]
+    return "\n".join(lines)
 
 
 def configs(

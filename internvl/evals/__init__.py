@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from internvl import dist
 from internvl.config import EvalConfig
 from internvl.data.images import FileSlice
-from internvl.evals import caption, classify, loss, retrieval
+from internvl.evals import benchmark, caption, classify, loss, qa, retrieval
 from internvl.evals.metrics import one_meteor
 from internvl.evals.scores import LEFT_OUT as LEFT_OUT
 from internvl.evals.scores import EvalScores, Table
@@ -50,6 +50,8 @@ EVALS: dict[str, Callable[..., Evaluator]] = {
     "loss": loss.Loss,
     "retrieval": retrieval.Retrieval,
     "classify": classify.Classify,
+    "benchmark": benchmark.Benchmark,
+    "qa": qa.QuestionAnswers,
 }
 
 FROM_ANSWERS: dict[str, Callable[[Any, Mapping[Any, str]], Evaluator]] = {
@@ -105,6 +107,8 @@ def run_all(
             continue
         metrics |= {f"{name}/{metric}": value for metric, value in scores.values.items()}
         rows_path = _write(path, name, scores, metrics)
+        for note in scores.notes:
+            get_logger().info("%s: %s", name, note)
         if step is None:  # the caller shows the metrics
             get_logger().info("%s: measured; its rows are in %s", name, rows_path)
         else:
@@ -118,10 +122,26 @@ def _write(path: Path, name: str, scores: EvalScores, metrics: Mapping[str, floa
     rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scores.rows)
     rows_path = path.with_suffix("") / f"{name}.jsonl"
     write_text(rows_path, rows)
+    _write_files(path.with_suffix(""), scores)
     # After each evaluation and atomically: a killed run does not measure it again. After the
     # rows: metrics in the file mean that the rows are complete.
     write_json(path, {**_read_metrics(path), **metrics}, indent=1)
     return rows_path
+
+
+def _write_files(folder: Path, scores: EvalScores) -> None:
+    """Writes the result files of an evaluation in the original's form below a folder."""
+    for name, content in scores.files.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        else:
+            file.write_text(content, encoding="utf-8")
+    for name, lines in scores.lines.items():
+        # As the original, which collects the lines of all its calls in one file.
+        with (folder / name).open("a", encoding="utf-8") as summary:
+            summary.write(lines)
 
 
 def _shown(table: Table | None, values: Mapping[str, float]) -> str:

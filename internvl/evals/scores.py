@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from internvl import dist
@@ -23,6 +23,12 @@ class EvalScores:
     """Metric -> value."""
     rows: list[dict[str, Any]]
     """One for every image or text, and one for every skipped sample."""
+    files: Mapping[str, str | bytes] = field(default_factory=dict)
+    """Name of a result file in the original's form -> its content."""
+    lines: Mapping[str, str] = field(default_factory=dict)
+    """Name of a summary file -> lines that are appended to it."""
+    notes: tuple[str, ...] = ()
+    """Sentences about the result, such as where its answers are scored."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,458 @@
+"""Parsers and scores by the names in tasks.yaml."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from internvl.datasets.tasks import Dataset
+from internvl.evals.benchmark import video
+from internvl.evals.benchmark.readers import Item
+from internvl.evals.benchmark.results import Outcome, Scored
+from internvl.evals.scoring import (
+    boxes,
+    domains,
+    letters,
+    mathvista,
+    mmmu,
+    reviews,
+    texts,
+    yes_no,
+)
+
+Parser = Callable[[str, Item], str]
+Score = Callable[[Sequence[Outcome], Dataset], Scored]
+
+
+def _by_options(parse: Callable[[str, Any], str]) -> Parser:
+    return lambda answer, item: parse(answer, item.fields["options"])
+
+
+def _careful_open_or_letter(answer: str, item: Item) -> str:
+    options = item.fields["options"]
+    return letters.careful_letter(answer, options) if options else answer
+
+
+def _mmmu_response(answer: str, item: Item) -> str:
+    """Returns the letter of a response with reasoning, or what follows "Answer:"."""
+    options = item.fields["options"]
+    return letters.pro_letter(answer, options) if options else letters.final_answer(answer)
+
+
+def _careful_final_letter(answer: str, item: Item) -> str:
+    options = item.fields["options"]
+    return letters.careful_letter(letters.final_answer(answer), options)
+
+
+def _final_science_letter(answer: str, item: Item) -> str:
+    final = letters.final_answer(answer).strip()
+    return letters.science_letter(final, item.fields["options"])
+
+
+def _careful_world_letter(answer: str, item: Item) -> str:
+    # Choices are written "(A) text".
+    options = {choice[1]: choice[3:].strip() for choice in item.fields["choices"]}
+    return letters.careful_letter(answer, options)
+
+
+PARSERS: dict[str, Parser] = {
+    "option_letter": _by_options(letters.option_letter),
+    "open_or_letter": _by_options(letters.open_or_letter),
+    "science_letter": _by_options(letters.science_letter),
+    "final_science_letter": _final_science_letter,
+    "pro_letter": _by_options(letters.pro_letter),
+    "careful_letter": _by_options(letters.careful_letter),
+    "careful_open_or_letter": _careful_open_or_letter,
+    "careful_final_letter": _careful_final_letter,
+    "mmmu_response": _mmmu_response,
+    "world_letter": lambda answer, item: letters.world_letter(answer, item.fields["choices"]),
+    "careful_world_letter": _careful_world_letter,
+    "final_answer": lambda answer, item: letters.final_answer(answer).strip(),
+    "answer_after_rationale": lambda answer, item: reviews.answer_after_rationale(answer),
+    "mme_reply": lambda answer, item: yes_no.mme_reply(answer),
+    "camera_points": lambda answer, item: domains.camera_points(answer),
+}
+"""What is made of an answer."""
+
+
+def mean(values: Sequence[float]) -> float:
+    """Returns the mean, 0 of nothing."""
+    return sum(values) / len(values) if values else 0.0
+
+
+def _rates(
+    outcomes: Sequence[Outcome], each: Sequence[float], name: str, metric: str = "accuracy"
+) -> dict[str, float]:
+    """Returns the mean by every value of a field, then that of all."""
+    groups: dict[str, list[float]] = {}
+    for outcome, score in zip(outcomes, each, strict=True):
+        groups.setdefault(str(outcome[name]), []).append(score)
+    return {group: mean(scores) for group, scores in groups.items()} | {metric: mean(each)}
+
+
+def _texts(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _mean_of(
+    score: Callable[[str, Sequence[str]], float],
+    name: str = "annotation",
+    metric: str = "accuracy",
+    shown: str = "",
+) -> Score:
+    """Returns the mean of a score of answer and annotations.
+
+    Args:
+        name: field of the annotations.
+        shown: name under which the original prints it; empty: the number alone.
+    """
+
+    def run(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
+        each = [
+            # A question without annotations, as in a part of the file, counts nowhere.
+            None if outcome[name] is None else score(outcome.answer, _texts(outcome[name]))
+            for outcome in outcomes
+        ]
+        value = mean([v for v in each if v is not None])
+        return Scored({metric: value}, each, shown={shown: value} if shown else value)
+
+    return run
+
+
+def _gqa(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
+    each = [float(texts.gqa_answer(o.answer) == o["annotation"]) for o in outcomes]
+    predictions = [
+        {"questionId": o["question_id"], "prediction": texts.gqa_answer(o.answer)} for o in outcomes
+    ]
+    shown = f"Accuracy: {mean(each) * 100:.2f}%\n"
+    return Scored({"accuracy": mean(each)}, each, shown=shown, details=predictions)
+
+
+def _boxes(correct: Callable[[Outcome], bool]) -> Score:
+    def run(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
+        each = [float(correct(outcome)) for outcome in outcomes]
+        # The original's line ends with a space and a line break.
+        shown = f"Precision @ 1: {sum(map(int, each)) / max(1, len(each))} \n"
+        return Scored({"precision": mean(each)}, each, shown=shown)
+
+    return run
+
+
+def _referred(outcome: Outcome) -> bool:
+    box = boxes.referred_box(outcome.answer, *outcome["hw"])
+    return boxes.box_iou(box, outcome["gt_bbox"]) >= 0.5
+
+
+def _careful_referred(outcome: Outcome) -> bool:
+    box = boxes.careful_box(outcome.answer, *outcome["hw"])
+    return box is not None and boxes.box_iou(box, outcome["gt_bbox"]) >= 0.5
+
+
+def _remote_box(careful: bool) -> Score:
+    def correct(outcome: Outcome) -> bool:
+        if not careful:
+            return boxes.remote_correct(outcome.answer, outcome["bbox"], outcome["size"])
+        width, height = outcome["size"]
+        box = boxes.careful_box(outcome.answer, height, width)
+        return box is not None and boxes.pixel_iou(box.tolist(), outcome["bbox"]) > 0.5
+
+    def run(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
+        each = [float(correct(outcome)) for outcome in outcomes]
+        right = int(sum(each))
+        details = {
+            "correct:": right,
+            "incorrect:": len(each) - right,
+            "Total:": len(each),
+            "Acc@0.5:": mean(each),
+        }
+        return Scored({"accuracy": mean(each)}, each, details=details)
+
+    return run
+
+
+def _mme(label: Callable[[str], str]) -> Score:
+    def run(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
+        by_task: dict[str, list[tuple[str, str]]] = {}
+        for outcome in outcomes:
+            pair = (outcome["expected"], label(outcome.parsed))
+            by_task.setdefault(outcome["task"], []).append(pair)
+        scores = {task: yes_no.mme_task_score(pairs) for task, pairs in by_task.items()}
+        values = {
+            # Tasks in the order of the original's table.
+            **{t: scores[t] for names in yes_no.MME_TASKS.values() for t in names if t in scores},
+            **{
+                group: sum(scores.get(task, 0.0) for task in names)
+                for group, names in yes_no.MME_TASKS.items()
+            },
+        }
+        each = [float(yes_no.mme_label(label(o.parsed)) == o["expected"].lower()) for o in outcomes]
+        return Scored(values, each)
+
+    return run
+
+
+def _pope(label: Callable[[str], str]) -> Score:
+    def run(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
+        groups: dict[str, list[Outcome]] = {}
+        for outcome in outcomes:
+            groups.setdefault(outcome["category"], []).append(outcome)
+        values: dict[str, float] = {}
+        f1s = []
+        for category, members in sorted(groups.items()):
+            labelled = [(label(o.parsed), o["label"]) for o in members if o["label"]]
+            scores = yes_no.binary_scores([a for a, _ in labelled], [b for _, b in labelled])
+            f1s.append(scores.f1)
+            values |= {
+                f"{category}_{name}": getattr(scores, name)
+                for name in ("f1", "accuracy", "precision", "recall", "yes_ratio")
+            }
+        each = [
+            None if o["label"] is None else float(label(o.parsed) == o["label"]) for o in outcomes
+        ]
+        return Scored({**values, "f1": mean(f1s)}, each)
+
+    return run
+
+
+def _option_table(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
+    # Not the server's number, which asks every question with its options in turn.
+    each = [
+        None if o["letter_of_answer"] is None else float(o.parsed == o["letter_of_answer"])
+        for o in outcomes
+    ]
+    answered = [value for value in each if value is not None]
+    return Scored({"plain_accuracy": mean(answered)} if answered else {}, each)
+
+
+def _letter_accuracy(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
+    each = [float(o.parsed == o["letter_of_answer"]) for o in outcomes]
+    return Scored({"accuracy": mean(each)}, each)
+
+
+def _pairs(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
+    each = [float(o.parsed == o["letter_of_answer"]) for o in outcomes]
+    # Questions of a pair follow each other; one without its second counts nowhere.
+    both = [a * b for a, b in zip(each[::2], each[1::2], strict=False)]
+    return Scored({"accuracy": mean(both), "single_accuracy": mean(each)}, each)
+
+
+def _seed(careful: bool) -> Score:
+    def run(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
+        each: list[float | None] = []
+        for outcome in outcomes:
+            expected = outcome["scored_answer"]
+            letter = letters.first_letter(outcome.answer)
+            if careful:
+                options = dict.fromkeys("ABCD", "")
+                letter = letters.careful_letter(outcome.answer, options)
+            each.append(None if expected is None else float(letter == expected))
+        scored = [(o, v) for o, v in zip(outcomes, each, strict=True) if v is not None]
+        # Every type outside 1 to 9 counts as video, as in the original.
+        image = [v for o, v in scored if o["type_id"] in range(1, 10)]
+        other = [v for o, v in scored if o["type_id"] not in range(1, 10)]
+        values = _rates([o for o, _ in scored], [v for _, v in scored], "type")
+        values |= {"image": mean(image)} if image else {}
+        values |= {"video": mean(other)} if other else {}
+        # What evaluate_seed.py prints before: the whole reply equals the letter of its own row.
+        whole = [float(o.answer == o["letter_of_answer"]) for o in outcomes]
+        return Scored(values | {"exact_reply": mean(whole)}, each)
+
+    return run
+
+
+def _careful_video_choice(answer: str, expected: str) -> bool:
+    letter = letters.careful_letter(letters.final_answer(answer), dict.fromkeys("ABCDE", ""))
+    return letter == expected[1:2]
+
+
+def _mvbench(correct: Callable[[str, str], bool]) -> Score:
+    def run(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
+        each = [float(correct(o.answer, o["gt"])) for o in outcomes]
+        values = _rates(outcomes, each, "task_type")
+        order = [task.name for task in video.TASKS]
+        by_task = {name: values[name] * 100 for name in order if name in values}
+        details = by_task | {"Avg": values["accuracy"] * 100}
+        return Scored(values, each, details=details)
+
+    return run
+
+
+def _world(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
+    each = [float(o.parsed == o["letter_of_answer"]) for o in outcomes]
+    return Scored(_rates(outcomes, each, "task"), each)
+
+
+def _interleaved(careful: bool) -> Score:
+    def correct(outcome: Outcome) -> bool:
+        row, answer = outcome["row"], outcome.answer
+        is_choice = row["question_type"] == "multi-choice"
+        if careful and is_choice:
+            # Their texts begin with the letter in brackets.
+            options = {text.strip()[1:2]: text.strip()[3:].strip() for text in row["options"]}
+            return letters.careful_letter(answer, options) == row["answer"]
+        if careful:
+            return answer.strip().rstrip(".").lower() == row["answer"].strip().lower()
+        return letters.interleaved_choice(answer, row["answer"], row["options"], is_choice)
+
+    def run(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
+        each = [float(correct(outcome)) for outcome in outcomes]
+        values: dict[str, float] = {}
+        for name in ("multi-choice", "short-answer"):
+            scores = [v for o, v in zip(outcomes, each, strict=True) if o["question_type"] == name]
+            values |= {name: mean(scores)} if scores else {}
+        fields = [{"correct": int(value)} for value in each]
+        return Scored({**values, "accuracy": mean(each)}, each, fields)
+
+    return run
+
+
+def _mirb(careful: bool) -> Score:
+    def run(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
+        each = [
+            domains.mirb_score(o.answer, o["answers"], o["task"], careful=careful) for o in outcomes
+        ]
+        by_task: dict[str, list[float]] = {}
+        for outcome, score in zip(outcomes, each, strict=True):
+            by_task.setdefault(outcome["task"], []).append(score)
+        averages = domains.mirb_averages(by_task)
+        values = {task: mean(scores) for task, scores in by_task.items()} | averages
+        fields = [{"score": value} for value in each]
+        values["accuracy"] = values.pop("mean", 0.0)
+        return Scored(values, each, fields)
+
+    return run
+
+
+MMIU_TASKS = (
+    *("point_tracking", "ravens_progressive_matrices", "single_object_tracking"),
+    *("threed_cad_recognition", "threed_indoor_recognition", "Egocentric_Video_QuestionAnswering"),
+    *("Homography_estimation", "Icon_Question_Answering_with_Spatial_Context"),
+    *("Image_Captioning_with_Spatial_Context", "Image_Spatial_Transformation_Estimation"),
+    *("Image_text_retrieval_with_Spatial_Context", "Multiview_Action_Recognition"),
+    *("Multiview_reasoning", "jigsaw_puzzle_solving", "threeD_Depth_Estimation"),
+    *("threeD_Object_Detection", "threeD_Object_Tracking", "threeD_Pose_Estimation"),
+    *("threeD_Scene_Reconstruction", "threeD_question_answering"),
+)
+"""Tasks whose mean is the score; others count nowhere."""
+
+
+def _mmiu(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
+    each = [float(o.parsed == o["gt"]) for o in outcomes]
+    rates = _rates(outcomes, each, "task")
+    values = {task: rates[task] for task in MMIU_TASKS if task in rates}
+    return Scored({**values, "accuracy": mean([*values.values()])}, each)
+
+
+def _mmmu(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
+    correct: dict[str, bool] = {}
+    for outcome in outcomes:
+        key = outcome["expected"]
+        # An id that the key lacks stops the original.
+        if key is None:
+            continue
+        if key["question_type"] == "multiple-choice":
+            right = mmmu.choice_correct(key["ground_truth"], outcome.parsed)
+        else:
+            right = mmmu.open_correct(key["ground_truth"], mmmu.parse_open(outcome.parsed))
+        correct[outcome["id"]] = right
+    table = mmmu.table(correct)
+    values = {
+        name.removeprefix("Overall-"): float(row["acc"])
+        for name, row in table.items()
+        if row["num"] and name != "Overall"
+    }
+    each = [float(correct[o["id"]]) if o["id"] in correct else None for o in outcomes]
+    accuracy = float(table["Overall"]["acc"])
+    return Scored({**values, "accuracy": accuracy}, each, details=table)
+
+
+def _contained(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
+    each = [texts.contains_answer(o.answer, o["gt_answers"]) for o in outcomes]
+    values = _rates(outcomes, each, "task_type", "mean_accuracy")
+    groups = {name: value for name, value in values.items() if name != "mean_accuracy"}
+    # The sum over the categories, up to 5.
+    return Scored({**groups, "overall": sum(groups.values())}, each)
+
+
+def _remote_answers(correct: Callable[[str, Any, str], bool]) -> Score:
+    def run(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
+        each = [float(correct(o.answer, o["gt_answer"], o["type"])) for o in outcomes]
+        by_type: dict[str, list[float]] = {}
+        for outcome, score in zip(outcomes, each, strict=True):
+            by_type.setdefault(outcome["type"], []).append(score)
+        useful = [
+            v for name, scores in by_type.items() if name not in ("count", "area") for v in scores
+        ]
+        types = {name: round(mean(scores), 4) for name, scores in by_type.items()}
+        details = {
+            "type_scores": types,
+            "type_counts": {name: len(scores) for name, scores in by_type.items()},
+            "total_score": round(mean(each), 4),
+            "total_score_useful": round(mean(useful), 4),
+        }
+        values = {**types, "accuracy": mean(each), "useful_accuracy": mean(useful)}
+        return Scored(values, each, details=details)
+
+    return run
+
+
+def mathvista_scores(
+    outcomes: Sequence[Outcome],
+    quick: bool = False,
+    ask: Callable[[str, str], str] | None = None,
+) -> Scored:
+    """Scores MathVista's answers; `ask` is the judge, see `mathvista.extract`."""
+    fields, merged = [], []
+    for outcome in outcomes:
+        row = outcome["row"]
+        extraction = mathvista.extract(outcome.answer, row, quick, ask)
+        prediction = mathvista.normalize(extraction, row)
+        correct = prediction == row["answer"]
+        fields.append({"extraction": extraction, "prediction": prediction, "true_false": correct})
+        merged.append({**row, **row["metadata"], "true_false": correct})
+    table = mathvista.scores(merged)
+    each = [float(field["true_false"]) for field in fields]
+    return Scored({"accuracy": mean(each)}, each, fields, details=table)
+
+
+SCORES: dict[str, Score] = {
+    "soft_accuracy": _mean_of(texts.soft_accuracy, "answers"),
+    "anls": _mean_of(texts.anls, "answers", "anls"),
+    "careful_anls": _mean_of(texts.careful_anls, "answers", "anls"),
+    "relaxed_accuracy": _mean_of(texts.relaxed_accuracy, shown="relaxed_accuracy"),
+    "careful_relaxed_accuracy": _mean_of(texts.careful_relaxed_accuracy),
+    "exact": _mean_of(texts.exact, shown="accuracy"),
+    "gqa": _gqa,
+    "referred_box": _boxes(_referred),
+    "careful_box": _boxes(_careful_referred),
+    "remote_box": _remote_box(careful=False),
+    "careful_remote_box": _remote_box(careful=True),
+    "mme": _mme(lambda reply: reply),
+    "careful_mme": _mme(yes_no.careful_yes_no),
+    "pope": _pope(yes_no.pope_label),
+    "careful_pope": _pope(yes_no.careful_yes_no),
+    "option_table": _option_table,
+    "letter_accuracy": _letter_accuracy,
+    "pairs": _pairs,
+    "seed": _seed(careful=False),
+    "careful_seed": _seed(careful=True),
+    "mvbench": _mvbench(letters.video_choice),
+    "careful_mvbench": _mvbench(_careful_video_choice),
+    "world": _world,
+    "interleaved_choice": _interleaved(careful=False),
+    "careful_interleaved_choice": _interleaved(careful=True),
+    "mirb": _mirb(careful=False),
+    "careful_mirb": _mirb(careful=True),
+    "mmiu": _mmiu,
+    "mmmu": _mmmu,
+    "contained": _contained,
+    "remote_answers": _remote_answers(domains.remote_answer),
+    "careful_remote_answers": _remote_answers(domains.careful_remote_answer),
+    "mathvista": lambda outcomes, dataset: mathvista_scores(outcomes),
+    "mathvista_quick": lambda outcomes, dataset: mathvista_scores(outcomes, quick=True),
+}
+"""How the answers to a data set are scored."""
+
+
+def row_score(each: Sequence[float | None], index: int) -> Mapping[str, float]:
+    """Returns {"score": value} of a question, {} without one."""
+    value = each[index] if index < len(each) else None
+    return {} if value is None else {"score": value}
