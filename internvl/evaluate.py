@@ -706,12 +706,16 @@ def _caption_line(
 def published(model: str | Path, name: str) -> float | None:
     """Returns the published value of metric `name` of `run`, on the same scale, or None.
 
-    Only for an unchanged released model: its hub id, or a folder of the same name.
+    Only for an unchanged released model (its hub id, or a folder of the same name), and for a run
+    folder with the name of a published training.
     """
-    if find_run(model) is not None:
+    run = find_run(model)
+    training = (str(model), "") if run is None else zoo.training(run.folder.resolve().name)
+    if training is None:
         return None
+    base, recipe = training
     try:
-        released = zoo.find(str(model))
+        released = zoo.find(base)
     except UnknownModel:
         return None
     evaluation, _, metric = name.partition("/")
@@ -726,7 +730,7 @@ def published(model: str | Path, name: str) -> float | None:
             metric = metric.replace(benchmark_name, paper_name)
     for score in zoo.scores(released.name):
         # A score with a recipe is of the model after fine-tuning.
-        if (score.task, score.metric, score.mode) != (task, metric, mode) or score.recipe:
+        if (score.task, score.metric, score.mode) != (task, metric, mode) or score.recipe != recipe:
             continue
         if score.language == language:
             return score.value / 100 if percent and metric not in _IN_POINTS else score.value

@@ -1,33 +1,62 @@
 """Small models and data in the layout of the original's guides, and its command lines typed."""
 
+import ast
 import json
 import os
-import subprocess
+import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pair_runs
+import pytest
 from chat_folders import prompt_folder
+from command_line import call
 from PIL import Image
+
+from internvl.compat.shims import is_shim
 
 COLORS = ("red", "green", "blue", "gray")
 MODEL_CODE = "modeling_internvl_chat.py"
 
 
-def type_lines(lines: str, folder: Path, **variables: str) -> str:
-    """Types lines into a shell in `folder`, up to the first that fails; returns what they print."""
-    package = Path(__file__).parents[1]
-    env = os.environ | {"PYTHONPATH": str(package), "HF_HUB_OFFLINE": "1"} | variables
-    done = subprocess.run(
-        ["bash", "-e"],
-        input=lines,
-        cwd=folder,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+class Terminal:
+    """Types lines of the guides in a folder of shims.
+
+    A shim's own words are called in this process: to start each would import torch once more.
+    """
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+        self.cd(folder)
+
+    def cd(self, folder: str | Path) -> None:
+        """Changes the working folder."""
+        self.monkeypatch.chdir(folder)
+
+    def type(self, line: str, code: int = 0) -> str:
+        """Runs a line; returns what it prints, which fails the test if it ends otherwise."""
+        words = shlex.split(line)
+        with pytest.MonkeyPatch.context() as patch:
+            while "=" in words[0]:
+                patch.setenv(*words.pop(0).split("=", 1))
+            if words[0] in ("sh", "bash", "python", "python3"):
+                del words[0]
+            else:
+                assert os.access(words[0], os.X_OK)
+            ended, out, err = call(self.capsys, *_of_shim(Path(words[0])), *words[1:])
+        assert ended == code, out + err
+        return out + err
+
+
+def _of_shim(path: Path) -> list[str]:
+    """The words that a shim hands to the package."""
+    assert is_shim(path)
+    text = path.read_text()
+    python = re.search(r"^command = (.*)$", text, re.MULTILINE)
+    words = ast.literal_eval(python[1]) if python else shlex.split(text.splitlines()[-1])[1:]
+    assert words[1:3] == ["-m", "internvl"]
+    return [word for word in words[3:] if word != "$@"]
 
 
 def chat_model(to: Path) -> Path:
@@ -83,12 +112,12 @@ def pairs(root: Path) -> None:
     lines = (flickr / "Images/captions.txt").read_text()
     (flickr / "Images/captions.txt").unlink()
     header, *rows = lines.splitlines()
-    train, test = "\n".join([header, *rows[:16]]), "\n".join([header, *rows[16:24]])
+    train, test = "\n".join([header, *rows[:16]]), "\n".join([header, *rows[16:40]])
     for name in ("flickr30k_train_karpathy", "flickr30k_cn_train"):
         (flickr / f"{name}.txt").write_text(train + "\n")
     for name in ("flickr30k_test_karpathy", "flickr30k_cn_test", "flickr30k_val_karpathy"):
         (flickr / f"{name}.txt").write_text(test + "\n")
-    captions = [row.partition(",") for row in rows[16:24]]
+    captions = [row.partition(",") for row in rows[16:40]]
     names = list(dict.fromkeys(name for name, _, _ in captions))
     images = [{"id": i, "file_name": name} for i, name in enumerate(names)]
     notes = [
@@ -108,3 +137,18 @@ def pairs(root: Path) -> None:
         for i in range(8)
     ]
     (coco_folder / "annotations/coco_karpathy_train.json").write_text(json.dumps(train_list))
+
+
+def playground(root: Path, sets: dict[str, dict[str, Any]]) -> None:
+    """Two samples and an image for every data set of a list in shell/data."""
+    for entry in sets.values():
+        images, file = root / entry["root"], root / entry["annotation"]
+        images.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), "red").save(images / "one.jpg")
+        turns = [
+            {"from": "human", "value": "<image>\nWhich color?"},
+            {"from": "gpt", "value": "red"},
+        ]
+        row = json.dumps({"id": 0, "image": "one.jpg", "conversations": turns})
+        file.write_text(f"{row}\n{row}\n")

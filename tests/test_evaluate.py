@@ -192,6 +192,19 @@ def test_published_scores_of_every_task_language_and_mode() -> None:
     assert evaluate.published("somebody/else", "caption-coco/cider") is None
 
 
+def test_published_scores_of_a_training_by_the_name_of_its_run(tmp_path) -> None:
+    name = "internvl2_2b_internlm2_1_8b_dynamic_res_2nd_finetune_lora_coco"
+    for run in ("internvl2_2b_lora_coco", name, "internvl_14b_full_flickr30k", "mine"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "recipe.yaml").touch()
+    for run in ("internvl2_2b_lora_coco", name):
+        assert evaluate.published(tmp_path / run, "caption-coco/cider") == 1.312
+    recall = "retrieval-flickr30k/g_text_retrieval_recall@1"
+    value = evaluate.published(tmp_path / "internvl_14b_full_flickr30k", recall)
+    assert value == pytest.approx(0.979)
+    assert evaluate.published(tmp_path / "mine", "caption-coco/cider") is None
+
+
 def test_a_name_of_no_run_or_model_is_said_before_all_else(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "mine").mkdir(parents=True)

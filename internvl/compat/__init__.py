@@ -42,6 +42,7 @@ def translate(command: str, words: Sequence[str], environment: Mapping[str, str]
         ConfigError: no such command, or words that it does not have or that have no counterpart.
     """
     name = command.removesuffix(".py")
+    # A name of the original that has no command is told why, not that it is unknown.
     reason = tools.without_command().get(name)
     if reason is not None:
         raise ConfigError(f"{command}: {reason}")
@@ -49,7 +50,9 @@ def translate(command: str, words: Sequence[str], environment: Mapping[str, str]
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(COMMANDS)}"
         raise ConfigError(f"{command}: no command of the original; {hint}")
+    # Tools are called with and without their .py.
     run, usage = COMMANDS[name]
+    # Before translating: flags that are missing are no reason to refuse help.
     if "--help" in words or "-h" in words:
         return Translation(done=f"internvl compat {name} {usage}")
     return run(words, environment)

@@ -27,52 +27,58 @@ def translate(words: Sequence[str], environment: Mapping[str, str]) -> Translati
     positional, flags = take_flags(
         words, table["valued"], table["switches"], several=table["several"]
     )
+    # `build`, its other verb, makes tables of result files only.
     if positional != ["eval"]:
         raise ConfigError("clip_benchmark: `eval` and its flags are expected")
     for flag in flags:
         if flag in table["refused"]:
             raise ConfigError(f"--{flag}: {table['refused'][flag]}")
-    one = {flag: values[-1] for flag, values in flags.items() if values}
-    if one.get("model_type") != "internvl":
-        raise ConfigError(f"--model_type {one.get('model_type', 'open_clip')}: internvl only")
+    last = {flag: values[-1] for flag, values in flags.items() if values}
+    # Its default is open_clip, whose models this package does not have.
+    if last.get("model_type") != "internvl":
+        raise ConfigError(f"--model_type {last.get('model_type', 'open_clip')}: internvl only")
     for flag in ("model", "pretrained"):
-        if flag not in one:
+        if flag not in last:
             raise ConfigError(f"--{flag}: missing")
-    model = _MODEL.fullmatch(one["model"])
+    model = _MODEL.fullmatch(last["model"])
     if model is None:
         raise ConfigError(
-            f"--model {one['model']}: internvl_c_retrieval_hf or internvl_g_retrieval_hf (or "
+            f"--model {last['model']}: internvl_c_retrieval_hf or internvl_g_retrieval_hf (or "
             "internvl_c_retrieval for a .pth) is expected"
         )
-    tasks, languages = _tasks(flags, one, model["task"])
-    root = one.get("dataset_root", "root")
+    tasks, languages = _tasks(flags, last, model["task"])
+    # CLIP_benchmark calls the default folder root.
+    root = last.get("dataset_root", "root")
     command = [
-        *("evaluate", one["pretrained"].rstrip("/") or "/", *tasks, "--mode", model["mode"]),
-        *("--dataset-root", root, "--split", one.get("split", "test")),
+        # Without the last slash, as its result lines have the path.
+        *("evaluate", last["pretrained"].rstrip("/") or "/", *tasks, "--mode", model["mode"]),
+        *("--dataset-root", root, "--split", last.get("split", "test")),
         *(("--language", ",".join(languages)) if languages else ()),
-        *("--batch-size", one.get("batch_size", "64")),
+        *("--batch-size", last.get("batch_size", "64")),
         *(("--recall-k", ",".join(flags["recall_k"])) if "recall_k" in flags else ()),
-        *(("--features", one["feature_root"]) if "feature_root" in one else ()),
+        *(("--features", last["feature_root"]) if "feature_root" in last else ()),
+        # Autocast off leaves the weights in float32.
         *(("--dtype", "float32") if "no_amp" in flags else ()),
-        *("--output", _output(one)),
+        *("--output", _output(last)),
     ]
     notes = [f"--{flag}: changes nothing here" for flag in flags if flag in table["nothing"]]
-    if "skip_existing" in flags and Path(_output(one)).exists():
-        return Translation(notes=tuple(notes), done=f"{_output(one)} exists: skipped")
+    if "skip_existing" in flags and Path(_output(last)).exists():
+        return Translation(notes=tuple(notes), done=f"{_output(last)} exists: skipped")
     return Translation(commands=(tuple(command),), notes=tuple(notes))
 
 
 def _tasks(
-    flags: Mapping[str, Sequence[str]], one: Mapping[str, str], kind_of_model: str
+    flags: Mapping[str, Sequence[str]], last: Mapping[str, str], model_task: str
 ) -> tuple[list[str], list[str]]:
     """Returns the tasks of `internvl evaluate`, and the languages of a multilingual one.
 
     Raises:
         ConfigError: a task, data set or language that it does not have.
     """
-    task = one.get("task", "auto")
+    task = last.get("task", "auto")
+    # The model decides, as its name tells what it is for.
     if task == "auto":
-        task = f"zeroshot_{kind_of_model}"
+        task = f"zeroshot_{model_task}"
     if task == "zeroshot_retrieval_with_itm":
         raise ConfigError(
             "--task zeroshot_retrieval_with_itm: its module is missing in the original; use "
@@ -83,7 +89,7 @@ def _tasks(
             f"--task {task}: for a folder of images for each class use `internvl evaluate MODEL "
             "classify-folder --annotations FOLDER`; other tasks are not here"
         )
-    # A repeated --language is the last one, several after one flag are all measured.
+    # A repeated --language is the last; several after one flag are all measured.
     languages = list(flags.get("language", ["en"]))
     table = _table()["retrieval"]
     names = []
@@ -101,14 +107,14 @@ def _tasks(
     return list(dict.fromkeys(names)), languages if multilingual else []
 
 
-def _output(one: Mapping[str, str]) -> str:
+def _output(last: Mapping[str, str]) -> str:
     """Returns the file of result lines, its placeholders filled in."""
-    pretrained = one["pretrained"].rstrip("/")
-    return one.get("output", "result.json").format(
-        model=one["model"],
+    pretrained = last["pretrained"].rstrip("/")
+    return last.get("output", "result.json").format(
+        model=last["model"],
         pretrained=Path(pretrained).name,
         pretrained_full_path=pretrained.replace("/", "_"),
-        task=one.get("task", "auto"),
-        dataset=one.get("dataset", "").replace("/", "-"),
-        language=one.get("language", "en"),
+        task=last.get("task", "auto"),
+        dataset=last.get("dataset", "").replace("/", "-"),
+        language=last.get("language", "en"),
     )

@@ -42,11 +42,13 @@ def translate(words: Sequence[str], environment: Mapping[str, str]) -> Translati
     positional, flags = take_flags(words, abouts, tuple(table["switches"]))
     if len(positional) != 2:
         raise ConfigError("evaluate.sh: CHECKPOINT and KEY, such as pretrained/X caption-coco")
+    # Results are named by the path, and a trailing slash is no part of it.
     checkpoint, key = positional[0].rstrip("/") or positional[0], positional[1]
     names = _tasks_of(key)
     for flag, row in table["valued"].items():
         if flag in flags and "refused" in row:
             raise ConfigError(f"--{flag}: {row['refused']}")
+    # A hub id is not opened: to download is for the evaluation itself.
     family = "chat" if hub.is_hub_id(checkpoint) else open_model(checkpoint).files.family
     notes = [
         f"--{flag}: changes nothing: {row['nothing']}"
@@ -79,6 +81,7 @@ def _tasks_of(key: str) -> list[str]:
         near = difflib.get_close_matches(key, keys(), n=1)
         hint = f"did you mean {near[0]}?" if near else "its keys are in docs/original.md"
         raise ConfigError(f"{key}: the original's evaluate.sh has no such key; {hint}")
+    # Asked of the open set: keys work as soon as their task exists.
     missing = [name for name in keys()[key] if name not in tasks()]
     if missing:
         raise ConfigError(f"{key}: internvl evaluate has no task {missing[0]} yet")
@@ -95,10 +98,12 @@ def _tiles(key: str, flags: Mapping[str, Any], names: Sequence[str]) -> tuple[li
         ]
         return _option("tiles", names, str(table["fixed"][key])), ignored
     if "dynamic" in flags:
+        # The empty beginning comes last and fits every key.
         default = next(n for start, n in table["max_num"].items() if key.startswith(start))
         return _option("tiles", names, flags.get("max-num", [str(default)])[0]), notes
     if "max-num" in flags:
         notes.append("--max-num: changes nothing without --dynamic")
+    # A result that is far below the published one needs its reason said.
     notes.append("without --dynamic every image is one tile; published scores are with --dynamic")
     return _option("tiles", names, "one"), notes
 
@@ -117,6 +122,7 @@ def _plain_options(flags: Mapping[str, Sequence[str]], names: Sequence[str]) -> 
 
 def _option(name: str, names: Sequence[str], *values: str) -> list[str]:
     """Returns `--name value`. Raises ConfigError if no task has such an option."""
+    # Refused here, since the error of `internvl evaluate` names flags nobody typed.
     key = name.replace("-", "_")
     types = {
         published.TASKS[task].type if task in published.TASKS else "benchmark" for task in names
@@ -135,11 +141,13 @@ def _devices(
     text = environment.get("GPUS", "8")
     if not text.isdigit() or int(text) < 1:
         raise ConfigError(f"GPUS={text}: a number from 1 on is expected")
+    # Here: it is torch that counts GPUs, and --auto needs no count.
     from internvl.launch import local
 
     available = local.count_gpus()
     if available == 0:
         return [], []
+    # The original stops when there are fewer; results do not depend on their number.
     if int(text) <= available:
         return ["--gpus", text], []
     return ["--gpus", str(available)], [f"GPUS={text}: this machine has {available}"]

@@ -90,6 +90,7 @@ def translate(
         names = ", ".join(f"{stem}.py" for stem in ENTRIES)
         raise ConfigError(f"{entry}: no training entry of the original; it has {names}")
     flags = flags_of(ENTRIES[name])
+    # All problems at once: a script has forty flags.
     stated, problems = _parse(words, flags)
     problems += [
         f"--{flag} {stated[flag]}: {row['refused']}"
@@ -99,6 +100,7 @@ def translate(
     values = {flag: stated.get(flag, row["default"]) for flag, row in flags.items()}
     environment = {} if environment is None else environment
     call = Call(values, frozenset(stated), num_gpus, environment, folder or Path(), Path(entry))
+    # Every value is set, defaults of the original too: ours differ.
     translated = Translated({})
     for required in ("output_dir", *(["meta_path"] if ENTRIES[name] == "chat" else [])):
         if not values[required]:
@@ -138,6 +140,7 @@ def _parse(words: Sequence[str], flags: Flags) -> tuple[dict[str, Any], list[str
         flag = option.replace("-", "_")
         takes = not equals and rest and not _is_flag(rest[0])
         value = rest.pop(0) if takes else (text if equals else None)
+        # A misspelt flag would leave the original's default in place.
         if flag not in flags:
             near = difflib.get_close_matches(flag, flags, n=1)
             hint = f"did you mean --{near[0]}?" if near else "set the recipe's key instead"
@@ -158,6 +161,7 @@ def _is_flag(word: str) -> bool:
 def _typed(text: str | None, name: str) -> Any:
     """Returns the value of a text. Raises ValueError if it is none of this type."""
     if name == "bool":
+        # HfArgumentParser takes a bare flag as true.
         lowered = "true" if text is None else text.lower()
         if lowered not in (*_TRUE, *_FALSE):
             raise ValueError(text)
@@ -171,6 +175,7 @@ def _set_keys(translated: Translated, flags: Flags, values: Values) -> Iterator[
     """Sets the keys of flags that have one to themselves; yields problems."""
     for flag, row in flags.items():
         value = values[flag]
+        # A null without a meaning leaves the recipe's default.
         if "to" not in row or (value is None and "values" not in row):
             continue
         if "values" in row:
@@ -203,6 +208,7 @@ def _start(call: Call, translated: Translated) -> Iterator[str]:
                 "was released with v1: add --ps_version v1 for it"
             )
         return
+    # Refused: somebody who gives both means something else.
     if "vision" in stated or "language" in stated:
         yield "--vision_path, --llm_path: the original ignores them with --model_name_or_path"
     if "projector" in stated:
@@ -257,6 +263,7 @@ def _trained(call: Call, translated: Translated) -> Iterator[str]:
                 f" many there are shows in config.json only; give --unfreeze_vit_layers -N"
             )
             return
+        # Counted from the end, as the recipe does.
         blocks -= depth
     translated.set("model.train_last_vision_blocks", -blocks)
 
@@ -275,6 +282,7 @@ def _adapters(
 
 def _tiles(call: Call, translated: Translated) -> Iterator[str]:
     values = call.values
+    # The thumbnail needs no case: an image of one tile gets none.
     tiled = values["dynamic_image_size"]
     translated.set("data.tiles.min", values["min_dynamic_patch"] if tiled else 1)
     translated.set("data.tiles.max", values["max_dynamic_patch"] if tiled else 1)
@@ -284,6 +292,7 @@ def _tiles(call: Call, translated: Translated) -> Iterator[str]:
 def _packing(call: Call, translated: Translated) -> Iterator[str]:
     """Sets rows and their losses; without packing the original's samples are rows of their own."""
     values = call.values
+    # The original never shows an image for two samples at once.
     translated.set("data.share_prefix", False)
     if not values["use_packed_ds"]:
         packed = ("num_images_expected", "max_packed_tokens", "max_buffer_size", "allow_overflow")
@@ -296,6 +305,7 @@ def _packing(call: Call, translated: Translated) -> Iterator[str]:
     translated.set("data.row_tokens", values["max_packed_tokens"])
     translated.set("data.packing_buffers", values["max_buffer_size"])
     translated.set("objective.weighting", values["loss_reduction"])
+    # Averaged weights of all ranks give the mean over the step.
     gathered = values["loss_reduction_all_gather"]
     translated.set("objective.loss_normalization", "global" if gathered else "micro_batch")
     if values["allow_overflow"]:
@@ -323,6 +333,7 @@ def _batch(call: Call, translated: Translated) -> Iterator[str]:
         return
     count = per_device * call.num_gpus * accumulated
     if values.get("use_packed_ds"):
+        # Attention of its packed rows takes one row only.
         if per_device != 1:
             yield "--per_device_train_batch_size: 1 with --use_packed_ds True, as in the original"
         translated.set("global_batch_rows", count)
@@ -334,6 +345,7 @@ def _batch(call: Call, translated: Translated) -> Iterator[str]:
 
 def _duration(call: Call, translated: Translated) -> Iterator[str]:
     values = call.values
+    # Both are given in some scripts; transformers takes the steps.
     if values["max_steps"] > 0:
         translated.set("steps", values["max_steps"])
         if "num_train_epochs" in call.chosen:
@@ -359,6 +371,7 @@ def _schedule(call: Call, translated: Translated) -> Iterator[str]:
     if steps > 0:
         translated.set("optim.warmup_steps", steps)
     translated.set("optim.warmup_ratio", ratio)
+    # Files of internvl_chat have no scheduler, those of internvl_g have.
     if values["deepspeed"] and "dataset_name" in values:
         translated.set("optim.schedule", "as_shipped")
         translated.notes.append(
@@ -374,6 +387,7 @@ def _schedule(call: Call, translated: Translated) -> Iterator[str]:
         if name == "constant":
             translated.set("optim.warmup_steps", 0)
     elif name == "linear" and (steps <= 0 or values["max_steps"] > 0):
+        # From the peak down to 0 without a plateau.
         share = steps / values["max_steps"] if steps > 0 else ratio
         translated.set("optim.schedule", "wsd")
         translated.set("optim.decay_ratio", 1.0 - share)
@@ -386,6 +400,7 @@ def _schedule(call: Call, translated: Translated) -> Iterator[str]:
 def _saving(call: Call, translated: Translated) -> Iterator[str]:
     values = call.values
     strategy, every = values["save_strategy"], values["save_steps"]
+    # How many steps an epoch has is not known before the data are read.
     if strategy == "epoch":
         yield "--save_strategy epoch: checkpoints come every --save_steps here; give steps"
         return
@@ -410,6 +425,7 @@ def _shards(call: Call, translated: Translated) -> Iterator[str]:
     if not name:
         return
     file = call.folder / name
+    # The user's own file counts, else the stage in the name of the original's.
     if file.is_file():
         stated = read_object(file).get("zero_optimization", {})
         stage, offload = stated.get("stage", 0), any("offload" in key for key in stated)
@@ -441,6 +457,7 @@ def _pair_source(call: Call, translated: Translated) -> Iterator[str]:
         yield str(error)
         return
     translated.set("data.sources", [source])
+    # InternVL-14B never cuts an image.
     translated.set("data.tiles.max", 1)
 
 
@@ -458,6 +475,7 @@ def _trained_pairs(call: Call, translated: Translated) -> Iterator[str]:
             "twice the backbone's rank, so by 0 (lora_alpha=model_args.use_backbone_lora * 2)"
         )
     frozen, crossattn = values["freeze_model"], values["unfreeze_crossattn"]
+    # PEFT freezes what it wraps.
     qllama_frozen = frozen or values["freeze_qllama"] or bool(ranks["language_model"])
     parts = []
     if not (frozen or values["freeze_vision_model"] or ranks["vision_tower"]):
@@ -486,6 +504,7 @@ def _trained_pairs(call: Call, translated: Translated) -> Iterator[str]:
 
 
 def _layer_decay(call: Call, translated: Translated) -> Iterator[str]:
+    # transformers leaves out biases and norms alone, not the logit scale.
     translated.set("optim.decay_scalars", True)
     if not call.values["use_custom_trainer"]:
         return
@@ -508,6 +527,7 @@ def _objective_of_chat(call: Call, translated: Translated) -> Iterator[str]:
 def _objective_of_pairs(call: Call, translated: Translated) -> Iterator[str]:
     values = call.values
     translated.set("objective.name", "retrieval")
+    # For memory only: the loss compares all pairs of a step.
     translated.set("objective.micro_batch", values["per_device_train_batch_size"])
     if values["gradient_accumulation_steps"] > 1:
         translated.notes.append(

@@ -33,6 +33,7 @@ def find(name: str, entry_file: Path) -> dict[str, Any]:
     Raises:
         ConfigError: no such set, or a name that tells no format.
     """
+    # The file after: its users may have moved the data of a built-in set.
     tables = {**_BUILT_IN, **_edited(entry_file)}
     if name not in tables:
         raise ConfigError(
@@ -40,8 +41,8 @@ def find(name: str, entry_file: Path) -> dict[str, Any]:
             f"{_TABLE} in {entry_file}"
         )
     # By a piece of the name, flickr first, as the original does.
-    kinds = {"flickr": "flickr_format", "coco": "coco_format"}
-    form = next((form for piece, form in kinds.items() if piece in name), None)
+    forms = {"flickr": "flickr_format", "coco": "coco_format"}
+    form = next((form for piece, form in forms.items() if piece in name), None)
     if form is None:
         raise ConfigError(
             f"--dataset_name {name}: its name must have flickr_format or coco_format in it, which "
@@ -59,6 +60,7 @@ def _edited(file: Path) -> dict[str, dict[str, str]]:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: no Python file ({error})") from None
+    # Not imported: the file would start a training, or this package once more.
     for node in tree.body:
         targets = node.targets if isinstance(node, ast.Assign) else []
         if any(isinstance(target, ast.Name) and target.id == _TABLE for target in targets):

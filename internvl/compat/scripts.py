@@ -26,6 +26,7 @@ def paths() -> dict[str, str]:
 @cache
 def _table() -> dict[str, Any]:
     text = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
+    # libyaml reads it in a tenth of the time; some builds of PyYAML lack it.
     table: dict[str, Any] = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     return table
 
@@ -49,6 +50,7 @@ def locate(script: str, folder: Path) -> str | None:
 def nearest(script: str) -> str | None:
     """Returns the path of the script whose name is closest."""
     names = {Path(path).name: path for path in paths()}
+    # By file name: folders are long, and their names are rarely the mistake.
     near = difflib.get_close_matches(Path(script).name, names, n=1, cutoff=0.5)
     return names[near[0]] if near else None
 
@@ -63,6 +65,7 @@ def text(path: str) -> str:
     variables = {**(group.get("variables") or {}), **script.get("variables", {})}
     flags = {**(group.get("flags") or {}), **script.get("flags", {})}
     settings = {**group, **script}
+    # As text: what is read is the same for these and for a user's copy.
     lines = [_assignment(name, value) for name, value in variables.items()]
     if "accumulation" in settings:
         lines.append(f"GRADIENT_ACC=$(({settings['accumulation']}))")
@@ -84,6 +87,7 @@ def _start(settings: dict[str, Any]) -> str:
             'srun -p "${PARTITION}" --nodes=$((GPUS / GPUS_PER_NODE)) --ntasks=${GPUS} '
             "--ntasks-per-node=${GPUS_PER_NODE} ${SRUN_ARGS} python -u"
         )
+    # These count nodes, not processes, by WORLD_SIZE.
     if "NPROC_PER_NODE" in settings.get("accumulation", ""):
         return "torchrun --nnodes=$WORLD_SIZE --nproc-per-node=$NPROC_PER_NODE"
     return "torchrun --nproc_per_node=${GPUS}"

@@ -49,6 +49,7 @@ class Launch:
         """Number of processes, one for each GPU."""
         options = self.options
         if self.launcher == "srun":
+            # srun starts a task a GPU.
             tasks = options.get("ntasks") or options.get("n")
             if tasks is not None:
                 return _whole("--ntasks", tasks)
@@ -56,6 +57,7 @@ class Launch:
             return per_node * self.num_nodes
         counts = ("nproc_per_node", "num_gpus", "num_processes")
         text = next((options[name] for name in counts if name in options), "1")
+        # accelerate counts the processes of all machines.
         nodes = 1 if "num_processes" in options else self.num_nodes
         return _whole("processes of a node", text) * nodes
 
@@ -120,6 +122,7 @@ def read(
     for statement in _statements(text, name):
         expansion.line = statement.line
         words = statement.words
+        # `then mkdir …` is one statement to the reader above.
         while words and words[0].plain in _KEYWORDS:
             keyword = words[0].plain
             depth += (keyword == "if") - (keyword == "fi")
@@ -132,10 +135,12 @@ def read(
                 f"{name} line {statement.line}: `{first}` is not read without running it; write "
                 "the one command that it stands for"
             )
+        # What reads the training's output does not train.
         if statement.after_pipe or first in _QUIET:
             continue
         exports = first == "export"
         words = words[1:] if exports else words
+        # `A=1 B=2 torchrun …` sets both for the command.
         count = next((i for i, w in enumerate(words) if not _ASSIGNMENT.match(w.plain)), len(words))
         # Its condition is not evaluated, so neither is what it sets.
         if depth and (count or exports or first not in LAUNCHERS):
@@ -152,6 +157,7 @@ def read(
             launches.append((statement.line, expanded))
         else:
             skipped.append(f"line {statement.line}: {statement.text}")
+    # Two trainings need two recipes: which is meant would be a guess.
     if len(launches) != 1:
         lines = ", ".join(str(line) for line, _ in launches) or "none"
         raise ConfigError(
@@ -177,6 +183,7 @@ def _launch(
         if not word.startswith("-"):
             continue  # the `python` after srun, the `launch` after accelerate
         option, equals, value = word.partition("=")
+        # Most options of launchers take a value; a flag or a file is none.
         takes_next = not equals and option not in _VALUELESS and rest
         if takes_next and not rest[0].startswith("-") and not rest[0].endswith(".py"):
             value = rest.pop(0)
@@ -208,6 +215,7 @@ def _statements(text: str, name: str) -> Iterator[_Statement]:
         elif character == "\\":
             add("'", text[index + 1 : index + 2])
             index += 2
+        # Inside a word it is a letter, as in ${X#y}.
         elif character == "#" and word is None:
             end = text.find("\n", index)
             index = len(text) if end < 0 else end
@@ -240,6 +248,7 @@ def _statements(text: str, name: str) -> Iterator[_Statement]:
             if words:
                 yield _Statement(start, words, piped)
                 piped = False
+            # Only `|`: after `||` and `&&` a command stands for itself.
             piped = piped or (character == "|" and text[index + 1 : index + 2] != "|")
             piped = piped and character != "\n"
             line += character == "\n"
@@ -257,6 +266,7 @@ def _closing(text: str, index: int) -> int:
     """Returns the index of the quote that closes the one at `index`, or -1."""
     quote = text[index]
     end = text.find(quote, index + 1)
+    # A backslash keeps a double quote inside; single quotes have no such rule.
     while quote == '"' and end > 0 and text[end - 1] == "\\":
         end = text.find(quote, end + 1)
     return end
@@ -322,6 +332,7 @@ class _Expansion:
         return result
 
     def _value(self, name: str) -> str:
+        # Scripts hand their words on with these.
         if name in ("@", "*"):
             return " ".join(self.arguments)
         if name == "#":
@@ -341,6 +352,7 @@ class _Expansion:
         default = "".join(text for _, text in _unquoted(word))
         if operation in ("%", "%%", "#", "##"):
             return _trimmed(value, default, operation)
+        # With a colon an empty value counts as none.
         is_set = bool(value) or (match["name"] in self.variables and ":" not in operation)
         if operation.endswith("+"):
             return self.substitute(default) if is_set else ""
@@ -374,9 +386,11 @@ class _Expansion:
         names = set(re.findall(r"[A-Za-z_]\w*", expression))
         for name in names:
             value = self.variables.get(name, "")
+            # A shell takes an unset variable for 0, and would divide by it.
             if not re.fullmatch(r"-?\d+", value.strip()):
                 problem = f"is {value!r}, no number" if value else "is not set"
                 raise self._refuse(f"$(({text}))", f"{name} {problem}; set it: {name}=8 …")
+            # Whole names: N is a part of NODES.
             expression = re.sub(rf"\b{name}\b", value.strip(), expression)
         try:
             return _computed(ast.parse(expression.strip(), mode="eval").body)
@@ -397,6 +411,7 @@ def _unquoted(text: str) -> Iterator[tuple[str, str]]:
 
 def _trimmed(value: str, pattern: str, operation: str) -> str:
     """Returns a value without its shortest or longest end or start that matches a pattern."""
+    # The shortest first; a doubled operator takes the longest.
     lengths: Sequence[int] = range(len(value) + 1)
     if len(operation) == 2:
         lengths = lengths[::-1]

@@ -32,6 +32,8 @@ _ENTRIES = {
     "internvl_chat": ("internvl_chat_finetune", "internvl_chat_pretrain"),
     "internvl_g": ("internvl_stage2_finetune",),
 }
+_LISTS = (".json", "internvl_stage2_finetune.py")
+"""Ends of the names of files that the guides have users edit."""
 _SETS = {
     "sharegpt4v_instruct_gpt4-vision_cap100k": "",
     "llava_instruct_150k_zh": "coco/",
@@ -48,6 +50,7 @@ _SETS = {
 
 def is_shim(path: Path) -> bool:
     """True for a file that stands in for a script of the original."""
+    # Bytes: a script of the user may be in any encoding.
     with path.open("rb") as file:
         return _MARK.encode() in file.read(400)
 
@@ -59,6 +62,7 @@ def install(words: Sequence[str], environment: Mapping[str, str]) -> Translation
         raise ConfigError("install-shims: one folder is expected")
     root = Path(positional[0])
     files = dict(_files())
+    # All before any is written: a refusal leaves the folder as it was.
     taken = [root / name for name in files if _is_foreign(root / name)]
     links = {root / "clip_benchmark" / name: Path("../internvl_g") / name for name in _LINKS}
     taken += [path for path in links if path.exists() and not path.is_symlink()]
@@ -70,14 +74,16 @@ def install(words: Sequence[str], environment: Mapping[str, str]) -> Translation
     for name in _FOLDERS:
         (root / name).mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        # The user's own list of data sets stays.
-        if name.endswith(".json") and (root / name).exists():
+        # The user's own lists of data sets stay.
+        if name.endswith(_LISTS) and (root / name).exists():
             continue
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         write_text(root / name, text)
+        # The guides call some scripts without `sh`.
         (root / name).chmod(0o644 if name.endswith(".json") else 0o755)
     for path, target in links.items():
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Relative targets: the whole folder may be moved.
         if not path.is_symlink():
             path.symlink_to(target)
     chat = shlex.quote(str(root / "internvl_chat"))
@@ -97,7 +103,10 @@ def _files() -> Iterator[tuple[str, str]]:
         yield f"{root}/evaluate.sh", _shell("evaluate.sh")
         for entry in _ENTRIES[root]:
             file = f"internvl/train/{entry}.py"
-            yield f"{root}/{file}", _python("finetune", file)
+            # Where the guide of InternVL-14B has users add their data sets.
+            table = "ds_collections = {}\n" if root == "internvl_g" else ""
+            yield f"{root}/{file}", _python("finetune", file, table=table)
+    # A script knows its path below internvl_chat or internvl_g.
     for path in scripts.paths():
         yield path, _shell("shell", path.partition("/")[2])
     for tool in _TOOLS:
@@ -113,10 +122,11 @@ def _shell(*words: str) -> str:
     return f'#!/bin/sh\n# {_MARK}.\nexec {python} -m internvl {command} "$@"\n'
 
 
-def _python(*words: str) -> str:
+def _python(*words: str, table: str = "") -> str:
+    # This Python: the one that the guides' line names may lack the package.
     command = [sys.executable, "-m", "internvl", "compat", *words]
     return (
-        f"#!{sys.executable}\n# {_MARK}.\nimport os\nimport sys\n\n"
+        f"#!{sys.executable}\n# {_MARK}.\nimport os\nimport sys\n\n{table}"
         f"command = {command!r}\nos.execv(command[0], [*command, *sys.argv[1:]])\n"
     )
 
@@ -137,6 +147,7 @@ def _meta() -> dict[str, dict[str, dict[str, object]]]:
 
 
 def _entry(root: str, annotation: str) -> dict[str, object]:
+    # As published, so that a cut file is noticed.
     (length,) = EXPECTED[Path(annotation).name].values()
     return {
         "root": root,

@@ -28,8 +28,10 @@ def merge_lora(words: Sequence[str], environment: Mapping[str, str]) -> Translat
     positional, _ = take_flags(words, {})
     if len(positional) != 2:
         raise ConfigError("merge_lora: an input and an output folder are expected")
+    # The guides write a slash after the first folder.
     source, target = (name.rstrip("/") or "/" for name in positional)
     command = ("merge", source, "--to", target, "--format", "official")
+    # A hub id has no folder to copy from before it is downloaded.
     code = None if hub.is_hub_id(source) else _code_folder(source)
     if code is None:
         return Translation(commands=(command,))
@@ -42,10 +44,12 @@ def merge_lora(words: Sequence[str], environment: Mapping[str, str]) -> Translat
 def _code_folder(model: str) -> Path | None:
     """Returns the folder of the released model at the bottom, if it has the original's code."""
     opened: Any = open_model(model)
+    # A run may start from a run; the released model is at the bottom.
     while opened.base is not None:
         opened = opened.base
     folder: Path = opened.folder
     config = folder / "config.json"
+    # AutoModel finds classes through auto_map: files without it are no use.
     has_code = config.is_file() and bool(hub.read_json(config).get("auto_map"))
     return folder if has_code and any(folder.glob("*.py")) else None
 
@@ -62,6 +66,7 @@ def hf2custom(words: Sequence[str], environment: Mapping[str, str]) -> Translati
 
 def _convert(words: Sequence[str], *, source: str, unneeded: str, layout: str) -> Translation:
     _, flags = take_flags(words, _FOLDERS)
+    # The third folder is a template there, which an export does not need.
     missing = [flag for flag in (source, "save_path") if flag not in flags]
     if missing:
         raise ConfigError(f"--{missing[0]}: missing")

@@ -33,8 +33,10 @@ def translate_flags(words: Sequence[str], environment: Mapping[str, str]) -> Tra
     dry = "--dry-run" in rest
     rest = [word for word in rest if word != "--dry-run"]
     is_entry = bool(rest) and rest[0].endswith(".py")
+    # Only the entry of InternVL-14B has this flag.
     default = _PAIRS_ENTRY if "--dataset_name" in rest else _ENTRY
     entry = rest.pop(0) if is_entry else default
+    # Under torchrun this process is one of those that train.
     name = "WORLD_SIZE" if "RANK" in environment else "GPUS"
     launch = shell.Launch(
         "torchrun",
@@ -57,6 +59,7 @@ def translate_script(words: Sequence[str], environment: Mapping[str, str]) -> Tr
     rest = [word for word in words if word not in _SCRIPT_OPTIONS]
     if not rest:
         raise ConfigError("compat shell: name a script, such as shell/finetune/x.sh")
+    # A shim hands on whatever stands after the name of the script.
     script, *more = rest
     overrides = [word for word in more if "=" in word and not word.startswith("-")]
     others = [word for word in more if word not in overrides]
@@ -70,6 +73,7 @@ def _text(script: str) -> str:
     """Returns the text of a script: a user's file, or the original's from the table."""
     path = Path(script)
     original = scripts.locate(script, Path())
+    # A shim has no flags to read; its path is that of the original.
     if path.is_file() and not (original is not None and is_shim(path)):
         try:
             return path.read_text(encoding="utf-8")
@@ -94,14 +98,16 @@ def _translate(
     translated = finetune.translate(
         launch.entry, launch.flags, num_gpus=num_gpus, environment=launch.environment
     )
+    # Resolved with the overrides, so that `run` and problems are those of the run.
     recipe = resolve(translated.tree, overrides, name=origin)
     # Beside the run: a run folder that does not exist yet tells that the run is new.
     file = recipe.run.with_name(f"{recipe.run.name}.yaml")
     _check_own(file)
     notes = [f"{line}: not translated" for line in launch.skipped] + translated.notes
+    # Other launchers of the scripts start processes of one machine.
     on_slurm = launch.launcher == "srun" and "--here" not in options
     if on_slurm:
-        command = _slurm(launch, file, environment)
+        command = _slurm(launch, file, environment, on_gpus=recipe.device != "cpu")
     else:
         command, more = _local(file, num_gpus, environment)
         notes += more
@@ -122,6 +128,7 @@ def _check_own(file: Path) -> None:
 
 def _yaml(tree: Mapping[str, Any]) -> str:
     """Returns the tree as YAML, sections in a recipe's order."""
+    # As people write recipes; rules set keys in the order of the flags.
     order = [field.name for field in dataclasses.fields(Recipe)]
     ordered = {name: tree[name] for name in order if name in tree}
     return yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, default_flow_style=None)
@@ -138,6 +145,7 @@ def _local(
     from internvl.launch import local
 
     available = local.count_gpus()
+    # Not all GPUs of the machine if the script asks for fewer.
     if num_gpus <= available:
         return (*command, "--gpus", str(num_gpus)), []
     if num_gpus == 1:
@@ -147,10 +155,13 @@ def _local(
     ]
 
 
-def _slurm(launch: shell.Launch, file: Path, environment: Mapping[str, str]) -> tuple[str, ...]:
+def _slurm(
+    launch: shell.Launch, file: Path, environment: Mapping[str, str], *, on_gpus: bool
+) -> tuple[str, ...]:
     """Returns the command that hands a training to Slurm."""
     options = launch.options
     per_node = min(int(options.get("ntasks_per_node") or launch.num_gpus), launch.num_gpus)
+    # A script divides and drops the rest, so that srun would refuse it.
     nodes, rest = divmod(launch.num_gpus, per_node)
     if rest:
         raise ConfigError(
@@ -160,8 +171,9 @@ def _slurm(launch: shell.Launch, file: Path, environment: Mapping[str, str]) -> 
     partition = options.get("p") or options.get("partition")
     if partition in _AUTHORS_PARTITIONS and "PARTITION" not in environment:
         partition = None
+    ranks = "--gpus-per-node" if on_gpus else "--processes-per-node"
     return (
-        *("launch", "train", str(file), "--nodes", str(nodes), "--gpus-per-node", str(per_node)),
+        *("launch", "train", str(file), "--nodes", str(nodes), ranks, str(per_node)),
         *(("--partition", partition) if partition else ()),
         *((f"--srun-args={environment['SRUN_ARGS']}",) if environment.get("SRUN_ARGS") else ()),
         "--submit",

@@ -55,10 +55,12 @@ def take_flags(
             positional.append(word)
             continue
         flag, equals, value = word[2:].partition("=")
+        # A switch takes no value: the next word is a positional one.
         if flag in switches:
             flags[flag] = []
         elif flag not in valued:
             raise ConfigError(f"--{flag}: the original has no such flag; remove it")
+        # argparse takes both forms.
         elif equals:
             flags[flag] = [value]
         else:
@@ -67,5 +69,6 @@ def take_flags(
                 values.append(rest.pop(0))
             if not values:
                 raise ConfigError(f"--{flag}: {valued[flag]} is missing")
+            # The last of a repeated flag counts, as in argparse.
             flags[flag] = values
     return positional, flags

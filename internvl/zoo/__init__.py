@@ -315,6 +315,13 @@ def scores(name: str) -> tuple[PublishedScore, ...]:
     )
 
 
+def training(run_name: str) -> tuple[str, str] | None:
+    """Returns (model, recipe) of the published scores of a training, by the name of its run folder;
+    None if it has none."""
+    row = _read("trainings.yaml").get(run_name)
+    return None if row is None else (row[0], row[1])
+
+
 def render_table() -> str:
     """Renders all models, one line each: size, memory, parts, template, tiling."""
     head = ("model", "params", "GiB bf16", "vision tower", "language model", "template", "tiles")
