@@ -9,25 +9,24 @@ memory held. Time between GPUs is not measured; the plan's rates stand for it.
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import distributed
 from torch.distributed.tensor import DTensor
-from torch.profiler import ProfilerActivity, profile
 
 from internvl import dist, plan, train
 from internvl.compute import feeding, placement
+from internvl.compute.storage_meter import StorageMeter
 from internvl.config import Recipe
 from internvl.data import balance
 from internvl.data.balance import Piece
-from internvl.data.loader import UnitReader
 from internvl.data.packing import padded_tokens
 from internvl.data.records import Batch, PackedBatch
-from internvl.data.sampler import SampleOrder, UnitRef
+from internvl.data.row_steps import row_steps
+from internvl.data.sampler import Position, SampleOrder, UnitRef
 from internvl.data.sources import open_sources
 from internvl.errors import UserError, counted
 from internvl.inference import families
@@ -44,7 +43,7 @@ from internvl.plan import Plan
 from internvl.plan import costs as plan_costs
 from internvl.plan.costs import Costs
 from internvl.plan.memory import GIB
-from internvl.plan.work import first_step
+from internvl.plan.work import FirstStep, first_step
 from internvl.training import checkpoint
 from internvl.training.spikes import Guard
 from internvl.zoo.gpus import Gpu
@@ -234,104 +233,112 @@ def _draw(model: Any, buffers: Sequence[str]) -> None:
 
 
 class _Step:
-    """The first step of a run, and the rows of its most loaded rank."""
+    """The first step of a run, and what its most loaded rank gets."""
 
     def __init__(
-        self,
-        recipe: Recipe,
-        start: OpenedModel,
-        order: SampleOrder,
-        costs: Costs,
-        num_gpus: int,
+        self, recipe: Recipe, start: OpenedModel, order: SampleOrder, costs: Costs, num_gpus: int
     ) -> None:
         self.recipe, self.order, self.costs, self.num_gpus = recipe, order, costs, num_gpus
         encoder = FAMILIES[start.files.family].encoder(start, recipe)
         self.objective: Any = OBJECTIVES[recipe.objective.name](
             recipe.objective, recipe.data, encoder
         )
-        self.reader: Any = self.objective.reader(order.files, recipe.seed)
-        self.refs = self._refs()
-        if isinstance(self.reader, UnitReader):
-            self.reader.pixels = False  # sizes alone: only one rank's images are cut into tiles
-            self.read = [self._pieces(ref) for ref in self.refs]
-
-    def _refs(self) -> list[UnitRef]:
-        recipe = self.recipe
-        if recipe.global_batch_rows is None:
-            return self.order.between(0, recipe.batch_samples)
-        # As many samples as fill the rows, for they are packed before they are dealt to ranks.
-        limit = recipe.global_batch_rows * (recipe.data.row_tokens or recipe.data.max_tokens)
-        refs: list[UnitRef] = []
-        tokens = 0
-        for ref in self.order.groups_from(0):
-            if tokens >= limit:
-                break
-            refs.append(ref)
-            tokens += sum(unit.num_tokens for unit in self.reader[ref].units)
-        return refs
+        self.reader = cast(Any, self.objective.reader(order.files, recipe.seed))
+        first = 0 if recipe.global_batch_rows else recipe.batch_samples
+        self.refs = order.between(0, first)
+        # Sizes alone: only one rank's images are cut into tiles.
+        self.reader.pixels = not recipe.objective.rows_are_packed
+        self.read = [self._pieces(ref) for ref in self.refs]
+        """Pieces of each reference; of rows without pixels."""
+        self.rows = self._dealt()
+        """Rank -> its rows, or its micro-batches together -> (reference, piece)."""
+        if recipe.global_batch_rows:
+            self.reader.pixels = True
+            self.read = self._rows_of_step()
+            loads = [sum(map(self.costs.of_unit, row)) for row in self.read]
+            self.rows = [
+                [[(row, i) for i in range(len(self.read[row]))] for row in rows]
+                for rows in balance.deal_rows(loads, num_gpus)
+            ]
 
     def _pieces(self, ref: UnitRef) -> list[Any]:
         units = self.reader[ref].units
         return self.objective.pieces(units) if isinstance(self.objective, Sft) else units
 
-    def batches(self) -> list[Any]:
-        """Reads the rank's samples and makes its batches."""
-        if not isinstance(self.reader, UnitReader):
-            share = self.refs[:: self.num_gpus]
-            units = [unit for ref in share for unit in self.reader[ref].units]
-            return self.objective.batches(units) if units else []
-        rows = max(self._dealt(), key=self._load)
-        self.reader.pixels = True
-        groups = {}
-        for index in sorted({index for row in rows for index, _ in row}):
-            groups[index] = self._pieces(self.refs[index])
-        self.reader.pixels = False
-        return self.objective.rows([[groups[index][i] for index, i in row] for row in rows if row])
+    def _rows_of_step(self) -> list[list[Any]]:
+        """Packs the rows of a step of `global_batch_rows`, with their pixels."""
+        rows: list[list[Any]] = []
 
-    def _load(self, rows: Sequence[Sequence[tuple[int, int]]]) -> tuple[int, float]:
-        """Returns (tokens of the longest row, cost), by which the most loaded rank is chosen."""
-        units = [[self.read[index][i] for index, i in row] for row in rows]
-        longest = max((sum(unit.num_tokens for unit in row) for row in units), default=0)
-        return longest, sum(self.costs.of_unit(unit) for row in units for unit in row)
+        def keep(groups: Sequence[Sequence[Any]]) -> list[Any]:
+            rows.extend(map(list, groups))
+            return []
+
+        recipe = self.recipe
+        # Without workers: they would read ahead of the one step that is wanted.
+        data, num_rows = replace(recipe.data, workers=0), recipe.global_batch_rows
+        assert num_rows is not None
+        limits: dict[str, Any] = {"num_rows": num_rows, "first": 0, "last": 1}
+        steps = row_steps(self.order, self.reader, keep, data, position=Position(), **limits)
+        with closing(steps):
+            next(steps)
+        return rows
 
     def _dealt(self) -> list[list[list[tuple[int, int]]]]:
-        """Deals the step to ranks as training does: rank -> rows -> (reference, piece)."""
+        """Deals the step to ranks as training does."""
         places = [
             [
-                (index, i)
-                for index in range(rank, len(self.refs), self.num_gpus)
-                for i in range(len(self.read[index]))
+                (i, n)
+                for i in range(rank, len(self.refs), self.num_gpus)
+                for n in range(len(self.read[i]))
             ]
             for rank in range(self.num_gpus)
         ]
         data = self.recipe.data
-        limit = data.row_tokens or data.max_tokens
+        if not self.recipe.objective.rows_are_packed:
+            return [[of_rank] for of_rank in places]
         pieces = [
             [
                 Piece(self.costs.of_unit(unit), unit.num_tokens, unit.num_tiles)
-                for unit in (self.read[index][i] for index, i in of_rank)
+                for unit in (self.read[i][n] for i, n in of_rank)
             ]
             for of_rank in places
         ]
+        limit = data.row_tokens or data.max_tokens
         lengths = sorted({padded_tokens(0, limit), limit})
         dealt = balance.even_rows(pieces, lengths, data.max_tiles)
         return [[[places[rank][i] for rank, i in row] for row in rows] for rows in dealt]
 
-    def counted(self) -> Any:
-        """Counts the whole step for the plan."""
-        if isinstance(self.reader, UnitReader):
-            rows = [
-                [self.read[index][i] for index, i in row]
-                for rows in self._dealt()
-                for row in rows
-                if row
-            ]
-            batches = self.objective.rows(rows)
+    def batches(self) -> list[Any]:
+        """Reads the samples of the most loaded rank and makes its batches."""
+        rows = max(self.rows, key=self._load)
+        if not self.reader.pixels:
+            self.reader.pixels = True
+            for index in {index for row in rows for index, _ in row}:
+                self.read[index] = self._pieces(self.refs[index])
+        return self._built(rows)
+
+    def _load(self, rows: Sequence[Sequence[tuple[int, int]]]) -> tuple[int, float]:
+        """Returns (tokens of the longest row, cost)."""
+        units = [[self.read[i][n] for i, n in row] for row in rows]
+        if not self.recipe.objective.rows_are_packed:
+            return len(units[0]), 0.0
+        longest = max((sum(unit.num_tokens for unit in row) for row in units), default=0)
+        return longest, sum(self.costs.of_unit(unit) for row in units for unit in row)
+
+    def counted(self) -> FirstStep | None:
+        """Counts the whole step for the plan; None if it has no good sample."""
+        if self.recipe.objective.rows_are_packed:
+            rows = [row for rank in self.rows for row in rank]
         else:
-            batches = self.objective.batches(
-                [unit for ref in self.refs for unit in self.reader[ref].units]
-            )
+            rows = [[place for rank in self.rows for row in rank for place in row]]
+        batches = self._built(rows)
         return first_step(batches, self.objective.weights, len(self.order)) if batches else None
+
+    def _built(self, rows: Sequence[Sequence[tuple[int, int]]]) -> list[Any]:
+        units = [[self.read[i][n] for i, n in row] for row in rows if row]
+        if self.recipe.objective.rows_are_packed:
+            return self.objective.rows(units)
+        return self.objective.batches(units[0]) if units else []
 
 
 def _prepared(batches: Sequence[Any], state: train.TrainState) -> list[Any]:
@@ -350,28 +357,10 @@ def peak_bytes(state: train.TrainState) -> Iterator[list[float]]:
         yield peak
         peak[0] = torch.cuda.max_memory_allocated(state.device)
         return
-    held = _held_bytes(state)
-    # The allocator's own reports: also of what shards free while their tensors live on.
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        yield peak
-    changed = most = 0
-    for event in profiled.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            changed += event.nbytes()
-            most = max(most, changed)
-    peak[0] = float(held + most)
-
-
-def _held_bytes(state: train.TrainState) -> int:
-    """Returns the bytes of weights, buffers and optimizer states of this rank."""
     moments = (v for held in state.optimizer.state.values() for v in held.values())
-    tensors = [
-        tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        for tensor in chain(state.model.parameters(), state.model.buffers(), moments)
-        if isinstance(tensor, torch.Tensor)
-    ]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    with StorageMeter([*state.model.parameters(), *state.model.buffers(), *moments]) as meter:
+        yield peak
+    peak[0] = float(meter.peak)
 
 
 def _lines(rehearsal: Rehearsal) -> Iterator[str]:
@@ -389,8 +378,8 @@ def _lines(rehearsal: Rehearsal) -> Iterator[str]:
         f"{counted(len(rehearsal.batches), unit_name, plural)}, {rehearsal.tokens:,} tokens, "
         f"{counted(tiles, 'tile')}"
     )
-    beside = "" if planned is None else f"{'planned':>10}"
-    yield f"    {'':<34}{'measured':>10}{beside}"
+    second = "" if planned is None else f"{'planned':>10}"
+    yield f"    {'':<34}{'measured':>10}{second}"
     figures = [
         (
             "memory allocated at the peak, GiB",

@@ -63,6 +63,15 @@ def test_the_command_prints_what_was_measured_beside_the_plan_and_no_loss(projec
     assert "loss" not in out.replace("no loss: the stand-in", "")
 
 
+def test_steps_of_rows_and_copies_of_shards(project):
+    rows = ["global_batch=null", "global_batch_rows=8", "data.packing=official"]
+    shards = ["parallel.shard=zero2", "parallel.replicas=2"]
+    recipe = recipes.load_recipe(project, [*rows, *shards])
+    rehearsed = rehearse.run(recipe, 4, steps=3)
+    assert len(rehearsed.batches) == 2
+    assert rehearsed.tokens > 256  # two rows, nearly full
+
+
 def test_what_does_not_fit_is_said(project):
     small = gpus.Gpu("toy", 0.5, 100.0, 1.0)
     rehearsed = rehearse.run(recipes.load_recipe(project), 1, small, steps=3)
