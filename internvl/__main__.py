@@ -2,4 +2,6 @@
 
 from internvl.cli import main
 
-main()
+# Processes that libraries spawn import this module under another name.
+if __name__ == "__main__":
+    main()

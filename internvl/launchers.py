@@ -167,8 +167,8 @@ def describe_rank() -> str:
 
 
 def has_parent() -> bool:
-    """True in a rank that `internvl train` has started."""
-    return PARENT in os.environ
+    """True in a rank that `internvl train` has started; not in what such a rank starts itself."""
+    return os.environ.get(PARENT) == str(os.getppid())
 
 
 def report(sentence: str, code: int, *, lost_peer: bool = False) -> None:
@@ -202,6 +202,9 @@ def follow_parent() -> None:
     """
     if PARENT in os.environ:
         parent = int(os.environ[PARENT])
+        # A command that a rank has started follows that rank alone.
+        if not has_parent() and _is_running(parent):
+            return
     elif "TORCHELASTIC_RUN_ID" in os.environ:
         parent = os.getppid()
     else:
@@ -212,6 +215,16 @@ def follow_parent() -> None:
 
 
 _THREAD = "internvl-launcher"
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _follow(parent: int) -> None:

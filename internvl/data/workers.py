@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache
 from multiprocessing.process import BaseProcess
+from threading import Thread
 from typing import Any, Generic, TypeVar
 from weakref import WeakSet
 
@@ -101,6 +102,21 @@ def _frozen_garbage() -> Iterator[None]:
         gc.unfreeze()
 
 
+def _heed_parent_alone(worker: int) -> None:
+    """Has this loader worker end at its parent's SIGTERM and at no other one."""
+    # A scheduler sends it to every process of a job; the run then finishes its step, with data.
+    if not hasattr(signal, "sigwaitinfo"):  # not on macOS
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    Thread(target=_await_parents_signal, args=(os.getppid(),), daemon=True).start()
+
+
+def _await_parents_signal(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
 class _Loader(DataLoader[Any]):
     """A DataLoader that leaves the word about too many workers to `warn_of_idle_workers`."""
 
@@ -179,6 +195,7 @@ class Reading(Generic[Job]):
             batch_size=None,
             num_workers=workers,
             prefetch_factor=ahead if workers else None,
+            worker_init_fn=_heed_parent_alone,
             # Its own: a loader draws a seed from the global one when it starts, which would shift
             # dropout after a resume.
             generator=torch.Generator(),

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import signal
+import subprocess
 import time
 
 import pytest
@@ -138,6 +139,23 @@ def test_a_worker_that_is_killed_with_a_result_in_hand_is_a_sentence(source):
     worker.kill()
     with pytest.raises(WorkerDied, match=r"killed by signal 9 \(SIGKILL\); it was reading .*chat"):
         next(read)
+
+
+def test_a_worker_ends_at_its_parents_sigterm_and_at_no_other(source):
+    """A scheduler sends one to every process of a job, which then saves and ends by itself."""
+    read = steps(source, 1)
+    next(read)
+    (worker,) = multiprocessing.active_children()
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    assert len(list(read)) == 1
+    read = steps(source, 1)
+    next(read)
+    (worker,) = set(multiprocessing.active_children()) - {worker}
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
+    with pytest.raises(WorkerDied):
+        list(read)
 
 
 def planted():

@@ -193,5 +193,5 @@ def test_a_rank_starts_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="--gpus 4: this process is one of 8 that torchrun"):
         local.choose_ranks(4, None, "auto")
     # The command line of its launcher, which is run once more, has the option.
-    monkeypatch.setenv(launchers.PARENT, "17")
+    monkeypatch.setenv(launchers.PARENT, str(os.getppid()))
     assert local.choose_ranks(4, None, "auto") == 1

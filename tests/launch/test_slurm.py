@@ -200,7 +200,7 @@ PartitionName=urgent Nodes=ALL PriorityTier=2 PreemptMode=OFF
 """
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 90) -> None:
+def eventually(condition: Callable[[], bool], seconds: float = 180) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "not in time"
@@ -287,7 +287,7 @@ def test_a_preempted_job_saves_goes_back_and_finishes(
     cluster: Mapping[str, str], project: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    words = [str(project), f"run={folder}", "steps=60", "checkpoint.every=50"]
+    words = [str(project), f"run={folder}", "steps=60", "checkpoint.every=50", "data.workers=1"]
     command = [sys.executable, "-m", "internvl", "launch", *words]
     options = ["--nodes", "1", "--processes-per-node", "2", "--submit"]
     submitted = run([*command, *options], cluster)
