@@ -97,6 +97,7 @@ for settings in {cases!r}:
 """
 
 
+@pytest.mark.slow
 def test_evaluations_on_every_rank_are_those_of_one_process(project, tmp_path, monkeypatch):
     """Of whole and of sharded weights; before the first step they are equal to the last bit."""
     folder = project.parent

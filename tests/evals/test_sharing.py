@@ -125,3 +125,30 @@ def test_an_error_of_one_rank_ends_all_of_them() -> None:
         "other: batch 1 is bad\nUserError main alone\n",
         "own: batch 1 is bad\nOtherRankFailed main alone\n",
     ]
+
+
+COUNT = """
+from internvl import dist
+from internvl.evals import sharing
+
+dist.init_from_env("cpu")
+
+
+class Shown(sharing.Progress):
+    def close(self):
+        print(self.done, "of", self.total, self.unit)
+        super().close()
+
+
+sharing.Progress = Shown
+work = sharing.Work("images", lambda batch: batch, lambda batch: [2 * n for n in batch])
+batches = [[1, 2], [3], [4, 5, 6], [7]]
+print(work.run(batches, sizes=[*map(len, batches)], done={3: [14]}))
+print(sharing.spread("abcde", lambda letters: [f"{x} by {dist.rank()}" for x in letters]))
+"""
+
+
+def test_progress_counts_the_items_of_all_ranks() -> None:
+    letters = ["a by 0", "b by 1", "c by 0", "d by 1", "e by 0"]
+    results = [[2, 4], [6], [8, 10, 12], [14]]
+    assert run_ranks(COUNT) == [f"7 of 7 images\n{results}\n{letters}\n", f"[]\n{letters}\n"]
