@@ -27,6 +27,7 @@ from internvl.evals.scores import (
     Table,
     TableRow,
     fingerprint,
+    raise_or_log,
     raise_or_log_images,
     skipped_rows,
 )
@@ -137,7 +138,17 @@ class Classify:
         features = cache.encode_images(
             "crops", handle, paths, self.config.modes, batch_size=batch_size, crop=True
         )
-        return dist.main_alone(lambda: self._score(features, classes))
+        self._leave_out(features.unread)
+        return dist.main_alone(lambda: self._score(features.modes, classes))
+
+    def _leave_out(self, unread: Mapping[int, str]) -> None:
+        """Leaves out images (indices) that cannot be read any more, from now on."""
+        lost = [BadSample(printable(self.files[i][0]), why) for i, why in unread.items()]
+        raise_or_log(lost, "skip", _REMEDY)
+        self.problems += lost
+        self.files = [file for index, file in enumerate(self.files) if index not in unread]
+        if not self.files:
+            raise UserError(f"{self.config.annotations}: none of its images can be read any more")
 
     def _score(self, features: Mapping[str, Tensor], classes: Tensor) -> EvalScores:
         """Ranks the classes, float32 (num_classes, E), of the images' features by mode."""

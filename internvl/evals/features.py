@@ -3,18 +3,20 @@
 Shapes: Q queries, N candidates, E width of a feature.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from internvl import dist
 from internvl.data.images import FileSlice
-from internvl.errors import UserError
+from internvl.data.pair_files import broken
+from internvl.errors import BadImage, UserError
 from internvl.evals import sharing
 from internvl.files import atomic_file
 from internvl.models.weights import save_tensors
@@ -36,6 +38,10 @@ TIE_MARGIN = 1e-6
 """Scores of unit vectors closer than this may be equal but for rounding."""
 
 
+_BLACK = np.zeros((32, 32, 3), np.uint8)
+"""Stands for a batch of which no image can be read: others may wait for this rank's forward."""
+
+
 @dataclass(frozen=True)
 class FeatureCache:
     """Features of one model and one data set on disk; `folder` None caches nothing."""
@@ -51,6 +57,7 @@ class FeatureCache:
         *,
         chunk: int | None = None,
         in_step: bool = False,
+        unread: Container[int] = (),
     ) -> Tensor:
         """Encodes rows in chunks shared out over the ranks, or reads chunks that are there.
 
@@ -59,6 +66,7 @@ class FeatureCache:
             encode_rows: features of some rows, float (len(rows), E), on any device.
             chunk: rows of a file, by default CHUNK_TEXTS.
             in_step: see `sharing.Work`.
+            unread: rows that `encode_rows` could not read; their chunks are not stored.
 
         Returns:
             float32 (total, E) on the CPU of rank 0; (0, 0) on the other ranks.
@@ -80,7 +88,7 @@ class FeatureCache:
 
         def keep(index: int, features: Tensor) -> None:
             file = files[index]
-            if file is not None:
+            if file is not None and not any(row in unread for row in chunks[index]):
                 with atomic_file(file) as partial:
                     save_tensors({"features": features}, partial)
 
@@ -99,35 +107,69 @@ class FeatureCache:
         *,
         batch_size: int,
         **options: Any,
-    ) -> dict[str, Tensor]:
+    ) -> "ImageFeatures":
         """Encodes images in every mode, with one pass of the vision tower.
 
         Args:
             handle: a Dual; `options` go to its `encode_images_of`.
-
-        Returns:
-            mode -> features, float32 (len(paths), E), on the device of `handle`; as `encode`, rank
-            0 alone has them.
         """
+        unread: dict[int, str] = {}
 
         # One cached tensor for all modes: after an interruption all are there, or none.
-        def encode_rows(rows: range) -> Tensor:
-            images = paths[rows.start : rows.stop]
+        def encode(images: Sequence[Any]) -> Tensor:
             features = handle.encode_images_of(images, modes, batch_size=batch_size, **options)
             return torch.cat([features[mode] for mode in modes], dim=1)
+
+        def encode_rows(rows: range) -> Tensor:
+            images = paths[rows.start : rows.stop]
+            try:
+                return encode(images)
+            except BadImage:
+                reasons = broken(images)
+                if not reasons:
+                    raise
+            # It could be read when the evaluation began: it costs itself alone.
+            for index, reason in reasons.items():
+                unread[rows[index]] = reason.removeprefix(f"{images[index]}: ")
+            readable = [index for index in range(len(images)) if index not in reasons]
+            features = encode([images[index] for index in readable] or [_BLACK])
+            filled = features.new_zeros(len(images), features.shape[1])
+            filled[readable] = features[: len(readable)]
+            return filled
 
         in_step = lockstep.in_step(handle.model)
         # In step every rank must run as many batches in a chunk, and the last chunk has fewer.
         chunk = batch_size if in_step else CHUNK_BATCHES * batch_size
-        together = f"{name}_{''.join(modes)}"
-        features = self.encode(together, len(paths), encode_rows, chunk=chunk, in_step=in_step)
-        features = features.to(handle.device)
-        return dict(zip(modes, features.chunk(len(modes), dim=1), strict=False))
+        features = self.encode(
+            f"{name}_{''.join(modes)}",
+            len(paths),
+            encode_rows,
+            chunk=chunk,
+            in_step=in_step,
+            unread=unread,
+        )
+        unread = {
+            row: why for of_rank in dist.gather_objects(unread) for row, why in of_rank.items()
+        }
+        if dist.is_main():
+            features = features[[row for row in range(len(paths)) if row not in unread]]
+        of_modes = features.to(handle.device).chunk(len(modes), dim=1)
+        return ImageFeatures(dict(zip(modes, of_modes, strict=False)), unread)
 
     def _file(self, name: str, rows: range) -> Path | None:
         if self.folder is None:
             return None
         return self.folder / f"{name}-{rows.start:07d}-{rows.stop:07d}.safetensors"
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """Features of the images that could be read."""
+
+    modes: dict[str, Tensor]
+    """Mode -> features, float32 (num_images, E), on rank 0; see `FeatureCache.encode`."""
+    unread: dict[int, str]
+    """Index of an image without features -> reason, on all ranks."""
 
 
 def _finite(features: Tensor, name: str, rows: range) -> Tensor:

@@ -35,6 +35,7 @@ from internvl.evals.scores import (
     Table,
     TableRow,
     fingerprint,
+    raise_or_log,
     raise_or_log_images,
     skipped_rows,
 )
@@ -95,15 +96,19 @@ class Retrieval:
         self.problems = [*problems, *unreadable]
         # "keep" measures on leaked images too.
         self.pairs = pairs.without({*bad, *(leaked if policy == "skip" else ())})
+        self._check_recall_k()
+
+    def _check_recall_k(self) -> None:
         # After skipping, which leaves fewer candidates; the original's topk would fail beyond them.
+        annotations = self.config.annotations
         for candidates, count in (
             ("images", len(self.pairs.images)),
             ("texts", len(self.pairs.texts)),
         ):
-            large = too_large(config.recall_k, count)
+            large = too_large(self.config.recall_k, count)
             if large:
                 raise UserError(
-                    f"{config.annotations}: recall_k has {large[0]}, but there are only {count} "
+                    f"{annotations}: recall_k has {large[0]}, but there are only {count} "
                     f"{candidates} to choose from; set recall_k (--recall-k) to smaller numbers"
                 )
 
@@ -143,7 +148,7 @@ class Retrieval:
         """Encodes with `handle` (Dual) and ranks; caches features in `folder`, if any."""
         handle = handle.as_dual("retrieval")
         cache, all_texts = FeatureCache(self._cache_folder(folder)), self.pairs.texts
-        image_of_text, batch_size = torch.tensor(self.pairs.image_of_text), self.config.batch_size
+        batch_size = self.config.batch_size
 
         def encode_texts(rows: range) -> Tensor:
             return handle.encode_texts(all_texts[rows.start : rows.stop])
@@ -151,9 +156,11 @@ class Retrieval:
         in_step = lockstep.in_step(handle.model)
         texts = cache.encode("texts", len(all_texts), encode_texts, in_step=in_step)
         texts = texts.to(handle.device)
-        features = cache.encode_images(
+        encoded = cache.encode_images(
             "images", handle, self.pairs.images, self.config.modes, batch_size=batch_size
         )
+        texts = self._leave_out(encoded.unread, texts)
+        features, image_of_text = encoded.modes, torch.tensor(self.pairs.image_of_text)
         # Rank 0 ranks alone: a query's rank among all candidates needs all features.
         ranked = dist.main_alone(
             lambda: {
@@ -168,6 +175,25 @@ class Retrieval:
                 candidates = {mode: self._nearest(texts, features[mode]) for mode in features}
             scores = self._match(handle, candidates.values(), cache)
         return dist.main_alone(lambda: self._score(ranked or {}, candidates, scores))
+
+    def _leave_out(self, unread: Mapping[int, str], texts: Tensor) -> Tensor:
+        """Leaves out images (indices) that cannot be read any more, from now on, and their texts.
+
+        Args:
+            texts: features (num_texts, E) on rank 0.
+
+        Returns:
+            Those of the remaining texts.
+        """
+        if not unread:
+            return texts
+        lost = [BadSample(str(self.pairs.images[i]), why) for i, why in unread.items()]
+        raise_or_log(lost, "skip", _REMEDY)
+        self.problems += lost
+        remaining = [t for t, image in enumerate(self.pairs.image_of_text) if image not in unread]
+        self.pairs = self.pairs.without({*unread})
+        self._check_recall_k()
+        return texts[remaining] if dist.is_main() else texts
 
     def _score(
         self,

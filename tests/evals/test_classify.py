@@ -63,6 +63,16 @@ def test_zero_shot_classes(dual, classes: Path) -> None:
     assert found.values["c_mean_per_class_recall"] == pytest.approx(sum(per_class) / 6)
 
 
+def test_an_image_that_breaks_later_is_left_out(dual, classes: Path) -> None:
+    spec = {"type": "classify", "annotations": classes / "classes", "batch_size": 2}
+    evaluator = Classify(eval_config(**spec))
+    (classes / "classes/n1/0.jpg").unlink()
+    scores = evaluator.run(dual, None)
+    assert evaluator.counts() == {"images": 8, "classes": 6, "left out": 1}
+    assert scores.rows[-1]["sample"] == str(classes / "classes/n1/0.jpg")
+    assert scores.values == Classify(eval_config(**spec)).run(dual, None).values
+
+
 def test_a_class_without_an_image_is_named(classes: Path) -> None:
     (classes / "classes/n8").mkdir()
     spec = {"type": "classify", "annotations": classes / "classes"}

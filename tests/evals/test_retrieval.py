@@ -260,6 +260,23 @@ def test_a_broken_image_costs_its_own_line(model: Path, data: Path) -> None:
         evaluate.measure(model, "retrieval-folder", **options)
 
 
+def test_an_image_that_breaks_later_is_left_out(dual, data: Path, tmp_path: Path) -> None:
+    (data / "4.jpg").rename(data / "away.jpg")
+    fewer = Retrieval(spec(data, recall_k=(1,), on_bad_sample="skip")).run(dual, None)
+    (data / "away.jpg").rename(data / "4.jpg")
+    evaluator = Retrieval(spec(data, recall_k=(1,), rerank=2))
+    (data / "4.jpg").unlink()
+    scores = evaluator.run(dual, tmp_path / "kept")
+    assert evaluator.counts() == {"images": 9, "texts": 17, "left out": 1}
+    assert scores.rows[-1]["sample"] == str(data / "4.jpg")
+    assert scores.rows[-1]["reason"].startswith("there is no image")
+    assert fewer.values == {name: scores.values[name] for name in fewer.values}
+    assert [row["rank"] for row in scores.rows[:-1]] == [row["rank"] for row in fewer.rows[:-1]]
+    # Its chunk alone is not kept, and what it was is not measured again.
+    assert len([*(tmp_path / "kept").rglob("images_cg-*")]) == 0
+    assert evaluator.run(dual, None).values == scores.values
+
+
 def test_a_chat_model_is_refused(data: Path) -> None:
     with pytest.raises(UserError, match="retrieval needs an InternVL-14B model"):
         Retrieval(spec(data)).run(
