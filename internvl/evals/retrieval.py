@@ -187,6 +187,7 @@ class Retrieval:
         """
         if not unread:
             return texts
+        # All ranks alike: pairs are dealt from what is left, and a later step has it too.
         lost = [BadSample(str(self.pairs.images[i]), why) for i, why in unread.items()]
         raise_or_log(lost, "skip", _REMEDY)
         self.problems += lost
@@ -236,6 +237,7 @@ class Retrieval:
             return scores[:, None]
 
         in_step = lockstep.in_step(handle.model)
+        # Named by its pairs: other weights or candidates have other scores.
         name = f"pairs_{blake2b(repr(pairs).encode(), digest_size=8).hexdigest()}"
         chunk = size if in_step else CHUNK_BATCHES * size
         scores = cache.encode(name, len(pairs), match, chunk=chunk, in_step=in_step)
