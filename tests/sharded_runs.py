@@ -84,12 +84,23 @@ def take(project, folder, cases, *, num_ranks):
     common = ["optim.max_grad_norm=1e9", "optim.warmup_ratio=0.0", f"run={folder / 'run'}"]
     plain = {name: ([*common, *c.settings], c.before, c.deal) for name, c in cases.items()}
     run_ranks(STEPS.format(cases=plain, recipe=str(project), to=str(folder)), num_ranks=num_ranks)
-    return {name: Steps(*torch.load(folder / f"{name}.pt", weights_only=True)) for name in cases}
+    saved = {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in cases}
+    return {
+        name: Steps(torch.tensor(values, dtype=torch.float64), gradients, rows)
+        for name, (values, gradients, rows) in saved.items()
+    }
 
 
-def assert_same(one, several, tolerance=1e-5):
-    """Losses and norms are the same relatively; gradients, relatively to the largest value."""
-    torch.testing.assert_close(several.values, one.values, rtol=tolerance, atol=0)
+def assert_same(one, several, tolerance=1e-5, later=None):
+    """Losses and norms are the same relatively; gradients, relatively to the largest value.
+
+    Args:
+        later: tolerance of norms after the first step, which rounding has led elsewhere.
+    """
+    torch.testing.assert_close(several.values[:, 0], one.values[:, 0], rtol=tolerance, atol=0)
+    torch.testing.assert_close(
+        several.values[:, 1], one.values[:, 1], rtol=later or tolerance, atol=0
+    )
     assert several.gradients.keys() == one.gradients.keys()
     largest = max(gradient.abs().max() for gradient in one.gradients.values())
     for name, gradient in one.gradients.items():

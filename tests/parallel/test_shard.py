@@ -2,9 +2,11 @@
 
 import json
 
+import pair_runs
 import pytest
 import sharded_runs
 import tiny_run
+from ranks import run_ranks
 from sharded_runs import Case
 
 STAGES = ("zero1", "zero2", "zero3")
@@ -37,3 +39,148 @@ def test_every_stage_takes_the_steps_of_one_process(project, tmp_path):
         (_, (rows, tiles)), ((no_rows, _), (texts, no_tiles)) = several[stage].rows
         assert (min(rows, tiles, texts) > 0, no_rows, no_tiles) == (True, 0, 0)
         sharded_runs.assert_same(one["one"], several[stage])
+
+
+LORA = "model.lora={{rank: 4, on: [{}], dropout: 0.0}}"
+FROZEN = "model.train=[multi_modal_projector, language_model]"
+TRAINED = {
+    "full": Case((), WHOLE_TOWER),
+    "frozen tower on every rank": Case((FROZEN,), WHOLE_TOWER),
+    "frozen tower cut": Case((FROZEN, "compute.offload=true"), CUT_TOWER),
+    "adapters": Case(("model.train=[multi_modal_projector]", LORA.format("language_model"))),
+    "adapters on both": Case(
+        ("model.train=[]", LORA.format("language_model, vision_tower"), "compute.offload=true"),
+        CUT_TOWER,
+    ),
+    "muon": Case(("optim.name=muon",), WHOLE_TOWER),
+}
+
+
+@pytest.mark.slow
+def test_twenty_losses_of_everything_that_trains(project, tmp_path):
+    """With activation checkpointing and shared prefixes; every second step lacks rows on a rank."""
+    common = ("global_batch=3", "data.max_tokens=64", "steps=20", "optim.lr=1e-4")
+    common = (*common, "compute.checkpointing=full")
+    ones = {
+        name: Case((*common, *case.settings), case.before, "True") for name, case in TRAINED.items()
+    }
+    one = sharded_runs.take(project, tmp_path, ones, num_ranks=1)
+    several = {
+        (name, stage): Case(
+            (*common, *case.settings, f"parallel.shard={stage}"),
+            case.before,
+            "step % 2 == rank if row.num_tiles else rank == 1",
+        )
+        for name, case in TRAINED.items()
+        for stage in (STAGES if name in ("full", "adapters") else ("zero3",))
+    }
+    taken = sharded_runs.take(
+        project, tmp_path, {"-".join(key): case for key, case in several.items()}, num_ranks=2
+    )
+    for name, stage in several:
+        sharded_runs.assert_same(one[name], taken[f"{name}-{stage}"], later=1e-4)
+
+
+@pytest.mark.slow
+def test_two_copies_of_two_shards(project, tmp_path):
+    """On four ranks, of which one has no row; CPU offload, and 8-bit moments where torchao is."""
+    common = ("global_batch=3", "data.max_tokens=64", "steps=3", "optim.lr=1e-4")
+    deal = "(i + step) % 3 == rank if ranks > 1 else True"
+    one = sharded_runs.take(project, tmp_path, {"one": Case(common, deal=deal)}, num_ranks=1)
+    settings = {
+        "zero1": ("parallel.shard=zero1",),
+        "zero2": ("parallel.shard=zero2", "parallel.offload=cpu"),
+        "zero3": ("parallel.shard=zero3", "parallel.offload=cpu"),
+    }
+    cases = {
+        name: Case((*common, *more, "parallel.replicas=2"), deal=deal)
+        for name, more in settings.items()
+    }
+    for several in sharded_runs.take(project, tmp_path, cases, num_ranks=4).values():
+        sharded_runs.assert_same(one["one"], several)
+
+
+@pytest.mark.slow
+def test_8_bit_moments_of_shards(project, tmp_path):
+    pytest.importorskip("torchao")
+    # Compiled for every shape, the update takes a minute.
+    before = "torch._dynamo.config.disable = True"
+    common = ("optim.name=adamw-8bit", *SMALL_STEPS)
+    one = sharded_runs.take(project, tmp_path, {"one": Case(common, before)}, num_ranks=1)
+    cases = {s: Case((*common, f"parallel.shard={s}"), before) for s in ("zero1", "zero3")}
+    for several in sharded_runs.take(project, tmp_path, cases, num_ranks=2).values():
+        sharded_runs.assert_same(one["one"], several)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["retrieval", "stage2"])
+def test_pairs_with_gradient_caching(tmp_path, objective):
+    """Micro-batches of two of five pairs: one rank has a micro-batch more, then all of them."""
+    project = pair_runs.make(tmp_path / "pairs", objective={"name": objective, "micro_batch": 2})
+    common = ("global_batch=5", "steps=4", "optim.lr=1e-4", "compute.checkpointing=full")
+    frozen = (*common, "model.train=[language_model, heads]")
+    ones = {"full": Case(common), "frozen": Case(frozen)}
+    one = sharded_runs.take(project, tmp_path, ones, num_ranks=1)
+    cases = {s: Case((*common, f"parallel.shard={s}"), WHOLE_TOWER) for s in STAGES}
+    cases["frozen"] = Case((*frozen, "parallel.shard=zero3"), CUT_TOWER)
+    several = sharded_runs.take(project, tmp_path, cases, num_ranks=2)
+    for name in cases:
+        sharded_runs.assert_same(one["frozen" if name == "frozen" else "full"], several[name])
+
+
+MEMORY = """
+import gc
+import torch
+from torch.distributed.tensor import DTensor
+
+from internvl import dist, train
+from internvl.config import recipes
+
+def held():
+    \"\"\"Bytes of all tensors of this process, each memory once.\"\"\"
+    storages = {{}}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor):
+            for tensor in (thing, thing.grad if thing.is_leaf else None):
+                tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                if tensor is not None and type(tensor) in (torch.Tensor, torch.nn.Parameter):
+                    storage = tensor.untyped_storage()
+                    storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+for stage in {stages!r}:
+    settings = [*{settings!r}, "parallel.shard=" + stage]
+    run = train.build(recipes.load_recipe({recipe!r}, settings))
+    peaks = []
+
+    def note(module, inputs, output):
+        output.register_hook(lambda gradient: peaks.append(held()))
+
+    for layer in run.model.model.language_model.layers:
+        layer.register_forward_hook(note)
+    for index, step in enumerate(train._steps(run)):
+        # From the second step on there are moments.
+        peaks.clear()
+        train.train_step(run, step.batches)
+    print(stage, len(step.batches), max(peaks), held())
+    del run, layer, step
+    gc.collect()
+"""
+
+
+@pytest.mark.slow
+def test_each_stage_takes_less_memory_than_the_one_before(tmp_path):
+    """Counted on both of two ranks, in the backward pass of a step of several rows and after it."""
+    project = tiny_run.make(tmp_path / "images")  # in every row, or a rank has no gradient of some
+    settings = ["data.max_tokens=64", "global_batch=6", "steps=2", f"run={tmp_path / 'run'}"]
+    stages = ("none", *STAGES)
+    code = MEMORY.format(stages=stages, settings=settings, recipe=str(project))
+    for out in run_ranks(code):
+        lines = [line.split() for line in out.splitlines()]
+        assert [line[0] for line in lines] == list(stages)
+        assert min(int(line[1]) for line in lines) > 1
+        none, zero1, zero2, zero3 = (int(line[2]) for line in lines)
+        assert zero3 < zero2 < zero1 < none
+        after = [int(line[3]) for line in lines]
+        # Weights and moments, 12 bytes a weight, are halves then under every stage.
+        assert max(after[1:]) < 0.6 * after[0]
