@@ -64,6 +64,9 @@ def test_all_problems_at_once_with_the_nearest_name():
     assert any("'foo' is not an override" in line for line in found)
 
 
+ZERO3 = {"parallel": {"shard": "zero3"}}
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -99,6 +102,15 @@ def test_all_problems_at_once_with_the_nearest_name():
             {"data": {"sources": GOOD["data"]["sources"] * 2}},
             "two sources are called 'a'",
         ),
+        ({"parallel": {"replicas": 2}}, "parallel.replicas: only with parallel.shard"),
+        ({"parallel": {"offload": "cpu"}}, "parallel.offload: only with parallel.shard"),
+        ({"parallel": {"reduce": "bfloat16"}}, "parallel.reduce: only with parallel.shard"),
+        (
+            {**ZERO3, "model": {"id": "x", "quantize": "4bit", "train": [], "lora": {"rank": 4}}},
+            "remove model.quantize",
+        ),
+        ({**ZERO3, "compute": {"float8": True}}, "set compute.float8: false"),
+        ({**ZERO3, "optim": {"offload": True}}, "set parallel.offload: cpu instead"),
     ],
 )
 def test_contradictions(change, said):
