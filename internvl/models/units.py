@@ -32,6 +32,7 @@ def stack(blocks: Iterable[nn.Module]) -> Iterator[Unit]:
 
 def tower_units(tower: Any) -> Iterator[Unit]:
     """Yields the units of a vision tower, inner ones first."""
+    # Many small messages would be bound by latency.
     if _size(tower) >= SMALL_TOWER:
         yield from stack(tower.encoder.layer)
     yield Unit(tower)
@@ -39,6 +40,7 @@ def tower_units(tower: Any) -> Iterator[Unit]:
 
 def stays_whole(tower: nn.Module) -> bool:
     """Returns whether every GPU keeps all of a vision tower: it is frozen and small."""
+    # A trained one has gradients and moments, eight times what its weights take.
     return not trains(tower) and _size(tower) < SMALL_TOWER
 
 

@@ -8,15 +8,18 @@ from torch.distributed.tensor import DTensor
 
 from internvl import dist
 
-_BUCKET = 2**26  # elements of one all-reduce
+_BUCKET = 2**26
+"""Elements of one all-reduce: many small messages are bound by latency."""
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Replaces gradients by their sum over all ranks; one that no rank has stays None."""
-    # Those of shards are sums already.
+    """Replaces gradients by their sum over all ranks; one that no rank has stays None.
+
+    A sum, not a mean: losses are divided beforehand by counts over all ranks. Gradients of shards
+    are sums already, and stay.
+    """
     parameters = [p for p in parameters if not isinstance(p, DTensor)]
-    # A sum, not a mean: losses are divided beforehand by counts over all ranks.
-    if dist.world_size() == 1:
+    if dist.world_size() == 1 or not parameters:
         return
     # A parameter whose branch no sample of this rank took has no gradient here. All ranks must
     # reduce the same buckets, or they would wait for each other.
@@ -25,7 +28,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     reached = [p for i, p in enumerate(parameters) if num_ranks[str(i)]]
     for bucket in _buckets(reached):
         flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket]
-        summed = torch.cat(flat)  # one large message: many small ones are bound by latency
+        summed = torch.cat(flat)
         distributed.all_reduce(summed)
         for p, gradient in zip(bucket, summed.split([p.numel() for p in bucket]), strict=True):
             p.grad = gradient.view_as(p)

@@ -22,6 +22,7 @@ def build(config: ParallelConfig, device: torch.device) -> DeviceMesh | None:
     if config.shard == "none":
         return None
     ranks, replicas = dist.world_size(), config.replicas
+    # A recipe of many processes runs on one too; what that cannot do is refused.
     if ranks == 1:
         if config.offload != "none":
             raise UserError(
@@ -32,6 +33,7 @@ def build(config: ParallelConfig, device: torch.device) -> DeviceMesh | None:
     problem = config.unfit(ranks)
     if problem is not None:
         raise UserError(problem)
+    # One dimension: torch sums gradients over each of several, also over one of a single rank.
     if replicas == 1:
         return init_device_mesh(device.type, (ranks,), mesh_dim_names=(SHARDS,))
     shape = (replicas, ranks // replicas)

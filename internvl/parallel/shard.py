@@ -58,6 +58,7 @@ def shard(model: Any, config: ParallelConfig, mesh: DeviceMesh, dtype: torch.dty
         fully_shard(
             unit.module,
             mesh=mesh,
+            # The root is needed again at once: its output matrix begins the backward pass.
             reshard_after_forward=config.shard == "zero3" and unit.module is not model,
             mp_policy=policy,
             offload_policy=_offload_policy(config, mesh),
@@ -66,8 +67,9 @@ def shard(model: Any, config: ParallelConfig, mesh: DeviceMesh, dtype: torch.dty
         for method in unit.methods:
             register_fsdp_forward_method(unit.module, method)
     for unit in everything:
-        # Sums, not means: losses are divided by counts over all ranks. Plain sums, for gloo.
+        # Sums, not means: losses are divided by counts over all ranks.
         unit.module.set_gradient_divide_factor(1.0)
+        # By plain sums, then: gloo knows no scaled ones.
         unit.module.set_force_sum_reduction_for_comms(True)
         if unit.following is not None:
             unit.module.set_modules_to_forward_prefetch([unit.following])
@@ -96,6 +98,7 @@ def begin_row(model: nn.Module, config: ParallelConfig, row: int, num_rows: int)
     elif config.replicas > 1:
         # A sum over shards for each row, but one over the copies is enough.
         model.set_requires_all_reduce(is_last)
+    # Gathered once a step: between its rows no weight changes.
     if config.shard != "zero3":
         model.set_reshard_after_backward(is_last)
 
@@ -104,6 +107,7 @@ def end_step(model: Any, num_tiles: float) -> None:
     """Frees gathered weights after the last row of a step that has `num_tiles` over all ranks."""
     if is_sharded(model):
         free(model)
+        # Without shards such a step leaves the tower as it is, decay and momentum included.
         if not num_tiles:
             model.forget_blank_tiles()
 
@@ -130,6 +134,7 @@ def whole(model: nn.Module, config: ParallelConfig) -> Iterator[None]:
         yield
     finally:
         free(model)
+        # torch does not tell what was set before.
         if config.shard == "zero3":
             model.set_reshard_after_forward(True)
             model.set_reshard_after_forward(False, recurse=False)
