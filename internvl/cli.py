@@ -592,7 +592,7 @@ def compat(args: Arguments) -> int:
 
     translation = compat.translate(args.command, args.words, os.environ)
     # Under torchrun every rank comes here.
-    is_first = os.environ.get("RANK", "0") == "0"
+    is_first = launchers.rank() == 0
     if is_first:
         _print_translation(translation)
     if not translation.runs:

@@ -19,10 +19,15 @@ from internvl.files import read_object
 ENTRIES = {
     "internvl_chat_finetune": "chat",
     "internvl_chat_pretrain": "chat",
+    "internvl_chat_mpo": "preference",
+    # A script names this file, which the original does not have.
+    "internvl_chat_dpo": "preference",
     "internvl_stage2_finetune": "pairs",
 }
 """Python file of the original, without .py -> the section of flags.yaml it takes."""
-_PREFERENCE = ("internvl_chat_mpo", "internvl_chat_dpo")
+_SECTIONS = {"chat": ("chat",), "preference": ("chat", "preference"), "pairs": ("pairs",)}
+_LOSSES = {"sigmoid": "dpo", "bco_pair": "bco", "ipo": "ipo", "hinge": "hinge", "robust": "robust"}
+"""TRL's name of a loss of pairs -> the term of the objective."""
 _TRUE, _FALSE = ("true", "1", "yes", "y", "t"), ("false", "0", "no", "n", "f")
 _ALL_CHECKPOINTS = 1_000_000  # no `save_total_limit`: transformers deletes none
 
@@ -84,8 +89,6 @@ def translate(
         ConfigError: flags that are unknown, wrong or have no counterpart, all of them.
     """
     name = Path(entry).stem
-    if name in _PREFERENCE:
-        raise ConfigError(f"{entry}: preference training (MPO) has no objective here yet")
     if name not in ENTRIES:
         names = ", ".join(f"{stem}.py" for stem in ENTRIES)
         raise ConfigError(f"{entry}: no training entry of the original; it has {names}")
@@ -102,7 +105,7 @@ def translate(
     call = Call(values, frozenset(stated), num_gpus, environment, folder or Path(), Path(entry))
     # Every value is set, defaults of the original too: ours differ.
     translated = Translated({})
-    for required in ("output_dir", *(["meta_path"] if ENTRIES[name] == "chat" else [])):
+    for required in ("output_dir", *(["meta_path"] if "meta_path" in flags else [])):
         if not values[required]:
             problems.append(f"--{required}: missing; the original needs it too")
     problems += _set_keys(translated, flags, values)
@@ -121,9 +124,10 @@ def translate(
 
 @cache
 def flags_of(section: str) -> dict[str, dict[str, Any]]:
-    """Returns the flags of an entry ("chat" or "pairs") with those of every trainer."""
+    """Returns the flags of an entry ("chat", "preference" or "pairs") with the trainer's."""
     tree = yaml.safe_load(Path(__file__).with_name("flags.yaml").read_text(encoding="utf-8"))
-    return {**tree[section], **tree["trainer"]}
+    sections = (*_SECTIONS[section], "trainer")
+    return {flag: row for name in sections for flag, row in tree[name].items()}
 
 
 def _parse(words: Sequence[str], flags: Flags) -> tuple[dict[str, Any], list[str]]:
@@ -524,6 +528,43 @@ def _objective_of_chat(call: Call, translated: Translated) -> Iterator[str]:
     yield from ()
 
 
+def _preference(call: Call, translated: Translated) -> Iterator[str]:
+    """Sets mixed preference optimization: losses of pairs, and of the chosen answers."""
+    values = call.values
+    if values["use_packed_ds"]:
+        yield "--use_packed_ds: not for preference pairs, as in the original"
+    if "loss_type" in call.chosen:
+        names = [name.strip() for name in values["loss_type"].split(",")]
+        unknown = [name for name in names if name not in _LOSSES]
+        if unknown:
+            yield f"--loss_type {unknown[0]}: not one of {', '.join(_LOSSES)}"
+            return
+        # A lone loss has no weight there.
+        weights = {
+            _LOSSES[name]: values.get(f"{name}_loss_weight", 1.0) if len(names) > 1 else 1.0
+            for name in names
+        }
+        if values["rpo_alpha"]:
+            weights["sft"] = values["rpo_alpha"]
+    else:
+        weights = {"dpo": 0.8, "bco": 0.2, "sft": 1.0}
+        translated.notes.append(
+            "--loss_type: not given, so the losses that InternVL3.5's entry has in its code; older "
+            "entries then train DPO alone: add --loss_type sigmoid for it"
+        )
+    translated.set("objective.name", "mpo")
+    translated.set("objective.weights", weights)
+    translated.set("objective.beta", values["beta"])
+    translated.set("objective.label_smoothing", values["label_smoothing"])
+    # Both answers stand in one row.
+    translated.set("data.row_tokens", 2 * values["max_seq_length"])
+    translated.set("data.on_bad_sample", "skip")
+
+
+def _objective_of_preference(call: Call, translated: Translated) -> Iterator[str]:
+    yield from _objective_of_chat(call, translated)
+
+
 def _objective_of_pairs(call: Call, translated: Translated) -> Iterator[str]:
     values = call.values
     translated.set("objective.name", "retrieval")
@@ -554,7 +595,9 @@ RULES: dict[str, Rule] = {
     "pair_source": _pair_source,
     "trained_pairs": _trained_pairs,
     "layer_decay": _layer_decay,
+    "preference": _preference,
     "objective_of_chat": _objective_of_chat,
+    "objective_of_preference": _objective_of_preference,
     "objective_of_pairs": _objective_of_pairs,
 }
 """Rule of flags.yaml -> what sets its keys and yields its problems."""

@@ -29,7 +29,7 @@ _LINKS = ("data", "pretrained", "work_dirs")
 """Folders of clip_benchmark/ that are internvl_g's: its guide fine-tunes there, evaluates here."""
 _TOOLS = ("merge_lora", "internvl_custom2hf", "internvl_hf2custom")
 _ENTRIES = {
-    "internvl_chat": ("internvl_chat_finetune", "internvl_chat_pretrain"),
+    "internvl_chat": ("internvl_chat_finetune", "internvl_chat_pretrain", "internvl_chat_mpo"),
     "internvl_g": ("internvl_stage2_finetune",),
 }
 _LISTS = (".json", "internvl_stage2_finetune.py")

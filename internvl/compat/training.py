@@ -19,6 +19,8 @@ HEAD = "# Written by `internvl compat`"
 """First words of a recipe that may be written again."""
 _AUTHORS_PARTITIONS = ("INTERN2", "Intern5", "VC2", "VC5")
 """Defaults of the scripts, which only their authors' cluster has."""
+_RANKED = "LOCAL_RANK"
+"""Variable that torchrun sets in every process; scripts use RANK and WORLD_SIZE for nodes too."""
 _SCRIPT_OPTIONS = ("--dry-run", "--here")
 _ENTRY = "internvl/train/internvl_chat_finetune.py"
 _PAIRS_ENTRY = "internvl/train/internvl_stage2_finetune.py"
@@ -37,7 +39,7 @@ def translate_flags(words: Sequence[str], environment: Mapping[str, str]) -> Tra
     default = _PAIRS_ENTRY if "--dataset_name" in rest else _ENTRY
     entry = rest.pop(0) if is_entry else default
     # Under torchrun this process is one of those that train.
-    name = "WORLD_SIZE" if "RANK" in environment else "GPUS"
+    name = "WORLD_SIZE" if _RANKED in environment else "GPUS"
     launch = shell.Launch(
         "torchrun",
         {"nproc_per_node": environment.get(name, "1")},
@@ -109,6 +111,7 @@ def _translate(
     if on_slurm:
         command = _slurm(launch, file, environment, on_gpus=recipe.device != "cpu")
     else:
+        _check_nodes(launch, options, environment, origin)
         command, more = _local(file, num_gpus, environment)
         notes += more
     return Translation(
@@ -117,6 +120,20 @@ def _translate(
         recipe=f"{HEAD} {origin}\n{_yaml(translated.tree)}",
         file=file,
         runs="--dry-run" not in options,
+    )
+
+
+def _check_nodes(
+    launch: shell.Launch, options: Sequence[str], environment: Mapping[str, str], origin: str
+) -> None:
+    """Raises ConfigError if a script is to be typed on each of several nodes."""
+    if launch.num_nodes == 1 or options or _RANKED in environment:
+        return
+    per_node = launch.num_gpus // launch.num_nodes
+    raise ConfigError(
+        f"{origin}: torchrun on {launch.num_nodes} nodes is not started from here; save the recipe "
+        f"that --dry-run shows and use `internvl launch RECIPE --nodes {launch.num_nodes} "
+        f"--gpus-per-node {per_node}`, or `torchrun … -m internvl train RECIPE` on every node"
     )
 
 
@@ -140,7 +157,7 @@ def _local(
     """Returns the command that trains on this machine, and what differs."""
     command = ("train", str(file))
     # Its processes are started already.
-    if "RANK" in environment:
+    if _RANKED in environment:
         return command, []
     from internvl.launch import local
 

@@ -11,6 +11,7 @@ from internvl.errors import ConfigError
 
 CHAT = "internvl/train/internvl_chat_finetune.py"
 PAIRS = "internvl/train/internvl_stage2_finetune.py"
+MPO = "internvl/train/internvl_chat_mpo.py"
 NEEDED = {
     CHAT: ["--model_name_or_path", "a/b", "--meta_path", "m.json", "--output_dir", "out"],
     PAIRS: ["--model_name_or_path", "a/b", "--output_dir", "out"],
@@ -136,7 +137,7 @@ def test_another_value_of_a_fixed_flag_is_refused_with_the_reason(entry, flag, r
     assert row["refused"] in str(refused.value)
 
 
-@pytest.mark.parametrize("section", ["chat", "pairs"])
+@pytest.mark.parametrize("section", ["chat", "pairs", "preference"])
 def test_every_flag_has_one_meaning(section):
     for flag, row in finetune.flags_of(section).items():
         assert len({"to", "rule", "nothing", "only"} & set(row)) == 1, flag
@@ -223,11 +224,46 @@ def test_all_problems_at_once():
     assert len(lines) == 7  # the head, two flags, and four that are missing
 
 
-def test_preference_training_and_other_files_are_refused():
-    with pytest.raises(ConfigError, match="MPO"):
-        finetune.translate("internvl/train/internvl_chat_mpo.py", [])
+def test_other_files_are_refused():
     with pytest.raises(ConfigError, match="internvl_chat_pretrain.py"):
         finetune.translate("train.py", [])
+
+
+PREFERENCE = "--loss_type sigmoid,bco_pair --sigmoid_loss_weight 0.8 --bco_pair_loss_weight 0.2"
+
+
+@pytest.mark.parametrize(
+    ("words", "weights"),
+    [
+        (f"{PREFERENCE} --rpo_alpha 1", {"dpo": 0.8, "bco": 0.2, "sft": 1.0}),
+        (PREFERENCE, {"dpo": 0.8, "bco": 0.2}),
+        ("--loss_type hinge --sigmoid_loss_weight 3", {"hinge": 1.0}),
+        ("", {"dpo": 0.8, "bco": 0.2, "sft": 1.0}),
+    ],
+)
+def test_losses_of_preference_training(words, weights):
+    translated = finetune.translate(MPO, [*NEEDED[CHAT], *words.split()])
+    recipe = resolve(translated.tree)
+    assert recipe.objective.term_weights == weights
+    assert any("older entries" in note for note in translated.notes) == (not words)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("beta", "0.2"), ("label_smoothing", "0.1")])
+def test_other_flags_of_preference_training(flag, value):
+    words = [*NEEDED[CHAT], f"--{flag}", value]
+    recipe = resolve(finetune.translate(MPO, words).tree)
+    assert getattr(recipe.objective, flag) == float(value)
+    with pytest.raises(ConfigError, match="no flag of the original"):
+        finetune.translate(CHAT, words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [("--loss_type kto", "not one of sigmoid"), ("--use_packed_ds True", "not for preference")],
+)
+def test_refused_for_preference_training(words, message):
+    with pytest.raises(ConfigError, match=message):
+        finetune.translate(MPO, [*NEEDED[CHAT], *words.split()])
 
 
 def test_what_the_checkpoint_decides_is_compared_with_it(tmp_path):

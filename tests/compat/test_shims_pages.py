@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     # No guide's line says how many steps; nor does it look for a GPU here.
-    for name in ("GPUS", "BATCH_SIZE", "PER_DEVICE_BATCH_SIZE", "PARTITION", "RANK"):
+    for name in ("GPUS", "BATCH_SIZE", "PER_DEVICE_BATCH_SIZE", "PARTITION", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     shims.install([str(tmp_path / "shims")], {})
     return tmp_path / "shims"

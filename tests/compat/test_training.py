@@ -17,7 +17,7 @@ FLAGS = [
 @pytest.fixture(autouse=True)
 def _in_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE", "GPUS", "PARTITION"):
+    for name in ("LOCAL_RANK", "WORLD_SIZE", "GPUS", "PARTITION"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -69,6 +69,15 @@ def test_an_edited_copy_is_read_and_what_it_does_beside_is_listed(tmp_path):
     assert "line 1: module load cuda: not translated" in done.notes
 
 
+def test_a_script_for_each_of_several_nodes():
+    script = "internvl_chat_gpt_oss/shell/internvl3_5_qwen3/internvl3_5_8b_sft.sh"
+    nodes = {"WORLD_SIZE": "4", "RANK": "1"}
+    with pytest.raises(ConfigError, match="internvl launch RECIPE --nodes 4 --gpus-per-node 8"):
+        training.translate_script([script], nodes)
+    done = training.translate_script([script, "--dry-run"], nodes)
+    assert "global_batch_rows: 512" in done.recipe
+
+
 def test_no_such_script():
     with pytest.raises(ConfigError, match="there is no script gone.sh"):
         training.translate_script(["gone.sh"], {})
@@ -79,7 +88,7 @@ def test_no_such_script():
 def test_flags_alone():
     done = training.translate_flags(FLAGS, {"GPUS": "2"})
     assert "global_batch: 16" in done.recipe
-    under_torchrun = training.translate_flags(FLAGS, {"RANK": "1", "WORLD_SIZE": "4"})
+    under_torchrun = training.translate_flags(FLAGS, {"LOCAL_RANK": "1", "WORLD_SIZE": "4"})
     assert "global_batch: 32" in under_torchrun.recipe
     assert under_torchrun.commands == (("train", "work/o.yaml"),)
 
