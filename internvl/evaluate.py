@@ -186,7 +186,7 @@ def measure(
         )
     run_step = find_run(model_or_run, step)
     recipe = None if run_step is None else load_recipe(run_step.folder / "recipe.yaml")
-    run_evals = {} if recipe is None else recipe.evals
+    run_evals = {} if recipe is None else recipe.run_evals
     # With its own annotations a call means a file, also for a run that has evaluations.
     measures_file = not run_evals or "annotations" in fields
     names = _expanded(tasks, run_evals) or (["caption-file"] if measures_file else list(run_evals))

@@ -137,7 +137,7 @@ def build(
     # Before the model is loaded: new adapters and heads draw their weights from this seed.
     torch.manual_seed(recipe.seed)
     # Now, not at the first evaluation: an error in its data must not cost the training until then.
-    evaluators = evals.build(recipe.evals)
+    evaluators = evals.build(recipe.run_evals)
     grid = mesh.build(recipe.parallel, device)
     if chat is not None:
         # It goes to the GPU unit by unit if it is sharded.

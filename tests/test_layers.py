@@ -43,7 +43,8 @@ OPEN_SETS: dict[str, tuple[str, ...]] = {
         "stateless",
     ),
     "evals": (
-        *("answers", "asking", "features", "judges", "metrics", "scores", "scoring", "sharing"),
+        *("answers", "asking", "features", "held_out", "judges", "metrics", "scores", "scoring"),
+        "sharing",
     ),
 }
 

@@ -30,6 +30,7 @@ ELSEWHERE = {
     "datasets/mmpr.py": ("datasets/test_prepare.py", "a data set to prepare"),
     "datasets/tasks.py": ("evals/benchmark/test_benchmark.py", "entries are what they ask"),
     "evals/asking.py": ("evals/benchmark/test_benchmark.py", "how every question is asked"),
+    "evals/held_out.py": ("test_evaluate.py", "samples of a loss or of pairs"),
     "evals/loss.py": ("test_evaluate.py", "a loss needs a run to be measured of"),
     "evals/scores.py": ("data/captions/test_captions.py", "scores of captions of every form"),
     "inference/families.py": ("inference/test_load.py", "what `load` chooses from"),

@@ -15,6 +15,7 @@ from internvl.config.evals import (
     EvalSection,
     JudgedEval,
     LossEval,
+    PreferenceEval,
     QaEval,
     RetrievalEval,
     # With these three, cli.py and evaluate.py take a new evaluator's keys without an edit.
@@ -66,6 +67,7 @@ __all__ = [  # ruff removes imports that are neither used nor listed
     "ParallelConfig",
     "Part",
     "Positive",
+    "PreferenceEval",
     "QaEval",
     "Recipe",
     "RetrievalConfig",

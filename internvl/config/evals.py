@@ -1,7 +1,7 @@
 """`evals:` what is measured during and after training, a section for each `type`."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -72,6 +72,14 @@ class EvalConfig:
     def files(self) -> tuple[Path | None, ...]:
         """Files and folders that the evaluation reads, except images; None for unset keys."""
         return (self.annotations,)
+
+    def in_run(self, start: str | None) -> "EvalConfig":
+        """Returns the evaluation as a run does it.
+
+        Args:
+            start: the model that the run started from, by hub id or folder.
+        """
+        return self
 
     def problems(self) -> Iterator[str]:
         """Yields "key: reason" for values that are fine alone and wrong together."""
@@ -149,6 +157,29 @@ class LossEval(EvalConfig):
     """The question before each caption; null: `annotations` are conversations."""
     max_tokens: Positive = 8192
     """Longest sample, as `data.max_tokens`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceEval(EvalConfig):
+    """Accuracy and margin of rewards on held-out preference pairs, for chat models."""
+
+    type: Literal["preference"] = "preference"
+    annotations: Path
+    """Pairs, as a source of type preference."""
+    images: Path = Path(".")
+    """Folder that image paths are relative to."""
+    max_tokens: Positive = 8192
+    """Longest question with an answer, as `data.max_tokens`."""
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """Scale of the margin, as `objective.beta`."""
+    reference: str | None = None
+    """Model that rewards are relative to, by hub id or folder, read once. null: the model itself
+    with its adapters off; in a run without adapters the model that it started from; else none, and
+    rewards are log-probabilities."""
+
+    def in_run(self, start: str | None) -> "PreferenceEval":
+        """See `EvalConfig.in_run`."""
+        return self if self.reference is not None else replace(self, reference=start)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +313,8 @@ class QaEval(JudgedEval):
 
 
 EvalSection = Annotated[
-    CaptionEval | LossEval | RetrievalEval | ClassifyEval | BenchmarkEval | QaEval, OneOf("type")
+    CaptionEval | LossEval | RetrievalEval | ClassifyEval | PreferenceEval | BenchmarkEval | QaEval,
+    OneOf("type"),
 ]
 """Every evaluator; a new one is one more member. A section without `type` is of the first."""
 

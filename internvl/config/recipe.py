@@ -8,7 +8,7 @@ from pydantic import Field
 
 from internvl.config.compute import ComputeConfig
 from internvl.config.data import DataConfig
-from internvl.config.evals import EvalSection
+from internvl.config.evals import EvalConfig, EvalSection
 from internvl.config.model import ModelConfig
 from internvl.config.objective import ObjectiveSection, PairsConfig, SftConfig
 from internvl.config.optim import OptimConfig
@@ -70,6 +70,13 @@ class Recipe:
         """True if samples of the same image are read and packed together."""
         # Pairs are not packed into rows, so they have no prefix to share.
         return self.objective.rows_are_packed and self.data.share_prefix
+
+    @property
+    def run_evals(self) -> dict[str, EvalConfig]:
+        """`evals` as the run does them, told of the model that it starts from."""
+        # With adapters that model is the same one with its adapters off.
+        start = self.model.id if self.model.lora is None else None
+        return {name: config.in_run(start) for name, config in self.evals.items()}
 
     @property
     def pairs(self) -> PairsConfig:

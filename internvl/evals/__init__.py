@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from internvl import dist
 from internvl.config import EvalConfig
 from internvl.data.images import FileSlice
-from internvl.evals import benchmark, caption, classify, loss, qa, retrieval
+from internvl.evals import benchmark, caption, classify, loss, preference, qa, retrieval
 from internvl.evals.metrics import one_meteor
 from internvl.evals.scores import LEFT_OUT as LEFT_OUT
 from internvl.evals.scores import EvalScores, Table
@@ -48,6 +48,7 @@ class Evaluator(Protocol):
 EVALS: dict[str, Callable[..., Evaluator]] = {
     "caption": caption.Caption,
     "loss": loss.Loss,
+    "preference": preference.Preference,
     "retrieval": retrieval.Retrieval,
     "classify": classify.Classify,
     "benchmark": benchmark.Benchmark,

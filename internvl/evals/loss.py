@@ -12,19 +12,15 @@ import torch
 from internvl import dist
 from internvl.compute import compilation, feeding
 from internvl.config import DataConfig, LossEval, SourceConfig
-from internvl.data.images import FileSlice
 from internvl.data.loader import Read, UnitReader
 from internvl.data.packing import encode_units, pack
-from internvl.data.records import Example, PackedBatch, Sample, Unit
+from internvl.data.records import Example, PackedBatch, Unit
 from internvl.data.sampler import UnitRef
-from internvl.data.sources import open_source
 from internvl.errors import BadSample, UserError
 from internvl.evals import sharing
+from internvl.evals.held_out import ROW_TILES, HeldOut
 from internvl.evals.scores import (
-    LEFT_OUT,
     EvalScores,
-    raise_or_log,
-    raise_or_log_images,
     skipped_rows,
 )
 from internvl.models import configs
@@ -32,13 +28,8 @@ from internvl.models.attention import packed
 from internvl.objectives.packed_loss import summed_loss
 from internvl.parallel import lockstep
 
-_CHUNK_SAMPLES = 64  # samples that are packed together, by one rank; their tiles are in memory
-_ROW_TILES = 48  # most tiles of a row, unless a sample has more
 
-_REMEDY = "put them right, or set on_bad_sample to skip to leave them out"
-
-
-class Loss:
+class Loss(HeldOut):
     """Mean next-token loss over the supervised tokens of all samples, in nats; deterministic.
 
     Data: chat JSONL as training reads it, or with `prompt` captions in any form of
@@ -51,58 +42,16 @@ class Loss:
     def __init__(self, config: LossEval) -> None:
         self.config = config
         source_type: Literal["chat", "captions"] = "chat" if config.prompt is None else "captions"
-        self.source = open_source(
-            SourceConfig(
-                name="held out",
-                type=source_type,
-                annotations=config.annotations,
-                images=config.images,
-                prompt=config.prompt,
-                # As the original's data does; without it such a sample would be a bad one.
-                insert_image_mark=True,
-            )
+        source = SourceConfig(
+            name="held out",
+            type=source_type,
+            annotations=config.annotations,
+            images=config.images,
+            prompt=config.prompt,
+            # As the original's data does; without it such a sample would be a bad one.
+            insert_image_mark=True,
         )
-        self.lines = range(min(len(self.source), config.limit or len(self.source)))
-        self._left_out = 0
-        # Other policies meet bad samples in `run`, which reads every sample anyhow.
-        if config.on_bad_sample in ("raise", "skip_broken"):
-            problems = self._bad_samples()
-            unreadable = self._broken_images()
-            raise_or_log_images(problems, unreadable, config.on_bad_sample, _REMEDY)
-
-    def _bad_samples(self) -> list[BadSample]:
-        samples = self.source.samples(self.lines)
-        return [sample for sample in samples if isinstance(sample, BadSample)]
-
-    def _broken_images(self) -> list[BadSample]:
-        """Returns the problems of images, by the first sample that shows them."""
-        first_samples: dict[str | FileSlice, str] = {}
-        for sample in self.source.samples(self.lines):
-            for image in sample.images if isinstance(sample, Sample) else ():
-                if not isinstance(image, bytes):
-                    first_samples.setdefault(
-                        image if isinstance(image, FileSlice) else str(image), sample.name
-                    )
-        images = list(first_samples)  # each decoded once, however many samples show it
-        unreadable = sharing.broken(images)
-        return [
-            BadSample(first_samples[images[index]], f"{images[index]}: {reason}")
-            for index, reason in unreadable.items()
-        ]
-
-    def images(self) -> Sequence[str]:
-        """Returns every image that will be opened."""
-        samples = self.source.samples(self.lines)
-        readable = (sample for sample in samples if isinstance(sample, Sample))
-        return [str(image) for sample in readable for image in sample.images]
-
-    def counts(self) -> dict[str, int]:
-        """See `Evaluator.counts`."""
-        counts = {"samples": len(self.lines) - self._left_out}
-        return counts | ({LEFT_OUT: self._left_out} if self._left_out else {})
-
-    def table(self) -> None:
-        """See `Evaluator.table`."""
+        super().__init__(config, source)
 
     def run(self, handle: Any, folder: Path | None) -> EvalScores | None:
         """Measures a Chat; `folder` is not used."""
@@ -113,12 +62,9 @@ class Loss:
             normalize=settings["normalize"],
             exif=settings["exif"],
             max_tokens=self.config.max_tokens,
-            max_tiles=max(_ROW_TILES, 2 * handle.tiles.max),
+            max_tiles=max(ROW_TILES, 2 * handle.tiles.max),
         )
-        chunks = [
-            self.lines[start : start + _CHUNK_SAMPLES]
-            for start in range(0, len(self.lines), _CHUNK_SAMPLES)
-        ]
+        chunks = self.chunks()
         # FlexAttention is only itself when compiled, and then for one length of rows.
         flex = handle.model.config.text_config._attn_implementation in (packed.FLEX, packed.FLASH)
         blocks = -(-data.max_tokens // packed.BLOCK)
@@ -139,9 +85,7 @@ class Loss:
     def _score(self, sums: Sequence["_Sums"]) -> EvalScores:
         """Computes the mean of all chunks."""
         bad = [problem for chunk in sums for problem in chunk.bad]
-        policy = "skip" if self.config.on_bad_sample != "raise" else "raise"
-        raise_or_log(bad, policy, _REMEDY)
-        self._left_out = len(bad)
+        self.leave_out(bad)
         count = sum(chunk.count for chunk in sums)
         if not count:
             raise UserError(f"{self.config.annotations} holds no sample with an answer")

@@ -141,6 +141,10 @@ class Mpo(PackedObjective):
         rows = self.build(groups)
         return rows if self.reference is None else list(map(self.reference.attach, rows))
 
+    def batches(self, units: Sequence[Unit]) -> Sequence[PreferenceBatch]:
+        """See `PackedObjective.batches`."""
+        return cast(Sequence[PreferenceBatch], super().batches(units))
+
     def build(self, groups: Sequence[Sequence[Unit]]) -> list[PreferenceBatch]:
         """See `PackedObjective.build`."""
         # Always branches, whatever data.share_prefix says about several pairs of an image.
@@ -228,11 +232,10 @@ class Mpo(PackedObjective):
 
     def begin_run(self, start: RunStart) -> None:
         """See `Objective.begin_run`; computes or loads the reference."""
-        reference = REFERENCES[start.reference](self._logps)
+        reference = REFERENCES[start.reference](self.logps)
 
         def make_rows(units: Sequence[Unit] | None = None) -> Sequence[PreferenceBatch]:
-            rows = [self.empty_batch(())] if units is None else self.batches(units)
-            return cast(Sequence[PreferenceBatch], rows)
+            return [self.empty_batch(())] if units is None else self.batches(units)
 
         reference.begin_run(start, make_rows)
         self.reference = reference
@@ -254,13 +257,13 @@ class Mpo(PackedObjective):
             device = row.input_ids.device
             seed = int(torch.randint(2**62, ()))
             with discard_saved_tensors(), seeded(seed, device):
-                logps = self._logps(model, row).detach()
+                logps = self.logps(model, row).detach()
             cached = _CachedRow(seed, self._reference_logps(model, row), None)
             self._cached.append(cached)
             measured.append((logps, cached.reference))
         if first is not None:
             reference = self._reference_logps(model, first)
-            logps = self._logps(model, first)
+            logps = self.logps(model, first)
             self._cached.appendleft(_CachedRow(None, reference, logps))
             measured.insert(0, (logps.detach(), reference))
         self._next_delta = self.delta.updated(self._mean_reward(measured))
@@ -281,7 +284,7 @@ class Mpo(PackedObjective):
         logps = None if cached is None else cached.logps
         if logps is None:
             with seeded(None if cached is None else cached.seed, batch.input_ids.device):
-                logps = self._logps(model, batch)
+                logps = self.logps(model, batch)
         self._measured.append(torch.stack([logps.detach(), reference], 1))
         return self._terms(logps, reference, batch.lengths)
 
@@ -300,7 +303,7 @@ class Mpo(PackedObjective):
             for term in self.weights
         }
 
-    def _logps(self, model: Any, row: PreferenceBatch) -> Tensor:
+    def logps(self, model: Any, row: PreferenceBatch) -> Tensor:
         """Returns log-probabilities of the answers, float32 (P, 2), summed over tokens."""
         return -answer_losses(model, row, self.data.statistics)
 
