@@ -220,7 +220,7 @@ def from_main(value: T) -> T:
     if not distributed.is_initialized():
         return value
     values = [value if is_main() else None]
-    distributed.broadcast_object_list(values)
+    distributed.broadcast_object_list(values, src=0)
     return values[0]  # type: ignore[return-value]  # rank 0's by now
 
 
@@ -229,7 +229,7 @@ def gather_to_main(value: T) -> list[T]:
     if not distributed.is_initialized():
         return [value]
     values: list[Any] | None = [None] * world_size() if is_main() else None
-    distributed.gather_object(value, values)
+    distributed.gather_object(value, values, dst=0)
     return values or []
 
 
