@@ -82,13 +82,36 @@ def predict(
 def _sharded(
     fixed: dict[str, float], moving: dict[str, float], cut: Shards, micro_batches: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Adds what is whole for a while: the larger of the backward pass's beginning and its end."""
-    gathered = {"gathered weights": cut.gathered()}
-    first = moving | {"gradients of a unit": cut.unit_gradients(micro_batches)}
+    """Adds what is whole for a while, at the backward pass's beginning, in the tower's, or at the
+    end, whichever takes most."""
     # The shards of a single micro-batch's gradients grow as its activations are freed.
     grown = fixed.pop("gradients") if micro_batches == 1 else 0.0
-    last = {"gradients of the root": cut.root_gradients(), "gradients": grown}
-    return fixed, gathered | max(first, last, key=lambda components: sum(components.values()))
+    left = {name: size for name, size in moving.items() if name in _UNTIL_THE_TOWER}
+    moments = [
+        moving
+        | {
+            "gathered weights": cut.gathered(cut.others),
+            "gradients of a unit": cut.unit_gradients(cut.others, micro_batches),
+        },
+        # A tower of one unit has its gradients when its activations are gone.
+        ({} if len(cut.tower) == 1 else left)
+        | {
+            "gradients": grown,
+            "gathered weights": cut.gathered(cut.tower),
+            "gradients of a unit": cut.unit_gradients(cut.tower, micro_batches),
+        },
+        left | {"gradients": grown, "gathered weights": cut.gathered(cut.tower)},
+        {
+            "gradients": grown,
+            "gathered weights": cut.gathered(()),
+            "gradients of the root": cut.root_gradients(),
+        },
+    ]
+    return fixed, max(moments, key=lambda components: sum(components.values()))
+
+
+_UNTIL_THE_TOWER = ("tiles", "images and visual tokens", "vision tower activations")
+"""Activations that are still there when the backward pass has come to the tower."""
 
 
 def activations_of(

@@ -18,8 +18,9 @@ from internvl.config import Recipe
 from internvl.errors import UserError
 from internvl.parallel import shard
 
-GATHERED_UNITS = 3
-"""Units of zero3 that are whole at a time: one that is computed, the next one, and its buffer."""
+GATHERED = {True: 3, False: 2}
+"""Units of zero3 that are whole at a time, by whether they are a stack: one that is computed, the
+next one, and the buffer that it arrives in."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ class Shards:
     """Bytes of a value of a gradient that GPUs sum."""
     dtype_bytes: int
     offload: bool
-    units: tuple[UnitSize, ...]
+    tower: tuple[UnitSize, ...]
+    """Units of the vision tower, whose backward pass comes last."""
+    others: tuple[UnitSize, ...]
     root: UnitSize
     whole: frozenset[int]
     """Ids of the parameters of which every GPU keeps all."""
@@ -69,19 +72,25 @@ class Shards:
         """Parameters that are cut."""
         return self.root.whole + sum(unit.whole for unit in self.units)
 
-    def gathered(self) -> float:
-        """Bytes of whole weights while a row is computed, in the dtype of the computation."""
+    @property
+    def units(self) -> tuple[UnitSize, ...]:
+        return self.tower + self.others
+
+    def gathered(self, units: tuple[UnitSize, ...]) -> float:
+        """Bytes of whole weights while `units` are computed, in the dtype of the computation."""
         if self.stage != "zero3":
             return float(self.dtype_bytes * self.all)
-        largest = max((unit.whole for unit in self.units), default=0)
-        return float(self.dtype_bytes * (self.root.whole + GATHERED_UNITS * largest))
+        largest = max((unit.whole for unit in units), default=0)
+        return float(self.dtype_bytes * (self.root.whole + GATHERED[len(units) > 1] * largest))
 
-    def unit_gradients(self, micro_batches: int) -> float:
-        """Bytes of gradients that are whole: of a unit, on their way to the other GPUs; with zero1
-        of all, if a GPU has several micro-batches."""
-        largest = max((unit.trained for unit in self.units), default=0)
-        # In the dtype of the computation, copied to that of the sum; the unit before it still goes.
-        passing = largest * (self.dtype_bytes + 2.0 * self.reduce_bytes)
+    def unit_gradients(self, units: tuple[UnitSize, ...], micro_batches: int) -> float:
+        """Bytes of gradients that are whole while `units` run back: of a unit, on their way to the
+        other GPUs; with zero1 of all, if a GPU has several micro-batches."""
+        largest = max((unit.trained for unit in units), default=0)
+        # In the dtype of the computation, copied to that of the sum; in a stack the unit before it
+        # is still on its way.
+        copies = len(units[:2])
+        passing = largest * (self.dtype_bytes + float(copies * self.reduce_bytes))
         # The output matrix has its gradient from the first block's backward to the last.
         passing += self.dtype_bytes * self.root.trained
         if self.stage == "zero1" and micro_batches > 1:
@@ -123,8 +132,10 @@ def of(model: Any, recipe: Recipe, num_gpus: int) -> Shards | None:
             "two or more each; choose a divisor of them"
         )
     whole = frozenset(map(id, shard.whole_parameters(model, config)))
-    counted, sizes = set(whole), []
-    for unit in model.shard_units():  # inner ones first
+    counted, sizes, inside = set(whole), [], 0
+    tower = set(map(id, model.model.vision_tower.modules()))
+    for unit in model.shard_units():  # the tower's first, the root last
+        inside += id(unit.module) in tower
         cut = [p for p in unit.module.parameters() if id(p) not in counted]
         counted |= set(map(id, cut))
         trained = sum(p.numel() for p in cut if p.requires_grad)
@@ -136,7 +147,8 @@ def of(model: Any, recipe: Recipe, num_gpus: int) -> Shards | None:
         reduce_bytes=2 if config.reduce == "bfloat16" else 4,
         dtype_bytes=2 if recipe.dtype == "bfloat16" else 4,
         offload=config.offload == "cpu",
-        units=tuple(sizes[:-1]),
+        tower=tuple(sizes[:inside]),
+        others=tuple(sizes[inside:-1]),
         root=sizes[-1],
         whole=whole,
     )

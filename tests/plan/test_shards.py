@@ -70,7 +70,8 @@ def test_units_are_those_of_training(parts):
     layers = len(model.model.language_model.layers)
     whole = sum(p.numel() for p in model.parameters() if id(p) in cut.whole)
     assert cut.all == sum(p.numel() for p in model.parameters()) - whole
-    assert len([unit for unit in cut.units if unit.trained]) == layers
+    assert len(cut.others) == layers
+    assert sum(unit.whole for unit in cut.tower) == 0  # frozen and small
 
 
 def test_what_a_gpu_sends(parts):
