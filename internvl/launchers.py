@@ -19,7 +19,7 @@ from internvl.errors import UserError
 
 PARENT = "INTERNVL_LAUNCHER"
 """Variable with the process id of `internvl train`, in the ranks that it starts."""
-ERROR_FILE = "TORCHELASTICERROR_FILE"
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """Variable with the file for a rank's last words; torchrun sets it too, and prints them."""
 _POLL_S = 0.5
 _TIME_TO_SAVE_S = 60.0
