@@ -44,6 +44,7 @@ from internvl.data.sampler import Position
 from internvl.errors import CheckpointError, UserError
 from internvl.files import read_run_json, remove_partials, write_json, write_text
 from internvl.models.tensors import LazyTensor
+from internvl.training import moments
 from internvl.training.saved_steps import steps as steps
 
 _GO_BACK = "remove this folder to go on from the one before"
@@ -130,7 +131,7 @@ class Saver:
             raise CheckpointError(problem)
         if is_there:
             return
-        tensors = _tensors(model, optimizer)
+        tensors = moments.to_save(_tensors(model, optimizer))
         needed = dist.sum_counts({"bytes": _num_bytes(tensors)})["bytes"]
         write = _Write(step, target, int(needed), keep)
         self._write = write
@@ -308,10 +309,16 @@ def _read(source: Path, tensors: dict[str, Any]) -> dict[str, Any]:
         with _quiet():
             saved = dcp.FileSystemReader(source).read_metadata().state_dict_metadata
             # A parameter that no loss has reached yet has no moments; those in `tensors` are zero.
-            stored = {k: v for k, v in tensors.items() if k in saved or not _is_moment(k)}
+            names = {k.removesuffix(moments.CODES) for k in saved}
+            stored = {k: v for k, v in tensors.items() if k in names or not _is_moment(k)}
+            targets, finish = moments.to_load(stored, saved, lambda: _lazy_tensors(source))
             # Without a group: a rank that cannot read must not leave the others waiting.
-            dcp.load(stored, checkpoint_id=source, no_dist=True)
-            tensors |= stored
+            dcp.load(targets, checkpoint_id=source, no_dist=True)
+            finish()
+            tensors |= {
+                name: value if moments.is_packed(value) else targets.get(name, value)
+                for name, value in stored.items()
+            }
         return read_run_json(source / "state.json", _GO_BACK)
 
 
@@ -366,16 +373,19 @@ def read_weights(folder: Path, step: int) -> dict[str, LazyTensor]:
     Raises:
         CheckpointError: damaged; when a weight is read as well.
     """
-    source = folder / f"{step:06d}"
+    return _prefixed(_lazy_tensors(folder / f"{step:06d}"), "model.")
+
+
+def _lazy_tensors(source: Path) -> dict[str, LazyTensor]:
     reader = dcp.FileSystemReader(source)
     with _readable(source):
         metadata = reader.read_metadata()
         reader.set_up_storage_reader(metadata, is_coordinator=True)
         stored = metadata.state_dict_metadata.items()
     return {
-        name.removeprefix("model."): _lazy(reader, name, entry)
+        name: _lazy(reader, name, entry)
         for name, entry in stored
-        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+        if isinstance(entry, TensorStorageMetadata)
     }
 
 
@@ -418,8 +428,8 @@ class _Into(DefaultLoadPlanner):
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Returns trained weights and moments by name; loading writes into these tensors."""
-    moments = get_optimizer_state_dict(model, optimizer, options=_FLAT)
-    return {**_trained(model), **{f"optimizer.{k}": v for k, v in moments.items()}}
+    state = get_optimizer_state_dict(model, optimizer, options=_FLAT)
+    return {**_trained(model), **{f"optimizer.{k}": v for k, v in state.items()}}
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
