@@ -3,7 +3,7 @@
 import importlib
 from pathlib import Path
 
-from internvl import cli
+import internvl
 from internvl.errors import BadImage, BadSample, UnknownModel, UserError
 
 
@@ -14,8 +14,8 @@ def subclasses(kind):
 def test_errors_of_our_own_are_one_family():
     """Every exception class of the package is a UserError, which the command line prints as it
     is."""
-    for file in sorted(Path(cli.__file__).parent.rglob("*.py")):
-        names = file.relative_to(Path(cli.__file__).parent).with_suffix("").parts
+    for file in sorted(Path(internvl.__file__).parent.rglob("*.py")):
+        names = file.relative_to(Path(internvl.__file__).parent).with_suffix("").parts
         if names[-1] not in ("__main__", "seeded_dropout_triton", "flash4"):
             importlib.import_module(".".join(("internvl", *names)))
     ours = {kind for kind in subclasses(BaseException) if kind.__module__.startswith("internvl.")}

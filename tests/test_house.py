@@ -10,7 +10,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "internvl"
 FILES = sorted(PACKAGE.rglob("*.py"))
-MAY_PRINT = ("cli.py", "__main__.py")
+MAY_PRINT = ("cli", "__main__")
+"""Parts of the package that print."""
 
 Check = Callable[[ast.Module], Iterator[int]]
 
@@ -148,7 +149,7 @@ def test_the_package_keeps_the_rule(check: Check) -> None:
     found = [
         f"{file.relative_to(PACKAGE)}:{line}"
         for file in FILES
-        if not (check is prints and file.name in MAY_PRINT)
+        if not (check is prints and file.relative_to(PACKAGE).with_suffix("").parts[0] in MAY_PRINT)
         for line in check(ast.parse(file.read_text(encoding="utf-8")))
     ]
     assert found == []

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE, TESTS = ROOT / "internvl", ROOT / "tests"
 
 ONE_DOOR = {
+    "cli": "a verb is its words and what they print",
     "check": "a report is what `check.run` returns",
     "config": "a recipe is read whole: its sections' rules are seen in its problems",
     "config/objective": "sections of a recipe, as the rest of config",

@@ -31,7 +31,7 @@ from internvl.data.messages import IMAGE_MARK
 from internvl.data.records import PackedBatch, Sample
 from internvl.data.sampler import UnitRef
 from internvl.data.sources import Source, open_sources
-from internvl.errors import BadSample, counted
+from internvl.errors import BadSample, UserError, counted
 from internvl.files import write_lines
 from internvl.inference import generate, requests
 from internvl.inference import load as loading
@@ -151,7 +151,7 @@ def run(
     return Parity(comparisons, left_out)
 
 
-class _NotComparable(Exception):
+class _NotComparable(UserError):
     """A path cannot take a sample; the message says why."""
 
 

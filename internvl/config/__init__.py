@@ -18,7 +18,7 @@ from internvl.config.evals import (
     PreferenceEval,
     QaEval,
     RetrievalEval,
-    # With these three, cli.py and evaluate.py take a new evaluator's keys without an edit.
+    # With these three, cli/ and evaluate.py take a new evaluator's keys without an edit.
     eval_config,
     eval_keys,
     eval_options,

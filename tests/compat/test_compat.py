@@ -3,14 +3,15 @@
 import pytest
 from command_line import call
 
-from internvl import cli, compat
+from internvl import compat
+from internvl.cli import compat as words
 from internvl.errors import ConfigError
 
 LORA = "shell/internvl2.0/2nd_finetune/internvl2_2b_internlm2_1_8b_dynamic_res_2nd_finetune_lora.sh"
 
 
 def test_the_help_lists_every_command(capsys):
-    assert set(cli.COMPAT_COMMANDS) == set(compat.COMMANDS)
+    assert set(words.COMMANDS) == set(compat.COMMANDS)
     code, out, _ = call(capsys, "compat", "--help")
     assert code == 0
     assert all(name in out for name in compat.COMMANDS)

@@ -330,7 +330,7 @@ def test_without_a_verb_all_are_listed(capsys):
 
 
 def test_the_version_is_the_package_s(capsys):
-    with open(Path(cli.__file__).parents[1] / "pyproject.toml", "rb") as file:
+    with open(Path(cli.__file__).parents[2] / "pyproject.toml", "rb") as file:
         version = tomllib.load(file)["project"]["version"]
     assert call(capsys, "--version") == (0, f"internvl {version}\n", "")
     assert internvl.__version__ == version

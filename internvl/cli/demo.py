@@ -1,0 +1,26 @@
+"""`internvl demo`: models that learn in minutes on a CPU."""
+
+import argparse
+from pathlib import Path
+
+from internvl.cli.common import Arguments, loading
+
+
+def run(args: Arguments) -> int:
+    """Train, evaluate, export and reload a tiny model on a CPU; writes report.html."""
+    with loading("the demo"):
+        from internvl import demo
+
+    page = demo.run(args.to, short=args.short)
+    print(f"The report is {page.resolve()}; open it in a browser.")
+    return 0
+
+
+def add_arguments(sub: argparse.ArgumentParser) -> None:
+    """Adds the verb's options."""
+    sub.add_argument(
+        "--to", type=Path, default=Path("runs/demo"), help="folder to write (default: runs/demo)"
+    )
+    sub.add_argument(
+        "--short", action="store_true", help="train for about a minute, only to see that it works"
+    )
