@@ -26,6 +26,7 @@ ONE_DOOR = {
 """Rooms whose modules are tested through the room's door, in the room's own test file."""
 
 ELSEWHERE = {
+    "check/rank_rows.py": ("check/test_rehearse.py", "what a rehearsal runs"),
     "data/transfer.py": ("data/test_loader.py", "what workers hand over"),
     "datasets/checklist.py": ("datasets/test_prepare.py", "prepare lists what is missing"),
     "datasets/mmpr.py": ("datasets/test_prepare.py", "a data set to prepare"),

@@ -9,24 +9,21 @@ memory held. Time between GPUs is not measured; the plan's rates stand for it.
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import distributed
 from torch.distributed.tensor import DTensor
 
 from internvl import dist, plan, train
+from internvl.check.rank_rows import RankRows
 from internvl.compute import feeding, placement
 from internvl.compute.storage_meter import StorageMeter
 from internvl.config import Recipe
-from internvl.data import balance
-from internvl.data.balance import Piece
-from internvl.data.packing import padded_tokens
 from internvl.data.records import Batch, PackedBatch
-from internvl.data.row_steps import row_steps
-from internvl.data.sampler import Position, SampleOrder, UnitRef
+from internvl.data.sampler import SampleOrder
 from internvl.data.sources import open_sources
 from internvl.errors import UserError, counted
 from internvl.inference import families
@@ -37,13 +34,11 @@ from internvl.inference.families import FAMILIES
 from internvl.inference.opened import OpenedModel, open_start
 from internvl.models.vision import set_drop_path
 from internvl.objectives import OBJECTIVES
-from internvl.objectives.sft import Sft
+from internvl.objectives.stateless import Stateless
 from internvl.parallel import fill, mesh
 from internvl.plan import Plan
 from internvl.plan import costs as plan_costs
-from internvl.plan.costs import Costs
 from internvl.plan.memory import GIB
-from internvl.plan.work import FirstStep, first_step
 from internvl.training import checkpoint
 from internvl.training.spikes import Guard
 from internvl.zoo.gpus import Gpu
@@ -106,6 +101,12 @@ def run(recipe: Recipe, num_gpus: int, gpu: Gpu | None = None, *, steps: int = S
             "model.quantize: a rehearsal draws weights and does not quantize; use --plan, or "
             "model.quantize=null"
         )
+    objective: Any = OBJECTIVES[recipe.objective.name]
+    if objective.begin_run is not Stateless.begin_run:
+        raise UserError(
+            f"objective.name: {recipe.objective.name} measures its first model on all data before "
+            "it trains, which a rehearsal with drawn weights does not; use --plan"
+        )
     start = open_start(recipe)
     # A rehearsal measures steps; evaluations would need their data and a model that answers.
     recipe = replace(loading.complete(recipe, start).recipe, evals={})
@@ -116,7 +117,7 @@ def run(recipe: Recipe, num_gpus: int, gpu: Gpu | None = None, *, steps: int = S
     sources = open_sources(recipe.data)
     order = SampleOrder(sources, share_prefix=recipe.shares_prefix, seed=recipe.seed)
     meta = plan.model_of(recipe, _shape(recipe, start))
-    step = _Step(recipe, start, order, plan_costs.costs_of(recipe, meta), num_gpus)
+    step = RankRows(recipe, start, order, plan_costs.costs_of(recipe, meta), num_gpus)
     planned = None if gpu is None else plan.make(recipe, gpu, step.counted(), num_gpus)
     saver = checkpoint.Saver(torch.device("cpu"))  # before there is a group, and never used
     with _stand_in(num_gpus):
@@ -127,6 +128,7 @@ def run(recipe: Recipe, num_gpus: int, gpu: Gpu | None = None, *, steps: int = S
                 "the first step has no good sample; `internvl check` lists the bad ones"
             )
         train.warm_up(state)
+        # Two: the second one has optimizer states from its beginning.
         with peak_bytes(state) as peak:
             for _ in range(2):
                 train.train_step(state, batches)
@@ -197,6 +199,7 @@ def _state(
     if recipe.model.drop_path:
         set_drop_path(model, recipe.model.drop_path)
     grid = mesh.build(recipe.parallel, device)
+    # As training loads shards: cut on the meta device, so that none holds the whole model.
     train.prepare(model, recipe, device, grid)
     is_offloaded = grid is not None and recipe.parallel.offload == "cpu"
     buffers = [name for name, buffer in model.named_buffers() if buffer.is_meta]
@@ -232,115 +235,6 @@ def _draw(model: Any, buffers: Sequence[str]) -> None:
         model.get_buffer(name).fill_(0.01)
 
 
-class _Step:
-    """The first step of a run, and what its most loaded rank gets."""
-
-    def __init__(
-        self, recipe: Recipe, start: OpenedModel, order: SampleOrder, costs: Costs, num_gpus: int
-    ) -> None:
-        self.recipe, self.order, self.costs, self.num_gpus = recipe, order, costs, num_gpus
-        encoder = FAMILIES[start.files.family].encoder(start, recipe)
-        self.objective: Any = OBJECTIVES[recipe.objective.name](
-            recipe.objective, recipe.data, encoder
-        )
-        self.reader = cast(Any, self.objective.reader(order.files, recipe.seed))
-        first = 0 if recipe.global_batch_rows else recipe.batch_samples
-        self.refs = order.between(0, first)
-        # Sizes alone: only one rank's images are cut into tiles.
-        self.reader.pixels = not recipe.objective.rows_are_packed
-        self.read = [self._pieces(ref) for ref in self.refs]
-        """Pieces of each reference; of rows without pixels."""
-        self.rows = self._dealt()
-        """Rank -> its rows, or its micro-batches together -> (reference, piece)."""
-        if recipe.global_batch_rows:
-            self.reader.pixels = True
-            self.read = self._rows_of_step()
-            loads = [sum(map(self.costs.of_unit, row)) for row in self.read]
-            self.rows = [
-                [[(row, i) for i in range(len(self.read[row]))] for row in rows]
-                for rows in balance.deal_rows(loads, num_gpus)
-            ]
-
-    def _pieces(self, ref: UnitRef) -> list[Any]:
-        units = self.reader[ref].units
-        return self.objective.pieces(units) if isinstance(self.objective, Sft) else units
-
-    def _rows_of_step(self) -> list[list[Any]]:
-        """Packs the rows of a step of `global_batch_rows`, with their pixels."""
-        rows: list[list[Any]] = []
-
-        def keep(groups: Sequence[Sequence[Any]]) -> list[Any]:
-            rows.extend(map(list, groups))
-            return []
-
-        recipe = self.recipe
-        # Without workers: they would read ahead of the one step that is wanted.
-        data, num_rows = replace(recipe.data, workers=0), recipe.global_batch_rows
-        assert num_rows is not None
-        limits: dict[str, Any] = {"num_rows": num_rows, "first": 0, "last": 1}
-        steps = row_steps(self.order, self.reader, keep, data, position=Position(), **limits)
-        with closing(steps):
-            next(steps)
-        return rows
-
-    def _dealt(self) -> list[list[list[tuple[int, int]]]]:
-        """Deals the step to ranks as training does."""
-        places = [
-            [
-                (i, n)
-                for i in range(rank, len(self.refs), self.num_gpus)
-                for n in range(len(self.read[i]))
-            ]
-            for rank in range(self.num_gpus)
-        ]
-        data = self.recipe.data
-        if not self.recipe.objective.rows_are_packed:
-            return [[of_rank] for of_rank in places]
-        pieces = [
-            [
-                Piece(self.costs.of_unit(unit), unit.num_tokens, unit.num_tiles)
-                for unit in (self.read[i][n] for i, n in of_rank)
-            ]
-            for of_rank in places
-        ]
-        limit = data.row_tokens or data.max_tokens
-        lengths = sorted({padded_tokens(0, limit), limit})
-        dealt = balance.even_rows(pieces, lengths, data.max_tiles)
-        return [[[places[rank][i] for rank, i in row] for row in rows] for rows in dealt]
-
-    def batches(self) -> list[Any]:
-        """Reads the samples of the most loaded rank and makes its batches."""
-        rows = max(self.rows, key=self._load)
-        if not self.reader.pixels:
-            self.reader.pixels = True
-            for index in {index for row in rows for index, _ in row}:
-                self.read[index] = self._pieces(self.refs[index])
-        return self._built(rows)
-
-    def _load(self, rows: Sequence[Sequence[tuple[int, int]]]) -> tuple[int, float]:
-        """Returns (tokens of the longest row, cost)."""
-        units = [[self.read[i][n] for i, n in row] for row in rows]
-        if not self.recipe.objective.rows_are_packed:
-            return len(units[0]), 0.0
-        longest = max((sum(unit.num_tokens for unit in row) for row in units), default=0)
-        return longest, sum(self.costs.of_unit(unit) for row in units for unit in row)
-
-    def counted(self) -> FirstStep | None:
-        """Counts the whole step for the plan; None if it has no good sample."""
-        if self.recipe.objective.rows_are_packed:
-            rows = [row for rank in self.rows for row in rank]
-        else:
-            rows = [[place for rank in self.rows for row in rank for place in row]]
-        batches = self._built(rows)
-        return first_step(batches, self.objective.weights, len(self.order)) if batches else None
-
-    def _built(self, rows: Sequence[Sequence[tuple[int, int]]]) -> list[Any]:
-        units = [[self.read[i][n] for i, n in row] for row in rows if row]
-        if self.recipe.objective.rows_are_packed:
-            return self.objective.rows(units)
-        return self.objective.batches(units[0]) if units else []
-
-
 def _prepared(batches: Sequence[Any], state: train.TrainState) -> list[Any]:
     """Pads and pins batches as the training loop does."""
     if state.row_lengths:
@@ -357,6 +251,7 @@ def peak_bytes(state: train.TrainState) -> Iterator[list[float]]:
         yield peak
         peak[0] = torch.cuda.max_memory_allocated(state.device)
         return
+    # A fresh optimizer has none; one that has stepped does.
     moments = (v for held in state.optimizer.state.values() for v in held.values())
     with StorageMeter([*state.model.parameters(), *state.model.buffers(), *moments]) as meter:
         yield peak
@@ -410,6 +305,7 @@ def _beside(rehearsal: Rehearsal, planned: Plan) -> Iterator[str]:
     sending = sum(message.seconds for message in planned.messages)
     waiting = planned.component_s.get(_WAITING, 0.0)
     samples = planned.load.work.samples
+    # The truth lies between: how much hides is an assumption.
     both = [samples / (rehearsal.step_s + extra) for extra in (waiting, sending)]
     share = planned.flops.needed / rehearsal.num_gpus / rehearsal.step_s / 1e12
     yield (
@@ -424,6 +320,7 @@ def _beside(rehearsal: Rehearsal, planned: Plan) -> Iterator[str]:
             f"{both[1]:.3g} if none does"
         )
     left = planned.gpu.memory_gib - rehearsal.needed_gib
+    # With what torch's allocator holds: a GPU must have that too.
     if rehearsal.fits:
         yield f"  fits {planned.gpu.name}: {left:.1f} of {planned.gpu.memory_gib:g} GiB are left"
     else:

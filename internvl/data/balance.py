@@ -67,7 +67,7 @@ class _Bin:
 
     def places(self) -> list[Place]:
         """Returns the pieces in the order of the step, of which rank r reads every N-th."""
-        return sorted((place for _, place in self.pieces), key=itemgetter(1, 0))
+        return sorted(map(itemgetter(1), self.pieces), key=itemgetter(1, 0))
 
 
 def even_out(costs: Sequence[Sequence[float]]) -> list[list[Place]]:

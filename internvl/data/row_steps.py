@@ -244,6 +244,7 @@ def _fetched(rows: Sequence[Row], sharing: Sharing | None) -> list[list[Unit]]:
     if sharing is None:
         return [[piece.unit for piece in row if piece.unit is not None] for row in rows]
     costs = [sum(piece.cost for piece in row) for row in rows]
+    # Each rank lists what it holds in the order of the rows, which all know.
     counts = [0] * sharing.world_size
     places: dict[tuple[int, int], Place] = {}
     for piece in chain.from_iterable(rows):
@@ -301,6 +302,7 @@ def _groups(
             return
         while True:
             taken = list(islice(read_here, loader.TOGETHER))
+            # Without pixels: sizes decide the rows, and most pieces stay or go to one rank.
             shared = sharing.gather([_without_units(group) for group in taken])
             shared[rank] = taken
             # As one rank would read them: a reference of every rank in turn.

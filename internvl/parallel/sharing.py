@@ -46,6 +46,7 @@ class Exchange:
             _message(values) if rank != self.rank else torch.empty(0, dtype=torch.uint8)
             for rank, values in enumerate(outgoing)
         ]
+        # First: all must know how much comes.
         sizes = torch.tensor([len(message) for message in sent])
         incoming_sizes = torch.empty_like(sizes)
         distributed.all_to_all_single(incoming_sizes, sizes, group=self.group)
@@ -91,6 +92,7 @@ class Sharing(Exchange):
         """
         pieces = [Piece(self.unit_cost(unit), unit.num_tokens, unit.num_tiles) for unit in units]
         dealt = balance.even_rows(self.gather(pieces), lengths, max_tiles)
+        # All ranks deal alike, from the same sizes: only the units themselves are sent.
         fetched = iter(self.fetch(units, [list(chain.from_iterable(rows)) for rows in dealt]))
         return [list(islice(fetched, len(row))) for row in dealt[self.rank]]
 
@@ -102,6 +104,7 @@ class Sharing(Exchange):
             dealt: (rank that holds it, index there) of the values of every rank.
         """
         outgoing = [[values[i] for holder, i in places if holder == self.rank] for places in dealt]
+        # Every rank sends in the order of `dealt`, so that no value needs a name.
         incoming = [iter(received) for received in self.swap(outgoing)]
         return [next(incoming[holder]) for holder, _ in dealt[self.rank]]
 

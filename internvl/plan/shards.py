@@ -112,6 +112,7 @@ class Shards:
         sums = 1 if self.stage == "zero1" else micro_batches
         yield "reduce-scatter", sent * self.reduce_bytes * self.trained * sums, self.num_shards
         if self.replicas > 1:
+            # Copies sum what they hold, once a step.
             shard_bytes = self.reduce_bytes * self.trained / self.num_shards
             crossing = 2 * (self.replicas - 1) / self.replicas
             yield "all-reduce", crossing * shard_bytes, self.num_gpus
@@ -131,6 +132,7 @@ def of(model: Any, recipe: Recipe, num_gpus: int) -> Shards | None:
             f"parallel.replicas: {num_gpus} GPUs do not divide into {config.replicas} copies of "
             "two or more each; choose a divisor of them"
         )
+    # By training's own rules, so that a new one is planned as it is cut.
     whole = frozenset(map(id, shard.whole_parameters(model, config)))
     counted, sizes, inside = set(whole), [], 0
     tower = set(map(id, model.model.vision_tower.modules()))

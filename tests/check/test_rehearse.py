@@ -86,3 +86,9 @@ def test_quantized_weights_are_refused(project):
     recipe = recipes.load_recipe(project, [*ADAPTED, "model.quantize=4bit"])
     with pytest.raises(ValueError, match="a rehearsal draws weights and does not quantize"):
         rehearse.run(recipe, 2)
+
+
+def test_an_objective_that_measures_its_first_model_is_refused(project):
+    recipe = recipes.load_recipe(project, ["objective.name=mpo"])
+    with pytest.raises(ValueError, match="mpo measures its first model .* use --plan"):
+        rehearse.run(recipe, 2)
