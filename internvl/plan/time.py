@@ -85,6 +85,9 @@ def _computation(
     yield "attention", slowdown * step.attention() / rate
     if step.cached:
         yield "first pass of gradient caching", slowdown * step.first_pass() / rate
+    forwards = recipe.objective.forwards(recipe, load.per_gpu(num_gpus))
+    if forwards:
+        yield "passes without gradients", slowdown * forwards * step.forward() / rate
     yield "pointwise", CALIBRATION.loop * step.moved_bytes() / copy
     bus = CALIBRATION.bus_tb_per_s * 1e12 * num_gpus
     if recipe.compute.offload:  # there, and back for the backward pass
@@ -143,6 +146,13 @@ class _Step:
         decoder = CALIBRATION.flex if flex else CALIBRATION.attention
         tower = self._run("tower_attention") / CALIBRATION.attention
         return self._run("decoder_attention") / decoder + tower
+
+    def forward(self) -> float:
+        """FLOPs of a forward pass over all rows, as many as products would compute in its time."""
+        rows = self.computed
+        products = rows.decoder.forward + rows.tower.forward + rows.logits.forward
+        attention = rows.decoder_attention.forward + rows.tower_attention.forward
+        return products + attention / CALIBRATION.attention
 
     def first_pass(self) -> float:
         """FLOPs of what gradient caching encodes without gradient; matches and written captions

@@ -186,6 +186,9 @@ def test_preference_recipes(size: str, method: str) -> None:
     else:
         only_adapters(chosen, 16)
         assert chosen.objective.reference_of(chosen) == "adapters"
+    # With exact delta all rows of a GPU but one run forward beforehand; adapters off once more.
+    assert chosen.objective.forwards(chosen, 4) == 0.75 + (method == "lora")
+    assert chosen.objective.forwards(chosen, 1) == (method == "lora")
 
 
 def only_adapters(found: Recipe, rank: int) -> None:

@@ -115,6 +115,18 @@ def test_a_step_does_not_depend_on_how_it_is_cut(project, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("reference", ["precomputed", "live"])
+def test_shards_change_nothing(project, tmp_path, reference):
+    # Three pairs in rows of one: one rank gets an empty row.
+    settings = ["global_batch=3", "data.row_tokens=256", f"objective.reference={reference}"]
+    whole = run(project, tmp_path / "whole", *settings)
+    folder = tmp_path / "two"
+    settings += ["parallel.shard=zero3", f"run={folder}", f"steps={STEPS}"]
+    run_ranks(RUN.format(recipe=str(project), settings=settings))
+    close(curve(folder), whole)
+
+
+@pytest.mark.slow
 def test_adapters_off_are_the_reference_that_is_stored(project, tmp_path):
     off = run(project, tmp_path / "off", *ADAPTERS)
     assert not (tmp_path / "off" / "reference.jsonl").exists()

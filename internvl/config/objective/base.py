@@ -38,6 +38,14 @@ class ObjectiveConfig:
         """Returns where the log-probabilities of a reference come from; "" if none is used."""
         return ""
 
+    def forwards(self, recipe: "Recipe", rows: float) -> float:
+        """Returns the forward passes of a step that keep no graph, in steps.
+
+        Args:
+            rows: micro-batches of a GPU in a step.
+        """
+        return 0.0
+
     def problems(self, recipe: "Recipe") -> Iterator[str]:
         """Yields "key: reason" for each value of `recipe` that does not fit this objective."""
         unknown = [term for term in self.weights if term not in self.terms]

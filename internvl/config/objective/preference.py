@@ -72,6 +72,13 @@ class MpoConfig(PackedConfig):
             return self.reference
         return "adapters" if _trains_adapters_alone(recipe) else "precomputed"
 
+    def forwards(self, recipe: "Recipe", rows: float) -> float:
+        """See `ObjectiveConfig.forwards`; exact delta computes all rows but one beforehand."""
+        reference = 0.0 if self.reference_of(recipe) == "precomputed" else 1.0
+        if self.delta == "lagged" or "bco" not in self.term_weights:
+            return reference
+        return reference + max(0.0, rows - 1) / max(1.0, rows)
+
     def problems(self, recipe: "Recipe") -> Iterator[str]:
         """Also yields what a reference cannot do, and packing that cuts rows."""
         yield from super().problems(recipe)
