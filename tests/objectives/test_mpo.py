@@ -104,6 +104,7 @@ def close(one, other):
     torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_step_does_not_depend_on_how_it_is_cut(project, tmp_path):
     whole = run(project, tmp_path / "whole", "data.row_tokens=2048", *ADAPTERS)
     cut = run(project, tmp_path / "cut", *ADAPTERS)
