@@ -130,7 +130,8 @@ class Watchdog:
         self._stopped.set()
         self._thread.join()
         if self._stacks is not None:
-            faulthandler.cancel_dump_traceback_later()
+            if dist.world_size() > 1:
+                faulthandler.cancel_dump_traceback_later()
             faulthandler.unregister(signal.SIGUSR2)
             is_empty = not self._stacks.tell()
             self._stacks.close()
@@ -166,7 +167,8 @@ class Watchdog:
 
     def _arm(self) -> None:
         """Has stacks written without this thread, which cannot run if C code keeps the GIL."""
-        if self._stacks is not None:
+        # The process has one such timer, which a program of a single process may use itself.
+        if self._stacks is not None and dist.world_size() > 1:
             faulthandler.dump_traceback_later(2 * _STARTING * self.limit_s, file=self._stacks)
 
     def _write_status(self, now_s: float) -> Status:
