@@ -127,7 +127,8 @@ def _check_nodes(
     launch: shell.Launch, options: Sequence[str], environment: Mapping[str, str], origin: str
 ) -> None:
     """Raises ConfigError if a script is to be typed on each of several nodes."""
-    if launch.num_nodes == 1 or options or _RANKED in environment:
+    # Not the nodes of srun: fewer GPUs than a node has are 0 nodes in the scripts' arithmetic.
+    if options or _RANKED in environment or launch.num_nodes == 1:
         return
     per_node = launch.num_gpus // launch.num_nodes
     raise ConfigError(

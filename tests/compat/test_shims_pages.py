@@ -12,6 +12,7 @@ from pathlib import Path
 import original_trees as trees
 import pair_runs
 import pytest
+from launch.test_slurm import cluster, eventually  # noqa: F401 (a fixture)
 from part_folders import split
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -96,9 +97,9 @@ def test_habitat_on_one_process(root, monkeypatch, capsys):
     assert steps("work_dirs/internvl_chat_v2_0/habitat_2b_finetune_lora") == [1, 2]
 
 
-def test_chat_v1_2_from_its_parts(root, monkeypatch, capsys, tmp_path):
-    chat = root / "internvl_chat"
-    vision, language, projector, _ = split(tmp_path)
+def chat_v1_2(chat, folder):
+    """Parts and data of the guide; 18 samples."""
+    vision, language, projector, _ = split(folder)
     tower = chat / "pretrained/InternViT-6B-448px-V1-2"
     shutil.copytree(vision, tower)
     (tower / "mlp_projector").mkdir()
@@ -107,6 +108,11 @@ def test_chat_v1_2_from_its_parts(root, monkeypatch, capsys, tmp_path):
     meta = chat / "shell/data/internvl_1_2_finetune.json"
     trees.playground(chat, json.loads(meta.read_text()))
     trees.set_length(meta, 2)
+
+
+def test_chat_v1_2_from_its_parts(root, monkeypatch, capsys, tmp_path):
+    chat = root / "internvl_chat"
+    chat_v1_2(chat, tmp_path)
     terminal = trees.Terminal(chat, monkeypatch, capsys)
     line = f"sh shell/internvl1.2/hermes2_yi34b/{V1_2}.sh"
     # Without --submit nothing is handed to Slurm; the job that would be is printed.
@@ -125,6 +131,24 @@ def test_chat_v1_2_from_its_parts(root, monkeypatch, capsys, tmp_path):
     terminal.type(f"GPUS=1 PER_DEVICE_BATCH_SIZE=8 {line} --here")
     # 18 samples: the last step is smaller, for nothing is accumulated.
     assert steps(f"work_dirs/internvl_chat_v1_2/{V1_2}") == [1, 2, 3]
+
+
+def test_chat_v1_2_as_a_job_of_slurm(root, monkeypatch, capsys, tmp_path, cluster):  # noqa: F811
+    chat = root / "internvl_chat"
+    chat_v1_2(chat, tmp_path)
+    terminal = trees.Terminal(chat, monkeypatch, capsys)
+    for name, value in cluster.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("BATCH_SIZE", "9")
+    monkeypatch.setenv("GPUS_PER_NODE", "1")
+    # This cluster has no GPU.
+    line = f"sh shell/internvl1.2/hermes2_yi34b/{V1_2}.sh device=cpu data.workers=0"
+    out = terminal.type(f"PARTITION='patient' GPUS=1 PER_DEVICE_BATCH_SIZE=9 {line}")
+    assert "--nodes 1 --processes-per-node 1 --partition patient --submit" in out
+    assert "Submitted" in out
+    run = Path("work_dirs/internvl_chat_v1_2") / V1_2
+    eventually((run / "finished.json").exists)
+    assert steps(run) == [1, 2]
 
 
 def test_internvl_14b(root, monkeypatch, capsys):

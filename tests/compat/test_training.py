@@ -44,6 +44,8 @@ def test_a_script_of_slurm():
     few = training.translate_script([FULL_14B], {"GPUS": "4"}).commands[0]
     assert few[few.index("--nodes") + 1] == "1"
     assert few[few.index("--gpus-per-node") + 1] == "4"
+    here = training.translate_script([FULL_14B, "--here"], {"GPUS": "4"})
+    assert here.commands[0][0] == "train"
     with pytest.raises(ConfigError, match="no whole number of nodes"):
         training.translate_script([FULL_14B], {"GPUS": "12"})
 
