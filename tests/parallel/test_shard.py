@@ -1,6 +1,7 @@
 """Shards train as one process does, whatever rows a rank has."""
 
 import json
+from dataclasses import replace
 
 import pair_runs
 import pytest
@@ -57,28 +58,26 @@ TRAINED = {
 
 
 @pytest.mark.slow
-def test_twenty_losses_of_everything_that_trains(project, tmp_path):
-    """With activation checkpointing and shared prefixes; every second step lacks rows on a rank."""
-    common = ("global_batch=3", "data.max_tokens=64", "steps=20", "optim.lr=1e-4")
+@pytest.mark.parametrize(
+    ("names", "stages", "steps"), [(["full"], STAGES, 20), ([*TRAINED][1:], ["zero3"], 3)]
+)
+def test_losses_of_everything_that_trains(project, tmp_path, names, stages, steps):
+    """With activation checkpointing and shared prefixes; one rank, then the other lacks images."""
+    common = ("global_batch=3", "data.max_tokens=64", f"steps={steps}", "optim.lr=1e-4")
     common = (*common, "compute.checkpointing=full")
-    ones = {
-        name: Case((*common, *case.settings), case.before, "True") for name, case in TRAINED.items()
+    deal = "ranks == 1 or (rank == step % 2) == (row.num_tiles > 0)"
+    cases = {
+        name: Case((*common, *TRAINED[name].settings), TRAINED[name].before, deal) for name in names
     }
-    one = sharded_runs.take(project, tmp_path, ones, num_ranks=1)
-    several = {
-        (name, stage): Case(
-            (*common, *case.settings, f"parallel.shard={stage}"),
-            case.before,
-            "step % 2 == rank if row.num_tiles else rank == 1",
-        )
-        for name, case in TRAINED.items()
-        for stage in (STAGES if name in ("full", "adapters") else ("zero3",))
-    }
-    taken = sharded_runs.take(
-        project, tmp_path, {"-".join(key): case for key, case in several.items()}, num_ranks=2
-    )
-    for name, stage in several:
-        sharded_runs.assert_same(one[name], taken[f"{name}-{stage}"], later=1e-4)
+    one = sharded_runs.take(project, tmp_path, cases, num_ranks=1)
+    for stage in stages:
+        cut = {
+            name: replace(case, settings=(*case.settings, f"parallel.shard={stage}"))
+            for name, case in cases.items()
+        }
+        for name, several in sharded_runs.take(project, tmp_path, cut, num_ranks=2).items():
+            # Norms after the first step are of weights that rounding has led elsewhere.
+            sharded_runs.assert_same(one[name], several, later=1e-4)
 
 
 @pytest.mark.slow
@@ -103,8 +102,8 @@ def test_two_copies_of_two_shards(project, tmp_path):
 @pytest.mark.slow
 def test_8_bit_moments_of_shards(project, tmp_path):
     pytest.importorskip("torchao")
-    # Compiled for every shape, the update takes a minute.
-    before = "torch._dynamo.config.disable = True"
+    # Compiled for every shape, the update takes minutes.
+    before = "torch.compiler.set_stance('force_eager')"
     common = ("optim.name=adamw-8bit", *SMALL_STEPS)
     one = sharded_runs.take(project, tmp_path, {"one": Case(common, before)}, num_ranks=1)
     cases = {s: Case((*common, f"parallel.shard={s}"), before) for s in ("zero1", "zero3")}
@@ -148,6 +147,7 @@ def held():
                     storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
+gc.freeze()  # what is there by now has no tensor of a run, and would be looked at every time
 for stage in {stages!r}:
     settings = [*{settings!r}, "parallel.shard=" + stage]
     run = train.build(recipes.load_recipe({recipe!r}, settings))
