@@ -288,8 +288,8 @@ def _lines(rehearsal: Rehearsal) -> Iterator[str]:
         ),
     ]
     for name, measured, predicted in figures:
-        second = "" if predicted is None else f"{predicted:>10.2f}"
-        yield f"    {name:<34}{measured:>10.2f}{second}"
+        second = "" if predicted is None else f"{predicted:>10.3g}"
+        yield f"    {name:<34}{measured:>10.3g}{second}"
     yield f"  {rehearsal.tokens / rehearsal.step_s:,.0f} tokens/s a rank before messages"
     if planned is None:
         yield "  the time of messages between GPUs needs the rates of a GPU: name one with --gpu"
@@ -309,7 +309,7 @@ def _beside(rehearsal: Rehearsal, planned: Plan) -> Iterator[str]:
     both = [samples / (rehearsal.step_s + extra) for extra in (waiting, sending)]
     share = planned.flops.needed / rehearsal.num_gpus / rehearsal.step_s / 1e12
     yield (
-        f"  {share:.0f} TFLOP/s of needed FLOPs, "
+        f"  {share:.3g} TFLOP/s of needed FLOPs, "
         f"{share / (planned.gpu.tflops * planned.gpu.products):.0%} of what products reach on "
         f"{planned.gpu.name}"
     )
