@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from chat_folders import prompt_folder
@@ -78,6 +79,19 @@ def test_reasoning_where_the_original_can_ask_for_it(folder, tmp_path):
     result = measured(folder, keys, tmp_path, cot=True)
     for key in keys:
         check(result, key)
+
+
+def test_the_guide_has_a_row_for_every_key():
+    page = (Path(__file__).parents[1] / "docs/evaluation.md").read_text(encoding="utf-8")
+    # The table of keys, not that of judges after it.
+    table = page.partition("## Judges")[0].splitlines()
+    rows = {line.split("`")[1]: line for line in table if line.startswith("| `")}
+    for key in KEYS:
+        for dataset in tasks.tasks()[key].sets.values():
+            wanted = [f"`{file.path}`" for file in dataset.files.values()]
+            wanted += ["judge"] * bool(dataset.judge)
+            wanted += [f"]({dataset.submit.rpartition(' ')[2]})"] * bool(dataset.submit)
+            assert [text for text in wanted if text not in rows[key]] == [], key
 
 
 def test_the_originals_71_keys_are_there():
