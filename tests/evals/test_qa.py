@@ -5,11 +5,12 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import tiny_run
 from chat_folders import prompt_folder
 from original_runs import recorder
 from PIL import Image
 
-from internvl import evals
+from internvl import evals, evaluate, train
 from internvl.config import eval_config
 from internvl.errors import UserError
 from internvl.evals import judges
@@ -230,3 +231,26 @@ def test_long_answers_are_rated_by_a_judge(chat, folder, monkeypatch):
     _, _, scores = evaluated(chat, folder, file, ["x", "y"])
     assert scores.values == {"exact": 0.0}
     assert any("2 long answers are not scored" in note for note in scores.notes)
+
+
+def test_a_run_measures_its_own_questions_in_training_and_after(tmp_path):
+    project = tiny_run.make(tmp_path / "project")
+    folder = project.parent
+    held = f"{{type: qa, annotations: {folder / 'train.jsonl'}, images: {folder}, limit: 4}}"
+    run = train.run(tiny_run.recipe_of(project, tmp_path, "steps=2", f"evals.held={held}"))
+    inside = json.loads((run / "evals/000002.json").read_text())
+    assert any(name.startswith("held/") for name in inside)
+    outside = evaluate.measure(run, device="cpu").metrics
+    assert outside == {name: inside[name] for name in outside}
+    own = evaluate.measure(
+        run,
+        ["qa-file"],
+        annotations=folder / "train.jsonl",
+        images=folder,
+        limit=4,
+        device="cpu",
+        to=tmp_path / "out",
+    )
+    assert [value for _, value in sorted(own.metrics.items())] == [
+        value for _, value in sorted(outside.items())
+    ]
