@@ -13,12 +13,14 @@ from xml.etree import ElementTree
 
 import pytest
 from chat_folders import prompt_folder
-from original_runs import expected, flag, keys, lay_out, recorder, tiles_of
+from original_runs import Recorder, expected, flag, keys, lay_out, recorder, tiles_of
 
-from internvl import evals
+from internvl import evals, evaluate
 from internvl.config import eval_config
+from internvl.data.images import read_rgb
 from internvl.datasets import tasks
 from internvl.errors import ConfigError, UserError
+from internvl.evals.metrics import one_meteor
 from internvl.evals.scores import EvalScores
 from internvl.inference import load as loading
 
@@ -437,3 +439,53 @@ def test_tables_as_pandas_reads_them():
         "C": [True, False],
         "D": [None, "x"],
     }
+
+
+@pytest.fixture(scope="module")
+def meteor():
+    """One process for all: it loads its tables for seconds."""
+    with one_meteor():
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("key", "index"),
+    [(key, n) for key in CAPTIONS for n in range(len(expected(key)["runs"]))],
+)
+def test_captions(chat, meteor, tmp_path, key, index):
+    """Prompt, tiles, lengths and scores."""
+    described = expected(key)
+    run = described["runs"][index]
+    if "--temperature" in run["flags"]:
+        pytest.skip("captions are greedy or beams here")
+    (result,) = [c["json"] for n, c in run["outputs"].items() if n.endswith(".json")]
+    root = lay_out(key, tmp_path)
+    options = {"tiles": tiles_of(key, run["flags"])}
+    ((_, job),) = evaluate._jobs([key], {}, options, root, None, [], "test", "m").items()
+    evaluator = evals.EVALS["caption"](job.config)
+    texts = {evaluator.paths[row["image_id"]]: row["caption"] for row in result}
+    asked, tiles = [], []
+
+    class Captioner(Recorder):
+        def caption(self, images, prompt, **settings):
+            asked.append((prompt, settings["max_new_tokens"], settings["min_new_tokens"]))
+            tiles.append(self.tiles)
+            by_pixels = {read_rgb(path).tobytes(): text for path, text in texts.items()}
+            return [by_pixels[image.tobytes()] for image in images]
+
+    model = described["model"] | run.get("model", {})
+    base = recorder(chat, model, [])
+    captioner = Captioner(chat.model, chat.tokenizer, chat.template, base.tiles, None, base.folder)
+    scores = evaluator.run(captioner, None)
+    calls = run["calls"] + run.get("calls_of_rank_1", [])
+    own = calls[0]["generation_config"]
+    settings = (own["max_new_tokens"], own["min_new_tokens"])
+    assert set(asked) == {(calls[0]["question"], *settings)}
+    shown = replace(captioner, tiles=tiles[0])
+    counts = [c["pixel_values_shape"][0] for c in calls]
+    assert sorted(map(shown.num_tiles, evaluator.images())) == sorted(counts)
+    (line,) = [c["text"] for n, c in run["outputs"].items() if n.endswith(".txt")]
+    numbers = [float(text) for text in re.findall(r"\d+\.\d+", line)]
+    names = ("average_length", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider")
+    assert [scores.values[name] for name in names] == pytest.approx(numbers)
