@@ -205,11 +205,12 @@ class Mpo(PackedObjective):
             texts = []
             for answer in (1, 2):
                 shown = (document == index) & ((branch == answer) | ((branch == 0) & (answer == 1)))
-                targets = row.answers == 2 * index + answer - 1
-                # Its last tokens: a branch begins with what is supervised, or shares that start.
+                positions = row.loss_positions[row.answers == 2 * index + answer - 1]
+                first = int(torch.nonzero((document == index) & (branch == answer))[0])
+                # The last token of the question predicts the first one of either answer.
+                targets = torch.where(branch[positions] == 0, first, positions + 1)
                 labels = torch.full_like(ids, IGNORE)
-                tail = torch.nonzero(shown).flatten()[-int(targets.sum()) :]
-                labels[tail] = ids[tail]
+                labels[targets] = ids[targets]
                 example = Example(name, ids[shown].numpy(), labels[shown].numpy())
                 texts.append(marked(spans(example, self.encoder)))
             yield name, texts[0], texts[1]

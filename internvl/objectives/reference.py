@@ -8,6 +8,7 @@ live          a second model in memory
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -105,6 +106,22 @@ class Live:
             return self.compute(self.model, row)
 
 
+@dataclass
+class _Table:
+    """What is stored of pairs."""
+
+    logps: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Digest of the content -> log-probabilities (chosen, rejected)."""
+    names: set[str] = field(default_factory=set)
+    """To tell a pair that has changed from one that could not be read."""
+
+    def add(self, pairs: Sequence[tuple[str, str, float, float]]) -> None:
+        """Adds (name, content, chosen, rejected) of pairs."""
+        for name, content, chosen, rejected in pairs:
+            self.names.add(name)
+            self.logps[content] = (float(chosen), float(rejected))
+
+
 class Precomputed:
     """Log-probabilities that were computed before the first step, by sample and content."""
 
@@ -113,8 +130,7 @@ class Precomputed:
 
     def __init__(self, compute: Compute) -> None:
         self.compute = compute
-        self.stored: dict[str, dict[str, tuple[float, float]]] = {}
-        """Name of a sample -> digest of its content -> (chosen, rejected)."""
+        self.stored = _Table()
 
     def begin_run(self, start: RunStart, rows: Callable[..., Sequence[PreferenceBatch]]) -> None:
         """See `Reference.begin_run`; computes what the run folder lacks, in evaluation mode."""
@@ -174,7 +190,7 @@ class Precomputed:
                 if problem is not None:
                     raise DataError(problem)
                 for key, chunk in (entry for _, entries in gathered for entry in entries):
-                    _add(self.stored, chunk)
+                    self.stored.add(chunk)
                     if dist.is_main():
                         _append(path, key, chunk)
                 progress.update(sum(len(ref.lines) for ref in chunks[index : index + ranks]))
@@ -205,12 +221,12 @@ class Precomputed:
         return row
 
     def _stored_of(self, name: str, content: str) -> tuple[float, float]:
-        by_content = self.stored.get(name, {})
-        if content in by_content:
-            return by_content[content]
+        # By content alone: a data set may be moved, which changes the names of its samples.
+        if content in self.stored.logps:
+            return self.stored.logps[content]
         reason = (
             "it is not what its reference was computed on: its text or its image has changed"
-            if by_content
+            if name in self.stored.names
             else "its reference was not computed, for it could not be read then"
         )
         raise DataError(
@@ -300,10 +316,10 @@ def _as_many(
     return rows + [row for _ in range(most - len(rows)) for row in make_rows()]
 
 
-def _read(path: Path) -> tuple[set[str], dict[str, dict[str, tuple[float, float]]]]:
+def _read(path: Path) -> tuple[set[str], _Table]:
     """Reads the file: (chunks that are there, their pairs); drops a line that was cut off."""
     done: set[str] = set()
-    stored: dict[str, dict[str, tuple[float, float]]] = {}
+    stored = _Table()
     if not path.exists():
         return done, stored
     whole = 0
@@ -311,7 +327,7 @@ def _read(path: Path) -> tuple[set[str], dict[str, dict[str, tuple[float, float]
     for line in content.splitlines(keepends=True):
         try:
             chunk = json.loads(line)
-            _add(stored, chunk["pairs"])
+            stored.add(chunk["pairs"])
             done.add(chunk["lines"])
         except (ValueError, TypeError, KeyError):
             break
@@ -321,15 +337,6 @@ def _read(path: Path) -> tuple[set[str], dict[str, dict[str, tuple[float, float]
         with path.open("r+b") as file:
             file.truncate(whole)
     return done, stored
-
-
-def _add(
-    stored: dict[str, dict[str, tuple[float, float]]],
-    pairs: Sequence[tuple[str, str, float, float]],
-) -> None:
-    # By name first: what is missing can then be told from what has changed.
-    for name, content, chosen, rejected in pairs:
-        stored.setdefault(name, {})[content] = (float(chosen), float(rejected))
 
 
 def _append(path: Path, key: str, pairs: Sequence[tuple[str, str, float, float]]) -> None:

@@ -165,6 +165,9 @@ def test_the_first_loss_is_explained(project, tmp_path, caplog):
     with caplog.at_level("INFO", logger="internvl"):
         run(project, tmp_path / "run", "steps=1")
     (line,) = [r.getMessage() for r in caplog.records if "expected" in r.getMessage()]
+    (shown,) = [r.getMessage() for r in caplog.records if "⟦" in r.getMessage()]
+    assert "6 pairs in" in shown
+    assert "  | ⟦It turns blue.<|im_end|>⟧\n  | \n  | ⟦Nothing.<|im_end|>⟧" in shown
     (row,) = log.StepLog(tmp_path / "run", "metrics.jsonl").rows()
     expected = 0.8 * math.log(2) + 0.2 * 2 * math.log(2)
     assert row["loss"] == pytest.approx(expected + row["sft"], abs=1e-5)
