@@ -40,6 +40,7 @@ def as_chat(name: str, row: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     Raises:
         BadSample: an answer is missing or empty, both are equal, or the form is unknown.
     """
+    # Silently left out, a pair would be compared on another image than its author meant.
     ignored = [key for key in _NOT_FOLLOWED if row.get(key)]
     if ignored:
         raise BadSample(name, f"the key `{ignored[0]}` would not be followed; remove it")
@@ -58,6 +59,7 @@ def as_chat(name: str, row: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     if chosen.strip() == rejected.strip():
         raise BadSample(name, "its chosen and rejected answers are equal; change or remove one")
     media = {key: row[key] for key in _MEDIA if row.get(key) is not None}
+    # In the other forms a missing mark is a mistake, which the encoder names.
     if is_prompt:
         turns = _with_marks(turns, media)
     return {**media, "messages": [*turns, Message("assistant", chosen)]}, rejected
@@ -125,7 +127,9 @@ def _answer(name: str, key: str, value: Any) -> str:
         value = _content(_message(value))
         # TRL's content of parts.
         if isinstance(value, list):
-            value = "".join(part.get("text") or "" for part in value if isinstance(part, Mapping))
+            value = "".join(
+                entry.get("text") or "" for entry in value if isinstance(entry, Mapping)
+            )
     if not isinstance(value, str) or not value.strip():
         raise BadSample(name, f"`{key}` must be a text that is not empty")
     return value

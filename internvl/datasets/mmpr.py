@@ -27,6 +27,7 @@ def prepare(tree: Tree) -> Iterator[Path]:
     Raises:
         DataError: an annotation file does not hold as many lines as the meta file says.
     """
+    # One of them: each is a data set of its own, with other pairs.
     present = [name for name in RELEASES if (tree.root / name).is_dir()]
     release = present[0] if present else RELEASES[0]
     folder, address = tree.root / release, _HUB.format(release)
@@ -67,6 +68,7 @@ def _check(tree: Tree, name: str, entry: Any, address: str) -> None:
         if filled(annotation.parent):
             tree.missing.append(Missing(annotation, f"{address}annotations.zip"))
         return
+    # Counted, not parsed: `internvl check` reads every pair.
     with annotation.open("rb") as file:
         lines = sum(1 for line in file if line.strip())
     length = entry.get("length", lines)
