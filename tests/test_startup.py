@@ -113,7 +113,8 @@ def test_a_hub_id_that_is_not_here_is_refused_before_torch(project):
         ),
         pytest.param(
             ["train", "{recipe}", "steps=1"],
-            RARE - {"tensorboard"} | rooms("evaluate", "export", "check", "plan"),
+            # The plan's costs share out the rows of a step.
+            RARE - {"tensorboard"} | rooms("evaluate", "export", "check"),
             marks=pytest.mark.slow,
         ),
         pytest.param(
