@@ -37,6 +37,12 @@ def test_training_rates():
     assert 0 < row["fill"] <= 1
 
 
+def test_loading_of_shards():
+    rows = run("load_shards.py", "InternVL2-2B", "--tiny", "--train", "lora", "full")
+    assert [row["layout"] for row in rows] == ["official"] * 2 + ["hf"] * 2
+    assert all(row["shard_gib"] < row["folder_gib"] / 2 for row in rows)
+
+
 def test_memory_table():
     (row,) = run("memory.py", "--tiny", "2b_lora_selective")
     assert row["error"]["states"] == pytest.approx(0, abs=1e-3)

@@ -264,7 +264,7 @@ def _load_shards(
 ) -> Chat | Dual:
     from internvl.parallel import fill
 
-    handle, tensors = without_values(start, options)
+    handle, tensors = without_values(start, options, as_drawn=recipe.model.lora is not None)
     model: Any = handle.model
     fill.without_data(model)
     state = torch.get_rng_state()
@@ -285,17 +285,22 @@ def _load_shards(
 
 
 def without_values(
-    start: OpenedModel, options: LoadOptions
+    start: OpenedModel, options: LoadOptions, *, as_drawn: bool = False
 ) -> tuple[Chat | Dual, dict[str, LazyTensor]]:
     """Returns a model without weights, and its weights as tensors that are read when asked for.
 
     Adapters are merged, from weights in the dtype of the options. Every value is that of
     `load_opened` on a CPU, with adapters merged.
+
+    Args:
+        as_drawn: leave torch's generator as `load_opened` and merging leave it.
     """
     files = start.files
     family = FAMILIES[files.family]
-    if start.recipe is not None:
-        return _run_without_values(start, options)
+    # Attaching and merging adapters draw, and so decide the weights of adapters that come next.
+    draws = start.recipe is not None and start.recipe.model.lora is not None and as_drawn
+    if start.recipe is not None and not draws:
+        return _run_without_values(start, options, as_drawn)
     is_merged = start.base is not None or start.adapter is not None
     if not is_merged and not keys.has_adapters(files.tensors):
         handle = family.load(start, replace(options, values=False))
@@ -311,7 +316,7 @@ def without_values(
 
 
 def _run_without_values(
-    opened: OpenedModel, options: LoadOptions
+    opened: OpenedModel, options: LoadOptions, as_drawn: bool
 ) -> tuple[Chat | Dual, dict[str, LazyTensor]]:
     from internvl.models.adapters import streamed
     from internvl.training import checkpoint
@@ -325,7 +330,7 @@ def _run_without_values(
         recipe = complete(recipe, start).recipe
     # In float32, as the run began; what it merges is rounded once, in the dtype asked for.
     own = replace(options, dtype=torch.float32, image_size=recipe.data.tiling.size)
-    handle, base = without_values(start, own)
+    handle, base = without_values(start, own, as_drawn=as_drawn)
     family = FAMILIES[handle.family]
     handle = family.with_settings(handle, recipe)
     trained = checkpoint.read_weights(folder, step)
