@@ -329,8 +329,8 @@ def _run_without_values(
     if not inherited.is_complete(recipe):
         recipe = complete(recipe, start).recipe
     # In float32, as the run began; what it merges is rounded once, in the dtype asked for.
-    own = replace(options, dtype=torch.float32, image_size=recipe.data.tiling.size)
-    handle, base = without_values(start, own, as_drawn=as_drawn)
+    at_start = replace(options, dtype=torch.float32, image_size=recipe.data.tiling.size)
+    handle, base = without_values(start, at_start, as_drawn=as_drawn)
     family = FAMILIES[handle.family]
     handle = family.with_settings(handle, recipe)
     trained = checkpoint.read_weights(folder, step)

@@ -39,6 +39,7 @@ def allocate(model: nn.Module, device: torch.device, shards_on: torch.device) ->
     Args:
         shards_on: device of the parameters that are sharded.
     """
+    # Before it moves: `_apply` gives each module a parameter of its own.
     tied = _tied(model)
 
     def move(tensor: Tensor) -> Tensor:
@@ -92,8 +93,10 @@ def read_into(parameter: Tensor, tensor: LazyTensor) -> None:
         )
     else:
         local, shape, offset = parameter, tuple(parameter.shape), (0,) * parameter.ndim
+    # Of a tensor with fewer rows than ranks; it must not cost the reading of all.
     if local.numel() == 0:
         return
+    # Shards are rows. A tensor that is cut along another dimension is read whole.
     values = tensor.rows(offset[0], offset[0] + shape[0]) if parameter.ndim else tensor.read()
     for dim in range(1, parameter.ndim):
         values = values.narrow(dim, offset[dim], shape[dim])

@@ -139,6 +139,7 @@ class Saver:
             _write(write, tensors, state, self._group)
             return self.wait()
         if self._group is not None:
+            # Here, as the time-out of all groups is shortened after the first step.
             distributed.distributed_c10d._set_pg_timeout(_LONGEST_WRITE, self._group)
         # Copied: the next step changes the tensors while they are written.
         arguments = (write, self._stager.stage(tensors), state, self._group)
@@ -382,6 +383,7 @@ def _lazy_tensors(source: Path) -> dict[str, LazyTensor]:
         metadata = reader.read_metadata()
         reader.set_up_storage_reader(metadata, is_coordinator=True)
         stored = metadata.state_dict_metadata.items()
+    # What is no tensor (rates of the optimizer, …) is no weight.
     return {
         name: _lazy(reader, name, entry)
         for name, entry in stored
@@ -395,6 +397,7 @@ def _lazy(reader: dcp.FileSystemReader, name: str, entry: TensorStorageMetadata)
     def read(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
         rows = torch.empty(sizes, dtype=dtype)
         chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+        # The slices of all ranks' files that these rows lie in.
         items = create_read_items_for_chunk_list(name, entry, [chunk])
         with _readable(Path(reader.path)):
             reader.read_data(LoadPlan(items), _Into(rows)).wait()

@@ -32,6 +32,7 @@ def to_save(moments: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(moment, Tensor) and _has_whole_blocks(moment) and is_packed(moment):
             plain |= inner(name, moment)
         elif is_packed(moment):
+            # Other ranks may have it in float32, and all must save one form.
             plain[name] = _like(moment, _local(moment).dequantize(), moment.shape)
         else:
             plain[name] = moment
@@ -64,6 +65,7 @@ def to_load(
     for name, moment in moments.items():
         if name + CODES in saved:
             if is_packed(moment) and _has_whole_blocks(moment):
+                # In place, so that codes come back as they were, not rounded once more.
                 targets |= inner(name, moment)
             else:
                 converted.append(name)
@@ -98,6 +100,7 @@ def _values(name: str, moment: Tensor, tensors: Mapping[str, LazyTensor]) -> Ten
         first = offset[0]
     codes = tensors[name + CODES].rows(first, first + shape[0])
     scale = tensors[name + SCALE].read()
+    # Rows may begin within a block, whose scale the rows before share.
     block = moment.numel() // len(scale)
     start = first * (moment.numel() // max(1, moment.shape[0]))
     blocks = (torch.arange(codes.numel()) + start) // block
@@ -113,6 +116,7 @@ def _has_whole_blocks(moment: Tensor) -> bool:
     for size, placement in zip(moment.device_mesh.shape, moment.placements, strict=True):
         shards *= size if isinstance(placement, Shard) else 1
     values, rest = divmod(moment.numel(), shards)
+    # Uneven shards of rows would not be those of a list of scales.
     even = not rest and moment.shape[0] % shards == 0
     return even and values >= _SMALLEST and values % 256 == 0
 
@@ -125,6 +129,7 @@ def _like(moment: Tensor, local: Tensor, shape: torch.Size) -> Any:
     """Returns this rank's values as a tensor that is sharded as `moment` is."""
     if not isinstance(moment, DTensor):
         return local
+    # Stated, for a rank's values do not tell the shape of the whole.
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
         local, moment.device_mesh, moment.placements, run_check=False, shape=shape, stride=stride

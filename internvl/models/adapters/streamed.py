@@ -36,8 +36,10 @@ def merged(
         assert config is not None
         module = name.removesuffix(_B)
         down = trained.get(f"{module}{_A}")
+        # Parameters are listed once, so a shared A has one name.
         if down is None:
             down = trained[f"{module.rpartition('.')[0]}.q_proj{_A}"]
+        # As `lora.attach` sets it: the original's scale by default.
         scale = (2.0 * config.rank if config.alpha is None else config.alpha) / config.rank
         weight = f"{module}.weight"
         weights[weight] = _adapted(weights[weight], down, up, scale, dtype)
