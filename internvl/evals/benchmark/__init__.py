@@ -31,7 +31,7 @@ _MARK = "<image>"
 
 
 @dataclass(frozen=True)
-class _Part:
+class _AskedSet:
     """A data set of a key, as it is asked."""
 
     prefix: str
@@ -71,12 +71,12 @@ class Benchmark:
         if task is None or not task.sets:
             raise ConfigError(f"task: there is no benchmark {config.task!r} of questions")
         self.task = task
-        self.parts = self._parts()
+        self.asked_sets = self._asked_sets()
         self.problems = self._missing_images()
         raise_or_log(self.problems, config.on_bad_sample, _REMEDY)
 
-    def _parts(self) -> list[_Part]:
-        parts = []
+    def _asked_sets(self) -> list[_AskedSet]:
+        asked_sets = []
         for prefix, entry in self.task.sets.items():
             dataset = _chosen(entry, self.config)
             # Recipes name the folder of the sets as every evaluation names its files.
@@ -85,12 +85,12 @@ class Benchmark:
             if not items:
                 raise UserError(f"{dataset.name} has no question; fetch it again")
             joined = f"{prefix}_" if prefix else ""
-            parts.append(_Part(joined, dataset, places, items))
+            asked_sets.append(_AskedSet(joined, dataset, places, items))
             if self.config.corrected and dataset.corrected:
                 mended = dataset.replaced({"corrected": {}, **dataset.corrected})
                 name = f"corrected_{joined}"
-                parts.append(_Part(name, mended, places, items, corrected=True))
-        return parts
+                asked_sets.append(_AskedSet(name, mended, places, items, corrected=True))
+        return asked_sets
 
     def _missing_images(self) -> list[BadSample]:
         """Lists the image files that do not exist; they are decoded when they are shown."""
@@ -102,12 +102,14 @@ class Benchmark:
 
     def images(self) -> Sequence[str]:
         """Returns every image file that will be opened."""
-        paths = (path for part in self.parts for item in part.items for path in item.paths)
+        paths = (
+            path for asked_set in self.asked_sets for item in asked_set.items for path in item.paths
+        )
         return list(dict.fromkeys(paths))
 
     def counts(self) -> dict[str, int]:
         """See `Evaluator.counts`."""
-        counts = {"questions": sum(len(p.items) for p in self.parts if not p.corrected)}
+        counts = {"questions": sum(len(p.items) for p in self.asked_sets if not p.corrected)}
         return counts | ({"left out": len(self.problems)} if self.problems else {})
 
     def table(self) -> None:
@@ -117,7 +119,7 @@ class Benchmark:
         """Asks a Chat and scores its answers; keeps them in `folder`, if any."""
         chat = handle.as_chat(f"the benchmark {self.config.task}")
         judge = Judge.of(self.config)
-        answered = [self._answers(chat, part, folder) for part in self.parts]
+        answered = [self._answers(chat, asked_set, folder) for asked_set in self.asked_sets]
         return dist.main_alone(lambda: self._score(chat, answered, judge))
 
     def _score(
@@ -125,25 +127,31 @@ class Benchmark:
     ) -> EvalScores:
         """Computes the metrics, rows and files of all parts from their answers."""
         total = _Total()
-        for part, answers in zip(self.parts, answered, strict=True):
-            outcomes, bad = self._outcomes(part, answers)
+        for asked_set, answers in zip(self.asked_sets, answered, strict=True):
+            outcomes, bad = self._outcomes(asked_set, answers)
             checkpoint = self.config.checkpoint or str(chat.folder)
-            written = Written(part.dataset, part.places, checkpoint)
-            scored, notes, files = self._scored(part, outcomes, written, judge)
-            total.values |= {f"{part.prefix}{metric}": v for metric, v in scored.values.items()}
+            written = Written(asked_set.dataset, asked_set.places, checkpoint)
+            scored, notes, files = self._scored(asked_set, outcomes, written, judge)
+            prefix = asked_set.prefix
+            total.values |= {f"{prefix}{metric}": v for metric, v in scored.values.items()}
             # Rows and files are the original's, so of its own version alone.
-            if part.corrected:
+            if asked_set.corrected:
                 continue
             original_rows, original_files = results.result_files(outcomes, written, scored)
             total.files |= {**original_files, **files}
-            total.settings[part.dataset.name] = self._described(chat, part)
+            total.settings[asked_set.dataset.name] = self._described(chat, asked_set)
             for name, lines in results.summary_lines(written, scored).items():
                 total.lines[name] = total.lines.get(name, "") + lines
-            total.rows += [*self._rows(part, outcomes, original_rows, scored), *skipped_rows(bad)]
-            total.notes += [f"{part.dataset.name}: {self._tiling(chat, part)}", *notes]
+            total.rows += [
+                *self._rows(asked_set, outcomes, original_rows, scored),
+                *skipped_rows(bad),
+            ]
+            total.notes += [f"{asked_set.dataset.name}: {self._tiling(chat, asked_set)}", *notes]
         if self.task.mean:
             name = self.task.mean
-            prefixes = [part.prefix for part in self.parts if not part.corrected]
+            prefixes = [
+                asked_set.prefix for asked_set in self.asked_sets if not asked_set.corrected
+            ]
             total.values[name] = mean([total.values[f"{prefix}{name}"] for prefix in prefixes])
         total.rows += skipped_rows(self.problems)
         # A set that is scored elsewhere still is measured.
@@ -152,16 +160,16 @@ class Benchmark:
         total.files[f"{self.config.task}_settings.json"] = described
         return EvalScores(values, total.rows, total.files, total.lines, tuple(total.notes))
 
-    def _described(self, chat: Chat, part: _Part) -> dict[str, Any]:
+    def _described(self, chat: Chat, asked_set: _AskedSet) -> dict[str, Any]:
         """Returns how a set was asked and scored, for the reader of its result."""
-        dataset = part.dataset
+        dataset = asked_set.dataset
         names = ("template", "prefix", "marks", "budget", "parse", "score", "judge", "submit")
         return {
             "checkpoint": self.config.checkpoint or str(chat.folder),
-            "tiles": str(self._tiling(chat, part)),
+            "tiles": str(self._tiling(chat, asked_set)),
             "generation": vars(_settings(dataset, self.config)),
             **{name: getattr(dataset, name) for name in names if getattr(dataset, name)},
-            "questions": len(part.items),
+            "questions": len(asked_set.items),
             "of": dataset.questions,
             "ours": dataset.ours,
             "internvl": version("internvl"),
@@ -169,30 +177,30 @@ class Benchmark:
             "transformers": version("transformers"),
         }
 
-    def _tiling(self, chat: Chat, part: _Part) -> Tiling:
-        dataset = part.dataset
+    def _tiling(self, chat: Chat, asked_set: _AskedSet) -> Tiling:
+        dataset = asked_set.dataset
         return asking.tiling(chat, self.config.tiles, dataset.tiles, dataset.tiles_of)
 
-    def _items(self, part: _Part) -> list[Item]:
+    def _items(self, asked_set: _AskedSet) -> list[Item]:
         """Returns the questions whose image files exist."""
         missing = {problem.name for problem in self.problems}
-        return [item for item in part.items if not missing & set(item.paths)]
+        return [item for item in asked_set.items if not missing & set(item.paths)]
 
-    def _answers(self, chat: Chat, part: _Part, folder: Path | None) -> list[Answer]:
+    def _answers(self, chat: Chat, asked_set: _AskedSet, folder: Path | None) -> list[Answer]:
         """Asks the questions of a part; returns their answers on rank 0."""
-        items, tiling = self._items(part), self._tiling(chat, part)
-        settings = _settings(part.dataset, self.config)
+        items, tiling = self._items(asked_set), self._tiling(chat, asked_set)
+        settings = _settings(asked_set.dataset, self.config)
         total_tiles = self.config.total_tiles
         cache = None
         if folder is not None:
             # Not the scores' settings: another metric is computed from the same answers.
-            asked = [(_fields_asked(part.dataset), item.fields) for item in items]
+            asked = [(_fields_asked(asked_set.dataset), item.fields) for item in items]
             images = asking.key_of_images([path for item in items for path in item.paths])
             key = asking.key_of(asked, images, settings, tiling.most, total_tiles)
             cache = folder / f"answers-{key}"
 
         def prepare(index: int) -> Question:
-            return prepared(chat, part.dataset, items[index], tiling.most, total_tiles)
+            return prepared(chat, asked_set.dataset, items[index], tiling.most, total_tiles)
 
         return asking.ask(
             chat,
@@ -201,17 +209,19 @@ class Benchmark:
             settings,
             batch_size=self.config.batch_size,
             cache=cache,
-            unit=part.dataset.name,
+            unit=asked_set.dataset.name,
         )
 
     def _outcomes(
-        self, part: _Part, answers: Sequence[Answer]
+        self, asked_set: _AskedSet, answers: Sequence[Answer]
     ) -> tuple[list[Outcome], list[BadSample]]:
         """Returns the answered questions of a part, and the problems of the others."""
-        dataset = part.dataset
+        dataset = asked_set.dataset
         parse = PARSERS.get(dataset.parse, lambda answer, item: answer)
         outcomes, bad = [], []
-        for position, (item, row) in enumerate(zip(self._items(part), answers, strict=True), 1):
+        for position, (item, row) in enumerate(
+            zip(self._items(asked_set), answers, strict=True), 1
+        ):
             if "reason" in row:
                 bad.append(BadSample(f"{dataset.name} question {position}", row["reason"]))
                 continue
@@ -224,12 +234,12 @@ class Benchmark:
         return outcomes, bad
 
     def _scored(
-        self, part: _Part, outcomes: list[Outcome], written: Written, judge: Judge | None
+        self, asked_set: _AskedSet, outcomes: list[Outcome], written: Written, judge: Judge | None
     ) -> tuple[Scored, list[str], dict[str, str | bytes]]:
         """Returns the scores of a part, sentences about them, and files of the judge."""
-        dataset = part.dataset
+        dataset = asked_set.dataset
         if dataset.judge:
-            judged = JUDGED[dataset.judge](outcomes, part.places, written, judge)
+            judged = JUDGED[dataset.judge](outcomes, asked_set.places, written, judge)
             return judged.scored, judged.notes, judged.files
         notes = []
         if dataset.submit:
@@ -241,7 +251,7 @@ class Benchmark:
 
     def _rows(
         self,
-        part: _Part,
+        asked_set: _AskedSet,
         outcomes: Sequence[Outcome],
         original_rows: Sequence[Mapping[str, Any]],
         scored: Scored,
@@ -252,13 +262,13 @@ class Benchmark:
             parsed = {} if outcome.parsed == outcome.answer else {"parsed": outcome.parsed}
             rows.append(
                 {
-                    **({"set": part.dataset.name} if len(self.task.sets) > 1 else {}),
+                    **({"set": asked_set.dataset.name} if len(self.task.sets) > 1 else {}),
                     "images": outcome.item.paths,
                     **{k: v for k, v in original.items() if k not in ("question", "answer")},
                     "question": outcome.question,
                     "answer": outcome.answer,
                     **parsed,
-                    **row_score(scored.each, index),
+                    **row_score(scored.per_question, index),
                 }
             )
         return rows

@@ -100,10 +100,10 @@ def _llava_bench(
     # The published number is that of all questions, in percent of the reference.
     values["score"] = values.pop("all")
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    each = [float(row["tuple"][-1]) for row in rows]
+    per_question = [float(row["tuple"][-1]) for row in rows]
     failed = sum(row["tuple"] == [-1, -1] for row in rows)
     notes = [f"{failed} reviews have no two scores and count as -1"] if failed else []
-    return Verdict(Scored(values, each), notes, {"llava_bench_results_review.jsonl": lines})
+    return Verdict(Scored(values, per_question), notes, {"llava_bench_results_review.jsonl": lines})
 
 
 def _beside(path: Any) -> Any:
@@ -163,11 +163,11 @@ def _mm_vet(
         for outcome in outcomes
     ]
     replies = judge.ask_all(rubric, prompts, "ratings")
-    each = [_share(reply) for reply in replies]
-    rated = [value for value in each if value is not None]
-    failed = len(each) - len(rated)
+    per_question = [_share(reply) for reply in replies]
+    rated = [value for value in per_question if value is not None]
+    failed = len(per_question) - len(rated)
     notes = [f"{failed} replies of the judge hold no score and are left out"] if failed else []
-    return Verdict(Scored({"score": 100 * mean(rated)}, each), notes)
+    return Verdict(Scored({"score": 100 * mean(rated)}, per_question), notes)
 
 
 def _one_line(text: str) -> str:

@@ -258,9 +258,9 @@ def _seed(places: Places) -> Iterator[Item]:
 
 def pair_options(text: str) -> dict[str, str]:
     """Splits "(a) Open (b) Closed" to {"A": "Open", "B": "Closed"}."""
-    parts = text.split("(b)")
-    parts[0] = parts[0].replace("(a)", "")
-    return _lettered([part.strip() for part in parts])
+    choices = text.split("(b)")
+    choices[0] = choices[0].replace("(a)", "")
+    return _lettered([choice.strip() for choice in choices])
 
 
 def _mmvp(places: Places) -> Iterator[Item]:

@@ -37,7 +37,7 @@ class Scored:
 
     values: Mapping[str, float]
     """Metric -> value."""
-    each: Sequence[float | None] = ()
+    per_question: Sequence[float | None] = ()
     """Score of every question; None for one that the metric leaves out."""
     fields: Sequence[Mapping[str, Any]] = ()
     """What a score adds to the fields of every question, for the result rows."""
@@ -72,7 +72,7 @@ class Written:
     @property
     def model(self) -> str:
         """The last two parts of the checkpoint's path, as the original's files name it."""
-        return "_".join(part for part in PurePath(self.checkpoint).parts[-2:] if part != "/")
+        return "_".join(name for name in PurePath(self.checkpoint).parts[-2:] if name != "/")
 
 
 Files = dict[str, str | bytes]

@@ -79,13 +79,13 @@ def mean(values: Sequence[float]) -> float:
 
 
 def _rates(
-    outcomes: Sequence[Outcome], each: Sequence[float], name: str, metric: str = "accuracy"
+    outcomes: Sequence[Outcome], per_question: Sequence[float], name: str, metric: str = "accuracy"
 ) -> dict[str, float]:
     """Returns the mean by every value of a field, then that of all."""
     groups: dict[str, list[float]] = {}
-    for outcome, score in zip(outcomes, each, strict=True):
+    for outcome, score in zip(outcomes, per_question, strict=True):
         groups.setdefault(str(outcome[name]), []).append(score)
-    return {group: mean(scores) for group, scores in groups.items()} | {metric: mean(each)}
+    return {group: mean(scores) for group, scores in groups.items()} | {metric: mean(per_question)}
 
 
 def _texts(value: Any) -> list[str]:
@@ -106,32 +106,32 @@ def _mean_of(
     """
 
     def run(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
-        each = [
+        per_question = [
             # A question without annotations, as in a part of the file, counts nowhere.
             None if outcome[name] is None else score(outcome.answer, _texts(outcome[name]))
             for outcome in outcomes
         ]
-        value = mean([v for v in each if v is not None])
-        return Scored({metric: value}, each, shown={shown: value} if shown else value)
+        value = mean([v for v in per_question if v is not None])
+        return Scored({metric: value}, per_question, shown={shown: value} if shown else value)
 
     return run
 
 
 def _gqa(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
-    each = [float(texts.gqa_answer(o.answer) == o["annotation"]) for o in outcomes]
+    per_question = [float(texts.gqa_answer(o.answer) == o["annotation"]) for o in outcomes]
     predictions = [
         {"questionId": o["question_id"], "prediction": texts.gqa_answer(o.answer)} for o in outcomes
     ]
-    shown = f"Accuracy: {mean(each) * 100:.2f}%\n"
-    return Scored({"accuracy": mean(each)}, each, shown=shown, details=predictions)
+    shown = f"Accuracy: {mean(per_question) * 100:.2f}%\n"
+    return Scored({"accuracy": mean(per_question)}, per_question, shown=shown, details=predictions)
 
 
 def _boxes(correct: Callable[[Outcome], bool]) -> Score:
     def run(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
-        each = [float(correct(outcome)) for outcome in outcomes]
+        per_question = [float(correct(outcome)) for outcome in outcomes]
         # The original's line ends with a space and a line break.
-        shown = f"Precision @ 1: {sum(map(int, each)) / max(1, len(each))} \n"
-        return Scored({"precision": mean(each)}, each, shown=shown)
+        shown = f"Precision @ 1: {sum(map(int, per_question)) / max(1, len(per_question))} \n"
+        return Scored({"precision": mean(per_question)}, per_question, shown=shown)
 
     return run
 
@@ -155,15 +155,15 @@ def _remote_box(careful: bool) -> Score:
         return box is not None and boxes.pixel_iou(box.tolist(), outcome["bbox"]) > 0.5
 
     def run(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
-        each = [float(correct(outcome)) for outcome in outcomes]
-        right = int(sum(each))
+        per_question = [float(correct(outcome)) for outcome in outcomes]
+        right = int(sum(per_question))
         details = {
             "correct:": right,
-            "incorrect:": len(each) - right,
-            "Total:": len(each),
-            "Acc@0.5:": mean(each),
+            "incorrect:": len(per_question) - right,
+            "Total:": len(per_question),
+            "Acc@0.5:": mean(per_question),
         }
-        return Scored({"accuracy": mean(each)}, each, details=details)
+        return Scored({"accuracy": mean(per_question)}, per_question, details=details)
 
     return run
 
@@ -183,8 +183,10 @@ def _mme(label: Callable[[str], str]) -> Score:
                 for group, names in yes_no.MME_TASKS.items()
             },
         }
-        each = [float(yes_no.mme_label(label(o.parsed)) == o["expected"].lower()) for o in outcomes]
-        return Scored(values, each)
+        per_question = [
+            float(yes_no.mme_label(label(o.parsed)) == o["expected"].lower()) for o in outcomes
+        ]
+        return Scored(values, per_question)
 
     return run
 
@@ -204,47 +206,47 @@ def _pope(label: Callable[[str], str]) -> Score:
                 f"{category}_{name}": getattr(scores, name)
                 for name in ("f1", "accuracy", "precision", "recall", "yes_ratio")
             }
-        each = [
+        per_question = [
             None if o["label"] is None else float(label(o.parsed) == o["label"]) for o in outcomes
         ]
-        return Scored({**values, "f1": mean(f1s)}, each)
+        return Scored({**values, "f1": mean(f1s)}, per_question)
 
     return run
 
 
 def _option_table(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
     # Not the server's number, which asks every question with its options in turn.
-    each = [
+    per_question = [
         None if o["letter_of_answer"] is None else float(o.parsed == o["letter_of_answer"])
         for o in outcomes
     ]
-    answered = [value for value in each if value is not None]
-    return Scored({"plain_accuracy": mean(answered)} if answered else {}, each)
+    answered = [value for value in per_question if value is not None]
+    return Scored({"plain_accuracy": mean(answered)} if answered else {}, per_question)
 
 
 def _letter_accuracy(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
-    each = [float(o.parsed == o["letter_of_answer"]) for o in outcomes]
-    return Scored({"accuracy": mean(each)}, each)
+    per_question = [float(o.parsed == o["letter_of_answer"]) for o in outcomes]
+    return Scored({"accuracy": mean(per_question)}, per_question)
 
 
 def _pairs(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
-    each = [float(o.parsed == o["letter_of_answer"]) for o in outcomes]
+    per_question = [float(o.parsed == o["letter_of_answer"]) for o in outcomes]
     # Questions of a pair follow each other; one without its second counts nowhere.
-    both = [a * b for a, b in zip(each[::2], each[1::2], strict=False)]
-    return Scored({"accuracy": mean(both), "single_accuracy": mean(each)}, each)
+    both = [a * b for a, b in zip(per_question[::2], per_question[1::2], strict=False)]
+    return Scored({"accuracy": mean(both), "single_accuracy": mean(per_question)}, per_question)
 
 
 def _seed(careful: bool) -> Score:
     def run(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
-        each: list[float | None] = []
+        per_question: list[float | None] = []
         for outcome in outcomes:
             expected = outcome["scored_answer"]
             letter = letters.first_letter(outcome.answer)
             if careful:
                 options = dict.fromkeys("ABCD", "")
                 letter = letters.careful_letter(outcome.answer, options)
-            each.append(None if expected is None else float(letter == expected))
-        scored = [(o, v) for o, v in zip(outcomes, each, strict=True) if v is not None]
+            per_question.append(None if expected is None else float(letter == expected))
+        scored = [(o, v) for o, v in zip(outcomes, per_question, strict=True) if v is not None]
         # Every type outside 1 to 9 counts as video, as in the original.
         image = [v for o, v in scored if o["type_id"] in range(1, 10)]
         other = [v for o, v in scored if o["type_id"] not in range(1, 10)]
@@ -253,7 +255,7 @@ def _seed(careful: bool) -> Score:
         values |= {"video": mean(other)} if other else {}
         # What evaluate_seed.py prints before: the whole reply equals the letter of its own row.
         whole = [float(o.answer == o["letter_of_answer"]) for o in outcomes]
-        return Scored(values | {"exact_reply": mean(whole)}, each)
+        return Scored(values | {"exact_reply": mean(whole)}, per_question)
 
     return run
 
@@ -265,19 +267,19 @@ def _careful_video_choice(answer: str, expected: str) -> bool:
 
 def _mvbench(correct: Callable[[str, str], bool]) -> Score:
     def run(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
-        each = [float(correct(o.answer, o["gt"])) for o in outcomes]
-        values = _rates(outcomes, each, "task_type")
+        per_question = [float(correct(o.answer, o["gt"])) for o in outcomes]
+        values = _rates(outcomes, per_question, "task_type")
         order = [task.name for task in video.TASKS]
         by_task = {name: values[name] * 100 for name in order if name in values}
         details = by_task | {"Avg": values["accuracy"] * 100}
-        return Scored(values, each, details=details)
+        return Scored(values, per_question, details=details)
 
     return run
 
 
 def _world(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
-    each = [float(o.parsed == o["letter_of_answer"]) for o in outcomes]
-    return Scored(_rates(outcomes, each, "task"), each)
+    per_question = [float(o.parsed == o["letter_of_answer"]) for o in outcomes]
+    return Scored(_rates(outcomes, per_question, "task"), per_question)
 
 
 def _interleaved(careful: bool) -> Score:
@@ -293,30 +295,32 @@ def _interleaved(careful: bool) -> Score:
         return letters.interleaved_choice(answer, row["answer"], row["options"], is_choice)
 
     def run(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
-        each = [float(correct(outcome)) for outcome in outcomes]
+        per_question = [float(correct(outcome)) for outcome in outcomes]
         values: dict[str, float] = {}
         for name in ("multi-choice", "short-answer"):
-            scores = [v for o, v in zip(outcomes, each, strict=True) if o["question_type"] == name]
+            scores = [
+                v for o, v in zip(outcomes, per_question, strict=True) if o["question_type"] == name
+            ]
             values |= {name: mean(scores)} if scores else {}
-        fields = [{"correct": int(value)} for value in each]
-        return Scored({**values, "accuracy": mean(each)}, each, fields)
+        fields = [{"correct": int(value)} for value in per_question]
+        return Scored({**values, "accuracy": mean(per_question)}, per_question, fields)
 
     return run
 
 
 def _mirb(careful: bool) -> Score:
     def run(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
-        each = [
+        per_question = [
             domains.mirb_score(o.answer, o["answers"], o["task"], careful=careful) for o in outcomes
         ]
         by_task: dict[str, list[float]] = {}
-        for outcome, score in zip(outcomes, each, strict=True):
+        for outcome, score in zip(outcomes, per_question, strict=True):
             by_task.setdefault(outcome["task"], []).append(score)
         averages = domains.mirb_averages(by_task)
         values = {task: mean(scores) for task, scores in by_task.items()} | averages
-        fields = [{"score": value} for value in each]
+        fields = [{"score": value} for value in per_question]
         values["accuracy"] = values.pop("mean", 0.0)
-        return Scored(values, each, fields)
+        return Scored(values, per_question, fields)
 
     return run
 
@@ -335,10 +339,10 @@ MMIU_TASKS = (
 
 
 def _mmiu(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
-    each = [float(o.parsed == o["gt"]) for o in outcomes]
-    rates = _rates(outcomes, each, "task")
+    per_question = [float(o.parsed == o["gt"]) for o in outcomes]
+    rates = _rates(outcomes, per_question, "task")
     values = {task: rates[task] for task in MMIU_TASKS if task in rates}
-    return Scored({**values, "accuracy": mean([*values.values()])}, each)
+    return Scored({**values, "accuracy": mean([*values.values()])}, per_question)
 
 
 def _mmmu(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
@@ -359,24 +363,24 @@ def _mmmu(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
         for name, row in table.items()
         if row["num"] and name != "Overall"
     }
-    each = [float(correct[o["id"]]) if o["id"] in correct else None for o in outcomes]
+    per_question = [float(correct[o["id"]]) if o["id"] in correct else None for o in outcomes]
     accuracy = float(table["Overall"]["acc"])
-    return Scored({**values, "accuracy": accuracy}, each, details=table)
+    return Scored({**values, "accuracy": accuracy}, per_question, details=table)
 
 
 def _contained(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
-    each = [texts.contains_answer(o.answer, o["gt_answers"]) for o in outcomes]
-    values = _rates(outcomes, each, "task_type", "mean_accuracy")
+    per_question = [texts.contains_answer(o.answer, o["gt_answers"]) for o in outcomes]
+    values = _rates(outcomes, per_question, "task_type", "mean_accuracy")
     groups = {name: value for name, value in values.items() if name != "mean_accuracy"}
     # The sum over the categories, up to 5.
-    return Scored({**groups, "overall": sum(groups.values())}, each)
+    return Scored({**groups, "overall": sum(groups.values())}, per_question)
 
 
 def _remote_answers(correct: Callable[[str, Any, str], bool]) -> Score:
     def run(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
-        each = [float(correct(o.answer, o["gt_answer"], o["type"])) for o in outcomes]
+        per_question = [float(correct(o.answer, o["gt_answer"], o["type"])) for o in outcomes]
         by_type: dict[str, list[float]] = {}
-        for outcome, score in zip(outcomes, each, strict=True):
+        for outcome, score in zip(outcomes, per_question, strict=True):
             by_type.setdefault(outcome["type"], []).append(score)
         useful = [
             v for name, scores in by_type.items() if name not in ("count", "area") for v in scores
@@ -385,11 +389,11 @@ def _remote_answers(correct: Callable[[str, Any, str], bool]) -> Score:
         details = {
             "type_scores": types,
             "type_counts": {name: len(scores) for name, scores in by_type.items()},
-            "total_score": round(mean(each), 4),
+            "total_score": round(mean(per_question), 4),
             "total_score_useful": round(mean(useful), 4),
         }
-        values = {**types, "accuracy": mean(each), "useful_accuracy": mean(useful)}
-        return Scored(values, each, details=details)
+        values = {**types, "accuracy": mean(per_question), "useful_accuracy": mean(useful)}
+        return Scored(values, per_question, details=details)
 
     return run
 
@@ -409,8 +413,8 @@ def mathvista_scores(
         fields.append({"extraction": extraction, "prediction": prediction, "true_false": correct})
         merged.append({**row, **row["metadata"], "true_false": correct})
     table = mathvista.scores(merged)
-    each = [float(field["true_false"]) for field in fields]
-    return Scored({"accuracy": mean(each)}, each, fields, details=table)
+    per_question = [float(field["true_false"]) for field in fields]
+    return Scored({"accuracy": mean(per_question)}, per_question, fields, details=table)
 
 
 SCORES: dict[str, Score] = {
@@ -452,7 +456,7 @@ SCORES: dict[str, Score] = {
 """How the answers to a data set are scored."""
 
 
-def row_score(each: Sequence[float | None], index: int) -> Mapping[str, float]:
+def row_score(per_question: Sequence[float | None], index: int) -> Mapping[str, float]:
     """Returns {"score": value} of a question, {} without one."""
-    value = each[index] if index < len(each) else None
+    value = per_question[index] if index < len(per_question) else None
     return {} if value is None else {"score": value}

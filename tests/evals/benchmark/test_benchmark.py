@@ -250,7 +250,7 @@ def test_mmmu_pro(chat, tmp_path, key, index):
     model = described["model"] | {"checkpoint_argument": name}
     config = eval_config(type="benchmark", task=key, annotations=root, checkpoint=name, tiles=12)
     evaluator = evals.build({key: config})[key]
-    evaluator.parts = [part for part in evaluator.parts if part.prefix == f"{prefix}_"]
+    evaluator.asked_sets = [part for part in evaluator.asked_sets if part.prefix == f"{prefix}_"]
     recorded = recorder(chat, model, [call["answer"] for call in run["calls"]])
     scores = evaluator.run(recorded, None)
     for call, golden in zip(recorded.calls, run["calls"], strict=True):
@@ -272,7 +272,7 @@ def test_exempt_what_stops_the_original(chat, tmp_path, key, index):
     root = lay_out(key, tmp_path)
     config = eval_config(type="benchmark", task=key, annotations=root, tiles="one")
     evaluator = evals.build({key: config})[key]
-    count = sum(len(part.items) for part in evaluator.parts)
+    count = sum(len(part.items) for part in evaluator.asked_sets)
     recorded = recorder(chat, described["model"], ["A"] * count)
     scores = evaluator.run(recorded, None)
     assert len(recorded.calls) == count
