@@ -475,8 +475,9 @@ def read_loss(folder: Path) -> Problems:
     config = LossEval(annotations=folder / "train.jsonl", images=str(folder))
     evaluator = evals.EVALS["loss"](config)
     data = DataConfig(tiles=TILES, max_tokens=512, max_tiles=8)
-    reads = evaluator._reads(data, chat_encoder())  # type: ignore[attr-defined]
-    return [bad for read, _ in reads for bad in read.bad]
+    read = evaluator._reader(data, chat_encoder())  # type: ignore[attr-defined]
+    chunks = evaluator.chunks()  # type: ignore[attr-defined]
+    return [bad for chunk in chunks for bad in read(chunk).bad]
 
 
 def seed_classes(folder: Path) -> None:

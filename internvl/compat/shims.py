@@ -116,10 +116,14 @@ def _files() -> Iterator[tuple[str, str]]:
         yield f"internvl_chat/shell/data/{name}.json", json.dumps(tree, indent=2) + "\n"
 
 
+_SAFE = "PYTHONSAFEPATH"
+"""Keeps Python from importing the folder `internvl` beside the shims in place of the package."""
+
+
 def _shell(*words: str) -> str:
     python = shlex.quote(sys.executable)
     command = shlex.join(("compat", *words))
-    return f'#!/bin/sh\n# {_MARK}.\nexec {python} -m internvl {command} "$@"\n'
+    return f'#!/bin/sh\n# {_MARK}.\n{_SAFE}=1 exec {python} -m internvl {command} "$@"\n'
 
 
 def _python(*words: str, table: str = "") -> str:
@@ -127,7 +131,8 @@ def _python(*words: str, table: str = "") -> str:
     command = [sys.executable, "-m", "internvl", "compat", *words]
     return (
         f"#!{sys.executable}\n# {_MARK}.\nimport os\nimport sys\n\n{table}"
-        f"command = {command!r}\nos.execv(command[0], [*command, *sys.argv[1:]])\n"
+        f'command = {command!r}\nos.environ[{_SAFE!r}] = "1"\n'
+        "os.execv(command[0], [*command, *sys.argv[1:]])\n"
     )
 
 

@@ -159,6 +159,13 @@ def _environment(rank: int, num_ranks: int, port: int, words: Path) -> dict[str,
         launchers.ERROR_FILE: words,
     }
     environment = {**os.environ, **{name: str(value) for name, value in group.items()}}
+    # A folder named internvl where the run is started, as the original's, would be imported first.
+    environment["PYTHONSAFEPATH"] = "1"
+    source = Path(__file__).parents[2]
+    # A checkout that is not installed is found by its folder alone.
+    if "site-packages" not in source.parts:
+        folders = filter(None, (str(source), os.environ.get("PYTHONPATH")))
+        environment["PYTHONPATH"] = os.pathsep.join(folders)
     # As torchrun does: ranks that all take every core slow each other down.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
     return environment

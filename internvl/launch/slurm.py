@@ -59,6 +59,8 @@ def render(job: Job) -> str:
         f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={_SAVE_S}",
         "# A new store for each start: in an old one ranks find the addresses of dead ones.",
         "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+        "# A folder named internvl where the job starts, as the original's, is not imported.",
+        "export PYTHONSAFEPATH=1",
         "# The ranks meet at the first node.",
         'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         f"port=$(({launchers.FIRST_PORT} + SLURM_JOB_ID % {launchers.NUM_PORTS}))",

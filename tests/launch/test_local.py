@@ -106,7 +106,11 @@ wait()
 
 
 def launcher(command: list[str]) -> list[str]:
-    code = f"import sys; from internvl.launch import local; sys.exit(local.run({command}, 2).code)"
+    # A background job has them ignored, and so would its launcher.
+    code = "import signal, sys; from internvl.launch import local\n"
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+    code += f"sys.exit(local.run({command}, 2).code)"
     return [sys.executable, "-c", code]
 
 

@@ -43,6 +43,8 @@ TRAINING = f"""\
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240
 # A new store for each start: in an old one ranks find the addresses of dead ones.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# A folder named internvl where the job starts, as the original's, is not imported.
+export PYTHONSAFEPATH=1
 # The ranks meet at the first node.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((12000 + SLURM_JOB_ID % 20000))
