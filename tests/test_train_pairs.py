@@ -234,6 +234,7 @@ train.run(recipes.load_recipe(Path({recipe!r}), {settings!r}))
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one(project, tmp_path):
     settings = ["steps=4", "objective.micro_batch=2", "optim.lr=1e-4"]
     one = train.run(recipe_of(project, tmp_path, *settings))
@@ -292,6 +293,7 @@ def test_a_check_says_what_does_not_fit(project, tmp_path):
         check.run(recipe_of(project, tmp_path, sources, "objective.name=sft"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "how"),
     [

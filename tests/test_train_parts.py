@@ -213,6 +213,7 @@ def test_a_run_is_evaluated_loaded_and_exported(parts, tmp_path):
         loading.load(run, device="cpu")
 
 
+@pytest.mark.slow
 def test_a_run_on_parts_moves_with_them_and_another_starts_from_it(parts, tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
     names = [old / path.name for path in parts]

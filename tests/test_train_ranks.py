@@ -56,6 +56,7 @@ def test_curves_agree_and_a_run_goes_on_with_another_number_of_ranks(project, tm
     torch.testing.assert_close(curve(together), again, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_ranks_list_bad_samples_once_and_stop_together(project, tmp_path):
     pictures = project.parent
     broken = pictures / "broken.jsonl"

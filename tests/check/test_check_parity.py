@@ -40,6 +40,7 @@ def test_training_and_inference_and_an_export_agree(model):
     assert "vllm is not installed" in text
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
 def test_what_differs_is_named(model, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)

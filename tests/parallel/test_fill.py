@@ -78,6 +78,7 @@ def tree(model, **changes):
     return tree | {"dtype": "bfloat16", "device": "cpu"} | changes
 
 
+@pytest.mark.slow
 def test_shards_of_two_ranks_equal_the_whole_model(tmp_path):
     folder = prompt_folder("internlm2.internlm2-chat", tmp_path / "internlm2")
     hf = export.run(str(folder), tmp_path / "hf", verify=False)

@@ -82,6 +82,7 @@ def test_four_ranks_go_on_from_one_and_from_two(project, straight, tmp_path):
     assert_close(folder, straight[1])
 
 
+@pytest.mark.slow
 def test_export_and_loading_read_what_two_ranks_wrote(project, tmp_path):
     """Adapters are merged tensor by tensor, to the bits of a model merged in memory."""
     folder = tmp_path / "run"
@@ -128,6 +129,7 @@ checkpoint.Saver = Limited
 """
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_while_a_rank_cannot_write_and_at_its_end_says_so(project, tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(AssertionError) as failed:

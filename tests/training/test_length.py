@@ -116,6 +116,7 @@ def test_a_run_of_an_earlier_version_is_counted(finished, tmp_path):
     assert [row["samples"] for row in rows(run)] == [10, 10, 10, 10, 8] * 2
 
 
+@pytest.mark.slow
 def test_rows_go_on_where_they_waited(project, tmp_path):
     settings = ["global_batch_rows=2", *CONSTANT]
     whole = f"run={tmp_path / 'whole'}"

@@ -241,5 +241,5 @@ def test_a_score_of_one_answer_is_in_its_row(key, drawn):
     }
     outcomes = [Outcome(Item(fields), "", answer, answer) for answer in drawn]
     result = SCORES[dataset.score](outcomes, dataset)
-    assert len(result.each) == len(drawn)
-    assert {value for value in result.each if value is not None} <= {0.0, 1.0}
+    assert len(result.per_question) == len(drawn)
+    assert {value for value in result.per_question if value is not None} <= {0.0, 1.0}
