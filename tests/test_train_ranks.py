@@ -9,7 +9,7 @@ from ranks import run_ranks
 
 from internvl import Request, log, train
 from internvl.config import recipes
-from internvl.evals import loss
+from internvl.evals import held_out
 from internvl.inference import load as loading
 
 TRAIN = """
@@ -90,9 +90,9 @@ def test_ranks_list_bad_samples_once_and_stop_together(project, tmp_path):
 EVALUATE = """
 from internvl import train
 from internvl.config import recipes
-from internvl.evals import loss
+from internvl.evals import held_out
 
-loss._CHUNK_SAMPLES = 16
+held_out.CHUNK_SAMPLES = 16
 for settings in {cases!r}:
     train.run(recipes.load_recipe({recipe!r}, settings))
 """
@@ -113,7 +113,7 @@ def test_evaluations_on_every_rank_are_those_of_one_process(project, tmp_path, m
     ]
     stages = ("none", "zero2", "zero3")
     cases = [[*settings, f"run={tmp_path / stage}", f"parallel.shard={stage}"] for stage in stages]
-    monkeypatch.setattr(loss, "_CHUNK_SAMPLES", 16)
+    monkeypatch.setattr(held_out, "CHUNK_SAMPLES", 16)
     alone = train.run(recipes.load_recipe(project, [*settings, f"run={tmp_path / 'alone'}"]))
     run_ranks(EVALUATE.format(recipe=str(project), cases=cases))
     for stage in stages:

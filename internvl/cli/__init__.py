@@ -35,7 +35,7 @@ from internvl.cli import (
     train,
 )
 from internvl.cli.common import Arguments
-from internvl.errors import ConfigError, RanksFailed
+from internvl.errors import ConfigError, Interrupted, RanksFailed
 
 _VERBS: dict[str, ModuleType] = {
     "demo": demo,
@@ -143,17 +143,28 @@ def _run_verb(args: Arguments) -> tuple[int, str]:
         code = VERBS[args.verb](args)
         # Inside: a full disk shows only when buffered output is written.
         sys.stdout.flush()
+        _leave_group()
     except KeyboardInterrupt:
         return _INTERRUPTED, ""
     except Exception as error:
         if _comes_of_closed_output(error):
             return _OUTPUT_CLOSED, ""
+        if isinstance(error, Interrupted):
+            _leave_group()
         code, message = _exit_code(error), _explain(error)
         launchers.report(message, code, lost_peer=errors.lost_peer(error))
         if args.debug:
             raise
         return code, message
     return code, ""
+
+
+def _leave_group() -> None:
+    """Leaves the process group, if a verb has joined one and ended in order."""
+    # Its threads must not outlive the interpreter, which would abort in one run of some hundreds.
+    dist = sys.modules.get("internvl.dist")
+    if dist is not None:
+        dist.shutdown()
 
 
 def _exit_code(error: Exception) -> int:

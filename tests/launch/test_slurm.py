@@ -277,6 +277,7 @@ JOINED = """
 from internvl import dist
 dist.init_from_env("cpu")
 print(dist.rank(), dist.world_size(), dist.sum_counts({"ranks": 1.0})["ranks"])
+dist.shutdown()
 """
 
 
