@@ -54,7 +54,7 @@ def _of_shim(path: Path) -> list[str]:
     assert is_shim(path)
     text = path.read_text()
     python = re.search(r"^command = (.*)$", text, re.MULTILINE)
-    words = ast.literal_eval(python[1]) if python else shlex.split(text.splitlines()[-1])[1:]
+    words = ast.literal_eval(python[1]) if python else shlex.split(text.splitlines()[-1])[2:]
     assert words[1:3] == ["-m", "internvl"]
     return [word for word in words[3:] if word != "$@"]
 
