@@ -15,7 +15,7 @@ from fuzz_readers import READERS, remove_seeds
 
 from internvl.errors import BadImage, BadSample, DataError, UserError
 
-FAST = 5
+FAST = 6
 """Inputs of every reader; of a costly one as many fewer as it costs more, but two."""
 SLOW = 480
 _PARTS = 4
