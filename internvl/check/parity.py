@@ -127,7 +127,6 @@ def run(
         count = min(len(source), max_samples)
         samples = [_sample(source, index) for index in range(count)]
         asked = [_by_inference(chat, sample) for sample in samples]
-        # Reads the samples in order, so it is asked for each of them once.
         paths: dict[str, Any] = {"training": _Training(chat, recipe, source)}
         left_out = [f"{other} is not installed" for other in _OTHERS if find_spec(other) is None]
         left_out += [f"{other}: not yet" for other in _OTHERS if find_spec(other) is not None]
@@ -138,11 +137,11 @@ def run(
         allowed = _LOGPROB[chat.model.dtype]
         comparisons = []
         for path, render in paths.items():
-            for sample, (ours, token) in zip(samples, asked, strict=True):
+            for index, (sample, (ours, token)) in enumerate(zip(samples, asked, strict=True)):
                 # A temporary folder says nothing to a reader.
                 label = sample.name.removeprefix(f"{folder}/")
                 try:
-                    rendering = render(sample, token)
+                    rendering = render(index, sample, token)
                 except _NotComparable as error:
                     left_out.append(f"{label}: {path}: {error}")
                     continue
@@ -175,7 +174,7 @@ def _recipe(
 
 
 def _sample(source: Source, index: int) -> Sample:
-    """Returns a sample of the file with its first answer last.
+    """Returns a sample of the file.
 
     Raises:
         BadSample: training refuses it.
@@ -234,10 +233,9 @@ class _Training:
         self.objective = Sft(recipe.objective, recipe.data, chat.encoder)  # type: ignore[arg-type]
         self.reader = self.objective.reader([source], recipe.seed)
         self.statistics = recipe.data.statistics
-        self.index = iter(range(len(source)))
 
-    def __call__(self, sample: Sample, token: int) -> Rendering:
-        read = self.reader[UnitRef(0, (next(self.index),), 0)]
+    def __call__(self, index: int, sample: Sample, token: int) -> Rendering:
+        read = self.reader[UnitRef(0, (index,), 0)]
         for bad in read.bad:
             raise bad
         (row,) = self.objective.batches(read.units)
@@ -287,7 +285,7 @@ class _Exported:
             chat_template=(folder / "chat_template.jinja").read_text(encoding="utf-8"),
         )
 
-    def __call__(self, sample: Sample, token: int) -> Rendering:
+    def __call__(self, index: int, sample: Sample, token: int) -> Rendering:
         num_images, num_videos = _media(sample)
         if num_videos:
             raise _NotComparable("videos are not compared yet")

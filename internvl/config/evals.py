@@ -138,10 +138,7 @@ class CaptionEval(EvalConfig):
                 f"min_new_tokens: {self.min_new_tokens}, larger than max_new_tokens, "
                 f"{self.max_new_tokens}"
             )
-        # A command line's number is text.
-        if self.tiles not in (None, "one", "checkpoint"):
-            if not str(self.tiles).isdigit() or int(self.tiles) < 1:
-                yield f"tiles: {self.tiles!r} is no number from 1 on, nor one, nor checkpoint"
+        yield from _tiles_problems(self.tiles)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,11 +255,7 @@ class JudgedEval(EvalConfig):
 
     def problems(self) -> Iterator[str]:
         """See `EvalConfig.problems`."""
-        if self.tiles is None or self.tiles in ("one", "checkpoint"):
-            return
-        # A command line's number is text.
-        if not str(self.tiles).isdigit() or int(self.tiles) < 1:
-            yield f"tiles: {self.tiles!r} is neither a number from 1 on, nor one, nor checkpoint"
+        yield from _tiles_problems(self.tiles)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,3 +345,11 @@ def eval_config(**keys: Any) -> EvalSection:
     if problems:
         raise ConfigError("\n".join(problems))
     return section
+
+
+def _tiles_problems(tiles: int | str | None) -> Iterator[str]:
+    """Yields the problem of `tiles`, if it has one."""
+    # A command line's number is text.
+    is_count = str(tiles).isdigit() and int(str(tiles)) > 0
+    if not is_count and tiles not in (None, "one", "checkpoint"):
+        yield f"tiles: {tiles!r} is neither a number from 1 on, nor one, nor checkpoint"

@@ -1,5 +1,6 @@
 """Packed rows as micro-batches, for the objectives of chat models."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from internvl.errors import BadSample
 from internvl.objectives.stateless import Stateless
 
 
-class PackedObjective(Stateless):
+class PackedObjective(Stateless, ABC):
     """Base of objectives whose micro-batches are packed rows of units."""
 
     synthetic_answers = 1
@@ -59,9 +60,9 @@ class PackedObjective(Stateless):
         """Makes the batches of units that are grouped to rows already."""
         return self.build(groups)
 
+    @abstractmethod
     def build(self, groups: Sequence[Sequence[Unit]]) -> Sequence[PackedBatch]:
         """Makes batches of units, which may be synthetic."""
-        raise NotImplementedError
 
     def shown_spans(self, unit: Unit) -> Iterator[tuple[str, bool]]:
         """Yields (text, supervised) of a unit's first example, for people."""

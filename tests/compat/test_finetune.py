@@ -97,10 +97,14 @@ def words_for(entry, flag):
     return [*start, "--do_train", "True", *BESIDE.get(flag, [])]
 
 
-@pytest.mark.parametrize(("entry", "flag", "row"), cases("to", "rule"))
+# The entry of pairs switches checkpointing on itself, so there the flag changes nothing.
+CHANGING = [
+    case for case in cases("to", "rule") if case.values[:2] != (PAIRS, "gradient_checkpointing")
+]
+
+
+@pytest.mark.parametrize(("entry", "flag", "row"), CHANGING)
 def test_a_flag_changes_the_recipe(entry, flag, row):
-    if (entry, flag) == (PAIRS, "gradient_checkpointing"):
-        pytest.skip("the entry switches it on itself")
     value = {"ps_version": "v1", "vision_select_layer": "-4"}.get(flag) or changed(flag, row)
     if flag == "unfreeze_crossattn":
         words = [*NEEDED[entry], "--freeze_qllama", "True"]
