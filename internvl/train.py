@@ -537,7 +537,9 @@ def run(recipe: Recipe) -> Path:
                     if stopped:
                         state.saver.wait()
                         raise _interrupted(state)
-                    stop_reason = _validate_or_stop(state, metrics)
+                    # At other steps nothing is decided, and to decide all ranks meet.
+                    if any(_is_eval_due(state, config) for config in recipe.evals.values()):
+                        stop_reason = _validate_or_stop(state, metrics)
                     if stop_reason is not None:
                         save(state)
                         break
