@@ -35,6 +35,8 @@ ELSEWHERE = {
     "evals/held_out.py": ("test_evaluate.py", "samples of a loss or of pairs"),
     "evals/loss.py": ("test_evaluate.py", "a loss needs a run to be measured of"),
     "evals/scores.py": ("data/captions/test_captions.py", "scores of captions of every form"),
+    "inference/engine/attention.py": ("inference/engine/test_decoder.py", "of its two passes"),
+    "inference/engine/cache.py": ("inference/engine/test_decoder.py", "what its passes write"),
     "inference/families.py": ("inference/test_load.py", "what `load` chooses from"),
     "inference/handle.py": ("inference/test_load.py", "what both families answer to"),
     "inference/settings.py": ("inference/test_generate.py", "settings of an answer"),

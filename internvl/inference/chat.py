@@ -182,7 +182,7 @@ class Chat:
         requests: Sequence[Request | str] | Request | str,
         *,
         max_new_tokens: int = 1024,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         **settings: Any,
     ) -> list[str]:
         """Answers requests in batches; returns one answer per request, in order.
@@ -226,7 +226,7 @@ class Chat:
         num_beams: int = caption_beams,
         max_new_tokens: int = 30,
         min_new_tokens: int = 8,
-        batch_size: int = 16,
+        batch_size: int | None = None,
     ) -> list[str]:
         """Generates a caption per image, in order: the answer to `prompt`.
 

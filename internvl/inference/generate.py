@@ -4,6 +4,7 @@ Original: `InternVLChatModel.chat` and `batch_chat`. A request of a batch gets t
 alone.
 """
 
+import os
 import queue
 import threading
 import traceback
@@ -23,6 +24,7 @@ from internvl.data.images import STATISTICS, Triple
 from internvl.data.tokenizers import decode
 from internvl.errors import UserError
 from internvl.files import first_line
+from internvl.inference import engine
 from internvl.inference.requests import Prompt, Request, check_turns, encode, list_requests
 from internvl.inference.settings import Settings as Settings
 from internvl.models import configs
@@ -37,19 +39,21 @@ def answers(
     requests: Sequence[Request | str] | Request | str,
     settings: Settings,
     *,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Answers requests in batches of similar length; returns one answer per request, in order.
+    """Answers requests; returns one answer per request, in order.
 
     Args:
-        batch_size: requests per call of the model's `generate`.
-        progress: called after every batch with its number of requests.
+        batch_size: requests at a time; by default as many as the GPU's memory holds, up to 128,
+            or 16 on a CPU.
+        progress: called after every answer with 1.
 
     Raises:
         BadSample, UserError: see `encode`; the turns of all are checked before the first answer.
     """
-    check_whole("batch_size", batch_size, 1)
+    if batch_size is not None:
+        check_whole("batch_size", batch_size, 1)
     requests = list_requests(requests)
     names = [f"requests[{i}]" for i in range(len(requests))] if len(requests) > 1 else ["request"]
     # All at first: a bad request at the end must not cost the answers before it.
@@ -57,23 +61,61 @@ def answers(
         check_turns(request, encoder, name)
     chat_settings = configs.chat_settings(model.config)
     image_settings = {key: chat_settings[key] for key in ("exif", "normalize")}
-    texts: list[str | None] = [None] * len(requests)
+    texts: dict[int, str] = {}
+
+    def read(index: int) -> Prompt:
+        return encode(requests[index], encoder, tiles, names[index], **image_settings)
+
+    answered = _by_engine if engine.runs(model, settings) else _by_generate
+    indices = range(len(requests))
+    for index, text in answered(model, encoder, read, indices, settings, batch_size):
+        texts[index] = text
+        if progress is not None:
+            progress(1)
+    return [texts[index] for index in indices]
+
+
+def _by_engine(
+    model: Any,
+    encoder: ChatEncoder,
+    read: Callable[[int], Prompt],
+    order: Sequence[int],
+    settings: Settings,
+    slots: int | None,
+) -> Iterator[tuple[int, str]]:
+    """Yields (request, answer) as answers end, at most `slots` requests at a time."""
+    scheduler = engine.scheduler(model, encoder, slots)
+    most = engine.longest(model.config.text_config)
+    # Twice the slots are read ahead: one row may end many answers at once.
+    ahead = 2 * scheduler.most_slots
+    threads = max(1, min(8, os.cpu_count() or 1, len(order)))
+    with engine.Prompts(read, order, settings, most=most, threads=threads, ahead=ahead) as prompts:
+        for job in scheduler.run(prompts):
+            if job.ended:
+                yield job.key, answer_text(job.generated, encoder)
+    del scheduler  # its memory, before the model needs it
+    for index, prompt in prompts.too_long:
+        yield index, generate(model, encoder, [prompt], settings)[0]
+
+
+def _by_generate(
+    model: Any,
+    encoder: ChatEncoder,
+    read: Callable[[int], Prompt],
+    order: Sequence[int],
+    settings: Settings,
+    batch_size: int | None,
+) -> Iterator[tuple[int, str]]:
+    """Yields (request, answer) of batches of similar length by the model's own `generate`."""
+    size = batch_size or 16
     # Sorted within a window of batches: the tiles of all requests may not fit in memory.
-    window = batch_size * 8
-    for start in range(0, len(requests), window):
-        indices = range(start, min(start + window, len(requests)))
-        prompts = {
-            i: encode(requests[i], encoder, tiles, names[i], **image_settings) for i in indices
-        }
+    for window in _batches(order, 8 * size):
+        prompts = {index: read(index) for index in window}
         # By length, so that prompts of one batch need little padding.
-        order = sorted(indices, key=lambda i: -len(prompts[i].input_ids))
-        for batch in _batches(order, batch_size):
-            generated = generate(model, encoder, [prompts[i] for i in batch], settings)
-            for index, text in zip(batch, generated, strict=True):
-                texts[index] = text
-            if progress is not None:
-                progress(len(batch))
-    return [text for text in texts if text is not None]
+        by_length = sorted(window, key=lambda index: -len(prompts[index].input_ids))
+        for batch in _batches(by_length, size):
+            texts = generate(model, encoder, [prompts[index] for index in batch], settings)
+            yield from zip(batch, texts, strict=True)
 
 
 @torch.no_grad()
@@ -169,15 +211,35 @@ def answer_text(ids: Sequence[int], encoder: ChatEncoder) -> str:
 def stream(
     model: Any, encoder: ChatEncoder, prompt: Prompt, settings: Settings
 ) -> Generator[str, None, None]:
-    """Yields the pieces of one answer while it is generated; joined they equal `generate`'s.
+    """Yields the pieces of one answer while it is generated; joined they equal `answers`'.
 
-    Generation runs in a thread and stops when the iterator is closed.
+    Generation stops when the iterator is closed.
 
     Raises:
         UserError: beam search, whose text is known only at its end.
     """
     if settings.num_beams > 1:
         raise UserError(f"beam search (num_beams = {settings.num_beams}) cannot stream")
+    job = engine.Job(0, prompt, settings)
+    if engine.runs(model, settings) and job.length < engine.longest(model.config.text_config):
+        return _stream_by_engine(model, encoder, job)
+    return _stream_by_generate(model, encoder, prompt, settings)
+
+
+def _stream_by_engine(
+    model: Any, encoder: ChatEncoder, job: engine.Job
+) -> Generator[str, None, None]:
+    pieces = _Pieces(encoder)
+    for _ in engine.scheduler(model, encoder, 1).run(engine.Ready([job])):
+        piece = pieces.end(job.generated) if job.ended else pieces.after(job.generated)
+        if piece:
+            yield piece
+
+
+def _stream_by_generate(
+    model: Any, encoder: ChatEncoder, prompt: Prompt, settings: Settings
+) -> Generator[str, None, None]:
+    """Yields the pieces that the model's own `generate` makes in a thread."""
     pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     closed = threading.Event()
 
@@ -185,7 +247,10 @@ def stream(
         return torch.full((len(ids),), closed.is_set(), device=ids.device)
 
     def work() -> None:
-        callbacks = {"streamer": _Streamer(encoder, pieces.put), "stopping_criteria": [stop]}
+        callbacks = {
+            "streamer": _Streamer(_Pieces(encoder), pieces.put),
+            "stopping_criteria": [stop],
+        }
         try:
             generate(model, encoder, [prompt], settings, **callbacks)
         finally:
@@ -195,7 +260,8 @@ def stream(
         done = thread.submit(work)
         try:
             while (piece := pieces.get()) is not None:
-                yield piece
+                if piece:
+                    yield piece
         finally:
             closed.set()  # before the pool's exit, which waits until generation has stopped
         done.result()  # raises the thread's exception
@@ -204,25 +270,39 @@ def stream(
 class _Streamer:
     """A streamer of transformers' `generate`: gets the prompt, then every token."""
 
-    def __init__(self, encoder: ChatEncoder, emit: Callable[[str], None]) -> None:
-        self.encoder = encoder
+    def __init__(self, pieces: "_Pieces", emit: Callable[[str], None]) -> None:
+        self.pieces = pieces
         self.emit = emit
         self.ids: list[int] | None = None
-        self.sent = ""
 
     def put(self, ids: Tensor) -> None:
         if self.ids is None:  # the first call brings the prompt
             self.ids = []
             return
         self.ids += ids.flatten().tolist()
-        # The whole answer is decoded every time (1 s in all for 2,000 tokens): the text that a
-        # token adds depends on those before it.
-        text = self._stable_text(self.ids)
-        if text.startswith(self.sent):
-            self._send(text)
+        self.emit(self.pieces.after(self.ids))
 
     def end(self) -> None:
-        self._send(answer_text(self.ids or [], self.encoder))
+        self.emit(self.pieces.end(self.ids or []))
+
+
+class _Pieces:
+    """Cuts the text of an answer that grows into pieces which, joined, are its final text."""
+
+    def __init__(self, encoder: ChatEncoder) -> None:
+        self.encoder = encoder
+        self.sent = ""
+
+    def after(self, ids: Sequence[int]) -> str:
+        """Returns what the answer's tokens so far add; empty while that may still change."""
+        # The whole answer is decoded every time (1 s in all for 2,000 tokens): the text that a
+        # token adds depends on those before it.
+        text = self._stable_text(ids)
+        return self._rest(text) if text.startswith(self.sent) else ""
+
+    def end(self, ids: Sequence[int]) -> str:
+        """Returns what is left of the answer that these tokens are."""
+        return self._rest(answer_text(ids, self.encoder))
 
     def _stable_text(self, ids: Sequence[int]) -> str:
         """Returns the text so far without what later tokens may still change."""
@@ -237,10 +317,11 @@ class _Streamer:
                 return text[:-length].rstrip()
         return text
 
-    def _send(self, text: str) -> None:
-        if text[len(self.sent) :]:
-            self.emit(text[len(self.sent) :])
+    def _rest(self, text: str) -> str:
+        piece = text[len(self.sent) :]
+        if piece:
             self.sent = text
+        return piece
 
 
 def _batches(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -81,7 +81,7 @@ class Handle(Protocol):
         num_beams: int = ...,
         max_new_tokens: int = ...,
         min_new_tokens: int = ...,
-        batch_size: int = ...,
+        batch_size: int | None = ...,
     ) -> list[str]:
         """Generates a caption per image, in order."""
         ...

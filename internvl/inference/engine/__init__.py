@@ -1,0 +1,142 @@
+"""The engine that answers requests: images read ahead, slots refilled as answers end."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from internvl.data.chat import ChatEncoder
+from internvl.data.images import STATISTICS
+from internvl.inference.engine.scheduler import Job, Scheduler
+from internvl.inference.requests import Prompt
+from internvl.inference.settings import Settings
+from internvl.models import configs
+
+__all__ = ["Job", "Prompts", "Ready", "Scheduler", "longest", "runs", "scheduler"]
+
+SLOTS = 128
+"""Most requests in flight on a GPU, where its memory holds as many."""
+
+
+def runs(model: Any, settings: Settings) -> bool:
+    """True if the engine answers with these settings on this model; else `generate` does.
+
+    Beam search, further settings of `transformers`, models spread over several devices or ranks,
+    and attention other than to all earlier tokens are `generate`'s.
+    """
+    if settings.num_beams > 1 or settings.extra:
+        return False
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        return False
+    # Each rank would wait for the others in every layer, and has other requests.
+    return not any(isinstance(module, FSDPModule) for module in model.modules()) and _is_causal(
+        model.config.text_config
+    )
+
+
+def _is_causal(config: Any) -> bool:
+    """True if every layer attends to all earlier tokens and nothing else."""
+    return set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+
+
+def longest(config: Any) -> int:
+    """Returns the longest sequence, in tokens, that the engine answers; `generate` takes others.
+
+    Beyond it rotary embeddings change with the length of the sequence, or attention is a window.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    limits = [config.max_position_embeddings, getattr(config, "sliding_window", None)]
+    if rope.get("rope_type") == "longrope":
+        limits.append(rope["original_max_position_embeddings"])
+    return min(limit for limit in limits if limit)
+
+
+def scheduler(model: Any, encoder: ChatEncoder, slots: int | None = None) -> Scheduler:
+    """Builds a scheduler for a chat model; its memory is freed with it.
+
+    Args:
+        slots: most requests in flight; None: as many as the GPU holds, up to 128, or 16 on a CPU.
+    """
+    if slots is None:
+        slots = SLOTS if model.device.type == "cuda" else 16
+    return Scheduler(
+        model,
+        end_id=encoder.tokenizer.convert_tokens_to_ids(encoder.template.end),
+        statistics=STATISTICS[configs.chat_settings(model.config)["normalize"]],
+        slots=slots,
+        dtype=_compute_dtype(model),
+    )
+
+
+def _compute_dtype(model: nn.Module) -> torch.dtype:
+    """Returns the dtype that keys and values have: autocast's, else that of the weights."""
+    device = next(model.parameters()).device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return model.get_input_embeddings().weight.dtype  # type: ignore[operator]
+
+
+class Ready:
+    """A `Source` of jobs that are there."""
+
+    def __init__(self, jobs: Iterable[Job]) -> None:
+        self.jobs = iter(jobs)
+
+    def take(self, *, wait: bool) -> Job | None:
+        """Returns the next job; see `Source`."""
+        return next(self.jobs, None)
+
+
+class Prompts:
+    """A `Source` that encodes requests in threads, some ahead of the one that is taken."""
+
+    def __init__(
+        self,
+        encode: Callable[[int], Prompt],
+        order: Sequence[int],
+        settings: Settings,
+        *,
+        most: int,
+        threads: int,
+        ahead: int,
+    ) -> None:
+        """`encode(i)` reads request i; an exception of it is raised where it is taken."""
+        self.too_long: list[tuple[int, Prompt]] = []
+        """Requests for `generate`: more tokens than `most`."""
+        self.most = most
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
+        self.encode = encode
+        self.left = iter(order)
+        self.settings = settings
+        self.ahead = ahead
+        self.reading: deque[tuple[int, Future[Prompt]]] = deque()
+
+    def __enter__(self) -> "Prompts":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    def take(self, *, wait: bool) -> Job | None:
+        """Returns the next request as a job; see `Source`."""
+        while True:
+            for index in self._more():
+                self.reading.append((index, self.pool.submit(self.encode, index)))
+            if not self.reading or not (wait or self.reading[0][1].done()):
+                return None
+            index, prompt = self.reading.popleft()
+            job = Job(index, prompt.result(), self.settings)
+            if job.length < self.most:
+                return job
+            self.too_long.append((index, job.prompt))
+
+    def _more(self) -> Iterator[int]:
+        for _ in range(self.ahead - len(self.reading)):
+            index = next(self.left, None)
+            if index is None:
+                return
+            yield index

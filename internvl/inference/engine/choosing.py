@@ -1,0 +1,77 @@
+"""Chooses the next token of every request from its logits, as `transformers`' processors do."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from internvl.inference.settings import Settings
+
+
+class Answering(Protocol):
+    """What the choice of a token depends on."""
+
+    @property
+    def settings(self) -> Settings:
+        """Settings of the request."""
+        ...
+
+    @property
+    def prompt_ids(self) -> Tensor:
+        """int64 (T,), on the CPU."""
+        ...
+
+    @property
+    def generated(self) -> Sequence[int]:
+        """Tokens so far."""
+        ...
+
+
+def is_plain(request: Answering) -> bool:
+    """True if the next token is the likeliest one, whatever came before."""
+    settings = request.settings
+    wants_more = len(request.generated) < settings.min_new_tokens
+    return not (settings.temperature or wants_more or settings.repetition_penalty != 1)
+
+
+def choose(logits: Tensor, requests: Sequence[Answering], end_id: int) -> Tensor:
+    """Returns the next token of each request, int64 (N,), on the logits' device.
+
+    Sampling draws from torch's global generator, requests in order.
+
+    Args:
+        logits: float32 (N, V); row n of request n.
+        end_id: the token that ends an answer.
+    """
+    tokens = logits.argmax(-1)
+    for row, request in enumerate(requests):
+        if not is_plain(request):
+            tokens[row] = _choose(logits[row].clone(), request, end_id)
+    return tokens
+
+
+def _choose(scores: Tensor, request: Answering, end_id: int) -> Tensor:
+    """Returns the next token (); the order of the steps is that of `transformers`."""
+    settings = request.settings
+    if settings.repetition_penalty != 1:
+        # The prompt counts, placeholders of images included, as in `transformers`.
+        seen = torch.cat([request.prompt_ids, torch.tensor(request.generated, dtype=torch.long)])
+        seen = seen.unique().to(scores.device)
+        values, penalty = scores[seen], settings.repetition_penalty
+        scores[seen] = torch.where(values < 0, values * penalty, values / penalty)
+    if len(request.generated) < settings.min_new_tokens:
+        scores[end_id] = -torch.inf
+    if not settings.temperature:
+        return scores.argmax()
+    scores = scores / settings.temperature
+    if 0 < settings.top_k < len(scores):
+        scores = scores.masked_fill(scores < scores.topk(settings.top_k).values[-1], -torch.inf)
+    if settings.top_p < 1:
+        ascending, order = scores.sort()
+        is_tail = ascending.softmax(-1).cumsum(-1) <= 1 - settings.top_p
+        is_tail[-1] = False  # the likeliest token stays, however small top_p is
+        scores = scores.masked_fill(
+            torch.zeros_like(is_tail).scatter(0, order, is_tail), -torch.inf
+        )
+    return torch.multinomial(scores.softmax(-1), 1)[0]

@@ -1,0 +1,272 @@
+"""Requests in, tokens out: slots that are refilled as answers end.
+
+    tower     tiles of several requests at a time
+    prefill   their prompts as one packed row, without padding between them
+    decode    one token of every slot
+
+A request's tokens do not depend on what else is in flight, but for rounding.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from internvl import log
+from internvl.data.images import Triple
+from internvl.errors import RunError
+from internvl.inference.engine.cache import SlotCache
+from internvl.inference.engine.choosing import choose
+from internvl.inference.engine.decoder import REACH, Decoder, Placed
+from internvl.inference.requests import Prompt
+from internvl.inference.settings import Settings
+from internvl.models.vision import normalize_tiles
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way."""
+
+    key: Any
+    """The caller's own name for it."""
+    prompt: Prompt
+    settings: Settings
+    generated: list[int] = field(default_factory=list)
+    """Tokens so far, the one that ends the answer included."""
+    ended: bool = False
+    cancelled: bool = False
+    """Set by anyone: it ends with its next token."""
+
+    @property
+    def prompt_ids(self) -> Tensor:
+        """int64 (T,)."""
+        return torch.from_numpy(self.prompt.input_ids)
+
+    @property
+    def length(self) -> int:
+        """Tokens that its slot must hold: the prompt, and all but the last that it may generate."""
+        return len(self.prompt.input_ids) + self.settings.max_new_tokens - 1
+
+
+class Source(Protocol):
+    """Where jobs come from, in the order in which they are begun."""
+
+    def take(self, *, wait: bool) -> Job | None:
+        """Returns the next job, or None if none is ready; with `wait`, None means the end."""
+        ...
+
+
+class Scheduler:
+    """Runs jobs over a model; one thread at a time."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        end_id: int,
+        statistics: tuple[Triple, Triple],
+        slots: int,
+        dtype: torch.dtype | None = None,
+        row_tokens: int = 16384,
+        tiles_at_once: int = 64,
+    ) -> None:
+        """Does not allocate yet: the first jobs say how long a slot must be.
+
+        Args:
+            end_id: the token that ends an answer.
+            statistics: mean and deviation that tiles are normalized with.
+            slots: most requests in flight; fewer if the device's memory holds fewer.
+            dtype: of keys and values; by default the model's.
+            row_tokens: most tokens of a prefill; a longer prompt is one of its own.
+            tiles_at_once: most tiles in the vision tower.
+        """
+        self.decoder = Decoder(model)
+        self.model = model
+        self.end_id = end_id
+        self.statistics = statistics
+        self.most_slots = slots
+        self.dtype = dtype or model.get_input_embeddings().weight.dtype
+        self.row_tokens = row_tokens
+        self.tiles_at_once = tiles_at_once
+        self.active: dict[int, Job] = {}
+        """Jobs in flight by slot."""
+        self.free: list[int] = []
+        self.waiting: deque[Job] = deque()
+
+    def run(self, source: Source) -> Iterator[Job]:
+        """Yields a job after each of its tokens, until the source has no more."""
+        drained = False
+        while True:
+            while not drained and len(self.waiting) < self.most_slots:
+                idle = not self.waiting and not self.active
+                job = source.take(wait=idle)
+                if job is None:
+                    drained = idle
+                    break
+                self.waiting.append(job)
+            if not self.waiting and not self.active:
+                if drained:
+                    return
+                continue
+            yield from self._admit()
+            yield from self._advance()
+
+    def _admit(self) -> Iterator[Job]:
+        """Prefills waiting jobs into free slots, while they fill a row."""
+        while self.waiting and self._fits(self.waiting[0].length):
+            jobs = self._row()
+            # A short row costs as many launches as a long one: while others decode, wait for it.
+            if not jobs:
+                return
+            yield from self._prefill(jobs)
+
+    def _fits(self, length: int) -> bool:
+        """Makes slots long enough for `length` tokens if none is in use; True if they are."""
+        cache = self.decoder.cache
+        if cache is not None and length <= cache.length:
+            return True
+        if self.active:
+            return False
+        # As long as all that wait need: each new length builds new kernels and graphs.
+        longest = max(job.length for job in self.waiting)
+        self._allocate(-(-longest // REACH) * REACH)
+        return True
+
+    def _allocate(self, length: int) -> None:
+        """Makes as many slots of `length` tokens as are asked for and fit.
+
+        Raises:
+            RunError: the device does not hold one.
+        """
+        slots = min(self.most_slots, self._slots_in_memory(length))
+        while True:
+            try:
+                self.decoder.allocate(slots, length, self.dtype)
+                break
+            except torch.OutOfMemoryError as error:
+                if slots == 1:
+                    raise RunError(
+                        f"out of GPU memory for one request of {length:,} tokens; lower "
+                        "max_new_tokens or max_tiles, or quantize the model"
+                    ) from error
+                slots //= 2
+        self.free = list(reversed(range(slots)))
+        log.get_logger().debug("%d slots of %s tokens", slots, f"{length:,}")
+
+    def _slots_in_memory(self, length: int) -> int:
+        """Returns how many slots the device's free memory holds beside a prefill; at least 1."""
+        device = self.model.device
+        if device.type != "cuda":
+            return self.most_slots
+        free, _ = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        config = self.decoder.config
+        # A row's widest moment: states in and out, gate and up of one layer, and its logits.
+        width = 8 * config.hidden_size + 3 * config.intermediate_size
+        row = self.row_tokens * width * self.dtype.itemsize
+        logits = 3 * self.most_slots * config.vocab_size * 4
+        spare = free + unused - row - logits - _RESERVE
+        slot = SlotCache.bytes_per_slot(
+            length=length, item=self.dtype.itemsize, **self.decoder.shape
+        )
+        return max(1, int(spare // slot) - 1)
+
+    def _row(self) -> list[Job]:
+        """Takes waiting jobs for one row; none if it pays to let more slots become free first."""
+        assert self.decoder.cache is not None
+        count, tokens = 0, 0
+        for job in self.waiting:
+            length = len(job.prompt.input_ids)
+            if count == len(self.free) or job.length > self.decoder.cache.length:
+                break
+            if count and tokens + length > self.row_tokens:
+                break
+            count, tokens = count + 1, tokens + length
+        is_full = count < len(self.free) and count < len(self.waiting)
+        few = count < max(1, self.decoder.cache.slots // _REFILL)
+        if self.active and few and not is_full:
+            return []
+        return [self.waiting.popleft() for _ in range(count)]
+
+    def _prefill(self, jobs: Sequence[Job]) -> Iterator[Job]:
+        visual = self._visual(jobs)
+        slots = [self.free.pop() for _ in jobs]
+        placed = [
+            Placed(job.prompt_ids, tokens, slot)
+            for job, tokens, slot in zip(jobs, visual, slots, strict=True)
+        ]
+        logits = self.decoder.prefill(placed)
+        self.active |= zip(slots, jobs, strict=True)
+        yield from self._accept(slots, choose(logits, jobs, self.end_id).tolist())
+
+    def _advance(self) -> Iterator[Job]:
+        """Decodes one token of every active job."""
+        if not self.active:
+            return
+        assert self.decoder.cache is not None
+        tokens, positions = [0] * self.decoder.cache.slots, [0] * self.decoder.cache.slots
+        for slot, job in self.active.items():
+            tokens[slot] = job.generated[-1]
+            positions[slot] = len(job.prompt.input_ids) + len(job.generated) - 1
+        self.decoder.place(tokens, positions)
+        logits = self.decoder.decode(max(positions) + 1)
+        slots = sorted(self.active)
+        jobs = [self.active[slot] for slot in slots]
+        chosen = choose(logits[slots], jobs, self.end_id)
+        yield from self._accept(slots, chosen.tolist())
+
+    def _accept(self, slots: Sequence[int], tokens: Sequence[int]) -> Iterator[Job]:
+        jobs = [self.active[slot] for slot in slots]
+        for slot, job, token in zip(slots, jobs, tokens, strict=True):
+            job.generated.append(token)
+            full = len(job.generated) == job.settings.max_new_tokens
+            job.ended = token == self.end_id or full or job.cancelled
+            if job.ended:
+                del self.active[slot]
+                self.free.append(slot)
+        # After all of them: whoever is called may stop here, and the slots must agree.
+        yield from jobs
+
+    @torch.no_grad()
+    def _visual(self, jobs: Sequence[Job]) -> list[Tensor | None]:
+        """Returns the visual tokens (V, D) of each job, None for one without images."""
+        tiles = [job.prompt.tiles for job in jobs]
+        present = [t for t in tiles if t is not None]
+        if not present:
+            return [None] * len(jobs)
+        rows: list[Tensor] = []
+        for group in _groups(present, self.tiles_at_once):
+            pixels = torch.cat([self._normalized(t) for t in group])
+            features = self.model.model.get_image_features(pixel_values=pixels).pooler_output
+            rows += features.flatten(0, 1).split([len(t) * features.shape[1] for t in group])
+        left = iter(rows)
+        return [None if t is None else next(left) for t in tiles]
+
+    def _normalized(self, tiles: Tensor) -> Tensor:
+        # Moved as uint8, a quarter of the bytes of float32, and normalized on the device.
+        tiles = tiles.to(self.model.device, non_blocking=True)
+        if tiles.is_floating_point():
+            return tiles.float()
+        return normalize_tiles(tiles, torch.float32, *self.statistics)
+
+
+_RESERVE = 3 * 2**30
+"""Bytes left to the vision tower and to the memory's fragments."""
+
+_REFILL = 8
+"""A row is prefilled once this part of the slots is free, or sooner if a row is full."""
+
+
+def _groups(tiles: Sequence[Tensor], most: int) -> Iterator[list[Tensor]]:
+    """Yields the tiles of whole requests, at most `most` together unless one alone has more."""
+    group: list[Tensor] = []
+    for of_request in tiles:
+        if group and sum(map(len, group)) + len(of_request) > most:
+            yield group
+            group = []
+        group.append(of_request)
+    if group:
+        yield group

@@ -1,0 +1,85 @@
+"""The next token: what transformers' own processors leave, in their order."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from internvl.inference.engine import choosing
+from internvl.inference.settings import Settings
+
+VOCABULARY, END = 40, 7
+
+
+@dataclass
+class Asked:
+    settings: Settings
+    prompt_ids: torch.Tensor = field(default_factory=lambda: torch.tensor([3, 5, 5, 9]))
+    generated: list[int] = field(default_factory=lambda: [11, 3])
+
+
+def theirs(logits, asked):
+    """The token that transformers' processors and its sampling choose."""
+    settings, steps = asked.settings, []
+    ids = torch.cat([asked.prompt_ids, torch.tensor(asked.generated)])[None]
+    if settings.repetition_penalty != 1:
+        steps.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+    if settings.min_new_tokens:
+        prompt, least = len(asked.prompt_ids), settings.min_new_tokens
+        steps.append(MinNewTokensLengthLogitsProcessor(prompt, least, END))
+    if settings.temperature:
+        steps.append(TemperatureLogitsWarper(settings.temperature))
+        if settings.top_k:
+            steps.append(TopKLogitsWarper(settings.top_k))
+        if settings.top_p < 1:
+            steps.append(TopPLogitsWarper(settings.top_p))
+    scores = LogitsProcessorList(steps)(ids, logits[None].clone())
+    if not settings.temperature:
+        return int(scores.argmax())
+    return int(torch.multinomial(scores.softmax(-1), 1))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"min_new_tokens": 2},
+        {"min_new_tokens": 3},
+        {"repetition_penalty": 1.7},
+        {"repetition_penalty": 0.6, "min_new_tokens": 5},
+        {"temperature": 0.7},
+        {"temperature": 1.5, "top_k": 4},
+        {"temperature": 1.0, "top_k": 0, "top_p": 0.5},
+        {"temperature": 0.9, "top_k": 9, "top_p": 0.3, "repetition_penalty": 1.2},
+        {"temperature": 3.0, "top_p": 1e-6, "min_new_tokens": 4},
+    ],
+)
+def test_a_token_is_that_of_transformers(settings):
+    asked = Asked(Settings(max_new_tokens=9, **settings))
+    for seed in range(40):
+        torch.manual_seed(seed)
+        logits = 3 * torch.randn(VOCABULARY)
+        logits[END] += 2 * (seed % 3)
+        torch.manual_seed(seed)
+        wanted = theirs(logits, asked)
+        torch.manual_seed(seed)
+        untouched = logits.clone()
+        assert choosing.choose(logits[None], [asked], END).tolist() == [wanted]
+        assert torch.equal(logits, untouched)  # a captured graph writes there again
+
+
+def test_each_request_has_settings_of_its_own():
+    torch.manual_seed(0)
+    logits = torch.randn(1, VOCABULARY).repeat(3, 1)
+    logits[:, END] = 9
+    requests = [Asked(Settings(min_new_tokens=least)) for least in (0, 2, 3)]
+    first, second, third = choosing.choose(logits, requests, END).tolist()
+    assert first == second == END != third

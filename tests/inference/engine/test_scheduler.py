@@ -1,0 +1,176 @@
+"""Slots: tokens are those of `generate`, whatever else is in flight, and however slots are cut."""
+
+import pytest
+import torch
+from small_models import small_model
+
+from internvl.data.images import STATISTICS
+from internvl.errors import RunError
+from internvl.inference import engine
+from internvl.inference.engine.scheduler import Job, Scheduler
+from internvl.inference.requests import Prompt
+from internvl.inference.settings import Settings
+from internvl.models.chat.model import tokens_per_tile
+
+END = 17
+NAMES = ("InternVL2-1B", "InternVL2-2B", "InternVL2-4B", "InternVL3_5-1B", "InternVL3_5-30B-A3B")
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def model(request):
+    torch.manual_seed(0)
+    return small_model(request.param, (), 0).eval()
+
+
+@pytest.fixture(scope="module")
+def small():
+    torch.manual_seed(0)
+    return small_model("InternVL2-2B", (), 0).eval()
+
+
+def prompt(model, length, tiles, seed):
+    """A prompt of `length` tokens and, after the first, those of some tiles."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(20, 500, (length,), generator=draw)
+    if not tiles:
+        return Prompt(ids.numpy(), None)
+    side = model.config.vision_config.image_size[0]
+    visual = torch.full((tiles * tokens_per_tile(model.config, side),), model.config.image_token_id)
+    pixels = torch.randint(0, 256, (tiles, 3, side, side), generator=draw, dtype=torch.uint8)
+    return Prompt(torch.cat([ids[:1], visual, ids[1:]]).numpy(), pixels)
+
+
+SHAPES = ((3, 0, 6), (9, 1, 1), (4, 2, 9), (30, 0, 4), (2, 1, 12), (5, 3, 3), (7, 0, 2))
+"""Tokens, tiles and new tokens of the requests."""
+
+
+def jobs(model, shapes=SHAPES, **settings):
+    return [
+        Job(n, prompt(model, length, tiles, n), Settings(max_new_tokens=new, **settings))
+        for n, (length, tiles, new) in enumerate(shapes)
+    ]
+
+
+def scheduler(model, slots, **options):
+    statistics = STATISTICS["imagenet"]
+    return Scheduler(model, end_id=END, statistics=statistics, slots=slots, **options)
+
+
+def tokens(model, todo, slots, **options):
+    """Tokens of each job by its key."""
+    ended = [job for job in scheduler(model, slots, **options).run(engine.Ready(todo)) if job.ended]
+    assert len(ended) == len(todo)
+    return {job.key: job.generated for job in ended}
+
+
+def theirs(model, job):
+    """What the model's own `generate` answers to a job alone."""
+    tiles = job.prompt.tiles
+    pixels = None
+    if tiles is not None:
+        mean, std = (torch.tensor(v)[:, None, None] for v in STATISTICS["imagenet"])
+        pixels = (tiles / 255 - mean) / std
+    config = job.settings.generation_config(END, 0)
+    ids = job.prompt_ids[None]
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=pixels,
+        generation_config=config,
+    )
+    return output[0, ids.shape[1] :].tolist()
+
+
+def test_tokens_are_those_of_generate(model):
+    wanted = {job.key: theirs(model, job) for job in jobs(model)}
+    for slots in (1, 3, 16):
+        assert tokens(model, jobs(model), slots) == wanted
+    assert tokens(model, jobs(model)[::-1], 2, row_tokens=40, tiles_at_once=2) == wanted
+
+
+def test_settings_are_each_requests_own(small):
+    mixed = [
+        Job(n, prompt(small, 6, n % 2, n), Settings(max_new_tokens=8, **settings))
+        for n, settings in enumerate(
+            ({}, {"repetition_penalty": 2.5}, {"min_new_tokens": 8}, {"repetition_penalty": 0.5})
+        )
+    ]
+    wanted = {job.key: theirs(small, job) for job in mixed}
+    assert tokens(small, mixed, 4) == wanted
+
+
+def test_a_sample_is_that_of_generate(small):
+    for seed in range(5):
+        (job,) = jobs(small, [(6, 1, 7)], temperature=1.3, top_p=0.9)
+        torch.manual_seed(seed)
+        wanted = theirs(small, job)
+        torch.manual_seed(seed)
+        assert tokens(small, [job], 1) == {0: wanted}
+
+
+def test_in_bfloat16_under_autocast(small):
+    with torch.autocast("cpu", torch.bfloat16):
+        found = tokens(small, jobs(small), 3, dtype=torch.bfloat16)
+        wanted = {job.key: theirs(small, job) for job in jobs(small)}
+    alike = sum(found[key][:1] == wanted[key][:1] for key in wanted)
+    assert alike >= len(wanted) - 1  # rounding may turn one of two tokens that are as likely
+
+
+def test_a_longer_request_waits_until_longer_slots_can_be_made(small):
+    short, long = (4, 0, 5), (600, 0, 5)
+    todo = jobs(small, [short, short, long, short])
+    wanted = {job.key: theirs(small, job) for job in todo}
+    # One at a time becomes known, so that the first slots are short.
+    found, lengths = {}, set()
+    engine_of_two = scheduler(small, 2)
+    for job in engine_of_two.run(engine.Ready(todo)):
+        lengths.add(engine_of_two.decoder.cache.length)
+        if job.ended:
+            found[job.key] = job.generated
+    assert found == wanted
+    assert lengths == {256, 768}
+
+
+def test_a_request_ends_at_once_when_cancelled(small):
+    todo = jobs(small, [(4, 0, 50), (5, 0, 6), (6, 0, 6)])
+    seen = []
+    for job in scheduler(small, 2).run(engine.Ready(todo)):
+        if job.key == 0 and len(job.generated) == 3:
+            job.cancelled = True
+        if job.ended:
+            seen.append((job.key, len(job.generated)))
+    assert dict(seen)[0] == 4
+    assert len(seen) == 3
+
+
+class Trickle:
+    """A source that has a job only every other time it is asked, unless it must."""
+
+    def __init__(self, todo):
+        self.todo, self.asked = list(todo), 0
+
+    def take(self, *, wait):
+        self.asked += 1
+        if not self.todo or (not wait and self.asked % 2):
+            return None
+        return self.todo.pop(0)
+
+
+def test_jobs_may_come_while_others_are_answered(small):
+    wanted = tokens(small, jobs(small), 1)
+    found = {j.key: j.generated for j in scheduler(small, 3).run(Trickle(jobs(small))) if j.ended}
+    assert found == wanted
+
+
+def test_memory_for_not_even_one_request(small, monkeypatch):
+    asked = []
+
+    def allocate(slots, length, dtype):
+        asked.append(slots)
+        raise torch.OutOfMemoryError
+
+    full = scheduler(small, 5)
+    monkeypatch.setattr(full.decoder, "allocate", allocate)
+    with pytest.raises(RunError, match=r"one request of 256 tokens; lower max_new_tokens"):
+        next(full.run(engine.Ready(jobs(small))))
+    assert asked == [5, 2, 1]
