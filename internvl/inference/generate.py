@@ -4,7 +4,6 @@ Original: `InternVLChatModel.chat` and `batch_chat`. A request of a batch gets t
 alone.
 """
 
-import os
 import queue
 import threading
 import traceback
@@ -84,18 +83,26 @@ def _by_engine(
     slots: int | None,
 ) -> Iterator[tuple[int, str]]:
     """Yields (request, answer) as answers end, at most `slots` requests at a time."""
-    scheduler = engine.scheduler(model, encoder, slots)
-    most = engine.longest(model.config.text_config)
+    on_gpu = model.device.type == "cuda"
+    compiled = on_gpu and len(order) >= _WORTH_COMPILING
+    scheduler = engine.scheduler(model, encoder, slots, compiled=compiled)
+
+    def job(index: int) -> engine.Job:
+        return engine.Job(index, read(index), settings)
+
     # Twice the slots are read ahead: one row may end many answers at once.
-    ahead = 2 * scheduler.most_slots
-    threads = max(1, min(8, os.cpu_count() or 1, len(order)))
-    with engine.Prompts(read, order, settings, most=most, threads=threads, ahead=ahead) as prompts:
-        for job in scheduler.run(prompts):
-            if job.ended:
-                yield job.key, answer_text(job.generated, encoder)
+    ahead, most = 2 * scheduler.most_slots, engine.longest(model.config.text_config)
+    with engine.Prompts(job, order, ahead=ahead, most=most) as prompts:
+        for answered in scheduler.run(prompts):
+            if answered.ended:
+                yield answered.key, answer_text(answered.generated, encoder)
     del scheduler  # its memory, before the model needs it
-    for index, prompt in prompts.too_long:
-        yield index, generate(model, encoder, [prompt], settings)[0]
+    for left in prompts.too_long:
+        yield left.key, generate(model, encoder, [left.prompt], settings)[0]
+
+
+_WORTH_COMPILING = 1000
+"""Requests that make up for a minute of compilation."""
 
 
 def _by_generate(

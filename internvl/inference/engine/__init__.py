@@ -1,7 +1,8 @@
 """The engine that answers requests: images read ahead, slots refilled as answers end."""
 
+import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch.distributed.fsdp import FSDPModule
 from internvl.data.chat import ChatEncoder
 from internvl.data.images import STATISTICS
 from internvl.inference.engine.scheduler import Job, Scheduler
-from internvl.inference.requests import Prompt
 from internvl.inference.settings import Settings
 from internvl.models import configs
 
@@ -55,11 +55,14 @@ def longest(config: Any) -> int:
     return min(limit for limit in limits if limit)
 
 
-def scheduler(model: Any, encoder: ChatEncoder, slots: int | None = None) -> Scheduler:
+def scheduler(
+    model: Any, encoder: ChatEncoder, slots: int | None = None, *, compiled: bool = False
+) -> Scheduler:
     """Builds a scheduler for a chat model; its memory is freed with it.
 
     Args:
         slots: most requests in flight; None: as many as the GPU holds, up to 128, or 16 on a CPU.
+        compiled: compile the blocks, which pays for some thousand requests.
     """
     if slots is None:
         slots = SLOTS if model.device.type == "cuda" else 16
@@ -69,6 +72,7 @@ def scheduler(model: Any, encoder: ChatEncoder, slots: int | None = None) -> Sch
         statistics=STATISTICS[configs.chat_settings(model.config)["normalize"]],
         slots=slots,
         dtype=_compute_dtype(model),
+        compiled=compiled,
     )
 
 
@@ -95,25 +99,25 @@ class Prompts:
     """A `Source` that encodes requests in threads, some ahead of the one that is taken."""
 
     def __init__(
-        self,
-        encode: Callable[[int], Prompt],
-        order: Sequence[int],
-        settings: Settings,
-        *,
-        most: int,
-        threads: int,
-        ahead: int,
+        self, read: Callable[[int], Job], order: Sequence[int], *, ahead: int, most: int
     ) -> None:
-        """`encode(i)` reads request i; an exception of it is raised where it is taken."""
-        self.too_long: list[tuple[int, Prompt]] = []
-        """Requests for `generate`: more tokens than `most`."""
-        self.most = most
-        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
-        self.encode = encode
+        """`read(i)` makes a job of request i; its exception is raised where the job is taken.
+
+        Args:
+            order: requests in the order in which they are begun.
+            ahead: most requests that are read and not taken.
+            most: jobs whose tokens reach this number go to `too_long` instead.
+        """
+        self.read = read
         self.left = iter(order)
-        self.settings = settings
         self.ahead = ahead
-        self.reading: deque[tuple[int, Future[Prompt]]] = deque()
+        self.most = most
+        self.too_long: list[Job] = []
+        """Jobs for `generate`."""
+        # Decoding and resizing leave Python's lock to the others.
+        threads = max(1, min(_THREADS, os.cpu_count() or 1, len(order)))
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
+        self.reading: deque[Future[Job]] = deque()
 
     def __enter__(self) -> "Prompts":
         return self
@@ -124,19 +128,18 @@ class Prompts:
     def take(self, *, wait: bool) -> Job | None:
         """Returns the next request as a job; see `Source`."""
         while True:
-            for index in self._more():
-                self.reading.append((index, self.pool.submit(self.encode, index)))
-            if not self.reading or not (wait or self.reading[0][1].done()):
+            while len(self.reading) < self.ahead:
+                index = next(self.left, None)
+                if index is None:
+                    break
+                self.reading.append(self.pool.submit(self.read, index))
+            if not self.reading or not (wait or self.reading[0].done()):
                 return None
-            index, prompt = self.reading.popleft()
-            job = Job(index, prompt.result(), self.settings)
+            job = self.reading.popleft().result()
             if job.length < self.most:
                 return job
-            self.too_long.append((index, job.prompt))
+            self.too_long.append(job)
 
-    def _more(self) -> Iterator[int]:
-        for _ in range(self.ahead - len(self.reading)):
-            index = next(self.left, None)
-            if index is None:
-                return
-            yield index
+
+_THREADS = 12
+"""Most threads that read images."""

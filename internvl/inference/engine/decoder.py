@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from internvl.inference.engine.attention import ENGINE, register, row_mask
 from internvl.inference.engine.cache import Decoded, Prefilled, SlotCache
@@ -35,8 +35,14 @@ class Decoder:
     own attention implementation.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, compiled: bool = False) -> None:
+        """With `compiled`, layers are compiled for each shape that they meet, some 10 s each."""
         register()
+        self.compiled = compiled
+        self.run_layer: Any = _run_layer
+        if compiled:
+            # A function of the layer rather than each layer: all of them share its code.
+            self.run_layer = torch.compile(_run_layer, dynamic=False)
         self.model = model
         self.text = model.model.language_model
         self.config = model.config.text_config
@@ -174,14 +180,8 @@ class Decoder:
         rotary = self.cos[positions], self.sin[positions]
         with self._attention():
             for index, layer in enumerate(self.text.layers):
-                hidden = layer(
-                    hidden,
-                    attention_mask=mask,
-                    position_ids=positions,
-                    past_key_values=cache_of(*self.cache.layer(index)),
-                    use_cache=True,
-                    position_embeddings=rotary,
-                )
+                cache = cache_of(*self.cache.layer(index))
+                hidden = self.run_layer(layer, hidden, mask, positions, cache, rotary)
         return self.text.norm(hidden)
 
     @contextmanager
@@ -197,6 +197,25 @@ class Decoder:
     def _logits(self, hidden: Tensor) -> Tensor:
         """(N, D) -> float32 (N, V)."""
         return self.model.lm_head(hidden).float()
+
+
+def _run_layer(
+    layer: nn.Module,
+    hidden: Tensor,
+    mask: Any,
+    positions: Tensor,
+    cache: Prefilled | Decoded,
+    rotary: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Runs one layer: (B, T, D) -> (B, T, D)."""
+    return layer(
+        hidden,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        position_embeddings=rotary,
+    )
 
 
 def _padded(total: int, device: torch.device) -> int:

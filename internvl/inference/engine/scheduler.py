@@ -21,9 +21,9 @@ from internvl.errors import RunError
 from internvl.inference.engine.cache import SlotCache
 from internvl.inference.engine.choosing import choose
 from internvl.inference.engine.decoder import REACH, Decoder, Placed
+from internvl.inference.engine.tower import Tower
 from internvl.inference.requests import Prompt
 from internvl.inference.settings import Settings
-from internvl.models.vision import normalize_tiles
 
 
 @dataclass(eq=False)
@@ -72,6 +72,8 @@ class Scheduler:
         dtype: torch.dtype | None = None,
         row_tokens: int = 16384,
         tiles_at_once: int = 64,
+        compiled: bool = False,
+        refill: bool = True,
     ) -> None:
         """Does not allocate yet: the first jobs say how long a slot must be.
 
@@ -82,15 +84,17 @@ class Scheduler:
             dtype: of keys and values; by default the model's.
             row_tokens: most tokens of a prefill; a longer prompt is one of its own.
             tiles_at_once: most tiles in the vision tower.
+            compiled: compile the blocks of tower and language model.
+            refill: give a slot to the next request when its own ends; otherwise when all have.
         """
-        self.decoder = Decoder(model)
+        self.decoder = Decoder(model, compiled=compiled)
+        self.tower = Tower(model, statistics, tiles_at_once, compiled=compiled)
+        self.refill = refill
         self.model = model
         self.end_id = end_id
-        self.statistics = statistics
         self.most_slots = slots
         self.dtype = dtype or model.get_input_embeddings().weight.dtype
         self.row_tokens = row_tokens
-        self.tiles_at_once = tiles_at_once
         self.active: dict[int, Job] = {}
         """Jobs in flight by slot."""
         self.free: list[int] = []
@@ -116,6 +120,8 @@ class Scheduler:
 
     def _admit(self) -> Iterator[Job]:
         """Prefills waiting jobs into free slots, while they fill a row."""
+        if self.active and not self.refill:
+            return
         while self.waiting and self._fits(self.waiting[0].length):
             jobs = self._row()
             # A short row costs as many launches as a long one: while others decode, wait for it.
@@ -192,7 +198,7 @@ class Scheduler:
         return [self.waiting.popleft() for _ in range(count)]
 
     def _prefill(self, jobs: Sequence[Job]) -> Iterator[Job]:
-        visual = self._visual(jobs)
+        visual = self.tower.see([job.prompt.tiles for job in jobs])
         slots = [self.free.pop() for _ in jobs]
         placed = [
             Placed(job.prompt_ids, tokens, slot)
@@ -230,43 +236,9 @@ class Scheduler:
         # After all of them: whoever is called may stop here, and the slots must agree.
         yield from jobs
 
-    @torch.no_grad()
-    def _visual(self, jobs: Sequence[Job]) -> list[Tensor | None]:
-        """Returns the visual tokens (V, D) of each job, None for one without images."""
-        tiles = [job.prompt.tiles for job in jobs]
-        present = [t for t in tiles if t is not None]
-        if not present:
-            return [None] * len(jobs)
-        rows: list[Tensor] = []
-        for group in _groups(present, self.tiles_at_once):
-            pixels = torch.cat([self._normalized(t) for t in group])
-            features = self.model.model.get_image_features(pixel_values=pixels).pooler_output
-            rows += features.flatten(0, 1).split([len(t) * features.shape[1] for t in group])
-        left = iter(rows)
-        return [None if t is None else next(left) for t in tiles]
-
-    def _normalized(self, tiles: Tensor) -> Tensor:
-        # Moved as uint8, a quarter of the bytes of float32, and normalized on the device.
-        tiles = tiles.to(self.model.device, non_blocking=True)
-        if tiles.is_floating_point():
-            return tiles.float()
-        return normalize_tiles(tiles, torch.float32, *self.statistics)
-
 
 _RESERVE = 3 * 2**30
 """Bytes left to the vision tower and to the memory's fragments."""
 
 _REFILL = 8
 """A row is prefilled once this part of the slots is free, or sooner if a row is full."""
-
-
-def _groups(tiles: Sequence[Tensor], most: int) -> Iterator[list[Tensor]]:
-    """Yields the tiles of whole requests, at most `most` together unless one alone has more."""
-    group: list[Tensor] = []
-    for of_request in tiles:
-        if group and sum(map(len, group)) + len(of_request) > most:
-            yield group
-            group = []
-        group.append(of_request)
-    if group:
-        yield group

@@ -88,6 +88,24 @@ def test_tokens_are_those_of_generate(model):
     assert tokens(model, jobs(model)[::-1], 2, row_tokens=40, tiles_at_once=2) == wanted
 
 
+def test_tiles_that_are_normalized_beside_others(small):
+    todo = jobs(small)
+    mean, std = (torch.tensor(v)[:, None, None] for v in STATISTICS["imagenet"])
+    for job in todo[::2]:
+        if job.prompt.tiles is not None:
+            normalized = (job.prompt.tiles / 255 - mean) / std
+            job.prompt = Prompt(job.prompt.input_ids, normalized)
+    assert tokens(small, todo, 4, tiles_at_once=2) == tokens(small, jobs(small), 1)
+
+
+def test_without_refill_all_slots_end_before_the_next_requests(small):
+    busy = []
+    waits = scheduler(small, 3, refill=False)
+    for _ in waits.run(engine.Ready(jobs(small))):
+        busy.append({job.key for job in waits.active.values()})
+    assert all(max(keys) < 3 or min(keys) > 2 for keys in busy if keys)
+
+
 def test_settings_are_each_requests_own(small):
     mixed = [
         Job(n, prompt(small, 6, n % 2, n), Settings(max_new_tokens=8, **settings))
