@@ -60,6 +60,8 @@ def engine_forward(
         attention_mask: of `row_mask`, B 1; or bool (B, 1, 1, keys) for one token of every slot.
     """
     if query.shape[2] > 1:
+        # Rotary embedding returns float32 if its tables are.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         kernel = _KERNELS[row_kernel(query.device)]
         return kernel(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     batch, heads, _, width = query.shape

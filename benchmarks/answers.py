@@ -1,0 +1,248 @@
+"""Rates of answering: the engine of `evaluate` and `chat.answer`, on random weights.
+
+    python benchmarks/answers.py                     # every row, on a GPU; about 8 minutes
+    python benchmarks/answers.py captions --profile  # one row, and where its time goes
+    python benchmarks/answers.py --tiny              # the same path on a CPU, in seconds
+
+Images are JPEG files that threads decode and tile while the GPU answers. Weights are random and no
+token ends an answer, so every request generates as many as it may. A row's JSON goes to `--to`:
+requests a second from the first prefill to the last token, after a warm-up of the same shapes;
+FLOPs forward as internvl/plan/flops.py counts them.
+"""
+
+import argparse
+import io
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import workloads
+from rows import commit
+from torch import Tensor
+
+from internvl.data.images import STATISTICS
+from internvl.inference import engine, requests
+from internvl.inference.engine.scheduler import Job, Scheduler
+from internvl.inference.requests import Request
+from internvl.inference.settings import Settings
+from internvl.models import configs
+from internvl.plan import flops
+from internvl.plan.work import Sequences, Work
+
+NEVER = -1
+"""A token that no model generates, so that nothing ends an answer."""
+
+SIZES = {1: (448, 448), 3: (900, 450), 5: (900, 900), 7: (1350, 900), 13: (1800, 1350)}
+"""Tiles, the thumbnail included -> an image's width and height that become as many."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request: tiles of each image, and tokens to generate."""
+
+    tiles: tuple[int, ...]
+    new: int
+
+
+def captions(rng: random.Random) -> Asked:
+    """As COCO's captions: 7 tiles, 30 tokens."""
+    return Asked((7,), 30)
+
+
+def mixed(rng: random.Random) -> Asked:
+    """1 to 13 tiles, and 5 to 256 tokens, some 30 on average."""
+    return Asked((rng.choice(list(SIZES)),), min(256, max(5, round(rng.lognormvariate(3.1, 0.75)))))
+
+
+def short(rng: random.Random) -> Asked:
+    """As visual questions: 7 tiles, 10 tokens."""
+    return Asked((7,), 10)
+
+
+def four_images(rng: random.Random) -> Asked:
+    """Four images of three tiles, 30 tokens."""
+    return Asked((3, 3, 3, 3), 30)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    draw: Callable[[random.Random], Asked]
+    count: int
+    slots: int | None = None
+    refill: bool = True
+    compiled: bool = True
+    float8: bool = False
+    model: str = "InternVL2-2B"
+
+
+ROWS = {
+    "captions": Row(captions, 512),
+    "captions_float8": Row(captions, 512, float8=True),
+    "captions_eager": Row(captions, 256, compiled=False),
+    "captions_64": Row(captions, 512, slots=64),
+    "mixed": Row(mixed, 1000),
+    "mixed_no_refill": Row(mixed, 1000, refill=False),
+    "short": Row(short, 512),
+    "four_images": Row(four_images, 256),
+    "one": Row(captions, 8, slots=1, compiled=False),
+}
+
+
+def measure(row: Row, options: argparse.Namespace, ceiling: float) -> dict[str, Any]:
+    device = torch.device("cpu" if options.tiny else "cuda")
+    chat = workloads.random_chat(row.model, device, rank=None, tiny=options.tiny)
+    model = chat.model.eval().requires_grad_(False)
+    if row.float8:
+        from internvl.models.kernels import float8
+
+        float8.convert_frozen_linears(model.model.language_model, device)
+    count = min(row.count, 6) if options.tiny else row.count
+    rng = random.Random(0)
+    asked = [row.draw(rng) for _ in range(count)]
+    photos = {tiles: _jpeg(SIZES[tiles], tiles) for one in asked for tiles in one.tiles}
+    config = configs.chat_settings(model.config)
+    reading: list[float] = []
+
+    def read(index: int) -> Job:
+        started = time.perf_counter()
+        one = asked[index]
+        images = [photos[tiles] for tiles in one.tiles]
+        question = "w1 " * 40
+        request = Request([{"role": "user", "content": question}], images, max_tiles=12)
+        image_settings = {key: config[key] for key in ("exif", "normalize")}
+        prompt = requests.encode(request, chat.encoder, chat.tiles, **image_settings)
+        reading.append(time.perf_counter() - started)
+        return Job(index, prompt, Settings(max_new_tokens=one.new))
+
+    slots = row.slots or (3 if options.tiny else engine.SLOTS)
+    scheduler = Scheduler(
+        model,
+        end_id=NEVER,
+        statistics=STATISTICS[config["normalize"]],
+        slots=slots,
+        dtype=torch.bfloat16,
+        compiled=row.compiled and not options.tiny,
+        refill=row.refill,
+        row_tokens=options.row_tokens,
+        tiles_at_once=options.tiles,
+    )
+    warm = min(count, 2 * slots)
+    started = time.perf_counter()
+    _answer(scheduler, read, range(warm))
+    first_s = time.perf_counter() - started
+    reading.clear()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    runs = []
+    for _ in range(options.rounds):
+        _synchronize(device)
+        started = time.perf_counter()
+        jobs = _answer(scheduler, read, range(count))
+        _synchronize(device)
+        runs.append(time.perf_counter() - started)
+    if options.profile and device.type == "cuda":
+        _profile(lambda: _answer(scheduler, read, range(count)))
+    seconds = min(runs)
+    needed = sum(_forward(model, job) for job in jobs)
+    tokens = sum(len(job.generated) for job in jobs)
+    return {
+        "model": row.model,
+        "requests": count,
+        "requests_per_s": round(count / seconds, 2),
+        "tokens_per_s": round(tokens / seconds, 1),
+        "seconds": [round(s, 3) for s in runs],
+        "first_s": round(first_s, 1),
+        "read_ms": round(1e3 * statistics.mean(reading), 1),
+        "slots": scheduler.decoder.cache.slots,
+        "slot_tokens": scheduler.decoder.cache.length,
+        "new_tokens": round(tokens / count, 1),
+        "prompt_tokens": round(sum(len(job.prompt_ids) for job in jobs) / count),
+        "tflop": round(needed / count / 1e12, 3),
+        "ceiling_share": round(needed / seconds / 1e12 / ceiling, 4),
+        "ceiling_tflops": round(ceiling, 1),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if not options.tiny else 0,
+        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit(),
+    }
+
+
+def _answer(scheduler: Scheduler, read: Callable[[int], Job], order: range) -> list[Job]:
+    with engine.Prompts(read, order, ahead=2 * scheduler.most_slots, most=10**9) as prompts:
+        return [job for job in scheduler.run(prompts) if job.ended]
+
+
+def _jpeg(size: tuple[int, int], seed: int) -> bytes:
+    file = io.BytesIO()
+    workloads.picture(size, seed).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _forward(model: Any, job: Job) -> float:
+    """FLOPs of an answer: its tiles, prompt and tokens run forward, logits of the tokens alone."""
+    tiles: Tensor | None = job.prompt.tiles
+    length, new = len(job.prompt_ids), len(job.generated)
+    total = length + new - 1
+    rows = Sequences(1, total, total * (total + 1) // 2)
+    counted = flops.count(model, Work(1, 0 if tiles is None else len(tiles), new, rows))
+    # Nothing trains, so what is needed is what runs forward.
+    return counted.needed
+
+
+def _profile(run: Callable[[], Any]) -> None:
+    kinds = [torch.profiler.ProfilerActivity.CUDA]
+    started = time.perf_counter()
+    with torch.profiler.profile(activities=kinds) as found:
+        run()
+        torch.cuda.synchronize()
+    wall = time.perf_counter() - started
+    on_device = torch.autograd.DeviceType.CUDA
+    events = [event for event in found.key_averages() if event.device_type == on_device]
+    busy = sum(event.self_device_time_total for event in events) / 1e6
+    print(f"profile: {wall:.2f} s, kernels {busy:.2f} s")
+    for event in sorted(events, key=lambda e: -e.self_device_time_total)[:30]:
+        ms = event.self_device_time_total / 1e3
+        print(f"{ms / busy / 1e3:6.1%} {ms:9.2f} ms {event.count:6d} {event.key[:110]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("rows", nargs="*", default=list(ROWS), help=", ".join(ROWS))
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--row-tokens", type=int, default=16384)
+    parser.add_argument("--tiles", type=int, default=64, help="in the vision tower at a time")
+    parser.add_argument("--to", type=Path, default=None, help="folder for one JSON a row")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    ceiling = workloads.matmul_tflops(torch.device("cpu" if options.tiny else "cuda"))
+    for name in options.rows:
+        started = time.perf_counter()
+        figures = {"row": name, **measure(ROWS[name], options, ceiling)}
+        torch._dynamo.reset()
+        if not options.tiny:
+            torch.cuda.empty_cache()
+        figures["wall_s"] = round(time.perf_counter() - started, 1)
+        print(json.dumps(figures), flush=True)
+        if options.to is not None:
+            options.to.mkdir(parents=True, exist_ok=True)
+            (options.to / f"answers_{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
