@@ -101,10 +101,8 @@ def measure(row: Row, options: argparse.Namespace, ceiling: float) -> dict[str, 
     device = torch.device("cpu" if options.tiny else "cuda")
     chat = workloads.random_chat(row.model, device, rank=None, tiny=options.tiny)
     model = chat.model.eval().requires_grad_(False)
-    if row.float8:
-        from internvl.models.kernels import float8
-
-        float8.convert_frozen_linears(model.model.language_model, device)
+    if row.compiled and not options.tiny:
+        engine.accelerate(model, float8=row.float8)
     count = min(row.count, 6) if options.tiny else row.count
     rng = random.Random(0)
     asked = [row.draw(rng) for _ in range(count)]

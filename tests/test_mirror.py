@@ -46,6 +46,10 @@ ELSEWHERE = {
     "models/adapters/layers.py": ("models/adapters/test_folder.py", "a folder's settings resolved"),
     "models/adapters/merging.py": ("models/adapters/test_folder.py", "against PEFT's own logits"),
     "models/adapters/names.py": ("models/adapters/test_folder.py", "names in a folder's file"),
+    "models/attention/decoding_triton.py": (
+        "models/attention/test_decoding.py",
+        "kernels beside their twin, on a GPU",
+    ),
     "models/adapters/seeded_dropout_triton.py": (
         "models/adapters/test_seeded_dropout.py",
         "kernels beside their twin, on a GPU",

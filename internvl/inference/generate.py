@@ -85,6 +85,8 @@ def _by_engine(
     """Yields (request, answer) as answers end, at most `slots` requests at a time."""
     on_gpu = model.device.type == "cuda"
     compiled = on_gpu and len(order) >= _WORTH_COMPILING
+    if compiled:
+        engine.accelerate(model)
     scheduler = engine.scheduler(model, encoder, slots, compiled=compiled)
 
     def job(index: int) -> engine.Job:

@@ -10,13 +10,15 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from internvl.compute.kernels import apply_compute
+from internvl.config import ComputeConfig
 from internvl.data.chat import ChatEncoder
 from internvl.data.images import STATISTICS
 from internvl.inference.engine.scheduler import Job, Scheduler
 from internvl.inference.settings import Settings
 from internvl.models import configs
 
-__all__ = ["Job", "Prompts", "Ready", "Scheduler", "longest", "runs", "scheduler"]
+__all__ = ["Job", "Prompts", "Ready", "Scheduler", "accelerate", "longest", "runs", "scheduler"]
 
 SLOTS = 128
 """Most requests in flight on a GPU, where its memory holds as many."""
@@ -53,6 +55,18 @@ def longest(config: Any) -> int:
     if rope.get("rope_type") == "longrope":
         limits.append(rope["original_max_position_embeddings"])
     return min(limit for limit in limits if limit)
+
+
+def accelerate(model: Any, *, float8: bool = False) -> None:
+    """Replaces layers of a chat model on a GPU by their fast forms, as training has them.
+
+    Names and values of weights stay, but for the decoder's in float8.
+
+    Raises:
+        UserError: float8 products that this GPU does not have.
+    """
+    compute = ComputeConfig(float8=float8, compile=False)
+    apply_compute(model, model.device, compute)
 
 
 def scheduler(

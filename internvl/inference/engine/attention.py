@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from internvl.models.attention import packed, per_document
+from internvl.models.attention import decoding, packed, per_document
 
 ENGINE = "internvl_engine"
 """Its name among `transformers`' attention implementations."""
@@ -57,7 +57,8 @@ def engine_forward(
     """`transformers`' attention signature: (B, heads, T, head size) -> (B, T, heads, head size).
 
     Args:
-        attention_mask: of `row_mask`, B 1; or bool (B, 1, 1, keys) for one token of every slot.
+        attention_mask: of `row_mask`, B 1; or for one token of every slot the last position that
+            it sees, int64 (B,), or bool (B, 1, 1, keys).
     """
     if query.shape[2] > 1:
         # Rotary embedding returns float32 if its tables are.
@@ -65,6 +66,10 @@ def engine_forward(
         kernel = _KERNELS[row_kernel(query.device)]
         return kernel(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     batch, heads, _, width = query.shape
+    if attention_mask.dim() == 1:
+        scale = width**-0.5 if scaling is None else scaling
+        token = query[:, :, 0].to(value.dtype)
+        return decoding.attend(token, key, value, attention_mask, scale)[:, None], None
     shared = query.reshape(batch, key.shape[1], -1, width).to(value.dtype)
     mixed = F.scaled_dot_product_attention(
         shared, key, value, attn_mask=attention_mask, scale=scaling

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from internvl.inference.engine.attention import ENGINE, register, row_mask
 from internvl.inference.engine.cache import Decoded, Prefilled, SlotCache
+from internvl.models import kernels
+from internvl.models.attention import decoding
 from internvl.models.attention.packed import BLOCK
 
 REACH = 256
@@ -71,6 +73,10 @@ class Decoder:
         self.rows = torch.arange(slots, device=device)
 
     @property
+    def _has_kernel(self) -> bool:
+        return decoding.supported(self.model.device, self.shape["width"])
+
+    @property
     def shape(self) -> dict[str, int]:
         """Layers, key heads and head size, as `SlotCache` takes them."""
         config = self.config
@@ -115,13 +121,16 @@ class Decoder:
         first = torch.tensor(starts, dtype=torch.int32).to(device, non_blocking=True)
         # One prompt alone is plain causal attention.
         mask = None if len(starts) == 2 else row_mask(document, embeds.dtype, first)
-        hidden = self._run(
-            embeds[None],
-            mask,
-            positions[None],
-            lambda keys, values: Prefilled(keys, values, slots, positions),
-        )
-        return self._logits(hidden[0, ends.to(device, non_blocking=True)])
+        last = ends.to(device, non_blocking=True)
+        # After the last attention the ends alone are of use.
+        with kernels.select_positions(self.text.layers, last) as selected:
+            hidden = self._run(
+                embeds[None],
+                mask,
+                positions[None],
+                lambda keys, values: Prefilled(keys, values, slots, positions),
+            )
+        return self._logits(hidden[0] if selected else hidden[0, last])
 
     def place(self, tokens: Sequence[int], positions: Sequence[int]) -> None:
         """Sets the token and position of every slot for the next `decode`."""
@@ -139,7 +148,10 @@ class Decoder:
             longest: the largest position of a request, plus 1.
         """
         assert self.cache is not None
-        reach = min(math.ceil(longest / REACH) * REACH, self.cache.length)
+        # The kernel reads what each slot has; other attention all that the longest one has.
+        reach = self.cache.length
+        if not self._has_kernel:
+            reach = min(math.ceil(longest / REACH) * REACH, reach)
         if self.model.device.type != "cuda":
             return self._decode(reach)
         if reach not in self.graphs:
@@ -149,11 +161,14 @@ class Decoder:
         return logits
 
     def _decode(self, reach: int) -> Tensor:
-        seen = torch.arange(reach, device=self.positions.device) <= self.positions[:, None]
+        mask = self.positions
+        if not self._has_kernel:
+            seen = torch.arange(reach, device=self.positions.device) <= self.positions[:, None]
+            mask = seen[:, None, None]
         embeds = self.text.embed_tokens(self.tokens)[:, None]
         hidden = self._run(
             embeds,
-            seen[:, None, None],
+            mask,
             self.positions[:, None],
             lambda keys, values: Decoded(keys, values, self.rows, self.positions, reach),
         )
@@ -181,7 +196,10 @@ class Decoder:
         with self._attention():
             for index, layer in enumerate(self.text.layers):
                 cache = cache_of(*self.cache.layer(index))
-                hidden = self.run_layer(layer, hidden, mask, positions, cache, rotary)
+                # The last block may return another number of positions for every row.
+                is_last = index == len(self.text.layers) - 1 and hidden.shape[1] > 1
+                run_layer = _run_layer if is_last else self.run_layer
+                hidden = run_layer(layer, hidden, mask, positions, cache, rotary)
         return self.text.norm(hidden)
 
     @contextmanager

@@ -1,11 +1,15 @@
 """The two passes beside the model's own forward."""
 
+import copy
+
 import pytest
 import torch
 from small_models import small_model
 
+from internvl.inference import engine
 from internvl.inference.engine import decoder as decoders
 from internvl.inference.engine.decoder import Decoder, Placed
+from internvl.models.kernels.last_mlp import SelectiveBlock
 
 CPU = torch.device("cpu")
 
@@ -41,6 +45,18 @@ def test_prompts_of_a_row_then_their_next_tokens(model):
     for ids, slot in zip(prompts, places, strict=True):
         longer = torch.cat([ids, torch.tensor([30 + slot])])
         torch.testing.assert_close(logits[slot], logits_of(model, longer), rtol=1e-4, atol=1e-5)
+
+
+def test_the_last_block_at_the_ends_alone(model):
+    fast = copy.deepcopy(model)
+    engine.accelerate(fast)
+    assert isinstance(fast.model.language_model.layers[-1], SelectiveBlock)
+    rows = []
+    for decoder in (Decoder(model), Decoder(fast)):
+        decoder.allocate(2, 64, torch.float32)
+        placed = [Placed(torch.arange(20, 20 + n), None, slot) for slot, n in enumerate((9, 4))]
+        rows.append(decoder.prefill(placed))
+    torch.testing.assert_close(*rows, rtol=1e-4, atol=1e-5)
 
 
 def test_the_model_keeps_its_own_attention(model):
