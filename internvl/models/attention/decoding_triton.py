@@ -83,7 +83,7 @@ def _add_parts(
     largest = tl.full((), float("-inf"), dtype=tl.float32)
     total = tl.zeros((), dtype=tl.float32)
     mixed = tl.zeros((WIDTH,), dtype=tl.float32)
-    for part in range(0, PARTS):
+    for part in range(PARTS):
         place = row * PARTS + part
         # Parts past the slot's keys were not written.
         written = part * PART < length
