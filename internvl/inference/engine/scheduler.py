@@ -127,7 +127,11 @@ class Scheduler:
             # A short row costs as many launches as a long one: while others decode, wait for it.
             if not jobs:
                 return
+            num_active = len(self.active)
             yield from self._prefill(jobs)
+            # Not again at once after one that the memory did not hold: others may end first.
+            if len(self.active) <= num_active:
+                return
 
     def _fits(self, length: int) -> bool:
         """Makes slots long enough for `length` tokens if none is in use; True if they are."""
@@ -198,15 +202,48 @@ class Scheduler:
         return [self.waiting.popleft() for _ in range(count)]
 
     def _prefill(self, jobs: Sequence[Job]) -> Iterator[Job]:
-        visual = self.tower.see([job.prompt.tiles for job in jobs])
         slots = [self.free.pop() for _ in jobs]
-        placed = [
-            Placed(job.prompt_ids, tokens, slot)
-            for job, tokens, slot in zip(jobs, visual, slots, strict=True)
-        ]
-        logits = self.decoder.prefill(placed)
+        try:
+            visual = self.tower.see([job.prompt.tiles for job in jobs])
+            placed = [
+                Placed(job.prompt_ids, tokens, slot)
+                for job, tokens, slot in zip(jobs, visual, slots, strict=True)
+            ]
+            chosen = choose(self.decoder.prefill(placed), jobs, self.end_id).tolist()
+        except torch.OutOfMemoryError as error:
+            # Nothing of a row that failed is read again: its slots are written from the start.
+            self.free += reversed(slots)
+            self.waiting.extendleft(reversed(jobs))
+            self._take_less(jobs, error)
+            return
         self.active |= zip(slots, jobs, strict=True)
-        yield from self._accept(slots, choose(logits, jobs, self.end_id).tolist())
+        yield from self._accept(slots, chosen)
+
+    def _take_less(self, jobs: Sequence[Job], error: torch.OutOfMemoryError) -> None:
+        """Halves what is computed together, after a row that the memory did not hold.
+
+        Raises:
+            RunError: there is nothing left to halve.
+        """
+        tokens = sum(len(job.prompt.input_ids) for job in jobs)
+        if len(jobs) > 1:
+            self.row_tokens = max(1, tokens // 2)
+        elif self.tower.most > 1:
+            self.tower.most //= 2
+        elif self.active:
+            self.refill = False  # the next one has the memory alone, once these have ended
+        elif self.most_slots > 1:
+            self.most_slots = max(1, min(self.most_slots, len(self.free)) // 2)
+            self.decoder.cache = None
+        else:
+            raise RunError(
+                f"out of GPU memory for a prompt of {tokens:,} tokens; lower max_tiles, or "
+                "quantize the model"
+            ) from error
+        log.get_logger().warning(
+            "out of GPU memory in a prefill of %s tokens: going on with less at a time",
+            f"{tokens:,}",
+        )
 
     def _advance(self) -> Iterator[Job]:
         """Decodes one token of every active job."""

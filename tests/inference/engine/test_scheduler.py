@@ -192,3 +192,38 @@ def test_memory_for_not_even_one_request(small, monkeypatch):
     with pytest.raises(RunError, match=r"one request of 256 tokens; lower max_new_tokens"):
         next(full.run(engine.Ready(jobs(small))))
     assert asked == [5, 2, 1]
+
+
+def test_a_row_that_the_memory_does_not_hold_is_begun_again_with_less(small, monkeypatch):
+    wanted = tokens(small, jobs(small), 1)
+    poor = scheduler(small, 4)
+    prefill, see = poor.decoder.prefill, poor.tower.see
+    rows = []
+
+    def little(placed):
+        rows.append(sum(len(one.input_ids) for one in placed))
+        if len(placed) > 1 or (poor.active and rows[-1] > 20):
+            raise torch.OutOfMemoryError
+        return prefill(placed)
+
+    def narrow(tiles):
+        if any(t is not None for t in tiles) and poor.tower.most > 2:
+            raise torch.OutOfMemoryError
+        return see(tiles)
+
+    monkeypatch.setattr(poor.decoder, "prefill", little)
+    monkeypatch.setattr(poor.tower, "see", narrow)
+    found = {j.key: j.generated for j in poor.run(engine.Ready(jobs(small))) if j.ended}
+    assert found == wanted
+    assert max(rows) > min(rows)
+
+
+def test_memory_for_not_even_one_prompt(small, monkeypatch):
+    none = scheduler(small, 3)
+
+    def prefill(placed):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(none.decoder, "prefill", prefill)
+    with pytest.raises(RunError, match="for a prompt of 3 tokens; lower max_tiles"):
+        list(none.run(engine.Ready(jobs(small))))
