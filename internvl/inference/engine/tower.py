@@ -28,6 +28,7 @@ class Tower:
         self.model = model
         self.statistics = statistics
         self.most = most
+        self.compiled = compiled
         if compiled:
             for block in model.model.vision_tower.encoder.layer:
                 # Training may have compiled it already.
@@ -48,8 +49,9 @@ class Tower:
         # Each request by itself: one may bring uint8 and the next tiles that are normalized.
         for group in _groups(torch.cat([self._normalized(t) for t in present]), self.most):
             # A lone tile twice: compiled code takes a batch of one for another shape.
-            twice = group if len(group) > 1 else group.repeat(2, 1, 1, 1)
-            features = self.model.model.get_image_features(pixel_values=twice)
+            lone = self.compiled and len(group) == 1
+            batch = group.repeat(2, 1, 1, 1) if lone else group
+            features = self.model.model.get_image_features(pixel_values=batch)
             visual.append(features.pooler_output[: len(group)])
         tokens = torch.cat(visual)
         left = iter(tokens.flatten(0, 1).split([len(t) * tokens.shape[1] for t in present]))
