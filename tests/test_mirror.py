@@ -50,10 +50,6 @@ ELSEWHERE = {
         "models/attention/test_decoding.py",
         "kernels beside their twin, on a GPU",
     ),
-    "models/adapters/seeded_dropout_triton.py": (
-        "models/adapters/test_seeded_dropout.py",
-        "kernels beside their twin, on a GPU",
-    ),
     "models/adapters/settings.py": ("models/adapters/test_folder.py", "a folder's settings read"),
     "models/attention/flash4.py": ("models/attention/test_packed.py", "one of the packed kernels"),
     "models/attention/per_document.py": ("models/attention/test_packed.py", "likewise"),

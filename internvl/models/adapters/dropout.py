@@ -21,7 +21,7 @@ class DrawnDropout(nn.Module):
         return self._drawn(torch.empty_like(inputs, dtype=torch.bool).bernoulli_(self.rate))
 
     def draw_seed(self, inputs: Tensor) -> Tensor:
-        """Draws the seed, int32 (2,), from which seeded_dropout.py's kernels make the mask."""
+        """Draws the seed, int32 (2,), of a mask that is not kept, see seeded_dropout.py."""
         return self._drawn(seeded_dropout.seed(inputs.device))
 
     def _drawn(self, mask: Tensor) -> Tensor:
@@ -33,6 +33,8 @@ class DrawnDropout(nn.Module):
         """Any shape -> the same, some entries zero and the others scaled by 1 / (1 - rate)."""
         if not self.training or self.rate == 0:
             return inputs
+        if seeded_dropout.used(inputs):
+            return seeded_dropout.drop(inputs, self.draw_seed(inputs), self.rate)
         # Not F.dropout, whose mask nobody can have.
         return inputs.masked_fill(self.draw(inputs), 0) / (1 - self.rate)
 
@@ -64,4 +66,6 @@ class RepeatedDropout(nn.Module):
         """Any shape -> the same, with the mask of `first`."""
         if not self.training:
             return inputs
+        if seeded_dropout.used(inputs):
+            return seeded_dropout.drop(inputs, self.draw_seed(inputs), self.rate)
         return inputs.masked_fill(self.draw(inputs), 0) / (1 - self.rate)
