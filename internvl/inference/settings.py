@@ -45,6 +45,8 @@ class Settings:
     top_k: int = 50
     """Sampling: at most this many tokens; 0 for all. 50 is the default of transformers."""
     repetition_penalty: float = 1.0
+    min_p: float = 0.0
+    """Sampling: only tokens at least this probable, relative to the likeliest one; 0 for all."""
     extra: dict[str, Any] = field(default_factory=dict)
     """More arguments of transformers' GenerationConfig, such as length_penalty."""
 
@@ -55,6 +57,8 @@ class Settings:
         check_whole("top_k", self.top_k, 0)
         check_number("top_p", self.top_p, above=0, most=1)
         check_number("repetition_penalty", self.repetition_penalty, above=0)
+        if self.min_p != 0:
+            check_number("min_p", self.min_p, above=0, most=1)
         # 0 is allowed: other libraries' greedy search is called with it.
         if self.temperature is not None and self.temperature != 0:
             check_number("temperature", self.temperature, above=0)
@@ -89,6 +93,8 @@ class Settings:
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
+            # None for 0: as min_new_tokens below.
+            "min_p": self.min_p or None,
         }
         return GenerationConfig(
             max_new_tokens=self.max_new_tokens,
@@ -120,7 +126,7 @@ _INTEGERS = {
     **dict.fromkeys(("prefill_chunk_size", "assistant_early_exit", "num_assistant_tokens"), 1),
 }
 """Integers of GenerationConfig and their minimum; transformers checks few of them."""
-_FRACTIONS = ("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_FRACTIONS = ("top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _FLOATS = (
     *("length_penalty", "diversity_penalty", "encoder_repetition_penalty", "guidance_scale"),
     "max_time",

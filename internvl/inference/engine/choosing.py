@@ -27,6 +27,11 @@ class Answering(Protocol):
         """Tokens so far."""
         ...
 
+    @property
+    def generator(self) -> torch.Generator | None:
+        """Draws its samples, on the logits' device; None for torch's global one."""
+        ...
+
 
 def is_plain(request: Answering) -> bool:
     """True if the next token is the likeliest one, whatever came before."""
@@ -38,7 +43,7 @@ def is_plain(request: Answering) -> bool:
 def choose(logits: Tensor, requests: Sequence[Answering], end_id: int) -> Tensor:
     """Returns the next token of each request, int64 (N,), on the logits' device.
 
-    Sampling draws from torch's global generator, requests in order.
+    Sampling draws from each request's generator; requests without one draw in order.
 
     Args:
         logits: float32 (N, V); row n of request n.
@@ -74,4 +79,22 @@ def _choose(scores: Tensor, request: Answering, end_id: int) -> Tensor:
         scores = scores.masked_fill(
             torch.zeros_like(is_tail).scatter(0, order, is_tail), -torch.inf
         )
-    return torch.multinomial(scores.softmax(-1), 1)[0]
+    if settings.min_p:
+        probabilities = scores.softmax(-1)
+        is_rare = probabilities < settings.min_p * probabilities.max()
+        scores = scores.masked_fill(is_rare, -torch.inf)
+    return torch.multinomial(scores.softmax(-1), 1, generator=request.generator)[0]
+
+
+def likelihoods(logits: Tensor, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
+    """Returns the log-probability of a token, and the `count` likeliest tokens with theirs.
+
+    They are the model's own, before penalties and temperature.
+
+    Args:
+        logits: float32 (V,).
+    """
+    values = logits.log_softmax(-1)
+    likeliest = values.topk(count)
+    pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+    return values[token].item(), list(pairs)

@@ -7,6 +7,8 @@
 A request's tokens do not depend on what else is in flight, but for rounding.
 """
 
+import math
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +21,7 @@ from internvl import log
 from internvl.data.images import Triple
 from internvl.errors import RunError
 from internvl.inference.engine.cache import SlotCache
-from internvl.inference.engine.choosing import choose
+from internvl.inference.engine.choosing import choose, likelihoods
 from internvl.inference.engine.decoder import REACH, Decoder, Placed
 from internvl.inference.engine.tower import Tower
 from internvl.inference.requests import Prompt
@@ -38,7 +40,15 @@ class Job:
     """Tokens so far, the one that ends the answer included."""
     ended: bool = False
     cancelled: bool = False
-    """Set by anyone: it ends with its next token."""
+    """Set by anyone: it ends before its next token."""
+    generator: torch.Generator | None = None
+    """Draws its samples, on the model's device; None for torch's global one."""
+    top_logprobs: int | None = None
+    """How many of the likeliest tokens `logprobs` lists; None for no `logprobs`."""
+    logprobs: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
+    """For each token its log-probability, and the likeliest tokens with theirs."""
+    since_s: float = field(default_factory=time.monotonic)
+    """When it came, by the monotonic clock."""
 
     @property
     def prompt_ids(self) -> Tensor:
@@ -74,6 +84,8 @@ class Scheduler:
         tiles_at_once: int = 64,
         compiled: bool = False,
         refill: bool = True,
+        length: int = 0,
+        patience_s: float = math.inf,
     ) -> None:
         """Does not allocate yet: the first jobs say how long a slot must be.
 
@@ -86,10 +98,14 @@ class Scheduler:
             tiles_at_once: most tiles in the vision tower.
             compiled: compile the blocks of tower and language model.
             refill: give a slot to the next request when its own ends; otherwise when all have.
+            length: least length of a slot, in tokens; by default what the first jobs need.
+            patience_s: longest that a request waits for others to share its prefill.
         """
         self.decoder = Decoder(model, compiled=compiled)
         self.tower = Tower(model, statistics, tiles_at_once, compiled=compiled)
         self.refill = refill
+        self.length = length
+        self.patience_s = patience_s
         self.model = model
         self.end_id = end_id
         self.most_slots = slots
@@ -115,8 +131,23 @@ class Scheduler:
                 if drained:
                     return
                 continue
+            yield from self._drop_cancelled()
             yield from self._admit()
             yield from self._advance()
+
+    def _drop_cancelled(self) -> Iterator[Job]:
+        """Ends cancelled jobs, whose slots become free."""
+        in_slots = {slot: job for slot, job in self.active.items() if job.cancelled}
+        jobs = [*in_slots.values(), *(job for job in self.waiting if job.cancelled)]
+        if not jobs:
+            return
+        for slot in in_slots:
+            del self.active[slot]
+            self.free.append(slot)
+        self.waiting = deque(job for job in self.waiting if not job.cancelled)
+        for job in jobs:
+            job.ended = True
+        yield from jobs
 
     def _admit(self) -> Iterator[Job]:
         """Prefills waiting jobs into free slots, while they fill a row."""
@@ -141,7 +172,7 @@ class Scheduler:
         if self.active:
             return False
         # As long as all that wait need: each new length builds new kernels and graphs.
-        longest = max(job.length for job in self.waiting)
+        longest = max(self.length, *(job.length for job in self.waiting))
         self._allocate(-(-longest // REACH) * REACH)
         return True
 
@@ -197,7 +228,8 @@ class Scheduler:
             count, tokens = count + 1, tokens + length
         is_full = count < len(self.free) and count < len(self.waiting)
         few = count < max(1, self.decoder.cache.slots // _REFILL)
-        if self.active and few and not is_full:
+        is_patient = time.monotonic() - self.waiting[0].since_s < self.patience_s
+        if self.active and few and not is_full and is_patient:
             return []
         return [self.waiting.popleft() for _ in range(count)]
 
@@ -209,7 +241,8 @@ class Scheduler:
                 Placed(job.prompt_ids, tokens, slot)
                 for job, tokens, slot in zip(jobs, visual, slots, strict=True)
             ]
-            chosen = choose(self.decoder.prefill(placed), jobs, self.end_id).tolist()
+            logits = self.decoder.prefill(placed)
+            chosen = choose(logits, jobs, self.end_id).tolist()
         except torch.OutOfMemoryError as error:
             # Nothing of a row that failed is read again: its slots are written from the start.
             self.free += reversed(slots)
@@ -217,7 +250,7 @@ class Scheduler:
             self._take_less(jobs, error)
             return
         self.active |= zip(slots, jobs, strict=True)
-        yield from self._accept(slots, chosen)
+        yield from self._accept(slots, chosen, logits)
 
     def _take_less(self, jobs: Sequence[Job], error: torch.OutOfMemoryError) -> None:
         """Halves what is computed together, after a row that the memory did not hold.
@@ -255,16 +288,19 @@ class Scheduler:
             tokens[slot] = job.generated[-1]
             positions[slot] = len(job.prompt.input_ids) + len(job.generated) - 1
         self.decoder.place(tokens, positions)
-        logits = self.decoder.decode(max(positions) + 1)
         slots = sorted(self.active)
+        logits = self.decoder.decode(max(positions) + 1)[slots]
         jobs = [self.active[slot] for slot in slots]
-        chosen = choose(logits[slots], jobs, self.end_id)
-        yield from self._accept(slots, chosen.tolist())
+        chosen = choose(logits, jobs, self.end_id)
+        yield from self._accept(slots, chosen.tolist(), logits)
 
-    def _accept(self, slots: Sequence[int], tokens: Sequence[int]) -> Iterator[Job]:
+    def _accept(self, slots: Sequence[int], tokens: Sequence[int], logits: Tensor) -> Iterator[Job]:
+        """Appends the tokens that were chosen of `logits`, a row for each slot."""
         jobs = [self.active[slot] for slot in slots]
-        for slot, job, token in zip(slots, jobs, tokens, strict=True):
+        for row, (slot, job, token) in enumerate(zip(slots, jobs, tokens, strict=True)):
             job.generated.append(token)
+            if job.top_logprobs is not None:
+                job.logprobs.append(likelihoods(logits[row], token, job.top_logprobs))
             full = len(job.generated) == job.settings.max_new_tokens
             job.ended = token == self.end_id or full or job.cancelled
             if job.ended:

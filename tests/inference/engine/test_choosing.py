@@ -7,6 +7,7 @@ import torch
 from transformers import (
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -24,6 +25,7 @@ class Asked:
     settings: Settings
     prompt_ids: torch.Tensor = field(default_factory=lambda: torch.tensor([3, 5, 5, 9]))
     generated: list[int] = field(default_factory=lambda: [11, 3])
+    generator: torch.Generator | None = None
 
 
 def theirs(logits, asked):
@@ -41,6 +43,8 @@ def theirs(logits, asked):
             steps.append(TopKLogitsWarper(settings.top_k))
         if settings.top_p < 1:
             steps.append(TopPLogitsWarper(settings.top_p))
+        if settings.min_p:
+            steps.append(MinPLogitsWarper(settings.min_p))
     scores = LogitsProcessorList(steps)(ids, logits[None].clone())
     if not settings.temperature:
         return int(scores.argmax())
@@ -60,6 +64,7 @@ def theirs(logits, asked):
         {"temperature": 1.0, "top_k": 0, "top_p": 0.5},
         {"temperature": 0.9, "top_k": 9, "top_p": 0.3, "repetition_penalty": 1.2},
         {"temperature": 3.0, "top_p": 1e-6, "min_new_tokens": 4},
+        {"temperature": 1.3, "top_k": 0, "top_p": 0.9, "min_p": 0.2},
     ],
 )
 def test_a_token_is_that_of_transformers(settings):
@@ -83,3 +88,25 @@ def test_each_request_has_settings_of_its_own():
     requests = [Asked(Settings(min_new_tokens=least)) for least in (0, 2, 3)]
     first, second, third = choosing.choose(logits, requests, END).tolist()
     assert first == second == END != third
+
+
+def test_a_generator_of_its_own_draws_the_same_whatever_else_is_drawn():
+    logits = torch.randn(3, VOCABULARY, generator=torch.Generator().manual_seed(1))
+    settings = Settings(temperature=2.0)
+
+    def drawn(row, *before):
+        asked = Asked(settings, generator=torch.Generator().manual_seed(5))
+        rows = [*before, row]
+        others = [Asked(settings) for _ in before]
+        return choosing.choose(logits[rows], [*others, asked], END)[-1].item()
+
+    assert [drawn(0), drawn(1)] == [drawn(0, 2, 2), drawn(1, 0)]
+
+
+def test_likelihoods_are_those_of_the_softmax():
+    logits = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(1))
+    value, likeliest = choosing.likelihoods(logits, 7, 3)
+    expected = logits.log_softmax(-1)
+    assert value == expected[7].item()
+    tops = expected.argsort(descending=True)[:3].tolist()
+    assert likeliest == [(token, expected[token].item()) for token in tops]

@@ -157,8 +157,42 @@ def test_a_request_ends_at_once_when_cancelled(small):
             job.cancelled = True
         if job.ended:
             seen.append((job.key, len(job.generated)))
-    assert dict(seen)[0] == 4
+    assert dict(seen)[0] == 3
     assert len(seen) == 3
+
+
+def test_a_cancelled_request_that_waits_is_never_begun(small):
+    todo = jobs(small, [(4, 0, 5), (5, 0, 6), (6, 0, 6)])
+    todo[1].cancelled = True
+    assert [len(g) for g in tokens(small, todo, 1).values()] == [0, 5, 6]
+
+
+def test_a_request_is_begun_without_waiting_for_others_if_there_is_no_patience(small):
+    def when_begun(**options):
+        todo = jobs(small, [(4, 0, 40), (5, 0, 3)])
+        source = Trickle(todo)
+        source.asked = 1  # the second one comes while the first is answered
+        for job in scheduler(small, 16, **options).run(source):
+            if job.key == 1:
+                return len(todo[0].generated)
+
+    assert when_begun(patience_s=0.0) < 5
+    assert when_begun() == 40
+
+
+def test_slots_are_as_long_as_they_are_asked_for(small):
+    lone = scheduler(small, 2, length=700)
+    list(lone.run(engine.Ready(jobs(small))))
+    assert lone.decoder.cache.length == 768
+
+
+def test_likelihoods_of_every_token(small):
+    todo = jobs(small, [(4, 0, 5), (5, 1, 6)])
+    todo[1].top_logprobs = 2
+    tokens(small, todo, 2)
+    assert todo[0].logprobs == []
+    assert [pairs[0][0] for _, pairs in todo[1].logprobs] == todo[1].generated
+    assert all(value == pairs[0][1] >= pairs[1][1] for value, pairs in todo[1].logprobs)
 
 
 class Trickle:
