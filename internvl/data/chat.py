@@ -85,11 +85,15 @@ class ChatEncoder:
         return Example(sample.name, row, supervised, tuple(tiles_per_image))
 
     def prompt(
-        self, messages: Sequence[Message], tiles_per_image: Sequence[int], name: str = "request"
+        self,
+        messages: Sequence[Message],
+        tiles_per_image: Sequence[int],
+        name: str = "request",
+        prefix: str = "",
     ) -> np.ndarray:
-        """Encodes a conversation up to the answer to generate: int64 (T,)."""
+        """Encodes a conversation up to the answer to generate, or its `prefix`: int64 (T,)."""
         check_marks(name, messages, len(tiles_per_image))
-        text = "".join(text for text, _ in self._pieces(messages)) + self.template.open
+        text = "".join(text for text, _ in self._pieces(messages)) + self.template.open + prefix
         row, _ = self._expand(name, self.bos + self._ids(text), None, tiles_per_image)
         return row
 

@@ -140,6 +140,8 @@ class Question:
     text: str
     """As it is asked, without the mark that a lone image gets before it."""
     request: Request
+    seed: int | None = None
+    """Of its own draws, where answers are sampled."""
 
 
 def key_of(*values: Any) -> str:
@@ -189,10 +191,15 @@ def ask(
         return [_try(chat, prepare, index) for index in batch]
 
     def answer(batch: list[Question | str]) -> list[Answer]:
-        shown = [entry.request for entry in batch if isinstance(entry, Question)]
+        shown = [entry for entry in batch if isinstance(entry, Question)]
+        seeds = [entry.seed for entry in shown if entry.seed is not None] or None
         # Ranks that run in step need a forward each, also for a batch that cannot be asked.
-        requests = shown or ([_nothing(chat)] if in_step else [])
-        answers = chat.answer(requests, batch_size=batch_size, **vars(settings)) if requests else []
+        requests = [entry.request for entry in shown] or ([_nothing(chat)] if in_step else [])
+        answers = (
+            chat.answer(requests, batch_size=batch_size, seeds=seeds, **vars(settings))
+            if requests
+            else []
+        )
         texts = iter(answers)
         return [
             {"question": entry.text, "answer": next(texts)}

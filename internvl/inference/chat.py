@@ -183,12 +183,14 @@ class Chat:
         *,
         max_new_tokens: int = 1024,
         batch_size: int | None = None,
+        seeds: Sequence[int] | None = None,
         **settings: Any,
     ) -> list[str]:
         """Answers requests in batches; returns one answer per request, in order.
 
         Args:
             requests: one or several; a text is a question without images.
+            seeds: of every request, in place of the setting `seed`.
             settings: further fields of `generate.Settings`.
 
         Raises:
@@ -198,7 +200,13 @@ class Chat:
         # Not in the signature: Settings alone names and checks them, for `stream` too.
         all_settings = Settings.from_kwargs(max_new_tokens=max_new_tokens, **settings)
         return answers(
-            self.model, self.encoder, self.tiles, requests, all_settings, batch_size=batch_size
+            self.model,
+            self.encoder,
+            self.tiles,
+            requests,
+            all_settings,
+            batch_size=batch_size,
+            seeds=seeds,
         )
 
     def stream(

@@ -10,12 +10,14 @@ import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
+from internvl.compute import rng
 from internvl.config import TilesConfig
 from internvl.data.arguments import check_whole
 from internvl.data.chat import ChatEncoder
@@ -39,11 +41,13 @@ def answers(
     settings: Settings,
     *,
     batch_size: int | None = None,
+    seeds: Sequence[int] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Answers requests; returns one answer per request, in order.
 
     Args:
+        seeds: of every request, in place of `settings.seed`.
         batch_size: requests at a time; by default as many as the GPU's memory holds, up to 128,
             or 16 on a CPU.
         progress: called after every answer with 1.
@@ -65,9 +69,19 @@ def answers(
     def read(index: int) -> Prompt:
         return encode(requests[index], encoder, tiles, names[index], **image_settings)
 
-    answered = _by_engine if engine.runs(model, settings) else _by_generate
+    if seeds is not None and len(seeds) != len(requests):
+        raise UserError(f"{len(seeds)} seeds for {len(requests)} requests; give one for each")
+
+    def settings_of(index: int) -> Settings:
+        return settings if seeds is None else replace(settings, seed=seeds[index])
+
+    # A batch of `generate` draws for all of its rows at once.
+    alone = seeds is not None or settings.seed is not None
+    by_engine = engine.runs(model, settings)
+    answered = _by_engine if by_engine else _by_generate
+    size = 1 if alone and not by_engine else batch_size
     indices = range(len(requests))
-    for index, text in answered(model, encoder, read, indices, settings, batch_size):
+    for index, text in answered(model, encoder, read, indices, settings_of, size):
         texts[index] = text
         if progress is not None:
             progress(1)
@@ -79,7 +93,7 @@ def _by_engine(
     encoder: ChatEncoder,
     read: Callable[[int], Prompt],
     order: Sequence[int],
-    settings: Settings,
+    settings_of: Callable[[int], Settings],
     slots: int | None,
 ) -> Iterator[tuple[int, str]]:
     """Yields (request, answer) as answers end, at most `slots` requests at a time."""
@@ -90,17 +104,25 @@ def _by_engine(
     scheduler = engine.scheduler(model, encoder, slots, compiled=compiled)
 
     def job(index: int) -> engine.Job:
-        return engine.Job(index, read(index), settings)
+        return _job(model, index, read(index), settings_of(index))
 
     # Twice the slots are read ahead: one row may end many answers at once.
     ahead, most = 2 * scheduler.most_slots, engine.longest(model.config.text_config)
     with engine.Prompts(job, order, ahead=ahead, most=most) as prompts:
         for answered in scheduler.run(prompts):
             if answered.ended:
-                yield answered.key, answer_text(answered.generated, encoder)
+                yield answered.key, _whole_answer(answered.prompt, answered.generated, encoder)
     del scheduler  # its memory, before the model needs it
     for left in prompts.too_long:
-        yield left.key, generate(model, encoder, [left.prompt], settings)[0]
+        yield left.key, generate(model, encoder, [left.prompt], left.settings)[0]
+
+
+def _job(model: Any, key: int, prompt: Prompt, settings: Settings) -> engine.Job:
+    """Makes a job that draws from a generator of its own if the settings have a seed."""
+    seed, generator = settings.seed, None
+    if seed is not None:
+        generator = torch.Generator(model.device).manual_seed(seed)
+    return engine.Job(key, prompt, settings, generator=generator)
 
 
 _WORTH_COMPILING = 1000
@@ -112,7 +134,7 @@ def _by_generate(
     encoder: ChatEncoder,
     read: Callable[[int], Prompt],
     order: Sequence[int],
-    settings: Settings,
+    settings_of: Callable[[int], Settings],
     batch_size: int | None,
 ) -> Iterator[tuple[int, str]]:
     """Yields (request, answer) of batches of similar length by the model's own `generate`."""
@@ -123,7 +145,8 @@ def _by_generate(
         # By length, so that prompts of one batch need little padding.
         by_length = sorted(window, key=lambda index: -len(prompts[index].input_ids))
         for batch in _batches(by_length, size):
-            texts = generate(model, encoder, [prompts[index] for index in batch], settings)
+            chosen = [prompts[index] for index in batch]
+            texts = generate(model, encoder, chosen, settings_of(batch[0]))
             yield from zip(batch, texts, strict=True)
 
 
@@ -148,7 +171,7 @@ def generate(
     statistics = STATISTICS[configs.chat_settings(model.config)["normalize"]]
     # Moved as uint8, a quarter of the bytes of float32, and normalized on the device.
     tiles = [normalized(p.tiles.to(device), statistics) for p in prompts if p.tiles is not None]
-    with _extra_as_user_error(settings.extra):
+    with _extra_as_user_error(settings.extra), _seeded(settings.seed, device):
         output = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
@@ -158,7 +181,25 @@ def generate(
             synced_gpus=lockstep.in_step(model),
             **generate_kwargs,
         )
-    return [answer_text(row, encoder) for row in output[:, ids.shape[1] :].tolist()]
+    rows = output[:, ids.shape[1] :].tolist()
+    return [_whole_answer(*pair, encoder) for pair in zip(prompts, rows, strict=True)]
+
+
+@contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Seeds torch inside and restores its generators afterwards; None does neither."""
+    if seed is None:
+        yield
+        return
+    with rng.preserve_rng(device):
+        torch.manual_seed(seed)
+        yield
+
+
+def _whole_answer(prompt: Prompt, generated: Sequence[int], encoder: ChatEncoder) -> str:
+    """Returns an answer with the beginning that its prompt has."""
+    # Decoded at once: whether a token begins with a space depends on the one before it.
+    return answer_text([*prompt.begun, *generated], encoder)
 
 
 @contextmanager
@@ -229,7 +270,7 @@ def stream(
     """
     if settings.num_beams > 1:
         raise UserError(f"beam search (num_beams = {settings.num_beams}) cannot stream")
-    job = engine.Job(0, prompt, settings)
+    job = _job(model, 0, prompt, settings)
     if engine.runs(model, settings) and job.length < engine.longest(model.config.text_config):
         return _stream_by_engine(model, encoder, job)
     return _stream_by_generate(model, encoder, prompt, settings)
@@ -238,7 +279,7 @@ def stream(
 def _stream_by_engine(
     model: Any, encoder: ChatEncoder, job: engine.Job
 ) -> Generator[str, None, None]:
-    pieces = _Pieces(encoder)
+    pieces = _Pieces(encoder, job.prompt.begun)
     for _ in engine.scheduler(model, encoder, 1).run(engine.Ready([job])):
         piece = pieces.end(job.generated) if job.ended else pieces.after(job.generated)
         if piece:
@@ -257,7 +298,7 @@ def _stream_by_generate(
 
     def work() -> None:
         callbacks = {
-            "streamer": _Streamer(_Pieces(encoder), pieces.put),
+            "streamer": _Streamer(_Pieces(encoder, prompt.begun), pieces.put),
             "stopping_criteria": [stop],
         }
         try:
@@ -298,20 +339,21 @@ class _Streamer:
 class _Pieces:
     """Cuts the text of an answer that grows into pieces which, joined, are its final text."""
 
-    def __init__(self, encoder: ChatEncoder) -> None:
+    def __init__(self, encoder: ChatEncoder, begun: Sequence[int] = ()) -> None:
         self.encoder = encoder
+        self.begun = begun
         self.sent = ""
 
     def after(self, ids: Sequence[int]) -> str:
         """Returns what the answer's tokens so far add; empty while that may still change."""
         # The whole answer is decoded every time (1 s in all for 2,000 tokens): the text that a
         # token adds depends on those before it.
-        text = self._stable_text(ids)
+        text = self._stable_text([*self.begun, *ids])
         return self._rest(text) if text.startswith(self.sent) else ""
 
     def end(self, ids: Sequence[int]) -> str:
         """Returns what is left of the answer that these tokens are."""
-        return self._rest(answer_text(ids, self.encoder))
+        return self._rest(answer_text([*self.begun, *ids], self.encoder))
 
     def _stable_text(self, ids: Sequence[int]) -> str:
         """Returns the text so far without what later tokens may still change."""

@@ -50,6 +50,7 @@ class Request:
     videos: one or several. A frame is one tile, preceded by a line with its number.
     num_frames: frames of each video, spread evenly; frames that are passed are all used.
     max_tiles: most tiles of all images together, thumbnails not counted; None: the checkpoint's.
+    prefix: how the answer begins; it is continued, and is part of the answer that is returned.
 
     Raises:
         UserError: not images or videos, or a number out of range.
@@ -60,6 +61,7 @@ class Request:
     videos: Sequence[VideoInput] | VideoInput = ()
     num_frames: int = 8
     max_tiles: int | None = None
+    prefix: str = ""
 
     def __post_init__(self) -> None:
         messages: Any = self.messages
@@ -108,6 +110,8 @@ class Prompt:
 
     input_ids: np.ndarray
     tiles: Tensor | None
+    begun: tuple[int, ...] = ()
+    """The last of `input_ids`, which are the beginning of the answer."""
 
 
 def encode(
@@ -148,8 +152,16 @@ def encode(
         tiles = replace(tiles, min=min(tiles.min, request.max_tiles), max=request.max_tiles)
     mean = STATISTICS[normalize][0]
     pixels, tiles_per_image = stack_tiles(images, is_frame, tiles, name, exif, mean)
-    ids = encoder.prompt(_with_frames(messages, frame_counts), tiles_per_image, name)
-    return Prompt(ids, pixels)
+    messages = _with_frames(messages, frame_counts)
+    ids = encoder.prompt(messages, tiles_per_image, name)
+    if not request.prefix:
+        return Prompt(ids, pixels)
+    longer = encoder.prompt(messages, tiles_per_image, name, request.prefix)
+    # The tokens at the seam may differ: the template's last character may join the prefix's first.
+    shared = min(len(ids), len(longer))
+    differs = np.flatnonzero(ids[:shared] != longer[:shared])
+    start = int(differs[0]) if len(differs) else shared
+    return Prompt(longer, pixels, tuple(longer[start:].tolist()))
 
 
 def check_turns(

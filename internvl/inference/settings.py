@@ -38,8 +38,8 @@ class Settings:
     min_new_tokens: int = 0
     num_beams: int = 1
     temperature: float | None = None
-    """Sampling temperature; None or 0 is greedy. Sampling draws from torch's global generator, so
-    `torch.manual_seed` makes it reproducible."""
+    """Sampling temperature; None or 0 is greedy. Without `seed`, sampling draws from torch's global
+    generator, so `torch.manual_seed` makes it reproducible."""
     top_p: float = 1.0
     """Nucleus sampling: the most likely tokens with this cumulative probability."""
     top_k: int = 50
@@ -47,6 +47,8 @@ class Settings:
     repetition_penalty: float = 1.0
     min_p: float = 0.0
     """Sampling: only tokens at least this probable, relative to the likeliest one; 0 for all."""
+    seed: int | None = None
+    """Seed of an answer's own generator: its draws do not depend on other requests."""
     extra: dict[str, Any] = field(default_factory=dict)
     """More arguments of transformers' GenerationConfig, such as length_penalty."""
 
@@ -62,6 +64,8 @@ class Settings:
         # 0 is allowed: other libraries' greedy search is called with it.
         if self.temperature is not None and self.temperature != 0:
             check_number("temperature", self.temperature, above=0)
+        if self.seed is not None:
+            check_whole("seed", self.seed, 0)
         if self.min_new_tokens > self.max_new_tokens:
             raise UserError(
                 f"min_new_tokens ({self.min_new_tokens}) is above max_new_tokens "

@@ -192,6 +192,37 @@ def test_samples_follow_torchs_seed(chat):
     assert sample(3, temperature=1e-4) == greedy
 
 
+@pytest.mark.parametrize("settings", [{}, {"extra": {"renormalize_logits": True}}], ids=["engine", "generate"])
+def test_a_seeded_sample_does_not_depend_on_its_company(settings, chat):
+    requests, seeds = mixed(PICTURES)[2:], [7, 8, 9]
+    settings = {"temperature": 1.0, "max_new_tokens": 8, **settings}
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    together = chat.answer(requests, seeds=seeds, **settings)
+    assert torch.equal(torch.get_rng_state(), state)
+    one_by_one = [
+        chat.answer(r, seed=seed, **settings)[0] for r, seed in zip(requests, seeds, strict=True)
+    ]
+    assert one_by_one == together
+    assert (
+        chat.answer(requests[::-1], seeds=seeds[::-1], batch_size=2, **settings) == together[::-1]
+    )
+    assert chat.answer(requests, seeds=[1, 2, 3], **settings) != together
+    with pytest.raises(UserError, match="2 seeds for 3 requests; give one for each"):
+        chat.answer(requests, seeds=[1, 2], **settings)
+
+
+def test_an_answer_continues_its_prefix(chat):
+    question = [{"role": "user", "content": "<image>\nWhat is it?"}]
+    plain = chat.answer(Request(question, [PICTURES[1]]), max_new_tokens=12)[0]
+    request = Request(question, [PICTURES[1]], prefix="A dog on")
+    (answer,) = chat.answer(request, max_new_tokens=12)
+    assert answer.startswith("A dog on")
+    assert len(answer) > len("A dog on")
+    assert answer != plain
+    assert "".join(chat.stream(request, max_new_tokens=12)) == answer
+
+
 @pytest.mark.parametrize(
     ("turns", "says"),
     [
