@@ -14,6 +14,7 @@ from internvl import dist, train
 from internvl.config import recipes
 from internvl.data import loader
 from internvl.models import units
+from internvl.run import reading
 
 
 def full(tensor):
@@ -23,7 +24,7 @@ def full(tensor):
 def dealt(run, deal):
     \"\"\"Rows of every step: as the loader shares them out, or those that `deal` takes.\"\"\"
     if deal is None:
-        yield from (step.batches for step in train._steps(run))
+        yield from (step.batches for step in reading.steps(run))
         return
     names = {{"rank": dist.rank(), "ranks": dist.world_size()}}
     steps = loader.steps(

@@ -15,11 +15,12 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "internvl"
 
 LEVELS = {
-    10: ("__main__", "__init__"),
-    9: ("cli",),
-    8: ("demo", "compat"),
-    7: ("check", "launch", "serve"),
-    6: ("train", "evaluate"),
+    11: ("__main__", "__init__"),
+    10: ("cli",),
+    9: ("demo", "compat"),
+    8: ("check", "launch", "serve"),
+    7: ("train", "evaluate"),
+    6: ("run",),
     5: ("evals", "plan", "export"),
     4: ("inference", "objectives"),
     3: ("datasets", "compute", "parallel", "training"),
@@ -152,6 +153,7 @@ def test_imports_point_down(file: Path) -> None:
     ("file", "source"),
     [
         ("train.py", "from internvl import dist, objectives"),
+        ("train.py", "from internvl.run import saving"),
         ("train.py", "import torch\nfrom internvl.models.chat.model import ChatModel"),
         ("models/chat/model.py", "from internvl.models import keys"),
         ("data/chat.py", "from internvl.data import records"),
@@ -192,6 +194,8 @@ def test_allowed(file: str, source: str) -> None:
         ("plan/flops.py", "from internvl.models.kernels.float8 import E4M3"),
         ("training/checkpoint.py", "from internvl.models.adapters import fused_lora"),
         ("train.py", "from internvl.models.adapters.fused_lora import fuse"),
+        ("training/checkpoint.py", "from internvl.run.state import TrainState"),
+        ("run/saving.py", "from internvl import train"),
         ("helpers.py", ""),  # unknown file
     ],
 )

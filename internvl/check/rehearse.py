@@ -39,6 +39,8 @@ from internvl.parallel import fill, mesh
 from internvl.plan import Plan
 from internvl.plan import costs as plan_costs
 from internvl.plan.memory import GIB
+from internvl.run import building
+from internvl.run.state import TrainState
 from internvl.training import checkpoint
 from internvl.training.spikes import Guard
 from internvl.zoo.gpus import Gpu
@@ -154,7 +156,7 @@ def _shape(recipe: Recipe, start: OpenedModel) -> Any:
     return family.read_config(start.files, size=size)
 
 
-def _timed(state: train.TrainState, batches: Sequence[Batch]) -> float:
+def _timed(state: TrainState, batches: Sequence[Batch]) -> float:
     started = time.perf_counter()
     train.train_step(state, batches)
     placement.synchronize(state.device)
@@ -194,13 +196,13 @@ def _state(
     order: SampleOrder,
     device: torch.device,
     saver: checkpoint.Saver,
-) -> train.TrainState:
+) -> TrainState:
     """Builds the run of a rank, its model with drawn weights."""
     if recipe.model.drop_path:
         set_drop_path(model, recipe.model.drop_path)
     grid = mesh.build(recipe.parallel, device)
     # As training loads shards: cut on the meta device, so that none holds the whole model.
-    train.prepare(model, recipe, device, grid)
+    building.prepare(model, recipe, device, grid)
     is_offloaded = grid is not None and recipe.parallel.offload == "cpu"
     buffers = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     fill.allocate(model, device, torch.device("cpu") if is_offloaded else device)
@@ -218,7 +220,7 @@ def _state(
         )
     else:
         handle = Dual(model, start.tokenizer, start.folder)
-    state = train.assemble(recipe, handle, device, order, saver)
+    state = building.assemble(recipe, handle, device, order, saver)
     state.guard = _Lenient(recipe.guard)
     return state
 
@@ -235,7 +237,7 @@ def _draw(model: Any, buffers: Sequence[str]) -> None:
         model.get_buffer(name).fill_(0.01)
 
 
-def _prepared(batches: Sequence[Any], state: train.TrainState) -> list[Any]:
+def _prepared(batches: Sequence[Any], state: TrainState) -> list[Any]:
     """Pads and pins batches as the training loop does."""
     if state.row_lengths:
         batches = [feeding.pad(row, state.row_lengths) for row in batches]
@@ -243,7 +245,7 @@ def _prepared(batches: Sequence[Any], state: train.TrainState) -> list[Any]:
 
 
 @contextmanager
-def peak_bytes(state: train.TrainState) -> Iterator[list[float]]:
+def peak_bytes(state: TrainState) -> Iterator[list[float]]:
     """Measures the most memory that torch allocates on the run's device; fills in the list."""
     peak = [0.0]
     if state.device.type == "cuda":

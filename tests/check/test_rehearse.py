@@ -19,12 +19,13 @@ import json
 from internvl import train
 from internvl.check import rehearse
 from internvl.config import recipes
+from internvl.run import reading
 
 peaks = {{}}
 for stage in {stages!r}:
     recipe = recipes.load_recipe({recipe!r}, [f"parallel.shard={{stage}}", "steps=1"])
     state = train.build(recipe)
-    batches = next(iter(train._steps(state))).batches
+    batches = next(iter(reading.steps(state))).batches
     with rehearse.peak_bytes(state) as peak:
         for _ in range(2):
             train.train_step(state, batches)

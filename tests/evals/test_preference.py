@@ -7,6 +7,7 @@ import torch
 from internvl import train
 from internvl.config import recipes
 from internvl.files import read_numbers
+from internvl.run import saving
 
 EVAL = {"type": "preference", "max_tokens": 256, "before": True}
 ADAPTERS = ["model.train=[]", "model.lora={rank: 4, dropout: 0.0}"]
@@ -32,7 +33,7 @@ def test_margins_are_those_of_two_models(project, tmp_path, settings):
     before, after = (read_numbers(folder / f"evals/{n:06d}.json", "") for n in (0, 3))
     assert before["held_out/margin"] == pytest.approx(0, abs=1e-5)
     state = train.build(recipe)
-    train._resume(state)
+    saving.resume(state)
     plain = preference_runs.TwoModels(state.recipe)
     rewards = []
     with torch.no_grad():

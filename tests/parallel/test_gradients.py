@@ -10,9 +10,10 @@ from ranks import run_ranks
 GRADIENT = """
 import json
 import torch
-from internvl import train
+from internvl import dist, train
 from internvl.config import recipes
 from internvl.parallel import gradients
+from internvl.run import reading
 
 recipe = recipes.load_recipe({recipe!r}, {settings!r})
 run = train.build(recipe)
@@ -21,11 +22,11 @@ kept = gradients.clip_gradients
 
 def keep(parameters, limit):
     norm = kept(parameters, 1e9)
-    torch.save([p.grad for p in parameters], {to!r} + str(train.dist.rank()) + ".pt")
+    torch.save([p.grad for p in parameters], {to!r} + str(dist.rank()) + ".pt")
     return norm
 
 gradients.clip_gradients = keep
-step = next(train._steps(run))
+step = next(reading.steps(run))
 train.train_step(run, step.batches)
 print(json.dumps([name for row in step.batches for name in row.names]))
 """

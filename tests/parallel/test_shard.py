@@ -134,6 +134,7 @@ from torch.distributed.tensor import DTensor
 
 from internvl import dist, train
 from internvl.config import recipes
+from internvl.run import reading
 
 def held():
     \"\"\"Bytes of all tensors of this process, each memory once.\"\"\"
@@ -160,7 +161,7 @@ for stage in {stages!r}:
 
     for layer in run.model.model.language_model.layers:
         layer.register_forward_hook(note)
-    for step in train._steps(run):
+    for step in reading.steps(run):
         train.train_step(run, step.batches)
     print(stage, len(step.batches), max(peaks), held())
     del run, layer, step

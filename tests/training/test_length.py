@@ -10,6 +10,7 @@ from tiny_run import losses, recipe_of
 from internvl import log, train
 from internvl.config import recipes
 from internvl.config.recipes import load_recipe
+from internvl.data import sampler
 from internvl.data.sampler import SampleOrder
 from internvl.data.sources import open_sources
 from internvl.errors import RunError, UserError
@@ -93,14 +94,14 @@ def test_the_samples_of_longer_runs_are_those_of_whole_epochs(finished):
     order = SampleOrder(
         open_sources(recipe.data), share_prefix=recipe.shares_prefix, seed=recipe.seed
     )
-    ended = [train.Ending(5, 48), train.Ending(10, 96)]
+    ended = [sampler.Ending(5, 48), sampler.Ending(10, 96)]
     num_steps, total = length.of_run(load_recipe(finished, ["epochs=3"]), order, ended)
     assert (num_steps, total) == (15, 144)
     for epoch in range(3):
         lines = [
             line
             for step in range(5 * epoch, 5 * epoch + 5)
-            for ref in order.between(*train.step_bounds(step, 10, total, ended))
+            for ref in order.between(*sampler.step_bounds(step, 10, total, ended))
             for line in ref.lines
         ]
         assert sorted(lines) == list(range(48))

@@ -10,7 +10,7 @@ import tiny_run
 from ranks import run_ranks
 from tiny_run import command, losses, recipe_of, wait_for_step
 
-from internvl import log, train
+from internvl import evals, log, train
 from internvl.errors import Interrupted
 from internvl.training import checkpoint, signals
 
@@ -65,16 +65,16 @@ def test_a_signal_ends_an_evaluation_which_is_done_when_the_run_goes_on(
     project, straight, tmp_path, monkeypatch
 ):
     source = {"type": "loss", "annotations": str(project.parent / "train.jsonl"), "every": 3}
-    evals = json.dumps({"seen": source | {"images": str(project.parent)}})
-    recipe = recipe_of(project, tmp_path, *SETTINGS, "checkpoint.every=100", f"evals={evals}")
-    run_all = train.evals.run_all
+    section = json.dumps({"seen": source | {"images": str(project.parent)}})
+    recipe = recipe_of(project, tmp_path, *SETTINGS, "checkpoint.every=100", f"evals={section}")
+    run_all = evals.run_all
 
     def asked(*values):
         os.kill(os.getpid(), signal.SIGTERM)
         return run_all(*values)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.evals, "run_all", asked)
+        patch.setattr(evals, "run_all", asked)
         with pytest.raises(Interrupted, match="stopped at step 3 of 6; checkpoint written"):
             train.run(recipe)
     assert checkpoint.steps(recipe.run / "checkpoints") == [3]

@@ -23,6 +23,7 @@ from internvl.inference import load as loading
 from internvl.models.adapters import lora
 from internvl.models.kernels import float8
 from internvl.models.kernels.float8 import Float8Linear
+from internvl.run import saving
 from internvl.training import memory_ladder
 from internvl.zoo import gpus
 
@@ -262,7 +263,7 @@ def test_a_run_goes_on_bit_for_bit_and_evaluates_inside(project, tmp_path):
     first = train.build(recipe)
     written = [numbers["loss"] for numbers in itertools.islice(train.updates(first), 4)]
     recipe.run.mkdir()
-    train.save(first)
+    saving.save(first)
     (recipe.run / "recipe.yaml").write_text(recipes.to_yaml(first.recipe))
     train.run(recipe)
     losses = [row["loss"] for row in rows(straight)]
