@@ -33,7 +33,7 @@ def throughput(
     state: TrainState, step: loader.Step, wait_s: float, step_s: float
 ) -> dict[str, float]:
     """Returns the metrics of a step's size, speed and peak memory."""
-    # Over all ranks, which each read the same seconds: rates are those of the whole run.
+    # Over all ranks: they meet within a step, so each one's seconds are those of the whole step.
     rank_counts = {
         "rows": len(step.batches),
         "samples": sum(batch.num_samples for batch in step.batches),

@@ -14,7 +14,7 @@ import tiny_run
 from command_line import call
 
 import internvl
-from internvl import cli, evaluate
+from internvl import cli
 from internvl.errors import BadImage, BadSample, ConfigError, DataError, UnknownModel, UserError
 from internvl.models import hub
 
@@ -359,19 +359,6 @@ def test_no_conversation_with_a_retrieval_model(capsys, tmp_path):
     code, _, err = call(capsys, "chat", folder, "--prompt", "What is this?")
     assert code == 1
     assert "does not converse" in last_line(err)
-
-
-def test_tasks_of_several_types_take_their_own_options():
-    types = {"caption", "retrieval"}
-    options = {"recall_k": [1], "max_new_tokens": 9, "limit": 2, "recal_k": [1]}
-    assert evaluate._options_of("caption", types, options) == {
-        "max_new_tokens": 9,
-        "limit": 2,
-        "recal_k": [1],
-    }
-    assert evaluate._options_of("retrieval", types, options).keys() == {
-        *("recall_k", "limit", "recal_k")
-    }
 
 
 def test_options_of_evaluate_are_those_of_its_sections():

@@ -15,11 +15,12 @@ import pytest
 from chat_folders import prompt_folder
 from original_runs import Recorder, expected, flag, keys, lay_out, recorder, tiles_of
 
-from internvl import evals, evaluate
+from internvl import evals
 from internvl.config import eval_config
 from internvl.data.images import read_rgb
 from internvl.datasets import tasks
 from internvl.errors import ConfigError, UserError
+from internvl.evals.call import jobs
 from internvl.evals.metrics import one_meteor
 from internvl.evals.scores import EvalScores
 from internvl.inference import load as loading
@@ -466,7 +467,7 @@ def test_captions(chat, meteor, tmp_path, key, index):
     (result,) = [c["json"] for n, c in run["outputs"].items() if n.endswith(".json")]
     root = lay_out(key, tmp_path)
     options = {"tiles": tiles_of(key, run["flags"])}
-    ((_, job),) = evaluate._jobs([key], {}, options, root, None, [], "test", "m").items()
+    ((_, job),) = jobs.of_tasks([key], {}, options, root, None, [], "test", "m").items()
     evaluator = evals.EVALS["caption"](job.config)
     texts = {evaluator.paths[row["image_id"]]: row["caption"] for row in result}
     asked, tiles = [], []

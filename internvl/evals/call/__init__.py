@@ -1,0 +1,1 @@
+"""Evaluation outside a run: what a call names, opens, writes and shows."""
