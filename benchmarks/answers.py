@@ -176,7 +176,8 @@ def measure(row: Row, options: argparse.Namespace, ceiling: float) -> dict[str, 
 
 
 def _answer(scheduler: Scheduler, read: Callable[[int], Job], order: range) -> list[Job]:
-    with engine.Prompts(read, order, ahead=2 * scheduler.most_slots, most=10**9) as prompts:
+    ahead, pin = 2 * scheduler.most_slots, scheduler.model.device.type == "cuda"
+    with engine.Prompts(read, order, ahead=ahead, most=10**9, pin=pin) as prompts:
         return [job for job in scheduler.run(prompts) if job.ended]
 
 

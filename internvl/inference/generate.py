@@ -108,7 +108,7 @@ def _by_engine(
 
     # Twice the slots are read ahead: one row may end many answers at once.
     ahead, most = 2 * scheduler.most_slots, engine.longest(model.config.text_config)
-    with engine.Prompts(job, order, ahead=ahead, most=most) as prompts:
+    with engine.Prompts(job, order, ahead=ahead, most=most, pin=on_gpu) as prompts:
         for answered in scheduler.run(prompts):
             if answered.ended:
                 yield answered.key, _whole_answer(answered.prompt, answered.generated, encoder)

@@ -192,7 +192,9 @@ def test_samples_follow_torchs_seed(chat):
     assert sample(3, temperature=1e-4) == greedy
 
 
-@pytest.mark.parametrize("settings", [{}, {"extra": {"renormalize_logits": True}}], ids=["engine", "generate"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"extra": {"renormalize_logits": True}}], ids=["engine", "generate"]
+)
 def test_a_seeded_sample_does_not_depend_on_its_company(settings, chat):
     requests, seeds = mixed(PICTURES)[2:], [7, 8, 9]
     settings = {"temperature": 1.0, "max_new_tokens": 8, **settings}

@@ -4,6 +4,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -113,7 +114,13 @@ class Prompts:
     """A `Source` that encodes requests in threads, some ahead of the one that is taken."""
 
     def __init__(
-        self, read: Callable[[int], Job], order: Sequence[int], *, ahead: int, most: int
+        self,
+        read: Callable[[int], Job],
+        order: Sequence[int],
+        *,
+        ahead: int,
+        most: int,
+        pin: bool = False,
     ) -> None:
         """`read(i)` makes a job of request i; its exception is raised where the job is taken.
 
@@ -121,8 +128,10 @@ class Prompts:
             order: requests in the order in which they are begun.
             ahead: most requests that are read and not taken.
             most: jobs whose tokens reach this number go to `too_long` instead.
+            pin: put tiles into memory that a GPU copies from while the host goes on.
         """
         self.read = read
+        self.pin = pin
         self.left = iter(order)
         self.ahead = ahead
         self.most = most
@@ -146,13 +155,19 @@ class Prompts:
                 index = next(self.left, None)
                 if index is None:
                     break
-                self.reading.append(self.pool.submit(self.read, index))
+                self.reading.append(self.pool.submit(self._read, index))
             if not self.reading or not (wait or self.reading[0].done()):
                 return None
             job = self.reading.popleft().result()
             if job.length < self.most:
                 return job
             self.too_long.append(job)
+
+    def _read(self, index: int) -> Job:
+        job = self.read(index)
+        if self.pin and job.prompt.tiles is not None:
+            job.prompt = replace(job.prompt, tiles=job.prompt.tiles.pin_memory())
+        return job
 
 
 _THREADS = 12

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from internvl.models.attention import decoding, packed, per_document
+from internvl.models.attention import decoding, flash4, packed, per_document, varlen
 
 ENGINE = "internvl_engine"
 """Its name among `transformers`' attention implementations."""
@@ -26,22 +26,58 @@ def register() -> None:
     AttentionMaskInterface.register(ENGINE, sdpa_mask)
 
 
-def row_kernel(device: torch.device) -> str:
-    """Returns the implementation that packed rows attend with on this device."""
+VARLEN = "varlen"
+"""Name of `models/attention/varlen.py` beside those of the row kernels."""
+
+
+def row_kernel(device: torch.device, dtype: torch.dtype, width: int) -> str:
+    """Returns the implementation that packed rows attend with.
+
+    Args:
+        dtype: of keys and values. width: the size of a head.
+    """
     if device.type != "cuda":
         return per_document.DOCUMENTS
-    return packed.FLASH if packed.has_flash(device) else packed.FLEX
+    if packed.has_flash(device) and dtype in flash4.HALF and width in flash4.WIDTHS:
+        return packed.FLASH
+    return VARLEN if varlen.supported(device, dtype, width) else packed.FLEX
 
 
-def row_mask(document: Tensor, dtype: torch.dtype, starts: Tensor) -> Any:
+def takes_any_length(kernel: str) -> bool:
+    """True if rows of all lengths run the same compiled code."""
+    return kernel != packed.FLEX
+
+
+def padded(kernel: str, total: int) -> int:
+    """Returns the length that a row of `total` tokens is padded to."""
+    if kernel == per_document.DOCUMENTS:
+        return total
+    # A row of one token would be compiled for itself.
+    step = 16
+    if kernel == packed.FLEX:
+        # Few lengths, since kernels are built for each: powers of two in four steps.
+        step = max(packed.BLOCK, 2 ** (max(1, total - 1).bit_length() - 3))
+    return -(-total // step) * step
+
+
+def row_mask(kernel: str, document: Tensor, dtype: torch.dtype, starts: Tensor, size: int) -> Any:
     """Returns the mask of a packed row for `engine_forward`.
 
     Args:
+        kernel: of `row_kernel`.
         document: int64 (T,), the request of every token.
         starts: int32 (requests + 1,), the first token of every request, and the row's length.
+        size: tokens of the longest request.
+
+    Returns:
+        None for one request alone on a CPU: plain causal attention.
     """
+    if kernel == per_document.DOCUMENTS and len(starts) == 2:
+        return None
+    if kernel == VARLEN:
+        return varlen.Documents(starts, torch.tensor(size))
     branch = torch.zeros_like(document)
-    return packed.packed_mask(row_kernel(document.device), document, branch, dtype, starts)
+    return packed.packed_mask(kernel, document, branch, dtype, starts)
 
 
 def engine_forward(
@@ -60,14 +96,17 @@ def engine_forward(
         attention_mask: of `row_mask`, B 1; or for one token of every slot the last position that
             it sees, int64 (B,), or bool (B, 1, 1, keys).
     """
-    if query.shape[2] > 1:
+    batch, heads, length, width = query.shape
+    scale = width**-0.5 if scaling is None else scaling
+    if isinstance(attention_mask, varlen.Documents):
+        q, k, v = (states[0].to(value.dtype).transpose(0, 1) for states in (query, key, value))
+        return varlen.attend(q, k, v, attention_mask, scale)[None], None
+    if length > 1 or attention_mask is None:
         # Rotary embedding returns float32 if its tables are.
         query, key = query.to(value.dtype), key.to(value.dtype)
-        kernel = _KERNELS[row_kernel(query.device)]
+        kernel = packed.flex_forward if query.is_cuda else per_document.documents_forward
         return kernel(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    batch, heads, _, width = query.shape
     if attention_mask.dim() == 1:
-        scale = width**-0.5 if scaling is None else scaling
         token = query[:, :, 0].to(value.dtype)
         return decoding.attend(token, key, value, attention_mask, scale)[:, None], None
     shared = query.reshape(batch, key.shape[1], -1, width).to(value.dtype)
@@ -75,16 +114,3 @@ def engine_forward(
         shared, key, value, attn_mask=attention_mask, scale=scaling
     )
     return mixed.reshape(batch, 1, heads, width), None
-
-
-def _rows_on_cpu(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
-) -> tuple[Tensor, None]:
-    return per_document.documents_forward(module, query, key, value, mask, **kwargs)
-
-
-_KERNELS: dict[str, Any] = {
-    per_document.DOCUMENTS: _rows_on_cpu,
-    packed.FLEX: packed.flex_forward,
-    packed.FLASH: packed.flex_forward,
-}

@@ -69,14 +69,14 @@ class Decoded:
     """A layer's cache while every slot gets one token.
 
     keys, values: of the layer. slots, positions: int64 (B,). reach: positions that any of them
-    can see.
+    can see; None: all that a slot has.
     """
 
     keys: Tensor
     values: Tensor
     slots: Tensor
     positions: Tensor
-    reach: int
+    reach: int | None
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """(B, heads, 1, head size) each: writes them; returns (B, heads, reach, head size)."""

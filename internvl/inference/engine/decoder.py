@@ -7,13 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from internvl.inference.engine.attention import ENGINE, register, row_mask
+from internvl.inference.engine.attention import (
+    ENGINE,
+    padded,
+    register,
+    row_kernel,
+    row_mask,
+    takes_any_length,
+)
 from internvl.inference.engine.cache import Decoded, Prefilled, SlotCache
 from internvl.models import kernels
 from internvl.models.attention import decoding
-from internvl.models.attention.packed import BLOCK
 
 REACH = 256
 """Step of the positions that decoding attends to: one captured graph for each multiple."""
@@ -30,6 +37,26 @@ class Placed:
     slot: int
 
 
+class Snapshot:
+    """Tokens on their way from the device; the host waits where it reads them."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.event: torch.cuda.Event | None = None
+        if not tokens.is_cuda:
+            self.tokens = tokens.clone()
+            return
+        self.tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        self.tokens.copy_(tokens, non_blocking=True)
+        self.event = torch.cuda.Event()
+        self.event.record()
+
+    def read(self) -> list[int]:
+        """Returns the token of every slot."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.tokens.tolist()
+
+
 class Decoder:
     """Runs the layers of a chat model's language model over a `SlotCache`.
 
@@ -38,20 +65,18 @@ class Decoder:
     """
 
     def __init__(self, model: Any, *, compiled: bool = False) -> None:
-        """With `compiled`, layers are compiled for each shape that they meet, some 10 s each."""
+        """With `compiled`, layers are compiled, once for prompts and once for single tokens."""
         register()
         self.compiled = compiled
-        self.run_layer: Any = _run_layer
-        if compiled:
-            # A function of the layer rather than each layer: all of them share its code.
-            self.run_layer = torch.compile(_run_layer, dynamic=False)
         self.model = model
         self.text = model.model.language_model
         self.config = model.config.text_config
         self.image_token_id = model.config.image_token_id
         self.cache: SlotCache | None = None
-        self.graphs: dict[int, Any] = {}
+        self.graphs: dict[int | None, Any] = {}
         """Captured decoding passes by reach; they hold the addresses of `cache`."""
+        self.head: Tensor | None = _aligned_head(model.lm_head) if compiled else None
+        """The output matrix with rows of zeros below it; None: the model's is used."""
 
     def allocate(self, slots: int, length: int, dtype: torch.dtype) -> None:
         """Replaces the cache by an empty one of `slots` slots of `length` tokens.
@@ -59,6 +84,8 @@ class Decoder:
         Raises:
             torch.OutOfMemoryError: the device does not hold it.
         """
+        if self.graphs:
+            torch.cuda.synchronize()  # they may still run
         # Before the new one exists: together they may not fit.
         self.cache = None
         self.graphs.clear()
@@ -69,8 +96,18 @@ class Decoder:
         cos, sin = self.text.rotary_emb(like, position_ids=positions)
         self.cos, self.sin = cos[0], sin[0]
         self.tokens = torch.zeros(slots, dtype=torch.long, device=device)
+        """The last token of every slot, whose keys are not in the cache yet."""
         self.positions = torch.zeros(slots, dtype=torch.long, device=device)
         self.rows = torch.arange(slots, device=device)
+        self.row_kernel = row_kernel(device, dtype, self.shape["width"])
+        self.any_length = self.compiled and takes_any_length(self.row_kernel)
+        self.read_layer, self.read_last, self.write_layer = _read, _read_last, _write
+        if self.compiled:
+            # Functions of the layer rather than each layer: all of them share the code.
+            dynamic = None if self.any_length else False
+            self.read_layer = torch.compile(_read, dynamic=dynamic)
+            self.read_last = torch.compile(_read_last, dynamic=dynamic)
+            self.write_layer = torch.compile(_write, dynamic=dynamic)
 
     @property
     def _has_kernel(self) -> bool:
@@ -89,28 +126,33 @@ class Decoder:
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Placed]) -> Tensor:
-        """Runs prompts as one packed row; returns logits after each, float32 (prompts, V)."""
+        """Runs prompts as one packed row; returns logits after each, float32 (prompts, V).
+
+        The likeliest token after each prompt is in `tokens` then.
+        """
         assert self.cache is not None
         device = self.model.device
         lengths = [len(prompt.input_ids) for prompt in prompts]
         total = sum(lengths)
-        padded = _padded(total, device)
+        size = padded(self.row_kernel, total)
         # All index tensors in one transfer: many small ones would each wait for the GPU.
-        layout = torch.zeros(4, padded, dtype=torch.long)
+        layout = torch.zeros(4, size, dtype=torch.long)
         ids, document, slots, positions = layout
         # A document of its own, whose keys go to nobody's slot.
         document[total:], slots[total:] = len(prompts), self.cache.slots
-        positions[total:] = torch.arange(padded - total) % self.cache.length
+        positions[total:] = torch.arange(size - total) % self.cache.length
         starts = [0]
         for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
             span = slice(starts[-1], starts[-1] + length)
             ids[span], document[span], slots[span] = prompt.input_ids, index, prompt.slot
             positions[span] = torch.arange(length)
             starts.append(span.stop)
-        ends = torch.tensor(starts[1:]) - 1
-        if padded > total:
-            starts.append(padded)
-        ids, document, slots, positions = layout.to(device, non_blocking=True)
+        # A lone end twice: compiled code takes a single one for another shape.
+        ends = starts[1:] * 2 if self.any_length and len(prompts) == 1 else starts[1:]
+        last = to_device(torch.tensor(ends) - 1, device)
+        if size > total:
+            starts.append(size)
+        ids, document, slots, positions = to_device(layout, device)
         embeds = self.text.embed_tokens(ids)
         visual = [prompt.visual for prompt in prompts if prompt.visual is not None]
         if visual:
@@ -118,40 +160,47 @@ class Decoder:
             # The size is known from the tiles; plain nonzero would synchronize with the GPU.
             places = torch.nonzero_static(ids == self.image_token_id, size=len(features))
             embeds = embeds.index_copy(0, places.squeeze(1), features)
-        first = torch.tensor(starts, dtype=torch.int32).to(device, non_blocking=True)
-        # One prompt alone is plain causal attention.
-        mask = None if len(starts) == 2 else row_mask(document, embeds.dtype, first)
-        last = ends.to(device, non_blocking=True)
-        # After the last attention the ends alone are of use.
-        with kernels.select_positions(self.text.layers, last) as selected:
-            hidden = self._run(
-                embeds[None],
-                mask,
-                positions[None],
-                lambda keys, values: Prefilled(keys, values, slots, positions),
-            )
-        return self._logits(hidden[0] if selected else hidden[0, last])
+        first = to_device(torch.tensor(starts, dtype=torch.int32), device)
+        self._any_size(first, 0)
+        longest = max(*lengths, size - total)
+        mask = row_mask(self.row_kernel, document, embeds.dtype, first, longest)
+        for entries in (slots, positions, last):
+            self._any_size(entries, 0)
+        hidden = self._run(
+            embeds[None],
+            mask,
+            positions[None],
+            lambda keys, values: Prefilled(keys, values, slots, positions),
+            last,
+        )
+        logits = self._logits(hidden[0])
+        self.tokens.index_copy_(0, slots[last], logits.argmax(-1))
+        return logits[: len(prompts)]
 
-    def place(self, tokens: Sequence[int], positions: Sequence[int]) -> None:
-        """Sets the token and position of every slot for the next `decode`."""
-        state = torch.tensor([tokens, positions]).to(self.tokens.device, non_blocking=True)
-        self.tokens.copy_(state[0])
-        self.positions.copy_(state[1])
+    def place(self, positions: Sequence[int]) -> None:
+        """Sets the position of every slot's token for the next `decode`."""
+        state = torch.tensor(positions)
+        self.positions.copy_(_pinned(state, self.tokens.device), non_blocking=True)
+
+    def snapshot(self) -> "Snapshot":
+        """Returns `tokens` as they are once what has been begun is done."""
+        return Snapshot(self.tokens)
 
     @torch.no_grad()
     def decode(self, longest: int) -> Tensor:
         """Runs the token of every slot at its position; returns logits, float32 (slots, V).
 
-        `tokens` and `positions` say which; slots without a request run along unread.
+        `tokens` and `positions` say which, and the likeliest next ones are in `tokens` then. Slots
+        without a request run along unread.
 
         Args:
             longest: the largest position of a request, plus 1.
         """
         assert self.cache is not None
         # The kernel reads what each slot has; other attention all that the longest one has.
-        reach = self.cache.length
+        reach = None
         if not self._has_kernel:
-            reach = min(math.ceil(longest / REACH) * REACH, reach)
+            reach = min(math.ceil(longest / REACH) * REACH, self.cache.length)
         if self.model.device.type != "cuda":
             return self._decode(reach)
         if reach not in self.graphs:
@@ -160,9 +209,9 @@ class Decoder:
         graph.replay()
         return logits
 
-    def _decode(self, reach: int) -> Tensor:
+    def _decode(self, reach: int | None) -> Tensor:
         mask = self.positions
-        if not self._has_kernel:
+        if reach is not None:
             seen = torch.arange(reach, device=self.positions.device) <= self.positions[:, None]
             mask = seen[:, None, None]
         embeds = self.text.embed_tokens(self.tokens)[:, None]
@@ -172,35 +221,69 @@ class Decoder:
             self.positions[:, None],
             lambda keys, values: Decoded(keys, values, self.rows, self.positions, reach),
         )
-        return self._logits(hidden[:, 0])
+        logits = self._logits(hidden[:, 0])
+        self.tokens.copy_(logits.argmax(-1))
+        return logits
 
-    def _capture(self, reach: int) -> tuple[Any, Tensor]:
+    def _capture(self, reach: int | None) -> tuple[Any, Tensor]:
         """Captures `_decode` as a CUDA graph; returns it and the tensor its logits are in."""
         # Replayed later, the warm-up's writes of this token come again with the same values.
+        before = self.tokens.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
                 self._decode(reach)
+                self.tokens.copy_(before)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             logits = self._decode(reach)
         return graph, logits
 
-    def _run(self, hidden: Tensor, mask: Any, positions: Tensor, cache_of: Any) -> Tensor:
-        """Runs layers and norm over (B, T, D); `cache_of` makes a layer's cache."""
+    def _run(
+        self,
+        hidden: Tensor,
+        mask: Any,
+        positions: Tensor,
+        cache_of: Any,
+        last: Tensor | None = None,
+    ) -> Tensor:
+        """Runs layers and norm over (B, T, D); `cache_of` makes a layer's cache.
+
+        Args:
+            last: int64 (N,), the positions that are returned, (1, N, D); None: all of them.
+        """
         assert self.cache is not None
         # Looked up in tables: the model's own rotary embedding reads positions on the host.
         rotary = self.cos[positions], self.sin[positions]
+        layers = self.text.layers
         with self._attention():
-            for index, layer in enumerate(self.text.layers):
-                cache = cache_of(*self.cache.layer(index))
-                # The last block may return another number of positions for every row.
-                is_last = index == len(self.text.layers) - 1 and hidden.shape[1] > 1
-                run_layer = _run_layer if is_last else self.run_layer
-                hidden = run_layer(layer, hidden, mask, positions, cache, rotary)
+            for index, layer in enumerate(layers):
+                keys, values = self.cache.layer(index)
+                for memory in (keys, values):
+                    self._any_size(memory, 0)
+                    self._any_size(memory, 2)
+                cache = cache_of(keys, values)
+                if last is None:
+                    hidden = self.write_layer(layer, hidden, mask, positions, cache, rotary)
+                    continue
+                for states in (hidden, *rotary, positions):
+                    self._any_size(states, 1)
+                if layer is layers[-1] and isinstance(layer, kernels.SelectiveBlock):
+                    # After the last attention the ends alone are of use.
+                    hidden = self.read_last(layer, hidden, mask, positions, cache, rotary, last)
+                else:
+                    hidden = self.read_layer(layer, hidden, mask, positions, cache, rotary)
+        if last is not None and hidden.shape[1] != len(last):
+            hidden = hidden.index_select(1, last)
         return self.text.norm(hidden)
+
+    def _any_size(self, tensor: Tensor, dim: int) -> None:
+        """Says that compiled code must take any size of this dimension."""
+        # Not `dynamic=True`: sizes that never change would be unknown to the kernels too.
+        if self.any_length:
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
     @contextmanager
     def _attention(self) -> Iterator[None]:
@@ -214,32 +297,81 @@ class Decoder:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """(N, D) -> float32 (N, V)."""
-        return self.model.lm_head(hidden).float()
+        if self.head is None:
+            return self.model.lm_head(hidden).float()
+        return F.linear(hidden, self.head)[:, : len(self.model.lm_head.weight)].float()
 
 
-def _run_layer(
+_ALIGNED = 16
+"""Fast matrix products take sides of a multiple of it."""
+
+
+def _aligned_head(head: nn.Module) -> Tensor | None:
+    """Returns an output matrix with rows of zeros that make their number even; None if it is.
+
+    With an odd vocabulary the product of a decoding step took six times as long on an H200.
+    """
+    # By exact type: a subclass computes something else, and adapters are modules beside it.
+    if type(head) is not nn.Linear or head.bias is not None or len(head.weight) % _ALIGNED == 0:
+        return None
+    if head.weight.device.type == "cuda" and not torch.is_autocast_enabled("cuda"):
+        return F.pad(head.weight.detach(), (0, 0, 0, -len(head.weight) % _ALIGNED))
+    return None
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copies a CPU tensor to the device; the host does not wait for a GPU."""
+    return _pinned(tensor, device).to(device, non_blocking=True)
+
+
+def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def _read(
     layer: nn.Module,
     hidden: Tensor,
     mask: Any,
     positions: Tensor,
-    cache: Prefilled | Decoded,
+    cache: Prefilled,
     rotary: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """Runs one layer: (B, T, D) -> (B, T, D)."""
-    return layer(
-        hidden,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        position_embeddings=rotary,
-    )
+    """Runs one layer over a row of prompts: (1, T, D) -> (1, T, D)."""
+    return layer(hidden, **_arguments(mask, positions, cache, rotary))
 
 
-def _padded(total: int, device: torch.device) -> int:
-    """Returns the length that a row of `total` tokens is padded to."""
-    if device.type != "cuda":
-        return total
-    # Few lengths, since kernels are built for each: powers of two in four steps.
-    step = max(BLOCK, 2 ** (max(1, total - 1).bit_length() - 3))
-    return math.ceil(total / step) * step
+def _read_last(
+    layer: kernels.SelectiveBlock,
+    hidden: Tensor,
+    mask: Any,
+    positions: Tensor,
+    cache: Prefilled,
+    rotary: tuple[Tensor, Tensor],
+    last: Tensor,
+) -> Tensor:
+    """Runs the last layer over a row of prompts: (1, T, D) -> (1, N, D), at positions `last`."""
+    return kernels.run_selected(layer, hidden, last, **_arguments(mask, positions, cache, rotary))
+
+
+def _write(
+    layer: nn.Module,
+    hidden: Tensor,
+    mask: Tensor,
+    positions: Tensor,
+    cache: Decoded,
+    rotary: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Runs one layer over one token of every slot: (B, 1, D) -> (B, 1, D)."""
+    return layer(hidden, **_arguments(mask, positions, cache, rotary))
+
+
+def _arguments(
+    mask: Any, positions: Tensor, cache: Prefilled | Decoded, rotary: tuple[Tensor, Tensor]
+) -> dict[str, Any]:
+    return {
+        "attention_mask": mask,
+        "position_ids": positions,
+        "past_key_values": cache,
+        "use_cache": True,
+        "position_embeddings": rotary,
+    }

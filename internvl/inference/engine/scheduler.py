@@ -7,6 +7,7 @@
 A request's tokens do not depend on what else is in flight, but for rounding.
 """
 
+import logging
 import math
 import time
 from collections import deque
@@ -21,8 +22,8 @@ from internvl import log
 from internvl.data.images import Triple
 from internvl.errors import RunError
 from internvl.inference.engine.cache import SlotCache
-from internvl.inference.engine.choosing import choose, likelihoods
-from internvl.inference.engine.decoder import REACH, Decoder, Placed
+from internvl.inference.engine.choosing import choose, is_plain, likelihoods
+from internvl.inference.engine.decoder import REACH, Decoder, Placed, Snapshot
 from internvl.inference.engine.tower import Tower
 from internvl.inference.requests import Prompt
 from internvl.inference.settings import Settings
@@ -61,6 +62,17 @@ class Job:
         return len(self.prompt.input_ids) + self.settings.max_new_tokens - 1
 
 
+@dataclass(eq=False)
+class _Launched:
+    """Tokens that the device computes, and the host has not read yet."""
+
+    jobs: Sequence[tuple[int, Job]]
+    """Slots, and the jobs that were in them."""
+    tokens: Snapshot
+    logits: dict[int, Tensor]
+    """float32 (V,) by slot, where log-probabilities were asked for."""
+
+
 class Source(Protocol):
     """Where jobs come from, in the order in which they are begun."""
 
@@ -86,6 +98,7 @@ class Scheduler:
         refill: bool = True,
         length: int = 0,
         patience_s: float = math.inf,
+        lag: int | None = None,
     ) -> None:
         """Does not allocate yet: the first jobs say how long a slot must be.
 
@@ -100,6 +113,9 @@ class Scheduler:
             refill: give a slot to the next request when its own ends; otherwise when all have.
             length: least length of a slot, in tokens; by default what the first jobs need.
             patience_s: longest that a request waits for others to share its prefill.
+            lag: steps that are begun before the tokens of an earlier one are read, so that a GPU
+                never waits for the host; by default 1 on a GPU, 0 on a CPU, which would compute
+                tokens after an answer's end in vain.
         """
         self.decoder = Decoder(model, compiled=compiled)
         self.tower = Tower(model, statistics, tiles_at_once, compiled=compiled)
@@ -111,29 +127,36 @@ class Scheduler:
         self.most_slots = slots
         self.dtype = dtype or model.get_input_embeddings().weight.dtype
         self.row_tokens = row_tokens
+        self.lag = (1 if model.device.type == "cuda" else 0) if lag is None else lag
         self.active: dict[int, Job] = {}
-        """Jobs in flight by slot."""
+        """Jobs by slot of which a token is still to be computed."""
+        self.begun: dict[int, int] = {}
+        """Tokens of each active slot's job that are computed or begun."""
+        self.launched: deque[_Launched] = deque()
         self.free: list[int] = []
         self.waiting: deque[Job] = deque()
+        self.waited = 0
+        """Steps that a short row has waited for others to fill it."""
 
     def run(self, source: Source) -> Iterator[Job]:
         """Yields a job after each of its tokens, until the source has no more."""
         drained = False
         while True:
             while not drained and len(self.waiting) < self.most_slots:
-                idle = not self.waiting and not self.active
+                idle = not (self.waiting or self.active or self.launched)
                 job = source.take(wait=idle)
                 if job is None:
                     drained = idle
                     break
                 self.waiting.append(job)
-            if not self.waiting and not self.active:
-                if drained:
-                    return
-                continue
+            if drained and not (self.waiting or self.active or self.launched):
+                return
             yield from self._drop_cancelled()
-            yield from self._admit()
-            yield from self._advance()
+            self._admit()
+            if self.active:
+                yield from self._advance()
+            # Without a next step there is nothing to overlap with.
+            yield from self._read(self.lag if self.active else 0)
 
     def _drop_cancelled(self) -> Iterator[Job]:
         """Ends cancelled jobs, whose slots become free."""
@@ -142,26 +165,24 @@ class Scheduler:
         if not jobs:
             return
         for slot in in_slots:
-            del self.active[slot]
-            self.free.append(slot)
+            self._leave(slot)
         self.waiting = deque(job for job in self.waiting if not job.cancelled)
         for job in jobs:
             job.ended = True
         yield from jobs
 
-    def _admit(self) -> Iterator[Job]:
+    def _admit(self) -> None:
         """Prefills waiting jobs into free slots, while they fill a row."""
         if self.active and not self.refill:
             return
         while self.waiting and self._fits(self.waiting[0].length):
             jobs = self._row()
-            # A short row costs as many launches as a long one: while others decode, wait for it.
+            # A short row costs as many launches as a long one: while others decode, it may wait.
             if not jobs:
                 return
-            num_active = len(self.active)
-            yield from self._prefill(jobs)
+            self.waited = 0
             # Not again at once after one that the memory did not hold: others may end first.
-            if len(self.active) <= num_active:
+            if not self._prefill(jobs):
                 return
 
     def _fits(self, length: int) -> bool:
@@ -195,7 +216,13 @@ class Scheduler:
                     ) from error
                 slots //= 2
         self.free = list(reversed(range(slots)))
-        log.get_logger().debug("%d slots of %s tokens", slots, f"{length:,}")
+        # On a CPU they are as many as were asked for, which tells nobody anything.
+        level = logging.INFO if self.model.device.type == "cuda" else logging.DEBUG
+        fewer = slots < self.most_slots
+        why = f"the memory holds no more of {self.most_slots}" if fewer else "the memory holds all"
+        log.get_logger().log(
+            level, "%d requests at a time, of %s tokens: %s", slots, f"{length:,}", why
+        )
 
     def _slots_in_memory(self, length: int) -> int:
         """Returns how many slots the device's free memory holds beside a prefill; at least 1."""
@@ -229,11 +256,14 @@ class Scheduler:
         is_full = count < len(self.free) and count < len(self.waiting)
         few = count < max(1, self.decoder.cache.slots // _REFILL)
         is_patient = time.monotonic() - self.waiting[0].since_s < self.patience_s
+        is_patient = is_patient and self.waited < _PATIENCE
         if self.active and few and not is_full and is_patient:
+            self.waited += count > 0
             return []
         return [self.waiting.popleft() for _ in range(count)]
 
-    def _prefill(self, jobs: Sequence[Job]) -> Iterator[Job]:
+    def _prefill(self, jobs: Sequence[Job]) -> bool:
+        """Begins jobs in free slots; False if the memory does not hold them together."""
         slots = [self.free.pop() for _ in jobs]
         try:
             visual = self.tower.see([job.prompt.tiles for job in jobs])
@@ -242,15 +272,16 @@ class Scheduler:
                 for job, tokens, slot in zip(jobs, visual, slots, strict=True)
             ]
             logits = self.decoder.prefill(placed)
-            chosen = choose(logits, jobs, self.end_id).tolist()
         except torch.OutOfMemoryError as error:
             # Nothing of a row that failed is read again: its slots are written from the start.
             self.free += reversed(slots)
             self.waiting.extendleft(reversed(jobs))
             self._take_less(jobs, error)
-            return
+            return False
+        self.begun |= dict.fromkeys(slots, 0)
         self.active |= zip(slots, jobs, strict=True)
-        yield from self._accept(slots, chosen, logits)
+        self._choose(logits, slots, jobs)
+        return True
 
     def _take_less(self, jobs: Sequence[Job], error: torch.OutOfMemoryError) -> None:
         """Halves what is computed together, after a row that the memory did not hold.
@@ -280,34 +311,71 @@ class Scheduler:
 
     def _advance(self) -> Iterator[Job]:
         """Decodes one token of every active job."""
-        if not self.active:
-            return
+        # What they choose from depends on all of their tokens.
+        if not all(is_plain(job) for job in self.active.values()):
+            yield from self._read(0)
+            if not self.active:
+                return
         assert self.decoder.cache is not None
-        tokens, positions = [0] * self.decoder.cache.slots, [0] * self.decoder.cache.slots
+        positions = [0] * self.decoder.cache.slots
         for slot, job in self.active.items():
-            tokens[slot] = job.generated[-1]
-            positions[slot] = len(job.prompt.input_ids) + len(job.generated) - 1
-        self.decoder.place(tokens, positions)
+            positions[slot] = len(job.prompt.input_ids) + self.begun[slot] - 1
+        self.decoder.place(positions)
+        logits = self.decoder.decode(max(positions) + 1)
         slots = sorted(self.active)
-        logits = self.decoder.decode(max(positions) + 1)[slots]
-        jobs = [self.active[slot] for slot in slots]
-        chosen = choose(logits, jobs, self.end_id)
-        yield from self._accept(slots, chosen.tolist(), logits)
+        self._choose(logits, slots, [self.active[slot] for slot in slots], slots)
 
-    def _accept(self, slots: Sequence[int], tokens: Sequence[int], logits: Tensor) -> Iterator[Job]:
-        """Appends the tokens that were chosen of `logits`, a row for each slot."""
-        jobs = [self.active[slot] for slot in slots]
-        for row, (slot, job, token) in enumerate(zip(slots, jobs, tokens, strict=True)):
-            job.generated.append(token)
-            if job.top_logprobs is not None:
-                job.logprobs.append(likelihoods(logits[row], token, job.top_logprobs))
-            full = len(job.generated) == job.settings.max_new_tokens
-            job.ended = token == self.end_id or full or job.cancelled
-            if job.ended:
-                del self.active[slot]
-                self.free.append(slot)
-        # After all of them: whoever is called may stop here, and the slots must agree.
-        yield from jobs
+    def _choose(
+        self,
+        logits: Tensor,
+        slots: Sequence[int],
+        jobs: Sequence[Job],
+        rows: Sequence[int] | None = None,
+    ) -> None:
+        """Begins the next token of jobs in slots; those with their last one leave their slots.
+
+        Args:
+            rows: rows of the logits that are theirs; None: in order.
+        """
+        rows = range(len(jobs)) if rows is None else rows
+        for slot, job, row in zip(slots, jobs, rows, strict=True):
+            if not is_plain(job):
+                self.decoder.tokens[slot] = choose(logits[row : row + 1], [job], self.end_id)[0]
+        pairs = list(zip(slots, jobs, strict=True))
+        # Copied: the next step writes there.
+        rows_of = zip(slots, jobs, rows, strict=True)
+        likely = {
+            slot: logits[row].clone() for slot, job, row in rows_of if job.top_logprobs is not None
+        }
+        self.launched.append(_Launched(pairs, self.decoder.snapshot(), likely))
+        for slot, job in pairs:
+            self.begun[slot] += 1
+            # Whatever takes the slot now is computed after its last token.
+            if self.begun[slot] == job.settings.max_new_tokens:
+                self._leave(slot)
+
+    def _leave(self, slot: int) -> None:
+        del self.active[slot], self.begun[slot]
+        self.free.append(slot)
+
+    def _read(self, lag: int) -> Iterator[Job]:
+        """Reads tokens that were begun, all but the last `lag` steps."""
+        while len(self.launched) > lag:
+            step = self.launched.popleft()
+            tokens = step.tokens.read()
+            # A token after an answer's end was begun before that was read.
+            pairs = [(slot, job) for slot, job in step.jobs if not job.ended]
+            for slot, job in pairs:
+                job.generated.append(tokens[slot])
+                if job.top_logprobs is not None:
+                    logits, count = step.logits[slot], job.top_logprobs
+                    job.logprobs.append(likelihoods(logits, tokens[slot], count))
+                full = len(job.generated) == job.settings.max_new_tokens
+                job.ended = tokens[slot] == self.end_id or full or job.cancelled
+                if job.ended and self.active.get(slot) is job:
+                    self._leave(slot)
+            # After all of them: whoever is called may stop here, and the slots must agree.
+            yield from [job for _, job in pairs]
 
 
 _RESERVE = 3 * 2**30
@@ -315,3 +383,6 @@ _RESERVE = 3 * 2**30
 
 _REFILL = 8
 """A row is prefilled once this part of the slots is free, or sooner if a row is full."""
+
+_PATIENCE = 8
+"""Steps after which a row is prefilled however short it is."""

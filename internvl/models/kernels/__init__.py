@@ -12,8 +12,11 @@ from internvl.config import ComputeConfig
 from internvl.models.kernels import float8, gelu, last_mlp, patch_embed
 from internvl.models.kernels.float8 import convert_frozen_linears as convert_frozen_linears
 from internvl.models.kernels.float8 import is_used as uses_float8
+from internvl.models.kernels.last_mlp import SelectiveBlock as SelectiveBlock
+from internvl.models.kernels.last_mlp import run_selected as run_selected
 from internvl.models.kernels.last_mlp import select_positions as select_positions
 from internvl.models.kernels.last_mlp import supports as supports_last_mlp
+from internvl.models.kernels.patch_embed import products as patch_products
 
 
 def apply(model: Any, compute: ComputeConfig, device: torch.device) -> None:
@@ -33,8 +36,11 @@ def apply(model: Any, compute: ComputeConfig, device: torch.device) -> None:
 
 
 __all__ = [
+    "SelectiveBlock",
     "apply",
     "convert_frozen_linears",
+    "patch_products",
+    "run_selected",
     "select_positions",
     "supports_last_mlp",
     "uses_float8",

@@ -82,6 +82,14 @@ def enable(blocks: nn.ModuleList) -> None:
         replace_module(blocks, str(len(blocks) - 1), cls)
 
 
+def run_selected(block: SelectiveBlock, hidden: Tensor, positions: Tensor, **kwargs: Any) -> Tensor:
+    """Runs a block that returns `positions` only, (B, L, D) -> (B, M, D), as an argument.
+
+    Compiled code takes any number of them, where it would be built anew for another attribute.
+    """
+    return block.forward(hidden, positions=positions, **kwargs)
+
+
 @contextmanager
 def select_positions(blocks: nn.ModuleList, positions: Tensor) -> Iterator[bool]:
     """Inside, the last block returns `positions`, int64 (M,), only; yields False if it cannot."""

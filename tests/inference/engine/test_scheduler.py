@@ -51,9 +51,9 @@ def jobs(model, shapes=SHAPES, **settings):
     ]
 
 
-def scheduler(model, slots, **options):
+def scheduler(model, slots, end_id=END, **options):
     statistics = STATISTICS["imagenet"]
-    return Scheduler(model, end_id=END, statistics=statistics, slots=slots, **options)
+    return Scheduler(model, end_id=end_id, statistics=statistics, slots=slots, **options)
 
 
 def tokens(model, todo, slots, **options):
@@ -86,6 +86,45 @@ def test_tokens_are_those_of_generate(model):
     for slots in (1, 3, 16):
         assert tokens(model, jobs(model), slots) == wanted
     assert tokens(model, jobs(model)[::-1], 2, row_tokens=40, tiles_at_once=2) == wanted
+
+
+@pytest.mark.parametrize("lag", [1, 3])
+def test_tokens_that_are_read_later_are_the_same(small, lag):
+    end = tokens(small, jobs(small), 1)[4][5]  # so that answers end early, and not at once
+    wanted = tokens(small, jobs(small), 1, end_id=end)
+    assert len(wanted[4]) < SHAPES[4][2]
+    for slots in (1, 3, 16):
+        assert tokens(small, jobs(small), slots, end_id=end, lag=lag) == wanted
+    settings = ({}, {"repetition_penalty": 2.5}, {"min_new_tokens": 8}, {"temperature": 1e-4})
+    mixed = [
+        Job(n, prompt(small, 6, n % 2, n), Settings(max_new_tokens=8, **chosen))
+        for n, chosen in enumerate(settings * 2)
+    ]
+    again = [Job(job.key, job.prompt, job.settings) for job in mixed]
+    assert tokens(small, mixed, 3, lag=lag) == tokens(small, again, 1)
+
+
+def test_a_short_row_waits_only_some_steps(small):
+    todo = jobs(small, [(4, 0, 60)] * 15 + [(4, 0, 5)])
+    source = Late(todo[:15], todo[15:])
+    order = [job.key for job in scheduler(small, 16).run(source) if job.ended]
+    assert order[0] == 15
+
+
+class Late:
+    """A source whose second jobs come once the first ones run."""
+
+    def __init__(self, first, second):
+        self.first, self.second = list(first), list(second)
+        self.ready = False
+
+    def take(self, *, wait):
+        if self.first:
+            return self.first.pop(0)
+        if not (wait or self.ready):
+            self.ready = True
+            return None
+        return self.second.pop(0) if self.second else None
 
 
 def test_tiles_that_are_normalized_beside_others(small):
