@@ -237,7 +237,8 @@ class Decoder:
                 self.tokens.copy_(before)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads pin the tiles that they read meanwhile, which "global" takes for an error.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             logits = self._decode(reach)
         return graph, logits
 

@@ -104,29 +104,6 @@ def test_tokens_that_are_read_later_are_the_same(small, lag):
     assert tokens(small, mixed, 3, lag=lag) == tokens(small, again, 1)
 
 
-def test_a_short_row_waits_only_some_steps(small):
-    todo = jobs(small, [(4, 0, 60)] * 15 + [(4, 0, 5)])
-    source = Late(todo[:15], todo[15:])
-    order = [job.key for job in scheduler(small, 16).run(source) if job.ended]
-    assert order[0] == 15
-
-
-class Late:
-    """A source whose second jobs come once the first ones run."""
-
-    def __init__(self, first, second):
-        self.first, self.second = list(first), list(second)
-        self.ready = False
-
-    def take(self, *, wait):
-        if self.first:
-            return self.first.pop(0)
-        if not (wait or self.ready):
-            self.ready = True
-            return None
-        return self.second.pop(0) if self.second else None
-
-
 def test_tiles_that_are_normalized_beside_others(small):
     todo = jobs(small)
     mean, std = (torch.tensor(v)[:, None, None] for v in STATISTICS["imagenet"])
@@ -206,7 +183,7 @@ def test_a_cancelled_request_that_waits_is_never_begun(small):
     assert [len(g) for g in tokens(small, todo, 1).values()] == [0, 5, 6]
 
 
-def test_a_request_is_begun_without_waiting_for_others_if_there_is_no_patience(small):
+def test_a_short_row_waits_for_others_only_some_steps_and_not_without_patience(small):
     def when_begun(**options):
         todo = jobs(small, [(4, 0, 40), (5, 0, 3)])
         source = Trickle(todo)
@@ -216,7 +193,7 @@ def test_a_request_is_begun_without_waiting_for_others_if_there_is_no_patience(s
                 return len(todo[0].generated)
 
     assert when_begun(patience_s=0.0) < 5
-    assert when_begun() == 40
+    assert 5 < when_begun() < 15  # of 40: some steps for others to come
 
 
 def test_slots_are_as_long_as_they_are_asked_for(small):
