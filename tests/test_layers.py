@@ -19,7 +19,7 @@ LEVELS = {
     10: ("cli",),
     9: ("demo", "compat"),
     8: ("check", "launch", "serve"),
-    7: ("train", "evaluate"),
+    7: ("train", "evaluate", "pairing"),
     6: ("run",),
     5: ("evals", "plan", "export"),
     4: ("inference", "objectives"),

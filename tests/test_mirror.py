@@ -19,6 +19,7 @@ ONE_DOOR = {
     "evals/benchmark": "an entry is seen in its questions, files and scores together",
     "evals/scoring": "one table holds every function to the original's results",
     "export": "layouts are what an export writes",
+    "pairing": "questions, forms and rules are seen in the pairs that they make",
     "plan": "a plan is one table",
     "report": "a style is seen on a page alone",
     "zoo": "tables of facts: what reads them is tested",

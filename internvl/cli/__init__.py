@@ -85,7 +85,7 @@ def parse(argv: Sequence[str]) -> Arguments:
         sys.exit(2)
     # argparse's intermixed parsing refuses parsers with subparsers, so a verb's own is called.
     if not argv or argv[0] not in verbs or argv[0] in ("data", "compat"):
-        return top.parse_args(argv)
+        return top.parse_args(argv, argparse.Namespace(argv=argv))
     if argv[0] == "launch":
         return _parse_launch(argv, verbs)
     started = argparse.Namespace(verb=argv[0], argv=argv)

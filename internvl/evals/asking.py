@@ -161,6 +161,7 @@ def ask(
     settings: Settings,
     *,
     batch_size: int,
+    fills_device: bool = False,
     cache: Path | None,
     unit: str = "questions",
 ) -> list[Answer]:
@@ -169,6 +170,7 @@ def ask(
     Args:
         count: number of questions.
         prepare: makes a question, its images decoded, from its index; runs ahead in a thread.
+        fills_device: of a batch as many requests are in flight as the device holds; else all.
         cache: folder of the answers so far, whose name tells questions, images and settings apart;
             None keeps none.
         unit: what is counted for the progress.
@@ -186,6 +188,7 @@ def ask(
             if all(index in rows for index in batch):
                 done[n] = [rows[index] for index in batch]
     in_step = lockstep.in_step(chat.model)
+    in_flight = None if fills_device else batch_size
 
     def read(batch: range) -> list[Question | str]:
         return [_try(chat, prepare, index) for index in batch]
@@ -196,7 +199,7 @@ def ask(
         # Ranks that run in step need a forward each, also for a batch that cannot be asked.
         requests = [entry.request for entry in shown] or ([_nothing(chat)] if in_step else [])
         answers = (
-            chat.answer(requests, batch_size=batch_size, seeds=seeds, **vars(settings))
+            chat.answer(requests, batch_size=in_flight, seeds=seeds, **vars(settings))
             if requests
             else []
         )
