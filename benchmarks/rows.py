@@ -46,9 +46,11 @@ def _alone(script: str, name: str, tiny: bool, limit_s: float) -> dict[str, Any]
 
 
 def rounded(values: Any) -> Any:
-    """Floats with five digits, at any depth."""
+    """Floats with five digits, at any depth of dicts and lists."""
     if isinstance(values, dict):
         return {key: rounded(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [rounded(value) for value in values]
     return float(f"{values:.5g}") if isinstance(values, float) else values
 
 

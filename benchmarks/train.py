@@ -185,14 +185,22 @@ class Clocks:
 
 
 def build(
-    row: Row, folder: Path, device: torch.device, options: argparse.Namespace
+    row: Row,
+    folder: Path,
+    device: torch.device,
+    options: argparse.Namespace,
+    run: Path | None = None,
 ) -> train.TrainState:
-    """The run of a row: files on disk, a random model, all else as `train.build` makes it."""
+    """The run of a row: files on disk, a random model, all else as `train.build` makes it.
+
+    Args:
+        run: the run folder, instead of one below `folder`; ranks share it.
+    """
     chat = workloads.random_chat(
         row.model, device, rank=row.rank, dropout=row.dropout, tiny=options.tiny
     )
     steps = WARMUP + options.steps
-    batch = 10 if options.tiny else options.batch or row.batch
+    batch = options.batch or (10 if options.tiny else row.batch)
     drawn = workloads.mixture(0) if row.mixture else workloads.coco(0)
     count = max(1, min(batch * steps, _DRAWN) // row.captions)
     samples = list(itertools.islice(drawn, count))
@@ -211,7 +219,7 @@ def build(
             },
             "optim": {"lr": 4e-5, "weight_decay": 0.01, "decay_vectors": True},
             "compute": row.compute,
-            "run": str(folder / "run"),
+            "run": str(run or folder / "run"),
             "global_batch": batch,
             "steps": steps,
             "device": device.type,

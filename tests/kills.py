@@ -2,6 +2,10 @@
 
     python tests/kills.py --kills 100 --ranks 2 --shard zero3
 
+The model is the smallest that has every unit that is sharded, so that the processes spend their
+time where kills fall: in starts, steps and checkpoints. With --cpu-minutes the script ends after
+the run in which they are spent, and reports how many kills there were by then.
+
 A kill is SIGKILL of one rank, of all, or of one or all while a checkpoint is written, at a random
 time. After each the same command goes on. When a run has ended, every loss and every weight must
 equal those of the undisturbed run with as many ranks, bit for bit; then the next run begins.
@@ -23,7 +27,10 @@ import ranks
 import tiny_run
 import torch
 
+from internvl import demo
 from internvl.training import checkpoint
+
+SIZE = demo.ChatSize(64, 16, 32, 1, 32, 1)
 
 CODE = """
 from internvl import train
@@ -60,8 +67,8 @@ def wait_for(moment, processes):
 
 
 def kill(run, kind, processes, chance):
-    """Kills at a random time of the kind; returns seconds until all have ended, or None if the run
-    was faster."""
+    """Kills at a random time of the kind; returns seconds until all have ended, and their CPU
+    seconds, or None if the run was faster."""
     checkpoints, begun = run / "checkpoints", num_steps(run)
     if kind.endswith("checkpoint"):
         skipped = chance.randrange(3)
@@ -78,6 +85,7 @@ def kill(run, kind, processes, chance):
     if all(process.exitcode is not None for process in processes):
         return None
     victims = processes if kind.startswith("all") else [chance.choice(processes)]
+    spent_s = cpu_s(processes)
     for process in victims:
         process.kill()
     killed = time.perf_counter()
@@ -91,7 +99,19 @@ def kill(run, kind, processes, chance):
             os.kill(process.pid, signal.SIGABRT)
             process.join()
             raise SystemExit(f"rank {rank} did not end within {LONGEST_S} s of a kill ({kind})")
-    return time.perf_counter() - killed
+    return time.perf_counter() - killed, spent_s
+
+
+def cpu_s(processes):
+    """CPU seconds of processes that run, and of those that ended without being waited for."""
+    ticks = 0
+    for process in processes:
+        stat = Path(f"/proc/{process.pid}/stat")
+        try:
+            ticks += sum(map(int, stat.read_text().rpartition(")")[2].split()[11:13]))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def num_steps(run):
@@ -100,12 +120,13 @@ def num_steps(run):
 
 
 def finish(processes, folder):
-    """Waits for the end of a run; a rank that fails is an error."""
+    """Waits for the end of a run; returns its CPU seconds; a rank that fails is an error."""
     connection.wait([process.sentinel for process in processes])
     for rank, process in enumerate(processes):
         process.join(LONGEST_S)
         if process.exitcode != 0:
             raise SystemExit((folder / f"rank{rank}" / "err").read_text())
+    return sum(float((folder / f"rank{rank}/cpu_s").read_text()) for rank in range(len(processes)))
 
 
 def differences(run, expected):
@@ -133,12 +154,13 @@ def main():
     parser.add_argument("--shard", default="zero3")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cpu-minutes", type=float, default=float("inf"))
     options = parser.parse_args()
     chance = random.Random(options.seed)
     ranks._start_server()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        project = tiny_run.make(folder)
+        project = tiny_run.make(folder, size=SIZE, global_batch=4)
         settings = [f"steps={options.steps}", "checkpoint.every=1", "checkpoint.keep=1"]
         settings.append(f"parallel.shard={options.shard}")
 
@@ -147,25 +169,28 @@ def main():
             return CODE.format(recipe=str(project), settings=words)
 
         expected = folder / "undisturbed"
-        finish(start(code(expected), options.ranks, folder), folder)
+        spent_s = finish(start(code(expected), options.ranks, folder), folder)
+        report({"undisturbed_cpu_s": round(spent_s, 1)})
         kills, runs, slowest = dict.fromkeys(KINDS, 0), 0, 0.0
-        while sum(kills.values()) < options.kills:
+        while sum(kills.values()) < options.kills and spent_s < 60 * options.cpu_minutes:
             run, runs = folder / f"run{runs}", runs + 1
             while not (run / "finished.json").exists():
                 processes = start(code(run), options.ranks, folder)
                 if sum(kills.values()) < options.kills:
                     kind = KINDS[sum(kills.values()) % len(KINDS)]
-                    seconds = kill(run, kind, processes, chance)
-                    if seconds is not None:
+                    killed = kill(run, kind, processes, chance)
+                    if killed is not None:
                         kills[kind] += 1
-                        slowest = max(slowest, seconds)
-                        report({"kill": kind, "ended_s": round(seconds, 2)})
+                        slowest = max(slowest, killed[0])
+                        spent_s += killed[1]
+                        done = {"step": num_steps(run), "cpu_s": round(killed[1], 1)}
+                        report({"kill": kind, "ended_s": round(killed[0], 2), **done})
                         continue
-                finish(processes, folder)
+                spent_s += finish(processes, folder)
             if different := differences(run, expected):
                 sys.exit(f"run {runs} differs from the undisturbed one: {', '.join(different[:5])}")
         result = {"kills": kills, "runs": runs, "differ": 0, "slowest_end_s": round(slowest, 2)}
-        report(result)
+        report(result | {"cpu_minutes": round(spent_s / 60, 1)})
 
 
 if __name__ == "__main__":

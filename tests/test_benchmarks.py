@@ -23,6 +23,7 @@ def run(script, *words):
         "dual.py",
         "memory.py",
         "rehearse.py",
+        "many_gpus.py",
     ):  # a busy machine would leave out rows after minutes
         command += ["--budget-s", "1e6"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -55,6 +56,15 @@ def test_ranks_are_evened_out():
     assert [row["row"] for row in rows] == ["one tile, 8 ranks", "mixture, 8 ranks"]
     for row in rows:
         assert max(row["balanced"].values()) < 0.03 < max(row["unbalanced"].values())
+
+
+def test_several_gpus():
+    (row,) = run("many_gpus.py", "--tiny", "2b_coco")
+    assert "failed" not in row
+    assert len(row["alone_samples_per_s"]) == row["ranks"] == 2
+    assert row["share"] > 0
+    assert [save["gib"] > 0 for save in row["saves"]] == [True, True]
+    assert row["resume_s"] > 0
 
 
 def test_one_rank_of_many():

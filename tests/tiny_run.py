@@ -15,12 +15,12 @@ COLORS = ("red", "green", "blue", "gray", "purple", "orange", "black", "yellow")
 SHAPES = ("circle", "square", "cross")
 
 
-def make(folder: Path, **changes: object) -> Path:
+def make(folder: Path, *, size: demo.ChatSize = demo.CHAT_SIZE, **changes: object) -> Path:
     """Writes everything below `folder` and returns the recipe; `changes` are top-level keys."""
     folder.mkdir(parents=True, exist_ok=True)
     _draw(folder)
     if not (folder / "start").exists():
-        demo.start_model(folder, folder / "start")
+        demo.start_model(folder, folder / "start", size)
     tree = {
         "model": {
             "id": str(folder / "start"),

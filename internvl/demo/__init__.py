@@ -108,12 +108,6 @@ def run(folder: Path, *, short: bool = False) -> Path:
     return page
 
 
-def start_model(data: Path, folder: Path) -> None:
-    """Writes the model that training starts from; its tokenizer is trained on the image names."""
-    prompts = list(openmoji.PROMPTS.values())
-    create_model(folder, train_tokenizer(_names(data / "train.jsonl"), prompts))
-
-
 @dataclass(frozen=True)
 class ChatSize:
     """Widths and depths of a small InternVL-Chat with one tile per image, 4 heads in all blocks."""
@@ -128,6 +122,12 @@ class ChatSize:
 
 CHAT_SIZE = ChatSize(PIXELS, 8, 128, 3, 128, 3)
 """1.5 million parameters."""
+
+
+def start_model(data: Path, folder: Path, size: ChatSize = CHAT_SIZE) -> None:
+    """Writes the model that training starts from; its tokenizer is trained on the image names."""
+    prompts = list(openmoji.PROMPTS.values())
+    create_model(folder, train_tokenizer(_names(data / "train.jsonl"), prompts), size)
 
 
 def create_model(
