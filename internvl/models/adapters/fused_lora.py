@@ -19,7 +19,7 @@ holds them does so before it runs. Writes through `.data` are not counted and mu
 
 from collections.abc import Iterable
 from functools import cache
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,8 @@ class FusedLinear(Linear):
     their parameters keep one name."""
     copied: list[tuple[nn.Module, Tensor, int]]
     """(linear layer, its weight, the weight's version) of all that is in `fused`."""
+    views: "_Views | None"
+    """What `_sync` copies, None before the first time."""
     sync_hook: RemovableHandle
     """The hook of the stack of blocks that this layer is in."""
 
@@ -83,6 +85,18 @@ class FusedLinear(Linear):
             linear.weight is not weight or weight._version != version
             for linear, weight, version in self.copied
         )
+
+
+class _Views(NamedTuple):
+    """Views of a `fused`, taken once: a step that takes them anew waits for the host."""
+
+    linears: list[Any]
+    """Every base layer and B."""
+    memory: list[int]
+    """Addresses of `fused` and of their weights."""
+    columns: list[Tensor]
+    """The columns (out, rank) of each B."""
+    bs: list[Tensor]
 
 
 class Follower(Linear):
@@ -260,14 +274,9 @@ def _fuse_group(model: nn.Module, names: list[str]) -> FusedLinear:
     buffer = leader.base_layer.weight.detach().new_empty(rows, columns)
     # Not persistent: a checkpoint has the base and B under PEFT's names.
     leader.register_buffer("fused", buffer, persistent=False)
+    leader.views = None
     _sync([leader])
     return leader
-
-
-def _versions(leader: FusedLinear) -> list[tuple[nn.Module, Tensor, int]]:
-    layers: list[Any] = [leader, *leader.followers]
-    linears = [x for layer in layers for x in (layer.base_layer, layer.lora_B[_ADAPTER])]
-    return [(linear, linear.weight, linear.weight._version) for linear in linears]
 
 
 def _share_bases(leader: FusedLinear) -> None:
@@ -282,16 +291,34 @@ def _share_bases(leader: FusedLinear) -> None:
             weight.data = rows
 
 
+def _memory(fused: Tensor, linears: list[Any]) -> list[int]:
+    return [fused.data_ptr(), *[linear.weight.data_ptr() for linear in linears]]
+
+
+def _views(leader: FusedLinear) -> _Views:
+    """Makes base weights views of `fused` again and takes the columns of every B."""
+    _share_bases(leader)
+    layers: list[Any] = [leader, *leader.followers]
+    linears: list[Any] = [x for layer in layers for x in (layer.base_layer, layer.lora_B[_ADAPTER])]
+    bs = [_b(layer) for layer in layers]
+    columns = leader.fused[:, leader.in_features :].split([len(b) for b in bs])
+    return _Views(linears, _memory(leader.fused, linears), list(columns), bs)
+
+
 @torch.no_grad()
 def _sync(leaders: Iterable[FusedLinear]) -> None:
     """Copies every B into its columns of `fused`, and bases that were replaced or moved."""
     columns, bs = [], []
     for leader in leaders:
-        _share_bases(leader)
-        values = [_b(layer) for layer in (leader, *leader.followers)]
-        columns += leader.fused[:, leader.in_features :].split([len(b) for b in values])
-        bs += values
-        leader.copied = _versions(leader)
+        views = leader.views
+        # The device waits for this at the start of every step, so all but the first time it is a
+        # comparison of addresses.
+        if views is None or views.memory != _memory(leader.fused, views.linears):
+            views = leader.views = _views(leader)
+        columns += views.columns
+        bs += views.bs
+        weights = [(linear, linear.weight) for linear in views.linears]
+        leader.copied = [(linear, weight, weight._version) for linear, weight in weights]
     torch._foreach_copy_(columns, bs)
 
 
@@ -331,7 +358,7 @@ def unfuse(model: nn.Module) -> None:
         plain = replace_module(model, name, Linear)
         if isinstance(module, FusedLinear):
             module.sync_hook.remove()
-            del plain.fused, plain.followers, plain.copied, plain.sync_hook
+            del plain.fused, plain.followers, plain.copied, plain.views, plain.sync_hook
 
 
 def _b(layer: Any) -> Tensor:
