@@ -32,6 +32,7 @@ from internvl.cli import (
     launch,
     merge,
     models,
+    serve,
     train,
 )
 from internvl.cli.common import Arguments
@@ -46,6 +47,7 @@ _VERBS: dict[str, ModuleType] = {
     "launch": launch,
     "evaluate": evaluate,
     "chat": chat,
+    "serve": serve,
     "merge": merge,
     "export": export,
     "data": data,

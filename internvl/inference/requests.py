@@ -29,7 +29,7 @@ from internvl.data.messages import (
 from internvl.data.records import Message, Video
 from internvl.data.tiles import tile_images
 from internvl.data.video import read_video
-from internvl.errors import BadSample, UserError
+from internvl.errors import BadSample, UserError, counted
 
 ImageInput = str | Path | bytes | BinaryIO | FileSlice | Image.Image | np.ndarray | Tensor
 """A path, `data:` address, encoded file or file object; a Pillow image, uint8 array (H, W) or
@@ -50,6 +50,7 @@ class Request:
     videos: one or several. A frame is one tile, preceded by a line with its number.
     num_frames: frames of each video, spread evenly; frames that are passed are all used.
     max_tiles: most tiles of all images together, thumbnails not counted; None: the checkpoint's.
+        A list has the most tiles of each image, which then share nothing.
     prefix: how the answer begins; it is continued, and is part of the answer that is returned.
 
     Raises:
@@ -60,7 +61,7 @@ class Request:
     images: Sequence[ImageInput] | ImageInput = ()
     videos: Sequence[VideoInput] | VideoInput = ()
     num_frames: int = 8
-    max_tiles: int | None = None
+    max_tiles: int | Sequence[int] | None = None
     prefix: str = ""
 
     def __post_init__(self) -> None:
@@ -70,7 +71,10 @@ class Request:
         elif isinstance(messages, Message | Mapping):
             messages = [messages]
         check_whole("num_frames", self.num_frames, 1)
-        if self.max_tiles is not None:
+        if isinstance(self.max_tiles, Sequence) and not isinstance(self.max_tiles, str):
+            for index, most in enumerate(self.max_tiles):
+                check_whole(f"max_tiles[{index}]", most, 1)
+        elif self.max_tiles is not None:
             check_whole("max_tiles", self.max_tiles, 1)
         images = () if self.images is None else list_images(self.images)
         # File objects become bytes once: a request may be encoded twice, an iterator read once.
@@ -148,10 +152,17 @@ def encode(
         else:
             images.append(medium)
             is_frame.append(False)
-    if request.max_tiles is not None:
-        tiles = replace(tiles, min=min(tiles.min, request.max_tiles), max=request.max_tiles)
+    most = request.max_tiles
+    if isinstance(most, Sequence):
+        if len(most) != is_frame.count(False):
+            raise UserError(
+                f"{name}: max_tiles lists {len(most)}, and there are "
+                f"{counted(is_frame.count(False), 'image')}; list the most tiles of each image"
+            )
+    elif most is not None:
+        tiles, most = _at_most(tiles, most), None
     mean = STATISTICS[normalize][0]
-    pixels, tiles_per_image = stack_tiles(images, is_frame, tiles, name, exif, mean)
+    pixels, tiles_per_image = stack_tiles(images, is_frame, tiles, name, exif, mean, most)
     messages = _with_frames(messages, frame_counts)
     ids = encoder.prompt(messages, tiles_per_image, name)
     if not request.prefix:
@@ -230,8 +241,12 @@ def stack_tiles(
     name: str,
     exif: Exif,
     mean: Triple,
+    most: Sequence[int] | None = None,
 ) -> tuple[Tensor | None, tuple[int, ...]]:
     """Returns (tiles (N, 3, S, S) or None without images, number of tiles of each image).
+
+    Args:
+        most: most tiles of each image that is no frame; None: all share those of `config`.
 
     Raises:
         BadImage: an image cannot be read; it is named by its index.
@@ -250,9 +265,14 @@ def stack_tiles(
         return torch.cat(ready), tuple(map(len, ready))
     opened = [rgb_at(f"{name}: image {n}", image, exif) for n, image in enumerate(images)]
     tiles: dict[int, Tensor] = {}
+    whole = [index for index, frame in enumerate(is_frame) if not frame]
+    frames = [index for index, frame in enumerate(is_frame) if frame]
     # Images share the budget of tiles; a frame is one tile, as in training.
-    for limits, frames in ((config, False), (replace(config, min=1, max=1), True)):
-        indices = [index for index, frame in enumerate(is_frame) if frame is frames]
+    groups = [(config, whole), (_at_most(config, 1), frames)]
+    if most is not None:
+        alone = [(_at_most(config, n), [i]) for i, n in zip(whole, most, strict=True)]
+        groups = [*alone, groups[1]]
+    for limits, indices in groups:
         cut = tile_images([opened[index] for index in indices], limits, limits.max, mean=mean)
         if cut is not None:
             tiles |= zip(indices, cut.pixels.split(cut.per_image), strict=True)
@@ -260,3 +280,8 @@ def stack_tiles(
         return None, ()
     ordered = [tiles[index] for index in range(len(images))]
     return torch.cat(ordered), tuple(map(len, ordered))
+
+
+def _at_most(config: TilesConfig, most: int) -> TilesConfig:
+    """Returns the tiling with at most `most` tiles."""
+    return replace(config, min=min(config.min, most), max=most)

@@ -71,13 +71,19 @@ def accelerate(model: Any, *, float8: bool = False) -> None:
 
 
 def scheduler(
-    model: Any, encoder: ChatEncoder, slots: int | None = None, *, compiled: bool = False
+    model: Any,
+    encoder: ChatEncoder,
+    slots: int | None = None,
+    *,
+    compiled: bool = False,
+    **options: Any,
 ) -> Scheduler:
     """Builds a scheduler for a chat model; its memory is freed with it.
 
     Args:
         slots: most requests in flight; None: as many as the GPU holds, up to 128, or 16 on a CPU.
         compiled: compile the blocks, which pays for some thousand requests.
+        options: further ones of `Scheduler`.
     """
     if slots is None:
         slots = SLOTS if model.device.type == "cuda" else 16
@@ -88,6 +94,7 @@ def scheduler(
         slots=slots,
         dtype=_compute_dtype(model),
         compiled=compiled,
+        **options,
     )
 
 

@@ -366,10 +366,11 @@ class Scheduler:
             # A token after an answer's end was begun before that was read.
             pairs = [(slot, job) for slot, job in step.jobs if not job.ended]
             for slot, job in pairs:
-                job.generated.append(tokens[slot])
+                # First: who reads the tokens in another thread reads as many of these.
                 if job.top_logprobs is not None:
                     logits, count = step.logits[slot], job.top_logprobs
                     job.logprobs.append(likelihoods(logits, tokens[slot], count))
+                job.generated.append(tokens[slot])
                 full = len(job.generated) == job.settings.max_new_tokens
                 job.ended = tokens[slot] == self.end_id or full or job.cancelled
                 if job.ended and self.active.get(slot) is job:

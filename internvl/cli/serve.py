@@ -1,0 +1,179 @@
+"""`internvl serve`: a model over HTTP."""
+
+import argparse
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from internvl.cli.common import Arguments, add_run_arguments, loading, open_named
+from internvl.errors import UserError
+
+
+def run(args: Arguments) -> int:
+    """Serve a model over HTTP as OpenAI's clients ask, with a page to talk to it."""
+    from internvl.serve import Limits, Options, parse_adapters
+
+    limits = Limits(
+        max_images=args.max_images,
+        max_tokens=args.max_tokens,
+        max_length=args.max_length,
+        max_waiting=args.max_waiting,
+        max_body=args.max_body * 2**20,
+        allow_hosts=tuple(args.allow_hosts),
+        allow_files=tuple(args.allow_files),
+    )
+    environment = os.environ.get("INTERNVL_API_KEY")
+    options = Options(
+        host=args.host,
+        port=args.port,
+        port_file=args.port_file,
+        name=args.name or _name_of(args.model),
+        api_keys=tuple(args.api_key or ([environment] if environment else [])),
+        limits=limits,
+        slots=args.slots,
+        temperature=args.temperature,
+        compiled=False if args.no_compile else None,
+        drain_s=args.drain,
+    )
+    adapters = parse_adapters(args.adapter)
+    opened = open_named(args, args.step)
+    family = opened.files.family
+    with loading(args.model):
+        server = _server()
+    server.serve(family, _loads(args, opened, options), options, list(adapters))
+    return 0
+
+
+def _server() -> Any:
+    """Imports the server. Raises UserError if its libraries are missing."""
+    try:
+        from internvl.serve import server
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("internvl"):
+            raise
+        raise UserError(
+            f"`internvl serve` needs {error.name}; python -m pip install 'internvl[serve]'"
+        ) from None
+    return server
+
+
+def _loads(args: Arguments, opened: Any, options: Any) -> list[Callable[[], Any]]:
+    """Returns what loads the model of each engine."""
+    from internvl.inference import load as loading_models
+
+    def load(device: str | None) -> Any:
+        handle = loading_models.load(
+            opened,
+            device=device,
+            dtype=args.dtype,
+            device_map=args.device_map,
+            quantize=args.quantize,
+        )
+        if handle.family == "dual":
+            from internvl.serve.dual_engine import DualEngine
+
+            return DualEngine(handle.as_dual("embeddings"))
+        from internvl.serve.chat_engine import ChatEngine
+
+        return ChatEngine(handle.as_chat("a conversation"), options)
+
+    devices = [args.device] if args.gpus is None else [f"cuda:{i}" for i in range(args.gpus)]
+    return [functools.partial(load, device) for device in devices]
+
+
+def _name_of(model: str) -> str:
+    """Returns the name that a model is listed under: a hub id's or folder's last word."""
+    path = Path(model)
+    return path.name or path.resolve().name
+
+
+def add_arguments(sub: argparse.ArgumentParser) -> None:
+    """Adds the verb's options."""
+    sub.add_argument("model", help="model, adapter or run folder, or hub id")
+    sub.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="adapter folder that requests choose by its name as their model; repeat it",
+    )
+    sub.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
+    sub.add_argument("--port", type=int, default=8000, help="0 for any free one (default: 8000)")
+    sub.add_argument("--port-file", type=Path, metavar="FILE", help="write the port there")
+    sub.add_argument("--name", help="name of the model (default: the last word of its folder)")
+    sub.add_argument(
+        "--api-key",
+        action="append",
+        metavar="KEY",
+        help="refuse requests without this key; repeat it (default: $INTERNVL_API_KEY, or none)",
+    )
+    sub.add_argument("--gpus", type=int, metavar="N", help="a copy of the model on each of N GPUs")
+    sub.add_argument(
+        "--slots",
+        type=int,
+        metavar="N",
+        help="most requests at a time (default: as many as the GPU's memory holds, up to 128)",
+    )
+    sub.add_argument(
+        "--max-length",
+        type=int,
+        default=8192,
+        metavar="N",
+        help="most tokens of a prompt and its answer together (default: 8192)",
+    )
+    sub.add_argument(
+        "--max-tokens",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="tokens of an answer if the request does not say (default: 1024)",
+    )
+    sub.add_argument(
+        "--max-images", type=int, default=16, metavar="N", help="most images of a request (16)"
+    )
+    sub.add_argument(
+        "--max-waiting",
+        type=int,
+        default=64,
+        metavar="N",
+        help="most requests that wait for a slot; more are answered 429 (default: 64)",
+    )
+    sub.add_argument(
+        "--max-body", type=int, default=128, metavar="MIB", help="largest request (128 MiB)"
+    )
+    sub.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="of requests that do not say (default: 0, greedy)",
+    )
+    sub.add_argument(
+        "--allow-hosts",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="fetch images from this host although its address is not public; repeat it",
+    )
+    sub.add_argument(
+        "--allow-files",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="DIR",
+        help="read file:// images below this folder; repeat it",
+    )
+    sub.add_argument(
+        "--drain", type=int, default=60, metavar="S", help="seconds for running answers at the end"
+    )
+    sub.add_argument("--no-compile", action="store_true", help="start sooner, answer more slowly")
+    sub.add_argument("--device", help="cuda, cuda:1 or cpu (default: the GPU if there is one)")
+    sub.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype of the weights (default: bfloat16 on a GPU, float32 on a CPU)",
+    )
+    sub.add_argument("--device-map", choices=("auto",), help="spread the model over all GPUs")
+    sub.add_argument("--quantize", choices=("8bit", "4bit"), help="load 8- or 4-bit weights")
+    add_run_arguments(sub)

@@ -1,0 +1,285 @@
+"""POST /v1/embeddings and /v1/rerank: InternVL-C, InternVL-G and its match head."""
+
+import asyncio
+import base64
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from internvl import log
+from internvl.errors import counted
+from internvl.models.dual.model import Mode
+from internvl.serve.chat_routes import model_not_found
+from internvl.serve.dual_engine import DualEngine, DualJob
+from internvl.serve.engines import Engines, Gate
+from internvl.serve.errors import ApiError
+from internvl.serve.fields import Field, Refused, choice, flag, read_fields, text, whole_from
+from internvl.serve.http import finished_or_gone, read_json
+from internvl.serve.metrics import Metrics
+from internvl.serve.options import Options
+from internvl.serve.prompts import Fetcher
+
+MOST_INPUTS = 2048
+
+
+def _as_it_is(name: str, value: Any) -> Any:
+    return value
+
+
+_EMBEDDINGS = {
+    "model": Field(text),
+    "input": Field(_as_it_is),
+    "messages": Field(_as_it_is),
+    "encoding_format": Field(choice("float", "base64"), "float"),
+    "user": Field(text, ""),
+}
+_EMBEDDINGS_REFUSED = {
+    "dimensions": Refused((), "vectors have one length, and are not cut"),
+    "truncate_prompt_tokens": Refused((), "captions are cut to 80 tokens, as in training"),
+    "normalize": Refused((True,), "vectors have unit length"),
+    "prompt_name": Refused((), "the prefix summarize: is the server's"),
+    "task": Refused((), "the prefix summarize: is the server's"),
+}
+_RERANK = {
+    "model": Field(text),
+    "query": Field(_as_it_is),
+    "documents": Field(_as_it_is),
+    "top_n": Field(whole_from(1)),
+    "return_documents": Field(flag, False),
+    "user": Field(text, ""),
+}
+_RERANK_REFUSED = {
+    "max_chunks_per_doc": Refused((), "documents are not cut"),
+    "rank_fields": Refused(([],), "documents are texts or images"),
+}
+
+
+class DualRoutes:
+    """Answers embeddings and rankings by the engines of one InternVL-14B."""
+
+    def __init__(self, engines: Engines[DualJob], gate: Gate, options: Options) -> None:
+        self.engines = engines
+        self.gate = gate
+        self.options = options
+        self.metrics = Metrics()
+        name = options.name
+        self.modes: dict[str, Mode] = {name: "c", f"{name}:c": "c", f"{name}:g": "g"}
+        self.names = list(self.modes)
+        self.fetcher = Fetcher(options.limits)
+        self._waiting: set[asyncio.Event] = set()
+
+    @staticmethod
+    def wake(job: DualJob) -> None:
+        """Tells whoever waits for a job that it has ended."""
+        job.key.set()
+
+    def changed(self) -> None:
+        """Notes that an engine is ready or has died; wakes all who wait for a dead one."""
+        if self.engines.ready:
+            self.gate.slots = sum(engine.answering.slots for engine in self.engines.engines)
+        for event in self._waiting:
+            event.set()
+
+    async def embed(self, http: HttpRequest) -> Response:
+        """Answers POST /v1/embeddings."""
+        since_s = time.monotonic()
+        self.engines.check()
+        body = await read_json(http, self.options.limits)
+        values = read_fields(body, _EMBEDDINGS, _EMBEDDINGS_REFUSED)
+        mode = self._mode(values["model"])
+        inputs = _list_inputs(values)
+        self.gate.enter()
+        try:
+            vectors, tokens = await finished_or_gone(http, self._vectors(inputs, mode))
+        finally:
+            self.gate.leave()
+        as_base64 = values["encoding_format"] == "base64"
+        data = [
+            {"object": "embedding", "index": i, "embedding": _encoded(vector, as_base64)}
+            for i, vector in enumerate(vectors)
+        ]
+        self._log("embeddings", values, counted(len(inputs), "input"), since_s)
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return JSONResponse(
+            {"object": "list", "data": data, "model": values["model"], "usage": usage}
+        )
+
+    async def rerank(self, http: HttpRequest) -> Response:
+        """Answers POST /v1/rerank: documents by the probability that they match the query."""
+        since_s = time.monotonic()
+        self.engines.check()
+        values = read_fields(await read_json(http, self.options.limits), _RERANK, _RERANK_REFUSED)
+        self._mode(values["model"])
+        documents = values["documents"]
+        if not isinstance(documents, list) or not 0 < len(documents) <= MOST_INPUTS:
+            raise ApiError(f"documents must be a list of 1 to {MOST_INPUTS:,}", param="documents")
+        query = _read_input("query", values["query"])
+        read: list[tuple[str, str]] = [
+            _read_input(f"documents[{i}]", value) for i, value in enumerate(documents)
+        ]
+        for index, (task, _) in enumerate(read):
+            if task == query[0]:
+                raise ApiError(
+                    f"documents[{index}] and the query are both {task}; the match head compares "
+                    "a text with images, or an image with texts",
+                    param=f"documents[{index}]",
+                )
+        self.gate.enter()
+        try:
+            scores = await finished_or_gone(http, self._scores(query, read))
+        finally:
+            self.gate.leave()
+        order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
+        results = []
+        for index in order[: values["top_n"]]:
+            result: dict[str, Any] = {"index": index, "relevance_score": scores[index]}
+            if values["return_documents"]:
+                document = documents[index]
+                result["document"] = {"text": document} if isinstance(document, str) else document
+            results.append(result)
+        self._log("rerank", values, counted(len(documents), "document"), since_s)
+        return JSONResponse({"model": values["model"], "results": results})
+
+    def _mode(self, name: str | None) -> Mode:
+        if name not in self.modes:
+            raise model_not_found(str(name), self.names)
+        return self.modes[name]
+
+    async def _vectors(
+        self, inputs: Sequence[tuple[str, str]], mode: Mode
+    ) -> tuple[list[Any], int]:
+        """Returns the vectors of (task, text or address) inputs, in order, and their tokens."""
+        by_task: dict[str, list[int]] = {}
+        for index, (task, _) in enumerate(inputs):
+            by_task.setdefault(task, []).append(index)
+        vectors: dict[int, Any] = {}
+        tokens = 0
+        for task, indices in by_task.items():
+            values: list[Any] = [inputs[index][1] for index in indices]
+            if task == "images":
+                values = await self._images([f"input[{i}]" for i in indices], values)
+            else:
+                encoder = self._engine.dual.encoder
+                tokens += sum(len(encoder.embedding(value)) for value in values)
+            vectors |= zip(indices, await self._run(task, values, mode), strict=True)
+        return [vectors[index] for index in range(len(inputs))], tokens
+
+    async def _scores(
+        self, query: tuple[str, str], documents: Sequence[tuple[str, str]]
+    ) -> list[float]:
+        if query[0] == "images":
+            (image,) = await self._images(["query"], [query[1]])
+            pairs = [(image, value) for _, value in documents]
+        else:
+            names = [f"documents[{i}]" for i in range(len(documents))]
+            images = await self._images(names, [value for _, value in documents])
+            pairs = [(image, query[1]) for image in images]
+        return await self._run("pairs", pairs, "g")
+
+    async def _images(self, names: Sequence[str], addresses: Sequence[str]) -> list[bytes]:
+        pairs = zip(addresses, names, strict=True)
+        return list(await asyncio.gather(*(self.fetcher.image(*pair) for pair in pairs)))
+
+    @property
+    def _engine(self) -> DualEngine:
+        engine: DualEngine = self.engines.engines[0].answering
+        return engine
+
+    async def _run(self, task: str, inputs: Sequence[Any], mode: Mode) -> list[Any]:
+        engine = self.engines.choose()
+        ended = asyncio.Event()
+        job = DualJob(ended, task, inputs, mode)
+        self._waiting.add(ended)
+        engine.running += 1
+        try:
+            engine.queue.put(job)
+            await ended.wait()
+        finally:
+            engine.running -= 1
+            self._waiting.discard(ended)
+        if not job.ended:
+            self.engines.check()
+        if job.error is not None:
+            raise ApiError(str(job.error), param="input")
+        return job.outputs
+
+    def _log(self, route: str, values: Mapping[str, Any], counts: str, since_s: float) -> None:
+        total_s = time.monotonic() - since_s
+        self.metrics.total_s.observe(total_s)
+        user = f", user {values['user']!r:.60}" if values["user"] else ""
+        log.get_logger().info(
+            "%s %s: %s, total %.3f s%s", route, values["model"], counts, total_s, user
+        )
+
+    def close(self) -> None:
+        """Ends the threads that fetch images."""
+        self.fetcher.close()
+
+
+def _list_inputs(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Lists the inputs of an embedding request as (task, text or address of an image)."""
+    given_input, messages = values["input"], values["messages"]
+    if (given_input is None) == (messages is None):
+        raise ApiError("send either input or messages", param="input")
+    if messages is not None:
+        return [_from_messages(messages)]
+    listed = given_input if isinstance(given_input, list) else [given_input]
+    if not 0 < len(listed) <= MOST_INPUTS:
+        raise ApiError(f"input must have 1 to {MOST_INPUTS:,} entries", param="input")
+    return [_read_input(f"input[{i}]", value) for i, value in enumerate(listed)]
+
+
+def _read_input(name: str, value: Any) -> tuple[str, str]:
+    """Reads a text, the data: address of an image, {"text": …} or {"image": …}."""
+    if isinstance(value, str):
+        task = "images" if value.startswith("data:image/") else "texts"
+        return task, _not_empty(name, text(name, value))
+    if isinstance(value, Mapping):
+        entries = {key: entry for key, entry in value.items() if entry is not None}
+        if len(entries) == 1 and next(iter(entries)) in ("text", "image"):
+            ((key, entry),) = entries.items()
+            entry = entry.get("url") if isinstance(entry, Mapping) else entry
+            return f"{key}s", _not_empty(name, text(f"{name}.{key}", entry))
+    raise ApiError(
+        f'{name} must be a text, {{"text": …}} or {{"image": "data:…" or "https:…"}}, not tokens '
+        "or anything else",
+        param=name,
+    )
+
+
+def _not_empty(name: str, value: str) -> str:
+    if not value.strip():
+        raise ApiError(f"{name} is empty; leave it out", param=name)
+    return value
+
+
+def _from_messages(messages: Any) -> tuple[str, str]:
+    """Reads vLLM's form: one message with one content part, a text or an image."""
+    refusal = ApiError(
+        "messages must be one message of one content part, text or image_url; send several inputs "
+        "as input",
+        param="messages",
+    )
+    if not isinstance(messages, list) or len(messages) != 1 or not isinstance(messages[0], Mapping):
+        raise refusal
+    content = messages[0].get("content")
+    if isinstance(content, str):
+        return _read_input("messages[0].content", content)
+    if not isinstance(content, list) or len(content) != 1 or not isinstance(content[0], Mapping):
+        raise refusal
+    entry = content[0]
+    if entry.get("type") == "text":
+        return _read_input("messages[0].content[0]", {"text": entry.get("text")})
+    if entry.get("type") == "image_url":
+        return _read_input("messages[0].content[0]", {"image": entry.get("image_url")})
+    raise refusal
+
+
+def _encoded(vector: Any, as_base64: bool) -> Any:
+    # Little-endian float32, which OpenAI's client decodes.
+    values = np.asarray(vector, dtype="<f4")
+    return base64.b64encode(values.tobytes()).decode() if as_base64 else values.tolist()

@@ -1,0 +1,156 @@
+"""Runs a server: binds the port, loads the model meanwhile, drains on SIGTERM."""
+
+import asyncio
+import contextlib
+import signal
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from internvl import log
+from internvl.errors import UserError
+from internvl.files import write_text
+from internvl.serve.app import Routes, build
+from internvl.serve.engines import Answering, Engine, Engines, Gate
+from internvl.serve.options import Options
+
+LoadEngine = Callable[[], Answering]
+"""Loads a model and returns what answers with it; called in a thread of its own."""
+
+
+def serve(family: str, loads: Sequence[LoadEngine], options: Options, names: Sequence[str]) -> None:
+    """Serves until SIGTERM or SIGINT.
+
+    Args:
+        family: "chat" or "dual".
+        loads: one for each engine.
+        names: names of the adapters.
+
+    Raises:
+        UserError, OSError: the port is taken, or a model cannot be loaded.
+    """
+    # First: a port that is taken costs no loading.
+    listening = _bind(options.host, options.port)
+    with contextlib.closing(listening):
+        asyncio.run(_serve(family, loads, options, names, listening))
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        reason = error.strerror or str(error)
+        raise UserError(
+            f"{host}:{port} cannot be listened on ({reason}); choose another --port, or --host"
+        ) from None
+    return listening
+
+
+async def _serve(
+    family: str,
+    loads: Sequence[LoadEngine],
+    options: Options,
+    names: Sequence[str],
+    listening: socket.socket,
+) -> None:
+    routes, posts, page = _FAMILIES[family](options, loads)
+    routes.names += names
+    door = build(routes, posts, options, page)
+    config = uvicorn.Config(
+        door,
+        # Our own lines say what a request was; uvicorn's access log knows only its path.
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        timeout_graceful_shutdown=5,
+    )
+    server = _Server(config, door, options.drain_s)
+    port = listening.getsockname()[1]
+    if options.port_file is not None:
+        write_text(Path(options.port_file), f"{port}\n")
+    log.get_logger().info("listening on http://%s:%d, loading the model …", options.host, port)
+    failed = asyncio.ensure_future(_stop_if_it_cannot_load(routes.engines, server, options, port))
+    try:
+        await server.serve(sockets=[listening])
+    finally:
+        failed.cancel()
+        routes.close()
+        await asyncio.to_thread(routes.engines.close)
+    # A model that could not be loaded ends the command; an engine that died later does not.
+    if server.load_error is not None:
+        raise server.load_error
+
+
+async def _stop_if_it_cannot_load(
+    engines: Engines[Any], server: "_Server", options: Options, port: int
+) -> None:
+    while not engines.ready:
+        if engines.error is not None:
+            server.load_error = engines.error
+            server.should_exit = True
+            return
+        await asyncio.sleep(0.05)
+    log.get_logger().info("serving %s at http://%s:%d", options.name, options.host, port)
+
+
+def _chat(options: Options, loads: Sequence[LoadEngine]) -> tuple[Routes, Mapping[str, Any], str]:
+    from internvl.serve.chat_routes import ChatRoutes
+
+    engines: Engines[Any] = Engines([])
+    routes = ChatRoutes(engines, Gate(options.limits.max_waiting), options)
+    engines.engines = [Engine(load, routes.wake, routes.changed) for load in loads]
+    return routes, {"/v1/chat/completions": routes.complete}, "chat.html"
+
+
+def _dual(options: Options, loads: Sequence[LoadEngine]) -> tuple[Routes, Mapping[str, Any], None]:
+    from internvl.serve.dual_routes import DualRoutes
+
+    engines: Engines[Any] = Engines([])
+    routes = DualRoutes(engines, Gate(options.limits.max_waiting), options)
+    engines.engines = [Engine(load, routes.wake, routes.changed) for load in loads]
+    return routes, {"/v1/embeddings": routes.embed, "/v1/rerank": routes.rerank}, None
+
+
+_FAMILIES: dict[str, Callable[..., tuple[Routes, Mapping[str, Any], str | None]]] = {
+    "chat": _chat,
+    "dual": _dual,
+}
+
+
+class _Server(uvicorn.Server):
+    """Answers what is under way before it stops; a second signal stops it at once."""
+
+    def __init__(self, config: uvicorn.Config, door: Any, drain_s: float) -> None:
+        super().__init__(config)
+        self.door = door
+        self.drain_s = drain_s
+        self.until_s = 0.0
+        """When what is under way has had its time, by the monotonic clock."""
+        self.load_error: BaseException | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begins to stop; a second signal ends what is under way."""
+        # Not recorded as uvicorn does: it would raise the signal again, and the exit code be its.
+        if self.door.draining:
+            self.should_exit = self.force_exit = True
+            return
+        name = signal.Signals(sig).name
+        log.get_logger().info("%s: answering what is under way, then stopping", name)
+        self.until_s = time.monotonic() + self.drain_s
+        self.door.draining = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Returns True once it should stop; see uvicorn."""
+        if self.door.draining and (not self.door.under_way or time.monotonic() > self.until_s):
+            self.should_exit = True
+        return await super().on_tick(counter)
