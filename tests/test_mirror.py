@@ -22,6 +22,7 @@ ONE_DOOR = {
     "pairing": "questions, forms and rules are seen in the pairs that they make",
     "plan": "a plan is one table",
     "report": "a style is seen on a page alone",
+    "serve": "a server is what its clients are answered",
     "zoo": "tables of facts: what reads them is tested",
 }
 """Rooms whose modules are tested through the room's door, in the room's own test file."""

@@ -76,6 +76,8 @@ async def _serve(
     )
     server = _Server(config, door, options.drain_s)
     port = listening.getsockname()[1]
+    # Whoever reads the port connects at once.
+    listening.listen()
     if options.port_file is not None:
         write_text(Path(options.port_file), f"{port}\n")
     log.get_logger().info("listening on http://%s:%d, loading the model …", options.host, port)
