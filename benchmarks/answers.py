@@ -1,13 +1,14 @@
 """Rates of answering: the engine of `evaluate` and `chat.answer`, on random weights.
 
-    python benchmarks/answers.py                     # every row, on a GPU; about 8 minutes
+    python benchmarks/answers.py                     # the rows of the table, on a GPU; 8 minutes
     python benchmarks/answers.py captions --profile  # one row, and where its time goes
     python benchmarks/answers.py --tiny              # the same path on a CPU, in seconds
 
 Images are JPEG files that threads decode and tile while the GPU answers. Weights are random and no
 token ends an answer, so every request generates as many as it may. A row's JSON goes to `--to`:
 requests a second from the first prefill to the last token, after a warm-up of the same shapes;
-FLOPs forward as internvl/plan/flops.py counts them.
+FLOPs forward as internvl/plan/flops.py counts them. `alone` answers one request after the other,
+each read when the one before is answered. `--minutes` stops before a row that may take longer.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -81,28 +83,30 @@ class Row:
     refill: bool = True
     compiled: bool = True
     float8: bool = False
+    alone: bool = False
     model: str = "InternVL2-2B"
 
 
 ROWS = {
     "captions": Row(captions, 512),
     "captions_float8": Row(captions, 512, float8=True),
-    "captions_eager": Row(captions, 256, compiled=False),
-    "captions_64": Row(captions, 512, slots=64),
     "mixed": Row(mixed, 1000),
     "mixed_no_refill": Row(mixed, 1000, refill=False),
     "short": Row(short, 512),
     "four_images": Row(four_images, 256),
-    "one": Row(captions, 8, slots=1, compiled=False),
+    "one": Row(captions, 12, slots=1, alone=True),
+    "captions_eager": Row(captions, 256, compiled=False),
+    "captions_64": Row(captions, 512, slots=64),
+    "one_eager": Row(captions, 12, slots=1, alone=True, compiled=False),
 }
+
+TABLE = tuple(ROWS)[:7]
 
 
 def measure(row: Row, options: argparse.Namespace, ceiling: float) -> dict[str, Any]:
     device = torch.device("cpu" if options.tiny else "cuda")
-    chat = workloads.random_chat(row.model, device, rank=None, tiny=options.tiny)
-    model = chat.model.eval().requires_grad_(False)
-    if row.compiled and not options.tiny:
-        engine.accelerate(model, float8=row.float8)
+    chat = _chat(row.model, row.compiled and not options.tiny, row.float8, device)
+    model = chat.model
     count = min(row.count, 6) if options.tiny else row.count
     rng = random.Random(0)
     asked = [row.draw(rng) for _ in range(count)]
@@ -149,6 +153,7 @@ def measure(row: Row, options: argparse.Namespace, ceiling: float) -> dict[str, 
         runs.append(time.perf_counter() - started)
     if options.profile and device.type == "cuda":
         _profile(lambda: _answer(scheduler, read, range(count)))
+    latencies = _latencies(scheduler, read, count) if row.alone else {}
     seconds = min(runs)
     needed = sum(_forward(model, job) for job in jobs)
     tokens = sum(len(job.generated) for job in jobs)
@@ -157,6 +162,7 @@ def measure(row: Row, options: argparse.Namespace, ceiling: float) -> dict[str, 
         "requests": count,
         "requests_per_s": round(count / seconds, 2),
         "tokens_per_s": round(tokens / seconds, 1),
+        **latencies,
         "seconds": [round(s, 3) for s in runs],
         "first_s": round(first_s, 1),
         "read_ms": round(1e3 * statistics.mean(reading), 1),
@@ -172,6 +178,31 @@ def measure(row: Row, options: argparse.Namespace, ceiling: float) -> dict[str, 
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "commit": commit(),
+    }
+
+
+@lru_cache(maxsize=1)
+def _chat(name: str, compiled: bool, float8: bool, device: torch.device) -> Any:
+    """The model of a row; the next row's if it is the same, so that nothing is compiled twice."""
+    chat = workloads.random_chat(name, device, rank=None, tiny=device.type == "cpu")
+    chat.model.eval().requires_grad_(False)
+    if compiled:
+        engine.accelerate(chat.model, float8=float8)
+    return chat
+
+
+def _latencies(scheduler: Scheduler, read: Callable[[int], Job], count: int) -> dict[str, float]:
+    """Median milliseconds to the first token and to the last, one request at a time."""
+    first, last = [], []
+    for index in range(count):
+        started = time.perf_counter()
+        for job in scheduler.run(engine.Ready([read(index)])):
+            if len(job.generated) == 1:
+                first.append(time.perf_counter() - started)
+        last.append(time.perf_counter() - started)
+    return {
+        "first_token_ms": round(1e3 * statistics.median(first), 1),
+        "latency_ms": round(1e3 * statistics.median(last), 1),
     }
 
 
@@ -204,6 +235,7 @@ def _forward(model: Any, job: Job) -> float:
 
 
 def _profile(run: Callable[[], Any]) -> None:
+    """Prints what a GPU did in a run, and how long it did nothing between first and last kernel."""
     kinds = [torch.profiler.ProfilerActivity.CUDA]
     started = time.perf_counter()
     with torch.profiler.profile(activities=kinds) as found:
@@ -213,7 +245,14 @@ def _profile(run: Callable[[], Any]) -> None:
     on_device = torch.autograd.DeviceType.CUDA
     events = [event for event in found.key_averages() if event.device_type == on_device]
     busy = sum(event.self_device_time_total for event in events) / 1e6
-    print(f"profile: {wall:.2f} s, kernels {busy:.2f} s")
+    spans = [e.time_range for e in found.events() if e.device_type == on_device]
+    idle, end, gaps = 0.0, None, 0
+    for span in sorted(spans, key=lambda span: span.start):
+        if end is not None and span.start > end:
+            idle += (span.start - end) / 1e6
+            gaps += span.start - end > 1000
+        end = max(span.end, end or 0)
+    print(f"profile: {wall:.2f} s, kernels {busy:.2f} s, idle {idle:.2f} s, gaps of 1 ms {gaps}")
     for event in sorted(events, key=lambda e: -e.self_device_time_total)[:30]:
         ms = event.self_device_time_total / 1e3
         print(f"{ms / busy / 1e3:6.1%} {ms:9.2f} ms {event.count:6d} {event.key[:110]}")
@@ -221,7 +260,8 @@ def _profile(run: Callable[[], Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("rows", nargs="*", default=list(ROWS), help=", ".join(ROWS))
+    parser.add_argument("rows", nargs="*", default=list(TABLE), help=", ".join(ROWS))
+    parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--row-tokens", type=int, default=16384)
     parser.add_argument("--tiles", type=int, default=64, help="in the vision tower at a time")
@@ -230,10 +270,16 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     ceiling = workloads.matmul_tflops(torch.device("cpu" if options.tiny else "cuda"))
+    began, share = time.perf_counter(), {}
     for name in options.rows:
         started = time.perf_counter()
+        if started - began > 60 * options.minutes - 90:
+            print(json.dumps({"row": name, "left_out": "no time"}), flush=True)
+            continue
         figures = {"row": name, **measure(ROWS[name], options, ceiling)}
-        torch._dynamo.reset()
+        share[name] = figures["ceiling_share"]
+        if name.startswith("mixed") and "captions" in share:
+            figures["of_uniform"] = round(share[name] / share["captions"], 3)
         if not options.tiny:
             torch.cuda.empty_cache()
         figures["wall_s"] = round(time.perf_counter() - started, 1)
