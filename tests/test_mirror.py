@@ -56,6 +56,10 @@ ELSEWHERE = {
         "models/attention/test_decoding.py",
         "kernels beside their twin, on a GPU",
     ),
+    "models/kernels/float8_triton.py": (
+        "models/kernels/test_float8_mlp.py",
+        "the kernel beside its twin, on a GPU",
+    ),
     "models/adapters/settings.py": ("models/adapters/test_folder.py", "a folder's settings read"),
     "models/attention/flash4.py": ("models/attention/test_packed.py", "one of the packed kernels"),
     "models/attention/per_document.py": ("models/attention/test_packed.py", "likewise"),

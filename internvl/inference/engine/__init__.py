@@ -17,7 +17,7 @@ from internvl.data.chat import ChatEncoder
 from internvl.data.images import STATISTICS
 from internvl.inference.engine.scheduler import Job, Scheduler
 from internvl.inference.settings import Settings
-from internvl.models import configs
+from internvl.models import configs, kernels
 
 __all__ = ["Job", "Prompts", "Ready", "Scheduler", "accelerate", "longest", "runs", "scheduler"]
 
@@ -68,6 +68,8 @@ def accelerate(model: Any, *, float8: bool = False) -> None:
     """
     compute = ComputeConfig(float8=float8, compile=False)
     apply_compute(model, model.device, compute)
+    if float8:
+        kernels.fuse_frozen_mlps(model)
 
 
 def scheduler(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from internvl.config import ComputeConfig
-from internvl.models.kernels import float8, gelu, last_mlp, patch_embed
+from internvl.models.kernels import float8, float8_mlp, gelu, last_mlp, patch_embed
 from internvl.models.kernels.float8 import convert_frozen_linears as convert_frozen_linears
 from internvl.models.kernels.float8 import is_used as uses_float8
 from internvl.models.kernels.last_mlp import SelectiveBlock as SelectiveBlock
@@ -35,10 +35,19 @@ def apply(model: Any, compute: ComputeConfig, device: torch.device) -> None:
         float8.convert_frozen_linears(model, device)
 
 
+def fuse_frozen_mlps(model: Any) -> None:
+    """Rounds the inner states of MLPs in float8 in one pass with their activation.
+
+    For models of which nothing trains; names and values of weights stay.
+    """
+    float8_mlp.enable(model.model.vision_tower, model.model.language_model)
+
+
 __all__ = [
     "SelectiveBlock",
     "apply",
     "convert_frozen_linears",
+    "fuse_frozen_mlps",
     "patch_products",
     "run_selected",
     "select_positions",

@@ -13,6 +13,7 @@ the token's largest number.
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -43,7 +44,12 @@ def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def _product(rows: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """Rows (M, K) times an e4m3 weight (N, K), transposed, with scales (1, N): bfloat16 (M, N)."""
-    small, row_scale = quantize(rows)
+    return _rounded_product(*quantize(rows), weight, scale, bias)
+
+
+def _rounded_product(
+    small: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
+) -> Tensor:
     return torch._scaled_mm(
         small,
         weight.t(),
@@ -87,6 +93,8 @@ class Float8Linear(nn.Module):
     (K, N) and `back_scale` float32 (1, K), or None if no gradient passes.
     """
 
+    scale: Tensor
+
     def __init__(self, layer: nn.Linear, *, passes_gradient: bool) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
@@ -113,6 +121,14 @@ class Float8Linear(nn.Module):
             weights = (self.weight, self.scale, self.bias, self.back_weight, self.back_scale)
             outputs = _FrozenProduct.apply(rows, *weights)
         return outputs.view(*inputs.shape[:-1], self.out_features)
+
+    def rounded(self, small: Tensor, scale: Tensor, shape: Sequence[int]) -> Tensor:
+        """As `forward` for inputs (*shape, K) that `quantize` has rounded to `small` and `scale`.
+
+        Without a gradient.
+        """
+        outputs = _rounded_product(small, scale, self.weight, self.scale, self.bias)
+        return outputs.view(*shape, self.out_features)
 
     def extra_repr(self) -> str:
         gradient = self.back_weight is not None
