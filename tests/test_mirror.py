@@ -16,6 +16,7 @@ ONE_DOOR = {
     "config/objective": "sections of a recipe, as the rest of config",
     "data/captions": "forms of one file: every test reads each of them",
     "demo": "a demo's parts only run one after the other",
+    "datasets/labelled": "a reader is seen in the set it reads",
     "evals/benchmark": "an entry is seen in its questions, files and scores together",
     "evals/scoring": "one table holds every function to the original's results",
     "export": "layouts are what an export writes",

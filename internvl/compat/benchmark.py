@@ -1,4 +1,4 @@
-"""`clip_benchmark eval …`: CLIP_benchmark's retrieval of InternVL-14B as `internvl evaluate`."""
+"""`clip_benchmark eval …`: CLIP_benchmark's evaluations of InternVL-14B as `internvl evaluate`."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from internvl.compat.translation import Translation, take_flags
+from internvl.datasets import labelled
 from internvl.errors import ConfigError
 
 _MODEL = re.compile(r"internvl_(?P<mode>[cg])_(?P<task>retrieval|classification)(_hf)?")
@@ -44,16 +45,16 @@ def translate(words: Sequence[str], environment: Mapping[str, str]) -> Translati
     if model is None:
         raise ConfigError(
             f"--model {last['model']}: internvl_c_retrieval_hf or internvl_g_retrieval_hf (or "
-            "internvl_c_retrieval for a .pth) is expected"
+            "internvl_c_retrieval for a .pth, and classification for retrieval) is expected"
         )
-    tasks, languages = _tasks(flags, last, model["task"])
+    groups = _groups(flags, last)
     # CLIP_benchmark calls the default folder root.
     root = last.get("dataset_root", "root")
-    command = [
-        # Without the last slash, as its result lines have the path.
-        *("evaluate", last["pretrained"].rstrip("/") or "/", *tasks, "--mode", model["mode"]),
+    options = [
+        *("--mode", model["mode"]),
         *("--dataset-root", root, "--split", last.get("split", "test")),
-        *(("--language", ",".join(languages)) if languages else ()),
+    ]
+    more = [
         *("--batch-size", last.get("batch_size", "64")),
         *(("--recall-k", ",".join(flags["recall_k"])) if "recall_k" in flags else ()),
         *(("--features", last["feature_root"]) if "feature_root" in last else ()),
@@ -61,41 +62,86 @@ def translate(words: Sequence[str], environment: Mapping[str, str]) -> Translati
         *(("--dtype", "float32") if "no_amp" in flags else ()),
         *("--output", _output(last)),
     ]
+    # Without the last slash, as its result lines have the path.
+    pretrained = last["pretrained"].rstrip("/") or "/"
+    commands = tuple(
+        (
+            *("evaluate", pretrained, *tasks, *options),
+            *(("--language", ",".join(languages)) if languages else ()),
+            *more,
+        )
+        for tasks, languages in groups
+    )
     notes = [f"--{flag}: changes nothing here" for flag in flags if flag in table["nothing"]]
     if "skip_existing" in flags and Path(_output(last)).exists():
         return Translation(notes=tuple(notes), done=f"{_output(last)} exists: skipped")
-    return Translation(commands=(tuple(command),), notes=tuple(notes))
+    return Translation(commands=commands, notes=tuple(notes))
 
 
-def _tasks(
-    flags: Mapping[str, Sequence[str]], last: Mapping[str, str], model_task: str
-) -> tuple[list[str], list[str]]:
-    """Returns the tasks of `internvl evaluate`, and the languages of a multilingual one.
+def _groups(
+    flags: Mapping[str, Sequence[str]], last: Mapping[str, str]
+) -> list[tuple[list[str], list[str]]]:
+    """Returns, for each command, its tasks and the languages of those that take some.
 
     Raises:
         ConfigError: a task, data set or language that it does not have.
     """
+    table = _table()
     task = last.get("task", "auto")
-    # The model decides, as its name tells what it is for.
-    if task == "auto":
-        task = f"zeroshot_{model_task}"
-    if task == "zeroshot_retrieval_with_itm":
-        raise ConfigError(
-            "--task zeroshot_retrieval_with_itm: its module is missing in the original; use "
-            "`internvl evaluate MODEL TASK --rerank 20`"
-        )
-    if task != "zeroshot_retrieval":
-        raise ConfigError(
-            f"--task {task}: for a folder of images for each class use `internvl evaluate MODEL "
-            "classify-folder --annotations FOLDER`; other tasks are not here"
-        )
+    if task in table["refused_tasks"]:
+        raise ConfigError(f"--task {task}: {table['refused_tasks'][task]}")
+    if task not in ("auto", "zeroshot_retrieval", "zeroshot_classification"):
+        raise ConfigError(f"--task {task}: the original has no such task")
+    datasets = _datasets(flags.get("dataset", ["cifar10"]))
     # A repeated --language is the last; several after one flag are all measured.
     languages = list(flags.get("language", ["en"]))
+    # `auto`: the data set decides, as there.
+    retrieval = [dataset for dataset in datasets if dataset in table["retrieval"]]
+    others = [dataset for dataset in datasets if dataset not in retrieval]
+    if task == "zeroshot_retrieval" and others:
+        choices = ", ".join(table["retrieval"])
+        raise ConfigError(f"--dataset {others[0]}: not one of {choices}, which have texts")
+    if task == "zeroshot_classification" and retrieval:
+        raise ConfigError(f"--dataset {retrieval[0]}: has no classes; --task zeroshot_retrieval")
+    groups = [_retrieval(retrieval, languages)] if retrieval else []
+    return [*groups, _classification(others, languages)] if others else groups
+
+
+def _classification(
+    datasets: Sequence[str], languages: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    names = []
+    for dataset in datasets:
+        entry = labelled.find(dataset)
+        if entry is None:
+            # VTAB's tasks on one set share the beginning of their names.
+            reason = _table()["unread"].get(dataset.rpartition("/")[2].partition("_")[0])
+            names_of_sets = ", ".join(entry.dataset for entry in labelled.entries().values())
+            raise ConfigError(f"--dataset {dataset}: {reason or f'not one of {names_of_sets}'}")
+        wrong = [language for language in languages if language not in entry.languages]
+        if wrong:
+            raise ConfigError(f"--language {wrong[0]}: {dataset} has {', '.join(entry.languages)}")
+        names.append(entry.name)
+    return list(dict.fromkeys(names)), [] if languages == ["en"] else list(languages)
+
+
+def _datasets(names: Sequence[str]) -> list[str]:
+    """Returns data sets, those of collections and of files with a name in each line included."""
+    collections = _table()["collections"]
+    datasets: list[str] = []
+    for name in names:
+        if Path(name).is_file():
+            lines = Path(name).read_text(encoding="utf-8").splitlines()
+            datasets += [line.strip() for line in lines if line.strip()]
+        else:
+            datasets += collections.get(name, [name])
+    return datasets
+
+
+def _retrieval(datasets: Sequence[str], languages: Sequence[str]) -> tuple[list[str], list[str]]:
     table = _table()["retrieval"]
     names = []
-    for dataset in flags.get("dataset", ["cifar10"]):
-        if dataset not in table:
-            raise ConfigError(f"--dataset {dataset}: not one of {', '.join(table)}")
+    for dataset in datasets:
         rows = table[dataset]
         for language in languages:
             name = rows.get(language, rows.get("*"))
@@ -103,8 +149,8 @@ def _tasks(
                 raise ConfigError(f"--language {language}: {dataset} has {', '.join(rows)}")
             names.append(name)
     # Tasks of one language take no option for it.
-    multilingual = any("*" in table[dataset] for dataset in flags.get("dataset", ()))
-    return list(dict.fromkeys(names)), languages if multilingual else []
+    multilingual = any("*" in table[dataset] for dataset in datasets)
+    return list(dict.fromkeys(names)), list(languages) if multilingual else []
 
 
 def _output(last: Mapping[str, str]) -> str:

@@ -217,7 +217,15 @@ class ClassifyEval(EvalConfig):
 
     type: Literal["classify"] = "classify"
     annotations: Path
-    """A folder with one folder of images per class."""
+    """A folder with one folder of images per class; with `set`, the folder of that set."""
+    set: str | None = None
+    """Published set, such as imagenet1k or cifar10, in its published layout or as CLIP_benchmark's
+    webdataset shards; its class names and prompts hold unless `classes` or `templates` give others.
+    null: folders of images."""
+    language: str = "en"
+    """Language of the class names and prompts of `set`: en, and for ImageNet cn, jp, ar, it."""
+    split: str = "test"
+    """Split of `set` that is measured."""
     modes: tuple[Literal["c", "g"], ...] = ("c", "g")
     """c: InternVL-C; g: InternVL-G; or both."""
     classes: Path | None = None
@@ -312,7 +320,10 @@ EvalSection = Annotated[
 """Every evaluator; a new one is one more member. A section without `type` is of the first."""
 
 
-_NO_OPTION = ("type", "split", "task", "checkpoint", *EvalConfig.in_training)
+_NO_OPTION = (
+    *("type", "split", "task", "checkpoint", "set", "language"),
+    *EvalConfig.in_training,
+)
 """Keys of a section that the command line gives otherwise, or that only a recipe has."""
 
 

@@ -15,11 +15,11 @@ from typing import Any
 
 from internvl.data import captions
 from internvl.data.json_rows import read_json
-from internvl.datasets import convert, mmpr, playground, tasks
+from internvl.datasets import convert, labelled, mmpr, playground, tasks
 from internvl.datasets import download as fetch
 from internvl.datasets.checklist import Missing, Tree
 from internvl.datasets.published import COCO, FLICKR, KARPATHY, NOCAPS, NOCAPS_IMAGES, OPENGVLAB
-from internvl.errors import DataError, UserError
+from internvl.errors import ConfigError, DataError, UserError
 from internvl.files import write_lines
 
 NAMES: dict[str, str] = {
@@ -59,7 +59,7 @@ def run(name: str, root: Path, *, download: bool = False) -> Prepared:
     """Prepares the data set `name`.
 
     Args:
-        name: one of NAMES, or a benchmark's.
+        name: one of NAMES, or that of a benchmark or labelled set.
         root: folder that holds `data/` and `playground/`, usually the working directory; for
             sft-v1.2 the hub's snapshot (with `opensource/` and `data/`) will do as well.
         download: fetch files whose URL a program can fetch.
@@ -69,8 +69,9 @@ def run(name: str, root: Path, *, download: bool = False) -> Prepared:
             not hold the published number of samples, or a download failed.
     """
     is_benchmark = name in tasks.tasks()
-    if name not in _STEPS and not is_benchmark:
-        near = difflib.get_close_matches(name, [*NAMES, *tasks.tasks()], n=1)
+    entry = None if is_benchmark or name in _STEPS else labelled.find(name)
+    if name not in _STEPS and not is_benchmark and entry is None:
+        near = difflib.get_close_matches(name, [*NAMES, *labelled.entries(), *tasks.tasks()], n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(NAMES)}"
         raise UserError(
             f"there is no data set {name!r} to prepare; {hint}, or a benchmark of "
@@ -78,7 +79,10 @@ def run(name: str, root: Path, *, download: bool = False) -> Prepared:
         )
     tree = Tree(root, download)
     # Exhausted before the counts are read: the generator fills `tree` while it runs.
-    files = tuple(_benchmark(tree, name) if is_benchmark else _STEPS[name](tree))
+    if entry is not None:
+        files = tuple(_labelled(tree, entry))
+    else:
+        files = tuple(_benchmark(tree, name) if is_benchmark else _STEPS[name](tree))
     return Prepared(name, files, tree.counts, tuple(tree.missing))
 
 
@@ -256,6 +260,24 @@ def _benchmark(tree: Tree, name: str) -> Iterator[Path]:
                 yield path
         for folder in entry.folders:
             tree.has_images(places.path(folder.path), folder.address)
+
+
+def _labelled(tree: Tree, entry: labelled.Entry) -> Iterator[Path]:
+    """Counts the test images of a labelled set; fetches its shards if it is not there."""
+    data = tree.root / "data"
+    folder = labelled.folder_of(entry, data)
+    try:
+        rows = labelled.read(entry, folder)
+    except ConfigError as error:
+        if not tree.download:
+            tree.missing.append(Missing(folder, entry.address, str(error).partition(": from ")[0]))
+            tree.missing.append(Missing(data / f"wds_{entry.name}", entry.shards, "or as shards"))
+            return
+        fetch.fetch_snapshot(f"clip-benchmark/wds_{entry.name}", data / f"wds_{entry.name}")
+        rows = labelled.read(entry, labelled.folder_of(entry, data))
+    tree.counts[f"{entry.name} images"] = len(rows.images)
+    tree.counts[f"{entry.name} classes"] = len(rows.classes)
+    yield labelled.folder_of(entry, data)
 
 
 def _fetched(tree: Tree, path: Path, address: str) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from internvl.config import EvalSection, eval_config
-from internvl.datasets import tasks
+from internvl.datasets import labelled, tasks
 from internvl.errors import ConfigError, counted
 
 OPENGVLAB = "https://github.com/OpenGVLab/InternVL/releases/download/data/"
@@ -183,7 +183,7 @@ USER_TASKS = {
 
 def no_such(name: str, others: Iterable[str] = ()) -> str:
     """Returns the error message for an unknown task; `others`: further names that exist."""
-    names = [*others, *TASKS, *USER_TASKS, *tasks.tasks()]
+    names = [*others, *TASKS, *USER_TASKS, *labelled.entries(), *tasks.tasks()]
     # Below difflib's 0.6: people leave out the prefix, as in "flickr30k".
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
@@ -196,8 +196,12 @@ def list_tasks() -> str:
         name: f"{task.about}: {task.num_images:,} images, {task.num_texts:,} texts"
         for name, task in TASKS.items()
     } | USER_TASKS
+    sets = {
+        name: f"{entry.about}: {entry.images:,} images, {entry.classes:,} classes"
+        for name, entry in labelled.entries().items()
+    }
     benchmarks = {name: task.about for name, task in tasks.tasks().items()}
-    lines = [f"  {name:27}{about}" for name, about in (rows | benchmarks).items()]
+    lines = [f"  {name:27}{about}" for name, about in (rows | sets | benchmarks).items()]
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """Zero-shot classification: predicts the class whose texts are nearest to an image.
 
-Original: CLIP_benchmark's `metrics/zeroshot_classification.py`. Class names and templates are read
-from files that the user has.
+Original: CLIP_benchmark's `metrics/zeroshot_classification.py`. Class names and templates are those
+of a published set, or read from files that the user has.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,13 @@ from torch.nn.functional import normalize
 
 from internvl import dist
 from internvl.config import ClassifyEval
-from internvl.data.images import IMAGE_ENDINGS
+from internvl.data.images import IMAGE_ENDINGS, FileSlice
 from internvl.data.json_rows import RepeatedKeys, read_json
 from internvl.data.texts import json_type, printable, text_problem
+from internvl.datasets import labelled
 from internvl.errors import BadSample, UserError, counted
 from internvl.evals import sharing
-from internvl.evals.features import CHUNK_TEXTS, FeatureCache, ranks, share_within
+from internvl.evals.features import CHUNK_TEXTS, FeatureCache, nearest, ranks, scores_of
 from internvl.evals.scores import (
     LEFT_OUT,
     EvalScores,
@@ -37,10 +38,11 @@ _REMEDY = "put them right, or set on_bad_sample (--on-bad-sample) to skip to lea
 
 
 class Classify:
-    """acc1, acc5 (of five classes or more) and mean_per_class_recall, from 0 to 1.
+    """acc1, acc5 (of five classes or more) and mean_per_class_recall, from 0 to 1; of a set with
+    several classes an image mean_average_precision.
 
-    Data: a folder with a folder of images for each class; a class is the index of its folder,
-    sorted by name. Images are resized by their shorter side and center-cropped.
+    Data: a folder with a folder of images for each class, whose index is that of its folder, sorted
+    by name; or a published set. Images are resized by their shorter side and center-cropped.
 
     Raises:
         UserError: no images, broken ones, or class names or templates that do not fit.
@@ -48,37 +50,67 @@ class Classify:
 
     def __init__(self, config: ClassifyEval) -> None:
         self.config = config
-        root = config.annotations
-        if not root.is_dir():
-            raise UserError(f"{root} is no folder; classify needs a folder for each class in it")
-        # Sorted, as torchvision's ImageFolder: a list of class names is in this order.
-        self.folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-        files = [
-            (str(file), index)
-            for index, name in enumerate(self.folders)
-            # At any depth, as torchvision's ImageFolder walks a class's folder.
-            for file in sorted((root / name).rglob("*"))
-            if file.suffix.lower() in IMAGE_ENDINGS
-        ][: config.limit]
-        if not files:
-            raise UserError(f"{root} has no folder with images; classes are folders")
+        self.problems: list[BadSample] = []
+        self.names: Sequence[str] = ()
+        self.templates: Sequence[str] = ("{c}",)
+        self.multilabel = False
+        files = self._read_folders() if config.set is None else self._read_set(config.set)
+        files = files[: config.limit]
         # Decoded before any model is loaded: a truncated file would end a long run otherwise.
-        bad = sharing.broken([path for path, _ in files])
-        unreadable = [BadSample(printable(files[i][0]), why) for i, why in bad.items()]
-        self.problems = self._empty_classes(root)
-        self.names = self._class_names()
-        self.templates = ["{c}"] if config.templates is None else self._texts(config.templates)
+        bad = sharing.broken([image for image, _ in files])
+        unreadable = [BadSample(printable(str(files[i][0])), why) for i, why in bad.items()]
+        if config.templates is not None:
+            self.templates = self._texts(config.templates)
         for index, template in enumerate(self.templates, start=1):
             if "{c}" not in template:
                 raise UserError(
-                    f"{config.templates} entry {index}: {template!r} has no {{c}} for the class; "
-                    "every template needs one"
+                    f"{config.templates or config.annotations} entry {index}: {template!r} has no "
+                    "{c} for the class; every template needs one"
                 )
         raise_or_log_images(self.problems, unreadable, config.on_bad_sample, _REMEDY)
         self.problems += unreadable
         self.files = [file for index, file in enumerate(files) if index not in bad]
         if not self.files:
-            raise UserError(f"{root} holds no image that can be read")
+            raise UserError(f"{config.annotations} holds no image that can be read")
+
+    def _read_folders(self) -> list[tuple[str | FileSlice, tuple[int, ...]]]:
+        """Returns (image, labels) of a folder of folders; sets the names of its classes."""
+        root = self.config.annotations
+        if not root.is_dir():
+            raise UserError(f"{root} is no folder; classify needs a folder for each class in it")
+        # Sorted, as torchvision's ImageFolder: a list of class names is in this order.
+        self.folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+        files: list[tuple[str | FileSlice, tuple[int, ...]]] = [
+            (str(file), (index,))
+            for index, name in enumerate(self.folders)
+            # At any depth, as torchvision's ImageFolder walks a class's folder.
+            for file in sorted((root / name).rglob("*"))
+            if file.suffix.lower() in IMAGE_ENDINGS
+        ]
+        if not files:
+            raise UserError(f"{root} has no folder with images; classes are folders")
+        self.problems = self._empty_classes(root)
+        self.names = self._class_names()
+        return files
+
+    def _read_set(self, name: str) -> list[tuple[str | FileSlice, tuple[int, ...]]]:
+        """Returns (image, labels) of a published set; sets the names of its classes."""
+        entry = labelled.find(name)
+        if entry is None:
+            sets = ", ".join(labelled.entries())
+            raise UserError(f"set: there is no set {name!r} of labelled images; known: {sets}")
+        config = self.config
+        rows = labelled.read(entry, config.annotations, config.split, config.language)
+        self.names, self.templates = rows.classes, rows.templates
+        self.multilabel = entry.multilabel
+        if config.classes is not None:
+            self.names = self._texts(config.classes)
+            if len(self.names) != len(rows.classes):
+                raise UserError(
+                    f"{config.classes} has {len(self.names)} class names, but {entry.name} has "
+                    f"{len(rows.classes)} classes"
+                )
+        return list(zip(rows.images, rows.labels, strict=True))
 
     def _empty_classes(self, root: Path) -> list[BadSample]:
         """Returns a problem for each folder without an image.
@@ -102,9 +134,9 @@ class Classify:
                 )
         return problems
 
-    def images(self) -> Sequence[str]:
+    def images(self) -> Sequence[str | FileSlice]:
         """Returns every image that will be opened."""
-        return [path for path, _ in self.files]
+        return [image for image, _ in self.files]
 
     def counts(self) -> dict[str, int]:
         """See `Evaluator.counts`."""
@@ -115,11 +147,14 @@ class Classify:
         """See `Evaluator.table`: modes by accuracies."""
         top5 = {"acc5": "top-5"} if len(self.names) >= 5 else {}
         columns = {"acc1": "top-1", **top5, "mean_per_class_recall": "per class"}
+        if self.multilabel:
+            columns = {"mean_average_precision": "mAP"}
         rows = tuple(
             TableRow(f"InternVL-{mode.upper()}", tuple(f"{mode}_{name}" for name in columns))
             for mode in self.config.modes
         )
-        return Table("accuracy in %", tuple(columns.values()), rows)
+        title = "precision in %" if self.multilabel else "accuracy in %"
+        return Table(title, tuple(columns.values()), rows)
 
     def run(self, handle: Any, folder: Path | None) -> EvalScores | None:
         """Encodes with `handle` (Dual) and classifies; caches features in `folder`, if any."""
@@ -143,7 +178,7 @@ class Classify:
 
     def _leave_out(self, unread: Mapping[int, str]) -> None:
         """Leaves out images (indices) that cannot be read any more, from now on."""
-        lost = [BadSample(printable(self.files[i][0]), why) for i, why in unread.items()]
+        lost = [BadSample(printable(str(self.files[i][0])), why) for i, why in unread.items()]
         raise_or_log(lost, "skip", _REMEDY)
         self.problems += lost
         self.files = [file for index, file in enumerate(self.files) if index not in unread]
@@ -152,23 +187,47 @@ class Classify:
 
     def _score(self, features: Mapping[str, Tensor], classes: Tensor) -> EvalScores:
         """Ranks the classes, float32 (num_classes, E), of the images' features by mode."""
-        truth = torch.tensor([label for _, label in self.files])
+        measure = self._precision if self.multilabel else self._accuracy
         values: dict[str, float] = {}
-        ranks_by_mode: dict[str, list[int]] = {}
-        for mode, images in features.items():
-            class_ranks = ranks(images, classes, truth, torch.arange(len(classes))).cpu()
-            ranks_by_mode[mode] = class_ranks.tolist()
-            metrics = accuracies(class_ranks, truth, len(classes))
-            values |= {f"{mode}_{name}": value for name, value in metrics.items()}
-        rows = [
-            {
-                "image": path,
-                "class": self.names[label],
-                "rank": {mode: ranks_by_mode[mode][i] for mode in ranks_by_mode},
-            }
-            for i, (path, label) in enumerate(self.files)
+        rows: list[dict[str, Any]] = [
+            {"image": str(image), **self._truth(labels)} for image, labels in self.files
         ]
+        for mode, images in features.items():
+            metrics, of_images = measure(images, classes)
+            values |= {f"{mode}_{name}": value for name, value in metrics.items()}
+            for row, columns in zip(rows, of_images, strict=True):
+                for name, value in columns.items():
+                    row.setdefault(name, {})[mode] = value
         return EvalScores(values, [*rows, *skipped_rows(self.problems)])
+
+    def _truth(self, labels: tuple[int, ...]) -> dict[str, Any]:
+        if self.multilabel:
+            return {"classes": [self.names[label] for label in labels]}
+        return {"class": self.names[labels[0]]}
+
+    def _accuracy(
+        self, images: Tensor, classes: Tensor
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Returns the metrics of images with one class, and `rank` and `predicted` of each."""
+        truth = torch.tensor([labels[0] for _, labels in self.files])
+        class_ranks = ranks(images, classes, truth, torch.arange(len(classes))).cpu()
+        best = nearest(images, classes, 1)[:, 0].tolist()
+        columns = [
+            {"rank": rank, "predicted": self.names[label]}
+            for rank, label in zip(class_ranks.tolist(), best, strict=True)
+        ]
+        return accuracies(class_ranks, truth, len(classes)), columns
+
+    def _precision(
+        self, images: Tensor, classes: Tensor
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Returns the metric of images with several classes, and the `predicted` one of each."""
+        scores = torch.cat([rows for _, rows in scores_of(images, classes.to(images.device))]).cpu()
+        targets = torch.zeros(scores.shape, dtype=torch.bool)
+        for row, (_, labels) in enumerate(self.files):
+            targets[row, list(labels)] = True
+        columns = [{"predicted": self.names[label]} for label in scores.argmax(dim=1).tolist()]
+        return {"mean_average_precision": mean_average_precision(scores, targets)}, columns
 
     def _class_features(self, handle: Any, rows: range) -> Tensor:
         """Features of classes `rows`, float32 (len(rows), E) of unit length."""
@@ -244,7 +303,7 @@ class Classify:
         """Returns the cache folder for exactly these files, names and templates."""
         if folder is None:
             return None
-        fingerprints = [(path, *fingerprint(path)) for path, _ in self.files]
+        fingerprints = [(image, *fingerprint(image)) for image, _ in self.files]
         text = repr((fingerprints, self.names, self.templates))
         return folder / blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -262,6 +321,21 @@ def accuracies(class_ranks: Tensor, truth: Tensor, num_classes: int) -> dict[str
     return {
         "acc1": hits.mean().item(),
         # With fewer than five classes the original writes a bare NaN here, which is no JSON.
-        **({"acc5": share_within(class_ranks, 5)} if num_classes >= 5 else {}),
+        **({"acc5": (class_ranks < 5).double().mean().item()} if num_classes >= 5 else {}),
         "mean_per_class_recall": sum(per_class) / len(per_class),
     }
+
+
+def mean_average_precision(scores: Tensor, targets: Tensor) -> float:
+    """Computes CLIP_benchmark's mean over classes of the average precision.
+
+    Args:
+        scores: float (num_images, num_classes).
+        targets: bool (num_images, num_classes), the classes of each image.
+    """
+    order = scores.sort(dim=0, descending=True, stable=True)[1]
+    truth = targets.gather(0, order)
+    precision = truth.float().cumsum(0) / torch.arange(1, len(scores) + 1)[:, None]
+    # A class of no image counts as 0, as there.
+    average = (precision * truth).sum(dim=0) / truth.sum(dim=0).clamp(min=1)
+    return average.mean().item()

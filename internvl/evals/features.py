@@ -201,7 +201,7 @@ def ranks(queries: Tensor, candidates: Tensor, query_ids: Tensor, candidate_ids:
     query_ids, candidate_ids = query_ids.to(queries.device), candidate_ids.to(queries.device)
     order = torch.arange(len(candidates), device=queries.device)
     query_ranks = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
-    for rows, scores in _scores(queries, candidates):
+    for rows, scores in scores_of(queries, candidates):
         query_ranks[rows] = ranks_of_scores(scores, query_ids[rows, None] == candidate_ids, order)
     return query_ranks
 
@@ -244,7 +244,7 @@ def ranks_both_ways(texts: Tensor, images: Tensor, image_of_text: Tensor) -> tup
     # Filled in place: small results kept between large ones would keep the heap from shrinking.
     text_counts = torch.zeros(2, len(texts), dtype=torch.long, device=texts.device)
     image_counts = torch.zeros(2, num_images, dtype=torch.long, device=texts.device)
-    for rows, scores in _scores(texts, images):
+    for rows, scores in scores_of(texts, images):
         # Row 0 counts candidates that are surely better, row 1 also those within the margin.
         for row, margin in enumerate((TIE_MARGIN, -TIE_MARGIN)):
             above = scores > positive_scores[rows, None] + margin
@@ -270,12 +270,12 @@ def nearest(queries: Tensor, candidates: Tensor, k: int) -> Tensor:
     indices = [
         # A stable sort, not topk: topk leaves the order of equal scores open.
         scores.sort(dim=1, descending=True, stable=True)[1][:, :k]
-        for _, scores in _scores(queries, candidates.to(queries.device))
+        for _, scores in scores_of(queries, candidates.to(queries.device))
     ]
     return torch.cat(indices)
 
 
-def _scores(queries: Tensor, candidates: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def scores_of(queries: Tensor, candidates: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yields (rows of `queries`, their scores with all candidates, float32 (len(rows), N))."""
     queries, candidates = queries.float(), candidates.float()
     step = max(1, SCORES_AT_ONCE // max(1, len(candidates)))

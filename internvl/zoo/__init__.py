@@ -106,6 +106,8 @@ def find(name: str) -> Model:
     for stage in _STAGES:
         short = short.removesuffix(stage)
     lowered = {name.lower(): model for name, model in MODELS.items()}
+    # InternVL-C alone, released as a file beside the whole model.
+    short = "InternVL-14B-224px" if short == "internvl_c_13b_224px.pth" else short
     if short.lower() in lowered:
         return lowered[short.lower()]
     near = difflib.get_close_matches(short.lower(), lowered, n=3, cutoff=0.4)

@@ -5,6 +5,7 @@ import shlex
 import pytest
 
 from internvl.compat import benchmark
+from internvl.datasets import labelled
 from internvl.errors import ConfigError
 
 LINE = (
@@ -67,8 +68,11 @@ def test_results_that_exist_are_skipped_if_asked(tmp_path):
         ("eval ", "build ", "`eval` and its flags"),
         ("--model_type internvl", "", "internvl only"),
         ("zeroshot_retrieval", "zeroshot_retrieval_with_itm", "--rerank"),
-        ("zeroshot_retrieval", "zeroshot_classification", "classify-folder"),
+        ("zeroshot_retrieval", "zeroshot_classification", "flickr30k: has no classes"),
+        ("zeroshot_retrieval", "mscoco_generative", "is for CoCa"),
+        ("zeroshot_retrieval", "segmentation", "no such task"),
         ("flickr30k", "cifar10", "not one of flickr30k"),
+        ("flickr30k", "flickr8k", "not one of flickr30k"),
         ('"en"', '"ko"', "flickr30k has en, cn"),
         ("internvl_c_retrieval_hf", "ViT-B-32", "internvl_c_retrieval_hf or"),
         ("--output result_ft.json", "--cupl", "CuPL"),
@@ -80,3 +84,45 @@ def test_refused(old, new, message):
     line = LINE.format("en", "flickr30k", "c").replace(old, new)
     with pytest.raises(ConfigError, match=message):
         command(line)
+
+
+CLASSES = (
+    'eval --model_type internvl --language "{}" --task "zeroshot_classification" --dataset "{}" '
+    "--dataset_root ./data/ --model internvl_c_classification --pretrained ./pretrained/c.pth"
+)
+
+
+def test_classification():
+    for name in (entry.dataset for entry in labelled.entries().values()):
+        task = name.replace("/", "-")
+        assert command(CLASSES.format("en", name)) == (
+            f"evaluate ./pretrained/c.pth {task} --mode c --dataset-root ./data/ --split test "
+            "--batch-size 64 --output result.json"
+        )
+    assert "imagenet1k --mode c --dataset-root ./data/ --split test --language cn,jp " in command(
+        CLASSES.format('cn" "jp', "imagenet1k")
+    )
+    assert " imagenetv2 imagenet_sketch imagenet-a imagenet-r objectnet " in command(
+        CLASSES.format("en", "imagenet_robustness")
+    )
+
+
+def test_the_data_set_decides_the_task(tmp_path):
+    (tmp_path / "sets.txt").write_text("wds/vtab/flowers\nflickr30k\n")
+    line = CLASSES.format("en", tmp_path / "sets.txt").replace("zeroshot_classification", "auto")
+    commands = benchmark.translate(shlex.split(line), {}).commands
+    assert [words[2] for words in commands] == ["retrieval-flickr30k", "vtab-flowers"]
+
+
+@pytest.mark.parametrize(
+    ("language", "dataset", "message"),
+    [
+        ("cn", "cifar10", "cifar10 has en"),
+        ("ko", "imagenet1k", "imagenet1k has en, cn, jp, ar, it"),
+        ("en", "vtab/clevr_count_all", "CLEVR is not read"),
+        ("en", "cifar11", "not one of imagenet1k, "),
+    ],
+)
+def test_classification_refused(language, dataset, message):
+    with pytest.raises(ConfigError, match=message):
+        command(CLASSES.format(language, dataset))

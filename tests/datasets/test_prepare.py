@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from dataset_trees import chat, missing, touch, write
+from labelled_trees import draw
 from PIL import Image
 
 from internvl.datasets import checklist, convert, prepare
@@ -245,3 +246,15 @@ def test_mmpr_as_it_lies(tmp_path: Path) -> None:
     (folder / "annotations/a.jsonl").write_text(f"{json.dumps(row)}\n")
     with pytest.raises(DataError, match="holds 1 pairs, but m3cot of the meta file has 2"):
         prepare.run("mmpr", tmp_path)
+
+
+def test_a_labelled_set(tmp_path: Path) -> None:
+    absent = prepare.run("imagenet-1k", tmp_path)
+    assert [str(missing.path) for missing in absent.missing] == [
+        str(tmp_path / "data/imagenet-1k"),
+        str(tmp_path / "data/wds_imagenet1k"),
+    ]
+    draw("imagenet1k", tmp_path / "data")
+    prepared = prepare.run("imagenet-1k", tmp_path)
+    assert prepared.ready
+    assert prepared.counts == {"imagenet1k images": 4, "imagenet1k classes": 1000}

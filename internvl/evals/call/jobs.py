@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl.config import EvalConfig, EvalSection, eval_config, eval_keys
+from internvl.datasets import labelled
 from internvl.datasets import published as published_sets
 from internvl.datasets import tasks as benchmarks
 from internvl.errors import ConfigError
@@ -50,6 +51,8 @@ def of_tasks(
             jobs[name] = _benchmark_job(name, root, dataset_root, model, policy | options)
         elif name in published_sets.TASKS:
             jobs |= _published_jobs(name, root, dataset_root, languages, split, policy | options)
+        elif labelled.find(name) is not None:
+            jobs |= _labelled_jobs(name, root, dataset_root, languages, split, policy | options)
         else:
             jobs[name] = _user_job(name, languages, split, policy | options)
     return jobs
@@ -87,6 +90,8 @@ def _type_of(name: str, run_evals: Mapping[str, EvalConfig]) -> str:
         return published_sets.TASKS[name].type
     if name in published_sets.USER_TASKS:
         return name.partition("-")[0]
+    if labelled.find(name) is not None:
+        return "classify"
     raise ConfigError(published_sets.no_such(name, run_evals))
 
 
@@ -119,6 +124,27 @@ def _published_jobs(
     }
 
 
+def _labelled_jobs(
+    name: str,
+    root: Path,
+    dataset_root: str | None,
+    languages: Sequence[str],
+    split: str,
+    fields: dict[str, Any],
+) -> dict[str, Job]:
+    """Returns the classifications of a labelled set, one per language."""
+    entry = labelled.find(name)
+    assert entry is not None
+    keys = {"annotations": labelled.folder_of(entry, root, dataset_root), "set": entry.name}
+    keys |= {"split": split, "batch_size": 64, **fields}
+    return {
+        labelled.evaluation_name(entry, language): Job(
+            eval_config(type="classify", language=language, **keys), entry.dataset, language
+        )
+        for language in languages or entry.languages[:1]
+    }
+
+
 def _benchmark_job(
     name: str, root: Path, dataset_root: str | None, model: str, fields: dict[str, Any]
 ) -> Job:
@@ -139,7 +165,7 @@ def _user_job(name: str, languages: Sequence[str], split: str, fields: dict[str,
     images = annotations if annotations.is_dir() else annotations.parent
     type_name = name.partition("-")[0]
     defaults = {"images": images, "split": split}
-    # Only keys of this type: a classification has no `images` and no `split`.
+    # Only keys of this type: a classification has no `images`.
     keys = {key: value for key, value in defaults.items() if key in eval_keys(type_name)}
     keys |= {**fields, "type": type_name}
     language = languages[0] if languages else "en"

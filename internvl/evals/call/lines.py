@@ -61,6 +61,8 @@ def _benchmark_lines(job: Job, values: dict[str, float], pretrained: str) -> lis
     if not isinstance(job.config, RetrievalEval | ClassifyEval):
         return []
     task_name = "retrieval" if job.config.type == "retrieval" else "classification"
+    # CLIP_benchmark's names of a folder end in _hf, that of InternVL-C's own file does not.
+    form = "" if pretrained.endswith(".pth") else "_hf"
     lines = []
     for mode in job.config.modes:
         for prefix, task in (
@@ -81,7 +83,7 @@ def _benchmark_lines(job: Job, values: dict[str, float], pretrained: str) -> lis
                 lines.append(
                     {
                         "dataset": job.dataset,
-                        "model": f"internvl_{mode}_{task_name}_hf",
+                        "model": f"internvl_{mode}_{task_name}{form}",
                         "pretrained": pretrained,
                         "task": task,
                         "metrics": metrics,

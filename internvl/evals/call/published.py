@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from internvl import zoo
+from internvl.datasets import labelled
 from internvl.datasets import published as published_sets
 from internvl.datasets import tasks as benchmarks
 from internvl.errors import UnknownModel
@@ -57,6 +58,10 @@ def _task_of(evaluation: str) -> tuple[str, str]:
             return name, "zh"
     if evaluation.startswith("retrieval-xtd-"):
         return "retrieval-xtd", evaluation.removeprefix("retrieval-xtd-")
+    classification = labelled.find_evaluation(evaluation)
+    if classification is not None:
+        entry, language = classification
+        return entry.name, "zh" if language == "cn" else language
     return evaluation, "en"
 
 
@@ -71,6 +76,16 @@ def incomplete_set_note(evaluation: str, counts: Mapping[str, int]) -> str:
         return (
             f"{evaluation}: published values are for {questions:,} questions; this set has "
             f"{counts.get('questions', 0):,}"
+        )
+    classification = labelled.find_evaluation(evaluation)
+    if classification is not None:
+        images, classes = classification[0].images, classification[0].classes
+        if (counts.get("images"), counts.get("classes")) == (images, classes):
+            return ""
+        shown = ", ".join(f"{count:,} {noun}" for noun, count in counts.items())
+        return (
+            f"{evaluation}: published values are for {images:,} images of {classes:,} classes; "
+            f"this set has {shown}"
         )
     task = published_sets.published_set(evaluation)
     if task is None:

@@ -18,13 +18,21 @@ def test_published_scores_of_every_task_language_and_mode() -> None:
         "retrieval-coco/g_itm_image_retrieval_recall@1": None,
         "caption-coco/cider": 1.282,
         "caption-nocaps/average_length": 10.463,
+        "imagenet1k/c_acc1": 0.83178,
+        "imagenet1k-cn/c_acc5": 0.87842,
+        "imagenet1k-jp/c_mean_per_class_recall": 0.61406,
+        "vtab-resisc45/c_acc1": 0.74226,
+        "imagenet1k/g_acc1": None,
     }.items():
-        assert evaluate.published(model, name) == pytest.approx(value), name
+        assert evaluate.published(model, name) == pytest.approx(value, abs=1e-5), name
     assert evaluate.published("OpenGVLab/InternVL2-2B", "caption-coco/cider") == 0.793
     tuned = "pretrained/InternVL-14B-FlickrCN-FT-364px"
     mean = evaluate.published(tuned, "retrieval-flickr30k-cn/g_mean_recall")
     assert mean == pytest.approx(0.964)
     assert evaluate.published("somebody/else", "caption-coco/cider") is None
+    # InternVL-C's own file is the same model.
+    alone = "./pretrained/internvl_c_13b_224px.pth"
+    assert evaluate.published(alone, "cifar10/c_acc1") == pytest.approx(0.9935)
 
 
 def test_published_scores_of_a_training_by_the_name_of_its_run(tmp_path) -> None:
