@@ -61,6 +61,12 @@ def add_rank_arguments(sub: argparse.ArgumentParser) -> None:
     )
 
 
+def add_quantize(sub: argparse.ArgumentParser) -> None:
+    """Adds how a verb's model is rounded."""
+    text = "load 8- or 4-bit weights, or compute in float8"
+    sub.add_argument("--quantize", choices=("8bit", "4bit", "float8"), help=text)
+
+
 def add_run_arguments(sub: argparse.ArgumentParser, *, several: bool = False) -> None:
     """Adds the options of runs and adapters that a verb opens."""
     text = "step of a run's checkpoint (default: the newest); or name RUN/checkpoints/000400"

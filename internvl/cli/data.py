@@ -8,6 +8,7 @@ from typing import Any
 
 from internvl.cli.common import (
     Arguments,
+    add_quantize,
     add_rank_arguments,
     add_run_arguments,
     loading,
@@ -141,6 +142,6 @@ def _add_make_pairs(sub: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="dtype of the weights (default: bfloat16 on a GPU, float32 on a CPU)",
     )
-    sub.add_argument("--quantize", choices=("8bit", "4bit"), help="load 8- or 4-bit weights")
+    add_quantize(sub)
     add_rank_arguments(sub)
     add_run_arguments(sub)

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from internvl.cli.common import (
     Arguments,
+    add_quantize,
     add_rank_arguments,
     add_run_arguments,
     loading,
@@ -158,7 +159,7 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--device-map", choices=("auto",), help="spread a model larger than a GPU over all GPUs"
     )
-    sub.add_argument("--quantize", choices=("8bit", "4bit"), help="load 8- or 4-bit weights")
+    add_quantize(sub)
     add_run_arguments(sub, several=True)
     _add_eval_options(sub)
 

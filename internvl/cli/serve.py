@@ -7,7 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from internvl.cli.common import Arguments, add_run_arguments, loading, open_named
+from internvl.cli.common import (
+    Arguments,
+    add_quantize,
+    add_run_arguments,
+    loading,
+    open_named,
+)
 from internvl.errors import UserError
 
 
@@ -175,5 +181,5 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
         help="dtype of the weights (default: bfloat16 on a GPU, float32 on a CPU)",
     )
     sub.add_argument("--device-map", choices=("auto",), help="spread the model over all GPUs")
-    sub.add_argument("--quantize", choices=("8bit", "4bit"), help="load 8- or 4-bit weights")
+    add_quantize(sub)
     add_run_arguments(sub)

@@ -98,6 +98,21 @@ def test_a_quantized_model_answers_adapts_and_does_not_export(kind, wide, tmp_pa
         lora.merge(chat.model)
 
 
+def test_a_model_in_float8_answers_and_does_not_export(wide, tmp_path):
+    plain = loading.load(wide, device="cpu", dtype="bfloat16")
+    chat = loading.load(wide, device="cpu", dtype="bfloat16", quantize="float8")
+    small = [n for n, p in chat.model.named_parameters() if p.dtype == torch.float8_e4m3fn]
+    assert len(small) == 2 * 7 + 2 * 6
+    pair = torch.stack([export.probe(m.model).flatten().float() for m in (plain, chat)])
+    assert torch.corrcoef(pair)[0, 1] > 0.98
+    request = Request([{"role": "user", "content": "Hi"}], [Image.new("RGB", (90, 60))])
+    assert isinstance(chat.answer([request], max_new_tokens=3)[0], str)
+    with pytest.raises(UserError, match="float8"):
+        export.run(chat, tmp_path / "out")
+    with pytest.raises(UserError, match="load it with dtype='bfloat16'"):
+        loading.load(wide, device="cpu", dtype="float32", quantize="float8")
+
+
 @pytest.mark.parametrize("kind", ["8bit", "4bit"])
 @pytest.mark.filterwarnings("ignore")
 def test_qlora_trains_and_merges_into_the_base_as_released(kind, wide, tmp_path):

@@ -68,8 +68,7 @@ def accelerate(model: Any, *, float8: bool = False) -> None:
     """
     compute = ComputeConfig(float8=float8, compile=False)
     apply_compute(model, model.device, compute)
-    if float8:
-        kernels.fuse_frozen_mlps(model)
+    kernels.fuse_frozen_mlps(model)
 
 
 def scheduler(

@@ -135,11 +135,14 @@ class Float8Linear(nn.Module):
         return f"{self.in_features}, {self.out_features}, passes_gradient={gradient}"
 
 
-def convert_frozen_linears(model: Any, device: torch.device) -> int:
+def convert_frozen_linears(model: Any, device: torch.device, key: str = "compute.float8") -> int:
     """Replaces the frozen linear layers in the blocks of a chat model by `Float8Linear`s.
 
     Adapters stay on them. Layers that train, those with a side that is no multiple of 16, and
     everything around the blocks (embeddings, projector, output matrix) stay as they are.
+
+    Args:
+        key: the setting that asked for it, in error messages.
 
     Returns:
         how many layers were replaced.
@@ -148,7 +151,8 @@ def convert_frozen_linears(model: Any, device: torch.device) -> int:
         UserError: a GPU without float8 products, or no layer to replace.
     """
     if device.type == "cuda":
-        check_gpu(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+        name = torch.cuda.get_device_name(device)
+        check_gpu(name, torch.cuda.get_device_capability(device), key)
     tower, language = model.model.vision_tower, model.model.language_model
     # A gradient passes through a layer only if something before it trains.
     below = _trains(tower.embeddings)
@@ -162,19 +166,20 @@ def convert_frozen_linears(model: Any, device: torch.device) -> int:
         count += _convert(block, passes_gradient=below)
     if not count:
         raise UserError(
-            "compute.float8: no linear layer of the model's blocks is frozen; set "
+            f"{key}: no linear layer of the model's blocks is frozen; set "
             "compute.float8=false, or train adapters (model.lora)"
         )
     logger.info("%d frozen linear layers compute in float8", count)
     return count
 
 
-def check_gpu(name: str, capability: tuple[int, int]) -> None:
+def check_gpu(name: str, capability: tuple[int, int], key: str = "compute.float8") -> None:
     """Raises UserError if a GPU of this compute capability has no float8 products."""
     if capability < (8, 9):
+        remedy = f"set {key}=false" if key == "compute.float8" else f"leave {key} out"
         raise UserError(
-            f"compute.float8: {name} has no float8 products, which came with compute capability "
-            "8.9 (Ada, Hopper); set compute.float8=false"
+            f"{key}: {name} has no float8 products, which came with compute capability "
+            f"8.9 (Ada, Hopper); {remedy}"
         )
 
 
