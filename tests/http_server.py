@@ -63,12 +63,12 @@ class Server:
 
 
 @contextmanager
-def running(folder, work, *words, **environment):
-    """A server of the model in `folder`, once it is healthy."""
+def running(folder, work, *words, start=("-m", "internvl"), **environment):
+    """A server of the model in `folder`, once it is healthy; `start` runs the command line."""
     work.mkdir(parents=True, exist_ok=True)
     port_file, log = work / "port", work / "log"
     port_file.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "internvl", "serve", str(folder), "--device", "cpu"]
+    command = [sys.executable, *start, "serve", str(folder), "--device", "cpu"]
     command += ["--port", "0", "--port-file", str(port_file), *map(str, words)]
     root = Path(__file__).parents[1]
     env = os.environ | {"PYTHONPATH": str(root), "INTERNVL_API_KEY": ""} | environment

@@ -35,8 +35,11 @@ class Answer:
 
     index: int
     text: AnswerText
+    engine: Engine[Job]
     came: asyncio.Event = field(default_factory=asyncio.Event)
     """Set whenever its job has more tokens."""
+    holds: bool = True
+    """True while it counts among the answers that the server holds."""
 
 
 @dataclass(eq=False)
@@ -67,10 +70,18 @@ class ChatRoutes:
         self._prompts: Prompts | None = None
         self._waiting: set[Answer] = set()
 
-    @staticmethod
-    def wake(job: Job) -> None:
+    def wake(self, job: Job) -> None:
         """Tells whoever waits for a job that it has more tokens."""
         job.key.came.set()
+        # Here, not where it is read: a client that reads slowly keeps no other one out.
+        if job.ended:
+            self._release(job.key)
+
+    def _release(self, answer: Answer) -> None:
+        if answer.holds:
+            answer.holds = False
+            answer.engine.running -= 1
+            self.gate.leave()
 
     def changed(self) -> None:
         """Notes that an engine is ready or has died; wakes all who wait for a dead one."""
@@ -119,7 +130,9 @@ class ChatRoutes:
         jobs = []
         for index in range(asked.n):
             text = AnswerText(chat_engine.chat.encoder, asked.stop, asked.skip_special_tokens)
-            job = Job(Answer(index, text), prompt, settings, top_logprobs=asked.top_logprobs)
+            job = Job(
+                Answer(index, text, engine), prompt, settings, top_logprobs=asked.top_logprobs
+            )
             if asked.seed is not None:
                 # Answers of one request differ: each has a seed of its own.
                 seed = (asked.seed + index) % 2**63
@@ -189,8 +202,7 @@ class ChatRoutes:
         for job in asked.jobs:
             job.cancelled = True
             self._waiting.discard(job.key)
-        asked.engine.running -= len(asked.jobs)
-        self.gate.leave(len(asked.jobs))
+            self._release(job.key)
         total_s = time.monotonic() - asked.since_s
         generated = sum(len(job.generated) for job in asked.jobs)
         self.metrics.tokens.inc(generated)

@@ -37,7 +37,7 @@ async def read_json(http: Request, limits: Limits) -> Any:
         return json.loads(b"".join(blocks), parse_constant=_refuse_constant)
     # RecursionError: brackets without end.
     except (ValueError, RecursionError) as error:
-        raise ApiError(f"the body is not JSON ({error:.100})") from None
+        raise ApiError(f"the body is not JSON ({str(error)[:100]})") from None
 
 
 def _refuse_constant(name: str) -> None:

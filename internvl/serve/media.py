@@ -170,6 +170,10 @@ def _read(
         # A single read of the socket: `read` would wait for a whole block, byte after byte.
         block = response.read1(_BLOCK)
         if not block:
+            # The end of a connection that was shut is no end of a body.
+            _left(until_s)
+            if response.length:
+                raise http.client.IncompleteRead(b"", response.length)
             return b"".join(blocks)
         size += len(block)
         if size > most:

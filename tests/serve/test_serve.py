@@ -33,7 +33,8 @@ def server(folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(server):
-    return openai.OpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=120)
+    with openai.OpenAI(base_url=server.url, api_key="x", max_retries=0, timeout=120) as client:
+        yield client
 
 
 def text_of(completion):

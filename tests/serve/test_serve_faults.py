@@ -1,0 +1,394 @@
+"""What goes wrong in a server, or is sent to it on purpose, and what stays undisturbed."""
+
+import concurrent.futures
+import contextlib
+import http.client
+import http.server
+import json
+import socket
+import struct
+import threading
+import time
+import zlib
+
+import openai
+import pytest
+from chat_folders import prompt_folder
+from http_server import asked, data_address, image_bytes, image_part, running
+
+from internvl.serve import media
+from internvl.serve.errors import ApiError
+from internvl.serve.options import Limits
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return prompt_folder("internlm2.internvl2_5", tmp_path_factory.mktemp("model") / "chat")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "a.png").write_bytes(image_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder, photos, tmp_path_factory):
+    words = ("--slots", 2, "--max-waiting", 3, "--api-key", "secret", "--allow-files", photos)
+    with running(folder, tmp_path_factory.mktemp("server"), *words) as server:
+        yield server
+
+
+KEY = {"Authorization": "Bearer secret"}
+
+
+def answered(server, body, **headers):
+    status, answer = server.post(body, **KEY, **headers)
+    return status, answer["choices"][0]["message"]["content"] if status == 200 else answer["error"]
+
+
+def begun(server, body):
+    """A connection whose streamed answer has begun."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request("POST", CHAT, json.dumps(body | {"stream": True}), KEY)
+    response = connection.getresponse()
+    assert response.status == 200
+    for _ in range(6):
+        response.readline()
+    return connection, response
+
+
+@pytest.mark.slow
+def test_a_client_that_goes_away_frees_its_slot(server):
+    body = asked("Hi", max_tokens=400)
+    whole = answered(server, asked("Hello", image_part(), max_tokens=20))
+    connection, response = begun(server, body)
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        other = threads.submit(answered, server, asked("Hello", image_part(), max_tokens=20))
+        response.close()
+        connection.close()
+        assert other.result() == whole
+    left = time.monotonic()
+    server.wait_for(lambda: server.metric("internvl_running") == 0, 1)
+    # Without a stream too.
+    with socket.create_connection(("127.0.0.1", server.port)) as plain:
+        data = json.dumps(body).encode()
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\n"
+        plain.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        server.wait_for(lambda: server.metric("internvl_running") == 1)
+    server.wait_for(lambda: server.metric("internvl_running") == 0, 1)
+    assert time.monotonic() - left < 20
+
+
+@pytest.mark.slow
+def test_a_full_queue_refuses_and_the_others_are_answered(server):
+    connection, response = begun(server, asked("Hi", max_tokens=400, n=5))
+    full = "5 requests are answered or wait"
+    with (
+        openai.OpenAI(base_url=server.url, api_key="secret", max_retries=0) as client,
+        pytest.raises(openai.RateLimitError, match=full) as refused,
+    ):
+        client.chat.completions.create(**asked("Hi"))
+    assert refused.value.response.headers["retry-after"] == "2"
+    assert (server.metric("internvl_running"), server.metric("internvl_waiting")) == (2, 3)
+    # OpenAI's client asks again by itself.
+    with openai.OpenAI(base_url=server.url, api_key="secret", max_retries=9) as patient:
+        assert patient.chat.completions.create(**asked("Hi")).choices
+    assert response.read().endswith(b"data: [DONE]\n\n")
+    connection.close()
+
+
+@pytest.mark.slow
+def test_keys(server):
+    for key in ("wrong", "", "secret2", "sécret"):
+        header = f"Bearer {key}".encode("latin-1")
+        status, _, body = server.request("POST", CHAT, asked("Hi"), Authorization=header)
+        assert (status, json.loads(body)["error"]["code"]) == (401, "invalid_api_key")
+    with (
+        openai.OpenAI(base_url=server.url, api_key="wrong") as client,
+        pytest.raises(openai.AuthenticationError),
+    ):
+        client.models.list()
+    assert server.request("GET", "/health")[0] == 200
+    assert "secret" not in server.log.read_text()
+
+
+def malformed():
+    """50 bodies that are no chat completion."""
+    good = json.dumps(asked("Hi", image_part())).encode()
+    yield from (b"", b"{", b"[]", b"null", b"3", b'"text"', b"\xff\xfe\x00", b"{" * 100_000)
+    yield from (b'{"a":' * 5000, b"[" * 200_000, b'{"n": NaN}', b'{"n": 1e999}', b"\x00" * 1000)
+    yield b'{"model": "chat", "messages": [], "n": ' + b"9" * 5000 + b"}"
+    for cut in range(10, len(good) - 10, len(good) // 12):
+        yield good[:cut]
+    deep = []
+    for _ in range(500):
+        deep = [deep]
+    wrong = (None, 0, True, "", [], {}, [[]], [None], {"role": "user"}, deep, [{"role": 3}])
+    for value in wrong:
+        yield json.dumps(asked("Hi") | {"messages": value}).encode()
+        parts = [{"role": "user", "content": value}]
+        if value != "":
+            yield json.dumps(asked("Hi") | {"messages": parts}).encode()
+    for url in ("", "data:", "data:image/png;base64,????", "data:image/png;base64,", "http://"):
+        yield json.dumps(asked("Hi", {"type": "image_url", "image_url": {"url": url}})).encode()
+
+
+@pytest.mark.slow
+def test_malformed_bodies_are_refused_one_by_one(server):
+    bodies = list(malformed())
+    assert len(bodies) >= 50
+    whole = answered(server, asked("Hello"))
+    for body in bodies:
+        status, error = answered(server, body)
+        assert (status, error["type"]) == (400, "invalid_request_error"), body[:80]
+    assert answered(server, asked("Hello")) == whole
+    assert "Traceback" not in server.log.read_text()
+
+
+def png_of(width, height, data=b"\x00"):
+    def chunk(name, content):
+        check = struct.pack(">I", zlib.crc32(name + content))
+        return struct.pack(">I", len(content)) + name + content + check
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    return start + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (png_of(20_000, 20_000), "exceeds the limit of 178,956,970 pixels"),
+        (png_of(9_000, 9_000), "9000 x 9000 pixels are more than 64,000,000"),
+        (png_of(80, 80), "cannot be decoded"),
+        (image_bytes()[:60], ""),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", ""),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", ""),
+        (b"x" * (20 * 2**20 + 1), "more than 20,971,520 bytes"),
+    ],
+)
+def test_bad_images_are_refused(server, content, words):
+    body = asked("Hi", image_part(content))
+    status, error = answered(server, body)
+    assert (status, error["type"]) == (400, "invalid_request_error")
+    assert words in error["message"]
+
+
+@pytest.mark.slow
+def test_files_are_read_below_the_allowed_folder_alone(server, photos, tmp_path):
+    outside = tmp_path / "secret.png"
+    outside.write_bytes(image_bytes())
+    (photos / "link.png").symlink_to(outside)
+
+    def ask(url):
+        return answered(server, asked("Hi", {"type": "image_url", "image_url": {"url": url}}))
+
+    assert ask(f"file://{photos}/a.png") == answered(server, asked("Hi", image_part()))
+    for url in (
+        f"file://{outside}",
+        f"file://{photos}/link.png",
+        f"file://{photos}/../{tmp_path.name}/secret.png",
+        f"file://{photos}/%2e%2e/secret.png",
+        f"file://{photos}",
+        f"file://{photos}/none.png",
+        "file:///dev/zero",
+        "file://host/a.png",
+        "file:///a%00b",
+    ):
+        status, error = ask(url)
+        assert (status, "must be below a folder of --allow-files" in error["message"]) == (
+            400,
+            True,
+        )
+    for url in ("/etc/passwd", "s3://bucket/a.png", "ftp://host/a.png", "a.png"):
+        assert "an address begins with data:" in ask(url)[1]["message"]
+
+
+class Host(http.server.BaseHTTPRequestHandler):
+    """A host of images that behaves as the path says."""
+
+    def do_GET(self):
+        path = self.path
+        if path.startswith("/to/"):
+            self.send_response(302)
+            self.send_header("Location", path.removeprefix("/to/"))
+            self.end_headers()
+            return
+        if path == "/gone":
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.end_headers()
+        if path == "/drip":
+            for _ in range(100):
+                self.wfile.write(b"x")
+                self.wfile.flush()
+                time.sleep(0.1)
+        elif path == "/slow":
+            time.sleep(5)
+        elif path == "/large":
+            for _ in range(30):
+                self.wfile.write(b"x" * 2**20)
+        else:
+            self.wfile.write(image_bytes())
+
+    def handle(self):
+        # The client goes away, as it should.
+        with contextlib.suppress(OSError):
+            super().handle()
+
+    def log_message(self, *words):
+        pass
+
+
+@pytest.fixture(scope="module")
+def host():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Host) as listening:
+        thread = threading.Thread(target=listening.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.server_address[1]}"
+        listening.shutdown()
+        thread.join()
+
+
+def fetched(url, *, seconds=3, **limits):
+    return media.fetch(url, "image", Limits(**limits), most=2**20, seconds=seconds)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("/to/http://169.254.169.254/latest/meta-data", "169.254.169.254 is not a public address"),
+        ("/to/http://[::1]:1/a.png", "::1 is not a public address"),
+        ("/to/http://[::ffff:10.0.0.1]/a.png", "is not a public address"),
+        ("/to/file:///etc/passwd", "it redirects to 'file:///etc/passwd'"),
+        ("/to/" * 5, "more than 3 redirects"),
+        ("/gone", "its host answers 404"),
+        ("/large", "more than 1,048,576 bytes"),
+    ],
+)
+def test_what_a_host_may_not_do(host, path, words):
+    with pytest.raises(ApiError, match=words.replace("(", r"\(").replace("[", r"\[")):
+        fetched(host + path, allow_hosts=("127.0.0.1",))
+
+
+@pytest.mark.parametrize("path", ["/slow", "/drip"])
+def test_a_slow_host_is_left_in_time(host, path):
+    with pytest.raises(ApiError, match="it was not here in time"):
+        fetched(host + path, seconds=0.5, allow_hosts=("127.0.0.1",))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1/a.png",
+        "http://localhost:1/a.png",
+        "http://0.0.0.0/a.png",
+        "http://10.1.2.3/a.png",
+        "http://192.168.0.1/a.png",
+        "http://169.254.169.254/latest/meta-data",
+        "http://[fd00::1]/a.png",
+        "http://2130706433/a.png",
+        "http://0x7f.1/a.png",
+        "https://127.0.0.1/a.png",
+    ],
+)
+def test_addresses_that_are_not_public(url):
+    with pytest.raises(ApiError, match="is not a public address; --allow-hosts"):
+        fetched(url)
+
+
+def test_an_image_is_fetched_from_an_allowed_host(host):
+    assert fetched(f"{host}/a.png", allow_hosts=("127.0.0.1",)) == image_bytes()
+    assert fetched(f"{host}/to//a.png", allow_hosts=("127.0.0.1",)) == image_bytes()
+    with pytest.raises(ApiError, match="no plain host name"):
+        fetched("http://user:word@127.0.0.1/a.png")
+
+
+BROKEN = """
+import sys
+from internvl import cli
+from internvl.inference.engine.decoder import Decoder
+
+class Broken(Decoder):
+    steps = 0
+    def decode(self, longest):
+        Broken.steps += 1
+        if Broken.steps > 60:
+            raise RuntimeError("the device is gone")
+        return super().decode(longest)
+
+sys.modules["internvl.inference.engine.scheduler"].Decoder = Broken
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_an_engine_that_dies_turns_health_red(folder, tmp_path):
+    with running(folder, tmp_path, start=("-c", BROKEN)) as server:
+        status, body = server.post(asked("Hi", max_tokens=10))
+        assert status == 200
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            whole = threads.submit(server.post, asked("Hi", max_tokens=400))
+            streamed = threads.submit(
+                server.request, "POST", CHAT, asked("Hi", max_tokens=400, stream=True)
+            )
+            status, body = whole.result(30)
+            assert (status, body["error"]["code"]) == (503, "unavailable")
+            assert "the device is gone" in body["error"]["message"]
+            events = streamed.result(30)[2].decode()
+            assert '"error":{"message":"the engine died' in events
+        for path in ("/health", CHAT):
+            assert (
+                server.request("GET" if path == "/health" else "POST", path, asked("x"))[0] == 503
+            )
+        assert server.metric("internvl_up") == 0
+        assert server.request("GET", "/v1/models")[0] == 200
+        assert server.stop() == 0
+
+
+@pytest.mark.slow
+def test_sigterm_lets_answers_end_and_begins_no_other(folder, tmp_path):
+    with running(folder, tmp_path) as server:
+        whole = server.request("POST", CHAT, asked("Hi", max_tokens=450, stream=True))[2]
+        connection, response = begun(server, asked("Hi", max_tokens=450))
+        server.process.terminate()
+        server.wait_for(lambda: "SIGTERM" in server.log.read_text())
+        status, error = server.post(asked("Hi"))
+        assert (status, error["error"]["message"]) == (503, "the server is stopping")
+        assert server.request("GET", "/health")[0] == 503
+        rest = response.read().decode()
+        assert rest.endswith("data: [DONE]\n\n")
+        assert rest.count("\n\n") >= whole.decode().count("\n\n") - 10
+        connection.close()
+        assert server.process.wait(10) == 0
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken_and_a_broken_folder(folder, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(AssertionError, match=f"127.0.0.1:{port} cannot be listened on"),
+            running(folder, tmp_path, "--port", port),
+        ):
+            pass
+
+
+def test_data_addresses():
+    assert media.fetch(data_address(b"abc"), "x", Limits(), most=3, seconds=1) == b"abc"
+    for url, words in (
+        ("data:image/png,abc", "data:image/…;base64"),
+        (data_address(b""), "it is empty"),
+        (data_address(b"abcd"), "4 bytes, more than 3 bytes"),
+        ("data:image/png;base64,a b", "not base64"),
+    ):
+        with pytest.raises(ApiError, match=words):
+            media.fetch(url, "x", Limits(), most=3, seconds=1)
