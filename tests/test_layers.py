@@ -21,7 +21,7 @@ LEVELS = {
     8: ("check", "launch", "serve"),
     7: ("train", "evaluate", "pairing"),
     6: ("run",),
-    5: ("evals", "plan", "export"),
+    5: ("evals", "plan", "export", "search"),
     4: ("inference", "objectives"),
     3: ("datasets", "compute", "parallel", "training"),
     2: ("data", "models", "report", "doctor"),

@@ -29,9 +29,11 @@ from internvl.cli import (
     doctor,
     evaluate,
     export,
+    index,
     launch,
     merge,
     models,
+    search,
     serve,
     train,
 )
@@ -50,6 +52,8 @@ _VERBS: dict[str, ModuleType] = {
     "serve": serve,
     "merge": merge,
     "export": export,
+    "index": index,
+    "search": search,
     "data": data,
     "compat": compat,
 }

@@ -1,0 +1,173 @@
+"""`internvl index`: an index of a folder of photos, for `internvl search`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from internvl.cli.common import Arguments, add_run_arguments, loading, open_named, split_commas
+from internvl.errors import ConfigError
+
+EXPORTS = ("clip-retrieval",)
+"""Layouts that other programs read."""
+
+
+def run(args: Arguments) -> int:
+    """Index a folder of photos for search, or bring its index up to date."""
+    from internvl.search import store
+
+    if not args.folder.is_dir():
+        raise ConfigError(f"{args.folder}: no folder of photos")
+    if args.export and args.export[0] not in EXPORTS:
+        raise ConfigError(f"--export: {args.export[0]!r} is none of {', '.join(EXPORTS)}")
+    is_new = not (args.to / store.SETTINGS).is_file()
+    if is_new and args.model is None:
+        raise ConfigError("--model: a new index needs the name of an InternVL-14B")
+    with store.locked(args.to), _new(args) if is_new else store.Store(args.to) as index:
+        _check(args, index.settings)
+        _update(args, index)
+    return 0
+
+
+def _new(args: Arguments) -> Any:
+    """Creates an index, whose settings the model has a share in."""
+    opened = open_named(args, args.step)
+    with loading(args.model):
+        from internvl.search import encoder, store
+
+    named = Path(args.model).expanduser()
+    args.encoder = encoder.Encoder(lambda: load_dual(args, opened))
+    settings = args.encoder.new_settings(
+        args.folder.resolve(),
+        str(named.resolve()) if named.exists() else args.model,
+        opened.step,
+        [str(Path(base).resolve()) for base in args.base or []],
+        args.mode or ["c"],
+        args.features_dtype or "float16",
+    )
+    return store.Store.create(args.to, settings)
+
+
+def _check(args: Arguments, settings: Any) -> None:
+    """Raises ConfigError if an index is of something else than the command line says."""
+    for option, asked, value in (
+        ("the folder", str(args.folder.resolve()), settings.folder),
+        ("--mode", args.mode and sorted(args.mode), sorted(settings.modes)),
+        ("--features-dtype", args.features_dtype, settings.dtype),
+    ):
+        if asked and asked != value:
+            raise ConfigError(
+                f"{args.to}: is an index of {value}, and {option} is {asked}; give another --to"
+            )
+
+
+def _update(args: Arguments, index: Any) -> None:
+    settings = index.settings
+    with loading("the index"):
+        from internvl.search import approximation, encoder, indexing
+
+    # The encoder of a new index; an old one's loads its model only if there is something to encode.
+    model = getattr(args, "encoder", None) or encoder.Encoder(
+        lambda: _load_logged(args, settings), settings
+    )
+    done = indexing.update(
+        index, model, batch_size=args.batch_size, workers=args.workers, rehash=args.rehash
+    )
+    print(done)
+    for mode, built in approximation.renew(index, model, args.approximate).items():
+        print(f"approximate search, InternVL-{mode.upper()}: {approximation.describe(built)}")
+    if args.export:
+        from internvl.search import clip_retrieval
+
+        count = clip_retrieval.export(index, Path(args.export[1]), settings.modes[0])
+        print(f"{count:,} photos in clip-retrieval's layout: {args.export[1]}")
+    print(f'The index is {args.to}; search it: internvl search {args.to} "a dog in the snow"')
+
+
+def _load_logged(args: Arguments, settings: Any) -> Any:
+    opened = open_of_index(args, settings)
+    with loading(opened.name):
+        return load_dual(args, opened)
+
+
+def open_of_index(args: Arguments, settings: Any) -> Any:
+    """Opens the model that an index remembers, or that the command line names in its place."""
+    from internvl.inference.opened import open_model
+
+    step = args.step or (settings.step if args.model is None else None)
+    opened = open_model(
+        args.model or settings.model, step=step, base=args.base or settings.base or None
+    )
+    opened.check()
+    return opened
+
+
+def load_dual(args: Arguments, opened: Any) -> Any:
+    """Loads an opened InternVL-14B as the command line says."""
+    from internvl.inference import load
+
+    return load.load(
+        opened,
+        device=args.device,
+        dtype=args.dtype,
+        device_map=args.device_map,
+        quantize=args.quantize,
+    ).as_dual("photo search")
+
+
+def add_model_arguments(sub: argparse.ArgumentParser, help: str) -> None:
+    """Adds the model and how it is loaded."""
+    sub.add_argument("--model", metavar="MODEL", help=help)
+    sub.add_argument("--device", help="cuda, cuda:1 or cpu (default: the GPU if there is one)")
+    sub.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="default: bfloat16 on a GPU, float32 on a CPU",
+    )
+    sub.add_argument(
+        "--device-map", choices=("auto",), help="spread a model larger than a GPU over all GPUs"
+    )
+    sub.add_argument("--quantize", choices=("8bit", "4bit"), help="load 8- or 4-bit weights")
+    add_run_arguments(sub)
+
+
+def add_arguments(sub: argparse.ArgumentParser) -> None:
+    """Adds the verb's options."""
+    sub.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="folder of photos, with subfolders"
+    )
+    sub.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder of the index")
+    sub.add_argument(
+        "--mode",
+        type=split_commas,
+        metavar="c,g",
+        help="features of InternVL-C (default), InternVL-G, or both",
+    )
+    sub.add_argument(
+        "--features-dtype",
+        choices=("float16", "float32"),
+        help="type of the features on disk (default: float16)",
+    )
+    sub.add_argument("--batch-size", type=int, default=64, help="photos encoded at once")
+    sub.add_argument(
+        "--workers", type=int, metavar="N", help="threads that decode (default: one per core)"
+    )
+    sub.add_argument(
+        "--rehash",
+        action="store_true",
+        help="read every file again, not only those whose size or time has changed",
+    )
+    sub.add_argument(
+        "--approximate",
+        nargs="?",
+        type=float,
+        const=0.99,
+        metavar="RECALL",
+        help="also build a faiss index that finds this share of the best ten (default: 0.99)",
+    )
+    sub.add_argument(
+        "--export",
+        nargs=2,
+        metavar=("LAYOUT", "OUT"),
+        help="also write the features for another program: clip-retrieval OUT",
+    )
+    add_model_arguments(sub, "InternVL-14B: model folder, run or hub id; an index remembers it")

@@ -1,0 +1,54 @@
+"""Exports an index in the layout of clip-retrieval: what its `inference` command writes.
+
+OUT/img_emb/img_emb_0.npy            features (N, E)
+OUT/metadata/metadata_0.parquet      image_path and more, row by row
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from internvl.errors import UserError
+from internvl.files import complete_folder
+from internvl.search.store import Store
+
+_COPY_ROWS = 65_536
+
+
+def export(store: Store, to: Path, mode: str) -> int:
+    """Writes features and paths of all photos; returns their number.
+
+    Raises:
+        UserError: pyarrow is missing, or `to` is not empty.
+    """
+    try:
+        import pyarrow as pa
+        from pyarrow import parquet
+    except ImportError as error:
+        raise UserError(
+            "this layout has Parquet files; install pyarrow with `pip install internvl[parquet]`"
+        ) from error
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"{to}: not an empty folder; give another one")
+    features, rows = store.features(mode), store.rows()
+    if not len(rows):
+        raise UserError(f"{store.folder}: holds no photo to export")
+    with complete_folder(to) as partial:
+        (partial / "img_emb").mkdir()
+        (partial / "metadata").mkdir()
+        exported = np.lib.format.open_memmap(
+            partial / "img_emb/img_emb_0.npy", "w+", features.dtype, (len(rows), features.shape[1])
+        )
+        for start in range(0, len(rows), _COPY_ROWS):
+            chosen = rows[start : start + _COPY_ROWS]
+            exported[start : start + len(chosen)] = features[chosen]
+        exported.flush()
+        photos = store.photos(rows)
+        columns = {
+            "image_path": [str(store.root / photo.path) for photo in photos],
+            "width": [photo.width for photo in photos],
+            "height": [photo.height for photo in photos],
+            "taken": [photo.taken for photo in photos],
+        }
+        parquet.write_table(pa.table(columns), partial / "metadata/metadata_0.parquet")
+    return len(rows)

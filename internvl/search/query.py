@@ -1,0 +1,112 @@
+"""What is looked for: words, images and photos of the index, with weights; folders and dates.
+
+Imports no torch.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from internvl.data.images import name_of
+from internvl.errors import UserError
+
+# A digit before the colon is a time of day or a ratio: "at 10:30".
+_WEIGHTED = re.compile(r"\s*(.+?)(?<![\d\s])\s*[:：]\s*([-+]?\d*\.?\d+)(?=\s|$)")
+_DATE = re.compile(r"\d{4}(-\d\d(-\d\d)?)?")
+
+
+@dataclass(frozen=True)
+class Term:
+    """One of text, image and digest, with its weight."""
+
+    text: str = ""
+    image: bytes | Path | None = None
+    """A file, or its bytes."""
+    digest: bytes = b""
+    """Content of a photo of the index, whose features are there."""
+    weight: float = 1.0
+
+    @property
+    def label(self) -> str:
+        """The term as messages show it: "beach", "photo.jpg × -0.5"."""
+        name = self.text or ("an image" if self.image is None else name_of(self.image))
+        return (name or "an image") + ("" if self.weight == 1 else f" × {self.weight:g}")
+
+
+def parse_terms(text: str) -> list[Term]:
+    """Parses words with optional weights, English or Chinese.
+
+    >>> parse_terms("beach:1 people:-0.5")[1]
+    Term(text='people', image=None, digest=b'', weight=-0.5)
+    >>> [term.text for term in parse_terms("a dog in the snow")]
+    ['a dog in the snow']
+    """
+    terms, end = [], 0
+    while matched := _WEIGHTED.match(text, end):
+        terms.append(Term(text=matched[1], weight=float(matched[2])))
+        end = matched.end()
+    rest = text[end:].strip()
+    return [*terms, *([Term(text=rest)] if rest else [])]
+
+
+def check_terms(terms: Sequence[Term]) -> None:
+    """Raises UserError if there is nothing to look for."""
+    if not terms:
+        raise UserError('nothing to look for: write words, such as "a dog in the snow"')
+    for term in terms:
+        if not abs(term.weight) < float("inf"):
+            raise UserError(f"{term.text!r}: the weight is {term.weight}; write a number")
+    if all(term.weight <= 0 for term in terms):
+        raise UserError(
+            f"no weight is above 0 ({', '.join(term.label for term in terms)}); a search needs "
+            "something to look for, as in beach:1 people:-0.5"
+        )
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Which photos are searched."""
+
+    folders: tuple[str, ...] = ()
+    """Globs of paths below the folder of photos, any of which fits: "2024", "2024/*-beach"."""
+    since: str = ""
+    """First day: "2024", "2024-05" or "2024-05-01"."""
+    until: str = ""
+    """Last day, in the same forms; "2024" is up to the end of that year."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError for what is no date."""
+        for text in (self.since, self.until):
+            if text and not _is_date(text):
+                raise UserError(
+                    f"{text!r} is no date; write 2024, 2024-05 or 2024-05-01 (year first)"
+                )
+
+    def condition(self) -> tuple[str, list[Any]]:
+        """Returns a condition of SQL and its values."""
+        parts, values = ["1"], []
+        globs = [glob.removeprefix("./").strip("/") for glob in self.folders]
+        if globs:
+            parts.append(f"({' OR '.join(['path GLOB ? OR path GLOB ?'] * len(globs))})")
+            values += [pattern for glob in globs for pattern in (glob, f"{glob}/*")]
+        if self.since:
+            parts.append("taken >= ?")
+            values.append(self.since)
+        if self.until:
+            parts.append("taken < ?")
+            # Above every character of a date: the end of the year, month or day.
+            values.append(f"{self.until}~")
+        return " AND ".join(parts), values
+
+
+def _is_date(text: str) -> bool:
+    if not _DATE.fullmatch(text):
+        return False
+    try:
+        date.fromisoformat(text + "-01-01"[len(text) - 4 :])
+    except ValueError:
+        return False
+    return True
