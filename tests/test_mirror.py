@@ -83,6 +83,8 @@ ELSEWHERE = {
     "run/reporting.py": ("cli/test_train.py", "what a run prints and logs"),
     "run/saving.py": ("training/test_checkpoint.py", "what is saved, and gone on from"),
     "run/state.py": ("test_train.py", "what a step changes"),
+    "search/approximation.py": ("search/test_ranking.py", "builds what is ranked by"),
+    "search/encoder.py": ("search/test_searcher.py", "what is found by its features"),
     "training/saved_steps.py": ("training/test_checkpoint.py", "what `save` leaves there"),
     "plan/activations.py": ("plan/test_memory.py", "what a chat model saves, counted by autograd"),
     "plan/chat_activations.py": ("plan/test_memory.py", "likewise"),

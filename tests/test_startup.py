@@ -81,6 +81,8 @@ def rooms(*names):
         (["train", "{recipe}", "model.id=./gone"], "./gone: no such folder"),
         (["train", "{recipe}", "data.sources.0.annotations=gone.jsonl"], "no annotation file"),
         (["train", "{recipe}", "data.meta=gone.json"], "no meta file gone.json"),
+        (["index", "gone", "--to", "out", "--model", "x"], "gone: no folder of photos"),
+        (["search", "gone", "a dog"], "gone: no index of photos; make it with"),
         (["launch", "{recipe}", "--nodes", "2", "--gpus-per-node", "8", "--dry-run"], ""),
         (["check", "{recipe}", "model.id=./gone"], "./gone: no such folder"),
         (["check", "{recipe}", "--plan", "--gpu", "Z80"], "--gpu"),

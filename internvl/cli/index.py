@@ -19,6 +19,7 @@ def run(args: Arguments) -> int:
         raise ConfigError(f"{args.folder}: no folder of photos")
     if args.export and args.export[0] not in EXPORTS:
         raise ConfigError(f"--export: {args.export[0]!r} is none of {', '.join(EXPORTS)}")
+    # Settings are written last: without them the index was never made.
     is_new = not (args.to / store.SETTINGS).is_file()
     if is_new and args.model is None:
         raise ConfigError("--model: a new index needs the name of an InternVL-14B")
@@ -34,6 +35,7 @@ def _new(args: Arguments) -> Any:
     with loading(args.model):
         from internvl.search import encoder, store
 
+    # Absolute: a search may start in another folder.
     named = Path(args.model).expanduser()
     args.encoder = encoder.Encoder(lambda: load_dual(args, opened))
     settings = args.encoder.new_settings(
@@ -54,6 +56,7 @@ def _check(args: Arguments, settings: Any) -> None:
         ("--mode", args.mode and sorted(args.mode), sorted(settings.modes)),
         ("--features-dtype", args.features_dtype, settings.dtype),
     ):
+        # An option that is not given is as the index has it.
         if asked and asked != value:
             raise ConfigError(
                 f"{args.to}: is an index of {value}, and {option} is {asked}; give another --to"
@@ -93,6 +96,7 @@ def open_of_index(args: Arguments, settings: Any) -> Any:
     """Opens the model that an index remembers, or that the command line names in its place."""
     from internvl.inference.opened import open_model
 
+    # The step belongs to the model that the index remembers.
     step = args.step or (settings.step if args.model is None else None)
     opened = open_model(
         args.model or settings.model, step=step, base=args.base or settings.base or None

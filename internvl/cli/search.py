@@ -27,7 +27,7 @@ def run(args: Arguments) -> int:
             as_rgb(term.image)  # for its errors alone, before the model is loaded
     with store.Store(args.index) as index:
         settings = index.settings
-        index.features(args.mode)
+        index.features(args.mode)  # for its errors alone
         opened = open_of_index(args, settings)
         with loading(opened.name):
             from internvl.search import encoder, searcher
@@ -75,13 +75,14 @@ def _as_json(terms: Sequence[Any], results: Any, root: Path) -> str:
         }
         for hit in results.hits
     ]
-    found = {"terms": [term.label for term in terms], "total": results.total, "skip": results.skip}
-    return json.dumps({**found, "hits": hits}, ensure_ascii=False, indent=1)
+    head = {"terms": [term.label for term in terms], "total": results.total, "skip": results.skip}
+    return json.dumps({**head, "hits": hits}, ensure_ascii=False, indent=1)
 
 
 def _print(terms: Sequence[Any], results: Any, index: Any, thumbnails: bool) -> None:
     from internvl.search.searcher import describe_results
 
+    # Weights may have been read otherwise than meant.
     if len(terms) > 1 or terms[0].weight != 1:
         print(f"looking for {', '.join(term.label for term in terms)}")
     for hit in results.hits:
@@ -90,6 +91,7 @@ def _print(terms: Sequence[Any], results: Any, index: Any, thumbnails: bool) -> 
         print(f"{hit.rank:>5}  {hit.score:.3f}{match}  {hit.photo.taken[:10]}  {path}")
         if thumbnails:
             print(_drawn(index, hit.photo))
+    # As options of this very command, to be typed.
     following = results.skip + len(results.hits)
     more = f"; the next: --skip {following}" if results.hits and following < results.total else ""
     print(f"{describe_results(results)} in {index.root}{more}")

@@ -43,6 +43,7 @@ def renew(store: Store, encoder: Encoder, recall: float | None) -> dict[str, dic
     results: dict[str, dict[str, Any]] = {}
     for mode in store.settings.modes:
         file, built = store.approximate(mode)
+        # A compaction removes the file; the share that was asked for stays.
         earlier = store.meta(f"approximate_{mode}")
         target = recall or (json.loads(earlier)["target"] if earlier is not None else None)
         is_old = built is None or built["rows"] < COVERED * store.num_rows
@@ -50,9 +51,11 @@ def renew(store: Store, encoder: Encoder, recall: float | None) -> dict[str, dic
             continue
         get_logger().info("building the approximate index of mode %s …", mode)
         features = store.features(mode)
+        # A fixed seed: the same photos are measured with every time.
         draw = np.random.default_rng(0)
         rows = draw.choice(len(features), min(NUM_IMAGES, len(features)), replace=False)
         images = torch.from_numpy(features[np.sort(rows)].astype(np.float32))
+        # Texts lie elsewhere than photos, and often need more lists.
         queries = {"texts": encoder.texts(TEXTS), "images": images}
         measured = build_approximate(features, file, recall=target, queries=queries)
         results[mode] = measured | {"target": target}

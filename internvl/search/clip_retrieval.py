@@ -33,6 +33,7 @@ def export(store: Store, to: Path, mode: str) -> int:
     features, rows = store.features(mode), store.rows()
     if not len(rows):
         raise UserError(f"{store.folder}: holds no photo to export")
+    # Whole or not at all: half of its rows would pass for an index.
     with complete_folder(to) as partial:
         (partial / "img_emb").mkdir()
         (partial / "metadata").mkdir()
@@ -42,6 +43,7 @@ def export(store: Store, to: Path, mode: str) -> int:
         for start in range(0, len(rows), _COPY_ROWS):
             chosen = rows[start : start + _COPY_ROWS]
             exported[start : start + len(chosen)] = features[chosen]
+        # Before the rename: what is mapped may not be in the file yet.
         exported.flush()
         photos = store.photos(rows)
         columns = {

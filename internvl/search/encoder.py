@@ -61,7 +61,7 @@ class Encoder:
             folder=str(folder),
             model=model,
             step=step,
-            base=base,
+            base=base,  # of a moved run, which would miss it again
             modes=modes,
             dtype=dtype,
             width=self.dual.model.config.embed_dim,
@@ -78,6 +78,7 @@ class Encoder:
         """
         modes = cast("Sequence[Mode]", modes)
         features = self.dual.encode_images_of(self._normalized(pixels), modes)
+        # NaN has no order: a search would end anywhere.
         if not all(torch.isfinite(rows).all() for rows in features.values()):
             raise UserError(
                 "the features hold no finite numbers: the weights diverged, or their type has too "
@@ -92,6 +93,7 @@ class Encoder:
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Embeds texts, cleaned as `evaluate` does: float32 (R, E)."""
+        # So that a search finds what `evaluate` counts as found.
         cleaned = [clean_caption(text) for text in texts]
         for text, words in zip(texts, cleaned, strict=True):
             if not words:
@@ -110,6 +112,7 @@ class Encoder:
 
 def _probe(dual: Dual) -> dict[str, list[float]]:
     """Returns the features of a fixed text, and of a fixed image."""
+    # Smooth, so that a resize to any size leaves it alike.
     rows, columns = np.indices((64, 64), np.uint8)
     image = Image.fromarray(np.stack([rows * 4, columns * 4, rows * 2 + columns], axis=2))
     features = {"text": dual.encode_texts(_PROBE_TEXT), "image": dual.encode_images(image)}

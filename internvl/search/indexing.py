@@ -80,7 +80,9 @@ def update(
         UserError: the folder is gone, or empty while the index is not.
     """
     scan = Scan(store.root, store.folder.resolve())
+    # Listed first: moved files are told by which old paths are gone.
     num_files = _list_files(store, scan)
+    # A disk that is not mounted is an empty folder.
     if not num_files and store.count():
         raise UserError(
             f"{store.root}: holds no photo, and the index has {store.count():,}; is the disk "
@@ -88,7 +90,9 @@ def update(
         )
     paths = store.to_read(rehash=rehash)
     work = _Work(store, encoder, Update(), batch_size)
+    # More than 16 would decode faster than a GPU encodes.
     threads = workers or min(16, os.cpu_count() or 1)
+    # Two batches: a batch is decoded while another is encoded.
     ahead = 2 * batch_size + threads
     with Progress("photos", total=len(paths)) as progress:
         for photo in _read_ahead(paths, work.read, threads, ahead):
@@ -96,6 +100,7 @@ def update(
             progress.update()
         work.finish()
     done = work.done
+    # Last, when no moved file needs their features any more.
     done.counts["deleted"] = store.delete_gone(scan)
     dead = store.num_rows - store.count()
     if dead > max(FEWEST_DEAD, store.num_rows // 4):
@@ -162,6 +167,7 @@ class _Work:
         photos = [_row(photo) for photo in (*self.adopted, *self.decoded)]
         counts, lost = self.store.add(photos, features)
         self.done.counts += counts
+        # Only now: an exception must not lose a photo that another batch would take for saved.
         self.decoded, self.adopted = [], []
         for path in lost:
             # The photo of the same content has changed after this one was read.
@@ -188,4 +194,5 @@ def _read_ahead(
             while waiting:
                 yield waiting.popleft().result()
         finally:
+            # Ctrl-C does not wait for photos that nobody will take.
             pool.shutdown(cancel_futures=True)

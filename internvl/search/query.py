@@ -44,6 +44,7 @@ def parse_terms(text: str) -> list[Term]:
     >>> [term.text for term in parse_terms("a dog in the snow")]
     ['a dog in the snow']
     """
+    # Words after the last weight are a term too, of weight 1.
     terms, end = [], 0
     while matched := _WEIGHTED.match(text, end):
         terms.append(Term(text=matched[1], weight=float(matched[2])))
@@ -90,6 +91,7 @@ class Filters:
         parts, values = ["1"], []
         globs = [glob.removeprefix("./").strip("/") for glob in self.folders]
         if globs:
+            # A folder stands for all that is below it.
             parts.append(f"({' OR '.join(['path GLOB ? OR path GLOB ?'] * len(globs))})")
             values += [pattern for glob in globs for pattern in (glob, f"{glob}/*")]
         if self.since:

@@ -21,7 +21,7 @@ BLOCK_ROWS = 8192
 DEVICE_BYTES = 16 << 30
 """Largest features that are kept on a GPU."""
 
-_TRAIN_ROWS = 64  # per cluster, as faiss asks for at least 39
+_TRAIN_ROWS = 40  # per list; faiss warns of fewer than 39
 _PROBES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _EXACT_SHARE = 20
 """A filter that leaves less than 1 / this of the rows is searched exactly."""
@@ -55,6 +55,7 @@ class Exact:
         """
         blocks = self._blocks(None if allowed is None else torch.from_numpy(allowed))
         query = query.to(self.device, torch.float32)
+        # In float32: sums of products in 16 bits would tie neighbours.
         scores = [(rows.to(self.device).float() @ query).cpu() for rows in blocks]
         order, best = _first(torch.cat(scores).numpy() if scores else np.empty(0, np.float32), k)
         return (order if allowed is None else allowed[order]), best
@@ -93,6 +94,7 @@ class Approximate:
     ) -> tuple[np.ndarray, np.ndarray]:
         """As `Exact.top`, without some of the best rows now and then."""
         covered = self.index.ntotal
+        # Few rows are ranked sooner one by one than found in lists.
         rare = allowed is not None and len(allowed) * _EXACT_SHARE < covered
         if rare or k > covered // 2:
             return self.exact.top(query, k, allowed)
@@ -105,6 +107,7 @@ class Approximate:
         settings = faiss.SearchParametersIVF(nprobe=self.probes, **chosen)
         scores, rows = self.index.search(query.numpy()[None], k, params=settings)
         near = rows[0] >= 0
+        # Photos that came after the index was built.
         later = np.arange(covered, len(self.exact.features))
         if allowed is not None:
             later = allowed[allowed >= covered]
@@ -128,10 +131,11 @@ def build_approximate(
     """
     faiss = _faiss()
     count, width = features.shape
-    lists = max(1, min(int(4 * count**0.5), count // 39))
+    lists = max(1, min(int(2 * count**0.5), count // 39))
     index = faiss.index_factory(width, f"IVF{lists},SQfp16", faiss.METRIC_INNER_PRODUCT)
     draw = np.random.default_rng(0)
     chosen = np.sort(draw.choice(count, min(count, lists * _TRAIN_ROWS), replace=False))
+    # A sample is enough for the centers, and k-means over all rows would take hours.
     index.train(np.ascontiguousarray(features[chosen], np.float32))
     for start in range(0, count, BLOCK_ROWS):
         index.add(np.ascontiguousarray(features[start : start + BLOCK_ROWS], np.float32))

@@ -21,6 +21,10 @@ MOST_RERANKED = 1000
 """Photos that the match head reads for a search, at most."""
 
 
+LARGEST_PAGE = 10_000
+"""Photos of a page, at most."""
+
+
 @dataclass(frozen=True)
 class Hit:
     """A photo that was found."""
@@ -91,6 +95,8 @@ class Searcher:
         check_terms(terms)
         if page_size < 1 or skip < 0:
             raise UserError(f"a page has at least 1 photo and skips 0, not {page_size} and {skip}")
+        if page_size > LARGEST_PAGE:
+            raise UserError(f"a page has at most {LARGEST_PAGE:,} photos, not {page_size:,}")
         if not 0 <= rerank <= MOST_RERANKED:
             raise UserError(f"rerank is 0 to {MOST_RERANKED:,}, not {rerank}")
         with self._lock:
@@ -112,19 +118,25 @@ class Searcher:
         allowed = self._allowed[filters]
         query = self._query(terms, mode)
         rows, scores = ranking.top(query, max(skip + page_size, rerank), allowed)
+        # A page deep in the list needs the photos of that page alone.
+        first = 0 if rerank else skip
+        hits = self._hits(rows[first:].tolist(), scores[first:].tolist(), first)
+        if rerank:
+            hits = [*self._rerank(hits[:rerank], terms), *hits[rerank:]][skip:]
+        total = self.store.num_rows if allowed is None else len(allowed)
+        return Results(hits[:page_size], total, skip)
+
+    def _hits(self, rows: list[int], scores: list[float], skip: int) -> list[Hit]:
         photos = {photo.row: photo for photo in self.store.photos(rows)}
-        hits = [
-            Hit(rank, photos[row], float(score))
-            for rank, (row, score) in enumerate(zip(rows.tolist(), scores, strict=True), 1)
+        return [
+            Hit(rank, photos[row], score)
+            for rank, (row, score) in enumerate(zip(rows, scores, strict=True), skip + 1)
             if row in photos
         ]
-        if rerank:
-            hits = [*self._rerank(hits[:rerank], terms), *hits[rerank:]]
-        total = self.store.num_rows if allowed is None else len(allowed)
-        return Results(hits[skip : skip + page_size], total, skip)
 
     def _refresh(self) -> None:
         """Forgets what was read before another process changed the index."""
+        # A page stays open for days, and photos come every day.
         version = self.store.version()
         if version != self._version:
             self._version = version
@@ -169,11 +181,13 @@ class Searcher:
 
     def _rerank(self, hits: Sequence[Hit], terms: Sequence[Term]) -> list[Hit]:
         """Sorts hits by the weighted matches of the texts; photos that cannot be read come last."""
+        # The match head reads no second image.
         texts = [term for term in terms if term.text]
         if not texts:
             raise UserError("re-ranking compares photos with words; look for words too")
         squares: dict[int, Tensor] = {}
         for hit in hits:
+            # Squares alone are kept: a thousand decoded photos would fill the memory.
             try:
                 image = upright(self.store.root / hit.photo.path)
                 squares[hit.photo.row] = square_pixels(image, self.encoder.dual.image_size)

@@ -46,6 +46,7 @@ logger = log.get_logger()
 
 
 class _Request(BaseModel):
+    # A misspelled filter would be no filter.
     model_config = ConfigDict(extra="forbid")
 
 
@@ -75,6 +76,7 @@ class SearchRequest(_Request):
 class PageServer(ThreadingHTTPServer):
     """A server of one searcher's page; `serve_forever` until `shutdown`."""
 
+    # Browsers keep connections open, and Ctrl-C would wait for them.
     daemon_threads = True
 
     def __init__(self, searcher: Searcher, port: int) -> None:
@@ -109,7 +111,7 @@ class PageServer(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: PageServer
     protocol_version = "HTTP/1.1"
-    timeout = 60
+    timeout = 60  # s; a silent connection gives its thread back
 
     def do_GET(self) -> None:
         path = urlsplit(self.path).path
@@ -154,6 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _image(self, make: Any, name: str) -> None:
         photo = None
+        # Nothing else is looked up: `fromhex` takes spaces too.
         if re.fullmatch("[0-9a-f]{32}", name):
             photo = self.server.searcher.store.photo_of(bytes.fromhex(name))
         if photo is None:
@@ -173,6 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = original(self.server.searcher.store, photo)
         with open_checked(path) as image:
             form = image.format or ""
+        # By its content: a browser would not show a TIFF that is called .jpg.
         if form in _SHOWN:
             return path.read_bytes(), f"image/{form.lower()}"
         buffer = BytesIO()
@@ -193,6 +197,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"error": text}, status)
 
     def _json(self, value: object, status: HTTPStatus = HTTPStatus.OK) -> None:
+        # In ASCII, as any part of a file name may be half of a character.
         self._answer(json.dumps(value).encode(), "application/json", status)
 
     def _answer(

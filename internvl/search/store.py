@@ -276,6 +276,7 @@ class Store:
         first_encoded = len(photos) - len(next(iter(features.values())))
         old = {mode: self.features(mode) for mode in features}
         with self._errors(), self.transaction():
+            # Inside: rows of a transaction that failed are free again.
             start = next_row = self.num_rows
             donors: list[int] = []
             for index, photo in enumerate(photos):
@@ -366,6 +367,7 @@ class Store:
         """Writes features (B, E) from row `start` on, and flushes them to the disk."""
         dtype = np.dtype(self.settings.dtype)
         file = self._file(mode)
+        # In place: the header has one length for any number of rows.
         shape = (start + len(features), self.settings.width)
         with file.open("r+b" if start and file.is_file() else "wb") as stream:
             description = np.lib.format.dtype_to_descr(dtype)

@@ -1,0 +1,114 @@
+"""`internvl index` and `internvl search`, as a user types them."""
+
+import json
+
+import photo_library
+import pytest
+from command_line import call
+from photos import photo
+
+from internvl.search.searcher import Searcher
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("search")
+    photo_library.load_dual(folder / "model")
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return photo_library.library(tmp_path / "photos")
+
+
+def test_index_then_search(capsys, project, photos, tmp_path):
+    index, model = tmp_path / "index", project / "model"
+    words = ("index", photos, "--to", index)
+    code, _, err = call(capsys, *words)
+    assert (code, "--model: a new index needs" in err) == (2, True)
+    code, out, _ = call(capsys, *words, "--model", model, "--mode", "c,g")
+    assert (code, out.splitlines()[0]) == (0, "5 photos: 5 new")
+    assert f'internvl search {index} "a dog' in out
+    # The index remembers its model, and loads it only if there is something to encode.
+    code, out, err = call(capsys, *words)
+    assert (code, out.splitlines()[0]) == (0, "5 photos: 5 as before")
+    assert "model" not in err
+    photo(photos / "f\n\x1b[31m.png", 60)
+    exported = ("--export", "clip-retrieval", tmp_path / "clip")
+    code, out, _ = call(capsys, *words, *exported)
+    assert (code, out.splitlines()[0]) == (0, "6 photos: 1 new, 5 as before")
+    assert (tmp_path / "clip/img_emb/img_emb_0.npy").is_file()
+
+    code, out, _ = call(capsys, "search", index, "two cats", "--page-size", 3, "--thumbnails")
+    assert code == 0
+    assert [line[:5] for line in out.splitlines() if ".png" in line] == ["    1", "    2", "    3"]
+    assert out.count("▀") > 3 * 32
+    assert out.splitlines()[-1] == f"1 to 3 of 6 photos in {photos}; the next: --skip 3"
+    code, out, _ = call(capsys, "search", index, "two cats")
+    assert "f\\n\\x1b[31m.png" in out
+
+    query = ("--text", "猫", "--weight", "-0.5", "--image", photos / "e.png", "--mode", "g")
+    code, out, _ = call(capsys, "search", index, *query, "--rerank", 2, "--json")
+    answer = json.loads(out)
+    assert (code, answer["terms"]) == (0, ["猫 × -0.5", str(photos / "e.png")])
+    assert answer["hits"][0]["match"] is not None
+    assert {hit["path"] for hit in answer["hits"]} >= {str(photos / "e.png")}
+    filters = ("--folder", "2023", "--folder", "2024", "--since", "2020", "--until", "2030-01")
+    code, out, _ = call(capsys, "search", index, "a", *filters)
+    assert (code, out.splitlines()[-1]) == (0, f"1 to 4 of 4 photos in {photos}")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "sentence"),
+    [
+        (["{index}"], 1, "nothing to look for: write words"),
+        (["{index}", "people:-1"], 1, "no weight is above 0"),
+        (["{index}", "a", "--weight", "2"], 2, "--weight follows the --text or --image"),
+        (["{index}", "--image", "gone.png"], 1, "there is no image gone.png"),
+        (["{index}", "a", "--mode", "g"], 1, "features of InternVL-C alone"),
+        (["{index}", "a", "--since", "soon"], 1, "is no date"),
+        (["{index}", "a", "--model", "{photos}"], 1, "config.json"),
+    ],
+)
+def test_what_cannot_be_searched_is_a_sentence(
+    capsys, project, photos, tmp_path, words, code, sentence
+):
+    index = project / "index"
+    if not index.exists():
+        call(capsys, "index", photos, "--to", index, "--model", project / "model")
+    names = {"index": index, "photos": photos}
+    words = [word.format(**names) for word in words]
+    reached, _, err = call(capsys, "search", *words)
+    assert (reached, sentence in err) == (code, True), err
+
+
+def test_an_index_of_something_else_is_refused(capsys, project, photos, tmp_path):
+    index, model = tmp_path / "index", project / "model"
+    call(capsys, "index", photos, "--to", index, "--model", model)
+    for words, sentence in (
+        ((photos.parent, "--to", index), "the folder is"),
+        ((photos, "--to", index, "--mode", "c,g"), "--mode is"),
+        ((photos, "--to", index, "--features-dtype", "float32"), "--features-dtype is float32"),
+        ((photos, "--to", index, "--export", "csv", "x"), "'csv' is none of clip-retrieval"),
+        ((tmp_path / "gone", "--to", index), "no folder of photos"),
+    ):
+        code, _, err = call(capsys, "index", *words)
+        assert (code, sentence in err) == (2, True), err
+    code, _, err = call(capsys, "index", photos, "--to", photos, "--model", model)
+    assert (code, "neither an index of photos nor empty" in err) == (1, True)
+
+
+def test_the_page_is_served_until_ctrl_c(capsys, project, photos, tmp_path, monkeypatch):
+    from internvl.search.server import PageServer
+
+    index = tmp_path / "index"
+    call(capsys, "index", photos, "--to", index, "--model", project / "model")
+
+    def interrupt(server):
+        assert isinstance(server.searcher, Searcher)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PageServer, "serve_forever", interrupt)
+    code, out, _ = call(capsys, "search", index, "--page", "--port", 0)
+    assert (code, out.startswith("The page is http://127.0.0.1:")) == (130, True)
