@@ -14,7 +14,7 @@ from internvl.cli.common import (
     loading,
     open_named,
 )
-from internvl.errors import UserError
+from internvl.errors import ConfigError, UserError
 
 
 def run(args: Arguments) -> int:
@@ -48,7 +48,10 @@ def run(args: Arguments) -> int:
     family = opened.files.family
     with loading(args.model):
         server = _server()
-    server.serve(family, _loads(args, opened, options), options, list(adapters))
+    if adapters and family != "chat":
+        raise ConfigError("--adapter is for chat models; this is InternVL-14B")
+    loads = _loads(args, opened, options, adapters)
+    server.serve(family, loads, options, list(adapters))
     return 0
 
 
@@ -65,7 +68,9 @@ def _server() -> Any:
     return server
 
 
-def _loads(args: Arguments, opened: Any, options: Any) -> list[Callable[[], Any]]:
+def _loads(
+    args: Arguments, opened: Any, options: Any, adapters: dict[str, Path]
+) -> list[Callable[[], Any]]:
     """Returns what loads the model of each engine."""
     from internvl.inference import load as loading_models
 
@@ -83,7 +88,7 @@ def _loads(args: Arguments, opened: Any, options: Any) -> list[Callable[[], Any]
             return DualEngine(handle.as_dual("embeddings"))
         from internvl.serve.chat_engine import ChatEngine
 
-        return ChatEngine(handle.as_chat("a conversation"), options)
+        return ChatEngine(handle.as_chat("a conversation"), options, adapters)
 
     devices = [args.device] if args.gpus is None else [f"cuda:{i}" for i in range(args.gpus)]
     return [functools.partial(load, device) for device in devices]

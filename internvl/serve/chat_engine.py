@@ -1,18 +1,23 @@
 """The engine of a chat model: the scheduler's slots, filled from a queue."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from internvl.errors import UserError
+from internvl.errors import ModelFolderError, UserError
 from internvl.inference import engine
 from internvl.inference.chat import Chat
+from internvl.inference.families import FAMILIES
 from internvl.inference.requests import Request, encode
 from internvl.inference.settings import Settings
 from internvl.models import configs
 from internvl.serve.engines import JobQueue
 from internvl.serve.options import Options
+
+if TYPE_CHECKING:
+    from internvl.models.adapters.switched import Switch
 
 PATIENCE_S = 0.02
 """Longest that a request waits for others to share its prefill, while others are decoded."""
@@ -21,10 +26,16 @@ PATIENCE_S = 0.02
 class ChatEngine:
     """Answers the jobs of a queue with one chat model."""
 
-    def __init__(self, chat: Chat, options: Options) -> None:
+    def __init__(
+        self, chat: Chat, options: Options, adapters: Mapping[str, Path] | None = None
+    ) -> None:
         """Makes the slots, and answers once so that what is built at first use is there.
 
+        Args:
+            adapters: folders of adapters by the names that requests choose them with.
+
         Raises:
+            ModelFolderError: an adapter that does not fit the model, or cannot be chosen by row.
             UserError: a model that only `generate` runs.
         """
         if not engine.runs(chat.model, Settings()):
@@ -34,8 +45,17 @@ class ChatEngine:
                 "`internvl export` prints"
             )
         self.chat = chat
+        self.chats = {options.name: chat}
+        """The model by the name of each adapter, with its template and tiling; its own first."""
+        switch = None
+        if adapters:
+            switch, chosen = with_adapters(chat, adapters)
+            self.chats |= chosen
+        self.adapter_of = {name: index for index, name in enumerate(self.chats)}
+        """Index of the adapter that a name chooses, 0 for none."""
         on_gpu = chat.device.type == "cuda"
-        compiled = on_gpu if options.compiled is None else options.compiled
+        # Compiled code and fused products would have to know the layers of adapters.
+        compiled = on_gpu and switch is None if options.compiled is None else options.compiled
         if compiled:
             engine.accelerate(chat.model)
         limit = engine.longest(chat.model.config.text_config)
@@ -48,6 +68,7 @@ class ChatEngine:
             compiled=compiled,
             length=self.length,
             patience_s=PATIENCE_S if on_gpu else 0.0,
+            switch=switch,
         )
         self._warm_up()
 
@@ -79,3 +100,54 @@ class ChatEngine:
             job = engine.Job(None, prompt, Settings(max_new_tokens=2))
             for _ in self.scheduler.run(engine.Ready([job])):
                 pass
+
+
+def with_adapters(chat: Chat, folders: Mapping[str, Path]) -> "tuple[Switch, dict[str, Chat]]":
+    """Puts adapters on a chat model; returns what chooses among them, and the model by name.
+
+    Raises:
+        ModelFolderError: an adapter that does not fit, or that needs another end of answers,
+            another normalization or another side of tiles.
+    """
+    # Here: PEFT takes half a second, which a server without adapters need not wait.
+    from internvl.models.adapters import lora, switched
+    from internvl.models.adapters.folder import SETTINGS_FILE, is_adapter
+    from internvl.models.adapters.settings import settings_of
+    from internvl.models.trainable import has_adapters
+
+    if has_adapters(chat.model):
+        lora.merge(chat.model)
+    config = chat.model.config
+    own_settings = config.internvl
+    read, chats = [], {}
+    for name, folder in folders.items():
+        # A run keeps its adapters in a folder of its own.
+        if not is_adapter(folder) and is_adapter(folder / "adapter"):
+            folder = folder / "adapter"
+        settings = settings_of(folder)
+        chosen: Any = FAMILIES["chat"].stored(chat, settings, folder / SETTINGS_FILE)
+        config.internvl = own_settings
+        _check_alike(chat, chosen, settings, folder)
+        chats[name] = chosen
+        read.append(switched.read(chat.model, folder))
+    return switched.attach(chat.model, read), chats
+
+
+def _check_alike(chat: Chat, other: Chat, settings: Mapping[str, Any], folder: Path) -> None:
+    """Raises ModelFolderError for an adapter that cannot share a batch with the base."""
+    base = configs.chat_settings(chat.model.config)
+    pairs = {
+        "template": (chat.template.end, other.template.end),
+        **{
+            key: (base.get(key), settings[key])
+            for key in ("normalize", "exif")
+            if settings.get(key) is not None
+        },
+        "force_image_size": (chat.tiles.size, settings.get("force_image_size") or chat.tiles.size),
+    }
+    for key, (ours, theirs) in pairs.items():
+        if ours != theirs:
+            raise ModelFolderError(
+                f"{folder}: its {key} is {theirs!r} and the base's {ours!r}, so that they share no "
+                "batch; export it merged (`internvl export`), and serve that model"
+            )

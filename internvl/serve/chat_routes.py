@@ -67,7 +67,7 @@ class ChatRoutes:
         self.metrics = Metrics()
         self.names = [options.name]
         self.fetcher = Fetcher(options.limits)
-        self._prompts: Prompts | None = None
+        self._prompts: dict[str, Prompts] = {}
         self._waiting: set[Answer] = set()
 
     def wake(self, job: Job) -> None:
@@ -87,7 +87,9 @@ class ChatRoutes:
         """Notes that an engine is ready or has died; wakes all who wait for a dead one."""
         if self.engines.ready:
             engine: ChatEngine = self.engines.engines[0].answering
-            self._prompts = Prompts(engine.chat, self.fetcher)
+            self._prompts = {
+                name: Prompts(chat, self.fetcher) for name, chat in engine.chats.items()
+            }
             self.gate.slots = sum(e.answering.slots for e in self.engines.engines)
         for waiting in self._waiting:
             waiting.came.set()
@@ -100,10 +102,9 @@ class ChatRoutes:
         if asked.model not in self.names:
             raise model_not_found(asked.model, self.names)
         turns, media = read_messages(asked.messages, self.options.limits)
-        assert self._prompts is not None
         self.gate.enter(asked.n)
         try:
-            read = self._prompts.read(turns, media, asked)
+            read = self._prompts[asked.model].read(turns, media, asked)
             prompt = await finished_or_gone(http, read)
             begun = self._begin(asked, prompt, since_s)
         except BaseException:
@@ -129,10 +130,11 @@ class ChatRoutes:
         settings = asked.settings(self._max_tokens(asked, prompt, chat_engine))
         jobs = []
         for index in range(asked.n):
-            text = AnswerText(chat_engine.chat.encoder, asked.stop, asked.skip_special_tokens)
-            job = Job(
-                Answer(index, text, engine), prompt, settings, top_logprobs=asked.top_logprobs
-            )
+            encoder = chat_engine.chats[asked.model].encoder
+            text = AnswerText(encoder, asked.stop, asked.skip_special_tokens)
+            job = Job(Answer(index, text, engine), prompt, settings)
+            job.top_logprobs = asked.top_logprobs
+            job.adapter = chat_engine.adapter_of[asked.model]
             if asked.seed is not None:
                 # Answers of one request differ: each has a seed of its own.
                 seed = (asked.seed + index) % 2**63
@@ -317,8 +319,8 @@ class ChatRoutes:
     def close(self) -> None:
         """Ends the threads that read requests."""
         self.fetcher.close()
-        if self._prompts is not None:
-            self._prompts.close()
+        for prompts in self._prompts.values():
+            prompts.close()
 
 
 class EventStream(StreamingResponse):

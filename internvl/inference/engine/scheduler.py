@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,10 @@ from internvl.inference.engine.decoder import REACH, Decoder, Placed, Snapshot
 from internvl.inference.engine.tower import Tower
 from internvl.inference.requests import Prompt
 from internvl.inference.settings import Settings
+
+# For annotations only: PEFT takes half a second, which most requests need not wait.
+if TYPE_CHECKING:
+    from internvl.models.adapters.switched import Switch
 
 
 @dataclass(eq=False)
@@ -48,6 +52,8 @@ class Job:
     """How many of the likeliest tokens `logprobs` lists; None for no `logprobs`."""
     logprobs: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
     """For each token its log-probability, and the likeliest tokens with theirs."""
+    adapter: int = 0
+    """Which of the scheduler's adapters computes it; 0 for none."""
     since_s: float = field(default_factory=time.monotonic)
     """When it came, by the monotonic clock."""
 
@@ -99,6 +105,7 @@ class Scheduler:
         length: int = 0,
         patience_s: float = math.inf,
         lag: int | None = None,
+        switch: "Switch | None" = None,
     ) -> None:
         """Does not allocate yet: the first jobs say how long a slot must be.
 
@@ -116,10 +123,12 @@ class Scheduler:
             lag: steps that are begun before the tokens of an earlier one are read, so that a GPU
                 never waits for the host; by default 1 on a GPU, 0 on a CPU, which would compute
                 tokens after an answer's end in vain.
+            switch: chooses the adapter of each job.
         """
         self.decoder = Decoder(model, compiled=compiled)
         self.tower = Tower(model, statistics, tiles_at_once, compiled=compiled)
         self.refill = refill
+        self.switch = switch
         self.length = length
         self.patience_s = patience_s
         self.model = model
@@ -271,6 +280,9 @@ class Scheduler:
                 Placed(job.prompt_ids, tokens, slot)
                 for job, tokens, slot in zip(jobs, visual, slots, strict=True)
             ]
+            if self.switch is not None:
+                lengths = [len(job.prompt.input_ids) for job in jobs]
+                self.switch.prefill(lengths, [job.adapter for job in jobs], self.model.device)
             logits = self.decoder.prefill(placed)
         except torch.OutOfMemoryError as error:
             # Nothing of a row that failed is read again: its slots are written from the start.
@@ -321,6 +333,11 @@ class Scheduler:
         for slot, job in self.active.items():
             positions[slot] = len(job.prompt.input_ids) + self.begun[slot] - 1
         self.decoder.place(positions)
+        if self.switch is not None:
+            adapters = [0] * self.decoder.cache.slots
+            for slot, job in self.active.items():
+                adapters[slot] = job.adapter
+            self.switch.decode(adapters, self.model.device)
         logits = self.decoder.decode(max(positions) + 1)
         slots = sorted(self.active)
         self._choose(logits, slots, [self.active[slot] for slot in slots], slots)
