@@ -27,7 +27,6 @@ import torch
 import transformers
 import workloads
 from rows import commit
-from torch import Tensor
 
 from internvl.data.images import STATISTICS
 from internvl.inference import engine, requests
@@ -155,7 +154,7 @@ def measure(row: Row, options: argparse.Namespace, ceiling: float) -> dict[str, 
         _profile(lambda: _answer(scheduler, read, range(count)))
     latencies = _latencies(scheduler, read, count) if row.alone else {}
     seconds = min(runs)
-    needed = sum(_forward(model, job) for job in jobs)
+    needed = sum(_forward(model, job, sum(asked[job.key].tiles)) for job in jobs)
     tokens = sum(len(job.generated) for job in jobs)
     return {
         "model": row.model,
@@ -207,7 +206,7 @@ def _latencies(scheduler: Scheduler, read: Callable[[int], Job], count: int) -> 
 
 
 def _answer(scheduler: Scheduler, read: Callable[[int], Job], order: range) -> list[Job]:
-    ahead, pin = 2 * scheduler.most_slots, scheduler.model.device.type == "cuda"
+    ahead, pin = scheduler.most_slots // 2 + 8, scheduler.model.device.type == "cuda"
     with engine.Prompts(read, order, ahead=ahead, most=10**9, pin=pin) as prompts:
         return [job for job in scheduler.run(prompts) if job.ended]
 
@@ -223,15 +222,18 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def _forward(model: Any, job: Job) -> float:
+def _forward(model: Any, job: Job, tiles: int) -> float:
     """FLOPs of an answer: its tiles, prompt and tokens run forward, logits of the tokens alone."""
-    tiles: Tensor | None = job.prompt.tiles
     length, new = len(job.prompt_ids), len(job.generated)
     total = length + new - 1
     rows = Sequences(1, total, total * (total + 1) // 2)
-    counted = flops.count(model, Work(1, 0 if tiles is None else len(tiles), new, rows))
+    counted = flops.count(model, Work(1, tiles, new, rows))
     # Nothing trains, so what is needed is what runs forward.
     return counted.needed
+
+
+def _start(event: Any) -> float:
+    return float(event.time_range.start)
 
 
 def _profile(run: Callable[[], Any]) -> None:
@@ -245,14 +247,23 @@ def _profile(run: Callable[[], Any]) -> None:
     on_device = torch.autograd.DeviceType.CUDA
     events = [event for event in found.key_averages() if event.device_type == on_device]
     busy = sum(event.self_device_time_total for event in events) / 1e6
-    spans = [e.time_range for e in found.events() if e.device_type == on_device]
-    idle, end, gaps = 0.0, None, 0
-    for span in sorted(spans, key=lambda span: span.start):
-        if end is not None and span.start > end:
-            idle += (span.start - end) / 1e6
-            gaps += span.start - end > 1000
-        end = max(span.end, end or 0)
-    print(f"profile: {wall:.2f} s, kernels {busy:.2f} s, idle {idle:.2f} s, gaps of 1 ms {gaps}")
+    spans = sorted((e for e in found.events() if e.device_type == on_device), key=_start)
+    gaps: list[tuple[float, float, str, str]] = []
+    last = spans[0]
+    for span in spans:
+        if span.time_range.start > last.time_range.end:
+            ms = (span.time_range.start - last.time_range.end) / 1e3
+            at = (last.time_range.end - spans[0].time_range.start) / 1e6
+            gaps.append((ms, at, last.name, span.name))
+        if span.time_range.end > last.time_range.end:
+            last = span
+    idle = sum(ms for ms, *_ in gaps) / 1e3
+    print(f"profile: {wall:.2f} s, kernels {busy:.2f} s, idle {idle:.2f} s")
+    for least, most in ((0, 0.02), (0.02, 0.1), (0.1, 1), (1, 5), (5, 20), (20, 1e9)):
+        some = [ms for ms, *_ in gaps if least <= ms < most]
+        print(f"gaps of {least} to {most:g} ms: {len(some)}, {sum(some) / 1e3:.3f} s")
+    for ms, at, before, after in sorted(gaps, reverse=True)[:12]:
+        print(f"gap {ms:7.2f} ms at {at:6.2f} s: {before[:45]} | {after[:45]}")
     for event in sorted(events, key=lambda e: -e.self_device_time_total)[:30]:
         ms = event.self_device_time_total / 1e3
         print(f"{ms / busy / 1e3:6.1%} {ms:9.2f} ms {event.count:6d} {event.key[:110]}")

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from internvl.compute import rng
 from internvl.config import TilesConfig
 from internvl.data.arguments import check_whole
 from internvl.data.chat import ChatEncoder
@@ -106,8 +105,8 @@ def _by_engine(
     def job(index: int) -> engine.Job:
         return _job(model, index, read(index), settings_of(index))
 
-    # Twice the slots are read ahead: one row may end many answers at once.
-    ahead, most = 2 * scheduler.most_slots, engine.longest(model.config.text_config)
+    # As many wait in the scheduler: one row may end many answers at once.
+    ahead, most = scheduler.most_slots // 2 + 8, engine.longest(model.config.text_config)
     with engine.Prompts(job, order, ahead=ahead, most=most, pin=on_gpu) as prompts:
         for answered in scheduler.run(prompts):
             if answered.ended:
@@ -191,6 +190,8 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     if seed is None:
         yield
         return
+    from internvl.compute import rng  # `chat` starts without what trains
+
     with rng.preserve_rng(device):
         torch.manual_seed(seed)
         yield

@@ -11,8 +11,6 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from internvl.compute.kernels import apply_compute
-from internvl.config import ComputeConfig
 from internvl.data.chat import ChatEncoder
 from internvl.data.images import STATISTICS
 from internvl.inference.engine.scheduler import Job, Scheduler
@@ -66,6 +64,10 @@ def accelerate(model: Any, *, float8: bool = False) -> None:
     Raises:
         UserError: float8 products that this GPU does not have.
     """
+    # Here: a chat of a few answers needs none of it, and starts sooner.
+    from internvl.compute.kernels import apply_compute
+    from internvl.config import ComputeConfig
+
     compute = ComputeConfig(float8=float8, compile=False)
     apply_compute(model, model.device, compute)
     kernels.fuse_frozen_mlps(model)
@@ -178,5 +180,6 @@ class Prompts:
         return job
 
 
-_THREADS = 12
-"""Most threads that read images."""
+_THREADS = 8
+"""Most threads that read images. Each reads some 40 images of 7 tiles a second, and more of them
+would only wait for Python's lock, which whoever begins the GPU's work waits for too."""

@@ -12,7 +12,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -40,6 +40,7 @@ class Job:
     key: Any
     """The caller's own name for it."""
     prompt: Prompt
+    """Without its tiles once they are computed."""
     settings: Settings
     generated: list[int] = field(default_factory=list)
     """Tokens so far, the one that ends the answer included."""
@@ -290,6 +291,9 @@ class Scheduler:
             self.waiting.extendleft(reversed(jobs))
             self._take_less(jobs, error)
             return False
+        for job in jobs:
+            # Tiles are many megabytes, which other requests can be read into.
+            job.prompt = replace(job.prompt, tiles=None)
         self.begun |= dict.fromkeys(slots, 0)
         self.active |= zip(slots, jobs, strict=True)
         self._choose(logits, slots, jobs)
