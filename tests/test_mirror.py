@@ -98,6 +98,7 @@ NO_MODULE = {
     "test_docs_quick_start.py": "the lines of code in docs/ for those who know the original",
     "test_fuzz.py": "every reader of files",
     "test_house.py": "rules of the house",
+    "test_integrations.py": "integrations/",
     "test_layers.py": "who may import whom",
     "test_mirror.py": "this table",
     "test_startup.py": "what each verb imports",

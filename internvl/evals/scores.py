@@ -61,7 +61,7 @@ class Table:
         """
         published = published or {}
         # Brackets in some cells widen all: numbers of a column stay below each other.
-        cell = 16 if published else 8
+        cell = max(16 if published else 8, *(len(name) + 2 for name in self.columns))
         left = max(len(self.title), *(len(row.label) for row in self.rows))
 
         # One decimal for published values, as papers print them.
