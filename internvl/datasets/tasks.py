@@ -43,7 +43,7 @@ class Dataset:
     image_root: str = ""
     """Folder that image names are relative to; empty: they begin at the working folder."""
     renamed: Mapping[str, str] = field(default_factory=dict)
-    """Folder -> the original's misspelt name of it, used where the right one does not exist."""
+    """Folder -> the original's misspelt name of it, used where it alone exists."""
     questions: int | None = None
     """Questions of the whole set, on which results are published; None if not known."""
     template: str = ""
@@ -195,8 +195,10 @@ class Places:
     def path(self, name: str) -> Path:
         """Returns the path of a file that is named from the original's working folder."""
         for right, misspelt in self.dataset.renamed.items():
-            if name.startswith(right) and not self._resolved(name).exists():
-                name = name.replace(right, misspelt, 1)
+            other = self._resolved(name.replace(right, misspelt, 1))
+            # A file that is missing altogether is named as it should be.
+            if name.startswith(right) and not self._resolved(name).exists() and other.exists():
+                return other
         return self._resolved(name)
 
     def _resolved(self, name: str) -> Path:

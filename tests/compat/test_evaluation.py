@@ -87,3 +87,10 @@ def test_refused(chat, words, message):
 def test_gpus_is_a_number(chat):
     with pytest.raises(ConfigError, match="GPUS=four"):
         command(chat, "caption-coco", GPUS="four")
+
+
+def test_the_subtask_of_mme_realworld(chat):
+    words = [chat, "mme—realworld", "--dynamic", "--subtask", "OCR with Complex Context"]
+    (line,) = evaluation.translate(words, {}).commands
+    assert line[line.index("--subtask") + 1] == "OCR with Complex Context"
+    assert line[2] == "mme-realworld"

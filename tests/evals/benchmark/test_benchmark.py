@@ -324,6 +324,21 @@ def test_missing_files_are_named_with_their_addresses(tmp_path):
         evals.build({"x": eval_config(type="benchmark", task="gone", annotations=tmp_path)})
 
 
+def test_a_missing_file_has_no_misspelt_path(tmp_path):
+    """The original's folder lacks a slash; one of that name is read where it alone exists."""
+    (dataset,) = tasks.tasks()["mme-realworld"].sets.values()
+    places = tasks.Places(tmp_path / "data", dataset)
+    right = tmp_path / "InternVL-Domain-Adaptation-Data/MME-RealWorld/val/MME_RealWorld.json"
+    assert places.missing()[0].startswith(f"{right}: from ")
+    misspelt = tmp_path / "InternVL-Domain-Adaptation-DataMME-RealWorld/val/MME_RealWorld.json"
+    misspelt.parent.mkdir(parents=True)
+    misspelt.touch()
+    assert places.file("questions") == misspelt
+    right.parent.mkdir(parents=True)
+    right.touch()
+    assert places.file("questions") == right
+
+
 def test_options_that_a_key_lacks_are_refused(tmp_path):
     root = lay_out("vqa-okvqa-val", tmp_path)
     for option, text in (("cot", "no prompt with reasoning"), ("subtask", "has none")):
