@@ -38,6 +38,14 @@ class Part(Summable):
     """Forward and backward."""
     float8: float = 0.0
     """Those of `needed` that are float8 products."""
+    short: float = 0.0
+    """Sum of each product's FLOPs over the length of the sums in it: large if those are short."""
+    adapted: float = 0.0
+    """Values that enter adapters, forward."""
+    launches: float = 0.0
+    """Products of a pass, whatever their size."""
+    frozen_launches: float = 0.0
+    """Those of `launches` whose weight does not train."""
 
 
 @dataclass(frozen=True)
@@ -245,7 +253,7 @@ def _products(block: nn.Module, tokens: float, below: bool, below_mlp: bool) -> 
         # lora_A reads the block's input, lora_B what lora_A makes of it, which trains.
         reads_input = any(layer in name for layer in FIRST) and "lora_B" not in name
         passed = first if reads_input else later or (below_mlp and "mlp" in name)
-        total += _product(matrix, share * tokens, passed)
+        total += _product(matrix, share * tokens, passed) + _adapted(name, matrix, share * tokens)
     return total
 
 
@@ -257,7 +265,8 @@ def _crossing(block: Any, cross: _Cross, below: bool) -> tuple[Part, Part]:
     products = Part()
     for name, matrix, _ in _weights(block.cross_attn):
         reads_images = "k_proj" in name or "v_proj" in name
-        products += _product(matrix, cross.visual if reads_images else cross.queries, passed)
+        tokens = cross.visual if reads_images else cross.queries
+        products += _product(matrix, tokens, passed) + _adapted(name, matrix, tokens)
     factor = 3 if passed or trains(block.cross_attn) else 1
     return products, Part(cross.attention, cross.attention * factor)
 
@@ -278,8 +287,19 @@ def _matrices(module: nn.Module, tokens: float, below: bool) -> Part:
 
 def _product(matrix: nn.Parameter, tokens: float, below: bool) -> Part:
     forward = 2 * matrix.numel() * tokens
-    needed = forward * (1 + matrix.requires_grad + below)
-    return Part(forward, needed, needed if matrix.dtype == torch.float8_e4m3fn else 0.0)
+    launches = 1 + matrix.requires_grad + below
+    needed = forward * launches
+    float8 = needed if matrix.dtype == torch.float8_e4m3fn else 0.0
+    # Forward sums go over the inputs, the input's gradient sums over the outputs, and the weight's
+    # over tokens, which are many.
+    inputs, outputs = matrix.numel() / matrix.shape[0], matrix.shape[0]
+    short = forward * (1 / inputs + below / outputs)
+    frozen = 0 if matrix.requires_grad else launches
+    return Part(forward, needed, float8, short, 0.0, float(launches), float(frozen))
+
+
+def _adapted(name: str, matrix: nn.Parameter, tokens: float) -> Part:
+    return Part(adapted=tokens * matrix.shape[1] if "lora_A" in name else 0.0)
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, float]]:

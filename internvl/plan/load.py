@@ -10,6 +10,7 @@ import torch
 from internvl.compute import backends
 from internvl.config import ComputeConfig, Recipe
 from internvl.errors import counted
+from internvl.models.attention import packed
 from internvl.models.chat import model as chat_model
 from internvl.plan.work import FirstStep, Sequences, Work, padded
 from internvl.zoo.gpus import CALIBRATION
@@ -68,6 +69,13 @@ def attention_of(recipe: Recipe) -> str:
     if not recipe.objective.rows_are_packed:  # QLLaMA has a mask of its own, for any backend
         return "eager" if attention == "eager" else "dense"
     return "flex" if attention in ("auto", "flash") else attention
+
+
+def runs_flash(compute: ComputeConfig) -> bool:
+    """Whether rows are computed by FlashAttention 4: by `auto`, if this machine has it."""
+    if compute.attention == "auto" and torch.cuda.is_available():
+        return packed.has_flash(torch.device("cuda"))
+    return compute.attention == "flash"
 
 
 def is_compiled(compute: ComputeConfig) -> bool:

@@ -1,13 +1,17 @@
 """How long a step takes: `seconds` by what a GPU does.
 
-    time = loop x ( products / matmul rate + attention / its rates + bytes / memory rate )
+    time = loop x ( products / matmul rate + attention / its rates + bytes / memory rate ) + gaps
+
+A product takes longer the shorter its sums are, and attention the narrower its heads. Gaps are what
+the GPU loses between kernels, which counts in models as small as 1B. If the host takes longer to
+start a step's kernels than the GPU to run them, as with 1B in 4 bits, the rest is a wait.
 
 Products include padding, what checkpointing recomputes and, if a step of pairs is cut into
 micro-batches, the first pass of gradient caching (not of a frozen tower, whose output is kept).
-Bytes are the passes over activations, weights and optimizer states. The rates in
-`gpus.CALIBRATION` come from one profile of a chat model. On an H200 InternVL-14B's head recipe took
-1.94 s a step (1.90 predicted), LoRA 6.1 s in four micro-batches (5.2) and 7.1 s in one with
-checkpointing (6.3), beside other work on the host.
+Bytes are the passes over activations, weights and optimizer states, and over what enters adapters
+with dropout. The rates in `gpus.CALIBRATION` are fitted to chat models. On an H200 InternVL-14B's
+head recipe took 1.94 s a step (1.92 predicted), LoRA 5.5 and 5.7 s in four micro-batches (5.2), and
+7.1 s in one with checkpointing (6.1), beside other work on the host.
 """
 
 from collections.abc import Iterator
@@ -15,10 +19,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from internvl.config import Recipe
+from internvl.models import configs
 from internvl.models.vision import count_parameters
 from internvl.plan import flops, memory
 from internvl.plan.flops import Part
-from internvl.plan.load import RECOMPUTED, Load, attention_of, is_compiled
+from internvl.plan.load import RECOMPUTED, Load, attention_of, is_compiled, runs_flash
 from internvl.plan.shards import Shards
 from internvl.plan.work import Sequences, Work
 from internvl.zoo import gpus
@@ -63,6 +68,10 @@ def seconds(
     """
     computed = dict(_computation(recipe, model, load, gpu, num_gpus, cut))
     yield from computed.items()
+    started = _Step(recipe, model, load, num_gpus).host_s() / num_gpus
+    # The host runs ahead of the GPU as long as kernels take longer than their start.
+    if started > sum(computed.values()):
+        yield "waiting for the host", started - sum(computed.values())
     sending = sum(message.seconds for message in messages(model, load, gpu, num_gpus, cut))
     if not sending:
         return
@@ -81,14 +90,17 @@ def _computation(
     copy = gpu.tb_per_s * gpu.copies * 1e12 * num_gpus
     # float32 products run at half the rate at best.
     slowdown = CALIBRATION.loop * step.activations.dtype_bytes / 2
-    yield "matrix products", slowdown * step.products() / rate
-    yield "attention", slowdown * step.attention() / rate
+    yield "matrix products", slowdown * step.products() * step.stretch() / rate
+    yield "attention", slowdown * step.attention_of_heads() / rate
     if step.cached:
         yield "first pass of gradient caching", slowdown * step.first_pass() / rate
     forwards = recipe.objective.forwards(recipe, load.per_gpu(num_gpus))
     if forwards:
         yield "passes without gradients", slowdown * forwards * step.forward() / rate
     yield "pointwise", CALIBRATION.loop * step.moved_bytes() / copy
+    yield "between kernels", step.launch_s() / num_gpus
+    if step.dropped_bytes():
+        yield "dropout of adapters", CALIBRATION.loop * step.dropped_bytes() / copy
     bus = CALIBRATION.bus_tb_per_s * 1e12 * num_gpus
     if recipe.compute.offload:  # there, and back for the backward pass
         yield "copies to the CPU and back", 2 * step.activations.waiting(load) / bus
@@ -140,12 +152,28 @@ class _Step:
         decoder += self._in_bfloat16(cut, "decoder")
         return decoder + self._run("tower") + self.computed.logits.needed
 
+    def stretch(self) -> float:
+        """Time of the products over that of products of long sums."""
+        parts = (self.computed.tower, self.computed.decoder, self.computed.logits)
+        short, needed = (sum(getattr(p, name) for p in parts) for name in ("short", "needed"))
+        return 1 + CALIBRATION.short * short / max(1.0, needed)
+
     def attention(self) -> float:
         """FLOPs of attention, as many as products would compute in its time."""
         flex = attention_of(self.recipe) == "flex"
         decoder = CALIBRATION.flex if flex else CALIBRATION.attention
         tower = self._run("tower_attention") / CALIBRATION.attention
         return self._run("decoder_attention") / decoder + tower
+
+    def attention_of_heads(self) -> float:
+        """The same by the width of the heads and the kernel that is there."""
+        # Not in `attention`, by which ranks share out samples: that one is the same everywhere.
+        if attention_of(self.recipe) != "flex":
+            return self.attention()
+        rate = CALIBRATION.flash if runs_flash(self.recipe.compute) else CALIBRATION.flex
+        rate *= min(1.0, configs.head_width(self.model.config.text_config) / 128)
+        tower = self._run("tower_attention") / CALIBRATION.attention
+        return self._run("decoder_attention") / rate + tower
 
     def forward(self) -> float:
         """FLOPs of a forward pass over all rows, as many as products would compute in its time."""
@@ -175,6 +203,36 @@ class _Step:
         passes *= 1 + (self.recomputed + self.cached) / 3
         states = self.activations.frozen_states(self.load, 1 + self.cached_tower, 1 + self.cached)
         return passes * self.activations.stored(self.load) + CALIBRATION.tower_passes * states
+
+    def dropped_bytes(self) -> float:
+        """Reads and writes of dropout before adapters."""
+        lora = self.recipe.model.lora
+        if lora is None or not lora.dropout:
+            return 0.0
+        values = self.computed.tower.adapted + self.computed.decoder.adapted
+        values *= 1 + (self.recomputed + self.cached) / 3
+        return CALIBRATION.dropped_passes * self.activations.dtype_bytes * values
+
+    def launch_s(self) -> float:
+        """Seconds that GPUs lose between a step's kernels."""
+        each = CALIBRATION.launch_us * 1e-6
+        each *= 1.0 if is_compiled(self.recipe.compute) else CALIBRATION.uncompiled
+        seconds = each * self._passes("launches")
+        if self.recipe.model.quantize is not None:
+            seconds += CALIBRATION.unpacking_us * 1e-6 * self._passes("frozen_launches")
+        return seconds
+
+    def host_s(self) -> float:
+        """Seconds in which the hosts start products with quantized weights."""
+        if self.recipe.model.quantize is None:
+            return 0.0
+        return CALIBRATION.unpacking_host_us * 1e-6 * self._passes("frozen_launches")
+
+    def _passes(self, name: str) -> float:
+        """Products that a step runs, by a count of `flops.Part`."""
+        parts = (self.computed.tower, self.computed.decoder, self.computed.logits)
+        again = 1 + (self.recomputed + self.cached) / 3
+        return again * self.load.micro_batches * sum(getattr(part, name) for part in parts)
 
     def quantized_bytes(self) -> float:
         """Bytes that quantized weights move for a row: read packed, written and read unpacked."""

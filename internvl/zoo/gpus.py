@@ -79,28 +79,45 @@ GPUS: dict[str, Gpu] = {gpu.name: gpu for gpu in _ROWS}
 
 @dataclass(frozen=True)
 class Calibration:
-    """Efficiencies of the parts of a training step, from one profile.
+    """Efficiencies of the parts of a training step, fitted to steps measured on H200s.
 
-    Source: dev/LOG.md, "Where a training step goes": InternVL2-2B, LoRA of rank 128, COCO captions,
-    rows of 16,384 tokens, one H200, torch 2.11: 23.8 samples/s; of the kernels' time matrix
-    products 61 %, FlexAttention 12 %, the tower's attention 6 %, the rest pointwise.
+    Five with FlashAttention 4 (LoRA of 1B, 2B, 2B with shared prefixes and 8B, 2B full), three with
+    FlexAttention (2B with and without dropout, 1B with it) in rows of 16,384 to 18,944 tokens, and
+    LoRA and full in rows of 8,192; torch 2.11, benchmarks/train.py and memory.py.
     """
 
     flex: float = 0.27
-    """Rate of FlexAttention over the rate of matrix products, forward and backward together."""
+    """Rate of FlexAttention with heads of 128 over that of products, forward and backward
+    together; narrower heads take as long for fewer FLOPs."""
+    flash: float = 0.5
+    """The same of FlashAttention 4."""
     attention: float = 0.42
     """The same for torch's fused attention, of the tower and of dense rows."""
+    short: float = 64.0
+    """Length of sums that take as long as a product's own beginning and end."""
+    # More than it costs, 5 ms of 371 in a row of 2B: without dropout the inputs are saved instead,
+    # and count as activations.
+    dropped_passes: float = 5.2
+    """Reads and writes of every value that enters an adapter with dropout, beyond those without."""
+    # 1B: kernels run 0.65 s of a step of 0.71 s.
+    launch_us: float = 12.0
+    """Time that the GPU loses between the kernels of a product and of what follows it, µs."""
+    # Rows of 8,192 tokens in 4 and 16 bits: 2B 212 and 182 ms; 1B, bound by the host, 159 and 112.
+    unpacking_us: float = 40.0
+    """Time that the GPU loses before a product with a quantized weight, µs."""
+    unpacking_host_us: float = 330.0
+    """Time in which the host starts one, µs."""
     # Fitted to two measured steps: 1.3 to InternVL2-2B's, 1.6 to InternVL2-8B's.
     float8: float = 1.4
     """Rate of float8 products over the bfloat16 rate, quantization included."""
-    passes: float = 6.0
+    passes: float = 4.0
     """Reads and writes of every saved activation byte, compiled."""
     uncompiled: float = 2.0
     """Factor of `passes` without the compiler. Assumed: not measured."""
-    tower_passes: float = 20.0
+    tower_passes: float = 30.0
     """Reads and writes of a tower block's width, forward."""
     # At its power limit a GPU lowers its clock; kernels were measured in short bursts.
-    loop: float = 1.2
+    loop: float = 1.15
     """Time of a step over the sum of its kernels."""
     fill: float = 0.962
     """Share of a packed row's tokens that are not padding, if rows are not known."""

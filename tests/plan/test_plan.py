@@ -55,17 +55,66 @@ def step_of(row):
     return FirstStep((one_row,) * rows, work, 566_747)
 
 
-@pytest.mark.parametrize("name", ["2b_coco_no_dropout", "2b_coco_shared_no_dropout"])
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "1b_coco_no_dropout",
+        pytest.param("2b_coco_no_dropout", marks=slow),
+        "2b_coco_shared_no_dropout",
+        pytest.param("8b_coco_no_dropout", marks=slow),
+        pytest.param("2b_full", marks=slow),
+    ],
+)
 def test_the_prediction_is_near_what_was_measured(name):
-    """Memory within the stated error; the times are of the calibration's own rows."""
+    """Memory within the stated error; the times are of the calibration's own rows, measured with
+    FlashAttention 4."""
     row = json.loads((RESULTS / f"train_{name}.json").read_text())
-    made = released(row["model"], global_batch=row["samples_per_step"])
+    rank = None if row["method"] == "full" else 128
+    made = released(row["model"], rank, global_batch=row["samples_per_step"])
     made = replace(made, data=replace(made.data, row_tokens=row["row_tokens"]))
+    made = replace(made, compute=replace(made.compute, attention="flash"))
     found = plan.make(made, gpus.find("H200"), step_of(row))
     assert found.memory.allocated_gib == pytest.approx(row["peak_gib"], rel=plan.MEMORY_ERROR)
-    assert found.samples_per_s == pytest.approx(row["samples_per_s"], rel=plan.TIME_ERROR)
+    assert found.samples_per_s == pytest.approx(row["samples_per_s"], rel=0.1)
     needed = found.flops.needed / row["samples_per_step"] / 1e12
     assert needed == pytest.approx(row["tflop_per_sample"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("model", "samples_per_s", "peak_gib"),
+    [("1b", 39.96, 14.26), pytest.param("2b", 25.83, 27.21, marks=slow)],
+)
+def test_dropout_is_in_the_prediction(model, samples_per_s, peak_gib):
+    """The recipes as they are, on one H200 with FlexAttention."""
+    row = json.loads((RESULTS / f"train_{model}_coco_no_dropout.json").read_text())
+    made = released(row["model"], global_batch=row["samples_per_step"])
+    made = replace(made, data=replace(made.data, row_tokens=row["row_tokens"]))
+    lora = replace(made.model.lora, dropout=0.05)
+    found = plan.make(
+        replace(made, model=replace(made.model, lora=lora)), gpus.find("H200"), step_of(row)
+    )
+    assert found.samples_per_s == pytest.approx(samples_per_s, rel=0.1)
+    assert found.memory.allocated_gib == pytest.approx(peak_gib, rel=0.05)
+    assert found.component_s["dropout of adapters"] > 0
+
+
+def test_small_models_in_4_bits_wait_for_the_host():
+    work = Work(19, 123.5, 247, Sequences(5, 19 * 1710, 19 * 1710**2 / 2))
+    step = FirstStep((Work(rows=Sequences(1, 7000)),) * 5, work, 100)
+    seconds = []
+    for quantize in (None, "4bit"):
+        made = released("InternVL2-1B", global_batch=19)
+        made = replace(made, data=replace(made.data, row_tokens=8192))
+        made = replace(made, model=replace(made.model, quantize=quantize))
+        found = plan.make(made, gpus.find("H200"), step)
+        assert ("waiting for the host" in found.component_s) == (quantize is not None)
+        seconds.append(found.step_s)
+    measured = {row["row"]: row for row in json.loads((RESULTS / "memory_h200.json").read_text())}
+    for name, predicted in zip(("1b_lora", "1b_qlora"), seconds, strict=True):
+        assert predicted == pytest.approx(min(measured[name]["step_s"][1:]), rel=0.1)
 
 
 def test_what_fits_and_what_makes_it_fit():
