@@ -7,11 +7,12 @@ from typing import Any
 
 from internvl import dist, evals
 from internvl.compute import placement
+from internvl.config import CaptionEval
 from internvl.config.recipes import load_recipe
 from internvl.data.arguments import list_texts
 from internvl.errors import ConfigError, ModelFolderError, UserError
 from internvl.evals.answers import read_file
-from internvl.evals.call import folders, jobs, lines, opening
+from internvl.evals.call import folders, jobs, lines, opening, page
 from internvl.evals.call.measured import Measured as Measured
 from internvl.evals.call.measured import closing as closing
 from internvl.evals.call.measured import render as render
@@ -151,6 +152,10 @@ def measure(
         if features is None:
             shutil.rmtree(features_folder, ignore_errors=True)
         lines.append(folder, output, todo, metrics, opened, model)
+        label = model if run_step is None else f"{model} step {run_step.checkpoint[1]:06d}"
+        # Published values are for test splits only.
+        whose = model_or_run if split == "test" else ""
+        page.write(folder, todo, counts, label=label, model=whose, computed=str(numerics))
 
     dist.main_alone(finish)
     tables = {name: evaluators[name].table() for name in todo}
@@ -208,6 +213,11 @@ def score(
     metrics = evals.run_all({job_name: evaluator}, None, folder)
     counts = {job_name: evaluator.counts()}
     lines.record(folder / "result.json", counts, "")
+    if isinstance(job.config, CaptionEval):
+        of_job = {m.removeprefix(f"{job_name}/"): value for m, value in metrics.items()}
+        lines.write_captions(folder / "result", job_name, job, of_job, str(model))
+    label, whose = str(model or file), model if split == "test" else ""
+    page.write(folder, todo, counts, label=label, model=whose, computed="")
     return Measured(metrics, counts, {job_name: evaluator.table()}, folder)
 
 

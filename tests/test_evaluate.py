@@ -106,7 +106,7 @@ def test_an_export_measures_what_its_run_measured(project, tmp_path, format):
     # The same of the answers alone.
     texts = {"annotations": folder / "captions.json", "metrics": "exact", "to": tmp_path / "scored"}
     assert evaluate.score(answers, **texts).metrics == found.metrics
-    (original,) = (tmp_path / "outside").glob("captions_*.json")
+    (original,) = (tmp_path / "outside/result").glob("captions_*.json")
     assert evaluate.score(original, **texts).metrics == found.metrics
     half = evaluate.measure(
         tmp_path / "export",

@@ -22,7 +22,7 @@ LEVELS = {
     7: ("train", "evaluate", "pairing"),
     6: ("run",),
     5: ("evals", "plan", "export", "search"),
-    4: ("inference", "objectives"),
+    4: ("inference", "objectives", "results"),
     3: ("datasets", "compute", "parallel", "training"),
     2: ("data", "models", "report", "doctor"),
     1: ("config", "zoo", "log", "dist"),

@@ -23,6 +23,7 @@ from internvl import errors, launchers, log
 from internvl.cli import (
     chat,
     check,
+    compare,
     compat,
     data,
     demo,
@@ -48,6 +49,7 @@ _VERBS: dict[str, ModuleType] = {
     "train": train,
     "launch": launch,
     "evaluate": evaluate,
+    "compare": compare,
     "chat": chat,
     "serve": serve,
     "merge": merge,

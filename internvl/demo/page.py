@@ -235,6 +235,6 @@ def _cards(recipe: Recipe, step: int, count: int = 24) -> list[report.Card]:
                 )
             )
     return [
-        report.Card(image=Path(path).read_bytes(), answers=of_image)
+        report.Card(images=[report.Drawing(image=Path(path).read_bytes())], answers=of_image)
         for path, of_image in list(answers.items())[:count]
     ]

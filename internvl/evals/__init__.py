@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from internvl.evals.scores import LEFT_OUT as LEFT_OUT
 from internvl.evals.scores import EvalScores, Table
 from internvl.files import read_numbers, write_json, write_text
 from internvl.log import get_logger
+from internvl.results.thumbnails import with_thumbnails
 
 
 class Evaluator(Protocol):
@@ -107,6 +109,11 @@ def run_all(
         if scores is None:
             continue
         metrics |= {f"{name}/{metric}": value for metric, value in scores.values.items()}
+        if step is None and scores.images is not None:
+            # Only `internvl evaluate` makes a page, which has no other place to find them.
+            images = path.with_suffix("") / f"{name}_images"
+            rows = with_thumbnails(scores.rows, scores.images, images)
+            scores = replace(scores, rows=rows)
         rows_path = _write(path, name, scores, metrics)
         for note in scores.notes:
             get_logger().info("%s: %s", name, note)

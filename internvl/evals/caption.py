@@ -142,10 +142,11 @@ class Caption:
             "exact": metrics.exact_match(answers, references),
             "average_length": sum(len(text.split()) for text in answers.values()) / len(answers),
         }
+        scores = metrics.CaptionScores({}, {}, {})
         if self.config.metrics == "all":
-            values |= metrics.caption_scores(answers, references, tokenize=self.config.tokenize)
+            scores = metrics.score_captions(answers, references, tokenize=self.config.tokenize)
         skipped = skipped_rows([*self.problems, *self._unread])
-        return EvalScores(values, [*self._rows(answers), *skipped])
+        return EvalScores(values | scores.values, [*self._rows(answers, scores), *skipped])
 
     def _answers(self, handle: Handle, folder: Path | None) -> list[list[tuple[int, Row]]]:
         """Generates a text for every image on one of the ranks; goes on after those on disk.
@@ -208,15 +209,23 @@ class Caption:
             batches += [order[n : n + size] for n in range(0, len(order), size)]
         return batches
 
-    def _rows(self, answers: dict[ImageId, str]) -> Iterator[dict[str, Any]]:
-        for i, answer in answers.items():
-            yield {
+    def _rows(
+        self, answers: dict[ImageId, str], scores: metrics.CaptionScores
+    ) -> Iterator[dict[str, Any]]:
+        for index, (i, answer) in enumerate(answers.items()):
+            row: dict[str, Any] = {
                 "image": self.paths[i],
                 "image_id": i,
                 "references": self.references[i],
                 "answer": answer,
                 "exact": metrics.exact_match({i: answer}, {i: self.references[i]}) == 1.0,
             }
+            if scores.per_image:
+                per_image = {name: values[index] for name, values in scores.per_image.items()}
+                row["scores"] = {name: round(value, 6) for name, value in per_image.items()}
+                # BLEU and METEOR of a corpus are no means: these make an interval of them.
+                row["sums"] = {name: [*map(int, v[index])] for name, v in scores.sums.items()}
+            yield row
 
 
 class CaptionAnswers(Caption):

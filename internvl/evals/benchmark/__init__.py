@@ -3,8 +3,6 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,9 @@ from internvl.evals.benchmark.judged import JUDGED
 from internvl.evals.benchmark.readers import Item
 from internvl.evals.benchmark.results import Outcome, Scored, Written
 from internvl.evals.benchmark.scores import PARSERS, SCORES, mean, row_score
+from internvl.evals.benchmark.shown import described
 from internvl.evals.judges import Judge
-from internvl.evals.scores import EvalScores, raise_or_log, skipped_rows
+from internvl.evals.scores import EvalScores, raise_or_log, skipped_rows, version
 from internvl.inference.chat import Chat
 from internvl.inference.requests import Request
 from internvl.inference.settings import Settings
@@ -127,6 +126,7 @@ class Benchmark:
     ) -> EvalScores:
         """Computes the metrics, rows and files of all parts from their answers."""
         total = _Total()
+        shown: dict[int, Item] = {}
         for asked_set, answers in zip(self.asked_sets, answered, strict=True):
             outcomes, bad = self._outcomes(asked_set, answers)
             checkpoint = self.config.checkpoint or str(chat.folder)
@@ -142,6 +142,8 @@ class Benchmark:
             total.settings[asked_set.dataset.name] = self._described(chat, asked_set)
             for name, lines in results.summary_lines(written, scored).items():
                 total.lines[name] = total.lines.get(name, "") + lines
+            first = len(total.rows)
+            shown |= {first + index: outcome.item for index, outcome in enumerate(outcomes)}
             total.rows += [
                 *self._rows(asked_set, outcomes, original_rows, scored),
                 *skipped_rows(bad),
@@ -158,7 +160,14 @@ class Benchmark:
         values = total.values or {"answered": float(sum("answer" in row for row in total.rows))}
         described = json.dumps(total.settings, indent=1, ensure_ascii=False)
         total.files[f"{self.config.task}_settings.json"] = described
-        return EvalScores(values, total.rows, total.files, total.lines, tuple(total.notes))
+        return EvalScores(
+            values,
+            total.rows,
+            total.files,
+            total.lines,
+            tuple(total.notes),
+            lambda index: _images_of(shown[index]),
+        )
 
     def _described(self, chat: Chat, asked_set: _AskedSet) -> dict[str, Any]:
         """Returns how a set was asked and scored, for the reader of its result."""
@@ -268,18 +277,16 @@ class Benchmark:
                     "question": outcome.question,
                     "answer": outcome.answer,
                     **parsed,
+                    **described(outcome, asked_set.dataset),
                     **row_score(scored.per_question, index),
                 }
             )
         return rows
 
 
-def version(name: str) -> str:
-    """Returns the version of an installed package, "" for a source tree."""
-    try:
-        return installed(name)
-    except PackageNotFoundError:
-        return ""
+def _images_of(item: Item) -> Sequence[Any]:
+    """Returns the images of a question, such as bytes of a table's cell or frames."""
+    return list(item.images if item.load is None else item.load())
 
 
 def _chosen(entry: Dataset, config: BenchmarkEval) -> Dataset:

@@ -10,6 +10,7 @@ from typing import Any
 from internvl.datasets.tasks import Dataset, Places
 from internvl.evals.benchmark.readers import Item
 from internvl.evals.benchmark.table import excel, read_columns, result_columns
+from internvl.evals.scores import model_file
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Written:
 
     @property
     def model(self) -> str:
-        """The last two parts of the checkpoint's path, as the original's files name it."""
-        return "_".join(name for name in PurePath(self.checkpoint).parts[-2:] if name != "/")
+        """The checkpoint, as the original's files name it."""
+        return model_file(self.checkpoint)
 
 
 Files = dict[str, str | bytes]

@@ -9,7 +9,7 @@ from typing import Any
 from internvl.config import CaptionEval, ClassifyEval, RetrievalEval
 from internvl.evals.call.jobs import Job
 from internvl.evals.call.opening import Opened
-from internvl.evals.scores import LEFT_OUT
+from internvl.evals.scores import LEFT_OUT, model_file
 from internvl.files import write_json
 
 _CAPTION_METRICS = {f"bleu_{n}": f"Bleu_{n}" for n in (1, 2, 3, 4)} | {
@@ -41,13 +41,15 @@ def append(
     opened: Opened,
     model: str,
 ) -> None:
-    """Appends the originals' result lines of all jobs; writes the captions of caption jobs."""
+    """Appends the originals' result lines of all jobs; writes the files of caption jobs."""
     differences = opened.numerics.differences
     for name, job in jobs.items():
         prefix = f"{name}/"
         values = {m.removeprefix(prefix): v for m, v in metrics.items() if m.startswith(prefix)}
         if isinstance(job.config, CaptionEval):
-            _write_captions(folder, name, job)
+            # InternVL-14B's script has no file of lines.
+            checkpoint = model if opened.handle.family == "chat" else ""
+            write_captions(folder / "result", name, job, values, checkpoint)
             lines: list[Any] = [_caption_line(job, job.config, values, opened.handle, model)]
         else:
             lines = _benchmark_lines(job, values, model)
@@ -99,9 +101,16 @@ def _append_to(path: Path, rows: Sequence[Any]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _write_captions(folder: Path, name: str, job: Job) -> None:
-    """Writes the original's results file, [{image_id, caption}] in DATASET_yymmddHHMMSS.json."""
-    rows = (folder / "result" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+def write_captions(
+    folder: Path, name: str, job: Job, values: Mapping[str, float], model: str
+) -> None:
+    """Writes the original's results file, [{image_id, caption}] in DATASET_yymmddHHMMSS.json, and
+    appends its line to MODEL.txt.
+
+    Args:
+        model: its name; empty for no line.
+    """
+    rows = (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     captions = [
         {"image_id": row["image_id"], "caption": row["answer"]}
         for row in map(json.loads, rows)
@@ -109,6 +118,17 @@ def _write_captions(folder: Path, name: str, job: Job) -> None:
     ]
     file = folder / f"{job.dataset}_{datetime.now():%y%m%d%H%M%S}.json"
     file.write_text(json.dumps(captions, ensure_ascii=False), encoding="utf-8")
+    if not model:
+        return
+    # As Python prints it: the original writes str() of its list, scores as dict_items.
+    line = [model, job.dataset, values["average_length"], _caption_metrics(values).items()]
+    with (folder / f"{model_file(model)}.txt").open("a", encoding="utf-8") as summary:
+        summary.write(f"{line}\n")
+
+
+def _caption_metrics(values: Mapping[str, float]) -> dict[str, float]:
+    # Fewer with `metrics: exact`.
+    return {theirs: values[ours] for ours, theirs in _CAPTION_METRICS.items() if ours in values}
 
 
 def _caption_line(
@@ -116,10 +136,8 @@ def _caption_line(
 ) -> list[Any]:
     """Returns the original's result line: [dataset, prompt, average length, metrics] for
     InternVL-G, [checkpoint, dataset, average length, metrics] for chat models."""
-    # Fewer with `metrics: exact`.
-    metrics = {theirs: values[ours] for ours, theirs in _CAPTION_METRICS.items() if ours in values}
     heads = {
         "chat": [model, job.dataset],
         "dual": [job.dataset, config.prompt or handle.caption_prompt],
     }
-    return [*heads[handle.family], values["average_length"], metrics]
+    return [*heads[handle.family], values["average_length"], _caption_metrics(values)]

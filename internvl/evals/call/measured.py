@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from internvl.evals.call.published import incomplete_set_note, published
+from internvl.evals.call.published import incomplete_set_note, published_of
 from internvl.evals.scores import Table
 
 
@@ -49,13 +49,16 @@ def render(
         evaluation, _, metric = name.rpartition("/")
         by_evaluation.setdefault(evaluation, {})[metric] = value
     for evaluation, values in by_evaluation.items():
-        references = {}
+        references: dict[str, float] = {}
+        before: dict[str, float] = {}
         if model and counts is not None:
-            pairs = ((metric, published(model, f"{evaluation}/{metric}")) for metric in values)
-            references = {metric: value for metric, value in pairs if value is not None}
+            references = published_of(model, evaluation, values)
+            before = published_of(model, evaluation, values, trained=False)
             note = incomplete_set_note(evaluation, counts[evaluation]) if references else ""
             if note:
                 notes[note], references = None, {}
+        # A model that was not trained further is the same before.
+        before = before if references and before != references else {}
         table = (tables or {}).get(evaluation)
         if table is not None:
             measured = _listed((counts or {}).get(evaluation, {}))
@@ -63,11 +66,14 @@ def render(
             lines += [f"  {line}" for line in table.render(values, references)]
             lines += ["  (in brackets: published)"] if references else []
             continue
-        lines += [f"{'':{width}}  measured  published"] if references else []
+        head = f"{'':{width}}  measured  published"
+        head += "  published before training" if before else ""
+        lines += [head] if references else []
         for metric, value in values.items():
-            line = f"{f'{evaluation}/{metric}':{width}}  {value:8.4f}"
-            reference = references.get(metric)
-            lines.append(line if reference is None else f"{line}  {reference:9.4f}")
+            cells = [f"{f'{evaluation}/{metric}':{width}}", f"{value:8.4f}"]
+            cells += [f"{references[metric]:9.4f}"] if metric in references else []
+            cells += [f"{before[metric]:25.4f}"] if metric in before else []
+            lines.append("  ".join(cells))
     return "\n".join([*lines, *notes])
 
 
@@ -82,7 +88,7 @@ def closing(measured: Measured) -> str:
     processes = f" by {measured.ranks} processes" if measured.ranks > 1 else ""
     # Nothing was computed of answers that were there.
     how = f"computed in {measured.computed}{processes}; " if measured.computed else ""
-    computed = f"{how}written to {measured.folder}"
+    computed = f"{how}written to {measured.folder}, its page is report.html"
     return "; ".join([*sizes, computed])
 
 

@@ -1,6 +1,6 @@
 """Published values of what was measured, where the model and the set are theirs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from internvl import zoo
@@ -16,17 +16,20 @@ _DIRECTIONS = {"image_retrieval": "t2i", "text_retrieval": "i2t"}
 """CLIP_benchmark's name of a retrieval direction -> the papers' name."""
 
 
-def published(model: str | Path, name: str) -> float | None:
+def published(model: str | Path, name: str, *, trained: bool = True) -> float | None:
     """Returns the published value of metric `name` of `run`, on the same scale, or None.
 
     Only for an unchanged released model (its hub id, or a folder of the same name), and for a run
     folder with the name of a published training.
+
+    Args:
+        trained: False returns that of the released model before such a training.
     """
     run = find_run(model)
     training = (str(model), "") if run is None else zoo.training(run.folder.resolve().name)
     if training is None:
         return None
-    base, recipe = training
+    base, recipe = training if trained else (training[0], "")
     try:
         released = zoo.find(base)
     except UnknownModel:
@@ -48,6 +51,14 @@ def published(model: str | Path, name: str) -> float | None:
         if score.language == language:
             return score.value / 100 if percent and metric not in _IN_POINTS else score.value
     return None
+
+
+def published_of(
+    model: str | Path, evaluation: str, metrics: Iterable[str], *, trained: bool = True
+) -> dict[str, float]:
+    """Returns metric -> `published`, of those that have it."""
+    pairs = ((m, published(model, f"{evaluation}/{m}", trained=trained)) for m in metrics)
+    return {metric: value for metric, value in pairs if value is not None}
 
 
 def _task_of(evaluation: str) -> tuple[str, str]:

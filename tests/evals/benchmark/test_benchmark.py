@@ -24,6 +24,8 @@ from internvl.evals.call import jobs
 from internvl.evals.metrics import one_meteor
 from internvl.evals.scores import EvalScores
 from internvl.inference import load as loading
+from internvl.results.items import item_of
+from internvl.results.statistics import statistics
 
 CAPTIONS = ("caption-coco", "caption-flickr30k")
 KEY_OF = {"rsvqa-lr": "rsvqa-hr-test2", "rsvqa-hr-test2": "rsvqa-lr"}
@@ -139,6 +141,20 @@ def test_the_originals_questions_tiles_and_files(chat, tmp_path, key, index):
     check_files(described, run, files_of(scores))
     lines = shown(key, scores, model)
     assert [line for line in lines if line not in run["printed"]] == []
+    for name, result in scores.items():
+        check_statistics(name, result)
+
+
+NO_STATISTICS = {"exact_reply", "answered"}
+"""Metrics whose rows do not give them again: the letter of the row, not of the scored file."""
+
+
+def check_statistics(name, result):
+    """A comparison computes every metric again from the rows, as sums that can be resampled."""
+    items = [item_of(row) for row in result.rows if "reason" not in row]
+    computed = statistics(name, items, result.values)
+    assert set(result.values) - set(computed) <= NO_STATISTICS, name
+    assert all(item.references or item.score is None for item in items), name
 
 
 def check_call(key, call, golden):

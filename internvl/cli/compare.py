@@ -1,0 +1,68 @@
+"""`internvl compare`: two evaluations beside each other."""
+
+import argparse
+import json
+from pathlib import Path
+
+from internvl.cli.common import Arguments
+
+
+def run(args: Arguments) -> int:
+    """Compare two result folders: differences with intervals, and the items that changed."""
+    from internvl import report, results
+    from internvl.results import listing, pages
+    from internvl.results.compare import compare
+
+    first, second = results.read(args.first), results.read(args.second)
+    compared = compare(first, second, args.task, resamples=args.resamples)
+    if args.html is not None:
+        report.write(pages.comparison_page(first, second, compared), args.html)
+    if args.json:
+        tree = {
+            "a": str(first.metrics_file),
+            "b": str(second.metrics_file),
+            "evaluations": {of_name.name: listing.as_json(of_name) for of_name in compared},
+        }
+        print(json.dumps(tree, indent=1, ensure_ascii=False))
+        return 0
+    print(f"A  {first.model}  ({first.metrics_file})\nB  {second.model}  ({second.metrics_file})")
+    for of_name in compared:
+        print("\n" + "\n".join(listing.lines(of_name, args.show)))
+    if args.html is not None:
+        print(f"\npage: {args.html}")
+    return 0
+
+
+def add_arguments(sub: argparse.ArgumentParser) -> None:
+    """Adds the verb's options."""
+    text = "folder of `internvl evaluate`, run folder (its newest step), or RUN/evals/STEP.json"
+    sub.add_argument("first", metavar="A", type=Path, help=text)
+    sub.add_argument("second", metavar="B", type=Path, help="likewise")
+    sub.add_argument("--task", metavar="NAME", help="compare this evaluation alone")
+    sub.add_argument("--html", type=Path, metavar="FILE", help="also write a page")
+    sub.add_argument("--json", action="store_true", help="print everything as JSON")
+    sub.add_argument(
+        "--show", type=_count, default=3, metavar="N", help="changed items to print (default: 3)"
+    )
+    sub.add_argument(
+        "--resamples",
+        type=_several,
+        default=2000,
+        metavar="N",
+        help="resampled test sets of an interval (default: 2000)",
+    )
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError("a number of 0 or more is expected")
+    return value
+
+
+def _several(text: str) -> int:
+    value = int(text)
+    # Percentiles of fewer say nothing.
+    if value < 100:
+        raise argparse.ArgumentTypeError("a number of 100 or more is expected")
+    return value
