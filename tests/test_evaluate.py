@@ -137,7 +137,7 @@ def test_a_second_evaluation_leaves_the_first_ones_results(project, tmp_path, mo
     assert first == Path("out/evaluate/a-model/caption-file-captions")
     results = json.loads((first / "result.json").read_text())
     assert sorted(path.name for path in first.iterdir() if path.suffix != ".json") == [
-        *("result", "result.jsonl"),
+        *("report.html", "result", "result.jsonl"),
     ]
     # The same call, and other names of the same files.
     assert folder_of("one/a/model") == first

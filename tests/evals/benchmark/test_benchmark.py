@@ -21,6 +21,7 @@ from internvl.data.images import read_rgb
 from internvl.datasets import tasks
 from internvl.errors import ConfigError, UserError
 from internvl.evals.call import jobs
+from internvl.evals.call.lines import write_captions
 from internvl.evals.metrics import one_meteor
 from internvl.evals.scores import EvalScores
 from internvl.inference import load as loading
@@ -525,3 +526,18 @@ def test_captions(chat, meteor, tmp_path, key, index):
     numbers = [float(text) for text in re.findall(r"\d+\.\d+", line)]
     names = ("average_length", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider")
     assert [scores.values[name] for name in names] == pytest.approx(numbers)
+    out = tmp_path / "out"
+    out.mkdir()
+    rows = "".join(json.dumps(row) + "\n" for row in scores.rows)
+    (out / f"{key}.jsonl").write_text(rows, encoding="utf-8")
+    write_captions(out, key, job, scores.values, model["checkpoint_argument"])
+    for name, content in run["outputs"].items():
+        start, _, ending = name.rpartition("/")[2].partition("<yymmddHHMMSS>")
+        (file,) = out.glob(f"{start}{'?' * 12 if ending else ''}{ending}")
+        text = file.read_text(encoding="utf-8")
+        if "json" in content:
+            assert json.loads(text) == content["json"]
+        else:
+            # Equal to the last digit but for what the processor's summation leaves.
+            assert re.sub(r"\d\.\d+", "#", text) == re.sub(r"\d\.\d+", "#", content["text"])
+            assert numbers == pytest.approx([float(n) for n in re.findall(r"\d+\.\d+", text)])
