@@ -27,6 +27,10 @@ class Routes(Protocol):
     names: list[str]
     """Names of models, the base first."""
 
+    async def page(self, http: Request) -> Response:
+        """Returns what the page needs to begin."""
+        ...
+
     def close(self) -> None:
         """Ends the threads of the routes."""
         ...
@@ -107,6 +111,8 @@ def build(
         "/": index,
     }.items():
         app.add_route(path, get, methods=["GET"])
+    if page is not None:
+        app.add_route("/page.json", routes.page, methods=["GET"])
     for path, post in posts.items():
         app.add_route(path, post, methods=["POST"])
     _handle_errors(app, routes, posts)

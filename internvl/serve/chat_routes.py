@@ -5,7 +5,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,14 +14,16 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from internvl import log
+from internvl.data.tiles import choose_grids, num_tiles
 from internvl.data.tokenizers import decode
 from internvl.inference.engine import Job
 from internvl.inference.requests import Prompt
 from internvl.serve.answer_text import AnswerText
 from internvl.serve.chat_engine import ChatEngine
-from internvl.serve.chat_request import ChatRequest, parse
+from internvl.serve.chat_request import MOST_TILES, ChatRequest, parse
 from internvl.serve.engines import Engine, Engines, Gate
 from internvl.serve.errors import ApiError
+from internvl.serve.fields import Field, read_fields, text, whole_from
 from internvl.serve.http import finished_or_gone, read_json
 from internvl.serve.messages import read_messages
 from internvl.serve.metrics import Metrics
@@ -118,6 +120,49 @@ class ChatRoutes:
         finally:
             self._end(begun)
 
+    async def tiles(self, http: HttpRequest) -> Response:
+        """Answers POST /v1/tiles: how images of some sizes are cut, and their tokens."""
+        self.engines.check()
+        values = read_fields(await read_json(http, self.options.limits), _TILES, {})
+        chats = self._engine.chats
+        if values["model"] not in chats:
+            raise model_not_found(str(values["model"]), self.names)
+        chat, most = chats[values["model"]], values["max_dynamic_patch"]
+        config = chat.tiles
+        if most is None:
+            grids = choose_grids(values["sizes"], config, config.max)
+        else:
+            config = replace(config, min=min(config.min, most), max=most)
+            grids = tuple(choose_grids([size], config, most)[0] for size in values["sizes"])
+        images = []
+        for columns, rows in grids:
+            tiles = num_tiles((columns, rows), config.thumbnail)
+            images.append(
+                {
+                    "columns": columns,
+                    "rows": rows,
+                    "thumbnail": tiles > columns * rows,
+                    "tokens": tiles * chat.tokens_per_tile,
+                }
+            )
+        return JSONResponse({"images": images})
+
+    async def page(self, http: HttpRequest) -> Response:
+        """Answers GET /page.json: what the page needs to begin."""
+        self.engines.check()
+        return JSONResponse(
+            {
+                "models": self.names,
+                "system_message": self._engine.chat.encoder.system_message,
+                "max_length": self._engine.length,
+            }
+        )
+
+    @property
+    def _engine(self) -> ChatEngine:
+        engine: ChatEngine = self.engines.engines[0].answering
+        return engine
+
     def _begin(self, asked: ChatRequest, prompt: Prompt, since_s: float) -> Asked:
         """Puts the jobs of a request into the queue of an engine.
 
@@ -131,8 +176,8 @@ class ChatRoutes:
         jobs = []
         for index in range(asked.n):
             encoder = chat_engine.chats[asked.model].encoder
-            text = AnswerText(encoder, asked.stop, asked.skip_special_tokens)
-            job = Job(Answer(index, text, engine), prompt, settings)
+            answer = AnswerText(encoder, asked.stop, asked.skip_special_tokens)
+            job = Job(Answer(index, answer, engine), prompt, settings)
             job.top_logprobs = asked.top_logprobs
             job.adapter = chat_engine.adapter_of[asked.model]
             if asked.seed is not None:
@@ -252,11 +297,11 @@ class ChatRoutes:
             for job in asked.jobs:
                 yield event(job.key.index, {"role": "assistant", "content": ""})
             async for job, piece in self._next(asked):
-                index, text = job.key.index, job.key.text
-                ended = job.ended or text.stopped
+                index, answer = job.key.index, job.key.text
+                ended = job.ended or answer.stopped
                 if piece or ended:
                     logprobs = self._logprobs(asked, job, shown[index])
-                    shown[index] = text.num_tokens
+                    shown[index] = answer.num_tokens
                 if piece:
                     yield event(index, {"content": piece}, logprobs=logprobs)
                 if ended:
@@ -302,8 +347,8 @@ class ChatRoutes:
         tokenizer = engine.chat.encoder.tokenizer
 
         def entry(token: int, value: float) -> dict[str, Any]:
-            text = decode(tokenizer, [token], skip_special_tokens=False)
-            return {"token": text, "logprob": value, "bytes": list(text.encode())}
+            word = decode(tokenizer, [token], skip_special_tokens=False)
+            return {"token": word, "logprob": value, "bytes": list(word.encode())}
 
         stop = job.key.text.num_tokens
         content = [
@@ -321,6 +366,21 @@ class ChatRoutes:
         self.fetcher.close()
         for prompts in self._prompts.values():
             prompts.close()
+
+
+def _sizes(name: str, value: Any) -> list[tuple[int, int]]:
+    """Reads (width, height) of images, in px."""
+    side = whole_from(1, 100_000)
+    if not isinstance(value, list) or not all(isinstance(v, list) and len(v) == 2 for v in value):
+        raise ApiError(f"{name} must be a list of [width, height]", param=name)
+    return [(side(name, width), side(name, height)) for width, height in value]
+
+
+_TILES = {
+    "model": Field(text),
+    "sizes": Field(_sizes, ()),
+    "max_dynamic_patch": Field(whole_from(1, MOST_TILES)),
+}
 
 
 class EventStream(StreamingResponse):

@@ -215,6 +215,10 @@ class DualRoutes:
             "%s %s: %s, total %.3f s%s", route, values["model"], counts, total_s, user
         )
 
+    async def page(self, http: HttpRequest) -> Response:
+        """Answers GET /page.json."""
+        return JSONResponse({"models": self.names})
+
     def close(self) -> None:
         """Ends the threads that fetch images."""
         self.fetcher.close()

@@ -131,6 +131,6 @@ class Door:
 
 _PATHS = (
     *("/v1/chat/completions", "/v1/models", "/v1/embeddings", "/v1/rerank", "/v1/tiles"),
-    *("/health", "/metrics", "/"),
+    *("/health", "/metrics", "/page.json", "/"),
 )
 """Paths that metrics name; any other is `other`, since clients may send endlessly many."""

@@ -111,7 +111,8 @@ def _chat(options: Options, loads: Sequence[LoadEngine]) -> tuple[Routes, Mappin
     engines: Engines[Any] = Engines([])
     routes = ChatRoutes(engines, Gate(options.limits.max_waiting), options)
     engines.engines = [Engine(load, routes.wake, routes.changed) for load in loads]
-    return routes, {"/v1/chat/completions": routes.complete}, "chat.html"
+    posts = {"/v1/chat/completions": routes.complete, "/v1/tiles": routes.tiles}
+    return routes, posts, "chat.html"
 
 
 def _dual(options: Options, loads: Sequence[LoadEngine]) -> tuple[Routes, Mapping[str, Any], None]:
