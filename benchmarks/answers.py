@@ -4,10 +4,10 @@
     python benchmarks/answers.py captions --profile  # one row, and where its time goes
     python benchmarks/answers.py --tiny              # the same path on a CPU, in seconds
 
-Images are JPEG files that threads decode and tile while the GPU answers. Weights are random and no
-token ends an answer, so every request generates as many as it may. A row's JSON goes to `--to`:
-requests a second from the first prefill to the last token, after a warm-up of the same shapes;
-FLOPs forward as internvl/plan/flops.py counts them. `alone` answers one request after the other,
+Images are JPEG files that processes decode and tile while the GPU answers. Weights are random and
+no token ends an answer, so every request generates as many as it may. A row's JSON goes to `--to`:
+requests a second from the first one that is read to the last token, after a warm-up of the same
+shapes; FLOPs forward as internvl/plan/flops.py counts them. `alone` answers one request after the other,
 each read when the one before is answered. `--minutes` stops before a row that may take longer.
 """
 
@@ -19,7 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from rows import commit
 from internvl.data.images import STATISTICS
 from internvl.inference import engine, requests
 from internvl.inference.engine.scheduler import Job, Scheduler
-from internvl.inference.requests import Request
+from internvl.inference.requests import Prompt, Request
 from internvl.inference.settings import Settings
 from internvl.models import configs
 from internvl.plan import flops
@@ -111,18 +111,17 @@ def measure(row: Row, options: argparse.Namespace, ceiling: float) -> dict[str, 
     asked = [row.draw(rng) for _ in range(count)]
     photos = {tiles: _jpeg(SIZES[tiles], tiles) for one in asked for tiles in one.tiles}
     config = configs.chat_settings(model.config)
-    reading: list[float] = []
 
-    def read(index: int) -> Job:
-        started = time.perf_counter()
+    def read(index: int) -> Prompt:
         one = asked[index]
         images = [photos[tiles] for tiles in one.tiles]
         question = "w1 " * 40
         request = Request([{"role": "user", "content": question}], images, max_tiles=12)
         image_settings = {key: config[key] for key in ("exif", "normalize")}
-        prompt = requests.encode(request, chat.encoder, chat.tiles, **image_settings)
-        reading.append(time.perf_counter() - started)
-        return Job(index, prompt, Settings(max_new_tokens=one.new))
+        return requests.encode(request, chat.encoder, chat.tiles, **image_settings)
+
+    def job(index: int, prompt: Prompt) -> Job:
+        return Job(index, prompt, Settings(max_new_tokens=asked[index].new))
 
     slots = row.slots or (3 if options.tiny else engine.SLOTS)
     scheduler = Scheduler(
@@ -138,21 +137,18 @@ def measure(row: Row, options: argparse.Namespace, ceiling: float) -> dict[str, 
     )
     warm = min(count, 2 * slots)
     started = time.perf_counter()
-    _answer(scheduler, read, range(warm))
+    answer = partial(_answer, scheduler, read, job, threads=options.threads)
+    answer(range(warm))
     first_s = time.perf_counter() - started
-    reading.clear()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     runs = []
     for _ in range(options.rounds):
-        _synchronize(device)
-        started = time.perf_counter()
-        jobs = _answer(scheduler, read, range(count))
-        _synchronize(device)
-        runs.append(time.perf_counter() - started)
+        jobs, seconds = answer(range(count))
+        runs.append(seconds)
     if options.profile and device.type == "cuda":
-        _profile(lambda: _answer(scheduler, read, range(count)))
-    latencies = _latencies(scheduler, read, count) if row.alone else {}
+        _profile(lambda: answer(range(count)))
+    latencies = _latencies(scheduler, read, job, count) if row.alone else {}
     seconds = min(runs)
     needed = sum(_forward(model, job, sum(asked[job.key].tiles)) for job in jobs)
     tokens = sum(len(job.generated) for job in jobs)
@@ -164,7 +160,7 @@ def measure(row: Row, options: argparse.Namespace, ceiling: float) -> dict[str, 
         **latencies,
         "seconds": [round(s, 3) for s in runs],
         "first_s": round(first_s, 1),
-        "read_ms": round(1e3 * statistics.mean(reading), 1),
+        "read_ms": round(1e3 * _read_s(read, count), 1),
         "slots": scheduler.decoder.cache.slots,
         "slot_tokens": scheduler.decoder.cache.length,
         "new_tokens": round(tokens / count, 1),
@@ -190,12 +186,25 @@ def _chat(name: str, compiled: bool, float8: bool, device: torch.device) -> Any:
     return chat
 
 
-def _latencies(scheduler: Scheduler, read: Callable[[int], Job], count: int) -> dict[str, float]:
+def _read_s(read: Callable[[int], Prompt], count: int) -> float:
+    """Seconds that one thread reads a request for, on average, while nothing else runs."""
+    started = time.perf_counter()
+    for index in range(min(count, 16)):
+        read(index)
+    return (time.perf_counter() - started) / min(count, 16)
+
+
+def _latencies(
+    scheduler: Scheduler,
+    read: Callable[[int], Prompt],
+    make: Callable[[int, Prompt], Job],
+    count: int,
+) -> dict[str, float]:
     """Median milliseconds to the first token and to the last, one request at a time."""
     first, last = [], []
     for index in range(count):
         started = time.perf_counter()
-        for job in scheduler.run(engine.Ready([read(index)])):
+        for job in scheduler.run(engine.Ready([make(index, read(index))])):
             if len(job.generated) == 1:
                 first.append(time.perf_counter() - started)
         last.append(time.perf_counter() - started)
@@ -205,10 +214,38 @@ def _latencies(scheduler: Scheduler, read: Callable[[int], Job], count: int) -> 
     }
 
 
-def _answer(scheduler: Scheduler, read: Callable[[int], Job], order: range) -> list[Job]:
-    ahead, pin = scheduler.most_slots // 2 + 8, scheduler.model.device.type == "cuda"
-    with engine.Prompts(read, order, ahead=ahead, most=10**9, pin=pin) as prompts:
-        return [job for job in scheduler.run(prompts) if job.ended]
+class _Begun:
+    """A source whose first request is read."""
+
+    def __init__(self, prompts: engine.Prompts) -> None:
+        self.prompts = prompts
+        self.first = prompts.take(wait=True)
+
+    def take(self, *, wait: bool) -> Job | None:
+        job, self.first = self.first, None
+        return self.prompts.take(wait=wait) if job is None else job
+
+
+def _answer(
+    scheduler: Scheduler,
+    read: Callable[[int], Prompt],
+    make: Callable[[int, Prompt], Job],
+    order: range,
+    *,
+    threads: bool,
+) -> tuple[list[Job], float]:
+    """The answered jobs, and seconds from the first request that is read to the last token."""
+    on_gpu = scheduler.model.device.type == "cuda"
+    processes = engine.processes_for(len(order)) if on_gpu and not threads else 0
+    ahead = scheduler.most_slots // 2 + 8
+    settings = {"ahead": ahead, "most": 10**9, "pin": on_gpu, "processes": processes}
+    with engine.Prompts(read, make, order, **settings) as prompts:
+        begun = _Begun(prompts)
+        _synchronize(scheduler.model.device)
+        started = time.perf_counter()
+        jobs = [job for job in scheduler.run(begun) if job.ended]
+        _synchronize(scheduler.model.device)
+        return jobs, time.perf_counter() - started
 
 
 def _jpeg(size: tuple[int, int], seed: int) -> bytes:
@@ -278,6 +315,7 @@ def main() -> None:
     parser.add_argument("--tiles", type=int, default=64, help="in the vision tower at a time")
     parser.add_argument("--to", type=Path, default=None, help="folder for one JSON a row")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--threads", action="store_true", help="read in threads, not processes")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     ceiling = workloads.matmul_tflops(torch.device("cpu" if options.tiny else "cuda"))

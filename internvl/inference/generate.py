@@ -11,6 +11,8 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +22,8 @@ from torch.nn import Module
 from internvl.config import TilesConfig
 from internvl.data.arguments import check_whole
 from internvl.data.chat import ChatEncoder
-from internvl.data.images import STATISTICS, Triple
+from internvl.data.images import STATISTICS, FileSlice, Triple
+from internvl.data.records import Video
 from internvl.data.tokenizers import decode
 from internvl.errors import UserError
 from internvl.files import first_line
@@ -77,7 +80,9 @@ def answers(
     # A batch of `generate` draws for all of its rows at once.
     alone = seeds is not None or settings.seed is not None
     by_engine = engine.runs(model, settings)
-    answered = _by_engine if by_engine else _by_generate
+    answered: Any = _by_generate
+    if by_engine:
+        answered = partial(_by_engine, files=all(map(_is_of_files, requests)))
     size = 1 if alone and not by_engine else batch_size
     indices = range(len(requests))
     for index, text in answered(model, encoder, read, indices, settings_of, size):
@@ -94,26 +99,42 @@ def _by_engine(
     order: Sequence[int],
     settings_of: Callable[[int], Settings],
     slots: int | None,
+    *,
+    files: bool = False,
 ) -> Iterator[tuple[int, str]]:
-    """Yields (request, answer) as answers end, at most `slots` requests at a time."""
+    """Yields (request, answer) as answers end, at most `slots` requests at a time.
+
+    Args:
+        files: whether all images are files, which worker processes can read.
+    """
     on_gpu = model.device.type == "cuda"
     compiled = on_gpu and len(order) >= _WORTH_COMPILING
     if compiled:
         engine.accelerate(model)
     scheduler = engine.scheduler(model, encoder, slots, compiled=compiled)
 
-    def job(index: int) -> engine.Job:
-        return _job(model, index, read(index), settings_of(index))
+    def job(index: int, prompt: Prompt) -> engine.Job:
+        return _job(model, index, prompt, settings_of(index))
 
     # As many wait in the scheduler: one row may end many answers at once.
     ahead, most = scheduler.most_slots // 2 + 8, engine.longest(model.config.text_config)
-    with engine.Prompts(job, order, ahead=ahead, most=most, pin=on_gpu) as prompts:
+    processes = engine.processes_for(len(order)) if on_gpu and files else 0
+    options = {"ahead": ahead, "most": most, "pin": on_gpu, "processes": processes}
+    with engine.Prompts(read, job, order, **options) as prompts:
         for answered in scheduler.run(prompts):
             if answered.ended:
                 yield answered.key, _whole_answer(answered.prompt, answered.generated, encoder)
     del scheduler  # its memory, before the model needs it
     for left in prompts.too_long:
         yield left.key, generate(model, encoder, [left.prompt], left.settings)[0]
+
+
+def _is_of_files(request: Request) -> bool:
+    """True if a request's images and videos are files or encoded bytes."""
+    # A tensor may be on a GPU, which a forked process cannot use; an open file has one position.
+    kinds = (str, Path, bytes, FileSlice, Video)
+    media = [*request.images, *request.videos]  # type: ignore[misc]  # lists, once it is made
+    return all(isinstance(medium, kinds) for medium in media)
 
 
 def _job(model: Any, key: int, prompt: Prompt, settings: Settings) -> engine.Job:

@@ -1,10 +1,6 @@
 """The engine that answers requests: images read ahead, slots refilled as answers end."""
 
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,11 +9,22 @@ from torch.distributed.fsdp import FSDPModule
 
 from internvl.data.chat import ChatEncoder
 from internvl.data.images import STATISTICS
+from internvl.inference.engine.reading import Prompts, processes_for
 from internvl.inference.engine.scheduler import Job, Scheduler
 from internvl.inference.settings import Settings
 from internvl.models import configs, kernels
 
-__all__ = ["Job", "Prompts", "Ready", "Scheduler", "accelerate", "longest", "runs", "scheduler"]
+__all__ = [
+    "Job",
+    "Prompts",
+    "Ready",
+    "Scheduler",
+    "accelerate",
+    "longest",
+    "processes_for",
+    "runs",
+    "scheduler",
+]
 
 SLOTS = 128
 """Most requests in flight on a GPU, where its memory holds as many."""
@@ -118,68 +125,3 @@ class Ready:
     def take(self, *, wait: bool) -> Job | None:
         """Returns the next job; see `Source`."""
         return next(self.jobs, None)
-
-
-class Prompts:
-    """A `Source` that encodes requests in threads, some ahead of the one that is taken."""
-
-    def __init__(
-        self,
-        read: Callable[[int], Job],
-        order: Sequence[int],
-        *,
-        ahead: int,
-        most: int,
-        pin: bool = False,
-    ) -> None:
-        """`read(i)` makes a job of request i; its exception is raised where the job is taken.
-
-        Args:
-            order: requests in the order in which they are begun.
-            ahead: most requests that are read and not taken.
-            most: jobs whose tokens reach this number go to `too_long` instead.
-            pin: put tiles into memory that a GPU copies from while the host goes on.
-        """
-        self.read = read
-        self.pin = pin
-        self.left = iter(order)
-        self.ahead = ahead
-        self.most = most
-        self.too_long: list[Job] = []
-        """Jobs for `generate`."""
-        # Decoding and resizing leave Python's lock to the others.
-        threads = max(1, min(_THREADS, os.cpu_count() or 1, len(order)))
-        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
-        self.reading: deque[Future[Job]] = deque()
-
-    def __enter__(self) -> "Prompts":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.pool.shutdown(cancel_futures=True)
-
-    def take(self, *, wait: bool) -> Job | None:
-        """Returns the next request as a job; see `Source`."""
-        while True:
-            while len(self.reading) < self.ahead:
-                index = next(self.left, None)
-                if index is None:
-                    break
-                self.reading.append(self.pool.submit(self._read, index))
-            if not self.reading or not (wait or self.reading[0].done()):
-                return None
-            job = self.reading.popleft().result()
-            if job.length < self.most:
-                return job
-            self.too_long.append(job)
-
-    def _read(self, index: int) -> Job:
-        job = self.read(index)
-        if self.pin and job.prompt.tiles is not None:
-            job.prompt = replace(job.prompt, tiles=job.prompt.tiles.pin_memory())
-        return job
-
-
-_THREADS = 8
-"""Most threads that read images. Each reads some 40 images of 7 tiles a second, and more of them
-would only wait for Python's lock, which whoever begins the GPU's work waits for too."""
