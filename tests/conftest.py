@@ -1,6 +1,7 @@
 """What every test shares: few threads, its own caches, its CPU seconds; `gpu` tests skip where
 there is no device."""
 
+import logging
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -16,6 +17,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # are found by what they were built from, so an old one is never run.
 _COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "inductor"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_COMPILED))
+# torch's distributed checkpoints note the begin and end of every value, which pytest would format:
+# a third of what the tests of whole runs took.
+logging.disable(logging.DEBUG)
 # No test uses the network: Weights & Biases keeps metrics in the run's folder, and its own errors.
 os.environ.update(WANDB_MODE="offline", WANDB_ERROR_REPORTING="false", WANDB_SILENT="true")
 

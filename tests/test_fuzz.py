@@ -3,6 +3,7 @@
 `python tests/fuzz.py READER SEED` reads one of these inputs again.
 """
 
+import gc
 import importlib
 import os
 import signal
@@ -27,7 +28,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(scope="module", autouse=True)
 def _seeds():
+    # Every fork is preceded by a collection, which would walk all that torch has imported.
+    gc.collect()
+    gc.freeze()
     yield
+    gc.unfreeze()
     remove_seeds()
 
 

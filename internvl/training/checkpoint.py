@@ -132,6 +132,8 @@ class Saver:
         if is_there:
             return
         tensors = moments.to_save(_tensors(model, optimizer))
+        # A file of its own for each setting of each parameter took longer than the values did.
+        tensors = {name: value for name, value in tensors.items() if not _is_setting(name)}
         needed = dist.sum_counts({"bytes": _num_bytes(tensors)})["bytes"]
         write = _Write(step, target, int(needed), keep)
         self._write = write
@@ -311,7 +313,11 @@ def _read(source: Path, tensors: dict[str, Any]) -> dict[str, Any]:
             saved = dcp.FileSystemReader(source).read_metadata().state_dict_metadata
             # A parameter that no loss has reached yet has no moments; those in `tensors` are zero.
             names = {k.removesuffix(moments.CODES) for k in saved}
-            stored = {k: v for k, v in tensors.items() if k in names or not _is_moment(k)}
+            stored = {
+                name: value
+                for name, value in tensors.items()
+                if not _is_setting(name) and (name in names or not _is_moment(name))
+            }
             targets, finish = moments.to_load(stored, saved, lambda: _lazy_tensors(source))
             # Without a group: a rank that cannot read must not leave the others waiting.
             dcp.load(targets, checkpoint_id=source, no_dist=True)
@@ -442,6 +448,11 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 
 def _is_moment(name: str) -> bool:
     return name.startswith("optimizer.state.")
+
+
+def _is_setting(name: str) -> bool:
+    """True for a parameter's rate, decay, …, which the recipe and the step decide."""
+    return name.startswith("optimizer.param_groups.")
 
 
 @contextmanager

@@ -5,8 +5,10 @@ import subprocess
 import pytest
 import tiny_run
 import torch
+import torch.distributed.checkpoint as dcp
 from stopped_runs import EPOCH, run
 from tiny_run import command, losses
+from torch import nn
 
 from internvl import export, train
 from internvl.config import recipes
@@ -58,6 +60,37 @@ def straight(project, tmp_path_factory):
     names = run(project, folder, num_ranks=1)
     assert len(set(names)) == len(names) == 48
     return names, losses(folder), folder
+
+
+def test_settings_of_the_optimizer_are_the_recipes_and_not_saved(tmp_path, monkeypatch):
+    """Earlier versions wrote them with each parameter; such a checkpoint loads as well."""
+
+    def stepped(lr):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        return model, optimizer
+
+    checkpoint.save(tmp_path / "now", 1, *stepped(0.1), {}, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_is_setting", lambda name: False)
+        checkpoint.save(tmp_path / "earlier", 1, *stepped(0.1), {}, keep=1)
+    names = {
+        form: {
+            *dcp.FileSystemReader(tmp_path / form / "000001").read_metadata().state_dict_metadata
+        }
+        for form in ("now", "earlier")
+    }
+    assert {name for name in names["earlier"] if "param_groups" in name} == (
+        names["earlier"] - names["now"]
+    )
+    for form in names:
+        model, optimizer = stepped(0.2)
+        checkpoint.load(tmp_path / form, 1, model, optimizer)
+        assert torch.equal(model.weight, stepped(0.1)[0].weight)
+        assert optimizer.param_groups[0]["lr"] == 0.2
 
 
 def test_a_run_goes_on_with_other_ranks_and_another_sharding(project, straight, tmp_path):
