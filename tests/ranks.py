@@ -77,6 +77,35 @@ def run_ranks(code: str, *, num_ranks: int = 2) -> list[str]:
         return [(folder / "out").read_text() for folder in folders]
 
 
+class Verb:
+    """A command line in a process of its own, of which each test would otherwise import torch."""
+
+    def __init__(self, *words: str) -> None:
+        _start_server()
+        self._name = tempfile.TemporaryDirectory()
+        folder = Path(self._name.name)
+        code = f"from internvl import cli; cli.main({list(words)})"
+        self._process = _CONTEXT.Process(target=_run, args=(code, dict(os.environ), folder))
+        self._process.start()
+
+    def poll(self) -> int | None:
+        """Returns its exit code, negative for a signal, or None while it runs."""
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        """Ends it as a machine does that has no memory left, and waits."""
+        self._process.kill()
+        self._process.join()
+        self._name.cleanup()
+
+    def communicate(self) -> tuple[str, str]:
+        """Waits for its end; returns standard output and standard error."""
+        self._process.join()
+        out, err = ((Path(self._name.name) / name).read_text() for name in ("out", "err"))
+        self._name.cleanup()
+        return out, err
+
+
 def _run(code: str, environment: dict[str, str], folder: Path) -> None:
     """What a process does: its output goes to files in `folder`."""
     os.environ.clear()

@@ -5,8 +5,6 @@ import json
 import random
 import re
 import shutil
-import signal
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,8 @@ import pytest
 import tiny_run
 import torch
 import torch.nn.functional as F
-from tiny_run import command, losses, recipe_of, wait_for_step
+from ranks import Verb
+from tiny_run import losses, recipe_of, wait_for_step
 from torch._dynamo.utils import counters
 
 from internvl import export, log, train
@@ -39,11 +38,10 @@ def test_killed_three_times_and_resumed_bit_for_bit(project, tmp_path):
     straight = train.run(recipe_of(project, tmp_path, "steps=40", *lora))
     folder, rng = tmp_path / "killed", random.Random(0)
     for lowest in (3, 14, 27):
-        process = subprocess.Popen(command(project, folder, "steps=40", *lora))
+        process = Verb("train", str(project), f"run={folder}", "steps=40", *lora)
         wait_for_step(folder, lowest + rng.randrange(8), process)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run(command(project, folder, "steps=40", *lora), check=True)
+        process.kill()
+    train.run(recipe_of(project, tmp_path, "steps=40", *lora, f"run={folder}"))
     assert losses(folder) == losses(straight)
     assert len(losses(folder)) == 40
 
@@ -179,11 +177,10 @@ def test_killed_and_resumed_with_bad_samples_bit_for_bit(project, broken, tmp_pa
     straight = train.run(recipe_of(project, tmp_path, *settings))
     folder = tmp_path / "killed"
     for lowest in (4, 11, 18):
-        process = subprocess.Popen(command(project, folder, *settings))
+        process = Verb("train", str(project), f"run={folder}", *settings)
         wait_for_step(folder, lowest, process)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run(command(project, folder, *settings), check=True)
+        process.kill()
+    train.run(recipe_of(project, tmp_path, *settings, f"run={folder}"))
     assert losses(folder) == losses(straight)
     for name in ("skipped_steps.jsonl", "bad_samples.jsonl"):
         assert (folder / name).read_bytes() == (straight / name).read_bytes()

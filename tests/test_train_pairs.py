@@ -1,15 +1,12 @@
 """Fine-tuning InternVL-14B: what trains, runs end to end, resuming, merging and exporting."""
 
 import json
-import signal
-import subprocess
-import sys
 import time
 
 import pair_runs
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import Verb, run_ranks
 
 from internvl import check, evaluate, export, log, train, zoo
 from internvl.config import LayerDecayConfig, LoraConfig, OptimConfig, recipes
@@ -143,14 +140,12 @@ def test_killed_and_resumed_bit_for_bit(project, tmp_path):
     settings = [*LORA, "objective.micro_batch=3", "model.drop_path=0.3", "steps=24"]
     straight = train.run(recipe_of(project, tmp_path, *settings))
     folder = tmp_path / "killed"
-    words = [sys.executable, "-m", "internvl", "train", str(project / "recipe.yaml")]
-    process = subprocess.Popen([*words, f"run={folder}", *settings])
+    process = Verb("train", str(project / "recipe.yaml"), f"run={folder}", *settings)
     until = time.monotonic() + 3600
     while time.monotonic() < until and max(losses(folder), default=0) < 7:
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
     assert max(losses(folder)) < 24
     train.run(recipe_of(project, tmp_path, f"run={folder}", *settings))
     assert losses(folder) == losses(straight)

@@ -143,8 +143,13 @@ class Caption:
             "average_length": sum(len(text.split()) for text in answers.values()) / len(answers),
         }
         scores = metrics.CaptionScores({}, {}, {})
-        if self.config.metrics == "all":
-            scores = metrics.score_captions(answers, references, tokenize=self.config.tokenize)
+        if self.config.metrics != "exact":
+            scores = metrics.score_captions(
+                answers,
+                references,
+                tokenize=self.config.tokenize,
+                meteor=self.config.metrics == "all",
+            )
         skipped = skipped_rows([*self.problems, *self._unread])
         return EvalScores(values | scores.values, [*self._rows(answers, scores), *skipped])
 

@@ -41,6 +41,7 @@ def caption_scores(
     references: Mapping[Key, Sequence[str]],
     *,
     tokenize: Tokenization,
+    meteor: bool = True,
 ) -> dict[str, float]:
     """Computes BLEU-1 to 4, METEOR, ROUGE-L and CIDEr over a corpus, equal to `pycocoevalcap`'s.
 
@@ -59,6 +60,7 @@ def caption_scores(
             already split into words, as COCO-CN publishes); "characters": every letter a token,
             runs of ASCII letters and digits kept together, lower case, punctuation dropped
             (Chinese as written); "words": what spaces separate, otherwise unchanged (Korean).
+        meteor: false leaves METEOR out.
 
     Returns:
         `bleu_1` ... `bleu_4`, `meteor`, `rouge_l`, `cider`; without those whose scorer failed,
@@ -69,7 +71,7 @@ def caption_scores(
             (another type, half a character).
         UserError: a missing package, or the tokenizer failed.
     """
-    return score_captions(candidates, references, tokenize=tokenize).values
+    return score_captions(candidates, references, tokenize=tokenize, meteor=meteor).values
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def score_captions(
     references: Mapping[Key, Sequence[str]],
     *,
     tokenize: Tokenization,
+    meteor: bool = True,
 ) -> CaptionScores:
     """Computes `caption_scores`, and beside them the scores of every image."""
     _check_pairs(candidates, references)
@@ -103,6 +106,8 @@ def score_captions(
         "rouge_l": _rouge_l,
         "cider": _cider,
     }
+    if not meteor:
+        del scorers["meteor"]
     # In threads because METEOR waits for Java while the others use Python.
     with ThreadPoolExecutor(max_workers=len(scorers)) as pool:
         running = {name: pool.submit(scorers[name], hypotheses, truths) for name in scorers}

@@ -5,7 +5,6 @@ Weights and what `tokenizers` reads are opened by libraries in Rust, which no ho
 
 import json
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -15,36 +14,23 @@ import pytest
 import tiny_run
 from chat_folders import large_vocabulary
 
-from internvl import export, train
+from internvl import check, export, plan, train
 from internvl.config.recipes import load_recipe
+from internvl.data.tokenizers import load_tokenizer
+from internvl.inference import load as loading
+from internvl.zoo import gpus
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "label_masks"
 
 FAMILIES = ("chat", "dual")
 
-_COUNT = """
-import json, sys
-from pathlib import Path
-from internvl import check, plan, train
-from internvl.config.recipes import load_recipe
-from internvl.data.tokenizers import load_tokenizer
-from internvl.inference import load as loading
-from internvl.zoo import gpus
-verbs = {
-    "tokenizer": lambda folder: load_tokenizer(Path(folder)),
+VERBS = {
+    "tokenizer": load_tokenizer,
     "load": lambda folder: loading.load(folder, device="cpu"),
-    "check": lambda recipe: check.run(load_recipe(Path(recipe))),
-    "plan": lambda recipe: plan.make(load_recipe(Path(recipe)), gpus.find("H200")),
-    "train": lambda recipe: train.run(load_recipe(Path(recipe))),
+    "check": lambda recipe: check.run(load_recipe(recipe)),
+    "plan": lambda recipe: plan.make(load_recipe(recipe), gpus.find("H200")),
+    "train": lambda recipe: train.run(load_recipe(recipe)),
 }
-opened, counted = [], {}
-sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
-for name, (verb, argument) in json.loads(sys.argv[1]).items():
-    opened.clear()
-    verbs[verb](argument)
-    counted[name] = list(opened)
-print(json.dumps(counted))
-"""
 
 REOPENED = {
     # Once here, checked so that an error can name the file and the key. Then by transformers, which
@@ -64,13 +50,22 @@ def counts(tmp_path_factory):
     """Name of a job -> how often it opened each file of the folder below it."""
     root = tmp_path_factory.mktemp("once")
     jobs = {name: job for make in (chats, tokenizers, recipes) for name, job in make(root).items()}
-    arguments = json.dumps({name: job[:2] for name, job in jobs.items()}, default=str)
-    command = [sys.executable, "-c", _COUNT, arguments]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return {
-        name: Counter(Path(file).name for file in opened if Path(file).parent == jobs[name][2])
-        for name, opened in json.loads(output.splitlines()[-1]).items()
-    }
+    opened: list[str] = []
+    counting = True
+
+    def note(event, args):
+        if counting and event == "open":
+            opened.append(str(args[0]))
+
+    sys.addaudithook(note)  # no hook can be removed; this one does nothing afterwards
+    counts = {}
+    for name, (verb, argument, folder) in jobs.items():
+        opened.clear()
+        VERBS[verb](argument)
+        paths = [Path(file) for file in opened]
+        counts[name] = Counter(path.name for path in paths if path.parent == folder)
+    counting = False
+    return counts
 
 
 def chats(root: Path) -> dict[str, tuple]:

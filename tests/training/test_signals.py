@@ -156,5 +156,5 @@ def test_ctrl_c_saves_and_goes_on(project, tmp_path):
     said = process.communicate()[1].decode()
     assert process.returncode == 1
     assert "checkpoint written" in said
-    subprocess.run(command(project, folder, "steps=30"), check=True)
+    train.run(recipe_of(project, tmp_path, "steps=30", f"run={folder}"))
     assert losses(folder) == losses(straight)
