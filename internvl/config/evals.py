@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -349,7 +350,7 @@ def eval_options() -> dict[str, list[type[EvalConfig]]]:
 def eval_config(**keys: Any) -> EvalSection:
     """Returns one evaluation outside a recipe. Raises ConfigError with every wrong value."""
     try:
-        section: EvalSection = TypeAdapter(EvalSection).validate_python(keys)
+        section = _section_adapter().validate_python(keys)
     except ValidationError as error:
         raise ConfigError("\n".join(sentences(error, EvalSection))) from None
     # After validation: `problems` compares values, which must have their types for it.
@@ -357,6 +358,12 @@ def eval_config(**keys: Any) -> EvalSection:
     if problems:
         raise ConfigError("\n".join(problems))
     return section
+
+
+@cache
+def _section_adapter() -> TypeAdapter[EvalSection]:
+    # Not at import: to build it takes 10 ms, and few processes make a section outside a recipe.
+    return TypeAdapter(EvalSection)
 
 
 def _tiles_problems(tiles: int | str | None) -> Iterator[str]:
