@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from types import ModuleType
 
+from internvl import log
 from internvl.cli.common import Arguments, add_run_arguments, loading, open_named
 
 
@@ -24,7 +25,14 @@ def exporter_of(args: Arguments) -> ModuleType:
 def write(exporter: ModuleType, args: Arguments) -> int:
     """Exports as the command line says, and prints where to."""
     chosen = {"code_from": args.code_from, "step": args.step, "base": args.base}
-    print(exporter.run(args.model, args.to, args.format, **chosen))
+    folder = exporter.run(args.model, args.to, args.format, **chosen)
+    print(folder, flush=True)
+    from internvl.export import servers
+
+    # Standard error: a script reads the folder's path alone.
+    log.get_logger().info("commands that serve it:")
+    for line in servers.lines(servers.describe(folder, args.format)):
+        log.get_logger().info("  %s", line)
     return 0
 
 

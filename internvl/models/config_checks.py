@@ -390,7 +390,7 @@ def check_quantization(file: Path, config: dict[str, Any], names: Iterable[str])
         raise ModelFolderError(
             f"{file.parent}: its weights are quantized{_method(settings)} ({packed}), which are "
             "not read here; take the unquantized release, and load it with quantize='4bit' to save "
-            "memory"
+            f"memory{_served_elsewhere(settings, file.parent)}"
         )
     if active:  # transformers would quantize them, or refuse
         raise ModelFolderError(
@@ -398,6 +398,13 @@ def check_quantization(file: Path, config: dict[str, Any], names: Iterable[str])
             "it are not quantized; remove this key to use them as they are, and load them with "
             "quantize='4bit' to save memory"
         )
+
+
+def _served_elsewhere(settings: Any, folder: Path) -> str:
+    """Returns the command that serves AWQ weights, which the releases have for LMDeploy."""
+    if _method(settings) != " (awq)":
+        return ""
+    return f"; `lmdeploy serve api_server {folder} --model-format awq` serves these as they are"
 
 
 def _method(settings: Any) -> str:

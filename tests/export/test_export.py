@@ -17,6 +17,7 @@ from chat_folders import (
     golden_folder,
     official_folder,
 )
+from dual_folders import dual_folder
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 from safetensors import safe_open
@@ -34,6 +35,7 @@ from internvl.data.records import Message
 from internvl.data.templates import TEMPLATES, jinja
 from internvl.data.tiles import tile_images
 from internvl.errors import ExportError, ModelFolderError
+from internvl.export import servers
 from internvl.inference import generate
 from internvl.inference import load as loading
 from internvl.inference.generate import Request
@@ -358,3 +360,25 @@ def test_without_a_tokenizer_the_weights_are_exported(tmp_path, caplog):
     assert "no tokenizer files" in caplog.text
     assert loading.load(folder, device="cpu").model.config.image_token_id == IMAGE_TOKEN_ID
     shutil.rmtree(folder)
+
+
+def test_commands_of_servers(tmp_path):
+    """Which engine and layout each takes; and InternVL-14B, which only this package serves."""
+    source = official("InternLM2ForCausalLM", tmp_path / "a model")
+    hf = export.run(source, tmp_path / "hf", verify=False)
+    ours, vllm, lmdeploy, transformers = servers.lines(servers.describe(hf, "hf"))
+    assert ours == f"internvl serve {hf} --name hf"
+    assert vllm.endswith("--limit-mm-per-prompt '{\"image\":4}'")
+    assert "--backend pytorch" in lmdeploy
+    assert transformers == f"transformers serve {hf} --port 8000"
+    ours, vllm, lmdeploy, transformers = servers.lines(servers.describe(source, "official"))
+    assert ours == f"internvl serve '{source}' --name 'a model'"
+    assert vllm.endswith("--trust-remote-code")
+    assert "--backend turbomind" in lmdeploy
+    assert transformers == "# transformers: it takes --format hf"
+    phi3 = official("Phi3ForCausalLM", tmp_path / "phi3")
+    assert "--backend pytorch" in servers.lines(servers.describe(phi3, "official"))[2]
+    dual = dual_folder(tmp_path / "dual")
+    ours, *others = servers.lines(servers.describe(dual, "official"))
+    assert ours.startswith("internvl serve")
+    assert all("which only internvl serves" in line for line in others)
