@@ -190,7 +190,7 @@ class Classify:
         measure = self._precision if self.multilabel else self._accuracy
         values: dict[str, float] = {}
         rows: list[dict[str, Any]] = [
-            {"image": str(image), **self._truth(labels)} for image, labels in self.files
+            {**_named(image), **self._truth(labels)} for image, labels in self.files
         ]
         for mode, images in features.items():
             metrics, of_images = measure(images, classes)
@@ -198,7 +198,8 @@ class Classify:
             for row, columns in zip(rows, of_images, strict=True):
                 for name, value in columns.items():
                     row.setdefault(name, {})[mode] = value
-        return EvalScores(values, [*rows, *skipped_rows(self.problems)])
+        rows += skipped_rows(self.problems)
+        return EvalScores(values, rows, images=lambda index: [self.files[index][0]])
 
     def _truth(self, labels: tuple[int, ...]) -> dict[str, Any]:
         if self.multilabel:
@@ -306,6 +307,11 @@ class Classify:
         fingerprints = [(image, *fingerprint(image)) for image, _ in self.files]
         text = repr((fingerprints, self.names, self.templates))
         return folder / blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _named(image: str | FileSlice) -> dict[str, str]:
+    """Returns the column of a row that names an image: its path, or its name in a larger file."""
+    return {"inside": str(image)} if isinstance(image, FileSlice) else {"image": image}
 
 
 def accuracies(class_ranks: Tensor, truth: Tensor, num_classes: int) -> dict[str, float]:

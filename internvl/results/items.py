@@ -192,13 +192,29 @@ def _classify(row: Row) -> Item:
     return Item(
         row=row,
         form="classify",
-        question="",
+        # An image inside a larger file has a name and no path.
+        question=row.get("inside", ""),
         answer=predicted[0] if predicted else f"rank {rank + 1:,}",
-        images=(row["image"],),
+        images=(row["image"],) if row.get("image") else (),
         references=(row["class"],),
         categories=(row["class"],),
         score=float(rank == 0),
         order=-float(rank),
+    )
+
+
+def _labels(row: Row) -> Item:
+    predicted = [*row["predicted"].values()][-1]
+    right = float(predicted in row["classes"])
+    return Item(
+        row=row,
+        form="labels",
+        question=row.get("inside", ""),
+        answer=predicted,
+        images=(row["image"],) if row.get("image") else (),
+        references=tuple(row["classes"]),
+        score=right,
+        order=right,
     )
 
 
@@ -215,6 +231,7 @@ def _preference(row: Row) -> Item:
 
 READERS: dict[str, Callable[[Row], Item]] = {
     "classify": _classify,
+    "labels": _labels,
     "retrieval": _retrieval,
     "preference": _preference,
     "qa": _qa,
@@ -225,6 +242,7 @@ READERS: dict[str, Callable[[Row], Item]] = {
 
 _FORMS: dict[str, set[str]] = {
     "classify": {"rank", "class"},
+    "labels": {"classes", "predicted"},
     "retrieval": {"rank", "image"},
     "preference": {"margin", "sample"},
     "qa": {"turn", "metric"},

@@ -447,6 +447,8 @@ _OF_FORM: dict[str, Callable[[str, Sequence[Item], Mapping[str, float]], Statist
     "caption": _caption,
     "retrieval": _retrieval,
     "classify": _classify,
+    # A mean average precision is no sum over images.
+    "labels": lambda name, items, values: {},
     "preference": _preference,
 }
 """Evaluator -> its statistics."""

@@ -184,6 +184,12 @@ def test_published_sets_by_name(model: Path, dual, tmp_path: Path) -> None:
             if len(rows.classes) < 5:
                 del expected["acc5"]
         assert line["metrics"] == pytest.approx(expected)
+    # Images inside larger files have copies for the page.
+    rows = (tmp_path / "out/result/cifar10.jsonl").read_text().splitlines()
+    first = json.loads(rows[0])
+    assert first["inside"].startswith("image 0 in ")
+    assert (tmp_path / "out/result" / first["thumbnails"][0]).is_file()
+    assert "the image cannot be read" not in (tmp_path / "out/report.html").read_text()
     shown = evaluate.render(
         measured.metrics, "InternVL-14B-224px", measured.counts, measured.tables
     )

@@ -137,10 +137,11 @@ ANSWERED = {"question": "?", "answer": "!", "references": ["!"], "metric": "exac
     "row",
     [
         {"image": "gone.jpg", "class": "cat", "rank": {"c": 3}},
+        {"inside": "image 3 in data.bin", "classes": ["cat", "dog"], "predicted": {"c": "cow"}},
         {"sample": "line 1", "margin": 0.5, "accuracy": 1.0},
         {"sample": "line 1", "turn": 1, "images": [], **ANSWERED},
     ],
-    ids=["classify", "preference", "qa"],
+    ids=["classify", "labels", "preference", "qa"],
 )
 def test_every_evaluator_has_a_page(tmp_path: Path, row: dict):
     page = rendered(result_folder(tmp_path / "out", "mine", [row], {"score": 1.0}))
