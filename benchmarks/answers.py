@@ -7,8 +7,8 @@
 Images are JPEG files that processes decode and tile while the GPU answers. Weights are random and
 no token ends an answer, so every request generates as many as it may. A row's JSON goes to `--to`:
 requests a second from the first one that is read to the last token, after a warm-up of the same
-shapes; FLOPs forward as internvl/plan/flops.py counts them. `alone` answers one request after the other,
-each read when the one before is answered. `--minutes` stops before a row that may take longer.
+shapes; FLOPs forward as internvl/plan/flops.py counts them. `alone` answers one request after the
+other, each read when the one before is answered. `--minutes` leaves out rows at the end.
 """
 
 import argparse

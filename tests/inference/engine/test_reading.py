@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -58,6 +59,10 @@ def test_whoever_stops_early_leaves_nothing_behind(processes):
     threads, children = threading.active_count(), len(multiprocessing.active_children())
     with prompts(range(12), processes) as source:
         assert source.take(wait=True).key == 0
+    # The queues to the workers are closed by threads of their own.
+    until = time.monotonic() + 20
+    while threading.active_count() > threads and time.monotonic() < until:
+        time.sleep(0.01)
     assert threading.active_count() <= threads
     assert len(multiprocessing.active_children()) <= children
 
