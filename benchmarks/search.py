@@ -36,7 +36,9 @@ from internvl.search.store import PhotoRow, Settings, Store
 
 WIDTH, CLUSTERS, FOLDERS, BATCH = 768, 2000, 100, 8192
 SPREAD = 0.6  # of the photos about the centers of their clusters
-QUERIES = 20
+QUERIES = 10
+EXACT_ROWS = ("write", "exact")
+FAISS_ROWS = ("write", "exact", "build_approximate", "approximate")
 
 
 class Texts:
@@ -164,26 +166,26 @@ def main() -> None:
     parser.add_argument("--photos", type=int, default=1_000_000)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--to", type=Path, help="JSON file to write")
-    parser.add_argument("--no-faiss", action="store_true", help="exact queries alone")
+    parser.add_argument("--faiss-photos", type=int, default=200_000, help="of rows with faiss")
     parser.add_argument("--tiny", action="store_true", help="only to see that it runs")
-    parser.add_argument("--folder", type=Path, help="of the index (default: a temporary one)")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--one", nargs=2, metavar=("ROW", "DIR"), help="a row alone, in this process"
+    )
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(rows.rounded(_measure(options.one, options.folder, options))))
+        name, folder = options.one
+        print(json.dumps(rows.rounded(_measure(name, Path(folder), options))))
         return
-    photos = 2000 if options.tiny else options.photos
-    names = ["write", "exact", *([] if options.no_faiss else ["build_approximate", "approximate"])]
     results = []
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        for name in names:
-            words = ["--one", name, "--folder", folder, "--device", options.device]
-            words += ["--photos", str(photos)]
-            done = subprocess.run(
-                [sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True
-            )
-            results.append(json.loads(done.stdout))
-            print(json.dumps(results[-1]), flush=True)
+    sizes = (2000, 1000) if options.tiny else (options.photos, options.faiss_photos)
+    for photos, names in zip(sizes, (EXACT_ROWS, FAISS_ROWS), strict=True):
+        with tempfile.TemporaryDirectory() as folder:
+            for name in names:
+                words = ["--photos", str(photos), "--device", options.device]
+                command = [sys.executable, __file__, *words, "--one", name, folder]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                results.append(json.loads(done.stdout))
+                print(json.dumps(results[-1]), flush=True)
     if options.to is not None:
         cores = f"{os.cpu_count()} x {platform.machine()} cores"
         head = {

@@ -247,3 +247,11 @@ def test_small_models_learn_to_retrieve(tmp_path):
     gain = after["zh_c_mean_recall"] - before["zh_c_mean_recall"]
     assert arms["gain_of_fine_tuning"]["zh_c_mean_recall"] == pytest.approx(gain, abs=1e-3)
     assert run("retrieval_learning.py", *words) == [arms]  # not again
+
+
+def test_search_of_photos():
+    rows = run("search.py", "--tiny")
+    names = ["write", "exact", "write", "exact", "build_approximate", "approximate"]
+    assert [row["row"] for row in rows] == names
+    assert [row["photos"] for row in rows if "photos" in row] == [2000, 2000, 1000, 1000, 1000]
+    assert min(rows[4]["recall"].values()) >= 0.99

@@ -24,6 +24,9 @@ def run(args: Arguments) -> int:
     if is_new and args.model is None:
         raise ConfigError("--model: a new index needs the name of an InternVL-14B")
     with store.locked(args.to), _new(args) if is_new else store.Store(args.to) as index:
+        # Its disk is mounted elsewhere now, or it was renamed: paths below it are the same.
+        if not index.root.exists():
+            index.move_root(args.folder.resolve())
         _check(args, index.settings)
         _update(args, index)
     return 0

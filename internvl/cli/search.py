@@ -27,7 +27,7 @@ def run(args: Arguments) -> int:
             as_rgb(term.image)  # for its errors alone, before the model is loaded
     with store.Store(args.index) as index:
         settings = index.settings
-        index.features(args.mode)  # for its errors alone
+        index.features(args.mode or settings.modes[0])  # for its errors alone
         opened = open_of_index(args, settings)
         with loading(opened.name):
             from internvl.search import encoder, searcher
@@ -149,7 +149,9 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--weight", action=_Weigh, type=float, help="of the --text or --image before it; 1, -0.5"
     )
-    sub.add_argument("--mode", default="c", choices=("c", "g"), help="InternVL-C (default) or G")
+    sub.add_argument(
+        "--mode", choices=("c", "g"), help="InternVL-C or G (default: the first that was indexed)"
+    )
     sub.add_argument(
         "--folder",
         action="append",

@@ -75,7 +75,7 @@ class Searcher:
         self,
         terms: Sequence[Term],
         *,
-        mode: str = "c",
+        mode: str | None = None,
         filters: Filters | None = None,
         page_size: int = 20,
         skip: int = 0,
@@ -84,7 +84,7 @@ class Searcher:
         """Returns a page of the photos nearest to the weighted sum of the terms.
 
         Args:
-            mode: "c" or "g", which the index must have.
+            mode: "c" or "g", which the index must have; by default the first that it has.
             skip: hits before the page.
             rerank: so many of the best are sorted by the match head.
 
@@ -100,6 +100,7 @@ class Searcher:
         if not 0 <= rerank <= MOST_RERANKED:
             raise UserError(f"rerank is 0 to {MOST_RERANKED:,}, not {rerank}")
         with self._lock:
+            mode = mode or self.store.settings.modes[0]
             return self._find(terms, mode, filters or Filters(), page_size, skip, rerank)
 
     def _find(

@@ -64,7 +64,7 @@ class SearchRequest(_Request):
     query: str = ""
     """Words with optional weights, see `parse_terms`."""
     terms: list[TermRequest] = []
-    mode: str = "c"
+    mode: str | None = None
     folders: list[str] = []
     since: str = ""
     until: str = ""

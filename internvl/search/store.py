@@ -17,7 +17,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote
@@ -139,6 +139,11 @@ class Store:
     def root(self) -> Path:
         """Folder of the photos."""
         return Path(self.settings.folder)
+
+    def move_root(self, folder: Path) -> None:
+        """Notes that the folder of photos has another path now."""
+        self.settings = replace(self.settings, folder=str(folder))
+        write_json(self.folder / SETTINGS, asdict(self.settings), indent=1)
 
     def __enter__(self) -> Self:
         return self

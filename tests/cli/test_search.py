@@ -99,6 +99,16 @@ def test_an_index_of_something_else_is_refused(capsys, project, photos, tmp_path
     assert (code, "neither an index of photos nor empty" in err) == (1, True)
 
 
+def test_a_folder_of_photos_may_be_renamed(capsys, project, photos, tmp_path):
+    index = tmp_path / "index"
+    call(capsys, "index", photos, "--to", index, "--model", project / "model")
+    photos.rename(tmp_path / "renamed")
+    code, out, _ = call(capsys, "index", tmp_path / "renamed", "--to", index)
+    assert (code, out.splitlines()[0]) == (0, "5 photos: 5 as before")
+    code, out, _ = call(capsys, "search", index, "two cats", "--json")
+    assert json.loads(out)["hits"][0]["path"].startswith(str(tmp_path / "renamed"))
+
+
 def test_the_page_is_served_until_ctrl_c(capsys, project, photos, tmp_path, monkeypatch):
     from internvl.search.server import PageServer
 

@@ -24,7 +24,7 @@ def unit(count, width=16, seed=0):
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 @pytest.mark.parametrize("k", [1, 7, 100, 1000])
 def test_blocks_equal_a_plain_sort(monkeypatch, dtype, k):
-    monkeypatch.setattr(ranking, "BLOCK_ROWS", 64)
+    monkeypatch.setattr(ranking, "CPU_ROWS", 64)
     features = unit(300).numpy().astype(dtype)
     features[200:] = features[:100]  # equal scores: the lower row comes first
     (query,) = unit(1, seed=1)
