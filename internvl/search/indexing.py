@@ -111,7 +111,12 @@ def update(
         logger.warning("%s", sentence)
     for suffix, count in scan.foreign.items():
         logger.warning("%s: not read; convert them to JPEG", counted(count, f"{suffix} file"))
-    done.total, done.broken = store.count(), len(store.broken())
+    broken = store.broken()
+    for path, reason in broken:
+        # Those that were read in this update have had their line.
+        if path not in work.broken:
+            logger.warning("%s", reason)
+    done.total, done.broken = store.count(), len(broken)
     return done
 
 
@@ -137,6 +142,8 @@ class _Work:
     decoded: list[ReadPhoto] = field(default_factory=list)
     adopted: list[ReadPhoto] = field(default_factory=list)
     """Photos whose content is in the index."""
+    broken: set[str] = field(default_factory=set)
+    """Paths of files that could not be read."""
 
     def read(self, path: str) -> ReadPhoto:
         return self._read(path, self.store.has_digest)
@@ -148,6 +155,7 @@ class _Work:
         """Takes a photo; saves a full batch."""
         if photo.problem:
             logger.warning("%s", photo.problem)
+            self.broken.add(photo.path)
             self.store.add_broken(photo.path, photo.size, photo.mtime_ns, photo.problem)
             return
         (self.adopted if photo.pixels is None else self.decoded).append(photo)

@@ -100,9 +100,10 @@ def test_a_broken_file_costs_a_line(dual, photos, tmp_path, caplog):
     assert len(lines) == 2
     assert "cut.jpg" in lines[0]
     assert lines[1] == "1 .heic file: not read; convert them to JPEG"
-    assert str(photo_library.update(index, dual)) == (
-        "5 photos: 5 as before; 1 file cannot be read"
-    )
+    caplog.clear()
+    done = photo_library.update(index, dual)
+    assert str(done) == "5 photos: 5 as before; 1 file cannot be read"
+    assert caplog.text.count("cut.jpg") == 1
     photo(photos / "cut.jpg", 7)
     assert str(photo_library.update(index, dual)) == "6 photos: 1 new, 5 as before"
     (photos / "cut.jpg").write_bytes(b"")
