@@ -264,7 +264,8 @@ class Scheduler:
                 break
             count, tokens = count + 1, tokens + length
         is_full = count < len(self.free) and count < len(self.waiting)
-        few = count < max(1, self.decoder.cache.slots // _REFILL)
+        # A step costs the same for few: at first slots are filled as soon as there is a request.
+        few = count < min(self.decoder.cache.slots // _REFILL, len(self.active))
         is_patient = time.monotonic() - self.waiting[0].since_s < self.patience_s
         is_patient = is_patient and self.waited < _PATIENCE
         if self.active and few and not is_full and is_patient:

@@ -184,16 +184,32 @@ def test_a_cancelled_request_that_waits_is_never_begun(small):
 
 
 def test_a_short_row_waits_for_others_only_some_steps_and_not_without_patience(small):
-    def when_begun(**options):
-        todo = jobs(small, [(4, 0, 40), (5, 0, 3)])
-        source = Trickle(todo)
-        source.asked = 1  # the second one comes while the first is answered
-        for job in scheduler(small, 16, **options).run(source):
-            if job.key == 1:
+    def when_begun(first, **options):
+        todo = jobs(small, [(4, 0, 40)] * first + [(5, 0, 3)])
+        source = Late(todo[:first], todo[first:])
+        for job in scheduler(small, 32, **options).run(source):
+            if job.key == first:
                 return len(todo[0].generated)
 
-    assert when_begun(patience_s=0.0) < 5
-    assert 5 < when_begun() < 15  # of 40: some steps for others to come
+    assert when_begun(3, patience_s=0.0) < 5
+    assert 5 < when_begun(3) < 15  # of 40: some steps for others to come
+    assert when_begun(1) < 5  # while few are answered, nothing is won by waiting
+
+
+class Late:
+    """A source whose second jobs come once the first ones run."""
+
+    def __init__(self, first, second):
+        self.first, self.second = list(first), list(second)
+        self.ready = False
+
+    def take(self, *, wait):
+        if self.first:
+            return self.first.pop(0)
+        if not (wait or self.ready):
+            self.ready = True
+            return None
+        return self.second.pop(0) if self.second else None
 
 
 def test_slots_are_as_long_as_they_are_asked_for(small):
