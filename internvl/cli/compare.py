@@ -9,6 +9,7 @@ from internvl.cli.common import Arguments
 
 def run(args: Arguments) -> int:
     """Compare two result folders: differences with intervals, and the items that changed."""
+    # Here: numpy and Pillow would slow every --help.
     from internvl import report, results
     from internvl.results import listing, pages
     from internvl.results.compare import compare
@@ -17,6 +18,7 @@ def run(args: Arguments) -> int:
     compared = compare(first, second, args.task, resamples=args.resamples)
     if args.html is not None:
         report.write(pages.comparison_page(first, second, compared), args.html)
+    # Alone on standard output, for a program to read.
     if args.json:
         tree = {
             "a": str(first.metrics_file),

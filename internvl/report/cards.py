@@ -53,6 +53,7 @@ def _drawing(drawing: Drawing) -> str:
 
 
 def _clipped(low: float, high: float) -> tuple[float, float]:
+    # Corners that a model swapped still draw a rectangle.
     low, high = sorted((min(1.0, max(0.0, low)), min(1.0, max(0.0, high))))
     return low, high
 
@@ -70,6 +71,7 @@ def _answer(answer: Answer) -> str:
         if answer.answer == answer.reference or not answer.reference
         else f'<div class="reference"{language}>{escape(answer.reference)}</div>'
     )
+    # Last: a score explains the answer above it.
     remark = f'<div class="score">{escape(answer.note)}</div>' if answer.note else ""
     tag = escape(answer.label or answer.language)
     return (

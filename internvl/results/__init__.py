@@ -73,6 +73,7 @@ def read(name: str | Path) -> Results:
         evaluation, _, metric = full_name.rpartition("/")
         if metric not in ("computed", "left_out"):
             metrics.setdefault(evaluation, {})[metric] = value
+    # A run's own evaluations have none: its recipe says how they were made.
     settings = file.with_name(SETTINGS)
     return Results(file, metrics, read_object(settings) if settings.is_file() else {})
 
@@ -82,6 +83,7 @@ def _metrics_file(path: Path) -> Path:
         return path
     if (path / "result.json").is_file():
         return path / "result.json"
+    # Names are padded with zeros: the last one is the newest step.
     steps = sorted((path / "evals").glob("*.json"))
     if steps:
         return steps[-1]
@@ -109,5 +111,6 @@ def write_settings(
             earlier = json.loads(file.read_text(encoding="utf-8")).get("evaluations", {})
         except ValueError as error:
             raise UserError(f"{file} is damaged ({error}); remove it") from None
+    # The same folder may be measured key by key.
     merged = {**earlier, **evaluations}
     write_json(file, {"model": model, **facts, "evaluations": merged}, indent=1)

@@ -75,6 +75,7 @@ def _resampled(sums: np.ndarray, strata: np.ndarray, resamples: int) -> np.ndarr
     _, starts, sizes = np.unique(strata[order], return_index=True, return_counts=True)
     start, size = np.repeat(starts, sizes), np.repeat(sizes, sizes)
     count, ordered = len(strata), sums[order]
+    # A new one for each group of metrics: what stands beside changes no interval.
     random = np.random.default_rng(_SEED)
     chunk = max(1, _AT_ONCE // count)
     totals = []

@@ -67,6 +67,7 @@ class Compared:
     @property
     def counts(self) -> dict[str, int]:
         """How many items changed, by how."""
+        # A graded score may rise without crossing the half.
         flips = Counter(_flip(pair) for pair in (*self.better, *self.worse))
         return {name: flips[name] for name in FLIPS if flips[name]}
 
@@ -104,6 +105,7 @@ def compare(
         ConfigError: no such evaluation, or their items differ.
         UserError: rows that are missing or damaged.
     """
+    # In the order of the first: a run may have more evaluations than a later call.
     shared = [name for name in first.metrics if name in second.metrics]
     if task is not None and task not in shared:
         raise ConfigError(f"{task} is not in both: {_listed(first, second)}")
@@ -125,6 +127,7 @@ def _compared(name: str, first: Results, second: Results, resamples: int) -> Com
     of_metrics = [statistics(name, side, v) for side, v in zip(sides, values, strict=True)]
     of_labels = [of_categories(side) for side in sides]
     shared = [metric for metric in values[0] if metric in values[1]]
+    # Of both: a sum that gives one side's value by chance is none of the metric's.
     usable = [metric for metric in shared if all(metric in side for side in of_metrics)]
     # Many benchmarks have a metric of each category already.
     taken = {*shared, *(metric.removeprefix("category_") for metric in shared)}
@@ -133,6 +136,7 @@ def _compared(name: str, first: Results, second: Results, resamples: int) -> Com
         {metric: side[metric] for metric in usable} | {label: of_side[label] for label in labels}
         for side, of_side in zip(of_metrics, of_labels, strict=True)
     ]
+    # Once for all metrics, whose resampled sets are then the same.
     intervals = bootstrap.intervals(*measured, resamples=resamples)
     changes = [Change(m, values[0][m], values[1][m], intervals.get(m)) for m in shared]
     for label in labels:
@@ -145,6 +149,7 @@ def _compared(name: str, first: Results, second: Results, resamples: int) -> Com
             "the rows of the items do not give it again" if pairs else "it has no rows of items"
         )
         notes.append(f"no interval of {', '.join(missing)}: {reason}")
+    # Also an item that only one of them has a score of, as a judge may fail.
     changed = [pair for pair in pairs if pair.first.score != pair.second.score]
     return Compared(
         name,
@@ -181,6 +186,7 @@ def _paired(name: str, first: Sequence[Item], second: Sequence[Item]) -> list[Pa
         for side, items in alone.items()
     ]
     lines = [f"{name}: {', '.join(counts)}; evaluate both on the same files, with the same --limit"]
+    # The first few: a set of another split would list thousands.
     lines += [f"  {side}: {_named(item)}" for side, some in alone.items() for item in some[:_NAMED]]
     raise ConfigError("\n".join(lines))
 
@@ -217,6 +223,7 @@ def _settings(name: str, first: Results, second: Results) -> list[tuple[str, Any
                 flat[key] = results.settings[key]
         flat |= dict(_flat(results.benchmark_settings(name)))
         sides.append(flat)
+    # A key of one side alone is of another version, which is listed itself.
     both = [key for key in sides[0] if key in sides[1]]
     return [
         (key, sides[0][key], sides[1][key])

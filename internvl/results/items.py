@@ -53,11 +53,13 @@ def read_items(file: Path) -> list[Item]:
     if not file.is_file():
         raise UserError(f"{file} is missing: the answers of this evaluation were not kept")
     items = []
+    # At line feeds alone: an answer may hold any other separator.
     for position, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
         if not line:
             continue
         try:
             row = json.loads(line)
+            # Both models may have left out others; what is missing shows in the keys.
             if {"sample", "reason"} <= row.keys():
                 continue
             items.append(item_of(row))
@@ -82,8 +84,10 @@ def shown(items: Sequence[Item], most: int = 12) -> tuple[list[Item], list[Item]
 
     Among equal scores they are spread evenly over the data, so that all its categories are there.
     """
+    # Answers for a server have no scores: any of them are shown then.
     scored = [item for item in items if item.score is not None] or list(items)
     worst = _extreme(scored, most, 1.0)
+    # By identity: equal rows are different items.
     taken = {id(item) for item in worst}
     return worst, _extreme([item for item in scored if id(item) not in taken], most, -1.0)
 
@@ -101,6 +105,7 @@ def _extreme(items: Sequence[Item], most: int, sign: float) -> list[Item]:
 
 def _with_keys(items: Sequence[Item]) -> list[Item]:
     """Gives every item its key: what identifies it, and how often that stood before it."""
+    # Sets ask the same question of an image more than once.
     seen: Counter[tuple[Any, ...]] = Counter()
     keyed = []
     for item in items:
@@ -132,6 +137,7 @@ def _benchmark(row: Row) -> Item:
 
 
 def _categories(row: Row) -> tuple[str, ...]:
+    # A domain's own files have a text here, ours a list.
     value = row.get("category", ())
     return (value,) if isinstance(value, str) else tuple(map(str, value))
 
@@ -154,6 +160,7 @@ def _qa(row: Row) -> Item:
 
 def _caption(row: Row) -> Item:
     scores = row.get("scores", {})
+    # The metric that captions are compared by; without it, whether they are exact.
     cider = scores.get("cider")
     return Item(
         row=row,
@@ -188,6 +195,7 @@ def _retrieval(row: Row) -> Item:
 
 def _classify(row: Row) -> Item:
     rank = _rank(row)
+    # Older rows name no class, only the rank of the right one.
     predicted = [*row.get("predicted", {}).values()][-1:]
     return Item(
         row=row,

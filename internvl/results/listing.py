@@ -13,6 +13,7 @@ _LONGEST_NAME = 32
 def lines(compared: Compared, most: int) -> list[str]:
     """Renders an evaluation: its metrics, settings that differ, and `most` items of either sign."""
     width = max([len(change.name) for change in compared.changes] + [len("metric")])
+    # Names of categories are the data's, and may be sentences.
     width = min(width, _LONGEST_NAME)
     lines = [
         f"{compared.name}: {compared.num_items:,} items, {compared.summary}",
@@ -28,6 +29,7 @@ def lines(compared: Compared, most: int) -> list[str]:
             f"  {change.name[:width]:{width}}  {change.first:10.4f}  {change.second:10.4f}  "
             f"{change.difference:+10.4f}  {interval}"
         )
+    # After the table that they explain.
     lines += [f"  {note}" for note in compared.notes]
     if compared.settings:
         lines.append("  settings that differ:")
@@ -54,6 +56,7 @@ def _pair_lines(pair: Pair) -> list[str]:
 
 
 def _short(value: Any) -> str:
+    # On one line, whatever a model wrote.
     text = " ".join(str(value).split())
     return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}…"
 

@@ -27,6 +27,7 @@ def write_evaluation(results: Results, path: Path) -> None:
 def evaluation_page(results: Results) -> report.Report:
     """Builds the page of a result folder: scores, worst and best answers, settings."""
     names = list(results.metrics)
+    # Seventy keys in one call still make a page that a browser opens.
     cards = max(_FEWEST_CARDS, min(_MOST_CARDS, _CARDS_OF_PAGE // (2 * len(names))))
     overview = [
         score for name in names for score in _scores(results, name, _headline(results, name))
@@ -50,6 +51,7 @@ def _counted(results: Results, name: str) -> str:
 
 def _table(title: str, scores: Sequence[report.Score]) -> report.Scores:
     """Returns a table of measured values, with published ones where there are any."""
+    # A column of dashes would only take room.
     has_published = any(score.before is not None for score in scores)
     has_reference = any(score.reference is not None for score in scores)
     return report.Scores(
@@ -67,6 +69,7 @@ def _headline(results: Results, name: str) -> list[str]:
     published = results.settings_of(name).get("published", {})
     labels = {label for item in _items(results, name) for label in item.categories}
     metrics = [metric for metric in values if metric in published or not _of_label(metric, labels)]
+    # All are of categories where the data's names cover everything.
     return (metrics or list(values))[:_MOST_METRICS]
 
 
@@ -123,11 +126,13 @@ def _round_up(value: float) -> float:
     """Returns the end of a bar: 1 for shares, else the next of 1, 2 and 5 times a power of ten."""
     if value <= 1:
         return 1.0
+    # As axes of charts: a bar that ends at the value would always be full.
     power = 10.0 ** math.floor(math.log10(value))
     return next(m * power for m in (1, 2, 5, 10) if m * power >= value)
 
 
 def _form(values: Sequence[float]) -> str:
+    # Points, as MME's, are read in units; shares to four places, as printed.
     return ",.2f" if any(abs(value) > 10 for value in values) else ".4f"
 
 
@@ -140,6 +145,7 @@ def _evaluation(results: Results, name: str, most: int) -> report.Group:
         sections.append(_table("All metrics", _scores(results, name, list(results.metrics[name]))))
     categories = [
         _score("", label, mean.total())
+        # Many benchmarks have their categories as metrics already.
         for label, mean in of_categories(items).items()
         if label not in results.metrics[name] and f"category_{label}" not in results.metrics[name]
     ]
@@ -164,6 +170,7 @@ def _worst_and_best(
     note = f"{len(worst)} of {total:,}; among equal scores spread evenly over the data."
     if any(item.boxes for item in worst):
         note += " Boxes: the reference solid and green, the answer dashed and red."
+    # What only a server scores has no worst and best.
     titles = ("Lowest scores", "Highest scores") if scored else ("Answers", "More answers")
     for title, some in zip(titles, (worst, best), strict=True):
         if some:
@@ -185,6 +192,7 @@ def _card(results: Results, name: str, item: Item) -> report.Card:
 
 def _answer(item: Item, label: str = "") -> report.Answer:
     more = len(item.references) - _MOST_REFERENCES
+    # Five captions, or ten people's answers, would be longer than the card.
     references = " / ".join(item.references[:_MOST_REFERENCES]) + (
         f" / +{more}" if more > 0 else ""
     )
@@ -215,6 +223,7 @@ def _score_text(item: Item) -> str:
 def _drawings(results: Results, name: str, item: Item) -> tuple[list[report.Drawing], str]:
     """Returns the images of an item, and a remark about those that are not shown."""
     folder = results.rows_file(name).parent
+    # Images of tables and videos have small copies beside the rows.
     paths = [*item.images, *(str(folder / path) for path in item.row.get("thumbnails", ()))]
     drawings, absent = [], 0
     for path in paths[:MOST_IMAGES]:
@@ -258,6 +267,7 @@ def _searches(items: Sequence[Item], most: int) -> Iterator[report.Searches]:
         if item.question:
             texts_of.setdefault(item.images[0], set()).add(item.question)
     listed = [item for item in items if "first" in item.row]
+    # Texts first, as the papers' tables.
     for title, is_text in (("text → image", True), ("image → text", False)):
         queries = [item for item in listed if bool(item.question) == is_text]
         for ends, some in zip(("worst", "best"), shown(queries, max(2, most // 2)), strict=True):
@@ -272,6 +282,7 @@ def _search(item: Item, texts_of: Mapping[str, set[str]]) -> report.Search:
     if item.question:
         hits = [_image_hit(name, name == image) for name in candidates]
     else:
+        # Any of its captions is right.
         right = texts_of.get(image, set())
         hits = [report.Hit(right=text in right, text=_clipped(text)) for text in candidates]
     small = None if item.question else thumbnail(image)
@@ -279,6 +290,7 @@ def _search(item: Item, texts_of: Mapping[str, set[str]]) -> report.Search:
         language="",
         text=_clipped(item.question) or (Path(image).name if small is None else ""),
         image=None if small is None else small[0],
+        # Of the mode whose candidates are shown, not of the re-ranked ones.
         rank=item.row["rank"][mode] + 1,
         hits=hits,
     )

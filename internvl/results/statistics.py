@@ -36,6 +36,7 @@ def statistics(name: str, items: Sequence[Item], values: Mapping[str, float]) ->
 def of_categories(items: Sequence[Item]) -> Statistics:
     """Returns the mean score of every category, drawn within its category."""
     levels = max((len(item.categories) for item in items), default=0)
+    # Nobody reads more, and each has an array over all items.
     if len({label for item in items for label in item.categories}) > _MOST_CATEGORIES:
         return {}
     means: Statistics = {}
@@ -123,13 +124,16 @@ def _benchmark(name: str, items: Sequence[Item], values: Mapping[str, float]) ->
     result: Statistics = {}
     for prefix, dataset in sets.items():
         start = f"{prefix}_" if prefix else ""
+        # Rows say their set only where a key has several.
         chosen = [item for item in items if len(sets) == 1 or item.row.get("set") == dataset.name]
         if not chosen:
             continue
-        own = {m.removeprefix(start): v for m, v in values.items() if m.startswith(start)}
+        of_prefix = {m.removeprefix(start): v for m, v in values.items() if m.startswith(start)}
+        # The special ones last: they know better what a name stands for.
         of_score = _OF_SCORE.get(dataset.score or dataset.judge, lambda items, values: {})
-        of_set = _overall(chosen, own) | of_categories(chosen) | of_score(chosen, own)
+        of_set = _overall(chosen, of_prefix) | of_categories(chosen) | of_score(chosen, of_prefix)
         result |= {f"{start}{metric}": statistic for metric, statistic in of_set.items()}
+    # Each set counts alike, however many questions it has.
     if task is not None and task.mean:
         labels = [str(item.row.get("set", "")) for item in items]
         result[task.mean] = _of_group_means(items, labels, "mean")
@@ -154,6 +158,7 @@ def _mme(items: Sequence[Item], values: Mapping[str, float]) -> Statistics:
     units = _codes([(task, (i - first_of_task[task]) // 2) for i, task in enumerate(tasks_of)])
     scores = np.array([item.score or 0.0 for item in items])
     right, count = (_by_unit(column[:, None], units) for column in (scores, np.ones(len(items))))
+    # A pair counts if both of its questions are right.
     both = (right == 2).astype(float)
     sums = np.concatenate([right, count, both, np.ones_like(both)], axis=1)
     labels = list(dict.fromkeys(tasks_of))
@@ -179,6 +184,7 @@ def _mme(items: Sequence[Item], values: Mapping[str, float]) -> Statistics:
         ]
         inside = np.isin(strata, chosen)
         if inside.any():
+            # Numbered anew: columns of tasks outside the group would divide 0 by 0.
             codes = _codes(strata[inside].tolist())
             result[group] = Statistic(_spread(sums[inside], codes), codes, summed)
     return result
@@ -247,6 +253,7 @@ def _mirb(items: Sequence[Item], values: Mapping[str, float]) -> Statistics:
     for group in dict.fromkeys(filter(None, groups_of)):
         inside = [t if g == group else "" for t, g in zip(tasks_of, groups_of, strict=True)]
         result[group] = _of_group_means(items, inside, "mean")
+    # Tasks of no group count nowhere, as in the original.
     grouped = [t if g else "" for t, g in zip(tasks_of, groups_of, strict=True)]
     if not any(grouped):
         return result
@@ -287,6 +294,7 @@ def _mmhal(items: Sequence[Item], values: Mapping[str, float]) -> Statistics:
         f"type_{n + 1}": _mean(scores, members=[i % 8 == n for i in range(len(items))])
         for n in range(min(8, len(items)))
     }
+    # The published bound of a hallucination.
     low = [None if score is None else float(score < 3) for score in scores]
     return {"score": _mean(scores), "hallucination_rate": _mean(low), **types}
 
@@ -403,17 +411,18 @@ def _retrieval(name: str, items: Sequence[Item], values: Mapping[str, float]) ->
         if not rest or mode not in items[0].row["rank"]:
             continue
         members = is_text if direction == "image" else ~is_text
+        # A rank of 0 is the first place.
         hits = np.array([item.row["rank"][mode] < int(rest) for item in items]) & members
         columns[metric] = _by_unit(np.stack([hits, members], axis=1).astype(float), units)
     result = {metric: Statistic(sums, strata, _ratio) for metric, sums in columns.items()}
     for mode in items[0].row["rank"]:
-        own = [
+        of_mode = [
             sums
             for metric, sums in columns.items()
             if metric.rpartition("_retrieval")[0] in (f"{mode}_image", f"{mode}_text")
         ]
-        if own:
-            joined = np.concatenate(own, axis=1)
+        if of_mode:
+            joined = np.concatenate(of_mode, axis=1)
             result[f"{mode}_mean_recall"] = Statistic(joined, strata, _mean_ratio)
     return result
 
@@ -431,12 +440,14 @@ def _classify(name: str, items: Sequence[Item], values: Mapping[str, float]) -> 
         hits = [float(rank == 0) for rank in ranks]
         result[f"{mode}_acc1"] = _mean(hits)
         result[f"{mode}_acc5"] = _mean([float(rank < 5) for rank in ranks])
+        # Drawn class by class: none of them may vanish from the mean.
         per_class = _spread(_mean(hits).sums, classes)
         result[f"{mode}_mean_per_class_recall"] = Statistic(per_class, classes, _mean_ratio)
     return result
 
 
 def _preference(name: str, items: Sequence[Item], values: Mapping[str, float]) -> Statistics:
+    # All of its metrics are means of a column of the rows.
     names = [metric for metric in values if metric in items[0].row]
     return {metric: _mean([item.row[metric] for item in items]) for metric in names}
 

@@ -33,6 +33,7 @@ def thumbnail(path: str) -> tuple[bytes, tuple[int, int]] | None:
 
 
 def _encoded(image: Image.Image) -> tuple[bytes, tuple[int, int]]:
+    # `thumbnail` changes its image, and never enlarges it.
     small = image.copy()
     small.thumbnail((_SIDE, _SIDE))
     buffer = io.BytesIO()
@@ -57,9 +58,11 @@ def with_thumbnails(
         for index, row in enumerate(rows)
         if not ("reason" in row and "sample" in row)
     }
+    # The same choice that the page makes later.
     chosen = {id(item) for some in shown([*items.values()]) for item in some}
     changed = [dict(row) for row in rows]
     for index, item in items.items():
+        # Decoding all of a set's images would take longer than scoring it.
         if id(item) not in chosen or item.images:
             continue
         names = []

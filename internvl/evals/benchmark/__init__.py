@@ -80,6 +80,7 @@ class Benchmark:
             dataset = _chosen(entry, self.config)
             # Recipes name the folder of the sets as every evaluation names its files.
             places = Places(Path(self.config.annotations), dataset)
+            # Of each set: a key's mean over sets needs all of them.
             items = readers.read(places)[: self.config.limit]
             if not items:
                 raise UserError(f"{dataset.name} has no question; fetch it again")
@@ -118,6 +119,7 @@ class Benchmark:
         """Asks a Chat and scores its answers; keeps them in `folder`, if any."""
         chat = handle.as_chat(f"the benchmark {self.config.task}")
         judge = Judge.of(self.config)
+        # All sets are asked before any is scored: a judge's failure costs no answer.
         answered = [self._answers(chat, asked_set, folder) for asked_set in self.asked_sets]
         return dist.main_alone(lambda: self._score(chat, answered, judge))
 
@@ -137,9 +139,11 @@ class Benchmark:
             # Rows and files are the original's, so of its own version alone.
             if asked_set.corrected:
                 continue
+            # After the scores, for some rows and files hold them.
             original_rows, original_files = results.result_files(outcomes, written, scored)
             total.files |= {**original_files, **files}
             total.settings[asked_set.dataset.name] = self._described(chat, asked_set)
+            # Several sets of a key append to one file, in their order.
             for name, lines in results.summary_lines(written, scored).items():
                 total.lines[name] = total.lines.get(name, "") + lines
             first = len(total.rows)
@@ -154,6 +158,7 @@ class Benchmark:
             prefixes = [
                 asked_set.prefix for asked_set in self.asked_sets if not asked_set.corrected
             ]
+            # Of the sets, not of their questions: ChartQA's halves count alike.
             total.values[name] = mean([total.values[f"{prefix}{name}"] for prefix in prefixes])
         total.rows += skipped_rows(self.problems)
         # A set that is scored elsewhere still is measured.
@@ -192,6 +197,7 @@ class Benchmark:
 
     def _items(self, asked_set: _AskedSet) -> list[Item]:
         """Returns the questions whose image files exist."""
+        # A question is left out if any of its images is missing.
         missing = {problem.name for problem in self.problems}
         return [item for item in asked_set.items if not missing & set(item.paths)]
 
@@ -205,6 +211,7 @@ class Benchmark:
             # Not the scores' settings: another metric is computed from the same answers.
             asked = [(_fields_asked(asked_set.dataset), item.fields) for item in items]
             images = asking.key_of_images([path for item in items for path in item.paths])
+            # Another limit of tiles is another question.
             key = asking.key_of(asked, images, settings, tiling.most, total_tiles)
             cache = folder / f"answers-{key}"
 
@@ -236,6 +243,7 @@ class Benchmark:
                 continue
             answer = row["answer"]
             outcomes.append(Outcome(item, row["question"], answer, parse(answer, item)))
+        # skip_broken is for what could be read at first and then could not: one line, not the run.
         policy = "raise" if self.config.on_bad_sample == "raise" else "skip"
         raise_or_log(bad, policy, _REMEDY)
         if not outcomes:
@@ -247,6 +255,7 @@ class Benchmark:
     ) -> tuple[Scored, list[str], dict[str, str | bytes]]:
         """Returns the scores of a part, sentences about them, and files of the judge."""
         dataset = asked_set.dataset
+        # A judge's data set may be submitted as well; its own note says where.
         if dataset.judge:
             judged = JUDGED[dataset.judge](outcomes, asked_set.places, written, judge)
             return judged.scored, judged.notes, judged.files
@@ -268,6 +277,7 @@ class Benchmark:
         """Returns a row of our own for every question: images, question, answer, references."""
         rows = []
         for index, (outcome, original) in enumerate(zip(outcomes, original_rows, strict=True)):
+            # Said once where the parser changes nothing.
             parsed = {} if outcome.parsed == outcome.answer else {"parsed": outcome.parsed}
             rows.append(
                 {
@@ -303,6 +313,7 @@ def _chosen(entry: Dataset, config: BenchmarkEval) -> Dataset:
             raise ConfigError(f"subtask: {config.task} has none")
         fields["subtask"] = config.subtask
     chosen = entry.replaced(fields)
+    # evaluate_pope.py and its like write into a folder named MODEL_cot.
     if config.cot and "{model}" in chosen.output:
         chosen = chosen.replaced({"output": chosen.output.replace("{model}", "{model}_cot")})
     return chosen
@@ -332,6 +343,7 @@ def tile_limits(dataset: Dataset, count: int, most: int, total_tiles: int) -> li
     # One tile for each: nothing is shared.
     if most == 1:
         return [1] * count
+    # evaluate_mmmu.py: the first image is tiled, all further ones are one tile.
     if dataset.budget == "first":
         return [most] + [1] * (count - 1)
     if dataset.budget == "each":
@@ -361,6 +373,7 @@ def prepared(chat: Chat, dataset: Dataset, item: Item, most: int, total_tiles: i
 def _marked(text: str, dataset: Dataset, shown: Shown) -> str:
     """Returns the question with the mark of a lone image, as the original's `chat` adds it."""
     if dataset.marks == "literal":
+        # LMDeploy, which MMMU-Pro's script calls, puts images first: marks are words to it.
         text = text.replace(_MARK, f"\\{_MARK}")
     if shown.blocks and (dataset.marks == "literal" or _MARK not in text):
         return f"{_MARK}\n{text}"
@@ -384,6 +397,7 @@ def _instruction(dataset: Dataset, item: Item) -> str | None:
     """Returns the instruction for the type of a question, None if the entry has none."""
     if not dataset.instructions:
         return None
+    # "other" of Mantis, "open" of MMMU: what a type without an entry gets.
     named = dataset.instructions
     text = named.get(item.fields["question_type"], named.get("other", named.get("open", "")))
     return tasks.texts().get(text, text).format_map(tasks.texts())

@@ -43,6 +43,7 @@ def _mmhal(
     rubric = rubrics()["mmhal"]
     prompts = [
         rubric.filled(
+            # The judge sees no image, only these names of what is in it.
             contents=", ".join(outcome["row"]["image_content"]),
             question=outcome["row"]["question"],
             expected=outcome["row"]["gt_answer"],
@@ -51,6 +52,7 @@ def _mmhal(
         for outcome in outcomes
     ]
     replies = judge.ask_all(rubric, prompts, "ratings")
+    # By position: a question's type is its number modulo 8.
     ratings = [reviews.rating(reply) for reply in replies]
     values = reviews.hallucination_scores(ratings)
     name = written.name(written.dataset.output).replace(".json", "_gpt4o.json")
@@ -66,6 +68,7 @@ def _llava_bench(
     if judge is None:
         return _unjudged(written)
     folder = places.file("questions").parent
+    # The judge sees no image: these captions stand for it.
     contexts = {row["image"]: row["caption"] for row in _beside(folder / "context.jsonl")}
     references = {row["question_id"]: row for row in _beside(folder / "answers_gpt4.jsonl")}
     rubric = rubrics()["llava_bench"]
@@ -80,6 +83,7 @@ def _llava_bench(
                 answer=outcome.answer,
             )
         )
+    # Reference first, answer second, never swapped: as the published scores.
     replies = judge.ask_all(rubric, prompts, "reviews")
     rows = [
         {
@@ -100,6 +104,7 @@ def _llava_bench(
     # The published number is that of all questions, in percent of the reference.
     values["score"] = values.pop("all")
     lines = "".join(json.dumps(row) + "\n" for row in rows)
+    # The second score is the model's.
     per_question = [float(row["tuple"][-1]) for row in rows]
     failed = sum(row["tuple"] == [-1, -1] for row in rows)
     notes = [f"{failed} reviews have no two scores and count as -1"] if failed else []
@@ -118,6 +123,7 @@ def _beside(path: Any) -> Any:
 def _mathvista(
     outcomes: Sequence[Outcome], places: Places, written: Written, judge: Judge | None
 ) -> Verdict:
+    # The judge is asked about these alone: extract_answer.py:42 returns the others before.
     open_ones = [o for o in outcomes if not mathvista.is_settled(o.answer, o["row"])]
     if judge is None or not open_ones:
         note = (
@@ -126,6 +132,7 @@ def _mathvista(
         )
         return Verdict(mathvista_scores(outcomes), [note] if open_ones else [])
     rubric = rubrics()["mathvista"]
+    # By content: equal responses to a question cost one request.
     prompts = {
         (o["row"]["query"], o.answer): rubric.filled(query=o["row"]["query"], response=o.answer)
         for o in open_ones
@@ -140,6 +147,7 @@ def _mm_vet(
 ) -> Verdict:
     if judge is None:
         return _unjudged(written)
+    # Version 2 has its answers in the questions' file, version 1 in another one.
     key = {o["question_id"]: o.get("expected") for o in outcomes}
     if any(value is None for value in key.values()):
         path = places.file("questions").with_name("mm-vet.json")

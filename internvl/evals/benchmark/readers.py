@@ -106,6 +106,7 @@ def _vqa(places: Places) -> Iterator[Item]:
         fields = {
             "question": row["question"],
             "question_id": question_id,
+            # Files of test splits have no answers.
             "annotation": row.get("answer"),
             "vizwiz_name": str(question_id).replace("data/vizwiz/test/", ""),
         }
@@ -120,6 +121,7 @@ def _answers_by_question(places: Places) -> dict[Any, list[str]] | None:
     files = places.dataset.files
     if "annotations" in files:
         rows = read_json(places.file("annotations"))["annotations"]
+        # Ten people's, whatever their confidence.
         return {row["question_id"]: [a["answer"] for a in row["answers"]] for row in rows}
     if "answers" in files:
         rows = read_json(places.file("answers"))["data"]
@@ -166,6 +168,7 @@ def _mme(places: Places) -> Iterator[Item]:
     # Sorted: the original takes the order of the directory.
     for path in sorted(folder.glob("*.txt")):
         if path.stem not in tasks:
+            # A stray file would be a task of its own in the sum.
             raise DataError(f"{path}: MME has no task {path.stem!r}; it has {', '.join(tasks)}")
         for line in path.read_text(encoding="utf-8").splitlines():
             if not line.strip():
@@ -182,6 +185,7 @@ def _mme(places: Places) -> Iterator[Item]:
 
 def _pope(places: Places) -> Iterator[Item]:
     folder = places.file("labels")
+    # The file of questions, LLaVA's, has no labels.
     labels = {
         path.stem.removeprefix("coco_pope_"): [row["label"] for row in read_lines(path)]
         for path in sorted(folder.glob("coco_pope_*.json"))
@@ -209,6 +213,7 @@ def _option_table(places: Places) -> Iterator[Item]:
     columns = read_columns(places.file("questions"))
     for index in range(len(columns["index"])):
         row = {name: values[index] for name, values in columns.items()}
+        # Missing by pandas' rules: an option "None" is lost, as in the original.
         options = {letter: row[letter] for letter in "ABCDE" if row.get(letter) is not None}
         hint = row.get("hint")
         lines = "".join(f"\n{letter}. {text}" for letter, text in options.items())
@@ -258,6 +263,7 @@ def _seed(places: Places) -> Iterator[Item]:
 
 def pair_options(text: str) -> dict[str, str]:
     """Splits "(a) Open (b) Closed" to {"A": "Open", "B": "Closed"}."""
+    # evaluate_mmvp.py:63 splits here alone: a second "(b)" makes a third option.
     choices = text.split("(b)")
     choices[0] = choices[0].replace("(a)", "")
     return _lettered([choice.strip() for choice in choices])
@@ -298,6 +304,7 @@ def _table_rows(folder: Path, split: str) -> Iterator[tuple[dict[str, Any], Call
 def _cell_image(cell: Any, folder: Path) -> Any:
     """Returns an image of a table cell: its bytes, or the path that a JSON row has."""
     if isinstance(cell, Mapping):
+        # The hub's image columns hold bytes, or the path of a file beside the table.
         if cell.get("bytes"):
             return cell["bytes"]
         cell = cell["path"]
@@ -314,6 +321,7 @@ def _mmmu(places: Places) -> Iterator[Item]:
         if not (folder / name).is_dir():
             continue
         for row, again in _table_rows(folder / name, dataset.split):
+            # A Python list as text, in MMMU's own files; literal_eval runs no code.
             texts = [text.strip() for text in ast.literal_eval(row["options"])]
             names = [f"image_{n}" for n in range(1, _NUM_IMAGES + 1)]
             present = [column for column in names if row.get(column) is not None]
@@ -381,6 +389,7 @@ def _mantis(places: Places) -> Iterator[Item]:
         if is_choice:
             # Without a line break of its own even if there are no options, as in the original.
             block = "\n" + "\n".join(text.strip() for text in row["options"])
+        # The images come as numbered lines instead of the leading block of marks.
         question = interleaved_question(row["question"], count)
         fields = {
             # An empty question leaves no empty line before the instruction.
@@ -409,6 +418,7 @@ def _mirb(places: Places) -> Iterator[Item]:
         for row in read_json(path):
             fields = {
                 "questions": row["questions"],
+                # Numbers in some tasks' files; evaluate_mirb.py:42 compares their text.
                 "answers": str(row["answers"]),
                 "task": path.stem,
                 "instruction": domains.mirb_instruction(path.stem),
@@ -422,6 +432,7 @@ def listed_options(text: str) -> dict[str, str]:
     for letter, line in zip(_LETTERS, text.split("\n"), strict=False):
         line = line.strip()
         if line.startswith(f"{letter}:"):
+            # evaluate_mmiu.py:72 replaces every one of the line, not the first alone.
             line = line.replace(f"{letter}:", "")
         options[letter] = line.strip()
     return options
@@ -462,6 +473,7 @@ def _questions(places: Places) -> Iterator[Item]:
         fields = {
             "text": row["text"],
             "question_id": row["question_id"],
+            # MM-Vet's evaluator looks answers up by this form.
             "v1_id": f"v1_{row['question_id']}",
             "category": row.get("category", "default"),
             "image_name": row["image"],
@@ -505,6 +517,7 @@ def _drivelm(places: Places) -> Iterator[Item]:
 
 def _world(places: Places) -> Iterator[Item]:
     rows = read_json(places.file("questions"))
+    # The original measures a subtask at a time; its default is driving.
     chosen = [row for row in rows if row["Subtask"] == places.dataset.subtask]
     if not chosen:
         names = ", ".join(sorted({row["Subtask"] for row in rows}))
@@ -530,6 +543,7 @@ def _mvbench(places: Places) -> Iterator[Item]:
         if not path.is_file():
             continue
         for row in read_json(path):
+            # By text, as evaluate_mvbench.py:167: of equal candidates the last one counts.
             letters = {text: _LETTERS[n] for n, text in enumerate(row["candidates"])}
             lines = "".join(f"\n({_LETTERS[n]}) {c}" for n, c in enumerate(row["candidates"]))
             bound = (row["start"], row["end"]) if task.has_bounds else None

@@ -93,6 +93,7 @@ def result_row(outcome: Outcome, written: Written, extra: Mapping[str, Any]) -> 
     }
     row: dict[str, Any] = {}
     for column, name in written.dataset.row.items():
+        # MMMU-Pro, Mantis and MMHal write the row of their data set whole.
         row |= values[name] if column == "*" else {column: values[name]}
     return row
 
@@ -109,6 +110,7 @@ def result_files(
     ]
     layout = dataset.layout or dataset.output.rpartition(".")[2]
     files = LAYOUTS[layout](rows, outcomes, written, scored)
+    # main_eval_only.py reads MMMU's answers from this second file.
     if dataset.map_output:
         files[written.name(dataset.map_output)] = _json(_mapped(rows, outcomes, dataset), indent=4)
     return rows, files
@@ -140,8 +142,10 @@ def _mapped(rows: Any, outcomes: Sequence[Outcome], dataset: Dataset) -> dict[st
 def _summary(written: Written, scored: Scored) -> str:
     """Returns the line of a data set, empty if it has none."""
     form = written.dataset.summary
+    # ANLS, and keys that a server scores, leave an empty file in the original.
     if form == "empty" or scored.shown is None:
         return ""
+    # evaluate_vqa.py writes ChartQA's line without the checkpoint.
     head = [] if form == "nameless" else [written.checkpoint]
     return f"{[*head, written.dataset.name, scored.shown]}\n"
 
@@ -160,6 +164,7 @@ def _as_lines(rows: Any, outcomes: Any, written: Written, scored: Scored) -> Fil
 def _as_rows(rows: Any, outcomes: Any, written: Written, scored: Scored) -> Files:
     """All of a row's own columns; MMMU-Pro's in the letters of the text."""
     name = written.name(written.dataset.output)
+    # Mantis and MMMU-Pro write lines and leave Chinese as it is; MMHal escapes it.
     if name.endswith(".jsonl"):
         return {name: _json_lines(rows, ascii_only=False)}
     return {name: _json(rows)}
@@ -180,6 +185,7 @@ def _as_outputs(rows: Any, outcomes: Any, written: Written, scored: Scored) -> F
 
 def _as_remote(rows: Any, outcomes: Any, written: Written, scored: Scored) -> Files:
     name = written.name(written.dataset.output)
+    # score.py and caculate.py write into the file that they read.
     content = rows if scored.details is None else {**scored.details, "outputs": rows}
     return {name: _json(content, indent=4)}
 
@@ -187,6 +193,7 @@ def _as_remote(rows: Any, outcomes: Any, written: Written, scored: Scored) -> Fi
 def _as_table(rows: Any, outcomes: Sequence[Outcome], written: Written, scored: Scored) -> Files:
     dataset = written.dataset
     columns = read_columns(written.places.file("questions"))
+    # By index, not by order: rows that could not be asked stay empty.
     predictions = {outcome["index"]: outcome.parsed for outcome in outcomes}
     table = result_columns(columns, predictions, dataset.drop, dataset.insert_at)
     return {written.name(dataset.output): excel(table)}
@@ -196,6 +203,7 @@ def _as_mme(rows: Any, outcomes: Sequence[Outcome], written: Written, scored: Sc
     lines: dict[str, str] = {}
     for outcome in outcomes:
         name = written.name(written.dataset.output, task=outcome["task"])
+        # calculation.py splits at tabs and skips any other number of columns.
         columns = (outcome["image_name"], outcome.question, outcome["expected"], outcome.parsed)
         lines[name] = lines.get(name, "") + "\t".join(columns) + "\n"
     return {**lines}
@@ -212,6 +220,7 @@ def _as_mathvista(
     }
     files: Files = {name: _json(problems, indent=4)}
     if scored.details is not None:
+        # calculate_score.py names its file after that of the answers.
         files[name.replace(".json", "_score.json")] = _json(scored.details, indent=4)
     return files
 

@@ -82,6 +82,7 @@ def _rates(
     outcomes: Sequence[Outcome], per_question: Sequence[float], name: str, metric: str = "accuracy"
 ) -> dict[str, float]:
     """Returns the mean by every value of a field, then that of all."""
+    # In the order in which they first stand in the file.
     groups: dict[str, list[float]] = {}
     for outcome, score in zip(outcomes, per_question, strict=True):
         groups.setdefault(str(outcome[name]), []).append(score)
@@ -137,6 +138,7 @@ def _boxes(correct: Callable[[Outcome], bool]) -> Score:
 
 
 def _referred(outcome: Outcome) -> bool:
+    # 0.5 itself is right here; DIOR-RSVG wants more.
     box = boxes.referred_box(outcome.answer, *outcome["hw"])
     return boxes.box_iou(box, outcome["gt_bbox"]) >= 0.5
 
@@ -158,6 +160,7 @@ def _remote_box(careful: bool) -> Score:
         per_question = [float(correct(outcome)) for outcome in outcomes]
         right = int(sum(per_question))
         details = {
+            # With the colons: caculate.py:59 has them in its keys.
             "correct:": right,
             "incorrect:": len(per_question) - right,
             "Total:": len(per_question),
@@ -199,8 +202,10 @@ def _pope(label: Callable[[str], str]) -> Score:
         values: dict[str, float] = {}
         f1s = []
         for category, members in sorted(groups.items()):
+            # A question beyond the label file ends the original's zip, and counts nowhere.
             labelled = [(label(o.parsed), o["label"]) for o in members if o["label"]]
             scores = yes_no.binary_scores([a for a, _ in labelled], [b for _, b in labelled])
+            # eval_pope.py:68 averages the three files, not their questions.
             f1s.append(scores.f1)
             values |= {
                 f"{category}_{name}": getattr(scores, name)
@@ -220,6 +225,7 @@ def _option_table(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
         None if o["letter_of_answer"] is None else float(o.parsed == o["letter_of_answer"])
         for o in outcomes
     ]
+    # A test split has no answers: its table goes to the server.
     answered = [value for value in per_question if value is not None]
     return Scored({"plain_accuracy": mean(answered)} if answered else {}, per_question)
 
@@ -241,6 +247,7 @@ def _seed(careful: bool) -> Score:
         per_question: list[float | None] = []
         for outcome in outcomes:
             expected = outcome["scored_answer"]
+            # calculation.py: the first character; evaluate_seed.py's parser is never called.
             letter = letters.first_letter(outcome.answer)
             if careful:
                 options = dict.fromkeys("ABCD", "")
@@ -270,6 +277,7 @@ def _mvbench(correct: Callable[[str, str], bool]) -> Score:
         per_question = [float(correct(o.answer, o["gt"])) for o in outcomes]
         values = _rates(outcomes, per_question, "task_type")
         order = [task.name for task in video.TASKS]
+        # In percent, and by the list of tasks, as its result file has them.
         by_task = {name: values[name] * 100 for name in order if name in values}
         details = by_task | {"Avg": values["accuracy"] * 100}
         return Scored(values, per_question, details=details)
@@ -292,6 +300,7 @@ def _interleaved(careful: bool) -> Score:
             return letters.careful_letter(answer, options) == row["answer"]
         if careful:
             return answer.strip().rstrip(".").lower() == row["answer"].strip().lower()
+        # The reply as it came: evaluate_mantis.py:176 strips nothing.
         return letters.interleaved_choice(answer, row["answer"], row["options"], is_choice)
 
     def run(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
@@ -319,6 +328,7 @@ def _mirb(careful: bool) -> Score:
         averages = domains.mirb_averages(by_task)
         values = {task: mean(scores) for task, scores in by_task.items()} | averages
         fields = [{"score": value} for value in per_question]
+        # All benchmarks call their one number by this name.
         values["accuracy"] = values.pop("mean", 0.0)
         return Scored(values, per_question, fields)
 
@@ -352,6 +362,7 @@ def _mmmu(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
         # An id that the key lacks stops the original.
         if key is None:
             continue
+        # main_eval_only.py compares letters as they are; its parser of responses is not called.
         if key["question_type"] == "multiple-choice":
             right = mmmu.choice_correct(key["ground_truth"], outcome.parsed)
         else:
@@ -382,9 +393,11 @@ def _remote_answers(correct: Callable[[str, Any, str], bool]) -> Score:
         by_type: dict[str, list[float]] = {}
         for outcome, score in zip(outcomes, per_question, strict=True):
             by_type.setdefault(outcome["type"], []).append(score)
+        # score.py:32: the second total leaves counts and areas out.
         useful = [
             v for name, scores in by_type.items() if name not in ("count", "area") for v in scores
         ]
+        # score.py:32 rounds what it writes; `accuracy` is not rounded.
         types = {name: round(mean(scores), 4) for name, scores in by_type.items()}
         details = {
             "type_scores": types,
@@ -408,6 +421,7 @@ def mathvista_scores(
     for outcome in outcomes:
         row = outcome["row"]
         extraction = mathvista.extract(outcome.answer, row, quick, ask)
+        # Of the extraction alone: the response may name several choices.
         prediction = mathvista.normalize(extraction, row)
         correct = prediction == row["answer"]
         fields.append({"extraction": extraction, "prediction": prediction, "true_false": correct})

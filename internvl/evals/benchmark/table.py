@@ -49,6 +49,7 @@ def parse_columns(text: str, name: str = "table") -> Columns:
     for position, row in enumerate(body, start=2):
         if len(row) > len(header):
             raise DataError(f"{name} row {position}: {len(row)} cells below {len(header)} names")
+    # pandas fills short rows; a long one shifts all its cells, and is an error.
     padded = [row + [""] * (len(header) - len(row)) for row in body]
     return {column: _typed([row[index] for row in padded]) for index, column in enumerate(header)}
 
@@ -101,6 +102,7 @@ def result_columns(
     left = {name: list(values) for name, values in columns.items() if name not in drop}
     cells = [predictions.get(index) for index in columns["index"]]
     names = list(left)
+    # evaluate_mmbench.py:244 counts the position after the dropped columns.
     names.insert(insert_at, "prediction")
     left["prediction"] = cells
     return {name: left[name] for name in names}
@@ -153,6 +155,7 @@ def _cell(value: Any, row: int, column: int) -> str:
     if value is None:
         return ""
     name = f"{_column_name(column)}{row}"
+    # Before numbers: bool is a subclass of int.
     if isinstance(value, bool):
         return f'<c r="{name}" t="b"><v>{int(value)}</v></c>'
     if isinstance(value, int | float):

@@ -71,6 +71,7 @@ def segment_indices(
         last: index of the last frame.
         first: index of the first one.
     """
+    # evaluate_mvbench.py:116 has these numbers for a whole video.
     begin, end = bound or (-100_000, 100_000)
     start = max(first, round(begin * fps))
     size = (min(round(end * fps), last) - start) / segments
@@ -85,6 +86,7 @@ def read_segments(path: Path, bound: Sequence[float] | None, segments: int) -> l
         BadImage: it is missing or cannot be decoded.
     """
     if path.is_dir():
+        # Files of these folders are numbered from 1.
         indices = segment_indices(bound, _FRAME_RATE, len(os.listdir(path)), segments, first=1)
         return [open_rgb(path / f"{index:05d}.jpg") for index in indices]
     if not path.exists():

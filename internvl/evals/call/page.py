@@ -52,6 +52,7 @@ def _described(
     return {
         "dataset": job.dataset,
         "language": job.language,
+        # Paths as text, tuples as lists: as they are read again.
         "settings": json.loads(json.dumps(settings, default=str)),
         "counts": dict(counts),
         "published": published,

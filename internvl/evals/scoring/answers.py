@@ -79,6 +79,7 @@ def same_amount(answer: str, reference: Reference) -> float:
     """Returns 1 if an answer, or the only number in it, equals a reference number."""
     value = amount(answer)
     if value is None:
+        # A sentence around it is fine; with two numbers nobody knows which one is meant.
         numbers = re.findall(r"[-+]?\d[\d,]*(?:\.\d+)?\s*%?", answer)
         value = amount(numbers[0].rstrip(",")) if len(numbers) == 1 else None
     if value is None:

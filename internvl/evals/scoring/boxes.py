@@ -23,6 +23,8 @@ def referred_box(answer: str, height: float, width: float) -> np.ndarray:
 
     Coordinates whose sum is below 4 are taken from 0 to 1, others from 0 to 1000.
     """
+    # evaluate_grounding.py:185: lazy groups from the first bracket on, so that a bracketed word
+    # before the box, or a fifth number, loses it.
     match = _REF_BOX.search(answer)
     try:
         numbers = [float(text) for text in match.groups()] if match else [0.0] * 4

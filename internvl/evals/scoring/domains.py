@@ -75,12 +75,15 @@ def mirb_score(prediction: str, expected: Any, task: str, *, careful: bool = Fal
         return float(answer in text)
     if rule == "number":
         match = re.search(r"\d+(?:\.\d+)?" if careful else r"\d+", text)
+        # evaluate_mirb.py:42: without any digit the whole reply must be a number word, so that
+        # an expected empty text equals every reply without a number.
         text = match[0] if match else _NUMBER_WORDS.get(text, "")
     return float(text == answer)
 
 
 def _first_sentence(text: str, careful: bool) -> str:
     text = text.strip()
+    # The line break has precedence; a period counts only where there is none.
     end = text.find("\n")
     if end <= 0:
         periods = [m.start() for m in re.finditer(r"\.(?!\d)" if careful else r"\.", text)]
@@ -122,6 +125,7 @@ def same_bucket(response: Any, expected: Any) -> bool:
 def same_area(response: Any, expected: Any) -> bool:
     """`same_bucket` of areas; every final "m" and "2" of the expected one is dropped, so that
     "12m2" is 1. Original: RSVQA."""
+    # score.py:23: rstrip takes characters, not a suffix; the reply keeps its unit and is wrong.
     return isinstance(expected, str) and same_bucket(response, expected.rstrip("m2"))
 
 

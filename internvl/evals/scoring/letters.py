@@ -21,6 +21,7 @@ def final_answer(text: str) -> str:
     >>> final_answer("It grows. Final answer: B")
     'B'
     """
+    # The first one, also inside a word: evaluate_scienceqa.py:41, the same in pope and mathvista.
     match = _FINAL.search(text)
     return match[2].strip() if match else text
 
@@ -164,6 +165,7 @@ def world_letter(answer: str, choices: Sequence[str]) -> str:
     text = answer.strip()
     for prefix in _WORLD_PREFIXES:
         text = text.replace(prefix, "")
+    # mme_rw/evaluate.py:126: anywhere, so that "Answer: C" is A by the A of Answer.
     match = re.search("[ABCDE]", text)
     if match:
         return match[0]

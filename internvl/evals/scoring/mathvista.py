@@ -79,6 +79,7 @@ def _choice(text: str, choices: Sequence[str]) -> str:
     letters = _LETTER.findall(text)
     letter = letters[0].upper() if letters else text
     options = {chr(ord("A") + index): choice for index, choice in enumerate(choices)}
+    # calculate_score.py:19: whatever is no letter becomes the nearest choice, an empty text too.
     return options[letter] if letter in options else most_similar(letter, choices)
 
 

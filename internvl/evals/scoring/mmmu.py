@@ -51,11 +51,13 @@ def normalize(text: str) -> list[Normalized]:
     if is_number(text):
         return [round(float(text.replace(",", "")), 2)]
     text = text.lower()
+    # eval_utils.py:79: an expected "b" would stand in every word with a b.
     return [f" {text}", f"{text} "] if len(text) == 1 else [text]
 
 
 def extract_numbers(text: str) -> list[str]:
     """Lists the numbers of a text: with commas, in scientific notation, plain."""
+    # A number with commas also gives its last group by the plain pattern: eval_utils.py:104.
     patterns = (_WITH_COMMAS, _SCIENTIFIC, _SIMPLE)
     return [digits for pattern in patterns for digits in pattern.findall(text)]
 
@@ -73,6 +75,7 @@ def key_phrases(response: str) -> list[str]:
         # An equation counts in the last line alone.
         indicators = [*_INDICATORS, "="] if index == len(lines) - 1 else _INDICATORS
         shortest = ""
+        # Substrings, as eval_utils.py:127 has them: "is " also matches in "this ".
         for indicator in indicators:
             tail = line.rpartition(indicator)[2].strip() if indicator in line else None
             if tail is not None and (not shortest or len(tail) < len(shortest)):
@@ -94,6 +97,7 @@ def open_correct(expected: Sequence[str] | str, parsed: Iterable[Normalized]) ->
     texts = [expected] if isinstance(expected, str) else expected
     accepted = [value for text in texts for value in normalize(text)]
     for value in parsed:
+        # A parsed text is never compared with an expected number: eval_utils.py:200.
         if isinstance(value, str):
             if any(isinstance(text, str) and text in value for text in accepted):
                 return True
@@ -132,5 +136,6 @@ def table(correct: Mapping[str, bool]) -> dict[str, dict[str, Any]]:
 
 
 def _row(values: Sequence[bool]) -> dict[str, Any]:
+    # Rounded here, so the printed table and the metric are the same number.
     accuracy = round(sum(values) / len(values), 3) if values else 0
     return {"num": len(values), "acc": accuracy}

@@ -40,6 +40,7 @@ def review_table(reviews: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[f
             pairs.setdefault(review["category"], []).append(pair)
         pairs.setdefault("all", []).append(pair)
     rows = {}
+    # "all" comes first by its name, before "llava_bench_…".
     for name, values in sorted(pairs.items()):
         means = [round(sum(side) / len(values), 3) for side in zip(*values, strict=True)]
         if means[0] == 0:
@@ -59,6 +60,7 @@ def review_lines(title: str, reviews: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def rating(reply: str) -> int:
     """Returns the only s of 0 to 6 with "rating: s" in a reply, 0 if there are none or several."""
+    # eval_gpt_mmhal.py:130: "Rating: 10" holds "rating: 1"; bold marks hide the digit.
     values = [value for value in range(7) if f"rating: {value}" in reply.lower()]
     return values[0] if len(values) == 1 else 0
 
@@ -73,6 +75,7 @@ def hallucination_scores(ratings: Sequence[int]) -> dict[str, float]:
     """Returns the average rating, the share below 3, and the average of every kind of question."""
     scores = {
         "average": sum(ratings) / len(ratings),
+        # A reply with two ratings is a 0, and so counts as a hallucination.
         "hallucination_rate": sum(value < 3 for value in ratings) / len(ratings),
     }
     for index in range(min(MMHAL_TYPES, len(ratings))):

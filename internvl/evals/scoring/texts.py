@@ -12,6 +12,7 @@ from internvl.errors import UserError
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _ARTICLES = ("a", "an", "the")
+# "none" is a zero to EvalAI's processor: textvqa_eval.py:199.
 _DIGITS = {"none": "0"} | {
     word: str(value)
     for value, word in enumerate(
@@ -63,6 +64,8 @@ def strip_punctuation(text: str, comma: re.Pattern[str] = _COMMA_IN_NUMBER) -> s
         # Decided on the unmodified text, mark by mark, as EvalAI's processor does.
         beside_space = f"{mark} " in text or f" {mark}" in text
         result = result.replace(mark, "" if beside_space or delete_all else " ")
+    # textvqa_eval.py:187 means to spare decimals, but its look-ahead never blocks: a period goes
+    # wherever no digit follows.
     return _PERIOD.sub("", result, count=_MOST_PERIODS)
 
 
@@ -214,6 +217,7 @@ def exact(answer: str, annotations: Sequence[str]) -> float:
 
 def gqa_answer(answer: str) -> str:
     """Returns an answer as GQA's own script takes it: lower case, without final periods."""
+    # convert_gqa_for_eval.py: spaces stay, so that a leading one makes an answer wrong.
     return answer.rstrip(".").lower()
 
 

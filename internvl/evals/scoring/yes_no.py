@@ -27,6 +27,7 @@ _NEGATIVE = re.compile(r"\b(no|not|none|never|isn't|aren't|cannot|can't|doesn't)
 
 def mme_reply(answer: str) -> str:
     """Returns an answer as MME's result file holds it: one line, lower case, Chinese replaced."""
+    # eval.py:26, in its order: 不是 before 是, or every "is not" would be a yes.
     text = answer.replace("\n", "").replace("不是", "No").replace("是", "Yes").replace("否", "No")
     text = text.lower().replace("true", "yes").replace("false", "no")
     return _CHINESE.sub("", text)
@@ -34,7 +35,9 @@ def mme_reply(answer: str) -> str:
 
 def mme_label(reply: str) -> str:
     """Returns "yes" or "no" if the first four characters of a reply hold it, else "other"."""
+    # Leading spaces count among the four: calculation.py:24 does not strip the line.
     head = reply if reply in ("yes", "no") else reply[:4]
+    # "yes" first, anywhere in them: "eyes" is a yes, "know" and "none" are a no.
     return next((label for label in ("yes", "no") if label in head), "other")
 
 
@@ -87,6 +90,7 @@ def mme_task_score(pairs: Sequence[tuple[str, str]]) -> float:
     labels = [(expected, mme_label(reply)) for expected, reply in lowered]
     readable = [pair for pair, raw in zip(labels, lowered, strict=True) if raw != ("", "")]
     metrics = binary_metrics([e for e, _ in readable], [label for _, label in readable])
+    # By position, not by the image's name: calculation.py:84 takes lines in twos.
     right = [bool(expected) and expected == label for expected, label in labels]
     both = sum(first and second for first, second in zip(right[::2], right[1::2], strict=True))
     return metrics["acc"] * 100 + both / (len(pairs) // 2) * 100
@@ -94,6 +98,7 @@ def mme_task_score(pairs: Sequence[tuple[str, str]]) -> float:
 
 def pope_label(text: str) -> str:
     """Returns "no" if the first sentence has the word No, no or not between spaces, else "yes"."""
+    # eval_pope.py:6: split at single spaces alone, so "NO", "no!" and "No\n" are yes.
     words = text.partition(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
