@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from internvl.files import write_text
 from internvl.report import cards
 from internvl.report.charts import chart_svg
-from internvl.report.markup import head_cells, note, value_text
+from internvl.report.markup import head_cells, note, number_cell, value_text
 from internvl.report.sections import Answer as Answer
 from internvl.report.sections import (
     Attribution,
@@ -156,15 +156,16 @@ def _score_cells(score: Score, section: Scores) -> str:
         share = min(1.0, max(0.0, value / score.best))
         return f'<i class="{css_class}" style="width:{100 * share:.2f}%"></i>'
 
-    def cell(value: float | None, css_class: str = "") -> str:
-        return f'<td class="number{css_class}">{value_text(value, score.form)}</td>'
+    def cell(value: float | None, head: str, css_class: str = "") -> str:
+        return number_cell(value_text(value, score.form), head, css_class)
 
-    before = cell(score.before) if section.before else ""
-    reference = cell(score.reference) if section.reference else ""
+    before = cell(score.before, section.before) if section.before else ""
+    after = cell(score.after, section.after, "after")
+    reference = cell(score.reference, section.reference) if section.reference else ""
     bars = (bar(score.before, "before") if section.before else "") + bar(score.after, "after")
     # Bars are hidden from screen readers: they only repeat the two values.
     return (
-        f'<th scope="row">{escape(score.name)}</th>{before}{cell(score.after, " after")}{reference}'
+        f'<th scope="row">{escape(score.name)}</th>{before}{after}{reference}'
         f'<td class="wide"><div class="bars" aria-hidden="true">{bars}</div></td>'
     )
 
@@ -173,9 +174,10 @@ def _differences(section: Differences) -> str:
     # One scale for all shares, so that their widths can be compared; CIDEr would dwarf them.
     scale = max((_reach(row) for row in section.rows if _is_share(row)), default=0.0)
     rows = _grouped(
-        section.rows, lambda row: _difference_cells(row, scale if _is_share(row) else _reach(row))
+        section.rows,
+        lambda row: _difference_cells(row, section, scale if _is_share(row) else _reach(row)),
     )
-    heads = head_cells((section.first, section.second, "difference", "95 % interval"))
+    heads = head_cells((section.first, section.second, *_CHANGE))
     return (
         '<div class="scroll"><table class="scores differences"><thead><tr><th></th><th></th>'
         f'{heads}<th class="wide"></th></tr></thead>{rows}</table></div>{note(section.note)}'
@@ -191,7 +193,10 @@ def _reach(row: Difference) -> float:
     return max((abs(end) for end in row.interval or () if math.isfinite(end)), default=0.0)
 
 
-def _difference_cells(row: Difference, scale: float) -> str:
+_CHANGE = ("difference", "95 % interval")
+
+
+def _difference_cells(row: Difference, section: Differences, scale: float) -> str:
     values = (row.first, row.second)
     change = None if None in values else (row.second or 0.0) - (row.first or 0.0)
     # A format such as ".3f" takes the sign in front.
@@ -204,11 +209,14 @@ def _difference_cells(row: Difference, scale: float) -> str:
             css_class = "better" if low > 0 else "worse" if high < 0 else ""
         left, right = (50 + 50 * max(-1.0, min(1.0, end / (scale or 1.0))) for end in (low, high))
         drawing = f'<i style="left:{left:.2f}%;width:{right - left:.2f}%"></i>'
-    cells = "".join(f'<td class="number">{value_text(value, row.form)}</td>' for value in values)
+    cells = "".join(
+        number_cell(value_text(value, row.form), head)
+        for value, head in zip(values, (section.first, section.second), strict=True)
+    )
+    changed = number_cell(value_text(change, signed), _CHANGE[0], f"after {css_class}".strip())
     return (
-        f'<th scope="row">{escape(row.name)}</th>{cells}'
-        f'<td class="number after {css_class}">{value_text(change, signed)}</td>'
-        f'<td class="number">{interval}</td><td class="wide">'
+        f'<th scope="row">{escape(row.name)}</th>{cells}{changed}'
+        f'{number_cell(interval, _CHANGE[1])}<td class="wide">'
         f'<div class="interval {css_class}" aria-hidden="true">{drawing}</div></td>'
     )
 

@@ -93,8 +93,10 @@ def _search(search: Search) -> str:
     language = escape(search.language)
     verdict = "right" if search.rank == 1 else "wrong"
     hits = "".join(_hit(hit, language) for hit in search.hits)
+    tag = f'<span class="tag">{language}</span>' if language else ""
+    plain = "" if tag else ' class="plain"'
     return (
-        f'<article class="search"><h3><span class="tag">{language}</span>'
+        f'<article class="search"><h3{plain}>{tag}'
         f"{_shown(search.image, search.text, language)}"
         f'<span class="rank {verdict}">rank {search.rank:,}</span></h3><ol>{hits}</ol></article>'
     )

@@ -38,6 +38,12 @@ def head_cells(names: Sequence[str], css_class: str = "number") -> str:
     return "".join(f'<th class="{css_class}">{escape(name)}</th>' for name in names)
 
 
+def number_cell(text: str, head: str, css_class: str = "") -> str:
+    """Renders a number; `head` is shown beside it where a narrow window has no headings."""
+    name = f"number {css_class}".strip()
+    return f'<td class="{name}" data-head="{escape(head)}">{escape(text)}</td>'
+
+
 def value_text(value: float | None, form: str) -> str:
     """Formats a value; a dash stands for none, and for what is not finite."""
     return "–" if value is None or not math.isfinite(value) else format(value, form)

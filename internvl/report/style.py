@@ -147,6 +147,7 @@ li .reference::before { content: "expected: "; }
 .search { overflow: hidden; border: 1px solid var(--rule); border-radius: 11px; }
 .search h3 { display: grid; grid-template-columns: 1.5rem 1fr auto; align-items: center; margin: 0;
   gap: .5rem; padding: .5rem .7rem; min-height: 3.2rem; font-weight: 600; line-height: 1.3; }
+.search h3.plain { grid-template-columns: 1fr auto; }
 .search h3 img { width: 4rem; height: 4rem; border-radius: 8px; background: #fff; }
 .rank { padding: .05rem .6rem; border-radius: 99px; font-size: .78rem; white-space: nowrap; }
 .search ol { display: flex; flex-wrap: wrap; margin: 0; padding: 0; list-style: none;
@@ -184,6 +185,15 @@ mark { background: var(--mark); color: inherit; border-radius: 4px; padding: .1e
   th, td { padding-left: .4rem; padding-right: .4rem; }
   .texts td:empty { display: none; }
   .wide { display: none; }
+  .scores thead { display: none; }
+  .scores tr { display: grid; grid-template-columns: repeat(3, auto); justify-content: start;
+    column-gap: 1.2rem; padding: .3rem 0; }
+  .scores tbody tr > * { padding: 0; text-align: left; }
+  .scores tbody th { grid-column: 1 / -1; white-space: normal; }
+  .scores tbody tr > th[scope=rowgroup] { padding: .3rem 0; }
+  .differences td:nth-of-type(4) { grid-column: 1 / -1; }
+  .scores td.number::before { content: attr(data-head) " "; color: var(--soft);
+    font-size: .8rem; font-weight: 400; }
   .properties tr, .properties th, .properties td { display: block; padding-left: 0; }
   .properties th { width: auto; white-space: normal; padding-bottom: 0; }
   .properties tr + tr > td { border-top: 0; }

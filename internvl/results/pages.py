@@ -15,7 +15,7 @@ from internvl.results.thumbnails import MOST_IMAGES, thumbnail
 _MOST_CARDS, _FEWEST_CARDS, _CARDS_OF_PAGE = 12, 2, 240
 _LONGEST_TEXT = 600
 _MOST_REFERENCES = 3
-_MOST_METRICS = 12
+_MOST_METRICS = 16
 """Metrics of an evaluation at the top of a page."""
 
 
