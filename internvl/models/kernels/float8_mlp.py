@@ -52,7 +52,8 @@ def _(states: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
 @torch.library.register_fake("internvl::activate_rounded", lib=_LIBRARY)
 def _(states: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
     small = states.new_empty(states.shape, dtype=torch.float8_e4m3fn)
-    return small, states.new_empty((len(states), 1), dtype=torch.float32)
+    # Not `len`, which is an int: the compiler would take this number of rows for the only one.
+    return small, states.new_empty((states.shape[0], 1), dtype=torch.float32)
 
 
 class TowerMlp(InternVLVisionMLP):
