@@ -32,6 +32,7 @@ _PURPOSES = {
     "video": "frames from video files",
     "parquet": "Parquet and Arrow files as sources",
     "serve": "HTTP servers around a model",
+    "search": "approximate photo search",
     "quant": "4- and 8-bit weights on a GPU",
     "flash": "FlashAttention 4's kernels on a Hopper or Blackwell GPU",
     "lowbit": "optimizer states in 8 bits",

@@ -1,11 +1,12 @@
 """`internvl index`: an index of a folder of photos, for `internvl search`."""
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from internvl.cli.common import Arguments, add_run_arguments, loading, open_named, split_commas
-from internvl.errors import ConfigError
+from internvl.errors import ConfigError, UserError
 
 EXPORTS = ("clip-retrieval",)
 """Layouts that other programs read."""
@@ -13,12 +14,20 @@ EXPORTS = ("clip-retrieval",)
 
 def run(args: Arguments) -> int:
     """Index a folder of photos for search, or bring its index up to date."""
-    from internvl.search import store
+    from internvl.search import clip_retrieval, store
 
     if not args.folder.is_dir():
         raise ConfigError(f"{args.folder}: no folder of photos")
     if args.export and args.export[0] not in EXPORTS:
         raise ConfigError(f"--export: {args.export[0]!r} is none of {', '.join(EXPORTS)}")
+    for option, value in (("--batch-size", args.batch_size), ("--workers", args.workers)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{option}: at least 1, not {value}")
+    # Before an hour of encoding, not after it.
+    if args.approximate is not None:
+        _check_approximate(args.approximate)
+    if args.export:
+        clip_retrieval.check(Path(args.export[1]))
     # Settings are written last: without them the index was never made.
     is_new = not (args.to / store.SETTINGS).is_file()
     if is_new and args.model is None:
@@ -30,6 +39,14 @@ def run(args: Arguments) -> int:
         _check(args, index.settings)
         _update(args, index)
     return 0
+
+
+def _check_approximate(recall: float) -> None:
+    """Raises UserError for a recall that is no share, or if faiss is missing."""
+    if not 0 < recall <= 1:
+        raise ConfigError(f"--approximate is a share above 0 and up to 1, not {recall:g}")
+    if find_spec("faiss") is None:
+        raise UserError("--approximate needs faiss; install it with `pip install internvl[search]`")
 
 
 def _new(args: Arguments) -> Any:

@@ -1,13 +1,16 @@
 """`internvl search`: finds photos of an index by words and images, in the terminal or a browser."""
 
 import argparse
+import errno
 import json
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from internvl.cli.common import Arguments, loading
 from internvl.cli.index import add_model_arguments, load_dual, open_of_index
+from internvl.errors import UserError
 
 
 def run(args: Arguments) -> int:
@@ -56,7 +59,13 @@ def _serve(photos: Any, port: int) -> int:
     from internvl.search.server import PageServer
 
     _ = photos.encoder.dual  # loaded before somebody waits for a search
-    with PageServer(photos, port) as server:
+    try:
+        server = PageServer(photos, port)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise UserError(f"--port {port}: in use by another program; choose another one") from None
+    with server:
         print(f"The page is {server.address} (this machine alone); Ctrl-C ends it.", flush=True)
         server.serve_forever()
     return 0
@@ -105,7 +114,7 @@ def _drawn(index: Any, photo: Any) -> str:
     from internvl.search.thumbnails import draw, thumbnail
 
     try:
-        with Image.open(thumbnail(index, photo)) as image:
+        with Image.open(BytesIO(thumbnail(index, photo))) as image:
             return draw(image, columns=32)
     except BadImage as error:
         return f"       {error}"

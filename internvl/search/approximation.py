@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from internvl.errors import UserError
 from internvl.log import get_logger
 from internvl.search.encoder import Encoder
 from internvl.search.ranking import build_approximate
@@ -38,8 +37,6 @@ def renew(store: Store, encoder: Encoder, recall: float | None) -> dict[str, dic
     Returns:
         Mode -> what `build_approximate` measured, of those that were built.
     """
-    if recall is not None and not 0 < recall <= 1:
-        raise UserError(f"--approximate is a share above 0 and up to 1, not {recall:g}")
     results: dict[str, dict[str, Any]] = {}
     for mode in store.settings.modes:
         file, built = store.approximate(mode)

@@ -4,6 +4,7 @@ OUT/img_emb/img_emb_0.npy            features (N, E)
 OUT/metadata/metadata_0.parquet      image_path and more, row by row
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -15,21 +16,26 @@ from internvl.search.store import Store
 _COPY_ROWS = 65_536
 
 
+def check(to: Path) -> None:
+    """Raises UserError if pyarrow is missing, or `to` is not an empty folder."""
+    if find_spec("pyarrow") is None:
+        raise UserError(
+            "this layout has Parquet files; install pyarrow with `pip install internvl[parquet]`"
+        )
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"{to}: not an empty folder; give another one")
+
+
 def export(store: Store, to: Path, mode: str) -> int:
     """Writes features and paths of all photos; returns their number.
 
     Raises:
-        UserError: pyarrow is missing, or `to` is not empty.
+        UserError: there is no photo; or see `check`.
     """
-    try:
-        import pyarrow as pa
-        from pyarrow import parquet
-    except ImportError as error:
-        raise UserError(
-            "this layout has Parquet files; install pyarrow with `pip install internvl[parquet]`"
-        ) from error
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UserError(f"{to}: not an empty folder; give another one")
+    check(to)
+    import pyarrow as pa
+    from pyarrow import parquet
+
     features, rows = store.features(mode), store.rows()
     if not len(rows):
         raise UserError(f"{store.folder}: holds no photo to export")

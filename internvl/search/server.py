@@ -170,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(data, content_type, cache=_CACHED)
 
     def _thumbnail(self, photo: PhotoRow) -> tuple[bytes, str]:
-        return thumbnail(self.server.searcher.store, photo).read_bytes(), "image/jpeg"
+        return thumbnail(self.server.searcher.store, photo), "image/jpeg"
 
     def _photo(self, photo: PhotoRow) -> tuple[bytes, str]:
         path = original(self.server.searcher.store, photo)

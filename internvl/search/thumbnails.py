@@ -1,5 +1,7 @@
 """Thumbnails: made when they are first shown, kept by the content of their photos."""
 
+import os
+from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
@@ -27,16 +29,20 @@ def original(store: Store, photo: PhotoRow) -> Path:
     return path
 
 
-def thumbnail(store: Store, photo: PhotoRow) -> Path:
-    """Returns the JPEG file of a photo's thumbnail, made if it is not there. Raises BadImage."""
+def thumbnail(store: Store, photo: PhotoRow) -> bytes:
+    """Returns the JPEG bytes of a photo's thumbnail, and keeps them. Raises BadImage."""
     name = photo.digest.hex()
     # In folders by the first digits: file systems are slow with a million files in one.
     file = store.folder / THUMBNAILS / name[:2] / f"{name}.jpg"
-    if not file.is_file():
-        image = shrink(original(store, photo), SIDE)
+    if file.is_file():
+        return file.read_bytes()
+    buffer = BytesIO()
+    shrink(original(store, photo), SIDE).save(buffer, "JPEG", quality=_QUALITY)
+    # An index that several people share may be read-only to them.
+    if os.access(store.folder, os.W_OK):
         with atomic_file(file) as partial:
-            image.save(partial, "JPEG", quality=_QUALITY)
-    return file
+            partial.write_bytes(buffer.getvalue())
+    return buffer.getvalue()
 
 
 def shrink(path: Path, side: int) -> Image.Image:

@@ -1,6 +1,7 @@
 """`internvl index` and `internvl search`, as a user types them."""
 
 import json
+import socket
 
 import photo_library
 import pytest
@@ -92,6 +93,8 @@ def test_an_index_of_something_else_is_refused(capsys, project, photos, tmp_path
         ((photos, "--to", index, "--features-dtype", "float32"), "--features-dtype is float32"),
         ((photos, "--to", index, "--export", "csv", "x"), "'csv' is none of clip-retrieval"),
         ((tmp_path / "gone", "--to", index), "no folder of photos"),
+        ((photos, "--to", index, "--batch-size", 0), "--batch-size: at least 1, not 0"),
+        ((photos, "--to", index, "--approximate", 99), "a share above 0"),
     ):
         code, _, err = call(capsys, "index", *words)
         assert (code, sentence in err) == (2, True), err
@@ -107,6 +110,17 @@ def test_a_folder_of_photos_may_be_renamed(capsys, project, photos, tmp_path):
     assert (code, out.splitlines()[0]) == (0, "5 photos: 5 as before")
     code, out, _ = call(capsys, "search", index, "two cats", "--json")
     assert json.loads(out)["hits"][0]["path"].startswith(str(tmp_path / "renamed"))
+
+
+def test_a_port_in_use_is_named(capsys, project, photos, tmp_path):
+    index = tmp_path / "index"
+    call(capsys, "index", photos, "--to", index, "--model", project / "model")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, _, err = call(capsys, "search", index, "--page", "--port", port)
+    assert (code, f"--port {port}: in use by another program" in err) == (1, True)
 
 
 def test_the_page_is_served_until_ctrl_c(capsys, project, photos, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Thumbnails are made once, upright, and never of another file."""
 
+import io
 import os
 
 import photo_library
@@ -28,14 +29,25 @@ def photo_row(store, name):
 def test_a_thumbnail_is_small_upright_and_made_once(store):
     Image.new("RGB", (2000, 1000)).save(store.root / "wide.png")
     photo_library.dated_jpeg(store.root / "a.jpg", "2021:07:03 09:15:00", orientation=6)
-    with Image.open(thumbnail(store, photo_row(store, "wide.png"))) as image:
+    with Image.open(io.BytesIO(thumbnail(store, photo_row(store, "wide.png")))) as image:
         assert (image.size, image.format) == ((320, 160), "JPEG")
     row = photo_row(store, "a.jpg")
-    with Image.open(thumbnail(store, row)) as image:
+    with Image.open(io.BytesIO(thumbnail(store, row))) as image:
         assert image.size == (60, 80)
         assert image.getpixel((30, 5))[0] > 200
-    before = thumbnail(store, row).stat()
-    assert thumbnail(store, row).stat() == before
+    files = {file: file.stat().st_mtime_ns for file in store.folder.rglob("*.jpg")}
+    assert len(files) == 2
+    (store.root / "a.jpg").unlink()
+    assert thumbnail(store, row)  # kept, and not made again
+    assert {file: file.stat().st_mtime_ns for file in store.folder.rglob("*.jpg")} == files
+
+
+def test_an_index_that_cannot_be_written_shows_thumbnails_too(store, monkeypatch):
+    Image.new("RGB", (20, 10)).save(store.root / "a.png")
+    monkeypatch.setattr("os.access", lambda folder, mode: False)  # root may write everywhere
+    with Image.open(io.BytesIO(thumbnail(store, photo_row(store, "a.png")))) as image:
+        assert image.size == (20, 10)
+    assert not [*store.folder.rglob("*.jpg")]
 
 
 def test_a_file_that_changed_or_went_is_refused(store):
