@@ -255,3 +255,10 @@ def test_search_of_photos():
     assert [row["row"] for row in rows] == names
     assert [row["photos"] for row in rows if "photos" in row] == [2000, 2000, 1000, 1000, 1000]
     assert min(rows[4]["recall"].values()) >= 0.99
+
+
+def test_serving():
+    (row,) = run("serve.py", "--tiny", "--count", "8")
+    assert row["requests"] == 8
+    assert row["share_of_answer"] > 0
+    assert row["pieces"] > 1
