@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from internvl import log
 from internvl.errors import ModelFolderError, UserError
 from internvl.inference import engine
 from internvl.inference.chat import Chat
+from internvl.inference.engine.scheduler import Scheduler
 from internvl.inference.families import FAMILIES
 from internvl.inference.requests import Request, encode
 from internvl.inference.settings import Settings
 from internvl.models import configs
+from internvl.serve.alone import Alone
 from internvl.serve.engines import JobQueue
 from internvl.serve.options import Options
 
@@ -36,14 +39,8 @@ class ChatEngine:
 
         Raises:
             ModelFolderError: an adapter that does not fit the model, or cannot be chosen by row.
-            UserError: a model that only `generate` runs.
+            UserError: adapters for a model that only `generate` runs.
         """
-        if not engine.runs(chat.model, Settings()):
-            raise UserError(
-                f"{chat.folder}: the engine does not run this model (spread over several GPUs, or "
-                "with attention to a window); serve it with vLLM or LMDeploy, whose commands "
-                "`internvl export` prints"
-            )
         self.chat = chat
         self.chats = {options.name: chat}
         """The model by the name of each adapter, with its template and tiling; its own first."""
@@ -53,15 +50,38 @@ class ChatEngine:
             self.chats |= chosen
         self.adapter_of = {name: index for index, name in enumerate(self.chats)}
         """Index of the adapter that a name chooses, 0 for none."""
+        self.by_slots = engine.runs(chat.model, Settings())
+        """True if slots answer; else one request is answered after the other."""
+        text = chat.model.config.text_config
+        # Beyond a window or a change of rotary embeddings `generate` goes on, slots do not.
+        limit = (
+            engine.longest(text_config) if self.by_slots else text_config.max_position_embeddings
+        )
+        self.length = min(options.limits.max_length, limit - 1)
+        """Most tokens of a prompt and its answer."""
+        self.scheduler: Scheduler | Alone = Alone(chat)
+        if self.by_slots:
+            self.scheduler = self._slots_of(options, switch)
+        elif switch is not None:
+            raise UserError(
+                f"{chat.folder}: the engine does not run this model, so that no adapter can be "
+                "chosen by request; export the adapter merged, and serve that model"
+            )
+        else:
+            log.get_logger().warning(
+                "the engine does not run this model (spread over several GPUs, or with attention "
+                "to a window): one request is answered after the other"
+            )
+        self._warm_up()
+
+    def _slots_of(self, options: Options, switch: "Switch | None") -> Scheduler:
+        chat = self.chat
         on_gpu = chat.device.type == "cuda"
         # Compiled code and fused products would have to know the layers of adapters.
         compiled = on_gpu and switch is None if options.compiled is None else options.compiled
         if compiled:
             engine.accelerate(chat.model)
-        limit = engine.longest(chat.model.config.text_config)
-        self.length = min(options.limits.max_length, limit - 1)
-        """Most tokens of a prompt and its answer."""
-        self.scheduler = engine.scheduler(
+        return engine.scheduler(
             chat.model,
             chat.encoder,
             options.slots,
@@ -70,11 +90,12 @@ class ChatEngine:
             patience_s=PATIENCE_S if on_gpu else 0.0,
             switch=switch,
         )
-        self._warm_up()
 
     @property
     def slots(self) -> int:
         """Requests at a time."""
+        if isinstance(self.scheduler, Alone):
+            return 1
         cache = self.scheduler.decoder.cache
         return self.scheduler.most_slots if cache is None else cache.slots
 

@@ -172,6 +172,8 @@ class ChatRoutes:
         self.engines.check()
         engine = self.engines.choose()
         chat_engine: ChatEngine = engine.answering
+        if asked.top_logprobs is not None and not chat_engine.by_slots:
+            raise ApiError("this model is served without log-probabilities", param="logprobs")
         settings = asked.settings(self._max_tokens(asked, prompt, chat_engine))
         jobs = []
         for index in range(asked.n):
@@ -183,6 +185,7 @@ class ChatRoutes:
             if asked.seed is not None:
                 # Answers of one request differ: each has a seed of its own.
                 seed = (asked.seed + index) % 2**63
+                job.settings = replace(settings, seed=seed)
                 job.generator = torch.Generator(chat_engine.chat.device).manual_seed(seed)
             jobs.append(job)
         self.metrics.prompt_tokens.inc(len(prompt.input_ids))

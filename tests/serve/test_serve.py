@@ -5,7 +5,7 @@ import json
 
 import openai
 import pytest
-from chat_folders import prompt_folder
+from chat_folders import add_tokenizer, official_folder, prompt_folder
 from http_server import asked, data_address, image_bytes, image_part, running
 
 from internvl.data.records import Message, Sample
@@ -372,3 +372,25 @@ def test_a_video_is_its_frames(client, chat, tmp_path):
     part = {"type": "video_url", "video_url": {"url": url}}
     again = client.chat.completions.create(**asked("What moves?", part), extra_body=processor)
     assert text_of(again) == text_of(served)
+
+
+@pytest.mark.slow
+def test_a_model_that_the_engine_does_not_run_answers_one_by_one(tmp_path):
+    """GPT-OSS attends to a window in every other layer."""
+    folder = official_folder("GptOssForCausalLM", tmp_path / "chat", template="internvl2_5")
+    chat = load(add_tokenizer(folder, "qwen2"), device="cpu")
+    with (
+        running(folder, tmp_path / "server") as server,
+        openai.OpenAI(base_url=server.url, api_key="x", max_retries=0) as client,
+    ):
+        assert "one request is answered after the other" in server.log.read_text()
+        sampled = {"temperature": 1.5, "seed": 3}
+        for fields, settings in (({}, {}), (sampled, sampled | {"top_k": 0})):
+            body = asked("What?", image_part(), **fields)
+            request = Request("<image>\nWhat?", [image_bytes()])
+            expected = chat.answer(request, max_new_tokens=8, **settings)[0]
+            assert text_of(client.chat.completions.create(**body)) == expected
+            stream = client.chat.completions.create(**body, stream=True)
+            assert "".join(c.choices[0].delta.content or "" for c in stream) == expected
+        status, error = server.post(asked("Hi", logprobs=True))
+        assert (status, error["error"]["param"]) == (400, "logprobs")
