@@ -54,9 +54,7 @@ class ChatEngine:
         """True if slots answer; else one request is answered after the other."""
         text = chat.model.config.text_config
         # Beyond a window or a change of rotary embeddings `generate` goes on, slots do not.
-        limit = (
-            engine.longest(text_config) if self.by_slots else text_config.max_position_embeddings
-        )
+        limit = engine.longest(text) if self.by_slots else text.max_position_embeddings
         self.length = min(options.limits.max_length, limit - 1)
         """Most tokens of a prompt and its answer."""
         self.scheduler: Scheduler | Alone = Alone(chat)
