@@ -44,7 +44,17 @@ OPEN_SETS: dict[str, tuple[str, ...]] = {
         "stateless",
     ),
     "evals": (
-        *("answers", "asking", "features", "held_out", "judges", "metrics", "scores", "scoring"),
+        *(
+            "answers",
+            "asking",
+            "features",
+            "probe",
+            "held_out",
+            "judges",
+            "metrics",
+            "scores",
+            "scoring",
+        ),
         "sharing",
     ),
 }

@@ -56,6 +56,7 @@ def translate(words: Sequence[str], environment: Mapping[str, str]) -> Translati
     ]
     more = [
         *("--batch-size", last.get("batch_size", "64")),
+        *(_probe_options(last) if last.get("task") == "linear_probe" else ()),
         *(("--recall-k", ",".join(flags["recall_k"])) if "recall_k" in flags else ()),
         *(("--features", last["feature_root"]) if "feature_root" in last else ()),
         # Autocast off leaves the weights in float32.
@@ -72,10 +73,32 @@ def translate(words: Sequence[str], environment: Mapping[str, str]) -> Translati
         )
         for tasks, languages in groups
     )
-    notes = [f"--{flag}: changes nothing here" for flag in flags if flag in table["nothing"]]
+    # Those of a linear probe change nothing elsewhere.
+    nothing = {*table["nothing"]}
+    if last.get("task") == "linear_probe":
+        nothing -= {*_PROBE_OPTIONS}
+    notes = [f"--{flag}: changes nothing here" for flag in flags if flag in nothing]
     if "skip_existing" in flags and Path(_output(last)).exists():
         return Translation(notes=tuple(notes), done=f"{_output(last)} exists: skipped")
     return Translation(commands=commands, notes=tuple(notes))
+
+
+_PROBE_OPTIONS = {
+    "fewshot_k": "--shots",
+    "fewshot_epochs": "--probe-epochs",
+    "fewshot_lr": "--probe-lr",
+    "seed": "--probe-seed",
+}
+
+
+def _probe_options(last: Mapping[str, str]) -> list[str]:
+    """Returns the options of a linear probe."""
+    options = ["--method", "probe"]
+    for flag, option in _PROBE_OPTIONS.items():
+        # All images are its -1.
+        if flag in last and (flag, last[flag]) != ("fewshot_k", "-1"):
+            options += [option, last[flag]]
+    return options
 
 
 def _groups(
@@ -90,7 +113,7 @@ def _groups(
     task = last.get("task", "auto")
     if task in table["refused_tasks"]:
         raise ConfigError(f"--task {task}: {table['refused_tasks'][task]}")
-    if task not in ("auto", "zeroshot_retrieval", "zeroshot_classification"):
+    if task not in ("auto", "zeroshot_retrieval", "zeroshot_classification", "linear_probe"):
         raise ConfigError(f"--task {task}: the original has no such task")
     datasets = _datasets(flags.get("dataset", ["cifar10"]))
     # A repeated --language is the last; several after one flag are all measured.
@@ -101,7 +124,7 @@ def _groups(
     if task == "zeroshot_retrieval" and others:
         choices = ", ".join(table["retrieval"])
         raise ConfigError(f"--dataset {others[0]}: not one of {choices}, which have texts")
-    if task == "zeroshot_classification" and retrieval:
+    if task in ("zeroshot_classification", "linear_probe") and retrieval:
         raise ConfigError(f"--dataset {retrieval[0]}: has no classes; --task zeroshot_retrieval")
     groups = [_retrieval(retrieval, languages)] if retrieval else []
     return [*groups, _classification(others, languages)] if others else groups

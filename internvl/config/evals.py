@@ -228,6 +228,17 @@ class ClassifyEval(EvalConfig):
     """Language of the class names and prompts of `set`: en, and for ImageNet cn, jp, ar, it."""
     split: str = "test"
     """Split of `set` that is measured."""
+    method: Literal["zero-shot", "probe"] = "zero-shot"
+    """zero-shot: the class with the nearest texts; probe: a linear layer that is trained on the
+    features of the training split of `set`, as CLIP_benchmark's linear probe."""
+    shots: Positive | None = None
+    """Images of each class that a probe is trained on; null: all."""
+    probe_epochs: Positive = 10
+    """Passes over the training images."""
+    probe_lr: Annotated[float, Field(gt=0)] = 0.1
+    """Learning rate of a probe, which falls to 0 by a cosine."""
+    probe_seed: int = 0
+    """Seed of its first weights and of the order of its batches."""
     modes: tuple[Literal["c", "g"], ...] = ("c", "g")
     """c: InternVL-C; g: InternVL-G; or both."""
     classes: Path | None = None
@@ -243,6 +254,11 @@ class ClassifyEval(EvalConfig):
     def files(self) -> tuple[Path | None, ...]:
         """See `EvalConfig.files`."""
         return (self.annotations, self.classes, self.templates)
+
+    def problems(self) -> Iterator[str]:
+        """See `EvalConfig.problems`."""
+        if self.method == "probe" and self.set is None:
+            yield "method: probe learns from the training split of `set`; name a set"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,15 @@ from internvl.data.json_rows import RepeatedKeys, read_json
 from internvl.data.texts import json_type, printable, text_problem
 from internvl.datasets import labelled
 from internvl.errors import BadSample, UserError, counted
-from internvl.evals import sharing
-from internvl.evals.features import CHUNK_TEXTS, FeatureCache, nearest, ranks, scores_of
+from internvl.evals import probe, sharing
+from internvl.evals.features import (
+    CHUNK_TEXTS,
+    FeatureCache,
+    nearest,
+    ranks,
+    ranks_of_scores,
+    scores_of,
+)
 from internvl.evals.scores import (
     LEFT_OUT,
     EvalScores,
@@ -54,6 +61,7 @@ class Classify:
         self.names: Sequence[str] = ()
         self.templates: Sequence[str] = ("{c}",)
         self.multilabel = False
+        self.train: list[tuple[str | FileSlice, tuple[int, ...]]] = []
         files = self._read_folders() if config.set is None else self._read_set(config.set)
         files = files[: config.limit]
         # Decoded before any model is loaded: a truncated file would end a long run otherwise.
@@ -110,6 +118,13 @@ class Classify:
                     f"{config.classes} has {len(self.names)} class names, but {entry.name} has "
                     f"{len(rows.classes)} classes"
                 )
+        if config.method == "probe":
+            if entry.multilabel:
+                raise UserError(
+                    f"method: probe is for one class an image; {entry.name} has several"
+                )
+            train = labelled.read(entry, config.annotations, "train", config.language)
+            self.train = list(zip(train.images, train.labels, strict=True))
         return list(zip(rows.images, rows.labels, strict=True))
 
     def _empty_classes(self, root: Path) -> list[BadSample]:
@@ -149,6 +164,8 @@ class Classify:
         columns = {"acc1": "top-1", **top5, "mean_per_class_recall": "per class"}
         if self.multilabel:
             columns = {"mean_average_precision": "mAP"}
+        if self.config.method == "probe":
+            columns = {f"lp_{name}": text for name, text in columns.items()}
         rows = tuple(
             TableRow(f"InternVL-{mode.upper()}", tuple(f"{mode}_{name}" for name in columns))
             for mode in self.config.modes
@@ -161,6 +178,8 @@ class Classify:
         handle = handle.as_dual("zero-shot classification")
         cache, paths = FeatureCache(self._cache_folder(folder)), self.images()
         batch_size = self.config.batch_size
+        if self.config.method == "probe":
+            return self._run_probe(handle, cache)
         classes = cache.encode(
             "classes",
             len(self.names),
@@ -175,6 +194,43 @@ class Classify:
         )
         self._leave_out(features.unread)
         return dist.main_alone(lambda: self._score(features.modes, classes))
+
+    def _run_probe(self, handle: Any, cache: FeatureCache) -> EvalScores | None:
+        """Trains a linear layer for every mode on the training split's features; scores it."""
+        options: dict[str, Any] = {"batch_size": self.config.batch_size, "crop": True}
+        modes = self.config.modes
+        train = cache.encode_images(
+            "train", handle, [image for image, _ in self.train], modes, **options
+        )
+        test = cache.encode_images("crops", handle, self.images(), modes, **options)
+        self._leave_out(test.unread)
+        # Those that cannot be read teach nothing; the rest is as labelled.
+        labels = [row[0] for index, (_, row) in enumerate(self.train) if index not in train.unread]
+        return dist.main_alone(
+            lambda: self._score_probes(train.modes, torch.tensor(labels), test.modes)
+        )
+
+    def _score_probes(
+        self, train: Mapping[str, Tensor], labels: Tensor, test: Mapping[str, Tensor]
+    ) -> EvalScores:
+        truth = torch.tensor([row[0] for _, row in self.files])
+        order = torch.arange(len(self.names))
+        values: dict[str, float] = {}
+        rows: list[dict[str, Any]] = [
+            {**_named(image), **self._truth(row)} for image, row in self.files
+        ]
+        for mode, features in test.items():
+            layer = probe.fit(train[mode], labels, len(self.names), self.config)
+            scores = layer.scores(features)
+            class_ranks = ranks_of_scores(scores, truth[:, None] == order, order)
+            metrics = accuracies(class_ranks, truth, len(self.names))
+            values |= {f"{mode}_lp_{name}": value for name, value in metrics.items()}
+            best = scores.argmax(dim=1).tolist()
+            for row, rank, label in zip(rows, class_ranks.tolist(), best, strict=True):
+                row.setdefault("rank", {})[mode] = rank
+                row.setdefault("predicted", {})[mode] = self.names[label]
+        rows += skipped_rows(self.problems)
+        return EvalScores(values, rows, images=lambda index: [self.files[index][0]])
 
     def _leave_out(self, unread: Mapping[int, str]) -> None:
         """Leaves out images (indices) that cannot be read any more, from now on."""
@@ -304,7 +360,8 @@ class Classify:
         """Returns the cache folder for exactly these files, names and templates."""
         if folder is None:
             return None
-        fingerprints = [(image, *fingerprint(image)) for image, _ in self.files]
+        files = [*self.files, *self.train]
+        fingerprints = [(image, *fingerprint(image)) for image, _ in files]
         text = repr((fingerprints, self.names, self.templates))
         return folder / blake2b(text.encode(), digest_size=8).hexdigest()
 

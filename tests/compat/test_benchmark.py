@@ -107,6 +107,16 @@ def test_classification():
     )
 
 
+def test_a_linear_probe():
+    line = CLASSES.format("en", "cifar10").replace("zeroshot_classification", "linear_probe")
+    done = benchmark.translate(shlex.split(f"{line} --fewshot_k 16 --seed 3 --num_workers 2"), {})
+    assert done.notes == ("--num_workers: changes nothing here",)
+    assert "--batch-size 64 --method probe --shots 16 --probe-seed 3 --output" in " ".join(
+        done.commands[0]
+    )
+    assert "--shots" not in command(f"{line} --fewshot_k=-1")
+
+
 def test_the_data_set_decides_the_task(tmp_path):
     (tmp_path / "sets.txt").write_text("wds/vtab/flowers\nflickr30k\n")
     line = CLASSES.format("en", tmp_path / "sets.txt").replace("zeroshot_classification", "auto")

@@ -66,9 +66,15 @@ def _benchmark_lines(job: Job, values: dict[str, float], pretrained: str) -> lis
     # CLIP_benchmark's names of a folder end in _hf, that of InternVL-C's own file does not.
     form = "" if pretrained.endswith(".pth") else "_hf"
     lines = []
+    more: dict[str, Any] = {}
+    name_of_task = f"zeroshot_{task_name}"
+    if isinstance(job.config, ClassifyEval) and job.config.method == "probe":
+        name_of_task, config = "linear_probe", job.config
+        more = {"lr": config.probe_lr, "epochs": config.probe_epochs, "seed": config.probe_seed}
+        more |= {"fewshot_k": config.shots or -1}
     for mode in job.config.modes:
         for prefix, task in (
-            (mode, f"zeroshot_{task_name}"),
+            (mode, name_of_task),
             (f"{mode}_itm", f"zeroshot_{task_name}_with_itm"),
         ):
             metrics = {
@@ -88,7 +94,7 @@ def _benchmark_lines(job: Job, values: dict[str, float], pretrained: str) -> lis
                         "model": f"internvl_{mode}_{task_name}{form}",
                         "pretrained": pretrained,
                         "task": task,
-                        "metrics": metrics,
+                        "metrics": metrics | more,
                         "language": job.language,
                     }
                 )
