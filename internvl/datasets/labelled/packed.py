@@ -61,6 +61,8 @@ def read_stl(source: Source) -> Read:
 
 def read_pcam(source: Source) -> Read:
     """Reads PatchCamelyon's HDF5 files."""
+    base = f"pcam/camelyonpatch_level_2_split_{source.split}"
+    path, labels_path = source.path(f"{base}_x.h5"), source.path(f"{base}_y.h5")
     # Here: no other set needs it, and no extra installs it.
     try:
         import h5py  # type: ignore[import-not-found, unused-ignore]
@@ -69,9 +71,7 @@ def read_pcam(source: Source) -> Read:
             f"{source.name}: its HDF5 files need h5py (pip install h5py); its webdataset shards "
             "need nothing"
         ) from None
-    base = f"pcam/camelyonpatch_level_2_split_{source.split}"
-    path = source.path(f"{base}_x.h5")
-    with h5py.File(source.path(f"{base}_y.h5")) as file:
+    with h5py.File(labels_path) as file:
         labels = [(int(label),) for label in np.asarray(file["y"]).reshape(-1)]
     images = [StackedImage(str(path), 0, 0, f"image {i}", i) for i in range(len(labels))]
     return Read(images, labels)
