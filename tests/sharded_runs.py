@@ -7,6 +7,7 @@ import torch
 from ranks import run_ranks
 
 STEPS = """
+import sys
 import torch
 from torch.distributed.tensor import DTensor
 
@@ -54,7 +55,9 @@ for name, (settings, before, deal) in {cases!r}.items():
         rows.append([len(batches), sum(batch.num_tiles for batch in batches)])
     rows = dist.gather_objects(rows)
     if dist.is_main():
-        torch.save([values, gradients, rows], {to!r} + f"/{{name}}.pt")
+        dynamo = sys.modules.get("torch._dynamo.utils")
+        graphs = dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+        torch.save([values, gradients, rows, graphs], {to!r} + f"/{{name}}.pt")
 """
 
 
@@ -70,11 +73,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Steps:
-    """Losses and norms, float64 (steps, 2), the first gradient, and (rows, tiles) of each rank."""
+    """Losses and norms, float64 (steps, 2), the first gradient, (rows, tiles) of each rank, and how
+    many graphs rank 0 has compiled since its process began."""
 
     values: torch.Tensor
     gradients: dict[str, torch.Tensor]
     rows: list[list[list[int]]]
+    graphs: int
 
 
 def take(project, folder, cases, *, num_ranks):
@@ -87,8 +92,8 @@ def take(project, folder, cases, *, num_ranks):
     run_ranks(STEPS.format(cases=plain, recipe=str(project), to=str(folder)), num_ranks=num_ranks)
     saved = {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in cases}
     return {
-        name: Steps(torch.tensor(values, dtype=torch.float64), gradients, rows)
-        for name, (values, gradients, rows) in saved.items()
+        name: Steps(torch.tensor(values, dtype=torch.float64), gradients, rows, graphs)
+        for name, (values, gradients, rows, graphs) in saved.items()
     }
 
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import kills
 import pair_runs
 import pytest
 import sharded_runs
@@ -97,6 +98,18 @@ def test_two_copies_of_two_shards(project, tmp_path):
     }
     for several in sharded_runs.take(project, tmp_path, cases, num_ranks=4).values():
         sharded_runs.assert_same(one["one"], several)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_of_shards(tmp_path):
+    """Beside one process that compiles nothing."""
+    project = tiny_run.make(tmp_path, size=kills.SIZE)
+    common = ("global_batch=4", "data.max_tokens=128", *SMALL_STEPS)
+    one = sharded_runs.take(project, tmp_path, {"one": Case(common)}, num_ranks=1)
+    cases = {"zero3": Case((*common, "compute.compile=true", "parallel.shard=zero3"))}
+    several = sharded_runs.take(project, tmp_path, cases, num_ranks=2)
+    assert several["zero3"].graphs > one["one"].graphs == 0
+    sharded_runs.assert_same(one["one"], several["zero3"], later=1e-4)
 
 
 @pytest.mark.slow
