@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from internvl import report
 from internvl.results import Results
 from internvl.results.compare import Compared, Pair
-from internvl.results.items import Item, shown
+from internvl.results.items import Item, read_items, shown
 from internvl.results.statistics import of_categories
 from internvl.results.thumbnails import MOST_IMAGES, thumbnail
 
@@ -80,8 +81,15 @@ def _of_label(metric: str, labels: Collection[str]) -> bool:
     )
 
 
-def _items(results: Results, name: str) -> list[Item]:
-    return results.items(name) if results.rows_file(name).is_file() else []
+def _items(results: Results, name: str) -> Sequence[Item]:
+    file = results.rows_file(name)
+    return _read(file, file.stat().st_mtime_ns) if file.is_file() else ()
+
+
+@lru_cache(maxsize=1)
+def _read(file: Path, changed_ns: int) -> Sequence[Item]:
+    # Three sections of a page need them, and a file may have 200,000 rows.
+    return read_items(file)
 
 
 def _scores(results: Results, name: str, metrics: Sequence[str]) -> list[report.Score]:

@@ -438,11 +438,14 @@ def _classify(name: str, items: Sequence[Item], values: Mapping[str, float]) -> 
     for mode in items[0].row["rank"]:
         ranks = np.array([item.row["rank"][mode] for item in items])
         hits = [float(rank == 0) for rank in ranks]
-        result[f"{mode}_acc1"] = _mean(hits)
-        result[f"{mode}_acc5"] = _mean([float(rank < 5) for rank in ranks])
+        first, fifth = _mean(hits), _mean([float(rank < 5) for rank in ranks])
         # Drawn class by class: none of them may vanish from the mean.
         per_class = _spread(_mean(hits).sums, classes)
-        result[f"{mode}_mean_per_class_recall"] = Statistic(per_class, classes, _mean_ratio)
+        recall = Statistic(per_class, classes, _mean_ratio)
+        # Zero-shot, or of a linear layer.
+        for prefix in (f"{mode}_", f"{mode}_lp_"):
+            result |= {f"{prefix}acc1": first, f"{prefix}acc5": fifth}
+            result[f"{prefix}mean_per_class_recall"] = recall
     return result
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from internvl.data.images import as_rgb, open_rgb
+from internvl.data.images import Rgb, as_rgb, open_rgb
 from internvl.errors import BadImage
 from internvl.results.items import item_of, shown
 
@@ -66,8 +66,7 @@ def with_thumbnails(
         if id(item) not in chosen or item.images:
             continue
         names = []
-        for position, image in enumerate(load(index)[:MOST_IMAGES]):
-            rgb = as_rgb(image)
+        for position, rgb in enumerate(_decoded(load, index)):
             small = Image.fromarray(rgb) if isinstance(rgb, np.ndarray) else rgb
             file = folder / f"{index}-{position}.jpg"
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -75,3 +74,11 @@ def with_thumbnails(
             names.append(f"{folder.name}/{file.name}")
         changed[index] |= {"thumbnails": names} if names else {}
     return changed
+
+
+def _decoded(load: Callable[[int], Sequence[Any]], index: int) -> list[Rgb]:
+    try:
+        return [as_rgb(image) for image in load(index)[:MOST_IMAGES]]
+    except BadImage:
+        # It could be read when it was asked about; the answers are worth more than the page.
+        return []

@@ -12,6 +12,7 @@ from PIL import Image
 from result_folders import result_folder
 
 from internvl import report, results
+from internvl.errors import BadImage
 from internvl.results import pages, thumbnails
 from internvl.results.items import item_of, shown
 
@@ -178,14 +179,17 @@ def test_images_that_are_no_files_get_small_copies(tmp_path: Path):
     Image.fromarray(np.zeros((900, 600, 3), np.uint8)).save(buffer, "PNG")
     row = {"images": [], "question": "?", "answer": "A", "score": 1.0}
     rows = [row, {"sample": "bad", "reason": "broken"}, row | {"images": ["a.jpg"]}]
+    rows.append(row | {"question": "gone"})
     asked = []
 
     def load(index: int) -> list:
         asked.append(index)
+        if index == 3:
+            raise BadImage("it is away")
         return [buffer.getvalue(), np.zeros((10, 20, 3), np.uint8)]
 
     changed = thumbnails.with_thumbnails(rows, load, tmp_path / "result/vqa_images")
-    assert asked == [0]
+    assert asked == [0, 3]
     assert changed[0]["thumbnails"] == ["vqa_images/0-0.jpg", "vqa_images/0-1.jpg"]
     assert changed[1:] == rows[1:]
     with Image.open(tmp_path / "result/vqa_images/0-0.jpg") as image:

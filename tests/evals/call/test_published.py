@@ -48,6 +48,26 @@ def test_published_scores_of_a_training_by_the_name_of_its_run(tmp_path) -> None
     assert evaluate.published(tmp_path / "mine", "caption-coco/cider") is None
 
 
+def test_the_guides_training_shows_before_and_after(tmp_path) -> None:
+    """Published after the training, and those of the released model before it."""
+    run = tmp_path / "internvl2_2b_lora_coco"
+    run.mkdir()
+    (run / "recipe.yaml").touch()
+    metrics = {"caption-coco/cider": 1.3, "caption-coco/exact": 0.01}
+    counts = {"caption-coco": {"images": 5_000, "texts": 25_010}}
+    head, cider, exact = evaluate.render(metrics, run, counts).splitlines()
+    assert head.split("  ")[-3:] == ["measured", "published", "published before training"]
+    assert cider.split() == ["caption-coco/cider", "1.3000", "1.3120", "0.7930"]
+    assert exact.split() == ["caption-coco/exact", "0.0100"]
+    released = evaluate.render(metrics, "OpenGVLab/InternVL2-2B", counts)
+    assert "before training" not in released
+    assert "0.7930" in released
+    # A part of the set has no published values.
+    fewer = evaluate.render(metrics, run, {"caption-coco": {"images": 10, "texts": 50}})
+    assert "1.3120" not in fewer
+    assert "0.7930" not in fewer
+
+
 BLEU = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider")
 RECALLS = [f"{way}_retrieval_recall@{k}" for way in ("text", "image") for k in (1, 5, 10)] + [
     "mean_recall"
