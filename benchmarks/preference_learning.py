@@ -8,13 +8,17 @@ For every seed:
     base      a fresh model learns captions of photos, and short questions about the first of them:
               who is there, where, which color; the answer is what most captions of a photo name
     pairs     `data make-pairs` samples the base's answers about other photos, right against wrong,
-              and about validation photos for what is held out
+              and continues captions without their photo; about validation photos for what is
+              held out, right against wrong alone
     mpo       the base on these pairs, `objective: mpo` with its defaults
     sft       the base on the chosen answers alone: same samples in the same order, steps and rate
 
 Measured on validation photos: the share of held-out pairs whose right answer has the higher
 log-probability, and of those whose reward is higher (relative to the base); right greedy answers;
-CIDEr. A finished run is not run again; TO/preference_learning.json holds all figures.
+CIDEr. A finished run is not run again; TO/preference_learning.json holds all figures. Seeds may run
+side by side, in a folder each; `--join` puts them into one file:
+
+    python benchmarks/preference_learning.py --to out/preference --join seed0 seed1 seed2
 """
 
 import argparse
@@ -80,18 +84,30 @@ class Plan:
     base_steps: int = 400
     base_batch: int = 64
     base_lr: float = 2e-3
-    questions: int = 600
+    questions: int = 800
     """Most questions that are asked for pairs; a third of them for the held-out ones."""
+    captions: int = 300
+    """Photos whose first caption is continued without them."""
     samples: int = 8
     temperature: float = 1.0
-    steps: int = 60
+    steps: int = 80
     batch: int = 32
-    lr: float = 2e-4
+    lr: float = 1e-3
     captioned: int = 200
     """Validation photos whose captions are scored."""
 
 
-TINY = Plan(40, 0.5, base_steps=100, questions=30, samples=4, temperature=3, steps=3, captioned=4)
+TINY = Plan(
+    40,
+    0.5,
+    base_steps=100,
+    questions=30,
+    captions=4,
+    samples=4,
+    temperature=3,
+    steps=3,
+    captioned=4,
+)
 
 
 def answer_of(captions: Sequence[str], classes: Mapping[str, str]) -> str | None:
@@ -108,7 +124,8 @@ def write_data(archive: Path, folder: Path, plan: Plan) -> None:
     """Photos, captions and questions; done once. What `learning.py` unpacks, and
 
     captions.jsonl, taught.jsonl   what the base learns
-    asked.jsonl, held_out.jsonl    questions for pairs, of other photos and of validation photos
+    asked.jsonl, held_out.jsonl    questions for pairs, of other photos and of validation photos;
+                                   the first also asks for captions
     """
     learning.unpack(archive, folder, plan.photos)
     if (folder / "held_out.jsonl").exists():
@@ -142,7 +159,14 @@ def write_data(archive: Path, folder: Path, plan: Plan) -> None:
             for question, classes in ASKED.items()
             if (answer := answer_of(captions[name]["en"], classes)) is not None
         ]
-        _write(folder / file, rows[:limit])
+        rows = rows[:limit]
+        if file == "asked.jsonl":
+            rows += [
+                {"image": name, "answers": captions[name]["en"]}
+                | _turns(prompt, captions[name]["en"][0])
+                for name in reversed(shown[-plan.captions :])
+            ]
+        _write(folder / file, rows)
 
 
 def _turns(question: str, answer: str) -> dict[str, Any]:
@@ -217,11 +241,10 @@ def make_pairs(
     options = pairing.PairOptions(
         annotations=data / f"{name}.jsonl",
         images=data,
-        method="correctness",
         samples=plan.samples,
         temperature=plan.temperature,
         top_k=0,
-        max_new_tokens=6,
+        max_new_tokens=24,
         per_question=2,
         seed=seed,
     )
@@ -281,19 +304,20 @@ def run_seed(seed: int, plan: Plan, options: argparse.Namespace) -> dict[str, An
         "images": str(data),
     }
     taught = captions | {"name": "taught", "annotations": str(data / "taught.jsonl")}
+    base_seed = 0 if options.one_base else seed
     base = trained(
         recipe(
             options.to / f"start-{options.size}",
             [captions | {"weight": 0.5}, taught | {"weight": 0.5}],
-            folder / "runs/base",
+            options.to / f"runs/base-{base_seed}",
             device=options.device,
             share=True,
             optim={"lr": plan.base_lr},
             global_batch=plan.base_batch,
             steps=plan.base_steps,
-            seed=seed,
+            seed=base_seed,
         ),
-        folder / "base",
+        options.to / f"base-{base_seed}",
     )
     pairs, held_out = folder / "pairs.jsonl", folder / "held_out.jsonl"
     result = make_pairs(base, data, "asked", pairs, seed, plan, options.device)
@@ -327,10 +351,10 @@ def run_seed(seed: int, plan: Plan, options: argparse.Namespace) -> dict[str, An
     for name in ("mpo", "sft"):
         figures[name]["reward_accuracy"] = reward_accuracy(logps[name], logps["base"])
     return {
-        "pairs": sum(result.pairs.values()),
+        "pairs": dict(result.pairs),
         "held_out_pairs": sum(held.pairs.values()),
         "sampled_right": result.num_right / result.num_judged,
-        "questions_without_pairs": dict(result.reasons),
+        "without_pairs": dict(result.reasons),
         **figures,
         "cpu_s": time.process_time() - started,
     }
@@ -359,18 +383,38 @@ def _mean(values: Sequence[float]) -> dict[str, float]:
     return {"mean": round(statistics.fmean(values), 4), "spread": spread}
 
 
+def join(folders: Sequence[Path], to: Path) -> None:
+    """Writes the seeds of several folders into one file."""
+    trees = [json.loads((folder / "preference_learning.json").read_text()) for folder in folders]
+    seeds = {seed: row for tree in trees for seed, row in tree["seeds"].items()}
+    joined = {"seeds": seeds, "arms": table(seeds), "setting": trees[0]["setting"]}
+    to.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(joined, indent=1) + "\n"
+    (to / "preference_learning.json").write_text(text, encoding="utf-8")
+    print(json.dumps(joined["arms"]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("photos", type=Path, help="zip with captions.json and the photos it names")
+    parser.add_argument(
+        "photos", type=Path, nargs="?", help="zip with captions.json and the photos it names"
+    )
+    parser.add_argument("--join", type=Path, nargs="+", help="folders of finished seeds")
     parser.add_argument("--to", type=Path, required=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--size", choices=SHAPES, default=None)
     parser.add_argument("--base-steps", type=int, default=None)
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--lr", type=float, default=None)
+    parser.add_argument("--one-base", action="store_true", help="train the base once, of seed 0")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
+    if options.join:
+        join(options.join, options.to)
+        return
+    if options.photos is None:
+        parser.error("name the zip of photos")
     options.size = options.size or ("tiny" if options.device == "cpu" else "small")
     changes = {key: getattr(options, key) for key in ("base_steps", "steps", "lr")}
     plan = Plan(
@@ -389,6 +433,7 @@ def main() -> None:
         tree["setting"] = {
             "size": options.size,
             **vars(plan),
+            "one_base": options.one_base,
             "device": "CPU" if options.device == "cpu" else torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "commit": commit(),

@@ -73,6 +73,59 @@ def test_one_rank_of_many():
     assert row["tokens"] > 0
 
 
+def test_preference_rates_beside_two_plain_models():
+    lora, full, two, trl = [
+        row
+        for name, arms in (("2b_lora", ["ours_lagged"]), ("2b_full", ["ours", "loop", "trl"]))
+        for row in run("preference.py", "--tiny", name, "--arms", *arms)
+    ]
+    assert (lora["reference"], full["reference"]) == ("adapters", "precomputed")
+    assert full["loss"][0] == pytest.approx(full["expected_first_loss"], abs=2e-3)
+    assert full["pairs_per_s_with_reference"] < full["pairs_per_s"]
+    assert two["pairs_per_s"] == max(two["tried"].values())
+    assert "skipped" in trl or trl["pairs_per_s"] > 0
+
+
+def test_the_two_plain_models_have_our_loss(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import preference
+
+    row, cpu = preference.ROWS["2b_full"], torch.device("cpu")
+    torch.manual_seed(0)
+    chat = preference.chat_of(row, cpu, tiny=True)
+    objective, units = preference.encoded_units(chat, 3)
+    models = preference.TwoModels(row, chat, cpu, checkpointing=False)
+    models.policy.load_state_dict(chat.model.state_dict())
+    models.reference.load_state_dict(chat.model.state_dict())
+    theirs = models.loss([preference.encoded(unit) for unit in units])
+    (batch,) = objective.batches(units)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        logps = objective.logps(chat.model, batch)
+    # Equal answers under both models: 0.8 ln 2 + 0.4 ln 2, and the chosen answers.
+    ours = 0.83178 - logps[:, 0].sum() / batch.lengths[:, 0].sum()
+    assert theirs.item() == pytest.approx(ours.item(), abs=5e-3)
+
+
+def test_preferences_are_learned_from_own_answers(tmp_path):
+    captions = {}
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as packed:
+        for split, count in (("train", 12), ("val", 6)):
+            for number in range(count):
+                name = f"{split}/{number}.jpg"
+                color = ("red", "blue")[number % 2]
+                packed.write(picture(tmp_path / name, (128, 128), color), name)
+                animal = ("dog", "boy")[number % 2]
+                texts = {"en": [f"A {color} {animal} ."] * 5, "zh": ["照片。"] * 5}
+                captions[name] = {"split": split, **texts}
+        packed.writestr("captions.json", json.dumps(captions))
+    words = [str(tmp_path / "photos.zip"), "--to", str(tmp_path / "to"), "--tiny", "--seeds", "0"]
+    seed, arms = run("preference_learning.py", *words)
+    assert min(seed["pairs"]["correctness"], seed["pairs"]["dropout-ntp"]) > 0
+    assert {"pair_accuracy", "right_answers", "cider"} <= seed["base"].keys()
+    assert arms["mpo"]["reward_accuracy"]["mean"] == seed["mpo"]["reward_accuracy"]
+    assert run("preference_learning.py", *words) == [arms]  # not again
+
+
 def archive(folder, **counts):
     """A zip of photos with captions: how many of each split."""
     captions = {}
