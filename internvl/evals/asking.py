@@ -20,6 +20,7 @@ from internvl.evals import sharing
 from internvl.evals.answers import AnswerFiles
 from internvl.evals.scores import fingerprint
 from internvl.inference.chat import Chat
+from internvl.inference.generate import one_engine
 from internvl.inference.requests import Request, check_turns
 from internvl.inference.settings import Settings
 from internvl.models import configs
@@ -216,7 +217,8 @@ def ask(
             files.append(dict(zip(batches[index], rows, strict=True)))
 
     work = sharing.Work(unit, read, answer, keep, in_step)
-    results = work.run(batches, sizes=[*map(len, batches)], done=done)
+    with one_engine(chat.model, count):
+        results = work.run(batches, sizes=[*map(len, batches)], done=done)
     return [row for batch_rows in results for row in batch_rows]
 
 

@@ -25,6 +25,7 @@ from internvl.evals.scores import (
     raise_or_log_images,
     skipped_rows,
 )
+from internvl.inference.generate import one_engine
 from internvl.inference.handle import Handle
 from internvl.parallel import lockstep
 
@@ -203,7 +204,8 @@ class Caption:
 
         work = sharing.Work("captions", read, answer, keep, in_step)
         costs = [len(batch) * max(tiles[index] for index in batch) for batch in batches]
-        return work.run(batches, sizes=[*map(len, batches)], costs=costs, done=done)
+        with one_engine(handle.model, len(images)):
+            return work.run(batches, sizes=[*map(len, batches)], costs=costs, done=done)
 
     def _batches(self, tiles: Sequence[int]) -> list[list[int]]:
         """Groups indices of images to batches of similar numbers of tiles."""

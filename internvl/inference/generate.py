@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,10 +108,8 @@ def _by_engine(
         files: whether all images are files, which worker processes can read.
     """
     on_gpu = model.device.type == "cuda"
-    compiled = on_gpu and len(order) >= _WORTH_COMPILING
-    if compiled:
-        engine.accelerate(model)
-    scheduler = engine.scheduler(model, encoder, slots, compiled=compiled)
+    kept = _KEPT.get(id(model))
+    scheduler = _scheduler(model, encoder, slots, len(order))
 
     def job(index: int, prompt: Prompt) -> engine.Job:
         return _job(model, index, prompt, settings_of(index))
@@ -124,6 +122,9 @@ def _by_engine(
         for answered in scheduler.run(prompts):
             if answered.ended:
                 yield answered.key, _whole_answer(answered.prompt, answered.generated, encoder)
+    # Only now, for whoever stops earlier leaves requests in it.
+    if kept is not None:
+        kept.schedulers[slots] = scheduler
     del scheduler  # its memory, before the model needs it
     for left in prompts.too_long:
         yield left.key, generate(model, encoder, [left.prompt], left.settings)[0]
@@ -147,6 +148,49 @@ def _job(model: Any, key: int, prompt: Prompt, settings: Settings) -> engine.Job
 
 _WORTH_COMPILING = 1000
 """Requests that make up for a minute of compilation."""
+
+
+@dataclass
+class _Kept:
+    """What `one_engine` keeps between calls: requests in all, and a scheduler by its slots."""
+
+    count: int
+    schedulers: dict[int | None, engine.Scheduler] = field(default_factory=dict)
+
+
+_KEPT: dict[int, _Kept] = {}
+"""By the id of a model, inside `one_engine`."""
+
+
+@contextmanager
+def one_engine(model: Any, count: int) -> Iterator[None]:
+    """Inside, calls of `answers` share an engine: its memory, captured graphs, compiled blocks.
+
+    The model's weights must stay as they are. On a GPU the memory stays taken until the end.
+
+    Args:
+        count: requests of all calls together. If they are many, a model of which nothing trains
+            is compiled; training has compiled its own as it wants it.
+    """
+    _KEPT[id(model)] = _Kept(count)
+    try:
+        yield
+    finally:
+        del _KEPT[id(model)]
+
+
+def _scheduler(model: Any, encoder: ChatEncoder, slots: int | None, count: int) -> engine.Scheduler:
+    """Returns the scheduler that `one_engine` keeps, taken out of it, else a new one."""
+    kept = _KEPT.get(id(model))
+    if kept is not None and slots in kept.schedulers:
+        return kept.schedulers.pop(slots)
+    is_frozen = not any(p.requires_grad for p in model.parameters())
+    if kept is not None and is_frozen and getattr(model, "hf_quantizer", None) is None:
+        count = max(count, kept.count)
+    compiled = model.device.type == "cuda" and count >= _WORTH_COMPILING
+    if compiled:
+        engine.accelerate(model)
+    return engine.scheduler(model, encoder, slots, compiled=compiled)
 
 
 def _by_generate(

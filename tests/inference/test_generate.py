@@ -576,3 +576,24 @@ def test_gpt_oss_streams_without_the_header(channels):
     pieces.end()
     assert "".join(said) == "One two"
     assert len(said) > 1
+
+
+def test_calls_that_share_an_engine(chat, monkeypatch):
+    made = []
+    build = generate.engine.scheduler
+    monkeypatch.setattr(
+        generate.engine, "scheduler", lambda *a, **k: made.append(build(*a, **k)) or made[-1]
+    )
+    requests = [Request("<image>\nWhat is it?", [noise(60 + n, 50, n)]) for n in range(4)]
+    alone = [chat.answer([request], max_new_tokens=4)[0] for request in requests]
+    made.clear()
+    with generate.one_engine(chat.model, 4):
+        shared_ = [chat.answer([request], max_new_tokens=4)[0] for request in requests]
+        with pytest.raises(BadImage):
+            chat.answer([Request("<image>\nx", [b"no image"])], max_new_tokens=4)
+        assert chat.answer([requests[0]], max_new_tokens=4) == alone[:1]
+    assert shared_ == alone
+    # After a request that failed the engine may hold others of its call.
+    assert len(made) == 2
+    chat.answer([requests[0]], max_new_tokens=4)
+    assert len(made) == 3

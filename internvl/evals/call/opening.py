@@ -128,6 +128,8 @@ def open_folder(
     """Loads a model that is no run's, all weights in one dtype."""
     options: dict[str, Any] = {"device_map": device_map, "quantize": quantize}
     handle = loading.load(name, device=device, dtype=dtype, base=base, **options)
+    # So that whoever answers many requests may compile it.
+    handle.model.requires_grad_(False)
     loaded_dtype = str(handle.model.dtype).removeprefix("torch.")
     loaded_dtype += f" on {quantize} weights" if quantize else ""
     # A folder that does not say its dtype cannot differ from it.
