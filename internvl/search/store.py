@@ -25,7 +25,7 @@ from urllib.parse import quote
 import numpy as np
 
 from internvl.errors import UserError
-from internvl.files import read_run_json, write_json
+from internvl.files import names_file, read_run_json, write_json
 from internvl.search.scan import Entry, Scan
 
 SETTINGS, TABLE, THUMBNAILS = "index.json", "photos.db", "thumbnails"
@@ -127,7 +127,9 @@ class Store:
     def create(cls, folder: Path, settings: Settings) -> Self:
         """Creates an empty index, and opens it."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / TABLE).unlink(missing_ok=True)
+        # The journal first: SQLite would play that of a killed creation back into a new table.
+        for name in (f"{TABLE}-journal", TABLE):
+            (folder / name).unlink(missing_ok=True)
         database = sqlite3.connect(folder / TABLE)
         database.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
         database.close()
@@ -361,7 +363,9 @@ class Store:
         try:
             yield
         except BaseException:
-            self._db.execute("ROLLBACK")
+            # SQLite itself rolls back when the disk fails.
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
             raise
         self._db.execute("COMMIT")
 
@@ -374,7 +378,7 @@ class Store:
         file = self._file(mode)
         # In place: the header has one length for any number of rows.
         shape = (start + len(features), self.settings.width)
-        with file.open("r+b" if start and file.is_file() else "wb") as stream:
+        with names_file(file), file.open("r+b" if start else "wb") as stream:
             description = np.lib.format.dtype_to_descr(dtype)
             header = {"descr": description, "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(stream, header)
@@ -433,11 +437,13 @@ class Store:
                 raise UserError(
                     f"{file}: another process has been writing for {_BUSY_S:.0f} s; try again"
                 ) from None
-            if "disk is full" in text:
-                raise UserError(f"{file}: the disk is full; free some space, start again") from None
+            if "malformed" in text or "not a database" in text:
+                raise UserError(
+                    f"{file} is damaged ({text}); delete {self.folder} and index again"
+                ) from error
             raise UserError(
-                f"{file} cannot be read or written ({text}); delete {self.folder} and index again, "
-                "on a disk of this machine"
+                f"{file} cannot be read or written ({text}); check the disk and its space, then "
+                "start again"
             ) from error
 
 

@@ -1,6 +1,8 @@
 """The index on disk: compaction, damage, and readers beside a writer."""
 
 import json
+import resource
+import signal
 import sqlite3
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 
 from internvl.errors import UserError
 from internvl.search.scan import Entry, Scan
-from internvl.search.store import SETTINGS, TABLE, PhotoRow, Settings, Store
+from internvl.search.store import SETTINGS, TABLE, PhotoRow, Settings, Store, locked
 
 WIDTH = 4
 
@@ -82,6 +84,40 @@ def test_what_a_failed_batch_wrote_is_overwritten(store, monkeypatch):
     assert store.features("c")[6, 0] == 9
 
 
+def test_a_creation_that_was_killed_is_begun_again(tmp_path):
+    index = tmp_path / "index"
+    index.mkdir()
+    for name in (TABLE, f"{TABLE}-journal"):
+        (index / name).write_bytes(b"half")
+    with locked(index), Store.create(index, settings(tmp_path)) as store:
+        assert store.count() == 0
+        assert sorted(file.name for file in index.iterdir()) == [".lock", SETTINGS, TABLE]
+
+
+def test_a_full_disk_loses_nothing(tmp_path):
+    wide = settings(tmp_path, width=30_000, modes=["c"])
+    ones = np.ones((1, wide.width), np.float32)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with Store.create(tmp_path / "index", wide) as store:
+        store.begin_scan([])
+        store.add([row("a.png")], {"c": ones})
+        # The table is smaller than a feature; the second one does not fit.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, limit[1]))
+        try:
+            with pytest.raises(OSError, match="features_c_0001.npy"):
+                store.add([row("b.png")], {"c": 2 * ones})
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+            with pytest.raises(UserError, match="check the disk and its space, then start again"):
+                store.set_meta("key", "x" * 50_000)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+            signal.signal(signal.SIGXFSZ, before)
+        assert store.features("c")[:, 0].tolist() == [1]
+        store.add([row("c.png")], {"c": 3 * ones})
+        assert store.features("c")[:, 0].tolist() == [1, 3]
+
+
 def test_copies_of_a_photo_take_its_features(store):
     copies = [row("a.png", b"2.png".ljust(16)), row("b.png", b"2.png".ljust(16))]
     counts, lost = store.add(copies, empty())
@@ -111,7 +147,7 @@ def test_photos_below_a_folder_that_cannot_be_listed_stay(tmp_path):
         (lambda index: (index / SETTINGS).unlink(), "no index of photos; make it with"),
         (lambda index: (index / SETTINGS).write_text("{"), "is damaged"),
         (lambda index: (index / SETTINGS).write_text(json.dumps({"a": 1})), "another version"),
-        (lambda index: (index / TABLE).write_bytes(b"x" * 5000), "cannot be read or written"),
+        (lambda index: (index / TABLE).write_bytes(b"x" * 5000), "is damaged"),
         (lambda index: (index / "features_c_0001.npy").unlink(), "missing or cut off"),
         (lambda index: (index / "features_c_0001.npy").write_bytes(b""), "missing or cut off"),
     ],
