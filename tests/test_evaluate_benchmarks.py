@@ -8,9 +8,10 @@ import pytest
 from chat_folders import prompt_folder
 from drawn_benchmarks import Drawn
 
-from internvl import evaluate
+from internvl import evaluate, results
 from internvl.datasets import published, tasks
 from internvl.evals import benchmark
+from internvl.results.compare import compare
 
 KEYS = [name for name, task in tasks.tasks().items() if task.sets]
 FAST = ("vqa-chartqa-test", "mmbench-test-cn", "mmmu-val", "mirb")
@@ -63,6 +64,19 @@ def test_a_few_keys_come_to_their_score_or_file(folder, tmp_path):
     assert any(name.startswith("mmbench_test_cn_20231003_") for name in files)
     assert "vqa-chartqa-test/accuracy" in result.metrics
     assert "mirb/corrected_accuracy" in result.metrics
+    page = (result.folder / "report.html").read_text(encoding="utf-8")
+    settings = json.loads((result.folder / "settings.json").read_text())
+    for key in FAST:
+        assert f"<h2>{key}</h2>" in page
+        assert settings["evaluations"][key]["counts"] == result.counts[key]
+    # Images of tables and cells have small copies; those of files are read.
+    for key in ("mmbench-test-cn", "mmmu-val"):
+        assert [*(result.folder / f"result/{key}_images").glob("*.jpg")]
+    assert page.count("data:image/jpeg") >= 4
+    folder = results.read(result.folder)
+    for of_name in compare(folder, folder):
+        assert of_name.summary == "no item changed"
+        assert {c.interval for c in of_name.changes} <= {None, (0.0, 0.0)}
 
 
 @pytest.mark.slow  # 27 s on two cores

@@ -1,6 +1,7 @@
 """`internvl evaluate` on several ranks: killed, gone on with on others, and refused."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -109,8 +110,9 @@ def options_of(project: Path) -> dict:
 
 
 def results(folder: Path) -> dict[str, str]:
+    """Name of a result file, without the time in it -> its content."""
     files = [folder / "result.json", *(folder / "result").iterdir()]
-    return {file.name: file.read_text() for file in files}
+    return {re.sub(r"_\d{12}", "_time", file.name): file.read_text() for file in files}
 
 
 @pytest.mark.slow

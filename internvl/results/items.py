@@ -68,6 +68,9 @@ def read_items(file: Path) -> list[Item]:
             raise UserError(
                 f"{file} line {position} is no row of an evaluation ({reason})"
             ) from None
+    # Ratings of a judge go to 6 or 10, and none of them is right or wrong.
+    if any(item.score is not None and item.score > 1 for item in items):
+        items = [replace(item, most=None) for item in items]
     return _with_keys(items)
 
 
@@ -128,8 +131,6 @@ def _benchmark(row: Row) -> Item:
         references=tuple(row.get("references", ())),
         categories=_categories(row),
         score=score,
-        # Ratings of a judge may go to 6 or 10.
-        most=None if score is not None and score > 1 else 1.0,
         order=-1.0 if score is None else score,
         parsed=str(row.get("parsed", "")),
         boxes=row.get("boxes", {}),

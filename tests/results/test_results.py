@@ -43,3 +43,13 @@ def test_what_is_no_result_is_named(tmp_path: Path):
     (tmp_path / "a/settings.json").write_text("{")
     with pytest.raises(UserError, match=r"settings\.json is damaged"):
         results.write_settings(tmp_path / "a", "m", {}, {})
+
+
+def test_ratings_are_neither_right_nor_wrong(tmp_path: Path):
+    rows = [
+        {"images": [], "question": "?", "answer": f"{score}", "score": score} for score in (0, 1, 6)
+    ]
+    items = results.read(result_folder(tmp_path, "mmhal", rows, {"score": 7 / 3})).items("mmhal")
+    assert [item.right for item in items] == [None] * 3
+    items = results.read(result_folder(tmp_path, "x", rows[:2], {"score": 0.5})).items("x")
+    assert [item.right for item in items] == [False, True]
