@@ -87,6 +87,8 @@ REFUSED = [
     (["chat", "{folder}/start", "--image", "{folder}/train.jsonl"], "train.jsonl: JSON"),
     (["chat", "{folder}/start", "--top-p", "7"], "top_p"),
     (["chat", "{folder}/start", "--video", "gone.mp4"], "gone.mp4"),
+    (["serve", "./gone"], "./gone: no such folder"),
+    (["serve", "{folder}/start", "--adapter", "x"], "write NAME=PATH"),
     (["evaluate", "./gone"], "./gone: no such folder"),
     (["evaluate", "{folder}/start", "--step", "2,4"], "step 2"),
     (["export", "./gone", "--to", "out"], "./gone: no such folder"),

@@ -30,6 +30,7 @@ def run(args: Arguments) -> int:
         allow_hosts=tuple(args.allow_hosts),
         allow_files=tuple(args.allow_files),
     )
+    # A key on the command line is seen by everyone on the machine.
     environment = os.environ.get("INTERNVL_API_KEY")
     options = Options(
         host=args.host,
@@ -43,6 +44,7 @@ def run(args: Arguments) -> int:
         compiled=False if args.no_compile else None,
         drain_s=args.drain,
     )
+    # All before the model is loaded: a wrong option must not cost minutes.
     adapters = parse_adapters(args.adapter)
     opened = open_named(args, args.step)
     family = opened.files.family
@@ -60,6 +62,7 @@ def _server() -> Any:
     try:
         from internvl.serve import server
     except ModuleNotFoundError as error:
+        # A broken module of our own is a bug, not a missing package.
         if error.name is None or error.name.startswith("internvl"):
             raise
         raise UserError(
@@ -72,9 +75,17 @@ def _loads(
     args: Arguments, opened: Any, options: Any, adapters: dict[str, Path]
 ) -> list[Callable[[], Any]]:
     """Returns what loads the model of each engine."""
+    import torch
+
     from internvl.inference import load as loading_models
 
+    if args.gpus is not None:
+        _check_gpus(args, torch.cuda.device_count())
+
     def load(device: str | None) -> Any:
+        # Of this thread alone: what is built for a GPU goes to the current one.
+        if device is not None and device.startswith("cuda"):
+            torch.cuda.set_device(device)
         handle = loading_models.load(
             opened,
             device=device,
@@ -82,6 +93,7 @@ def _loads(
             device_map=args.device_map,
             quantize=args.quantize,
         )
+        # Each needs half of the server's modules.
         if handle.family == "dual":
             from internvl.serve.dual_engine import DualEngine
 
@@ -90,13 +102,26 @@ def _loads(
 
         return ChatEngine(handle.as_chat("a conversation"), options, adapters)
 
+    # Called in the engines' threads, all at once.
     devices = [args.device] if args.gpus is None else [f"cuda:{i}" for i in range(args.gpus)]
     return [functools.partial(load, device) for device in devices]
+
+
+def _check_gpus(args: Arguments, present: int) -> None:
+    """Raises ConfigError unless each copy of the model gets a GPU of its own."""
+    if args.device is not None or args.device_map is not None:
+        raise ConfigError(
+            "--gpus puts a copy of the model on each GPU; leave --device and --device-map out"
+        )
+    # Another GPU than those that are there would fail in a thread, after the loading of others.
+    if not 1 <= args.gpus <= present:
+        raise ConfigError(f"--gpus {args.gpus}: this machine has {present} GPUs that torch can use")
 
 
 def _name_of(model: str) -> str:
     """Returns the name that a model is listed under: a hub id's or folder's last word."""
     path = Path(model)
+    # `.` and `..` have no name of their own.
     return path.name or path.resolve().name
 
 
@@ -110,6 +135,7 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
         metavar="NAME=PATH",
         help="adapter folder that requests choose by its name as their model; repeat it",
     )
+    # Not all addresses: whoever reaches the port uses the GPU.
     sub.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     sub.add_argument("--port", type=int, default=8000, help="0 for any free one (default: 8000)")
     sub.add_argument("--port-file", type=Path, metavar="FILE", help="write the port there")

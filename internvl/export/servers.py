@@ -37,6 +37,7 @@ class Folder:
     @property
     def language(self) -> str:
         """Official architecture of a chat model's language model."""
+        # Not the configuration's own word: hf names both InternLM2 and Llama "llama".
         return configs.language_model(self.config)
 
 
@@ -106,6 +107,7 @@ SERVERS: dict[str, Served] = {
 def describe(path: Path, format: str) -> Folder:
     """Reads what decides which servers take an exported folder."""
     files = hub.open_folder(path)
+    # Read back from what was written: that is what a server sees.
     return Folder(path, format, FAMILIES[files.family].read_config(files), files.family)
 
 

@@ -44,6 +44,7 @@ class AnswerText:
         """Returns what is left of the answer that these tokens are."""
         if self.stopped:
             return ""
+        # Decoded whole, once: what the window above may have missed is put right by the end.
         text = self._visible(decode(self.encoder.tokenizer, ids, skip_special_tokens=self._skips))
         if self._cut(ids, text):
             return self._rest(self._before_stop(text))

@@ -68,6 +68,7 @@ def build(
     async def model(http: Request) -> Response:
         name = http.path_params["name"]
         if name not in routes.names:
+            # Here: a server of InternVL-14B needs no route of a chat model.
             from internvl.serve.chat_routes import model_not_found
 
             raise model_not_found(name, routes.names)
@@ -85,12 +86,14 @@ def build(
 
     async def health(http: Request) -> Response:
         routes.engines.check()
+        # A load balancer sends nobody here any more.
         if door.draining:
             raise ApiError("the server is stopping", status=503, code="unavailable")
         return JSONResponse({"status": "ok", "models": routes.names})
 
     async def metrics(http: Request) -> Response:
         counts = routes.metrics
+        # Set when they are read: nothing changes them in one place.
         counts.up.set(routes.engines.ready)
         running = min(routes.gate.inside, routes.gate.slots)
         counts.running.set(running)
@@ -98,11 +101,13 @@ def build(
         return Response(counts.text(), media_type="text/plain; version=0.0.4")
 
     async def index(http: Request) -> Response:
+        # Whoever opens the address sees what is there.
         if page is None:
             return JSONResponse({"models": routes.names, "paths": sorted(posts)})
         file = resources.files("internvl.serve") / "static" / page
         return HTMLResponse(file.read_text(encoding="utf-8"), headers=_PAGE_HEADERS)
 
+    # Starlette routes: FastAPI would read signatures, and bodies are checked by our own tables.
     for path, get in {
         "/v1/models": models,
         "/v1/models/{name:path}": model,
@@ -152,6 +157,7 @@ def _handle_errors(app: FastAPI, routes: Routes, posts: Mapping[str, Any]) -> No
     async def no_route(http: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         path = http.url.path
+        # Both words of the request: a GET of a POST path is a common mistake.
         reason = f"{http.method} {path}: {error.detail}"
         if path in _ELSEWHERE and path not in posts:
             reason = f"{path}: {_ELSEWHERE[path]}"

@@ -85,6 +85,7 @@ class ChatEngine:
             options.slots,
             compiled=compiled,
             length=self.length,
+            # A CPU wins nothing by larger rows.
             patience_s=PATIENCE_S if on_gpu else 0.0,
             switch=switch,
         )
@@ -134,6 +135,7 @@ def with_adapters(chat: Chat, folders: Mapping[str, Path]) -> "tuple[Switch, dic
     from internvl.models.adapters.settings import settings_of
     from internvl.models.trainable import has_adapters
 
+    # The new adapters were trained on the merged weights.
     if has_adapters(chat.model):
         lora.merge(chat.model)
     config = chat.model.config
@@ -145,6 +147,7 @@ def with_adapters(chat: Chat, folders: Mapping[str, Path]) -> "tuple[Switch, dic
             folder = folder / "adapter"
         settings = settings_of(folder)
         chosen: Any = FAMILIES["chat"].stored(chat, settings, folder / SETTINGS_FILE)
+        # `stored` has written to the configuration that all of them share.
         config.internvl = own_settings
         _check_alike(chat, chosen, settings, folder)
         chats[name] = chosen

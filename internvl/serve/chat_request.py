@@ -51,14 +51,17 @@ def _processor(name: str, value: Any) -> dict[str, Any]:
 
 FIELDS: dict[str, Field] = {
     "model": Field(text),
+    # Read later: their errors name a message and a content part.
     "messages": Field(_raw),
     "temperature": Field(number_from(0, 100)),
     "top_p": Field(number_from(1e-8, 1), 1.0),
+    # All tokens: OpenAI has no such field, so that its clients expect none to be left out.
     "top_k": Field(_top_k, 0),
     "min_p": Field(number_from(0, 1), 0.0),
     "max_tokens": Field(whole_from(1)),
     "max_completion_tokens": Field(whole_from(1)),
     "min_new_tokens": Field(whole_from(0)),
+    # The same in vLLM.
     "min_tokens": Field(whole_from(0)),
     "stop": Field(texts(MOST_STOPS), ()),
     "seed": Field(whole_from(-(2**63), 2**63 - 1)),
@@ -76,6 +79,7 @@ FIELDS: dict[str, Field] = {
 
 _NO_TOOLS = "these models call no tools"
 REFUSED: dict[str, Refused] = {
+    # Of OpenAI.
     "presence_penalty": Refused((0, 0.0), "use repetition_penalty"),
     "frequency_penalty": Refused((0, 0.0), "use repetition_penalty"),
     "logit_bias": Refused(({},), "no token is made likelier"),
@@ -98,6 +102,7 @@ REFUSED: dict[str, Refused] = {
     "prompt_cache_key": Refused((), "no prompt is cached"),
     "prompt_cache_retention": Refused((), "no prompt is cached"),
     "moderation": Refused((), "nothing is moderated"),
+    # Of vLLM and LMDeploy.
     "best_of": Refused((1,), "ask for n answers and choose"),
     "use_beam_search": Refused((False,), "beam search is `internvl evaluate --num-beams`"),
     "length_penalty": Refused((1, 1.0), "it is beam search's"),
@@ -115,6 +120,7 @@ REFUSED: dict[str, Refused] = {
     "chat_template": Refused((), "the model's template is used, as in training"),
     "chat_template_kwargs": Refused(({},), "templates have no settings"),
     "media_io_kwargs": Refused(({},), "use mm_processor_kwargs"),
+    # Of transformers and other servers.
     "do_sample": Refused((), "set temperature"),
     "num_beams": Refused((1,), "beam search is `internvl evaluate --num-beams`"),
     "guided_json": Refused((), "answers are free text"),
@@ -168,10 +174,12 @@ def parse(body: Any, temperature: float) -> ChatRequest:
     for name in ("model", "messages"):
         if values[name] is None:
             raise ApiError(f"{name} is missing", param=name)
+    # Without these two checks a field would be ignored.
     if values["stream_options"] is not None and not values["stream"]:
         raise ApiError("stream_options belong to stream: true", param="stream_options")
     if values["top_logprobs"] is not None and not values["logprobs"]:
         raise ApiError("top_logprobs belong to logprobs: true", param="top_logprobs")
+    # OpenAI renamed the field; clients send either name.
     max_tokens = _same(values, "max_tokens", "max_completion_tokens")
     min_tokens = _same(values, "min_new_tokens", "min_tokens") or 0
     if max_tokens is not None and min_tokens > max_tokens:
@@ -179,6 +187,7 @@ def parse(body: Any, temperature: float) -> ChatRequest:
             f"min_new_tokens ({min_tokens}) is above max_tokens ({max_tokens})",
             param="min_new_tokens",
         )
+    # 0 is a temperature too, so that only a missing one takes the default.
     asked = values["temperature"]
     return ChatRequest(
         model=values["model"],
@@ -189,6 +198,7 @@ def parse(body: Any, temperature: float) -> ChatRequest:
             **{key: values[key] for key in ("top_p", "top_k", "min_p", "repetition_penalty")},
             "min_new_tokens": min_tokens,
         },
+        # Without a number of its own only the chosen token is listed.
         top_logprobs=(values["top_logprobs"] or 0) if values["logprobs"] else None,
         include_usage=(values["stream_options"] or {}).get("include_usage", False),
         max_dynamic_patch=values["mm_processor_kwargs"].get("max_dynamic_patch"),

@@ -88,7 +88,7 @@ class ChatRoutes:
     def changed(self) -> None:
         """Notes that an engine is ready or has died; wakes all who wait for a dead one."""
         if self.engines.ready:
-            engine: ChatEngine = self.engines.engines[0].answering
+            engine = self._engine
             self._prompts = {
                 name: Prompts(chat, self.fetcher) for name, chat in engine.chats.items()
             }
@@ -101,14 +101,17 @@ class ChatRoutes:
         since_s = time.monotonic()
         self.engines.check()
         asked = parse(await read_json(http, self.options.limits), self.options.temperature)
+        # Before the messages: another model may have other limits.
         if asked.model not in self.names:
             raise model_not_found(asked.model, self.names)
         turns, media = read_messages(asked.messages, self.options.limits)
+        # Before anything is fetched: images of requests that are refused cost nothing.
         self.gate.enter(asked.n)
         try:
             read = self._prompts[asked.model].read(turns, media, asked)
             prompt = await finished_or_gone(http, read)
             begun = self._begin(asked, prompt, since_s)
+        # A cancelled task too: whatever ends it here, no answer has begun.
         except BaseException:
             self.gate.leave(asked.n)
             raise
@@ -132,6 +135,7 @@ class ChatRoutes:
         if most is None:
             grids = choose_grids(values["sizes"], config, config.max)
         else:
+            # Each image by itself, as a request with this field has it.
             config = replace(config, min=min(config.min, most), max=most)
             grids = tuple(choose_grids([size], config, most)[0] for size in values["sizes"])
         images = []
@@ -170,8 +174,10 @@ class ChatRoutes:
             ApiError: the prompt and its answer do not fit.
         """
         self.engines.check()
+        # Now, not at its arrival: images may have taken seconds.
         engine = self.engines.choose()
         chat_engine: ChatEngine = engine.answering
+        # `generate` does not hand them out token by token.
         if asked.top_logprobs is not None and not chat_engine.by_slots:
             raise ApiError("this model is served without log-probabilities", param="logprobs")
         settings = asked.settings(self._max_tokens(asked, prompt, chat_engine))
@@ -191,6 +197,7 @@ class ChatRoutes:
         self.metrics.prompt_tokens.inc(len(prompt.input_ids))
         self.metrics.tiles.inc(0 if prompt.tiles is None else len(prompt.tiles))
         engine.running += len(jobs)
+        # After all are made: an error above leaves none in the queue.
         for job in jobs:
             self._waiting.add(job.key)
             engine.queue.put(job)
@@ -211,6 +218,7 @@ class ChatRoutes:
                 param="messages",
                 code="context_length_exceeded",
             )
+        # A short prompt must not run to the end of its slot.
         default = max(least, min(left, self.options.limits.max_tokens))
         return default if asked.max_tokens is None else asked.max_tokens
 
@@ -237,6 +245,7 @@ class ChatRoutes:
                 piece = answer.text.after(ids) if read and not ended else ""
                 if ended:
                     piece = answer.text.end(ids)
+                # Its slot is of use to others at once.
                 if answer.text.stopped and not ended:
                     job.cancelled = True
                 if ended or answer.text.stopped:
@@ -298,10 +307,12 @@ class ChatRoutes:
 
         try:
             for job in asked.jobs:
+                # As OpenAI: the role comes once, before any text.
                 yield event(job.key.index, {"role": "assistant", "content": ""})
             async for job, piece in self._next(asked):
                 index, answer = job.key.index, job.key.text
                 ended = job.ended or answer.stopped
+                # A token may add no text yet; its log-probability waits for the text.
                 if piece or ended:
                     logprobs = self._logprobs(asked, job, shown[index])
                     shown[index] = answer.num_tokens
@@ -338,7 +349,7 @@ class ChatRoutes:
 
     def _reason(self, job: Job) -> str:
         """Returns OpenAI's word for why an answer ended."""
-        engine: ChatEngine = self.engines.engines[0].answering
+        engine = self._engine
         at_end = job.generated[-1:] == [engine.scheduler.end_id]
         return "stop" if job.key.text.stopped or at_end else "length"
 
@@ -346,13 +357,14 @@ class ChatRoutes:
         """Returns the log-probabilities of an answer's tokens from number `start` on."""
         if asked.request.top_logprobs is None:
             return None
-        engine: ChatEngine = self.engines.engines[0].answering
+        engine = self._engine
         tokenizer = engine.chat.encoder.tokenizer
 
         def entry(token: int, value: float) -> dict[str, Any]:
             word = decode(tokenizer, [token], skip_special_tokens=False)
             return {"token": word, "logprob": value, "bytes": list(word.encode())}
 
+        # Those whose text has been sent, or the tokens after a stop string would be listed.
         stop = job.key.text.num_tokens
         content = [
             entry(token, value) | {"top_logprobs": [entry(*pair) for pair in pairs]}
@@ -421,6 +433,7 @@ async def _any(events: Sequence[asyncio.Event]) -> None:
     """Waits until any of the events is set."""
     if any(event.is_set() for event in events):
         return
+    # The common case costs no task.
     if len(events) == 1:
         await events[0].wait()
         return

@@ -62,6 +62,7 @@ class DualEngine:
             ModelFolderError: no tokenizer.
         """
         self.dual = dual
+        # Without a tokenizer this fails now, not at the first request.
         dual.encode_texts(["Hello"])
 
     def run(self, queue: JobQueue[Any], tell: Callable[[Any], None]) -> None:
@@ -74,6 +75,7 @@ class DualEngine:
             for task, mode in dict.fromkeys((job.task, job.mode) for job in jobs):
                 self._answer([j for j in jobs if (j.task, j.mode) == (task, mode)])
             for job in jobs:
+                # After all groups: a job is told once, with its outputs.
                 job.ended = True
                 tell(job)
 

@@ -90,6 +90,7 @@ class DualRoutes:
         self.engines.check()
         body = await read_json(http, self.options.limits)
         values = read_fields(body, _EMBEDDINGS, _EMBEDDINGS_REFUSED)
+        # Texts are embedded alike in both modes, but a wrong name is refused all the same.
         mode = self._mode(values["model"])
         inputs = _list_inputs(values)
         self.gate.enter()
@@ -97,6 +98,7 @@ class DualRoutes:
             vectors, tokens = await finished_or_gone(http, self._vectors(inputs, mode))
         finally:
             self.gate.leave()
+        # OpenAI's client asks for base64 unless it is told otherwise, and decodes it.
         as_base64 = values["encoding_format"] == "base64"
         data = [
             {"object": "embedding", "index": i, "embedding": _encoded(vector, as_base64)}
@@ -113,6 +115,7 @@ class DualRoutes:
         since_s = time.monotonic()
         self.engines.check()
         values = read_fields(await read_json(http, self.options.limits), _RERANK, _RERANK_REFUSED)
+        # Only for its error: the match head is one for both modes.
         self._mode(values["model"])
         documents = values["documents"]
         if not isinstance(documents, list) or not 0 < len(documents) <= MOST_INPUTS:
@@ -121,6 +124,7 @@ class DualRoutes:
         read: list[tuple[str, str]] = [
             _read_input(f"documents[{i}]", value) for i, value in enumerate(documents)
         ]
+        # Before anything is fetched.
         for index, (task, _) in enumerate(read):
             if task == query[0]:
                 raise ApiError(
@@ -133,12 +137,14 @@ class DualRoutes:
             scores = await finished_or_gone(http, self._scores(query, read))
         finally:
             self.gate.leave()
+        # Stable: documents of equal scores stay in their order.
         order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
         results = []
         for index in order[: values["top_n"]]:
             result: dict[str, Any] = {"index": index, "relevance_score": scores[index]}
             if values["return_documents"]:
                 document = documents[index]
+                # As Cohere and Jina return a text.
                 result["document"] = {"text": document} if isinstance(document, str) else document
             results.append(result)
         self._log("rerank", values, counted(len(documents), "document"), since_s)
@@ -153,6 +159,7 @@ class DualRoutes:
         self, inputs: Sequence[tuple[str, str]], mode: Mode
     ) -> tuple[list[Any], int]:
         """Returns the vectors of (task, text or address) inputs, in order, and their tokens."""
+        # One batch of texts and one of images, whatever their order in the request.
         by_task: dict[str, list[int]] = {}
         for index, (task, _) in enumerate(inputs):
             by_task.setdefault(task, []).append(index)
@@ -164,6 +171,7 @@ class DualRoutes:
                 values = await self._images([f"input[{i}]" for i in indices], values)
             else:
                 encoder = self._engine.dual.encoder
+                # Images have no tokens: their count is 0, as other servers have it.
                 tokens += sum(len(encoder.embedding(value)) for value in values)
             vectors |= zip(indices, await self._run(task, values, mode), strict=True)
         return [vectors[index] for index in range(len(inputs))], tokens
@@ -181,6 +189,7 @@ class DualRoutes:
         return await self._run("pairs", pairs, "g")
 
     async def _images(self, names: Sequence[str], addresses: Sequence[str]) -> list[bytes]:
+        # All at once: each waits for its host.
         pairs = zip(addresses, names, strict=True)
         return list(await asyncio.gather(*(self.fetcher.image(*pair) for pair in pairs)))
 
@@ -201,6 +210,7 @@ class DualRoutes:
         finally:
             engine.running -= 1
             self._waiting.discard(ended)
+        # Woken by an engine that died.
         if not job.ended:
             self.engines.check()
         if job.error is not None:
@@ -229,6 +239,7 @@ def _list_inputs(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     given_input, messages = values["input"], values["messages"]
     if (given_input is None) == (messages is None):
         raise ApiError("send either input or messages", param="input")
+    # vLLM's form.
     if messages is not None:
         return [_from_messages(messages)]
     listed = given_input if isinstance(given_input, list) else [given_input]
@@ -240,12 +251,15 @@ def _list_inputs(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _read_input(name: str, value: Any) -> tuple[str, str]:
     """Reads a text, the data: address of an image, {"text": …} or {"image": …}."""
     if isinstance(value, str):
+        # Other addresses may be meant as texts; {"image": …} says that they are not.
         task = "images" if value.startswith("data:image/") else "texts"
         return task, _not_empty(name, text(name, value))
     if isinstance(value, Mapping):
         entries = {key: entry for key, entry in value.items() if entry is not None}
+        # Two keys would leave one unread.
         if len(entries) == 1 and next(iter(entries)) in ("text", "image"):
             ((key, entry),) = entries.items()
+            # OpenAI's content part has one level more.
             entry = entry.get("url") if isinstance(entry, Mapping) else entry
             return f"{key}s", _not_empty(name, text(f"{name}.{key}", entry))
     raise ApiError(

@@ -45,6 +45,7 @@ class JobQueue(Generic[T]):
         with self._changed:
             while wait and not self._jobs and not self.closed:
                 self._changed.wait()
+            # Also after closing: what is there is still answered.
             return self._jobs.popleft() if self._jobs else None
 
     def close(self) -> None:
@@ -79,10 +80,12 @@ class Engine(Generic[T]):
         self._build = build
         self._wake = wake
         self._changed = changed
+        # Its own thread cannot ask for it.
         self._loop = asyncio.get_running_loop()
         self._told: deque[T] = deque()
         self._lock = threading.Lock()
         self._is_waking = False
+        # An executor: an exception of the thread is kept, and seen below.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._thread.submit(self._work).add_done_callback(self._ended)
 
@@ -98,6 +101,7 @@ class Engine(Generic[T]):
 
     def _work(self) -> None:
         answering = self._build()
+        # Only now: `ready` looks at it.
         self.answering = answering
         self._loop.call_soon_threadsafe(self._changed)
         answering.run(self.queue, self._tell)
@@ -113,8 +117,10 @@ class Engine(Generic[T]):
 
     def _drain(self) -> None:
         with self._lock:
+            # Swapped under the lock, worked on outside of it: the engine must not wait.
             jobs, self._told = self._told, deque()
             self._is_waking = False
+        # Several tokens of a job wake it once.
         for job in dict.fromkeys(jobs):
             self._wake(job)
 
@@ -148,6 +154,7 @@ class Engines(Generic[T]):
     def check(self) -> None:
         """Raises ApiError 503 unless all of them answer."""
         if self.error is not None:
+            # A minute: whatever watches the server has to start it again.
             raise unavailable(f"the engine died: {explain(self.error)}; start the server again", 60)
         if not self.ready:
             raise unavailable("the model is loading")
@@ -178,6 +185,7 @@ class Gate:
             ApiError: 429, or 400 if so many never fit.
         """
         most = self.slots + self.most_waiting
+        # It would be told to come back for ever.
         if count > most:
             raise ApiError(f"n = {count}, and this server holds {most} answers", param="n")
         if self.inside + count > most:

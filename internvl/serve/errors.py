@@ -25,6 +25,7 @@ class ApiError(UserError):
             code: a word for programs, such as model_not_found.
             retry_s: seconds after which a client should ask again.
         """
+        # Its text is the whole message, as of every UserError: it says what to do.
         super().__init__(message)
         self.status = status
         self.param = param
@@ -46,10 +47,12 @@ class ApiError(UserError):
     @property
     def headers(self) -> dict[str, str]:
         """Returns the response's headers."""
+        # Clients of OpenAI wait as long before they ask again.
         return {} if self.retry_s is None else {"Retry-After": str(self.retry_s)}
 
 
 _TYPES = {
+    # Clients choose their exception by the status; people read the word.
     401: "authentication_error",
     BUSY: "rate_limit_error",
     500: "server_error",

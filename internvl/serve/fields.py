@@ -41,6 +41,7 @@ def read_fields(
         subject = where or "the body"
         raise ApiError(f"{subject} must be a JSON object, not {_type(body)}", param=where or None)
     for name, value in body.items():
+        # Clients send null for what they leave out.
         if name in fields or value is None:
             continue
         param = f"{where}.{name}" if where else name
@@ -71,6 +72,7 @@ def number_from(least: float, most: float = math.inf) -> Read:
     """Returns a reader of numbers from `least` to `most`."""
 
     def read(name: str, value: Any) -> float:
+        # true is a number in Python.
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         # Compared before it becomes a float, which the largest JSON numbers do not fit.
         if not is_number or not least <= value <= min(most, sys.float_info.max):
@@ -115,6 +117,7 @@ def texts(most: int) -> Read:
         if not isinstance(listed, list) or len(listed) > most:
             raise _wrong(name, value, f"a string or a list of at most {most}")
         strings = tuple(text(f"{name}[{i}]", entry) for i, entry in enumerate(listed))
+        # An empty stop string stands everywhere.
         if not all(strings):
             raise ApiError(f"{name} holds an empty string; leave it out", param=name)
         return strings
@@ -142,6 +145,7 @@ def _span(least: float, most: float) -> str:
 
 
 def _short(value: Any) -> str:
+    # A value may be a whole image.
     shown = repr(value)
     return shown if len(shown) <= 60 else f"{shown[:60]}…"
 

@@ -24,6 +24,7 @@ async def read_json(http: Request, limits: Limits) -> Any:
         ApiError: too large, or not JSON.
     """
     blocks, size = [], 0
+    # Counted as it comes: a header may name another length, or none.
     async for block in http.stream():
         size += len(block)
         if size > limits.max_body:
@@ -50,6 +51,7 @@ async def finished_or_gone(http: Request, work: Coroutine[Any, Any, T]) -> T:
     Raises:
         ClientDisconnect: it has gone.
     """
+    # Both at once: only `receive` tells that a client has gone.
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(http))
     try:
@@ -117,6 +119,7 @@ class Door:
             return error_response(
                 ApiError("the API key is missing or wrong", status=401, code="invalid_api_key")
             )
+        # After the key: strangers learn nothing.
         if self.draining:
             return error_response(unavailable("the server is stopping", 10))
         return None

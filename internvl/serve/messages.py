@@ -71,6 +71,7 @@ def read_messages(messages: Any, limits: Limits) -> tuple[list[Message], list[Me
         (IMAGE_MARK, limits.max_images, "image"),
         (VIDEO_MARK, limits.max_videos, "video"),
     ):
+        # Counted before one is fetched.
         count = sum(medium.mark == mark for medium in media)
         if count > most:
             raise ApiError(
@@ -91,6 +92,7 @@ def _read_message(name: str, entry: Any) -> tuple[Message, list[Medium]]:
             param=f"{name}.role",
         )
     content = values["content"]
+    # A text is a content of one part.
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list) or not content:
@@ -99,11 +101,13 @@ def _read_message(name: str, entry: Any) -> tuple[Message, list[Medium]]:
         )
     pieces = [_read_piece(f"{name}.content[{i}]", piece) for i, piece in enumerate(content)]
     media = [piece for piece in pieces if isinstance(piece, Medium)]
+    # The model has no place for them elsewhere, and training refuses them too.
     if media and role != "user":
         raise ApiError(
             f"{media[0].param}: only messages from the user show images and videos",
             param=media[0].param,
         )
+    # Marks in other turns are plain text, as in training.
     if role != "user":
         return Message(role, "".join(map(str, pieces))), []
     return Message(role, _with_marks(name, pieces, media)), _in_order_of_marks(media)
@@ -126,6 +130,7 @@ def _read_piece(name: str, piece: Any) -> str | Medium:
     fields = _IMAGE if piece_type == "image_url" else _VIDEO
     values = read_fields(piece, rest | {piece_type: Field(_as_it_is)}, _PART_REFUSED, name)
     inner = values[piece_type]
+    # Some clients send the address alone.
     inner = {"url": inner} if isinstance(inner, str) else inner
     param = f"{name}.{piece_type}"
     values = read_fields(inner, fields, {}, param)
@@ -133,6 +138,7 @@ def _read_piece(name: str, piece: Any) -> str | Medium:
         raise ApiError(f"{param}.url is missing", param=f"{param}.url")
     if piece_type == "video_url":
         return Medium(VIDEO_MARK, values["url"], param, num_frames=values["num_frames"])
+    # The number is exact, the word a class: the number wins.
     max_tiles = values["max_dynamic_patch"] or DETAILS.get(values["detail"])
     return Medium(IMAGE_MARK, values["url"], param, max_tiles=max_tiles)
 
@@ -144,6 +150,7 @@ def _with_marks(name: str, pieces: Sequence[str | Medium], media: Sequence[Mediu
     for mark in (IMAGE_MARK, VIDEO_MARK):
         shown = sum(medium.mark == mark for medium in media)
         marks = count_marks(written, mark)
+        # Here, not in the encoder: with several turns it could not say which is wrong.
         if marks not in (0, shown):
             noun = mark.strip("<>")
             raise ApiError(
@@ -154,6 +161,7 @@ def _with_marks(name: str, pieces: Sequence[str | Medium], media: Sequence[Mediu
             )
         if not marks:
             lines += f"{mark}\n" * shown
+    # Several texts around images are written so on purpose.
     if lines and _between_texts(pieces) and not any(count_marks(written, m) for m in _MARKS):
         return "".join(p if isinstance(p, str) else f"{p.mark}\n" for p in pieces)
     return lines + written
@@ -164,6 +172,7 @@ _MARKS = (IMAGE_MARK, VIDEO_MARK)
 
 def _between_texts(pieces: Sequence[str | Medium]) -> bool:
     """True if any medium stands after one text and before another."""
+    # Line breaks beside an image are no text.
     is_text = [isinstance(piece, str) and bool(piece.strip()) for piece in pieces]
     return any(
         isinstance(piece, Medium) and any(is_text[:i]) and any(is_text[i:])

@@ -12,7 +12,11 @@ class Metrics:
         # A registry of its own: the global one would hold the metrics of every server of a process.
         registry = self.registry = CollectorRegistry()
         self.requests = Counter(
-            "internvl_requests", "Requests answered", ["path", "status"], registry=registry
+            # By path and status: a rate of 429 asks for another GPU.
+            "internvl_requests",
+            "Requests answered",
+            ["path", "status"],
+            registry=registry,
         )
         self.running = Gauge("internvl_running", "Requests in slots", registry=registry)
         self.waiting = Gauge("internvl_waiting", "Requests that wait for one", registry=registry)

@@ -41,6 +41,7 @@ class Limits:
     def __post_init__(self) -> None:
         for name in ("max_images", "max_tokens", "max_length", "max_waiting", "max_body"):
             check_whole(f"--{name.replace('_', '-')}", getattr(self, name), 1)
+        # Now: a wrong folder would refuse every image later.
         for folder in self.allow_files:
             if not folder.is_dir():
                 raise ConfigError(f"--allow-files: there is no folder {folder}")
@@ -76,13 +77,16 @@ def parse_adapters(words: list[str]) -> dict[str, Path]:
     """
     adapters: dict[str, Path] = {}
     for word in words:
+        # At the first one: a path may hold others.
         name, equals, path = word.partition("=")
+        # Names go into JSON, logs and metrics.
         if not equals or not re.fullmatch(r"[\w.:/-]+", name):
             raise ConfigError(
                 f"--adapter {word}: write NAME=PATH, such as stamps=runs/stamps/final"
             )
         if name in adapters:
             raise ConfigError(f"--adapter {word}: the name {name} is taken; choose another one")
+        # Before the model, which may take minutes.
         if not Path(path).expanduser().is_dir():
             raise ConfigError(f"--adapter {word}: there is no folder {path}")
         adapters[name] = Path(path).expanduser()

@@ -43,6 +43,7 @@ class Fetcher:
             ApiError: not allowed, not reachable, no image, or too large.
         """
         content = await self._fetch(url, param, self.limits.image_bytes, self.limits.fetch_s)
+        # Before it waits with others: a small file can be a huge image.
         check_pixels(content, param, self.limits)
         return content
 
@@ -101,6 +102,7 @@ class Prompts:
         Raises:
             ApiError: a medium that cannot be had or read, or turns that training would refuse.
         """
+        # All at once: each waits for its host.
         contents = await asyncio.gather(*(self._fetch(medium) for medium in media))
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
@@ -124,6 +126,7 @@ class Prompts:
         try:
             request = Request(turns, images, videos, max_tiles=self._max_tiles(media, asked))
             return encode(request, self.encoder, self.chat.tiles, **self.image_settings)
+        # What training would refuse; there is no name of a request to show.
         except UserError as error:
             raise ApiError(str(error).removeprefix("request: "), param="messages") from None
 
@@ -138,6 +141,7 @@ class Prompts:
         ]
         if not any(limits):
             return None
+        # One image with a limit of its own leaves the others the model's.
         return [limit or self.chat.tiles.max for limit in limits]
 
     def close(self) -> None:
@@ -154,5 +158,6 @@ def _frames(medium: Medium, content: bytes, num_frames: int) -> list[Any]:
         try:
             return read_video(file, medium.num_frames or num_frames, medium.param)
         except BadImage as error:
+            # The name of the temporary file tells nobody anything.
             reason = str(error).replace(str(file), "the video")
             raise ApiError(reason, param=medium.param, code="invalid_video") from None

@@ -43,6 +43,7 @@ def serve(family: str, loads: Sequence[LoadEngine], options: Options, names: Seq
 def _bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
+    # A server that was restarted gets its port back at once.
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
@@ -96,6 +97,7 @@ async def _serve(
 async def _stop_if_it_cannot_load(
     engines: Engines[Any], server: "_Server", options: Options, port: int
 ) -> None:
+    # Polled: it ends with the first of two things, and happens once.
     while not engines.ready:
         if engines.error is not None:
             server.load_error = engines.error

@@ -6,6 +6,7 @@ import json
 import openai
 import pytest
 from chat_folders import add_tokenizer, official_folder, prompt_folder
+from command_line import call
 from http_server import asked, data_address, image_bytes, image_part, running
 
 from internvl.data.records import Message, Sample
@@ -394,3 +395,21 @@ def test_a_model_that_the_engine_does_not_run_answers_one_by_one(tmp_path):
             assert "".join(c.choices[0].delta.content or "" for c in stream) == expected
         status, error = server.post(asked("Hi", logprobs=True))
         assert (status, error["error"]["param"]) == (400, "logprobs")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--max-length", "0"], "--max-length must be a whole number of at least 1"),
+        (["--adapter", "a b=."], "--adapter a b=.: write NAME=PATH"),
+        (["--adapter", "a=gone"], "there is no folder gone"),
+        (["--adapter", "a=.", "--adapter", "a=."], "the name a is taken"),
+        (["--allow-files", "gone"], "--allow-files: there is no folder gone"),
+        (["--gpus", "99"], "--gpus 99: this machine has"),
+        (["--gpus", "1", "--device", "cpu"], "leave --device and --device-map out"),
+    ],
+)
+def test_wrong_options_are_named(folder, capsys, words, says):
+    code, _, error = call(capsys, "serve", folder, *words)
+    assert code in (1, 2)
+    assert says in error

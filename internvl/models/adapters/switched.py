@@ -41,6 +41,7 @@ def read(model: Any, folder: Path) -> dict[str, Matrices]:
             base's.
     """
     merge = "; export it merged (`internvl export`), and serve that model"
+    # First, and for its `replaced` alone: loading would write those values into the base.
     resolved = adapter_layers.resolve(model, folder)
     if resolved.replaced:
         raise ModelFolderError(
@@ -57,6 +58,7 @@ def read(model: Any, folder: Path) -> dict[str, Matrices]:
         else:
             weights = (plain.lora_A[ADAPTER].weight, plain.lora_B[ADAPTER].weight)
             a, b = (weight.detach().float() for weight in weights)
+            # Without the wrappers of compilation, which the base may get later.
             matrices[unwrapped(name)] = Matrices(a, b, float(plain.scaling[ADAPTER]))
         # Off again at once: the next adapter is read from the same base.
         model.set_submodule(name, layer.get_base_layer())
