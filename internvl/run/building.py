@@ -88,6 +88,7 @@ def assemble(
     endings: Sequence[Ending] = (),
 ) -> TrainState:
     """Returns the state of a run whose model is on its device, ready to compute."""
+    # Pairs have no rows, so none that compiled code would have to be padded for.
     packs = recipe.objective.rows_are_packed
     objective = OBJECTIVES[recipe.objective.name](recipe.objective, recipe.data, chat.encoder)
     # Last: modules may have been replaced, and the optimizer must hold what trains.
@@ -120,6 +121,7 @@ def _load(
         placement.to_device(chat.model, device, recipe.dtype)
         prepare(chat.model, recipe, device, None)
         return chat
+    # Cut before it is filled: no rank holds the whole model at any time.
     cut = partial(prepare, recipe=recipe, device=device, grid=grid)
     shards_on = CPU if recipe.parallel.offload == "cpu" else device
     return loading.for_training(recipe, start, cut, device, shards_on)
@@ -127,6 +129,7 @@ def _load(
 
 def _load_initial(recipe: Recipe, device: torch.device) -> Any:
     """Loads the weights that the run started from, frozen, as a second model."""
+    # Nothing of it trains, so it needs no gradients, no adapters and no dropped paths.
     frozen = replace(recipe.model, train=(), lora=None, train_last_vision_blocks=0, drop_path=0.0)
     grid = mesh.build(recipe.parallel, device)
     return _load(replace(recipe, model=frozen), None, device, grid).model.eval()
@@ -160,6 +163,7 @@ def run_start(state: TrainState) -> RunStart:
         total = state.total_samples or len(order)
         return order.between(0, total if isinstance(order, GrownOrder) else min(total, len(order)))
 
+    # As in a step, or a reference would round otherwise than what it is compared with.
     @contextmanager
     def computing() -> Iterator[None]:
         with (

@@ -41,6 +41,7 @@ def throughput(
     }
     counts = dist.sum_counts(rank_counts)
     rows, samples, tokens = (int(counts[name]) for name in rank_counts)
+    # The share of full rows, whatever a rank pads its own to.
     limit = state.recipe.data.row_tokens or state.recipe.data.max_tokens
     packs = state.recipe.objective.rows_are_packed
     return {

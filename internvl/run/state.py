@@ -41,6 +41,7 @@ class TrainState:
     """The recipe's evaluations with their data read."""
     endings: tuple[Ending, ...] = ()
     """Earlier ends of a run that was made longer."""
+    # Fixed when the run begins: compiled code exists for these lengths alone.
     row_lengths: tuple[int, ...] = ()
     """Lengths in tokens that rows are padded to; empty if rows are not padded."""
     step: int = 0
