@@ -45,7 +45,6 @@ ELSEWHERE = {
     "evals/scores.py": ("data/captions/test_captions.py", "scores of captions of every form"),
     "inference/engine/attention.py": ("inference/engine/test_decoder.py", "of its two passes"),
     "inference/engine/cache.py": ("inference/engine/test_decoder.py", "what its passes write"),
-    "inference/engine/tower.py": ("inference/engine/test_scheduler.py", "what its prompts see"),
     "inference/families.py": ("inference/test_load.py", "what `load` chooses from"),
     "inference/handle.py": ("inference/test_load.py", "what both families answer to"),
     "inference/settings.py": ("inference/test_generate.py", "settings of an answer"),
