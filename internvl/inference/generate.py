@@ -108,7 +108,7 @@ def _by_engine(
         files: whether all images are files, which worker processes can read.
     """
     on_gpu = model.device.type == "cuda"
-    kept = _KEPT.get(id(model))
+    shared = _SHARED.get(id(model))
     scheduler = _scheduler(model, encoder, slots, len(order))
 
     def job(index: int, prompt: Prompt) -> engine.Job:
@@ -123,8 +123,8 @@ def _by_engine(
             if answered.ended:
                 yield answered.key, _whole_answer(answered.prompt, answered.generated, encoder)
     # Only now, for whoever stops earlier leaves requests in it.
-    if kept is not None:
-        kept.schedulers[slots] = scheduler
+    if shared is not None:
+        shared.schedulers[slots] = scheduler
     del scheduler  # its memory, before the model needs it
     for left in prompts.too_long:
         yield left.key, generate(model, encoder, [left.prompt], left.settings)[0]
@@ -151,14 +151,14 @@ _WORTH_COMPILING = 1000
 
 
 @dataclass
-class _Kept:
+class _Shared:
     """What `one_engine` keeps between calls: requests in all, and a scheduler by its slots."""
 
     count: int
     schedulers: dict[int | None, engine.Scheduler] = field(default_factory=dict)
 
 
-_KEPT: dict[int, _Kept] = {}
+_SHARED: dict[int, _Shared] = {}
 """By the id of a model, inside `one_engine`."""
 
 
@@ -172,21 +172,21 @@ def one_engine(model: Any, count: int) -> Iterator[None]:
         count: requests of all calls together. If they are many, a model of which nothing trains
             is compiled; training has compiled its own as it wants it.
     """
-    _KEPT[id(model)] = _Kept(count)
+    _SHARED[id(model)] = _Shared(count)
     try:
         yield
     finally:
-        del _KEPT[id(model)]
+        del _SHARED[id(model)]
 
 
 def _scheduler(model: Any, encoder: ChatEncoder, slots: int | None, count: int) -> engine.Scheduler:
     """Returns the scheduler that `one_engine` keeps, taken out of it, else a new one."""
-    kept = _KEPT.get(id(model))
-    if kept is not None and slots in kept.schedulers:
-        return kept.schedulers.pop(slots)
+    shared = _SHARED.get(id(model))
+    if shared is not None and slots in shared.schedulers:
+        return shared.schedulers.pop(slots)
     is_frozen = not any(p.requires_grad for p in model.parameters())
-    if kept is not None and is_frozen and getattr(model, "hf_quantizer", None) is None:
-        count = max(count, kept.count)
+    if shared is not None and is_frozen and getattr(model, "hf_quantizer", None) is None:
+        count = max(count, shared.count)
     compiled = model.device.type == "cuda" and count >= _WORTH_COMPILING
     if compiled:
         engine.accelerate(model)

@@ -91,6 +91,7 @@ class _Threads:
         self.finish = finish
         self.left = iter(order)
         self.ahead = ahead
+        # No more threads than requests: each would be started for nothing.
         threads = max(1, min(_THREADS, os.cpu_count() or 1, len(order)))
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
         self.reading: deque[Future[tuple[int, Prompt]]] = deque()
@@ -133,6 +134,7 @@ class _Processes:
     ) -> None:
         self.order = order
         self.finish = finish
+        # Bounded, for each request holds some megabytes of pinned memory.
         self.ready: queue.Queue[tuple[int, Prompt] | BaseException | None] = queue.Queue(ahead)
         self.closed = threading.Event()
         self.ended = False
@@ -140,6 +142,7 @@ class _Processes:
             _Requests(read),
             iter(order),
             name=lambda index, _: f"request {index}",
+            # Of a worker that died: its requests by their positions, for they have no files.
             describe=lambda index: f"request {index}",
             workers=workers,
         )
@@ -157,6 +160,7 @@ class _Processes:
             encoded = self.ready.get(block=wait)
         except queue.Empty:
             return None
+        # An error ends the reading; whatever was read before it has been taken.
         if isinstance(encoded, BaseException):
             self.ended = True
             raise encoded
@@ -180,7 +184,7 @@ class _Processes:
             try:
                 self.ready.put(encoded, timeout=0.1)
             except queue.Full:
-                continue
+                continue  # `close` may have been called meanwhile
             return True
         return False
 

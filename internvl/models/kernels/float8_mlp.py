@@ -51,6 +51,7 @@ def _(states: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("internvl::activate_rounded", lib=_LIBRARY)
 def _(states: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+    # Contiguous, as the kernel returns it: a compiler plans memory by these strides.
     small = states.new_empty(states.shape, dtype=torch.float8_e4m3fn)
     # Not `len`, which is an int: the compiler would take this number of rows for the only one.
     return small, states.new_empty((states.shape[0], 1), dtype=torch.float32)
@@ -107,6 +108,7 @@ def enable(tower: nn.Module, text: nn.Module) -> int:
     """
     if not _HAS_TRITON and next(text.parameters()).is_cuda:
         return 0
+    # Listed first: replacing modules while walking over them would visit the new ones.
     names = []
     for root in (tower, text):
         for name, module in root.named_modules():
@@ -122,11 +124,11 @@ def _class_for(module: nn.Module) -> type[nn.Module] | None:
     """Returns what an MLP is replaced by, None for any other module."""
     # By exact type: a subclass may compute something else.
     if type(module) is InternVLVisionMLP:
-        known = isinstance(module.activation_fn, GELUActivation)
-        return TowerMlp if known and _is_ready(module.fc2) else None
+        is_exact = isinstance(module.activation_fn, GELUActivation)
+        return TowerMlp if is_exact and _is_ready(module.fc2) else None
     if type(module) in _GATED:
-        known = isinstance(module.act_fn, nn.SiLU | SiLUActivation)
-        return _GATED[type(module)] if known and _is_ready(module.down_proj) else None
+        is_silu = isinstance(module.act_fn, nn.SiLU | SiLUActivation)
+        return _GATED[type(module)] if is_silu and _is_ready(module.down_proj) else None
     return None
 
 

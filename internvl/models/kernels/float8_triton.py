@@ -16,6 +16,7 @@ def _activate(
     GATED: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    # 64 bits: rows times columns may pass 2^31.
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     inside = column < columns
