@@ -1,5 +1,7 @@
 """`clip_benchmark eval …`: CLIP_benchmark's evaluations of InternVL-14B as `internvl evaluate`."""
 
+import csv
+import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -23,14 +25,15 @@ def _table() -> dict[str, Any]:
 
 
 def translate(words: Sequence[str], environment: Mapping[str, str]) -> Translation:
-    """Translates `eval --model_type internvl …`."""
+    """Translates `eval --model_type internvl …`; `build FILE …` is done here."""
+    if words[:1] == ["build"]:
+        return _build(words[1:])
     table = _table()
     positional, flags = take_flags(
         words, table["valued"], table["switches"], several=table["several"]
     )
-    # `build`, its other verb, makes tables of result files only.
     if positional != ["eval"]:
-        raise ConfigError("clip_benchmark: `eval` and its flags are expected")
+        raise ConfigError("clip_benchmark: `eval` or `build` and its flags are expected")
     for flag in flags:
         if flag in table["refused"]:
             raise ConfigError(f"--{flag}: {table['refused'][flag]}")
@@ -81,6 +84,35 @@ def translate(words: Sequence[str], environment: Mapping[str, str]) -> Translati
     if "skip_existing" in flags and Path(_output(last)).exists():
         return Translation(notes=tuple(notes), done=f"{_output(last)} exists: skipped")
     return Translation(commands=commands, notes=tuple(notes))
+
+
+def _build(words: Sequence[str]) -> Translation:
+    """Appends a row for every result line of some files to a CSV file, as the original."""
+    files, flags = take_flags(words, {"output": "a file"})
+    if not files:
+        raise ConfigError("clip_benchmark build: files of result lines are expected")
+    rows: list[dict[str, Any]] = []
+    for file in files:
+        try:
+            lines = Path(file).read_text(encoding="utf-8").splitlines()
+            results = [json.loads(line) for line in lines if line.strip()]
+            rows += [
+                {
+                    **result["metrics"],
+                    **{key: value for key, value in result.items() if key != "metrics"},
+                    "model_fullname": f"{result['model']} {result['pretrained']}",
+                }
+                for result in results
+            ]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{file}: no file of result lines ({error})") from None
+    output = Path(flags.get("output", ["benchmark.csv"])[-1])
+    with output.open("a", encoding="utf-8", newline="") as target:
+        # In the order in which they first come; the original's order is that of a set.
+        writer = csv.DictWriter(target, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    return Translation(done=f"{len(rows)} rows appended to {output}")
 
 
 _PROBE_OPTIONS = {

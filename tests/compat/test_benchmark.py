@@ -1,5 +1,7 @@
 """CLIP_benchmark's command line."""
 
+import csv
+import json
 import shlex
 
 import pytest
@@ -65,7 +67,7 @@ def test_results_that_exist_are_skipped_if_asked(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("eval ", "build ", "`eval` and its flags"),
+        ("eval ", "evaluate ", "`eval` or `build` and its flags"),
         ("--model_type internvl", "", "internvl only"),
         ("zeroshot_retrieval", "zeroshot_retrieval_with_itm", "--rerank"),
         ("zeroshot_retrieval", "zeroshot_classification", "flickr30k: has no classes"),
@@ -105,6 +107,21 @@ def test_classification():
     assert " imagenetv2 imagenet_sketch imagenet-a imagenet-r objectnet " in command(
         CLASSES.format("en", "imagenet_robustness")
     )
+
+
+def test_build(tmp_path):
+    line = {"dataset": "cifar10", "model": "m", "pretrained": "p", "task": "t", "language": "en"}
+    file, output = tmp_path / "result.json", tmp_path / "b.csv"
+    file.write_text("".join(json.dumps({**line, "metrics": {"acc1": n}}) + "\n" for n in (1, 2)))
+    done = benchmark.translate(["build", str(file), "--output", str(output)], {})
+    assert (done.commands, done.done) == ((), f"2 rows appended to {output}")
+    rows = [*csv.DictReader(output.read_text().splitlines())]
+    assert [(row["acc1"], row["model_fullname"]) for row in rows] == [("1", "m p"), ("2", "m p")]
+    file.write_text("x")
+    with pytest.raises(ConfigError, match="no file of result lines"):
+        benchmark.translate(["build", str(file)], {})
+    with pytest.raises(ConfigError, match="files of result lines are expected"):
+        benchmark.translate(["build"], {})
 
 
 def test_a_linear_probe():
