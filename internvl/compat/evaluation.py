@@ -8,10 +8,11 @@ from typing import Any
 
 import yaml
 
+from internvl import zoo
 from internvl.compat.translation import Translation, take_flags
 from internvl.config import eval_keys, eval_options
 from internvl.datasets import published
-from internvl.errors import ConfigError
+from internvl.errors import ConfigError, UnknownModel
 from internvl.inference.opened import open_model
 from internvl.models import hub
 
@@ -48,6 +49,7 @@ def translate(words: Sequence[str], environment: Mapping[str, str]) -> Translati
     for flag, row in table["valued"].items():
         if flag in flags and "refused" in row:
             raise ConfigError(f"--{flag}: {row['refused']}")
+    _check_fetched(checkpoint)
     # A hub id is not opened: to download is for the evaluation itself.
     family = "chat" if hub.is_hub_id(checkpoint) else open_model(checkpoint).files.family
     notes = [
@@ -73,6 +75,21 @@ def translate(words: Sequence[str], environment: Mapping[str, str]) -> Translati
     more_options, more_notes = _devices(flags, environment)
     command = ("evaluate", checkpoint, *names, *options, *more_options)
     return Translation(commands=(command,), notes=tuple(notes + more_notes))
+
+
+def _check_fetched(checkpoint: str) -> None:
+    """Raises ConfigError, with the command that fetches it, for a released model that is absent."""
+    # The guides fetch into this folder first, and a stranger may have skipped that.
+    if Path(checkpoint).exists() or Path(checkpoint).parent.name != "pretrained":
+        return
+    try:
+        released = zoo.find(checkpoint)
+    except UnknownModel:
+        return
+    raise ConfigError(
+        f"{checkpoint}: there is no such folder; `internvl models {released.name} --download --to "
+        f"{checkpoint}` fetches it"
+    )
 
 
 def _tasks_of(key: str) -> list[str]:

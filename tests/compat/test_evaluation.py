@@ -5,7 +5,7 @@ from dual_folders import dual_folder
 from original_trees import chat_model
 
 from internvl.compat import evaluation
-from internvl.errors import ConfigError
+from internvl.errors import ConfigError, ModelFolderError
 
 
 @pytest.fixture
@@ -94,3 +94,12 @@ def test_the_subtask_of_mme_realworld(chat):
     (line,) = evaluation.translate(words, {}).commands
     assert line[line.index("--subtask") + 1] == "OCR with Complex Context"
     assert line[2] == "mme-realworld"
+
+
+def test_a_released_model_that_was_not_fetched(chat, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = "internvl models InternVL2-8B --download --to pretrained/InternVL2-8B"
+    with pytest.raises(ConfigError, match=command):
+        evaluation.translate(["pretrained/InternVL2-8B", "caption-coco"], {})
+    with pytest.raises(ModelFolderError, match=r"did you mean pretrained/InternVL2-2B\?"):
+        evaluation.translate(["pretrained/InternVL2-2C", "caption-coco"], {})
