@@ -53,9 +53,13 @@ class Results:
         """
         return read_items(self.rows_file(name))
 
+    def task_of(self, name: str) -> str:
+        """Returns the key of a benchmark, which a recipe may call otherwise."""
+        return str(self.settings_of(name).get("settings", {}).get("task", name))
+
     def benchmark_settings(self, name: str) -> dict[str, Any]:
         """Returns how each set of a benchmark was asked, {} for other evaluations."""
-        file = self.rows_file(name).with_name(f"{name}_settings.json")
+        file = self.metrics_file.with_suffix("") / f"{self.task_of(name)}_settings.json"
         return read_object(file) if file.is_file() else {}
 
 

@@ -124,7 +124,8 @@ def _compared(name: str, first: Results, second: Results, resamples: int) -> Com
     values = first.metrics[name], second.metrics[name]
     pairs = _paired(name, first.items(name), second.items(name))
     sides = [pair.first for pair in pairs], [pair.second for pair in pairs]
-    of_metrics = [statistics(name, side, v) for side, v in zip(sides, values, strict=True)]
+    task = first.task_of(name)
+    of_metrics = [statistics(task, side, v) for side, v in zip(sides, values, strict=True)]
     of_labels = [of_categories(side) for side in sides]
     shared = [metric for metric in values[0] if metric in values[1]]
     # Of both: a sum that gives one side's value by chance is none of the metric's.

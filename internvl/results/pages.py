@@ -97,7 +97,14 @@ def _scores(results: Results, name: str, metrics: Sequence[str]) -> list[report.
     published, before = saved.get("published", {}), saved.get("published_before", {})
     values = results.metrics[name]
     return [
-        _score(name, metric, values[metric], published.get(metric), before.get(metric))
+        _score(
+            name,
+            metric,
+            values[metric],
+            published.get(metric),
+            before.get(metric),
+            best=_best(results.task_of(name), metric),
+        )
         for metric in metrics
     ]
 
@@ -113,6 +120,7 @@ def _score(
     value: float,
     published: float | None = None,
     before: float | None = None,
+    best: float | None = None,
 ) -> report.Score:
     values = [v for v in (value, published, before) if v is not None and math.isfinite(v)]
     return report.Score(
@@ -121,7 +129,7 @@ def _score(
         before=published,
         after=value,
         reference=before,
-        best=_best(group, name) or _round_up(max(values, default=1.0)),
+        best=best or _round_up(max(values, default=1.0)),
         form=_form(values),
     )
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from result_folders import result_folder
 
-from internvl import cli, results
+from internvl import cli, report, results
 from internvl.errors import ConfigError
 from internvl.evals import metrics as caption_metrics
 from internvl.evals.scoring import yes_no
+from internvl.results import pages
 from internvl.results.compare import compare
 from internvl.results.items import item_of
 from internvl.results.statistics import statistics
@@ -192,6 +193,28 @@ def test_mme_and_pope_are_no_plain_means():
     values["f1"] = sum(f1s) / 2
     computed = statistics("pope", [item_of(row) for row in rows], values)
     assert {name: computed[name].total() for name in values} == pytest.approx(values)
+
+
+def test_a_recipe_may_call_a_benchmark_otherwise(tmp_path: Path):
+    rows = [
+        question(
+            n // 2, "yes", float(n % 2), category=["OCR"], references=["yes" if n % 2 else "no"]
+        )
+        for n in range(8)
+    ]
+    values = {"OCR": 50.0, "perception": 50.0}
+    sides = [
+        results.read(
+            result_folder(tmp_path / n, "my/points", rows, values, settings={"task": "mme"})
+        )
+        for n in "ab"
+    ]
+    (tmp_path / "a/result/mme_settings.json").write_text('{"mme": {"tiles": "one"}}')
+    assert sides[0].benchmark_settings("my/points") == {"mme": {"tiles": "one"}}
+    assert sides[1].benchmark_settings("my/points") == {}
+    (found,) = compare(*sides)
+    assert [change.interval for change in found.changes] == [(0.0, 0.0)] * 2
+    assert "my/points" in report.render(pages.evaluation_page(sides[0]))
 
 
 def retrieval_rows(ranks: list[int], image_ranks: list[int]) -> list[dict]:
