@@ -3,6 +3,9 @@
 Shapes: N rows of the features, E their width.
 """
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from internvl.errors import UserError
 from internvl.files import atomic_file
 
 CPU_ROWS, GPU_ROWS = 1024, 65_536
-"""Rows in memory as float32 at once: 3 and 192 MiB at a width of 768."""
+"""Rows in memory as float32 at once, of a thread and of a GPU: 3 and 192 MiB at a width of 768."""
 
 DEVICE_BYTES = 16 << 30
 """Largest features that are kept on a GPU."""
@@ -60,17 +63,41 @@ class Exact:
         """Returns the scores of all rows, or of `allowed`: float32, on the device."""
         chosen = None if allowed is None else torch.from_numpy(allowed).to(self._rows.device)
         count = len(self._rows) if chosen is None else len(chosen)
-        # Within the processor's cache, where a block is read again; a GPU wants larger ones.
-        size = CPU_ROWS if self.device.type == "cpu" else GPU_ROWS
         query = query.to(self.device, torch.float32)
         # In float32: sums of products in 16 bits would tie neighbours.
         scores = torch.empty(count, device=self.device)
-        buffer = torch.empty(min(size, count), self._rows.shape[1], device=self.device)
-        for start in range(0, count, size):
-            block = slice(start, start + size)
-            rows = self._rows[block if chosen is None else chosen[block]]
-            torch.mv(buffer[: len(rows)].copy_(rows), query, out=scores[block])
+        # In the processor's cache, where a block is read again; a GPU wants larger ones.
+        size = CPU_ROWS if self.device.type == "cpu" else GPU_ROWS
+
+        def fill(rows: range) -> None:
+            buffer = torch.empty(min(size, len(rows)), self._rows.shape[1], device=self.device)
+            for start in range(rows.start, rows.stop, size):
+                block = slice(start, min(start + size, rows.stop))
+                features = self._rows[block if chosen is None else chosen[block]]
+                torch.mv(buffer[: len(features)].copy_(features), query, out=scores[block])
+
+        if self.device.type != "cpu":
+            fill(range(count))
+            return scores
+        with _one_thread_per_operator() as num_threads:
+            step = max(size, -(-count // num_threads))
+            parts = [range(start, min(start + step, count)) for start in range(0, count, step)]
+            with ThreadPoolExecutor(num_threads) as threads:
+                list(threads.map(fill, parts))
         return scores
+
+
+@contextmanager
+def _one_thread_per_operator() -> Iterator[int]:
+    """Lets operators of torch use one thread each in the block; yields how many they would use."""
+    # OpenMP's threads wait for each other after every operator: with other programs on the same
+    # cores a search of many small blocks would take twenty times as long.
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield num_threads
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _first(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -157,7 +157,7 @@ Path({index!r}).with_suffix(".done").touch()
 
 @pytest.mark.slow
 def test_a_kill_at_any_moment_loses_nothing(dual, tmp_path):
-    names = [f"{seed % 3}/{seed}.png" for seed in range(60)]
+    names = [f"{seed % 3}/{seed}.png" for seed in range(40)]
     photos = photo_library.library(tmp_path / "photos", names)
     expected = features(photo_library.make(photos, tmp_path / "undisturbed", dual))
     encoder, index = Encoder(lambda: dual), tmp_path / "index"

@@ -38,6 +38,21 @@ def test_blocks_equal_a_plain_sort(monkeypatch, dtype, k):
     assert rows.tolist() == [row for row in order.tolist() if row % 3 == 0][:k]
 
 
+def test_threads_share_the_rows(monkeypatch):
+    monkeypatch.setattr(ranking, "CPU_ROWS", 16)
+    features, (query,) = unit(300).numpy().astype(np.float16), unit(1, seed=1)
+    expected = ranking.Exact(features, CPU).top(query, 300)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        rows, scores = ranking.Exact(features, CPU).top(query, 300)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert rows.tolist() == expected[0].tolist()
+    np.testing.assert_array_equal(scores, expected[1])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("limit", [0, 1 << 30])
 def test_a_gpu_ranks_alike(monkeypatch, limit):
