@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from internvl import dist
 from internvl.config import LayerDecayConfig, OptimConfig
 from internvl.errors import UserError
 from internvl.models import keys
@@ -97,11 +98,15 @@ class Muon(torch.optim.AdamW):
             if parameter.grad is not None:
                 shapes.setdefault(parameter.shape, []).append(parameter)
         lr = group["lr"]
-        for shape, parameters in shapes.items():
-            # Equal shapes together: many small products would be bound by their launches.
-            # Rows alone have other singular vectors, so shards are orthogonalized whole.
-            matrices = [_whole(self._averaged(p)) for p in parameters]
-            updates = orthogonal(torch.stack(matrices))
+        # Equal shapes together: many small products would be bound by their launches.
+        # Rows alone have other singular vectors, so shards are orthogonalized whole.
+        stacks = [
+            torch.stack([_whole(self._averaged(p)) for p in parameters])
+            for parameters in shapes.values()
+        ]
+        for (shape, parameters), updates in zip(
+            shapes.items(), orthogonal_on_ranks(stacks), strict=True
+        ):
             scale = 0.2 * math.sqrt(max(shape))  # the root mean square of AdamW's updates
             for parameter, update in zip(parameters, updates, strict=True):
                 parameter.mul_(1 - lr * group["weight_decay"])
@@ -153,6 +158,38 @@ def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+def orthogonal_on_ranks(stacks: Sequence[Tensor]) -> list[Tensor]:
+    """Computes `orthogonal` of each stack; on CPUs every rank of a share of the matrices.
+
+    All ranks pass the same values, those of their summed gradients.
+    """
+    ranks = dist.world_size()
+    # A GPU computes them in less time than it takes to send them.
+    if ranks == 1 or any(stack.device.type != "cpu" for stack in stacks):
+        return [orthogonal(stack) for stack in stacks]
+    # The matrix that takes longest first, each to the rank that has the least to do.
+    cost = {
+        (index, row): stack[0].numel() * min(stack.shape[1:])
+        for index, stack in enumerate(stacks)
+        for row in range(len(stack))
+    }
+    loads, mine = [0] * ranks, [list[int]() for _ in stacks]
+    for index, row in sorted(cost, key=lambda matrix: -cost[matrix]):
+        rank = loads.index(min(loads))
+        loads[rank] += cost[index, row]
+        if rank == dist.rank():
+            mine[index].append(row)
+    flat = torch.zeros(sum(stack.numel() for stack in stacks))
+    pieces = flat.split([stack.numel() for stack in stacks])
+    updates = [piece.view(stack.shape) for piece, stack in zip(pieces, stacks, strict=True)]
+    for update, stack, rows in zip(updates, stacks, mine, strict=True):
+        if rows:
+            update[rows] = orthogonal(stack[rows])
+    # A sum with the zeros of the other ranks is the value itself.
+    distributed.all_reduce(flat)
+    return updates
 
 
 class OffloadedAdamW(torch.optim.AdamW):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
@@ -62,6 +63,24 @@ def test_orthogonal_keeps_the_directions_and_levels_the_lengths(shape):
         assert (lengths - lengths.diag().diag()).abs().max() < 1e-4
         assert lengths.diag().min() > 0.3
         assert lengths.diag().max() < 1.3
+
+
+SHARED = """
+import torch
+from internvl import dist
+from internvl.training import optim
+dist.init_from_env("cpu")
+torch.manual_seed(0)
+stacks = [torch.randn(3, 4, 6), torch.randn(1, 8, 4), torch.randn(2, 5, 5)]
+for updates, stack in zip(optim.orthogonal_on_ranks(stacks), stacks, strict=True):
+    torch.testing.assert_close(updates, optim.orthogonal(stack), rtol=0, atol=1e-6)
+    print(*updates.flatten().tolist())
+"""
+
+
+def test_ranks_share_the_matrices_and_have_the_same_updates():
+    first, second, third = run_ranks(SHARED, num_ranks=3)
+    assert first == second == third
 
 
 def test_muon_is_for_matrices_and_adamw_for_the_rest():
