@@ -70,22 +70,24 @@ def _bmp(image: Image.Image) -> bytes:
 
 def read_idx_labels(path: Path) -> list[int]:
     """Reads a one-dimensional IDX file (MNIST's labels)."""
-    shape, offset = idx_shape(path)
+    shape, offset = idx_shape(path, 1)
     return [*path.read_bytes()[offset : offset + shape[0]]]
 
 
-def idx_shape(path: Path) -> tuple[tuple[int, ...], int]:
-    """Returns the shape of an IDX file of bytes, and where its data begin.
+def idx_shape(path: Path, dimensions: int) -> tuple[tuple[int, ...], int]:
+    """Returns the shape of an IDX file of bytes with so many dimensions, and where its data begin.
 
     Raises:
         DataError: not such a file.
     """
     with path.open("rb") as file:
         head = file.read(4)
-        if len(head) < 4 or head[:3] != b"\0\0\x08":
+        if head != b"\0\0\x08" + bytes([dimensions]):
             raise DataError(f"{path} is no IDX file of bytes; unpack it, or fetch it again")
-        sizes = file.read(4 * head[3])
-    return struct.unpack(f">{head[3]}I", sizes), 4 + len(sizes)
+        sizes = file.read(4 * dimensions)
+    if len(sizes) < 4 * dimensions:
+        raise DataError(f"{path} ends within its head; fetch it again")
+    return struct.unpack(f">{dimensions}I", sizes), 4 + len(sizes)
 
 
 def read_pickled_lists(path: Path) -> tuple[dict[str, list[Any]], tuple[int, int]]:
@@ -150,7 +152,7 @@ def read_mat(path: Path) -> dict[str, Any]:
             if type_code == _MATRIX:
                 name, value = _mat_matrix(content)
                 variables[name] = value
-    except (struct.error, zlib.error, ValueError, KeyError) as error:
+    except (struct.error, zlib.error, ValueError, KeyError, IndexError) as error:
         raise DataError(f"{path}: damaged ({error}); fetch it again") from None
     return variables
 

@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 from internvl.data.json_rows import read_json
@@ -168,29 +169,52 @@ def read_signs(source: Source) -> Read:
     folder = source.path("gtsrb/GTSRB/Final_Test/Images")
     # Sizes and boxes of the signs are not used, as in torchvision.
     rows = csv.DictReader(source.lines("gtsrb/GT-final_test.csv"), delimiter=";")
-    return _of_rows([(f"{folder}/{row['Filename']}", int(row["ClassId"])) for row in rows], ())
+    images = []
+    for row in rows:
+        name, label = row.get("Filename"), str(row.get("ClassId"))
+        if not name or not label.isdecimal():
+            raise DataError(f"{source.root}/gtsrb/GT-final_test.csv: {row} has no image or class")
+        images.append((f"{folder}/{name}", int(label)))
+    return _of_rows(images, ())
 
 
 def read_cars(source: Source) -> Read:
     """Reads Stanford Cars' MATLAB files."""
     file = {"test": "cars_test_annos_withlabels.mat", "train": "devkit/cars_train_annos.mat"}
-    rows = read_mat(source.path(f"stanford_cars/{file[source.split]}"))["annotations"]
+    path = source.path(f"stanford_cars/{file[source.split]}")
+    rows = _variable(path, "annotations")
     folder = source.path(f"stanford_cars/cars_{source.split}")
+    names = _variable(source.path("stanford_cars/devkit/cars_meta.mat"), "class_names")
     # Labels begin at 1 in MATLAB.
-    names = read_mat(source.path("stanford_cars/devkit/cars_meta.mat"))["class_names"]
-    return _of_rows(
-        [(f"{folder}/{row['fname']}", int(row["class"].flat[0]) - 1) for row in rows], names
-    )
+    try:
+        images = [(f"{folder}/{row['fname']}", int(row["class"].flat[0]) - 1) for row in rows]
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: its rows have no name and class ({error})") from None
+    return _of_rows(images, names)
 
 
 def read_flowers(source: Source) -> Read:
     """Reads Oxford Flowers 102's MATLAB files."""
-    labels = read_mat(source.path("flowers-102/imagelabels.mat"))["labels"].flat
-    ids = read_mat(source.path("flowers-102/setid.mat"))[source.split].flat
-    folder = source.path("flowers-102/jpg")
-    return _of_rows(
-        [(f"{folder}/image_{int(i):05d}.jpg", int(labels[int(i) - 1]) - 1) for i in ids], ()
+    labels_path, ids_path = (
+        source.path(f"flowers-102/{name}.mat") for name in ("imagelabels", "setid")
     )
+    labels, ids = _variable(labels_path, "labels"), _variable(ids_path, source.split)
+    folder = source.path("flowers-102/jpg")
+    try:
+        images = [
+            (f"{folder}/image_{int(i):05d}.jpg", int(labels.flat[int(i) - 1]) - 1) for i in ids.flat
+        ]
+    except (IndexError, AttributeError) as error:
+        raise DataError(f"{ids_path}: its images have no labels ({error})") from None
+    return _of_rows(images, ())
+
+
+def _variable(path: Path, name: str) -> Any:
+    """Returns a variable of a MATLAB file. Raises DataError if it is missing."""
+    variables = read_mat(path)
+    if name not in variables:
+        raise DataError(f"{path} has no variable {name!r}; fetch it again")
+    return variables[name]
 
 
 def read_voc_objects(source: Source) -> Read:

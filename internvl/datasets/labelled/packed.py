@@ -16,7 +16,7 @@ from internvl.datasets.labelled.formats import (
     read_idx_labels,
     read_pickled_lists,
 )
-from internvl.datasets.labelled.source import ENDINGS, Read, Source
+from internvl.datasets.labelled.source import ENDINGS, Read, Source, lines_of
 from internvl.errors import ConfigError, DataError
 
 _CHANNELS_LAST = (1, 2, 0)
@@ -25,7 +25,8 @@ _CHANNELS_LAST = (1, 2, 0)
 def read_mnist(source: Source) -> Read:
     """Reads MNIST's IDX files."""
     path = source.path(f"MNIST/raw/{source.split}-images-idx3-ubyte")
-    (count, height, width), start = idx_shape(path)
+    shape, start = idx_shape(path, 3)
+    count, height, width = shape
     labels = read_idx_labels(source.path(f"MNIST/raw/{source.split}-labels-idx1-ubyte"))
     images = _rows(path, start, count, (height, width), (0, 1))
     return Read(images, [(label,) for label in labels])
@@ -46,8 +47,11 @@ def read_cifar(source: Source) -> Read:
             raise DataError(f"{path} is no batch of CIFAR; fetch it again from {source.address}")
         images += _rows(path, start, len(batch_labels), (3, 32, 32), _CHANNELS_LAST)
         labels += [(label,) for label in batch_labels]
-    names, _ = read_pickled_lists(source.path(f"{folder}/{source.options['meta']}"))
-    return Read(images, labels, names[source.options["names"]])
+    meta = source.path(f"{folder}/{source.options['meta']}")
+    lists, _ = read_pickled_lists(meta)
+    if source.options["names"] not in lists:
+        raise DataError(f"{meta} has no names of classes; fetch it again from {source.address}")
+    return Read(images, labels, lists[source.options["names"]])
 
 
 def read_stl(source: Source) -> Read:
@@ -101,8 +105,8 @@ def read_records(source: Source) -> Read:
     start, end = _percent(share, len(images))
     # Class names beside the records; the package has those of flowers.
     names = files[0].with_name("label.labels.txt")
-    classes = names.read_text(encoding="utf-8").split("\n") if names.exists() else []
-    return Read(images[start:end], labels[start:end], [name for name in classes if name])
+    classes = lines_of(names) if names.exists() else []
+    return Read(images[start:end], labels[start:end], classes)
 
 
 def _percent(share: str, count: int) -> tuple[int, int]:

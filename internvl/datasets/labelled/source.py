@@ -50,13 +50,7 @@ class Source:
 
     def lines(self, name: str) -> list[str]:
         """Reads the lines of a text file of the set, without those that are empty."""
-        path = self.path(name)
-        # Read whole: the largest list has some 50,000 lines.
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8 ({error.reason}); fetch it again") from None
-        return [line.strip() for line in lines if line.strip()]
+        return lines_of(self.path(name))
 
     def folders(self, path: Path) -> list[Path]:
         """Lists the folders in a folder, sorted by name. Raises UserError if it has none."""
@@ -70,6 +64,16 @@ class Source:
         if name not in index:
             raise DataError(f"{self.root / file}: {line!r} is of no class of {self.name}")
         return index[name]
+
+
+def lines_of(path: Path) -> list[str]:
+    """Reads the lines of a text file, without those that are empty. Raises DataError."""
+    # Read whole: the largest list has some 50,000 lines.
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 ({error.reason}); fetch it again") from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 def files_in(folder: Path) -> list[str]:
