@@ -150,7 +150,7 @@ def measure(row: Row, options: argparse.Namespace, ceiling: float) -> dict[str, 
         _profile(lambda: answer(range(count)))
     latencies = _latencies(scheduler, read, job, count) if row.alone else {}
     seconds = min(runs)
-    needed = sum(_forward(model, job, sum(asked[job.key].tiles)) for job in jobs)
+    needed = _forward(model, jobs, sum(sum(one.tiles) for one in asked))
     tokens = sum(len(job.generated) for job in jobs)
     return {
         "model": row.model,
@@ -259,12 +259,12 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def _forward(model: Any, job: Job, tiles: int) -> float:
-    """FLOPs of an answer: its tiles, prompt and tokens run forward, logits of the tokens alone."""
-    length, new = len(job.prompt_ids), len(job.generated)
-    total = length + new - 1
-    rows = Sequences(1, total, total * (total + 1) // 2)
-    counted = flops.count(model, Work(1, tiles, new, rows))
+def _forward(model: Any, jobs: list[Job], tiles: int) -> float:
+    """FLOPs of answers: tiles, prompts and tokens run forward, logits of the tokens alone."""
+    new = sum(len(job.generated) for job in jobs)
+    totals = [len(job.prompt_ids) + len(job.generated) - 1 for job in jobs]
+    pairs = sum(total * (total + 1) // 2 for total in totals)
+    counted = flops.count(model, Work(1, tiles, new, Sequences(len(jobs), sum(totals), pairs)))
     # Nothing trains, so what is needed is what runs forward.
     return counted.needed
 
