@@ -273,7 +273,11 @@ _shared_meteor: ContextVar[list[_Meteor] | None] = ContextVar("_shared_meteor", 
 
 @contextmanager
 def one_meteor() -> Iterator[None]:
-    """Lets all calls of `caption_scores` share one METEOR process, started by the first."""
+    """Lets all calls of `caption_scores` share one METEOR process, started by the first; within
+    another such context, that one's."""
+    if _shared_meteor.get() is not None:
+        yield
+        return
     # Loading its paraphrase table takes 9 CPU seconds, more than scoring a test split does.
     processes: list[_Meteor] = []
     token = _shared_meteor.set(processes)
