@@ -388,7 +388,9 @@ def trl(
     tiny: bool,
 ) -> dict[str, Any]:
     """TRL's trainer on the same pairs, models and batches; its delta is always 0."""
+    import pyarrow
     from datasets import Dataset
+    from datasets.table import InMemoryTable
     from transformers import ProcessorMixin, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
@@ -445,7 +447,10 @@ def trl(
             args=config,
             data_collator=collate,
             # A column of that name is what makes it a data set of images.
-            train_dataset=Dataset.from_dict({"image": list(range(len(pairs)))}),
+            train_dataset=Dataset(
+                InMemoryTable(pyarrow.table({"image": list(range(len(pairs)))})),
+                fingerprint="pairs",
+            ),
             processing_class=Processor(chat.tokenizer),
             callbacks=[Clock()],
         )

@@ -97,17 +97,7 @@ class Plan:
     """Validation photos whose captions are scored."""
 
 
-TINY = Plan(
-    40,
-    0.5,
-    base_steps=100,
-    questions=30,
-    captions=4,
-    samples=4,
-    temperature=3,
-    steps=3,
-    captioned=4,
-)
+TINY = Plan(40, 0.5, base_steps=150, questions=30, captions=4, steps=3, captioned=4)
 
 
 def answer_of(captions: Sequence[str], classes: Mapping[str, str]) -> str | None:
