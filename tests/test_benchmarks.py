@@ -122,9 +122,10 @@ def test_preferences_are_learned_from_own_answers(tmp_path):
         packed.writestr("captions.json", json.dumps(captions))
     words = [str(tmp_path / "photos.zip"), "--to", str(tmp_path / "to"), "--tiny", "--seeds", "0"]
     seed, arms = run("preference_learning.py", *words)
-    assert min(seed["pairs"]["correctness"], seed["pairs"]["dropout-ntp"]) > 0
+    assert seed["pairs"]["correctness"] > 0
     assert {"pair_accuracy", "right_answers", "cider"} <= seed["base"].keys()
-    assert arms["mpo"]["reward_accuracy"]["mean"] == seed["mpo"]["reward_accuracy"]
+    mean = arms["mpo"]["reward_accuracy"]["mean"]
+    assert mean == pytest.approx(seed["mpo"]["reward_accuracy"], abs=1e-4)
     assert run("preference_learning.py", *words) == [arms]  # not again
 
 
