@@ -79,12 +79,16 @@ def _loads(
 
     from internvl.inference import load as loading_models
 
+    # Here too: in an engine's thread it would be an engine that died.
+    if args.device is not None:
+        loading_models.resolve_device(args.device)
     if args.gpus is not None:
         _check_gpus(args, torch.cuda.device_count())
 
     def load(device: str | None) -> Any:
         # Of this thread alone: what is built for a GPU goes to the current one.
-        if device is not None and device.startswith("cuda"):
+        # A plain `cuda` is the current one already, and refused by `set_device`.
+        if device is not None and device.startswith("cuda:"):
             torch.cuda.set_device(device)
         handle = loading_models.load(
             opened,

@@ -59,9 +59,11 @@ def _internvl(folder: Folder) -> str:
 def _vllm(folder: Folder) -> str:
     # The official layout's classes are Python files beside the weights.
     code = " --trust-remote-code" if folder.format == "official" else ""
+    # It refuses more than the language model's own length.
+    longest = min(8192, folder.config.text_config.max_position_embeddings)
     return (
-        f"vllm serve {folder.name} --served-model-name {folder.served_name} --max-model-len 8192 "
-        f"--limit-mm-per-prompt '{{\"image\":4}}'{code}"
+        f"vllm serve {folder.name} --served-model-name {folder.served_name} "
+        f"--max-model-len {longest} --limit-mm-per-prompt '{{\"image\":4}}'{code}"
     )
 
 

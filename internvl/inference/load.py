@@ -13,7 +13,7 @@ import torch
 
 from internvl.config import ModelConfig, Recipe, TilesConfig
 from internvl.config.recipes import load_recipe
-from internvl.errors import ModelFolderError, UserError
+from internvl.errors import ConfigError, ModelFolderError, UserError
 from internvl.inference import families, inherited
 from internvl.inference.chat import Chat
 from internvl.inference.dual import Dual
@@ -165,8 +165,22 @@ def _adapter_settings(opened: OpenedModel) -> dict[str, Any]:
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """Returns the device; None is the GPU if there is one, else the CPU."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """Returns the device; None is the GPU if there is one, else the CPU.
+
+    Raises:
+        ConfigError: torch knows no such device, or this machine has no such GPU.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(
+            f"device {device!r} is none that torch knows; write cuda, cuda:1 or cpu"
+        ) from None
+    if target.type == "cuda" and (target.index or 0) >= (present := torch.cuda.device_count()):
+        raise ConfigError(f"device {target}: this machine has {present} GPUs that torch can use")
+    return target
 
 
 def _load_run(opened: OpenedModel, options: LoadOptions) -> Chat | Dual:

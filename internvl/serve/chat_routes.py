@@ -128,8 +128,10 @@ class ChatRoutes:
         self.engines.check()
         values = read_fields(await read_json(http, self.options.limits), _TILES, {})
         chats = self._engine.chats
+        if values["model"] is None:
+            raise ApiError("model is missing", param="model")
         if values["model"] not in chats:
-            raise model_not_found(str(values["model"]), self.names)
+            raise model_not_found(values["model"], self.names)
         chat, most = chats[values["model"]], values["max_dynamic_patch"]
         config = chat.tiles
         if most is None:

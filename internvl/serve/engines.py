@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, Protocol, TypeVar
 
 from internvl import log
-from internvl.errors import explain
+from internvl.errors import UserError, explain
 from internvl.serve.errors import ApiError, unavailable
 
 T = TypeVar("T")
@@ -129,7 +129,9 @@ class Engine(Generic[T]):
         if error is None:
             return
         self.error = error
-        log.get_logger().error("an engine died: %s", explain(error), exc_info=error)
+        # What the user can put right is said by its sentence; a trace would bury it.
+        trace = None if isinstance(error, UserError) else error
+        log.get_logger().error("an engine died: %s", explain(error), exc_info=trace)
         # The loop is closed if it died while the server stopped.
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._changed)

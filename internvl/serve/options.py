@@ -49,7 +49,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Options:
-    """Everything but the model that a server is started with."""
+    """Everything but the model that a server is started with.
+
+    Raises:
+        UserError: no such port, or no slot.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -67,6 +71,14 @@ class Options:
     """Compile the model's blocks at the start; None: on a GPU, without adapters."""
     drain_s: int = 60
     """Seconds that running answers get after SIGTERM."""
+
+    def __post_init__(self) -> None:
+        # The socket's own error is no OSError.
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port must be 0 (any free one) to 65535, not {self.port}")
+        # Without a slot the first answer would be waited for without end.
+        if self.slots is not None:
+            check_whole("--slots", self.slots, 1)
 
 
 def parse_adapters(words: list[str]) -> dict[str, Path]:

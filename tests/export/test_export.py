@@ -376,6 +376,11 @@ def test_commands_of_servers(tmp_path):
     assert vllm.endswith("--trust-remote-code")
     assert "--backend turbomind" in lmdeploy
     assert transformers == "# transformers: it takes --format hf"
+    # More than the language model's own length stops vLLM.
+    short = servers.describe(hf, "hf")
+    for length, asked in ((4096, 4096), (32768, 8192)):
+        short.config.text_config.max_position_embeddings = length
+        assert f"--max-model-len {asked} " in servers.lines(short)[1]
     phi3 = official("Phi3ForCausalLM", tmp_path / "phi3")
     assert "--backend pytorch" in servers.lines(servers.describe(phi3, "official"))[2]
     dual = dual_folder(tmp_path / "dual")

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import InternVLForConditionalGeneration
 
 from internvl.data.templates import template
-from internvl.errors import ModelFolderError
+from internvl.errors import ConfigError, ModelFolderError
 from internvl.inference import load as loading
 
 
@@ -123,3 +123,11 @@ def test_an_official_file_without_an_output_matrix_is_incomplete(tmp_path):
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ModelFolderError, match="1 missing weights .language_model.lm_head.weight"):
         loading.load(folder, image_token_id=IMAGE_TOKEN_ID, device="cpu")
+
+
+def test_devices_that_are_not_there():
+    assert loading.resolve_device("cpu") == torch.device("cpu")
+    with pytest.raises(ConfigError, match="'gpu' is none that torch knows; write cuda, cuda:1"):
+        loading.resolve_device("gpu")
+    with pytest.raises(ConfigError, match="cuda:99: this machine has"):
+        loading.resolve_device("cuda:99")

@@ -321,6 +321,19 @@ def test_a_port_that_is_taken(folder, capsys):
     assert (code, f"127.0.0.1:{port} cannot be listened on" in error) == (1, True)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--port", 99999), "--port must be 0 (any free one) to 65535, not 99999"),
+        (("--slots", 0), "--slots must be a whole number of at least 1, not 0"),
+        (("--device", "cuda:99"), "device cuda:99: this machine has"),
+    ],
+)
+def test_options_that_would_fail_after_the_loading(folder, capsys, words, message):
+    code, _, error = call(capsys, "serve", folder, *words)
+    assert (code > 0, message in error, "listening on" in error) == (True, True, False)
+
+
 TWICE = """
 import sys
 from pathlib import Path
