@@ -163,6 +163,10 @@ class BadImage(UserError):
     """An image or video that cannot be read: the reason, in words a user can act on."""
 
 
+class ImageTooLarge(BadImage):
+    """An image of more pixels than are decoded."""
+
+
 class WorkerDied(DataError):
     """A process that reads data is gone; the text says why, most likely, and what to do."""
 

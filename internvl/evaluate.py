@@ -111,6 +111,9 @@ def measure(
     todo = jobs.of_tasks(names, run_evals, fields, root, dataset_root, languages, split, model)
     # Its step too is checked before the data are read.
     parent = folders.of_model(model_or_run) if run_step is None else folders.of_step(run_step)
+    # A hub id may have to be downloaded for this.
+    if Path(model_or_run).exists():
+        jobs.check_family(todo, lambda: open_model(model_or_run, step=step, base=base))
     # Before the model: reading the data finds its problems in seconds, loading may take minutes.
     evaluators = evals.build({name: job.config for name, job in todo.items()})
     folder = to

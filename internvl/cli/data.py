@@ -15,6 +15,7 @@ from internvl.cli.common import (
     open_named,
     run_as_ranks,
 )
+from internvl.errors import UserError
 
 
 def run(args: Arguments) -> int:
@@ -39,21 +40,23 @@ def run(args: Arguments) -> int:
 def _make_pairs(args: Arguments) -> int:
     from internvl.models import hub
 
+    if not args.annotations.exists():
+        raise UserError(f"there is no file of questions {args.annotations}; check --annotations")
     # A wrong folder is refused before torch is imported.
     opened = args.model if hub.is_hub_id(args.model) else open_named(args, args.step)
     from internvl.launch import local
 
     with loading(args.model):
         num_ranks = local.choose_ranks(args.gpus, args.processes, args.device)
-        if num_ranks == 1:
-            from internvl import pairing
-    if num_ranks > 1:
-        return run_as_ranks(args, num_ranks)
+        from internvl import pairing
     # Options that were not given keep the defaults of PairOptions.
     chosen: dict[str, Any] = {
         key: value for key in _PAIR_OPTIONS if (value := getattr(args, key)) is not None
     }
     options = pairing.PairOptions(annotations=args.annotations, **chosen)
+    # Only now: every rank would refuse the options once more.
+    if num_ranks > 1:
+        return run_as_ranks(args, num_ranks)
     result = pairing.run(
         opened, args.to, options, device=args.device, dtype=args.dtype, quantize=args.quantize
     )

@@ -18,6 +18,10 @@ def run(args: Arguments) -> int:
 
     if not args.folder.is_dir():
         raise ConfigError(f"{args.folder}: no folder of photos")
+    if args.to.resolve() == args.folder.resolve():
+        raise ConfigError(
+            f"--to: {args.to} is the folder of photos itself; name another folder for its index"
+        )
     if args.export and args.export[0] not in EXPORTS:
         raise ConfigError(f"--export: {args.export[0]!r} is none of {', '.join(EXPORTS)}")
     for option, value in (("--batch-size", args.batch_size), ("--workers", args.workers)):
@@ -32,11 +36,18 @@ def run(args: Arguments) -> int:
     is_new = not (args.to / store.SETTINGS).is_file()
     if is_new and args.model is None:
         raise ConfigError("--model: a new index needs the name of an InternVL-14B")
+    if is_new:
+        # Before the folder of the index is made.
+        _check_photos(args)
+        args.opened = open_named(args, args.step)
+        _check_embeds(args.opened)
     with store.locked(args.to), _new(args) if is_new else store.Store(args.to) as index:
         # Its disk is mounted elsewhere now, or it was renamed: paths below it are the same.
         if not index.root.exists():
             index.move_root(args.folder.resolve())
         _check(args, index.settings)
+        if not is_new and args.model is not None:
+            _check_model(args, index.settings)
         _update(args, index)
     return 0
 
@@ -49,18 +60,53 @@ def _check_approximate(recall: float) -> None:
         raise UserError("--approximate needs faiss; install it with `pip install internvl[search]`")
 
 
+def _check_photos(args: Arguments) -> None:
+    """Raises UserError for a folder without photos, before a model is loaded for them."""
+    from internvl.search import indexing
+    from internvl.search.scan import Scan
+
+    scan = Scan(args.folder, args.to.resolve())
+    if next(scan.entries(), None) is None:
+        raise UserError(indexing.no_photos(args.folder, scan))
+
+
+def _check_model(args: Arguments, settings: Any) -> None:
+    """Raises UserError if --model is another model than that of the index."""
+    opened = open_of_index(args, settings)
+    if (_absolute(args.model), opened.step) == (settings.model, settings.step):
+        return
+    with loading(opened.name):
+        from internvl.search import encoder
+
+    # A moved model has another name too: only its features tell.
+    args.encoder = encoder.Encoder(lambda: load_dual(args, opened), settings)
+    _ = args.encoder.dual
+
+
+def _absolute(model: str) -> str:
+    """Returns the path of a model folder wherever a search may start; a hub id as it is."""
+    named = Path(model).expanduser()
+    return str(named.resolve()) if named.exists() else model
+
+
+def _check_embeds(opened: Any) -> None:
+    """Raises UserError for a chat model, before its weights are loaded."""
+    if opened.files.family != "dual":
+        raise UserError(
+            f"--model: photo search needs an InternVL-14B model; {opened.name} is a chat model"
+        )
+
+
 def _new(args: Arguments) -> Any:
     """Creates an index, whose settings the model has a share in."""
-    opened = open_named(args, args.step)
+    opened = args.opened
     with loading(args.model):
         from internvl.search import encoder, store
 
-    # Absolute: a search may start in another folder.
-    named = Path(args.model).expanduser()
     args.encoder = encoder.Encoder(lambda: load_dual(args, opened))
     settings = args.encoder.new_settings(
         args.folder.resolve(),
-        str(named.resolve()) if named.exists() else args.model,
+        _absolute(args.model),
         opened.step,
         [str(Path(base).resolve()) for base in args.base or []],
         args.mode or ["c"],
@@ -72,14 +118,14 @@ def _new(args: Arguments) -> Any:
 def _check(args: Arguments, settings: Any) -> None:
     """Raises ConfigError if an index is of something else than the command line says."""
     for option, asked, value in (
-        ("the folder", str(args.folder.resolve()), settings.folder),
-        ("--mode", args.mode and sorted(args.mode), sorted(settings.modes)),
+        ("the photos of", str(args.folder.resolve()), settings.folder),
+        ("--mode", ",".join(sorted(args.mode or ())), ",".join(sorted(settings.modes))),
         ("--features-dtype", args.features_dtype, settings.dtype),
     ):
         # An option that is not given is as the index has it.
         if asked and asked != value:
             raise ConfigError(
-                f"{args.to}: is an index of {value}, and {option} is {asked}; give another --to"
+                f"{args.to}: it was made with {option} {value}, not {asked}; give another --to"
             )
 
 
@@ -122,6 +168,7 @@ def open_of_index(args: Arguments, settings: Any) -> Any:
         args.model or settings.model, step=step, base=args.base or settings.base or None
     )
     opened.check()
+    _check_embeds(opened)
     return opened
 
 

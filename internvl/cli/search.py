@@ -10,7 +10,7 @@ from typing import Any
 
 from internvl.cli.common import Arguments, loading
 from internvl.cli.index import add_model_arguments, load_dual, open_of_index
-from internvl.errors import UserError
+from internvl.errors import UserError, counted
 
 
 def run(args: Arguments) -> int:
@@ -23,6 +23,7 @@ def run(args: Arguments) -> int:
         image = {"image": Path(value)} if option == "image" else {"text": value}
         terms.append(query.Term(**image, weight=weight))
     filters = query.Filters(tuple(args.folder), args.since, args.until)
+    query.check_page(args.page_size, args.skip, args.rerank)
     if not args.page:
         query.check_terms(terms)
     for term in terms:
@@ -31,6 +32,9 @@ def run(args: Arguments) -> int:
     with store.Store(args.index) as index:
         settings = index.settings
         index.features(args.mode or settings.modes[0])  # for its errors alone
+        # A program that reads JSON takes an empty list of hits.
+        if not args.page and not args.json:
+            _check_filters(args, index, filters)
         opened = open_of_index(args, settings)
         with loading(opened.name):
             from internvl.search import encoder, searcher
@@ -52,6 +56,19 @@ def run(args: Arguments) -> int:
         else:
             _print(terms, results, index, args.thumbnails)
     return 0
+
+
+def _check_filters(args: Arguments, index: Any, filters: Any) -> None:
+    """Raises UserError if the filters leave no photo, before a model is loaded for none."""
+    if len(index.rows(*filters.condition())):
+        return
+    options = [*(("--folder", glob) for glob in args.folder)]
+    options += [(f"--{name}", getattr(args, name)) for name in ("since", "until")]
+    shown = " ".join(f"{option} {value}" for option, value in options if value)
+    total = counted(index.count(), "photo")
+    # Without a filter it is the index that is empty.
+    reason = f"no photo fits {shown}; change it" if shown else "nothing can be found"
+    raise UserError(f"{reason}: the index has {total} of {index.root}")
 
 
 def _serve(photos: Any, port: int) -> int:

@@ -41,7 +41,9 @@ def not_a_text(value: Any) -> str | None:
     'is a float (3.5), not a text'
     """
     if not isinstance(value, str):
-        return f"is a {type(value).__name__} ({str(value)[:40]}), not a text"
+        noun = type(value).__name__
+        article = "an" if noun[0] in "aeiou" else "a"
+        return f"is {article} {noun} ({str(value)[:40]}), not a text"
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -39,7 +39,11 @@ def _conversation(name: str, row: dict[str, Any], config: SourceConfig) -> Sampl
     if "messages" in row and "conversations" not in row:
         messages, slots = from_openai(name, row["messages"])
     else:
-        messages = from_official(name, row.get("conversations"))
+        if row.get("conversations") is None:
+            keys = ", ".join(map(repr, row)) or "none"
+            reason = f"`conversations` must be a list of turns; it is missing (its keys: {keys})"
+            raise BadSample(name, reason)
+        messages = from_official(name, row["conversations"])
     images = in_order(
         slots, IMAGE_MARK, [*_media(name, row, "image"), *_media(name, row, "images")]
     )

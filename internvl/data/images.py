@@ -25,7 +25,7 @@ from internvl import files
 from internvl.config.types import STATISTICS as STATISTICS
 from internvl.config.types import Triple as Triple
 from internvl.data import jpeg
-from internvl.errors import BadImage
+from internvl.errors import BadImage, ImageTooLarge
 
 HEAD = 1024
 """Bytes read from the start of a file to recognize its format."""
@@ -293,7 +293,7 @@ def decoder_errors(name: str, noun: str = "image") -> Iterator[None]:
 def undecodable(name: str, noun: str, error: Exception) -> BadImage:
     """Returns the BadImage for an exception of a decoder; `noun` is "image" or "video"."""
     if isinstance(error, Image.DecompressionBombError):
-        return _bad(name, _too_large(None))
+        return _too_large(name, None)
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     if type(error) in (KeyError, IndexError, AssertionError):  # a bare key says nothing
         reason = f"{type(error).__name__} {error}"
@@ -425,7 +425,7 @@ def check_size(size: tuple[int, int], name: str) -> None:
     """Raises BadImage for more than MAX_PIXELS or none; `size` is (width, height) in pixels."""
     width, height = size
     if width * height > MAX_PIXELS:
-        raise _bad(name, _too_large(width * height))
+        raise _too_large(name, width * height)
     if width < 1 or height < 1:
         raise _bad(name, f"the image of {width} x {height} pixels is empty; {_remedy(name)}")
 
@@ -469,9 +469,10 @@ def size_of(image: np.ndarray) -> tuple[int, int]:
     return width, height
 
 
-def _too_large(pixels: int | None) -> str:
+def _too_large(name: str, pixels: int | None) -> ImageTooLarge:
     subject = "the image" if pixels is None else f"the image has {pixels:,} pixels and"
-    return f"{subject} exceeds the limit of {MAX_PIXELS:,} pixels; shrink the file"
+    reason = f"{subject} exceeds the limit of {MAX_PIXELS:,} pixels; shrink the file"
+    return ImageTooLarge(f"{name}: {reason}" if name else reason)
 
 
 def join_inside(root: str | Path, path: str) -> str:

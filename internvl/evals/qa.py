@@ -104,10 +104,27 @@ class QuestionAnswers:
                 self.problems.append(sample)
                 continue
             self.turns += _turns(sample, config.tolerance)
-        self.problems += self._missing()
+        absent = self._missing()
+        self.problems += absent
         raise_or_log(self.problems, config.on_bad_sample, _REMEDY)
         if not self.turns:
-            raise UserError(f"{config.annotations} holds no question with an answer")
+            raise UserError(self._no_questions(len(absent)))
+
+    def _no_questions(self, num_absent: int) -> str:
+        """Returns the sentence about a file of which no question is left."""
+        config = self.config
+        if not self.problems:
+            return f"{config.annotations} holds no question with an answer"
+        first = self.problems[-1] if num_absent else self.problems[0]
+        head = f"{config.annotations}: none of its questions can be asked"
+        if num_absent:
+            return (
+                f"{head}; files are missing for {counted(num_absent, 'sample')}, such as "
+                f"{first.name}: {first.reason}; --images names the folder that their paths are "
+                f"below, now {config.images}"
+            )
+        form = '{"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}]}'
+        return f"{head}, such as {first.name}: {first.reason}; a row is a chat: {form}"
 
     def _missing(self) -> list[BadSample]:
         """Lists the samples whose files do not exist; they are decoded when they are shown."""

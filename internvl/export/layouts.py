@@ -78,7 +78,7 @@ class ChatLayout(Layout):
         if format == "hf" and configs.chat_settings(config)["ps_version"] == "v1":
             raise ExportError(
                 "pixel shuffle v1 (InternVL-Chat 1.1 and 1.2) exists in no class of transformers; "
-                "export this model with format official"
+                "export this model with format official (--format official)"
             )
 
     def describe(self, opened: OpenedModel) -> Description:
@@ -133,7 +133,8 @@ class DualLayout(Layout):
         """See `Layout.check_format`."""
         if format == "hf":
             raise ExportError(
-                "InternVL-14B exists in no class of transformers; export it with format official"
+                "InternVL-14B exists in no class of transformers; export it with format official "
+                "(--format official)"
             )
         if not config.text_config.num_query_tokens:
             raise ExportError(

@@ -35,6 +35,12 @@ class Folder:
         return shlex.quote(self.path.resolve().name)
 
     @property
+    def longest(self) -> int:
+        """Tokens of a conversation."""
+        # Servers refuse more than the language model's own length.
+        return min(8192, int(self.config.text_config.max_position_embeddings))
+
+    @property
     def language(self) -> str:
         """Official architecture of a chat model's language model."""
         # Not the configuration's own word: hf names both InternLM2 and Llama "llama".
@@ -59,11 +65,9 @@ def _internvl(folder: Folder) -> str:
 def _vllm(folder: Folder) -> str:
     # The official layout's classes are Python files beside the weights.
     code = " --trust-remote-code" if folder.format == "official" else ""
-    # It refuses more than the language model's own length.
-    longest = min(8192, folder.config.text_config.max_position_embeddings)
     return (
         f"vllm serve {folder.name} --served-model-name {folder.served_name} "
-        f"--max-model-len {longest} --limit-mm-per-prompt '{{\"image\":4}}'{code}"
+        f"--max-model-len {folder.longest} --limit-mm-per-prompt '{{\"image\":4}}'{code}"
     )
 
 
@@ -73,7 +77,7 @@ def _lmdeploy(folder: Folder) -> str:
     backend = "turbomind" if turbomind else "pytorch"
     return (
         f"lmdeploy serve api_server {folder.name} --backend {backend} --server-port 23333 "
-        f"--model-name {folder.served_name} --session-len 8192"
+        f"--model-name {folder.served_name} --session-len {folder.longest}"
     )
 
 

@@ -12,6 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -177,10 +178,14 @@ def _write(
                 # Readable in any language; a lone surrogate of a row was refused when it was read.
                 yield json.dumps(row, ensure_ascii=False)
 
-    write_lines(to, rows())
+    # Without pairs there is no file of them, and an earlier one stays.
+    pairs = rows()
+    first = [*islice(pairs, 1)]
+    if first:
+        write_lines(to, chain(first, pairs))
     write_lines(result.left_out_file, left_out)
-    # After both files: the second says why.
-    if not result.with_pairs:
+    # Only now: the file says why.
+    if not first:
         raise UserError(f"no pairs: {_shares(result.reasons)}; see {result.left_out_file}")
     return result
 

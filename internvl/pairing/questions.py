@@ -67,8 +67,11 @@ def read(
 
     Raises:
         DataError: the file cannot be read.
-        UserError: a table, whose images have no path that pairs could name.
+        UserError: no file, or a table, whose images have no path that pairs could name.
     """
+    # No recipe names this source, as `open_source` would say.
+    if not annotations.exists():
+        raise UserError(f"there is no file of questions {annotations}; check --annotations")
     config = SourceConfig(
         name="questions",
         type="chat",

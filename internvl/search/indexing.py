@@ -8,6 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -62,6 +63,13 @@ class Update:
         return text + (f"; {counted(self.broken, 'file')} cannot be read" if self.broken else "")
 
 
+def no_photos(folder: Path, scan: Scan) -> str:
+    """Returns the sentence about a folder in which a scan lists no photo."""
+    foreign = " and ".join(counted(count, f"{name} file") for name, count in scan.foreign.items())
+    remedy = f"convert its {foreign} to JPEG" if foreign else "name the folder of your photos"
+    return f"{folder}: holds no photo; {remedy}"
+
+
 def update(
     store: Store,
     encoder: Squares,
@@ -77,13 +85,15 @@ def update(
         rehash: read every file, not only those whose size or time has changed.
 
     Raises:
-        UserError: the folder is gone, or empty while the index is not.
+        UserError: the folder holds no photo.
     """
     scan = Scan(store.root, store.folder.resolve())
     # Listed first: moved files are told by which old paths are gone.
     num_files = _list_files(store, scan)
+    if not num_files and not store.count():
+        raise UserError(no_photos(store.root, scan))
     # A disk that is not mounted is an empty folder.
-    if not num_files and store.count():
+    if not num_files:
         raise UserError(
             f"{store.root}: holds no photo, and the index has {store.count():,}; is the disk "
             f"mounted? If they are meant to be gone, delete {store.folder}"

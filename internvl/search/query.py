@@ -67,6 +67,25 @@ def check_terms(terms: Sequence[Term]) -> None:
         )
 
 
+MOST_RERANKED = 1000
+"""Photos that the match head reads for a search, at most."""
+
+LARGEST_PAGE = 10_000
+"""Photos of a page, at most."""
+
+
+def check_page(page_size: int, skip: int, rerank: int) -> None:
+    """Raises UserError for numbers of photos out of range; see `Searcher.find`."""
+    if page_size < 1:
+        raise UserError(f"page size: a page has at least 1 photo, not {page_size}")
+    if page_size > LARGEST_PAGE:
+        raise UserError(f"page size: a page has at most {LARGEST_PAGE:,} photos, not {page_size:,}")
+    if skip < 0:
+        raise UserError(f"skip: a search leaves out at least 0 photos, not {skip}")
+    if not 0 <= rerank <= MOST_RERANKED:
+        raise UserError(f"rerank is 0 to {MOST_RERANKED:,}, not {rerank}")
+
+
 @dataclass(frozen=True)
 class Filters:
     """Which photos are searched."""

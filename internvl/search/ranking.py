@@ -166,6 +166,8 @@ def build_approximate(
     index = faiss.index_factory(width, f"IVF{lists},SQfp16", faiss.METRIC_INNER_PRODUCT)
     draw = np.random.default_rng(0)
     chosen = np.sort(draw.choice(count, min(count, lists * _TRAIN_ROWS), replace=False))
+    # Few photos make one list, of which faiss would warn.
+    faiss.extract_index_ivf(index).cp.min_points_per_centroid = 1
     # A sample is enough for the centers, and k-means over all rows would take hours.
     index.train(np.ascontiguousarray(features[chosen], np.float32))
     for start in range(0, count, GPU_ROWS):

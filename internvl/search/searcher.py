@@ -12,17 +12,10 @@ from torch import Tensor
 from internvl import log
 from internvl.errors import BadImage, UserError, counted, explain
 from internvl.search.encoder import Encoder
-from internvl.search.query import Filters, Term, check_terms
+from internvl.search.query import Filters, Term, check_page, check_terms
 from internvl.search.ranking import Approximate, Exact, read_approximate
 from internvl.search.scan import square_pixels, upright
 from internvl.search.store import PhotoRow, Store
-
-MOST_RERANKED = 1000
-"""Photos that the match head reads for a search, at most."""
-
-
-LARGEST_PAGE = 10_000
-"""Photos of a page, at most."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +86,7 @@ class Searcher:
             BadImage: an image of the terms cannot be read.
         """
         check_terms(terms)
-        if page_size < 1 or skip < 0:
-            raise UserError(f"a page has at least 1 photo and skips 0, not {page_size} and {skip}")
-        if page_size > LARGEST_PAGE:
-            raise UserError(f"a page has at most {LARGEST_PAGE:,} photos, not {page_size:,}")
-        if not 0 <= rerank <= MOST_RERANKED:
-            raise UserError(f"rerank is 0 to {MOST_RERANKED:,}, not {rerank}")
+        check_page(page_size, skip, rerank)
         with self._lock:
             mode = mode or self.store.settings.modes[0]
             return self._find(terms, mode, filters or Filters(), page_size, skip, rerank)

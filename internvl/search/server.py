@@ -27,8 +27,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from internvl import log
 from internvl.data.images import open_checked, read_data_address
 from internvl.errors import BadImage, UserError, explain
-from internvl.search.query import Filters, Term, parse_terms
-from internvl.search.searcher import MOST_RERANKED, Searcher
+from internvl.search.query import MOST_RERANKED, Filters, Term, parse_terms
+from internvl.search.searcher import Searcher
 from internvl.search.store import PhotoRow
 from internvl.search.thumbnails import original, shrink, thumbnail
 

@@ -141,7 +141,13 @@ def _wrong(name: str, value: Any, expected: str) -> ApiError:
 
 
 def _span(least: float, most: float) -> str:
-    return f" of at least {least:g}" if math.isinf(most) else f" from {least:g} to {most:g}"
+    low, high = _plain(least), _plain(most)
+    return f" of at least {low}" if math.isinf(most) else f" from {low} to {high}"
+
+
+def _plain(value: float) -> str:
+    # Not 9.22337e+18, which is no bound to write.
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def _short(value: Any) -> str:

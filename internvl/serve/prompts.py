@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from internvl.data.images import stored_size
+from internvl.data.images import as_rgb, stored_size
 from internvl.data.messages import IMAGE_MARK
 from internvl.data.records import Message
 from internvl.data.video import read_video
-from internvl.errors import BadImage, UserError
+from internvl.errors import BadImage, ImageTooLarge, UserError
 from internvl.inference.chat import Chat
 from internvl.inference.requests import Prompt, Request, encode
 from internvl.models import configs
@@ -71,6 +71,14 @@ def check_pixels(content: bytes, param: str, limits: Limits) -> None:
     """Raises ApiError for bytes that are no image or decode to too many pixels."""
     try:
         width, height = stored_size(content)
+    except ImageTooLarge:
+        # Its own limit is above the server's, which is the one to keep to.
+        raise ApiError(
+            f"{param}: the image has more than {limits.image_pixels:,} pixels; send a smaller "
+            "image",
+            param=param,
+            code="image_too_large",
+        ) from None
     except BadImage as error:
         raise ApiError(f"{param}: {error}", param=param, code="invalid_image") from None
     if width * height > limits.image_pixels:
@@ -128,6 +136,7 @@ class Prompts:
             return encode(request, self.encoder, self.chat.tiles, **self.image_settings)
         # What training would refuse; there is no name of a request to show.
         except UserError as error:
+            _raise_undecodable(media)
             raise ApiError(str(error).removeprefix("request: "), param="messages") from None
 
     def _max_tiles(
@@ -147,6 +156,19 @@ class Prompts:
     def close(self) -> None:
         """Ends the threads."""
         self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _raise_undecodable(media: Sequence[tuple[Medium, bytes]]) -> None:
+    """Raises ApiError for the first image that cannot be decoded."""
+    for medium, content in media:
+        if medium.mark != IMAGE_MARK:
+            continue
+        try:
+            as_rgb(content)
+        except BadImage as error:
+            raise ApiError(
+                f"{medium.param}: {error}", param=medium.param, code="invalid_image"
+            ) from None
 
 
 def _frames(medium: Medium, content: bytes, num_frames: int) -> list[Any]:

@@ -5,8 +5,10 @@ import socket
 
 import photo_library
 import pytest
+from chat_folders import prompt_folder
 from command_line import call
 from photos import photo
+from safetensors.torch import load_file, save_file
 
 from internvl.search.searcher import Searcher
 
@@ -69,6 +71,13 @@ def test_index_then_search(capsys, project, photos, tmp_path):
         (["{index}", "--image", "gone.png"], 1, "there is no image gone.png"),
         (["{index}", "a", "--mode", "g"], 1, "features of InternVL-C alone"),
         (["{index}", "a", "--since", "soon"], 1, "is no date"),
+        (["{index}", "a", "--page-size", "0"], 1, "a page has at least 1 photo, not 0"),
+        (["{index}", "a", "--skip", "-1"], 1, "at least 0 photos, not -1"),
+        (
+            ["{index}", "a", "--folder", "zzz", "--since", "2020"],
+            1,
+            "no photo fits --folder zzz --since 2020; change it: the index has 5 photos",
+        ),
         (["{index}", "a", "--model", "{photos}"], 1, "config.json"),
     ],
 )
@@ -88,9 +97,13 @@ def test_an_index_of_something_else_is_refused(capsys, project, photos, tmp_path
     index, model = tmp_path / "index", project / "model"
     call(capsys, "index", photos, "--to", index, "--model", model)
     for words, sentence in (
-        ((photos.parent, "--to", index), "the folder is"),
-        ((photos, "--to", index, "--mode", "c,g"), "--mode is"),
-        ((photos, "--to", index, "--features-dtype", "float32"), "--features-dtype is float32"),
+        ((photos.parent, "--to", index), f"made with the photos of {photos}, not {photos.parent}"),
+        ((photos, "--to", index, "--mode", "c,g"), "made with --mode c, not c,g"),
+        (
+            (photos, "--to", index, "--features-dtype", "float32"),
+            "made with --features-dtype float16, not float32",
+        ),
+        ((photos, "--to", photos), "the folder of photos itself"),
         ((photos, "--to", index, "--export", "csv", "x"), "'csv' is none of clip-retrieval"),
         ((tmp_path / "gone", "--to", index), "no folder of photos"),
         ((photos, "--to", index, "--batch-size", 0), "--batch-size: at least 1, not 0"),
@@ -98,8 +111,23 @@ def test_an_index_of_something_else_is_refused(capsys, project, photos, tmp_path
     ):
         code, _, err = call(capsys, "index", *words)
         assert (code, sentence in err) == (2, True), err
-    code, _, err = call(capsys, "index", photos, "--to", photos, "--model", model)
-    assert (code, "neither an index of photos nor empty" in err) == (1, True)
+    other = tmp_path / "other"
+    photo_library.load_dual(other)
+    (weights,) = other.glob("*.safetensors")
+    save_file({k: -v for k, v in load_file(weights).items()}, weights, {"format": "pt"})
+    chat = prompt_folder("internlm2.internlm2-chat", tmp_path / "chat")
+    (tmp_path / "empty").mkdir()
+    for words, sentence in (
+        ((photos, "--to", photos.parent), "--model: a new index needs"),
+        ((photos, "--to", tmp_path, "--model", model), "neither an index of photos nor empty"),
+        ((tmp_path / "empty", "--to", tmp_path / "new", "--model", model), "holds no photo; name"),
+        ((photos, "--to", index, "--model", chat), "needs an InternVL-14B model"),
+        ((photos, "--to", tmp_path / "new", "--model", chat), "needs an InternVL-14B model"),
+        ((photos, "--to", index, "--model", other), "is another model or has changed since"),
+    ):
+        code, _, err = call(capsys, "index", *words)
+        assert (code > 0, sentence in err) == (True, True), err
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_folder_of_photos_may_be_renamed(capsys, project, photos, tmp_path):

@@ -186,6 +186,21 @@ def test_broken_samples_are_named_or_left_out(chat, folder):
         evals.build({"x": eval_config(type="qa", annotations=empty, images=folder)})
 
 
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (turns("<image>\nWhat?", "red", image="gone.png"), "gone.png; --images names the folder"),
+        ({"question": "What?", "answer": "red"}, "its keys: 'question', 'answer'.*a row is a chat"),
+        (turns("What?"), "no question with an answer"),
+    ],
+)
+def test_a_file_without_a_question_left_says_why(folder, row, says):
+    config = {"images": folder, "on_bad_sample": "skip_broken"}
+    config["on_bad_sample"] = "skip"
+    with pytest.raises(UserError, match=says):
+        evals.build({"x": eval_config(type="qa", annotations=written(folder, row), **config)})
+
+
 def test_videos_become_frames(chat, folder):
     frames = folder / "clip"
     frames.mkdir()

@@ -381,6 +381,7 @@ def test_commands_of_servers(tmp_path):
     for length, asked in ((4096, 4096), (32768, 8192)):
         short.config.text_config.max_position_embeddings = length
         assert f"--max-model-len {asked} " in servers.lines(short)[1]
+        assert servers.lines(short)[2].endswith(f"--session-len {asked}")
     phi3 = official("Phi3ForCausalLM", tmp_path / "phi3")
     assert "--backend pytorch" in servers.lines(servers.describe(phi3, "official"))[2]
     dual = dual_folder(tmp_path / "dual")

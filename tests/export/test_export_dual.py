@@ -120,7 +120,7 @@ def test_bfloat16(tmp_path):
 
 
 def test_a_format_that_cannot_hold_it(tmp_path):
-    with pytest.raises(ExportError, match="no class of transformers; .*format official"):
+    with pytest.raises(ExportError, match="no class of transformers; .*--format official"):
         export.run(dual_folder(tmp_path / "dual"), tmp_path / "out", "hf")
     with pytest.raises(ExportError, match="InternVL-C alone"):
         export.run(pth_file(tmp_path / "pth"), tmp_path / "out", "official")

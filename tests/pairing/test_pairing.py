@@ -250,6 +250,9 @@ def test_bad_questions_are_named(folder):
     twice = [rows()[2], rows()[2]]
     with pytest.raises(UserError, match="its question is in the file already 1"):
         make(folder, twice, "twice")
+    assert not (folder / "skipped.jsonl").exists()
+    with pytest.raises(UserError, match="no file of questions .*check --annotations"):
+        make(folder, None, "gone")
 
 
 @pytest.mark.parametrize(
@@ -266,6 +269,19 @@ def test_bad_questions_are_named(folder):
 def test_options_that_are_refused(options, says):
     with pytest.raises(UserError, match=says):
         pairing.PairOptions(annotations=Path("q.jsonl"), **options)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--annotations", "gone.jsonl"], "no file of questions gone.jsonl; check --annotations"),
+        (["--samples", 1], "samples must be a whole number of at least 2"),
+    ],
+)
+def test_the_command_checks_its_words_first(folder, capsys, words, says):
+    words = ["--annotations", folder / "questions.jsonl", "--to", folder / "no.jsonl", *words]
+    code, _, err = call(capsys, "data", "make-pairs", folder / "model", *words)
+    assert (code, says in err) == (1, True), err
 
 
 def pairs_of(responses, *references, rule="short", form=PLAIN, most=15):

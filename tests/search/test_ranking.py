@@ -132,6 +132,14 @@ def test_an_index_builds_and_uses_it(tmp_path):
         assert approximation.renew(store, encoder, None)["c"]["rows"] == 50
 
 
+def test_few_photos_make_one_list_without_a_warning(tmp_path, capfd):
+    features = np.eye(3, 8, dtype=np.float32)
+    queries = {"images": torch.from_numpy(features)}
+    built = ranking.build_approximate(features, tmp_path / "a.faiss", recall=1, queries=queries)
+    assert (built["lists"], built["recall"]) == (1, {"images": 1.0})
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_damaged_file_of_faiss_is_named(tmp_path):
     (tmp_path / "a.faiss").write_bytes(b"x" * 100)
     exact = ranking.Exact(unit(3).numpy(), CPU)

@@ -269,6 +269,8 @@ class TestFields:
         ({"stream_options": {}}, 400, "stream_options", "belong to stream"),
         ({"max_completion_tokens": 3}, 400, "max_tokens", "mean the same"),
         ({"stop": ["a"] * 17}, 400, "stop", "at most 16"),
+        ({"stop": ["a", 5]}, 400, "stop[1]", "is an int (5), not a text"),
+        ({"seed": 2**63}, 400, "seed", "from -9223372036854775808 to 9223372036854775807, not"),
         ({"max_tokens": 5000}, 400, "messages", "answer 5,000; together they may have 511"),
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages[0].role", "'tool'"),
         ({"messages": [{"role": "user", "content": None}]}, 400, "messages[0].content", "text or"),

@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import http.server
 import json
+import re
 import socket
 import struct
 import threading
@@ -17,9 +18,12 @@ from chat_folders import prompt_folder
 from command_line import call
 from http_server import asked, data_address, image_bytes, image_part, running
 
+from internvl.data.messages import IMAGE_MARK
 from internvl.inference.load import load
-from internvl.serve import media
+from internvl.serve import media, prompts
+from internvl.serve.chat_request import FIELDS
 from internvl.serve.errors import ApiError
+from internvl.serve.messages import Medium
 from internvl.serve.options import Limits
 
 CHAT = "/v1/chat/completions"
@@ -161,11 +165,38 @@ def png_of(width, height, data=b"\x00"):
     return start + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
+def test_an_image_that_cannot_be_decoded_is_named():
+    """Beside a good one; and one above Pillow's limit is told the server's."""
+    good, torn = image_bytes(), png_of(80, 80)
+    names = [f"messages[0].content[{i}].image_url" for i in range(2)]
+    shown = [Medium(IMAGE_MARK, "data:", name) for name in names]
+    prompts._raise_undecodable([(shown[0], good)])
+    with pytest.raises(ApiError, match=re.escape(names[1]) + ".*cannot be decoded") as caught:
+        prompts._raise_undecodable([*zip(shown, (good, torn), strict=True)])
+    assert (caught.value.param, caught.value.code) == (names[1], "invalid_image")
+    with pytest.raises(ApiError, match="more than 64,000,000 pixels") as caught:
+        prompts.check_pixels(png_of(20_000, 20_000), names[0], Limits())
+    assert caught.value.param == names[0]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("seed", 2**63, "from -9223372036854775808 to 9223372036854775807"),
+        ("top_p", 0, "from 1e-08 to 1, not 0"),
+        ("stop", ["a", 5], "stop[1] is an int (5), not a text"),
+    ],
+)
+def test_fields_out_of_range(field, value, words):
+    with pytest.raises(ApiError, match=re.escape(words)):
+        FIELDS[field].read(field, value)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (png_of(20_000, 20_000), "exceeds the limit of 178,956,970 pixels"),
+        (png_of(20_000, 20_000), "more than 64,000,000 pixels"),
         (png_of(9_000, 9_000), "9000 x 9000 pixels are more than 64,000,000"),
         (png_of(80, 80), "cannot be decoded"),
         (image_bytes()[:60], ""),
@@ -179,6 +210,8 @@ def test_bad_images_are_refused(server, content, words):
     status, error = answered(server, body)
     assert (status, error["type"]) == (400, "invalid_request_error")
     assert words in error["message"]
+    assert error["param"].startswith("messages[0].content[")
+    assert error["param"].endswith("].image_url")
 
 
 @pytest.mark.slow

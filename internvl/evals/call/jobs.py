@@ -1,6 +1,6 @@
 """The evaluations that a call names: tasks, options and files -> sections of a recipe."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,8 @@ from internvl.config import EvalConfig, EvalSection, eval_config, eval_keys
 from internvl.datasets import labelled
 from internvl.datasets import published as published_sets
 from internvl.datasets import tasks as benchmarks
-from internvl.errors import ConfigError
+from internvl.errors import ConfigError, UserError
+from internvl.inference.opened import OpenedModel
 
 _LONGEST_NAME = 100
 
@@ -56,6 +57,21 @@ def of_tasks(
         else:
             jobs[name] = _user_job(name, languages, split, policy | options)
     return jobs
+
+
+def check_family(todo: Mapping[str, Job], open_named: Callable[[], OpenedModel]) -> None:
+    """Raises UserError for evaluations that a model's family cannot do, before data are read."""
+    embedding = [(n, j) for n, j in todo.items() if j.config.type in ("classify", "retrieval")]
+    # Opening a model from parts takes a while.
+    if not embedding:
+        return
+    opened = open_named()
+    if opened.files.family != "dual":
+        name, job = embedding[0]
+        raise UserError(
+            f"{name}: an evaluation of type {job.config.type} needs an InternVL-14B model; "
+            f"{opened.name} is a chat model"
+        )
 
 
 def expanded(names: Sequence[str], run_evals: Mapping[str, EvalConfig]) -> list[str]:
