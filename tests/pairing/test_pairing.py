@@ -164,7 +164,7 @@ def test_answers_are_kept_for_another_rule(folder, made):
     make(folder, read(folder / "questions.jsonl"), rule="auto")
 
 
-def test_the_command_and_a_run_on_its_pairs(folder, capsys):
+def test_the_command_and_a_run_on_its_pairs(folder, made, capsys):
     words = ["--annotations", folder / "questions.jsonl", "--images", folder, "--samples", 4]
     words += ["--temperature", 3, "--top-k", 0, "--max-new-tokens", 3, "--device", "cpu"]
     to = folder / "called.jsonl"
