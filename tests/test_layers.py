@@ -29,7 +29,7 @@ LEVELS = {
     0: ("files", "launchers"),
     -1: ("errors",),
 }
-"""Top-level part -> level; compat and serve are still to come."""
+"""Top-level part -> level."""
 LEVEL_OF = {part: level for level, parts in LEVELS.items() for part in parts}
 
 # Folders that are open sets, with what their members may share.
