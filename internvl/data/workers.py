@@ -124,11 +124,19 @@ class _Loader(DataLoader[Any]):
         """Does nothing; torch's own warns of every loader, twice and in words of its code."""
 
 
+def usable_cores() -> int:
+    """Returns how many CPU cores this process may run on."""
+    # macOS has no affinity.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @cache
 def warn_of_idle_workers(workers: int) -> None:
     """Warns once per process of more workers than CPU cores, which read no faster."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if cores is not None and workers > cores and dist.is_main():
+    cores = usable_cores()
+    if workers > cores and dist.is_main():
         log.get_logger().warning(
             "data.workers = %d, but this process has %s: more workers than cores take memory and "
             "read no faster; lower data.workers to %d or less",

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -100,13 +100,12 @@ class Muon(torch.optim.AdamW):
         lr = group["lr"]
         # Equal shapes together: many small products would be bound by their launches.
         # Rows alone have other singular vectors, so shards are orthogonalized whole.
-        stacks = [
+        stacks = (
             torch.stack([_whole(self._averaged(p)) for p in parameters])
             for parameters in shapes.values()
-        ]
-        for (shape, parameters), updates in zip(
-            shapes.items(), orthogonal_on_ranks(stacks), strict=True
-        ):
+        )
+        updated = orthogonal_on_ranks(stacks)
+        for (shape, parameters), updates in zip(shapes.items(), updated, strict=True):
             scale = 0.2 * math.sqrt(max(shape))  # the root mean square of AdamW's updates
             for parameter, update in zip(parameters, updates, strict=True):
                 parameter.mul_(1 - lr * group["weight_decay"])
@@ -160,22 +159,28 @@ def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
-def orthogonal_on_ranks(stacks: Sequence[Tensor]) -> list[Tensor]:
-    """Computes `orthogonal` of each stack; on CPUs every rank of a share of the matrices.
+def orthogonal_on_ranks(stacks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yields `orthogonal` of each stack; on CPUs every rank computes a share of the matrices.
 
     All ranks pass the same values, those of their summed gradients.
     """
-    ranks = dist.world_size()
-    # A GPU computes them in less time than it takes to send them.
-    if ranks == 1 or any(stack.device.type != "cpu" for stack in stacks):
-        return [orthogonal(stack) for stack in stacks]
+    if dist.world_size() == 1 or distributed.get_backend() != "gloo":
+        # One stack at a time: whole matrices of all shapes are as large as the model. And a GPU
+        # computes them in less time than it takes to send them.
+        yield from map(orthogonal, stacks)
+    else:
+        yield from _shared_out(list(stacks))
+
+
+def _shared_out(stacks: Sequence[Tensor]) -> list[Tensor]:
+    """Computes `orthogonal` of each stack, every rank some matrices of it."""
     # The matrix that takes longest first, each to the rank that has the least to do.
     cost = {
         (index, row): stack[0].numel() * min(stack.shape[1:])
         for index, stack in enumerate(stacks)
         for row in range(len(stack))
     }
-    loads, mine = [0] * ranks, [list[int]() for _ in stacks]
+    loads, mine = [0] * dist.world_size(), [list[int]() for _ in stacks]
     for index, row in sorted(cost, key=lambda matrix: -cost[matrix]):
         rank = loads.index(min(loads))
         loads[rank] += cost[index, row]

@@ -5,6 +5,7 @@ at 40 requests of 7 tiles a second, threads hold it a third of the time, and who
 GPU's work waits for it. Worker processes hand tiles over in shared memory instead.
 """
 
+import multiprocessing
 import os
 import queue
 import threading
@@ -16,7 +17,7 @@ from dataclasses import replace
 
 from torch.utils.data import Dataset
 
-from internvl.data.workers import Reading
+from internvl.data.workers import Reading, usable_cores
 from internvl.inference.engine.scheduler import Job
 from internvl.inference.requests import Prompt
 
@@ -92,7 +93,7 @@ class _Threads:
         self.left = iter(order)
         self.ahead = ahead
         # No more threads than requests: each would be started for nothing.
-        threads = max(1, min(_THREADS, os.cpu_count() or 1, len(order)))
+        threads = max(1, min(_THREADS, usable_cores(), len(order)))
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
         self.reading: deque[Future[tuple[int, Prompt]]] = deque()
 
@@ -204,7 +205,7 @@ _SHARED = 2**30
 
 def processes_for(count: int) -> int:
     """Returns how many worker processes should read `count` requests; 0: threads should."""
-    if count < _WORTH_FORKING or not hasattr(os, "fork"):
+    if count < _WORTH_FORKING or "fork" not in multiprocessing.get_all_start_methods():
         return 0
     try:
         shared = os.statvfs("/dev/shm")
@@ -212,8 +213,5 @@ def processes_for(count: int) -> int:
         return 0
     if shared.f_bavail * shared.f_frsize < _SHARED:
         return 0
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
     # One for whoever begins the GPU's work, one for the thread that takes what was read.
-    return max(0, min(_WORKERS, cores - 2))
+    return max(0, min(_WORKERS, usable_cores() - 2))
