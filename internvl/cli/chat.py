@@ -10,7 +10,7 @@ from typing import Any
 
 from internvl.cli.common import (
     Arguments,
-    add_quantize,
+    add_loading_arguments,
     add_run_arguments,
     loading,
     open_named,
@@ -161,12 +161,5 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--num-beams", type=int, default=1, help="beams of a beam search (default: 1, none)"
     )
-    sub.add_argument("--device", help="cuda, cuda:1 or cpu (default: the GPU if there is one)")
-    sub.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="dtype of the weights (default: bfloat16 on a GPU, float32 on a CPU)",
-    )
-    sub.add_argument("--device-map", choices=("auto",), help="spread the model over all GPUs")
-    add_quantize(sub)
+    add_loading_arguments(sub)
     add_run_arguments(sub)

@@ -61,10 +61,32 @@ def add_rank_arguments(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def add_quantize(sub: argparse.ArgumentParser) -> None:
-    """Adds how a verb's model is rounded."""
-    text = "load 8- or 4-bit weights, or compute in float8"
-    sub.add_argument("--quantize", choices=("8bit", "4bit", "float8"), help=text)
+def add_loading_arguments(
+    sub: argparse.ArgumentParser,
+    *,
+    dtype: str = "bfloat16 on a GPU, float32 on a CPU",
+    device_map: bool = True,
+    quantize: bool = True,
+) -> None:
+    """Adds how a verb's model is loaded.
+
+    Args:
+        dtype: the default in words.
+        device_map: the verb can spread a model over several GPUs.
+        quantize: the verb's models can be rounded.
+    """
+    sub.add_argument("--device", help="cuda, cuda:1 or cpu (default: the GPU if there is one)")
+    sub.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help=f"dtype of the weights (default: {dtype})",
+    )
+    if device_map:
+        text = "spread a model larger than a GPU over all GPUs"
+        sub.add_argument("--device-map", choices=("auto",), help=text)
+    if quantize:
+        text = "load 8- or 4-bit weights, or compute in float8"
+        sub.add_argument("--quantize", choices=("8bit", "4bit", "float8"), help=text)
 
 
 def add_run_arguments(sub: argparse.ArgumentParser, *, several: bool = False) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from internvl.cli.common import (
     Arguments,
-    add_quantize,
+    add_loading_arguments,
     add_rank_arguments,
     add_run_arguments,
     loading,
@@ -139,12 +139,6 @@ def _add_make_pairs(sub: argparse.ArgumentParser) -> None:
     for key, (parse, text) in _PAIR_OPTIONS.items():
         option = f"--{key.replace('_', '-')}"
         sub.add_argument(option, dest=key, type=parse, help=text.replace("%", "%%"))
-    sub.add_argument("--device", help="cuda, cuda:1 or cpu (default: the GPU if there is one)")
-    sub.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="dtype of the weights (default: bfloat16 on a GPU, float32 on a CPU)",
-    )
-    add_quantize(sub)
+    add_loading_arguments(sub, device_map=False)
     add_rank_arguments(sub)
     add_run_arguments(sub)

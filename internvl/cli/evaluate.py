@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from internvl.cli.common import (
     Arguments,
-    add_quantize,
+    add_loading_arguments,
     add_rank_arguments,
     add_run_arguments,
     loading,
@@ -150,16 +150,7 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
         "--output", type=Path, help="append the result lines of CLIP_benchmark to this file"
     )
     sub.add_argument("--features", type=Path, help="keep the features in this folder")
-    sub.add_argument("--device", help="cuda, cuda:1 or cpu (default: the GPU if there is one)")
-    sub.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="default: a run's own; for a model bfloat16 on a GPU, float32 on a CPU",
-    )
-    sub.add_argument(
-        "--device-map", choices=("auto",), help="spread a model larger than a GPU over all GPUs"
-    )
-    add_quantize(sub)
+    add_loading_arguments(sub, dtype="a run's own; for a model bfloat16 on a GPU, float32 on a CPU")
     add_run_arguments(sub, several=True)
     _add_eval_options(sub)
 

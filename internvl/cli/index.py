@@ -5,7 +5,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from internvl.cli.common import Arguments, add_run_arguments, loading, open_named, split_commas
+from internvl.cli.common import (
+    Arguments,
+    add_loading_arguments,
+    add_run_arguments,
+    loading,
+    open_named,
+    split_commas,
+)
 from internvl.errors import ConfigError, UserError
 
 EXPORTS = ("clip-retrieval",)
@@ -181,23 +188,14 @@ def load_dual(args: Arguments, opened: Any) -> Any:
         device=args.device,
         dtype=args.dtype,
         device_map=args.device_map,
-        quantize=args.quantize,
     ).as_dual("photo search")
 
 
 def add_model_arguments(sub: argparse.ArgumentParser, help: str) -> None:
     """Adds the model and how it is loaded."""
     sub.add_argument("--model", metavar="MODEL", help=help)
-    sub.add_argument("--device", help="cuda, cuda:1 or cpu (default: the GPU if there is one)")
-    sub.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="default: bfloat16 on a GPU, float32 on a CPU",
-    )
-    sub.add_argument(
-        "--device-map", choices=("auto",), help="spread a model larger than a GPU over all GPUs"
-    )
-    sub.add_argument("--quantize", choices=("8bit", "4bit"), help="load 8- or 4-bit weights")
+    # InternVL-14B is never rounded.
+    add_loading_arguments(sub, quantize=False)
     add_run_arguments(sub)
 
 

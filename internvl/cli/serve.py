@@ -9,7 +9,7 @@ from typing import Any
 
 from internvl.cli.common import (
     Arguments,
-    add_quantize,
+    add_loading_arguments,
     add_run_arguments,
     loading,
     open_named,
@@ -209,12 +209,5 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
         "--drain", type=int, default=60, metavar="S", help="seconds for running answers at the end"
     )
     sub.add_argument("--no-compile", action="store_true", help="start sooner, answer more slowly")
-    sub.add_argument("--device", help="cuda, cuda:1 or cpu (default: the GPU if there is one)")
-    sub.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="dtype of the weights (default: bfloat16 on a GPU, float32 on a CPU)",
-    )
-    sub.add_argument("--device-map", choices=("auto",), help="spread the model over all GPUs")
-    add_quantize(sub)
+    add_loading_arguments(sub)
     add_run_arguments(sub)
