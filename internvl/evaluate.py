@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from internvl.compute import placement
 from internvl.config import CaptionEval
 from internvl.config.recipes import load_recipe
 from internvl.data.arguments import list_texts
-from internvl.errors import ConfigError, ModelFolderError, UserError
+from internvl.errors import ConfigError, ModelFolderError
 from internvl.evals.answers import read_file
 from internvl.evals.call import folders, jobs, lines, opening, page
 from internvl.evals.call.measured import Measured as Measured
@@ -111,9 +112,10 @@ def measure(
     todo = jobs.of_tasks(names, run_evals, fields, root, dataset_root, languages, split, model)
     # Its step too is checked before the data are read.
     parent = folders.of_model(model_or_run) if run_step is None else folders.of_step(run_step)
+    open_once = cache(partial(open_model, model_or_run, step=step, base=base))
     # A hub id may have to be downloaded for this.
     if Path(model_or_run).exists():
-        jobs.check_family(todo, lambda: open_model(model_or_run, step=step, base=base))
+        jobs.check_family(todo, open_once)
     # Before the model: reading the data finds its problems in seconds, loading may take minutes.
     evaluators = evals.build({name: job.config for name, job in todo.items()})
     folder = to
@@ -126,27 +128,14 @@ def measure(
         folder = dist.on_main(lambda: folders.of_call(parent, jobs.title(todo), call))
     features_folder = features or folder / "features"
     with placement.threads(None if recipe is None else recipe.threads):
-        if recipe is None:
-            opened = opening.open_folder(
-                model_or_run, own_device, dtype, device_map, quantize, base
-            )
-        elif device_map is not None or quantize is not None:
-            option = "quantize" if device_map is None else "device_map"
-            raise UserError(
-                f"{option} = {device_map or quantize!r} is for model folders, and {model_or_run} is"
-                f" a run; `internvl export {model_or_run} --to FOLDER`, and evaluate FOLDER"
-            )
-        else:
-            opened = opening.open_run(
-                open_model(model_or_run, step=step, base=base), own_device, dtype
-            )
-        handle, numerics = opened.handle, opened.numerics
+        opened = opening.load(open_once(), own_device, dtype, device_map, quantize)
+        numerics = opened.numerics
         # Below the weights' fingerprint: features of another checkpoint must never be reused.
-        cache = features_folder / dist.on_main(
-            lambda: opening.fingerprint(Path(model_or_run), run_step, handle, numerics)
-        )
+        weights = dist.on_main(lambda: opening.fingerprint(open_once(), numerics))
         with opened.computing:
-            metrics = evals.run_all(evaluators, handle, folder, features=cache)
+            metrics = evals.run_all(
+                evaluators, opened.handle, folder, features=features_folder / weights
+            )
     counts = dist.from_main({name: evaluators[name].counts() for name in todo})
 
     def finish() -> None:

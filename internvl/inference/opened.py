@@ -25,6 +25,8 @@ from internvl.training import saved_steps
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pth")
+
 
 @dataclass(frozen=True)
 class OpenedModel:
@@ -58,6 +60,16 @@ class OpenedModel:
     def step(self) -> int | None:
         """Step of a run's checkpoint. Raises ModelFolderError if it has none."""
         return None if self.run is None else self.run.checkpoint[1]
+
+    def weight_states(self) -> list[tuple[str, int, int]]:
+        """Lists (path, size, mtime in ns) of all files that the weights come from, bases last."""
+        folders = {self.folder, self.local, self.adapter} - {None}
+        files = {f for folder in folders if folder for p in _WEIGHT_FILES for f in folder.glob(p)}
+        if self.run is not None:
+            checkpoints, step = self.run.checkpoint
+            files |= {*(checkpoints / f"{step:06d}").rglob("*")}
+        states = sorted((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
+        return states if self.base is None else [*states, *self.base.weight_states()]
 
     def check(self, *, weights: bool = True) -> None:
         """Checks that all of it is there; reads no weight, imports no torch.

@@ -9,14 +9,11 @@ from typing import Any
 
 from internvl import dist, log
 from internvl.compute import backends, compilation, placement
-from internvl.errors import ConfigError, counted
+from internvl.errors import ConfigError, UserError, counted
 from internvl.inference import load as loading
 from internvl.inference.families import LoadOptions
-from internvl.inference.opened import OpenedModel, RunStep
+from internvl.inference.opened import OpenedModel
 from internvl.models import hub
-from internvl.models.bases import Replacements
-
-_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pth")
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,30 @@ def join(device: str | None, device_map: str | None) -> str | None:
     return str(joined)
 
 
-def open_run(opened: OpenedModel, device: str | None, dtype: str | None) -> Opened:
+def load(
+    model: OpenedModel,
+    device: str | None,
+    dtype: str | None,
+    device_map: str | None,
+    quantize: str | None,
+) -> Opened:
+    """Loads a model as it is measured.
+
+    Raises:
+        UserError: an option that a run does not take.
+    """
+    if model.recipe is None:
+        return _load_folder(model, device, dtype, device_map, quantize)
+    if device_map is not None or quantize is not None:
+        option = "quantize" if device_map is None else "device_map"
+        raise UserError(
+            f"{option} = {device_map or quantize!r} is for model folders, and {model.name} is a "
+            f"run; `internvl export {model.name} --to FOLDER`, and evaluate FOLDER"
+        )
+    return _load_run(model, device, dtype)
+
+
+def _load_run(opened: OpenedModel, device: str | None, dtype: str | None) -> Opened:
     """Loads a run's model as its own evaluations have it; `dtype` replaces the recipe's."""
     recipe = opened.recipe
     assert recipe is not None
@@ -117,17 +137,16 @@ def _precision(dtype: str) -> str:
     return dtype if dtype == "float32" else f"{dtype} autocast"
 
 
-def open_folder(
-    name: str | Path,
+def _load_folder(
+    model: OpenedModel,
     device: str | None,
     dtype: str | None,
     device_map: str | None,
     quantize: str | None,
-    base: Replacements,
 ) -> Opened:
     """Loads a model that is no run's, all weights in one dtype."""
     options: dict[str, Any] = {"device_map": device_map, "quantize": quantize}
-    handle = loading.load(name, device=device, dtype=dtype, base=base, **options)
+    handle = loading.load(model, device=device, dtype=dtype, **options)
     # So that whoever answers many requests may compile it.
     handle.model.requires_grad_(False)
     loaded_dtype = str(handle.model.dtype).removeprefix("torch.")
@@ -147,15 +166,8 @@ def _stored_dtype(folder: Path) -> str | None:
     return config.get("dtype") or config.get("torch_dtype")
 
 
-def fingerprint(named: Path, run_step: RunStep | None, handle: Any, numerics: Numerics) -> str:
+def fingerprint(model: OpenedModel, numerics: Numerics) -> str:
     """Returns a hash of the weight files' names, sizes and times, and of the precision."""
     # Not of their content, which may be tens of gigabytes.
-    folders = {named, Path(handle.folder)}
-    files = {
-        file for folder in folders for pattern in _WEIGHT_FILES for file in folder.glob(pattern)
-    }
-    if run_step is not None:
-        checkpoints, step = run_step.checkpoint
-        files |= {*(checkpoints / f"{step:06d}").rglob("*")}
-    states = sorted((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
+    states = model.weight_states()
     return blake2b(repr((states, numerics.current)).encode(), digest_size=8).hexdigest()
