@@ -8,7 +8,6 @@ batches nor the order of the file nor the number of ranks change them, but for r
 """
 
 import json
-import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,13 +15,15 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from internvl import dist, log
+from internvl import dist
 from internvl.errors import BadSample, UserError, counted
 from internvl.evals import asking
+from internvl.evals.call import opening
 from internvl.evals.scores import raise_or_log
 from internvl.files import write_lines
 from internvl.inference import load as loading
 from internvl.inference.chat import Chat
+from internvl.inference.opened import OpenedModel, open_model
 from internvl.pairing.choosing import DROPOUT_NTP, Chosen, by_correctness, by_dropout
 from internvl.pairing.forms import form
 from internvl.pairing.options import PairOptions as PairOptions
@@ -80,27 +81,22 @@ def run(
     Raises:
         UserError: questions that cannot be used, no chat model, or no pairs at all.
     """
-    device = _join(device)
+    device = opening.join(device, None)
     # Before the model: reading finds bad questions in seconds, loading may take minutes.
     planned = plan_questions(options)
-    handle = loading.load(model, device=device, dtype=dtype, quantize=quantize, base=base)
+    opened = model if isinstance(model, OpenedModel) else open_model(model, base=base)
+    handle = loading.load(opened, device=device, dtype=dtype, quantize=quantize)
     chat = handle.as_chat("data make-pairs")
-    return make(chat, Path(to), options, planned)
+    weights = dist.on_main(opened.weight_states), quantize
+    return make(chat, weights, Path(to), options, planned)
 
 
-def _join(device: str | None) -> str | None:
-    """Joins the processes that share the work, if any; returns this one's device."""
-    joined = dist.init_from_env("cpu" if device == "cpu" else "auto")
-    if dist.world_size() == 1:
-        return device
-    # All ranks read the same file, and would say the same about it.
-    if not dist.is_main():
-        log.get_logger().setLevel(logging.WARNING)
-    return str(joined)
+def make(chat: Chat, weights: Any, to: Path, options: PairOptions, planned: Planned) -> Made | None:
+    """Asks a loaded model; see `run`.
 
-
-def make(chat: Chat, to: Path, options: PairOptions, planned: Planned) -> Made | None:
-    """Asks a loaded model; see `run`."""
+    Args:
+        weights: what tells them from other weights, whose answers are not read again.
+    """
     asks = [
         (plan, sample)
         for plan in planned.plans
@@ -109,7 +105,7 @@ def make(chat: Chat, to: Path, options: PairOptions, planned: Planned) -> Made |
     ]
     asker = Asker(chat, options, asks)
     # Kept afterwards: pairs by another rule, or fewer of them, need no new answers.
-    folder = to.with_name(f"{to.stem}_answers") / asker.key()
+    folder = to.with_name(f"{to.stem}_answers") / asker.key(weights)
     # A batch ends with its longest answer, for which the other slots of a GPU wait.
     batch = _GPU_BATCH if chat.device.type == "cuda" else _BATCH
     answers = asking.ask(

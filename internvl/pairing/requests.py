@@ -9,7 +9,6 @@ from internvl.data.messages import IMAGE_MARK, VIDEO_MARK, count_marks, fill_mar
 from internvl.data.records import Message
 from internvl.data.video import read_video
 from internvl.evals import asking
-from internvl.evals.scores import fingerprint
 from internvl.inference.chat import Chat
 from internvl.inference.requests import Request
 from internvl.models import configs
@@ -29,18 +28,12 @@ class Asker:
         self.most = asking.tiling(chat, options.tiles or "checkpoint", chat.tiles.max).most
         self._opened: tuple[str, list[Any], list[Any]] | None = None
 
-    def key(self) -> str:
-        """Returns a hash of all that decides the answers."""
+    def key(self, weights: Any) -> str:
+        """Returns a hash of all that decides the answers; `weights` tells the model's apart."""
         options = self.options
         asked = [(plan.question.key, plan.prefix, sample) for plan, sample in self.asks]
         paths = (str(i) for plan, _ in self.asks for i in plan.question.sample.images)
         images = asking.key_of_images(list(dict.fromkeys(paths)))
-        # By size and time, as tens of gigabytes take minutes to read.
-        weights = [
-            (str(file.resolve()), *fingerprint(str(file)))
-            for pattern in ("*.safetensors", "*.bin", "*.pth")
-            for file in sorted(self.chat.folder.glob(pattern))
-        ]
         form_name = options.form
         precision = str(self.chat.model.dtype)
         settings = options.settings()

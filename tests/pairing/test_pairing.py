@@ -14,6 +14,7 @@ from internvl.errors import BadSample, UserError
 from internvl.evals.answers import AnswerFiles
 from internvl.evals.scoring.answers import Reference
 from internvl.inference import load as loading
+from internvl.inference.opened import open_model
 from internvl.inference.requests import Request
 from internvl.pairing import choosing, forms, questions, requests, rules
 
@@ -158,7 +159,9 @@ def test_answers_are_kept_for_another_rule(folder, made):
     )
     for layer in chat.model.model.language_model.layers:
         del layer.mlp
-    fewer = pairing.make(chat, folder / "pairs.jsonl", options, pairing.plan_questions(options))
+    weights = open_model(folder / "model").weight_states(), None
+    planned = pairing.plan_questions(options)
+    fewer = pairing.make(chat, weights, folder / "pairs.jsonl", options, planned)
     assert fewer.answers_folder == made.answers_folder
     assert fewer.pairs == {"correctness": 4, "dropout-ntp": 1}
     make(folder, read(folder / "questions.jsonl"), rule="auto")
@@ -200,6 +203,10 @@ def test_the_command_and_a_run_on_its_pairs(folder, made, capsys):
     assert row["samples"] == 4
     # Nothing is learned yet: the reference is the policy.
     assert row["dpo"] == pytest.approx(0.6931, abs=1e-4)
+    # Trained weights lie elsewhere than those of the base, whose answers are others.
+    samples = read(folder / "questions.jsonl")
+    tuned = make(folder, samples, "tuned", folder / "run", rule="auto", tiles="6")
+    assert tuned.answers_folder.name != made.answers_folder.name
 
 
 @pytest.mark.slow
