@@ -195,8 +195,7 @@ def test_broken_samples_are_named_or_left_out(chat, folder):
     ],
 )
 def test_a_file_without_a_question_left_says_why(folder, row, says):
-    config = {"images": folder, "on_bad_sample": "skip_broken"}
-    config["on_bad_sample"] = "skip"
+    config = {"images": folder, "on_bad_sample": "skip"}
     with pytest.raises(UserError, match=says):
         evals.build({"x": eval_config(type="qa", annotations=written(folder, row), **config)})
 
