@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from internvl.cli.common import Arguments
@@ -44,27 +45,28 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--html", type=Path, metavar="FILE", help="also write a page")
     sub.add_argument("--json", action="store_true", help="print everything as JSON")
     sub.add_argument(
-        "--show", type=_count, default=3, metavar="N", help="changed items to print (default: 3)"
+        "--show",
+        type=_at_least(0),
+        default=3,
+        metavar="N",
+        help="changed items to print (default: 3)",
     )
     sub.add_argument(
         "--resamples",
-        type=_several,
+        type=_at_least(100),  # percentiles of fewer say nothing
         default=2000,
         metavar="N",
         help="resampled test sets of an interval (default: 2000)",
     )
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError("a number of 0 or more is expected")
-    return value
+def _at_least(least: int) -> Callable[[str], int]:
+    """Returns a parser of whole numbers from `least` on."""
 
+    def parse(text: str) -> int:
+        # argparse's own message would name this function.
+        if not text.lstrip("+-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"a number of {least} or more is expected")
+        return int(text)
 
-def _several(text: str) -> int:
-    value = int(text)
-    # Percentiles of fewer say nothing.
-    if value < 100:
-        raise argparse.ArgumentTypeError("a number of 100 or more is expected")
-    return value
+    return parse

@@ -21,14 +21,14 @@ def run(args: Arguments) -> int:
     """Serve a model over HTTP as OpenAI's clients ask, with a page to talk to it."""
     from internvl.serve import Limits, Options, parse_adapters
 
+    # Options that were not given keep the defaults of Limits.
+    counts = {
+        key: value * (2**20 if unit == "MIB" else 1)
+        for key, (unit, _) in _LIMITS.items()
+        if (value := getattr(args, key)) is not None
+    }
     limits = Limits(
-        max_images=args.max_images,
-        max_tokens=args.max_tokens,
-        max_length=args.max_length,
-        max_waiting=args.max_waiting,
-        max_body=args.max_body * 2**20,
-        allow_hosts=tuple(args.allow_hosts),
-        allow_files=tuple(args.allow_files),
+        **counts, allow_hosts=tuple(args.allow_hosts), allow_files=tuple(args.allow_files)
     )
     # A key on the command line is seen by everyone on the machine.
     environment = os.environ.get("INTERNVL_API_KEY")
@@ -129,6 +129,19 @@ def _name_of(model: str) -> str:
     return path.name or path.resolve().name
 
 
+_LIMITS: dict[str, tuple[str, str]] = {
+    "max_length": ("N", "most tokens of a prompt and its answer together (default: 8192)"),
+    "max_tokens": ("N", "tokens of an answer if the request does not say (default: 1024)"),
+    "max_images": ("N", "most images of a request (default: 16)"),
+    "max_waiting": (
+        "N",
+        "most requests that wait for a slot; more are answered 429 (default: 64)",
+    ),
+    "max_body": ("MIB", "largest request (default: 128)"),
+}
+"""Whole number of Limits -> its unit and help."""
+
+
 def add_arguments(sub: argparse.ArgumentParser) -> None:
     """Adds the verb's options."""
     sub.add_argument("model", help="model, adapter or run folder, or hub id")
@@ -139,6 +152,30 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
         metavar="NAME=PATH",
         help="adapter folder that requests choose by its name as their model; repeat it",
     )
+    _add_address(sub)
+    sub.add_argument("--gpus", type=int, metavar="N", help="a copy of the model on each of N GPUs")
+    sub.add_argument(
+        "--slots",
+        type=int,
+        metavar="N",
+        help="most requests at a time (default: as many as the GPU's memory holds, up to 128)",
+    )
+    for key, (unit, text) in _LIMITS.items():
+        option = f"--{key.replace('_', '-')}"
+        sub.add_argument(option, dest=key, type=int, metavar=unit, help=text)
+    sub.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="of requests that do not say (default: 0, greedy)",
+    )
+    sub.add_argument("--no-compile", action="store_true", help="start sooner, answer more slowly")
+    add_loading_arguments(sub)
+    add_run_arguments(sub)
+
+
+def _add_address(sub: argparse.ArgumentParser) -> None:
+    """Adds where the server listens, and whom it trusts."""
     # Not all addresses: whoever reaches the port uses the GPU.
     sub.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     sub.add_argument("--port", type=int, default=8000, help="0 for any free one (default: 8000)")
@@ -149,46 +186,6 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
         action="append",
         metavar="KEY",
         help="refuse requests without this key; repeat it (default: $INTERNVL_API_KEY, or none)",
-    )
-    sub.add_argument("--gpus", type=int, metavar="N", help="a copy of the model on each of N GPUs")
-    sub.add_argument(
-        "--slots",
-        type=int,
-        metavar="N",
-        help="most requests at a time (default: as many as the GPU's memory holds, up to 128)",
-    )
-    sub.add_argument(
-        "--max-length",
-        type=int,
-        default=8192,
-        metavar="N",
-        help="most tokens of a prompt and its answer together (default: 8192)",
-    )
-    sub.add_argument(
-        "--max-tokens",
-        type=int,
-        default=1024,
-        metavar="N",
-        help="tokens of an answer if the request does not say (default: 1024)",
-    )
-    sub.add_argument(
-        "--max-images", type=int, default=16, metavar="N", help="most images of a request (16)"
-    )
-    sub.add_argument(
-        "--max-waiting",
-        type=int,
-        default=64,
-        metavar="N",
-        help="most requests that wait for a slot; more are answered 429 (default: 64)",
-    )
-    sub.add_argument(
-        "--max-body", type=int, default=128, metavar="MIB", help="largest request (128 MiB)"
-    )
-    sub.add_argument(
-        "--temperature",
-        type=float,
-        default=0.0,
-        help="of requests that do not say (default: 0, greedy)",
     )
     sub.add_argument(
         "--allow-hosts",
@@ -208,6 +205,3 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--drain", type=int, default=60, metavar="S", help="seconds for running answers at the end"
     )
-    sub.add_argument("--no-compile", action="store_true", help="start sooner, answer more slowly")
-    add_loading_arguments(sub)
-    add_run_arguments(sub)
