@@ -117,6 +117,11 @@ class Prompt:
     begun: tuple[int, ...] = ()
     """The last of `input_ids`, which are the beginning of the answer."""
 
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of its images and frames."""
+        return 0 if self.tiles is None else len(self.tiles)
+
 
 def encode(
     request: Request,

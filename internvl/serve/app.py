@@ -12,7 +12,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from internvl.errors import UserError, explain
 from internvl.serve.engines import Engines, Gate
-from internvl.serve.errors import ApiError
+from internvl.serve.errors import ApiError, model_not_found
 from internvl.serve.http import Door, error_response
 from internvl.serve.metrics import Metrics
 from internvl.serve.options import Options
@@ -50,39 +50,25 @@ def build(
     door = Door(app, options.api_keys, routes.metrics)
     created = int(time.time())
 
-    async def models(http: Request) -> Response:
+    def card(name: str) -> dict[str, Any]:
         base = routes.names[0]
-        data = [
-            {
-                "id": name,
-                "object": "model",
-                "created": created,
-                "owned_by": "internvl",
-                "root": base,
-                "parent": None if name == base else base,
-            }
-            for name in routes.names
-        ]
-        return JSONResponse({"object": "list", "data": data})
+        return {
+            "id": name,
+            "object": "model",
+            "created": created,
+            "owned_by": "internvl",
+            "root": base,
+            "parent": None if name == base else base,
+        }
+
+    async def models(http: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [card(name) for name in routes.names]})
 
     async def model(http: Request) -> Response:
         name = http.path_params["name"]
         if name not in routes.names:
-            # Here: a server of InternVL-14B needs no route of a chat model.
-            from internvl.serve.chat_routes import model_not_found
-
             raise model_not_found(name, routes.names)
-        base = routes.names[0]
-        parent = None if name == base else base
-        return JSONResponse(
-            {
-                "id": name,
-                "object": "model",
-                "created": created,
-                "owned_by": "internvl",
-                "parent": parent,
-            }
-        )
+        return JSONResponse(card(name))
 
     async def health(http: Request) -> Response:
         routes.engines.check()

@@ -9,6 +9,7 @@ from internvl.serve.errors import ApiError
 from internvl.serve.fields import (
     Field,
     Refused,
+    as_it_is,
     flag,
     number_from,
     read_fields,
@@ -19,10 +20,6 @@ from internvl.serve.fields import (
 
 MOST_LOGPROBS, MOST_CHOICES, MOST_STOPS, MOST_TILES = 20, 16, 16, 64
 """Most likely tokens that are listed, answers of a request, stop strings, and tiles of an image."""
-
-
-def _raw(name: str, value: Any) -> Any:
-    return value
 
 
 def _top_k(name: str, value: Any) -> int:
@@ -52,7 +49,7 @@ def _processor(name: str, value: Any) -> dict[str, Any]:
 FIELDS: dict[str, Field] = {
     "model": Field(text),
     # Read later: their errors name a message and a content part.
-    "messages": Field(_raw),
+    "messages": Field(as_it_is),
     "temperature": Field(number_from(0, 100)),
     "top_p": Field(number_from(1e-8, 1), 1.0),
     # All tokens: OpenAI has no such field, so that its clients expect none to be left out.

@@ -22,7 +22,7 @@ from internvl.serve.answer_text import AnswerText
 from internvl.serve.chat_engine import ChatEngine
 from internvl.serve.chat_request import MOST_TILES, ChatRequest, parse
 from internvl.serve.engines import Engine, Engines, Gate
-from internvl.serve.errors import ApiError
+from internvl.serve.errors import ApiError, model_not_found
 from internvl.serve.fields import Field, read_fields, text, whole_from
 from internvl.serve.http import finished_or_gone, read_json
 from internvl.serve.messages import read_messages
@@ -92,7 +92,7 @@ class ChatRoutes:
             self._prompts = {
                 name: Prompts(chat, self.fetcher) for name, chat in engine.chats.items()
             }
-            self.gate.slots = sum(e.answering.slots for e in self.engines.engines)
+            self.gate.slots = self.engines.slots
         for waiting in self._waiting:
             waiting.came.set()
 
@@ -197,7 +197,7 @@ class ChatRoutes:
                 job.generator = torch.Generator(chat_engine.chat.device).manual_seed(seed)
             jobs.append(job)
         self.metrics.prompt_tokens.inc(len(prompt.input_ids))
-        self.metrics.tiles.inc(0 if prompt.tiles is None else len(prompt.tiles))
+        self.metrics.tiles.inc(prompt.num_tiles)
         engine.running += len(jobs)
         # After all are made: an error above leaves none in the queue.
         for job in jobs:
@@ -207,7 +207,7 @@ class ChatRoutes:
 
     def _max_tokens(self, asked: ChatRequest, prompt: Prompt, engine: ChatEngine) -> int:
         length = len(prompt.input_ids)
-        tiles = 0 if prompt.tiles is None else len(prompt.tiles)
+        tiles = prompt.num_tiles
         visual = f" ({tiles} tiles of {engine.chat.tokens_per_tile})" if tiles else ""
         left = engine.length - length
         least = max(1, asked.sampling["min_new_tokens"])
@@ -268,14 +268,13 @@ class ChatRoutes:
         generated = sum(len(job.generated) for job in asked.jobs)
         self.metrics.tokens.inc(generated)
         self.metrics.total_s.observe(total_s)
-        tiles = 0 if asked.prompt.tiles is None else len(asked.prompt.tiles)
         first = "-" if asked.first_s is None else f"{asked.first_s:.3f}"
         log.get_logger().info(
             "%s %s: %d tokens in, %d tiles, %d out, first token %s s, total %.3f s%s",
             asked.id,
             asked.request.model,
             len(asked.prompt.input_ids),
-            tiles,
+            asked.prompt.num_tiles,
             generated,
             first,
             total_s,
@@ -415,16 +414,6 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self.ended()
-
-
-def model_not_found(name: str, names: Sequence[str]) -> ApiError:
-    """Returns the error of a model that this server does not have."""
-    return ApiError(
-        f"there is no model {name!r} here; there is {', '.join(names)}",
-        status=404,
-        param="model",
-        code="model_not_found",
-    )
 
 
 def _event(data: Mapping[str, Any]) -> str:

@@ -13,11 +13,19 @@ from starlette.responses import JSONResponse, Response
 from internvl import log
 from internvl.errors import counted
 from internvl.models.dual.model import Mode
-from internvl.serve.chat_routes import model_not_found
 from internvl.serve.dual_engine import DualEngine, DualJob
 from internvl.serve.engines import Engines, Gate
-from internvl.serve.errors import ApiError
-from internvl.serve.fields import Field, Refused, choice, flag, read_fields, text, whole_from
+from internvl.serve.errors import ApiError, model_not_found
+from internvl.serve.fields import (
+    Field,
+    Refused,
+    as_it_is,
+    choice,
+    flag,
+    read_fields,
+    text,
+    whole_from,
+)
 from internvl.serve.http import finished_or_gone, read_json
 from internvl.serve.metrics import Metrics
 from internvl.serve.options import Options
@@ -26,14 +34,10 @@ from internvl.serve.prompts import Fetcher
 MOST_INPUTS = 2048
 
 
-def _as_it_is(name: str, value: Any) -> Any:
-    return value
-
-
 _EMBEDDINGS = {
     "model": Field(text),
-    "input": Field(_as_it_is),
-    "messages": Field(_as_it_is),
+    "input": Field(as_it_is),
+    "messages": Field(as_it_is),
     "encoding_format": Field(choice("float", "base64"), "float"),
     "user": Field(text, ""),
 }
@@ -46,8 +50,8 @@ _EMBEDDINGS_REFUSED = {
 }
 _RERANK = {
     "model": Field(text),
-    "query": Field(_as_it_is),
-    "documents": Field(_as_it_is),
+    "query": Field(as_it_is),
+    "documents": Field(as_it_is),
     "top_n": Field(whole_from(1)),
     "return_documents": Field(flag, False),
     "user": Field(text, ""),
@@ -80,7 +84,7 @@ class DualRoutes:
     def changed(self) -> None:
         """Notes that an engine is ready or has died; wakes all who wait for a dead one."""
         if self.engines.ready:
-            self.gate.slots = sum(engine.answering.slots for engine in self.engines.engines)
+            self.gate.slots = self.engines.slots
         for event in self._waiting:
             event.set()
 

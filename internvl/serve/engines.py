@@ -21,6 +21,11 @@ T = TypeVar("T")
 class Answering(Protocol):
     """What an engine thread runs, built in that thread."""
 
+    @property
+    def slots(self) -> int:
+        """Jobs at a time."""
+        ...
+
     def run(self, queue: "JobQueue[Any]", tell: Callable[[Any], None]) -> None:
         """Answers jobs until the queue is closed; calls `tell(job)` whenever one has more."""
         ...
@@ -152,6 +157,11 @@ class Engines(Generic[T]):
     def ready(self) -> bool:
         """True while all of them answer."""
         return all(engine.ready for engine in self.engines)
+
+    @property
+    def slots(self) -> int:
+        """Jobs that all of them answer at a time, once they are ready."""
+        return sum(engine.answering.slots for engine in self.engines)
 
     def check(self) -> None:
         """Raises ApiError 503 unless all of them answer."""

@@ -1,5 +1,6 @@
 """An error in OpenAI's shape, which its clients turn into typed exceptions."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from internvl.errors import UserError
@@ -64,3 +65,13 @@ _TYPES = {
 def unavailable(reason: str, retry_s: int = 5) -> ApiError:
     """Returns the error of a server that cannot answer now."""
     return ApiError(reason, status=UNAVAILABLE, code="unavailable", retry_s=retry_s)
+
+
+def model_not_found(name: str, names: Sequence[str]) -> ApiError:
+    """Returns the error of a model that this server does not have."""
+    return ApiError(
+        f"there is no model {name!r} here; there is {', '.join(names)}",
+        status=404,
+        param="model",
+        code="model_not_found",
+    )

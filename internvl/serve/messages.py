@@ -13,7 +13,7 @@ from internvl.data.records import Message
 from internvl.errors import counted
 from internvl.serve.chat_request import MOST_TILES
 from internvl.serve.errors import ApiError
-from internvl.serve.fields import Field, Refused, choice, read_fields, text, whole_from
+from internvl.serve.fields import Field, Refused, as_it_is, choice, read_fields, text, whole_from
 from internvl.serve.options import Limits
 
 DETAILS = {"low": 6, "medium": 12, "high": 24}
@@ -34,11 +34,7 @@ _MESSAGE_REFUSED = {
 _PART_REFUSED = {"uuid": Refused((), "nothing is cached"), "cache_control": _EMPTY}
 
 
-def _as_it_is(name: str, value: Any) -> Any:
-    return value
-
-
-_MESSAGE = {"role": Field(text), "content": Field(_as_it_is)}
+_MESSAGE = {"role": Field(text), "content": Field(as_it_is)}
 
 
 @dataclass(frozen=True)
@@ -128,7 +124,7 @@ def _read_piece(name: str, piece: Any) -> str | Medium:
             param=f"{name}.type",
         )
     fields = _IMAGE if piece_type == "image_url" else _VIDEO
-    values = read_fields(piece, rest | {piece_type: Field(_as_it_is)}, _PART_REFUSED, name)
+    values = read_fields(piece, rest | {piece_type: Field(as_it_is)}, _PART_REFUSED, name)
     inner = values[piece_type]
     # Some clients send the address alone.
     inner = {"url": inner} if isinstance(inner, str) else inner
