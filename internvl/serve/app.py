@@ -1,7 +1,7 @@
 """The application: routes of a chat model or of InternVL-14B, and those that both have."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Container, Mapping
 from importlib import resources
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from internvl.errors import UserError, explain
 from internvl.serve.engines import Engines, Gate
 from internvl.serve.errors import ApiError, model_not_found
-from internvl.serve.http import Door, error_response
+from internvl.serve.http import Door, Handler, error_response
 from internvl.serve.metrics import Metrics
 from internvl.serve.options import Options
 
@@ -26,9 +26,24 @@ class Routes(Protocol):
     metrics: Metrics
     names: list[str]
     """Names of models, the base first."""
+    page_file: str | None
+    """File of the page at `/`; None for none."""
+
+    @property
+    def posts(self) -> Mapping[str, Handler]:
+        """Path -> its handler."""
+        ...
 
     async def page(self, http: Request) -> Response:
         """Returns what the page needs to begin."""
+        ...
+
+    def wake(self, job: Any) -> None:
+        """Tells whoever waits for a job that it has more."""
+        ...
+
+    def changed(self) -> None:
+        """Notes that an engine is ready or has died."""
         ...
 
     def close(self) -> None:
@@ -36,18 +51,25 @@ class Routes(Protocol):
         ...
 
 
-def build(
-    routes: Routes, posts: Mapping[str, Callable[..., Any]], options: Options, page: str | None
-) -> Door:
-    """Builds the application; returns the door in front of it, which is served.
-
-    Args:
-        posts: path -> its handler.
-        page: file of the page at `/`; None for none.
-    """
+def build(routes: Routes, options: Options) -> Door:
+    """Builds the application; returns the door in front of it, which is served."""
     # Its pages of documentation load scripts from other hosts.
     app = FastAPI(title="internvl serve", docs_url=None, redoc_url=None, openapi_url=None)
     door = Door(app, options.api_keys, routes.metrics)
+    gets = _models(routes) | _state(routes, door) | {"/": _index(routes)}
+    if routes.page_file is not None:
+        gets["/page.json"] = routes.page
+    # Starlette routes: FastAPI would read signatures, and bodies are checked by our own tables.
+    for method, handlers in (("GET", gets), ("POST", routes.posts)):
+        for path, handler in handlers.items():
+            app.add_route(path, handler, methods=[method])
+    door.paths = {*gets, *routes.posts}
+    _handle_errors(app, routes.posts)
+    return door
+
+
+def _models(routes: Routes) -> dict[str, Handler]:
+    """Returns the handlers that list models."""
     created = int(time.time())
 
     def card(name: str) -> dict[str, Any]:
@@ -70,6 +92,12 @@ def build(
             raise model_not_found(name, routes.names)
         return JSONResponse(card(name))
 
+    return {"/v1/models": models, "/v1/models/{name:path}": model}
+
+
+def _state(routes: Routes, door: Door) -> dict[str, Handler]:
+    """Returns the handlers for whatever watches the server."""
+
     async def health(http: Request) -> Response:
         routes.engines.check()
         # A load balancer sends nobody here any more.
@@ -86,28 +114,20 @@ def build(
         counts.waiting.set(routes.gate.inside - running)
         return Response(counts.text(), media_type="text/plain; version=0.0.4")
 
+    return {"/health": health, "/metrics": metrics}
+
+
+def _index(routes: Routes) -> Handler:
+    """Returns the handler of the address alone."""
+
     async def index(http: Request) -> Response:
         # Whoever opens the address sees what is there.
-        if page is None:
-            return JSONResponse({"models": routes.names, "paths": sorted(posts)})
-        file = resources.files("internvl.serve") / "static" / page
+        if routes.page_file is None:
+            return JSONResponse({"models": routes.names, "paths": sorted(routes.posts)})
+        file = resources.files("internvl.serve") / "static" / routes.page_file
         return HTMLResponse(file.read_text(encoding="utf-8"), headers=_PAGE_HEADERS)
 
-    # Starlette routes: FastAPI would read signatures, and bodies are checked by our own tables.
-    for path, get in {
-        "/v1/models": models,
-        "/v1/models/{name:path}": model,
-        "/health": health,
-        "/metrics": metrics,
-        "/": index,
-    }.items():
-        app.add_route(path, get, methods=["GET"])
-    if page is not None:
-        app.add_route("/page.json", routes.page, methods=["GET"])
-    for path, post in posts.items():
-        app.add_route(path, post, methods=["POST"])
-    _handle_errors(app, routes, posts)
-    return door
+    return index
 
 
 _PAGE_HEADERS = {
@@ -130,7 +150,7 @@ _ELSEWHERE = {
 """Paths of the other family or of other servers, and the remedy for each."""
 
 
-def _handle_errors(app: FastAPI, routes: Routes, posts: Mapping[str, Any]) -> None:
+def _handle_errors(app: FastAPI, posts: Container[str]) -> None:
     """Turns every exception into a response in OpenAI's shape."""
 
     async def api_error(http: Request, error: Exception) -> Response:

@@ -24,7 +24,7 @@ from internvl.serve.chat_request import MOST_TILES, ChatRequest, parse
 from internvl.serve.engines import Engine, Engines, Gate
 from internvl.serve.errors import ApiError, model_not_found
 from internvl.serve.fields import Field, read_fields, text, whole_from
-from internvl.serve.http import finished_or_gone, read_json
+from internvl.serve.http import Handler, finished_or_gone, read_json
 from internvl.serve.messages import read_messages
 from internvl.serve.metrics import Metrics
 from internvl.serve.options import Options
@@ -62,6 +62,8 @@ class Asked:
 class ChatRoutes:
     """Answers chat completions by the engines of one model."""
 
+    page_file: str | None = "chat.html"
+
     def __init__(self, engines: Engines[Job], gate: Gate, options: Options) -> None:
         self.engines = engines
         self.gate = gate
@@ -71,6 +73,11 @@ class ChatRoutes:
         self.fetcher = Fetcher(options.limits)
         self._prompts: dict[str, Prompts] = {}
         self._waiting: set[Answer] = set()
+
+    @property
+    def posts(self) -> dict[str, Handler]:
+        """See `Routes`."""
+        return {"/v1/chat/completions": self.complete, "/v1/tiles": self.tiles}
 
     def wake(self, job: Job) -> None:
         """Tells whoever waits for a job that it has more tokens."""

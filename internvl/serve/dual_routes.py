@@ -26,7 +26,7 @@ from internvl.serve.fields import (
     text,
     whole_from,
 )
-from internvl.serve.http import finished_or_gone, read_json
+from internvl.serve.http import Handler, finished_or_gone, read_json
 from internvl.serve.metrics import Metrics
 from internvl.serve.options import Options
 from internvl.serve.prompts import Fetcher
@@ -65,6 +65,8 @@ _RERANK_REFUSED = {
 class DualRoutes:
     """Answers embeddings and rankings by the engines of one InternVL-14B."""
 
+    page_file: str | None = None
+
     def __init__(self, engines: Engines[DualJob], gate: Gate, options: Options) -> None:
         self.engines = engines
         self.gate = gate
@@ -75,6 +77,11 @@ class DualRoutes:
         self.names = list(self.modes)
         self.fetcher = Fetcher(options.limits)
         self._waiting: set[asyncio.Event] = set()
+
+    @property
+    def posts(self) -> dict[str, Handler]:
+        """See `Routes`."""
+        return {"/v1/embeddings": self.embed, "/v1/rerank": self.rerank}
 
     @staticmethod
     def wake(job: DualJob) -> None:

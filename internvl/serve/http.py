@@ -3,7 +3,7 @@
 import asyncio
 import hmac
 import json
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Container, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -15,6 +15,7 @@ from internvl.serve.metrics import Metrics
 from internvl.serve.options import Limits
 
 T = TypeVar("T")
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 async def read_json(http: Request, limits: Limits) -> Any:
@@ -84,6 +85,8 @@ class Door:
         self.draining = False
         """True after SIGTERM: what is under way is answered, nothing new begun."""
         self.under_way = 0
+        self.paths: Container[str] = ()
+        """Paths that metrics name; any other is `other`, since clients may send endlessly many."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request; see ASGI."""
@@ -107,7 +110,7 @@ class Door:
             status = 499  # nobody is there to be told
         finally:
             self.under_way -= 1
-            path = scope["path"] if scope["path"] in _PATHS else "other"
+            path = scope["path"] if scope["path"] in self.paths else "other"
             self.metrics.requests.labels(path, str(status)).inc()
 
     def _refusal(self, scope: Scope) -> Response | None:
@@ -130,10 +133,3 @@ class Door:
         # All are compared, in the same time whichever it is.
         matches = [hmac.compare_digest(key.strip(), valid) for valid in self.keys]
         return scheme.lower() == b"bearer" and any(matches)
-
-
-_PATHS = (
-    *("/v1/chat/completions", "/v1/models", "/v1/embeddings", "/v1/rerank", "/v1/tiles"),
-    *("/health", "/metrics", "/page.json", "/"),
-)
-"""Paths that metrics name; any other is `other`, since clients may send endlessly many."""

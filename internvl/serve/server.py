@@ -5,7 +5,7 @@ import contextlib
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -63,9 +63,11 @@ async def _serve(
     names: Sequence[str],
     listening: socket.socket,
 ) -> None:
-    routes, posts, page = _FAMILIES[family](options, loads)
+    engines: Engines[Any] = Engines([])
+    routes = _routes_class(family)(engines, Gate(options.limits.max_waiting), options)
+    engines.engines = [Engine(load, routes.wake, routes.changed) for load in loads]
     routes.names += names
-    door = build(routes, posts, options, page)
+    door = build(routes, options)
     config = uvicorn.Config(
         door,
         # Our own lines say what a request was; uvicorn's access log knows only its path.
@@ -82,13 +84,13 @@ async def _serve(
     if options.port_file is not None:
         write_text(Path(options.port_file), f"{port}\n")
     log.get_logger().info("listening on http://%s:%d, loading the model …", options.host, port)
-    failed = asyncio.ensure_future(_stop_if_it_cannot_load(routes.engines, server, options, port))
+    failed = asyncio.ensure_future(_stop_if_it_cannot_load(engines, server, options, port))
     try:
         await server.serve(sockets=[listening])
     finally:
         failed.cancel()
         routes.close()
-        await asyncio.to_thread(routes.engines.close)
+        await asyncio.to_thread(engines.close)
     # A model that could not be loaded ends the command; an engine that died later does not.
     if server.load_error is not None:
         raise server.load_error
@@ -107,29 +109,15 @@ async def _stop_if_it_cannot_load(
     log.get_logger().info("serving %s at http://%s:%d", options.name, options.host, port)
 
 
-def _chat(options: Options, loads: Sequence[LoadEngine]) -> tuple[Routes, Mapping[str, Any], str]:
+def _routes_class(family: str) -> Callable[[Engines[Any], Gate, Options], Routes]:
+    """Imports the routes of a family alone: each needs half of the server's modules."""
+    if family == "dual":
+        from internvl.serve.dual_routes import DualRoutes
+
+        return DualRoutes
     from internvl.serve.chat_routes import ChatRoutes
 
-    engines: Engines[Any] = Engines([])
-    routes = ChatRoutes(engines, Gate(options.limits.max_waiting), options)
-    engines.engines = [Engine(load, routes.wake, routes.changed) for load in loads]
-    posts = {"/v1/chat/completions": routes.complete, "/v1/tiles": routes.tiles}
-    return routes, posts, "chat.html"
-
-
-def _dual(options: Options, loads: Sequence[LoadEngine]) -> tuple[Routes, Mapping[str, Any], None]:
-    from internvl.serve.dual_routes import DualRoutes
-
-    engines: Engines[Any] = Engines([])
-    routes = DualRoutes(engines, Gate(options.limits.max_waiting), options)
-    engines.engines = [Engine(load, routes.wake, routes.changed) for load in loads]
-    return routes, {"/v1/embeddings": routes.embed, "/v1/rerank": routes.rerank}, None
-
-
-_FAMILIES: dict[str, Callable[..., tuple[Routes, Mapping[str, Any], str | None]]] = {
-    "chat": _chat,
-    "dual": _dual,
-}
+    return ChatRoutes
 
 
 class _Server(uvicorn.Server):
