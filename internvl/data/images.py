@@ -328,7 +328,7 @@ def check_file(path: str | Path, name: str, noun: str = "image") -> None:
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        raise BadImage(f"there is no {noun} {name}{spelled_otherwise(path)}") from None
+        raise BadImage(f"there is no {noun} {name}{remedy_for_missing(path)}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL, or half a surrogate pair
         reason = error.strerror if isinstance(error, OSError) else "no possible file name"
         raise BadImage(f"{name}: the {noun} cannot be read ({reason})") from None
@@ -338,8 +338,8 @@ def check_file(path: str | Path, name: str, noun: str = "image") -> None:
         raise BadImage(f"the {noun} {name} is a pipe or a device, not a file")
 
 
-def spelled_otherwise(path: str | Path) -> str:
-    """Returns a hint for a missing file if the name exists in another spelling, else ""."""
+def remedy_for_missing(path: str | Path) -> str:
+    """Returns what to do about a missing file: another spelling that is there, or a lost folder."""
     if "\\" in str(path) and os.sep == "/":
         slashes = name_of(str(path).replace("\\", "/"))
         return f"; its name has backslashes, as Windows has; write {slashes}"
@@ -347,9 +347,11 @@ def spelled_otherwise(path: str | Path) -> str:
     try:
         names = _names_in(folder or ".", os.stat(folder or ".").st_mtime_ns)
     except (OSError, ValueError):
-        return ""
+        return f"; there is no folder {name_of(folder)} either, correct the path"
     other = names.get(_normalized(name))
-    return "" if other is None else f"; there is {name_of(other)} in the folder, write it so"
+    if other is None:
+        return "; correct the name, or put the file there"
+    return f"; there is {name_of(other)} in the folder, write it so"
 
 
 @lru_cache(maxsize=8)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from internvl.data import captions
 from internvl.data.captions import CaptionFile, NamedImage
-from internvl.data.images import FileSlice, is_address, join_inside, read_rgb, spelled_otherwise
+from internvl.data.images import FileSlice, is_address, join_inside, read_rgb, remedy_for_missing
 from internvl.errors import BadImage, BadSample, DataError, counted
 from internvl.log import Progress
 
@@ -167,7 +167,7 @@ def image_path(
         return None, str(bad)
     # Addresses are not looked up: that is a request for every image.
     if not is_address(path) and not os.path.isfile(path):
-        return None, f"there is no image {path}{spelled_otherwise(path)}"
+        return None, f"there is no image {path}{remedy_for_missing(path)}"
     return path, None
 
 

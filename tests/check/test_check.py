@@ -14,6 +14,7 @@ from internvl.data.records import Example, Unit
 from internvl.errors import BadSample
 
 QUESTION, ANSWER = "<image>\nWhat is this?", "A gradient."
+REMEDY = "; correct the name, or put the file there"
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +249,7 @@ def test_a_wrong_length_hides_no_other_problem(model, images, tmp_path):
     for name, value in (("text", "'many'"), ("none", 0)):
         wrong = f"meta.json: {name}: `length` must be a number above 0, not {value}"
         assert wrong in text
-    assert f"4 x there is no image {images}/missing.jpg ({file} line 2)" in text
+    assert f"4 x there is no image {images}/missing.jpg{REMEDY} ({file} line 2)" in text
     assert {name: len(counts) for name, counts in found.counts.items()} == {
         **dict.fromkeys(meta, 1),
         "chat": 0,  # its line has no mark, which a meta file's sources insert
@@ -277,7 +278,7 @@ def test_equal_problems_are_one_line_with_the_value_that_keeps_all(model, images
     assert "cutting it to data.max_tokens = 512 would lose every answer" in tokens
     assert f"({file} lines 1, 2, 3 and 27 more); data.max_tokens=2624 keeps all 30" in tokens
     assert image == (
-        f"  25 x there is no image {images}/IMG_0….jpg ({file} lines 32, 33, 34 and 22 more)"
+        f"  25 x there is no image {images}/IMG_0….jpg{REMEDY} ({file} lines 32, 33, 34 and 22 more)"
     )
     assert other == f"  {file} line 57: a JSON object is expected, not list"
     assert rest == ""

@@ -160,7 +160,8 @@ def test_a_lost_image_may_be_there_in_another_spelling(tmp_path):
         ("A.PNG", "; there is a.png in the folder, write it so"),
         ("cafe\u0301.png", "; there is caf\u00e9.png in the folder, write it so"),
         (r"sub\a.png", f"; its name has backslashes, as Windows has; write {tmp_path}/sub/a.png"),
-        *(("b.png", ""), ("none/a.png", "")),
+        ("b.png", "; correct the name, or put the file there"),
+        ("none/a.png", f"; there is no folder {tmp_path}/none either, correct the path"),
     ):
         with pytest.raises(BadImage) as caught:
             open_rgb(tmp_path / name)
