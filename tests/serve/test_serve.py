@@ -67,6 +67,20 @@ def test_the_client_code_of_the_original_pages(server, client, chat):
     assert "".join(pieces) == text_of(response)
 
 
+def test_a_model_is_described_as_in_the_list(client):
+    (listed,) = client.models.list().data
+    assert client.models.retrieve(listed.id) == listed
+
+
+def test_metrics_name_the_paths_that_there_are(server):
+    """Clients may send endlessly many others."""
+    for path in ("/v1/tiles", "/v1/tiles", "/v1/gone", "/v1/embeddings"):
+        server.post({}, path)
+    requests = 'internvl_requests_total{{path="{}",status="{}"}}'
+    assert server.metric(requests.format("/v1/tiles", 400)) == 2
+    assert server.metric(requests.format("other", 404)) == 2
+
+
 @pytest.mark.slow
 class TestFields:
     """What a request may ask for."""
