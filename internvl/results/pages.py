@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import lru_cache
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from internvl import report
 from internvl.results import Results
 from internvl.results.compare import Compared, Pair
-from internvl.results.items import Item, read_items, shown
+from internvl.results.items import Item, shown
 from internvl.results.statistics import of_categories
 from internvl.results.thumbnails import MOST_IMAGES, thumbnail
 
@@ -28,20 +28,30 @@ def write_evaluation(results: Results, path: Path) -> None:
 def evaluation_page(results: Results) -> report.Report:
     """Builds the page of a result folder: scores, worst and best answers, settings."""
     names = list(results.metrics)
-    # Seventy keys in one call still make a page that a browser opens.
-    cards = max(_FEWEST_CARDS, min(_MOST_CARDS, _CARDS_OF_PAGE // (2 * len(names))))
-    overview = [
-        score for name in names for score in _scores(results, name, _headline(results, name))
-    ]
+    most = _cards_each(2 * len(names))
+    overview: list[report.Score] = []
+    groups: list[report.Group] = []
+    for name in names:
+        # Read once, and freed before the next: a file may have 200,000 rows.
+        items = results.items(name) if results.rows_file(name).is_file() else []
+        headline = _headline(results, name, items)
+        overview += _scores(results, name, headline)
+        groups.append(_evaluation(results, name, items, headline, most))
     return report.Report(
         title=f"Evaluation of {results.model}",
         subtitle=", ".join(_counted(results, name) for name in names),
         sections=(
             _table("Scores", overview),
-            *(_evaluation(results, name, cards) for name in names),
+            *groups,
             report.Properties(title="How it was computed", pairs=_facts(results)),
         ),
     )
+
+
+def _cards_each(num_sections: int) -> int:
+    """Returns the most cards of a section."""
+    # Seventy keys in one call still make a page that a browser opens.
+    return max(_FEWEST_CARDS, min(_MOST_CARDS, _CARDS_OF_PAGE // num_sections))
 
 
 def _counted(results: Results, name: str) -> str:
@@ -64,11 +74,11 @@ def _table(title: str, scores: Sequence[report.Score]) -> report.Scores:
     )
 
 
-def _headline(results: Results, name: str) -> list[str]:
+def _headline(results: Results, name: str, items: Sequence[Item]) -> list[str]:
     """Returns the metrics for the top of a page: the published ones, then those of no category."""
     values = results.metrics[name]
     published = results.settings_of(name).get("published", {})
-    labels = {label for item in _items(results, name) for label in item.categories}
+    labels = {label for item in items for label in item.categories}
     metrics = [metric for metric in values if metric in published or not _of_label(metric, labels)]
     # All are of categories where the data's names cover everything.
     return (metrics or list(values))[:_MOST_METRICS]
@@ -79,17 +89,6 @@ def _of_label(metric: str, labels: Collection[str]) -> bool:
     return metric in labels or any(
         metric.startswith(f"{label}_") or metric == f"category_{label}" for label in labels
     )
-
-
-def _items(results: Results, name: str) -> Sequence[Item]:
-    file = results.rows_file(name)
-    return _read(file, file.stat().st_mtime_ns) if file.is_file() else ()
-
-
-@lru_cache(maxsize=1)
-def _read(file: Path, changed_ns: int) -> Sequence[Item]:
-    # Three sections of a page need them, and a file may have 200,000 rows.
-    return read_items(file)
 
 
 def _scores(results: Results, name: str, metrics: Sequence[str]) -> list[report.Score]:
@@ -152,12 +151,12 @@ def _form(values: Sequence[float]) -> str:
     return ",.2f" if any(abs(value) > 10 for value in values) else ".4f"
 
 
-def _evaluation(results: Results, name: str, most: int) -> report.Group:
-    items = _items(results, name)
+def _evaluation(
+    results: Results, name: str, items: Sequence[Item], headline: Sequence[str], most: int
+) -> report.Group:
     sections: list[report.Section] = []
     # What stands at the top of the page is not said again.
-    others = [m for m in results.metrics[name] if m not in _headline(results, name)]
-    if others:
+    if len(headline) < len(results.metrics[name]):
         sections.append(_table("All metrics", _scores(results, name, list(results.metrics[name]))))
     categories = [
         _score("", label, mean.total())
@@ -190,18 +189,18 @@ def _worst_and_best(
     titles = ("Lowest scores", "Highest scores") if scored else ("Answers", "More answers")
     for title, some in zip(titles, (worst, best), strict=True):
         if some:
-            cards = [_card(results, name, item) for item in some]
+            cards = [_card(results, name, item, [_answer(item)]) for item in some]
             yield report.Images(title=title, cards=cards, note=note, roomy=True)
             note = ""
 
 
-def _card(results: Results, name: str, item: Item) -> report.Card:
+def _card(results: Results, name: str, item: Item, answers: Sequence[report.Answer]) -> report.Card:
     drawings, absent = _drawings(results, name, item)
     remarks = [*item.categories, *([absent] if absent else [])]
     return report.Card(
         images=drawings,
         question=_clipped(item.question),
-        answers=[_answer(item)],
+        answers=answers,
         note=" · ".join(remarks),
     )
 
@@ -351,7 +350,7 @@ def _facts(results: Results) -> list[tuple[str, str]]:
 
 def comparison_page(first: Results, second: Results, compared: Sequence[Compared]) -> report.Report:
     """Builds the page of a comparison: differences with intervals, items that changed, settings."""
-    cards = max(_FEWEST_CARDS, min(_MOST_CARDS, _CARDS_OF_PAGE // (2 * len(compared))))
+    cards = _cards_each(2 * len(compared))
     rows = [row for of_name in compared for row in _differences(of_name)]
     legend = (
         "B less A. 95 % intervals of a paired bootstrap over the items; those that leave out zero "
@@ -412,14 +411,6 @@ def _changed(first: Results, second: Results, compared: Compared, most: int) -> 
 
 
 def _pair_card(results: Results, name: str, pair: Pair) -> report.Card:
-    drawings, absent = _drawings(results, name, pair.first)
-    second = _answer(pair.second, "B")
     # A's references are B's: they stand once, below the second answer.
-    answers = [report.Answer(**(vars(_answer(pair.first, "A")) | {"reference": ""})), second]
-    remarks = [*pair.first.categories, *([absent] if absent else [])]
-    return report.Card(
-        images=drawings,
-        question=_clipped(pair.first.question),
-        answers=answers,
-        note=" · ".join(remarks),
-    )
+    answers = [replace(_answer(pair.first, "A"), reference=""), _answer(pair.second, "B")]
+    return _card(results, name, pair.first, answers)
