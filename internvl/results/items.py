@@ -19,7 +19,7 @@ class Item:
     row: Row
     """As the evaluator wrote it."""
     form: str
-    """Evaluator: a key of READERS."""
+    """Its evaluator."""
     question: str
     answer: str
     images: tuple[str, ...] = ()
@@ -76,9 +76,9 @@ def read_items(file: Path) -> list[Item]:
 
 def item_of(row: Row) -> Item:
     """Makes an item of a row, without its key."""
-    for form, keys in _FORMS.items():
+    for keys, read in _READERS:
         if keys <= row.keys():
-            return READERS[form](row)
+            return read(row)
     raise ValueError("its keys are those of no evaluator")
 
 
@@ -238,24 +238,14 @@ def _preference(row: Row) -> Item:
     )
 
 
-READERS: dict[str, Callable[[Row], Item]] = {
-    "classify": _classify,
-    "labels": _labels,
-    "retrieval": _retrieval,
-    "preference": _preference,
-    "qa": _qa,
-    "caption": _caption,
-    "benchmark": _benchmark,
-}
-"""Evaluator -> what makes an item of its row."""
-
-_FORMS: dict[str, set[str]] = {
-    "classify": {"rank", "class"},
-    "labels": {"classes", "predicted"},
-    "retrieval": {"rank", "image"},
-    "preference": {"margin", "sample"},
-    "qa": {"turn", "metric"},
-    "caption": {"image_id", "exact"},
-    "benchmark": {"question", "answer", "images"},
-}
-"""Evaluator -> keys that its rows have and those of the evaluators after it lack."""
+_READERS: tuple[tuple[set[str], Callable[[Row], Item]], ...] = (
+    ({"rank", "class"}, _classify),
+    ({"classes", "predicted"}, _labels),
+    ({"rank", "image"}, _retrieval),
+    ({"margin", "sample"}, _preference),
+    ({"turn", "metric"}, _qa),
+    ({"image_id", "exact"}, _caption),
+    ({"question", "answer", "images"}, _benchmark),
+)
+"""For each evaluator, keys that its rows have and those of the evaluators after it lack, and what
+makes an item of such a row."""
