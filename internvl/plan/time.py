@@ -215,24 +215,23 @@ class _Step:
 
     def launch_s(self) -> float:
         """Seconds that GPUs lose between a step's kernels."""
-        each = CALIBRATION.launch_us * 1e-6
-        each *= 1.0 if is_compiled(self.recipe.compute) else CALIBRATION.uncompiled
-        seconds = each * self._passes("launches")
+        seconds = CALIBRATION.launch_us * 1e-6 * self._num_products("launches")
+        seconds *= 1.0 if is_compiled(self.recipe.compute) else CALIBRATION.uncompiled
         if self.recipe.model.quantize is not None:
-            seconds += CALIBRATION.unpacking_us * 1e-6 * self._passes("frozen_launches")
+            seconds += CALIBRATION.unpacking_us * 1e-6 * self._num_products("frozen_launches")
         return seconds
 
     def host_s(self) -> float:
         """Seconds in which the hosts start products with quantized weights."""
         if self.recipe.model.quantize is None:
             return 0.0
-        return CALIBRATION.unpacking_host_us * 1e-6 * self._passes("frozen_launches")
+        return CALIBRATION.unpacking_host_us * 1e-6 * self._num_products("frozen_launches")
 
-    def _passes(self, name: str) -> float:
+    def _num_products(self, count: str) -> float:
         """Products that a step runs, by a count of `flops.Part`."""
-        parts = (self.computed.tower, self.computed.decoder, self.computed.logits)
+        components = (self.computed.tower, self.computed.decoder, self.computed.logits)
         again = 1 + (self.recomputed + self.cached) / 3
-        return again * self.load.micro_batches * sum(getattr(part, name) for part in parts)
+        return again * self.load.micro_batches * sum(getattr(c, count) for c in components)
 
     def quantized_bytes(self) -> float:
         """Bytes that quantized weights move for a row: read packed, written and read unpacked."""
