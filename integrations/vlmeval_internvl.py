@@ -63,15 +63,7 @@ class InternVL(BaseModel):
 
     def generate_inner(self, message: Sequence[dict[str, str]], dataset: str | None = None) -> str:
         """Returns the answer to a message: parts with `type` and `value`."""
-        parts = [_part(part) for part in message]
-        question = internvl.Request(
-            [{"role": "user", "content": parts}],
-            num_frames=self.num_frames,
-            max_tiles=self.max_tiles,
-        )
-        answer: Future[str] = Future()
-        self._questions.put((question, answer))
-        return answer.result()
+        return self.chat_inner([{"role": "user", "content": message}])
 
     def chat_inner(self, message: Sequence[dict[str, Any]], dataset: str | None = None) -> str:
         """Returns the answer to a conversation of several turns, the last from the user."""
