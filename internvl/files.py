@@ -144,6 +144,16 @@ def no_such_model(name: str | Path) -> str | None:
     return f"{text}: there is no such run or model; {hint}"
 
 
+def read_yaml(file: Path) -> Any:
+    """Reads a YAML file of the package's own data."""
+    # Here: most readers of this module have no YAML.
+    import yaml
+
+    # libyaml's reader takes a tenth of the time; PyYAML is sometimes built without it.
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return yaml.load(file.read_text(encoding="utf-8"), loader)
+
+
 def read_object(file: Path) -> dict[str, Any]:
     """Reads a JSON object of a model folder, with or without a byte-order mark.
 

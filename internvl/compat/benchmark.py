@@ -8,19 +8,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from internvl.compat.translation import Translation, take_flags
 from internvl.datasets import labelled
 from internvl.errors import ConfigError
+from internvl.files import read_yaml
 
 _MODEL = re.compile(r"internvl_(?P<mode>[cg])_(?P<task>retrieval|classification)(_hf)?")
 
 
 @cache
 def _table() -> dict[str, Any]:
-    text = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
-    table: dict[str, Any] = yaml.safe_load(text)
+    table: dict[str, Any] = read_yaml(Path(__file__).with_suffix(".yaml"))
     return table
 
 

@@ -6,21 +6,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from internvl import zoo
 from internvl.compat.translation import Translation, take_flags
 from internvl.config import eval_keys, eval_options
 from internvl.datasets import published
 from internvl.errors import ConfigError, UnknownModel
+from internvl.files import read_yaml
 from internvl.inference.opened import open_model
 from internvl.models import hub
 
 
 @cache
 def _table() -> dict[str, Any]:
-    text = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
-    table: dict[str, Any] = yaml.safe_load(text)
+    table: dict[str, Any] = read_yaml(Path(__file__).with_suffix(".yaml"))
     table["keys"] = {key: [key] for key in table["keys"]["same"].split()} | table["keys"]["other"]
     return table
 

@@ -10,11 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from internvl.compat import pair_sources
 from internvl.errors import ConfigError
-from internvl.files import read_object
+from internvl.files import read_object, read_yaml
 
 ENTRIES = {
     "internvl_chat_finetune": "chat",
@@ -125,7 +123,7 @@ def translate(
 @cache
 def flags_of(section: str) -> dict[str, dict[str, Any]]:
     """Returns the flags of an entry ("chat", "preference" or "pairs") with the trainer's."""
-    tree = yaml.safe_load(Path(__file__).with_name("flags.yaml").read_text(encoding="utf-8"))
+    tree = read_yaml(Path(__file__).with_name("flags.yaml"))
     sections = (*_SECTIONS[section], "trainer")
     return {flag: row for name in sections for flag, row in tree[name].items()}
 

@@ -5,9 +5,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from internvl.errors import ConfigError
+from internvl.files import read_yaml
 
 ROOTS = ("internvl_chat", "internvl_g", "internvl_chat_gpt_oss")
 """Folders of the original that hold training scripts in `shell/`."""
@@ -25,9 +24,7 @@ def paths() -> dict[str, str]:
 
 @cache
 def _table() -> dict[str, Any]:
-    text = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
-    # libyaml reads it in a tenth of the time; some builds of PyYAML lack it.
-    table: dict[str, Any] = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    table: dict[str, Any] = read_yaml(Path(__file__).with_suffix(".yaml"))
     return table
 
 

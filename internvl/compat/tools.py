@@ -5,10 +5,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from internvl.compat.translation import Translation, take_flags
 from internvl.errors import ConfigError
+from internvl.files import read_yaml
 from internvl.inference.opened import open_model
 from internvl.models import hub
 
@@ -18,8 +17,7 @@ _FOLDERS = {"custom_path": "a folder", "hf_path": "a folder", "save_path": "a fo
 @cache
 def without_command() -> dict[str, str]:
     """Returns the tools without a command here -> the reason."""
-    text = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
-    table: dict[str, str] = yaml.safe_load(text)
+    table: dict[str, str] = read_yaml(Path(__file__).with_suffix(".yaml"))
     return table
 
 

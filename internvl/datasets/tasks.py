@@ -10,9 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from internvl.errors import ConfigError
+from internvl.files import read_yaml
 
 Marks = Literal["one", "numbered", "several", "tiles", "frames", "block", "literal"]
 Budget = Literal["shared", "each", "first", "total"]
@@ -131,17 +130,10 @@ class Task:
     """Metric whose mean over the sets is given too."""
 
 
-def _load() -> dict[str, Any]:
-    # libyaml's reader takes a tenth of the time; PyYAML is sometimes built without it.
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    text = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
-    return yaml.load(text, loader)
-
-
 @cache  # not when imported: only what names a benchmark needs it
 def _entries() -> tuple[dict[str, str], dict[str, Task]]:
     """Reads tasks.yaml: (texts, tasks)."""
-    tree = _load()
+    tree = read_yaml(Path(__file__).with_suffix(".yaml"))
     sets = {name: _dataset(name, row, tree["addresses"]) for name, row in tree["datasets"].items()}
     tasks = {}
     for name, row in tree["keys"].items():

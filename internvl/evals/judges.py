@@ -14,11 +14,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from internvl.config import JudgedEval
 from internvl.errors import UserError
-from internvl.files import cache_folder, write_text
+from internvl.files import cache_folder, read_yaml, write_text
 from internvl.log import Progress, get_logger
 
 _TRIES = 5
@@ -50,8 +48,8 @@ class Rubric:
 @cache  # not when imported: few evaluations have a judge
 def rubrics() -> Mapping[str, Rubric]:
     """Returns the rubrics by name."""
-    text = Path(__file__).with_name("rubrics.yaml").read_text(encoding="utf-8")
-    return {name: Rubric(**row) for name, row in yaml.safe_load(text).items()}
+    rows = read_yaml(Path(__file__).with_name("rubrics.yaml"))
+    return {name: Rubric(**row) for name, row in rows.items()}
 
 
 @dataclass(frozen=True)

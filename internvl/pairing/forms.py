@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import yaml
-
 from internvl.data.messages import IMAGE_MARK, count_marks, fill_marks
+from internvl.files import read_yaml
 
 _SHORT_ANSWER = (
     "Answer the question using a single word or phrase.",
@@ -117,6 +116,6 @@ NAMES = ("plain", *(f"{name}{end}" for name in ("reason", "boxed", "think") for 
 @cache
 def form(name: str) -> Form:
     """Returns a form by its name, one of NAMES."""
-    texts = yaml.safe_load(Path(__file__).with_name("forms.yaml").read_text(encoding="utf-8"))
+    texts = read_yaml(Path(__file__).with_name("forms.yaml"))
     instruction = texts.get(name, "").replace("{protocol}", texts["protocol"])
     return Form(instruction, _FINALS[name.removesuffix("-zh")])

@@ -10,9 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from internvl.errors import UnknownModel
+from internvl.files import read_yaml
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "8bit": 1.0, "4bit": 0.5 + 4 / 64}
 """Bytes per weight by dtype; in 4 bits, 64 weights share a float32 scale. bitsandbytes quantizes
@@ -20,10 +19,8 @@ only the linear layers of the blocks, the rest is then bfloat16."""
 
 
 def _read(file_name: str) -> dict[str, Any]:
-    # libyaml's reader takes a tenth of the time; PyYAML is sometimes built without it.
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    text = (Path(__file__).parent / file_name).read_text(encoding="utf-8")
-    return yaml.load(text, loader)
+    tree: dict[str, Any] = read_yaml(Path(__file__).with_name(file_name))
+    return tree
 
 
 _DATA = _read("models.yaml")

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from internvl.files import read_yaml
 
 FOLDER = Path(__file__).parent / "recipes"
 _TABLE = Path(__file__).with_suffix(".yaml")
@@ -27,7 +27,7 @@ _SHARING = (
 
 def render() -> Iterator[tuple[Path, str]]:
     """Yields (path below `FOLDER`, text) of every recipe in the table."""
-    table = yaml.safe_load(_TABLE.read_text(encoding="utf-8"))
+    table = read_yaml(_TABLE)
     for family, constants in table["second_finetuning"]["families"].items():
         for model, size in constants["sizes"].items():
             for method in _METHODS:

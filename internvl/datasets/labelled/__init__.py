@@ -13,9 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from internvl.errors import ConfigError, DataError, UserError
+from internvl.files import read_yaml
 
 SHARDS = "https://huggingface.co/datasets/clip-benchmark/wds_"
 """Address of every set as webdataset shards, without its name."""
@@ -53,7 +52,7 @@ class Entry:
     @property
     def shards(self) -> str:
         """Address of the set as webdataset shards."""
-        return SHARDS + self.dataset.replace("/", "-")
+        return SHARDS + self.name
 
 
 @dataclass(frozen=True)
@@ -119,10 +118,10 @@ def folder_of(entry: Entry, root: Path, dataset_root: str | None = None) -> Path
     """
     folder = root / entry.root
     if dataset_root is not None:
-        cleaned = entry.dataset.replace("/", "-")
-        folder = root = Path(dataset_root.format(dataset=entry.dataset, dataset_cleaned=cleaned))
+        own = dataset_root.format(dataset=entry.dataset, dataset_cleaned=entry.name)
+        folder = root = Path(own)
     # Shards first: who fetched them means them.
-    shards = root / f"wds_{entry.dataset.replace('/', '-')}"
+    shards = root / f"wds_{entry.name}"
     return shards if shards.is_dir() else folder
 
 
@@ -206,8 +205,5 @@ def _options(entry: Entry) -> Mapping[str, str]:
 
 @cache
 def _yaml(name: str) -> dict[str, Any]:
-    # libyaml's reader takes a tenth of the time; PyYAML is sometimes built without it.
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    text = Path(__file__).with_name(f"{name}.yaml").read_text(encoding="utf-8")
-    tree: dict[str, Any] = yaml.load(text, loader)
+    tree: dict[str, Any] = read_yaml(Path(__file__).with_name(f"{name}.yaml"))
     return tree
