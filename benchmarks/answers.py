@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import transformers
 import workloads
-from rows import commit
+from rows import commit, keep, kernels, print_kernels
 
 from internvl.data.images import STATISTICS
 from internvl.inference import engine, requests
@@ -282,8 +282,7 @@ def _profile(run: Callable[[], Any]) -> None:
         torch.cuda.synchronize()
     wall = time.perf_counter() - started
     on_device = torch.autograd.DeviceType.CUDA
-    events = [event for event in found.key_averages() if event.device_type == on_device]
-    busy = sum(event.self_device_time_total for event in events) / 1e6
+    events, busy = kernels(found)
     spans = sorted((e for e in found.events() if e.device_type == on_device), key=_start)
     gaps: list[tuple[float, float, str, str]] = []
     last = spans[0]
@@ -301,9 +300,7 @@ def _profile(run: Callable[[], Any]) -> None:
         print(f"gaps of {least} to {most:g} ms: {len(some)}, {sum(some) / 1e3:.3f} s")
     for ms, at, before, after in sorted(gaps, reverse=True)[:12]:
         print(f"gap {ms:7.2f} ms at {at:6.2f} s: {before[:45]} | {after[:45]}")
-    for event in sorted(events, key=lambda e: -e.self_device_time_total)[:30]:
-        ms = event.self_device_time_total / 1e3
-        print(f"{ms / busy / 1e3:6.1%} {ms:9.2f} ms {event.count:6d} {event.key[:110]}")
+    print_kernels(events[:30], busy)
 
 
 def main() -> None:
@@ -332,10 +329,7 @@ def main() -> None:
         if not options.tiny:
             torch.cuda.empty_cache()
         figures["wall_s"] = round(time.perf_counter() - started, 1)
-        print(json.dumps(figures), flush=True)
-        if options.to is not None:
-            options.to.mkdir(parents=True, exist_ok=True)
-            (options.to / f"answers_{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
+        keep(figures, options.to and options.to / f"answers_{name}.json")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,30 @@ def _alone(script: str, name: str, tiny: bool, limit_s: float) -> dict[str, Any]
     return {"row": name, "failed": last[:400]} | wall
 
 
+def keep(figures: dict[str, Any], file: Path | None) -> None:
+    """Prints a row's JSON, and writes it to a file if there is one."""
+    print(json.dumps(figures), flush=True)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def kernels(profiled: Any) -> tuple[list[Any], float]:
+    """Kernels of a profile of a GPU, longest first, and the seconds of all."""
+    from torch.autograd import DeviceType
+
+    events = [event for event in profiled.key_averages() if event.device_type == DeviceType.CUDA]
+    events.sort(key=lambda event: -event.self_device_time_total)
+    return events, sum(event.self_device_time_total for event in events) / 1e6
+
+
+def print_kernels(events: Sequence[Any], busy_s: float) -> None:
+    """Prints a line for each kernel: share of the busy time, milliseconds, calls, name."""
+    for event in events:
+        ms = event.self_device_time_total / 1e3
+        print(f"{ms / busy_s / 1e3:6.1%} {ms:9.2f} ms {event.count:6d} {event.key[:110]}")
+
+
 def rounded(values: Any) -> Any:
     """Floats with five digits, at any depth of dicts and lists."""
     if isinstance(values, dict):

@@ -13,7 +13,6 @@ process.
 import argparse
 import gc
 import itertools
-import json
 import os
 import statistics
 import subprocess
@@ -28,7 +27,7 @@ from typing import Any
 import torch
 import transformers
 import workloads
-from rows import commit
+from rows import commit, keep, kernels, print_kernels
 from torch._dynamo.utils import counters
 
 from internvl import log, train
@@ -299,17 +298,13 @@ def profile(now: train.TrainState, device: torch.device) -> None:
     kinds = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=kinds) as found:
         train.train_step(now, rows)
-    on_device = torch.autograd.DeviceType.CUDA
-    events = [event for event in found.key_averages() if event.device_type == on_device]
-    busy_s = sum(event.self_device_time_total for event in events) / 1e6
+    events, busy_s = kernels(found)
     lengths = [len(row.document) for row in rows]
     print(
         f"profile: rows of {lengths} tokens, step {walls[3]:.3f} s at first, "
         f"{statistics.median(walls[15:]):.3f} s later {settled}, kernels {busy_s:.3f} s"
     )
-    for event in sorted(events, key=lambda e: -e.self_device_time_total)[:40]:
-        ms = event.self_device_time_total / 1e3
-        print(f"{ms / busy_s / 1e3:6.1%} {ms:9.2f} ms {event.count:6d} {event.key[:110]}")
+    print_kernels(events[:40], busy_s)
 
 
 def _hardware(device: torch.device) -> str:
@@ -348,10 +343,7 @@ def main() -> None:
             if not options.tiny:
                 torch.cuda.empty_cache()
         figures["wall_s"] = round(time.perf_counter() - started, 1)
-        print(json.dumps(figures), flush=True)
-        if options.to is not None:
-            options.to.mkdir(parents=True, exist_ok=True)
-            (options.to / f"train_{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
+        keep(figures, options.to and options.to / f"train_{name}.json")
 
 
 if __name__ == "__main__":
