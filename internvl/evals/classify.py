@@ -4,7 +4,7 @@ Original: CLIP_benchmark's `metrics/zeroshot_classification.py`. Class names and
 of a published set, or read from files that the user has.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,9 @@ from internvl.evals.scores import (
 from internvl.parallel import lockstep
 
 _REMEDY = "put them right, or set on_bad_sample (--on-bad-sample) to skip to leave them out"
+
+Measure = Callable[[str, Tensor], tuple[dict[str, float], list[dict[str, Any]]]]
+"""Mode, features of the images -> metrics, and columns of each image's row."""
 
 
 class Classify:
@@ -193,7 +196,10 @@ class Classify:
             "crops", handle, paths, self.config.modes, batch_size=batch_size, crop=True
         )
         self._leave_out(features.unread)
-        return dist.main_alone(lambda: self._score(features.modes, classes))
+        measure = self._precision if self.multilabel else self._accuracy
+        return dist.main_alone(
+            lambda: self._score(features.modes, lambda mode, images: measure(images, classes))
+        )
 
     def _run_probe(self, handle: Any, cache: FeatureCache) -> EvalScores | None:
         """Trains a linear layer for every mode on the training split's features; scores it."""
@@ -207,30 +213,22 @@ class Classify:
         # Those that cannot be read teach nothing; the rest is as labelled.
         labels = [row[0] for index, (_, row) in enumerate(self.train) if index not in train.unread]
         return dist.main_alone(
-            lambda: self._score_probes(train.modes, torch.tensor(labels), test.modes)
+            lambda: self._score(
+                test.modes,
+                lambda mode, images: self._probed(train.modes[mode], torch.tensor(labels), images),
+            )
         )
 
-    def _score_probes(
-        self, train: Mapping[str, Tensor], labels: Tensor, test: Mapping[str, Tensor]
-    ) -> EvalScores:
-        truth = torch.tensor([row[0] for _, row in self.files])
-        order = torch.arange(len(self.names))
-        values: dict[str, float] = {}
-        rows: list[dict[str, Any]] = [
-            {**_named(image), **self._truth(row)} for image, row in self.files
-        ]
-        for mode, features in test.items():
-            layer = probe.fit(train[mode], labels, len(self.names), self.config)
-            scores = layer.scores(features)
-            class_ranks = ranks_of_scores(scores, truth[:, None] == order, order)
-            metrics = accuracies(class_ranks, truth, len(self.names))
-            values |= {f"{mode}_lp_{name}": value for name, value in metrics.items()}
-            best = scores.argmax(dim=1).tolist()
-            for row, rank, label in zip(rows, class_ranks.tolist(), best, strict=True):
-                row.setdefault("rank", {})[mode] = rank
-                row.setdefault("predicted", {})[mode] = self.names[label]
-        rows += skipped_rows(self.problems)
-        return EvalScores(values, rows, images=lambda index: [self.files[index][0]])
+    def _probed(
+        self, train: Tensor, labels: Tensor, images: Tensor
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Trains a linear layer; returns what `_accuracy` does, by its scores."""
+        layer = probe.fit(train, labels, len(self.names), self.config)
+        scores = layer(images).cpu()
+        truth, order = self._labels(), torch.arange(len(self.names))
+        class_ranks = ranks_of_scores(scores, truth[:, None] == order, order)
+        metrics, columns = self._ranked(class_ranks, scores.argmax(dim=1), truth)
+        return {f"lp_{name}": value for name, value in metrics.items()}, columns
 
     def _leave_out(self, unread: Mapping[int, str]) -> None:
         """Leaves out images (indices) that cannot be read any more, from now on."""
@@ -241,15 +239,14 @@ class Classify:
         if not self.files:
             raise UserError(f"{self.config.annotations}: none of its images can be read any more")
 
-    def _score(self, features: Mapping[str, Tensor], classes: Tensor) -> EvalScores:
-        """Ranks the classes, float32 (num_classes, E), of the images' features by mode."""
-        measure = self._precision if self.multilabel else self._accuracy
+    def _score(self, features: Mapping[str, Tensor], measure: Measure) -> EvalScores:
+        """Measures the images' features of every mode."""
         values: dict[str, float] = {}
         rows: list[dict[str, Any]] = [
             {**_named(image), **self._truth(labels)} for image, labels in self.files
         ]
         for mode, images in features.items():
-            metrics, of_images = measure(images, classes)
+            metrics, of_images = measure(mode, images)
             values |= {f"{mode}_{name}": value for name, value in metrics.items()}
             for row, columns in zip(rows, of_images, strict=True):
                 for name, value in columns.items():
@@ -266,14 +263,21 @@ class Classify:
         self, images: Tensor, classes: Tensor
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Returns the metrics of images with one class, and `rank` and `predicted` of each."""
-        truth = torch.tensor([labels[0] for _, labels in self.files])
+        truth = self._labels()
         class_ranks = ranks(images, classes, truth, torch.arange(len(classes))).cpu()
-        best = nearest(images, classes, 1)[:, 0].tolist()
+        return self._ranked(class_ranks, nearest(images, classes, 1)[:, 0], truth)
+
+    def _labels(self) -> Tensor:
+        return torch.tensor([labels[0] for _, labels in self.files])
+
+    def _ranked(
+        self, class_ranks: Tensor, best: Tensor, truth: Tensor
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         columns = [
             {"rank": rank, "predicted": self.names[label]}
-            for rank, label in zip(class_ranks.tolist(), best, strict=True)
+            for rank, label in zip(class_ranks.tolist(), best.tolist(), strict=True)
         ]
-        return accuracies(class_ranks, truth, len(classes)), columns
+        return accuracies(class_ranks, truth, len(self.names)), columns
 
     def _precision(
         self, images: Tensor, classes: Tensor

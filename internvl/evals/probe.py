@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from internvl.config import ClassifyEval
@@ -33,7 +33,7 @@ def choose(labels: Tensor, shots: int | None, generator: torch.Generator) -> Ten
     return order[taken]
 
 
-def fit(features: Tensor, labels: Tensor, num_classes: int, config: ClassifyEval) -> "Probe":
+def fit(features: Tensor, labels: Tensor, num_classes: int, config: ClassifyEval) -> nn.Linear:
     """Trains a linear layer by AdamW with a cosine schedule.
 
     Args:
@@ -44,7 +44,7 @@ def fit(features: Tensor, labels: Tensor, num_classes: int, config: ClassifyEval
     generator = torch.Generator().manual_seed(config.probe_seed)
     chosen = choose(labels, config.shots, generator)
     features, labels = features[chosen.to(features.device)], labels[chosen].to(features.device)
-    layer = torch.nn.Linear(features.shape[1], num_classes)
+    layer = nn.Linear(features.shape[1], num_classes)
     # From the generator, not torch's global one: a run that evaluates draws the same batches.
     bound = 1 / math.sqrt(features.shape[1])
     for parameter in layer.parameters():
@@ -64,17 +64,4 @@ def fit(features: Tensor, labels: Tensor, num_classes: int, config: ClassifyEval
                 F.cross_entropy(layer(features[rows]), labels[rows]).backward()
                 optimizer.step()
                 step += 1
-    return Probe(layer)
-
-
-class Probe:
-    """A trained linear layer."""
-
-    def __init__(self, layer: torch.nn.Linear) -> None:
-        self.layer = layer
-
-    @torch.no_grad()
-    def scores(self, features: Tensor) -> Tensor:
-        """Returns the scores of all classes, float32 (N, C) on the CPU, of features (N, E)."""
-        scores: Tensor = self.layer(features.to(self.layer.weight.device)).float().cpu()
-        return scores
+    return layer

@@ -29,7 +29,7 @@ def clusters(count: int = 60, classes: int = 3) -> tuple[torch.Tensor, torch.Ten
 
 def test_it_learns_what_can_be_learnt() -> None:
     features, labels = clusters()
-    scores = probe.fit(features, labels, 3, spec(batch_size=16)).scores(features)
+    scores = probe.fit(features, labels, 3, spec(batch_size=16))(features)
     assert (scores.argmax(dim=1) == labels).all()
 
 
@@ -52,7 +52,7 @@ def test_the_schedule_and_steps_are_the_originals() -> None:
             torch.nn.functional.cross_entropy(scores, labels[chosen][rows]).backward()
             optimizer.step()
             step += 1
-    assert torch.equal(probe.fit(features, labels, 3, config).scores(features), layer(features))
+    assert torch.equal(probe.fit(features, labels, 3, config)(features), layer(features))
 
 
 def test_shots_are_of_every_class() -> None:
