@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from internvl.data.images import Rgb
 from internvl.data.tiles import cut
 
 SUMMARIZE = "summarize:"
@@ -81,7 +82,7 @@ def pad_right(rows: Sequence[Sequence[int]], length: int | None = None) -> Tenso
     return ids
 
 
-def square(image: Image.Image, size: int) -> Tensor:
+def square(image: Rgb, size: int) -> Tensor:
     """Resizes an RGB image to a square without keeping its aspect: uint8 (3, S, S).
 
     The input of retrieval and captioning.

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from internvl.data.pairs import clean_caption
+from internvl.data.pairs import clean_caption, square
 from internvl.errors import UserError
 from internvl.inference.dual import Dual
 from internvl.models.dual.model import Mode
 from internvl.models.vision import normalize_tiles
-from internvl.search.scan import square_pixels, upright
+from internvl.search.scan import upright
 from internvl.search.store import Settings
 
 SAME_MODEL = 0.995
@@ -88,7 +88,7 @@ class Encoder:
 
     def image(self, image: bytes | Path, mode: str) -> Tensor:
         """Embeds an image, upright as its EXIF says: float32 (E,). Raises BadImage."""
-        pixels = square_pixels(upright(image), self.dual.image_size)
+        pixels = square(upright(image), self.dual.image_size)
         return torch.from_numpy(self.squares([pixels], [mode])[mode][0])
 
     def texts(self, texts: Sequence[str]) -> Tensor:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from internvl.data.images import IMAGE_ENDINGS, as_rgb, decoder_errors, open_checked
+from internvl.data.images import IMAGE_ENDINGS, decoder_errors, open_checked, read_rgb, size_of
 from internvl.errors import BadImage, explain
 
 if TYPE_CHECKING:
@@ -155,26 +155,21 @@ def read_photo(
             taken = _exif_date(image)
         rgb = upright(data)
         dates = (taken or changed, int(bool(taken)))
-        pixels = square_pixels(rgb, image_size)
-        return ReadPhoto(path, size, mtime_ns, digest, *dates, *rgb.size, pixels)
+        # Here: an update without new photos needs no torch.
+        from internvl.data.pairs import square
+
+        pixels = square(rgb, image_size)
+        return ReadPhoto(path, size, mtime_ns, digest, *dates, *size_of(rgb), pixels)
     except BadImage as error:
         return ReadPhoto(path, size, mtime_ns, problem=f"{folder / path}: {error}")
     except OSError as error:
         return ReadPhoto(path, size, mtime_ns, problem=explain(error))
 
 
-def upright(image: bytes | Path | Image.Image) -> Image.Image:
-    """Decodes an image to RGB, turned as its EXIF says. Raises BadImage."""
+def upright(image: bytes | Path) -> np.ndarray:
+    """Decodes an image to RGB, turned as its EXIF says: uint8 (H, W, 3). Raises BadImage."""
     # As people see it: a photo on its side would be found by other words.
-    rgb = as_rgb(image, "apply")
-    return Image.fromarray(rgb) if isinstance(rgb, np.ndarray) else rgb
-
-
-def square_pixels(image: Image.Image, size: int) -> "Tensor":
-    """Resizes an RGB image to what the model sees, uint8 (3, S, S)."""
-    from internvl.data.pairs import square
-
-    return square(image, size)
+    return read_rgb(image, "apply")
 
 
 def _local_date(mtime_ns: int) -> str:

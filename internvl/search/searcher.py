@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from internvl import log
+from internvl.data.pairs import square
 from internvl.errors import BadImage, UserError, counted, explain
 from internvl.search.encoder import Encoder
 from internvl.search.query import Filters, Term, check_page, check_terms
 from internvl.search.ranking import Approximate, Exact, read_approximate
-from internvl.search.scan import square_pixels, upright
+from internvl.search.scan import upright
 from internvl.search.store import PhotoRow, Store
 
 
@@ -179,7 +180,7 @@ class Searcher:
             # Squares alone are kept: a thousand decoded photos would fill the memory.
             try:
                 image = upright(self.store.root / hit.photo.path)
-                squares[hit.photo.row] = square_pixels(image, self.encoder.dual.image_size)
+                squares[hit.photo.row] = square(image, self.encoder.dual.image_size)
             except (BadImage, OSError) as error:
                 log.get_logger().warning("%s", explain(error))
         sums = np.zeros(len(squares))
