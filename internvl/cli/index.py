@@ -43,19 +43,20 @@ def run(args: Arguments) -> int:
     is_new = not (args.to / store.SETTINGS).is_file()
     if is_new and args.model is None:
         raise ConfigError("--model: a new index needs the name of an InternVL-14B")
+    opened = None
     if is_new:
         # Before the folder of the index is made.
         _check_photos(args)
-        args.opened = open_named(args, args.step)
-        _check_embeds(args.opened)
-    with store.locked(args.to), _new(args) if is_new else store.Store(args.to) as index:
-        # Its disk is mounted elsewhere now, or it was renamed: paths below it are the same.
-        if not index.root.exists():
-            index.move_root(args.folder.resolve())
-        _check(args, index.settings)
-        if not is_new and args.model is not None:
-            _check_model(args, index.settings)
-        _update(args, index)
+        opened = open_named(args, args.step)
+        _check_embeds(opened)
+    with store.locked(args.to):
+        index, model = (store.Store(args.to), None) if opened is None else _new(args, opened)
+        with index:
+            # Its disk is mounted elsewhere now, or it was renamed: paths below it are the same.
+            if not index.root.exists():
+                index.move_root(args.folder.resolve())
+            _check(args, index.settings)
+            _update(args, index, model or _encoder(args, index.settings))
     return 0
 
 
@@ -77,17 +78,21 @@ def _check_photos(args: Arguments) -> None:
         raise UserError(indexing.no_photos(args.folder, scan))
 
 
-def _check_model(args: Arguments, settings: Any) -> None:
-    """Raises UserError if --model is another model than that of the index."""
-    opened = open_of_index(args, settings)
-    if (_absolute(args.model), opened.step) == (settings.model, settings.step):
-        return
-    with loading(opened.name):
+def _encoder(args: Arguments, settings: Any) -> Any:
+    """Returns the encoder of an index, which loads its model only for something to encode.
+
+    Raises:
+        UserError: --model is another model than that of the index.
+    """
+    opened = None if args.model is None else open_of_index(args, settings)
+    with loading("the index"):
         from internvl.search import encoder
 
+    model = encoder.Encoder(lambda: _load_logged(args, settings), settings)
     # A moved model has another name too: only its features tell.
-    args.encoder = encoder.Encoder(lambda: load_dual(args, opened), settings)
-    _ = args.encoder.dual
+    if opened and (_absolute(args.model), opened.step) != (settings.model, settings.step):
+        _ = model.dual
+    return model
 
 
 def _absolute(model: str) -> str:
@@ -104,14 +109,13 @@ def _check_embeds(opened: Any) -> None:
         )
 
 
-def _new(args: Arguments) -> Any:
-    """Creates an index, whose settings the model has a share in."""
-    opened = args.opened
+def _new(args: Arguments, opened: Any) -> tuple[Any, Any]:
+    """Creates an index, whose settings the model has a share in; returns its encoder too."""
     with loading(args.model):
         from internvl.search import encoder, store
 
-    args.encoder = encoder.Encoder(lambda: load_dual(args, opened))
-    settings = args.encoder.new_settings(
+    model = encoder.Encoder(lambda: load_dual(args, opened))
+    settings = model.new_settings(
         args.folder.resolve(),
         _absolute(args.model),
         opened.step,
@@ -119,7 +123,7 @@ def _new(args: Arguments) -> Any:
         args.mode or ["c"],
         args.features_dtype or "float16",
     )
-    return store.Store.create(args.to, settings)
+    return store.Store.create(args.to, settings), model
 
 
 def _check(args: Arguments, settings: Any) -> None:
@@ -136,15 +140,10 @@ def _check(args: Arguments, settings: Any) -> None:
             )
 
 
-def _update(args: Arguments, index: Any) -> None:
-    settings = index.settings
+def _update(args: Arguments, index: Any, model: Any) -> None:
     with loading("the index"):
-        from internvl.search import approximation, encoder, indexing
+        from internvl.search import approximation, indexing
 
-    # The encoder of a new index; an old one's loads its model only if there is something to encode.
-    model = getattr(args, "encoder", None) or encoder.Encoder(
-        lambda: _load_logged(args, settings), settings
-    )
     done = indexing.update(
         index, model, batch_size=args.batch_size, workers=args.workers, rehash=args.rehash
     )
@@ -154,7 +153,7 @@ def _update(args: Arguments, index: Any) -> None:
     if args.export:
         from internvl.search import clip_retrieval
 
-        count = clip_retrieval.export(index, Path(args.export[1]), settings.modes[0])
+        count = clip_retrieval.export(index, Path(args.export[1]), index.settings.modes[0])
         print(f"{count:,} photos in clip-retrieval's layout: {args.export[1]}")
     print(f'The index is {args.to}; search it: internvl search {args.to} "a dog in the snow"')
 
