@@ -89,18 +89,7 @@ def _serve(photos: Any, port: int) -> int:
 
 
 def _as_json(terms: Sequence[Any], results: Any, root: Path) -> str:
-    hits = [
-        {
-            "rank": hit.rank,
-            "path": str(root / hit.photo.path),
-            "score": hit.score,
-            "match": hit.match,
-            "taken": hit.photo.taken,
-            "width": hit.photo.width,
-            "height": hit.photo.height,
-        }
-        for hit in results.hits
-    ]
+    hits = [hit.as_json() | {"path": str(root / hit.photo.path)} for hit in results.hits]
     head = {"terms": [term.label for term in terms], "total": results.total, "skip": results.skip}
     return json.dumps({**head, "hits": hits}, ensure_ascii=False, indent=1)
 

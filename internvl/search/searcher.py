@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,18 @@ class Hit:
     """Cosine with what was looked for."""
     match: float | None = None
     """Probability that photo and text match, if it was re-ranked."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns what programs and the page are told."""
+        return {
+            "rank": self.rank,
+            "path": self.photo.path,
+            "score": self.score,
+            "match": self.match,
+            "taken": self.photo.taken,
+            "width": self.photo.width,
+            "height": self.photo.height,
+        }
 
 
 @dataclass(frozen=True)

@@ -255,19 +255,7 @@ def _search(searcher: Searcher, request: SearchRequest) -> dict[str, Any]:
         "total": results.total,
         "skip": results.skip,
         "seconds": time.perf_counter() - started,
-        "hits": [
-            {
-                "rank": hit.rank,
-                "score": hit.score,
-                "match": hit.match,
-                "path": hit.photo.path,
-                "digest": hit.photo.digest.hex(),
-                "taken": hit.photo.taken,
-                "width": hit.photo.width,
-                "height": hit.photo.height,
-            }
-            for hit in results.hits
-        ],
+        "hits": [hit.as_json() | {"digest": hit.photo.digest.hex()} for hit in results.hits],
     }
 
 
