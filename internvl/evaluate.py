@@ -122,6 +122,7 @@ def measure(
     if folder is None:
         call = {"tasks": list(names), "root": root, "dataset_root": dataset_root, "split": split}
         call |= {"languages": languages, "device": device, "dtype": dtype, **fields}
+        call |= {"quantize": quantize} if quantize else {}
         # Neither its processes nor their devices: the same call may go on with others.
         # A run may move, or be named by a checkpoint's folder: its results move with it.
         call |= {"model": folders.absolute(model_or_run)} if run_step is None else {}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,11 @@ def test_a_second_evaluation_leaves_the_first_ones_results(project, tmp_path, mo
     assert [other.name for other in others] == [f"{first.name}-2", f"{first.name}-3"]
     assert json.loads((first / "result.json").read_text()) == results
     assert json.loads((others[0] / "call.json").read_text())["limit"] == 1
+    # Needs a GPU to be measured; its results are others in any case.
+    with suppress(UserError):
+        folder_of("one/a/model", quantize="4bit")
+    call = first.with_name(f"{first.name}-4") / "call.json"
+    assert json.loads(call.read_text())["quantize"] == "4bit"
     other = tmp_path / "words.json"
     shutil.copy(folder / "captions.json", other)
     assert folder_of("one/a/model", annotations=other).name == "caption-file-words"
