@@ -278,7 +278,8 @@ def test_equal_problems_are_one_line_with_the_value_that_keeps_all(model, images
     assert "cutting it to data.max_tokens = 512 would lose every answer" in tokens
     assert f"({file} lines 1, 2, 3 and 27 more); data.max_tokens=2624 keeps all 30" in tokens
     assert image == (
-        f"  25 x there is no image {images}/IMG_0….jpg{REMEDY} ({file} lines 32, 33, 34 and 22 more)"
+        f"  25 x there is no image {images}/IMG_0….jpg{REMEDY} "
+        f"({file} lines 32, 33, 34 and 22 more)"
     )
     assert other == f"  {file} line 57: a JSON object is expected, not list"
     assert rest == ""
