@@ -236,15 +236,18 @@ class Retrieval:
         by_text: dict[int, dict[str, list[str]]] = {}
         by_image: dict[int, dict[str, list[str]]] = {}
         for mode, images in features.items():
+            # In the order of the ranks: rows, queries, what is searched, its names.
+            directions = (
+                (by_text, texts, images, self.pairs.images),
+                (by_image, images, texts, self.pairs.texts),
+            )
             # A few queries alone: sorting all scores takes longer than computing them.
-            for direction, ranks in enumerate(ranked[mode]):
+            for direction, ranks in zip(directions, ranked[mode], strict=True):
+                rows, queries, candidates, names = direction
                 chosen = _shown_queries(ranks)
-                pair = (texts, images) if direction == 0 else (images, texts)
-                order = nearest(pair[0][chosen], pair[1], _SHOWN_CANDIDATES).tolist()
-                names = self.pairs.images if direction == 0 else self.pairs.texts
-                rows = by_text if direction == 0 else by_image
-                for query, candidates in zip(chosen.tolist(), order, strict=True):
-                    rows.setdefault(query, {})[mode] = [str(names[i]) for i in candidates]
+                order = nearest(queries[chosen], candidates, _SHOWN_CANDIDATES).tolist()
+                for query, best in zip(chosen.tolist(), order, strict=True):
+                    rows.setdefault(query, {})[mode] = [str(names[i]) for i in best]
         return _First(by_text, by_image)
 
     def _nearest(self, texts: Tensor, images: Tensor) -> "_Candidates":
