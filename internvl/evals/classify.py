@@ -196,6 +196,7 @@ class Classify:
             "crops", handle, paths, self.config.modes, batch_size=batch_size, crop=True
         )
         self._leave_out(features.unread)
+        # An image of several classes has no rank of its class.
         measure = self._precision if self.multilabel else self._accuracy
         return dist.main_alone(
             lambda: self._score(features.modes, lambda mode, images: measure(images, classes))
@@ -226,6 +227,7 @@ class Classify:
         layer = probe.fit(train, labels, len(self.names), self.config)
         scores = layer(images).cpu()
         truth, order = self._labels(), torch.arange(len(self.names))
+        # As of class texts: equal scores count alike.
         class_ranks = ranks_of_scores(scores, truth[:, None] == order, order)
         metrics, columns = self._ranked(class_ranks, scores.argmax(dim=1), truth)
         return {f"lp_{name}": value for name, value in metrics.items()}, columns

@@ -47,6 +47,7 @@ def _mirb_groups(outcome: Outcome) -> list[str]:
 
 
 def _referred(outcome: Outcome) -> Boxes:
+    # Each benchmark has its own order of the sides.
     height, width = outcome["hw"]
     answered = boxes.referred_box(outcome.answer, height, width).tolist()
     return width, height, outcome["gt_bbox"], answered

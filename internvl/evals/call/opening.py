@@ -91,6 +91,7 @@ def load(
     """
     if model.recipe is None:
         return _load_folder(model, device, dtype, device_map, quantize)
+    # A run is measured as it measures itself: on one device, unquantized.
     if device_map is not None or quantize is not None:
         option = "quantize" if device_map is None else "device_map"
         raise UserError(
