@@ -28,6 +28,7 @@ import transformers
 import workloads
 from rows import commit, keep, kernels, print_kernels
 
+from internvl.compute import placement
 from internvl.data.images import STATISTICS
 from internvl.inference import engine, requests
 from internvl.inference.engine.scheduler import Job, Scheduler
@@ -241,10 +242,10 @@ def _answer(
     settings = {"ahead": ahead, "most": 10**9, "pin": on_gpu, "processes": processes}
     with engine.Prompts(read, make, order, **settings) as prompts:
         begun = _Begun(prompts)
-        _synchronize(scheduler.model.device)
+        placement.synchronize(scheduler.model.device)
         started = time.perf_counter()
         jobs = [job for job in scheduler.run(begun) if job.ended]
-        _synchronize(scheduler.model.device)
+        placement.synchronize(scheduler.model.device)
         return jobs, time.perf_counter() - started
 
 
@@ -252,11 +253,6 @@ def _jpeg(size: tuple[int, int], seed: int) -> bytes:
     file = io.BytesIO()
     workloads.picture(size, seed).save(file, "JPEG", quality=90)
     return file.getvalue()
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def _forward(model: Any, jobs: list[Job], tiles: int) -> float:

@@ -170,10 +170,10 @@ def ours(row: Row, device: torch.device, tiny: bool, delta: str = "exact") -> di
             (folder / "again").mkdir()
             start = replace(building.run_start(state), folder=folder / "again", step=0)
             again = Mpo(state.recipe.objective, state.recipe.data, state.objective.encoder)
-            _synchronize(device)
+            placement.synchronize(device)
             before = time.perf_counter()
             again.begin_run(start)
-            _synchronize(device)
+            placement.synchronize(device)
             reference_s = time.perf_counter() - before
             total = pairs * (WARMUP + STEPS)
             figures["reference_pairs_per_s"] = total / reference_s
@@ -369,7 +369,7 @@ def loop(
     for _ in range(2 if tiny else 4):
         started = time.perf_counter()
         losses.append(models.step(batches))
-        _synchronize(device)
+        placement.synchronize(device)
         seconds.append(time.perf_counter() - started)
     return {
         "pairs_per_s": len(pairs) / statistics.median(seconds[1:]),
@@ -404,7 +404,7 @@ def trl(
         ends: ClassVar[list[float]] = []
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            _synchronize(device)
+            placement.synchronize(device)
             self.ends.append(time.perf_counter())
 
     def collate(lines: Sequence[dict[str, int]]) -> dict[str, Tensor]:
@@ -480,10 +480,6 @@ def _peak_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return 0.0
-
-
-def _synchronize(device: torch.device) -> None:
-    placement.synchronize(device)
 
 
 def lagged(row: Row, device: torch.device, tiny: bool) -> dict[str, Any]:
