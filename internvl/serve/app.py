@@ -12,7 +12,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from internvl.errors import UserError, explain
 from internvl.serve.engines import Engines, Gate
-from internvl.serve.errors import ApiError, model_not_found
+from internvl.serve.errors import ApiError, model_not_found, unavailable
 from internvl.serve.http import Door, Handler, error_response
 from internvl.serve.metrics import Metrics
 from internvl.serve.options import Options
@@ -102,7 +102,7 @@ def _state(routes: Routes, door: Door) -> dict[str, Handler]:
         routes.engines.check()
         # A load balancer sends nobody here any more.
         if door.draining:
-            raise ApiError("the server is stopping", status=503, code="unavailable")
+            raise unavailable("the server is stopping")
         return JSONResponse({"status": "ok", "models": routes.names})
 
     async def metrics(http: Request) -> Response:
