@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from internvl.data.images import Rgb, as_rgb, open_rgb
+from internvl.data.images import Rgb, as_rgb, open_small
 from internvl.errors import BadImage
 from internvl.results.items import item_of, shown
 
@@ -27,7 +27,7 @@ def thumbnail(path: str) -> tuple[bytes, tuple[int, int]] | None:
     The data may have moved since the evaluation: a page is made without such an image.
     """
     try:
-        return _encoded(open_rgb(path))
+        return _encoded(open_small(path, _SIDE))
     except BadImage:
         return None
 

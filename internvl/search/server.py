@@ -25,12 +25,12 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from internvl import log
-from internvl.data.images import open_checked, read_data_address
+from internvl.data.images import open_checked, open_small, read_data_address
 from internvl.errors import BadImage, UserError, explain
 from internvl.search.query import MOST_RERANKED, Filters, Term, parse_terms
 from internvl.search.searcher import Searcher
 from internvl.search.store import PhotoRow
-from internvl.search.thumbnails import original, shrink, thumbnail
+from internvl.search.thumbnails import original, thumbnail
 
 HOST = "127.0.0.1"
 PAGE = Path(__file__).with_name("page.html")
@@ -180,7 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
         if form in _SHOWN:
             return path.read_bytes(), f"image/{form.lower()}"
         buffer = BytesIO()
-        shrink(path, _LARGE_SIDE).save(buffer, "JPEG", quality=90)
+        open_small(path, _LARGE_SIDE, "apply").save(buffer, "JPEG", quality=90)
         return buffer.getvalue(), "image/jpeg"
 
     def _is_local(self) -> bool:

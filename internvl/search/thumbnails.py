@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from internvl.data.images import as_rgb, open_checked
+from internvl.data.images import open_small
 from internvl.errors import BadImage
 from internvl.files import atomic_file
 from internvl.search.store import THUMBNAILS, PhotoRow, Store
@@ -37,23 +37,13 @@ def thumbnail(store: Store, photo: PhotoRow) -> bytes:
     if file.is_file():
         return file.read_bytes()
     buffer = BytesIO()
-    shrink(original(store, photo), SIDE).save(buffer, "JPEG", quality=_QUALITY)
+    small = open_small(original(store, photo), SIDE, "apply")
+    small.save(buffer, "JPEG", quality=_QUALITY)
     # An index that several people share may be read-only to them.
     if os.access(store.folder, os.W_OK):
         with atomic_file(file) as partial:
             partial.write_bytes(buffer.getvalue())
     return buffer.getvalue()
-
-
-def shrink(path: Path, side: int) -> Image.Image:
-    """Decodes a photo upright, its longer side at most `side` px. Raises BadImage."""
-    with open_checked(path) as image:
-        # JPEG files are decoded at a fraction of their size, several times sooner.
-        image.draft("RGB", (2 * side, 2 * side))
-        rgb = as_rgb(image, "apply")
-    assert isinstance(rgb, Image.Image)
-    rgb.thumbnail((side, side))
-    return rgb
 
 
 def draw(image: Image.Image, columns: int) -> str:
