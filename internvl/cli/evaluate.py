@@ -20,6 +20,12 @@ from internvl.config.unions import members, name_of
 from internvl.datasets import published as published_sets
 from internvl.errors import ConfigError
 
+_OPTIONS = (
+    *("to", "root", "dataset_root", "split", "output", "features"),
+    *("device", "dtype", "device_map", "quantize", "base"),
+)
+"""Options of the same name as the argument of `evaluate.run`."""
+
 
 def run(args: Arguments) -> int:
     """Evaluate a model on published sets or your own files, or a run as its recipe says."""
@@ -50,18 +56,8 @@ def run(args: Arguments) -> int:
         return run_as_ranks(args, num_ranks)
     fields = {name: getattr(args, name) for name in eval_options()}
     options: dict[str, Any] = {
-        "to": args.to,
-        "root": args.root,
-        "dataset_root": args.dataset_root,
+        **{name: getattr(args, name) for name in _OPTIONS},
         "languages": args.language,
-        "split": args.split,
-        "output": args.output,
-        "features": args.features,
-        "device": args.device,
-        "dtype": args.dtype,
-        "device_map": args.device_map,
-        "quantize": args.quantize,
-        "base": args.base,
         # Options that were not given must not replace a recipe's values.
         **{name: value for name, value in fields.items() if value is not None},
     }
