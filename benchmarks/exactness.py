@@ -3,6 +3,7 @@
     python benchmarks/exactness.py            # on a GPU: FlexAttention and compiled blocks too
     python benchmarks/exactness.py --cpu
     python benchmarks/exactness.py --only "flex, compiled, bfloat16, float8"
+    python benchmarks/exactness.py --head-width 64 --only "flash, compiled, bfloat16"
 
 Every step takes the whole data set (images with five captions each), so that each variant sees
 the same samples however it packs them. Compared with one sample a row, a dense mask and no
@@ -22,6 +23,7 @@ import workloads
 
 from internvl import train
 from internvl.config import recipes
+from internvl.models.attention import flash4
 
 STEPS = 20
 DENSE = {"attention": "dense", "compile": False}
@@ -46,6 +48,12 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"attention": "flex", "compile": True, "float8": True},
         "bfloat16",
     ),
+    "flash, compiled, bfloat16": ({}, {"attention": "flash", "compile": True}, "bfloat16"),
+    "flash, compiled, bfloat16, float8": (
+        {},
+        {"attention": "flash", "compile": True, "float8": True},
+        "bfloat16",
+    ),
     "shared, bfloat16, float8": ({}, DENSE | {"float8": True}, "bfloat16"),
 }
 
@@ -58,12 +66,17 @@ LIMITS = {
 
 
 def trained(
-    data: dict[str, Any], compute: dict[str, Any], dtype: str, device: str, rank: int | None
+    data: dict[str, Any],
+    compute: dict[str, Any],
+    dtype: str,
+    device: str,
+    rank: int | None,
+    head_width: int,
 ) -> tuple[list[float], torch.Tensor, torch.Tensor]:
     """(loss of each step, first gradient, change of the weights) of one variant."""
     torch.manual_seed(0)
     place = torch.device(device)
-    chat = workloads.random_chat("InternVL2-2B", place, rank=rank, tiny=True)
+    chat = workloads.random_chat("InternVL2-2B", place, rank=rank, tiny=True, head_width=head_width)
     with tempfile.TemporaryDirectory() as folder:
         drawn = (s for s in workloads.coco(3) if workloads.num_tiles(s.size, s.max_tiles) == TILES)
         samples = list(itertools.islice(drawn, 6))
@@ -110,26 +123,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--only", nargs="*", default=[*VARIANTS], choices=VARIANTS)
+    parser.add_argument("--head-width", type=int, choices=(16, 64, 128), default=16)
     parser.add_argument("--methods", nargs="*", default=["lora", "full"])
     parser.add_argument("--to", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args()
     device = "cpu" if options.cpu else "cuda"
     if options.cpu:  # torch has no backward pass of FlexAttention there
-        options.only = [name for name in options.only if VARIANTS[name][1]["attention"] != "flex"]
+        options.only = [name for name in options.only if VARIANTS[name][1]["attention"] == "dense"]
+    if options.head_width not in flash4.WIDTHS:  # else a language model takes flex in its place
+        options.only = [name for name in options.only if not name.startswith("flash")]
     if not options.only:
-        parser.error("variants with flex need a GPU")
+        parser.error("variants with flex or flash need a GPU, flash also --head-width 64 or 128")
     rows = []
     for rank in (4 if method == "lora" else None for method in options.methods):
-        wanted = trained(PLAIN, DENSE, "float32", device, rank)
+        wanted = trained(PLAIN, DENSE, "float32", device, rank, options.head_width)
         for name in options.only:
             data, compute, dtype = VARIANTS[name]
-            found = trained(data, compute, dtype, device, rank)
+            found = trained(data, compute, dtype, device, rank, options.head_width)
             losses = max(abs(a - b) / b for a, b in zip(found[0], wanted[0], strict=True))
             errors = (losses, difference(found[1], wanted[1]), difference(found[2], wanted[2]))
             limits = LIMITS["float8" if compute.get("float8") else dtype]
             row = {
                 "method": f"lora {rank}" if rank else "full",
                 "variant": name,
+                "head_width": options.head_width,
                 **dict(zip(("loss", "gradient", "weights"), errors, strict=True)),
                 "first_loss": found[0][0],
                 "last_loss": found[0][-1],

@@ -160,6 +160,7 @@ def random_chat(
     rank: int | None,
     dropout: float = 0.0,
     tiny: bool = False,
+    head_width: int = 16,
     prepare: Callable[[nn.Module], None] | None = None,
 ) -> Chat:
     """The released model `name` with random weights made on the device, and a tokenizer of words.
@@ -168,11 +169,12 @@ def random_chat(
         rank: of LoRA on the language model; None trains projector and language model themselves.
         dropout: of the adapters.
         tiny: two narrow layers of each part instead of the real sizes.
+        head_width: of a tiny model's attention; the kernels of FlashAttention 4 take 64 and 128.
         prepare: what to do with the model before adapters go on it.
     """
     official = zoo.official_config(zoo.find(name))
     if tiny:
-        official = _shrunk(official)
+        official = _shrunk(official, head_width)
     tokenizer = _tokenizer(official["llm_config"]["vocab_size"])
     config = configs.from_official(official, tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"))
     with torch.device(device):
@@ -193,11 +195,12 @@ def random_chat(
     return Chat(model, tokenizer, chosen, tiles, None, Path(name))
 
 
-def _shrunk(official: dict[str, Any]) -> dict[str, Any]:
-    vision = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    vision |= {"intermediate_size": 128, "image_size": 56}
-    text = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-    text |= {"num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": 5000}
+def _shrunk(official: dict[str, Any], head_width: int) -> dict[str, Any]:
+    width = 4 * head_width
+    vision = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision |= {"intermediate_size": 2 * width, "image_size": 56}
+    text = {"hidden_size": width, "num_hidden_layers": 3, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "intermediate_size": 2 * width, "vocab_size": 5000}
     return official | {
         "vision_config": official["vision_config"] | vision,
         "llm_config": official["llm_config"] | text,
