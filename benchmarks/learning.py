@@ -88,7 +88,7 @@ class Arm:
 
 APART = {"share_prefix": False}
 DENSE = {"attention": "dense", "compile": False}
-LORA = {"train": [], "lora": {"rank": 32, "dropout": 0.0}}
+LORA = {"train": [], "lora": {"rank": 32, "dropout": 0.05}}
 ARMS = {
     "shared": Arm({"data": {"share_prefix": True}}),
     "packed": Arm({"data": APART, "compute": DENSE}),
