@@ -33,8 +33,8 @@ import train as rates
 from rows import commit, rounded
 
 from internvl import dist, train
-from internvl.run import building, saving
 from internvl.training import checkpoint
+from internvl.training.run import building, saving
 
 WARMUP, MEASURED = 1, 4
 """Steps before the clock runs, and those that are timed."""

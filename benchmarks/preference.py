@@ -53,7 +53,7 @@ from internvl.data.sources import open_source
 from internvl.models.adapters import lora
 from internvl.models.vision import normalize_tiles
 from internvl.objectives.mpo import Mpo
-from internvl.run import building
+from internvl.training.run import building
 
 ANSWER = 200
 """Tokens of an answer, its end included."""

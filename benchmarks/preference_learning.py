@@ -36,8 +36,9 @@ import learning
 import torch
 from rows import commit
 
-from internvl import demo, evals, export, log, pairing, train
+from internvl import demo, evals, export, log, train
 from internvl.config import eval_config, recipes
+from internvl.evals import pairing
 from internvl.inference import load as loading
 from internvl.inference.chat import Chat
 

@@ -18,8 +18,10 @@ _NAMES: dict[str, tuple[str, str | None]] = {
     "Video": ("internvl.data.records", "Video"),
     "Recipe": ("internvl.config", "Recipe"),
     "load_recipe": ("internvl.config.recipes", "load_recipe"),
+    "doctor": ("internvl.compute.doctor", None),
+    "pairing": ("internvl.evals.pairing", None),
 }
-_MODULES = ("train", "evaluate", "export", "check", "data", "models", "zoo", "doctor", "errors")
+_MODULES = ("train", "evaluate", "export", "check", "data", "models", "zoo", "errors")
 
 __all__ = ["__version__", *_NAMES, *_MODULES]
 

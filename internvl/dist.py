@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import distributed_c10d
 
-from internvl import launchers
 from internvl.errors import OtherRankFailed, UserError
-from internvl.launchers import Membership
+from internvl.launch import launchers
+from internvl.launch.launchers import Membership
 
 T = TypeVar("T")
 

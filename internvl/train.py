@@ -25,9 +25,6 @@ from internvl.inference import load as loading
 from internvl.inference import opened
 from internvl.models import bases
 from internvl.parallel import gradients, shard
-from internvl.run import building, evaluating, reading, reporting, saving
-from internvl.run.building import build as build
-from internvl.run.state import TrainState as TrainState
 from internvl.training import (
     checkpoint,
     length,
@@ -39,6 +36,9 @@ from internvl.training import (
     tracking,
     watchdog,
 )
+from internvl.training.run import building, evaluating, reading, reporting, saving
+from internvl.training.run.building import build as build
+from internvl.training.run.state import TrainState as TrainState
 
 
 def train_step(state: TrainState, micro_batches: Sequence[Batch]) -> dict[str, float]:

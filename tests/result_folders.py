@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from internvl import results
+from internvl.report import results
 
 
 def result_folder(

@@ -15,7 +15,7 @@ from internvl import dist, train
 from internvl.config import recipes
 from internvl.data import loader
 from internvl.models import units
-from internvl.run import reading
+from internvl.training.run import reading
 
 
 def full(tensor):

@@ -8,10 +8,11 @@ import pytest
 from chat_folders import prompt_folder
 from drawn_benchmarks import Drawn
 
-from internvl import evaluate, results
+from internvl import evaluate
 from internvl.datasets import published, tasks
 from internvl.evals import benchmark
-from internvl.results.compare import compare
+from internvl.report import results
+from internvl.report.results.compare import compare
 
 KEYS = [name for name, task in tasks.tasks().items() if task.sets]
 FAST = ("vqa-chartqa-test", "mmbench-test-cn", "mmmu-val", "mirb")

@@ -17,11 +17,10 @@ Check = Callable[[ast.Module], Iterator[int]]
 
 # Modules that somebody waits for before anything can happen: a wrong key must not cost the seconds
 # that torch takes to import.
-LIGHT = [
-    name
-    for name in ("__init__", "cli", "config", "zoo", "log", "doctor")
-    if (PACKAGE / f"{name}.py").exists() or (PACKAGE / name).is_dir()
-]
+LIGHT = (
+    *("__init__", "cli", "config", "zoo", "log"),
+    *("compute.doctor", "launch.launchers", "report.results.compare"),
+)
 HEAVY = ("torch", "transformers", "peft")
 
 

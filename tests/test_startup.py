@@ -21,7 +21,7 @@ PARALLEL = set() if find_spec("torchao") else {"torch.distributed.checkpoint"}
 """What runs alone need: their checkpoints may be of many ranks. transformers imports an installed
 torchao, which imports it."""
 WORK = (
-    *("train", "run", "training.checkpoint", "training.optim", "objectives", "compute"),
+    *("train", "training.run", "training.checkpoint", "training.optim", "objectives", "compute"),
     *("evaluate", "evals", "export", "check", "plan"),
 )
 """Rooms and modules of the package that a verb may do without."""

@@ -22,8 +22,8 @@ from internvl.data.records import IGNORE, Example, Unit
 from internvl.errors import BadSample
 from internvl.inference import load as loading
 from internvl.models.vision import normalize_tiles
-from internvl.run import reading
 from internvl.training import memory_ladder
+from internvl.training.run import reading
 
 
 @pytest.fixture(scope="module")

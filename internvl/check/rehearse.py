@@ -39,9 +39,9 @@ from internvl.parallel import fill, mesh
 from internvl.plan import Plan
 from internvl.plan import costs as plan_costs
 from internvl.plan.memory import GIB
-from internvl.run import building
-from internvl.run.state import TrainState
 from internvl.training import checkpoint
+from internvl.training.run import building
+from internvl.training.run.state import TrainState
 from internvl.training.spikes import Guard
 from internvl.zoo.gpus import Gpu
 

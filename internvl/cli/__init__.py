@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import NoReturn
 
-from internvl import errors, launchers, log
+from internvl import errors, log
 from internvl.cli import (
     chat,
     check,
@@ -40,6 +40,7 @@ from internvl.cli import (
 )
 from internvl.cli.common import Arguments
 from internvl.errors import ConfigError, Interrupted, RanksFailed
+from internvl.launch import launchers
 
 _VERBS: dict[str, ModuleType] = {
     "demo": demo,

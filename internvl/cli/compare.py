@@ -11,9 +11,10 @@ from internvl.cli.common import Arguments
 def run(args: Arguments) -> int:
     """Compare two result folders: differences with intervals, and the items that changed."""
     # Here: numpy and Pillow would slow every --help.
-    from internvl import report, results
-    from internvl.results import listing, pages
-    from internvl.results.compare import compare
+    from internvl import report
+    from internvl.report import results
+    from internvl.report.results import listing, pages
+    from internvl.report.results.compare import compare
 
     first, second = results.read(args.first), results.read(args.second)
     compared = compare(first, second, args.task, resamples=args.resamples)

@@ -6,9 +6,9 @@ import shlex
 import sys
 from typing import Any
 
-from internvl import launchers
 from internvl.cli.common import Arguments
 from internvl.files import write_text
+from internvl.launch import launchers
 
 
 def run(args: Arguments) -> int:

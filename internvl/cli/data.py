@@ -48,7 +48,7 @@ def _make_pairs(args: Arguments) -> int:
 
     with loading(args.model):
         num_ranks = local.choose_ranks(args.gpus, args.processes, args.device)
-        from internvl import pairing
+        from internvl.evals import pairing
     # Options that were not given keep the defaults of PairOptions.
     chosen: dict[str, Any] = {
         key: value for key in _PAIR_OPTIONS if (value := getattr(args, key)) is not None

@@ -7,7 +7,7 @@ from internvl.cli.common import Arguments, loading
 
 def run(args: Arguments) -> int:
     """Check this machine and its libraries; says how to install what is missing."""
-    from internvl import doctor
+    from internvl.compute import doctor
 
     with loading("the libraries of this machine"):
         findings = doctor.report()

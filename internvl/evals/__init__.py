@@ -15,7 +15,7 @@ from internvl.evals.scores import LEFT_OUT as LEFT_OUT
 from internvl.evals.scores import EvalScores, Table
 from internvl.files import read_numbers, write_json, write_text
 from internvl.log import get_logger
-from internvl.results.thumbnails import with_thumbnails
+from internvl.report.results.thumbnails import with_thumbnails
 
 
 class Evaluator(Protocol):

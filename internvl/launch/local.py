@@ -18,8 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from internvl import launchers
 from internvl.errors import ConfigError, counted
+from internvl.launch import launchers
 
 _POLL_S = 0.05
 _REPORT_S = 2.0

@@ -4,8 +4,8 @@ import argparse
 import shlex
 from pathlib import Path
 
-from internvl import launchers
 from internvl.errors import ConfigError
+from internvl.launch import launchers
 from internvl.launch.slurm import Job
 
 

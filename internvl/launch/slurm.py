@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from internvl import launchers
 from internvl.errors import UserError
 from internvl.files import write_text
+from internvl.launch import launchers
 
 WARNING_S = 300
 """Seconds before the end of its time at which Slurm asks the job to stop."""

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
-from internvl import dist, launchers, log
+from internvl import dist, log
 from internvl.config import Recipe, recipes
 from internvl.data import changes
 from internvl.data.sampler import Earlier, GrownOrder, Order, Prefix, SampleOrder
 from internvl.data.sources import Source
 from internvl.errors import DataError, RunError, UserError
+from internvl.launch import launchers
 from internvl.training import length, tracking
 
 

@@ -19,9 +19,10 @@ from typing import TextIO
 
 from pydantic import TypeAdapter, ValidationError
 
-from internvl import dist, launchers, log
+from internvl import dist, log
 from internvl.data import workers
 from internvl.errors import counted
+from internvl.launch import launchers
 
 FOLDER, TRACES = "watchdog", "nccl-"
 """Folder in a run folder, and the start of the names of NCCL's files there."""

@@ -19,7 +19,7 @@ import json
 from internvl import train
 from internvl.check import rehearse
 from internvl.config import recipes
-from internvl.run import reading
+from internvl.training.run import reading
 
 peaks = {{}}
 for stage in {stages!r}:

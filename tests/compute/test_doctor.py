@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from internvl import __version__, doctor
-from internvl.doctor import Finding
+from internvl import __version__
+from internvl.compute import doctor
+from internvl.compute.doctor import Finding
 
 
 def _named(findings: list[Finding], name: str) -> Finding:

@@ -7,7 +7,7 @@ import torch
 from internvl import train
 from internvl.config import recipes
 from internvl.files import read_numbers
-from internvl.run import saving
+from internvl.training.run import saving
 
 EVAL = {"type": "preference", "max_tokens": 256, "before": True}
 ADAPTERS = ["model.train=[]", "model.lora={rank: 4, dropout: 0.0}"]

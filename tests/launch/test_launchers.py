@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.api import ProcessFailure
 
-from internvl import launchers
 from internvl.errors import UserError
-from internvl.launchers import Membership
+from internvl.launch import launchers
+from internvl.launch.launchers import Membership
 
 SLURM = {
     "SLURM_JOB_ID": "41",

@@ -10,17 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from internvl import launchers
 from internvl.errors import ConfigError
-from internvl.launch import local
+from internvl.launch import launchers, local
+from internvl.launch.launchers import Membership
 from internvl.launch.local import Ended
-from internvl.launchers import Membership
 
 HOST = socket.gethostname()
 # Torch-free ranks start at once; they wait as ranks in a collective do.
 RANK = """
 import os, signal, sys, time
-from internvl import launchers
+from internvl.launch import launchers
 
 rank, folder = int(os.environ["RANK"]), {folder!r}
 launchers.follow_parent()

@@ -18,9 +18,9 @@ import tiny_run
 from command_line import call
 from tiny_run import losses
 
-from internvl import launchers, train
+from internvl import train
 from internvl.config import recipes
-from internvl.launch import slurm
+from internvl.launch import launchers, slurm
 from internvl.launch.slurm import Job
 
 TRAINING = f"""\

@@ -13,7 +13,7 @@ import torch
 from internvl import dist, train
 from internvl.config import recipes
 from internvl.parallel import gradients
-from internvl.run import reading
+from internvl.training.run import reading
 
 recipe = recipes.load_recipe({recipe!r}, {settings!r})
 run = train.build(recipe)

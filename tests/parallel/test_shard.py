@@ -147,7 +147,7 @@ from torch.distributed.tensor import DTensor
 
 from internvl import dist, train
 from internvl.config import recipes
-from internvl.run import reading
+from internvl.training.run import reading
 
 def held():
     \"\"\"Bytes of all tensors of this process, each memory once.\"\"\"

@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from internvl import dist, results
+from internvl import dist
 from internvl.evals.call.jobs import Job
 from internvl.evals.call.published import incomplete_set_note, published_of
 from internvl.evals.scores import version
-from internvl.results import pages
+from internvl.report import results
+from internvl.report.results import pages
 
 _PACKAGES = ("internvl", "torch", "transformers")
 

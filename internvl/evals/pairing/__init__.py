@@ -19,16 +19,16 @@ from internvl import dist
 from internvl.errors import BadSample, UserError, counted
 from internvl.evals import asking
 from internvl.evals.call import opening
+from internvl.evals.pairing.choosing import DROPOUT_NTP, Chosen, by_correctness, by_dropout
+from internvl.evals.pairing.forms import form
+from internvl.evals.pairing.options import PairOptions as PairOptions
+from internvl.evals.pairing.plans import REMEDY, Plan, Planned, plan_questions
+from internvl.evals.pairing.requests import Asker, seed_of
 from internvl.evals.scores import raise_or_log
 from internvl.files import write_lines
 from internvl.inference import load as loading
 from internvl.inference.chat import Chat
 from internvl.inference.opened import OpenedModel, open_model
-from internvl.pairing.choosing import DROPOUT_NTP, Chosen, by_correctness, by_dropout
-from internvl.pairing.forms import form
-from internvl.pairing.options import PairOptions as PairOptions
-from internvl.pairing.plans import REMEDY, Plan, Planned, plan_questions
-from internvl.pairing.requests import Asker, seed_of
 
 _BATCH, _GPU_BATCH = 64, 1024
 """Answers between two writes to the disk, and so the most that a killed run loses on a rank."""

@@ -7,9 +7,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from internvl.evals.pairing.forms import Form
+from internvl.evals.pairing.rules import is_right
 from internvl.evals.scoring.answers import Reference
-from internvl.pairing.forms import Form
-from internvl.pairing.rules import is_right
 
 CORRECTNESS, FORMAT, DROPOUT_NTP = "correctness", "format", "dropout-ntp"
 """What sets the answers of a pair apart: right and wrong; right and not in its form; with the image

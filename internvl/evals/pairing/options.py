@@ -5,10 +5,10 @@ from pathlib import Path
 
 from internvl.data.arguments import check_number, check_whole, nearest
 from internvl.errors import UserError
+from internvl.evals.pairing.choosing import CORRECTNESS, DROPOUT_NTP
+from internvl.evals.pairing.forms import NAMES
+from internvl.evals.pairing.rules import RULES
 from internvl.inference.settings import Settings
-from internvl.pairing.choosing import CORRECTNESS, DROPOUT_NTP
-from internvl.pairing.forms import NAMES
-from internvl.pairing.rules import RULES
 
 METHODS = ("auto", CORRECTNESS, DROPOUT_NTP)
 """auto: by correctness where a rule can compare the reference, else by leaving out the image."""

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from internvl.errors import BadSample, UserError
+from internvl.evals.pairing import questions
+from internvl.evals.pairing.choosing import CORRECTNESS, DROPOUT_NTP, beginning
+from internvl.evals.pairing.options import PairOptions
+from internvl.evals.pairing.questions import Question
+from internvl.evals.pairing.rules import rule_of
 from internvl.evals.scores import raise_or_log
-from internvl.pairing import questions
-from internvl.pairing.choosing import CORRECTNESS, DROPOUT_NTP, beginning
-from internvl.pairing.options import PairOptions
-from internvl.pairing.questions import Question
-from internvl.pairing.rules import rule_of
 
 REMEDY = "put them right, or set on_bad_sample (--on-bad-sample) to skip to leave them out"
 

@@ -9,13 +9,13 @@ from internvl.data.messages import IMAGE_MARK, VIDEO_MARK, count_marks, fill_mar
 from internvl.data.records import Message
 from internvl.data.video import read_video
 from internvl.evals import asking
+from internvl.evals.pairing.forms import form
+from internvl.evals.pairing.options import PairOptions
+from internvl.evals.pairing.plans import Plan
+from internvl.evals.pairing.questions import Question
 from internvl.inference.chat import Chat
 from internvl.inference.requests import Request
 from internvl.models import configs
-from internvl.pairing.forms import form
-from internvl.pairing.options import PairOptions
-from internvl.pairing.plans import Plan
-from internvl.pairing.questions import Question
 
 
 class Asker:

@@ -12,7 +12,7 @@ from typing import Any
 
 from internvl.errors import ConfigError, UserError
 from internvl.files import read_numbers, read_object, write_json
-from internvl.results.items import Item, read_items
+from internvl.report.results.items import Item, read_items
 
 SETTINGS = "settings.json"
 _AGAIN = "evaluate again"

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from internvl.errors import ConfigError, counted
-from internvl.results import Results, bootstrap
-from internvl.results.items import Item
-from internvl.results.statistics import Statistics, of_categories, statistics
+from internvl.report.results import Results, bootstrap
+from internvl.report.results.items import Item
+from internvl.report.results.statistics import Statistics, of_categories, statistics
 
 _NAMED = 3
 """Items that an error names."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from internvl.results.compare import Compared, Pair
+from internvl.report.results.compare import Compared, Pair
 
 _LONGEST_TEXT = 100
 _LONGEST_NAME = 32

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from internvl import report
-from internvl.results import Results
-from internvl.results.compare import Compared, Pair
-from internvl.results.items import Item, shown
-from internvl.results.statistics import of_categories
-from internvl.results.thumbnails import MOST_IMAGES, thumbnail
+from internvl.report.results import Results
+from internvl.report.results.compare import Compared, Pair
+from internvl.report.results.items import Item, shown
+from internvl.report.results.statistics import of_categories
+from internvl.report.results.thumbnails import MOST_IMAGES, thumbnail
 
 _MOST_CARDS, _FEWEST_CARDS, _CARDS_OF_PAGE = 12, 2, 240
 _LONGEST_TEXT = 600

@@ -5,8 +5,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 import numpy as np
 
 from internvl.datasets import tasks
-from internvl.results.bootstrap import Statistic
-from internvl.results.items import Item
+from internvl.report.results.bootstrap import Statistic
+from internvl.report.results.items import Item
 
 Statistics = dict[str, Statistic]
 """Metric -> statistic."""

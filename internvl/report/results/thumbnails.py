@@ -11,7 +11,7 @@ from PIL import Image
 
 from internvl.data.images import Rgb, as_rgb, open_small
 from internvl.errors import BadImage
-from internvl.results.items import item_of, shown
+from internvl.report.results.items import item_of, shown
 
 _SIDE = 360
 """Longest side, px: twice what a card shows, for dense screens."""

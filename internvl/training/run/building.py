@@ -23,8 +23,8 @@ from internvl.inference.opened import OpenedModel
 from internvl.objectives import OBJECTIVES
 from internvl.objectives.run_start import RunStart
 from internvl.parallel import mesh, shard
-from internvl.run.state import TrainState
 from internvl.training import checkpoint, length, optim
+from internvl.training.run.state import TrainState
 from internvl.training.spikes import Guard
 
 CPU = torch.device("cpu")

@@ -5,9 +5,9 @@ from internvl.compute import compilation
 from internvl.config import EvalConfig
 from internvl.errors import RunError, UserError
 from internvl.parallel import shard
-from internvl.run import saving
-from internvl.run.state import TrainState
 from internvl.training import early_stopping, signals, tracking, watchdog
+from internvl.training.run import saving
+from internvl.training.run.state import TrainState
 
 
 def validate_or_stop(state: TrainState, metrics: tracking.Metrics) -> str | None:

@@ -12,7 +12,7 @@ from internvl.errors import RunError
 from internvl.objectives.packed import PackedObjective
 from internvl.parallel.sharing import Sharing
 from internvl.plan import costs as plan_costs
-from internvl.run.state import TrainState
+from internvl.training.run.state import TrainState
 
 
 def steps(state: TrainState) -> Iterator[loader.Step]:

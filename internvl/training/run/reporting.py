@@ -10,8 +10,8 @@ from internvl.data import loader
 from internvl.data.records import Batch
 from internvl.errors import counted
 from internvl.models.vision import count_parameters
-from internvl.run.state import TrainState
 from internvl.training import tracking
+from internvl.training.run.state import TrainState
 
 
 def summary(state: TrainState) -> str:

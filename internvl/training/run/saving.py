@@ -12,8 +12,8 @@ from internvl.files import remove_partials
 from internvl.inference.families import FAMILIES
 from internvl.inference.opened import OpenedModel
 from internvl.models import bases
-from internvl.run.state import TrainState
 from internvl.training import checkpoint, spikes, tracking, watchdog
+from internvl.training.run.state import TrainState
 
 
 def save(state: TrainState) -> None:

@@ -25,8 +25,8 @@ from internvl.evals.call.lines import write_captions
 from internvl.evals.metrics import one_meteor
 from internvl.evals.scores import EvalScores
 from internvl.inference import load as loading
-from internvl.results.items import item_of
-from internvl.results.statistics import statistics
+from internvl.report.results.items import item_of
+from internvl.report.results.statistics import statistics
 
 CAPTIONS = ("caption-coco", "caption-flickr30k")
 KEY_OF = {"rsvqa-lr": "rsvqa-hr-test2", "rsvqa-hr-test2": "rsvqa-lr"}

@@ -8,15 +8,16 @@ from command_line import call
 from data_files import model_folder, picture, write_lines
 from ranks import run_ranks
 
-from internvl import pairing, train
+from internvl import train
 from internvl.config import recipes
 from internvl.errors import BadSample, UserError
+from internvl.evals import pairing
 from internvl.evals.answers import AnswerFiles
+from internvl.evals.pairing import choosing, forms, questions, requests, rules
 from internvl.evals.scoring.answers import Reference
 from internvl.inference import load as loading
 from internvl.inference.opened import open_model
 from internvl.inference.requests import Request
-from internvl.pairing import choosing, forms, questions, requests, rules
 
 PLAIN = forms.form("plain")
 CAPTION = "A red gradient that becomes darker and darker towards the lower left corner of it."
@@ -213,7 +214,7 @@ def test_the_command_and_a_run_on_its_pairs(folder, made, capsys):
 def test_two_ranks_make_the_same_pairs(folder, made):
     code = f"""
 from pathlib import Path
-from internvl import pairing
+from internvl.evals import pairing
 
 options = pairing.PairOptions(
     annotations=Path({str(folder / "questions.jsonl")!r}), images=Path({str(folder)!r}),

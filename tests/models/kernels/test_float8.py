@@ -23,8 +23,8 @@ from internvl.inference import load as loading
 from internvl.models.adapters import lora
 from internvl.models.kernels import float8
 from internvl.models.kernels.float8 import Float8Linear
-from internvl.run import saving
 from internvl.training import memory_ladder
+from internvl.training.run import saving
 from internvl.zoo import gpus
 
 CPU = torch.device("cpu")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from internvl.results.bootstrap import Statistic, intervals
+from internvl.report.results.bootstrap import Statistic, intervals
 
 
 def mean_of(scores: np.ndarray, strata: np.ndarray | None = None) -> Statistic:
@@ -57,7 +57,7 @@ def test_strata_keep_their_sizes():
 
 
 def test_many_items_are_drawn_in_pieces(monkeypatch: pytest.MonkeyPatch):
-    from internvl.results import bootstrap
+    from internvl.report.results import bootstrap
 
     random = np.random.default_rng(2)
     a, b = (mean_of(random.random(30)) for _ in range(2))

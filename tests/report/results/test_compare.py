@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 from result_folders import result_folder
 
-from internvl import cli, report, results
+from internvl import cli, report
 from internvl.errors import ConfigError
 from internvl.evals import metrics as caption_metrics
 from internvl.evals.scoring import yes_no
-from internvl.results import pages
-from internvl.results.compare import compare
-from internvl.results.items import item_of
-from internvl.results.statistics import statistics
+from internvl.report import results
+from internvl.report.results import pages
+from internvl.report.results.compare import compare
+from internvl.report.results.items import item_of
+from internvl.report.results.statistics import statistics
 
 
 def question(index: int, answer: str, score: float | None, **more) -> dict:

@@ -11,10 +11,11 @@ from photos import photo
 from PIL import Image
 from result_folders import result_folder
 
-from internvl import report, results
+from internvl import report
 from internvl.errors import BadImage
-from internvl.results import pages, thumbnails
-from internvl.results.items import item_of, shown
+from internvl.report import results
+from internvl.report.results import pages, thumbnails
+from internvl.report.results.items import item_of, shown
 
 EVIL = "<script>alert(1)</script>"
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from result_folders import result_folder
 
-from internvl import results
 from internvl.errors import ConfigError, UserError
+from internvl.report import results
 
 
 def test_a_folder_a_run_and_a_file_are_read(tmp_path: Path):
