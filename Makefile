@@ -2,6 +2,7 @@
 # make check   format, lint, types
 # make test    the CPU suite
 # make test-slow  compiled code, kills, and 20,000 damaged files for all readers
+# make docs    the site of the guides, in build/docs/site
 # make scripts the benchmark scripts and the demo, in small
 # make setup   only install what the demo needs
 #
@@ -31,7 +32,7 @@ PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -c \
   'import internvl.check, internvl.demo, internvl.plan, torch._inductor.compile_fx'
 endef
 
-.PHONY: setup demo check test test-slow scripts clean
+.PHONY: setup demo check test test-slow scripts docs clean
 
 setup: $(VENV)/.demo
 
@@ -51,6 +52,9 @@ test-slow: $(VENV)/.slow
 
 scripts: $(VENV)/.dev
 	$(VENV)/bin/pytest -q -n 2 --dist worksteal -m scripts
+
+docs: $(VENV)/.dev
+	$(VENV)/bin/python docs/build.py site
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -14,8 +14,8 @@ from internvl.config.recipes import load_recipe
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     page
-    for folder in (".", "docs", "benchmarks", "recipes", "internvl/models/kernels")
-    for page in (ROOT / folder).glob("*.md")
+    for pattern in ("*.md", "docs/**/*.md", "benchmarks/*.md", "recipes/*.md", "internvl/**/*.md")
+    for page in ROOT.glob(pattern)
 )
 NAMED = re.compile(r"`((?:internvl|tests|benchmarks|recipes|docs|dev)/[\w/.-]*\w/?)`")
 

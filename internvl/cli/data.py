@@ -76,7 +76,12 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     prepare.add_argument(
         "name", help="data set: coco-caption, flickr30k, flickr30k-cn, nocaps, sft-v1.2 …"
     )
-    prepare.add_argument("--root", type=Path, required=True, help="folder of the downloads")
+    prepare.add_argument(
+        "--root",
+        type=Path,
+        default=Path(),
+        help="folder of the downloads (default: the current one)",
+    )
     prepare.add_argument("--download", action="store_true", help="download missing files")
     convert = actions.add_parser("convert", help="convert a file or folder to another format")
     convert.add_argument(

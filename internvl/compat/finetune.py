@@ -121,11 +121,17 @@ def translate(
 
 
 @cache
+def table() -> dict[str, dict[str, dict[str, Any]]]:
+    """Reads flags.yaml: section -> flag -> what it becomes."""
+    tree: dict[str, dict[str, dict[str, Any]]] = read_yaml(Path(__file__).with_name("flags.yaml"))
+    return tree
+
+
+@cache
 def flags_of(section: str) -> dict[str, dict[str, Any]]:
     """Returns the flags of an entry ("chat", "preference" or "pairs") with the trainer's."""
-    tree = read_yaml(Path(__file__).with_name("flags.yaml"))
     sections = (*_SECTIONS[section], "trainer")
-    return {flag: row for name in sections for flag, row in tree[name].items()}
+    return {flag: row for name in sections for flag, row in table()[name].items()}
 
 
 def _parse(words: Sequence[str], flags: Flags) -> tuple[dict[str, Any], list[str]]:

@@ -1,0 +1,82 @@
+"""docs/build.py: its pages are those of today's package, and its site asks no other host."""
+
+import importlib.util
+import re
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+from internvl.compat import finetune
+from internvl.config import Recipe
+
+ROOT = Path(__file__).parent.parent
+SPEC = importlib.util.spec_from_file_location("docs_build", ROOT / "docs/build.py")
+docs_build = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(docs_build)
+
+
+@pytest.mark.parametrize("name", ["recipe-keys.md", "flags.md"])
+def test_a_generated_page_is_current(name):
+    committed = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    assert committed == docs_build.pages()[name], "run `python docs/build.py pages`"
+
+
+def test_every_section_and_key_is_on_the_page():
+    page = docs_build.recipe_keys()
+    keys = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+    assert keys >= {"id", "rank", "sources", "lr", "shard", "weights", "micro_batch"}
+    headings = set(re.findall(r"^#+ (.+)$", page, re.MULTILINE))
+    for name, hint in get_type_hints(Recipe).items():
+        if is_dataclass(hint):
+            assert name in headings
+
+
+def test_keys_of_flags_are_keys_of_recipes():
+    page = docs_build.recipe_keys()
+    keys = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+    sections = {*re.findall(r"^#+ ([\w.]+)", page, re.MULTILINE)}
+    for rows in finetune.table().values():
+        for flag, row in rows.items():
+            assert ("sets" in row) == ("rule" in row), flag
+            for key in [*row.get("sets", []), *([row["to"]] if "to" in row else [])]:
+                section, _, last = key.rpartition(".")
+                assert last in keys or key in sections, (flag, key)
+                assert not section or section in sections, (flag, key)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    docs_build.BUILD = tmp_path_factory.mktemp("site")
+    docs_build.build()
+    return docs_build.BUILD / "site"
+
+
+def test_the_site_is_built_without_warnings_and_asks_no_other_host(site):
+    # A warning would have ended the build.
+    for language in docs_build.settings()["languages"]:
+        pages = sorted((site / language).rglob("*.html"))
+        assert len(pages) > 20
+        for page in pages:
+            text = page.read_text(encoding="utf-8")
+            loaded = re.findall(
+                r'<(?:script|link|img|iframe)\b[^>]*(?:src|href)="?([^"\s>]+)', text
+            )
+            assert [address for address in loaded if address.startswith(("http", "//"))] == [], page
+
+
+def test_links_of_the_site_lead_somewhere(site):
+    for page in site.rglob("*.html"):
+        if page.name == "404.html":
+            continue
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r'<a\b[^>]*href="?([^"\s>]+)', text):
+            if target.startswith(("http", "mailto:", "#")):
+                continue
+            name, _, anchor = target.partition("#")
+            file = (page.parent / name).resolve()
+            # The logo leads to the folder.
+            assert file.is_file() or (file / "index.html").is_file(), (page.name, target)
+            if anchor:
+                assert re.search(rf'id="?{re.escape(anchor)}[">\s]', file.read_text("utf-8"))
