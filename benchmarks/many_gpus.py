@@ -1,13 +1,13 @@
 """Rates, saves and resumes on several GPUs of a machine, beside the same GPUs each for itself.
 
-    python benchmarks/many_gpus.py                       # two GPUs: LoRA and full, 4 minutes
+    python benchmarks/many_gpus.py                       # two GPUs: LoRA and full, 5 minutes
     python benchmarks/many_gpus.py 2b_coco --ranks 8
     python benchmarks/many_gpus.py --tiny                # two processes on a CPU, in seconds
 
-Rows are those of train.py, with `--batch` samples a GPU and step. The ranks train together; they
-save while they go on training, and load what they saved; then they leave their group, and each
-trains alone with the model and the compiled code that it has. A share is the rate together over
-the sum of the rates alone, which are measured at the same time.
+Rows are those of train.py, with `--samples` a GPU and step. Each rank trains alone, all at the same
+time; then they train together with the model and the compiled code that they have. A share is the
+rate together over the sum of the rates alone. They save while they go on training, and load what
+they saved.
 
     stall_s     how long training stands still for a checkpoint; the first one pins host memory
     written_s   until the checkpoint is complete, while training goes on
@@ -17,13 +17,15 @@ the sum of the rates alone, which are measured at the same time.
 import argparse
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,53 +38,95 @@ from internvl import dist, train
 from internvl.training import checkpoint
 from internvl.training.run import building, saving
 
-WARMUP, MEASURED = 1, 4
-"""Steps before the clock runs, and those that are timed."""
+WARMUP, MEASURED, SAVES = 1, 3, 2
+"""Steps before the clock runs and those that are timed; checkpoints."""
 ROWS = ("2b_coco", "2b_full")
 
 
-def together(name: str, folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Trains a row on all ranks, then on each alone; yields its figures as far as they are known,
-    on rank 0."""
-    row, ranks = rates.named(name), dist.world_size()
-    num_saves = 2 if row.rank else 1  # full: many GiB, and the host pins them only once
-    options.batch = options.samples * ranks
-    options.steps = MEASURED + num_saves + 1
-    device = torch.device("cpu" if options.tiny else f"cuda:{os.environ['LOCAL_RANK']}")
-    torch.manual_seed(0)  # every rank draws the same weights
-    data = folder / f"data{dist.rank()}"
+def figures_of(name: str, folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Trains a row on each rank alone, then on all; yields its figures as far as they are known."""
+    row, ranks, rank = rates.named(name), options.ranks, int(os.environ["LOCAL_RANK"])
+    device = torch.device("cpu" if options.tiny else f"cuda:{rank}")
+    options.batch, options.steps = options.samples, WARMUP + MEASURED
+    data = folder / f"data{rank}"
     data.mkdir()
-    state = rates.build(row, data, device, options, folder / "run")
-    figures: dict[str, Any] = {"row": name, "ranks": ranks, "samples_a_gpu": options.samples}
-    with state.saver:
-        steps = train.updates(state)
-        metrics = [next(steps) for _ in range(WARMUP + MEASURED)]
-        rate = statistics.median(row["samples_per_s"] for row in metrics[WARMUP:])
-        figures |= {
-            "samples_per_s": rate,
-            "step_s": statistics.median(row["step_s"] for row in metrics[WARMUP:]),
-            "first_step_s": state.warmup_s + metrics[0]["step_s"],
-            "loss": [row["loss"] for row in metrics],
-            "peak_gib": metrics[-1]["memory_gib"],
-        }
-        yield figures
-        saves = [saved(state, steps) for _ in range(num_saves)]
-        figures |= {"saves": saves, "resume_s": resumed(state)}
-        yield figures
-        steps.close()
-    # The same model, so that nothing is compiled again.
-    alone = leave(state, folder, options)
-    steps = train.updates(alone)
+    with group_of({"RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": free_port()}, device):
+        torch.manual_seed(0)  # every rank draws the same weights
+        alone = rates.build(row, data, device, options, folder / f"alone{rank}")
+        metrics = taken(alone)
+        first_step_s = alone.warmup_s + metrics[0]["step_s"]
+        rates_alone = [rate_of(metrics), rate_of(metrics, "samples")]
+        (folder / f"alone{rank}.json").write_text(json.dumps(rates_alone))
+    with group_of({}, device):
+        state = joined(alone, folder, options)
+        figures: dict[str, Any] = {"row": name, "ranks": ranks, "samples_a_gpu": options.samples}
+        with state.saver:
+            steps = train.updates(state)
+            metrics = [next(steps) for _ in range(WARMUP + MEASURED)]
+            # Written before the ranks met.
+            files = [folder / f"alone{number}.json" for number in range(ranks)]
+            alone_of = [json.loads(file.read_text()) for file in files]
+            figures |= {
+                "samples_per_s": rate_of(metrics, "samples"),
+                "alone_samples_per_s": [samples for _, samples in alone_of],
+                # By tokens: steps of few samples differ in their length.
+                "share": rate_of(metrics) / sum(tokens for tokens, _ in alone_of),
+                "step_s": statistics.median(row["step_s"] for row in metrics[WARMUP:]),
+                "first_step_s": first_step_s,
+                "loss": [row["loss"] for row in metrics],
+                "peak_gib": metrics[-1]["memory_gib"],
+            }
+            yield figures
+            # The first pins host memory.
+            figures["saves"] = [saved(state, steps)]
+            yield figures
+            figures["resume_s"] = resumed(state)
+            yield figures
+            figures["saves"] += [saved(state, steps) for _ in range(SAVES - 1)]
+            yield figures
+            steps.close()
+
+
+def taken(state: train.TrainState) -> list[dict[str, float]]:
+    """Takes the steps before the clock runs and those that are timed; their metrics."""
+    steps = train.updates(state)
     metrics = [next(steps) for _ in range(WARMUP + MEASURED)]
     steps.close()
-    rate_alone = statistics.median(row["samples_per_s"] for row in metrics[WARMUP:])
-    (folder / f"alone{os.environ['LOCAL_RANK']}.json").write_text(str(rate_alone))
-    files = [folder / f"alone{rank}.json" for rank in range(ranks)]
-    while not all(file.exists() and file.read_text() for file in files):
-        time.sleep(0.1)
-    rates_alone = [float(file.read_text()) for file in files]
-    figures |= {"alone_samples_per_s": rates_alone, "share": rate / sum(rates_alone)}
-    yield figures
+    return metrics
+
+
+def rate_of(metrics: Sequence[dict[str, float]], unit: str = "tokens") -> float:
+    """Samples or tokens a second of the timed steps."""
+    timed = metrics[WARMUP:]
+    return sum(row[unit] for row in timed) / sum(row["step_s"] for row in timed)
+
+
+@contextmanager
+def group_of(variables: dict[str, Any], device: torch.device) -> Iterator[None]:
+    """Joins the group that the environment describes, changed by `variables`."""
+    before = {name: os.environ[name] for name in variables}
+    os.environ |= {name: str(value) for name, value in variables.items()}
+    dist.init_from_env(device.type)
+    try:
+        yield
+    finally:
+        dist.shutdown()
+        os.environ |= before
+
+
+def joined(alone: train.TrainState, folder: Path, options: argparse.Namespace) -> train.TrainState:
+    """The same run on all ranks: the same model, so that nothing is compiled again.
+
+    Ranks have trained on the same samples alone, so their weights are equal up to rounding.
+    """
+    recipe = replace(
+        alone.recipe,
+        global_batch=options.samples * options.ranks,
+        steps=WARMUP + MEASURED + SAVES + 1,
+        run=folder / "run",
+    )
+    saver = checkpoint.Saver(alone.device)
+    return building.assemble(recipe, alone.chat, alone.device, alone.order, saver)
 
 
 def saved(state: train.TrainState, steps: Iterator[dict[str, float]]) -> dict[str, float]:
@@ -112,23 +156,6 @@ def resumed(state: train.TrainState) -> float:
     return seconds
 
 
-def leave(state: train.TrainState, folder: Path, options: argparse.Namespace) -> train.TrainState:
-    """Leaves the ranks' group; the same run for this process alone, in a group of its own."""
-    rank = dist.rank()
-    dist.barrier()
-    dist.shutdown()
-    group = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": free_port()}
-    os.environ.update({name: str(value) for name, value in group.items()})
-    recipe = replace(
-        state.recipe, global_batch=options.samples, run=folder / f"alone{rank}", device="auto"
-    )
-    if options.tiny:
-        recipe = replace(recipe, device="cpu")
-    dist.init_from_env(recipe.device)
-    saver = checkpoint.Saver(state.device)
-    return building.assemble(recipe, state.chat, state.device, state.order, saver)
-
-
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -138,36 +165,34 @@ def free_port() -> int:
 def rank_main(options: argparse.Namespace) -> None:
     """What a rank does: one row after the other would need its group again, so one row."""
     (name,) = options.rows
-    dist.init_from_env("cpu" if options.tiny else "cuda")
-    for figures in together(name, options.folder, options):
+    for figures in figures_of(name, options.folder, options):
         if os.environ["LOCAL_RANK"] == "0":
             hardware = "CPU" if options.tiny else torch.cuda.get_device_name()
             versions = {"hardware": f"{figures['ranks']} x {hardware}", "torch": torch.__version__}
             line = rounded(figures) | versions | {"commit": commit()}
             print(json.dumps(line), flush=True)
-    dist.shutdown()
 
 
 def run(name: str, options: argparse.Namespace, limit_s: float) -> dict[str, Any]:
     """Starts the ranks of a row; returns the last figures that they printed."""
-    words = [sys.executable, "-W", "ignore", __file__, name, "--rank-of"]
-    with tempfile.TemporaryDirectory() as folder:
-        words += [folder, "--samples", str(options.samples), "--workers", str(options.workers)]
-        words += ["--tiny"] if options.tiny else []
-        group = {
-            "WORLD_SIZE": options.ranks,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": free_port(),
-        }
+    words = [sys.executable, "-W", "ignore", __file__, name, "--ranks", str(options.ranks)]
+    words += ["--samples", str(options.samples), "--workers", str(options.workers)]
+    words += ["--tiny"] if options.tiny else []
+    group = {"WORLD_SIZE": options.ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as output:
         processes = []
         for rank in range(options.ranks):
             own = {**group, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": options.ranks}
             environment = os.environ | {key: str(value) for key, value in own.items()}
-            output = subprocess.PIPE if rank == 0 else None
-            processes.append(subprocess.Popen(words, env=environment, stdout=output, text=True))
-        ends = time.monotonic() + limit_s
-        figures: dict[str, Any] = {"row": name, "failed": "nothing was measured"}
-        problem = ""
+            # A session of its own, so that loaders and the compiler's processes end with it.
+            process = subprocess.Popen(
+                [*words, "--rank-of", folder],
+                env=environment,
+                stdout=sys.stderr if rank else output,
+                start_new_session=True,
+            )
+            processes.append(process)
+        ends, problem = time.monotonic() + limit_s, ""
         try:
             while any(process.poll() is None for process in processes) and not problem:
                 time.sleep(0.2)
@@ -177,11 +202,13 @@ def run(name: str, options: argparse.Namespace, limit_s: float) -> dict[str, Any
                     problem = f"not done after {limit_s:.0f} s"
         finally:
             for process in processes:
-                process.kill()
-        lines = processes[0].stdout.read().splitlines()
-        if lines:
-            figures = json.loads(lines[-1])
-        return figures | ({"failed": problem} if problem else {})
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        output.seek(0)
+        lines = [line for line in output.read().decode().splitlines() if line.startswith("{")]
+    figures = json.loads(lines[-1]) if lines else {"row": name, "failed": "nothing was measured"}
+    return figures | ({"failed": problem} if problem else {})
 
 
 def main() -> None:
@@ -191,7 +218,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64, help="of a step, on each GPU")
     parser.add_argument("--workers", type=int, default=12, help="of the loader, on each GPU")
     parser.add_argument("--to", type=Path, help="file for the JSON of all rows")
-    parser.add_argument("--budget-s", type=float, default=230)
+    parser.add_argument("--budget-s", type=float, default=280)
     parser.add_argument("--tiny", action="store_true", help="small, on a CPU")
     parser.add_argument("--rank-of", type=Path, dest="folder", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,48 +1,99 @@
 """Rows of a table, each measured in a process of its own, so that nothing of it stays."""
 
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
 import time
 from argparse import Namespace
+from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from threading import Lock, Thread
+from typing import IO, Any
 
 
-def run(script: str, names: Sequence[str], options: Namespace) -> None:
+def run(
+    script: str,
+    names: Sequence[str],
+    options: Namespace,
+    *,
+    limit_s: float = math.inf,
+    gpus: Sequence[str] = (),
+) -> None:
     """`python SCRIPT --one NAME` for every row until `options.budget_s` is spent.
 
     Prints each row's JSON, the last line that its process prints, and keeps all of them in the
     file `options.to`, if there is one.
+
+    Args:
+        limit_s: of a row; then it keeps what it has printed.
+        gpus: indices of the GPUs that take rows side by side; by default one row has them all.
     """
-    started, found = time.perf_counter(), []
-    for name in names:
-        left = options.budget_s - (time.perf_counter() - started)
-        if left < 10:
-            found.append({"row": name, "failed": "no time left"})
-        else:
-            found.append(_alone(script, name, options.tiny, left))
-        print(json.dumps(found[-1]), flush=True)
-        if options.to is not None:
-            options.to.parent.mkdir(parents=True, exist_ok=True)
-            options.to.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    ends, finished, lock = time.perf_counter() + options.budget_s, [], Lock()
+    waiting = deque(names)
+
+    def work(gpu: str | None) -> None:
+        while waiting:
+            name, left = waiting.popleft(), ends - time.perf_counter()
+            if left < 10:
+                figures = {"row": name, "failed": "no time left"}
+            else:
+                figures = _alone(script, name, options.tiny, min(left, limit_s), gpu)
+            with lock:
+                finished.append(figures)
+                _write(finished, options.to)
+
+    if len(gpus) < 2:
+        return work(gpus[0] if gpus else None)
+    threads = [Thread(target=work, args=(gpu,)) for gpu in gpus]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
-def _alone(script: str, name: str, tiny: bool, limit_s: float) -> dict[str, Any]:
+def _write(finished: Sequence[dict[str, Any]], to: Path | None) -> None:
+    print(json.dumps(finished[-1]), flush=True)
+    if to is not None:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_text(json.dumps(finished, indent=1) + "\n", encoding="utf-8")
+
+
+def _alone(script: str, name: str, tiny: bool, limit_s: float, gpu: str | None) -> dict[str, Any]:
     words = [sys.executable, "-W", "ignore", script, "--one", name]
     words += ["--tiny"] if tiny else []
+    environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
     started = time.perf_counter()
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=limit_s, check=False)
-    except subprocess.TimeoutExpired:
-        return {"row": name, "failed": f"not done after {limit_s:.0f} s"}
-    wall = {"wall_s": round(time.perf_counter() - started, 1)}
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1]) | wall
-    last = (done.stderr.strip() or "no message").splitlines()[-1]
-    return {"row": name, "failed": last[:400]} | wall
+    with TemporaryFile() as output, TemporaryFile() as errors:
+        # A session of its own, so that the compiler's processes end with it.
+        process = subprocess.Popen(
+            words, stdout=output, stderr=errors, env=environment, start_new_session=True
+        )
+        try:
+            failed = "" if process.wait(limit_s) == 0 else "no message"
+        except subprocess.TimeoutExpired:
+            failed = f"not done after {limit_s:.0f} s"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        lines, text = _lines(output), "\n".join(_lines(errors))
+    figures = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {"row": name}
+    if failed:
+        print(text[-4000:], file=sys.stderr, flush=True)
+        last = text.strip().splitlines()[-1:] if failed == "no message" else []
+        figures["failed"] = (last or [failed])[0][:400]
+    return figures | {"wall_s": round(time.perf_counter() - started, 1)}
+
+
+def _lines(file: IO[bytes]) -> list[str]:
+    file.seek(0)
+    return file.read().decode(errors="replace").splitlines()
 
 
 def keep(figures: dict[str, Any], file: Path | None) -> None:

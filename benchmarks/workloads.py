@@ -208,11 +208,11 @@ def _shrunk(official: dict[str, Any], head_width: int) -> dict[str, Any]:
     }
 
 
-def _tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+def _tokenizer(vocab_size: int, words: int = WORDS) -> PreTrainedTokenizerFast:
     """One token for each word `w0` … and for the marks of an image; anything else is unknown."""
     special = ("<unk>", "</s>", "<img>", "</img>", "<IMG_CONTEXT>")
     vocabulary = {token: vocab_size - len(special) + n for n, token in enumerate(special)}
-    vocabulary |= {f"w{n}": n for n in range(WORDS)}
+    vocabulary |= {f"w{n}": n for n in range(words)}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(

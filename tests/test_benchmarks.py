@@ -68,9 +68,12 @@ def test_several_gpus():
 
 
 def test_one_rank_of_many():
-    (row,) = run("rehearse.py", "--tiny", "14b_head_4")
-    assert row["allocated_gib"] > 0
-    assert row["tokens"] > 0
+    pairs, chat = run("rehearse.py", "--tiny", "14b_head_4", "40b_full_8")
+    assert pairs["allocated_gib"] > 0
+    assert pairs["tokens"] > 0
+    assert [chat[length]["samples"] for length in ("96", "48")] == [2, 5]
+    assert chat["96"]["tokens"] == 2 * 96
+    assert chat["96"]["hours_waiting"] > chat["96"]["hours"] > 0
 
 
 def test_preference_rates_beside_two_plain_models():

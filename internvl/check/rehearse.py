@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from internvl import dist, plan, train
 from internvl.check.rank_rows import RankRows
-from internvl.compute import feeding, placement
+from internvl.compute import compilation, feeding, placement
 from internvl.compute.storage_meter import StorageMeter
 from internvl.config import Recipe
 from internvl.data.records import Batch, PackedBatch
@@ -36,9 +36,10 @@ from internvl.models.vision import set_drop_path
 from internvl.objectives import OBJECTIVES
 from internvl.objectives.stateless import Stateless
 from internvl.parallel import fill, mesh
-from internvl.plan import Plan
-from internvl.plan import costs as plan_costs
+from internvl.plan import Plan, flops
+from internvl.plan.costs import Costs, costs_of
 from internvl.plan.memory import GIB
+from internvl.plan.work import Work, work_of
 from internvl.training import checkpoint
 from internvl.training.run import building
 from internvl.training.run.state import TrainState
@@ -46,7 +47,7 @@ from internvl.training.spikes import Guard
 from internvl.zoo.gpus import Gpu
 
 STEPS = 4
-"""Steps of a rehearsal; the first two, which allocate and choose kernels, are not timed."""
+"""Steps of a rehearsal, two at least; the first one, which compiles and allocates, is not timed."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Rehearsal:
     reserved_bytes: float
     """Held by torch's allocator, free memory of its blocks included; 0 on a CPU."""
     step_s: float
+    needed_flops: float
+    """Of the rank, in a step; nothing that is computed again."""
     plan: Plan | None
     """Of the same step; None if no GPU of the table is meant."""
 
@@ -96,6 +99,80 @@ def run(recipe: Recipe, num_gpus: int, gpu: Gpu | None = None, *, steps: int = S
         UserError: this process is one of several already, or a model that is not rehearsed.
         RunError: out of memory; names row and remedy.
     """
+    with standing_in(recipe, num_gpus) as rank:
+        return rank.rehearse(gpu=gpu, steps=steps)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One rank of many, with its model and optimizer on the device."""
+
+    recipe: Recipe
+    num_gpus: int
+    start: OpenedModel
+    costs: Costs
+    order: SampleOrder
+    state: TrainState
+
+    def rehearse(
+        self, recipe: Recipe | None = None, gpu: Gpu | None = None, *, steps: int = STEPS
+    ) -> Rehearsal:
+        """Takes `steps` steps of the rank that gets most of the first step.
+
+        Args:
+            recipe: with other data or another batch than the rank's own recipe.
+            gpu: what to plan for beside it.
+
+        Raises:
+            RunError: out of memory; names row and remedy.
+        """
+        order, state = self.order, self.state
+        if recipe is None:
+            recipe = self.recipe
+        else:
+            recipe = replace(loading.complete(recipe, self.start).recipe, evals={})
+            order = _order(recipe)
+        step = RankRows(recipe, self.start, order, self.costs, self.num_gpus)
+        planned = None if gpu is None else plan.make(recipe, gpu, step.counted(), self.num_gpus)
+        batches = _prepared(step.batches(), state)
+        if not batches:
+            raise UserError(
+                "the first step has no good sample; `internvl check` lists the bad ones"
+            )
+        # It compiles what these rows need alone, and allocates the optimizer's states.
+        with compilation.compiling(recipe.compute, state.device):
+            train.train_step(state, batches)
+        on_gpu = state.device.type == "cuda"
+        with peak_bytes(state) as peak:
+            seconds = [_timed(state, batches)]
+        # On a CPU the meter slows the step.
+        seconds = seconds if on_gpu else []
+        missing = max(steps - 2, 1 - len(seconds))
+        seconds += [_timed(state, batches) for _ in range(missing)]
+        return Rehearsal(
+            recipe,
+            self.num_gpus,
+            torch.cuda.get_device_name(state.device) if on_gpu else "this CPU",
+            tuple(batches),
+            peak[0],
+            torch.cuda.max_memory_reserved(state.device) if on_gpu else 0.0,
+            statistics.median(seconds),
+            flops.count(state.model, _work(batches, state)).needed,
+            planned,
+        )
+
+
+def _work(batches: Sequence[Any], state: TrainState) -> Work:
+    return sum((work_of(batch, state.objective.weights) for batch in batches), start=Work())
+
+
+@contextmanager
+def standing_in(recipe: Recipe, num_gpus: int) -> Iterator[Rank]:
+    """Makes this process one of `num_gpus` ranks of a run.
+
+    Raises:
+        UserError: this process is one of several already, or a model that is not rehearsed.
+    """
     if distributed.is_initialized():
         raise UserError("a rehearsal is one process: start it without torchrun")
     if recipe.model.quantize is not None:
@@ -116,36 +193,18 @@ def run(recipe: Recipe, num_gpus: int, gpu: Gpu | None = None, *, steps: int = S
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
-    sources = open_sources(recipe.data)
-    order = SampleOrder(sources, share_prefix=recipe.shares_prefix, seed=recipe.seed)
-    meta = plan.model_of(recipe, _shape(recipe, start))
-    step = RankRows(recipe, start, order, plan_costs.costs_of(recipe, meta), num_gpus)
-    planned = None if gpu is None else plan.make(recipe, gpu, step.counted(), num_gpus)
+    order = _order(recipe)
+    model = plan.model_of(recipe, _shape(recipe, start))
+    costs = costs_of(recipe, model)
     saver = checkpoint.Saver(torch.device("cpu"))  # before there is a group, and never used
     with _stand_in(num_gpus):
-        state = _state(recipe, start, meta, order, device, saver)
-        batches = _prepared(step.batches(), state)
-        if not batches:
-            raise UserError(
-                "the first step has no good sample; `internvl check` lists the bad ones"
-            )
-        train.warm_up(state)
-        # Two: the second one has optimizer states from its beginning.
-        with peak_bytes(state) as peak:
-            for _ in range(2):
-                train.train_step(state, batches)
-        seconds = [_timed(state, batches) for _ in range(max(1, steps - 2))]
-        on_gpu = device.type == "cuda"
-        return Rehearsal(
-            recipe,
-            num_gpus,
-            torch.cuda.get_device_name(device) if on_gpu else "this CPU",
-            tuple(batches),
-            peak[0],
-            torch.cuda.max_memory_reserved(device) if on_gpu else 0.0,
-            statistics.median(seconds),
-            planned,
-        )
+        state = _state(recipe, start, model, order, device, saver)
+        yield Rank(recipe, num_gpus, start, costs, order, state)
+
+
+def _order(recipe: Recipe) -> SampleOrder:
+    sources = open_sources(recipe.data)
+    return SampleOrder(sources, share_prefix=recipe.shares_prefix, seed=recipe.seed)
 
 
 def _shape(recipe: Recipe, start: OpenedModel) -> Any:
@@ -309,7 +368,7 @@ def _beside(rehearsal: Rehearsal, planned: Plan) -> Iterator[str]:
     samples = planned.load.work.samples
     # The truth lies between: how much hides is an assumption.
     both = [samples / (rehearsal.step_s + extra) for extra in (waiting, sending)]
-    share = planned.flops.needed / rehearsal.num_gpus / rehearsal.step_s / 1e12
+    share = rehearsal.needed_flops / rehearsal.step_s / 1e12
     yield (
         f"  {share:.3g} TFLOP/s of needed FLOPs, "
         f"{share / (planned.gpu.tflops * planned.gpu.products):.0%} of what products reach on "
