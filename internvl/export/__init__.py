@@ -374,6 +374,10 @@ def _copy_code(code_from: Path, folder: Path) -> dict[str, Any]:
     return auto_map
 
 
+_FLOAT32_NOISE = 2e-4
+"""Of a standard deviation of logits; a weight out of place makes a difference of about one."""
+
+
 def _compare(exported: Exported, folder: Path, format: Format, expected: Tensor) -> None:
     """Reads `folder` as its users will and compares logits. Raises ExportError if they differ."""
     dtype = getattr(torch, hub.read_json(folder / "config.json")[_DTYPE_KEY[format]])
@@ -389,7 +393,8 @@ def _compare(exported: Exported, folder: Path, format: Format, expected: Tensor)
     # In standard deviations: the scale of logits differs between models and families.
     difference = float((actual - expected).abs().max() / expected.std())
     # Merging and a narrower dtype round every weight once more, and layers add that up.
-    allowed = 64 * torch.finfo(dtype).eps
+    # Float32 sums in another order, with another number of threads, were 3e-5 apart.
+    allowed = max(64 * torch.finfo(dtype).eps, _FLOAT32_NOISE)
     # Not `>`: NaN must be refused as well.
     if not difference <= allowed:
         raise ExportError(

@@ -85,7 +85,8 @@ class Saver:
         # Of its own: its messages must not meet those of the steps taken meanwhile.
         self._group = distributed.new_group(backend="gloo") if several else None
         # One process on a CPU computes with the cores that would write.
-        self._stager = _stager(device) if several or device.type == "cuda" else None
+        self._on_gpu = device.type == "cuda"
+        self._stager = _stager(device) if several or self._on_gpu else None
         self._write: _Write | None = None
 
     def __enter__(self) -> "Saver":
@@ -144,7 +145,10 @@ class Saver:
             # Here, as the time-out of all groups is shortened after the first step.
             distributed.distributed_c10d._set_pg_timeout(_LONGEST_WRITE, self._group)
         # Copied: the next step changes the tensors while they are written.
-        arguments = (write, self._stager.stage(tensors), state, self._group)
+        copies = self._stager.stage(tensors, non_blocking=self._on_gpu)
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        arguments = (write, copies, state, self._group)
         write.thread = Thread(target=_write, args=arguments, name="checkpoint", daemon=True)
         write.thread.start()
 
@@ -197,18 +201,11 @@ def save(
 
 
 def _stager(device: torch.device) -> Any:
-    """Returns torch's copier of tensors to the CPU's memory."""
-    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+    """Returns torch's copier of tensors to the CPU's memory, which keeps its buffers."""
+    # Not its `DefaultStager`, which torch 2.11 closes after the first checkpoint.
+    from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 
-    on_gpu = device.type == "cuda"
-    return DefaultStager(
-        StagingOptions(
-            use_pinned_memory=on_gpu,
-            use_shared_memory=False,
-            use_async_staging=False,
-            use_non_blocking_copy=on_gpu,
-        )
-    )
+    return StateDictStager(pin_memory=device.type == "cuda", share_memory=False)
 
 
 def _begin(target: Path, copy_of: Path | None) -> tuple[bool, str | None]:

@@ -23,6 +23,27 @@ def project(tmp_path_factory):
     return tiny_run.make(tmp_path_factory.mktemp("project"))
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_checkpoints_one_after_the_other_hold_the_values_of_their_steps(device, tmp_path):
+    """torch 2.11's own stager takes a single one; the copies outlive the steps that follow."""
+    model = nn.Linear(300, 200).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    weights = {}
+    with checkpoint.Saver(torch.device(device)) as saver:
+        # One process on a CPU copies nothing, but several do, by this.
+        saver._stager = saver._stager or checkpoint._stager(torch.device(device))
+        for step in (1, 2, 3):
+            model(torch.ones(2, 300, device=device)).sum().backward()
+            optimizer.step()
+            weights[step] = model.weight.detach().cpu().clone()
+            saver.save(tmp_path, step, model, optimizer, {}, keep=3)
+    for step, expected in weights.items():
+        loaded = {"model.weight": torch.empty(200, 300)}
+        dcp.load(loaded, checkpoint_id=tmp_path / f"{step:06d}", no_dist=True)
+        assert torch.equal(loaded["model.weight"], expected)
+
+
 @pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_loses_nothing(project, tmp_path):
     """On a file system of 60 MiB two checkpoints of 23 MiB fit, a third does not."""

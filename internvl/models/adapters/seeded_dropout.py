@@ -31,6 +31,8 @@ def mask(seed: Tensor, rows: int, inputs: int, rate: float, *, again: bool = Fal
     """bool (M, K), true where dropout at `rate` with this seed drops an entry.
 
     Args:
+        inputs: K, a number in compiled code as well (a weight's width): a size that the compiler
+            does not know is 64 bits wide, and the hash would not wrap.
         again: compute the same mask by another expression. The compiler merges equal expressions,
             and would save what the forward pass has computed rather than compute it again.
     """

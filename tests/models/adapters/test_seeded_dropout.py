@@ -1,5 +1,7 @@
 """dropped: LoRA's dropout from a seed is dropout, the same in every kernel and on every device."""
 
+from functools import partial
+
 import pytest
 import torch
 from peft.tuners.lora import Linear
@@ -102,10 +104,20 @@ def test_a_model_with_it_trains_as_with_the_same_masks_in_memory(monkeypatch, co
 @pytest.mark.parametrize("shape", [(1, 96), (770, 3200), (4200, 4096), (500, 12801)])
 def test_a_gpu_computes_the_mask_of_a_cpu(shape):
     seed = seeded_dropout.seed(torch.device("cpu"))
-    wanted = seeded_dropout.mask(seed, *shape, RATE)
-    compiled = torch.compile(seeded_dropout.mask, dynamic=True)
-    for again in (False, True):
-        assert torch.equal(compiled(seed.cuda(), *shape, RATE, again=again).cpu(), wanted)
+    expected = seeded_dropout.mask(seed, *shape, RATE)
+    rows, inputs = shape
+
+    def drawn(seed, x, again):
+        return seeded_dropout.mask(seed, x.shape[0], inputs, RATE, again=again)
+
+    x = torch.empty(rows, 1, device="cuda")
+    for dynamic in (False, True):
+        for again in (False, True):
+            # One function each: the inputs of a layer are a number to the compiler, not a size.
+            compiled = torch.compile(partial(drawn, again=again), dynamic=dynamic)
+            if dynamic and rows > 1:
+                torch._dynamo.mark_dynamic(x, 0)
+            assert torch.equal(compiled(seed.cuda(), x).cpu(), expected)
 
 
 @pytest.mark.gpu
