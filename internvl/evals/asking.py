@@ -20,7 +20,7 @@ from internvl.evals import sharing
 from internvl.evals.answers import AnswerFiles
 from internvl.evals.scores import fingerprint
 from internvl.inference.chat import Chat
-from internvl.inference.generate import one_engine
+from internvl.inference.engine import one_engine
 from internvl.inference.requests import Request, check_turns
 from internvl.inference.settings import Settings
 from internvl.models import configs

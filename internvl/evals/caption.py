@@ -25,7 +25,7 @@ from internvl.evals.scores import (
     raise_or_log_images,
     skipped_rows,
 )
-from internvl.inference.generate import one_engine
+from internvl.inference.engine import one_engine
 from internvl.inference.handle import Handle
 from internvl.parallel import lockstep
 

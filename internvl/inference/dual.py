@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, ClassVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, cast
 
 import numpy as np
 import torch
@@ -36,8 +36,10 @@ from internvl.data.pairs import (
 )
 from internvl.data.tokenizers import decode
 from internvl.errors import ModelFolderError, UserError
+from internvl.inference import engine
 from internvl.inference.handle import describe_weights
-from internvl.models.dual.beam_search import BeamSearchConfig
+from internvl.inference.requests import Prompt
+from internvl.inference.settings import Settings
 from internvl.models.dual.model import DualModel, Mode
 from internvl.models.vision import normalize_tiles
 from internvl.parallel import lockstep
@@ -252,11 +254,16 @@ class Dual:
         max_new_tokens: int = 30,
         min_new_tokens: int = 8,
         length_penalty: float = 1.0,
-        batch_size: int = 16,
+        batch_size: int | None = None,
     ) -> list[str]:
-        """Generates a caption per image, by greedy (one beam) or beam search.
+        """Generates a caption per image, in order, by greedy (one beam) or beam search.
+
+        Args:
+            batch_size: images at a time; by default as many as the GPU's memory holds, up to 128,
+                or 16 on a CPU.
 
         Raises:
+            BadImage: an image cannot be read; it is named by its index.
             UserError: a model without queries, or a setting out of range.
             ModelFolderError: no tokenizer.
         """
@@ -264,27 +271,57 @@ class Dual:
         reason = not_a_text(prompt)
         if reason is not None:
             raise UserError(f"prompt {reason}")
-        check_whole("num_beams", num_beams, 1)
         check_whole("max_new_tokens", max_new_tokens, 1)
         check_whole("min_new_tokens", min_new_tokens, 0)
         check_number("length_penalty", length_penalty)
-        search = BeamSearchConfig(
-            num_beams=num_beams,
+        if batch_size is not None:
+            check_whole("batch_size", batch_size, 1)
+        settings = Settings(
             max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            # As in the original, whose search ends at the id in the model's configuration.
-            end_id=self.model.config.text_config.eos_token_id,
-            length_penalty=length_penalty,
-            ends=lockstep.all_done if lockstep.in_step(self.model) else bool,
+            min_new_tokens=min(min_new_tokens, max_new_tokens),
+            num_beams=num_beams,
+            extra={} if length_penalty == 1 else {"length_penalty": length_penalty},
         )
-        encoder = self.encoder
-        prompt_ids = torch.tensor(encoder.prompt(prompt))
-        captions: list[str] = []
-        for pixels in self._pixels(images, batch_size, crop=False):
-            for ids in self.model.caption(pixels, prompt_ids, search).tolist():
-                # Rows are padded with the end token, which is special.
-                captions.append(decode(encoder.tokenizer, ids, skip_special_tokens=True).strip())
-        return captions
+        shown = self._as_batch(images)
+        # Placeholders of the queries first, see `engine.queries`.
+        ids = np.array([0] * self.model.num_queries + self.encoder.prompt(prompt))
+        texts: dict[int, str] = {}
+        for job in self._caption_jobs(shown, ids, settings, batch_size):
+            # The end token is special.
+            text = decode(self.encoder.tokenizer, job.generated, skip_special_tokens=True)
+            texts[job.key] = text.strip()
+        return [texts[index] for index in range(len(shown))]
+
+    def _caption_jobs(
+        self,
+        images: list[ImageInput] | Tensor,
+        ids: np.ndarray,
+        settings: Settings,
+        slots: int | None,
+    ) -> Iterator[engine.Job]:
+        """Yields the jobs of captions as they end; the key is the image's index."""
+        model, count = self.model, len(images)
+        options: dict[str, Any] = {"num_beams": settings.num_beams}
+        if lockstep.in_step(model):
+            # One pass for all: other ranks, which may have fewer, run as many.
+            slots = count
+            options |= {"in_step": True, "row_tokens": 10**9, "tiles_at_once": count}
+
+        def make(compiled: bool) -> engine.Scheduler:
+            return engine.captions(model, slots, compiled=compiled, **options)
+
+        def read(index: int) -> Prompt:
+            if isinstance(images, Tensor):
+                return Prompt(ids, images[index : index + 1])
+            return Prompt(ids, _read_square(images, index, self.image_size)[None])
+
+        def job(index: int, prompt: Prompt) -> engine.Job:
+            return engine.Job(index, prompt, settings)
+
+        # A tensor may be on a GPU, which a forked process cannot use.
+        files = all(isinstance(image, str | Path | bytes | FileSlice) for image in images)
+        form = (slots, settings.num_beams)
+        return engine.ended_jobs(model, make, form, read, job, range(count), files=files)
 
     def as_chat(self, purpose: str) -> "Chat":
         """See `Handle.as_chat`."""
@@ -401,13 +438,9 @@ def _prefetch_pixels(
     images: Sequence[ImageInput], batch_size: int, size: int, crop: bool
 ) -> Iterator[Tensor]:
     """Yields uint8 (up to batch_size, 3, S, S); threads decode the next batch meanwhile."""
-    shape = center_square if crop else square
 
     def read(index: int) -> Tensor:
-        image = rgb_at(f"image {index}", images[index])
-        # Files decode to arrays, and the crops are Pillow's.
-        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-        return shape(image, size)
+        return _read_square(images, index, size, center_square if crop else square)
 
     # Threads are enough: Pillow and simplejpeg release the GIL while they decode.
     waiting: deque[list[Future[Tensor]]] = deque()
@@ -419,6 +452,18 @@ def _prefetch_pixels(
             if len(waiting) == 2:
                 yield _stack(waiting.popleft())
         yield from map(_stack, waiting)
+
+
+def _read_square(
+    images: Sequence[ImageInput],
+    index: int,
+    size: int,
+    shape: Callable[[Image.Image, int], Tensor] = square,
+) -> Tensor:
+    """Decodes an image, named by its index, to uint8 (3, S, S)."""
+    image = rgb_at(f"image {index}", images[index])
+    # Files decode to arrays, and the crops are Pillow's.
+    return shape(Image.fromarray(image) if isinstance(image, np.ndarray) else image, size)
 
 
 def _stack(tasks: Sequence[Future[Tensor]]) -> Tensor:

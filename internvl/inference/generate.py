@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,27 +107,24 @@ def _by_engine(
     Args:
         files: whether all images are files, which worker processes can read.
     """
-    on_gpu = model.device.type == "cuda"
-    shared = _SHARED.get(id(model))
-    scheduler = _scheduler(model, encoder, slots, len(order))
+    num_beams = settings_of(order[0]).num_beams if order else 1
+    left: list[engine.Job] = []
+
+    def make(compiled: bool) -> engine.Scheduler:
+        if compiled:
+            engine.accelerate(model)
+        return engine.scheduler(model, encoder, slots, compiled=compiled, num_beams=num_beams)
 
     def job(index: int, prompt: Prompt) -> engine.Job:
         return _job(model, index, prompt, settings_of(index))
 
-    # As many wait in the scheduler: one row may end many answers at once.
-    ahead, most = scheduler.most_slots // 2 + 8, engine.longest(model.config.text_config)
-    processes = engine.processes_for(len(order)) if on_gpu and files else 0
-    options = {"ahead": ahead, "most": most, "pin": on_gpu, "processes": processes}
-    with engine.Prompts(read, job, order, **options) as prompts:
-        for answered in scheduler.run(prompts):
-            if answered.ended:
-                yield answered.key, _whole_answer(answered.prompt, answered.generated, encoder)
-    # Only now, for whoever stops earlier leaves requests in it.
-    if shared is not None:
-        shared.schedulers[slots] = scheduler
-    del scheduler  # its memory, before the model needs it
-    for left in prompts.too_long:
-        yield left.key, generate(model, encoder, [left.prompt], left.settings)[0]
+    most = engine.longest(model.config.text_config)
+    options: dict[str, Any] = {"files": files, "most": most, "too_long": left.append}
+    form = (slots, num_beams)
+    for answered in engine.ended_jobs(model, make, form, read, job, order, **options):
+        yield answered.key, _whole_answer(answered.prompt, answered.generated, encoder)
+    for rest in left:
+        yield rest.key, generate(model, encoder, [rest.prompt], rest.settings)[0]
 
 
 def _is_of_files(request: Request) -> bool:
@@ -144,53 +141,6 @@ def _job(model: Any, key: int, prompt: Prompt, settings: Settings) -> engine.Job
     if seed is not None:
         generator = torch.Generator(model.device).manual_seed(seed)
     return engine.Job(key, prompt, settings, generator=generator)
-
-
-_WORTH_COMPILING = 1000
-"""Requests that make up for a minute of compilation."""
-
-
-@dataclass
-class _Shared:
-    """What `one_engine` keeps between calls: requests in all, and a scheduler by its slots."""
-
-    count: int
-    schedulers: dict[int | None, engine.Scheduler] = field(default_factory=dict)
-
-
-_SHARED: dict[int, _Shared] = {}
-"""By the id of a model, inside `one_engine`."""
-
-
-@contextmanager
-def one_engine(model: Any, count: int) -> Iterator[None]:
-    """Inside, calls of `answers` share an engine: its memory, captured graphs, compiled blocks.
-
-    The model's weights must stay as they are. On a GPU the memory stays taken until the end.
-
-    Args:
-        count: requests of all calls together. If they are many, a model of which nothing trains
-            is compiled; training has compiled its own as it wants it.
-    """
-    _SHARED[id(model)] = _Shared(count)
-    try:
-        yield
-    finally:
-        del _SHARED[id(model)]
-
-
-def _scheduler(model: Any, encoder: ChatEncoder, slots: int | None, count: int) -> engine.Scheduler:
-    """Returns the scheduler that `one_engine` keeps, taken out of it, else a new one."""
-    shared = _SHARED.get(id(model))
-    if shared is not None and slots in shared.schedulers:
-        return shared.schedulers.pop(slots)
-    is_frozen = not any(p.requires_grad for p in model.parameters())
-    if shared is not None and is_frozen and getattr(model, "hf_quantizer", None) is None:
-        count = max(count, shared.count)
-    compiled = model.device.type == "cuda" and count >= _WORTH_COMPILING
-    if compiled:
-        engine.accelerate(model)
-    return engine.scheduler(model, encoder, slots, compiled=compiled)
 
 
 def _by_generate(
@@ -337,7 +287,7 @@ def stream(
     if settings.num_beams > 1:
         raise UserError(f"beam search (num_beams = {settings.num_beams}) cannot stream")
     job = _job(model, 0, prompt, settings)
-    if engine.runs(model, settings) and job.length < engine.longest(model.config.text_config):
+    if engine.runs(model, settings) and job.text_length < engine.longest(model.config.text_config):
         return _stream_by_engine(model, encoder, job)
     return _stream_by_generate(model, encoder, prompt, settings)
 

@@ -73,6 +73,12 @@ class Settings:
             )
         _check_extra(self.extra)
 
+    @property
+    def length_penalty(self) -> float:
+        """A text of n tokens, its end included, scores its log-probability / n to this power."""
+        penalty = self.extra.get("length_penalty")
+        return 1.0 if penalty is None else penalty
+
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> "Settings":
         """Builds settings from keyword arguments. Raises UserError for an unknown name."""
@@ -86,6 +92,12 @@ class Settings:
             remedy = _UNSUPPORTED.get(key) or nearest(key, names)
             raise UserError(f"there is no setting {key!r}; {remedy}")
         return cls(**kwargs)
+
+    @property
+    def is_plain_search(self) -> bool:
+        """True if nothing but `num_beams`, lengths and `length_penalty` differs from greedy."""
+        more = self.extra.keys() - {"length_penalty"}
+        return not (self.temperature or more) and self.repetition_penalty == 1
 
     def generation_config(self, end_id: int, pad_id: int) -> Any:
         """Returns transformers' GenerationConfig; generation stops at token `end_id`."""

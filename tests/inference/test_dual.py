@@ -232,16 +232,18 @@ def test_batches_of_nothing(size, dual, images):
 
 def test_weights_may_be_elsewhere_until_they_are_used(images, tmp_path):
     """As device_map leaves them where a GPU is too small: every part is called as a module."""
-    dual = loading.load(dual_folder(tmp_path), device="cpu")
+    dual = loading.load(small_tokenizer(dual_folder(tmp_path)), device="cpu")
     pixels, ids = dual_golden()["input.pixel_values"], dual_golden()["input.input_ids"]
     wanted = dual.encode_images(pixels, "g"), dual.encode_texts(input_ids=ids)
     match = dual.match(pixels, ids[:4])
+    texts = dual.caption(pixels, num_beams=3, max_new_tokens=5)
     for part in dual.model.children():
         accelerate.cpu_offload(part, execution_device=torch.device("cpu"))
     assert dual.model.model.query_tokens.weight.is_meta
     assert torch.equal(dual.encode_images(pixels, "g"), wanted[0])
     assert torch.equal(dual.encode_texts(input_ids=ids), wanted[1])
     assert torch.equal(dual.match(pixels, ids[:4]), match)
+    assert dual.caption(pixels, num_beams=3, max_new_tokens=5) == texts
 
 
 def test_the_folder_of_internvl_c_needs_no_name(tmp_path):

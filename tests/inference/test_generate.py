@@ -587,7 +587,7 @@ def test_calls_that_share_an_engine(chat, monkeypatch):
     requests = [Request("<image>\nWhat is it?", [noise(60 + n, 50, n)]) for n in range(4)]
     alone = [chat.answer([request], max_new_tokens=4)[0] for request in requests]
     made.clear()
-    with generate.one_engine(chat.model, 4):
+    with generate.engine.one_engine(chat.model, 4):
         shared_ = [chat.answer([request], max_new_tokens=4)[0] for request in requests]
         with pytest.raises(BadImage):
             chat.answer([Request("<image>\nx", [b"no image"])], max_new_tokens=4)

@@ -11,6 +11,7 @@ from internvl.data.chat import ChatEncoder
 from internvl.data.images import STATISTICS
 from internvl.inference.engine.reading import Prompts, processes_for
 from internvl.inference.engine.scheduler import Job, Scheduler
+from internvl.inference.engine.shared import ended_jobs, one_engine
 from internvl.inference.settings import Settings
 from internvl.models import configs, kernels
 
@@ -20,7 +21,10 @@ __all__ = [
     "Ready",
     "Scheduler",
     "accelerate",
+    "captions",
+    "ended_jobs",
     "longest",
+    "one_engine",
     "processes_for",
     "runs",
     "scheduler",
@@ -33,10 +37,12 @@ SLOTS = 128
 def runs(model: Any, settings: Settings) -> bool:
     """True if the engine answers with these settings on this model; else `generate` does.
 
-    Beam search, further settings of `transformers`, models spread over several devices or ranks,
-    and attention other than to all earlier tokens are `generate`'s.
+    Beam search that samples or penalizes, further settings of `transformers`, models spread over
+    several devices or ranks, and attention other than to all earlier tokens are `generate`'s.
     """
-    if settings.num_beams > 1 or settings.extra:
+    if settings.num_beams > 1 and not settings.is_plain_search:
+        return False
+    if settings.num_beams == 1 and settings.extra:
         return False
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         return False
@@ -88,24 +94,44 @@ def scheduler(
     compiled: bool = False,
     **options: Any,
 ) -> Scheduler:
-    """Builds a scheduler for a chat model; its memory is freed with it.
+    """Builds a scheduler of a chat model; its memory is freed with it.
 
     Args:
         slots: most requests in flight; None: as many as the GPU holds, up to 128, or 16 on a CPU.
         compiled: compile the blocks, which pays for some thousand requests.
         options: further ones of `Scheduler`.
     """
-    if slots is None:
-        slots = SLOTS if model.device.type == "cuda" else 16
     return Scheduler(
         model,
         end_id=encoder.tokenizer.convert_tokens_to_ids(encoder.template.end),
         statistics=STATISTICS[configs.chat_settings(model.config)["normalize"]],
-        slots=slots,
+        slots=_slots(model, slots),
         dtype=_compute_dtype(model),
         compiled=compiled,
         **options,
     )
+
+
+def captions(
+    model: Any, slots: int | None = None, *, compiled: bool = False, **options: Any
+) -> Scheduler:
+    """Builds a scheduler of InternVL-14B's captions; arguments as of `scheduler`."""
+    return Scheduler(
+        model,
+        # As in the original, whose search ends at the id in the model's configuration.
+        end_id=model.config.text_config.eos_token_id,
+        statistics=STATISTICS["imagenet"],
+        slots=_slots(model, slots),
+        dtype=_compute_dtype(model),
+        compiled=compiled,
+        **options,
+    )
+
+
+def _slots(model: Any, slots: int | None) -> int:
+    if slots is not None:
+        return slots
+    return SLOTS if model.device.type == "cuda" else 16
 
 
 def _compute_dtype(model: nn.Module) -> torch.dtype:

@@ -94,23 +94,33 @@ def engine_forward(
 
     Args:
         attention_mask: of `row_mask`, B 1; or for one token of every slot the last position that
-            it sees, int64 (B,), or bool (B, 1, 1, keys).
+            it sees, int64 (B,), or the keys that each of T tokens sees, bool (B, 1, T, keys).
     """
-    batch, heads, length, width = query.shape
+    length, width = query.shape[2:]
     scale = width**-0.5 if scaling is None else scaling
     if isinstance(attention_mask, varlen.Documents):
         q, k, v = (states[0].to(value.dtype).transpose(0, 1) for states in (query, key, value))
         return varlen.attend(q, k, v, attention_mask, scale)[None], None
+    if isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.bool:
+        return _attend_masked(query, key, value, attention_mask, scaling), None
     if length > 1 or attention_mask is None:
         # Rotary embedding returns float32 if its tables are.
         query, key = query.to(value.dtype), key.to(value.dtype)
         kernel = packed.flex_forward if query.is_cuda else per_document.documents_forward
         return kernel(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if attention_mask.dim() == 1:
-        token = query[:, :, 0].to(value.dtype)
-        return decoding.attend(token, key, value, attention_mask, scale)[:, None], None
+    token = query[:, :, 0].to(value.dtype)
+    return decoding.attend(token, key, value, attention_mask, scale)[:, None], None
+
+
+def _attend_masked(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scaling: float | None
+) -> Tensor:
+    """Attends with keys that are masked by `seen`: (B, T, heads, head size)."""
+    batch, heads, length, width = query.shape
     shared = query.reshape(batch, key.shape[1], -1, width).to(value.dtype)
-    mixed = F.scaled_dot_product_attention(
-        shared, key, value, attn_mask=attention_mask, scale=scaling
-    )
-    return mixed.reshape(batch, 1, heads, width), None
+    groups = heads // key.shape[1]
+    # Queries of a group follow each other, T of each; a single one broadcasts by itself.
+    if groups > 1 and length > 1:
+        seen = seen[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)
+    mixed = F.scaled_dot_product_attention(shared, key, value, attn_mask=seen, scale=scaling)
+    return mixed.reshape(batch, heads, length, width).transpose(1, 2)

@@ -2,9 +2,11 @@
 
 A slot holds one request from its prefill to its last token; then the next one takes it. A layer of
 `transformers` gets an object with `update` in place of a cache: `Prefilled` writes a packed row's
-keys to the slots of its requests, `Decoded` one token of every slot.
+keys to the slots of its requests, `Padded` those of padded rows, `Decoded` the next tokens of every
+slot.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,13 +28,22 @@ class SlotCache:
         heads: int,
         width: int,
         dtype: torch.dtype,
-        device: torch.device,
+        devices: Sequence[torch.device],
     ) -> None:
+        """
+        Args:
+            devices: of every layer, or one for all of them.
+        """
         self.slots = slots
         self.length = length
-        shape = (layers, 2, slots + 1, heads, length, width)
+        shape = (2, slots + 1, heads, length, width)
         # Zeros: a masked key still meets a query, and NaN from old memory would pass any mask.
-        self.memory = torch.zeros(shape, dtype=dtype, device=device)
+        # One block on one device: its memory is there as a whole, or not at all.
+        if len(devices) == 1:
+            together = torch.zeros(layers, *shape, dtype=dtype, device=devices[0])
+            self.memory = list(together.unbind())
+        else:
+            self.memory = [torch.zeros(shape, dtype=dtype, device=device) for device in devices]
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Returns keys and values of a layer, (slots + 1, heads, length, head size)."""
@@ -65,22 +76,45 @@ class Prefilled:
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """A layer's cache while every slot gets one token.
+class Padded:
+    """A layer's cache while prompts are prefilled in rows that are padded on the right.
 
-    keys, values: of the layer. slots, positions: int64 (B,). reach: positions that any of them
-    can see; None: all that a slot has.
+    keys, values: of the layer. slots: int64 (B,), where each row belongs. Keys of padding stay
+    masked until the tokens that are generated there replace them.
     """
 
     keys: Tensor
     values: Tensor
     slots: Tensor
-    positions: Tensor
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """(B, heads, T, head size) each: writes them; returns the rows' own, to attend to."""
+        # The layer may be on another device than the model's inputs.
+        slots = self.slots.to(self.keys.device)
+        for memory, rows in ((self.keys, keys), (self.values, values)):
+            memory[slots, :, : rows.shape[2]] = rows.to(memory.dtype)
+        return keys, values
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A layer's cache while every slot gets a token, or one for each of its K beams.
+
+    keys, values: of the layer. slots: int64 (B, 1). cells: int64 (B, K), where in its slot each
+    token belongs. reach: cells that any of them can see; None: all that a slot has.
+    """
+
+    keys: Tensor
+    values: Tensor
+    slots: Tensor
+    cells: Tensor
     reach: int | None
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """(B, heads, 1, head size) each: writes them; returns (B, heads, reach, head size)."""
+        """(B, heads, K, head size) each: writes them; returns (B, heads, reach, head size)."""
         count = len(keys)
-        for memory, token in ((self.keys, keys), (self.values, values)):
-            memory[self.slots, :, self.positions] = token[:, :, 0].to(memory.dtype)
+        # As above; on one device nothing is copied, and a graph captures nothing.
+        slots, cells = (index.to(self.keys.device) for index in (self.slots, self.cells))
+        for memory, tokens in ((self.keys, keys), (self.values, values)):
+            memory[slots, :, cells] = tokens.transpose(1, 2).to(memory.dtype)
         return self.keys[:count, :, : self.reach], self.values[:count, :, : self.reach]

@@ -1,4 +1,7 @@
-"""The two passes of the language model: packed prompts into slots, and one token of every slot."""
+"""The two passes of the language model: packed prompts into slots, and next tokens of every slot.
+
+A slot gets one token at a time, or one for each beam of its search.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -18,7 +21,9 @@ from internvl.inference.engine.attention import (
     row_mask,
     takes_any_length,
 )
+from internvl.inference.engine.beams import Beams
 from internvl.inference.engine.cache import Decoded, Prefilled, SlotCache
+from internvl.inference.settings import Settings
 from internvl.models import kernels
 from internvl.models.attention import decoding
 
@@ -50,11 +55,11 @@ class Snapshot:
         self.event = torch.cuda.Event()
         self.event.record()
 
-    def read(self) -> list[int]:
-        """Returns the token of every slot."""
+    def read(self) -> Tensor:
+        """Returns the tokens, on the CPU."""
         if self.event is not None:
             self.event.synchronize()
-        return self.tokens.tolist()
+        return self.tokens
 
 
 class Decoder:
@@ -64,15 +69,24 @@ class Decoder:
     own attention implementation.
     """
 
-    def __init__(self, model: Any, *, compiled: bool = False) -> None:
-        """With `compiled`, layers are compiled, once for prompts and once for single tokens."""
+    def __init__(
+        self, model: Any, *, compiled: bool = False, num_beams: int = 1, end_id: int = -1
+    ) -> None:
+        """With `compiled`, layers are compiled, once for prompts and once for single tokens.
+
+        Args:
+            num_beams: beams of every slot's search; 1: none, the caller chooses tokens.
+            end_id: the token that ends a text of the search.
+        """
         register()
+        self.num_beams = num_beams
+        self.end_id = end_id
         self.compiled = compiled
         self.model = model
         self.text = model.model.language_model
         self.config = model.config.text_config
-        self.image_token_id = model.config.image_token_id
         self.cache: SlotCache | None = None
+        self.beams: Beams | None = None
         self.graphs: dict[int | None, Any] = {}
         """Captured decoding passes by reach; they hold the addresses of `cache`."""
         self.head: Tensor | None = _aligned_head(model.lm_head) if compiled else None
@@ -90,15 +104,24 @@ class Decoder:
         self.cache = None
         self.graphs.clear()
         device = self.model.device
-        self.cache = SlotCache(slots=slots, length=length, dtype=dtype, device=device, **self.shape)
+        self.cache = SlotCache(
+            slots=slots, length=length, dtype=dtype, devices=self._layer_devices(), **self.shape
+        )
+        if self.num_beams > 1:
+            self.beams = Beams(slots, length, self.num_beams, self.end_id, device)
+        self._prepare(length, dtype)
+        self.tokens = torch.zeros(slots, dtype=torch.long, device=device)
+        """The last token of every slot, whose keys are not in the cache yet."""
+        self.positions = torch.zeros(slots, dtype=torch.long, device=device)
+        self.rows = torch.arange(slots, device=device)[:, None]
+
+    def _prepare(self, length: int, dtype: torch.dtype) -> None:
+        """Makes what the passes need beside the cache."""
+        device = self.model.device
         positions = torch.arange(length, device=device)[None]
         like = torch.zeros(1, 1, self.config.hidden_size, dtype=dtype, device=device)
         cos, sin = self.text.rotary_emb(like, position_ids=positions)
         self.cos, self.sin = cos[0], sin[0]
-        self.tokens = torch.zeros(slots, dtype=torch.long, device=device)
-        """The last token of every slot, whose keys are not in the cache yet."""
-        self.positions = torch.zeros(slots, dtype=torch.long, device=device)
-        self.rows = torch.arange(slots, device=device)
         self.row_kernel = row_kernel(device, dtype, self.shape["width"])
         self.any_length = self.compiled and takes_any_length(self.row_kernel)
         self.read_layer, self.read_last, self.write_layer = _read, _read_last, _write
@@ -109,9 +132,23 @@ class Decoder:
             self.read_last = torch.compile(_read_last, dynamic=dynamic)
             self.write_layer = torch.compile(_write, dynamic=dynamic)
 
+    def _layer_devices(self) -> list[torch.device]:
+        """Returns the device of every layer's keys, or one for all of them."""
+        return [self.model.device]
+
+    def _captures(self) -> bool:
+        """True if decoding is replayed as a captured graph."""
+        return self.model.device.type == "cuda"
+
     @property
     def _has_kernel(self) -> bool:
-        return decoding.supported(self.model.device, self.shape["width"])
+        # Each beam sees keys of its own, which the kernel of one token does not mask.
+        return self.num_beams == 1 and decoding.supported(self.model.device, self.shape["width"])
+
+    def prefill_bytes(self, tokens: int, item: int) -> int:
+        """Bytes of a prefill's widest moment, without its logits; `item` is the dtype's size."""
+        # States in and out, gate and up of one layer.
+        return tokens * (8 * self.config.hidden_size + 3 * self.config.intermediate_size) * item
 
     @property
     def shape(self) -> dict[str, int]:
@@ -158,7 +195,8 @@ class Decoder:
         if visual:
             features = torch.cat(visual).to(embeds.dtype)
             # The size is known from the tiles; plain nonzero would synchronize with the GPU.
-            places = torch.nonzero_static(ids == self.image_token_id, size=len(features))
+            placeholders = ids == self.model.config.image_token_id
+            places = torch.nonzero_static(placeholders, size=len(features))
             embeds = embeds.index_copy(0, places.squeeze(1), features)
         first = to_device(torch.tensor(starts, dtype=torch.int32), device)
         self._any_size(first, 0)
@@ -182,26 +220,40 @@ class Decoder:
         state = torch.tensor(positions)
         self.positions.copy_(_pinned(state, self.tokens.device), non_blocking=True)
 
+    def begin(
+        self,
+        slots: Sequence[int],
+        prompts: Sequence[int],
+        settings: Sequence[Settings],
+        logits: Tensor,
+    ) -> None:
+        """Begins searches in slots after their prefill; see `Beams.begin`."""
+        assert self.beams is not None
+        rows = to_device(torch.tensor(slots), logits.device)
+        self.beams.begin(rows, prompts, settings, logits)
+
     def snapshot(self) -> "Snapshot":
-        """Returns `tokens` as they are once what has been begun is done."""
-        return Snapshot(self.tokens)
+        """Returns `tokens`, int64 (slots,), or the searches' outcomes, (slots, 1 + T), as they are
+        once what has been begun is done."""
+        return Snapshot(self.tokens if self.beams is None else self.beams.outcome())
 
     @torch.no_grad()
     def decode(self, longest: int) -> Tensor:
         """Runs the token of every slot at its position; returns logits, float32 (slots, V).
 
-        `tokens` and `positions` say which, and the likeliest next ones are in `tokens` then. Slots
-        without a request run along unread.
+        `tokens` and `positions` say which, and the likeliest next ones are in `tokens` then. With
+        beams, `beams` says which, and every search is a token further; logits are (slots, K, V).
+        Slots without a request run along unread.
 
         Args:
-            longest: the largest position of a request, plus 1.
+            longest: the largest place of a request's keys, plus 1.
         """
         assert self.cache is not None
         # The kernel reads what each slot has; other attention all that the longest one has.
         reach = None
         if not self._has_kernel:
             reach = min(math.ceil(longest / REACH) * REACH, self.cache.length)
-        if self.model.device.type != "cuda":
+        if not self._captures():
             return self._decode(reach)
         if reach not in self.graphs:
             self.graphs[reach] = self._capture(reach)
@@ -210,31 +262,43 @@ class Decoder:
         return logits
 
     def _decode(self, reach: int | None) -> Tensor:
-        mask = self.positions
-        if reach is not None:
-            seen = torch.arange(reach, device=self.positions.device) <= self.positions[:, None]
-            mask = seen[:, None, None]
-        embeds = self.text.embed_tokens(self.tokens)[:, None]
+        beams = self.beams
+        if beams is None:
+            tokens, positions = self.tokens[:, None], self.positions[:, None]
+            cells, mask = positions, self.positions
+            if reach is not None:
+                seen = torch.arange(reach, device=mask.device) <= positions
+                mask = seen[:, None, None]
+        else:
+            tokens, positions, cells = beams.tokens, beams.positions, beams.cells
+            mask = beams.seen[:, None, :, :reach]
         hidden = self._run(
-            embeds,
+            self.text.embed_tokens(tokens),
             mask,
-            self.positions[:, None],
-            lambda keys, values: Decoded(keys, values, self.rows, self.positions, reach),
+            positions,
+            lambda keys, values: Decoded(keys, values, self.rows, cells, reach),
         )
-        logits = self._logits(hidden[:, 0])
-        self.tokens.copy_(logits.argmax(-1))
+        if beams is None:
+            logits = self._logits(hidden[:, 0])
+            self.tokens.copy_(logits.argmax(-1))
+            return logits
+        logits = self._logits(hidden)
+        beams.advance(logits)
         return logits
 
     def _capture(self, reach: int | None) -> tuple[Any, Tensor]:
         """Captures `_decode` as a CUDA graph; returns it and the tensor its logits are in."""
         # Replayed later, the warm-up's writes of this token come again with the same values.
-        before = self.tokens.clone()
+        before, beams = self.tokens.clone(), self.beams
+        searches = None if beams is None else beams.saved()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
                 self._decode(reach)
                 self.tokens.copy_(before)
+                if beams is not None and searches is not None:
+                    beams.restore(searches)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads pin the tiles that they read meanwhile, which "global" takes for an error.
@@ -297,10 +361,10 @@ class Decoder:
             self.config._attn_implementation = before
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """(N, D) -> float32 (N, V)."""
+        """(…, D) -> float32 (…, V)."""
         if self.head is None:
             return self.model.lm_head(hidden).float()
-        return F.linear(hidden, self.head)[:, : len(self.model.lm_head.weight)].float()
+        return F.linear(hidden, self.head)[..., : len(self.model.lm_head.weight)].float()
 
 
 _ALIGNED = 16
@@ -362,7 +426,7 @@ def _write(
     cache: Decoded,
     rotary: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """Runs one layer over one token of every slot: (B, 1, D) -> (B, 1, D)."""
+    """Runs one layer over the next tokens of every slot: (B, K, D) -> (B, K, D)."""
     return layer(hidden, **_arguments(mask, positions, cache, rotary))
 
 

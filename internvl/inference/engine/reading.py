@@ -42,7 +42,7 @@ class Prompts:
             read: encodes request i. job: makes a job of it, in this process.
             order: requests in the order in which they are begun.
             ahead: most requests that are read and not taken.
-            most: jobs whose tokens reach this number go to `too_long` instead.
+            most: jobs whose text reaches so many tokens go to `too_long` instead.
             pin: put tiles into memory that a GPU copies from while the host goes on.
             processes: how many read, see `processes_for`; 0: threads do.
         """
@@ -67,7 +67,7 @@ class Prompts:
         """Returns the next request as a job; see `Source`."""
         while (encoded := self.read_ahead.take(wait=wait)) is not None:
             job = self.job(*encoded)
-            if job.length < self.most:
+            if job.text_length < self.most:
                 return job
             self.too_long.append(job)
         return None

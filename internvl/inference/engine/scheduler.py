@@ -2,7 +2,7 @@
 
     tower     tiles of several requests at a time
     prefill   their prompts as one packed row, without padding between them
-    decode    one token of every slot
+    decode    one token of every slot, or one for each beam of its search
 
 A request's tokens do not depend on what else is in flight, but for rounding.
 """
@@ -21,12 +21,15 @@ from torch import Tensor
 from internvl import log
 from internvl.data.images import Triple
 from internvl.errors import RunError
+from internvl.inference.engine.beams import until_end
 from internvl.inference.engine.cache import SlotCache
 from internvl.inference.engine.choosing import choose, is_plain, likelihoods
 from internvl.inference.engine.decoder import REACH, Decoder, Placed, Snapshot
+from internvl.inference.engine.queries import QueryDecoder
 from internvl.inference.engine.tower import Tower
 from internvl.inference.requests import Prompt
 from internvl.inference.settings import Settings
+from internvl.parallel import lockstep
 
 # For annotations only: PEFT takes half a second, which most requests need not wait.
 if TYPE_CHECKING:
@@ -43,7 +46,7 @@ class Job:
     """Without its tiles once they are computed."""
     settings: Settings
     generated: list[int] = field(default_factory=list)
-    """Tokens so far, the one that ends the answer included."""
+    """Tokens so far, the one that ends the answer included; of a beam search all at its end."""
     ended: bool = False
     cancelled: bool = False
     """Set by anyone: it ends before its next token."""
@@ -65,8 +68,18 @@ class Job:
 
     @property
     def length(self) -> int:
-        """Tokens that its slot must hold: the prompt, and all but the last that it may generate."""
+        """Tokens that its slot must hold: the prompt, and all but the last that it may generate,
+        in each beam."""
+        return self.length_after(self.settings.max_new_tokens)
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of the prompt and of the longest answer to it, but its last."""
         return len(self.prompt.input_ids) + self.settings.max_new_tokens - 1
+
+    def length_after(self, count: int) -> int:
+        """Tokens that its slot holds when the last of `count` new ones is computed."""
+        return len(self.prompt.input_ids) + self.settings.num_beams * (count - 1)
 
 
 @dataclass(eq=False)
@@ -107,6 +120,8 @@ class Scheduler:
         patience_s: float = math.inf,
         lag: int | None = None,
         switch: "Switch | None" = None,
+        num_beams: int = 1,
+        in_step: bool = False,
     ) -> None:
         """Does not allocate yet: the first jobs say how long a slot must be.
 
@@ -125,8 +140,18 @@ class Scheduler:
                 never waits for the host; by default 1 on a GPU, 0 on a CPU, which would compute
                 tokens after an answer's end in vain.
             switch: chooses the adapter of each job.
+            num_beams: beams of every job's search; 1: none.
+            in_step: every pass is collective (see `lockstep`). Each rank then runs as many: at
+                first it has all of its jobs, a row of prompts holds them, and it decodes until the
+                last rank has its answers.
         """
-        self.decoder = Decoder(model, compiled=compiled)
+        # By name, not by a table: of the two families only this one's prompts have queries.
+        decoder = QueryDecoder if model.family == "dual" else Decoder
+        self.decoder: Decoder = decoder(
+            model, compiled=compiled, num_beams=num_beams, end_id=end_id
+        )
+        self.num_beams = num_beams
+        self.in_step = in_step
         self.tower = Tower(model, statistics, tiles_at_once, compiled=compiled)
         self.refill = refill
         self.switch = switch
@@ -137,7 +162,7 @@ class Scheduler:
         self.most_slots = slots
         self.dtype = dtype or model.get_input_embeddings().weight.dtype
         self.row_tokens = row_tokens
-        self.lag = (1 if model.device.type == "cuda" else 0) if lag is None else lag
+        self.lag = (1 if model.device.type == "cuda" and not in_step else 0) if lag is None else lag
         self.active: dict[int, Job] = {}
         """Jobs by slot of which a token is still to be computed."""
         self.begun: dict[int, int] = {}
@@ -153,17 +178,19 @@ class Scheduler:
         drained = False
         while True:
             while not drained and len(self.waiting) < self.most_slots:
-                idle = not (self.waiting or self.active or self.launched)
-                job = source.take(wait=idle)
+                # In step also for the others of its row: how soon they are read differs by rank.
+                waits = self.in_step or not (self.waiting or self.active or self.launched)
+                job = source.take(wait=waits)
                 if job is None:
-                    drained = idle
+                    drained = waits
                     break
                 self.waiting.append(job)
-            if drained and not (self.waiting or self.active or self.launched):
+            ended = drained and not (self.waiting or self.active or self.launched)
+            if lockstep.all_done(ended) if self.in_step else ended:
                 return
             yield from self._drop_cancelled()
             self._admit()
-            if self.active:
+            if self.active or (self.in_step and not self.waiting):
                 yield from self._advance()
             # Without a next step there is nothing to overlap with.
             yield from self._read(self.lag if self.active else 0)
@@ -203,7 +230,7 @@ class Scheduler:
         if self.active:
             return False
         # As long as all that wait need: each new length builds new kernels and graphs.
-        longest = max(self.length, *(job.length for job in self.waiting))
+        longest = max(self.length, self.num_beams, *(job.length for job in self.waiting))
         self._allocate(-(-longest // REACH) * REACH)
         return True
 
@@ -237,15 +264,16 @@ class Scheduler:
     def _slots_in_memory(self, length: int) -> int:
         """Returns how many slots the device's free memory holds beside a prefill; at least 1."""
         device = self.model.device
-        if device.type != "cuda":
+        # In step all of a rank's jobs are one row, whatever its memory.
+        if device.type != "cuda" or self.in_step:
             return self.most_slots
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        config = self.decoder.config
-        # A row's widest moment: states in and out, gate and up of one layer, and its logits.
-        width = 8 * config.hidden_size + 3 * config.intermediate_size
-        row = self.row_tokens * width * self.dtype.itemsize
-        logits = 3 * self.most_slots * config.vocab_size * 4
+        # A row's widest moment, and its logits.
+        row = self.decoder.prefill_bytes(self.row_tokens, self.dtype.itemsize)
+        # Of beams also their log-probabilities, and what the best ones are sorted in.
+        copies = 3 if self.num_beams == 1 else 6 * self.num_beams
+        logits = copies * self.most_slots * self.decoder.config.vocab_size * 4
         spare = free + unused - row - logits - _RESERVE
         slot = SlotCache.bytes_per_slot(
             length=length, item=self.dtype.itemsize, **self.decoder.shape
@@ -297,6 +325,9 @@ class Scheduler:
             job.prompt = replace(job.prompt, tiles=None)
         self.begun |= dict.fromkeys(slots, 0)
         self.active |= zip(slots, jobs, strict=True)
+        if self.num_beams > 1:
+            sizes = [len(job.prompt.input_ids) for job in jobs]
+            self.decoder.begin(slots, sizes, [job.settings for job in jobs], logits)
         self._choose(logits, slots, jobs)
         return True
 
@@ -329,21 +360,24 @@ class Scheduler:
     def _advance(self) -> Iterator[Job]:
         """Decodes one token of every active job."""
         # What they choose from depends on all of their tokens.
-        if not all(is_plain(job) for job in self.active.values()):
+        if self.num_beams == 1 and not all(is_plain(job) for job in self.active.values()):
             yield from self._read(0)
-            if not self.active:
+            if not self.active and not self.in_step:
                 return
         assert self.decoder.cache is not None
         positions = [0] * self.decoder.cache.slots
         for slot, job in self.active.items():
             positions[slot] = len(job.prompt.input_ids) + self.begun[slot] - 1
-        self.decoder.place(positions)
+        if self.num_beams == 1:
+            self.decoder.place(positions)
         if self.switch is not None:
             adapters = [0] * self.decoder.cache.slots
             for slot, job in self.active.items():
                 adapters[slot] = job.adapter
             self.switch.decode(adapters, self.model.device)
-        logits = self.decoder.decode(max(positions) + 1)
+        # In step a rank may have no job any more.
+        lengths = (job.length_after(self.begun[slot] + 1) for slot, job in self.active.items())
+        logits = self.decoder.decode(max(lengths, default=self.num_beams))
         slots = sorted(self.active)
         self._choose(logits, slots, [self.active[slot] for slot in slots], slots)
 
@@ -361,7 +395,7 @@ class Scheduler:
         """
         rows = range(len(jobs)) if rows is None else rows
         for slot, job, row in zip(slots, jobs, rows, strict=True):
-            if not is_plain(job):
+            if self.num_beams == 1 and not is_plain(job):
                 self.decoder.tokens[slot] = choose(logits[row : row + 1], [job], self.end_id)[0]
         pairs = list(zip(slots, jobs, strict=True))
         # Copied: the next step writes there.
@@ -384,21 +418,32 @@ class Scheduler:
         """Reads tokens that were begun, all but the last `lag` steps."""
         while len(self.launched) > lag:
             step = self.launched.popleft()
-            tokens = step.tokens.read()
+            outcome = step.tokens.read()
+            first = (outcome if self.num_beams == 1 else outcome[:, 0]).tolist()
             # A token after an answer's end was begun before that was read.
             pairs = [(slot, job) for slot, job in step.jobs if not job.ended]
             for slot, job in pairs:
-                # First: who reads the tokens in another thread reads as many of these.
-                if job.top_logprobs is not None:
-                    logits, count = step.logits[slot], job.top_logprobs
-                    job.logprobs.append(likelihoods(logits, tokens[slot], count))
-                job.generated.append(tokens[slot])
-                full = len(job.generated) == job.settings.max_new_tokens
-                job.ended = tokens[slot] == self.end_id or full or job.cancelled
+                if self.num_beams > 1:
+                    job.ended = bool(first[slot]) or job.cancelled
+                    if first[slot]:
+                        most = job.settings.max_new_tokens
+                        text = outcome[slot, 1 : 1 + most].tolist()
+                        job.generated += until_end(text, self.end_id)
+                else:
+                    self._add(job, first[slot], step.logits.get(slot))
                 if job.ended and self.active.get(slot) is job:
                     self._leave(slot)
             # After all of them: whoever is called may stop here, and the slots must agree.
             yield from [job for _, job in pairs]
+
+    def _add(self, job: Job, token: int, logits: Tensor | None) -> None:
+        """Adds a token to a job, and its log-probability if logits (V,) were asked for."""
+        # First: who reads the tokens in another thread reads as many of these.
+        if job.top_logprobs is not None and logits is not None:
+            job.logprobs.append(likelihoods(logits, token, job.top_logprobs))
+        job.generated.append(token)
+        full = len(job.generated) == job.settings.max_new_tokens
+        job.ended = token == self.end_id or full or job.cancelled
 
 
 _RESERVE = 3 * 2**30

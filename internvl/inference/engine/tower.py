@@ -54,8 +54,8 @@ class Tower:
             lone = self.compiled and len(group) == 1
             batch = self._normalized(group.repeat(2, 1, 1, 1) if lone else group)
             with self._fast_layers():
-                features = self.model.model.get_image_features(pixel_values=batch)
-            visual.append(features.pooler_output[: len(group)])
+                features = self.model.vision_tokens(batch)
+            visual.append(features[: len(group)])
         tokens = torch.cat(visual)
         left = iter(tokens.flatten(0, 1).split([len(t) * tokens.shape[1] for t in present]))
         return [None if pixels is None else next(left) for pixels in tiles]

@@ -97,6 +97,10 @@ class ChatModel(InternVLForConditionalGeneration):
     def _vision(self) -> tuple[nn.Module, nn.Module]:
         return self.model.vision_tower, self.model.multi_modal_projector
 
+    def vision_tokens(self, pixel_values: Tensor) -> Tensor:
+        """Encodes normalized tiles (N, 3, S, S) to visual tokens for the text, (N, K, D)."""
+        return self.model.get_image_features(pixel_values=pixel_values).pooler_output
+
     # The parameters are spelled out because `generate` reads them off the signature.
     def forward(
         self,
@@ -167,7 +171,7 @@ class ChatModel(InternVLForConditionalGeneration):
             return self._with_blank_tile(embeds) if self.runs_tower else embeds
         # Duplicate a lone tile: torch.compile specializes on batch size 1 and would recompile.
         tiles = pixel_values if len(pixel_values) > 1 else pixel_values.repeat(2, 1, 1, 1)
-        visual = self.model.get_image_features(pixel_values=tiles).pooler_output
+        visual = self.vision_tokens(tiles)
         visual = visual[: len(pixel_values)].flatten(0, 1).to(embeds.dtype)
         placeholders = input_ids[0] == self.config.image_token_id
         # The size is known from the tiles; plain nonzero would synchronize with the GPU.
@@ -178,7 +182,7 @@ class ChatModel(InternVLForConditionalGeneration):
         """Returns the embeddings (B, L, D) with the visual tokens of a tile added at weight 0."""
         side = self.config.vision_config.image_size[0]
         tiles = embeds.new_zeros(2, 3, side, side, dtype=torch.float32)
-        visual = self.model.get_image_features(pixel_values=tiles).pooler_output
+        visual = self.vision_tokens(tiles)
         return embeds + 0 * visual.to(embeds.dtype).mean()
 
     def _expand_inputs_for_generation(

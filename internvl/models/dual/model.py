@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, InternVLVisionModel, PreTrainedModel
+from transformers import InternVLVisionModel, PreTrainedModel
 from transformers import initialization as init
 
 from internvl.models import units
 from internvl.models.dual import rms_norm
-from internvl.models.dual.beam_search import BeamSearchConfig, search
 from internvl.models.dual.configs import DualConfig
 from internvl.models.dual.qllama import CrossKV, Mask, QLlamaModel, QueryTokens, attention_mask
 from internvl.models.units import Unit
@@ -191,7 +190,11 @@ class DualModel(PreTrainedModel):
         return attention_mask(mask_type, text_mask, self.num_queries)
 
     def joint_states(
-        self, cross_kv: CrossKV, input_ids: Tensor, mask: Tensor
+        self,
+        cross_kv: CrossKV,
+        input_ids: Tensor,
+        mask: Tensor,
+        past_key_values: Sequence[Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Runs queries and captions together: (query states (R, Q, D), text states (R, L, D)).
 
@@ -199,9 +202,10 @@ class DualModel(PreTrainedModel):
             cross_kv: of B images.
             input_ids: int64 (R, L), R a multiple of B: row r B + b goes with image b.
             mask: bool (R, 1, Q + L, Q + L), of `joint_mask`.
+            past_key_values: see `QLlamaModel.forward`.
         """
         embeds = torch.cat([self._queries(len(input_ids)), self._embed(input_ids)], dim=1)
-        states = self.model.language_model(embeds, mask, cross_kv)
+        states = self.model.language_model(embeds, mask, cross_kv, past_key_values)
         queries, text = states.tensor_split([self.num_queries], dim=1)
         return queries, text
 
@@ -245,36 +249,6 @@ class DualModel(PreTrainedModel):
         """Embeds captions padded with 0, int64 (R, L): float32 (R, E), not normalized."""
         mask = input_ids > 0
         return self.text_embeds(self.text_states(input_ids, mask), mask).float()
-
-    @torch.no_grad()
-    def caption(self, pixel_values: Tensor, prompt_ids: Tensor, config: BeamSearchConfig) -> Tensor:
-        """Generates after the prompt: int64 (B, up to `max_new_tokens`), padded with the end id.
-
-        Args:
-            pixel_values: normalized images (B, 3, S, S).
-            prompt_ids: int64 (L,), the same for all images.
-        """
-        cross_kv = self.encode_kv(self.vision_tokens(pixel_values))
-        prompt = prompt_ids.to(cross_kv.tokens.device).expand(len(cross_kv), -1)
-        prefix_length = self.num_queries + prompt.shape[1]
-        cache = DynamicCache(config=self.config.text_config)
-        embeds = torch.cat([self._queries(len(cross_kv)), self._embed(prompt)], dim=1)
-        mask = self.joint_mask("itg", torch.ones_like(prompt[:1]))
-        states = self.model.language_model(embeds, mask, cross_kv, cache)
-
-        def step(tokens: Tensor, ancestors: Tensor) -> Tensor:
-            # The cache holds the prefix once and K slots per earlier step, one for each beam.
-            prefix = ancestors.new_ones(*ancestors.shape[:2], prefix_length)
-            mask = torch.cat([prefix, ancestors], dim=2)[:, None]
-            # All beams stand at the same position, which is not the number of cached slots.
-            position = prefix_length + ancestors.shape[2] // ancestors.shape[1] - 1
-            positions = torch.full_like(tokens[:1], position)
-            states = self.model.language_model(
-                self._embed(tokens), mask, past_key_values=cache, position_ids=positions
-            )
-            return self.lm_head(states)
-
-        return search(self.lm_head(states[:, -1]), step, config)
 
     def _queries(self, num_rows: int) -> Tensor:
         assert self.model.query_tokens is not None

@@ -5,7 +5,7 @@ positions are those of `transformers`' Llama. Every n-th layer adds cross-attent
 self-attention and MLP, on the query positions alone.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig
-from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -129,7 +128,7 @@ class QLlamaLayer(GradientCheckpointingLayer):
         keys_values: KeysValues | None,
         attention_mask: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor],
-        past_key_values: Cache | None = None,
+        past_key_values: Any = None,
     ) -> Tensor:
         """hidden (R B, T, D) -> same shape; with `keys_values` of B images, queries come first."""
         attended, _ = self.self_attn(
@@ -194,7 +193,7 @@ class QLlamaModel(LlamaPreTrainedModel):
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
         cross_kv: CrossKV | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: Sequence[Any] | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
         """Returns the hidden states after the final norm, (R, T, D).
@@ -204,17 +203,19 @@ class QLlamaModel(LlamaPreTrainedModel):
             attention_mask: bool (R, 1, T, keys) from the function `attention_mask`, True where a
                 position may attend; None lets every position see all keys.
             cross_kv: of B images; rows come in blocks of B, image by image.
-            past_key_values: cache of earlier positions; this call appends to it.
-            position_ids: int64 (1, T); by default 0, 1, …
+            past_key_values: of every layer, a cache whose `update` takes the keys and values of
+                these positions and returns those to attend to.
+            position_ids: int64 (R, T) or (1, T); by default 0, 1, …
         """
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         rotary = self.rotary_emb(inputs_embeds, position_ids=position_ids)
         hidden = inputs_embeds
         layers_kv = (None,) * len(self.layers) if cross_kv is None else cross_kv.layers
-        for layer, kv in zip(self.layers, layers_kv, strict=True):
+        caches = (None,) * len(self.layers) if past_key_values is None else past_key_values
+        for layer, kv, cache in zip(self.layers, layers_kv, caches, strict=True):
             # Positional: checkpointing binds keyword arguments outside of what it tracks.
-            hidden = layer(hidden, kv, attention_mask, rotary, past_key_values=past_key_values)
+            hidden = layer(hidden, kv, attention_mask, rotary, past_key_values=cache)
         return self.norm(hidden)
 
 

@@ -293,3 +293,23 @@ def test_memory_for_not_even_one_prompt(small, monkeypatch):
     monkeypatch.setattr(none.decoder, "prefill", prefill)
     with pytest.raises(RunError, match="for a prompt of 3 tokens; lower max_tiles"):
         list(none.run(engine.Ready(jobs(small))))
+
+
+@pytest.mark.parametrize("num_beams", [2, 5])
+def test_beams_are_those_of_generate(model, num_beams):
+    shapes = ((3, 0, 6), (9, 1, 1), (4, 2, 7), (2, 1, 9))
+    extra = {"length_penalty": 0.5}
+
+    def asked():
+        return jobs(model, shapes, num_beams=num_beams, min_new_tokens=1, extra=extra)
+
+    wanted = {job.key: theirs(model, job) for job in asked()}
+    for slots in (1, 3):
+        found = tokens(model, asked(), slots, num_beams=num_beams, lag=slots // 3)
+        assert found == wanted
+
+
+def test_an_end_of_beams_is_that_of_generate(small):
+    end = tokens(small, jobs(small, num_beams=3), 1, num_beams=3, end_id=-1)[4][5]
+    found = tokens(small, jobs(small, num_beams=3), 2, num_beams=3, end_id=end)
+    assert len(found[4]) < SHAPES[4][2]
