@@ -1,22 +1,23 @@
 """Rates and memory of preference optimization, beside two plain models and beside TRL.
 
-    python benchmarks/preference.py --to out/preference_h200.json   # one GPU, about 12 minutes
+    python benchmarks/preference.py --to out/preference_h200.json   # one GPU, about 9 minutes
     python benchmarks/preference.py 2b_lora                         # one model and method
     python benchmarks/preference.py --tiny                          # on a CPU, a minute
 
 Released shapes with random weights; pairs of one photo of 7 tiles and two answers of 200 tokens.
 For every model and method, in a process each and one after the other:
 
-    ours     the loop of `internvl train`, `objective: mpo` as published; `ours_lagged` is the same
-             with `delta: lagged`. Images are files, decoded and tiled by the loader's workers
+    ours     the loop of `internvl train`, `objective: mpo` as published, then a few more steps with
+             `delta: lagged`. Images are files, decoded and tiled by the loader's workers
     loop     transformers' model twice, policy and reference, a padded batch [chosen; rejected] in
              each as the original has it, so four answers and four towers a pair; whole-vocabulary
-             logits in float32, an answer at a time; its pairs lie ready, and it takes the best of
-             several batches, with gradient checkpointing where a batch does not fit without
-    trl      TRL's DPOTrainer with the same three losses, where it is installed
+             logits in float32, an answer at a time; its pairs lie ready on the GPU, and it takes
+             the best of several batches, with gradient checkpointing if none fits without
+    trl      TRL's DPOTrainer with the same three losses on the same batches, where it is installed
 
 `pairs_per_s` is a median over steps after the first ones. Full training has its reference computed
-once before the first step: `pairs_per_s_with_reference` spreads that over one epoch.
+once before the first step: `pairs_per_s_with_reference` spreads that over one epoch. The last line
+of the output divides ours by the others.
 """
 
 import argparse
@@ -59,7 +60,7 @@ ANSWER = 200
 """Tokens of an answer, its end included."""
 SIZE = (1344, 896)
 """Of the photos, in px: six tiles and a thumbnail."""
-WARMUP, STEPS = 2, 5
+WARMUP, STEPS, LAGGED = 2, 4, 3
 BETA = 0.1
 EVERYTHING = ("vision_tower", "multi_modal_projector", "language_model")
 
@@ -71,17 +72,24 @@ class Row:
     model: str
     rank: int | None
     pairs: int = 32
-    row_tokens: int = 16640
-    """Of ours: seven pairs."""
+    row_tokens: int = 17792
+    """Of ours: eight pairs."""
+    loop_pairs: int = 16
+    """A step of the others: what its optimizer takes is nothing beside two batches."""
 
 
 ROWS = {
     "2b_lora": Row("InternVL2-2B", 128),
-    "8b_lora": Row("InternVL2-8B", 128, pairs=16, row_tokens=9216),
+    "8b_lora": Row("InternVL2-8B", 128, pairs=16, loop_pairs=8),
     "2b_full": Row("InternVL2-2B", None),
 }
-BATCHES = (1, 2, 4, 8)
-"""Pairs of a batch that the loop tries, in this order, until one is slower or does not fit."""
+BATCHES = (2, 4, 8, 1)
+"""Pairs of a batch that the loop tries, in this order, until one is slower or does not fit; the
+last only where the first does not fit."""
+TRIES_S = 45
+"""No batch is begun later than this."""
+ROW_S = 180
+"""Most seconds of a row's process."""
 
 
 def chat_of(row: Row, device: torch.device, tiny: bool) -> Any:
@@ -111,7 +119,7 @@ def write_pairs(folder: Path, encoder: Any, count: int, seed: int = 0) -> list[d
     return [source | {"images": str(folder)}]
 
 
-def state_of(row: Row, folder: Path, chat: Any, tiny: bool, delta: str, pairs: int) -> Any:
+def state_of(row: Row, folder: Path, chat: Any, tiny: bool, pairs: int) -> Any:
     """The run of a row: files on disk, all else as `train.build` makes it."""
     recipe = recipes.resolve(
         {
@@ -121,7 +129,7 @@ def state_of(row: Row, folder: Path, chat: Any, tiny: bool, delta: str, pairs: i
                 "train": [] if row.rank else list(EVERYTHING),
             },
             "data": {
-                "sources": write_pairs(folder, chat.encoder, pairs * (WARMUP + STEPS)),
+                "sources": write_pairs(folder, chat.encoder, pairs * (WARMUP + STEPS + LAGGED)),
                 "tiles": {"size": chat.tiles.size, "max": 6},
                 "max_tokens": 4096,
                 "row_tokens": 4096 if tiny else row.row_tokens,
@@ -129,36 +137,48 @@ def state_of(row: Row, folder: Path, chat: Any, tiny: bool, delta: str, pairs: i
                 "share_prefix": False,
                 "workers": 0 if tiny else 12,
             },
-            "objective": {"name": "mpo", "beta": BETA, "delta": delta},
+            "objective": {"name": "mpo", "beta": BETA},
             "optim": {"lr": 1e-6},
             "run": str(folder / "run"),
             "global_batch": pairs,
-            "steps": WARMUP + STEPS,
+            "steps": WARMUP + STEPS + LAGGED,
             "device": chat.device.type,
         }
     )
     return train.build(recipe, chat)
 
 
-def ours(row: Row, device: torch.device, tiny: bool, delta: str = "exact") -> dict[str, Any]:
+def ours(row: Row, device: torch.device, tiny: bool) -> dict[str, Any]:
     pairs = 4 if tiny else row.pairs
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        state = state_of(row, folder, chat_of(row, device, tiny), tiny, delta, pairs)
+        state = state_of(row, folder, chat_of(row, device, tiny), tiny, pairs)
+        # All rows are full: the shorter length would be compiled for nothing.
+        state.row_lengths = state.row_lengths[-1:]
         (folder / "run").mkdir(exist_ok=True)
-        started, ends, metrics = time.perf_counter(), [], []
+        started, seconds, peaks, metrics = time.perf_counter(), [], [], []
+        before = started
         for step_metrics in train.updates(state):
-            ends.append(time.perf_counter())
+            seconds.append(time.perf_counter() - before)
+            peaks.append(_peak_gib(device))
             metrics.append(step_metrics)
-            if state.step == WARMUP:
+            if state.step == WARMUP + STEPS:
+                state.objective.config = replace(state.objective.config, delta="lagged")
+            if state.step in (WARMUP, WARMUP + STEPS):
                 _reset_peak(device)
-        seconds = [b - a for a, b in itertools.pairwise(ends[WARMUP - 1 :])]
-        peak = _peak_gib(device)
+            before = time.perf_counter()
         figures = {
-            "pairs_per_s": pairs / statistics.median(seconds),
-            "peak_gib": peak,
-            "first_step_s": ends[0] - started,
+            "pairs_per_s": pairs / statistics.median(seconds[WARMUP : WARMUP + STEPS]),
+            "peak_gib": peaks[WARMUP + STEPS - 1],
+            # After the first one, which reads rows that the loader had no time to read ahead.
+            "lagged_pairs_per_s": pairs / statistics.median(seconds[WARMUP + STEPS + 1 :]),
+            "lagged_peak_gib": peaks[-1],
+            "first_step_s": seconds[0],
+            "compiled_s": state.warmup_s,
+            "step_s": seconds[1:],
+            "wait_share": statistics.mean(m["data_wait_s"] / m["step_s"] for m in metrics[WARMUP:]),
             "rows_per_step": statistics.mean(m["rows"] for m in metrics[WARMUP:]),
+            "row_tokens": 4096 if tiny else row.row_tokens,
             "tokens_per_pair": sum(m["tokens"] for m in metrics) / (pairs * len(metrics)),
             "loss": [m["loss"] for m in metrics],
             "reference": building.run_start(state).reference,
@@ -175,7 +195,7 @@ def ours(row: Row, device: torch.device, tiny: bool, delta: str = "exact") -> di
             again.begin_run(start)
             placement.synchronize(device)
             reference_s = time.perf_counter() - before
-            total = pairs * (WARMUP + STEPS)
+            total = pairs * (WARMUP + STEPS + LAGGED)
             figures["reference_pairs_per_s"] = total / reference_s
             both = 1 / figures["pairs_per_s"] + reference_s / total
             figures["pairs_per_s_with_reference"] = 1 / both
@@ -192,7 +212,7 @@ class Encoded:
     """int64 (2, T), -100 where nothing is supervised."""
     mask: Tensor
     tiles: Tensor
-    """Normalized, (N, 3, S, S)."""
+    """Normalized, bfloat16 (N, 3, S, S)."""
 
 
 def encoded_units(chat: Any, count: int) -> tuple[Mpo, Sequence[Unit]]:
@@ -213,7 +233,7 @@ def encoded_units(chat: Any, count: int) -> tuple[Mpo, Sequence[Unit]]:
         return objective, reader[UnitRef(0, tuple(range(count)), 0, 0)].units
 
 
-def encoded(unit: Unit) -> Encoded:
+def encoded(unit: Unit, device: torch.device) -> Encoded:
     longest = max(len(example.input_ids) for example in unit.examples)
     ids = torch.zeros(2, longest, dtype=torch.long)
     labels = torch.full((2, longest), -100)
@@ -224,8 +244,8 @@ def encoded(unit: Unit) -> Encoded:
         labels[index, :length] = torch.from_numpy(example.labels)
         mask[index, :length] = 1
     assert unit.tiles is not None
-    tiles = normalize_tiles(unit.tiles, torch.float32, *STATISTICS["imagenet"])
-    return Encoded(ids, labels, mask, tiles)
+    tiles = normalize_tiles(unit.tiles.to(device), torch.bfloat16, *STATISTICS["imagenet"])
+    return Encoded(*(values.to(device) for values in (ids, labels, mask)), tiles)
 
 
 def joined(batch: Sequence[Encoded]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -277,12 +297,11 @@ class TwoModels:
     def loss(self, batch: Sequence[Encoded]) -> Tensor:
         ids, labels, mask, tiles = joined(batch)
         inputs = {
-            "input_ids": ids.to(self.device),
-            "attention_mask": mask.to(self.device),
+            "input_ids": ids,
+            "attention_mask": mask,
             # Twice, as the original: the tower runs for both answers.
-            "pixel_values": torch.cat([tiles, tiles]).to(self.device, torch.bfloat16),
+            "pixel_values": torch.cat([tiles, tiles]),
         }
-        labels = labels.to(self.device)
         with torch.no_grad(), self._autocast():
             reference = answer_logps(self.reference(**inputs, use_cache=False).logits, labels)
         with self._autocast():
@@ -325,32 +344,33 @@ def best_batch(
     timed: Callable[..., dict[str, Any]], row: Row, device: torch.device, tiny: bool
 ) -> dict[str, Any]:
     """The figures of the best of the batches that fit."""
-    total = 4 if tiny else row.pairs
+    total = 4 if tiny else row.loop_pairs
     chat = chat_of(row, torch.device("cpu" if tiny else "meta"), tiny)
-    pairs = [encoded(unit) for unit in encoded_units(chat, total)[1]]
+    pairs = [encoded(unit, device) for unit in encoded_units(chat, total)[1]]
     best: dict[str, Any] = {}
     tried: dict[str, Any] = {}
-    for checkpointing in (False, True):
-        for size in BATCHES:
-            if size > total:
-                break
-            name = f"batch {size}" + (", checkpointing" if checkpointing else "")
-            try:
-                figures = timed(row, chat, device, pairs, size, checkpointing, tiny)
-            except torch.OutOfMemoryError:
-                tried[name] = "out of memory"
-                _free(device)
-                break
-            tried[name] = figures["pairs_per_s"]
-            slower = best and figures["pairs_per_s"] < best["pairs_per_s"]
-            if not slower:
-                best = figures | {"batch": size, "checkpointing": checkpointing}
-            _free(device)
-            if slower:
-                break
-        if best:
+    started = time.perf_counter()
+    for size, checkpointing in itertools.product(BATCHES[:1] if tiny else BATCHES, (False, True)):
+        # Checkpointing and the smallest batch only save memory.
+        if size > total or (best and (checkpointing or size == BATCHES[-1])):
+            continue
+        if best and time.perf_counter() - started > TRIES_S:
             break
-    return best | {"tried": tried}
+        name = f"batch {size}" + (", checkpointing" if checkpointing else "")
+        try:
+            figures = timed(row, chat, device, pairs, size, checkpointing, tiny)
+        except torch.OutOfMemoryError:
+            tried[name] = "out of memory"
+            figures = {}
+        # Outside of the handler, whose traceback holds what is to be freed.
+        _free(device)
+        if figures:
+            tried[name] = figures["pairs_per_s"]
+        if best and figures.get("pairs_per_s", 0.0) < best["pairs_per_s"]:
+            break
+        if figures:
+            best = figures | {"batch": size, "checkpointing": checkpointing}
+    return {"pairs_per_step": total, **best, "tried": tried}
 
 
 def loop(
@@ -366,7 +386,7 @@ def loop(
     batches = [pairs[n : n + size] for n in range(0, len(pairs), size)]
     seconds, losses = [], []
     _reset_peak(device)
-    for _ in range(2 if tiny else 4):
+    for _ in range(2 if tiny else 3):
         started = time.perf_counter()
         losses.append(models.step(batches))
         placement.synchronize(device)
@@ -413,13 +433,13 @@ def trl(
             "input_ids": ids,
             "attention_mask": mask,
             "completion_mask": (labels != -100).long(),
-            "pixel_values": torch.cat([tiles, tiles]).to(torch.bfloat16),
+            "pixel_values": torch.cat([tiles, tiles]),
         }
 
     models = TwoModels(row, chat, device, checkpointing)
     policy, reference = models.policy, models.reference
     del models
-    steps = 2 if tiny else 4
+    steps = 2 if tiny else 3
     with tempfile.TemporaryDirectory() as name:
         config = DPOConfig(
             output_dir=name,
@@ -482,10 +502,6 @@ def _peak_gib(device: torch.device) -> float:
     return 0.0
 
 
-def lagged(row: Row, device: torch.device, tiny: bool) -> dict[str, Any]:
-    return ours(row, device, tiny, "lagged")
-
-
 def by_loop(row: Row, device: torch.device, tiny: bool) -> dict[str, Any]:
     return best_batch(loop, row, device, tiny)
 
@@ -498,7 +514,6 @@ def by_trl(row: Row, device: torch.device, tiny: bool) -> dict[str, Any]:
 
 ARMS: dict[str, Callable[[Row, torch.device, bool], dict[str, Any]]] = {
     "ours": ours,
-    "ours_lagged": lagged,
     "loop": by_loop,
     "trl": by_trl,
 }
@@ -539,7 +554,21 @@ def main() -> None:
         return
     # Arms of a row one after the other: they are compared on the same GPU at the same time.
     names = [f"{row}/{arm}" for row in options.rows for arm in options.arms]
-    table.run(__file__, names, options)
+    figures = table.run(__file__, names, options, limit_s=ROW_S)
+    print(json.dumps(ratios(figures)))
+
+
+def ratios(figures: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Our pairs per second over those of the others, by row."""
+    rates = {row["row"]: row for row in figures if "pairs_per_s" in row}
+    names = ("pairs_per_s", "lagged_pairs_per_s", "pairs_per_s_with_reference")
+    return {
+        f"{name.partition('/')[0]} {key} / {arm}": round(row[key] / rates[other]["pairs_per_s"], 3)
+        for name, row in rates.items()
+        for key in names
+        for arm in ("loop", "trl")
+        if key in row and name.endswith("/ours") and (other := name.replace("ours", arm)) in rates
+    }
 
 
 if __name__ == "__main__":

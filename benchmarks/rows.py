@@ -24,7 +24,7 @@ def run(
     *,
     limit_s: float = math.inf,
     gpus: Sequence[str] = (),
-) -> None:
+) -> list[dict[str, Any]]:
     """`python SCRIPT --one NAME` for every row until `options.budget_s` is spent.
 
     Prints each row's JSON, the last line that its process prints, and keeps all of them in the
@@ -34,7 +34,8 @@ def run(
         limit_s: of a row; then it keeps what it has printed.
         gpus: indices of the GPUs that take rows side by side; by default one row has them all.
     """
-    ends, finished, lock = time.perf_counter() + options.budget_s, [], Lock()
+    finished: list[dict[str, Any]] = []
+    ends, lock = time.perf_counter() + options.budget_s, Lock()
     waiting = deque(names)
 
     def work(gpu: str | None) -> None:
@@ -49,12 +50,14 @@ def run(
                 _write(finished, options.to)
 
     if len(gpus) < 2:
-        return work(gpus[0] if gpus else None)
+        work(gpus[0] if gpus else None)
+        return finished
     threads = [Thread(target=work, args=(gpu,)) for gpu in gpus]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    return finished
 
 
 def _write(finished: Sequence[dict[str, Any]], to: Path | None) -> None:

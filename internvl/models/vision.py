@@ -48,6 +48,18 @@ class DropPath(nn.Module):
         return f"rate={self.rate:.3f}"
 
 
+def is_random(*modules: nn.Module) -> bool:
+    """Returns whether modules draw random numbers in training."""
+    inner = [module for outer in modules for module in outer.modules()]
+    return any(
+        (isinstance(module, DropPath) and module.rate > 0)
+        or (isinstance(module, nn.Dropout) and module.p > 0)
+        # Attention drops its weights by this rate, without a module.
+        or getattr(module, "attention_dropout", 0.0) > 0
+        for module in inner
+    )
+
+
 def set_drop_path(model: InternVLForConditionalGeneration, rate: float) -> None:
     """Sets stochastic depth in the vision tower: 0 in the first block, `rate` in the last."""
     # It replaces the two dropouts of a block, which no released model uses. LayerScale follows them

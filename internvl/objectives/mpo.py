@@ -30,13 +30,15 @@ from internvl.data.packing import build_rows, common_prefix
 from internvl.data.records import IGNORE, Example, Message, PreferenceBatch, Sample, Tiles, Unit
 from internvl.errors import BadSample, RunError, counted
 from internvl.objectives.packed import PackedObjective
-from internvl.objectives.packed_loss import answer_losses
+from internvl.objectives.packed_loss import answer_losses, repeated_visual
 from internvl.objectives.pair_losses import PAIR_LOSSES, Rewards
 from internvl.objectives.passes import discard_saved_tensors, seeded
 from internvl.objectives.reference import REFERENCES, Reference
 from internvl.objectives.run_start import RunStart
 
 _SHOWN_PAIRS = 2
+_MOST_VISUAL_BYTES = 2**30
+"""Of visual tokens that wait between the two passes of a step."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class _CachedRow:
     """float32 (P, 2)"""
     logps: Tensor | None
     """(P, 2) with their graph, of the row that is not computed twice."""
+    visual: Tensor | None
+    """(V, D) for the second pass, if both passes have the same."""
 
 
 class Mpo(PackedObjective):
@@ -254,18 +258,24 @@ class Mpo(PackedObjective):
         # Last, so that no other forward pass comes between its own and its backward pass.
         first = next(batches, None)
         measured = []
+        free_bytes = _MOST_VISUAL_BYTES
         for row in batches:
             device = row.input_ids.device
             seed = int(torch.randint(2**62, ()))
+            visual = self._visual(model, row)
             with discard_saved_tensors(), seeded(seed, device):
-                logps = self.logps(model, row).detach()
-            cached = _CachedRow(seed, self._reference_logps(model, row), None)
-            self._cached.append(cached)
-            measured.append((logps, cached.reference))
+                logps = self.logps(model, row, visual).detach()
+            reference = self._reference_logps(model, row, visual)
+            free_bytes -= 0 if visual is None else visual.nbytes
+            self._cached.append(
+                _CachedRow(seed, reference, None, visual if free_bytes >= 0 else None)
+            )
+            measured.append((logps, reference))
         if first is not None:
-            reference = self._reference_logps(model, first)
-            logps = self.logps(model, first)
-            self._cached.appendleft(_CachedRow(None, reference, logps))
+            visual = self._visual(model, first)
+            reference = self._reference_logps(model, first, visual)
+            logps = self.logps(model, first, visual)
+            self._cached.appendleft(_CachedRow(None, reference, logps, None))
             measured.insert(0, (logps.detach(), reference))
         self._next_delta = self.delta.updated(self._mean_reward(measured))
 
@@ -281,11 +291,14 @@ class Mpo(PackedObjective):
     def __call__(self, model: Any, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Returns the sum of each term, float32 ()."""
         cached = self._cached.popleft() if self._cached else None
-        reference = self._reference_logps(model, batch) if cached is None else cached.reference
-        logps = None if cached is None else cached.logps
+        if cached is None:
+            visual = self._visual(model, batch)
+            reference = self._reference_logps(model, batch, visual)
+            cached = _CachedRow(None, reference, None, visual)
+        reference, logps = cached.reference, cached.logps
         if logps is None:
-            with seeded(None if cached is None else cached.seed, batch.input_ids.device):
-                logps = self.logps(model, batch)
+            with seeded(cached.seed, batch.input_ids.device):
+                logps = self.logps(model, batch, cached.visual)
         self._measured.append(torch.stack([logps.detach(), reference], 1))
         return self._terms(logps, reference, batch.lengths)
 
@@ -304,15 +317,23 @@ class Mpo(PackedObjective):
             for term in self.weights
         }
 
-    def logps(self, model: Any, row: PreferenceBatch) -> Tensor:
-        """Returns log-probabilities of the answers, float32 (P, 2), summed over tokens."""
-        return -answer_losses(model, row, self.data.statistics)
+    def logps(self, model: Any, row: PreferenceBatch, visual: Tensor | None = None) -> Tensor:
+        """Returns log-probabilities of the answers, float32 (P, 2), summed over tokens.
 
-    def _reference_logps(self, model: Any, row: PreferenceBatch) -> Tensor:
+        Args:
+            visual: the row's visual tokens (V, D), if they are computed already.
+        """
+        return -answer_losses(model, row, self.data.statistics, visual)
+
+    def _visual(self, model: Any, row: PreferenceBatch) -> Tensor | None:
+        # In training mode, as the policy's: the reference's would round otherwise where compiled.
+        return repeated_visual(model, row, self.data.statistics)
+
+    def _reference_logps(self, model: Any, row: PreferenceBatch, visual: Tensor | None) -> Tensor:
         # None before a run begins: the first rows compile blocks, and train nothing.
         if self.reference is None:
             return torch.zeros_like(row.lengths)
-        return self.reference.logps(model, row)
+        return self.reference.logps(model, row, visual)
 
     def end_step(self, means: dict[str, float], applied: bool) -> dict[str, float]:
         """See `Objective.end_step`; returns rewards, accuracies and log-probabilities."""

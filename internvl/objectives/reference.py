@@ -35,8 +35,8 @@ _FRAMES = (
     "objective.reference=live"
 )
 
-Compute = Callable[[Any, PreferenceBatch], Tensor]
-"""(model, row) -> log-probabilities of its answers, float32 (P, 2)."""
+Compute = Callable[..., Tensor]
+"""(model, row, visual tokens or None) -> log-probabilities of its answers, float32 (P, 2)."""
 
 
 class Reference(Protocol):
@@ -57,8 +57,12 @@ class Reference(Protocol):
         """Returns the row with what is stored of its pairs."""
         ...
 
-    def logps(self, model: Any, row: PreferenceBatch) -> Tensor:
-        """Returns log-probabilities (P, 2) of a row on the device."""
+    def logps(self, model: Any, row: PreferenceBatch, visual: Tensor | None = None) -> Tensor:
+        """Returns log-probabilities (P, 2) of a row on the device.
+
+        Args:
+            visual: the row's visual tokens, if the policy's are the reference's.
+        """
         ...
 
 
@@ -77,10 +81,10 @@ class Adapters:
         """See `Reference.attach`."""
         return row
 
-    def logps(self, model: Any, row: PreferenceBatch) -> Tensor:
+    def logps(self, model: Any, row: PreferenceBatch, visual: Tensor | None = None) -> Tensor:
         """See `Reference.logps`."""
         with adapters_off(model), evaluating(model):
-            return self.compute(model, row)
+            return self.compute(model, row, visual)
 
 
 class Live:
@@ -100,10 +104,10 @@ class Live:
         """See `Reference.attach`."""
         return row
 
-    def logps(self, model: Any, row: PreferenceBatch) -> Tensor:
+    def logps(self, model: Any, row: PreferenceBatch, visual: Tensor | None = None) -> Tensor:
         """See `Reference.logps`."""
         with evaluating(self.model):
-            return self.compute(self.model, row)
+            return self.compute(self.model, row, visual)
 
 
 @dataclass
@@ -234,7 +238,7 @@ class Precomputed:
             "the reference of all pairs anew"
         )
 
-    def logps(self, model: Any, row: PreferenceBatch) -> Tensor:
+    def logps(self, model: Any, row: PreferenceBatch, visual: Tensor | None = None) -> Tensor:
         """See `Reference.logps`."""
         if row.reference is None:  # a synthetic row, which trains nothing
             return torch.zeros_like(row.lengths)

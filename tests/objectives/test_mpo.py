@@ -13,6 +13,7 @@ from internvl import check, log, train
 from internvl.config import recipes
 from internvl.data.packing import common_prefix
 from internvl.errors import DataError, RunError
+from internvl.objectives import mpo
 from internvl.objectives.mpo import RunningMean, Watch
 
 STEPS = 3
@@ -133,6 +134,29 @@ def test_adapters_off_are_the_reference_that_is_stored(project, tmp_path):
     assert not (tmp_path / "off" / "reference.jsonl").exists()
     close(run(project, tmp_path / "stored", *ADAPTERS, "objective.reference=precomputed"), off)
     assert (tmp_path / "stored" / "reference.jsonl").exists()
+
+
+def test_a_frozen_tower_runs_once_a_row(project, tmp_path, monkeypatch):
+    settings = ["objective.delta=exact", "steps=1", *ADAPTERS]
+    recipe = recipes.load_recipe(project, [f"run={tmp_path}/run", *settings])
+    state = train.build(recipe)
+    towers, passes = [], []
+    state.model.model.vision_tower.register_forward_hook(lambda *_: towers.append(1))
+
+    def keep(module, args, kwargs):
+        assert kwargs["pixel_values"] is None
+        passes.append(kwargs["visual"])
+
+    state.model.register_forward_pre_hook(keep, with_kwargs=True)
+    (metrics,) = train.updates(state)
+    # Policy and reference of every row, and the policy once more in all rows but one.
+    assert len(passes) == 3 * metrics["rows"] - 1
+    assert len(towers) == len({id(visual) for visual in passes if visual is not None})
+    monkeypatch.setattr(mpo, "_MOST_VISUAL_BYTES", 0)
+    again = train.build(recipes.load_recipe(project, [f"run={tmp_path}/again", *settings]))
+    (computed_again,) = train.updates(again)
+    names = ("loss", "grad_norm", "delta", "logps/chosen")
+    assert [computed_again[n] for n in names] == [metrics[n] for n in names]
 
 
 @pytest.mark.parametrize("delta", ["exact", pytest.param("lagged", marks=pytest.mark.slow)])

@@ -20,7 +20,7 @@ from internvl.models.chat import processor
 from internvl.models.hub import ModelFolder
 from internvl.models.tensors import LazyTensor, without_values
 from internvl.models.units import Unit
-from internvl.models.vision import set_drop_path
+from internvl.models.vision import is_random, set_drop_path
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 """The placeholder: each of its positions takes one visual token."""
@@ -101,6 +101,18 @@ class ChatModel(InternVLForConditionalGeneration):
         """Encodes normalized tiles (N, 3, S, S) to visual tokens for the text, (N, K, D)."""
         return self.model.get_image_features(pixel_values=pixel_values).pooler_output
 
+    def vision_tokens_of_row(self, pixel_values: Tensor) -> Tensor:
+        """Encodes the tiles (N, 3, S, S) of a packed row to its visual tokens in order, (N K, D)."""
+        # Duplicate a lone tile: torch.compile specializes on batch size 1 and would recompile.
+        tiles = pixel_values if len(pixel_values) > 1 else pixel_values.repeat(2, 1, 1, 1)
+        return self.vision_tokens(tiles)[: len(pixel_values)].flatten(0, 1)
+
+    @property
+    def repeats_vision_tokens(self) -> bool:
+        """Whether every pass of a step, of other adapters too, gets the same visual tokens."""
+        # Under shards all ranks run the tower in every pass, or wait for those that do.
+        return not (self.runs_tower or units.trains(*self._vision()) or is_random(*self._vision()))
+
     # The parameters are spelled out because `generate` reads them off the signature.
     def forward(
         self,
@@ -113,13 +125,15 @@ class ChatModel(InternVLForConditionalGeneration):
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         supervision: Supervision | None = None,
+        visual: Tensor | None = None,
         **kwargs: Any,
     ) -> InternVLCausalLMOutputWithPast:
         """As the parent's; with `supervision`, `loss` is the weighted SUM over its positions, or
         those of its segments, float32 (num_segments,).
 
         Logits are then computed at those positions only, a chunk at a time, and not returned.
-        `input_ids` (1, L) must hold as many placeholders as there are visual tokens.
+        `input_ids` (1, L) must hold as many placeholders as there are visual tokens. Those may be
+        passed, as `vision_tokens_of_row` returns them, in place of `pixel_values`.
         """
         inputs = {
             "input_ids": input_ids,
@@ -142,7 +156,7 @@ class ChatModel(InternVLForConditionalGeneration):
         language_model = self.model.language_model
         with kernels.select_positions(language_model.layers, supervision.positions) as selected:
             hidden = language_model(
-                inputs_embeds=self._embed(input_ids, pixel_values),
+                inputs_embeds=self._embed(input_ids, pixel_values, visual),
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 use_cache=False,
@@ -164,19 +178,20 @@ class ChatModel(InternVLForConditionalGeneration):
             loss = loss + checkpoint(self._chunk_loss, *terms, use_reentrant=False)
         return InternVLCausalLMOutputWithPast(loss=loss)
 
-    def _embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+    def _embed(
+        self, input_ids: Tensor, pixel_values: Tensor | None, visual: Tensor | None
+    ) -> Tensor:
         """(1, L, D) of a row (1, L): token embeddings, visual tokens at their placeholders."""
         embeds = self.get_input_embeddings()(input_ids)
-        if pixel_values is None:
+        if visual is None and pixel_values is None:
             return self._with_blank_tile(embeds) if self.runs_tower else embeds
-        # Duplicate a lone tile: torch.compile specializes on batch size 1 and would recompile.
-        tiles = pixel_values if len(pixel_values) > 1 else pixel_values.repeat(2, 1, 1, 1)
-        visual = self.vision_tokens(tiles)
-        visual = visual[: len(pixel_values)].flatten(0, 1).to(embeds.dtype)
+        if visual is None:
+            assert pixel_values is not None
+            visual = self.vision_tokens_of_row(pixel_values)
         placeholders = input_ids[0] == self.config.image_token_id
         # The size is known from the tiles; plain nonzero would synchronize with the GPU.
         positions = torch.nonzero_static(placeholders, size=len(visual)).squeeze(1)
-        return embeds[0].index_copy(0, positions, visual)[None]
+        return embeds[0].index_copy(0, positions, visual.to(embeds.dtype))[None]
 
     def _with_blank_tile(self, embeds: Tensor) -> Tensor:
         """Returns the embeddings (B, L, D) with the visual tokens of a tile added at weight 0."""
