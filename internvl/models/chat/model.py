@@ -102,7 +102,7 @@ class ChatModel(InternVLForConditionalGeneration):
         return self.model.get_image_features(pixel_values=pixel_values).pooler_output
 
     def vision_tokens_of_row(self, pixel_values: Tensor) -> Tensor:
-        """Encodes the tiles (N, 3, S, S) of a packed row to its visual tokens in order, (N K, D)."""
+        """Encodes the tiles (N, 3, S, S) of a packed row to its visual tokens, (N K, D)."""
         # Duplicate a lone tile: torch.compile specializes on batch size 1 and would recompile.
         tiles = pixel_values if len(pixel_values) > 1 else pixel_values.repeat(2, 1, 1, 1)
         return self.vision_tokens(tiles)[: len(pixel_values)].flatten(0, 1)
