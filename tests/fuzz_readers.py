@@ -455,7 +455,7 @@ def read_frame_folder(folder: Path) -> Problems:
 
 def evaluation(kind: str, file: str, **keys: Any) -> Callable[[Path], Problems]:
     def read(folder: Path) -> Problems:
-        names = {"classes", "templates", "train", "pictures"}
+        names = {"classes", "templates", "train", "image_list"}
         given = {k: folder / v if k in names else v for k, v in keys.items()}
         annotations = folder / file
         if kind != "classify":
@@ -1003,7 +1003,7 @@ _TABLE = (
     Reader(
         "eval-published",
         seed_published,
-        evaluation("caption", "captions.json", pictures="images.json"),
+        evaluation("caption", "captions.json", image_list="images.json"),
         ("internvl.data.captions.read",),
         damaged="*.json",
     ),

@@ -349,8 +349,8 @@ def _draw(folder: Path) -> Path:
             folder / f"{name}.png"
         )
     rows: list[tuple[list[str], list[tuple[str, str]]]] = [
-        (["wide"], [("human", "<image>\nDescribe the image."), ("gpt", "A picture.")]),
-        (["tall"], [("human", "Look: <image>\nWhat is it?"), ("gpt", "A picture.")]),
+        (["wide"], [("human", "<image>\nDescribe the image."), ("gpt", "A scene.")]),
+        (["tall"], [("human", "Look: <image>\nWhat is it?"), ("gpt", "A scene.")]),
         (["small"], [("system", "Be brief."), ("human", "<image>\n这是什么？"), ("gpt", "图。")]),
         (
             ["wide", "tall"],

@@ -117,8 +117,8 @@ class CaptionEval(EvalConfig):
     tiles: str | int | None = None
     """Most tiles of an image for a chat model: a number, `one`, or `checkpoint` for the model's.
     null: the model's."""
-    # Not `images`, the folder; saved recipes have this key.
-    pictures: Path | None = None
+    # Not `images`, which is the folder.
+    image_list: Path | None = None
     """Karpathy's list of the image names, if `annotations` has only their ids."""
     flat: bool = False
     """Images lie directly in `images`, whatever folder their names have."""
@@ -130,7 +130,7 @@ class CaptionEval(EvalConfig):
     @property
     def files(self) -> tuple[Path | None, ...]:
         """See `EvalConfig.files`."""
-        return (self.annotations, self.pictures)
+        return (self.annotations, self.image_list)
 
     def problems(self) -> Iterator[str]:
         """See `EvalConfig.problems`."""

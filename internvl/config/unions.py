@@ -1,12 +1,16 @@
 """Sections of several types under one recipe key: one dataclass for each type."""
 
+from collections.abc import Mapping, Set
 from dataclasses import MISSING, dataclass, fields
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, cast, get_args, get_origin
 
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
+
+from internvl.files import read_yaml
 
 # pydantic puts a member's name into the place of an error, between the recipe's keys; with a sign
 # that no key contains, problems.py can tell the two apart.
@@ -62,11 +66,24 @@ class OneOf:
             chosen = [s for s in sections if tag_of(s, self.key) == tag(value)]
             # Empty for an unknown tag, which the union then reports by its name.
             names = {field.name for section in chosen for field in fields(section)}
+            value = {_todays_name(k, value, names): v for k, v in value.items()}
             return {k: v for k, v in value.items() if k in names or not _is_default(sections, k, v)}
 
         choices = {tag_of(s, self.key): handler.generate_schema(s) for s in sections}
         union = core_schema.tagged_union_schema(choices, discriminator=tag)
         return core_schema.no_info_before_validator_function(drop_foreign_defaults, union)
+
+
+def _todays_name(key: Any, value: Mapping[Any, Any], names: Set[str]) -> Any:
+    """Returns the name that a key of a section has since, unless both names are there."""
+    name = key if key in names else _renamed().get(key, key)
+    return key if name in value else name
+
+
+@cache
+def _renamed() -> dict[str, str]:
+    """Reads the table old key -> name since, of recipes that earlier versions saved."""
+    return cast(dict[str, str], read_yaml(Path(__file__).with_name("renamed.yaml")))
 
 
 def _is_default(sections: tuple[type, ...], key: Any, value: Any) -> bool:

@@ -252,7 +252,7 @@ def configs(
         fields |= {"form": task.form, "clean": task.clean, "split": split, "batch_size": 64}
     else:
         # The original generates at least 8 tokens of a caption.
-        fields |= {"pictures": image_list, "flat": task.flat, "min_new_tokens": 8}
+        fields |= {"image_list": image_list, "flat": task.flat, "min_new_tokens": 8}
     return {
         _named(name, language): eval_config(**{**fields, "annotations": path, **more})
         for language, path in paths.items()

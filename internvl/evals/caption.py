@@ -57,7 +57,7 @@ class Caption:
         """
         self.config = config
         file = captions.read(
-            config.annotations, config.form, split=config.split, images=config.pictures
+            config.annotations, config.form, split=config.split, images=config.image_list
         )
         self.problems = file.problems
         self.references: dict[ImageId, list[str]] = {}

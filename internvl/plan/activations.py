@@ -177,7 +177,7 @@ class Activations(ABC):
         k = q // heads * key_heads
         # Flex attention reads grouped keys; the others repeat them for every query head.
         mixed = 2 * q + 2 * (k if self.attention == "flex" else q)
-        normed = q + k if hasattr(block.self_attn, "q_norm") else 0
+        normed = 0 if getattr(block.self_attn, "q_norm", None) is None else q + k
         adapters = self.adapters_of(block)
         saved = SAVED_BY_BLOCKS[self.mode(block, adapters), self.compiled].decoder
         narrow, wide = self.values_per_token(saved, self.inner_width(), text.hidden_size, normed)
@@ -237,9 +237,8 @@ class Activations(ABC):
     def inner_width(self) -> int:
         """Inner width of the MLP; of a mixture's experts, the width that a token uses."""
         experts = getattr(self.text, "num_experts_per_tok", 0) or 0
-        if experts and hasattr(self.text, "moe_intermediate_size"):
-            return experts * self.text.moe_intermediate_size
-        return self.text.intermediate_size
+        of_expert = getattr(self.text, "moe_intermediate_size", None)
+        return experts * of_expert if experts and of_expert else self.text.intermediate_size
 
     def num_kept(self, count: int, layers: nn.Module) -> int:
         """How many of `count` blocks are not recomputed."""

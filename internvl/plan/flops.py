@@ -27,6 +27,8 @@ from internvl.plan.work import Summable, Work
 FIRST = ("q_proj", "k_proj", "v_proj", "qkv_proj")
 """Layers that read the input of their block, through its first norm."""
 _FIRST_NORMS = ("input_layernorm", "layernorm_before")
+# InternViT's blocks call it attention, language models self_attn.
+_MIXERS = ("attention", "self_attn")
 
 
 @dataclass(frozen=True)
@@ -231,8 +233,7 @@ def _blocks(
         below_mlp = below or (cross is not None and cross.below)
         products += _products(block, tokens, below, below_mlp)
         first = below or _trains_in(block, _FIRST_NORMS)
-        # InternViT's blocks call it attention, language models self_attn.
-        mixer = block.get_submodule("attention" if hasattr(block, "attention") else "self_attn")
+        mixer = next(child for name, child in block.named_children() if name in _MIXERS)
         mixing += Part(attention, attention * (3 if first or trains(mixer) else 1))
         if cross is not None and block.cross_attn is not None:
             crossing = _crossing(block, cross, below)

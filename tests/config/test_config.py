@@ -398,6 +398,20 @@ def test_resolved_recipes_with_the_keys_of_every_type_still_load(name, objective
     assert resolve(yaml.safe_load(recipes.to_yaml(recipe))) == recipe
 
 
+def test_a_key_that_was_renamed_is_read_under_both_names():
+    """Runs saved by earlier versions resume."""
+    section = {"type": "caption", "annotations": "a"}
+    (old, new) = (
+        resolve({**GOOD, "evals": {"e": {**section, key: "list.json"}}})
+        for key in ("pictures", "image_list")
+    )
+    assert old == new
+    assert old.evals["e"].image_list == Path("list.json")
+    both = {**section, "pictures": "a.json", "image_list": "b.json"}
+    (line,) = problems({**GOOD, "evals": {"e": both}})
+    assert line.startswith("evals.e.pictures: unknown key")
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
