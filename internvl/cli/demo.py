@@ -3,16 +3,21 @@
 import argparse
 from pathlib import Path
 
-from internvl.cli.common import Arguments, loading
+from internvl.cli.common import Arguments, loading, run_as_ranks
+from internvl.launch import launchers
 
 
 def run(args: Arguments) -> int:
     """Train, evaluate, export and reload a tiny model on a CPU; writes report.html."""
+    # Two from the start: each imports what trains and exports once, and this process nothing.
+    if not launchers.has_parent():
+        return run_as_ranks(args, 2)
     with loading("the demo"):
-        from internvl import demo
+        from internvl import demo, dist
 
     page = demo.run(args.to, short=args.short)
-    print(f"The report is {page.resolve()}; open it in a browser.")
+    if dist.is_main():
+        print(f"The report is {page.resolve()}; open it in a browser.")
     return 0
 
 

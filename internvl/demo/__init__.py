@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from internvl import export, report
+from internvl import dist, export, report
 from internvl.config import CaptionEval, Recipe, recipes
 from internvl.data.templates import template
 from internvl.datasets import openmoji
@@ -77,10 +77,26 @@ SHORT = DemoSize(
 def run(folder: Path, *, short: bool = False) -> Path:
     """Runs the whole demo in `folder`; returns the report's path. A second call resumes.
 
+    All ranks of a process group train, and rank 0 does the rest.
+
     Raises:
         UserError: packages are missing, or an exported model does not answer as ours does.
     """
-    size, timing = (SHORT if short else FULL), Timing()
+    dist.init_from_env("cpu")
+    if dist.is_main():
+        _run(folder, SHORT if short else FULL)
+    else:
+        ranks.train_together(folder / _RECIPE)
+        ranks.train_together(folder / _RETRIEVAL / retrieval.RECIPE)
+    return folder / _PAGE
+
+
+_RECIPE, _RETRIEVAL, _PAGE = "recipe.yaml", "retrieval", "report.html"
+
+
+def _run(folder: Path, size: DemoSize) -> None:
+    """Does all of the demo that is not training, and trains with the other ranks."""
+    timing = Timing()
     data = timing.measure(
         "drawing the images",
         lambda: openmoji.prepare(pixels=PIXELS, limit_families=size.limit_families),
@@ -89,23 +105,22 @@ def run(folder: Path, *, short: bool = False) -> Path:
     start, exported = folder / "start", folder / "model"
     if not (start / "config.json").exists():
         timing.measure("making a small model", lambda: start_model(data, start))
-    # The recipe is a file, for the second process and for a user who goes on from it.
+    # The recipe is a file, for the other ranks and for a user who goes on from it.
     recipe = make_recipe(data, start, folder / "run", size)
-    file = folder / "recipe.yaml"
+    file = folder / _RECIPE
     file.write_text(recipes.to_yaml(recipe), encoding="utf-8")
-    timing.measure("training and evaluating", lambda: ranks.train_in_two(recipe, file))
+    timing.measure("training and evaluating", lambda: ranks.train_together(file))
     if not exported.exists():
         timing.measure("exporting", lambda: export.run(recipe.run, exported))
     checked = timing.measure(
         "reloading in plain transformers", lambda: compare_reloaded(recipe, exported)
     )
     searching = retrieval.run(
-        folder / "retrieval", data, exported, size.retrieval, recipe.dtype, timing
+        folder / _RETRIEVAL, data, exported, size.retrieval, recipe.dtype, timing
     )
-    page, chat = folder / "report.html", pages.read_run(recipe)
-    commands = _commands(folder, recipe, data)
-    report.write(pages.make_page(chat, data, timing, checked, searching, commands), page)
-    return page
+    chat, commands = pages.read_run(recipe), _commands(folder, recipe, data)
+    page = pages.make_page(chat, data, timing, checked, searching, commands)
+    report.write(page, folder / _PAGE)
 
 
 @dataclass(frozen=True)
@@ -275,7 +290,7 @@ def make_recipe(data: Path, start: Path, run_folder: Path, size: DemoSize) -> Re
             "epochs": size.epochs,
             "dtype": cpu_dtype(),
             "device": "cpu",
-            "threads": 1,  # in each of the two processes
+            "threads": 1,  # in each of the two ranks
             "compute": {"attention": "eager"},
         },
         name="the demo's recipe",

@@ -1,30 +1,14 @@
-"""Trains in two processes on two CPU cores, as on two GPUs."""
+"""Trains on two CPU cores as on two GPUs: `internvl demo` is two ranks from its start."""
 
-import subprocess
 from pathlib import Path
 
-from internvl import train
-from internvl.config import Recipe
-from internvl.errors import RanksFailed
-from internvl.launch import local
-from internvl.training import length
+from internvl import dist, train
+from internvl.config import recipes
 
 
-def train_in_two(recipe: Recipe, file: Path) -> None:
-    """Trains `recipe` in two processes of its own.
-
-    Args:
-        file: path of the recipe, which they read.
-
-    Raises:
-        RanksFailed: one of them failed, for the reason in the text.
-    """
+def train_together(file: Path) -> None:
+    """Trains the recipe of a file on all ranks; those that do nothing else wait for it here."""
     # Not two threads: they would wait for each other in every layer of a model this small, two
     # processes only once per step.
-    if length.finished(recipe.run):
-        train.run(recipe)  # says so
-        return
-    # The next commands that `train` prints are not those of a demo.
-    ended = local.run(local.verb("train", str(file)), 2, stdout=subprocess.DEVNULL)
-    if ended.code:
-        raise RanksFailed(ended.sentence, ended.code)
+    dist.barrier()
+    train.run(recipes.load_recipe(file))

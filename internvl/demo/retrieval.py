@@ -37,6 +37,9 @@ WIDTH = 128
 MODES = ("c", "g")
 RECALL_K = (1, 5)
 
+RECIPE = "recipe.yaml"
+"""Name of the recipe's file in the folder of the retrieval part."""
+
 T = TypeVar("T")
 
 MUON = {"name": "muon", "schedule": "wsd", "warmup_ratio": 0.05, "betas": [0.9, 0.98]}
@@ -71,9 +74,9 @@ def run(
             "making a small InternVL-14B", lambda: start_model(_names(data), tower, start)
         )
     recipe = make_recipe(data, start, folder / "run", size, dtype)
-    file = folder / "recipe.yaml"
+    file = folder / RECIPE
     file.write_text(recipes.to_yaml(recipe), encoding="utf-8")
-    timing.measure("training and evaluating retrieval", lambda: ranks.train_in_two(recipe, file))
+    timing.measure("training and evaluating retrieval", lambda: ranks.train_together(file))
     if not exported.exists():
         timing.measure("exporting it", lambda: export.run(recipe.run, exported, "official"))
     loaded = timing.measure("loading it and searching", lambda: compare_loaded(recipe, exported))

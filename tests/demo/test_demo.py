@@ -1,16 +1,16 @@
 """The demo's parts on a few images: every folder it makes, and the page."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 
-from internvl import demo, dist, log
+from internvl import demo, log
 from internvl.config import recipes
 from internvl.datasets import openmoji
-from internvl.demo import ranks, retrieval
+from internvl.demo import retrieval
 from internvl.demo.page import Timing
 from internvl.errors import UserError
 from internvl.inference import load as loading
@@ -99,21 +99,26 @@ def test_a_second_call_trains_nothing_again(ran: tuple[Path, list], data: Path) 
     assert again[0] == ran[1][0]
 
 
-def test_two_processes_train_and_end_together(ran: tuple[Path, list], tmp_path: Path) -> None:
-    rows = log.StepLog(ran[0] / "run", "metrics.jsonl").rows()
-    assert [row["rows"] for row in rows] == [2] * SIZE.steps  # one in each process
-    recipe = recipes.load_recipe(ran[0] / "recipe.yaml", [f"run={tmp_path / 'run'}"])
-    broken = replace(recipe, model=replace(recipe.model, id=str(tmp_path / "nothing")))
-    (tmp_path / "recipe.yaml").write_text(recipes.to_yaml(broken), encoding="utf-8")
-    with pytest.raises(UserError, match="nothing"):
-        ranks.train_in_two(broken, tmp_path / "recipe.yaml")
-    assert dist.world_size() == 1
+TWO_RANKS = """
+from dataclasses import replace
+from pathlib import Path
+from internvl import demo
+demo.SHORT = replace(demo.SHORT, epochs=0.3, limit_families=12)
+print(demo.run(Path({folder!r}), short=True))
+"""
 
 
 @pytest.mark.scripts
-def test_the_whole_demo_writes_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_demo_on_two_ranks_writes_a_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(demo, "SHORT", replace(demo.SHORT, epochs=0.3, limit_families=12))
-    page = demo.run(tmp_path / "demo", short=True).read_text(encoding="utf-8")
-    for part in ("Naming, before and after", "Finding, before and after", "Names found by a"):
-        assert part in page
+    folder = tmp_path / "demo"
+    pages = run_ranks(TWO_RANKS.format(folder=str(folder)))
+    assert [Path(page.strip()) for page in pages] == [folder / "report.html"] * 2
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    for section in ("Naming, before and after", "Finding, before and after", "Names found by a"):
+        assert section in page
+    for run in (folder / "run", folder / "retrieval/run"):
+        # One in each rank.
+        assert {row["rows"] for row in log.StepLog(run, "metrics.jsonl").rows()} == {2}
