@@ -140,6 +140,10 @@ class Activations(ABC):
             language_passes: the same of the language model.
         """
 
+    def freed(self) -> float:
+        """Bytes that the language model's backward pass has freed when its last block runs back."""
+        return 0.0
+
     def cached_visual_share(self, micro_batches: int) -> float:
         """Share of the micro-batches whose visual tokens gradient caching keeps."""
         return 0.0

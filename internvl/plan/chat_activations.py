@@ -62,13 +62,28 @@ class ChatActivations(Activations):
             return around
         block, count = self.decoder_block(tokens), len(self.layers)
         num_kept = self.num_kept(count, self.layers)
-        entered = tokens * width * residual
+        entered = self.entered()
         recomputed = block if num_kept == 0 else 0.0  # one at a time
         if self.compute.offload:
             return around + block + entered
         if num_kept == count or (num_kept and count % 2 == 0):  # the last block is one of them
             around += self.last_block() - block
         return around + num_kept * block + (count - num_kept) * entered + recomputed
+
+    def freed(self) -> float:
+        """See `Activations`."""
+        if self.compute.offload or not flops.trains(self.language_model):
+            return 0.0
+        count = len(self.layers)
+        num_kept = self.num_kept(count, self.layers)
+        block = self.decoder_block(self.batch.rows.tokens)
+        # The last one is still there.
+        return max(0, num_kept - 1) * block + (count - max(1, num_kept)) * self.entered()
+
+    def entered(self) -> float:
+        """Bytes of the hidden states that enter a block of the language model."""
+        residual = self.trained_bytes(self.language_model.embed_tokens.weight.requires_grad)
+        return self.batch.rows.tokens * self.text.hidden_size * residual
 
     def last_block(self) -> float:
         """Bytes that the last block saves; its MLP may run on supervised positions alone."""

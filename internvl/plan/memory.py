@@ -69,7 +69,7 @@ def predict(
     counted = activations_of(model, recipe, load.largest, micro_batches, sharded=cut is not None)
     moving = counted.components()
     if cut is not None:
-        fixed, moving = _sharded(fixed, moving, cut, micro_batches)
+        fixed, moving = _sharded(fixed, moving, cut, micro_batches, counted.freed())
     components = {name: size for name, size in {**fixed, **moving}.items() if size}
     overhead = {
         # Weights and states are allocated once and leave no holes; only activations come and go.
@@ -80,19 +80,32 @@ def predict(
 
 
 def _sharded(
-    fixed: dict[str, float], moving: dict[str, float], cut: Shards, micro_batches: int
+    fixed: dict[str, float],
+    moving: dict[str, float],
+    cut: Shards,
+    micro_batches: int,
+    freed: float,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Adds what is whole for a while, at the backward pass's beginning, in the tower's, or at the
-    end, whichever takes most."""
+    """Adds what is whole for a while, at the backward pass's beginning, at the end of the language
+    model's, in the tower's, or at the end, whichever takes most.
+
+    Args:
+        freed: of the language model's activations when its last block runs back.
+    """
     # The shards of a single micro-batch's gradients grow as its activations are freed.
     grown = fixed.pop("gradients") if micro_batches == 1 else 0.0
     left = {name: size for name, size in moving.items() if name in _UNTIL_THE_TOWER}
+    in_stack = {
+        "gathered weights": cut.gathered(cut.others),
+        "gradients of a unit": cut.unit_gradients(cut.others, micro_batches),
+    }
+    of_others = sum(unit.trained for unit in cut.others) / max(1, cut.trained)
     moments = [
-        moving
-        | {
-            "gathered weights": cut.gathered(cut.others),
-            "gradients of a unit": cut.unit_gradients(cut.others, micro_batches),
-        },
+        moving | in_stack,
+        # Without that its gradients would meet activations that they follow upon.
+        moving | in_stack | {_OF_BLOCKS: moving[_OF_BLOCKS] - freed, "gradients": of_others * grown}
+        if freed and _OF_BLOCKS in moving
+        else {},
         # A tower of one unit has its gradients when its activations are gone.
         ({} if len(cut.tower) == 1 else left)
         | {
@@ -110,6 +123,7 @@ def _sharded(
     return fixed, max(moments, key=lambda components: sum(components.values()))
 
 
+_OF_BLOCKS = "language model activations"
 _UNTIL_THE_TOWER = ("tiles", "images and visual tokens", "vision tower activations")
 """Activations that are still there when the backward pass has come to the tower."""
 

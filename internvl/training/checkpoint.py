@@ -135,6 +135,8 @@ class Saver:
         tensors = moments.to_save(_tensors(model, optimizer))
         # A file of its own for each setting of each parameter took longer than the values did.
         tensors = {name: value for name, value in tensors.items() if not _is_setting(name)}
+        if self._group is not None:
+            tensors = _shared_out(tensors)
         needed = dist.sum_counts({"bytes": _num_bytes(tensors)})["bytes"]
         write = _Write(step, target, int(needed), keep)
         self._write = write
@@ -273,6 +275,22 @@ def _complete(target: Path, keep: int) -> None:
     # After the new one is complete: a full disk must not cost the old ones.
     for old in steps(target.parent)[:-keep]:
         shutil.rmtree(target.parent / f"{old:06d}")
+
+
+def _shared_out(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Returns what this rank writes: its rows of what is cut, and a share of what all ranks have.
+
+    torch would have every rank copy all of that to the host first, and pin memory for it.
+    """
+    loads, mine = [0] * dist.world_size(), set()
+    sizes = {name: _num_bytes({name: t}) for name, t in tensors.items()}
+    # By name among equals: ranks may have them in another order.
+    for name in sorted(tensors, key=lambda name: (-sizes[name], name)):
+        if not isinstance(tensors[name], DTensor):
+            rank = loads.index(min(loads))
+            loads[rank] += sizes[name]
+            mine |= {name} if rank == dist.rank() else set()
+    return {n: t for n, t in tensors.items() if isinstance(t, DTensor) or n in mine}
 
 
 def _num_bytes(tensors: dict[str, Any]) -> int:

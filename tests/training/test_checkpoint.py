@@ -1,11 +1,13 @@
 """Checkpoints of several ranks, and those that cannot be written, or only in part."""
 
+import json
 import subprocess
 
 import pytest
 import tiny_run
 import torch
 import torch.distributed.checkpoint as dcp
+from ranks import run_ranks
 from stopped_runs import EPOCH, run
 from tiny_run import command, losses
 from torch import nn
@@ -112,6 +114,43 @@ def test_settings_of_the_optimizer_are_the_recipes_and_not_saved(tmp_path, monke
         checkpoint.load(tmp_path / form, 1, model, optimizer)
         assert torch.equal(model.weight, stepped(0.1)[0].weight)
         assert optimizer.param_groups[0]["lr"] == 0.2
+
+
+COPIES = """
+import json
+from pathlib import Path
+import torch
+from torch import nn
+from internvl import dist
+from internvl.training import checkpoint
+
+dist.init_from_env("cpu")
+torch.manual_seed(0)
+model = nn.Sequential(*[nn.Linear(32, 32) for _ in range(4)])
+optimizer = torch.optim.AdamW(model.parameters())
+model(torch.ones(1, 32)).sum().backward()
+optimizer.step()
+shared = checkpoint._shared_out(checkpoint._tensors(model, optimizer))
+with checkpoint.Saver(torch.device("cpu")) as saver:
+    saver.save(Path({folder!r}), 1, model, optimizer, {{}}, keep=1)
+with torch.no_grad():
+    expected = [parameter.clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.zero_()
+checkpoint.load(Path({folder!r}), 1, model, optimizer)
+same = all(map(torch.equal, model.parameters(), expected))
+print(json.dumps([sorted(shared), checkpoint._num_bytes(shared), same]))
+dist.shutdown()
+"""
+
+
+def test_what_all_ranks_have_is_copied_by_one_of_them(tmp_path):
+    ranks = [json.loads(out) for out in run_ranks(COPIES.format(folder=str(tmp_path)))]
+    (names, size, same), (other_names, other_size, other_same) = ranks
+    assert same
+    assert other_same
+    assert not set(names) & set(other_names)
+    assert other_size == pytest.approx(size, rel=0.1)
 
 
 def test_a_run_goes_on_with_other_ranks_and_another_sharding(project, straight, tmp_path):
