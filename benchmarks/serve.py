@@ -1,25 +1,37 @@
 """Rate and latency of `internvl serve`, beside `chat.answer` on the same requests.
 
-    python benchmarks/serve.py                      # 2,000 requests, 64 clients, on a GPU
-    python benchmarks/serve.py --tiny               # the same path on a CPU, in a minute
+    python benchmarks/serve.py --peer               # the three rows, on a GPU; 4 minutes
+    python benchmarks/serve.py --peer --tiny        # the same path on a CPU, in two minutes
     python benchmarks/serve.py --url http://localhost:8000/v1 --model NAME  # any other server
 
-Every request shows one photo of seven tiles and asks for 30 tokens. `chat.answer`, the server and
-the clients are processes of their own, one after the other on the GPU, with as many slots. Weights
-are random (InternVL2-2B's shape). A client sends its next request when its last one is answered,
-streams it, and notes when the first token came. `--export DIR` writes the model that is measured,
-for another server.
+Every request shows one photo of seven tiles and asks for 30 tokens; weights are random
+(InternVL2-2B's shape). A client sends its next request when its last one is answered, streams it,
+and notes when the first token came. Rows, one after the other on the GPU, each in its own process:
+
+    answer        `chat.answer` with as many slots as there are clients, on 2,000 requests
+    serve         `internvl serve`, 2,000 requests of 64 clients
+    transformers  with --peer: `transformers serve`, as many requests as it answers in half a minute
+
+Each row is written to `--to` as soon as it is there; one that fails or takes too long says so.
+`--export DIR` writes the model that is measured, for another server.
 """
 
 import argparse
 import asyncio
 import base64
+import contextlib
+import http.client
 import io
 import json
 import multiprocessing
 import os
+import shutil
+import socket
 import statistics
+import subprocess
 import sys
+import tempfile
+import threading
 import time
 import urllib.parse
 from functools import partial
@@ -50,35 +62,52 @@ def model_of(options: argparse.Namespace) -> Any:
     return chat
 
 
-def answer(options: argparse.Namespace, results: Any) -> None:
-    """Requests a second of `chat.answer`, the second time: the first one compiles."""
+def answer(options: argparse.Namespace, folder: Path | None, to_parent: Any) -> None:
+    """Sends requests a second of `chat.answer`, after a warm-up of the same shapes.
+
+    Args:
+        folder: gets the model before, for another server, which may load it meanwhile.
+    """
+    from internvl.inference.generate import one_engine
     from internvl.inference.requests import Request
 
     chat = model_of(options)
+    if folder is not None:
+        from internvl import export
+
+        export.run(chat, folder, verify=False)
+    to_parent.send("exported")
     requests = [Request(f"<image>\n{QUESTION}", [photo(n)]) for n in range(options.count)]
-    seconds = []
-    for _ in range(2):
+    with one_engine(chat.model, options.count):
+        chat.answer(requests[: 2 * options.clients], **settings_of(options))
+        to_parent.send("warm")
+        to_parent.recv()
         started = time.perf_counter()
-        chat.answer(requests, max_new_tokens=NEW, batch_size=options.clients)
-        seconds.append(time.perf_counter() - started)
-    results.put(options.count / seconds[-1])
+        chat.answer(requests, **settings_of(options))
+        to_parent.send(time.perf_counter() - started)
 
 
-def serve(options: argparse.Namespace, port_file: Path) -> None:
+def settings_of(options: argparse.Namespace) -> dict[str, int]:
+    return {"max_new_tokens": NEW, "batch_size": options.clients}
+
+
+def serve(options: argparse.Namespace, port_file: Path, apart: bool) -> None:
     """Runs the server until it is told to stop."""
     from internvl import log
     from internvl.serve import Limits, Options, server
-    from internvl.serve.chat_engine import ChatEngine
 
     log.setup(30)
     limits = Limits(max_length=options.length, max_waiting=2 * options.clients)
-    chosen = Options(port=0, port_file=port_file, name=MODEL, limits=limits, slots=options.clients)
-    load = partial(_engine, options, chosen, ChatEngine)
-    server.serve("chat", [load], chosen, [])
+    chosen = Options(
+        port=0, port_file=port_file, name=MODEL, limits=limits, slots=options.clients, apart=apart
+    )
+    server.serve("chat", [partial(_engine, options, chosen)], chosen, [])
 
 
-def _engine(options: argparse.Namespace, chosen: Any, engine: Any) -> Any:
-    return engine(model_of(options), chosen)
+def _engine(options: argparse.Namespace, chosen: Any) -> Any:
+    from internvl.serve.chat_engine import ChatEngine
+
+    return ChatEngine(model_of(options), chosen)
 
 
 def body(index: int, name: str) -> bytes:
@@ -116,57 +145,120 @@ async def one(address: tuple[str, int], path: str, data: bytes) -> tuple[float, 
 
 
 async def clients(
-    address: tuple[str, int], path: str, bodies: list[bytes], options: argparse.Namespace, done: Any
+    address: tuple[str, int],
+    path: str,
+    bodies: list[bytes],
+    count: int,
+    number: int,
+    done: Any = None,
+    limit_s: float = 600.0,
 ) -> list[tuple[float, float, int]]:
-    left = iter(range(options.count))
-    answers = []
+    """Answers of `count` requests of so many clients, or of those that `limit_s` is enough for."""
+    left = iter(range(count))
+    answers: list[tuple[float, float, int]] = []
 
     async def client() -> None:
         for index in left:
             answers.append(await one(address, path, bodies[index % len(bodies)]))
-            done(len(answers))
+            if done is not None:
+                done(len(answers))
 
-    await asyncio.gather(*(client() for _ in range(options.clients)))
+    tasks = [asyncio.ensure_future(client()) for _ in range(number)]
+    finished, pending = await asyncio.wait(
+        tasks, timeout=limit_s, return_when=asyncio.FIRST_EXCEPTION
+    )
+    for task in pending:
+        task.cancel()
+    for task in finished:
+        task.result()
     return answers
 
 
 def memory_of(pid: int) -> float:
-    """Resident GiB of a process."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**30, 3)
+    """GiB that a process and those that it began hold, shared pages counted once."""
+    parents = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # one that has ended meanwhile
+            # After the name, which may have spaces: state, then the parent.
+            parents[int(file.parent.name)] = int(file.read_text().rpartition(")")[2].split()[1])
+    family, size = {pid}, 0.0
+    while more := {child for child, parent in parents.items() if parent in family} - family:
+        family |= more
+    for member in family:
+        with contextlib.suppress(OSError):
+            size += _held(Path(f"/proc/{member}"))
+    return round(size / 2**30, 3)
+
+
+def _held(folder: Path) -> float:
+    try:
+        return 1024 * int(folder.joinpath("smaps_rollup").read_text().split("Pss:")[1].split()[0])
+    except (FileNotFoundError, IndexError):  # not every kernel has it
+        return int(folder.joinpath("statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def gpu_memory() -> float | None:
+    """GiB of the first GPU in use, whoever uses them."""
+    words = ["nvidia-smi", "--id=0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=10)
+        return round(float(done.stdout.split()[0]) / 1024, 3)
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
 
 
 def measured(
-    address: tuple[str, int], path: str, name: str, options: argparse.Namespace, pid: int | None
+    address: tuple[str, int],
+    path: str,
+    name: str,
+    options: argparse.Namespace,
+    pid: int | None = None,
+    limit_s: float = 600.0,
 ) -> dict[str, Any]:
     bodies = [body(n, name) for n in range(16)]
-    memory: list[float] = []
+    memory: dict[int, list[float | None]] = {}
+    began = [0.0]
+    looks: list[threading.Thread] = []
+
+    def look(count: int) -> None:
+        memory[count] = [memory_of(pid or 0), gpu_memory()]
 
     def done(count: int) -> None:
+        began.append(time.perf_counter())
         if pid is not None and count % max(1, options.count // 8) == 0:
-            memory.append(memory_of(pid))
+            # Beside the clients, who would wait for it.
+            looks.append(threading.Thread(target=look, args=[count]))
+            looks[-1].start()
 
-    warm = argparse.Namespace(count=2 * options.clients, clients=options.clients)
-    asyncio.run(clients(address, path, bodies, warm, lambda count: None))
-    started = time.perf_counter()
-    answers = asyncio.run(clients(address, path, bodies, options, done))
-    seconds = time.perf_counter() - started
+    # What is built at first use, for rows of every length.
+    warm = 3 * options.clients if pid is not None else 2
+    asyncio.run(clients(address, path, bodies, warm, min(warm, options.clients), None, limit_s))
+    began[0] = time.perf_counter()
+    answers = asyncio.run(
+        clients(address, path, bodies, options.count, options.clients, done, limit_s)
+    )
+    for thread in looks:
+        thread.join()
+    if not answers:
+        raise RuntimeError(f"no answer in {limit_s:.0f} s")
+    # Until the last answer: some may have been begun when the time was up.
+    seconds = began[-1] - began[0]
     first = sorted(answer[0] for answer in answers)
     return {
+        "requests": len(answers),
+        "clients": options.clients,
         "requests_per_s": round(len(answers) / seconds, 2),
         "first_token_p50_ms": round(1e3 * statistics.median(first)),
         "first_token_p95_ms": round(1e3 * first[int(0.95 * len(first))]),
         "total_p50_ms": round(1e3 * statistics.median(answer[1] for answer in answers)),
         "pieces": round(statistics.mean(answer[2] for answer in answers), 1),
-        "host_gib": memory,
+        "host_and_gpu_gib_after": memory,
     }
 
 
-def wait_until_healthy(address: tuple[str, int], process: Any) -> None:
-    import http.client
-
-    while process.is_alive():
-        connection = http.client.HTTPConnection(*address)
+def wait_until_healthy(address: tuple[str, int], is_alive: Any, until_s: float) -> None:
+    while is_alive():
+        connection = http.client.HTTPConnection(*address, timeout=5)
         try:
             connection.request("GET", "/health")
             if connection.getresponse().status == 200:
@@ -175,34 +267,175 @@ def wait_until_healthy(address: tuple[str, int], process: Any) -> None:
             pass
         finally:
             connection.close()
+        if time.perf_counter() > until_s:
+            raise RuntimeError("the server was not ready in time")
         time.sleep(0.2)
     raise RuntimeError("the server has ended")
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    spawn = multiprocessing.get_context("spawn")
-    results = spawn.Queue()
-    process = spawn.Process(target=answer, args=(options, results))
-    process.start()
-    alone = results.get()
-    process.join()
-    port_file = Path(options.folder) / f"port_{os.getpid()}"
-    process = spawn.Process(target=serve, args=(options, port_file))
-    process.start()
+class Peer:
+    """`transformers serve` on the exported model."""
+
+    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.folder, self.address = folder, ("127.0.0.1", port)
+        self.log = folder.parent / "transformers.log"
+        device = "cpu" if options.tiny else "cuda"
+        # What its command calls; the command itself needs packages of its other subcommands.
+        code = "import sys; from transformers.cli.serve import Serve; Serve(sys.argv[1], "
+        code += f"host='127.0.0.1', port={port}, dtype='bfloat16', device='{device}')"
+        words = [sys.executable, "-W", "ignore", "-c", code, str(folder)]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(words, stdout=log, stderr=log, text=True)
+
+    def wait(self, until_s: float) -> None:
+        wait_until_healthy(self.address, lambda: self.process.poll() is None, until_s)
+
+    def measure(self, options: argparse.Namespace, limit_s: float) -> dict[str, Any]:
+        self.wait(time.perf_counter() + 20)
+        path = "/v1/chat/completions"
+        return measured(self.address, path, str(self.folder), options, None, limit_s)
+
+    def close(self) -> str:
+        """Ends it; returns the end of its log."""
+        self.process.kill()
+        self.process.wait()
+        return self.log.read_text()[-600:]
+
+
+class Rows:
+    """The rows of the table, each kept as soon as it is there."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.started = time.perf_counter()
+        self.all: list[dict[str, Any]] = []
+
+    def left(self) -> float:
+        return self.options.budget_s - (time.perf_counter() - self.started)
+
+    def keep(self, row: str, figures: dict[str, Any], started: float) -> None:
+        tiny = self.options.tiny
+        figures = {
+            "row": row,
+            **figures,
+            "hardware": "CPU" if tiny else torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "commit": commit(),
+            "wall_s": round(time.perf_counter() - started, 1),
+        }
+        print(json.dumps(figures), flush=True)
+        self.all.append(figures)
+        if self.options.to is not None:
+            self.options.to.parent.mkdir(parents=True, exist_ok=True)
+            self.options.to.write_text(json.dumps(self.all, indent=1) + "\n")
+
+
+def receive(pipe: Any, process: Any, limit_s: float) -> Any:
+    """The next message of a process."""
     try:
-        while not port_file.exists():
-            if not process.is_alive():
-                raise RuntimeError("the server has ended")
-            time.sleep(0.1)
-        address = ("127.0.0.1", int(port_file.read_text()))
-        wait_until_healthy(address, process)
-        served = measured(address, "/v1/chat/completions", MODEL, options, process.pid)
+        if pipe.poll(max(0.0, limit_s)):
+            return pipe.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"it has ended with {process.exitcode}") from None
+    raise RuntimeError(f"nothing came in {limit_s:.0f} s")
+
+
+def run(options: argparse.Namespace) -> None:
+    rows = Rows(options)
+    folder = Path(tempfile.mkdtemp(dir=options.folder))
+    peer: Peer | None = None
+    try:
+        alone, peer = run_answer(rows, folder, options)
+        run_serve(rows, folder, options, alone)
+        if peer is not None:
+            started = time.perf_counter()
+            # Its load is long done: it waits since the first row.
+            try:
+                figures = peer.measure(options, min(options.peer_s, rows.left() - 5))
+                figures |= {
+                    "share_of_answer": alone and round(figures["requests_per_s"] / alone, 3)
+                }
+            except (RuntimeError, OSError) as error:
+                figures = {"failed": f"{error}; {peer.close()}"[:900]}
+            rows.keep("transformers", figures, started)
     finally:
-        process.terminate()
-        process.join(30)
-        port_file.unlink(missing_ok=True)
-    share = served["requests_per_s"] / alone
-    return {"answer_per_s": round(alone, 2), "share_of_answer": round(share, 3), **served}
+        if peer is not None:
+            peer.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_answer(
+    rows: Rows, folder: Path, options: argparse.Namespace
+) -> tuple[float | None, Peer | None]:
+    """Requests a second of `chat.answer`, and the other server, which loads meanwhile."""
+    started = time.perf_counter()
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    to = folder / MODEL if options.peer else None
+    process = spawn.Process(target=answer, args=(options, to, theirs))
+    process.start()
+    theirs.close()
+    peer, figures, rate = None, {}, None
+    limit_s = 0.5 * options.budget_s
+    try:
+        receive(ours, process, limit_s)
+        if to is not None:
+            peer = Peer(to, options)
+        receive(ours, process, limit_s)
+        figures["ready_s"] = round(time.perf_counter() - started, 1)
+        # Loading beside would cost the row some of its time.
+        if peer is not None:
+            with contextlib.suppress(RuntimeError):
+                peer.wait(time.perf_counter() + 30)
+        ours.send("go")
+        rate = options.count / receive(ours, process, limit_s)
+        figures |= {"requests": options.count, "requests_per_s": round(rate, 2)}
+    except RuntimeError as error:
+        figures["failed"] = str(error)
+    finally:
+        process.join(20)
+        process.kill()
+    rows.keep("answer", figures, started)
+    return rate, peer
+
+
+def run_serve(rows: Rows, folder: Path, options: argparse.Namespace, alone: float | None) -> None:
+    """The row of `internvl serve`; by a thread if an engine in a process of its own fails."""
+    spawn = multiprocessing.get_context("spawn")
+    for apart in (True, False):
+        started = time.perf_counter()
+        port_file = folder / f"port_{apart}"
+        process = spawn.Process(target=serve, args=(options, port_file, apart))
+        process.start()
+        figures: dict[str, Any] = {"engine": "process" if apart else "thread"}
+        try:
+            until_s = started + min(100, rows.left())
+            while not port_file.exists():
+                if not process.is_alive() or time.perf_counter() > until_s:
+                    raise RuntimeError("the server has no port")
+                time.sleep(0.1)
+            address = ("127.0.0.1", int(port_file.read_text()))
+            wait_until_healthy(address, process.is_alive, until_s)
+            figures["ready_s"] = round(time.perf_counter() - started, 1)
+            path, spare = "/v1/chat/completions", options.peer_s if options.peer else 5
+            limit_s = max(30.0, rows.left() - spare)
+            figures |= measured(address, path, MODEL, options, process.pid, limit_s)
+            if alone is not None:
+                figures["share_of_answer"] = round(figures["requests_per_s"] / alone, 3)
+        except (RuntimeError, OSError) as error:
+            figures["failed"] = str(error)[:900]
+        finally:
+            process.terminate()
+            process.join(10)
+            process.kill()
+        rows.keep("serve", figures, started)
+        # Not again if there is no time to.
+        if "failed" not in figures or rows.left() < 60:
+            return
 
 
 def main() -> None:
@@ -210,11 +443,14 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=COUNT)
     parser.add_argument("--clients", type=int, default=CLIENTS)
     parser.add_argument("--length", type=int, default=4096, help="tokens of a slot")
+    parser.add_argument("--peer", action="store_true", help="measure `transformers serve` too")
+    parser.add_argument("--peer-s", type=float, default=30, help="seconds for it")
+    parser.add_argument("--budget-s", type=float, default=265, help="seconds for all rows")
     parser.add_argument("--url", help="measure this server instead, such as http://HOST:PORT/v1")
     parser.add_argument("--model", help="name to ask it for")
     parser.add_argument("--export", type=Path, help="write the model in transformers' layout there")
-    parser.add_argument("--folder", default=".", help="where the port is written")
-    parser.add_argument("--to", type=Path, default=None, help="file for the JSON")
+    parser.add_argument("--folder", default=None, help="where the model for the peer is written")
+    parser.add_argument("--to", type=Path, default=None, help="file for the rows' JSON")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     if options.tiny:
@@ -223,25 +459,14 @@ def main() -> None:
         from internvl import export
 
         print(export.run(model_of(options), options.export, verify=False), file=sys.stderr)
-        return
-    if options.url is not None:
+    elif options.url is not None:
         parts = urllib.parse.urlsplit(options.url)
         address = (parts.hostname or "127.0.0.1", parts.port or 80)
         path = f"{parts.path.rstrip('/')}/chat/completions"
-        figures = measured(address, path, options.model, options, None)
+        started = time.perf_counter()
+        Rows(options).keep("url", measured(address, path, options.model, options), started)
     else:
-        figures = run(options)
-    figures = {
-        "requests": options.count,
-        "clients": options.clients,
-        **figures,
-        "hardware": "CPU" if options.tiny else torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "commit": commit(),
-    }
-    print(json.dumps(figures), flush=True)
-    if options.to is not None:
-        options.to.write_text(json.dumps(figures, indent=1) + "\n")
+        run(options)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,8 @@ class Options:
     """Of requests that do not say; 0 is greedy."""
     compiled: bool | None = None
     """Compile the model's blocks at the start; None: on a GPU, without adapters."""
+    apart: bool | None = None
+    """Run each engine in a process of its own; None: on a GPU."""
     drain_s: int = 60
     """Seconds that running answers get after SIGTERM."""
 
