@@ -95,13 +95,13 @@ def serve(options: argparse.Namespace, port_file: Path, apart: bool) -> None:
     """Runs the server until it is told to stop."""
     from internvl import log
     from internvl.serve import Limits, Options, server
+    from internvl.serve.apart import Apart
 
     log.setup(30)
     limits = Limits(max_length=options.length, max_waiting=2 * options.clients)
-    chosen = Options(
-        port=0, port_file=port_file, name=MODEL, limits=limits, slots=options.clients, apart=apart
-    )
-    server.serve("chat", [partial(_engine, options, chosen)], chosen, [])
+    chosen = Options(port=0, port_file=port_file, name=MODEL, limits=limits, slots=options.clients)
+    load: Any = partial(_engine, options, chosen)
+    server.serve("chat", [partial(Apart, load) if apart else load], chosen, [])
 
 
 def _engine(options: argparse.Namespace, chosen: Any) -> Any:

@@ -43,6 +43,7 @@ def run(args: Arguments) -> int:
         temperature=args.temperature,
         compiled=False if args.no_compile else None,
         drain_s=args.drain,
+        readers=args.readers,
     )
     # All before the model is loaded: a wrong option must not cost minutes.
     adapters = parse_adapters(args.adapter)
@@ -84,31 +85,50 @@ def _loads(
         loading_models.resolve_device(args.device)
     if args.gpus is not None:
         _check_gpus(args, torch.cuda.device_count())
-
-    def load(device: str | None) -> Any:
-        # Of this thread alone: what is built for a GPU goes to the current one.
-        # A plain `cuda` is the current one already, and refused by `set_device`.
-        if device is not None and device.startswith("cuda:"):
-            torch.cuda.set_device(device)
-        handle = loading_models.load(
-            opened,
-            device=device,
-            dtype=args.dtype,
-            device_map=args.device_map,
-            quantize=args.quantize,
-        )
-        # Each needs half of the server's modules.
-        if handle.family == "dual":
-            from internvl.serve.dual_engine import DualEngine
-
-            return DualEngine(handle.as_dual("embeddings"))
-        from internvl.serve.chat_engine import ChatEngine
-
-        return ChatEngine(handle.as_chat("a conversation"), options, adapters)
-
+    settings = {key: getattr(args, key) for key in ("dtype", "device_map", "quantize")}
     # Called in the engines' threads, all at once.
     devices = [args.device] if args.gpus is None else [f"cuda:{i}" for i in range(args.gpus)]
-    return [functools.partial(load, device) for device in devices]
+    loads = [
+        functools.partial(_load, device, opened, settings, options, adapters) for device in devices
+    ]
+    on_gpu = torch.cuda.is_available() and args.device != "cpu"
+    # Answers of 14B are few numbers each: its thread hardly waits for others.
+    if opened.files.family != "chat" or (args.engine or _ENGINES[on_gpu]) == "thread":
+        return [*loads]
+    from internvl.serve.apart import Apart
+
+    return [functools.partial(Apart, load) for load in loads]
+
+
+_ENGINES = ("thread", "process")
+"""Where an engine runs; on a CPU, and on a GPU, unless the command says."""
+
+
+def _load(
+    device: str | None,
+    opened: Any,
+    settings: dict[str, Any],
+    options: Any,
+    adapters: dict[str, Path],
+) -> Any:
+    """Loads a model; returns what answers with it. Top-level, so that it can be pickled."""
+    import torch
+
+    from internvl.inference import load as loading_models
+
+    # Of this thread alone: what is built for a GPU goes to the current one.
+    # A plain `cuda` is the current one already, and refused by `set_device`.
+    if device is not None and device.startswith("cuda:"):
+        torch.cuda.set_device(device)
+    handle = loading_models.load(opened, device=device, **settings)
+    # Each needs half of the server's modules.
+    if handle.family == "dual":
+        from internvl.serve.dual_engine import DualEngine
+
+        return DualEngine(handle.as_dual("embeddings"))
+    from internvl.serve.chat_engine import ChatEngine
+
+    return ChatEngine(handle.as_chat("a conversation"), options, adapters)
 
 
 def _check_gpus(args: Arguments, present: int) -> None:
@@ -168,6 +188,18 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         help="of requests that do not say (default: 0, greedy)",
+    )
+    sub.add_argument(
+        "--engine",
+        choices=_ENGINES,
+        help="where a chat model runs (default: on a GPU in a process of its own, so that requests "
+        "that are read cost no time of it)",
+    )
+    sub.add_argument(
+        "--readers",
+        type=int,
+        metavar="N",
+        help="processes that decode images, 0 for threads (default: up to 8 on a GPU)",
     )
     sub.add_argument("--no-compile", action="store_true", help="start sooner, answer more slowly")
     add_loading_arguments(sub)

@@ -10,14 +10,14 @@ from internvl import log
 from internvl.errors import ModelFolderError, UserError
 from internvl.inference import engine
 from internvl.inference.chat import Chat
-from internvl.inference.engine.scheduler import Scheduler
+from internvl.inference.engine.scheduler import Job, Scheduler, Source
 from internvl.inference.families import FAMILIES
 from internvl.inference.requests import Request, encode
 from internvl.inference.settings import Settings
 from internvl.models import configs
 from internvl.serve.alone import Alone
-from internvl.serve.engines import JobQueue
 from internvl.serve.options import Options
+from internvl.serve.rendering import Rendering, Served
 
 if TYPE_CHECKING:
     from internvl.models.adapters.switched import Switch
@@ -42,14 +42,11 @@ class ChatEngine:
             UserError: adapters for a model that only `generate` runs.
         """
         self.chat = chat
-        self.chats = {options.name: chat}
-        """The model by the name of each adapter, with its template and tiling; its own first."""
+        chats = {options.name: chat}
         switch = None
         if adapters:
             switch, chosen = with_adapters(chat, adapters)
-            self.chats |= chosen
-        self.adapter_of = {name: index for index, name in enumerate(self.chats)}
-        """Index of the adapter that a name chooses, 0 for none."""
+            chats |= chosen
         self.by_slots = engine.runs(chat.model, Settings())
         """True if slots answer; else one request is answered after the other."""
         text = chat.model.config.text_config
@@ -71,6 +68,15 @@ class ChatEngine:
                 "to a window): one request is answered after the other"
             )
         self._warm_up()
+        slots = 1
+        # Only now: the warm-up has found how many the memory holds.
+        if isinstance(self.scheduler, Scheduler):
+            cache = self.scheduler.decoder.cache
+            slots = self.scheduler.most_slots if cache is None else cache.slots
+        renderings = {name: Rendering.of_chat(model) for name, model in chats.items()}
+        on_gpu = chat.device.type == "cuda"
+        self.served = Served(renderings, slots, self.length, self.by_slots, on_gpu)
+        """The engine as the routes see it."""
 
     def _slots_of(self, options: Options, switch: "Switch | None") -> Scheduler:
         chat = self.chat
@@ -92,15 +98,12 @@ class ChatEngine:
 
     @property
     def slots(self) -> int:
-        """Requests at a time."""
-        if isinstance(self.scheduler, Alone):
-            return 1
-        cache = self.scheduler.decoder.cache
-        return self.scheduler.most_slots if cache is None else cache.slots
-
-    def run(self, queue: JobQueue[Any], tell: Callable[[Any], None]) -> None:
         """See `Answering`."""
-        for job in self.scheduler.run(queue):
+        return self.served.slots
+
+    def run(self, queue: Source, tell: Callable[[Any], None]) -> None:
+        """See `Answering`."""
+        for job in self.scheduler.run(_Seeded(queue, self.chat.device)):
             tell(job)
 
     def _warm_up(self) -> None:
@@ -120,6 +123,21 @@ class ChatEngine:
             job = engine.Job(None, prompt, Settings(max_new_tokens=2))
             for _ in self.scheduler.run(engine.Ready([job])):
                 pass
+
+
+class _Seeded:
+    """A source whose jobs draw from generators of their own if their settings have a seed."""
+
+    def __init__(self, source: Source, device: torch.device) -> None:
+        self.source = source
+        self.device = device
+
+    def take(self, *, wait: bool) -> Job | None:
+        job = self.source.take(wait=wait)
+        if job is not None and job.settings.seed is not None:
+            # On the model's device: here it is known, wherever the request was read.
+            job.generator = torch.Generator(self.device).manual_seed(job.settings.seed)
+        return job
 
 
 def with_adapters(chat: Chat, folders: Mapping[str, Path]) -> "tuple[Switch, dict[str, Chat]]":

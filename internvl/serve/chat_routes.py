@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -19,8 +18,8 @@ from internvl.data.tokenizers import decode
 from internvl.inference.engine import Job
 from internvl.inference.requests import Prompt
 from internvl.serve.answer_text import AnswerText
-from internvl.serve.chat_engine import ChatEngine
 from internvl.serve.chat_request import MOST_TILES, ChatRequest, parse
+from internvl.serve.encoding import Readers, processes_for
 from internvl.serve.engines import Engine, Engines, Gate
 from internvl.serve.errors import ApiError, model_not_found
 from internvl.serve.fields import Field, read_fields, text, whole_from
@@ -29,6 +28,7 @@ from internvl.serve.messages import read_messages
 from internvl.serve.metrics import Metrics
 from internvl.serve.options import Options
 from internvl.serve.prompts import Fetcher, Prompts
+from internvl.serve.rendering import Served
 
 
 @dataclass(eq=False)
@@ -50,6 +50,7 @@ class Asked:
 
     request: ChatRequest
     prompt: Prompt
+    num_tiles: int
     jobs: list[Job]
     engine: Engine[Job]
     since_s: float
@@ -72,6 +73,7 @@ class ChatRoutes:
         self.names = [options.name]
         self.fetcher = Fetcher(options.limits)
         self._prompts: dict[str, Prompts] = {}
+        self._readers: Readers | None = None
         self._waiting: set[Answer] = set()
 
     @property
@@ -94,10 +96,14 @@ class ChatRoutes:
 
     def changed(self) -> None:
         """Notes that an engine is ready or has died; wakes all who wait for a dead one."""
-        if self.engines.ready:
-            engine = self._engine
+        # Several engines may have become ready in the same moment.
+        if self.engines.ready and self._readers is None:
+            served = self._served
+            readers = self.options.readers
+            count = processes_for(served.on_gpu) if readers is None else readers
+            self._readers = Readers(served.renderings, count)
             self._prompts = {
-                name: Prompts(chat, self.fetcher) for name, chat in engine.chats.items()
+                name: Prompts(name, self.fetcher, self._readers) for name in served.renderings
             }
             self.gate.slots = self.engines.slots
         for waiting in self._waiting:
@@ -134,13 +140,13 @@ class ChatRoutes:
         """Answers POST /v1/tiles: how images of some sizes are cut, and their tokens."""
         self.engines.check()
         values = read_fields(await read_json(http, self.options.limits), _TILES, {})
-        chats = self._engine.chats
+        renderings = self._served.renderings
         if values["model"] is None:
             raise ApiError("model is missing", param="model")
-        if values["model"] not in chats:
+        if values["model"] not in renderings:
             raise model_not_found(values["model"], self.names)
-        chat, most = chats[values["model"]], values["max_dynamic_patch"]
-        config = chat.tiles
+        rendering, most = renderings[values["model"]], values["max_dynamic_patch"]
+        config = rendering.tiles
         if most is None:
             grids = choose_grids(values["sizes"], config, config.max)
         else:
@@ -155,7 +161,7 @@ class ChatRoutes:
                     "columns": columns,
                     "rows": rows,
                     "thumbnail": tiles > columns * rows,
-                    "tokens": tiles * chat.tokens_per_tile,
+                    "tokens": tiles * rendering.encoder.tokens_per_tile,
                 }
             )
         return JSONResponse({"images": images})
@@ -166,15 +172,15 @@ class ChatRoutes:
         return JSONResponse(
             {
                 "models": self.names,
-                "system_message": self._engine.chat.encoder.system_message,
-                "max_length": self._engine.length,
+                "system_message": self._served.base.encoder.system_message,
+                "max_length": self._served.length,
             }
         )
 
     @property
-    def _engine(self) -> ChatEngine:
-        engine: ChatEngine = self.engines.engines[0].answering
-        return engine
+    def _served(self) -> Served:
+        served: Served = self.engines.engines[0].answering.served
+        return served
 
     def _begin(self, asked: ChatRequest, prompt: Prompt, since_s: float) -> Asked:
         """Puts the jobs of a request into the queue of an engine.
@@ -185,23 +191,21 @@ class ChatRoutes:
         self.engines.check()
         # Now, not at its arrival: images may have taken seconds.
         engine = self.engines.choose()
-        chat_engine: ChatEngine = engine.answering
+        served: Served = engine.answering.served
         # `generate` does not hand them out token by token.
-        if asked.top_logprobs is not None and not chat_engine.by_slots:
+        if asked.top_logprobs is not None and not served.by_slots:
             raise ApiError("this model is served without log-probabilities", param="logprobs")
-        settings = asked.settings(self._max_tokens(asked, prompt, chat_engine))
+        settings = asked.settings(self._max_tokens(asked, prompt, served))
         jobs = []
         for index in range(asked.n):
-            encoder = chat_engine.chats[asked.model].encoder
+            encoder = served.renderings[asked.model].encoder
             answer = AnswerText(encoder, asked.stop, asked.skip_special_tokens)
             job = Job(Answer(index, answer, engine), prompt, settings)
             job.top_logprobs = asked.top_logprobs
-            job.adapter = chat_engine.adapter_of[asked.model]
+            job.adapter = served.adapter_of[asked.model]
             if asked.seed is not None:
                 # Answers of one request differ: each has a seed of its own.
-                seed = (asked.seed + index) % 2**63
-                job.settings = replace(settings, seed=seed)
-                job.generator = torch.Generator(chat_engine.chat.device).manual_seed(seed)
+                job.settings = replace(settings, seed=(asked.seed + index) % 2**63)
             jobs.append(job)
         self.metrics.prompt_tokens.inc(len(prompt.input_ids))
         self.metrics.tiles.inc(prompt.num_tiles)
@@ -210,19 +214,22 @@ class ChatRoutes:
         for job in jobs:
             self._waiting.add(job.key)
             engine.queue.put(job)
-        return Asked(asked, prompt, jobs, engine, since_s)
+        # Without its tiles, megabytes that the engine alone needs.
+        num_tiles, prompt = prompt.num_tiles, replace(prompt, tiles=None)
+        return Asked(asked, prompt, num_tiles, jobs, engine, since_s)
 
-    def _max_tokens(self, asked: ChatRequest, prompt: Prompt, engine: ChatEngine) -> int:
+    def _max_tokens(self, asked: ChatRequest, prompt: Prompt, served: Served) -> int:
         length = len(prompt.input_ids)
         tiles = prompt.num_tiles
-        visual = f" ({tiles} tiles of {engine.chat.tokens_per_tile})" if tiles else ""
-        left = engine.length - length
+        tokens_per_tile = served.base.encoder.tokens_per_tile
+        visual = f" ({tiles} tiles of {tokens_per_tile})" if tiles else ""
+        left = served.length - length
         least = max(1, asked.sampling["min_new_tokens"])
         if left < max(least, asked.max_tokens or 1):
             answer = f" and the answer {asked.max_tokens:,}" if asked.max_tokens else ""
             raise ApiError(
                 f"the prompt has {length:,} tokens{visual}{answer}; together they may have "
-                f"{engine.length:,}. Send fewer or smaller images (max_dynamic_patch), a shorter "
+                f"{served.length:,}. Send fewer or smaller images (max_dynamic_patch), a shorter "
                 "text, or a lower max_tokens",
                 param="messages",
                 code="context_length_exceeded",
@@ -281,7 +288,7 @@ class ChatRoutes:
             asked.id,
             asked.request.model,
             len(asked.prompt.input_ids),
-            asked.prompt.num_tiles,
+            asked.num_tiles,
             generated,
             first,
             total_s,
@@ -357,16 +364,15 @@ class ChatRoutes:
 
     def _reason(self, job: Job) -> str:
         """Returns OpenAI's word for why an answer ended."""
-        engine = self._engine
-        at_end = job.generated[-1:] == [engine.scheduler.end_id]
+        at_end = job.generated[-1:] == [self._served.end_id]
         return "stop" if job.key.text.stopped or at_end else "length"
 
     def _logprobs(self, asked: Asked, job: Job, start: int) -> dict[str, Any] | None:
         """Returns the log-probabilities of an answer's tokens from number `start` on."""
         if asked.request.top_logprobs is None:
             return None
-        engine = self._engine
-        tokenizer = engine.chat.encoder.tokenizer
+        served = self._served
+        tokenizer = served.base.encoder.tokenizer
 
         def entry(token: int, value: float) -> dict[str, Any]:
             word = decode(tokenizer, [token], skip_special_tokens=False)
@@ -380,15 +386,15 @@ class ChatRoutes:
                 job.generated[start:stop], job.logprobs[start:stop], strict=True
             )
             # The token that ends an answer is no text of it.
-            if token != engine.scheduler.end_id
+            if token != served.end_id
         ]
         return {"content": content, "refusal": None}
 
     def close(self) -> None:
         """Ends the threads that read requests."""
         self.fetcher.close()
-        for prompts in self._prompts.values():
-            prompts.close()
+        if self._readers is not None:
+            self._readers.close()
 
 
 def _sizes(name: str, value: Any) -> list[tuple[int, int]]:

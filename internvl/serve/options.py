@@ -69,8 +69,8 @@ class Options:
     """Of requests that do not say; 0 is greedy."""
     compiled: bool | None = None
     """Compile the model's blocks at the start; None: on a GPU, without adapters."""
-    apart: bool | None = None
-    """Run each engine in a process of its own; None: on a GPU."""
+    readers: int | None = None
+    """Processes that decode and tile images, 0 for threads; None: by the machine, on a GPU."""
     drain_s: int = 60
     """Seconds that running answers get after SIGTERM."""
 
@@ -81,6 +81,8 @@ class Options:
         # Without a slot the first answer would be waited for without end.
         if self.slots is not None:
             check_whole("--slots", self.slots, 1)
+        if self.readers is not None:
+            check_whole("--readers", self.readers, 0)
 
 
 def parse_adapters(words: list[str]) -> dict[str, Path]:

@@ -1,32 +1,23 @@
-"""Fetches the media of a request and encodes its prompt, in threads."""
+"""Fetches the media of a request, in threads, and has its prompt encoded."""
 
 import asyncio
-import os
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
-from internvl.data.images import as_rgb, stored_size
+from internvl.data.images import stored_size
 from internvl.data.messages import IMAGE_MARK
 from internvl.data.records import Message
-from internvl.data.video import read_video
-from internvl.errors import BadImage, ImageTooLarge, UserError
-from internvl.inference.chat import Chat
-from internvl.inference.requests import Prompt, Request, encode
-from internvl.models import configs
+from internvl.errors import BadImage, ImageTooLarge
+from internvl.inference.requests import Prompt
 from internvl.serve import media as web
 from internvl.serve.chat_request import ChatRequest
+from internvl.serve.encoding import Readers
 from internvl.serve.errors import ApiError
 from internvl.serve.messages import Medium
 from internvl.serve.options import Limits
 
-_FETCHING, _ENCODING = 32, 12
-"""Threads that wait for hosts, and most threads that decode."""
-_NUM_FRAMES = 8
-_MAGIC = {b"GIF8": ".gif", b"RIFF": ".webp", b"\x89PNG": ".png"}
-"""First bytes of an animation -> the suffix by which its reader knows it."""
+_FETCHING = 32
+"""Threads that wait for hosts."""
 
 
 class Fetcher:
@@ -91,16 +82,12 @@ def check_pixels(content: bytes, param: str, limits: Limits) -> None:
 
 
 class Prompts:
-    """Encodes requests to prompts for one chat model."""
+    """Encodes requests to prompts for one name of a chat model."""
 
-    def __init__(self, chat: Chat, fetcher: Fetcher) -> None:
-        self.chat = chat
-        self.encoder = chat.encoder
+    def __init__(self, name: str, fetcher: Fetcher, readers: Readers) -> None:
+        self.name = name
         self.fetcher = fetcher
-        config = configs.chat_settings(chat.model.config)
-        self.image_settings = {key: config[key] for key in ("exif", "normalize")}
-        threads = max(1, min(_ENCODING, os.cpu_count() or 1))
-        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
+        self.readers = readers
 
     async def read(
         self, turns: Sequence[Message], media: Sequence[Medium], asked: ChatRequest
@@ -112,74 +99,10 @@ class Prompts:
         """
         # All at once: each waits for its host.
         contents = await asyncio.gather(*(self._fetch(medium) for medium in media))
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self.pool, self._encode, turns, list(zip(media, contents, strict=True)), asked
-        )
+        pairs = list(zip(media, contents, strict=True))
+        return await self.readers.encode(self.name, turns, pairs, asked)
 
     async def _fetch(self, medium: Medium) -> bytes:
         if medium.mark == IMAGE_MARK:
             return await self.fetcher.image(medium.url, medium.param)
         return await self.fetcher.video(medium.url, medium.param)
-
-    def _encode(
-        self, turns: Sequence[Message], media: Sequence[tuple[Medium, bytes]], asked: ChatRequest
-    ) -> Prompt:
-        images = [content for medium, content in media if medium.mark == IMAGE_MARK]
-        videos = [
-            _frames(medium, content, asked.num_frames or _NUM_FRAMES)
-            for medium, content in media
-            if medium.mark != IMAGE_MARK
-        ]
-        try:
-            request = Request(turns, images, videos, max_tiles=self._max_tiles(media, asked))
-            return encode(request, self.encoder, self.chat.tiles, **self.image_settings)
-        # What training would refuse; there is no name of a request to show.
-        except UserError as error:
-            _raise_undecodable(media)
-            raise ApiError(str(error).removeprefix("request: "), param="messages") from None
-
-    def _max_tiles(
-        self, media: Sequence[tuple[Medium, bytes]], asked: ChatRequest
-    ) -> list[int] | None:
-        """Returns the most tiles of each image; None if they share the model's, as in training."""
-        limits = [
-            medium.max_tiles or asked.max_dynamic_patch
-            for medium, _ in media
-            if medium.mark == IMAGE_MARK
-        ]
-        if not any(limits):
-            return None
-        # One image with a limit of its own leaves the others the model's.
-        return [limit or self.chat.tiles.max for limit in limits]
-
-    def close(self) -> None:
-        """Ends the threads."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _raise_undecodable(media: Sequence[tuple[Medium, bytes]]) -> None:
-    """Raises ApiError for the first image that cannot be decoded."""
-    for medium, content in media:
-        if medium.mark != IMAGE_MARK:
-            continue
-        try:
-            as_rgb(content)
-        except BadImage as error:
-            raise ApiError(
-                f"{medium.param}: {error}", param=medium.param, code="invalid_image"
-            ) from None
-
-
-def _frames(medium: Medium, content: bytes, num_frames: int) -> list[Any]:
-    suffix = _MAGIC.get(content[:4], ".mp4")
-    with tempfile.TemporaryDirectory() as folder:
-        # A file: PyAV seeks in it, and animations are known by their suffix.
-        file = Path(folder) / f"video{suffix}"
-        file.write_bytes(content)
-        try:
-            return read_video(file, medium.num_frames or num_frames, medium.param)
-        except BadImage as error:
-            # The name of the temporary file tells nobody anything.
-            reason = str(error).replace(str(file), "the video")
-            raise ApiError(reason, param=medium.param, code="invalid_video") from None

@@ -25,7 +25,8 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(folders, tmp_path_factory):
     words = [f"--adapter={name}={folders[name]}" for name in ("stamps", "birds")]
-    with running(folders["hf"], tmp_path_factory.mktemp("server"), "--slots", 3, *words) as server:
+    words += ["--slots", 3, "--engine", "process"]
+    with running(folders["hf"], tmp_path_factory.mktemp("server"), *words) as server:
         yield server
 
 

@@ -5,22 +5,25 @@ import contextlib
 import http.client
 import http.server
 import json
+import os
 import re
+import signal
 import socket
 import struct
 import threading
 import time
 import zlib
+from pathlib import Path
 
 import openai
 import pytest
 from chat_folders import prompt_folder
 from command_line import call
-from http_server import asked, data_address, image_bytes, image_part, running
+from http_server import STARTS_S, asked, data_address, image_bytes, image_part, running
 
 from internvl.data.messages import IMAGE_MARK
 from internvl.inference.load import load
-from internvl.serve import media, prompts
+from internvl.serve import encoding, media, prompts
 from internvl.serve.chat_request import FIELDS
 from internvl.serve.errors import ApiError
 from internvl.serve.messages import Medium
@@ -179,9 +182,9 @@ def test_an_image_that_cannot_be_decoded_is_named():
     good, torn = image_bytes(), png_of(80, 80)
     names = [f"messages[0].content[{i}].image_url" for i in range(2)]
     shown = [Medium(IMAGE_MARK, "data:", name) for name in names]
-    prompts._raise_undecodable([(shown[0], good)])
+    encoding.raise_undecodable([(shown[0], good)])
     with pytest.raises(ApiError, match=re.escape(names[1]) + ".*cannot be decoded") as caught:
-        prompts._raise_undecodable([*zip(shown, (good, torn), strict=True)])
+        encoding.raise_undecodable([*zip(shown, (good, torn), strict=True)])
     assert (caught.value.param, caught.value.code) == (names[1], "invalid_image")
     with pytest.raises(ApiError, match="more than 64,000,000 pixels") as caught:
         prompts.check_pixels(png_of(20_000, 20_000), names[0], Limits())
@@ -378,23 +381,35 @@ def test_options_that_would_fail_after_the_loading(folder, capsys, words, messag
 
 TWICE = """
 import sys
+from functools import partial
 from pathlib import Path
 from internvl import log
 from internvl.inference.load import load
 from internvl.serve import Options, server
+from internvl.serve.apart import Apart
 from internvl.serve.chat_engine import ChatEngine
 
-folder, port_file = sys.argv[2], Path(sys.argv[sys.argv.index("--port-file") + 1])
-options = Options(port=0, port_file=port_file, name="chat", slots=2)
-log.setup(20)
-server.serve("chat", [lambda: ChatEngine(load(folder, device="cpu"), options)] * 2, options, [])
+def engine(folder, options):
+    return ChatEngine(load(folder, device="cpu"), options)
+
+if __name__ == "__main__":
+    folder, port_file = sys.argv[2], Path(sys.argv[sys.argv.index("--port-file") + 1])
+    options = Options(port=0, port_file=port_file, name="chat", slots=2)
+    log.setup(20)
+    here = partial(engine, folder, options)
+    server.serve("chat", [here, partial(Apart, here)], options, [])
 """
 
 
 @pytest.mark.slow
 def test_two_engines_and_sigterm_in_the_middle(folder, tmp_path):
-    """Copies of the model share the requests; answers under way end, and no other is begun."""
-    with running(folder, tmp_path, start=("-c", TWICE)) as server:
+    """Copies of the model share the requests; answers under way end, and no other is begun.
+
+    One copy is in the server's process, one in a process of its own.
+    """
+    script = tmp_path / "twice.py"
+    script.write_text(TWICE)
+    with running(folder, tmp_path, start=(script,)) as server:
         questions = [asked(f"Tell {n}") for n in range(8)]
         with concurrent.futures.ThreadPoolExecutor(8) as threads:
             served = [answer for _, answer in threads.map(server.post, questions)]
@@ -456,6 +471,44 @@ def test_an_engine_that_dies_turns_health_red(folder, tmp_path):
             )
         assert server.metric("internvl_up") == 0
         assert server.request("GET", "/v1/models")[0] == 200
+        assert server.stop() == 0
+
+
+def children_of(pid):
+    """Process id -> command line of the processes that a process has begun."""
+    children = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # one that has ended meanwhile
+            if int(file.read_text().rpartition(")")[2].split()[1]) == pid:
+                children[int(file.parent.name)] = (file.parent / "cmdline").read_text()
+    return children
+
+
+@pytest.mark.slow
+def test_processes_of_the_engine_and_of_readers(folder, tmp_path):
+    """Both can be killed: without readers threads go on, without its engine health turns red."""
+    question = asked("What?", image_part())
+    with running(folder, tmp_path, "--engine", "process", "--readers", 1) as server:
+        server.wait_for(lambda: any("fork" in c for c in children_of(server.process.pid).values()))
+        status, answer = server.post(question)
+        assert status == 200
+        connection, _ = begun(server, asked("Hi", max_tokens=400))
+        connection.close()
+        server.wait_for(lambda: server.metric("internvl_running") == 0, 5)
+        children = children_of(server.process.pid)
+        (forks,) = [pid for pid, command in children.items() if "forkserver" in command]
+        server.wait_for(lambda: children_of(forks), STARTS_S)
+        for reader in children_of(forks):
+            os.kill(reader, signal.SIGKILL)
+        again = server.post(question)
+        assert again[0] == 200
+        assert again[1]["choices"] == answer["choices"]
+        (engine,) = [pid for pid, command in children.items() if "spawn_main" in command]
+        connection, response = begun(server, asked("Hi", max_tokens=400))
+        os.kill(engine, signal.SIGKILL)
+        assert "its process has ended with exit code -9" in response.read().decode()
+        connection.close()
+        assert server.request("GET", "/health")[0] == 503
         assert server.stop() == 0
 
 
