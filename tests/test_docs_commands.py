@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from internvl import cli, zoo
 from internvl.config import eval_options, recipes
@@ -116,6 +117,21 @@ def resolve(args, tmp_path: Path) -> None:
 @pytest.mark.parametrize("line", CASES)
 def test_a_line_is_parsed_and_resolved(line, tmp_path):
     resolve(parsed(line), tmp_path)
+
+
+GUIDES = sorted((ROOT / "docs/en").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
+def test_recipes_of_a_guide_are_recipes(page):
+    blocks = re.findall(r"```yaml\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    for block in blocks:
+        tree = yaml.safe_load(ANY_RECIPE)
+        if "flickr_format" in block:
+            tree |= {"model": {"id": "OpenGVLab/InternVL-14B-224px"}}
+            tree |= {"objective": {"name": "retrieval"}}
+        # A part of a recipe takes the place of the same part.
+        recipes.resolve(tree | yaml.safe_load(block))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

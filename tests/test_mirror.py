@@ -106,6 +106,7 @@ NO_MODULE = {
     "test_docs_languages.py": "the guides of docs/ in each language",
     "test_docs_messages.py": "the page of docs/ that explains error messages",
     "test_docs_quick_start.py": "the lines of code in docs/ for those who know the original",
+    "test_docs_runs.py": "the guides, line by line",
     "test_docs_site.py": "docs/build.py and the pages that it writes",
     "test_fuzz.py": "every reader of files",
     "test_house.py": "rules of the house",
