@@ -2,13 +2,16 @@
 
     python benchmarks/answers.py                     # the rows of the table, on a GPU; 8 minutes
     python benchmarks/answers.py captions --profile  # one row, and where its time goes
+    python benchmarks/answers.py captions_14b        # InternVL-14B's captions by five beams
     python benchmarks/answers.py --tiny              # the same path on a CPU, in seconds
 
 Images are JPEG files that processes decode and tile while the GPU answers. Weights are random and
 no token ends an answer, so every request generates as many as it may. A row's JSON goes to `--to`:
 requests a second from the first one that is read to the last token, after a warm-up of the same
 shapes; FLOPs forward as internvl/plan/flops.py counts them. `alone` answers one request after the
-other, each read when the one before is answered. `--minutes` leaves out rows at the end.
+other, each read when the one before is answered. `--minutes` leaves out rows at the end. Beside
+`captions_14b` stands a plain search in the same call, with images that are ready in batches of 64:
+a row for each beam, whose keys are copied when the order of beams changes.
 """
 
 import argparse
@@ -23,18 +26,23 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 import workloads
+from dual import random_dual
+from PIL import Image
 from rows import commit, keep, kernels, print_kernels
 
 from internvl.compute import placement
-from internvl.data.images import STATISTICS
+from internvl.data.images import STATISTICS, read_rgb
+from internvl.data.pairs import square
 from internvl.inference import engine, requests
 from internvl.inference.engine.scheduler import Job, Scheduler
 from internvl.inference.requests import Prompt, Request
 from internvl.inference.settings import Settings
 from internvl.models import configs
+from internvl.models.vision import normalize_tiles
 from internvl.plan import flops
 from internvl.plan.work import Sequences, Work
 
@@ -85,6 +93,7 @@ class Row:
     float8: bool = False
     alone: bool = False
     model: str = "InternVL2-2B"
+    beams: int = 1
 
 
 ROWS = {
@@ -95,12 +104,141 @@ ROWS = {
     "short": Row(short, 512),
     "four_images": Row(four_images, 256),
     "one": Row(captions, 12, slots=1, alone=True),
+    "captions_14b": Row(captions, 512, beams=5, compiled=False, model="InternVL-14B"),
+    "captions_14b_compiled": Row(captions, 512, beams=5, model="InternVL-14B"),
+    "captions_14b_64": Row(captions, 512, 64, beams=5, compiled=False, model="InternVL-14B"),
     "captions_eager": Row(captions, 256, compiled=False),
     "captions_64": Row(captions, 512, slots=64),
     "one_eager": Row(captions, 12, slots=1, alone=True, compiled=False),
 }
 
 TABLE = tuple(ROWS)[:7]
+
+
+def measure_beams(row: Row, options: argparse.Namespace) -> dict[str, Any]:
+    """InternVL-14B: captions of 30 tokens, from JPEG files of COCO's size."""
+    device = torch.device("cpu" if options.tiny else "cuda")
+    torch.manual_seed(0)
+    dual = random_dual(224, device, None, tiny=options.tiny)
+    if options.tiny:
+        dual.model.float()  # so that both searches choose alike
+    count, new = (4, 5) if options.tiny else (row.count, 30)
+    # As long as they may be: no search ends before.
+    settings = Settings(new, new, row.beams)
+    files = [_jpeg((640, 480), seed) for seed in range(min(count, 16))]
+    # "English caption:" has five tokens.
+    prompt = [1, 5, 6, 7, 8]
+    ids = np.array([0] * dual.model.num_queries + prompt)
+
+    def read(index: int) -> Prompt:
+        image = Image.fromarray(read_rgb(files[index % len(files)]))
+        return Prompt(ids, square(image, dual.image_size)[None])
+
+    def job(index: int, prompt: Prompt) -> Job:
+        return Job(index, prompt, settings)
+
+    slots = row.slots or (3 if options.tiny else engine.SLOTS)
+    compiled = row.compiled and not options.tiny
+    scheduler = engine.captions(dual.model, slots, compiled=compiled, num_beams=row.beams)
+    answer = partial(_answer, scheduler, read, job, threads=options.threads)
+    answer(range(min(count, 2 * slots)))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    jobs, runs = [], []
+    for _ in range(options.rounds):
+        jobs, seconds = answer(range(count))
+        runs.append(seconds)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0
+    if options.profile and device.type == "cuda":
+        _profile(lambda: answer(range(count)))
+    allocated = scheduler.decoder.cache
+    assert allocated is not None
+    batch = min(count, 64)
+    tiles = [read(index).tiles for index in range(batch)]
+    pixels = normalize_tiles(torch.cat([t for t in tiles if t is not None]), dual.dtype).to(device)
+    plain, plain_s = [], []
+    for _ in range(1 + options.rounds):
+        placement.synchronize(device)
+        started = time.perf_counter()
+        plain = plain_search(dual.model, pixels, torch.tensor(prompt), row.beams, new)
+        placement.synchronize(device)
+        plain_s.append(time.perf_counter() - started)
+    texts = {job.key: job.generated for job in jobs}
+    rate, beside = count / min(runs), batch / min(plain_s[1:])
+    return {
+        "model": row.model,
+        "beams": row.beams,
+        "requests": count,
+        "requests_per_s": round(rate, 2),
+        "plain_batch": batch,
+        "plain_requests_per_s": round(beside, 2),
+        "of_plain": round(rate / beside, 3),
+        # Of random weights many beams are about as good: in 16 bits texts may differ.
+        "equal_texts": sum(texts[index] == text for index, text in enumerate(plain)),
+        "new_tokens": new,
+        "seconds": [round(s, 3) for s in runs],
+        "plain_seconds": [round(s, 3) for s in plain_s[1:]],
+        "read_ms": round(1e3 * _read_s(read, count), 1),
+        "slots": allocated.slots,
+        "slot_tokens": allocated.length,
+        "peak_gib": round(peak, 2),
+        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
+
+
+class Grown:
+    """A layer's cache of a plain search, (rows, heads, T, head size)."""
+
+    states: tuple[torch.Tensor, ...] = ()
+
+    def update(self, *states: Any) -> tuple[torch.Tensor, ...]:
+        pairs = zip(self.states or (), states, strict=False)
+        self.states = tuple(torch.cat(p, dim=2) for p in pairs) if self.states else states[:2]
+        return self.states
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        self.states = tuple(tensor.index_select(0, rows) for tensor in self.states)
+
+
+@torch.no_grad()
+def plain_search(
+    model: Any, pixels: torch.Tensor, prompt: torch.Tensor, beams: int, new: int
+) -> list[list[int]]:
+    """Texts of `new` tokens, none of which may end, as `transformers` searches for them."""
+    device, count = pixels.device, len(pixels)
+    language_model = model.model.language_model
+    caches = [Grown() for _ in language_model.layers]
+    ids = prompt.to(device).expand(count, -1)
+    mask = model.joint_mask("itg", torch.ones_like(ids[:1]))
+    cross = model.encode_kv(model.vision_tokens(pixels))
+    _, states = model.joint_states(cross, ids, mask, caches)
+    del cross
+    first = torch.arange(count, device=device).repeat_interleave(beams)
+    for cache in caches:
+        cache.reorder(first)
+    scores = torch.zeros(count, 1, device=device)
+    texts = torch.zeros(count, 1, 0, dtype=torch.long, device=device)
+    states, length = states[:, -1:], model.num_queries + ids.shape[1]
+    for step in range(new):
+        likely = model.lm_head(states[:, -1]).float().log_softmax(-1)
+        likely[:, model.config.text_config.eos_token_id] = -torch.inf
+        total = scores[..., None] + likely.unflatten(0, (count, -1))
+        scores, flat = total.flatten(1).topk(beams)
+        parents, tokens = flat // likely.shape[-1], flat % likely.shape[-1]
+        kept = texts.gather(1, parents[..., None].expand(-1, -1, step))
+        texts = torch.cat([kept, tokens[..., None]], dim=2)
+        if step + 1 == new:
+            break
+        if step:
+            rows = torch.arange(count, device=device)[:, None] * beams + parents
+            for cache in caches:
+                cache.reorder(rows.flatten())
+        embeds = model.get_input_embeddings()(tokens.flatten()[:, None])
+        position = torch.tensor([[length + step]], device=device)
+        states = language_model(embeds, None, past_key_values=caches, position_ids=position)
+    return texts[:, 0].tolist()
 
 
 def measure(row: Row, options: argparse.Namespace, ceiling: float) -> dict[str, Any]:
@@ -318,8 +456,12 @@ def main() -> None:
         if started - began > 60 * options.minutes - 90:
             print(json.dumps({"row": name, "left_out": "no time"}), flush=True)
             continue
-        figures = {"row": name, **measure(ROWS[name], options, ceiling)}
-        share[name] = figures["ceiling_share"]
+        row = ROWS[name]
+        figures = {
+            "row": name,
+            **(measure(row, options, ceiling) if row.beams == 1 else measure_beams(row, options)),
+        }
+        share[name] = figures.get("ceiling_share", 0.0)
         if name.startswith("mixed") and "captions" in share:
             figures["of_uniform"] = round(share[name] / share["captions"], 3)
         if not options.tiny:

@@ -44,6 +44,12 @@ def test_loading_of_shards():
     assert all(row["shard_gib"] < row["folder_gib"] / 2 for row in rows)
 
 
+def test_beams_of_captions_beside_a_plain_search():
+    (row,) = run("answers.py", "--tiny", "captions_14b", "--rounds", "1")
+    assert row["equal_texts"] == row["plain_batch"] == row["requests"]
+    assert row["new_tokens"] == 5
+
+
 def test_memory_table():
     (row,) = run("memory.py", "--tiny", "2b_lora_selective")
     assert row["error"]["states"] == pytest.approx(0, abs=1e-3)

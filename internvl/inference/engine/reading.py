@@ -73,7 +73,8 @@ class Prompts:
         return None
 
     def _pinned(self, prompt: Prompt) -> Prompt:
-        if not self.pin or prompt.tiles is None:
+        # A tensor that is on a GPU already stays there.
+        if not self.pin or prompt.tiles is None or prompt.tiles.is_cuda:
             return prompt
         return replace(prompt, tiles=prompt.tiles.pin_memory())
 

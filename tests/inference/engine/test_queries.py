@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from dual_folders import dual_folder, dual_golden
+from dual_folders import dual_folder, dual_golden, small_tokenizer
 
 from internvl.inference import engine
 from internvl.inference import load as loading
@@ -19,8 +19,13 @@ END = 2
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return loading.load(dual_folder(tmp_path_factory.mktemp("dual")), device="cpu").model
+def folder(tmp_path_factory):
+    return dual_folder(tmp_path_factory.mktemp("dual"))
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return loading.load(folder, device="cpu").model
 
 
 @pytest.fixture(scope="module")
@@ -226,18 +231,24 @@ def test_a_layer_keeps_its_keys_where_it_computes(model, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_beams", [1, 5])
-def test_a_captured_search_is_the_search(model, pixels, num_beams):
-    """In float32, where a graph's rounding is the plain pass's."""
-    on_gpu = loading.load(model.name_or_path, device="cuda", dtype="float32").model
-    plain = engine.captions(on_gpu, 2, num_beams=num_beams)
-    wanted, _ = captions(model, pixels, num_beams)
-    plain.decoder._captures = lambda: False
-    ids = np.array([0] * model.num_queries + PROMPT.tolist())
+def test_a_captured_search_is_the_search(folder, pixels, num_beams):
+    on_gpu = loading.load(folder, device="cuda", dtype="float32").model
+    texts = []
+    for captures in (False, True):
+        scheduler = engine.captions(on_gpu, 2, num_beams=num_beams)
+        assert scheduler.decoder._captures()
+        if not captures:
+            scheduler.decoder._captures = lambda: False
+        settings = Settings(10, 2, num_beams)
+        ids = np.array([0] * on_gpu.num_queries + PROMPT.tolist())
+        jobs = [Job(n, Prompt(ids, image[None]), settings) for n, image in enumerate(pixels)]
+        list(scheduler.run(engine.Ready(jobs)))
+        texts.append([job.generated for job in jobs])
+    assert texts[0] == texts[1]
 
-    def jobs():
-        settings = Settings(10, 0, num_beams)
-        return [Job(n, Prompt(ids, image[None]), settings) for n, image in enumerate(pixels)]
 
-    for scheduler in (plain, engine.captions(on_gpu, 2, num_beams=num_beams)):
-        found = {j.key: j.generated for j in scheduler.run(engine.Ready(jobs())) if j.ended}
-        assert [found[n] for n in range(len(pixels))] == wanted
+@pytest.mark.gpu
+def test_images_that_are_on_the_gpu(folder, pixels):
+    dual = loading.load(small_tokenizer(folder), device="cuda", dtype="float32")
+    settings = {"num_beams": 3, "max_new_tokens": 6}
+    assert dual.caption(pixels.cuda(), **settings) == dual.caption(pixels, **settings)
