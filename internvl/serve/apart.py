@@ -69,9 +69,7 @@ class Apart:
         context = get_context("spawn")
         self._pipe, theirs = context.Pipe()
         level = log.get_logger().getEffectiveLevel()
-        self._process = context.Process(
-            target=_work, args=(load, theirs, level), name="engine", daemon=True
-        )
+        self._process = context.Process(target=_work, args=(load, theirs, level), name="engine")
         self._process.start()
         # The only other copy: its end is seen when the process ends.
         theirs.close()
