@@ -62,6 +62,7 @@ def recipe_keys() -> str:
     hints = get_type_hints(Recipe, include_extras=True)
     sections = [field.name for field in fields(Recipe) if _sections_of(hints[field.name])]
     text += "\n## The run itself\n\n" + _table(Recipe, leave_out=sections)
+    # In the order of the dataclass, which is the order in which a recipe is read.
     for name in sections:
         choices = _sections_of(hints[name])
         key = _choice_key(hints[name])
@@ -80,9 +81,9 @@ def _nested(section: type, prefix: str) -> str:
     text = ""
     for name, hint in get_type_hints(section, include_extras=True).items():
         for inner in _sections_of(hint):
-            place = f"{prefix}.{name}"
-            text += f"\n### {place}\n\n{_about(inner)}\n\n{_table(inner)}"
-            text += _nested(inner, place)
+            key = f"{prefix}.{name}"
+            text += f"\n### {key}\n\n{_about(inner)}\n\n{_table(inner)}"
+            text += _nested(inner, key)
     return text
 
 
@@ -122,6 +123,7 @@ def _cell(text: str) -> str:
 
 def _yaml(value: Any) -> str:
     """Returns a default as a recipe would have it."""
+    # Its own keys have their defaults in a table of their own.
     if is_dataclass(value):
         return "{}"
     if isinstance(value, tuple):
@@ -156,6 +158,7 @@ def _values(hint: Any) -> str:
 def _sections_of(hint: Any) -> tuple[type, ...]:
     """Returns the sections that a key takes, also as the elements of a list or mapping."""
     origin = get_origin(hint)
+    # `data.sources` is a list of sections, `evals` a mapping of names to them.
     if origin in (tuple, list, dict):
         return tuple(s for arg in get_args(hint) for s in _sections_of(arg))
     if origin is Annotated:
@@ -215,38 +218,39 @@ def _remark(row: dict[str, Any]) -> str:
 def stage(language: str, folder: Path) -> None:
     """Writes the sources of one language's site: guides at the top, reference/ below."""
     site = settings()
-    places = {DOCS / language / name: Path(name) for name in site["guides"]}
-    places |= {DOCS / name: Path("reference") / name for name in site["reference"]}
+    targets = {DOCS / language / name: Path(name) for name in site["guides"]}
+    targets |= {DOCS / name: Path("reference") / name for name in site["reference"]}
     # A link of a reference page to an English guide leads to the guide of this site.
     aliases = {DOCS / "en" / name: Path(name) for name in site["guides"]}
-    for page, place in places.items():
-        target = folder / place
-        target.parent.mkdir(parents=True, exist_ok=True)
-        text = _relinked(page, place, aliases | places, folder)
+    for page, target in targets.items():
+        file = folder / target
+        file.parent.mkdir(parents=True, exist_ok=True)
+        text = _relinked(page, target, aliases | targets, folder)
         if page.parent != DOCS:
-            text = _language_line(site["languages"], language, place.name) + text
-        target.write_text(text, encoding="utf-8")
+            text = _language_line(site["languages"], language, target.name) + text
+        file.write_text(text, encoding="utf-8")
 
 
-def _relinked(page: Path, place: Path, places: dict[Path, Path], folder: Path) -> str:
+def _relinked(page: Path, target: Path, targets: dict[Path, Path], folder: Path) -> str:
     """Returns the text of a page with its links as the site has its files; copies its images."""
 
     def moved(match: re.Match[str]) -> str:
-        before, target, after = match.groups()
-        if target.startswith(("http:", "https:", "#")):
+        before, link, after = match.groups()
+        if link.startswith(("http:", "https:", "#")):
             return match[0]
-        name, hash_mark, anchor = target.partition("#")
+        name, hash_mark, anchor = link.partition("#")
         source = Path(os.path.normpath(page.parent / name))
-        if source in places:
-            there = places[source]
+        if source in targets:
+            there = targets[source]
         elif before.startswith("!"):
             there = Path("reference") / source.name
             shutil.copyfile(source, folder / there)
         else:
             # A file of the repository, which the site does not have.
             return f"`{source.relative_to(ROOT)}`"
-        return f"{before}{os.path.relpath(there, place.parent)}{hash_mark}{anchor}{after}"
+        return f"{before}{os.path.relpath(there, target.parent)}{hash_mark}{anchor}{after}"
 
+    # What looks like a link in a block of code is code.
     parts = _FENCE.split(page.read_text(encoding="utf-8"))
     return "".join(p if p.startswith("```") else _LINK.sub(moved, p) for p in parts)
 
@@ -255,6 +259,7 @@ def _language_line(languages: dict[str, Any], language: str, name: str) -> str:
     """Returns the line above a guide that leads to it in the other languages."""
     if len(languages) == 1:
         return ""
+    # As HTML: the page is of another site, and Zensical would warn of a link that leaves its own.
     page = Path(name).with_suffix(".html")
     links = [
         row["name"] if code == language else f'<a href="../{code}/{page}">{row["name"]}</a>'
@@ -292,10 +297,12 @@ def _toml(value: Any) -> str:
 
 def build() -> None:
     """Builds the sites of all languages into build/docs/site; a warning is an error."""
+    # A page that was renamed would stay in the site.
     shutil.rmtree(BUILD, ignore_errors=True)
     for language in settings()["languages"]:
         stage(language, BUILD / "sources" / language)
         config = configure(language, BUILD)
+        # Beside this Python: the environment need not be on the PATH.
         program = Path(sys.executable).with_name("zensical")
         command = [program, "build", "--strict", "--clean", "--config-file", config]
         subprocess.run(command, check=True)
