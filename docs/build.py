@@ -18,10 +18,11 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from internvl.compat import finetune
+from internvl.compat import benchmark, finetune
 from internvl.config import Recipe
 from internvl.config.docs import field_docs
 from internvl.config.unions import OneOf, members, name_of
+from internvl.files import read_yaml
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -186,7 +187,7 @@ def flags() -> str:
     """Renders every flag of the original's training entries and what it is here."""
     text = _GENERATED + (
         "# Flags of the original\n\n"
-        "What every flag of the original's training programs is here. `internvl compat finetune` "
+        "What every flag of the original's programs is here. `internvl compat finetune` "
         "translates whole command lines by this table. How to begin: "
         "[Migration](en/migration.md).\n"
     )
@@ -198,12 +199,59 @@ def flags() -> str:
             shown = ", ".join(f"`{key}`" for key in keys)
             cells = (f"`--{flag}`", f"`{_yaml(row['default'])}`", shown, _remark(row))
             text += "| " + " | ".join(_cell(cell) for cell in cells) + " |\n"
+    return text + _evaluation_flags() + _benchmark_flags() + _tools()
+
+
+def _compat(name: str) -> dict[str, Any]:
+    tree: dict[str, Any] = read_yaml(ROOT / "internvl/compat" / name)
+    return tree
+
+
+def _evaluation_flags() -> str:
+    """Renders the flags of evaluate.sh."""
+    tree = _compat("evaluation.yaml")
+    text = "\n## evaluate.sh\n\n| flag | here | |\n|---|---|---|\n"
+    for flag, row in {**tree["switches"], **tree["valued"]}.items():
+        option = f"`--{row['option']}`" if "option" in row else row.get("becomes", "")
+        text += f"| `--{flag}` | {_cell(_as_code(option))} | {_cell(_remark(row))} |\n"
     return text
+
+
+def _benchmark_flags() -> str:
+    """Renders the flags of CLIP_benchmark."""
+    tree = _compat("benchmark.yaml")
+    text = "\n## clip_benchmark eval\n\n| flag | here | |\n|---|---|---|\n"
+    for flag in [*tree["valued"], *tree["switches"]]:
+        becomes = benchmark.PROBE_OPTIONS.get(flag, tree["becomes"].get(flag, ""))
+        # The options of a probe do nothing without one.
+        remark = "" if becomes or flag not in tree["nothing"] else "changes nothing"
+        if flag in benchmark.PROBE_OPTIONS:
+            remark = "with `--task linear_probe` alone"
+        remark = f"refused: {tree['refused'][flag]}" if flag in tree["refused"] else remark
+        text += f"| `--{flag}` | {_cell(_as_code(becomes))} | {_cell(remark)} |\n"
+    return text
+
+
+def _as_code(text: str) -> str:
+    """Returns an option of the command line as code, and words as they are."""
+    option, comma, rest = text.partition(",")
+    return f"`{option}`{comma}{rest}" if option.startswith("--") else text
+
+
+def _tools() -> str:
+    """Renders the original's tools that have no command."""
+    text = "\n## Tools without a command here\n\n| tool | |\n|---|---|\n"
+    rows = [
+        f"| `{name}.py` | {_cell(reason)} |\n" for name, reason in _compat("tools.yaml").items()
+    ]
+    return text + "".join(rows)
 
 
 def _remark(row: dict[str, Any]) -> str:
     if "nothing" in row:
         return f"changes nothing: {row['nothing']}"
+    if "only" not in row and "refused" in row:
+        return f"refused: {row['refused']}"
     if "only" in row:
         return f"only `{_yaml(row['only'])}`: {row['refused']}"
     if row.get("sets") == []:

@@ -46,6 +46,14 @@ def test_keys_of_flags_are_keys_of_recipes():
                 assert not section or section in sections, (flag, key)
 
 
+def test_every_flag_of_the_original_has_an_answer():
+    rows = re.findall(r"^\| `(--[\w-]+|\w+\.py)` \| (.*) \|$", docs_build.flags(), re.MULTILINE)
+    assert len(rows) > 150
+    # After the default, which the training flags have in their second cell.
+    answers = {flag: [*re.split(r" \| ", cells)][-2:] for flag, cells in rows}
+    assert [flag for flag, cells in answers.items() if not any(map(str.strip, cells))] == []
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     docs_build.BUILD = tmp_path_factory.mktemp("site")

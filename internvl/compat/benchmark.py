@@ -77,7 +77,7 @@ def translate(words: Sequence[str], environment: Mapping[str, str]) -> Translati
     # Those of a linear probe change nothing elsewhere.
     nothing = {*table["nothing"]}
     if last.get("task") == "linear_probe":
-        nothing -= {*_PROBE_OPTIONS}
+        nothing -= {*PROBE_OPTIONS}
     notes = [f"--{flag}: changes nothing here" for flag in flags if flag in nothing]
     if "skip_existing" in flags and Path(_output(last)).exists():
         return Translation(notes=tuple(notes), done=f"{_output(last)} exists: skipped")
@@ -113,18 +113,19 @@ def _build(words: Sequence[str]) -> Translation:
     return Translation(done=f"{len(rows)} rows appended to {output}")
 
 
-_PROBE_OPTIONS = {
+PROBE_OPTIONS = {
     "fewshot_k": "--shots",
     "fewshot_epochs": "--probe-epochs",
     "fewshot_lr": "--probe-lr",
     "seed": "--probe-seed",
 }
+"""Flag -> option of `internvl evaluate`, with `--task linear_probe`."""
 
 
 def _probe_options(last: Mapping[str, str]) -> list[str]:
     """Returns the options of a linear probe."""
     options = ["--method", "probe"]
-    for flag, option in _PROBE_OPTIONS.items():
+    for flag, option in PROBE_OPTIONS.items():
         # All images are its -1.
         if flag in last and (flag, last[flag]) != ("fewshot_k", "-1"):
             options += [option, last[flag]]
