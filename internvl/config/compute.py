@@ -22,7 +22,7 @@ class ComputeConfig:
     rows are then padded to (shares of `data.row_tokens`). null: on a GPU."""
     checkpointing: Literal["none", "selective", "full"] = "none"
     """Activation checkpointing: the backward pass recomputes nothing, every second block, or every
-    block of the parts that train."""
+    block of the parts that gradients pass."""
     offload: bool = False
     """Saved activations wait in CPU memory until the backward pass. With full checkpointing these
     are the inputs of the blocks."""

@@ -132,7 +132,8 @@ def _is_folder(path: Path) -> bool:
 def _read_text(path: str | Path) -> str:
     """Reads a recipe's text, UTF-8 with or without a byte-order mark. Raises ConfigError."""
     try:
-        content = released.locate(path).read_bytes()
+        file = released.locate(path)
+        content = file.read_bytes()
     except FileNotFoundError:
         near = released.nearest(path)
         hint = f"did you mean {near}?" if near else "see `recipes/` for examples"
@@ -140,6 +141,10 @@ def _read_text(path: str | Path) -> str:
         raise ConfigError(f"there is no {noun} {path}; {hint}") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise ConfigError(f"cannot read the recipe {path}: {error}; check the path") from None
+    if file.suffix == ".sh":
+        raise ConfigError(
+            f"{path} is a script, no recipe; `internvl compat shell {path}` runs it as one"
+        )
     # Before decoding: a UTF-16 file would be reported as bad UTF-8, a web page as bad YAML.
     actual_format = other_format(content)
     if actual_format is not None:

@@ -109,6 +109,9 @@ class Family(ABC):
     def encoder(self, opened: OpenedModel, recipe: Recipe) -> ChatEncoder | CaptionEncoder:
         """Builds the encoder of training; no weight is read. Raises ModelFolderError."""
 
+    def check_config(self, config: Any, recipe: Recipe) -> None:  # noqa: B027 (most have none)
+        """Raises UserError if a model of this configuration does not train here."""
+
     def check_objective(self, recipe: Recipe) -> None:
         """Raises UserError if the recipe's objective does not train this family."""
         if recipe.objective.family == self.name:
@@ -167,14 +170,18 @@ class ChatFamily(Family):
         """See `Family.checkpoint_settings`."""
         return inherited.read_chat_checkpoint(files, name)
 
-    def with_settings(self, handle: Chat, recipe: Recipe) -> Chat:
-        """See `Family.with_settings`."""
-        model, data = handle.model, recipe.data
-        if configs.language_model(model.config) == "GptOssForCausalLM":
+    def check_config(self, config: Any, recipe: Recipe) -> None:
+        """See `Family.check_config`."""
+        if configs.language_model(config) == "GptOssForCausalLM":
             raise UserError(
                 f"{recipe.model.name}: GPT-OSS answers and exports here, but does not train: "
                 "packed rows have no sliding windows; choose a model with another language model"
             )
+
+    def with_settings(self, handle: Chat, recipe: Recipe) -> Chat:
+        """See `Family.with_settings`."""
+        model, data = handle.model, recipe.data
+        self.check_config(model.config, recipe)
         tiles = data.tiling
         own_template = template(data.template) if data.template else handle.template
         system = handle.system_message if data.system_message is None else data.system_message

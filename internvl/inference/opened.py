@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internvl import zoo
-from internvl.config import ModelConfig, Recipe, TilesConfig
+from internvl.config import ModelConfig, Recipe, TilesConfig, released
 from internvl.config.recipes import load_recipe
 from internvl.data.templates import template
 from internvl.errors import ModelFolderError, UserError
@@ -287,6 +287,13 @@ def _open_start(
         if base is not None:
             # Under its name in the recipe, which a moved run keeps.
             return replace(_open_located(base, search, above), name=model.id)
+        earlier = released.of_run(model.id)
+        # Before the hub is asked, where no such name is.
+        if earlier is not None and not is_run(folder):
+            raise ModelFolderError(
+                f"model.id: {model.id} is the run of {earlier}, which was not trained here; "
+                f"`internvl train {earlier}` first, or set model.id to another model"
+            )
         try:
             return _open(model.id, search, None, above)
         except ModelFolderError as error:

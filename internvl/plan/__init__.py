@@ -20,7 +20,7 @@ from transformers import InternVLConfig
 
 from internvl import zoo
 from internvl.compute import placement
-from internvl.config import ModelConfig, Recipe, recipes
+from internvl.config import ModelConfig, Recipe, recipes, released
 from internvl.errors import UnknownModel, UserError
 from internvl.inference import families, inherited
 from internvl.inference import load as loading
@@ -107,6 +107,7 @@ def model_of(
     config = _config(recipe, start) if shape is None else shape
     family = FAMILIES[families.name_of(config)]
     family.check_objective(recipe)
+    family.check_config(config, recipe)
     model = family.empty_model(config)
     # The order of a training start: the selection freezes every parameter it does not name.
     select_trainable(model, recipe.model.parts, recipe.model.train_last_vision_blocks)
@@ -137,6 +138,10 @@ def _files(recipe: Recipe) -> hub.ModelFolder:
     # A folder of a released model's name may hold a changed model.
     if folder.is_dir():
         return open_model(folder).files
+    # A later stage is planned before the earlier one has run.
+    earlier = released.of_run(folder)
+    if earlier is not None:
+        return _files(recipes.load_recipe(earlier))
     try:
         model = zoo.find(recipe.model.id)
     except UnknownModel as error:

@@ -61,7 +61,7 @@ class ChatActivations(Activations):
         if not flops.trains(self.model):
             return around
         block, count = self.decoder_block(tokens), len(self.layers)
-        num_kept = self.num_kept(count, self.layers)
+        num_kept = self.num_kept(count, self.model)
         entered = self.entered()
         recomputed = block if num_kept == 0 else 0.0  # one at a time
         if self.compute.offload:
@@ -75,7 +75,7 @@ class ChatActivations(Activations):
         if self.compute.offload or not flops.trains(self.language_model):
             return 0.0
         count = len(self.layers)
-        num_kept = self.num_kept(count, self.layers)
+        num_kept = self.num_kept(count, self.model)
         block = self.decoder_block(self.batch.rows.tokens)
         # The last one is still there.
         return max(0, num_kept - 1) * block + (count - max(1, num_kept)) * self.entered()

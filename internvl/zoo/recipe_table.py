@@ -30,10 +30,11 @@ def render() -> Iterator[tuple[Path, str]]:
     table = read_yaml(_TABLE)
     for family, constants in table["second_finetuning"]["families"].items():
         for model, size in constants["sizes"].items():
-            for method in _METHODS:
+            # From InternVL3 on the original has no scripts for adapters.
+            for method in (method for method in _METHODS if method in size):
                 # The name of the file is the name on the command line and of the run folder.
                 name = f"{model.lower().replace('-', '_')}_{method}"
-                text = _second_finetuning(name, model, method, size, constants["max_tokens"])
+                text = _second_finetuning(name, model, method, size, constants)
                 yield Path(family) / f"{name}.yaml", text
     # The original has the tutorial's script for two models only.
     for row in table["coco_lora"]:
@@ -48,32 +49,43 @@ def render() -> Iterator[tuple[Path, str]]:
             name = f"{row['model'].lower().replace('-', '_')}_mpo_{method}"
             settings = {**table["mpo"]["releases"][row["release"]], **row}
             yield Path(settings["folder"]) / f"{name}.yaml", _mpo(name, method, settings)
+    for group in table["stages"]:
+        for row in group["rows"]:
+            settings = {**group["constants"], **row}
+            yield Path(settings["folder"]) / f"{row['name']}.yaml", _stage(settings)
     for row in table["chat_v1_2"]["rows"]:
         text = _chat_v1_2(row, table["chat_v1_2"]["sources"])
         yield Path("internvl_chat_v1_2") / f"{row['name']}.yaml", text
 
 
 def _second_finetuning(
-    name: str, model: str, method: str, size: dict[str, Any], max_tokens: int
+    name: str, model: str, method: str, size: dict[str, Any], constants: dict[str, Any]
 ) -> str:
     gpus, per_device, accumulated = size[method]
-    is_cut = "shards" in size
+    shards = size.get("shards")
+    # Only one of the methods, if it takes several times the memory of the other.
+    shards = shards.get(method) if isinstance(shards, dict) else shards
     # Adapters are trained without drop path in every script.
     adapted = "lora: {rank: 16}" if method == "lora" else f"drop_path: {size['drop_path']}"
+    suffix = constants.get("suffix", "dynamic_res_2nd_finetune")
+    tiles = {"size": 448, "min": 1, "max": 6, "thumbnail": True} | constants.get("tiles", {})
     samples = "sample" if per_device == 1 else "samples"
     hardware = (
         f"{gpus} GPUs in the original, {per_device} {samples} a device x {accumulated} accumulated"
     )
-    if is_cut:
+    if shards is not None:
         hardware += f"; {size['planned'][method]} GiB of each by plan (80 GB GPUs)"
     head: dict[str, str] = {
         "command": f"internvl train {name}",
         "hardware": hardware,
-        "original": f"{size['script']}_dynamic_res_2nd_finetune_{method}.sh",
-        "differs": "recipes/README.md",
+        "original": f"{size['script']}_{suffix}_{method}.sh",
+        "differs": _joined("recipes/README.md", size.get("differs")),
     }
-    # The original's file for these sizes is a zero_stage3_config.
-    cut = "compute: {checkpointing: full}\nparallel: {shard: zero3}\n" if is_cut else ""
+    cut = ""
+    if shards is not None:
+        cut = _compute(size)
+    if shards not in (None, "none"):
+        cut += f"parallel: {{shard: {shards}}}\n"
     title = f"{model}, second fine-tuning on your own conversations: {_METHODS[method]}."
     return f"""\
 {_head(title, head)}
@@ -81,13 +93,108 @@ model: {{id: OpenGVLab/{model}, {adapted}}}
 data:
   sources:
     - {{name: custom, annotations: data/custom.jsonl, images: data/custom, insert_image_mark: true}}
-  tiles: {{size: 448, min: 1, max: 6, thumbnail: true}}
-  max_tokens: {max_tokens}
+  tiles: {_flow(tiles)}
+  max_tokens: {constants["max_tokens"]}
 optim: {{lr: {_float(size["lr"])}, weight_decay: {size["weight_decay"]}, decay_vectors: true}}
 {cut}run: runs/{name}
 global_batch: {math.prod(size[method])}
 epochs: 1
 """
+
+
+def _stage(row: dict[str, Any]) -> str:
+    """Renders a training of `stages`: of packed rows, of samples, or of preference pairs."""
+    name, packed = row["name"], row.get("packed")
+    is_preference = row.get("preference", False)
+    objective = ""
+    data = ["share_prefix: false"]
+    if packed:
+        data += [
+            f"row_tokens: {packed['tokens']}",
+            f"max_tiles: {packed['tiles']}",
+            "packing: official",
+        ]
+        # Averaged over processes, or each row's mean by itself.
+        mean = "" if packed["mean_over"] == "step" else ", loss_normalization: micro_batch"
+        objective = f"objective: {{weighting: square{mean}}}\n"
+    if is_preference:
+        data += [f"row_tokens: {2 * row['tokens']}", "on_bad_sample: skip"]
+        weights = "{dpo: 0.8, bco: 0.2, sft: 1.0}"
+        objective = f"objective: {{name: mpo, beta: 0.1, weights: {weights}}}\n"
+    optim = [f"lr: {_float(row['lr'])}", f"weight_decay: {row['weight_decay']}"]
+    optim += [f"{key}: {row[key]}" for key in ("warmup_steps", "warmup_ratio") if key in row]
+    steps = row.get("steps")
+    every, keep = row["save"]
+    batch = "global_batch_rows" if packed else "global_batch"
+    lines = [
+        _head(f"{row['title']}.", _stage_head(row)),
+        *_stage_model(row),
+        "data:",
+        f"  meta: {row['meta']}",
+        "  tiles: {size: 448, min: 1, max: 12, thumbnail: true}",
+        f"  max_tokens: {row['tokens']}",
+        *(f"  {line}" for line in data),
+        f"{objective}optim: {{{', '.join([*optim, 'decay_vectors: true'])}}}",
+        f"{_compute(row)}parallel: {{shard: {row['shard']}}}",
+        f"checkpoint: {{every: {every}, keep: {keep}}}",
+        f"run: runs/{name}",
+        f"{batch}: {row['batch']}",
+        f"steps: {steps}" if steps is not None else f"epochs: {row['epochs']}",
+        *([f"seed: {row['seed']}"] if "seed" in row else []),
+    ]
+    return "\n".join([*lines, ""])
+
+
+_PARTS = ("vision", "language", "projector", "template")
+
+
+def _stage_model(row: dict[str, Any]) -> Iterator[str]:
+    """Yields the lines of `model:`."""
+    yield "model:"
+    if "from" in row:
+        yield f"  id: runs/{row['from']}"
+    elif "id" in row:
+        yield f"  id: {row['id']}"
+    else:
+        yield from (f"  {key}: {row[key]}" for key in _PARTS if key in row)
+    yield f"  train: [{', '.join(row['train'])}]"
+    if row["drop_path"]:
+        yield f"  drop_path: {row['drop_path']}"
+
+
+def _stage_head(row: dict[str, Any]) -> dict[str, str]:
+    name, (gpus, per_device, accumulated) = row["name"], row["gpus"]
+    share = f"a row each x {accumulated} accumulated"
+    if not row.get("packed"):
+        samples = "sample" if per_device == 1 else "samples"
+        share = f"{per_device} {samples} a device x {accumulated} accumulated"
+    hardware = f"{gpus} GPUs in the original, {share}"
+    command = f"internvl train {name}"
+    if gpus > 8:
+        command += (
+            f"; on a cluster: internvl launch {name} --nodes {gpus // 8} --gpus-per-node 8 "
+            "--partition NAME"
+        )
+    # InternVL3.5's scripts leave their nodes to the cluster.
+    if not gpus:
+        hardware = "nodes of 8 GPUs in the original, which does not say how many"
+        command += f"; on a cluster: internvl launch {name} --nodes N --gpus-per-node 8"
+    start = ""
+    if "from" in row:
+        start = f'the run of {row["from"]}, "runs/{row["from"]}": train that first'
+    if "planned" in row:
+        hardware += f"; {row['planned']}"
+    lines = {
+        "refused": row.get("refused"),
+        "missing": row.get("missing"),
+        "data": row.get("data"),
+        "start": start,
+        "command": command,
+        "hardware": hardware,
+        "original": f"{row['script']}.sh",
+        "differs": _joined("recipes/README.md", row.get("differs")),
+    }
+    return {key: text for key, text in lines.items() if text}
 
 
 def _chat_v1_2(row: dict[str, Any], sources: list[dict[str, str]]) -> str:
@@ -324,10 +431,20 @@ def _retrieval_differs(dataset: dict[str, Any], method: dict[str, Any]) -> str:
     return "; ".join(text for text in differs if text is not None)
 
 
+def _compute(row: Mapping[str, Any]) -> str:
+    """Renders `compute:` of a training that recomputes activations."""
+    offload = ", offload: true" if row.get("offload") else ""
+    return f"compute: {{checkpointing: full{offload}}}\n"
+
+
+def _joined(*texts: str | None) -> str:
+    return "; ".join(text for text in texts if text)
+
+
 def _head(title: str, lines: Mapping[str, str]) -> str:
     """Renders the comments on top of a recipe: its title, then a paragraph for each key."""
     # Comments, not keys: a recipe holds nothing that training does not read.
-    paragraphs = [f"# {title}"]
+    paragraphs = textwrap.wrap(f"# {title}", _WIDTH, subsequent_indent="# ")
     for key, text in lines.items():
         paragraphs += textwrap.wrap(
             text,
@@ -341,6 +458,11 @@ def _head(title: str, lines: Mapping[str, str]) -> str:
     return "\n".join(paragraphs)
 
 
+def _flow(values: Mapping[str, Any]) -> str:
+    texts = (f"{key}: {str(value).lower()}" for key, value in values.items())
+    return f"{{{', '.join(texts)}}}"
+
+
 def _float(value: float) -> str:
     # YAML reads `4e-05` as a text; a float needs its point.
     mantissa, exponent = f"{value:.1e}".split("e")
@@ -350,6 +472,7 @@ def _float(value: float) -> str:
 def write(folder: Path = FOLDER) -> None:
     """Writes every recipe of the table below `folder`."""
     for path, text in render():
+        (folder / path).parent.mkdir(exist_ok=True)
         (folder / path).write_text(text, encoding="utf-8")
 
 

@@ -14,6 +14,7 @@ from internvl.inference import load as loading
 from internvl.models.adapters import lora
 from internvl.models.attention.packed import packed_mask
 from internvl.models.attention.per_document import DOCUMENTS
+from internvl.models.chat.model import Supervision, tokens_per_tile
 
 CPU = torch.device("cpu")
 
@@ -43,6 +44,28 @@ def test_recomputing_changes_nothing_and_leaves_frozen_parts_alone(model, kind, 
     embeds = model.get_input_embeddings()(row().input_ids)
     assert embeds.requires_grad is not with_lora  # transformers' own way makes it so for LoRA
     assert_same(loss_and_gradients(model, row()), wanted)
+
+
+def test_a_frozen_language_model_above_a_trained_projector_is_recomputed(model):
+    lora.select_trainable(model, ["multi_modal_projector"])
+    side = model.config.vision_config.image_size[0]
+    ids = row().input_ids.clone()
+    ids[0, : tokens_per_tile(model.config, side)] = model.config.image_token_id
+    pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(1))
+    parameter = model.model.multi_modal_projector.linear_1.weight
+
+    def gradient():
+        model.zero_grad(set_to_none=True)
+        positions = torch.tensor([27, 28])
+        supervision = Supervision(positions, ids[0, positions + 1], torch.ones(2))
+        model(input_ids=ids, pixel_values=pixels, supervision=supervision).loss.backward()
+        return parameter.grad.clone()
+
+    expected = gradient()
+    kernels.apply_compute(model, CPU, ComputeConfig(checkpointing="full"))
+    assert all(block.gradient_checkpointing for block in model.model.language_model.layers)
+    assert not any(block.gradient_checkpointing for block in model.model.vision_tower.encoder.layer)
+    torch.testing.assert_close(gradient(), expected)
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
