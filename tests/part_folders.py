@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from internvl.data.tokenizers import SPECIAL_TOKENS
 
 
-def split(tmp_path, case="chat_qwen2", tokenizer="qwen2", rows=600):
-    """The golden model's tower, language model and projector as releases of their own."""
-    whole = golden_folder(case, "v2.sel-1", tmp_path / "whole")
+def split(tmp_path, case="chat_qwen2", tokenizer="qwen2", rows=600, whole=None):
+    """The golden model's (or `whole`'s) tower, language model and projector as releases."""
+    if whole is None:
+        whole = golden_folder(case, "v2.sel-1", tmp_path / "whole")
     tensors = load_file(whole / "model.safetensors")
     config = json.loads((whole / "config.json").read_text())
     vision, language = tmp_path / "vision", tmp_path / "language"

@@ -1,6 +1,7 @@
 """Training scripts of the original by their paths there, as data (`scripts.yaml`)."""
 
 import difflib
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,20 +29,22 @@ def _table() -> dict[str, Any]:
     return table
 
 
-def locate(script: str, folder: Path) -> str | None:
+def locate(script: str, folder: Path, among: Collection[str] | None = None) -> str | None:
     """Returns the path of a script below the original, None if it is none of its scripts.
 
     Args:
         script: as it was typed, such as shell/finetune/x.sh, with or without internvl_chat/.
         folder: the working directory, whose name decides between scripts of the same path.
+        among: paths to choose from; by default all training scripts.
     """
+    choices = paths() if among is None else among
     typed = Path(script).as_posix().removeprefix("./")
     # The longest path first: in a folder called internvl_g its own scripts are meant.
     for candidate in (f"{folder.resolve().name}/{typed}", typed):
-        matches = [path for path in paths() if f"/{candidate}".endswith(f"/{path}")]
+        matches = [path for path in choices if f"/{candidate}".endswith(f"/{path}")]
         if matches:
             return matches[0]
-    return next((path for path in paths() if path.partition("/")[2] == typed), None)
+    return next((path for path in choices if path.partition("/")[2] == typed), None)
 
 
 def nearest(script: str) -> str | None:

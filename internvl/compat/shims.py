@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from internvl.compat import scripts
+from internvl.compat import files, scripts
 from internvl.compat.translation import Translation, take_flags
 from internvl.datasets.checklist import EXPECTED
 from internvl.errors import ConfigError
@@ -109,6 +109,8 @@ def _files() -> Iterator[tuple[str, str]]:
     # A script knows its path below internvl_chat or internvl_g.
     for path in scripts.paths():
         yield path, _shell("shell", path.partition("/")[2])
+    for path in files.benchmarks():
+        yield path, _shell("shell", path)
     for tool in _TOOLS:
         yield f"internvl_chat/tools/{tool}.py", _python(tool)
     yield "clip_benchmark/clip_benchmark/cli.py", _python("clip_benchmark")

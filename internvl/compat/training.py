@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from internvl.compat import finetune, scripts, shell
+from internvl.compat import evaluation, files, finetune, scripts, shell
 from internvl.compat.shims import is_shim
 from internvl.compat.translation import Translation
 from internvl.config import Recipe
@@ -55,8 +55,14 @@ def translate_flags(words: Sequence[str], environment: Mapping[str, str]) -> Tra
 def translate_script(words: Sequence[str], environment: Mapping[str, str]) -> Translation:
     """Translates `shell SCRIPT [key=value …] [--here] [--dry-run]`.
 
-    A script that is here is read, whoever edited it; otherwise the path names the original's.
+    A script that is here is read, whoever edited it; otherwise the path names the original's. Its
+    other shell files take their own words, as far as they have a counterpart.
     """
+    other = _other_file(words)
+    if other in files.EVALUATIONS:
+        return evaluation.translate(words[1:], environment)
+    if other is not None:
+        return _translate_other(other, words[1:], environment)
     options = [word for word in words if word in _SCRIPT_OPTIONS]
     rest = [word for word in words if word not in _SCRIPT_OPTIONS]
     if not rest:
@@ -69,6 +75,27 @@ def translate_script(words: Sequence[str], environment: Mapping[str, str]) -> Tr
         raise ConfigError(f"{others[0]}: neither key=value nor one of {', '.join(_SCRIPT_OPTIONS)}")
     launch = shell.read(_text(script), environment, name=script)
     return _translate(launch, options, overrides, environment, origin=f"shell {script}")
+
+
+def _other_file(words: Sequence[str]) -> str | None:
+    """Returns the path below the original of a shell file that is no training script to read."""
+    path = files.locate(words[0], Path()) if words else None
+    # A user's own file goes first, whatever its name.
+    if path is None or (Path(words[0]).is_file() and not is_shim(Path(words[0]))):
+        return None
+    is_training = path in scripts.paths() and path not in files.refused()
+    return None if is_training else path
+
+
+def _translate_other(
+    path: str, words: Sequence[str], environment: Mapping[str, str]
+) -> Translation:
+    rest = [word for word in words if word not in _SCRIPT_OPTIONS]
+    # First: a file that is refused is not helped by other words.
+    translation = files.translate(path, environment)
+    if rest:
+        raise ConfigError(f"{path}: takes no words, not {rest[0]}")
+    return dataclasses.replace(translation, runs="--dry-run" not in words)
 
 
 def _text(script: str) -> str:

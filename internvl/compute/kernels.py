@@ -72,7 +72,10 @@ def _checkpoint(model: Any, every: int) -> None:
     """Recomputes every `every`-th block in the backward pass, in the parts that gradients pass."""
     language, tower = model.model.language_model, model.model.vision_tower
     # A frozen chat language model saves as much as a trained one if the projector below it trains.
-    for stack, passed in ((language, model if model.family == "chat" else language), (tower, tower)):
+    for stack, passed in (
+        (language, model if model.family == "chat" else language),
+        (tower, tower),
+    ):
         if any(parameter.requires_grad for parameter in passed.parameters()):
             stack.gradient_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
             # Only reentrant checkpointing needs them; backward would go below the trained layers.

@@ -20,7 +20,9 @@ def scripts() -> dict[str, str]:
     """Returns scripts of the original, without .sh -> the recipe whose head names it."""
     names: dict[str, str] = {}
     for name, path in paths().items():
-        script = re.search(r"^# original: (\S+)\.sh", path.read_text(encoding="utf-8"), re.MULTILINE)
+        script = re.search(
+            r"^# original: (\S+)\.sh", path.read_text(encoding="utf-8"), re.MULTILINE
+        )
         # The first: of one script for two numbers of GPUs, that of its own number.
         if script is not None:
             names.setdefault(script[1], name)

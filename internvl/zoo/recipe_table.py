@@ -107,6 +107,7 @@ def _stage(row: dict[str, Any]) -> str:
     name, packed = row["name"], row.get("packed")
     is_preference = row.get("preference", False)
     objective = ""
+    # The original never shows an image to two samples at once.
     data = ["share_prefix: false"]
     if packed:
         data += [
@@ -118,11 +119,13 @@ def _stage(row: dict[str, Any]) -> str:
         mean = "" if packed["mean_over"] == "step" else ", loss_normalization: micro_batch"
         objective = f"objective: {{weighting: square{mean}}}\n"
     if is_preference:
+        # A pair is at most both answers, each of the longest sample.
         data += [f"row_tokens: {2 * row['tokens']}", "on_bad_sample: skip"]
         weights = "{dpo: 0.8, bco: 0.2, sft: 1.0}"
         objective = f"objective: {{name: mpo, beta: 0.1, weights: {weights}}}\n"
     optim = [f"lr: {_float(row['lr'])}", f"weight_decay: {row['weight_decay']}"]
     optim += [f"{key}: {row[key]}" for key in ("warmup_steps", "warmup_ratio") if key in row]
+    # Where the script states both, it ends after the steps.
     steps = row.get("steps")
     every, keep = row["save"]
     batch = "global_batch_rows" if packed else "global_batch"
@@ -158,18 +161,21 @@ def _stage_model(row: dict[str, Any]) -> Iterator[str]:
     else:
         yield from (f"  {key}: {row[key]}" for key in _PARTS if key in row)
     yield f"  train: [{', '.join(row['train'])}]"
+    # 0 is the default, and a key that says so would be one more to read.
     if row["drop_path"]:
         yield f"  drop_path: {row['drop_path']}"
 
 
 def _stage_head(row: dict[str, Any]) -> dict[str, str]:
     name, (gpus, per_device, accumulated) = row["name"], row["gpus"]
+    # A packed batch is one row, whatever samples it holds.
     share = f"a row each x {accumulated} accumulated"
     if not row.get("packed"):
         samples = "sample" if per_device == 1 else "samples"
         share = f"{per_device} {samples} a device x {accumulated} accumulated"
     hardware = f"{gpus} GPUs in the original, {share}"
     command = f"internvl train {name}"
+    # One machine needs no Slurm.
     if gpus > 8:
         command += (
             f"; on a cluster: internvl launch {name} --nodes {gpus // 8} --gpus-per-node 8 "
@@ -459,6 +465,7 @@ def _head(title: str, lines: Mapping[str, str]) -> str:
 
 
 def _flow(values: Mapping[str, Any]) -> str:
+    # As YAML writes booleans, not as Python does.
     texts = (f"{key}: {str(value).lower()}" for key, value in values.items())
     return f"{{{', '.join(texts)}}}"
 

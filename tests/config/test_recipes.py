@@ -126,7 +126,8 @@ def test_models_are_released_ones(path: Path) -> None:
         assert zoo.find_tower(start.vision)
         assert zoo.find_language_model(start.language)
     elif model.startswith("OpenGVLab/"):
-        assert zoo.find(model).repository == model.removesuffix("-Instruct")
+        stage = re.compile("-(Instruct|Pretrained)$")
+        assert zoo.find(model).repository == stage.sub("", model)
     else:
         assert f'"{model}"' in head(path) or path.stem.startswith("demo")  # made as the head says
 
