@@ -1,6 +1,6 @@
 """Writes the generated pages of docs/, and builds the site of all languages.
 
-    python docs/build.py pages    # docs/recipe-keys.md and docs/flags.md, from the package
+    python docs/build.py pages    # docs/recipe-keys.md, flags.md and scripts.md, from the package
     python docs/build.py site     # build/docs/site/LANGUAGE/, by Zensical; `make docs` does it
 
 Needs no network.
@@ -19,7 +19,8 @@ from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from internvl.compat import benchmark, finetune
-from internvl.config import Recipe
+from internvl.compat import files as shell_files
+from internvl.config import Recipe, released
 from internvl.config.docs import field_docs
 from internvl.config.unions import OneOf, members, name_of
 from internvl.files import read_yaml
@@ -49,7 +50,7 @@ def title(page: Path) -> str:
 
 def pages() -> dict[str, str]:
     """Returns the generated pages: file name in docs/ -> text."""
-    return {"recipe-keys.md": recipe_keys(), "flags.md": flags()}
+    return {"recipe-keys.md": recipe_keys(), "flags.md": flags(), "scripts.md": scripts()}
 
 
 def recipe_keys() -> str:
@@ -258,6 +259,53 @@ def _remark(row: dict[str, Any]) -> str:
         return "refused if it is set"
     renamed = row.get("values", {})
     return ", ".join(f"`{_yaml(old)}` → `{_yaml(new)}`" for old, new in renamed.items())
+
+
+_OUTCOMES = {
+    "works": "works",
+    "translated": "translated, with differences",
+    "refused": "refused",
+}
+
+
+def scripts() -> str:
+    """Renders every shell file of the original, what it is here, and what differs."""
+    answers = [shell_files.answer(path) for path in shell_files.paths()]
+    counts = [
+        f"{text}: {sum(a.outcome == key for a in answers)}" for key, text in _OUTCOMES.items()
+    ]
+    text = _GENERATED + (
+        "# Scripts of the original\n\n"
+        f"All {len(answers)} shell files of the original code: {'; '.join(counts)}.\n\n"
+        "A training script resolves by its own name too: `internvl train NAME`. `internvl compat "
+        "shell FILE` takes the same files with their variables (`GPUS`, `PER_DEVICE_BATCH_SIZE` …) "
+        "and names what of a script changes nothing. Where all recipes differ from the scripts: "
+        "`recipes/README.md`; the last column has what one adds to it. How to begin: "
+        "[Migration](en/migration.md).\n"
+    )
+    folder = ""
+    for answer in answers:
+        path = Path(answer.path)
+        if str(path.parent) != folder:
+            folder = str(path.parent)
+            text += f"\n## {folder}\n\n"
+            text += "| file | answer | here, or why not | differs |\n|---|---|---|---|\n"
+        here = answer.text if answer.outcome == "refused" else f"`{answer.text}`"
+        name = answer.text.rpartition(" ")[2]
+        differs = _differences(name) if answer.outcome == "translated" else ""
+        cells = (f"`{path.name}`", _OUTCOMES[answer.outcome], here, differs)
+        text += "| " + " | ".join(_cell(cell) for cell in cells) + " |\n"
+    return text
+
+
+def _differences(recipe: str) -> str:
+    """Returns what a recipe's head says is missing or different, beyond the list of all recipes."""
+    lines = released.paths()[recipe].read_text(encoding="utf-8").splitlines()
+    head = " ".join(line for line in lines if line.startswith("#")).replace(" #  ", " ")
+    paragraphs = dict(re.findall(r"# (\w+): +(.*?)(?=# \w+: |$)", head))
+    texts = [paragraphs.get(key, "") for key in ("missing", "differs")]
+    joined = "; ".join(" ".join(text.split()) for text in texts if text)
+    return re.sub(r"(^|; )recipes/README\.md(; )?", r"\1", joined).strip("; ")
 
 
 # Site

@@ -8,7 +8,7 @@ from typing import get_type_hints
 
 import pytest
 
-from internvl.compat import finetune
+from internvl.compat import files, finetune
 from internvl.config import Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -17,7 +17,7 @@ docs_build = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(docs_build)
 
 
-@pytest.mark.parametrize("name", ["recipe-keys.md", "flags.md"])
+@pytest.mark.parametrize("name", ["recipe-keys.md", "flags.md", "scripts.md"])
 def test_a_generated_page_is_current(name):
     committed = (ROOT / "docs" / name).read_text(encoding="utf-8")
     assert committed == docs_build.pages()[name], "run `python docs/build.py pages`"
@@ -31,6 +31,18 @@ def test_every_section_and_key_is_on_the_page():
     for name, hint in get_type_hints(Recipe).items():
         if is_dataclass(hint):
             assert name in headings
+
+
+def test_every_shell_file_of_the_original_is_on_its_page():
+    names = (ROOT / "tests/compat/shell_files.txt").read_text(encoding="utf-8").split()
+    page, folder, rows = docs_build.scripts(), "", {}
+    for line in page.splitlines():
+        folder = line.removeprefix("## ") if line.startswith("## ") else folder
+        match = re.match(r"\| `([^`]+\.sh)` \| ([^|]+) \|", line)
+        if match:
+            rows[f"{folder}/{match[1]}"] = match[2].partition(",")[0]
+    assert sorted(rows) == sorted(names)
+    assert rows == {name: files.answer(name).outcome for name in names}
 
 
 def test_keys_of_flags_are_keys_of_recipes():

@@ -284,6 +284,7 @@ def _mpo(name: str, method: str, row: dict[str, Any]) -> str:
         else "computed once before the first step, not by a second model in memory"
     )
     head: dict[str, str] = {
+        **({"missing": row["missing"]} if "missing" in row else {}),
         "data": f"internvl data prepare mmpr --root . ({row['data']}, its meta file as it is)",
         "command": f"internvl train {name}",
         "hardware": hardware,
