@@ -271,7 +271,7 @@ drop_last: true
 
 def _mpo(name: str, method: str, row: dict[str, Any]) -> str:
     is_lora = method == "lora"
-    hardware = f"{row['batch']} GPUs in the original, a pair each"
+    hardware = row.get("hardware", f"{row['batch']} GPUs in the original, a pair each")
     if is_lora:
         hardware = row.get("lora_hardware", "as of the second fine-tuning by LoRA of this size")
     differs = (
