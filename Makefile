@@ -47,8 +47,9 @@ check: $(VENV)/.dev
 test: $(VENV)/.dev
 	$(VENV)/bin/pytest -q -n 2 --dist worksteal -m "not scripts and not slow and not slow_fuzz"
 
+# Three, for two cores: these tests wait a third of their time, for ranks, servers, browsers and Slurm.
 test-slow: $(VENV)/.slow
-	$(VENV)/bin/pytest -q -n 2 --dist worksteal -m "(slow or slow_fuzz) and not scripts"
+	$(VENV)/bin/pytest -q -n 3 --dist worksteal -m "(slow or slow_fuzz) and not scripts"
 
 scripts: $(VENV)/.dev
 	$(VENV)/bin/pytest -q -n 2 --dist worksteal -m scripts

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import socket
 import tempfile
-import time
 from multiprocessing import connection, forkserver
 from pathlib import Path
 
@@ -77,14 +76,13 @@ def run_ranks(code: str, *, num_ranks: int = 2) -> list[str]:
         return [(folder / "out").read_text() for folder in folders]
 
 
-class Verb:
-    """A command line in a process of its own, of which each test would otherwise import torch."""
+class Forked:
+    """Code in a process of its own, of which each test would otherwise import torch."""
 
-    def __init__(self, *words: str) -> None:
+    def __init__(self, code: str) -> None:
         _start_server()
         self._name = tempfile.TemporaryDirectory()
         folder = Path(self._name.name)
-        code = f"from internvl import cli; cli.main({list(words)})"
         self._process = _CONTEXT.Process(target=_run, args=(code, dict(os.environ), folder))
         self._process.start()
 
@@ -100,10 +98,41 @@ class Verb:
 
     def communicate(self) -> tuple[str, str]:
         """Waits for its end; returns standard output and standard error."""
+        import cpu_seconds
+
         self._process.join()
-        out, err = ((Path(self._name.name) / name).read_text() for name in ("out", "err"))
+        folder = Path(self._name.name)
+        out, err = ((folder / name).read_text() for name in ("out", "err"))
+        if (folder / "cpu_s").exists():
+            cpu_seconds.charge(float((folder / "cpu_s").read_text()))
         self._name.cleanup()
         return out, err
+
+
+class Verb(Forked):
+    """A command line of the package."""
+
+    def __init__(self, *words: str) -> None:
+        super().__init__(f"from internvl import cli; cli.main({list(words)})")
+
+
+class Script(Forked):
+    """A script, as `python FILE WORDS` in the folder above its own."""
+
+    def __init__(self, file: Path, *words: str) -> None:
+        super().__init__(_SCRIPT.format(file=str(file), words=list(words)))
+
+
+_SCRIPT = """
+import os, runpy, sys, warnings
+from pathlib import Path
+warnings.simplefilter("ignore")
+folder = Path({file!r}).parent
+os.chdir(folder.parent)
+sys.path.insert(0, str(folder))
+sys.argv = [{file!r}, *{words!r}]
+runpy.run_path({file!r}, run_name="__main__")
+"""
 
 
 def _run(code: str, environment: dict[str, str], folder: Path) -> None:
@@ -115,4 +144,4 @@ def _run(code: str, environment: dict[str, str], folder: Path) -> None:
     try:
         exec(compile(code, "<rank>", "exec"), {"__name__": "__main__"})
     finally:
-        (folder / "cpu_s").write_text(str(time.process_time()))
+        (folder / "cpu_s").write_text(str(sum(os.times()[:4])))

@@ -1,8 +1,6 @@
 """The scripts behind the figures run: on a CPU, with tiny models, through the real loop."""
 
 import json
-import subprocess
-import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from data_files import picture
+from ranks import Script
 
 pytestmark = pytest.mark.scripts
 
@@ -18,17 +17,17 @@ TOWERS = ["vision_tower", "language_model"]
 
 
 def run(script, *words):
-    command = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks" / script), *words]
     if script in (
         "dual.py",
         "memory.py",
         "rehearse.py",
         "many_gpus.py",
     ):  # a busy machine would leave out rows after minutes
-        command += ["--budget-s", "1e6"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+        words += ("--budget-s", "1e6")
+    process = Script(ROOT / "benchmarks" / script, *words)
+    out, err = process.communicate()
+    assert process.poll() == 0, err
+    return [json.loads(line) for line in out.splitlines()]
 
 
 def test_training_rates():
