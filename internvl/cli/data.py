@@ -15,7 +15,7 @@ from internvl.cli.common import (
     open_named,
     run_as_ranks,
 )
-from internvl.errors import UserError
+from internvl.errors import UserError, counted
 
 
 def run(args: Arguments) -> int:
@@ -31,7 +31,12 @@ def run(args: Arguments) -> int:
     from internvl.datasets import prepare
 
     prepared = prepare.run(args.name, args.root, download=args.download)
-    print(_render_counts(prepared.counts, prepared.files))
+    if prepared.counts or prepared.files:
+        print(_render_counts(prepared.counts, prepared.files))
+    if prepared.missing:
+        absent = counted(len(prepared.missing), "file or folder is", "files or folders are")
+        remedy = "" if args.download else "; --download fetches those that a program can fetch"
+        print(f"{args.name}: {absent} missing{remedy}", file=sys.stderr)
     for missing in prepared.missing:
         print(missing, file=sys.stderr)
     return int(not prepared.ready)

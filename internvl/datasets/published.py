@@ -52,6 +52,8 @@ class Task:
     clean: bool = True
     languages: tuple[str, ...] = ("en",)
     """As CLIP_benchmark writes them; the first is the default."""
+    prepared_by: str = ""
+    """Name of `internvl data prepare` that fetches its files."""
 
 
 TASKS: dict[str, Task] = {
@@ -68,6 +70,7 @@ TASKS: dict[str, Task] = {
         image_list="annotations/coco_karpathy_test.json",
         images=".",
         images_from=f"{COCO}val2014.zip",
+        prepared_by="coco-caption",
     ),
     "caption-flickr30k": Task(
         type="caption",
@@ -82,6 +85,7 @@ TASKS: dict[str, Task] = {
         images_from=FLICKR,
         # The JSON names a folder that the images do not lie in.
         flat=True,
+        prepared_by="flickr30k",
     ),
     "caption-nocaps": Task(
         type="caption",
@@ -96,6 +100,7 @@ TASKS: dict[str, Task] = {
         images="images",
         images_from=NOCAPS_IMAGES,
         flat=True,
+        prepared_by="nocaps",
     ),
     "retrieval-flickr30k": Task(
         type="retrieval",
@@ -109,6 +114,7 @@ TASKS: dict[str, Task] = {
         images="Images",
         images_from=FLICKR,
         form="flickr",
+        prepared_by="flickr30k",
     ),
     "retrieval-flickr30k-cn": Task(
         type="retrieval",
@@ -124,6 +130,7 @@ TASKS: dict[str, Task] = {
         form="flickr",
         # CLIP_benchmark calls Chinese `cn` here and `zh` in XTD.
         languages=("cn",),
+        prepared_by="flickr30k-cn",
     ),
     "retrieval-coco": Task(
         type="retrieval",
@@ -246,7 +253,9 @@ def configs(
     missing = [f"{path}: from {address}" for path, address in required if not path.exists()]
     if missing:
         absent = counted(len(missing), "file or folder is", "files or folders are")
-        raise ConfigError("\n".join([f"{name}: {absent} missing", *missing]))
+        command = f"internvl data prepare {task.prepared_by} --download"
+        remedy = f"; `{command}` fetches what can be fetched" if task.prepared_by else ""
+        raise ConfigError("\n".join([f"{name}: {absent} missing{remedy}", *missing]))
     fields: dict[str, Any] = {"type": task.type, "images": images}
     if task.type == "retrieval":
         fields |= {"form": task.form, "clean": task.clean, "split": split, "batch_size": 64}

@@ -221,5 +221,8 @@ class Places:
         missing = self.missing()
         if missing:
             noun = "file or folder is" if len(missing) == 1 else "files or folders are"
-            head = f"{self.dataset.name}: {len(missing)} {noun} missing"
+            head = (
+                f"{self.dataset.name}: {len(missing)} {noun} missing; `internvl data prepare KEY "
+                "--download` with the benchmark's KEY fetches what can be fetched"
+            )
             raise ConfigError("\n".join([head, *missing]))

@@ -125,9 +125,11 @@ def download(name: str, to: Path | None = None, cache: Path | None = None) -> Pa
         OfflineModeIsEnabled,
     )
 
-    remedy = (
-        f"put its files into a folder (for instance pretrained/{name.split('/')[-1]}) and name that"
-    )
+    owner, _, last = name.rpartition("/")
+    remedy = f"put its files into a folder (for instance pretrained/{last}) and name that"
+    # The folder of the guides, typed before anything was fetched into it.
+    if owner == "pretrained":
+        remedy = f"fetch a release with `internvl models {last} --download --to {name}`"
     # With local_dir, snapshot_download returns whatever lies there when it is offline.
     if to is not None and os.environ.get("HF_HUB_OFFLINE", "0").upper() in {
         "1",

@@ -137,7 +137,7 @@ def test_evaluate_and_export(capsys, project, tmp_path):
         (["retrieval-flickr30"], "no task 'retrieval-flickr30'; did you mean retrieval-flickr30k?"),
         (["retrieval-folder"], "retrieval-folder needs --annotations"),
         (["retrieval-xtd", "--language", "de"], "has no language 'de'; it has en, es"),
-        (["caption-coco"], "caption-coco: 3 files or folders are missing"),
+        (["caption-coco"], "caption-coco: 3 files or folders are missing; `internvl data prepare "),
         (["caption-coco"], "coco_karpathy_test.json: from https://github.com/OpenGVLab/"),
         (["retrieval-folder", "--annotations", "x", "--mode", "h"], "modes.0: must be"),
     ],
@@ -276,6 +276,11 @@ def test_a_bug_says_which_sample_it_was_about(capsys, monkeypatch):
         (["train", "{recipe}", "run={tmp}/text.png"], 1, "text.png"),
         (["train", "{recipe}", "run={tmp}/text.png/run"], 1, "text.png"),
         (["models", "InternVL9-1B"], 2, "'InternVL9-1B'; nearest"),
+        (
+            ["chat", "pretrained/InternVL2-2B"],
+            1,
+            "`internvl models InternVL2-2B --download --to pretrained/InternVL2-2B`",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -373,3 +378,12 @@ def test_options_of_evaluate_are_those_of_its_sections():
     assert (args.modes, args.recall_k) == (["c", "g"], ["1", "5"])
     assert (args.clean, args.num_beams, args.flat, args.limit) == (True, 3, None, None)
     assert not hasattr(args, "every")
+
+
+def test_what_a_set_lacks_is_counted_and_the_download_is_offered(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(capsys, "data", "prepare", "nocaps")
+    assert (code, out) == (1, "")
+    head, *rows = err.splitlines()
+    assert head.startswith(f"nocaps: {len(rows)} files or folders are missing; --download")
+    assert all(": from http" in row for row in rows)
