@@ -126,10 +126,13 @@ def download(name: str, to: Path | None = None, cache: Path | None = None) -> Pa
     )
 
     owner, _, last = name.rpartition("/")
-    remedy = f"put its files into a folder (for instance pretrained/{last}) and name that"
-    # The folder of the guides, typed before anything was fetched into it.
+    # The folder of the guides, typed before anything was fetched into it: no owner on the hub.
     if owner == "pretrained":
-        remedy = f"fetch a release with `internvl models {last} --download --to {name}`"
+        raise ModelFolderError(
+            f"{name}: no such folder; fetch a release into it with `internvl models {last} "
+            f"--download --to {name}`"
+        )
+    remedy = f"put its files into a folder (for instance pretrained/{last}) and name that"
     # With local_dir, snapshot_download returns whatever lies there when it is offline.
     if to is not None and os.environ.get("HF_HUB_OFFLINE", "0").upper() in {
         "1",
