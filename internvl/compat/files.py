@@ -58,6 +58,7 @@ def benchmarks() -> tuple[str, ...]:
 
 def locate(script: str, folder: Path) -> str | None:
     """Returns the path below the original of one of `paths`, as `scripts.locate` does."""
+    # Training scripts first, the unpublished one included.
     return scripts.locate(script, folder, (*scripts.paths(), *paths()))
 
 
@@ -83,18 +84,20 @@ def translate(path: str, environment: Mapping[str, str]) -> Translation:
     """
     if path in refused():
         raise ConfigError(f"{path}: {refused()[path]}")
-    made = [benchmark.translate(words, environment) for words in lines(path)]
+    translations = [benchmark.translate(words, environment) for words in lines(path)]
     # There each line is a job of its own on the authors' cluster.
     return Translation(
-        commands=tuple(command for translation in made for command in translation.commands),
-        notes=tuple(dict.fromkeys(note for translation in made for note in translation.notes)),
+        commands=tuple(command for line in translations for command in line.commands),
+        notes=tuple(dict.fromkeys(note for line in translations for note in line.notes)),
     )
 
 
 def answer(path: str) -> Answer:
     """Returns what this package answers to a file of `paths`."""
+    # First: a training script whose model does not train is refused too.
     if path in refused():
         return Answer(path=path, outcome="refused", text=refused()[path])
+    # The checkpoint decides whether it is a chat model or InternVL-14B.
     if path in EVALUATIONS:
         return Answer(path=path, outcome="works", text="internvl compat evaluate.sh CHECKPOINT KEY")
     if path in benchmarks():

@@ -47,9 +47,9 @@ def locate(script: str, folder: Path, among: Collection[str] | None = None) -> s
     return next((path for path in choices if path.partition("/")[2] == typed), None)
 
 
-def nearest(script: str) -> str | None:
-    """Returns the path of the script whose name is closest."""
-    names = {Path(path).name: path for path in paths()}
+def nearest(script: str, among: Collection[str] | None = None) -> str | None:
+    """Returns the path of the script whose name is closest; `among` as in `locate`."""
+    names = {Path(path).name: path for path in (paths() if among is None else among)}
     # By file name: folders are long, and their names are rarely the mistake.
     near = difflib.get_close_matches(Path(script).name, names, n=1, cutoff=0.5)
     return names[near[0]] if near else None

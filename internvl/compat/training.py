@@ -110,7 +110,7 @@ def _text(script: str) -> str:
             raise ConfigError(f"{script}: no UTF-8 text") from None
     if original is not None:
         return scripts.text(original)
-    near = scripts.nearest(script)
+    near = scripts.nearest(script, files.paths())
     hint = f"; did you mean {near}?" if near else ""
     raise ConfigError(f"there is no script {script}, and the original has none of this path{hint}")
 

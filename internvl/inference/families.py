@@ -21,7 +21,7 @@ from internvl.inference import inherited
 from internvl.inference.chat import Chat
 from internvl.inference.dual import Dual
 from internvl.inference.inherited import tiling
-from internvl.inference.opened import OpenedModel
+from internvl.inference.opened import OpenedModel, check_trains
 from internvl.models import configs, hub
 from internvl.models.chat import model as chat_model
 from internvl.models.dual import files as dual_files
@@ -172,11 +172,7 @@ class ChatFamily(Family):
 
     def check_config(self, config: Any, recipe: Recipe) -> None:
         """See `Family.check_config`."""
-        if configs.language_model(config) == "GptOssForCausalLM":
-            raise UserError(
-                f"{recipe.model.name}: GPT-OSS answers and exports here, but does not train: "
-                "packed rows have no sliding windows; choose a model with another language model"
-            )
+        check_trains(recipe.model.name, configs.language_model(config))
 
     def with_settings(self, handle: Chat, recipe: Recipe) -> Chat:
         """See `Family.with_settings`."""

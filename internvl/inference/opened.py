@@ -16,7 +16,7 @@ from internvl import zoo
 from internvl.config import ModelConfig, Recipe, TilesConfig, released
 from internvl.config.recipes import load_recipe
 from internvl.data.templates import template
-from internvl.errors import ModelFolderError, UserError
+from internvl.errors import ModelFolderError, UnknownModel, UserError
 from internvl.models import bases, hub
 from internvl.models.adapters import folder as adapter_folder
 from internvl.models.bases import Located, Place, Replacements, Search
@@ -386,11 +386,39 @@ def check_start(recipe: Recipe, *, weights: bool) -> None:
 
     Raises:
         ModelFolderError: as `open_start`.
+        UserError: a model that does not train here.
     """
+    _check_released(recipe.model)
     if recipe.model.id is None:
         _part_folders(recipe.model)
     else:
         open_start(recipe).check(weights=weights)
+
+
+def check_trains(name: str, architecture: str) -> None:
+    """Raises UserError if a chat model with this class of language model does not train here."""
+    if architecture == "GptOssForCausalLM":
+        raise UserError(
+            f"{name}: GPT-OSS answers and exports here, but does not train: packed rows have no "
+            "sliding windows; choose a model with another language model"
+        )
+
+
+def _check_released(model: ModelConfig) -> None:
+    """Raises UserError for a released model that does not train, before it is downloaded."""
+    name = str(model.language if model.id is None else model.id)
+    # A folder of a released model's name may hold a changed model.
+    if Path(name).expanduser().is_dir():
+        return
+    try:
+        if model.id is None:
+            language = zoo.find_language_model(name)
+        else:
+            language = zoo.LANGUAGE_MODELS[zoo.find(name).language]
+    # Others are known by their files only.
+    except UnknownModel:
+        return
+    check_trains(model.name, language.get("architectures", [""])[0])
 
 
 def _part_folders(model: ModelConfig) -> tuple[Path, Path]:

@@ -98,6 +98,11 @@ def test_a_file_of_clip_benchmark_is_its_lines(name, count):
         assert languages == ["en", "es", "fr", "zh", "it", "ko", "ru", "jp"]
 
 
+def test_a_misspelled_file_gets_the_nearest_of_all():
+    with pytest.raises(ConfigError, match="did you mean clip_benchmark/test_internvl_g_retrieval"):
+        compat.translate("shell", ["test_internvl_g_retrival.sh"], {})
+
+
 def test_words_that_a_file_does_not_take_are_refused(tmp_path, monkeypatch):
     path = "clip_benchmark/test_internvl_c_xtd.sh"
     with pytest.raises(ConfigError, match="takes no words, not optim.lr=1"):

@@ -26,6 +26,7 @@ from internvl.config import LoraConfig, ModelConfig, TilesConfig
 from internvl.config.recipes import load_recipe, resolve
 from internvl.errors import ConfigError, UserError
 from internvl.inference import load as loading
+from internvl.inference import opened
 from internvl.inference.generate import Request
 from internvl.models import configs
 from internvl.models.adapters import lora
@@ -154,6 +155,11 @@ def test_gpt_oss_does_not_train(project, tmp_path):
     )
     with pytest.raises(UserError, match="GPT-OSS answers and exports here, but does not train"):
         loading.for_training(recipe(project, size=84, id=str(folder)))
+    # Before a released one is downloaded: these tests have no network.
+    for name in ("OpenGVLab/InternVL3_5-GPT-OSS-20B-A4B-Preview", "internvl3_5_gpt_oss_20b_stage0"):
+        chosen = load_recipe(name) if "stage0" in name else recipe(project, size=84, id=name)
+        with pytest.raises(UserError, match="GPT-OSS answers and exports here, but does not train"):
+            opened.check_start(chosen, weights=True)
 
 
 def test_a_run_merges_and_a_plain_model_is_refused(capsys, project, tmp_path):
