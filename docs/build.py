@@ -325,6 +325,7 @@ def stage(language: str, folder: Path) -> None:
         if page.parent != DOCS:
             text = _language_line(site["languages"], language, target.name) + text
         file.write_text(text, encoding="utf-8")
+    shutil.copyfile(DOCS / "site.css", folder / "site.css")
 
 
 def _relinked(page: Path, target: Path, targets: dict[Path, Path], folder: Path) -> str:
@@ -373,7 +374,8 @@ def configure(language: str, folder: Path) -> Path:
     nav = [{row["guides"]: guides}, {row["reference"]: reference}]
     text = (
         f'[project]\nsite_name = "internvl"\ndocs_dir = "sources/{language}"\n'
-        f'site_dir = "site/{language}"\nuse_directory_urls = false\nnav = {_toml(nav)}\n'
+        f'site_dir = "site/{language}"\nuse_directory_urls = false\nextra_css = ["site.css"]\n'
+        f"nav = {_toml(nav)}\n"
         # No font: one would be fetched from another host.
         f'[project.theme]\nlanguage = "{language}"\nfont = false\n'
         'features = ["navigation.footer", "content.code.copy", "search.highlight"]\n'
