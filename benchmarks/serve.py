@@ -413,7 +413,7 @@ def run_serve(rows: Rows, folder: Path, options: argparse.Namespace, alone: floa
         process.start()
         figures: dict[str, Any] = {"engine": "process" if apart else "thread"}
         try:
-            until_s = started + min(100, rows.left())
+            until_s = started + min(0.4 * options.budget_s, rows.left())
             while not port_file.exists():
                 if not process.is_alive() or time.perf_counter() > until_s:
                     raise RuntimeError("the server has no port")

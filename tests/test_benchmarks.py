@@ -22,6 +22,7 @@ def run(script, *words):
         "memory.py",
         "rehearse.py",
         "many_gpus.py",
+        "serve.py",
     ):  # a busy machine would leave out rows after minutes
         words += ("--budget-s", "1e6")
     process = Script(ROOT / "benchmarks" / script, *words)
@@ -320,7 +321,9 @@ def test_search_of_photos():
 
 
 def test_serving():
-    (row,) = run("serve.py", "--tiny", "--count", "8")
-    assert row["requests"] == 8
+    answer, row = run("serve.py", "--tiny", "--count", "8")
+    assert (answer["row"], row["row"], row["engine"]) == ("answer", "serve", "process")
+    assert answer["requests"] == row["requests"] == 8
     assert row["share_of_answer"] > 0
     assert row["pieces"] > 1
+    assert len(row["host_and_gpu_gib_after"]) == 8

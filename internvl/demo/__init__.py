@@ -6,6 +6,7 @@
     export    a folder that plain transformers loads; its answers are compared with ours
     find      the same with a small InternVL-14B and pairs of images and names (retrieval.py)
     report    report.html                                                   (page.py)
+    serve     its pages to talk and to search, if they are asked for        (serving.py)
 
 Everything between start and report is the normal path; only the models are small.
 """
@@ -33,7 +34,7 @@ from internvl.config import CaptionEval, Recipe, recipes
 from internvl.data.templates import template
 from internvl.datasets import openmoji
 from internvl.demo import page as pages
-from internvl.demo import ranks, retrieval
+from internvl.demo import ranks, retrieval, serving
 from internvl.demo.page import LANGUAGES, Reloaded, Timing
 from internvl.demo.retrieval import MUON, RetrievalSize
 from internvl.errors import UserError
@@ -74,17 +75,20 @@ SHORT = DemoSize(
 )
 
 
-def run(folder: Path, *, short: bool = False) -> Path:
+def run(folder: Path, *, short: bool = False, port: int = serving.PORT) -> Path:
     """Runs the whole demo in `folder`; returns the report's path. A second call resumes.
 
     All ranks of a process group train, and rank 0 does the rest.
+
+    Args:
+        port: where `serving.serve` will have its pages, which the report links.
 
     Raises:
         UserError: packages are missing, or an exported model does not answer as ours does.
     """
     dist.init_from_env("cpu")
     if dist.is_main():
-        _run(folder, SHORT if short else FULL)
+        _run(folder, SHORT if short else FULL, port)
     else:
         ranks.train_together(folder / _RECIPE)
         ranks.train_together(folder / _RETRIEVAL / retrieval.RECIPE)
@@ -94,7 +98,7 @@ def run(folder: Path, *, short: bool = False) -> Path:
 _RECIPE, _RETRIEVAL, _PAGE = "recipe.yaml", "retrieval", "report.html"
 
 
-def _run(folder: Path, size: DemoSize) -> None:
+def _run(folder: Path, size: DemoSize, port: int) -> None:
     """Does all of the demo that is not training, and trains with the other ranks."""
     timing = Timing()
     data = timing.measure(
@@ -119,7 +123,7 @@ def _run(folder: Path, size: DemoSize) -> None:
         folder / _RETRIEVAL, data, exported, size.retrieval, recipe.dtype, timing
     )
     chat, commands = pages.read_run(recipe), _commands(folder, recipe, data)
-    page = pages.make_page(chat, data, timing, checked, searching, commands)
+    page = pages.make_page(chat, data, timing, checked, searching, commands, _served(folder, port))
     report.write(page, folder / _PAGE)
 
 
@@ -364,6 +368,22 @@ def _commands(folder: Path, recipe: Recipe, data: Path) -> list[str]:
         f"--annotations {data / 'test_en.json'} --clean",
         f"tensorboard --logdir {recipe.run / 'tensorboard'}",
     ]
+
+
+def _served(folder: Path, port: int) -> report.Text:
+    chat, search = serving.addresses(port)
+    again = f"internvl demo --to {folder} --serve"
+    again += f" --port {port}" if port != serving.PORT else ""
+    return report.Text(
+        title="Talk to it, search with it",
+        paragraphs=[
+            f"Talk to the chat model, with images: {chat}",
+            f"Search all images by words or by an image: {search}",
+            "Both pages are there while the first command runs (a finished demo trains nothing "
+            "again), or while the other two do.",
+        ],
+        commands=[again, *serving.commands(folder, port)],
+    )
 
 
 def _names(file: Path) -> list[str]:

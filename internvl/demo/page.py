@@ -105,12 +105,14 @@ def make_page(
     checked: Reloaded,
     searching: Sequence[report.Section],
     commands: Sequence[str],
+    served: report.Text,
 ) -> report.Report:
     """Builds the demo's page.
 
     Args:
         searching: the sections about retrieval.
         commands: shell commands to continue with.
+        served: the section that links its pages.
     """
     # A range over the languages, for a mean would hide the worst of them.
     exact = [chat.evaluations[chat.last][f"test-{lang}/exact"] for lang in LANGUAGES]
@@ -153,6 +155,7 @@ def make_page(
                 note="The first test images in the order of their hash; nothing was picked.",
             ),
             *searching,
+            served,
             report.Text(
                 title="What ran, and how to go on",
                 paragraphs=[

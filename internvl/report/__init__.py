@@ -88,7 +88,7 @@ def write(report: Report, path: Path) -> None:
 
 def _text(section: Text) -> str:
     commands = "\n".join(section.commands)
-    return "".join(f"<p>{escape(text)}</p>" for text in section.paragraphs) + (
+    return "".join(f"<p>{_linked(text)}</p>" for text in section.paragraphs) + (
         f"<pre><code>{escape(commands)}</code></pre>" if commands else ""
     )
 
@@ -243,13 +243,17 @@ def _charts(section: Charts) -> str:
 
 
 def _attribution(section: Attribution) -> str:
-    texts = _ADDRESS.split(section.text.strip())  # text and addresses alternate
-    linked = "".join(
+    return f'<p class="attribution">{_linked(section.text.strip())}</p>'
+
+
+def _linked(plain: str) -> str:
+    """Returns a text as HTML, its addresses as links."""
+    texts = _ADDRESS.split(plain)  # text and addresses alternate
+    return "".join(
         # noreferrer: the page's own address may be a private one.
         f'<a href="{escape(text)}" rel="noreferrer">{escape(text)}</a>' if i % 2 else escape(text)
         for i, text in enumerate(texts)
     )
-    return f'<p class="attribution">{linked}</p>'
 
 
 _RENDERERS: dict[type, Callable[[Any], str]] = {

@@ -1,16 +1,21 @@
 """The demo's parts on a few images: every folder it makes, and the page."""
 
 import json
+import subprocess
+import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
+from http_server import free_port
 from ranks import run_ranks
 
 from internvl import demo, log
 from internvl.config import recipes
 from internvl.datasets import openmoji
-from internvl.demo import retrieval
+from internvl.demo import retrieval, serving
 from internvl.demo.page import Timing
 from internvl.errors import UserError
 from internvl.inference import load as loading
@@ -122,3 +127,47 @@ def test_the_whole_demo_on_two_ranks_writes_a_page(
     for run in (folder / "run", folder / "retrieval/run"):
         # One in each rank.
         assert {row["rows"] for row in log.StepLog(run, "metrics.jsonl").rows()} == {2}
+    for address in serving.addresses(serving.PORT):
+        assert f'<a href="{address}"' in page
+    ask_both_pages(folder, tmp_path)
+
+
+SERVE = """
+from pathlib import Path
+from internvl import log
+from internvl.demo import serving
+log.setup()
+serving.serve(Path({folder!r}), {port})
+"""
+
+
+def ask_both_pages(folder: Path, work: Path) -> None:
+    """The pages answer with the demo's own models, until a signal ends the command."""
+    port = free_port()
+    command = [sys.executable, "-c", SERVE.format(folder=str(folder), port=port)]
+    shown = work / "log"
+    with shown.open("w") as file, subprocess.Popen(command, stderr=file, stdout=file) as process:
+        try:
+            until_s = time.monotonic() + 180
+            while "links both" not in shown.read_text():
+                assert process.poll() is None, shown.read_text()
+                assert time.monotonic() < until_s, shown.read_text()
+                time.sleep(0.1)
+            chat, search = serving.addresses(port)
+            assert "/v1/chat/completions" in posted(chat)
+            message = {"role": "user", "content": "Name it"}
+            answer = posted(f"{chat}v1/chat/completions", model="model", messages=[message])
+            assert json.loads(answer)["choices"][0]["message"]["role"] == "assistant"
+            hits = json.loads(posted(f"{search}search", query="cook", page_size=3))["hits"]
+            assert len(hits) == 3
+        finally:
+            process.terminate()
+        assert process.wait(60) == 0, shown.read_text()
+
+
+def posted(address: str, **body: object) -> str:
+    """What a page's server answers; a GET without a body."""
+    data = json.dumps(body).encode() if body else None
+    request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return response.read().decode()

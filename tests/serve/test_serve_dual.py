@@ -1,6 +1,7 @@
 """Embeddings and rankings over HTTP are those of the loaded InternVL-14B."""
 
 import asyncio
+import json
 
 import numpy as np
 import openai
@@ -9,6 +10,8 @@ import torch
 from dual_folders import dual_folder, small_tokenizer
 from http_server import data_address, image_bytes, running
 
+from internvl.config import RetrievalEval
+from internvl.evals.retrieval import Retrieval
 from internvl.inference.load import load
 
 pytestmark = pytest.mark.slow
@@ -152,3 +155,29 @@ def test_one_bad_image_costs_its_own_request_alone(server, dual):
 
     statuses = [status for status, _ in asyncio.run(together())]
     assert statuses == [200, 200, 200, 400, 200, 200, 200]
+
+
+def test_recall_through_http_is_what_evaluate_measures(client, dual, tmp_path):
+    colors = np.random.default_rng(0).integers(0, 256, (12, 3)).tolist()
+    images = [image_bytes(color=tuple(color)) for color in colors]
+    texts = [f"{TEXTS[n % 3]} {n}" for n in range(len(images))]
+    rows = []
+    for n, (image, text) in enumerate(zip(images, texts, strict=True)):
+        (tmp_path / f"{n}.png").write_bytes(image)
+        rows.append(json.dumps({"image": f"{n}.png", "caption": text}))
+    (tmp_path / "pairs.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    config = RetrievalEval(annotations=tmp_path / "pairs.jsonl", images=tmp_path, recall_k=(1, 5))
+    expected = Retrieval(config).run(dual, None).values
+    own = torch.arange(len(images))
+    for mode in "cg":
+
+        def embed(inputs, model=f"dual:{mode}"):
+            return vectors(client.embeddings.create(model=model, input=inputs))
+
+        scores = embed(texts) @ embed([data_address(image) for image in images]).T
+        for name, similar in (("image", scores), ("text", scores.T)):
+            for k in (1, 5):
+                hits = (similar.topk(k).indices == own[:, None]).any(1)
+                recall = expected[f"{mode}_{name}_retrieval_recall@{k}"]
+                assert hits.float().mean().item() == pytest.approx(recall, abs=1e-6)
+    assert 0 < expected["c_image_retrieval_recall@5"] < 1
