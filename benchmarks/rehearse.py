@@ -47,8 +47,6 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 SAMPLES = 1_267_819
 """Of the mixture of InternVL-Chat-V1-2."""
 SUPERVISED = 0.6
-HEADROOM = 1.01
-"""Room that a row needs beyond its tokens, so that ranks can trade samples."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +63,13 @@ class Row:
 _V12 = "internvl_chat_v1_2/internvl_chat_v1_2_sft"
 _14B = "internvl_14b/internvl_14b"
 ROWS = {
-    "40b_full_8": Row("InternVL-Chat-V1-2", f"{_V12}_32gpus", 8, row_tokens=16640),
-    "40b_full_32": Row("InternVL-Chat-V1-2", f"{_V12}_32gpus", 32, row_tokens=16640),
+    "40b_full_8": Row("InternVL-Chat-V1-2", f"{_V12}_32gpus", 8, row_tokens=16384),
+    "40b_full_32": Row("InternVL-Chat-V1-2", f"{_V12}_32gpus", 32, row_tokens=16384),
     "14b_full_32": Row("InternVL-14B-224px", f"{_14B}_full_flickr30k", 32),
     "14b_head_4": Row("InternVL-14B-224px", f"{_14B}_head_flickr30k", 4),
     "14b_lora_4": Row("InternVL-14B-224px", f"{_14B}_lora_flickr30k", 4),
     "76b_lora_8": Row("InternVL2-Llama3-76B", "internvl2/internvl2_llama3_76b_lora", 8),
-    "40b_full_64": Row("InternVL-Chat-V1-2", _V12, 64, row_tokens=8320),
+    "40b_full_64": Row("InternVL-Chat-V1-2", _V12, 64, row_tokens=8192),
 }
 LENGTHS = (2048, 1000, 700)
 
@@ -162,7 +160,7 @@ def cases(row: Row, folder: Path, tiny: bool) -> Iterator[tuple[Recipe, int]]:
         yield load(**{"data.sources": workloads.write(folder, drawn, encoder)}), 0
         return
     for length in (96, 48) if tiny else LENGTHS:
-        count = row.num_gpus * int(recipe.data.row_tokens / HEADROOM / length)
+        count = row.num_gpus * (recipe.data.row_tokens // length)
         source = write_chat(folder, count, length, encoder)
         yield load(**{"data.sources": [source], "global_batch": count}), length
 

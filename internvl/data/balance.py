@@ -114,7 +114,10 @@ def _shapes(
 ) -> Iterator[tuple[int, ...]]:
     """Yields lengths of the rows of every rank that may hold the pieces, the least padded first."""
     flat = [piece for of_rank in pieces for piece in of_rank]
-    tokens = sum(piece.tokens for piece in flat) * (1 + _HEADROOM) / len(pieces)
+    sizes = [piece.tokens for piece in flat]
+    mean = sum(sizes) / len(pieces)
+    # Pieces of one length are traded for each other without any room.
+    tokens = mean + min(_HEADROOM * mean, max(sizes, default=0) - min(sizes, default=0))
     tiles = sum(piece.tiles for piece in flat) / len(pieces)
     least = max(1, math.ceil(tokens / lengths[-1]), math.ceil(tiles / max(1, max_tiles)))
     candidates = [

@@ -92,6 +92,12 @@ def test_the_shape_of_a_step_is_the_one_that_pads_least():
     assert [[5 * len(row) for row in rows] for rows in dealt] == [[85, 55]] * 2
 
 
+def test_pieces_of_one_length_fill_their_rows():
+    pieces = [[Piece(1.0, 2048, 1)] * 8] * 4
+    dealt = even_rows(pieces, [10240, 16384], 64)
+    assert [[len(row) for row in rows] for rows in dealt] == [[8]] * 4
+
+
 def test_large_pieces_take_a_row_each():
     pieces = [[Piece(1.0, 90)] * 3, [Piece(1.0, 60)]]
     dealt = even_rows(pieces, (63, 100), 9)
