@@ -1,5 +1,6 @@
 """Every `internvl …` line of the guides: parsed, and resolved as far as no file is needed."""
 
+import functools
 import re
 import shlex
 from pathlib import Path
@@ -58,6 +59,14 @@ CASES = [
     for page in PAGES
     for line in dict.fromkeys(lines(page))
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_parser():
+    """The parser of all lines: to make it takes as long as to parse twenty of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "parser", functools.cache(cli.parser))
+        yield
 
 
 def parsed(line: str):

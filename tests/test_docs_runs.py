@@ -184,6 +184,8 @@ def extra(page: str, words: list[str]) -> list[str]:
         return list(MORE[page])
     if verb == "chat":
         return ["--max-new-tokens", "4"]
+    if "qa-file" in words:
+        return ["--max-new-tokens", "4"]
     # METEOR would start Java.
     if verb == "evaluate" and ("caption-coco" in words or "--prompt" in words):
         return ["--metrics", "exact"]
