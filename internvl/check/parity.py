@@ -90,6 +90,7 @@ class Parity:
     def render(self) -> str:
         """Lines for the terminal, the verdict last."""
         lines = [comparison.render() for comparison in self.comparisons]
+        # Said, for silence would be taken for agreement.
         lines += [f"not compared: {sentence}" for sentence in self.left_out]
         pairs = counted(len(self.comparisons), "comparison")
         verdict = f"{pairs}, {self.num_different or 'none'} of them different"
@@ -118,6 +119,7 @@ def run(
     """
     opened = open_model(name)
     chat = loading.load(opened, device=device).as_chat("check --parity")
+    # Paths are files on purpose: training and exports are checked as they read them.
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if annotations is None:

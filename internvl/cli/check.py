@@ -26,6 +26,7 @@ def run(args: Arguments) -> int:
         return _plan(recipe, args)
     from internvl.inference import opened
 
+    # Before the import below: a folder that is not there is answered at once.
     opened.check_start(recipe, weights=False)
     with loading(recipe.model.name):
         from internvl import check
@@ -72,6 +73,7 @@ def _plan(recipe: Recipe, args: Arguments) -> int:
     if checked is not None:
         planned = replace(planned, inherited="")  # printed by the check already
     print(planned.render())
+    # A script that submits the job reads the code alone.
     return int(not planned.fits or (checked is not None and bool(checked.problems)))
 
 

@@ -29,6 +29,7 @@ def loading(name: object) -> Iterator[None]:
 
 def open_named(args: Arguments, step: int | None) -> Any:
     """Opens the model of a command line; its folder is refused before torch is imported."""
+    # Here: --help and wrong options need none of what it imports.
     from internvl.inference.opened import open_model
 
     opened = open_model(args.model, step=step, base=args.base)
@@ -95,6 +96,7 @@ def add_run_arguments(sub: argparse.ArgumentParser, *, several: bool = False) ->
     if several:
         text += "; several steps, as 200,400, are compared"
     sub.add_argument("--step", type=_steps if several else int, metavar="STEP", help=text)
+    # Repeated, not separated by commas, which a folder's name may have.
     sub.add_argument(
         "--base",
         action="append",
@@ -128,6 +130,7 @@ def run_as_ranks(args: Arguments, num_ranks: int) -> int:
     from internvl.launch import local
 
     log.get_logger().info("starting %d processes …", num_ranks)
+    # The words as they were typed: every rank parses and checks them by itself.
     ended = local.run(local.verb(*args.argv), num_ranks)
     if ended.sentence:
         raise RanksFailed(ended.sentence, ended.code)

@@ -37,6 +37,7 @@ def run(args: Arguments) -> int:
         absent = counted(len(prepared.missing), "file or folder is", "files or folders are")
         remedy = "" if args.download else "; --download fetches those that a program can fetch"
         print(f"{args.name}: {absent} missing{remedy}", file=sys.stderr)
+    # Standard output lists the files that were written, and nothing else.
     for missing in prepared.missing:
         print(missing, file=sys.stderr)
     return int(not prepared.ready)
@@ -65,6 +66,7 @@ def _make_pairs(args: Arguments) -> int:
     result = pairing.run(
         opened, args.to, options, device=args.device, dtype=args.dtype, quantize=args.quantize
     )
+    # None on all ranks but the first.
     if result is not None:
         print(pairing.render(result))
     return 0
@@ -148,7 +150,9 @@ def _add_make_pairs(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--to", type=Path, required=True, help="JSONL file of pairs to write")
     for key, (parse, text) in _PAIR_OPTIONS.items():
         option = f"--{key.replace('_', '-')}"
+        # argparse formats help with %.
         sub.add_argument(option, dest=key, type=parse, help=text.replace("%", "%%"))
+    # Several GPUs share the questions: each holds a whole model.
     add_loading_arguments(sub, device_map=False)
     add_rank_arguments(sub)
     add_run_arguments(sub)

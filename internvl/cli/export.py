@@ -26,6 +26,7 @@ def write(exporter: ModuleType, args: Arguments) -> int:
     """Exports as the command line says, and prints where to."""
     chosen = {"code_from": args.code_from, "step": args.step, "base": args.base}
     folder = exporter.run(args.model, args.to, args.format, **chosen)
+    # Flushed, for the lines below go to another stream and would overtake it.
     print(folder, flush=True)
     from internvl.export import servers
 

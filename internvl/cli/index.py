@@ -155,6 +155,7 @@ def _update(args: Arguments, index: Any, model: Any) -> None:
 
         count = clip_retrieval.export(index, Path(args.export[1]), index.settings.modes[0])
         print(f"{count:,} photos in clip-retrieval's layout: {args.export[1]}")
+    # Last, below the counts: the line to copy.
     print(f'The index is {args.to}; search it: internvl search {args.to} "a dog in the snow"')
 
 

@@ -36,6 +36,7 @@ def run(args: Arguments) -> int:
 def _check_training(args: Arguments, num_ranks: int) -> Path:
     """Refuses what the run would refuse when it starts; returns its folder."""
     recipe = open_recipe(args)
+    # Of one machine; how many a node starts is the job's to say.
     if args.gpus is not None or args.processes is not None:
         raise ConfigError("--gpus, --processes: give --gpus-per-node instead")
     problem = recipe.parallel.unfit(num_ranks) if num_ranks > 1 else None

@@ -83,6 +83,7 @@ def _serve(photos: Any, port: int) -> int:
             raise
         raise UserError(f"--port {port}: in use by another program; choose another one") from None
     with server:
+        # Flushed: who starts this from a script reads the address from a pipe.
         print(f"The page is {server.address} (this machine alone); Ctrl-C ends it.", flush=True)
         server.serve_forever()
     return 0
@@ -135,6 +136,7 @@ class _AddTerm(argparse.Action):
     """Appends a text or an image, whose weight may follow."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        # A new list: the one that is there is the parser's default, for every command line.
         namespace.terms = [*namespace.terms, (self.dest.removesuffix("_term"), values, 1.0)]
 
 

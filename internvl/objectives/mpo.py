@@ -93,6 +93,7 @@ class Mpo(PackedObjective):
                 "it has no rejected answer; write `question`, `chosen` and `rejected`",
             )
         per_image = () if tiles is None else tiles.per_image
+        # Both as whole conversations: a token may span the border of question and answer.
         worse = (*sample.messages[:-1], Message("assistant", sample.rejected))
         chosen = self._answer(sample, per_image, "chosen")
         rejected = self._answer(replace(sample, messages=worse), per_image, "rejected")

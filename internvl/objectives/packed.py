@@ -101,6 +101,7 @@ class PackedObjective(Stateless, ABC):
         labels[-1] = 0
         side = self.data.tiling.size
         tiles = torch.zeros(num_tiles, 3, side, side, dtype=torch.uint8) if num_tiles else None
+        # The name is in the message of an error in the warm-up.
         example = Example(f"made-up row of {length} tokens", ids, labels)
         (row,) = self.build([[self.synthetic_unit(example, tiles)]])
         return row

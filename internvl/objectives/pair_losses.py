@@ -85,6 +85,7 @@ def robust(rewards: Rewards) -> Tensor:
     arXiv:2403.00409."""
     smoothing = rewards.label_smoothing
     right, wrong = F.logsigmoid(rewards.margins), F.logsigmoid(-rewards.margins)
+    # Swapped pairs are taken out of the sum, and the divisor scales what is left to all pairs.
     return (-(1 - smoothing) * right + smoothing * wrong) / (1 - 2 * smoothing)
 
 

@@ -98,6 +98,7 @@ class Live:
 
     def begin_run(self, start: RunStart, rows: Callable[..., Sequence[PreferenceBatch]]) -> None:
         """See `Reference.begin_run`; loads the model."""
+        # Not the model at hand: a resumed run's has learned since.
         self.model = start.initial_model()
 
     def attach(self, row: PreferenceBatch) -> PreferenceBatch:
@@ -145,6 +146,7 @@ class Precomputed:
                 f"{augmented[0]} is augmented; turn that off, or set objective.reference=live"
             )
         path = start.folder / FILE
+        # From rank 0 to all: a node's view of a shared disk may be some seconds old.
         done, self.stored = dist.on_main(lambda: _read(path))
         chunks = [ref for ref in _chunks(start) if _key(ref) not in done]
         if chunks:
@@ -221,6 +223,7 @@ class Precomputed:
         if self.file is None:
             return row
         logps = [self._stored_of(n, c) for n, c in zip(row.names, row.contents, strict=True)]
+        # A row without pairs has this shape too.
         row.reference = torch.tensor(logps, dtype=torch.float32).view(-1, 2)
         return row
 

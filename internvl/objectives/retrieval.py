@@ -169,6 +169,7 @@ class RetrievalObjective(Stateless):
         self, model: Any, batches: Iterator[PairBatch], counts: Mapping[str, float]
     ) -> None:
         """Runs the first pass of gradient caching, if any rank has several micro-batches."""
+        # A step that broke off has left some.
         self._cached.clear()
         num_graphs = self.config.kept_micro_batches
         first = list(islice(batches, max(2, num_graphs)))
@@ -283,6 +284,7 @@ class RetrievalObjective(Stateless):
             model.query_embeds(queries),
             model.image_embeds(cross_kv.tokens),
         )
+        # float32: similarities differ in digits that bfloat16 does not have.
         return F.normalize(torch.stack([e.float() for e in embeddings], dim=1), dim=-1)
 
     def _unimodal_states(

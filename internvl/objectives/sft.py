@@ -57,6 +57,7 @@ class Sft(PackedObjective):
 
     def counts(self, batch: PackedBatch) -> dict[str, float]:
         """See `Objective.counts`."""
+        # Weights, not tokens: by `weighting` a token may count for less than one.
         return {"sft": float(batch.loss_weights.sum())}
 
     def begin_step(

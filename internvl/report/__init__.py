@@ -10,6 +10,7 @@ Adding a kind of section: one dataclass, one function, one entry in `_RENDERERS`
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from html import escape
 from itertools import groupby
 from pathlib import Path
@@ -48,7 +49,6 @@ from internvl.report.sections import Span as Span
 from internvl.report.sections import Text as Text
 from internvl.report.sections import TiledImage as TiledImage
 from internvl.report.sections import TrainingSample as TrainingSample
-from internvl.report.style import STYLE
 
 T = TypeVar("T", Score, Difference)
 
@@ -75,10 +75,16 @@ def render(report: Report) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f'<link rel="icon" href="data:,">\n<title>{escape(report.title)}</title>\n'
-        f"<style>{STYLE}</style>\n</head>\n<body>\n<header><h1>{escape(report.title)}</h1>"
+        f"<style>{_style()}</style>\n</head>\n<body>\n<header><h1>{escape(report.title)}</h1>"
         f"<p>{escape(report.subtitle)}</p><nav>{contents}</nav></header>\n"
         f"<main>\n{body}</main>\n</body>\n</html>\n"
     )
+
+
+@cache
+def _style() -> str:
+    """Reads the style sheet, which every page contains: it must open without its neighbours."""
+    return Path(__file__).with_name("style.css").read_text(encoding="utf-8")
 
 
 def write(report: Report, path: Path) -> None:
@@ -205,6 +211,7 @@ def _difference_cells(row: Difference, section: Differences, scale: float) -> st
     if row.interval is not None:
         low, high = row.interval
         interval = f"{value_text(low, signed)} … {value_text(high, signed)}"
+        # Only an interval on one side of zero is more than chance.
         if not row.neutral:
             css_class = "better" if low > 0 else "worse" if high < 0 else ""
         left, right = (50 + 50 * max(-1.0, min(1.0, end / (scale or 1.0))) for end in (low, high))

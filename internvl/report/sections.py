@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 
+# By keyword alone: most fields are texts, whose order nobody remembers.
 @dataclass(frozen=True, kw_only=True)
 class Text:
     """Paragraphs, then commands to copy."""
@@ -142,6 +143,7 @@ class Box:
     y1: float
     x2: float
     y2: float
+    # Not a colour: the style sheet says how each looks.
     role: Literal["reference", "answer"]
 
 
@@ -151,6 +153,7 @@ class Drawing:
 
     image: bytes
     """An encoded PNG, JPEG, GIF or WebP file."""
+    # Said by the caller: a page decodes no image.
     size: tuple[int, int] = (1, 1)
     """Width and height, px; needed with boxes."""
     boxes: Sequence[Box] = ()
@@ -166,6 +169,7 @@ class Answer:
     """Shown instead of the language, e.g. the name of a model."""
     reference: str
     answer: str
+    # Not derived from the texts: an evaluator may call several answers right.
     right: bool | None
     """None for an answer without a score."""
     note: str = ""
@@ -285,6 +289,7 @@ class Group:
     note: str = ""
 
 
+# A union, not a base class: a section is data, and how it looks is `report.render`'s alone.
 Section = (
     Text
     | Facts

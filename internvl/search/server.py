@@ -39,6 +39,7 @@ MAX_BODY = 64 << 20
 
 _SHOWN = {"JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF"}
 """Formats that browsers show; others are sent as JPEG."""
+# Of a photo that must be converted: more than most screens show.
 _LARGE_SIDE = 2560
 _CACHED = "private, max-age=31536000, immutable"  # a digest's bytes never change
 

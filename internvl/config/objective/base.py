@@ -21,6 +21,7 @@ class ObjectiveConfig:
     """True if a batch is a packed row of conversations, False if it is pairs."""
     terms: ClassVar[tuple[str, ...]]
     """The terms of the loss, in the order of the log."""
+    # Named in the refusal: who sets it wants its effect, not its name.
     instead: ClassVar[dict[str, str]] = {}
     """Key of another objective -> the recipe's key with the same effect for this one."""
 
@@ -28,6 +29,7 @@ class ObjectiveConfig:
     weights: dict[str, float] = field(default_factory=dict)
     """Weight of each term in the loss, by default 1; a term of weight 0 is left out."""
 
+    # Left out, not multiplied by 0: a term costs a pass of its own.
     @property
     def term_weights(self) -> dict[str, float]:
         """Term -> weight, for terms whose weight is not 0."""

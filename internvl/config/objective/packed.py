@@ -24,6 +24,7 @@ class PackedConfig(ObjectiveConfig):
     def problems(self, recipe: "Recipe") -> Iterator[str]:
         """Also yields caption sources without a question."""
         yield from super().problems(recipe)
+        # Pairs have no question, and a chat model is taught to answer one.
         for index, source in enumerate(recipe.data.sources):
             if source.type in _CAPTION_TYPES and source.prompt is None:
                 key = f"data.sources.{index}.prompt"

@@ -34,6 +34,7 @@ class PairsConfig(ObjectiveConfig):
         # A chat model's config.json stores it for later users; InternVL-14B's has no key for it.
         if recipe.data.exif == "apply":
             yield "data.exif: apply is for chat models; turn the images of InternVL-14B beforehand"
+        # Both kernels know documents in a row; InternVL-14B's masks mix queries and captions.
         attention = recipe.compute.attention
         if attention in ("flex", "flash"):
             yield (f"compute.attention: {attention} is for packed rows, not for pairs; choose auto")

@@ -27,6 +27,7 @@ def apply(model: Any, compute: ComputeConfig, device: torch.device) -> None:
     Raises:
         UserError: float8 products that this GPU does not have, or nothing frozen to use them for.
     """
+    # Each looks whether its layers are there, so that a new model needs no list here.
     tower: nn.Module = model.model.vision_tower
     patch_embed.enable(tower)
     gelu.enable(tower)

@@ -35,5 +35,6 @@ def _(input: Tensor) -> Tensor:
 def enable(tower: nn.Module) -> None:
     """Replaces every exact GELU of a tower by an `OwnKernelGelu`."""
     for name, module in list(tower.named_modules()):
+        # By exact type: a subclass computes something else.
         if type(module) is GELUActivation:
             replace_module(tower, name, OwnKernelGelu)
