@@ -68,7 +68,7 @@ def answer(options: argparse.Namespace, folder: Path | None, to_parent: Any) -> 
     Args:
         folder: gets the model before, for another server, which may load it meanwhile.
     """
-    from internvl.inference.generate import one_engine
+    from internvl.inference.engine import one_engine
     from internvl.inference.requests import Request
 
     chat = model_of(options)
