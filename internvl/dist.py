@@ -101,6 +101,8 @@ def _local_device(device: str, membership: Membership | None) -> torch.device:
 def shutdown() -> None:
     """Leaves the process group, if one was joined."""
     if distributed.is_initialized():
+        # Another group may get the id of this one.
+        _patient_groups.clear()
         distributed.destroy_process_group()
 
 

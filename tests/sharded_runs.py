@@ -1,8 +1,10 @@
 """Steps of the same runs on one process and on several: losses, norms and the first gradient."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import tiny_run
 import torch
 from ranks import run_ranks
 
@@ -71,6 +73,34 @@ class Case:
     """Expression over step, i, row, rank and ranks; None: as training shares them out."""
 
 
+CUT_TOWER = "units.SMALL_TOWER = 0"
+WHOLE_TOWER = "units.SMALL_TOWER = 10**9"
+LORA = "model.lora={{rank: 4, on: [{}], dropout: 0.0}}"
+FROZEN = "model.train=[multi_modal_projector, language_model]"
+TRAINED = {
+    "full": Case((), WHOLE_TOWER),
+    "frozen tower on every rank": Case((FROZEN,), WHOLE_TOWER),
+    "frozen tower cut": Case((FROZEN, "compute.offload=true"), CUT_TOWER),
+    "adapters": Case(("model.train=[multi_modal_projector]", LORA.format("language_model"))),
+    "adapters on both": Case(
+        ("model.train=[]", LORA.format("language_model, vision_tower"), "compute.offload=true"),
+        CUT_TOWER,
+    ),
+    "muon": Case(("optim.name=muon",), WHOLE_TOWER),
+}
+
+
+def project(folder):
+    """Makes the small project, each sample with a row of its own, every second without an image."""
+    recipe = tiny_run.make(folder)
+    lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    for line in lines[1::2]:
+        del line["image"]
+        line["conversations"][0]["value"] = line["conversations"][0]["value"].split("\n")[1]
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return recipe
+
+
 @dataclass(frozen=True)
 class Steps:
     """Losses and norms, float64 (steps, 2), the first gradient, (rows, tiles) of each rank, and how
@@ -82,14 +112,14 @@ class Steps:
     graphs: int
 
 
-def take(project, folder, cases, *, num_ranks):
+def take(recipe, folder, cases, *, num_ranks):
     """Runs every case, by name, to its end on `num_ranks` ranks; returns name -> Steps."""
     folder = Path(folder) / str(num_ranks)
     folder.mkdir(parents=True, exist_ok=True)
     # Unclipped, with a rate from the first step on: gradients are compared, and used.
     common = ["optim.max_grad_norm=1e9", "optim.warmup_ratio=0.0", f"run={folder / 'run'}"]
     plain = {name: ([*common, *c.settings], c.before, c.deal) for name, c in cases.items()}
-    run_ranks(STEPS.format(cases=plain, recipe=str(project), to=str(folder)), num_ranks=num_ranks)
+    run_ranks(STEPS.format(cases=plain, recipe=str(recipe), to=str(folder)), num_ranks=num_ranks)
     saved = {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in cases}
     return {
         name: Steps(torch.tensor(values, dtype=torch.float64), gradients, rows, graphs)

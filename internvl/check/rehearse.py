@@ -216,6 +216,10 @@ def _shape(recipe: Recipe, start: OpenedModel) -> Any:
 
 
 def _timed(state: TrainState, batches: Sequence[Batch]) -> float:
+    # What the stand-in leaves in gradients may be no numbers, and soon all weights would be none:
+    # products of those take less power than weights do, and so less time.
+    _draw(state.model, ())
+    placement.synchronize(state.device)
     started = time.perf_counter()
     train.train_step(state, batches)
     placement.synchronize(state.device)

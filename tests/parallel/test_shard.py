@@ -1,6 +1,5 @@
 """Shards train as one process does, whatever rows a rank has."""
 
-import json
 from dataclasses import replace
 
 import kills
@@ -9,25 +8,16 @@ import pytest
 import sharded_runs
 import tiny_run
 from ranks import run_ranks
-from sharded_runs import Case
+from sharded_runs import CUT_TOWER, TRAINED, WHOLE_TOWER, Case
 
 STAGES = ("zero1", "zero2", "zero3")
 SMALL_STEPS = ("steps=2", "optim.lr=1e-4")
-CUT_TOWER = "units.SMALL_TOWER = 0"
-WHOLE_TOWER = "units.SMALL_TOWER = 10**9"
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """The small project, each sample with a row of its own, every second without an image."""
-    folder = tmp_path_factory.mktemp("project")
-    recipe = tiny_run.make(folder)
-    lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
-    for line in lines[1::2]:
-        del line["image"]
-        line["conversations"][0]["value"] = line["conversations"][0]["value"].split("\n")[1]
-    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return recipe
+    return sharded_runs.project(tmp_path_factory.mktemp("project"))
 
 
 def test_every_stage_takes_the_steps_of_one_process(project, tmp_path):
@@ -41,21 +31,6 @@ def test_every_stage_takes_the_steps_of_one_process(project, tmp_path):
         (_, (rows, tiles)), ((no_rows, _), (texts, no_tiles)) = several[stage].rows
         assert (min(rows, tiles, texts) > 0, no_rows, no_tiles) == (True, 0, 0)
         sharded_runs.assert_same(one["one"], several[stage])
-
-
-LORA = "model.lora={{rank: 4, on: [{}], dropout: 0.0}}"
-FROZEN = "model.train=[multi_modal_projector, language_model]"
-TRAINED = {
-    "full": Case((), WHOLE_TOWER),
-    "frozen tower on every rank": Case((FROZEN,), WHOLE_TOWER),
-    "frozen tower cut": Case((FROZEN, "compute.offload=true"), CUT_TOWER),
-    "adapters": Case(("model.train=[multi_modal_projector]", LORA.format("language_model"))),
-    "adapters on both": Case(
-        ("model.train=[]", LORA.format("language_model, vision_tower"), "compute.offload=true"),
-        CUT_TOWER,
-    ),
-    "muon": Case(("optim.name=muon",), WHOLE_TOWER),
-}
 
 
 @pytest.mark.slow
