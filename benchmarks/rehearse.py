@@ -1,7 +1,7 @@
 """One rank of many on one GPU, as `internvl check --rehearse`: memory and time beside the plan.
 
     python benchmarks/rehearse.py --to benchmarks/results/rehearse_h200.json    # all rows, an H200
-    python benchmarks/rehearse.py --gpus 0 1                  # rows side by side on two GPUs
+    python benchmarks/rehearse.py --gpus 0,1                  # rows side by side on two GPUs
     python benchmarks/rehearse.py 40b_full_8 40b_full_32      # some
     python benchmarks/rehearse.py --tiny                      # narrow models on a CPU
 
@@ -214,7 +214,7 @@ def write_chat(folder: Path, count: int, length: int, encoder: Any) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="ROW", help=", ".join(ROWS))
-    parser.add_argument("--gpus", nargs="*", default=(), help="indices of those that take rows")
+    parser.add_argument("--gpus", default="", help="indices of those that take rows, as 0,1")
     parser.add_argument("--row-s", type=float, default=200, help="limit of a row")
     parser.add_argument("--budget-s", type=float, default=480)
     parser.add_argument("--to", type=Path)
@@ -226,7 +226,13 @@ def main() -> None:
             print(json.dumps(figures), flush=True)
         return
     names = options.names or list(ROWS)
-    table.run(__file__, names, options, limit_s=options.row_s, gpus=options.gpus)
+    table.run(
+        __file__,
+        names,
+        options,
+        limit_s=options.row_s,
+        gpus=options.gpus.split(",") if options.gpus else (),
+    )
 
 
 if __name__ == "__main__":
