@@ -103,17 +103,22 @@ def test_the_official_example_to_six_digits():
     folder = SHARED / "data/capeval/fakecap126"
     if not folder.is_dir():
         pytest.skip(f"no {folder}")
-    expected = json.loads((folder / "expected.json").read_text())["corpus"]
-    scores = metrics.caption_scores(
-        results_of(folder / "results.json"),
-        references_of(folder / "references.json"),
-        tokenize="ptb",
+    expected = json.loads((folder / "expected.json").read_text())
+    answers = results_of(folder / "results.json")
+    scores = metrics.score_captions(
+        answers, references_of(folder / "references.json"), tokenize="ptb"
     )
-    assert scores == pytest.approx(lower(expected), abs=1e-6)
+    assert scores.values == pytest.approx(lower(expected["corpus"]), abs=1e-6)
+    by_image = dict(zip(answers, zip(*scores.per_image.values(), strict=True), strict=True))
+    for image, values in expected["per_image"].items():
+        found = dict(zip(scores.per_image, by_image[int(image)], strict=True))
+        of_image = {name: value for name, value in lower(values).items() if name in found}
+        assert len(of_image) > 2
+        assert {name: found[name] for name in of_image} == pytest.approx(of_image, abs=1e-6)
 
 
 @pytest.mark.usefixtures("one_meteor")
-@pytest.mark.parametrize("system", ["seqlearn", "coco-cn"])
+@pytest.mark.parametrize("system", ["seqlearn", "coco-cn", "coco-mt", "aic-icc", "flickr8k-cn"])
 @pytest.mark.slow
 def test_published_chinese_scores(system: str):
     folder = SHARED / "data/capeval/coco_cn_test1000"
@@ -145,8 +150,13 @@ def test_leave_one_out_on_flickr8k(language: str, tokenize: str, name: str):
         {key: texts[1:] for key, texts in captions.items()},
         tokenize=tokenize,
     )
-    expected = lower(json.loads(expected_file.read_text())[name])
-    assert scores == pytest.approx(expected, abs=1e-6)
+    scored = json.loads(expected_file.read_text())
+    assert scores == pytest.approx(lower(scored[name]), abs=1e-6)
+    if language == "en":
+        floor = scored["en_constant_caption"]
+        constant = dict.fromkeys(captions, floor["caption"])
+        scores = metrics.caption_scores(constant, captions, tokenize=tokenize)
+        assert scores == pytest.approx(lower(floor), abs=1e-6)
 
 
 def test_a_meteor_that_fails_loses_only_its_own_number(
