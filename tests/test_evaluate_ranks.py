@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny_run
 import yaml
+from chat_folders import prompt_folder
 from dual_folders import add_small_tokenizer, dual_folder
 from photos import COLORS, photo
 from ranks import run_ranks
@@ -30,7 +31,8 @@ rank = int(os.environ["RANK"])
 
 
 def progress():
-    files = [*folder.glob("features/*/captions-*/*.jsonl")]
+    names = ("captions", "answers")
+    files = [f for name in names for f in folder.glob(f"features/*/{{name}}-*/*.jsonl")]
     lines = sum(file.read_bytes().count(b"\\n") for file in files)
     return lines + len([*folder.glob("features/*/*/*.safetensors")])
 
@@ -115,28 +117,56 @@ def results(folder: Path) -> dict[str, str]:
     return {re.sub(r"_\d{12}", "_time", file.name): file.read_text() for file in files}
 
 
-@pytest.mark.slow
-def test_an_evaluation_killed_five_times_is_an_undisturbed_one(project, tmp_path) -> None:
-    model, options = str(project / "InternVL-tiny"), options_of(project)
-    evaluate.measure(model, TASKS, to=tmp_path / "alone", device="cpu", **options)
+KILLS = [(2, {0: 3}), (2, {1: 1}), (1, {0: 4}), (4, {3: 1}), (2, {0: 5, 1: 5})]
+"""Ranks, and rank -> after how many more answers and features it is killed."""
+
+
+def kill_five_times(tmp_path: Path, model: str, tasks: list[str], options: dict) -> list[str]:
+    """Kills an evaluation again and again and holds what it ends with to one left alone; returns
+    what its two last ranks print."""
+    evaluate.measure(model, tasks, to=tmp_path / "alone", device="cpu", **options)
     to = tmp_path / "killed"
-    keys = {"to": str(to), "model": model, "tasks": TASKS, "options": options}
-    # Ranks, and rank -> after how many more answers and features it is killed.
-    kills = [(2, {0: 3}), (2, {1: 1}), (1, {0: 4}), (4, {3: 1}), (2, {0: 5, 1: 5})]
-    for num_ranks, kill in kills:
+    keys = {"to": str(to), "model": model, "tasks": tasks, "options": options}
+    for num_ranks, kill in KILLS:
         with pytest.raises(AssertionError, match="failed"):
             run_ranks(MEASURE.format(kill=kill, **keys), num_ranks=num_ranks)
-        assert not (to / "result.jsonl").exists()
-    torn = next(iter(to.glob("features/*/captions-*/*.jsonl")))
+    torn = next(
+        f for f in to.rglob("*.jsonl") if f.parent.name.startswith(("captions-", "answers-"))
+    )
     with torn.open("a") as file:
         file.write('{"item": 0, "answer": "hal')
+    printed = run_ranks(MEASURE.format(kill={}, **keys))
+    assert results(to) == results(tmp_path / "alone")
+    assert not (to / "features").exists()
+    return printed
+
+
+@pytest.mark.slow
+def test_an_evaluation_killed_five_times_is_an_undisturbed_one(project, tmp_path) -> None:
     counts = {
         "caption-file": {"images": 30, "texts": 30},
         "retrieval-folder": {"images": 30, "texts": 30},
     }
-    assert run_ranks(MEASURE.format(kill={}, **keys)) == [f"2 {counts}\n"] * 2
-    assert results(to) == results(tmp_path / "alone")
-    assert not (to / "features").exists()
+    model = str(project / "InternVL-tiny")
+    printed = kill_five_times(tmp_path, model, TASKS, options_of(project))
+    assert printed == [f"2 {counts}\n"] * 2
+
+
+@pytest.mark.slow
+def test_questions_to_a_chat_model_killed_five_times(project, tmp_path) -> None:
+    # Many, for a rank that is not killed answers all of its share.
+    rows = []
+    for n in range(200):
+        asked = {"from": "human", "value": f"<image>\nWhich color has {n}?"}
+        answered = {"from": "gpt", "value": COLORS[n % len(COLORS)]}
+        rows.append({"conversations": [asked, answered], "image": f"{n % 30}.jpg"})
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = str(prompt_folder("internlm2.internlm2-chat", tmp_path / "chat"))
+    options = {"annotations": str(file), "images": str(project), "metric": "exact"}
+    options |= {"max_new_tokens": 4, "batch_size": 1}
+    printed = kill_five_times(tmp_path, model, ["qa-file"], options)
+    assert printed == ["2 {'qa-file': {'questions': 200}}\n"] * 2
 
 
 EVERYWHERE = """
