@@ -47,6 +47,7 @@ def photos(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(folder, photos, tmp_path_factory):
     words = ("--slots", 2, "--max-waiting", 3, "--api-key", "secret", "--allow-files", photos)
+    words += ("--allow-hosts", "localhost")
     with running(folder, tmp_path_factory.mktemp("server"), *words) as server:
         yield server
 
@@ -355,6 +356,30 @@ def test_an_image_is_fetched_from_an_allowed_host(host):
     assert fetched(f"{host}/to//a.png", allow_hosts=("127.0.0.1",)) == image_bytes()
     with pytest.raises(ApiError, match="no plain host name"):
         fetched("http://user:word@127.0.0.1/a.png")
+
+
+@pytest.mark.slow
+def test_addresses_that_are_refused_disturb_nobody(server, host):
+    allowed = host.replace("127.0.0.1", "localhost")
+
+    def shown(url):
+        return asked("What?", {"type": "image_url", "image_url": {"url": url}})
+
+    long = asked("Hi", max_tokens=200)
+    whole = answered(server, long)
+    before = server.log.read_text().count(" tokens in, ")
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        other = threads.submit(answered, server, long)
+        for url in (f"{allowed}/to/http://169.254.169.254/latest/meta-data", f"{host}/a.png"):
+            status, error = answered(server, shown(url))
+            assert status == 400
+            assert "is not a public address" in error["message"]
+            assert error["code"] == "address_not_allowed"
+        fetched_one = answered(server, shown(f"{allowed}/a.png"))
+        assert other.result() == whole
+    assert fetched_one == answered(server, asked("What?", image_part()))
+    # A line of the log for each request that was answered.
+    server.wait_for(lambda: server.log.read_text().count(" tokens in, ") == before + 3)
 
 
 def test_a_port_that_is_taken(folder, capsys):

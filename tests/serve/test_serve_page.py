@@ -205,6 +205,15 @@ def test_files_are_dropped_and_a_broken_one_is_named(page):
     expect(page.locator("#message")).to_have_text("notes.txt is no image or video.")
     page.click("#waiting figure button")
     assert page.locator("#waiting figure").count() == 0
+    paste = """(images) => {
+        const clipboardData = new DataTransfer();
+        for (const values of images)
+            clipboardData.items.add(
+                new File([new Uint8Array(values)], 'image.png', {type: 'image/png'}));
+        window.dispatchEvent(new ClipboardEvent('paste', {clipboardData, bubbles: true}));
+    }"""
+    page.evaluate(paste, [list(image_bytes(color=color)) for color in ((9, 9, 200), (9, 200, 9))])
+    expect(page.locator("#waiting figure")).to_have_count(2)
 
 
 def test_boxes_are_drawn_in_both_forms(page, server):
