@@ -73,6 +73,7 @@ def site(tmp_path_factory):
     return docs_build.BUILD / "site"
 
 
+@pytest.mark.slow
 def test_the_site_is_built_without_warnings_and_asks_no_other_host(site):
     # A warning would have ended the build.
     for language in docs_build.settings()["languages"]:
@@ -86,6 +87,7 @@ def test_the_site_is_built_without_warnings_and_asks_no_other_host(site):
             assert [address for address in loaded if address.startswith(("http", "//"))] == [], page
 
 
+@pytest.mark.slow
 def test_links_of_the_site_lead_somewhere(site):
     for page in site.rglob("*.html"):
         if page.name == "404.html":
