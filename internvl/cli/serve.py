@@ -199,7 +199,7 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
         "--readers",
         type=int,
         metavar="N",
-        help="processes that decode images, 0 for threads (default: up to 8 on a GPU)",
+        help="processes that decode images, 0 for threads (default: up to 8 for a GPU)",
     )
     sub.add_argument("--no-compile", action="store_true", help="start sooner, answer more slowly")
     add_loading_arguments(sub)

@@ -100,8 +100,9 @@ class ChatRoutes:
         if self.engines.ready and self._readers is None:
             served = self._served
             readers = self.options.readers
-            count = processes_for(served.on_gpu) if readers is None else readers
-            self._readers = Readers(served.renderings, count)
+            if readers is None:
+                readers = processes_for(served.on_gpu, len(self.engines.engines))
+            self._readers = Readers(served.renderings, readers)
             self._prompts = {
                 name: Prompts(name, self.fetcher, self._readers) for name in served.renderings
             }

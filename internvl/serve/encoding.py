@@ -30,7 +30,7 @@ from internvl.serve.messages import Medium
 from internvl.serve.rendering import Rendering
 
 _THREADS, _PROCESSES = 12, 8
-"""Most threads that decode, and most processes; each of these reads some 20 images a second."""
+"""Most threads that decode, and most processes of an engine; each reads some 20 images a second."""
 _OTHER_CORES = 4
 """Cores left to the server, the engine, and whatever else a GPU's machine runs."""
 _NUM_FRAMES = 8
@@ -41,12 +41,12 @@ Shown = Sequence[tuple[Medium, bytes]]
 """Images and videos of a request, encoded, in order."""
 
 
-def processes_for(on_gpu: bool) -> int:
-    """Returns how many processes should read requests; 0: threads should."""
+def processes_for(on_gpu: bool, engines: int) -> int:
+    """Returns how many processes should read the requests of some engines; 0: threads should."""
     # A CPU that also computes answers has no core left for them.
     if not on_gpu or "forkserver" not in multiprocessing.get_all_start_methods():
         return 0
-    return max(0, min(_PROCESSES, usable_cores() - _OTHER_CORES))
+    return max(0, min(_PROCESSES * engines, usable_cores() - _OTHER_CORES))
 
 
 class Readers:
