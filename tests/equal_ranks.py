@@ -60,13 +60,13 @@ COMPARISONS = {
 }
 
 
-def compare(name, steps, folder):
+def compare(name, num_steps, folder):
     """Yields the differences of a comparison, one a stage."""
     chosen = COMPARISONS[name]
     objective = {"name": "retrieval", "micro_batch": 2}
     made = pair_runs.make(folder, objective=objective) if chosen.pairs else None
     recipe = made or sharded_runs.project(folder)
-    case = replace(chosen.case, settings=(*chosen.case.settings, f"steps={steps}"))
+    case = replace(chosen.case, settings=(*chosen.case.settings, f"steps={num_steps}"))
     (one,) = sharded_runs.take(recipe, folder / "one", {"one": case}, num_ranks=1).values()
     cases = {
         stage: replace(case, settings=(*case.settings, *chosen.more, f"parallel.shard={stage}"))
@@ -83,6 +83,8 @@ def compare(name, steps, folder):
             "shard": stage,
             "ranks": chosen.num_ranks,
             "steps": len(one.values),
+            "rows": [sum(rows for rows, _ in steps) for steps in several.rows],
+            "images": [sum(tiles for _, tiles in steps) for steps in several.rows],
             "losses": float(f"{losses.item():.2g}"),
             "first_gradient": float(f"{gradient.item():.2g}"),
         }

@@ -9,6 +9,7 @@ from internvl import plan, zoo
 from internvl.config import recipes
 from internvl.plan import memory, shards
 from internvl.plan.load import load_of
+from internvl.plan.work import FirstStep, Sequences, Work
 from internvl.zoo import gpus
 
 H200 = gpus.find("h200")
@@ -145,3 +146,16 @@ def test_internvl_14b_on_four_gpus_takes_less_than_the_original():
     for method, original in (("head", 24), ("lora", 37)):
         made = recipes.load_recipe(f"internvl_14b_{method}_flickr30k")
         assert plan.make(made, gpus.find("a100-40"), None, 4).memory.total_gib <= original
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_gpus", "measured_gib"), [(8, 95.7), (32, 49.1)])
+def test_the_peak_of_a_rank_of_40b(num_gpus, measured_gib):
+    """Beside one rank on an H200: eight samples of 2,048 tokens, everything trained."""
+    (path,) = (Path(zoo.__file__).parent / "recipes").rglob("internvl_chat_v1_2_sft_32gpus.yaml")
+    recipe = recipes.load_recipe(path, [f"global_batch={8 * num_gpus}"])
+    attended = 8 * 2048 * 2049 / 2
+    row = Work(samples=8, tiles=8, supervised=4096, rows=Sequences(1, 16384, attended))
+    step = FirstStep((row,) * num_gpus, row * num_gpus, 8 * num_gpus)
+    planned = plan.make(recipe, H200, step, num_gpus)
+    assert planned.memory.allocated_gib == pytest.approx(measured_gib, rel=0.04)
