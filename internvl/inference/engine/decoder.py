@@ -89,7 +89,7 @@ class Decoder:
         self.beams: Beams | None = None
         self.graphs: dict[int | None, Any] = {}
         """Captured decoding passes by reach; they hold the addresses of `cache`."""
-        self.head: Tensor | None = _aligned_head(model.lm_head) if compiled else None
+        self.head: Tensor | None = aligned_head(model.lm_head) if compiled else None
         """The output matrix with rows of zeros below it; None: the model's is used."""
 
     def allocate(self, slots: int, length: int, dtype: torch.dtype) -> None:
@@ -371,7 +371,7 @@ _ALIGNED = 16
 """Fast matrix products take sides of a multiple of it."""
 
 
-def _aligned_head(head: nn.Module) -> Tensor | None:
+def aligned_head(head: nn.Module) -> Tensor | None:
     """Returns an output matrix with rows of zeros that make their number even; None if it is.
 
     With an odd vocabulary the product of a decoding step took six times as long on an H200.

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 
 from internvl.inference.engine.cache import Padded
-from internvl.inference.engine.decoder import Decoder, Placed, to_device
+from internvl.inference.engine.decoder import Decoder, Placed, aligned_head, to_device
 
 
 class QueryDecoder(Decoder):
@@ -22,6 +22,13 @@ class QueryDecoder(Decoder):
     The first ids of a prompt are placeholders of the queries, so that its length is that of its
     keys.
     """
+
+    def __init__(self, model: Any, **options: Any) -> None:
+        """See `Decoder`; the layers are never compiled."""
+        super().__init__(model, **options)
+        # The released vocabulary of 49,954 is no multiple of what fast products take.
+        if self._captures():
+            self.head = aligned_head(model.lm_head)
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Placed]) -> Tensor:
