@@ -1,12 +1,13 @@
-"""How many greedy answers float8 changes: a trained chat model captions images with and without it.
+"""How many greedy answers change: by float8, or by what else is in flight.
 
     python benchmarks/learning.py flickr8k_cn_128px.zip --to out/learning --arms packed --seeds 0
     python benchmarks/changed.py out/learning/runs/packed-0 \
         --annotations out/learning/data/validation_en.json --images out/learning/data
 
-Both in bfloat16 otherwise, by the same engine. For each changed answer the logits of the first
-token that differs are taken in bfloat16: how much likelier the token was that float8 did not
-choose, beside the rounding of such a logit.
+A trained chat model captions images twice, in bfloat16 and by the same engine: as it is, and with
+float8, or with `--beside slots` one request at a time in the opposite order. For each changed
+answer the logits of the first token that differs are taken in bfloat16: how much likelier the first
+one's token was, beside the rounding of such a logit.
 """
 
 import argparse
@@ -26,10 +27,13 @@ from internvl.models import configs
 from internvl.models.vision import normalize_tiles
 
 
-def answers(chat: Any, model: Any, prompts: list[Prompt], new: int) -> list[list[int]]:
-    """Greedy tokens of every prompt."""
+def answers(
+    chat: Any, model: Any, prompts: list[Prompt], new: int, *, alone: bool = False
+) -> list[list[int]]:
+    """Greedy tokens of every prompt; `alone`: one at a time, the last one first."""
     jobs = [engine.Job(n, prompt, Settings(max_new_tokens=new)) for n, prompt in enumerate(prompts)]
-    done = list(engine.scheduler(model, chat.encoder).run(engine.Ready(jobs)))
+    source = engine.Ready(reversed(jobs) if alone else jobs)
+    done = list(engine.scheduler(model, chat.encoder, 1 if alone else None).run(source))
     return [job.generated for job in sorted({id(j): j for j in done}.values(), key=lambda j: j.key)]
 
 
@@ -57,6 +61,7 @@ def main() -> None:
     parser.add_argument("--prompt", default="Describe the photo.")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--new", type=int, default=40, help="most tokens of an answer")
+    parser.add_argument("--beside", choices=("float8", "slots"), default="float8")
     parser.add_argument("--device", default=None)
     options = parser.parse_args()
     chat: Any = loading.load(options.model, device=options.device, dtype="bfloat16")
@@ -68,20 +73,24 @@ def main() -> None:
         image_settings = {key: config[key] for key in ("exif", "normalize")}
         prompts.append(requests.encode(request, chat.encoder, chat.tiles, name, **image_settings))
     chat.model.eval().requires_grad_(False)
-    rounded = copy.deepcopy(chat.model)
-    engine.accelerate(rounded, float8=True)
-    plain, fast = (answers(chat, m, prompts, options.new) for m in (chat.model, rounded))
+    other, alone = chat.model, options.beside == "slots"
+    if not alone:
+        other = copy.deepcopy(chat.model)
+        engine.accelerate(other, float8=True)
+    plain = answers(chat, chat.model, prompts, options.new)
+    changed = answers(chat, other, prompts, options.new, alone=alone)
     gaps = []
-    for prompt, a, b in zip(prompts, plain, fast, strict=True):
+    for prompt, a, b in zip(prompts, plain, changed, strict=True):
         if a != b:
             # An end token is part of an answer, so neither is the other's beginning.
             first = next(n for n, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1])
             gaps.append(gap(chat, prompt, a[:first], (a[first], b[first])))
-    figures: dict[str, Any] = {"answers": len(plain), "changed": len(gaps)}
+    figures: dict[str, Any] = {"beside": options.beside, "answers": len(plain)}
+    figures["changed"] = len(gaps)
     if gaps:
         figures["logit_gap_median"] = round(statistics.median(g for g, _ in gaps), 4)
         figures["logit_gap_most"] = round(max(g for g, _ in gaps), 4)
-        figures["within_one_rounding"] = sum(g <= step for g, step in gaps)
+        figures["within_one_rounding"] = sum(abs(g) <= step for g, step in gaps)
     figures["tokens"] = sum(map(len, plain))
     figures["different_answers_of_model"] = len({tuple(a) for a in plain})
     print(json.dumps(figures))
