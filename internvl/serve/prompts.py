@@ -103,6 +103,7 @@ class Prompts:
         return await self.readers.encode(self.name, turns, pairs, asked)
 
     async def _fetch(self, medium: Medium) -> bytes:
+        # A video's header cannot be checked before it is a file.
         if medium.mark == IMAGE_MARK:
             return await self.fetcher.image(medium.url, medium.param)
         return await self.fetcher.video(medium.url, medium.param)

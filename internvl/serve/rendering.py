@@ -49,6 +49,7 @@ class Served:
     @property
     def base(self) -> Rendering:
         """The model's own."""
+        # A dictionary keeps the order in which it was filled.
         return next(iter(self.renderings.values()))
 
     @cached_property

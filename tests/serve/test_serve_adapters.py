@@ -25,7 +25,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(folders, tmp_path_factory):
     words = [f"--adapter={name}={folders[name]}" for name in ("stamps", "birds")]
-    words += ["--slots", 3, "--engine", "process"]
+    words += ["--slots", 3]
     with running(folders["hf"], tmp_path_factory.mktemp("server"), *words) as server:
         yield server
 
