@@ -134,7 +134,7 @@ def test_a_captured_pass_is_the_pass():
         decoder.tokens.copy_(given)
         decoder.place([longest - 1] * 4)
         replayed = decoder.decode(longest).clone()
-        assert decoder.snapshot().read() == replayed.argmax(-1).tolist()
+        assert decoder.snapshot().read().tolist() == replayed.argmax(-1).tolist()
         decoder.tokens.copy_(given)
         reach = None if decoder._has_kernel else -(-longest // decoders.REACH) * decoders.REACH
         with torch.no_grad():
