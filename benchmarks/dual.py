@@ -45,6 +45,7 @@ from internvl import train, zoo
 from internvl.compute import compilation, feeding, kernels, memory, placement
 from internvl.config import ComputeConfig, Recipe, recipes
 from internvl.data.records import PairBatch
+from internvl.inference import engine
 from internvl.inference.dual import Dual
 from internvl.models.adapters import lora
 from internvl.models.dual import configs as dual_configs
@@ -351,7 +352,9 @@ def caption(device: torch.device, tiny: bool) -> dict[str, Any]:
         def work(pixels: Tensor = pixels, batch: int = batch) -> list[str]:
             return handle.caption(pixels, "w1 w2 w3 w4", batch_size=batch)
 
-        seconds = timed(work, device, 1)
+        # As an evaluation does: the first call captures the graphs, the timed one has them.
+        with engine.one_engine(handle.model, count):
+            seconds = timed(work, device, 1)
         found[f"batch_{batch}"] = {"images_per_s": count / seconds}
     return found | {"peak_gib": memory.peak_memory_gib(device)}
 
