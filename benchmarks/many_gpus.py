@@ -64,7 +64,7 @@ def figures_of(name: str, folder: Path, options: argparse.Namespace) -> Iterator
             steps = train.updates(state)
             metrics = [next(steps) for _ in range(WARMUP + MEASURED)]
             # Written before the ranks met.
-            files = [folder / f"alone{number}.json" for number in range(ranks)]
+            files = [folder / f"alone{other}.json" for other in range(ranks)]
             alone_of = [json.loads(file.read_text()) for file in files]
             figures |= {
                 "samples_per_s": rate_of(metrics, "samples"),
@@ -182,8 +182,13 @@ def run(name: str, options: argparse.Namespace, limit_s: float) -> dict[str, Any
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as output:
         processes = []
         for rank in range(options.ranks):
-            own = {**group, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": options.ranks}
-            environment = os.environ | {key: str(value) for key, value in own.items()}
+            variables = {
+                **group,
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "LOCAL_WORLD_SIZE": options.ranks,
+            }
+            environment = os.environ | {key: str(value) for key, value in variables.items()}
             # A session of its own, so that loaders and the compiler's processes end with it.
             process = subprocess.Popen(
                 [*words, "--rank-of", folder],

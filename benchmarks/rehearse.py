@@ -88,14 +88,16 @@ def measure(name: str, tiny: bool) -> Iterator[dict[str, Any]]:
         "commit": table.commit(),
         "ceiling_tflops": ceiling,
     }
-    with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
-        for number, (recipe, length) in enumerate(cases(row, Path(place), tiny)):
-            if not number:
+    rank = None
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        for recipe, length in cases(row, Path(folder), tiny):
+            num_steps = 4 if rank is None else 2
+            if rank is None:
                 # Cut and compiled once: rows of all lengths run the same code.
                 rank = stack.enter_context(rehearse.standing_in(recipe, row.num_gpus))
-            done = rank.rehearse(recipe, gpus.find("h200"), steps=2 if number else 4)
-            found = report(done, ceiling, length)
-            figures |= {str(length): found} if length else found
+            done = rank.rehearse(recipe, gpus.find("h200"), steps=num_steps)
+            taken = report(done, ceiling, length)
+            figures |= {str(length): taken} if length else taken
             print(done.render(), file=sys.stderr, flush=True)
             yield table.rounded(figures)
 
@@ -196,19 +198,19 @@ def write_folder(folder: Path, config: dict[str, Any]) -> None:
 
 def write_chat(folder: Path, count: int, length: int, encoder: Any) -> dict[str, Any]:
     """Samples of a tile and text, `length` tokens each; the recipe's source."""
-    place, rng, lines = folder / f"of_{length}", random.Random(0), []
-    place.mkdir()
-    workloads.picture((448, 448), 0).save(place / "0.jpg", quality=90)
+    images, rng, lines = folder / f"of_{length}", random.Random(0), []
+    images.mkdir()
+    workloads.picture((448, 448), 0).save(images / "0.jpg", quality=90)
     fixed = workloads._fixed_tokens(encoder) + encoder.tokens_per_tile
     answer = int(SUPERVISED * (length - fixed))
-    for number in range(1, count + 1):
-        os.link(place / "0.jpg", place / f"{number}.jpg")  # of one name they would share a prefix
+    for index in range(1, count + 1):
+        os.link(images / "0.jpg", images / f"{index}.jpg")  # of one name they would share a prefix
         turns = [length - fixed - answer, answer - 1]
         question, reply = (workloads.some_words(rng, max(1, words)) for words in turns)
         talk = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": reply}]
-        lines.append(json.dumps({"image": f"{number}.jpg", "conversations": talk}))
-    (place / "chat.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return {"name": "drawn", "annotations": str(place / "chat.jsonl"), "images": str(place)}
+        lines.append(json.dumps({"image": f"{index}.jpg", "conversations": talk}))
+    (images / "chat.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return {"name": "drawn", "annotations": str(images / "chat.jsonl"), "images": str(images)}
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pair_runs
@@ -64,8 +65,8 @@ def compare(name, num_steps, folder):
     """Yields the differences of a comparison, one a stage."""
     chosen = COMPARISONS[name]
     objective = {"name": "retrieval", "micro_batch": 2}
-    made = pair_runs.make(folder, objective=objective) if chosen.pairs else None
-    recipe = made or sharded_runs.project(folder)
+    make = pair_runs.make if chosen.pairs else sharded_runs.project
+    recipe = make(folder, **({"objective": objective} if chosen.pairs else {}))
     case = replace(chosen.case, settings=(*chosen.case.settings, f"steps={num_steps}"))
     (one,) = sharded_runs.take(recipe, folder / "one", {"one": case}, num_ranks=1).values()
     cases = {
@@ -100,6 +101,9 @@ def main():
     if options.to is not None and options.to.exists():
         rows = json.loads(options.to.read_text(encoding="utf-8"))
     for name in options.names or COMPARISONS:
+        if name == "adamw-8bit" and find_spec("torchao") is None:
+            sys.stderr.write(f"{name}: left out, torchao is not installed\n")
+            continue
         rows = [row for row in rows if row["run"] != name]
         with tempfile.TemporaryDirectory() as folder:
             for row in compare(name, options.steps, Path(folder)):

@@ -127,11 +127,13 @@ class Rank:
             RunError: out of memory; names row and remedy.
         """
         order, state = self.order, self.state
+        # The rank's own data are open already.
         if recipe is None:
             recipe = self.recipe
         else:
             recipe = replace(loading.complete(recipe, self.start).recipe, evals={})
             order = _order(recipe)
+        # Costs of the first recipe: they follow from model and checkpointing, not from data.
         step = RankRows(recipe, self.start, order, self.costs, self.num_gpus)
         planned = None if gpu is None else plan.make(recipe, gpu, step.counted(), self.num_gpus)
         batches = _prepared(step.batches(), state)
@@ -229,6 +231,7 @@ def _timed(state: TrainState, batches: Sequence[Batch]) -> float:
 @contextmanager
 def _stand_in(num_gpus: int) -> Iterator[None]:
     """Makes this process rank 0 of a group whose other ranks do not exist."""
+    # One rank cuts nothing, with a group or without.
     if num_gpus == 1:
         yield
         return
@@ -284,6 +287,7 @@ def _state(
     else:
         handle = Dual(model, start.tokenizer, start.folder)
     state = building.assemble(recipe, handle, device, order, saver)
+    # The recipe's would end the run at the first loss, which means nothing here.
     state.guard = _Lenient(recipe.guard)
     return state
 
@@ -294,6 +298,7 @@ def _draw(model: Any, buffers: Sequence[str]) -> None:
     # Zeros and infinities would compute faster than weights: a GPU spends less power on them.
     for name, parameter in model.named_parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        # Norms of 0.02 would make every block's output as good as zero.
         if local.dtype.itemsize > 1:
             local.fill_(1.0) if "norm" in name and local.ndim == 1 else local.normal_(0, 0.02)
     for name in buffers:
@@ -302,6 +307,7 @@ def _draw(model: Any, buffers: Sequence[str]) -> None:
 
 def _prepared(batches: Sequence[Any], state: TrainState) -> list[Any]:
     """Pads and pins batches as the training loop does."""
+    # Padded first, which copies: the copy must be the one that is pinned.
     if state.row_lengths:
         batches = [feeding.pad(row, state.row_lengths) for row in batches]
     return [feeding.pin(row) for row in batches] if state.device.type == "cuda" else [*batches]
