@@ -1,47 +1,58 @@
 """Does preference optimization learn: a small chat model, and pairs made of its own answers.
 
-    python benchmarks/preference_learning.py flickr8k_cn_128px.zip --to out/preference
-    python benchmarks/preference_learning.py flickr8k_cn_128px.zip --to out/preference --tiny
+    python benchmarks/preference_learning.py photos.zip --to out/preference --device cuda --parallel
+    python benchmarks/preference_learning.py photos.zip --to out/preference --tiny
+    python benchmarks/preference_learning.py flickr8k_cn_128px.zip --pack photos.zip  # 12 MB of it
 
 For every seed:
 
-    base      a fresh model learns captions of photos, and short questions about the first of them:
-              who is there, where, which color; the answer is what most captions of a photo name
-    pairs     `data make-pairs` samples the base's answers about other photos, right against wrong,
-              and continues captions without their photo; about validation photos for what is
-              held out, right against wrong alone
+    base      a fresh model learns captions of photos, and short questions about some of them: who
+              is there, where, which color; the answer is what most captions of a photo name
+    pairs     the base's own answers about other photos: `data make-pairs` sets a right short
+              answer against a wrong one; of several captions the one with the highest CIDEr against
+              the photo's five is set against the one with the lowest
     mpo       the base on these pairs, `objective: mpo` with its defaults
-    sft       the base on the chosen answers alone: same samples in the same order, steps and rate
+    sft       the base on the chosen answers alone: same samples in the same order, as many steps
 
-Measured on validation photos: the share of held-out pairs whose right answer has the higher
-log-probability, and of those whose reward is higher (relative to the base); right greedy answers;
-CIDEr. A finished run is not run again; TO/preference_learning.json holds all figures. Seeds may run
-side by side, in a folder each; `--join` puts them into one file:
+Both arms run at every learning rate. The one that counts is chosen on validation photos: the most
+held-out pairs with the right answer more probable, where captions are no worse than the base's. All
+figures are of test photos: that share (`pair_accuracy`, of questions and of captions), the share
+whose reward is higher, relative to the base, right greedy answers, CIDEr.
 
-    python benchmarks/preference_learning.py --to out/preference --join seed0 seed1 seed2
+A finished step is not run again; TO/preference_learning.json holds all figures.
 """
 
 import argparse
+import io
 import json
+import math
 import re
 import statistics
+import subprocess
+import sys
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import learning
 import torch
+from PIL import Image
 from rows import commit
 
 from internvl import demo, evals, export, log, train
 from internvl.config import eval_config, recipes
-from internvl.evals import pairing
+from internvl.evals import asking, pairing
+from internvl.evals.pairing.plans import plan_questions
+from internvl.evals.pairing.requests import Asker
 from internvl.inference import load as loading
 from internvl.inference.chat import Chat
 
+PIXELS = 96
+SPLITS = {"validation": "val", "test": "test"}
 ASKED: dict[str, dict[str, str]] = {
     "Who is in the photo?": {
         "dog": "dog dogs puppy",
@@ -68,10 +79,11 @@ ASKED: dict[str, dict[str, str]] = {
 _VOTES = 3
 """Captions, of five, that must name an answer."""
 SHAPES = {
-    "tiny": demo.ChatSize(learning.PIXELS, 16, 64, 2, 64, 2),
-    "small": demo.ChatSize(learning.PIXELS, 16, 256, 6, 256, 6),
+    "tiny": demo.ChatSize(PIXELS, 12, 64, 2, 64, 2),
+    "small": demo.ChatSize(PIXELS, 12, 256, 6, 256, 6),
 }
 """0.4 and 11 million parameters; the second is for a GPU."""
+ARMS = {"mpo": {"name": "mpo"}, "sft": {"name": "sft"}}
 
 
 @dataclass(frozen=True)
@@ -82,23 +94,23 @@ class Plan:
     """Training photos; None takes all."""
     taught: float = 0.35
     """Share of the photos whose questions the base learns; the others' make the pairs."""
-    base_steps: int = 400
-    base_batch: int = 64
-    base_lr: float = 2e-3
-    questions: int = 800
-    """Most questions that are asked for pairs; a third of them for the held-out ones."""
-    captions: int = 300
-    """Photos whose first caption is continued without them."""
+    base_steps: int = 1200
+    base_batch: int = 96
+    base_lr: float = 1.5e-3
+    questions: int = 1500
+    """Questions that are asked for pairs."""
+    captions: int = 1000
+    """Photos that are captioned for pairs."""
+    held_out: int = 300
+    """Questions, and photos that are captioned, for the pairs of a held-out split."""
     samples: int = 8
     temperature: float = 1.0
-    steps: int = 80
-    batch: int = 32
-    lr: float = 1e-3
-    captioned: int = 200
-    """Validation photos whose captions are scored."""
+    steps: int = 120
+    batch: int = 64
+    lrs: tuple[float, ...] = (1e-4, 3e-4)
 
 
-TINY = Plan(40, 0.5, base_steps=150, questions=30, captions=4, steps=3, captioned=4)
+TINY = Plan(40, 0.5, 150, 64, 2e-3, 30, 8, 6, steps=3, batch=32, lrs=(1e-4,))
 
 
 def answer_of(captions: Sequence[str], classes: Mapping[str, str]) -> str | None:
@@ -111,53 +123,75 @@ def answer_of(captions: Sequence[str], classes: Mapping[str, str]) -> str | None
     return best[0][0] if best[0][1] >= _VOTES and best[0][1] > best[1][1] else None
 
 
+def pack(archive: Path, to: Path, limit: int = 4600, held_out: int = 300) -> None:
+    """A small copy of the archive: photos at the model's side, English captions."""
+    with zipfile.ZipFile(archive) as packed, zipfile.ZipFile(to, "w") as small:
+        captions = json.loads(packed.read("captions.json"))
+        counts: Counter[str] = Counter()
+        chosen = {}
+        for name, row in sorted(captions.items()):
+            counts[row["split"]] += 1
+            if counts[row["split"]] > (limit if row["split"] == "train" else held_out):
+                continue
+            chosen[name] = {"split": row["split"], "en": row["en"]}
+            image = Image.open(io.BytesIO(packed.read(name))).convert("RGB")
+            image = image.resize((PIXELS, PIXELS), Image.Resampling.LANCZOS)
+            file = io.BytesIO()
+            image.save(file, "JPEG", quality=60, optimize=True)
+            small.writestr(name, file.getvalue())
+        text = json.dumps(chosen, ensure_ascii=False)
+        small.writestr("captions.json", text, zipfile.ZIP_DEFLATED, 9)
+
+
 def write_data(archive: Path, folder: Path, plan: Plan) -> None:
-    """Photos, captions and questions; done once. What `learning.py` unpacks, and
+    """Photos, captions and questions; done once.
 
-    captions.jsonl, taught.jsonl   what the base learns
-    asked.jsonl, held_out.jsonl    questions for pairs, of other photos and of validation photos;
-                                   the first also asks for captions
+    captions.jsonl, taught.jsonl     what the base learns
+    pairs_….jsonl                    questions, and photos to caption, for pairs
+    validation_….jsonl, test_….jsonl the same of held-out photos; .json: their captions
     """
-    learning.unpack(archive, folder, plan.photos)
-    if (folder / "held_out.jsonl").exists():
+    if (folder / "done").exists():
         return
-    import zipfile
-
     with zipfile.ZipFile(archive) as packed:
         captions = json.loads(packed.read("captions.json"))
-    names: dict[str, list[str]] = {}
-    for name, row in sorted(captions.items()):
-        names.setdefault(row["split"], []).append(name)
-    training, validation = names["train"][: plan.photos], names["val"][: plan.photos]
+        splits: dict[str, list[str]] = {}
+        for name, row in sorted(captions.items()):
+            splits.setdefault(row["split"], []).append(name)
+        training = splits["train"][: plan.photos]
+        held_out = {name: splits[split][: plan.photos] for name, split in SPLITS.items()}
+        packed.extractall(folder, [*training, *(n for names in held_out.values() for n in names)])
+    texts = {name: row["en"] for name, row in captions.items()}
     end = int(plan.taught * len(training))
     prompt = f"<image>\n{learning.PROMPTS['en']}"
-    _write(
-        folder / "captions.jsonl",
-        [
-            {"image": name} | _turns(prompt, caption)
-            for name in training
-            for caption in captions[name]["en"]
-        ],
-    )
-    for file, shown, limit in (
-        ("taught.jsonl", training[:end], None),
-        ("asked.jsonl", training[end:], plan.questions),
-        ("held_out.jsonl", validation, plan.questions // 3),
-    ):
-        rows = [
-            {"image": name} | _turns(f"<image>\n{question}", answer)
-            for name in shown
-            for question, classes in ASKED.items()
-            if (answer := answer_of(captions[name]["en"], classes)) is not None
-        ]
-        rows = rows[:limit]
-        if file == "asked.jsonl":
-            rows += [
-                {"image": name, "answers": captions[name]["en"]}
-                | _turns(prompt, captions[name]["en"][0])
-                for name in reversed(shown[-plan.captions :])
-            ]
-        _write(folder / file, rows)
+    lines = ((n, caption) for n in training for caption in texts[n])
+    _write(folder / "captions.jsonl", [{"image": n} | _turns(prompt, c) for n, c in lines])
+    _write(folder / "taught.jsonl", _questions(training[:end], texts))
+    sizes = {"pairs": (plan.questions, plan.captions)}
+    shown = {"pairs": training[end:], **held_out}
+    for name, photos in shown.items():
+        questions, captioned = sizes.get(name, (plan.held_out, plan.held_out))
+        _write(folder / f"{name}_questions.jsonl", _questions(photos, texts)[:questions])
+        # Other photos than the first questions are about, as far as there are enough.
+        photos = photos[::-1][:captioned]
+        rows = [{"image": n, "answers": texts[n]} | _turns(prompt, texts[n][0]) for n in photos]
+        _write(folder / f"{name}_captions.jsonl", rows)
+        tree = {
+            "images": [{"id": i, "file_name": n} for i, n in enumerate(photos)],
+            "annotations": [
+                {"image_id": i, "caption": c} for i, n in enumerate(photos) for c in texts[n]
+            ],
+        }
+        (folder / f"{name}.json").write_text(json.dumps(tree), encoding="utf-8")
+    (folder / "done").touch()
+
+
+def _questions(photos: Sequence[str], texts: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+    return [
+        {"image": name} | _turns(f"<image>\n{question}", answer)
+        for name in photos
+        for question, classes in ASKED.items()
+        if (answer := answer_of(texts[name], classes)) is not None
+    ]
 
 
 def _turns(question: str, answer: str) -> dict[str, Any]:
@@ -198,12 +232,12 @@ def recipe(
         },
         "data": {
             "sources": list(sources),
-            "tiles": {"size": learning.PIXELS, "max": 1, "thumbnail": False},
+            "tiles": {"size": PIXELS, "max": 1, "thumbnail": False},
             "max_tokens": 256,
-            "row_tokens": 1024 if device == "cpu" else 8192,
+            "row_tokens": 1024 if device == "cpu" else 4096,
             "max_tiles": 256,
             "share_prefix": share,
-            "workers": 0 if device == "cpu" else 8,
+            "workers": 0 if device == "cpu" else 4,
         },
         "optim": {"warmup_ratio": 0.05, "betas": [0.9, 0.98], **keys.pop("optim")},
         "checkpoint": {"every": 0, "keep": 1},
@@ -211,8 +245,9 @@ def recipe(
         "dtype": "float32" if device == "cpu" else "bfloat16",
         "device": device,
         "threads": 1 if device == "cpu" else None,
-        # Written-out scores are fastest on a CPU for a model this small.
-        "compute": {"attention": "eager"} if device == "cpu" else {},
+        # Written-out scores are fastest on a CPU for a model this small, and compiling it on a GPU
+        # would take longer than training it.
+        "compute": {"attention": "eager"} if device == "cpu" else learning.DENSE,
         **keys,
     }
     return recipes.resolve(tree, name=run.name)
@@ -227,54 +262,155 @@ def trained(made: Any, folder: Path) -> Path:
 
 
 def make_pairs(
-    model: Path, data: Path, name: str, to: Path, seed: int, plan: Plan, device: str
-) -> Any:
+    model: Path, data: Path, name: str, folder: Path, seed: int, plan: Plan, device: str
+) -> dict[str, Any]:
+    """Both sorts of pairs of a split, in folder/NAME_….jsonl; how many they are."""
     options = pairing.PairOptions(
-        annotations=data / f"{name}.jsonl",
+        annotations=data / f"{name}_questions.jsonl",
         images=data,
         samples=plan.samples,
         temperature=plan.temperature,
         top_k=0,
-        max_new_tokens=24,
-        per_question=2,
+        max_new_tokens=6,
+        per_question=1,
         seed=seed,
     )
-    return pairing.run(str(model), to, options, device=device)
+    asked = pairing.run(str(model), folder / f"{name}_questions.jsonl", options, device=device)
+    options = replace(
+        options,
+        annotations=data / f"{name}_captions.jsonl",
+        method="correctness",
+        rule="exact",
+        max_new_tokens=24,
+    )
+    rows = rank_captions(model, options, device)
+    _write(folder / f"{name}_captions.jsonl", rows)
+    return {
+        "questions": sum(asked.pairs.values()),
+        "captions": len(rows),
+        "right": asked.num_right / asked.num_judged,
+        "without_pairs": dict(asked.reasons),
+    }
 
 
-def measure(model: Path, data: Path, pairs: Path, plan: Plan, device: str) -> dict[str, Any]:
-    """Figures of a model folder, and the log-probabilities of every held-out pair."""
-    sections = {
-        "pairs": {"type": "preference", "annotations": pairs, "beta": 0.1},
-        "questions": {
-            "type": "qa",
-            "annotations": data / "held_out.jsonl",
-            "max_new_tokens": 6,
-            "metric": "exact",
-        },
-        "captions": {
-            "type": "caption",
-            "annotations": data / "validation_en.json",
-            "prompt": learning.PROMPTS["en"],
-            "metrics": "all" if learning._scores_here() else "exact",
-            "limit": plan.captioned,
-            "max_new_tokens": 30,
-            "batch_size": 100,
-        },
+def rank_captions(model: Path, options: Any, device: str) -> list[dict[str, Any]]:
+    """Pairs of a photo's sampled captions: that of the highest CIDEr and that of the lowest."""
+    planned = plan_questions(options)
+    asks = [(plan, sample) for plan in planned.plans for sample in range(options.samples)]
+    chat = loading.load(str(model), device=device)
+    assert isinstance(chat, Chat)
+    answers = asking.ask(
+        chat,
+        len(asks),
+        Asker(chat, options, asks).question,
+        options.settings(),
+        batch_size=1024 if device == "cuda" else 64,
+        fills_device=True,
+        cache=None,
+    )
+    sampled: dict[str, list[str]] = {}
+    for (plan, _), answer in zip(asks, answers, strict=True):
+        sampled.setdefault(plan.question.name, []).append(answer["answer"])
+    cider = Cider([plan.question.reference.texts for plan in planned.plans])
+    rows = []
+    for plan in planned.plans:
+        truth = plan.question.reference.texts
+        scored = sorted({(cider.score(t, truth), t) for t in sampled[plan.question.name] if t})
+        (least, rejected), (most, chosen) = scored[0], scored[-1]
+        if most > least:
+            row = {**plan.question.media, "question": plan.question.text}
+            rows.append(row | {"chosen": chosen, "rejected": rejected})
+    return rows
+
+
+class Cider:
+    """CIDEr-D of a caption, 0 to 10, as pycocoevalcap's; words are runs of letters and digits.
+
+    Vedantam, Zitnick and Parikh 2015, arXiv:1411.5726.
+    """
+
+    def __init__(self, references: Sequence[Sequence[str]]) -> None:
+        self.seen_in: Counter[tuple[str, ...]] = Counter()
+        for texts in references:
+            self.seen_in.update({gram for text in texts for gram in _grams(text)})
+        self.log_documents = math.log(len(references))
+
+    def score(self, caption: str, references: Sequence[str]) -> float:
+        """The mean over references and lengths of n-grams."""
+        hypothesis = self._vectors(caption)
+        scores = [_likeness(hypothesis, self._vectors(text)) for text in references]
+        return 10 * statistics.fmean(scores)
+
+    def _vectors(self, text: str) -> tuple[list[dict[tuple[str, ...], float]], int]:
+        vectors: list[dict[tuple[str, ...], float]] = [{} for _ in range(4)]
+        for gram, count in _grams(text).items():
+            rarity = self.log_documents - math.log(max(1, self.seen_in[gram]))
+            vectors[len(gram) - 1][gram] = count * rarity
+        return vectors, len(_words(text))
+
+
+def _likeness(one: tuple[list[Any], int], other: tuple[list[Any], int]) -> float:
+    (vectors, length), (others, other_length) = one, other
+    cosines = []
+    for vector, reference in zip(vectors, others, strict=True):
+        product = sum(
+            min(v, reference.get(g, 0.0)) * reference.get(g, 0.0) for g, v in vector.items()
+        )
+        norms = math.hypot(*vector.values()) * math.hypot(*reference.values())
+        cosines.append(product / norms if norms else 0.0)
+    # As published: longer and shorter captions than the reference lose.
+    return statistics.fmean(cosines) * math.exp(-((length - other_length) ** 2) / 72)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall("[a-z0-9]+", text.lower())
+
+
+def _grams(text: str) -> Counter[tuple[str, ...]]:
+    words = _words(text)
+    return Counter(tuple(words[i : i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
+
+
+def measure(model: Path, data: Path, pairs: Path, split: str, device: str) -> dict[str, Any]:
+    """Figures of a model folder on a held-out split, and log-probabilities of all its pairs."""
+    sections: dict[str, dict[str, Any]] = {
+        sort: {"type": "preference", "annotations": pairs / f"{split}_{sort}.jsonl", "beta": 0.1}
+        for sort in ("questions", "captions")
+    }
+    sections["greedy"] = {
+        "type": "qa",
+        "annotations": data / f"{split}_questions.jsonl",
+        "max_new_tokens": 6,
+        "metric": "exact",
+    }
+    sections["captioned"] = {
+        "type": "caption",
+        "annotations": data / f"{split}.json",
+        "prompt": learning.PROMPTS["en"],
+        "metrics": "exact",
+        "max_new_tokens": 30,
+        "batch_size": 100,
     }
     chat = loading.load(str(model), device=device)
     assert isinstance(chat, Chat)
     configs = {name: eval_config(images=data, **keys) for name, keys in sections.items()}
-    scores = {name: evaluator.run(chat, None) for name, evaluator in evals.build(configs).items()}
+    evaluators = evals.build(configs)
+    scores = {name: evaluator.run(chat, None) for name, evaluator in evaluators.items()}
     logps = {
-        row["sample"]: (row["logp_chosen"], row["logp_rejected"]) for row in scores["pairs"].rows
+        f"{sort}/{row['sample']}": (row["logp_chosen"], row["logp_rejected"])
+        for sort in ("questions", "captions")
+        for row in scores[sort].rows
     }
-    captions = scores["captions"].values
+    references: dict[Any, list[str]] = evaluators["captioned"].references
+    cider = Cider([*references.values()])
+    answers = {row["image_id"]: row["answer"] for row in scores["captioned"].rows}
     return {
-        "pair_accuracy": scores["pairs"].values["accuracy"],
-        "right_answers": scores["questions"].values["score"],
-        "cider": captions.get("cider", captions["exact"]),
-        "caption_words": captions["average_length"],
+        "pair_accuracy": statistics.fmean(right > wrong for right, wrong in logps.values()),
+        "question_pairs": scores["questions"].values["accuracy"],
+        "caption_pairs": scores["captions"].values["accuracy"],
+        "right_answers": scores["greedy"].values["score"],
+        "cider": statistics.fmean(cider.score(t, references[i]) for i, t in answers.items()),
+        "caption_words": statistics.fmean(len(_words(text)) for text in answers.values()),
         "logps": logps,
     }
 
@@ -287,68 +423,90 @@ def reward_accuracy(logps: Mapping[str, Sequence[float]], base: Mapping[str, Any
 
 def run_seed(seed: int, plan: Plan, options: argparse.Namespace) -> dict[str, Any]:
     """All of a seed; its figures."""
-    data, folder = options.to / "data", options.to / f"seed{seed}"
-    started = time.process_time()
+    data, folder, device = options.to / "data", options.to / f"seed{seed}", options.device
+    started = time.perf_counter()
+    seconds: dict[str, float] = {}
+
+    def lap(name: str) -> None:
+        seconds[name] = round(time.perf_counter() - started - sum(seconds.values()), 1)
+
     captions = {
         "name": "captions",
         "annotations": str(data / "captions.jsonl"),
         "images": str(data),
     }
     taught = captions | {"name": "taught", "annotations": str(data / "taught.jsonl")}
-    base_seed = 0 if options.one_base else seed
     base = trained(
         recipe(
             options.to / f"start-{options.size}",
-            [captions | {"weight": 0.5}, taught | {"weight": 0.5}],
-            options.to / f"runs/base-{base_seed}",
-            device=options.device,
-            share=True,
+            [captions | {"weight": 0.6}, taught | {"weight": 0.4}],
+            folder / "runs/base",
+            device=device,
             optim={"lr": plan.base_lr},
             global_batch=plan.base_batch,
             steps=plan.base_steps,
-            seed=base_seed,
+            seed=seed,
         ),
-        options.to / f"base-{base_seed}",
+        folder / "base",
     )
-    pairs, held_out = folder / "pairs.jsonl", folder / "held_out.jsonl"
-    result = make_pairs(base, data, "asked", pairs, seed, plan, options.device)
-    held = make_pairs(base, data, "held_out", held_out, seed, plan, options.device)
-    source = {
-        "name": "pairs",
-        "type": "preference",
-        "annotations": str(pairs),
-        "images": str(data),
+    lap("base")
+    made = {
+        name: make_pairs(base, data, name, folder, seed, plan, device)
+        for name in ("pairs", *SPLITS)
     }
-    models = {"base": base}
-    for name, objective in (("mpo", {"name": "mpo"}), ("sft", {"name": "sft"})):
-        models[name] = trained(
-            recipe(
-                base,
-                [source],
-                folder / f"runs/{name}",
-                device=options.device,
-                objective=objective,
-                optim={"lr": plan.lr},
-                global_batch=plan.batch,
-                steps=plan.steps,
-                seed=seed,
-            ),
-            folder / name,
-        )
-    figures = {
-        name: measure(model, data, held_out, plan, options.device) for name, model in models.items()
+    lap("pairs")
+    sources = [
+        {
+            "name": sort,
+            "type": "preference",
+            "annotations": str(folder / f"pairs_{sort}.jsonl"),
+            "images": str(data),
+        }
+        for sort in ("questions", "captions")
+    ]
+    models: dict[str, dict[float, Path]] = {
+        name: {
+            lr: trained(
+                recipe(
+                    base,
+                    sources,
+                    folder / f"runs/{name}-{lr:g}",
+                    device=device,
+                    objective=objective,
+                    optim={"lr": lr},
+                    global_batch=plan.batch,
+                    steps=plan.steps,
+                    seed=seed,
+                ),
+                folder / f"{name}-{lr:g}",
+            )
+            for lr in plan.lrs
+        }
+        for name, objective in ARMS.items()
     }
+    lap("arms")
+    tried = {"base": measure(base, data, folder, "validation", device)}
+    figures = {"base": measure(base, data, folder, "test", device)}
+    for name, by_lr in models.items():
+        measured = {lr: measure(m, data, folder, "validation", device) for lr, m in by_lr.items()}
+        tried |= {f"{name} {lr:g}": row for lr, row in measured.items()}
+        lr = chosen_lr(measured, tried["base"]["cider"])
+        figures[name] = {"lr": lr, **measure(by_lr[lr], data, folder, "test", device)}
+    lap("measured")
     logps = {name: row.pop("logps") for name, row in figures.items()}
-    for name in ("mpo", "sft"):
+    for name in ARMS:
         figures[name]["reward_accuracy"] = reward_accuracy(logps[name], logps["base"])
-    return {
-        "pairs": dict(result.pairs),
-        "held_out_pairs": sum(held.pairs.values()),
-        "sampled_right": result.num_right / result.num_judged,
-        "without_pairs": dict(result.reasons),
-        **figures,
-        "cpu_s": time.process_time() - started,
-    }
+    for row in tried.values():
+        row.pop("logps")
+    return {"made": made, **figures, "validation": tried, "seconds": seconds}
+
+
+def chosen_lr(measured: Mapping[float, Mapping[str, float]], cider: float) -> float:
+    """The rate with the best pairs among those that keep the captions, else with the best ones."""
+    keeps = [lr for lr, row in measured.items() if row["cider"] >= cider]
+    if keeps:
+        return max(keeps, key=lambda lr: measured[lr]["pair_accuracy"])
+    return max(measured, key=lambda lr: measured[lr]["cider"])
 
 
 def table(seeds: Mapping[str, Any]) -> dict[str, Any]:
@@ -359,14 +517,10 @@ def table(seeds: Mapping[str, Any]) -> dict[str, Any]:
         for key in next(iter(seeds.values()))[name]:
             values = [row[name][key] for row in seeds.values()]
             arms[name][key] = _mean(values)
-            if name != "base" and key in row_keys(seeds):
+            if name != "base" and key in next(iter(seeds.values()))["base"]:
                 gains = [row[name][key] - row["base"][key] for row in seeds.values()]
                 arms[name][f"{key}_minus_base"] = _mean(gains)
     return arms
-
-
-def row_keys(seeds: Mapping[str, Any]) -> set[str]:
-    return set(next(iter(seeds.values()))["base"])
 
 
 def _mean(values: Sequence[float]) -> dict[str, float]:
@@ -374,64 +528,62 @@ def _mean(values: Sequence[float]) -> dict[str, float]:
     return {"mean": round(statistics.fmean(values), 4), "spread": spread}
 
 
-def join(folders: Sequence[Path], to: Path) -> None:
-    """Writes the seeds of several folders into one file."""
-    trees = [json.loads((folder / "preference_learning.json").read_text()) for folder in folders]
-    seeds = {seed: row for tree in trees for seed, row in tree["seeds"].items()}
-    joined = {"seeds": seeds, "arms": table(seeds), "setting": trees[0]["setting"]}
-    to.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(joined, indent=1) + "\n"
-    (to / "preference_learning.json").write_text(text, encoding="utf-8")
-    print(json.dumps(joined["arms"]))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "photos", type=Path, nargs="?", help="zip with captions.json and the photos it names"
-    )
-    parser.add_argument("--join", type=Path, nargs="+", help="folders of finished seeds")
-    parser.add_argument("--to", type=Path, required=True)
+    parser.add_argument("archive", type=Path, help="zip with captions.json and the photos it names")
+    parser.add_argument("--to", type=Path, default=Path("out/preference_learning"))
+    parser.add_argument("--pack", type=Path, help="write a small copy of the zip, nothing else")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--parallel", action="store_true", help="all seeds side by side")
     parser.add_argument("--size", choices=SHAPES, default=None)
-    parser.add_argument("--base-steps", type=int, default=None)
-    parser.add_argument("--steps", type=int, default=None)
-    parser.add_argument("--lr", type=float, default=None)
-    parser.add_argument("--one-base", action="store_true", help="train the base once, of seed 0")
+    for name in ("base-steps", "base-batch", "questions", "captions", "held-out", "steps", "batch"):
+        parser.add_argument(f"--{name}", type=int, default=None)
+    parser.add_argument("--lrs", type=float, nargs="+", default=None)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
-    if options.join:
-        join(options.join, options.to)
+    if options.pack:
+        pack(options.archive, options.pack)
         return
-    if options.photos is None:
-        parser.error("name the zip of photos")
     options.size = options.size or ("tiny" if options.device == "cpu" else "small")
-    changes = {key: getattr(options, key) for key in ("base_steps", "steps", "lr")}
-    plan = Plan(
-        **{**vars(TINY if options.tiny else Plan()), **{k: v for k, v in changes.items() if v}}
-    )
+    changes = {key: getattr(options, key) for key in vars(Plan()) if getattr(options, key, None)}
+    plan = replace(TINY if options.tiny else Plan(), **changes)
     log.setup()
-    write_data(options.photos, options.to / "data", plan)
+    write_data(options.archive, options.to / "data", plan)
     start_model(options.to / "data", options.to / f"start-{options.size}", options.size)
+    if options.parallel and len(options.seeds) > 1:
+        run_side_by_side(options)
     file = options.to / "preference_learning.json"
-    tree: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"seeds": {}}
-    for seed in map(str, options.seeds):
-        if seed in tree["seeds"]:
-            continue
-        tree["seeds"][seed] = run_seed(int(seed), plan, options)
-        tree["arms"] = table(tree["seeds"])
-        tree["setting"] = {
+    seeds: dict[str, Any] = {}
+    for seed in options.seeds:
+        kept = options.to / f"seed{seed}" / "figures.json"
+        if not kept.exists():
+            figures = run_seed(seed, plan, options)
+            kept.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+            print(json.dumps({"seed": seed, **figures}), flush=True)
+        seeds[str(seed)] = json.loads(kept.read_text(encoding="utf-8"))
+        setting = {
             "size": options.size,
             **vars(plan),
-            "one_base": options.one_base,
             "device": "CPU" if options.device == "cpu" else torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "commit": commit(),
         }
+        tree = {"seeds": seeds, "arms": table(seeds), "setting": setting}
         file.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-        print(json.dumps({"seed": int(seed), **tree["seeds"][seed]}), flush=True)
-    print(json.dumps(tree.get("arms", {})))
+    print(json.dumps(table(seeds)))
+
+
+def run_side_by_side(options: argparse.Namespace) -> None:
+    """A process for each seed; one that fails is run once more, alone, by the caller."""
+    words = [word for word in sys.argv if word != "--parallel"]
+    running = []
+    for seed in options.seeds:
+        with (options.to / f"seed{seed}.log").open("w") as file:
+            command = [sys.executable, *words, "--seeds", str(seed)]
+            running.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT))
+    for process in running:
+        process.wait()
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def test_the_two_plain_models_have_our_loss(monkeypatch):
 def test_preferences_are_learned_from_own_answers(tmp_path):
     captions = {}
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as packed:
-        for split, count in (("train", 12), ("val", 6)):
+        for split, count in (("train", 12), ("val", 6), ("test", 6)):
             for number in range(count):
                 name = f"{split}/{number}.jpg"
                 color = ("red", "blue")[number % 2]
@@ -127,13 +127,47 @@ def test_preferences_are_learned_from_own_answers(tmp_path):
                 texts = {"en": [english] * 5, "zh": ["照片。"] * 5}
                 captions[name] = {"split": split, **texts}
         packed.writestr("captions.json", json.dumps(captions))
-    words = [str(tmp_path / "photos.zip"), "--to", str(tmp_path / "to"), "--tiny", "--seeds", "0"]
+    small = tmp_path / "small.zip"
+    assert run("preference_learning.py", str(tmp_path / "photos.zip"), "--pack", str(small)) == []
+    words = [str(small), "--to", str(tmp_path / "to"), "--tiny", "--seeds", "0"]
     seed, arms = run("preference_learning.py", *words)
-    assert seed["pairs"]["correctness"] > 0
+    for counts in seed["made"].values():
+        assert min(counts["questions"], counts["captions"]) > 0
     assert {"pair_accuracy", "right_answers", "cider"} <= seed["base"].keys()
     mean = arms["mpo"]["reward_accuracy"]["mean"]
     assert mean == pytest.approx(seed["mpo"]["reward_accuracy"], abs=1e-4)
     assert run("preference_learning.py", *words) == [arms]  # not again
+
+
+def test_captions_are_ranked_by_cider_as_published(monkeypatch):
+    scorer = pytest.importorskip("pycocoevalcap.cider.cider_scorer").CiderScorer(n=4, sigma=6.0)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import preference_learning as learned
+
+    truths = [
+        ["a dog runs on the grass", "the brown dog is running", "a dog"],
+        ["two men stand by a lake", "men near the water", "two people stand"],
+        ["a red car on a street", "the car is red", "a street with a car"],
+    ]
+    captions = ["a dog runs", "two men stand by the water on a street", "the car is red red"]
+    for caption, texts in zip(captions, truths, strict=True):
+        scorer += (caption, texts)
+    _, published = scorer.compute_score()
+    cider = learned.Cider(truths)
+    ours = [cider.score(text, texts) for text, texts in zip(captions, truths, strict=True)]
+    assert ours == pytest.approx([*published], abs=1e-9)
+
+
+def test_a_rate_that_keeps_captions_is_chosen(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import preference_learning as learned
+
+    measured = {
+        1e-4: {"pair_accuracy": 0.7, "cider": 0.5},
+        3e-4: {"pair_accuracy": 0.8, "cider": 0.4},
+        1e-3: {"pair_accuracy": 0.9, "cider": 0.1},
+    }
+    assert [learned.chosen_lr(measured, cider) for cider in (0.6, 0.5, 0.3)] == [1e-4, 1e-4, 3e-4]
 
 
 def archive(folder, **counts):

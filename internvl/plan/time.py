@@ -176,10 +176,15 @@ class _Step:
         return self._run("decoder_attention") / rate + tower
 
     def forward(self) -> float:
-        """FLOPs of a forward pass over all rows, as many as products would compute in its time."""
+        """FLOPs of one more forward pass over all rows, as many as products would compute in its
+        time."""
         rows = self.computed
-        products = rows.decoder.forward + rows.tower.forward + rows.logits.forward
-        attention = rows.decoder_attention.forward + rows.tower_attention.forward
+        products = rows.decoder.forward + rows.logits.forward
+        attention = rows.decoder_attention.forward
+        # A frozen tower runs once for all passes.
+        if not self.model.repeats_vision_tokens:
+            products += rows.tower.forward
+            attention += rows.tower_attention.forward
         return products + attention / CALIBRATION.attention
 
     def first_pass(self) -> float:

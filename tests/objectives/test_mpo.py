@@ -199,14 +199,20 @@ def test_the_first_loss_is_explained(project, tmp_path, caplog):
 
 
 @pytest.mark.slow
-def test_a_changed_image_is_refused_by_name(tmp_path):
+@pytest.mark.parametrize("changed", ["image", "text"])
+def test_a_changed_pair_is_refused_by_name(tmp_path, changed):
     project = preference_runs.make(tmp_path)
     state = train.build(recipes.load_recipe(project))
     next(train.updates(state))
-    preference_runs.picture(tmp_path / "b.png", (90, 200))
+    if changed == "image":
+        preference_runs.picture(tmp_path / "b.png", (90, 200))
+    else:
+        file = tmp_path / "pairs.jsonl"
+        file.write_text(file.read_text().replace("Two dogs sit", "Two cats sit"))
     state = train.build(recipes.load_recipe(project))
-    # Nothing names the pair but the content of its image: its line and the file's name are equal.
-    with pytest.raises(DataError, match=r"pairs.jsonl line [36]: .*its image has changed"):
+    # Nothing names the pair but its content: its line and the file's name are equal.
+    lines = "36" if changed == "image" else "6"
+    with pytest.raises(DataError, match=rf"pairs.jsonl line [{lines}]: .*its image has changed"):
         next(train.updates(state))
 
 

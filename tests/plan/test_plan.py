@@ -129,6 +129,9 @@ def test_what_fits_and_what_makes_it_fit():
     assert "compute.checkpointing=full makes it fit" in text
     made = released("InternVL2-2B", compute={"checkpointing": "full"})
     assert plan.make(made, gpus.find("4090")).fits
+    # Preference optimization too: no second model, no logits of two answers.
+    for name in ("internvl2_5_2b_mpo_lora", "internvl3_2b_mpo_lora"):
+        assert plan.make(recipes.load_recipe(name), gpus.find("4090")).fits
 
 
 @pytest.mark.slow

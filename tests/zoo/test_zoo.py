@@ -151,6 +151,10 @@ def test_published_scores_by_task_language_and_mode():
     assert {s.metric: s.value for s in tuned}["cider"] == 1.312
     assert {s.metric: s.value for s in zoo.scores("InternVL2-Llama3-76B")}["anls"] == 82.0
     assert zoo.scores("InternVL3-8B") == ()
+    # Before and after preference optimization, by the run folder of its recipe.
+    model, after = zoo.training("internvl2_5_38b_mpo_full")
+    scores = {(s.task, s.recipe): s.value for s in zoo.scores(model)}
+    assert (scores["mathvista-testmini", ""], scores["mathvista-testmini", after]) == (72.4, 73.8)
 
 
 @pytest.mark.parametrize("model", zoo.MODELS.values(), ids=lambda model: model.name)
