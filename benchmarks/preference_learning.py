@@ -15,9 +15,10 @@ For every seed:
     sft       the base on the chosen answers alone: same samples in the same order, as many steps
 
 Both arms run at every learning rate. The one that counts is chosen on validation photos: the most
-held-out pairs with the right answer more probable, where captions are no worse than the base's. All
-figures are of test photos: that share (`pair_accuracy`, of questions and of captions), the share
-whose reward is higher, relative to the base, right greedy answers, CIDEr.
+held-out pairs whose right answer gained more, where captions are no worse than the base's. All
+figures are of test photos: that share (`reward_accuracy`; the base's own is a half by definition),
+the share whose right answer is more probable by token (`pair_accuracy`, of questions and of
+captions), right greedy answers, CIDEr.
 
 A finished step is not run again; TO/preference_learning.json holds all figures.
 """
@@ -97,17 +98,20 @@ class Plan:
     base_steps: int = 1200
     base_batch: int = 96
     base_lr: float = 1.5e-3
-    questions: int = 1500
+    questions: int = 2500
     """Questions that are asked for pairs."""
-    captions: int = 1000
+    captions: int = 2000
     """Photos that are captioned for pairs."""
     held_out: int = 300
     """Questions, and photos that are captioned, for the pairs of a held-out split."""
     samples: int = 8
     temperature: float = 1.0
-    steps: int = 120
+    """Of short answers."""
+    caption_temperature: float = 0.7
+    """A small model's captions at 1 are no sentences."""
+    steps: int = 160
     batch: int = 64
-    lrs: tuple[float, ...] = (1e-4, 3e-4)
+    lrs: tuple[float, ...] = (2e-4, 6e-4)
 
 
 TINY = Plan(40, 0.5, 150, 64, 2e-3, 30, 8, 6, steps=3, batch=32, lrs=(1e-4,))
@@ -281,6 +285,7 @@ def make_pairs(
         annotations=data / f"{name}_captions.jsonl",
         method="correctness",
         rule="exact",
+        temperature=plan.caption_temperature,
         max_new_tokens=24,
     )
     rows = rank_captions(model, options, device)
@@ -372,7 +377,11 @@ def _grams(text: str) -> Counter[tuple[str, ...]]:
 
 
 def measure(model: Path, data: Path, pairs: Path, split: str, device: str) -> dict[str, Any]:
-    """Figures of a model folder on a held-out split, and log-probabilities of all its pairs."""
+    """Figures of a model folder on a held-out split, and log-probabilities of all its pairs.
+
+    A pair is right if a token of its chosen answer is more probable on average: captions differ in
+    length, and the sum of a longer one is nearly always lower.
+    """
     sections: dict[str, dict[str, Any]] = {
         sort: {"type": "preference", "annotations": pairs / f"{split}_{sort}.jsonl", "beta": 0.1}
         for sort in ("questions", "captions")
@@ -396,18 +405,22 @@ def measure(model: Path, data: Path, pairs: Path, split: str, device: str) -> di
     configs = {name: eval_config(images=data, **keys) for name, keys in sections.items()}
     evaluators = evals.build(configs)
     scores = {name: evaluator.run(chat, None) for name, evaluator in evaluators.items()}
-    logps = {
-        f"{sort}/{row['sample']}": (row["logp_chosen"], row["logp_rejected"])
-        for sort in ("questions", "captions")
-        for row in scores[sort].rows
-    }
+    logps, right = {}, {}
+    for sort in ("questions", "captions"):
+        lengths = lengths_of(chat, pairs / f"{split}_{sort}.jsonl")
+        for row in scores[sort].rows:
+            line = int(row["sample"].rpartition(" ")[2]) - 1
+            both = row["logp_chosen"], row["logp_rejected"]
+            logps[f"{sort}/{line}"] = both
+            chosen, rejected = (x / n for x, n in zip(both, lengths[line], strict=True))
+            right.setdefault(sort, []).append(chosen > rejected)
     references: dict[Any, list[str]] = evaluators["captioned"].references
     cider = Cider([*references.values()])
     answers = {row["image_id"]: row["answer"] for row in scores["captioned"].rows}
     return {
-        "pair_accuracy": statistics.fmean(right > wrong for right, wrong in logps.values()),
-        "question_pairs": scores["questions"].values["accuracy"],
-        "caption_pairs": scores["captions"].values["accuracy"],
+        "pair_accuracy": statistics.fmean(right["questions"] + right["captions"]),
+        "question_pairs": statistics.fmean(right["questions"]),
+        "caption_pairs": statistics.fmean(right["captions"]),
         "right_answers": scores["greedy"].values["score"],
         "cider": statistics.fmean(cider.score(t, references[i]) for i, t in answers.items()),
         "caption_words": statistics.fmean(len(_words(text)) for text in answers.values()),
@@ -415,10 +428,29 @@ def measure(model: Path, data: Path, pairs: Path, split: str, device: str) -> di
     }
 
 
-def reward_accuracy(logps: Mapping[str, Sequence[float]], base: Mapping[str, Any]) -> float:
-    """The share of pairs whose right answer gained more than the wrong one."""
-    gains = [[a - b for a, b in zip(logps[name], base[name], strict=True)] for name in base]
-    return statistics.fmean(chosen > rejected for chosen, rejected in gains)
+def lengths_of(chat: Chat, pairs: Path) -> list[tuple[int, int]]:
+    """Tokens of both answers of every line, their ends included."""
+    rows = map(json.loads, pairs.read_text(encoding="utf-8").splitlines())
+
+    def tokens(text: str) -> int:
+        return len(chat.tokenizer(text, add_special_tokens=False).input_ids) + 1
+
+    return [(tokens(row["chosen"]), tokens(row["rejected"])) for row in rows]
+
+
+def gains(
+    logps: Mapping[str, Sequence[float]], base: Mapping[str, Sequence[float]]
+) -> dict[str, float]:
+    """Shares of the held-out pairs whose right answer gained more than the wrong one."""
+    right: dict[str, list[bool]] = {"questions": [], "captions": []}
+    for name, before in base.items():
+        chosen, rejected = (a - b for a, b in zip(logps[name], before, strict=True))
+        right[name.partition("/")[0]].append(chosen > rejected)
+    return {
+        "reward_accuracy": statistics.fmean(right["questions"] + right["captions"]),
+        "question_rewards": statistics.fmean(right["questions"]),
+        "caption_rewards": statistics.fmean(right["captions"]),
+    }
 
 
 def run_seed(seed: int, plan: Plan, options: argparse.Namespace) -> dict[str, Any]:
@@ -489,15 +521,15 @@ def run_seed(seed: int, plan: Plan, options: argparse.Namespace) -> dict[str, An
     figures = {"base": measure(base, data, folder, "test", device)}
     for name, by_lr in models.items():
         measured = {lr: measure(m, data, folder, "validation", device) for lr, m in by_lr.items()}
-        tried |= {f"{name} {lr:g}": row for lr, row in measured.items()}
+        for lr, row in measured.items():
+            row |= gains(row["logps"], tried["base"]["logps"])
+            tried[f"{name} {lr:g}"] = row
         lr = chosen_lr(measured, tried["base"]["cider"])
         figures[name] = {"lr": lr, **measure(by_lr[lr], data, folder, "test", device)}
+        figures[name] |= gains(figures[name]["logps"], figures["base"]["logps"])
     lap("measured")
-    logps = {name: row.pop("logps") for name, row in figures.items()}
-    for name in ARMS:
-        figures[name]["reward_accuracy"] = reward_accuracy(logps[name], logps["base"])
-    for row in tried.values():
-        row.pop("logps")
+    for row in (*figures.values(), *tried.values()):
+        row.pop("logps", None)
     return {"made": made, **figures, "validation": tried, "seconds": seconds}
 
 
@@ -505,21 +537,20 @@ def chosen_lr(measured: Mapping[float, Mapping[str, float]], cider: float) -> fl
     """The rate with the best pairs among those that keep the captions, else with the best ones."""
     keeps = [lr for lr, row in measured.items() if row["cider"] >= cider]
     if keeps:
-        return max(keeps, key=lambda lr: measured[lr]["pair_accuracy"])
+        return max(keeps, key=lambda lr: measured[lr]["reward_accuracy"])
     return max(measured, key=lambda lr: measured[lr]["cider"])
 
 
 def table(seeds: Mapping[str, Any]) -> dict[str, Any]:
-    """Mean and spread over the seeds, and of the differences to the base seed by seed."""
+    """Mean and spread over the seeds, and of the differences to others seed by seed."""
     arms: dict[str, Any] = {}
-    for name in ("base", "mpo", "sft"):
-        arms[name] = {}
-        for key in next(iter(seeds.values()))[name]:
-            values = [row[name][key] for row in seeds.values()]
-            arms[name][key] = _mean(values)
-            if name != "base" and key in next(iter(seeds.values()))["base"]:
-                gains = [row[name][key] - row["base"][key] for row in seeds.values()]
-                arms[name][f"{key}_minus_base"] = _mean(gains)
+    rows = [*seeds.values()]
+    for name in ("base", *ARMS):
+        arms[name] = {key: _mean([row[name][key] for row in rows]) for key in rows[0][name]}
+        for other in {"base": (), "sft": ("base",), "mpo": ("base", "sft")}[name]:
+            for key in rows[0][name].keys() & rows[0][other].keys() - {"lr"}:
+                differences = [row[name][key] - row[other][key] for row in rows]
+                arms[name][f"{key}_minus_{other}"] = _mean(differences)
     return arms
 
 

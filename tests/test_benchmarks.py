@@ -163,9 +163,9 @@ def test_a_rate_that_keeps_captions_is_chosen(monkeypatch):
     import preference_learning as learned
 
     measured = {
-        1e-4: {"pair_accuracy": 0.7, "cider": 0.5},
-        3e-4: {"pair_accuracy": 0.8, "cider": 0.4},
-        1e-3: {"pair_accuracy": 0.9, "cider": 0.1},
+        1e-4: {"reward_accuracy": 0.7, "cider": 0.5},
+        3e-4: {"reward_accuracy": 0.8, "cider": 0.4},
+        1e-3: {"reward_accuracy": 0.9, "cider": 0.1},
     }
     assert [learned.chosen_lr(measured, cider) for cider in (0.6, 0.5, 0.3)] == [1e-4, 1e-4, 3e-4]
 
