@@ -199,7 +199,10 @@ def _held(folder: Path) -> float:
 
 def gpu_memory() -> float | None:
     """GiB of the first GPU in use, whoever uses them."""
-    words = ["nvidia-smi", "--id=0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    # nvidia-smi counts all GPUs of the machine, torch those that this process may see.
+    index = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    words = ["nvidia-smi", f"--id={index}", "--query-gpu=memory.used"]
+    words += ["--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=10)
         return round(float(done.stdout.split()[0]) / 1024, 3)
