@@ -140,8 +140,8 @@ def retrieval(desk, capsys):
     source = re.search(r"```yaml\n(.*?)```", (GUIDES / "internvl-14b.md").read_text(), re.DOTALL)
     (desk / "mine.yaml").write_text(
         "model: {id: pretrained/InternVL-14B-224px, train: [heads]}\n"
-        f"{source[1]}  tiles: {{size: 84, max: 1}}\n"
-        "objective: {name: retrieval}\nrun: runs/mine\nglobal_batch: 8\nsteps: 1\n"
+        + source[1].replace("run:", "  tiles: {size: 84, max: 1}\nrun:")
+        + "objective: {name: retrieval}\nglobal_batch: 8\nsteps: 1\n"
     )
 
 
