@@ -113,11 +113,11 @@ def _parse_launch(argv: Sequence[str], verbs: Mapping[str, argparse.ArgumentPars
     return args
 
 
-def _configure_libraries(*, downloading: bool) -> None:
+def _configure_libraries(*, showing_progress: bool) -> None:
     """Sets environment variables that libraries read once, when they are imported."""
     # transformers draws a progress bar for every model it opens, however small.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if not downloading:
+    if not showing_progress:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
@@ -133,7 +133,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         args = parse(sys.argv[1:] if argv is None else argv)
         launchers.follow_parent()
         log.setup(logging.DEBUG if args.debug else logging.INFO, rank=launchers.rank())
-        _configure_libraries(downloading=getattr(args, "download", False))
+        sends = bool(getattr(args, "push", None))
+        _configure_libraries(showing_progress=sends or getattr(args, "download", False))
         code, message = _run_verb(args)
         # `internvl train`, which started this rank, prints one sentence for all of them.
         if message and not launchers.has_parent():

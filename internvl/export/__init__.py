@@ -31,7 +31,7 @@ from internvl.models import weights as model_weights
 from internvl.models.bases import Replacements
 from internvl.models.tensors import LazyTensor
 
-__all__ = ["Exported", "has_adapters", "probe", "processor_files", "run"]
+__all__ = ["Exported", "check_free", "has_adapters", "probe", "processor_files", "run"]
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def run(
     if format not in ("hf", "official"):
         raise ExportError(f"format {format!r}: choose hf or official")
     # Before the model: reading it may take minutes.
-    _check_free(Path(to))
+    check_free(Path(to))
     exported = _open(model_or_folder, step, base)
     exported.layout.check_format(exported.config, format)
     if code_from is not None and format == "hf":
@@ -283,7 +283,7 @@ def _stored_dtype(files: hub.ModelFolder) -> torch.dtype:
 @contextmanager
 def _complete_or_absent(target: Path) -> Iterator[Path]:
     """Yields a folder to write into that becomes `target` on success and is removed otherwise."""
-    _check_free(target)
+    check_free(target)
     try:
         with complete_folder(target) as partial:
             yield partial
@@ -291,7 +291,8 @@ def _complete_or_absent(target: Path) -> Iterator[Path]:
         raise ExportError(f"{target}: could not be written ({error})") from error
 
 
-def _check_free(target: Path) -> None:
+def check_free(target: Path) -> None:
+    """Raises ExportError if a folder to write is there and not empty."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ExportError(f"{target}: exists and is not empty; choose another folder")
 
