@@ -279,8 +279,9 @@ def scripts() -> str:
         f"All {len(answers)} shell files of the original code: {'; '.join(counts)}.\n\n"
         "A training script resolves by its own name too: `internvl train NAME`. `internvl compat "
         "shell FILE` takes the same files with their variables (`GPUS`, `PER_DEVICE_BATCH_SIZE` …) "
-        "and names what of a script changes nothing. Where all recipes differ from the scripts: "
-        "`recipes/README.md`; the last column has what one adds to it. How to begin: "
+        "and lists the statements of a script that have no effect. `recipes/README.md` says where "
+        "all recipes differ from the scripts; the last column says where one differs besides. How "
+        "to begin: "
         "[Migration](en/migration.md).\n"
     )
     folder = ""
