@@ -36,6 +36,7 @@ ELSEWHERE = {
     "mpo_": "as preferences.yaml of the same page",
     "retrieval-coco": "as retrieval-flickr30k",
     "--gpus": "several GPUs",
+    "--push": "tests/export/test_export_push.py",
     "r64": "as the line without rank and rate",
 }
 """Part of a line -> what runs it instead, or what it needs."""

@@ -113,6 +113,7 @@ NO_MODULE = {
     "test_integrations.py": "integrations/",
     "test_layers.py": "who may import whom",
     "test_mirror.py": "this table",
+    "test_repository.py": "workflows, container file, citation, forms, the notebook",
     "test_startup.py": "what each verb imports",
     "test_wheel.py": "the built package",
 }
