@@ -125,11 +125,29 @@ def unreadable(file: Path, error: OSError) -> ModelFolderError:
     return ModelFolderError(f"{file}: cannot be opened ({reason}); check what it is and its rights")
 
 
+_OUTPUTS = ("runs", "work_dirs", "out", "results")
+"""Folders of the guides that training, exports and evaluations write."""
+
+
 def no_such_model(name: str | Path) -> str | None:
     """Returns why a name is no run, model or hub id; None if it exists or the hub may have it."""
     text, path = str(name), Path(name).expanduser()
     if path.suffix == ".pth" or path.exists():
         return None
+    near: list[str] = []
+    if path.parent.is_dir():
+        siblings = sorted(p.name for p in path.parent.iterdir())
+        near = difflib.get_close_matches(path.name, siblings, n=1)
+    # The folder of the guides: no owner on the hub, from wherever it is named.
+    if path.parent.name == "pretrained":
+        hint = f"did you mean {path.parent / near[0]}? Or " if near else ""
+        return (
+            f"{text}: no such folder; {hint}fetch a release into it with `internvl models "
+            f"{path.name} --download --to {text}`"
+        )
+    # Nor are those that runs and exports land in, which are not there before the first run.
+    if path.parts[0] in _OUTPUTS and not path.parent.is_dir():
+        return f"{text}: there is no such run or model; `internvl train RECIPE` writes runs"
     # What looks like a path is never asked of the hub: a typo would read as a network error.
     if path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
         return (
@@ -139,7 +157,6 @@ def no_such_model(name: str | Path) -> str | None:
     # A folder of this machine, such as runs/, is no owner on the hub.
     if not path.parent.is_dir():
         return None
-    near = difflib.get_close_matches(path.name, sorted(p.name for p in path.parent.iterdir()), n=1)
     hint = f"did you mean {path.parent / near[0]}?" if near else f"`ls {path.parent}` shows others"
     return f"{text}: there is no such run or model; {hint}"
 

@@ -176,6 +176,8 @@ def test_a_name_of_no_run_or_model_is_said_before_all_else(tmp_path, monkeypatch
     for name, said in {
         "runs/nope": "runs/nope: there is no such run or model; `ls runs` shows others",
         "runs/min": "runs/min: there is no such run or model; did you mean runs/mine?",
+        "work_dirs/nope": "work_dirs/nope: there is no such run or model; `internvl train RECI",
+        "./pretrained/X": "./pretrained/X: no such folder; fetch a release into it with `intern",
         "nope": "nope: no such folder, and not a hub id of the form owner/name",
         "./no/folder": "./no/folder: no such folder",
         "owner/nope": "owner/nope: there is no such run; to evaluate a model of the hub, name a",

@@ -33,6 +33,7 @@ from internvl.cli import (
     index,
     launch,
     merge,
+    mistakes,
     models,
     search,
     serve,
@@ -67,14 +68,14 @@ VERBS: dict[str, Callable[[Arguments], int]] = {name: verb.run for name, verb in
 
 def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """Returns the parser of the whole command line, and verb -> its own parser."""
-    top = argparse.ArgumentParser(
+    top = mistakes.Parser(
         prog="internvl", description="Train, evaluate and ship the InternVL models."
     )
     # Of the package in memory, not of an installed one's metadata, which a checkout may not have.
     version = sys.modules["internvl"].__version__
     top.add_argument("--version", action="version", version=f"internvl {version}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-    subs = {}
+    subs: dict[str, argparse.ArgumentParser] = {}
     for name, verb in _VERBS.items():
         text = verb.run.__doc__
         subs[name] = verbs.add_parser(name, help=text, description=text)
@@ -92,8 +93,9 @@ def parse(argv: Sequence[str]) -> Arguments:
         # As other tools of verbs do: the list of verbs, and the code of a wrong command.
         top.print_help(sys.stderr)
         sys.exit(2)
+    mistakes.check_verb(argv, verbs)
     # argparse's intermixed parsing refuses parsers with subparsers, so a verb's own is called.
-    if not argv or argv[0] not in verbs or argv[0] in ("data", "compat"):
+    if argv[0] not in verbs or argv[0] in ("data", "compat"):
         return top.parse_args(argv, argparse.Namespace(argv=argv))
     if argv[0] == "launch":
         return _parse_launch(argv, verbs)

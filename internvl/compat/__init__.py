@@ -21,7 +21,7 @@ COMMANDS: dict[str, tuple[Translate, str]] = {
     "finetune": (training.translate_flags, "[ENTRY.py] --flag value … [--dry-run]"),
     "shell": (
         training.translate_script,
-        "SCRIPT [key=value …] [--here] [--dry-run], with GPUS=n, BATCH_SIZE=n …",
+        "SCRIPT [--flag value …] [key=value …] [--here] [--dry-run], with GPUS=n, BATCH_SIZE=n …",
     ),
     "clip_benchmark": (
         benchmark.translate,

@@ -29,6 +29,16 @@ def keys() -> dict[str, list[str]]:
     return keys
 
 
+def options() -> dict[str, str]:
+    """Returns every flag of the original's evaluate.sh -> what stands for it here."""
+    rows = {**_table()["valued"], **_table()["switches"]}
+    return {
+        flag: row.get("becomes") or (f"--{row['option']}" if "option" in row else "not needed")
+        for flag, row in rows.items()
+        if "refused" not in row
+    }
+
+
 def tasks() -> set[str]:
     """Returns the names of all tasks that `internvl evaluate` has."""
     return {line.split()[0] for line in published.list_tasks().splitlines()}

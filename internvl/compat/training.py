@@ -2,7 +2,7 @@
 
 import dataclasses
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +53,11 @@ def translate_flags(words: Sequence[str], environment: Mapping[str, str]) -> Tra
 
 
 def translate_script(words: Sequence[str], environment: Mapping[str, str]) -> Translation:
-    """Translates `shell SCRIPT [key=value …] [--here] [--dry-run]`.
+    """Translates `shell SCRIPT [--flag value …] [key=value …] [--here] [--dry-run]`.
 
-    A script that is here is read, whoever edited it; otherwise the path names the original's. Its
-    other shell files take their own words, as far as they have a counterpart.
+    A script that is here is read, whoever edited it; otherwise the path names the original's. Flags
+    replace those that the script gives to its training. The original's other shell files take
+    their own words, as far as they have a counterpart.
     """
     other = _other_file(words)
     if other in files.EVALUATIONS:
@@ -69,12 +70,32 @@ def translate_script(words: Sequence[str], environment: Mapping[str, str]) -> Tr
         raise ConfigError("compat shell: name a script, such as shell/finetune/x.sh")
     # A shim hands on whatever stands after the name of the script.
     script, *more = rest
-    overrides = [word for word in more if "=" in word and not word.startswith("-")]
-    others = [word for word in more if word not in overrides]
-    if others:
-        raise ConfigError(f"{others[0]}: neither key=value nor one of {', '.join(_SCRIPT_OPTIONS)}")
+    # A list of data sets is a flag of the script, which a shim has no line for to edit.
+    flags, overrides = _split_words(more)
     launch = shell.read(_text(script), environment, name=script)
+    # The last of a repeated flag counts, as in argparse.
+    launch = dataclasses.replace(launch, flags=(*launch.flags, *flags))
     return _translate(launch, options, overrides, environment, origin=f"shell {script}")
+
+
+def _split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits what stands after a script into (flags with their values, overrides)."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word.startswith("--"):
+            flags.append(word)
+            # An override may follow a flag without a value: values of flags have no `key=`.
+            if "=" not in word and rest and not rest[0].startswith("--") and "=" not in rest[0]:
+                flags.append(rest.pop(0))
+        elif "=" in word:
+            overrides.append(word)
+        else:
+            options = ", ".join(_SCRIPT_OPTIONS)
+            raise ConfigError(f"{word}: none of key=value, --flag value, {options}")
+    return flags, overrides
 
 
 def _other_file(words: Sequence[str]) -> str | None:
@@ -133,6 +154,7 @@ def _translate(
     file = recipe.run.with_name(f"{recipe.run.name}.yaml")
     _check_own(file)
     notes = [f"{line}: not translated" for line in launch.skipped] + translated.notes
+    notes += _memory_notes(recipe, environment)
     # Other launchers of the scripts start processes of one machine.
     on_slurm = launch.launcher == "srun" and "--here" not in options
     if on_slurm:
@@ -147,6 +169,19 @@ def _translate(
         recipe=f"{HEAD} {origin}\n{_yaml(translated.tree)}",
         file=file,
         runs="--dry-run" not in options,
+    )
+
+
+def _memory_notes(recipe: Recipe, environment: Mapping[str, str]) -> Iterator[str]:
+    """Yields what takes the place of the samples of a forward pass, lowered to need less memory."""
+    name = "PER_DEVICE_BATCH_SIZE"
+    # Pairs are encoded so many at a time here too.
+    if name not in environment or recipe.objective.name == "retrieval":
+        return
+    tokens = recipe.data.row_tokens or recipe.data.max_tokens
+    yield (
+        f"{name}={environment[name]}: samples share rows of {tokens:,} tokens here, so a smaller "
+        "one needs no less memory; if a GPU runs out of it, the message names the key to add"
     )
 
 

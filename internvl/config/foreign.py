@@ -30,6 +30,7 @@ _THEIRS: tuple[tuple[str, str, str], ...] = (
         "batch_size bs per_device_train_batch_size per_device_batch_size per_gpu_train_batch_size "
         "per_device_bs train_batch_size global_batch_size total_batch_size micro_batch_size "
         "gradient_accumulation_steps grad_accum accumulation_steps accumulate_grad_batches "
+        "gradient_acc "
         "train_micro_batch_size_per_gpu",
         _PER_DEVICE,
     ),
@@ -125,6 +126,19 @@ _THEIRS: tuple[tuple[str, str, str], ...] = (
     ("seed", "random_seed data_seed manual_seed", ""),
 )
 """(our key, theirs, a note for the message)."""
+
+
+OPTIONS = {
+    **dict.fromkeys(
+        ("gpus", "num_gpus", "nproc_per_node"),
+        "all GPUs are used; `--gpus N` uses fewer",
+    ),
+    **dict.fromkeys(
+        ("partition", "nodes", "nnodes"),
+        "`internvl launch RECIPE --nodes N --partition NAME` makes a Slurm job",
+    ),
+}
+"""Key that people try in a recipe -> the option of the command line that stands for it."""
 
 
 @cache

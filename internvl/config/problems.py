@@ -109,9 +109,12 @@ def _unknown_key(
         return f"not a key of {name_of(section, chooser)} but of {owner_names}{remedy}"
     # An evaluation alone (`root` is a union) has no other sections to name.
     if isinstance(root, type):
-        if key in foreign.ours():
-            ours, note = foreign.ours()[key]
+        # Variables of the original's scripts are in capitals: PER_DEVICE_BATCH_SIZE=4.
+        if key.lower() in foreign.ours():
+            ours, note = foreign.ours()[key.lower()]
             return f"unknown key; here it is {ours}" + (f" ({note})" if note else "")
+        if key.lower() in foreign.OPTIONS:
+            return f"no key of a recipe; {foreign.OPTIONS[key.lower()]}"
         homes = [dotted for dotted in keys(root) if dotted.rpartition(".")[2] == key]
         if homes:
             return f"unknown key; it is one of another section: {_home(homes, path, value)}"

@@ -29,6 +29,7 @@ from internvl.files import other_format
 
 _SHOWN = 100  # characters of an override in a message
 _SAVED = "recipe.yaml"
+_EXAMPLE = "internvl2/internvl2_2b_lora.yaml"
 _RUN_HAS = (".lock", "checkpoints", "finished.json")
 """What training writes to a run folder; one of these tells it from a recipe's folder."""
 _EITHER = (("epochs", "steps"), ("global_batch", "global_batch_rows"))
@@ -96,9 +97,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] | str = ()) -> Recipe
     # YAML allows a file that is empty or one long text.
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds no keys; write `key: value` lines, as `recipes/` has them")
+    _check_no_meta(path, tree)
     if run is not None:
         tree["run"] = str(run)
     return resolve(tree, overrides, name=str(path))
+
+
+def _check_no_meta(path: str | Path, tree: dict[str, Any]) -> None:
+    """Raises ConfigError for a meta file, the original's list of data sets."""
+    if tree and all(isinstance(entry, dict) and "annotation" in entry for entry in tree.values()):
+        raise ConfigError(
+            f"{path} is a list of data sets, no recipe; write `data: {{meta: {path}}}` in one, or "
+            f"add to the command of another: `internvl train internvl2_2b_lora 'data.sources=[]' "
+            f"data.meta={path}`"
+        )
 
 
 def _run_folder(path: str | Path) -> Path | None:
@@ -136,8 +148,11 @@ def _read_text(path: str | Path) -> str:
         content = file.read_bytes()
     except FileNotFoundError:
         near = released.nearest(path)
-        hint = f"did you mean {near}?" if near else "see `recipes/` for examples"
-        noun = "recipe" if Path(path).suffix in (".yaml", ".yml") else "recipe or run"
+        is_file = Path(path).suffix in (".yaml", ".yml")
+        # Found in a checkout and in an installed package alike.
+        copied = f"`cp {released.FOLDER / _EXAMPLE} {path if is_file else 'mine.yaml'}`"
+        hint = f"did you mean {near}?" if near else f"{copied} copies an example to edit"
+        noun = "recipe" if is_file else "recipe or run"
         raise ConfigError(f"there is no {noun} {path}; {hint}") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise ConfigError(f"cannot read the recipe {path}: {error}; check the path") from None

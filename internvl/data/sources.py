@@ -187,11 +187,14 @@ class TableSource:
         return self.table.digest(ends.index(content.samples) + 1) == content.digest
 
 
-def open_source(config: SourceConfig, *, check_count: bool = True) -> Source:
+def open_source(
+    config: SourceConfig, *, check_count: bool = True, meta: Path | None = None
+) -> Source:
     """Opens and indexes a source.
 
     Args:
         check_count: whether another number of samples than `num_samples` is an error.
+        meta: the meta file that lists it; messages name it.
 
     Raises:
         DataError: its file is missing, unreadable, empty, or does not hold `num_samples` samples.
@@ -199,9 +202,11 @@ def open_source(config: SourceConfig, *, check_count: bool = True) -> Source:
     try:
         source = SOURCES[config.type](config)
     except FileNotFoundError:
+        key = "`annotations` of this source in the recipe"
+        if meta is not None:
+            key = f"`annotation` of this entry in {meta}"
         raise DataError(
-            f"source {config.name}: there is no annotation file {config.annotations}; "
-            "check `annotations` of this source in the recipe"
+            f"source {config.name}: there is no annotation file {config.annotations}; check {key}"
         ) from None
     except UnicodeDecodeError:
         raise DataError(
@@ -215,13 +220,13 @@ def open_source(config: SourceConfig, *, check_count: bool = True) -> Source:
         raise DataError(f"source {config.name}: {reason}") from None
     if not len(source):
         raise DataError(f"source {config.name}: {config.annotations} is empty; it holds no sample")
-    problem = wrong_count(source) if check_count else None
+    problem = wrong_count(source, meta) if check_count else None
     if problem is not None:
         raise DataError(f"source {config.name}: {problem}")
     return source
 
 
-def wrong_count(source: Source) -> str | None:
+def wrong_count(source: Source, meta: Path | None = None) -> str | None:
     """Returns why the number of samples is not the source's `num_samples`, else None."""
     expected = source.config.num_samples
     # A file that was cut while it was copied is valid JSONL.
@@ -229,8 +234,8 @@ def wrong_count(source: Source) -> str | None:
         return None
     return (
         f"{source.config.annotations} holds {len(source):,} samples, not {expected:,} as its "
-        f"num_samples (`length` in a meta file) says; set it to {len(source)}, or fetch the whole "
-        "file"
+        f"num_samples (`length` in {'a meta file' if meta is None else meta}) says; set it to "
+        f"{len(source)}, or fetch the whole file"
     )
 
 
@@ -243,7 +248,7 @@ def open_sources(data: DataConfig) -> list[Source]:
     sources, problems = [], []
     for config in source_configs(data):
         try:
-            sources.append(open_source(config))
+            sources.append(open_source(config, meta=_meta_of(config, data)))
         except DataError as error:
             problems.append(str(error))
     if problems:
@@ -316,7 +321,13 @@ def check_files(data: DataConfig) -> None:
     """
     for config in source_configs(data):
         if not config.annotations.exists():
-            open_source(config)  # raises, in words for each type
+            # It raises, in words for each type.
+            open_source(config, meta=_meta_of(config, data))
+
+
+def _meta_of(config: SourceConfig, data: DataConfig) -> Path | None:
+    """Returns the meta file that lists a source; None for one of the recipe itself."""
+    return None if config in data.sources else data.meta
 
 
 def _meta_problems(entry: Any) -> Iterator[tuple[str, str]]:

@@ -125,14 +125,12 @@ def download(name: str, to: Path | None = None, cache: Path | None = None) -> Pa
         OfflineModeIsEnabled,
     )
 
-    owner, _, last = name.rpartition("/")
-    # The folder of the guides, typed before anything was fetched into it: no owner on the hub.
-    if owner == "pretrained":
-        raise ModelFolderError(
-            f"{name}: no such folder; fetch a release into it with `internvl models {last} "
-            f"--download --to {name}`"
-        )
-    remedy = f"put its files into a folder (for instance pretrained/{last}) and name that"
+    local = f"pretrained/{name.rpartition('/')[2]}"
+    named = f"name that (in a recipe, model.id={local})"
+    remedy = f"put its files into a folder (for instance {local}) and {named}"
+    # Where the guides fetch to; the recipes name the release.
+    if (Path(local) / "config.json").is_file():
+        remedy = f"{local} is here: {named}"
     # With local_dir, snapshot_download returns whatever lies there when it is offline.
     if to is not None and os.environ.get("HF_HUB_OFFLINE", "0").upper() in {
         "1",

@@ -53,10 +53,29 @@ def test_a_script_of_slurm():
 def test_overrides_and_a_dry_run():
     done = training.translate_script([LORA, "steps=2", "--dry-run"], {})
     assert (done.commands[0][-1], done.runs) == ("steps=2", False)
-    with pytest.raises(ConfigError, match="--wet: neither"):
+    with pytest.raises(ConfigError, match="wet: none of key=value, --flag value"):
+        training.translate_script([LORA, "wet"], {})
+    with pytest.raises(ConfigError, match="--wet: no flag of the original's scripts"):
         training.translate_script([LORA, "--wet"], {})
     with pytest.raises(ConfigError, match="did you mean optim.lr|optim.learning"):
         training.translate_script([LORA, "optim.learning=2"], {})
+
+
+def test_flags_replace_those_of_a_script():
+    words = ["--meta_path", "mine.json", "--bf16=True", "--max_dynamic_patch", "4", "steps=2"]
+    done = training.translate_script([LORA, *words, "--dry-run"], {})
+    assert "meta: mine.json" in done.recipe
+    assert "max: 4" in done.recipe
+    assert (done.commands[0][-1], done.runs) == ("steps=2", False)
+
+
+def test_a_smaller_forward_pass_is_answered_by_what_needs_less_memory():
+    small = {"PER_DEVICE_BATCH_SIZE": "1"}
+    said = "PER_DEVICE_BATCH_SIZE=1: samples share rows of 4,096 tokens here"
+    assert [note for note in training.translate_script([LORA], small).notes if said in note]
+    # Pairs are encoded that many at a time.
+    notes = training.translate_script([FULL_14B, "--here"], {**small, "GPUS": "32"}).notes
+    assert not [note for note in notes if "share rows" in note]
 
 
 def test_an_edited_copy_is_read_and_what_it_does_beside_is_listed(tmp_path):

@@ -162,8 +162,33 @@ def test_files_that_are_no_recipe(tmp_path, text, said):
     (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=said):
         load_recipe(tmp_path / "r.yaml")
-    with pytest.raises(ConfigError, match="there is no recipe"):
+    with pytest.raises(ConfigError, match=r"`cp \S+/internvl2_2b_lora.yaml \S+missing.yaml`") as no:
         load_recipe(tmp_path / "missing.yaml")
+    # The file that the message copies is there.
+    assert Path(str(no.value).split("`cp ")[1].split()[0]).is_file()
+
+
+def test_a_list_of_data_sets_is_no_recipe(tmp_path):
+    meta = tmp_path / "custom.json"
+    meta.write_text('{"a": {"root": "", "annotation": "a.jsonl"}}', encoding="utf-8")
+    with pytest.raises(ConfigError, match="custom.json is a list of data sets, no recipe") as no:
+        load_recipe(meta)
+    words = str(no.value).split("`internvl train ")[1].rstrip("`").replace("'", "").split()
+    assert load_recipe(words[0], words[1:]).data.meta == meta
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("PER_DEVICE_BATCH_SIZE=4", "here it is global_batch ("),
+        ("GRADIENT_ACC=2", "here it is global_batch ("),
+        ("GPUS=2", "all GPUs are used; `--gpus N` uses fewer"),
+        ("PARTITION=a", "`internvl launch RECIPE --nodes N --partition NAME`"),
+    ],
+)
+def test_a_variable_of_the_scripts_names_what_stands_for_it(override, says):
+    (line,) = problems(GOOD, [override])
+    assert says in line
 
 
 @pytest.mark.parametrize(

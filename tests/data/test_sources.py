@@ -14,7 +14,13 @@ from internvl.config import DataConfig, SourceConfig, recipes
 from internvl.data import sampler
 from internvl.data.images import FileSlice, open_rgb
 from internvl.data.records import Message, Video
-from internvl.data.sources import SOURCES, open_source, source_configs
+from internvl.data.sources import (
+    SOURCES,
+    check_files,
+    open_source,
+    open_sources,
+    source_configs,
+)
 from internvl.errors import BadSample, ConfigError, DataError
 
 
@@ -169,6 +175,18 @@ def test_a_meta_file(tmp_path):
     (wrong,) = source_configs(meta(tmp_path, x={**entry, "length": 5}))
     with pytest.raises(DataError, match="holds 4 samples, not 5 .*`length` in a meta file"):
         open_source(wrong)
+
+
+def test_a_data_set_that_is_not_here_is_looked_up_in_its_meta_file(tmp_path):
+    data = meta(tmp_path, first={"root": "", "annotation": "gone.jsonl"})
+    check = f"check `annotation` of this entry in {data.meta}"
+    for run in (open_sources, check_files):
+        with pytest.raises(DataError, match=check):
+            run(data)
+    file = write_lines(tmp_path / "x.jsonl", [chat_line("a", "b")] * 3)
+    data = meta(tmp_path, first={"root": "", "annotation": str(file), "length": 5})
+    with pytest.raises(DataError, match=rf"`length` in {data.meta}\) says; set it to 3"):
+        open_sources(data)
 
 
 def test_a_wrong_meta_file_names_everything(tmp_path):

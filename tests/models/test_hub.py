@@ -148,6 +148,11 @@ def test_an_id_offline_is_one_sentence(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
     with pytest.raises(ModelFolderError, match="HF_HUB_OFFLINE is set"):
         hub.download("OpenGVLab/InternVL2-2B", to=tmp_path / "here")
+    # Fetched where the guides say, and asked for by the name that recipes have.
+    monkeypatch.chdir(tmp_path)
+    golden(tmp_path / "pretrained").rename(tmp_path / "pretrained/InternVL2-2B")
+    with pytest.raises(ModelFolderError, match=r"is here: .*model\.id=pretrained/InternVL2-2B"):
+        hub.find_folder("OpenGVLab/InternVL2-2B", cache=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,89 @@
+"""What to type instead of a wrong verb or option, also for those who know the original's."""
+
+import argparse
+import difflib
+import shlex
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from typing import NoReturn
+
+from internvl.cli.compat import COMMANDS
+from internvl.config import foreign
+
+_UNKNOWN = "unrecognized arguments: "  # argparse's words
+_RECIPE_VERBS = ("train", "check", "launch")
+_KNOWN_SCRIPTS = (".sh", ".py")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are a sentence with a remedy, not a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the sentence and exits."""
+        if message.startswith(_UNKNOWN):
+            words = message.removeprefix(_UNKNOWN).split()
+            message = f"{words[0]}: {self._remedy(words)}"
+        print(f"{self.prog}: {message}; `{self.prog} --help` lists all options", file=sys.stderr)
+        sys.exit(2)
+
+    def _remedy(self, words: Sequence[str]) -> str:
+        """Returns what stands here for an option that the verb does not have."""
+        option, _, value = words[0].partition("=")
+        if not option.startswith("-"):
+            return "one word too many"
+        if not value and len(words) > 1 and not words[1].startswith("-"):
+            value = words[1]
+        verb = self.prog.rpartition(" ")[2]
+        theirs = next(_of_original(verb, option.lstrip("-"), value or "VALUE"), None)
+        if theirs is not None:
+            return theirs
+        near = difflib.get_close_matches(option, self._option_string_actions, n=1)
+        return f"no option; did you mean {near[0]}?" if near else "no option"
+
+
+def check_verb(argv: Sequence[str], verbs: Collection[str]) -> None:
+    """Exits with a remedy if a command line begins with no verb."""
+    word = argv[0]
+    if word in verbs or word.startswith("-"):
+        return
+    near = difflib.get_close_matches(word, verbs, n=1)
+    # `sh evaluate.sh …` and `python tools/merge_lora.py …` without their first words.
+    command = next((name for name in (word, word.removesuffix(".py")) if name in COMMANDS), None)
+    if command is not None:
+        remedy = f"`internvl compat {shlex.join([command, *argv[1:]])}` runs the original's line"
+    elif word.endswith(_KNOWN_SCRIPTS):
+        called = "finetune" if word.endswith(".py") else "shell"
+        remedy = f"`internvl compat {called} {shlex.join(argv)}` runs a script of the original"
+    elif near:
+        remedy = f"did you mean `internvl {near[0]}`?"
+    else:
+        remedy = f"verbs: {', '.join(verbs)}"
+    print(f"internvl: {word}: no verb; {remedy}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _of_original(verb: str, flag: str, value: str) -> Iterator[str]:
+    """Yields what a flag of the original's programs is here, the likeliest first."""
+    # Here: its tables are read for a wrong option only.
+    from internvl.compat import evaluation, finetune
+
+    if verb == "evaluate":
+        ours = evaluation.options().get(flag)
+        if ours is not None:
+            yield f"a flag of the original's evaluate.sh; here it is {ours}"
+    if verb not in _RECIPE_VERBS:
+        return
+    if "." in flag:
+        yield f"no option but a key of the recipe; write it without dashes: {flag}={value}"
+    name = flag.replace("-", "_")
+    row = {**finetune.flags_of("preference"), **finetune.flags_of("pairs")}.get(name, {})
+    sets = row.get("sets") or ()
+    key = row["to"] if "to" in row else ", ".join(sets)
+    if "nothing" in row:
+        yield f"a flag of the original that changes nothing here: {row['nothing']}"
+    if not key and name in foreign.ours():
+        key = foreign.ours()[name][0]
+    if key:
+        # A flag with a rule, such as --freeze_llm, has another value than its key.
+        shown = key if sets or "values" in row else f"{key}={value}"
+        yield f"no option; write the recipe's key: {shown}"
