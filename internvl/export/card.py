@@ -184,13 +184,13 @@ def _training(opened: OpenedModel) -> Iterator[str]:
         return
     text = yaml.safe_dump(public_recipe(opened.recipe), sort_keys=False, allow_unicode=True)
     yield (
-        "## Training\n\nThe recipe, without values that are defaults; folders of the machine that "
-        f"trained it are left out of absolute paths.\n\n```yaml\n{text}```"
+        "## Training\n\nThe recipe, without values that are defaults. Of paths that lead out of "
+        f"the project, the last name alone.\n\n```yaml\n{text}```"
     )
 
 
 def public_recipe(recipe: Recipe) -> dict[str, Any]:
-    """Returns what a recipe sets, absolute paths shortened to their last name."""
+    """Returns what a recipe sets; paths from outside the project are cut to their last name."""
     tree: dict[str, Any] = _shortened(_without_defaults(recipe, recipes.to_tree(recipe)))
     # Where metrics are sent is nothing that another run needs.
     tree.pop("wandb", None)
@@ -225,7 +225,7 @@ def _shortened(value: Any) -> Any:
         return {key: _shortened(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_shortened(inner) for inner in value]
-    is_private = isinstance(value, str) and value.startswith(("/", "~"))
+    is_private = isinstance(value, str) and value.startswith(("/", "~", ".."))
     return Path(value).name if is_private else value
 
 

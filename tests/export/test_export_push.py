@@ -1,5 +1,6 @@
 """Pushed exports: the model card, and a hub of this machine asked by the real client."""
 
+import dataclasses
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 import tiny_run
 import yaml
 from command_line import call
+from dual_folders import dual_folder
 from huggingface_hub import HfApi
 
 from internvl import export, train
@@ -115,6 +117,32 @@ def test_a_download_is_known_by_its_name(folder, tmp_path, name, base_model):
     head = front_matter(card.build(folder / "out", "ada/x", open_model(base), "hf"))
     assert head.get("base_model") == base_model
     assert "license" not in head
+
+
+def test_a_model_of_the_hub_is_the_base_model(folder):
+    opened = dataclasses.replace(open_model(folder / "out"), name="OpenGVLab/InternVL2-2B")
+    text = card.build(folder / "out", "ada/x", opened, "hf")
+    assert front_matter(text)["base_model"] == "OpenGVLab/InternVL2-2B"
+    assert front_matter(text)["base_model_relation"] == "finetune"
+    assert "[OpenGVLab/InternVL2-2B](https://huggingface.co/OpenGVLab/InternVL2-2B)" in text
+
+
+def test_a_card_of_internvl_14b(tmp_path):
+    dual = dual_folder(tmp_path / "InternVL-14B-224px")
+    (dual / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
+    export.run(dual, tmp_path / "out", "official")
+    text = card.build(tmp_path / "out", "ada/finds", open_model(dual), "official")
+    assert front_matter(text) == {
+        "license": "mit",
+        "base_model": "OpenGVLab/InternVL-14B-224px",
+        "base_model_relation": "finetune",
+        # Without the original's Python files nothing else opens it.
+        "library_name": "internvl",
+        "pipeline_tag": "image-feature-extraction",
+        "tags": ["internvl"],
+    }
+    assert "model.similarity(" in text
+    assert "AutoProcessor" not in text
 
 
 @pytest.mark.parametrize(
