@@ -134,6 +134,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         launchers.follow_parent()
+        if not launchers.has_parent():
+            mistakes.warn_of_variables(args.verb, os.environ)
         log.setup(logging.DEBUG if args.debug else logging.INFO, rank=launchers.rank())
         sends = bool(getattr(args, "push", None))
         _configure_libraries(showing_progress=sends or getattr(args, "download", False))

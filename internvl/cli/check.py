@@ -8,8 +8,9 @@ from typing import Any
 from internvl import log
 from internvl.cli.common import Arguments, add_recipe_arguments, loading
 from internvl.config import Recipe
-from internvl.config.recipes import load_recipe
+from internvl.config.recipes import load_recipe, text_of
 from internvl.errors import ConfigError, UnknownGpu
+from internvl.files import write_text
 
 
 def run(args: Arguments) -> int:
@@ -20,6 +21,8 @@ def run(args: Arguments) -> int:
     if args.parity:
         return _parity(args)
     recipe = load_recipe(args.recipe, args.overrides)
+    if args.copy is not None:
+        return _copy(args)
     if args.rehearse:
         return _rehearse(recipe, args)
     if args.plan:
@@ -34,6 +37,18 @@ def run(args: Arguments) -> int:
     checked = check.run(recipe, report=args.report)
     print(checked.render())
     return int(bool(checked.problems))
+
+
+def _copy(args: Arguments) -> int:
+    """Writes the recipe's file under another name, with its comments, to be edited."""
+    if args.overrides:
+        raise ConfigError(f"{args.overrides[0]}: --copy takes the file as it is; edit the copy")
+    if args.copy.exists():
+        raise ConfigError(f"{args.copy}: exists; choose another name for the copy")
+    text = text_of(args.recipe)
+    write_text(args.copy, text)
+    print(f"{args.copy} written; edit it, then: internvl check {args.copy}")
+    return 0
 
 
 def _parity(args: Arguments) -> int:
@@ -128,6 +143,12 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     """Adds the verb's options."""
     add_recipe_arguments(sub)
     sub.add_argument("--report", type=Path, help="also write an HTML report to this file")
+    sub.add_argument(
+        "--copy",
+        type=Path,
+        metavar="FILE",
+        help="write the recipe, which may be one of the package, to this file, to be edited",
+    )
     sub.add_argument("--plan", action="store_true", help="predict memory use and training time")
     sub.add_argument(
         "--parity",

@@ -4,7 +4,7 @@ import argparse
 import difflib
 import shlex
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NoReturn
 
 from internvl.cli.compat import COMMANDS
@@ -13,6 +13,16 @@ from internvl.config import foreign
 _UNKNOWN = "unrecognized arguments: "  # argparse's words
 _RECIPE_VERBS = ("train", "check", "launch")
 _KNOWN_SCRIPTS = (".sh", ".py")
+_GPUS = "all GPUs are used, or those of --gpus N"
+_VARIABLES = {
+    "train": {
+        "GPUS": _GPUS,
+        "BATCH_SIZE": "the samples of a step are global_batch=N",
+        "PER_DEVICE_BATCH_SIZE": "samples share rows, and those of a step are global_batch=N",
+    },
+    "evaluate": {"GPUS": _GPUS},
+}
+"""Verb -> variable that the guides of the original set before a line -> what stands for it."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,6 +70,14 @@ def check_verb(argv: Sequence[str], verbs: Collection[str]) -> None:
         remedy = f"verbs: {', '.join(verbs)}"
     print(f"internvl: {word}: no verb; {remedy}", file=sys.stderr)
     sys.exit(2)
+
+
+def warn_of_variables(verb: str, environment: Mapping[str, str]) -> None:
+    """Prints what stands for variables of the original's scripts, which a verb does not read."""
+    for name, ours in _VARIABLES.get(verb, {}).items():
+        if name in environment:
+            shown = f"{name}={environment[name]}"
+            print(f"internvl: {shown} changes nothing here; {ours}", file=sys.stderr)
 
 
 def _of_original(verb: str, flag: str, value: str) -> Iterator[str]:

@@ -159,6 +159,7 @@ def _translate(
     on_slurm = launch.launcher == "srun" and "--here" not in options
     if on_slurm:
         command = _slurm(launch, file, environment, on_gpus=recipe.device != "cpu")
+        notes.append("this hands a job to Slurm; with --here the line trains on this machine")
     else:
         _check_nodes(launch, options, environment, origin)
         command, more = _local(file, num_gpus, environment)

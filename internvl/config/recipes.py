@@ -29,7 +29,7 @@ from internvl.files import other_format
 
 _SHOWN = 100  # characters of an override in a message
 _SAVED = "recipe.yaml"
-_EXAMPLE = "internvl2/internvl2_2b_lora.yaml"
+_EXAMPLE = "internvl2_2b_lora"
 _RUN_HAS = (".lock", "checkpoints", "finished.json")
 """What training writes to a run folder; one of these tells it from a recipe's folder."""
 _EITHER = (("epochs", "steps"), ("global_batch", "global_batch_rows"))
@@ -84,7 +84,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] | str = ()) -> Recipe
         ConfigError: file missing or not YAML, unknown key, wrong type or value; all at once.
     """
     run = _run_folder(path)
-    text = _read_text(path if run is None else run / _SAVED)
+    text = text_of(path)
     try:
         tree = _parse_yaml(text)
     # Before ValueError, its base class: such a file is YAML.
@@ -101,6 +101,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] | str = ()) -> Recipe
     if run is not None:
         tree["run"] = str(run)
     return resolve(tree, overrides, name=str(path))
+
+
+def text_of(path: str | Path) -> str:
+    """Reads the text of a recipe: a YAML file, a run's or the package's. Raises ConfigError."""
+    run = _run_folder(path)
+    return _read_text(path if run is None else run / _SAVED)
 
 
 def _check_no_meta(path: str | Path, tree: dict[str, Any]) -> None:
@@ -149,9 +155,8 @@ def _read_text(path: str | Path) -> str:
     except FileNotFoundError:
         near = released.nearest(path)
         is_file = Path(path).suffix in (".yaml", ".yml")
-        # Found in a checkout and in an installed package alike.
-        copied = f"`cp {released.FOLDER / _EXAMPLE} {path if is_file else 'mine.yaml'}`"
-        hint = f"did you mean {near}?" if near else f"{copied} copies an example to edit"
+        copied = f"`internvl check {_EXAMPLE} --copy {path if is_file else 'mine.yaml'}`"
+        hint = f"did you mean {near}?" if near else f"{copied} writes an example to edit"
         noun = "recipe" if is_file else "recipe or run"
         raise ConfigError(f"there is no {noun} {path}; {hint}") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path

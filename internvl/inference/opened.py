@@ -17,6 +17,7 @@ from internvl.config import ModelConfig, Recipe, TilesConfig, released
 from internvl.config.recipes import load_recipe
 from internvl.data.templates import template
 from internvl.errors import ModelFolderError, UnknownModel, UserError
+from internvl.launch import launchers
 from internvl.models import bases, hub
 from internvl.models.adapters import folder as adapter_folder
 from internvl.models.bases import Located, Place, Replacements, Search
@@ -209,8 +210,18 @@ def _open(
         return OpenedModel(name, base.files, adapter=folder, base=base, local=local)
     if not (folder / "config.json").is_file():
         adapter_folder.check_complete(folder)
+        _check_begun(folder)
     adapter = folder if adapter_folder.is_beside_model(folder) else None
     return OpenedModel(name, hub.open_folder(folder), adapter, local=local)
+
+
+def _check_begun(folder: Path) -> None:
+    """Raises ModelFolderError for the folder of a Slurm job whose training has written nothing."""
+    if (folder / launchers.BATCH_FILE).is_file():
+        raise ModelFolderError(
+            f"{folder}: its Slurm job has trained nothing yet; `squeue --me` lists jobs that wait, "
+            f"and {folder}/slurm-*.out says why one ended"
+        )
 
 
 def _open_run(name: str, run: RunStep, search: Search, above: tuple[Path, ...]) -> OpenedModel:

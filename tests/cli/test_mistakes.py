@@ -3,6 +3,7 @@
 import pytest
 
 from internvl import cli
+from internvl.config.recipes import load_recipe
 
 
 @pytest.mark.parametrize(
@@ -36,3 +37,31 @@ def test_a_wrong_command_line(line, remedy, capsys):
     message = capsys.readouterr().err
     assert remedy in message
     assert len(message.splitlines()) == 1
+
+
+def test_variables_that_no_verb_reads(monkeypatch, capsys):
+    monkeypatch.setenv("GPUS", "4")
+    monkeypatch.setenv("PER_DEVICE_BATCH_SIZE", "4")
+    for verb, said in (("train", 2), ("evaluate", 1)):
+        with pytest.raises(SystemExit):
+            cli.main([verb, "gone.yaml" if verb == "train" else "./gone"])
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[0] == (
+            "internvl: GPUS=4 changes nothing here; all GPUs are used, or those of --gpus N"
+        )
+        assert sum("changes nothing here" in line for line in lines) == said
+
+
+def test_a_recipe_of_the_package_is_copied_to_be_edited(tmp_path, capsys):
+    copy = tmp_path / "mine.yaml"
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["check", "custom_flickr_format", "--copy", str(copy)])
+    assert ended.value.code == 0
+    assert f"{copy} written" in capsys.readouterr().out
+    assert load_recipe(copy) == load_recipe("custom_flickr_format")
+    assert copy.read_text().startswith("# ")
+    for words, said in ((["epochs=2"], "--copy takes the file as it is"), ([], "exists; choose")):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["check", "custom_flickr_format", *words, "--copy", str(copy)])
+        assert ended.value.code == 2
+        assert said in capsys.readouterr().err

@@ -131,3 +131,9 @@ def test_devices_that_are_not_there():
         loading.resolve_device("gpu")
     with pytest.raises(ConfigError, match="cuda:99: this machine has"):
         loading.resolve_device("cuda:99")
+
+
+def test_the_folder_of_a_job_that_has_not_begun(tmp_path):
+    (tmp_path / "launch.sbatch").write_text("#!/bin/sh\n")
+    with pytest.raises(ModelFolderError, match="its Slurm job has trained nothing yet; `squeue"):
+        loading.load(tmp_path, device="cpu")
