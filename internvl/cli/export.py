@@ -46,8 +46,13 @@ def write(exporter: ModuleType, args: Arguments) -> int:
 
 def _open_repository(exporter: ModuleType, args: Arguments) -> Callable[[Path], str]:
     """Opens the repository of --push; returns what sends a folder there and says its address."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging as progress
+
     from internvl.export import card, push
 
+    # An upload takes minutes and shows how far it is; loading the model takes a second.
+    progress.disable_progress_bar()
     # Before the hub creates anything.
     exporter.check_free(args.to)
     repository = push.open_repository(args.push, public=args.public, update=args.update)
@@ -59,8 +64,13 @@ def _open_repository(exporter: ModuleType, args: Arguments) -> Callable[[Path], 
         written = card.write(folder, repository.id, opened, args.format)
         # The hub takes a card without one; who shares the model should know.
         if not card.license_of(folder):
-            log.get_logger().warning("%s: the base model's folder states no licence", written)
+            log.get_logger().warning(
+                "%s: the base model's folder states no licence; add `license:` on the "
+                "repository's page",
+                written,
+            )
         step = "" if opened.step is None else f", step {opened.step}"
+        enable_progress_bars()
         return push.send(repository, folder, f"Exported by internvl{step}")
 
     return send

@@ -241,6 +241,9 @@ def test_the_command_line_pushes_what_it_has_exported(folder, tmp_path, hub):
     done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(to), f"{hub.url}/ada/shapes"]
+    # The bar of the upload, and none of what is loaded.
+    assert "model.safetensors: 100%" in done.stderr
+    assert "Loading weights" not in done.stderr
     stored = hub.repositories["ada/shapes"]
     assert stored["private"] is True
     assert stored["files"] == {file.name: file.read_bytes() for file in to.iterdir()}
