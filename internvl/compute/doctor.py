@@ -289,8 +289,8 @@ def _extra_names() -> list[str]:
     if _version("internvl") is None:
         return []
     names = metadata.metadata("internvl").get_all("Provides-Extra") or []
-    # "dev" is only for work on internvl itself; users would take it for something to install.
-    return [name for name in names if name != "dev"]
+    # Those for work on internvl itself; users would take them for something to install.
+    return [name for name in names if name not in ("dev", "docs")]
 
 
 def _extras() -> Iterator[Finding]:
