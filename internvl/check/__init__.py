@@ -47,6 +47,7 @@ from internvl.inference.opened import OpenedModel, open_start
 from internvl.models.attention.packed import BLOCK
 from internvl.objectives import OBJECTIVES, Objective
 from internvl.plan.work import first_step
+from internvl.training import length
 
 _CHUNK_LINES = 64
 """Lines that a worker reads per job; also the unit of the cache."""
@@ -349,6 +350,7 @@ def _first_rows(
         checked.problems.append(bad)
         return
     if not units:
+        checked.problems += _no_step(order, recipe)
         return
     checked.arithmetic = "\n".join(
         [
@@ -416,11 +418,20 @@ def _first_pairs(
     """Adds the number of steps and a description of the first step's pairs."""
     recipe = checked.recipe
     _, units = _first_units(order, reader, recipe)
-    if units:
+    if not units:
+        checked.problems += _no_step(order, recipe)
+    else:
         steps = _arithmetic(order, recipe)
         batches: Sequence[Any] = objective.batches(units)
         checked.arithmetic = f"{steps}\nthe first step: {objective.describe(batches)}"
         checked.step = first_step(batches, objective.weights, len(order))
+
+
+def _no_step(order: SampleOrder, recipe: Recipe) -> Iterator[BadSample]:
+    """Yields the problem of a run that would train nothing."""
+    problem = length.no_step(recipe, len(order))
+    if problem is not None:
+        yield BadSample("recipe", problem)
 
 
 def _arithmetic(order: SampleOrder, recipe: Recipe) -> str:

@@ -46,6 +46,20 @@ def of_run(recipe: Recipe, order: Order, ended: Sequence[Ending] = ()) -> tuple[
     return last.step + whole + (rest > 0), total
 
 
+def no_step(recipe: Recipe, size: float) -> str | None:
+    """Returns why a run on `size` samples per epoch would train nothing; None if it trains."""
+    if recipe.num_steps(size) > 0:
+        return None
+    total = round(size * (recipe.epochs or 0))
+    if total == 0:
+        return f"epochs = {recipe.epochs:g} of {size:g} samples are none; raise epochs"
+    return (
+        f"{counted(total, 'sample')} in all are less than a step of {recipe.batch_samples:,}, and "
+        f"drop_last leaves such a rest out, so nothing would be trained; set global_batch={total} "
+        "or less, or drop_last=false"
+    )
+
+
 def finished(folder: Path) -> bool:
     """True if the run in `folder` reached its end."""
     return (folder / _FINISHED).exists()

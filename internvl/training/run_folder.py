@@ -92,7 +92,8 @@ def order_of(recipe: Recipe, files: Sequence[Source], done: int) -> Order:
         done: samples that the run has been trained on.
 
     Raises:
-        RunError: on every rank alike: the data differ, from the run's or between ranks.
+        RunError: on every rank alike: the data differ, from the run's or between ranks, or are
+            less than a step.
     """
     fingerprints = changes.take_fingerprints(recipe, files)
     earlier: tuple[Earlier, ...] = ()
@@ -109,13 +110,18 @@ def order_of(recipe: Recipe, files: Sequence[Source], done: int) -> Order:
     problem = next(filter(None, dist.gather_objects(problem)), None)
     if problem is not None:
         raise RunError(problem)
+    share, seed = recipe.shares_prefix, recipe.seed
+    order: Order = SampleOrder(files, share_prefix=share, seed=seed)
+    if earlier:
+        order = GrownOrder(files, earlier, share_prefix=share, seed=seed)
+    # Before the data are written: a folder without them takes the recipe that the message asks for.
+    problem = None if done else length.no_step(recipe, order.epoch_size(recipe.epochs))
+    if problem is not None:
+        raise RunError(problem)
     if dist.is_main():
         evals = changes.eval_digests(recipe.evals)
         changes.write(recipe.run, replace(fingerprints, evals=evals, earlier=earlier))
-    share, seed = recipe.shares_prefix, recipe.seed
-    if earlier:
-        return GrownOrder(files, earlier, share_prefix=share, seed=seed)
-    return SampleOrder(files, share_prefix=share, seed=seed)
+    return order
 
 
 def _earlier(recipe: Recipe, files: Sequence[Source], done: int) -> tuple[Earlier, ...]:

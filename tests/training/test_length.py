@@ -7,7 +7,7 @@ import pytest
 import tiny_run
 from tiny_run import losses, recipe_of
 
-from internvl import log, train
+from internvl import check, log, train
 from internvl.config import recipes
 from internvl.config.recipes import load_recipe
 from internvl.data import sampler
@@ -45,6 +45,22 @@ def go_back(folder, step):
     for saved in (folder / "checkpoints").iterdir():
         if saved.name.isdigit() and int(saved.name) > step:
             shutil.rmtree(saved)
+
+
+def test_less_data_than_a_step_is_said_before_a_run_of_no_step(project, tmp_path):
+    # As the original's scripts are translated: 512 samples a step, and a rest is left out.
+    large = ("steps=null", "epochs=1", "global_batch=512", "drop_last=true")
+    recipe = recipe_of(project, tmp_path, *large)
+    said = "48 samples in all are less than a step of 512, .* set global_batch=48 or less"
+    with pytest.raises(RunError, match=said):
+        train.run(recipe)
+    (problem,) = check.run(recipe).problems
+    assert problem.reason.startswith("48 samples in all are less than a step of 512")
+    few = recipe_of(project, tmp_path, *large[:1], "global_batch=48", "epochs=0.001")
+    with pytest.raises(RunError, match="epochs = 0.001 of 48 samples are none; raise epochs"):
+        train.run(few)
+    # Nothing is in the way of the run that the message asks for.
+    train.run(recipe_of(project, tmp_path, *large, "global_batch=48"))
 
 
 def test_without_a_decay_two_times_one_epoch_are_two_epochs_bit_for_bit(project, tmp_path, caplog):
