@@ -184,7 +184,8 @@ class ChatEncoder:
             raise BadSample(
                 name,
                 f"{len(row)} tokens; cutting it to data.max_tokens = {max_tokens} would lose "
-                f"{lost}. Raise data.max_tokens or lower data.tiles.max",
+                f"{lost}. Raise data.max_tokens or lower data.tiles.max (of a video "
+                "data.video.max_frames)",
                 {"data.max_tokens": len(row)},
             )
         return row[:max_tokens], labels[:max_tokens]

@@ -26,6 +26,7 @@ from internvl.models.bases import Replacements
 from internvl.models.tensors import LazyTensor, in_memory
 from internvl.models.trainable import has_adapters, select_trainable
 from internvl.models.vision import set_drop_path
+from internvl.training import saved_steps
 
 __all__ = ["Chat", "Dual", "complete", "describe", "for_training", "is_run", "load", "tiling"]
 
@@ -393,7 +394,8 @@ def complete(recipe: Recipe, start: OpenedModel | None = None) -> Completed:
         ModelFolderError: the checkpoint cannot be used.
         UserError: the objective or the tiles do not fit it; problems of tiles in one sentence.
     """
-    if is_run(recipe.run):
+    # One that has not begun may get another recipe, which completes itself anew.
+    if is_run(recipe.run) and saved_steps.has_begun(recipe.run):
         saved = load_recipe(recipe.run / "recipe.yaml")
         # Without opening the base model: a finished run needs it no more, and it may be gone.
         # A run of another model is refused later, where both recipes are compared in full.

@@ -14,7 +14,7 @@ from internvl.data.sampler import Earlier, GrownOrder, Order, Prefix, SampleOrde
 from internvl.data.sources import Source
 from internvl.errors import DataError, RunError, UserError
 from internvl.launch import launchers
-from internvl.training import length, tracking
+from internvl.training import length, saved_steps
 
 
 @contextmanager
@@ -66,8 +66,8 @@ def _locked(recipe: Recipe) -> Iterator[None]:
         others = names - {".lock", "recipe.yaml"}
         if not saved.exists() and others:
             raise RunError(f"{folder} is not empty and no run; choose another `run`")
-        # A run that failed before it began has written its log alone.
-        if saved.exists() and others - {tracking.LOG_FILE}:
+        # One that failed before its first step takes the recipe that its message asked for.
+        if saved.exists() and saved_steps.has_begun(folder):
             before = recipes.load_recipe(saved)
             changed = recipes.changes(before, recipe)
             others_changed = [text for key, text in changed.items() if key not in length.KEYS]

@@ -9,8 +9,9 @@ from tiny_run import losses, recipe_of
 
 from internvl import log, train
 from internvl.config import recipes
+from internvl.errors import BadSample
 from internvl.inference import load as loading
-from internvl.training import run_folder
+from internvl.training import run_folder, saved_steps
 
 HELD = rf"another process is training in .*run \(process {os.getpid()} on \S+, since 20\d\d-"
 
@@ -63,3 +64,16 @@ def test_a_second_process_and_another_recipe_are_refused(project, tmp_path):
     (tmp_path / "full" / "notes.txt").write_text("mine")
     with pytest.raises(train.RunError, match="not empty and no run"):
         train.run(recipe_of(project, tmp_path, f"run={tmp_path / 'full'}"))
+
+
+def test_a_run_that_failed_before_its_first_step_takes_what_its_message_asks_for(project, tmp_path):
+    short = recipe_of(project, tmp_path, "steps=1", "data.max_tokens=20", "data.tiles.size=32")
+    with pytest.raises(BadSample, match="Raise data.max_tokens"):
+        train.run(short)
+    assert not saved_steps.has_begun(short.run)
+    recipe = recipe_of(project, tmp_path, "steps=1", "data.max_tokens=256")
+    train.run(recipe)
+    saved = recipes.load_recipe(recipe.run / "recipe.yaml")
+    # The first recipe's own values are gone with it.
+    assert (saved.data.max_tokens, saved.data.tiles.size) == (256, 64)
+    assert saved_steps.has_begun(recipe.run)
