@@ -30,6 +30,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints the sentence and exits."""
+        # argparse's intermixed parsing counts overrides, of which there may be none, as missing.
+        message = message.replace(", key=value", "")
         if message.startswith(_UNKNOWN):
             words = message.removeprefix(_UNKNOWN).split()
             message = f"{words[0]}: {self._remedy(words)}"

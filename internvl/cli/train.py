@@ -42,9 +42,10 @@ def open_recipe(args: Arguments) -> Recipe:
     recipe = load_recipe(args.recipe, args.overrides)
     from internvl.data import sources
     from internvl.inference import opened
+    from internvl.training import saved_steps
 
     # A run that goes on holds its weights: its base may be gone.
-    if not opened.is_run(recipe.run):
+    if not opened.is_run(recipe.run) or not saved_steps.has_begun(recipe.run):
         opened.check_start(recipe, weights=True)
     sources.check_files(recipe.data)
     return recipe

@@ -27,6 +27,7 @@ from internvl.config.recipes import load_recipe
         ("evaluate runs/x --lmit 3", "--lmit: no option; did you mean --limit?"),
         ("evaluate runs/x --frobnicate", "`internvl evaluate --help` lists all options"),
         ("tensorboard", "verbs: demo, doctor"),
+        ("train", "the following arguments are required: recipe;"),
         ("chat", "the following arguments are required: model"),
     ],
 )
