@@ -136,7 +136,6 @@ class Apart:
         with contextlib.suppress(OSError):
             key = 0
             while (job := queue.take(wait=True)) is not None:
-                self._jobs[key] = job
                 prompt = job.prompt
                 tiles = prompt.tiles
                 begin = _Begin(
@@ -150,17 +149,20 @@ class Apart:
                     adapter=job.adapter,
                     since_s=job.since_s,
                 )
-                self._send(begin, tiles)
+                self._send(begin, job)
                 # They are there now: many megabytes of memory here.
                 job.prompt = replace(prompt, tiles=None)
                 key += 1
             self._send(None)
 
-    def _send(self, message: Any, tiles: Tensor | None = None) -> None:
+    def _send(self, message: Any, begun: Job | None = None) -> None:
         with self._writing:
+            if begun is not None:
+                # Not sooner: cancelled by then, it would be cancelled there before it has come.
+                self._jobs[message.key] = begun
             self._pipe.send(message)
-            if tiles is not None:
-                left = _bytes_of(tiles.contiguous())
+            if begun is not None and begun.prompt.tiles is not None:
+                left = _bytes_of(begun.prompt.tiles.contiguous())
                 # Python's lock is free meanwhile; pickling would copy them under it.
                 while left:
                     left = left[os.write(self._pipe.fileno(), left) :]
@@ -213,9 +215,14 @@ def end_with_parent() -> None:
 
 def _read(pipe: Connection, queue: JobQueue[Job], on_gpu: bool) -> None:
     """Puts jobs into the queue as they come; runs in a thread of its own."""
-    # The server has ended, and this process will.
-    with contextlib.suppress(EOFError, OSError):
+    try:
         _read_all(pipe, queue, on_gpu)
+    except (EOFError, OSError):
+        pass  # the server has ended, and this process will
+    except Exception:  # noqa: BLE001 (whatever it is, the process ends with it)
+        log.get_logger().exception("the engine's process cannot take its jobs")
+        # Its other thread would wait for ever, and the server for answers.
+        os._exit(1)
 
 
 def _read_all(pipe: Connection, queue: JobQueue[Job], on_gpu: bool) -> None:

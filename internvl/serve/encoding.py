@@ -83,7 +83,7 @@ class Readers:
         try:
             for done in [pool.submit(os.getpid) for _ in range(count)]:
                 done.result()
-        except (BrokenProcessPool, OSError) as error:
+        except (BrokenProcessPool, EOFError, OSError) as error:
             log.get_logger().warning("images are read by threads, not processes: %s", error)
             return
         self._processes = pool

@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import http.server
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -15,16 +16,23 @@ import time
 import zlib
 from pathlib import Path
 
+import numpy as np
 import openai
 import pytest
+import torch
 from chat_folders import prompt_folder
 from command_line import call
 from http_server import STARTS_S, asked, data_address, image_bytes, image_part, running
 
 from internvl.data.messages import IMAGE_MARK
+from internvl.inference.engine import Job
 from internvl.inference.load import load
+from internvl.inference.requests import Prompt
+from internvl.inference.settings import Settings
 from internvl.serve import encoding, media, prompts
+from internvl.serve.apart import Apart, _read
 from internvl.serve.chat_request import FIELDS
+from internvl.serve.engines import JobQueue
 from internvl.serve.errors import ApiError
 from internvl.serve.messages import Medium
 from internvl.serve.options import Limits
@@ -535,6 +543,37 @@ def test_processes_of_the_engine_and_of_readers(folder, tmp_path):
         connection.close()
         assert server.request("GET", "/health")[0] == 503
         assert server.stop() == 0
+
+
+def test_a_job_is_sent_before_it_can_be_cancelled():
+    """A cancellation that came first would be of a job that the process does not have."""
+    apart, queue = object.__new__(Apart), JobQueue()
+    apart._pipe, theirs = multiprocessing.Pipe()
+    apart._writing, apart._jobs, apart._cancelled = threading.Lock(), {}, set()
+    prompt = Prompt(np.arange(3), torch.zeros(1, 3, 2, 2, dtype=torch.uint8), ())
+    with apart._writing:
+        queue.put(Job("asked", prompt, Settings(), cancelled=True))
+        sender = threading.Thread(target=apart._send_all, args=(queue,))
+        sender.start()
+        sender.join(0.1)
+        assert not apart._jobs
+    queue.close()
+    sender.join()
+    apart._take_in([], print)
+    assert theirs.recv().key == 0
+    assert os.read(theirs.fileno(), 12) == bytes(12)
+    assert (theirs.recv(), theirs.recv()) == (None, 0)
+
+
+def test_an_engine_that_cannot_take_its_jobs_ends():
+    """Else it would wait for jobs, and requests for it, with a green health."""
+    ours, theirs = multiprocessing.Pipe()
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=_read, args=(theirs, JobQueue(), False))
+    process.start()
+    ours.send("no job")
+    process.join(20)
+    assert process.exitcode == 1
 
 
 def test_data_addresses():
