@@ -246,6 +246,8 @@ class Scheduler:
                 self.decoder.allocate(slots, length, self.dtype)
                 break
             except torch.OutOfMemoryError as error:
+                if self.in_step:
+                    raise
                 if slots == 1:
                     raise RunError(
                         f"out of GPU memory for one request of {length:,} tokens; lower "
@@ -315,6 +317,9 @@ class Scheduler:
                 self.switch.prefill(lengths, [job.adapter for job in jobs], self.model.device)
             logits = self.decoder.prefill(placed)
         except torch.OutOfMemoryError as error:
+            # The other ranks are in a pass that this one left: with more of them it would hang.
+            if self.in_step:
+                raise
             # Nothing of a row that failed is read again: its slots are written from the start.
             self.free += reversed(slots)
             self.waiting.extendleft(reversed(jobs))

@@ -295,6 +295,23 @@ def test_memory_for_not_even_one_prompt(small, monkeypatch):
         list(none.run(engine.Ready(jobs(small))))
 
 
+@pytest.mark.parametrize("part", ["allocate", "prefill"])
+def test_in_step_less_at_a_time_is_no_way_out(small, monkeypatch, part):
+    """Other ranks would wait for ever in the pass that this one has left; no user's error either,
+    after which an evaluation goes on with its next batch."""
+    calls = []
+
+    def full(*_):
+        calls.append(part)
+        raise torch.OutOfMemoryError
+
+    one = scheduler(small, 5, in_step=True)
+    monkeypatch.setattr(one.decoder, part, full)
+    with pytest.raises(torch.OutOfMemoryError):
+        next(one.run(engine.Ready(jobs(small))))
+    assert calls == [part]
+
+
 @pytest.mark.parametrize("num_beams", [2, 5])
 def test_beams_are_those_of_generate(model, num_beams):
     shapes = ((3, 0, 6), (9, 1, 1), (4, 2, 7), (2, 1, 9))
