@@ -83,14 +83,16 @@ def _bottom(opened: OpenedModel) -> OpenedModel:
 def _base_ids(base: OpenedModel) -> list[str]:
     """Lists the hub ids of a base model or of its parts; none for folders of no release."""
     if base.parts is None:
-        names = [base.name]
+        # A moved run's base has the recipe's name, which need not be there from here.
+        ids = [_hub_id(base.name, is_local=base.local is not None)]
     else:
         names = [str(name) for name in (base.parts.vision, base.parts.language) if name]
-    return [repository for name in names if (repository := _hub_id(name))]
+        ids = [_hub_id(name, is_local=False) for name in names]
+    return [repository for repository in ids if repository]
 
 
-def _hub_id(name: str) -> str | None:
-    if hub.is_hub_id(name):
+def _hub_id(name: str, *, is_local: bool) -> str | None:
+    if not is_local and hub.is_hub_id(name):
         return name
     # A download bears the release's name; a converted one has it before "-hf".
     last = Path(name).expanduser().resolve().name.removesuffix("-hf")
@@ -225,8 +227,12 @@ def _shortened(value: Any) -> Any:
         return {key: _shortened(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_shortened(inner) for inner in value]
-    is_private = isinstance(value, str) and value.startswith(("/", "~", ".."))
-    return Path(value).name if is_private else value
+    if not isinstance(value, str):
+        return value
+    # A judge's address may hold a password.
+    if "://" in value:
+        return re.sub(r"://[^/@]*@", "://", value)
+    return Path(value).name if value.startswith(("/", "~", "..")) else value
 
 
 def _license(base: OpenedModel, head: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ taken is said in a second, not after minutes of merging.
 
 import dataclasses
 import os
+import shlex
 from pathlib import Path
 
 import httpx
@@ -89,19 +90,22 @@ def send(repository: Repository, folder: Path, message: str) -> str:
     Raises:
         ExportError: the upload broke off; names the command that goes on.
     """
+    # Shards of an earlier push would be weights that no index names.
+    deleted = None if repository.is_new else "*"
     try:
         repository.api.upload_folder(
             repo_id=repository.id,
             folder_path=folder,
             commit_message=message,
-            # Shards of an earlier push would be weights that no index names.
-            delete_patterns=None if repository.is_new else "*",
+            delete_patterns=deleted,
         )
     # Its threads raise what they met: of the network, of a file, of the store of large files.
     except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:
+        command = ["hf", "upload", repository.id, str(folder)]
+        command += ["--delete", deleted] if deleted else []
         raise ExportError(
             f"{folder} is complete, but its upload to {repository.id} broke off "
-            f"({first_line(error)}); `hf upload {repository.id} {folder}` goes on"
+            f"({first_line(error)}); `{shlex.join(command)}` goes on"
         ) from error
     return repository.address
 

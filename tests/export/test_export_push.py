@@ -19,6 +19,7 @@ from dual_folders import dual_folder
 from huggingface_hub import HfApi
 
 from internvl import export, train
+from internvl.config import recipes
 from internvl.config.recipes import load_recipe, resolve
 from internvl.errors import ExportError
 from internvl.export import card, push
@@ -120,11 +121,27 @@ def test_a_download_is_known_by_its_name(folder, tmp_path, name, base_model):
 
 
 def test_a_model_of_the_hub_is_the_base_model(folder):
-    opened = dataclasses.replace(open_model(folder / "out"), name="OpenGVLab/InternVL2-2B")
+    opened = open_model(folder / "out")
+    opened = dataclasses.replace(opened, name="OpenGVLab/InternVL2-2B", local=None)
     text = card.build(folder / "out", "ada/x", opened, "hf")
     assert front_matter(text)["base_model"] == "OpenGVLab/InternVL2-2B"
     assert front_matter(text)["base_model_relation"] == "finetune"
     assert "[OpenGVLab/InternVL2-2B](https://huggingface.co/OpenGVLab/InternVL2-2B)" in text
+
+
+def test_a_base_is_no_model_of_the_hub_from_elsewhere(folder):
+    # As a run names its base that is read from another folder than the one it was trained in.
+    opened = dataclasses.replace(open_model(folder / "out"), name="runs/secret-start")
+    text = card.build(folder / "out", "ada/x", opened, "hf")
+    assert "base_model" not in front_matter(text)
+    assert "huggingface.co/runs" not in text
+
+
+def test_the_address_of_a_judge_has_no_password(folder):
+    evals = {"v": {"type": "benchmark", "task": "mmvet", "judge": "http://me:pw@host:8000/v1"}}
+    recipe = load_recipe(folder / "run/recipe.yaml")
+    recipe = resolve({**recipes.to_tree(recipe), "evals": evals})
+    assert card.public_recipe(recipe)["evals"]["v"]["judge"] == "http://host:8000/v1"
 
 
 def test_a_card_of_internvl_14b(tmp_path):
@@ -226,6 +243,10 @@ def test_an_upload_that_breaks_off_names_the_command_that_goes_on(tmp_path, hub)
     with pytest.raises(
         ExportError, match=rf"complete, .*limit reached.*`hf upload ada/x {out}` goes on"
     ):
+        push.send(repository, out, "x")
+    # Of an update it deletes as well.
+    repository = dataclasses.replace(repository, is_new=False)
+    with pytest.raises(ExportError, match=rf"`hf upload ada/x {out} --delete '\*'` goes on"):
         push.send(repository, out, "x")
 
 
