@@ -28,6 +28,9 @@ def exporter_of(args: Arguments) -> ModuleType:
 
 def write(exporter: ModuleType, args: Arguments) -> int:
     """Exports as the command line says, and prints where to."""
+    if args.push:
+        # A run that goes on meanwhile has a newer step when its card is written.
+        args.step = open_named(args, args.step).step
     chosen = {"code_from": args.code_from, "step": args.step, "base": args.base}
     send = _open_repository(exporter, args) if args.push else None
     folder = exporter.run(args.model, args.to, args.format, **chosen)

@@ -253,8 +253,11 @@ def configs(
     missing = [f"{path}: from {address}" for path, address in required if not path.exists()]
     if missing:
         absent = counted(len(missing), "file or folder is", "files or folders are")
-        command = f"internvl data prepare {task.prepared_by} --download"
-        remedy = f"; `{command}` fetches what can be fetched" if task.prepared_by else ""
+        usual = Path("data", task.root)
+        remedy = ""
+        # A folder that is called otherwise is none that the command fills.
+        if task.prepared_by and root.parts[-len(usual.parts) :] == usual.parts:
+            remedy = f"; {tasks.fetching(task.prepared_by, root.parents[len(usual.parts) - 1])}"
         raise ConfigError("\n".join([f"{name}: {absent} missing{remedy}", *missing]))
     fields: dict[str, Any] = {"type": task.type, "images": images}
     if task.type == "retrieval":

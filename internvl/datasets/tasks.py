@@ -4,6 +4,7 @@ Imports nothing heavy: `internvl evaluate --help` lists the keys.
 """
 
 import dataclasses
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -176,6 +177,14 @@ def find(name: str) -> Task | None:
     return tasks().get(name.replace("—", "-"))
 
 
+def fetching(name: str, root: Path) -> str:
+    """Returns which command fetches a data set to the `data` folder below `root`."""
+    words = ["internvl", "data", "prepare", name, "--download"]
+    # The working directory is the default.
+    words += [] if root == Path() else ["--root", str(root)]
+    return f"`{shlex.join(words)}` fetches what can be fetched"
+
+
 @dataclass(frozen=True)
 class Places:
     """Where the files of a data set are."""
@@ -221,8 +230,8 @@ class Places:
         missing = self.missing()
         if missing:
             noun = "file or folder is" if len(missing) == 1 else "files or folders are"
-            head = (
-                f"{self.dataset.name}: {len(missing)} {noun} missing; `internvl data prepare KEY "
-                "--download` with the benchmark's KEY fetches what can be fetched"
-            )
+            head = f"{self.dataset.name}: {len(missing)} {noun} missing"
+            # A root called otherwise is none that the command fills.
+            if self.root.name == "data":
+                head += f"; {fetching('KEY', self.root.parent)}; KEY is the benchmark's name"
             raise ConfigError("\n".join([head, *missing]))

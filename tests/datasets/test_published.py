@@ -1,12 +1,15 @@
 """Published evaluation sets are read from their documented layouts."""
 
 import json
+import re
 from pathlib import Path
 
+import pytest
 from photos import photo
 
 from internvl import evals
 from internvl.datasets import published as published_sets
+from internvl.errors import ConfigError
 from internvl.evals.retrieval import Retrieval
 
 
@@ -63,3 +66,17 @@ def test_every_named_set_is_read_from_its_layout(tmp_path: Path) -> None:
                 assert evaluator.pairs.texts == (cleaned,), task
             else:
                 assert evaluator.ids == [42]
+
+
+@pytest.mark.parametrize(
+    ("root", "remedy"),
+    [
+        (Path("data/nocaps"), "; `internvl data prepare nocaps --download` fetches what"),
+        (Path("/a b/data/nocaps"), "nocaps --download --root '/a b'` fetches what"),
+        # The command fills data/nocaps alone.
+        (Path("/a/mine"), "are missing\n"),
+    ],
+)
+def test_the_command_of_missing_files_fetches_them_there(root: Path, remedy: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(remedy)):
+        published_sets.configs("caption-nocaps", root)
