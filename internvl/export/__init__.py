@@ -311,7 +311,8 @@ def _write_hf(exported: Exported, folder: Path, dtype: torch.dtype | None) -> No
     config = exported.config.to_dict() | {"architectures": ["InternVLForConditionalGeneration"]}
     # Settings without a field in transformers' config; our loader reads them back.
     config["internvl"] = configs.chat_settings(exported.config)
-    model_weights.write_json(folder / "config.json", config | {"dtype": dtype_name})
+    config = _without_paths(config | {"dtype": dtype_name})
+    model_weights.write_json(folder / "config.json", config)
     if chat.tokenizer is None:
         logger.warning("%s has no tokenizer files, so neither has the export", exported.folder)
         return
@@ -326,6 +327,15 @@ def _write_hf(exported: Exported, folder: Path, dtype: torch.dtype | None) -> No
     (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
     for name, values in processor_files(exported.config).items():
         model_weights.write_json(folder / name, values)
+
+
+def _without_paths(tree: dict[str, Any]) -> dict[str, Any]:
+    """Returns a config without the folders that transformers notes it was read from."""
+    cleaned = {k: _without_paths(v) if isinstance(v, dict) else v for k, v in tree.items()}
+    # Somebody's disk, which a shared folder should not show; a hub id may stay.
+    if str(cleaned.get("_name_or_path", "")).startswith(("/", "~", ".")):
+        cleaned["_name_or_path"] = ""
+    return cleaned
 
 
 def _write_official(

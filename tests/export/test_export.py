@@ -210,6 +210,19 @@ def test_dtype_is_chosen(tmp_path):
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_an_export_names_no_folder_of_this_machine(tmp_path):
+    export.run(official("Qwen2ForCausalLM", tmp_path / "base"), tmp_path / "hf")
+    file = tmp_path / "hf/config.json"
+    tree = json.loads(file.read_text()) | {"_name_or_path": "/home/ada/hf"}
+    tree["text_config"] |= {"_name_or_path": "Qwen/Qwen2-0.5B"}
+    file.write_text(json.dumps(tree))
+    export.run(tmp_path / "hf", tmp_path / "again")
+    written = json.loads((tmp_path / "again/config.json").read_text())
+    assert written["_name_or_path"] == ""
+    # What the hub shows stays.
+    assert written["text_config"]["_name_or_path"] == "Qwen/Qwen2-0.5B"
+
+
 def test_a_taken_target_is_refused(tmp_path):
     start = official("Qwen2ForCausalLM", tmp_path / "start")
     (tmp_path / "taken").mkdir()
