@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -112,7 +112,8 @@ class Apart:
         for key, job in list(self._jobs.items()):
             if job.cancelled and key not in self._cancelled:
                 self._cancelled.add(key)
-                self._send(key)
+                with contextlib.suppress(OSError):
+                    self._send(key)
 
     def _receive(self) -> Any:
         """Returns the next message of the process.
@@ -214,20 +215,27 @@ def end_with_parent() -> None:
 
 
 def _read(pipe: Connection, queue: JobQueue[Job], on_gpu: bool) -> None:
-    """Puts jobs into the queue as they come; runs in a thread of its own."""
+    """Puts jobs into the queue as they come; runs in a thread of its own.
+
+    An error ends the process, which would wait for jobs for ever, and the server for answers.
+    """
     try:
         _read_all(pipe, queue, on_gpu)
     except (EOFError, OSError):
         pass  # the server has ended, and this process will
     except Exception:  # noqa: BLE001 (whatever it is, the process ends with it)
         log.get_logger().exception("the engine's process cannot take its jobs")
-        # Its other thread would wait for ever, and the server for answers.
         os._exit(1)
 
 
-def _read_all(pipe: Connection, queue: JobQueue[Job], on_gpu: bool) -> None:
+def _read_all(pipe: Connection, queue: JobQueue[Job], on_gpu: bool) -> NoReturn:
     jobs: dict[int, Job] = {}
-    while (message := pipe.recv()) is not None:
+    while True:
+        message = pipe.recv()
+        if message is None:
+            # What is under way may still be cancelled, as by a server whose drain is over.
+            queue.close()
+            continue
         if isinstance(message, int):
             # Cancelled before it had ended here, or after.
             if message in jobs:
@@ -249,7 +257,6 @@ def _read_all(pipe: Connection, queue: JobQueue[Job], on_gpu: bool) -> None:
         jobs = {key: other for key, other in jobs.items() if not other.ended}
         jobs[message.key] = job
         queue.put(job)
-    queue.close()
 
 
 class _Outbox:

@@ -30,7 +30,7 @@ from internvl.inference.load import load
 from internvl.inference.requests import Prompt
 from internvl.inference.settings import Settings
 from internvl.serve import encoding, media, prompts
-from internvl.serve.apart import Apart, _read
+from internvl.serve.apart import Apart, _Begin, _read
 from internvl.serve.chat_request import FIELDS
 from internvl.serve.engines import JobQueue
 from internvl.serve.errors import ApiError
@@ -563,6 +563,21 @@ def test_a_job_is_sent_before_it_can_be_cancelled():
     assert theirs.recv().key == 0
     assert os.read(theirs.fileno(), 12) == bytes(12)
     assert (theirs.recv(), theirs.recv()) == (None, 0)
+
+
+def test_jobs_are_cancelled_after_the_last_one_too():
+    """A drain that is over would wait for the whole of every answer."""
+    ours, theirs = multiprocessing.Pipe()
+    queue = JobQueue()
+    reader = threading.Thread(target=_read, args=(theirs, queue, False))
+    reader.start()
+    ours.send(_Begin(7, np.arange(3), (), None, torch.uint8, Settings(), None, 0, 0.0))
+    ours.send(None)
+    ours.send(7)
+    ours.close()
+    reader.join()
+    job = queue.take(wait=True)
+    assert (job.key, job.cancelled, queue.take(wait=True)) == (7, True, None)
 
 
 def test_an_engine_that_cannot_take_its_jobs_ends():
