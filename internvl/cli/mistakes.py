@@ -5,6 +5,7 @@ import difflib
 import shlex
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from internvl.cli.compat import COMMANDS
@@ -59,19 +60,33 @@ def check_verb(argv: Sequence[str], verbs: Collection[str]) -> None:
     if word in verbs or word.startswith("-"):
         return
     near = difflib.get_close_matches(word, verbs, n=1)
+    path = Path(word)
     # `sh evaluate.sh …` and `python tools/merge_lora.py …` without their first words.
-    command = next((name for name in (word, word.removesuffix(".py")) if name in COMMANDS), None)
+    names = (word, path.name, path.stem) if path.suffix in _KNOWN_SCRIPTS else (word,)
+    command = next((name for name in names if name in COMMANDS), None)
+    if word.endswith("clip_benchmark/cli.py"):
+        command = "clip_benchmark"
     if command is not None:
         remedy = f"`internvl compat {shlex.join([command, *argv[1:]])}` runs the original's line"
-    elif word.endswith(_KNOWN_SCRIPTS):
-        called = "finetune" if word.endswith(".py") else "shell"
-        remedy = f"`internvl compat {called} {shlex.join(argv)}` runs a script of the original"
+    elif path.suffix in _KNOWN_SCRIPTS:
+        remedy = _of_script(path, argv)
     elif near:
         remedy = f"did you mean `internvl {near[0]}`?"
     else:
         remedy = f"verbs: {', '.join(verbs)}"
     print(f"internvl: {word}: no verb; {remedy}", file=sys.stderr)
     sys.exit(2)
+
+
+def _of_script(path: Path, argv: Sequence[str]) -> str:
+    """Returns what runs a script or program of the original that has no command of its own."""
+    # Here: it reads tables, for a wrong verb only.
+    from internvl.compat import finetune
+
+    if path.suffix == ".py" and path.stem not in finetune.ENTRIES:
+        return "`internvl compat --help` lists the original's programs that have a command"
+    called = "finetune" if path.suffix == ".py" else "shell"
+    return f"`internvl compat {called} {shlex.join(argv)}` runs a script of the original"
 
 
 def warn_of_variables(verb: str, environment: Mapping[str, str]) -> None:

@@ -61,7 +61,9 @@ def translate_script(words: Sequence[str], environment: Mapping[str, str]) -> Tr
     """
     other = _other_file(words)
     if other in files.EVALUATIONS:
-        return evaluation.translate(words[1:], environment)
+        rest = [word for word in words[1:] if word not in _SCRIPT_OPTIONS]
+        translation = evaluation.translate(rest, environment)
+        return dataclasses.replace(translation, runs="--dry-run" not in words)
     if other is not None:
         return _translate_other(other, words[1:], environment)
     options = [word for word in words if word in _SCRIPT_OPTIONS]

@@ -59,6 +59,8 @@ def test_evaluations_work(tmp_path, monkeypatch):
         words = [path, folder, "caption-coco"]
         translation = compat.translate("shell", words, {"GPUS": "1"})
         assert translation == compat.translate("evaluate.sh", words[1:], {"GPUS": "1"})
+        dry = compat.translate("shell", [*words, "--dry-run"], {"GPUS": "1"})
+        assert (dry.commands, dry.runs) == (translation.commands, False)
         assert translation.commands[0][:3] == ("evaluate", folder, "caption-coco")
 
 
