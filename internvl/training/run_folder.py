@@ -14,6 +14,7 @@ from internvl.data.sampler import Earlier, GrownOrder, Order, Prefix, SampleOrde
 from internvl.data.sources import Source
 from internvl.errors import DataError, RunError, UserError
 from internvl.launch import launchers
+from internvl.models import bases
 from internvl.training import length, saved_steps
 
 
@@ -67,7 +68,10 @@ def _locked(recipe: Recipe) -> Iterator[None]:
         if not saved.exists() and others:
             raise RunError(f"{folder} is not empty and no run; choose another `run`")
         # One that failed before its first step takes the recipe that its message asked for.
-        if saved.exists() and saved_steps.has_begun(folder):
+        if not saved_steps.has_begun(folder):
+            # Its base may have been made anew since; the record would call that another's weights.
+            (folder / bases.FILE).unlink(missing_ok=True)
+        elif saved.exists():
             before = recipes.load_recipe(saved)
             changed = recipes.changes(before, recipe)
             others_changed = [text for key, text in changed.items() if key not in length.KEYS]

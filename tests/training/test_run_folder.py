@@ -1,5 +1,6 @@
 """A run's folder: what lies in it, who may write to it, and when it is finished."""
 
+import dataclasses
 import os
 
 import pytest
@@ -11,6 +12,7 @@ from internvl import log, train
 from internvl.config import recipes
 from internvl.errors import BadSample
 from internvl.inference import load as loading
+from internvl.models import bases
 from internvl.training import run_folder, saved_steps
 
 HELD = rf"another process is training in .*run \(process {os.getpid()} on \S+, since 20\d\d-"
@@ -71,8 +73,14 @@ def test_a_run_that_failed_before_its_first_step_takes_what_its_message_asks_for
     with pytest.raises(BadSample, match="Raise data.max_tokens"):
         train.run(short)
     assert not saved_steps.has_begun(short.run)
+    # As if the base had been made anew since.
+    (place,) = bases.read(short.run).values()
+    bases.write(short.run, {"id": dataclasses.replace(place, name="older", digest="0" * 16)})
+    bases.write(short.run, {"id": dataclasses.replace(place, digest="0" * 16)})
+    assert bases.read(short.run)["id"].digest == "0" * 16
     recipe = recipe_of(project, tmp_path, "steps=1", "data.max_tokens=256")
     train.run(recipe)
+    assert bases.read(recipe.run)["id"] == place
     saved = recipes.load_recipe(recipe.run / "recipe.yaml")
     # The first recipe's own values are gone with it.
     assert (saved.data.max_tokens, saved.data.tiles.size) == (256, 64)
