@@ -3,9 +3,10 @@
 A slot gets one token at a time, or one for each beam of its search.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -301,8 +302,9 @@ class Decoder:
                     beams.restore(searches)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
+        capturing = _capture_stream(torch.cuda.current_device())
         # Other threads pin the tiles that they read meanwhile, which "global" takes for an error.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=capturing, capture_error_mode="thread_local"):
             logits = self._decode(reach)
         return graph, logits
 
@@ -365,6 +367,17 @@ class Decoder:
         if self.head is None:
             return self.model.lm_head(hidden).float()
         return F.linear(hidden, self.head)[..., : len(self.model.lm_head.weight)].float()
+
+
+@functools.cache
+def _capture_stream(index: int) -> torch.cuda.Stream:
+    """Returns the stream of a GPU that graphs are captured on; torch's is of the first GPU used."""
+    return torch.cuda.Stream(index)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Context in which a GPU is the current one: graphs, streams and events belong to that."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 _ALIGNED = 16

@@ -24,7 +24,7 @@ from internvl.errors import RunError
 from internvl.inference.engine.beams import until_end
 from internvl.inference.engine.cache import SlotCache
 from internvl.inference.engine.choosing import choose, is_plain, likelihoods
-from internvl.inference.engine.decoder import REACH, Decoder, Placed, Snapshot
+from internvl.inference.engine.decoder import REACH, Decoder, Placed, Snapshot, on_device
 from internvl.inference.engine.queries import QueryDecoder
 from internvl.inference.engine.tower import Tower
 from internvl.inference.requests import Prompt
@@ -219,7 +219,9 @@ class Scheduler:
                 return
             self.waited = 0
             # Not again at once after one that the memory did not hold: others may end first.
-            if not self._prefill(jobs):
+            with on_device(self.model.device):
+                begun = self._prefill(jobs)
+            if not begun:
                 return
 
     def _fits(self, length: int) -> bool:
@@ -382,9 +384,10 @@ class Scheduler:
             self.switch.decode(adapters, self.model.device)
         # In step a rank may have no job any more.
         lengths = (job.length_after(self.begun[slot] + 1) for slot, job in self.active.items())
-        logits = self.decoder.decode(max(lengths, default=self.num_beams))
         slots = sorted(self.active)
-        self._choose(logits, slots, [self.active[slot] for slot in slots], slots)
+        with on_device(self.model.device):
+            logits = self.decoder.decode(max(lengths, default=self.num_beams))
+            self._choose(logits, slots, [self.active[slot] for slot in slots], slots)
 
     def _choose(
         self,

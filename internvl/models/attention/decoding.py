@@ -56,7 +56,9 @@ def _(query: Tensor, key: Tensor, value: Tensor, position: Tensor, scale: float)
 def _(query: Tensor, key: Tensor, value: Tensor, position: Tensor, scale: float) -> Tensor:
     from internvl.models.attention import decoding_triton
 
-    return decoding_triton.attend(query, key, value, position, scale)
+    # Triton launches on the current device, which layers of a spread model are not all on.
+    with torch.cuda.device(query.device):
+        return decoding_triton.attend(query, key, value, position, scale)
 
 
 @torch.library.register_fake("internvl::decode_attention", lib=_LIBRARY)
