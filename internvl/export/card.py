@@ -97,10 +97,14 @@ def _hub_id(name: str, *, is_local: bool) -> str | None:
     # A download bears the release's name; a converted one has it before "-hf".
     last = Path(name).expanduser().resolve().name.removesuffix("-hf")
     try:
-        zoo.find(last)
+        release = zoo.find(last).name
     except UnknownModel:
         return None
-    return f"OpenGVLab/{last}"
+    # A file alone, such as InternVL-C's, is no repository.
+    if last.endswith(".pth"):
+        return None
+    # Another stage of a release is a repository of its own name.
+    return f"OpenGVLab/{release if release.lower() == last.lower() else last}"
 
 
 def _metadata(folder: Path, family: str, format: str, base: OpenedModel) -> dict[str, Any]:

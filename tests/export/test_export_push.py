@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -109,13 +108,15 @@ def test_the_python_of_a_card_runs(folder):
         ("pretrained/InternVL2-2B", "OpenGVLab/InternVL2-2B"),
         ("InternVL3-8B-hf", "OpenGVLab/InternVL3-8B"),
         ("InternVL2_5-8B-MPO", "OpenGVLab/InternVL2_5-8B-MPO"),
+        ("internvl2-2b", "OpenGVLab/InternVL2-2B"),
+        ("internvl_c_13b_224px.pth", None),
         ("InternVL2-2B-mine", None),
     ],
 )
 def test_a_download_is_known_by_its_name(folder, tmp_path, name, base_model):
-    base = tmp_path / name
-    shutil.copytree(folder / "out", base)
-    head = front_matter(card.build(folder / "out", "ada/x", open_model(base), "hf"))
+    opened = open_model(folder / "out")
+    opened = dataclasses.replace(opened, name=name, local=tmp_path / name)
+    head = front_matter(card.build(folder / "out", "ada/x", opened, "hf"))
     assert head.get("base_model") == base_model
     assert "license" not in head
 
