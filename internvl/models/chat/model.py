@@ -72,6 +72,8 @@ class ChatModel(InternVLForConditionalGeneration):
     weights wait for one another in each."""
     runs_tower = False
     """The same for the vision tower and the projector in a row without images."""
+    is_cut = False
+    """Whether ranks share weights; those of the projector are then whole in `forward` alone."""
 
     def shard_units(self) -> Iterator[Unit]:
         """Yields the modules that shards gather one by one, inner ones first."""
@@ -86,7 +88,7 @@ class ChatModel(InternVLForConditionalGeneration):
 
     def keep_in_step(self, tower_is_cut: bool) -> None:
         """Makes every row run the modules that other ranks wait for, or reduce gradients of."""
-        self.runs_head = True
+        self.runs_head = self.is_cut = True
         self.runs_tower = tower_is_cut or units.trains(*self._vision())
 
     def forget_blank_tiles(self) -> None:
@@ -110,8 +112,7 @@ class ChatModel(InternVLForConditionalGeneration):
     @property
     def repeats_vision_tokens(self) -> bool:
         """Whether every pass of a step, of other adapters too, gets the same visual tokens."""
-        # Under shards all ranks run the tower in every pass, or wait for those that do.
-        return not (self.runs_tower or units.trains(*self._vision()) or is_random(*self._vision()))
+        return not (self.is_cut or units.trains(*self._vision()) or is_random(*self._vision()))
 
     # The parameters are spelled out because `generate` reads them off the signature.
     def forward(
