@@ -137,7 +137,7 @@ def test_evaluate_and_export(capsys, project, tmp_path):
         (["retrieval-flickr30"], "no task 'retrieval-flickr30'; did you mean retrieval-flickr30k?"),
         (["retrieval-folder"], "retrieval-folder needs --annotations"),
         (["retrieval-xtd", "--language", "de"], "has no language 'de'; it has en, es"),
-        (["caption-coco"], "caption-coco: 3 files or folders are missing; `internvl data prepare "),
+        (["caption-coco"], "caption-coco: 3 files or folders are missing"),
         (["caption-coco"], "coco_karpathy_test.json: from https://github.com/OpenGVLab/"),
         (["retrieval-folder", "--annotations", "x", "--mode", "h"], "modes.0: must be"),
     ],
