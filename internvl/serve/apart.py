@@ -85,12 +85,19 @@ class Apart:
         return self.served.slots
 
     def run(self, queue: JobQueue[Any], tell: Callable[[Any], None]) -> None:
-        """Hands over jobs and their tokens until the queue is closed; see `Answering`."""
+        """Hands over jobs and their tokens until the queue is closed; see `Answering`.
+
+        Raises:
+            RunError: the process has ended, or takes no more jobs.
+        """
         sender = threading.Thread(target=self._send_all, args=(queue,), name="jobs", daemon=True)
         sender.start()
         try:
             while (news := self._receive()) is not None:
                 self._take_in(news, tell)
+            # Its end without ours: what reads its jobs has failed, and is not done.
+            if not queue.closed:
+                raise RunError("its process takes no more jobs")
         finally:
             # No job waits for a process that has ended.
             queue.close()
@@ -171,6 +178,8 @@ class Apart:
 
 _LONGEST_END_S = 10
 """How long a process that was told to end may take."""
+_SAID = (UserError, OSError, MemoryError, ImportError, RuntimeError)
+"""Failures of an engine that the server says; torch's out-of-memory error is a RuntimeError."""
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -194,12 +203,15 @@ def _work(load: Callable[[], Answering], pipe: Connection, level: int) -> None:
         outbox = _Outbox(queue, pipe)
         answering.run(outbox, outbox.tell)
         outbox.flush()
-        pipe.send(None)
-    except Exception as error:  # noqa: BLE001 (whatever it is, the server says it)
+        last = None
+    except _SAID as error:
         if not isinstance(error, UserError):
             log.get_logger().exception("the engine's process failed")
         # Its text alone: not every exception can be pickled.
-        pipe.send(RunError(str(error) if isinstance(error, UserError) else explain(error)))
+        last = RunError(explain(error))
+    # The server may have ended, and with it this process.
+    with contextlib.suppress(OSError):
+        pipe.send(last)
 
 
 def end_with_parent() -> None:
@@ -215,17 +227,14 @@ def end_with_parent() -> None:
 
 
 def _read(pipe: Connection, queue: JobQueue[Job], on_gpu: bool) -> None:
-    """Puts jobs into the queue as they come; runs in a thread of its own.
-
-    An error ends the process, which would wait for jobs for ever, and the server for answers.
-    """
+    """Puts jobs into the queue as they come; runs in a thread of its own."""
     try:
         _read_all(pipe, queue, on_gpu)
     except (EOFError, OSError):
         pass  # the server has ended, and this process will
-    except Exception:  # noqa: BLE001 (whatever it is, the process ends with it)
-        log.get_logger().exception("the engine's process cannot take its jobs")
-        os._exit(1)
+    finally:
+        # Also after an error: the engine would wait for jobs for ever, and the server for answers.
+        queue.close()
 
 
 def _read_all(pipe: Connection, queue: JobQueue[Job], on_gpu: bool) -> NoReturn:

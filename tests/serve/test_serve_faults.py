@@ -15,6 +15,7 @@ import threading
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import openai
@@ -25,12 +26,13 @@ from command_line import call
 from http_server import STARTS_S, asked, data_address, image_bytes, image_part, running
 
 from internvl.data.messages import IMAGE_MARK
+from internvl.errors import ModelFolderError, RunError, UserError
 from internvl.inference.engine import Job
 from internvl.inference.load import load
 from internvl.inference.requests import Prompt
 from internvl.inference.settings import Settings
 from internvl.serve import encoding, media, prompts
-from internvl.serve.apart import Apart, _Begin, _read
+from internvl.serve.apart import Apart, _Begin, _read, _work
 from internvl.serve.chat_request import FIELDS
 from internvl.serve.engines import JobQueue
 from internvl.serve.errors import ApiError
@@ -583,12 +585,54 @@ def test_jobs_are_cancelled_after_the_last_one_too():
 def test_an_engine_that_cannot_take_its_jobs_ends():
     """Else it would wait for jobs, and requests for it, with a green health."""
     ours, theirs = multiprocessing.Pipe()
-    context = multiprocessing.get_context("fork")
-    process = context.Process(target=_read, args=(theirs, JobQueue(), False))
-    process.start()
+    queue = JobQueue()
     ours.send("no job")
-    process.join(20)
-    assert process.exitcode == 1
+    with pytest.raises(AttributeError):
+        _read(theirs, queue, False)
+    assert queue.take(wait=True) is None
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_an_end_that_nobody_asked_for_is_a_death(closed):
+    apart, queue = object.__new__(Apart), JobQueue()
+    apart._pipe, theirs = multiprocessing.Pipe()
+    apart._writing, apart._jobs, apart._cancelled = threading.Lock(), {}, set()
+    apart._process = SimpleNamespace(join=print, kill=list)
+    if closed:
+        queue.close()
+    theirs.send(None)
+    said = pytest.raises(RunError, match="its process takes no more jobs")
+    with contextlib.nullcontext() if closed else said:
+        apart.run(queue, print)
+    assert queue.closed
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ModelFolderError("out/x: no config.json"), "out/x: no config.json"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "the GPU's memory ran out"),
+        (ImportError("No module named 'bitsandbytes'"), "a package is missing or broken"),
+        (KeyError("a bug"), "its process has ended with exit code 1"),
+    ],
+)
+def test_what_an_engine_died_of_is_said(error, said, capfd):
+    """In the server's process; what is none of the expected, by its trace in the log."""
+
+    def load():
+        raise error
+
+    apart = object.__new__(Apart)
+    apart._pipe, theirs = multiprocessing.Pipe()
+    context = multiprocessing.get_context("fork")
+    apart._process = context.Process(target=_work, args=(load, theirs, 20))
+    apart._process.start()
+    theirs.close()
+    with pytest.raises(RunError, match=said):
+        apart._receive()
+    apart._process.join()
+    shown = "Traceback" in capfd.readouterr().err
+    assert shown == (not isinstance(error, UserError))
 
 
 def test_data_addresses():
