@@ -68,11 +68,6 @@ class Readers:
             start = threading.Thread(target=self._start, args=(processes,), daemon=True)
             start.start()
 
-    @property
-    def in_processes(self) -> bool:
-        """True while processes read."""
-        return self._processes is not None
-
     def _start(self, count: int) -> None:
         # Not forked from this process, whose threads may hold any lock.
         context = multiprocessing.get_context("forkserver")

@@ -106,10 +106,13 @@ class Engine(Generic[T]):
 
     def _work(self) -> None:
         answering = self._build()
-        # Only now: `ready` looks at it.
-        self.answering = answering
-        self._loop.call_soon_threadsafe(self._changed)
+        self._loop.call_soon_threadsafe(self._begun, answering)
         answering.run(self.queue, self._tell)
+
+    def _begun(self, answering: Answering) -> None:
+        # On the event loop, both at once: no request finds it ready before the routes know it.
+        self.answering = answering
+        self._changed()
 
     def _tell(self, job: T) -> None:
         """Wakes whoever waits for a job; once for all jobs of a step, in the thread's interest."""
