@@ -49,13 +49,23 @@ def run(args: Arguments) -> int:
     adapters = parse_adapters(args.adapter)
     opened = open_named(args, args.step)
     family = opened.files.family
+    if family != "chat":
+        _check_dual(args)
     with loading(args.model):
         server = _server()
-    if adapters and family != "chat":
-        raise ConfigError("--adapter is for chat models; this is InternVL-14B")
     loads = _loads(args, opened, options, adapters)
     server.serve(family, loads, options, list(adapters))
     return 0
+
+
+def _check_dual(args: Arguments) -> None:
+    """Raises ConfigError for options of chat models alone."""
+    for key in ("adapter", "engine", "readers"):
+        if getattr(args, key) not in (None, []):
+            raise ConfigError(
+                f"--{key} is for chat models, and {args.model} is an InternVL-14B, a retrieval "
+                f"model without a chat engine; leave --{key} out"
+            )
 
 
 def _server() -> Any:

@@ -23,6 +23,7 @@ import pytest
 import torch
 from chat_folders import prompt_folder
 from command_line import call
+from dual_folders import dual_folder
 from http_server import STARTS_S, asked, data_address, image_bytes, image_part, running
 
 from internvl.data.messages import IMAGE_MARK
@@ -412,6 +413,24 @@ def test_a_port_that_is_taken(folder, capsys):
 def test_options_that_would_fail_after_the_loading(folder, capsys, words, message):
     code, _, error = call(capsys, "serve", folder, *words)
     assert (code > 0, message in error, "listening on" in error) == (True, True, False)
+
+
+@pytest.fixture(scope="module")
+def dual(tmp_path_factory):
+    return dual_folder(tmp_path_factory.mktemp("model") / "dual")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--adapter", "stamps={dual}"), ("--engine", "thread"), ("--readers", 0)],
+)
+def test_options_of_the_chat_engine_are_refused_for_internvl_14b(dual, capsys, option, value):
+    words = (option, str(value).format(dual=dual))
+    code, _, error = call(capsys, "serve", dual, *words)
+    assert code > 0
+    assert error.count("\n") == 1
+    assert f"{option} is for chat models, and {dual} is an InternVL-14B" in error
+    assert f"leave {option} out" in error
 
 
 TWICE = """
