@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin, urlsplit
 
 import yaml
 
@@ -22,6 +23,7 @@ from internvl.report import results
 
 NAME = "README.md"
 
+_HUB = "https://huggingface.co"
 _TASKS = {"chat": "image-text-to-text", "dual": "image-feature-extraction"}
 """Family -> the hub's name of what such a model does."""
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
@@ -112,14 +114,26 @@ def _metadata(folder: Path, family: str, format: str, base: OpenedModel) -> dict
     # Without the original's Python files an official folder opens with this package alone.
     has_classes = format == "hf" or "auto_map" in read_object(folder / "config.json")
     # First, as people look for it there.
-    head: dict[str, Any] = dict(license_of(base.folder))
     bases = _base_ids(base)
+    head: dict[str, Any] = _linked_license(license_of(base.folder), bases)
     if bases:
         head |= {"base_model": bases if len(bases) > 1 else bases[0]}
         head |= {"base_model_relation": "finetune"}
     head |= {"library_name": "transformers" if has_classes else "internvl"}
     head |= {"pipeline_tag": _TASKS[family], "tags": ["internvl"]}
     return head
+
+
+def _linked_license(stated: dict[str, str], bases: list[str]) -> dict[str, str]:
+    """Returns a licence of the base's card with an address for the file that its link names."""
+    link = stated.get("license_link")
+    if link is None or urlsplit(link).scheme:
+        return stated
+    # The file itself is not copied: a link into the folder would lead nowhere.
+    if len(bases) == 1:
+        link = urljoin(f"{_HUB}/{bases[0]}/blob/main/", link)
+        return stated | {"license_link": link}
+    return {key: text for key, text in stated.items() if key != "license_link"}
 
 
 def _summary(opened: OpenedModel, base: OpenedModel, format: str) -> str:
@@ -133,7 +147,7 @@ def _summary(opened: OpenedModel, base: OpenedModel, format: str) -> str:
 
 
 def _linked(repo_id: str) -> str:
-    return f"[{repo_id}](https://huggingface.co/{repo_id})"
+    return f"[{repo_id}]({_HUB}/{repo_id})"
 
 
 def _usage(repo_id: str, served: servers.Folder) -> Iterator[str]:

@@ -19,8 +19,8 @@ from internvl.files import first_line
 
 _TOKENS = "https://huggingface.co/settings/tokens"
 _NEW_TOKEN = f"make one that may write at {_TOKENS}, then `hf auth login` or set HF_TOKEN"
-_EMPTY = {".gitattributes", "README.md"}
-"""Files of a repository that nothing was pushed to; its page may have made a README.md."""
+_EMPTY = {".gitattributes"}
+"""Files of a repository that nothing was pushed to; a README.md is somebody's."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,6 +43,13 @@ def folder(tmp_path_factory):
     return made
 
 
+def write(folder, files):
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
 @pytest.fixture
 def hub():
     with local_hub.running() as running:
@@ -180,6 +187,28 @@ def test_a_licence_is_what_the_base_states(tmp_path, text, license):
     assert (stated == {}) == (license is None)
 
 
+@pytest.mark.parametrize(
+    ("link", "name", "linked"),
+    [
+        ("LICENSE", "OpenGVLab/InternVL2-2B", "OpenGVLab/InternVL2-2B/blob/main/LICENSE"),
+        ("./LICENSE.md", "OpenGVLab/InternVL2-2B", "OpenGVLab/InternVL2-2B/blob/main/LICENSE.md"),
+        ("https://huggingface.co/a/LICENSE", "OpenGVLab/InternVL2-2B", "a/LICENSE"),
+        # Of no repository: the file is not there.
+        ("LICENSE", "start", None),
+    ],
+)
+def test_the_file_of_a_licence_is_linked_where_it_is(folder, tmp_path, link, name, linked):
+    text = f"---\nlicense: other\nlicense_name: qwen\nlicense_link: {link}\n---\n"
+    base = write(tmp_path / name, {"README.md": text})
+    opened = open_model(folder / "out")
+    files = dataclasses.replace(opened.files, folder=base)
+    opened = dataclasses.replace(opened, name=name, files=files, local=tmp_path / name)
+    built = card.build(folder / "out", "ada/x", opened, "hf")
+    address = linked and f"https://huggingface.co/{linked}"
+    assert front_matter(built).get("license_link") == address
+    assert (f"[qwen]({address})" if linked else "`qwen`") + ", as " in built
+
+
 def test_a_push_creates_and_fills_a_private_repository(folder, hub):
     small = {"config.json": "{}", "sub/notes.txt": "", "README.md": "---\nlicense: mit\n---\n"}
     repository = push.open_repository("shapes", api=api(hub))
@@ -190,13 +219,6 @@ def test_a_push_creates_and_fills_a_private_repository(folder, hub):
     assert stored["private"] is True
     assert {name: content.decode() for name, content in stored["files"].items()} == small
     assert stored["messages"][0].startswith("a first export")
-
-
-def write(folder, files):
-    for name, text in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text, encoding="utf-8")
-    return folder
 
 
 def test_an_update_leaves_no_earlier_shard(tmp_path, hub):
@@ -211,6 +233,9 @@ def test_an_update_leaves_no_earlier_shard(tmp_path, hub):
 def test_what_an_export_that_failed_has_created_is_filled(hub):
     hub.add("ada/empty", **{".gitattributes": "x"})
     assert push.open_repository("ada/empty", api=api(hub)).is_new
+    hub.add("ada/written", **{".gitattributes": "x", "README.md": "# Soon"})
+    with pytest.raises(ExportError, match="is there already"):
+        push.open_repository("ada/written", api=api(hub))
 
 
 @pytest.mark.parametrize(
