@@ -27,6 +27,8 @@ _HUB = "https://huggingface.co"
 _TASKS = {"chat": "image-text-to-text", "dual": "image-feature-extraction"}
 """Family -> the hub's name of what such a model does."""
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
+_TEXTS = ("prompt", "system_message", "label")
+"""Keys whose values a model reads: no paths, though they may begin with a slash."""
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -242,7 +244,11 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 def _shortened(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _shortened(inner) for key, inner in value.items()}
+        # By its value too: an evaluation may be called `prompt`.
+        return {
+            key: inner if key in _TEXTS and isinstance(inner, str) else _shortened(inner)
+            for key, inner in value.items()
+        }
     if isinstance(value, list):
         return [_shortened(inner) for inner in value]
     if not isinstance(value, str):

@@ -152,6 +152,18 @@ def test_the_address_of_a_judge_has_no_password(folder):
     assert card.public_recipe(recipe)["evals"]["v"]["judge"] == "http://host:8000/v1"
 
 
+def test_a_prompt_is_no_path(folder):
+    """Though it begins like one; a section that is called `prompt` is cut as any other."""
+    recipe = load_recipe(folder / "run/recipe.yaml")
+    section = {"type": "caption", "annotations": "/data/a.json", "prompt": "/think ../a/b?"}
+    tree = recipes.to_tree(recipe) | {"evals": {"prompt": section}}
+    tree["data"]["system_message"] = "~/ is your home / nothing else"
+    shown = card.public_recipe(resolve(tree))
+    assert shown["data"]["system_message"] == "~/ is your home / nothing else"
+    assert shown["evals"]["prompt"]["annotations"] == "a.json"
+    assert shown["evals"]["prompt"]["prompt"] == "/think ../a/b?"
+
+
 def test_a_card_of_internvl_14b(tmp_path):
     dual = dual_folder(tmp_path / "InternVL-14B-224px")
     (dual / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
