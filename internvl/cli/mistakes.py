@@ -4,7 +4,7 @@ import argparse
 import difflib
 import shlex
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
         if not value and len(words) > 1 and not words[1].startswith("-"):
             value = words[1]
         verb = self.prog.rpartition(" ")[2]
-        theirs = next(_of_original(verb, option.lstrip("-"), value or "VALUE"), None)
+        theirs = _of_original(verb, option.lstrip("-"), value or "VALUE")
         if theirs is not None:
             return theirs
         near = difflib.get_close_matches(option, self._option_string_actions, n=1)
@@ -97,28 +97,26 @@ def warn_of_variables(verb: str, environment: Mapping[str, str]) -> None:
             print(f"internvl: {shown} changes nothing here; {ours}", file=sys.stderr)
 
 
-def _of_original(verb: str, flag: str, value: str) -> Iterator[str]:
-    """Yields what a flag of the original's programs is here, the likeliest first."""
+def _of_original(verb: str, flag: str, value: str) -> str | None:
+    """Returns what a flag of the original's programs is here; None for any other option."""
     # Here: its tables are read for a wrong option only.
     from internvl.compat import evaluation, finetune
 
     if verb == "evaluate":
         ours = evaluation.options().get(flag)
-        if ours is not None:
-            yield f"a flag of the original's evaluate.sh; here it is {ours}"
+        return ours and f"a flag of the original's evaluate.sh; here it is {ours}"
     if verb not in _RECIPE_VERBS:
-        return
+        return None
     if "." in flag:
-        yield f"no option but a key of the recipe; write it without dashes: {flag}={value}"
+        return f"no option but a key of the recipe; write it without dashes: {flag}={value}"
     name = flag.replace("-", "_")
     row = {**finetune.flags_of("preference"), **finetune.flags_of("pairs")}.get(name, {})
+    if "nothing" in row:
+        return f"a flag of the original that changes nothing here: {row['nothing']}"
     sets = row.get("sets") or ()
     key = row["to"] if "to" in row else ", ".join(sets)
-    if "nothing" in row:
-        yield f"a flag of the original that changes nothing here: {row['nothing']}"
     if not key and name in foreign.ours():
         key = foreign.ours()[name][0]
-    if key:
-        # A flag with a rule, such as --freeze_llm, has another value than its key.
-        shown = key if sets or "values" in row else f"{key}={value}"
-        yield f"no option; write the recipe's key: {shown}"
+    # A flag with a rule, such as --freeze_llm, has another value than its key.
+    shown = key if sets or "values" in row else f"{key}={value}"
+    return f"no option; write the recipe's key: {shown}" if key else None
