@@ -9,9 +9,6 @@ from typing import Any
 from internvl.errors import ConfigError
 from internvl.files import read_yaml
 
-ROOTS = ("internvl_chat", "internvl_g", "internvl_chat_gpt_oss")
-"""Folders of the original that hold training scripts in `shell/`."""
-
 
 @cache
 def paths() -> dict[str, str]:
