@@ -48,7 +48,10 @@ def translate(words: Sequence[str], environment: Mapping[str, str]) -> Translati
     """Translates `CHECKPOINT KEY [flags]`, with GPUS=n in the environment."""
     table = _table()
     abouts = {flag: row["about"] for flag, row in table["valued"].items()}
-    positional, flags = take_flags(words, abouts, tuple(table["switches"]))
+    # Such as --limit, which whoever tries a long evaluation out looks for.
+    names_of_ours = (key.replace("_", "-") for key in eval_options())
+    ours = {flag: f"internvl evaluate CHECKPOINT TASK --{flag} …" for flag in names_of_ours}
+    positional, flags = take_flags(words, abouts, tuple(table["switches"]), ours=ours)
     if len(positional) != 2:
         raise ConfigError("evaluate.sh: CHECKPOINT and KEY, such as pretrained/X caption-coco")
     # Results are named by the path, and a trailing slash is no part of it.

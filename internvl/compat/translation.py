@@ -35,6 +35,7 @@ def take_flags(
     switches: Sequence[str] = (),
     *,
     several: Sequence[str] = (),
+    ours: Mapping[str, str] | None = None,
 ) -> tuple[list[str], dict[str, list[str]]]:
     """Splits words into positional ones and flags; returns (positional, flag -> values).
 
@@ -42,6 +43,7 @@ def take_flags(
         valued: flags with a value -> what it is, for messages.
         switches: flags without one.
         several: those of `valued` that take all values up to the next flag.
+        ours: flags that only our own command has -> its line, for messages.
 
     Raises:
         ConfigError: a flag that the original's command does not have, or one without its value.
@@ -59,7 +61,9 @@ def take_flags(
         if flag in switches:
             flags[flag] = []
         elif flag not in valued:
-            raise ConfigError(f"--{flag}: the original has no such flag; remove it")
+            line = (ours or {}).get(flag)
+            remedy = f"type `{line}`, or remove it" if line else "remove it"
+            raise ConfigError(f"--{flag}: the original has no such flag; {remedy}")
         # argparse takes both forms.
         elif equals:
             flags[flag] = [value]

@@ -15,6 +15,12 @@ def test_words_and_flags():
     assert flags == {"out": ["y"], "dry": [], "k": ["1", "2"]}
 
 
+def test_a_flag_of_ours_names_our_command():
+    line = "internvl evaluate X --limit N"
+    with pytest.raises(ConfigError, match=f"type `{line}`, or remove it"):
+        take_flags(["--limit", "3"], VALUED, ours={"limit": line})
+
+
 @pytest.mark.parametrize(
     ("words", "message"), [(["--no"], "--no: the original"), (["--out"], "a folder is missing")]
 )
