@@ -67,7 +67,11 @@ class OneOf:
             # Empty for an unknown tag, which the union then reports by its name.
             names = {field.name for section in chosen for field in fields(section)}
             value = {_todays_name(k, value, names): v for k, v in value.items()}
-            return {k: v for k, v in value.items() if k in names or not _is_default(sections, k, v)}
+            return {
+                k: v
+                for k, v in value.items()
+                if k in names or not _is_default(sections, _new_name(k), v)
+            }
 
         choices = {tag_of(s, self.key): handler.generate_schema(s) for s in sections}
         union = core_schema.tagged_union_schema(choices, discriminator=tag)
@@ -76,8 +80,13 @@ class OneOf:
 
 def _todays_name(key: Any, value: Mapping[Any, Any], names: Set[str]) -> Any:
     """Returns the name that a key of a section has since, unless both names are there."""
-    name = key if key in names else _renamed().get(key, key)
-    return key if name in value else name
+    name = _new_name(key)
+    # Not in a section without it: an error would name a key that nobody wrote.
+    return key if key in names or name not in names or name in value else name
+
+
+def _new_name(key: Any) -> Any:
+    return _renamed().get(key, key)
 
 
 @cache

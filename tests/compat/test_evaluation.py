@@ -76,7 +76,10 @@ def test_every_key_is_a_task_or_refused_by_its_name(chat):
         ([], "CHECKPOINT and KEY"),
         (["caption-coco", "--few-shot", "2"], "examples before"),
         (["caption-coco", "--dynamics"], "no such flag; remove it"),
-        (["caption-coco", "--limit", "5"], "type `internvl evaluate CHECKPOINT TASK --limit …`, or"),
+        (
+            ["caption-coco", "--limit", "5"],
+            "type `internvl evaluate CHECKPOINT TASK --limit …`, or",
+        ),
         (["caption-coco", "--cot"], "is no option of caption-coco"),
     ],
 )

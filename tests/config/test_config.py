@@ -433,6 +433,10 @@ def test_a_key_that_was_renamed_is_read_under_both_names():
     both = {**section, "pictures": "a.json", "image_list": "b.json"}
     (line,) = problems({**GOOD, "evals": {"e": both}})
     assert line.startswith("evals.e.pictures: unknown key")
+    # Of a type that has neither, the one that was written is named.
+    other = {"type": "loss", "annotations": "a", "pictures": "a.json"}
+    (line,) = problems({**GOOD, "evals": {"e": other}})
+    assert line.startswith("evals.e.pictures: ")
 
 
 @pytest.mark.parametrize(
