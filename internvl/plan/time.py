@@ -96,7 +96,8 @@ def _computation(
         yield "first pass of gradient caching", slowdown * step.first_pass() / rate
     forwards = recipe.objective.forwards(recipe, load.per_gpu(num_gpus))
     if forwards:
-        yield "passes without gradients", slowdown * forwards * step.forward() / rate
+        again = step.forward(is_cut=cut is not None)
+        yield "passes without gradients", slowdown * forwards * again / rate
     yield "pointwise", CALIBRATION.loop * step.moved_bytes() / copy
     yield "between kernels", step.launch_s() / num_gpus
     if step.dropped_bytes():
@@ -175,14 +176,19 @@ class _Step:
         tower = self._run("tower_attention") / CALIBRATION.attention
         return self._run("decoder_attention") / rate + tower
 
-    def forward(self) -> float:
+    def forward(self, *, is_cut: bool) -> float:
         """FLOPs of one more forward pass over all rows, as many as products would compute in its
-        time."""
+        time.
+
+        Args:
+            is_cut: whether weights are sharded.
+        """
         rows = self.computed
         products = rows.decoder.forward + rows.logits.forward
         attention = rows.decoder_attention.forward
-        # A frozen tower runs once for all passes.
-        if not self.model.repeats_vision_tokens:
+        # A frozen tower runs once for all passes, but in each of them under shards, which this
+        # model, on the meta device, does not know of.
+        if is_cut or not self.model.repeats_vision_tokens:
             products += rows.tower.forward
             attention += rows.tower_attention.forward
         return products + attention / CALIBRATION.attention

@@ -64,6 +64,22 @@ def test_states_are_cut_over_the_gpus_of_a_copy(parts):
         assert footprint.components["frozen weights"] == pytest.approx(2 * frozen, rel=1e-3)
 
 
+def test_a_frozen_tower_runs_in_every_pass_of_preferences_under_shards():
+    """As long as a vision part that trains; without shards its tokens are kept."""
+    objective = {"name": "mpo", "reference": "live"}
+
+    def passes_s(shard, train):
+        recipe = recipes.to_tree(released("InternVL2-1B", shard, lora=16, objective=objective))
+        recipe["model"]["train"] = train
+        found = plan.make(recipes.resolve(recipe), H200, num_gpus=8)
+        return found.component_s["passes without gradients"]
+
+    whole, again = passes_s("none", []), passes_s("none", ["multi_modal_projector"])
+    assert whole < again
+    for shard in ("zero1", "zero2", "zero3"):
+        assert passes_s(shard, []) == pytest.approx(again)
+
+
 def test_units_are_those_of_training(parts):
     """The cut parameters, each in one unit."""
     recipe, model = parts
