@@ -31,20 +31,29 @@ def mask(seed: Tensor, rows: int, inputs: int, rate: float, *, again: bool = Fal
     """bool (M, K), true where dropout at `rate` with this seed drops an entry.
 
     Args:
-        inputs: K, a number in compiled code as well (a weight's width): a size that the compiler
-            does not know is 64 bits wide, and the hash would not wrap.
         again: compute the same mask by another expression. The compiler merges equal expressions,
             and would save what the forward pass has computed rather than compute it again.
     """
-    row = torch.arange(rows, device=seed.device, dtype=torch.int32)[:, None] * inputs
-    column = torch.arange(inputs, device=seed.device, dtype=torch.int32)
-    h = row + (column + seed[0]) if again else row + column + seed[0]
+    row = torch.arange(rows, device=seed.device)[:, None] * inputs
+    column = torch.arange(inputs, device=seed.device)
+    if again:
+        h = _as_int32(row) + (_as_int32(column) + seed[0])
+    else:
+        h = _as_int32(row + column) + seed[0]
     # int32 wraps as uint32 does; only a shift to the right needs its upper bits cleared.
     h = (h ^ ((h >> 16) & 0xFFFF)) * 0x7FEB352D
     h = h ^ seed[1]
     h = (h ^ ((h >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
     # The hash's last step changes low bits only, which a comparison hardly sees.
     return h < round(rate * 2**32) - 2**31
+
+
+def _as_int32(index: Tensor) -> Tensor:
+    """int64 -> int32, wrapped, in generated code as well."""
+    # There a range has the type of the kernel's indices whatever it is cast to: 64 bits where the
+    # kernel is large or a width unknown, and the hash would not wrap. What an operation has made of
+    # it is cast; this one costs nothing.
+    return (index & -1).to(torch.int32)
 
 
 def zeroed(x: Tensor, seed: Tensor, rate: float, *, again: bool = False) -> Tensor:

@@ -1,7 +1,5 @@
 """dropped: LoRA's dropout from a seed is dropout, the same in every kernel and on every device."""
 
-from functools import partial
-
 import pytest
 import torch
 from peft.tuners.lora import Linear
@@ -101,23 +99,26 @@ def test_a_model_with_it_trains_as_with_the_same_masks_in_memory(monkeypatch, co
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(1, 96), (770, 3200), (4200, 4096), (500, 12801)])
-def test_a_gpu_computes_the_mask_of_a_cpu(shape):
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("unknown", [(), (0,), (0, 1)])
+# The last one has more entries than 31 bits count, so the kernel's indices have 64.
+@pytest.mark.parametrize("shape", [(2, 96), (4200, 4096), (500, 12801), (2**17 + 1, 2**14)])
+def test_a_gpu_draws_the_mask_of_a_cpu(shape, unknown, again):
+    def drawn(seed, x):
+        return seeded_dropout.mask(seed, *x.shape, RATE, again=again)
+
     seed = seeded_dropout.seed(torch.device("cpu"))
-    expected = seeded_dropout.mask(seed, *shape, RATE)
-    rows, inputs = shape
-
-    def drawn(seed, x, again):
-        return seeded_dropout.mask(seed, x.shape[0], inputs, RATE, again=again)
-
-    x = torch.empty(rows, 1, device="cuda")
-    for dynamic in (False, True):
-        for again in (False, True):
-            # One function each: the inputs of a layer are a number to the compiler, not a size.
-            compiled = torch.compile(partial(drawn, again=again), dynamic=dynamic)
-            if dynamic and rows > 1:
-                torch._dynamo.mark_dynamic(x, 0)
-            assert torch.equal(compiled(seed.cuda(), x).cpu(), expected)
+    x = torch.empty(shape, device="cuda", dtype=torch.uint8)
+    torch._dynamo.reset()  # or sizes of this case would be unknown for having been others before
+    for dimension in unknown:
+        torch._dynamo.mark_dynamic(x, dimension)
+    found = torch.compile(drawn, dynamic=bool(unknown))(seed.cuda(), x)
+    # The first rows and the last ones, which start where a seed moved on would.
+    count = min(shape[0], 300)
+    skipped = shape[0] - count
+    last = seed + torch.tensor([skipped * shape[1] % 2**32, 0]).to(torch.int32)
+    for rows, start in ((found[:count], seed), (found[skipped:], last)):
+        assert torch.equal(rows.cpu(), seeded_dropout.mask(start, count, shape[1], RATE))
 
 
 @pytest.mark.gpu
