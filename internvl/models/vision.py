@@ -33,16 +33,26 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 class DropPath(nn.Module):
     """Stochastic depth: in training, drops a sample's residual with probability `rate`."""
 
-    def __init__(self, rate: float) -> None:
+    probability: Tensor
+
+    def __init__(self, rate: float, device: torch.device) -> None:
         super().__init__()
         self.rate = rate
+        # A tensor: torch.compile takes a number for a constant, and would build code for every
+        # rate, which is for every block. On the meta device it would have no value.
+        home = torch.device("cpu") if device.type == "meta" else device
+        probability = torch.tensor(rate, dtype=torch.float32, device=home)
+        self.register_buffer("probability", probability, persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(N, T, D) -> (N, T, D): whole samples are zero, the others scaled by 1 / (1 - rate)."""
-        if not self.training or self.rate == 0:
+        if not self.training:
             return hidden
-        mask = hidden.new_empty(hidden.shape[0], *[1] * (hidden.dim() - 1))
-        return hidden * mask.bernoulli_(1 - self.rate) / (1 - self.rate)
+        kept = 1 - self.probability.float()
+        shape = (hidden.shape[0], *[1] * (hidden.dim() - 1))
+        drawn = torch.rand(shape, dtype=torch.float32, device=hidden.device)
+        # Scaled in float32: a scale that bfloat16 has rounded would change the mean.
+        return (hidden * ((drawn < kept) / kept)).to(hidden.dtype)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"
@@ -68,8 +78,11 @@ def set_drop_path(model: InternVLForConditionalGeneration, rate: float) -> None:
     for block, block_rate in zip(
         blocks, torch.linspace(0, rate, len(blocks)).tolist(), strict=True
     ):
-        block.attention.set_submodule("projection_dropout", DropPath(block_rate))
-        block.set_submodule("dropout", DropPath(block_rate))
+        device = block.lambda_1.device
+        for module, name in ((block.attention, "projection_dropout"), (block, "dropout")):
+            # The first block drops nothing, and draws for that too: then all are one compiled code.
+            dropping = DropPath(block_rate, device) if rate else nn.Dropout(0.0)
+            module.set_submodule(name, dropping)
         block.train(block.training)
 
 

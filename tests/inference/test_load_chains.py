@@ -211,8 +211,7 @@ def test_tiles_and_stochastic_depth_are_of_the_last_run(chain):
     patches = (112 // config.patch_size[0]) ** 2
     table = handle.model.model.vision_tower.embeddings.position_embeddings
     assert (config.image_size, table.shape[1], handle.tiles.size) == ((112, 112), 1 + patches, 112)
-    rates = {m.rate for m in handle.model.modules() if isinstance(m, DropPath)}
-    assert rates == {0.0}
+    assert not any(isinstance(module, DropPath) for module in handle.model.modules())
     start = loading.load(chain / "runs/full", device="cpu", image_size=112)
     assert torch.equal(export.probe(start.model), export.probe(handle.model))
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from chat_folders import IMAGE_TOKEN_ID, golden_folder
+from torch._dynamo.utils import counters
 
 from internvl.inference import load as loading
 from internvl.models.chat.model import ChatModel
@@ -33,10 +34,30 @@ def test_drop_path_only_acts_in_training(tmp_path):
 
 def test_drop_path_keeps_the_mean_and_whole_samples():
     torch.manual_seed(0)
-    dropped = DropPath(0.25)(torch.ones(4000, 3, 2))
+    dropped = DropPath(0.25, torch.device("cpu"))(torch.ones(4000, 3, 2))
     assert dropped.unique().tolist() == pytest.approx([0, 4 / 3])
     assert (dropped.amin((1, 2)) == dropped.amax((1, 2))).all()
     assert float(dropped.mean()) == pytest.approx(1, abs=0.05)
+
+
+def test_drop_path_keeps_the_mean_in_bfloat16_and_its_rate_on_the_meta_device():
+    torch.manual_seed(0)
+    layer = DropPath(0.4, torch.device("meta")).to(torch.bfloat16)
+    dropped = layer(torch.full((200, 2, 2), 1.5, dtype=torch.bfloat16))
+    assert dropped.dtype == torch.bfloat16
+    assert dropped.float().unique().tolist() == pytest.approx([0, 2.5], abs=5e-3)
+    assert 60 < int((dropped[:, 0, 0] == 0).sum()) < 100
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_blocks_of_all_rates_are_compiled_once(tmp_path):
+    model = load(golden_folder("chat_internlm2", "v2.sel-1", tmp_path), drop_path=0.5).train()
+    for block in model.model.vision_tower.encoder.layer:
+        block.compile(dynamic=True, backend="eager")
+    counters.clear()
+    for num_tiles in (2, 3):
+        model.get_image_features(torch.rand(num_tiles, 3, 84, 84))
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_parameters_shared_by_modules_count_once(tmp_path):
