@@ -13,7 +13,9 @@ InternVL-14B captions of COCO's lengths.
 `tokens_per_s` is of a rank, messages left out; `share` is of needed FLOPs over the rate of an 8192³
 product of the same process. `hours` are those of the 1,267,819 samples of the mixture at this
 length, if all messages hide behind the computation; `hours_waiting` if none does, at the plan's
-rates.
+rates. `graphs` are those compiled until then: a few, however many blocks there are.
+
+A row that is cut off prints its phases and their seconds; the one after the last took too long.
 """
 
 import argparse
@@ -33,8 +35,9 @@ import dual
 import rows as table
 import torch
 import workloads
+from torch._dynamo.utils import counters
 
-from internvl import zoo
+from internvl import log, zoo
 from internvl.check import rehearse
 from internvl.config import Recipe, recipes
 from internvl.data.tokenizers import SPECIAL_TOKENS
@@ -77,7 +80,9 @@ LENGTHS = (2048, 1000, 700)
 def measure(name: str, tiny: bool) -> Iterator[dict[str, Any]]:
     """Rehearses a row; yields its figures, those of one length more each time."""
     row, device = ROWS[name], torch.device("cpu" if tiny else "cuda")
+    log.setup()
     ceiling = workloads.matmul_tflops(device)
+    log.get_logger().info("%s: products reach %.4g TFLOP/s", name, ceiling)
     figures: dict[str, Any] = {
         "row": name,
         "model": row.model,
@@ -91,12 +96,17 @@ def measure(name: str, tiny: bool) -> Iterator[dict[str, Any]]:
     rank = None
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         for recipe, length in cases(row, Path(folder), tiny):
-            num_steps = 4 if rank is None else 2
+            if length:
+                log.get_logger().info("%s: samples of %d tokens", name, length)
+            num_steps = 2
             if rank is None:
+                # A step of 40B takes 8 s: the sooner there are figures of the first length.
+                num_steps = 3 if row.row_tokens else 4
                 # Cut and compiled once: rows of all lengths run the same code.
                 rank = stack.enter_context(rehearse.standing_in(recipe, row.num_gpus))
             done = rank.rehearse(recipe, gpus.find("h200"), steps=num_steps)
             taken = report(done, ceiling, length)
+            taken["graphs"] = counters["stats"]["unique_graphs"]
             figures |= {str(length): taken} if length else taken
             print(done.render(), file=sys.stderr, flush=True)
             yield table.rounded(figures)
@@ -114,6 +124,7 @@ def report(done: rehearse.Rehearsal, ceiling: float, length: int) -> dict[str, A
         "rows": len(done.batches),
         "tokens": done.tokens,
         "tiles": sum(batch.num_tiles for batch in done.batches),
+        "first_step_s": done.first_step_s,
         "step_s": done.step_s,
         "planned_step_s": done.plan.step_s,
         "messages_s": messages_s,

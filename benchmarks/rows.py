@@ -89,8 +89,11 @@ def _alone(script: str, name: str, tiny: bool, limit_s: float, gpu: str | None) 
     figures = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {"row": name}
     if failed:
         print(text[-4000:], file=sys.stderr, flush=True)
-        last = text.strip().splitlines()[-1:] if failed == "no message" else []
-        figures["failed"] = (last or [failed])[0][:400]
+        last = (text.strip().splitlines() or [""])[-1]
+        if failed == "no message":
+            figures["failed"] = (last or failed)[:400]
+        else:
+            figures["failed"] = failed + (f"; its last line: {last[:300]}" if last else "")
     return figures | {"wall_s": round(time.perf_counter() - started, 1)}
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import distributed
 from torch.distributed.tensor import DTensor
 
-from internvl import dist, plan, train
+from internvl import dist, log, plan, train
 from internvl.check.rank_rows import RankRows
 from internvl.compute import compilation, feeding, placement
 from internvl.compute.storage_meter import StorageMeter
@@ -63,6 +63,8 @@ class Rehearsal:
     """Allocated by torch at most."""
     reserved_bytes: float
     """Held by torch's allocator, free memory of its blocks included; 0 on a CPU."""
+    first_step_s: float
+    """The step that compiles; not part of `step_s`."""
     step_s: float
     needed_flops: float
     """Of the rank, in a step; nothing that is computed again."""
@@ -134,16 +136,17 @@ class Rank:
             recipe = replace(loading.complete(recipe, self.start).recipe, evals={})
             order = _order(recipe)
         # Costs of the first recipe: they follow from model and checkpointing, not from data.
-        step = RankRows(recipe, self.start, order, self.costs, self.num_gpus)
-        planned = None if gpu is None else plan.make(recipe, gpu, step.counted(), self.num_gpus)
-        batches = _prepared(step.batches(), state)
+        with _timing("rows of the step read"):
+            step = RankRows(recipe, self.start, order, self.costs, self.num_gpus)
+            planned = None if gpu is None else plan.make(recipe, gpu, step.counted(), self.num_gpus)
+            batches = _prepared(step.batches(), state)
         if not batches:
             raise UserError(
                 "the first step has no good sample; `internvl check` lists the bad ones"
             )
         # It compiles what these rows need alone, and allocates the optimizer's states.
         with compilation.compiling(recipe.compute, state.device):
-            train.train_step(state, batches)
+            first_step_s = _timed(state, batches, "first step taken")
         on_gpu = state.device.type == "cuda"
         with peak_bytes(state) as peak:
             seconds = [_timed(state, batches)]
@@ -158,6 +161,7 @@ class Rank:
             tuple(batches),
             peak[0],
             torch.cuda.max_memory_reserved(state.device) if on_gpu else 0.0,
+            first_step_s,
             statistics.median(seconds),
             flops.count(state.model, _work(batches, state)).needed,
             planned,
@@ -188,19 +192,23 @@ def standing_in(recipe: Recipe, num_gpus: int) -> Iterator[Rank]:
             f"objective.name: {recipe.objective.name} measures its first model on all data before "
             "it trains, which a rehearsal with drawn weights does not; use --plan"
         )
-    start = open_start(recipe)
+    with _timing("configuration and tokenizer opened"):
+        start = open_start(recipe)
     # A rehearsal measures steps; evaluations would need their data and a model that answers.
     recipe = replace(loading.complete(recipe, start).recipe, evals={})
     device = dist.init_from_env(recipe.device)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
-    order = _order(recipe)
-    model = plan.model_of(recipe, _shape(recipe, start))
-    costs = costs_of(recipe, model)
+    with _timing("sources opened, costs counted"):
+        order = _order(recipe)
+        model = plan.model_of(recipe, _shape(recipe, start))
+        costs = costs_of(recipe, model)
     saver = checkpoint.Saver(torch.device("cpu"))  # before there is a group, and never used
     with _stand_in(num_gpus):
-        state = _state(recipe, start, model, order, device, saver)
+        with _timing("model cut, weights drawn"):
+            state = _state(recipe, start, model, order, device, saver)
+            placement.synchronize(device)
         yield Rank(recipe, num_gpus, start, costs, order, state)
 
 
@@ -217,14 +225,24 @@ def _shape(recipe: Recipe, start: OpenedModel) -> Any:
     return family.read_config(start.files, size=size)
 
 
-def _timed(state: TrainState, batches: Sequence[Batch]) -> float:
+@contextmanager
+def _timing(done: str) -> Iterator[None]:
+    """Logs that a phase is done, and its seconds."""
+    # A rehearsal that is cut off was in the phase after the last line.
+    started = time.perf_counter()
+    yield
+    log.get_logger().info("rehearsal: %s (%.1f s)", done, time.perf_counter() - started)
+
+
+def _timed(state: TrainState, batches: Sequence[Batch], done: str = "step taken") -> float:
     # What the stand-in leaves in gradients may be no numbers, and soon all weights would be none:
     # products of those take less power than weights do, and so less time.
     _draw(state.model, ())
     placement.synchronize(state.device)
     started = time.perf_counter()
-    train.train_step(state, batches)
-    placement.synchronize(state.device)
+    with _timing(done):
+        train.train_step(state, batches)
+        placement.synchronize(state.device)
     return time.perf_counter() - started
 
 

@@ -1,6 +1,7 @@
 """One rank of many in one process: the memory of a real rank, its rows, and no loss."""
 
 import json
+import re
 
 import pytest
 import tiny_run
@@ -62,7 +63,11 @@ def test_the_command_prints_what_was_measured_beside_the_plan_and_no_loss(projec
     with pytest.raises(SystemExit) as ended:
         cli.main([*words, "parallel.shard=zero3"])
     assert ended.value.code == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    # What is cut off says where it was.
+    phases = re.findall(r"rehearsal: (.+) \([\d.]+ s\)", err)
+    drawn = ["model cut, weights drawn", "rows of the step read"]
+    assert phases[2:] == [*drawn, "first step taken", *["step taken"] * 3], err
     assert "rehearsal of one rank of 16 on this CPU (parallel.shard=zero3, replicas=1)" in out
     assert "planned" in out
     assert "fits H200" in out
