@@ -1,7 +1,7 @@
 """Paired bootstrap: an interval of the difference of two models' scores on the same items.
 
 A metric is a function of sums over units (items, or pairs of questions of one image), so that a
-resampled test set is a vector of weights and all of them are one product of matrices.
+resampled test set is a vector of weights.
 """
 
 from collections.abc import Callable, Mapping
@@ -74,7 +74,7 @@ def _resampled(sums: np.ndarray, strata: np.ndarray, resamples: int) -> np.ndarr
     order = np.argsort(strata, kind="stable")
     _, starts, sizes = np.unique(strata[order], return_index=True, return_counts=True)
     start, size = np.repeat(starts, sizes), np.repeat(sizes, sizes)
-    count, ordered = len(strata), sums[order]
+    count, ordered = len(strata), np.asfortranarray(sums[order])
     # A new one for each group of metrics: what stands beside changes no interval.
     random = np.random.default_rng(_SEED)
     chunk = max(1, _AT_ONCE // count)
@@ -84,5 +84,8 @@ def _resampled(sums: np.ndarray, strata: np.ndarray, resamples: int) -> np.ndarr
         drawn = start + (random.random((sets, count)) * size).astype(np.int64)
         drawn += np.arange(sets)[:, None] * count
         weights = np.bincount(drawn.ravel(), minlength=sets * count).reshape(sets, count)
-        totals.append(weights.astype(float) @ ordered)
+        weights = weights.astype(float)
+        # A dot product each: BLAS adds in another order beside other columns or rows.
+        columns = [np.einsum("ru,u->r", weights, column) for column in ordered.T]
+        totals.append(np.stack(columns, axis=1))
     return np.concatenate(totals)
