@@ -214,6 +214,11 @@ class _ChunkCounter(Dataset[_ChunkCounts]):
             "bad": [(bad.name, bad.reason, bad.needs) for bad in read.bad],
         }
 
+    def name_failing(self, ref: UnitRef, error: Exception) -> str:
+        """Returns the sample of a chunk that an exception is about."""
+        # By the reader: this one would make a cache file of every line tried alone.
+        return name_failing(self.reader, self.reader.files, [ref], error)
+
 
 def _measures(
     unit: Unit | Pair, unknown_id: int | None
@@ -303,8 +308,7 @@ def _count_lines(counter: _ChunkCounter, checked: CheckResult) -> None:
     reading = Reading(
         counter,
         chunks,
-        # The reader itself: the counter would make a cache file of every line tried alone.
-        name=lambda ref, error: name_failing(counter.reader, files, [ref], error),
+        name=counter.name_failing,
         describe=lambda ref: describe_refs(files, [ref]),
         workers=checked.recipe.data.workers,
     )

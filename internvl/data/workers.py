@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import signal
+import sys
 import time
 import traceback
 from collections import deque
@@ -34,6 +35,14 @@ from internvl.data.sources import Source
 from internvl.errors import DataError, WorkerDied, counted
 
 Job = TypeVar("Job")
+
+START_METHOD: str | None = "fork" if sys.platform == "linux" else None
+"""How workers begin: a forked one has at once what this process has read, and its closures.
+
+Asked for, since Python's default is another one in a process that was itself spawned, and
+everywhere from 3.14 on. None: that default, where system libraries do not survive a fork (macOS);
+it pickles what workers read with.
+"""
 
 _LESS_MEMORY = (
     "lower data.workers (0 reads in the main process), data.tiles.max or global_batch, or give the "
@@ -202,6 +211,7 @@ class Reading(Generic[Job]):
             sampler=self._issue(jobs),
             batch_size=None,
             num_workers=workers,
+            multiprocessing_context=START_METHOD if workers else None,
             prefetch_factor=ahead if workers else None,
             worker_init_fn=_heed_parent_alone,
             # Its own: a loader draws a seed from the global one when it starts, which would shift

@@ -13,11 +13,12 @@ import time
 import pytest
 import tiny_run
 from data_files import chat_line, picture, write_lines
+from ranks import Forked
 
-from internvl import check, cli
+from internvl import check, cli, train
 from internvl.config import DataConfig, SourceConfig, TilesConfig
 from internvl.config.recipes import load_recipe
-from internvl.data import formats, loader, workers
+from internvl.data import formats, loader, row_steps, workers
 from internvl.data.sampler import SampleOrder, UnitRef
 from internvl.data.sources import open_source
 from internvl.errors import BadSample, DataError, WorkerDied
@@ -259,6 +260,60 @@ def test_check_says_which_lines(monkeypatch, project):
     recipe = load_recipe(project, ["data.workers=1"])
     with pytest.raises(DataError, match=r"SIGKILL.*train\.jsonl lines 1 to 48; most likely the"):
         check.run(recipe)
+
+
+SPAWNED = """
+import multiprocessing
+import os
+import tiny_run
+from pathlib import Path
+from internvl import check, cli
+from internvl.config.recipes import load_recipe
+from internvl.data import loader
+
+# A process that was spawned hands its way of starting on; from Python 3.14 on none forks.
+multiprocessing.set_start_method("spawn", force=True)
+recipe = tiny_run.make(Path({folder!r}))
+assert check.run(load_recipe(recipe, ["data.workers=2"])).problems == []
+
+main, original = os.getpid(), loader.read_rgb
+
+def read(*source):
+    with open({read!r}, "a") as file:
+        file.write(f"{{os.getpid() == main}} ")
+    return original(*source)
+
+loader.read_rgb = read
+cli.main(["train", str(recipe), "data.workers=2", "steps=2"])
+"""
+
+
+def test_a_process_that_does_not_fork_by_itself_checks_and_trains(tmp_path):
+    """Its workers have what was changed here after the import, which none but a forked one has."""
+    folder, read = tmp_path / "project", tmp_path / "read"
+    process = Forked(SPAWNED.format(folder=str(folder), read=str(read)))
+    _, err = process.communicate()
+    assert process.poll() == 0, err
+    assert max(tiny_run.losses(folder / "run")) == 2
+    assert set(read.read_text().split()) == {"False"}
+
+
+def test_what_workers_read_with_can_be_pickled(monkeypatch, project):
+    """Where a process must not fork (macOS) they are spawned."""
+    pickled = []
+
+    class Pickling(workers.Reading):
+        def __init__(self, reader, jobs, **options):
+            pickled.append(len(pickle.dumps((reader, options["name"]))))
+            super().__init__(reader, jobs, **options)
+
+    for module in (check, loader, row_steps):
+        monkeypatch.setattr(module, "Reading", Pickling)
+    check.run(load_recipe(project, []))
+    train.run(load_recipe(project, ["steps=1"]))
+    rows = [f"run={project.parent / 'rows'}", "global_batch=null", "global_batch_rows=2"]
+    train.run(load_recipe(project, ["steps=1", *rows]))
+    assert len(pickled) == 3
 
 
 def test_the_command_line_says_it(monkeypatch, capsys, project):

@@ -11,14 +11,11 @@ from internvl.training import tracking, watchdog
 from internvl.training.watchdog import Status, Watchdog
 
 SLOW = """
-import multiprocessing
 import time
 from internvl import train
 from internvl.config import recipes
 from internvl.data import loader
 
-# As in a run: a rank of a test is started by a server, and so would be its loader workers.
-multiprocessing.set_start_method("fork", force=True)
 original = loader.read_rgb
 
 def slow_read(source, *rest):

@@ -5,7 +5,6 @@ at 40 requests of 7 tiles a second, threads hold it a third of the time, and who
 GPU's work waits for it. Worker processes hand tiles over in shared memory instead.
 """
 
-import multiprocessing
 import os
 import queue
 import threading
@@ -17,7 +16,7 @@ from dataclasses import replace
 
 from torch.utils.data import Dataset
 
-from internvl.data.workers import Reading, usable_cores
+from internvl.data.workers import START_METHOD, Reading, usable_cores
 from internvl.inference.engine.scheduler import Job
 from internvl.inference.requests import Prompt
 
@@ -206,7 +205,8 @@ _SHARED = 2**30
 
 def processes_for(count: int) -> int:
     """Returns how many worker processes should read `count` requests; 0: threads should."""
-    if count < _WORTH_FORKING or "fork" not in multiprocessing.get_all_start_methods():
+    # Requests are read by a closure, which no other process but a forked one has.
+    if count < _WORTH_FORKING or START_METHOD != "fork":
         return 0
     try:
         shared = os.statvfs("/dev/shm")

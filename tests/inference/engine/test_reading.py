@@ -1,5 +1,6 @@
 """Requests read ahead: in order, errors as they were raised, in threads and in processes."""
 
+import json
 import multiprocessing
 import os
 import threading
@@ -7,7 +8,9 @@ import time
 
 import numpy as np
 import pytest
+import tiny_run
 import torch
+from ranks import Forked
 
 from internvl.errors import BadImage
 from internvl.inference.engine import reading
@@ -80,3 +83,44 @@ def test_processes_where_they_pay(monkeypatch):
     assert reading.processes_for(10**4) in (0, 8)  # 0 where little memory can be shared
     monkeypatch.setattr(reading, "_SHARED", 2**60)
     assert reading.processes_for(10**4) == 0
+    monkeypatch.setattr(reading, "_SHARED", 0)
+    monkeypatch.setattr(reading, "START_METHOD", None)
+    assert reading.processes_for(10**4) == 0
+
+
+SPAWNED = """
+import json
+import multiprocessing
+from pathlib import Path
+import internvl
+from internvl.inference.engine import Prompts, shared
+
+# A process that was spawned hands its way of starting on; from Python 3.14 on none forks.
+multiprocessing.set_start_method({method!r}, force=True)
+processes = 0
+
+def prompts(*args, **options):
+    # As on a GPU, whatever cores and memory there are.
+    return Prompts(*args, **options | {{"processes": processes}})
+
+shared.Prompts = prompts
+chat = internvl.load({model!r}, device="cpu", dtype="float32")
+images = sorted(Path({folder!r}).glob("*.png"))
+requests = [internvl.Request("What is this?", [images[n % len(images)]]) for n in range(66)]
+answers = []
+for processes in (0, 2):
+    answers.append(chat.answer(requests, max_new_tokens=3))
+print(json.dumps(answers))
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_process_that_does_not_fork_by_itself_reads_by_processes(method, tmp_path):
+    tiny_run.make(tmp_path)
+    model = str(tmp_path / "start")
+    process = Forked(SPAWNED.format(method=method, model=model, folder=str(tmp_path)))
+    out, err = process.communicate()
+    assert process.poll() == 0, err
+    by_threads, by_processes = json.loads(out)
+    assert by_processes == by_threads
+    assert len(by_threads) == 66
