@@ -5,14 +5,16 @@
     python benchmarks/serve.py --url http://localhost:8000/v1 --model NAME  # any other server
 
 Every request shows one photo of seven tiles and asks for 30 tokens; weights are random
-(InternVL2-2B's shape). A client sends its next request when its last one is answered, streams it,
-and notes when the first token came. Rows, one after the other on the GPU, each in its own process:
+(InternVL2-2B's shape), and each token that they may choose is a word, so that all answers have 30.
+A client sends its next request when its last one is answered, streams it, and notes when the first
+word came. Rows, one after the other on the GPU, each in its own process:
 
-    answer        `chat.answer` with as many slots as there are clients, on 2,000 requests
+    answer        `chat.answer` with as many slots as there are clients, on 1,000 requests
     serve         `internvl serve`, 2,000 requests of 64 clients
     transformers  with --peer: `transformers serve`, as many requests as it answers in half a minute
 
-Each row is written to `--to` as soon as it is there; one that fails or takes too long says so.
+Each row is written to `--to` as soon as it is there; one that fails, takes too long, or has answers
+of fewer tokens says so (`failed`), and the others go on.
 `--export DIR` writes the model that is measured, for another server.
 """
 
@@ -34,6 +36,8 @@ import tempfile
 import threading
 import time
 import urllib.parse
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,32 +63,31 @@ def model_of(options: argparse.Namespace) -> Any:
     device = torch.device("cpu" if options.tiny else "cuda")
     chat = workloads.random_chat(MODEL, device, rank=None, tiny=options.tiny)
     chat.model.eval().requires_grad_(False)
-    return chat
+    # A word for every token: most others would have no text, and a client could not see them.
+    head = chat.model.get_output_embeddings().weight
+    special = chat.tokenizer.all_special_ids
+    tokenizer = workloads._tokenizer(len(head), len(head) - len(special))
+    # The others, which may end an answer, never come: of so many random logits one is above zero.
+    head[special] = 0
+    return replace(chat, tokenizer=tokenizer)
 
 
-def answer(options: argparse.Namespace, folder: Path | None, to_parent: Any) -> None:
-    """Sends requests a second of `chat.answer`, after a warm-up of the same shapes.
-
-    Args:
-        folder: gets the model before, for another server, which may load it meanwhile.
-    """
+def answer(options: argparse.Namespace, to_parent: Any) -> None:
+    """Sends seconds and tokens of `chat.answer`'s texts, after a warm-up of the same shapes."""
     from internvl.inference.engine import one_engine
     from internvl.inference.requests import Request
 
     chat = model_of(options)
-    if folder is not None:
-        from internvl import export
-
-        export.run(chat, folder, verify=False)
-    to_parent.send("exported")
-    requests = [Request(f"<image>\n{QUESTION}", [photo(n)]) for n in range(options.count)]
-    with one_engine(chat.model, options.count):
+    count = options.count // 2
+    requests = [Request(f"<image>\n{QUESTION}", [photo(n)]) for n in range(count)]
+    # Compiled as for the server, however few requests there are.
+    with one_engine(chat.model, COUNT):
         chat.answer(requests[: 2 * options.clients], **settings_of(options))
         to_parent.send("warm")
         to_parent.recv()
         started = time.perf_counter()
-        chat.answer(requests, **settings_of(options))
-        to_parent.send(time.perf_counter() - started)
+        texts = chat.answer(requests, **settings_of(options))
+        to_parent.send((time.perf_counter() - started, [len(text.split()) for text in texts]))
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, int]:
@@ -123,25 +126,70 @@ def body(index: int, name: str) -> bytes:
             "max_tokens": NEW,
             "temperature": 0,
             "stream": True,
+            "stream_options": {"include_usage": True},
         }
     ).encode()
 
 
-async def one(address: tuple[str, int], path: str, data: bytes) -> tuple[float, float, int]:
-    """Seconds to the first piece and to the end of an answer, and its number of pieces."""
-    started, first, pieces = time.perf_counter(), 0.0, 0
+@dataclass(frozen=True)
+class Answer:
+    """What a client saw of an answer."""
+
+    first_s: float | None
+    """Seconds to the first text; None if none came."""
+    total_s: float
+    pieces: int
+    tokens: int | None
+    """As the server counts them; None if it does not say."""
+
+
+async def one(address: tuple[str, int], path: str, data: bytes) -> Answer:
+    started = time.perf_counter()
+    first, pieces, tokens = None, 0, None
     reader, writer = await asyncio.open_connection(*address)
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     writer.write(f"{head}Connection: close\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
     status = await reader.readline()
     if b" 200 " not in status:
         raise RuntimeError((status + await reader.read()).decode())
-    while line := await reader.readline():
-        if b'"content":' in line and b'"content":""' not in line:
+    async for event in events(reader):
+        if "error" in event:
+            raise RuntimeError(json.dumps(event))
+        tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
+        # The first has a role and no text, and one with the usage may have no choice.
+        if any(choice["delta"].get("content") for choice in event.get("choices", [])):
             first = first or time.perf_counter() - started
             pieces += 1
     writer.close()
-    return first, time.perf_counter() - started, pieces
+    return Answer(first, time.perf_counter() - started, pieces, tokens)
+
+
+async def events(reader: asyncio.StreamReader) -> AsyncIterator[dict[str, Any]]:
+    """The events of a response, whose body may come in chunks."""
+    is_chunked, rest = False, b""
+    while (line := await reader.readline()).strip():
+        is_chunked |= line.lower().split() == [b"transfer-encoding:", b"chunked"]
+    while True:
+        if is_chunked:
+            size = int(await reader.readline() or b"0", 16)
+            # Each is followed by an empty line.
+            data = (await reader.readexactly(size + 2))[:-2] if size else b""
+        else:
+            data = await reader.read(2**16)
+        if not data:
+            return
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data: {"):
+                yield json.loads(line.removeprefix(b"data: "))
+
+
+def shortfall(tokens: Sequence[int | None]) -> dict[str, str]:
+    """What a row says of answers that have fewer tokens than asked; nothing if none has."""
+    short = sum(count is not None and count < NEW for count in tokens)
+    if not short:
+        return {}
+    return {"failed": f"{short} of {len(tokens)} answers have fewer than {NEW} tokens"}
 
 
 async def clients(
@@ -152,10 +200,10 @@ async def clients(
     number: int,
     done: Any = None,
     limit_s: float = 600.0,
-) -> list[tuple[float, float, int]]:
+) -> list[Answer]:
     """Answers of `count` requests of so many clients, or of those that `limit_s` is enough for."""
     left = iter(range(count))
-    answers: list[tuple[float, float, int]] = []
+    answers: list[Answer] = []
 
     async def client() -> None:
         for index in left:
@@ -233,12 +281,14 @@ def measured(
             looks.append(threading.Thread(target=look, args=[count]))
             looks[-1].start()
 
+    ends = time.perf_counter() + limit_s
     # What is built at first use, for rows of every length.
     warm = 3 * options.clients if pid is not None else 2
     asyncio.run(clients(address, path, bodies, warm, min(warm, options.clients), None, limit_s))
     began[0] = time.perf_counter()
+    left_s = max(1.0, ends - began[0])
     answers = asyncio.run(
-        clients(address, path, bodies, options.count, options.clients, done, limit_s)
+        clients(address, path, bodies, options.count, options.clients, done, left_s)
     )
     for thread in looks:
         thread.join()
@@ -246,17 +296,23 @@ def measured(
         raise RuntimeError(f"no answer in {limit_s:.0f} s")
     # Until the last answer: some may have been begun when the time was up.
     seconds = began[-1] - began[0]
-    first = sorted(answer[0] for answer in answers)
-    return {
+    first = sorted(answer.first_s for answer in answers if answer.first_s is not None)
+    tokens = [answer.tokens for answer in answers]
+    told = [count for count in tokens if count is not None]
+    figures = {
         "requests": len(answers),
         "clients": options.clients,
         "requests_per_s": round(len(answers) / seconds, 2),
-        "first_token_p50_ms": round(1e3 * statistics.median(first)),
-        "first_token_p95_ms": round(1e3 * first[int(0.95 * len(first))]),
-        "total_p50_ms": round(1e3 * statistics.median(answer[1] for answer in answers)),
-        "pieces": round(statistics.mean(answer[2] for answer in answers), 1),
+        "first_token_p50_ms": round(1e3 * statistics.median(first)) if first else None,
+        "first_token_p95_ms": round(1e3 * first[int(0.95 * len(first))]) if first else None,
+        "total_p50_ms": round(1e3 * statistics.median(answer.total_s for answer in answers)),
+        "pieces": round(statistics.mean(answer.pieces for answer in answers), 1),
+        "tokens": round(statistics.mean(told), 1) if told else "the server does not say",
         "host_and_gpu_gib_after": memory,
     }
+    if len(first) < len(answers):
+        figures["failed"] = f"{len(answers) - len(first)} of {len(answers)} answers had no text"
+    return figures | shortfall(tokens)
 
 
 def wait_until_healthy(address: tuple[str, int], is_alive: Any, until_s: float) -> None:
@@ -277,24 +333,32 @@ def wait_until_healthy(address: tuple[str, int], is_alive: Any, until_s: float) 
 
 
 class Peer:
-    """`transformers serve` on the exported model."""
+    """`transformers serve` on the exported model, which its process writes first."""
 
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.folder, self.address = folder, ("127.0.0.1", port)
-        self.log = folder.parent / "transformers.log"
+        self.folder, self.address = folder / MODEL, ("127.0.0.1", port)
+        self.log = folder / "transformers.log"
         device = "cpu" if options.tiny else "cuda"
+        write = [sys.executable, "-W", "ignore", __file__, "--export", str(self.folder)]
+        write += ["--tiny"] if options.tiny else []
         # What its command calls; the command itself needs packages of its other subcommands.
-        code = "import sys; from transformers.cli.serve import Serve; Serve(sys.argv[1], "
+        code = f"import subprocess, sys; subprocess.run({write}, check=True); "
+        code += "from transformers.cli.serve import Serve; Serve(sys.argv[1], "
         code += f"host='127.0.0.1', port={port}, dtype='bfloat16', device='{device}')"
-        words = [sys.executable, "-W", "ignore", "-c", code, str(folder)]
+        words = [sys.executable, "-W", "ignore", "-c", code, str(self.folder)]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(words, stdout=log, stderr=log, text=True)
 
     def wait(self, until_s: float) -> None:
         wait_until_healthy(self.address, lambda: self.process.poll() is None, until_s)
+
+    def settle(self) -> None:
+        """Waits until it is ready or has failed: loading beside would cost a row its time."""
+        with contextlib.suppress(RuntimeError):
+            self.wait(time.perf_counter() + 30)
 
     def measure(self, options: argparse.Namespace, limit_s: float) -> dict[str, Any]:
         self.wait(time.perf_counter() + 20)
@@ -317,7 +381,12 @@ class Rows:
         self.all: list[dict[str, Any]] = []
 
     def left(self) -> float:
+        """Seconds left for all rows."""
         return self.options.budget_s - (time.perf_counter() - self.started)
+
+    def left_before_peer(self) -> float:
+        """Seconds left for the rows before the other server's, or for all."""
+        return self.left() - (self.options.peer_s + 10 if self.options.peer else 5)
 
     def keep(self, row: str, figures: dict[str, Any], started: float) -> None:
         tiny = self.options.tiny
@@ -336,10 +405,11 @@ class Rows:
             self.options.to.write_text(json.dumps(self.all, indent=1) + "\n")
 
 
-def receive(pipe: Any, process: Any, limit_s: float) -> Any:
+def receive(pipe: Any, process: Any, until_s: float) -> Any:
     """The next message of a process."""
+    limit_s = max(0.0, until_s - time.perf_counter())
     try:
-        if pipe.poll(max(0.0, limit_s)):
+        if pipe.poll(limit_s):
             return pipe.recv()
     except EOFError:
         process.join()
@@ -350,63 +420,56 @@ def receive(pipe: Any, process: Any, limit_s: float) -> Any:
 def run(options: argparse.Namespace) -> None:
     rows = Rows(options)
     folder = Path(tempfile.mkdtemp(dir=options.folder))
-    peer: Peer | None = None
+    # Now, so that it has loaded when its row comes, whatever becomes of the others.
+    peer = Peer(folder, options) if options.peer else None
     try:
-        alone, peer = run_answer(rows, folder, options)
-        run_serve(rows, folder, options, alone)
+        alone = run_answer(rows, options, peer)
+        run_serve(rows, folder, options, alone, peer)
         if peer is not None:
-            started = time.perf_counter()
-            # Its load is long done: it waits since the first row.
-            try:
-                figures = peer.measure(options, min(options.peer_s, rows.left() - 5))
-                figures |= {
-                    "share_of_answer": alone and round(figures["requests_per_s"] / alone, 3)
-                }
-            except (RuntimeError, OSError) as error:
-                figures = {"failed": f"{error}; {peer.close()}"[:900]}
-            rows.keep("transformers", figures, started)
+            run_peer(rows, options, alone, peer)
     finally:
         if peer is not None:
             peer.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def run_answer(
-    rows: Rows, folder: Path, options: argparse.Namespace
-) -> tuple[float | None, Peer | None]:
-    """Requests a second of `chat.answer`, and the other server, which loads meanwhile."""
+def run_answer(rows: Rows, options: argparse.Namespace, peer: Peer | None) -> float | None:
+    """The row of `chat.answer`; its requests a second."""
     started = time.perf_counter()
+    until_s = started + 0.5 * options.budget_s
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
-    to = folder / MODEL if options.peer else None
-    process = spawn.Process(target=answer, args=(options, to, theirs))
+    process = spawn.Process(target=answer, args=(options, theirs))
     process.start()
     theirs.close()
-    peer, figures, rate = None, {}, None
-    limit_s = 0.5 * options.budget_s
+    figures: dict[str, Any] = {}
+    rate = None
     try:
-        receive(ours, process, limit_s)
-        if to is not None:
-            peer = Peer(to, options)
-        receive(ours, process, limit_s)
+        receive(ours, process, until_s)
         figures["ready_s"] = round(time.perf_counter() - started, 1)
-        # Loading beside would cost the row some of its time.
         if peer is not None:
-            with contextlib.suppress(RuntimeError):
-                peer.wait(time.perf_counter() + 30)
+            peer.settle()
         ours.send("go")
-        rate = options.count / receive(ours, process, limit_s)
-        figures |= {"requests": options.count, "requests_per_s": round(rate, 2)}
+        seconds, tokens = receive(ours, process, until_s)
+        rate = len(tokens) / seconds
+        figures |= {"requests": len(tokens), "requests_per_s": round(rate, 2)}
+        figures |= {"tokens": round(statistics.mean(tokens), 1)} | shortfall(tokens)
     except RuntimeError as error:
         figures["failed"] = str(error)
     finally:
         process.join(20)
         process.kill()
     rows.keep("answer", figures, started)
-    return rate, peer
+    return rate
 
 
-def run_serve(rows: Rows, folder: Path, options: argparse.Namespace, alone: float | None) -> None:
+def run_serve(
+    rows: Rows,
+    folder: Path,
+    options: argparse.Namespace,
+    alone: float | None,
+    peer: Peer | None,
+) -> None:
     """The row of `internvl serve`; by a thread if an engine in a process of its own fails."""
     spawn = multiprocessing.get_context("spawn")
     for apart in (True, False):
@@ -416,7 +479,7 @@ def run_serve(rows: Rows, folder: Path, options: argparse.Namespace, alone: floa
         process.start()
         figures: dict[str, Any] = {"engine": "process" if apart else "thread"}
         try:
-            until_s = started + min(0.4 * options.budget_s, rows.left())
+            until_s = started + min(0.4 * options.budget_s, rows.left_before_peer())
             while not port_file.exists():
                 if not process.is_alive() or time.perf_counter() > until_s:
                     raise RuntimeError("the server has no port")
@@ -424,8 +487,9 @@ def run_serve(rows: Rows, folder: Path, options: argparse.Namespace, alone: floa
             address = ("127.0.0.1", int(port_file.read_text()))
             wait_until_healthy(address, process.is_alive, until_s)
             figures["ready_s"] = round(time.perf_counter() - started, 1)
-            path, spare = "/v1/chat/completions", options.peer_s if options.peer else 5
-            limit_s = max(30.0, rows.left() - spare)
+            if peer is not None:
+                peer.settle()
+            path, limit_s = "/v1/chat/completions", max(30.0, rows.left_before_peer())
             figures |= measured(address, path, MODEL, options, process.pid, limit_s)
             if alone is not None:
                 figures["share_of_answer"] = round(figures["requests_per_s"] / alone, 3)
@@ -437,8 +501,20 @@ def run_serve(rows: Rows, folder: Path, options: argparse.Namespace, alone: floa
             process.kill()
         rows.keep("serve", figures, started)
         # Not again if there is no time to.
-        if "failed" not in figures or rows.left() < 60:
+        if "requests" in figures or rows.left_before_peer() < 60:
             return
+
+
+def run_peer(rows: Rows, options: argparse.Namespace, alone: float | None, peer: Peer) -> None:
+    """The row of the other server."""
+    started = time.perf_counter()
+    try:
+        figures = peer.measure(options, max(10.0, min(options.peer_s, rows.left() - 5)))
+        if alone is not None:
+            figures["share_of_answer"] = round(figures["requests_per_s"] / alone, 3)
+    except (RuntimeError, OSError) as error:
+        figures = {"failed": f"{error}; {peer.close()}"[:900]}
+    rows.keep("transformers", figures, started)
 
 
 def main() -> None:

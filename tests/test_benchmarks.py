@@ -357,7 +357,11 @@ def test_search_of_photos():
 def test_serving():
     answer, row = run("serve.py", "--tiny", "--count", "8")
     assert (answer["row"], row["row"], row["engine"]) == ("answer", "serve", "process")
-    assert answer["requests"] == row["requests"] == 8
+    assert (answer["requests"], row["requests"]) == (4, 8)
+    assert answer["tokens"] == row["tokens"] == 30
     assert row["share_of_answer"] > 0
+    assert 0 < row["first_token_p50_ms"] < row["total_p50_ms"]
     assert row["pieces"] > 1
+    assert "failed" not in answer
+    assert "failed" not in row
     assert len(row["host_and_gpu_gib_after"]) == 8
