@@ -9,6 +9,8 @@ whole row at once and write straight into the tiles. Originals: Pillow's
 import importlib
 import itertools
 import logging
+import os
+import threading
 from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
@@ -22,7 +24,7 @@ from torch.nn import functional as F
 logger = logging.getLogger(__name__)
 
 _LEAST_PIXELS = 1 << 16  # a smaller target takes Pillow no time worth saving
-_COMPILE_AFTER = 100  # resizes of a process before it compiles, which takes about two seconds
+_COMPILE_AFTER = 100  # resizes of a process before it compiles, which takes seconds
 
 _num_resizes = itertools.count()
 
@@ -34,14 +36,21 @@ def compiled_resize(width: int, height: int, backend: str) -> Resize | None:
     """Returns a compiled resize to `width` x `height` pixels, equal to that of `backend`.
 
     It takes an RGB image, uint8 (H, W, 3), and fills tiles, uint8 (rows, columns, 3, S, S). Returns
-    None without numba, for small targets, and for the first resizes of a process.
+    None without numba, for small targets, and for the first resizes of a process, until a thread
+    has compiled it.
 
     Args:
         backend: "pillow" or "torch".
     """
     if width * height < _LEAST_PIXELS or next(_num_resizes) < _COMPILE_AFTER:
         return None
-    return _checked_resize(backend)
+    compilation = _compilations.get(backend)
+    if compilation is None:
+        compilation = _Compilation(backend)
+        # Several threads may come here at once; one of theirs is kept.
+        if _compilations.setdefault(backend, compilation) is compilation:
+            compilation.start()
+    return compilation.resize
 
 
 def resize_by_torch(image: np.ndarray, width: int, height: int) -> Tensor:
@@ -71,7 +80,33 @@ def _may_begin_with_height() -> bool:
     return image.resize((20, 30)).tobytes() == height_then_width.tobytes()
 
 
-@cache
+class _Compilation(threading.Thread):
+    """Compiles a resize beside those who need it: all readers of a GPU would wait at once."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__(name="compile a resize")
+        self.backend = backend
+        self.resize: Resize | None = None
+        """None until it is there."""
+
+    def start(self) -> None:
+        """Begins; a process that is forked waits for the end."""
+        # Numba's lock would be held there for ever, by a thread that is not.
+        os.register_at_fork(before=self._finish)
+        super().start()
+
+    def run(self) -> None:
+        """See `Thread`."""
+        self.resize = _checked_resize(self.backend)
+
+    def _finish(self) -> None:
+        if self.is_alive():
+            self.join()
+
+
+_compilations: dict[str, _Compilation] = {}
+
+
 def _checked_resize(backend: str) -> Resize | None:
     """Returns the compiled resize if numba is installed and it equals this Pillow or torch."""
     try:

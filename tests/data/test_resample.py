@@ -2,7 +2,11 @@
 
 import itertools
 import math
+import multiprocessing
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -28,9 +32,16 @@ def how(request):
 @pytest.fixture(scope="module")
 def resize(how):
     pytest.importorskip("numba")
-    found = resample.compiled_resize(448, 448, how)
+    found = compiled(how)
     assert found is not None, f"this {how} resizes in another way"
     return found
+
+
+def compiled(how):
+    """What `compiled_resize` returns once its thread has ended."""
+    resample.compiled_resize(448, 448, how)
+    resample._compilations[how].join()
+    return resample.compiled_resize(448, 448, how)
 
 
 def slow(picture, width, height, how):
@@ -95,9 +106,7 @@ def test_another_order_of_passes_is_noticed(monkeypatch):
     pytest.importorskip("numba")
     found = resample._may_begin_with_height()
     monkeypatch.setattr(resample, "_may_begin_with_height", lambda: not found)
-    resample._checked_resize.cache_clear()
     assert resample._checked_resize("pillow") is None
-    resample._checked_resize.cache_clear()
 
 
 def test_tiles_are_the_same_with_and_without(resize, how, monkeypatch):
@@ -117,9 +126,44 @@ def test_a_few_pictures_are_not_worth_compiling_for(resize, how, monkeypatch):
     assert found == [False, False, True]
 
 
+def test_nobody_waits_for_the_compilation(monkeypatch):
+    may_end, begun = threading.Event(), []
+
+    def checked_resize(how):
+        begun.append(how)
+        may_end.wait()
+        return "a resize"
+
+    monkeypatch.setattr(resample, "_compilations", {})
+    monkeypatch.setattr(resample, "_checked_resize", checked_resize)
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda _: resample.compiled_resize(448, 448, "pillow"), range(8))
+        assert [*found] == [None] * 8
+    may_end.set()
+    assert compiled("pillow") == "a resize"
+    assert begun == ["pillow"]
+
+
+def test_a_fork_waits_for_the_compilation(monkeypatch):
+    def checked_resize(how):
+        time.sleep(0.2)
+        return "a resize"
+
+    monkeypatch.setattr(resample, "_compilations", {})
+    monkeypatch.setattr(resample, "_checked_resize", checked_resize)
+    assert resample.compiled_resize(448, 448, "pillow") is None
+    ours, theirs = multiprocessing.Pipe()
+    context = multiprocessing.get_context("fork")
+    process = context.Process(
+        target=lambda: theirs.send(resample.compiled_resize(448, 448, "pillow"))
+    )
+    process.start()
+    assert ours.recv() == "a resize"
+    process.join()
+
+
 def test_without_numba_or_for_small_pictures_the_slow_one_does_it(monkeypatch):
     assert resample.compiled_resize(64, 64, "pillow") is None
     monkeypatch.setitem(sys.modules, "numba", None)
-    resample._checked_resize.cache_clear()
-    assert resample.compiled_resize(448, 448, "pillow") is None
-    resample._checked_resize.cache_clear()
+    monkeypatch.setattr(resample, "_compilations", {})
+    assert compiled("pillow") is None
