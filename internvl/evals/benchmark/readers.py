@@ -6,6 +6,7 @@ entry's template and result rows.
 
 import ast
 import csv
+import io
 import json
 import os
 import re
@@ -17,8 +18,9 @@ from typing import Any
 
 from internvl.data.json_rows import read_json
 from internvl.data.tables import Table
+from internvl.data.texts import read_text
 from internvl.datasets.tasks import Places
-from internvl.errors import DataError
+from internvl.errors import DataError, UserError, counted
 from internvl.evals.benchmark import video
 from internvl.evals.benchmark.table import read_columns
 from internvl.evals.scoring import domains, mmmu, yes_no
@@ -38,15 +40,28 @@ class Item:
     """Paths, `data:` addresses or encoded images."""
     load: Callable[[], Sequence[Any]] | None = field(default=None, repr=False)
     """Decodes the images, where they are not files of their own."""
+    sources: Sequence[str] = ()
+    """Files that `load` reads: other answers belong to a changed one."""
 
     @property
     def paths(self) -> list[str]:
         """Image files of the question."""
         return [image for image in self.images if not _is_encoded(image)]
 
+    @property
+    def encoded(self) -> list[Any]:
+        """Images of the question that are no files."""
+        return [image for image in self.images if _is_encoded(image)]
+
 
 def _is_encoded(image: Any) -> bool:
     return not isinstance(image, str) or image.startswith("data:")
+
+
+def _inline(cell: Any) -> str:
+    """Returns the `data:` address of a base64 text, which may be one already."""
+    text = str(cell)
+    return text if text.startswith("data:") else f"data:image/jpeg;base64,{text}"
 
 
 Reader = Callable[[Places], Iterator[Item]]
@@ -63,7 +78,10 @@ def read(places: Places) -> list[Item]:
     reader = READERS[places.dataset.reader]
     try:
         return list(reader(places))
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    # A damaged list of options is a ValueError or a SyntaxError of literal_eval.
+    except (LookupError, TypeError, AttributeError, ValueError, SyntaxError) as error:
         paths = ", ".join(str(places.file(role)) for role in places.dataset.files)
         reason = f"{type(error).__name__}: {error}"
         raise DataError(
@@ -75,13 +93,15 @@ def read(places: Places) -> list[Item]:
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yields the rows of a JSONL file."""
     # Split at line feeds alone: a JSON text may hold other separators as they are.
-    for position, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for position, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             yield json.loads(line)
         except ValueError as error:
-            raise DataError(f"{path} line {position}: no JSON ({error})") from None
+            raise DataError(
+                f"{path} line {position}: no JSON ({error}); fetch the file again"
+            ) from None
 
 
 def option_fields(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,10 +190,16 @@ def _mme(places: Places) -> Iterator[Item]:
         if path.stem not in tasks:
             # A stray file would be a task of its own in the sum.
             raise DataError(f"{path}: MME has no task {path.stem!r}; it has {', '.join(tasks)}")
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for position, line in enumerate(read_text(path).split("\n"), start=1):
             if not line.strip():
                 continue
-            image, question, expected = line.strip().split("\t")
+            columns = line.strip().split("\t")
+            if len(columns) != 3:
+                raise DataError(
+                    f"{path} line {position}: image, question and answer stand between tabs, and "
+                    f"it has {counted(len(columns), 'column')}; fetch the file again"
+                )
+            image, question, expected = columns
             fields = {
                 "task": path.stem,
                 "image_name": image,
@@ -227,7 +253,7 @@ def _option_table(places: Places) -> Iterator[Item]:
             "letter_of_answer": row.get("answer"),
             "category": row.get("category"),
         }
-        yield Item(fields, [f"data:image/jpeg;base64,{row['image']}"])
+        yield Item(fields, [_inline(row["image"])])
 
 
 def _science(places: Places) -> Iterator[Item]:
@@ -270,19 +296,37 @@ def pair_options(text: str) -> dict[str, str]:
 
 
 def _mmvp(places: Places) -> Iterator[Item]:
-    with places.file("questions").open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            # The official file spells its first column with an l.
-            row_id = row["lndex"] if "lndex" in row else row["Index"]
-            expected = row["Correct Answer"]
-            for letter in "abcd":
-                expected = expected.replace(f"({letter})", letter.upper())
-            fields = {"question": row["Question"], "id": row_id, "letter_of_answer": expected}
-            fields |= option_fields(pair_options(row["Options"]))
-            yield Item(fields, [places.image(f"{row_id}.jpg")])
+    rows = csv.DictReader(io.StringIO(read_text(places.file("questions"))))
+    for position, row in enumerate(rows):
+        # The official file spells its first column with an l.
+        row_id = row["lndex"] if "lndex" in row else row["Index"]
+        expected = row["Correct Answer"]
+        for letter in "abcd":
+            expected = expected.replace(f"({letter})", letter.upper())
+        fields = {"question": row["Question"], "id": row_id, "letter_of_answer": expected}
+        fields |= option_fields(pair_options(row["Options"]))
+        yield Item(fields, [places.image(f"{row_id}.jpg")])
 
 
-def _table_rows(folder: Path, split: str) -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
+@dataclass(frozen=True)
+class _Again:
+    """Reads a row once more."""
+
+    read: Callable[[], Mapping[str, Any]]
+    file: str
+
+    def item(self, fields: Mapping[str, Any], columns: Sequence[str], folder: Path) -> Item:
+        """Returns the question about the images in some columns, each one or a list."""
+
+        def cells() -> list[Any]:
+            row = self.read()
+            listed = (row[c] if isinstance(row[c], list) else [row[c]] for c in columns)
+            return [_cell_image(cell, folder) for row_cells in listed for cell in row_cells]
+
+        return Item(fields, load=cells, sources=[self.file])
+
+
+def _table_rows(folder: Path, split: str) -> Iterator[tuple[dict[str, Any], "_Again"]]:
     """Yields the rows of a split and what reads each again: its images stay on disk.
 
     The split is SPLIT.jsonl, or the Parquet and Arrow files of the hub whose names begin with it.
@@ -290,7 +334,7 @@ def _table_rows(folder: Path, split: str) -> Iterator[tuple[dict[str, Any], Call
     lines = folder / f"{split}.jsonl"
     if lines.is_file():
         for row in read_lines(lines):
-            yield row, partial(dict, row)
+            yield row, _Again(partial(dict, row), str(lines))
         return
     files = sorted(p for p in folder.rglob(f"{split}*") if p.suffix in (".parquet", ".arrow"))
     if not files:
@@ -298,7 +342,7 @@ def _table_rows(folder: Path, split: str) -> Iterator[tuple[dict[str, Any], Call
     for table in map(Table, files):
         for index in range(len(table)):
             row = table.row(index)
-            yield row, partial(table.row, index)
+            yield row, _Again(partial(table.row, index), str(table.path))
 
 
 def _cell_image(cell: Any, folder: Path) -> Any:
@@ -333,14 +377,9 @@ def _mmmu(places: Places) -> Iterator[Item]:
                 "expected": None if key is None else key.get(row["id"]),
             }
             fields |= option_fields(_lettered(texts))
-            yield Item(fields, load=partial(_cells, again, present, folder))
+            yield again.item(fields, present, folder)
     if not any((folder / name).is_dir() for name in mmmu.SUBJECTS):
         raise DataError(f"{folder}: there is no folder of a subject, such as {mmmu.SUBJECTS[0]}")
-
-
-def _cells(again: Callable[[], Mapping[str, Any]], columns: Sequence[str], folder: Path) -> Any:
-    row = again()
-    return [_cell_image(row[column], folder) for column in columns]
 
 
 def _mmmu_pro(places: Places) -> Iterator[Item]:
@@ -362,7 +401,7 @@ def _mmmu_pro(places: Places) -> Iterator[Item]:
         }
         lines = option_fields(_lettered([_plain_marks(str(text)) for text in texts]))
         fields |= lines | {"options": _lettered([str(text) for text in texts])}
-        yield Item(fields, load=partial(_cells, again, columns, folder))
+        yield again.item(fields, columns, folder)
 
 
 def _plain_marks(text: str) -> str:
@@ -374,10 +413,7 @@ def _mathvista(places: Places) -> Iterator[Item]:
     folder = places.file("rows")
     for row, again in _table_rows(folder, places.dataset.split):
         columns = {k: v for k, v in row.items() if k != "decoded_image"}
-        yield Item(
-            {"query": row["query"], "row": columns},
-            load=partial(_cells, again, ["decoded_image"], folder),
-        )
+        yield again.item({"query": row["query"], "row": columns}, ["decoded_image"], folder)
 
 
 def _mantis(places: Places) -> Iterator[Item]:
@@ -397,11 +433,7 @@ def _mantis(places: Places) -> Iterator[Item]:
             "question_type": row["question_type"],
             "row": {k: v for k, v in row.items() if k not in ("images", "data_source")},
         }
-        yield Item(fields, load=partial(_listed_cells, again, folder))
-
-
-def _listed_cells(again: Callable[[], Mapping[str, Any]], folder: Path) -> Any:
-    return [_cell_image(cell, folder) for cell in again()["images"]]
+        yield again.item(fields, ["images"], folder)
 
 
 def interleaved_question(question: str, num_images: int) -> str:
@@ -493,9 +525,9 @@ def _mmvet_v2(places: Places) -> Iterator[Item]:
 
 
 def _mmhal(places: Places) -> Iterator[Item]:
-    for row in read_lines(places.file("questions")):
+    for position, row in enumerate(read_lines(places.file("questions"))):
         image = row.get("image")
-        shown = f"data:image/jpeg;base64,{image}" if image else places.path(row["image_path"])
+        shown = _inline(image) if image else places.path(row["image_path"])
         fields = {
             "question": row["question"],
             "row": {k: v for k, v in row.items() if k != "image"},
@@ -546,7 +578,7 @@ def _mvbench(places: Places) -> Iterator[Item]:
             # By text, as evaluate_mvbench.py:167: of equal candidates the last one counts.
             letters = {text: _LETTERS[n] for n, text in enumerate(row["candidates"])}
             lines = "".join(f"\n({_LETTERS[n]}) {c}" for n, c in enumerate(row["candidates"]))
-            bound = (row["start"], row["end"]) if task.has_bounds else None
+            bound = (float(row["start"]), float(row["end"])) if task.has_bounds else None
             clip = places.path(f"data/MVBench/video/{task.folder}/{row['video']}")
             fields = {
                 "question": row["question"],
@@ -556,7 +588,8 @@ def _mvbench(places: Places) -> Iterator[Item]:
                 "task_type": task.name,
                 "video_path": str(clip),
             }
-            yield Item(fields, load=partial(video.read_segments, clip, bound, segments))
+            load = partial(video.read_segments, clip, bound, segments)
+            yield Item(fields, load=load, sources=[str(clip)])
 
 
 READERS: dict[str, Reader] = {

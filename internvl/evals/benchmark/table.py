@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
+from internvl.data.texts import read_text
 from internvl.errors import DataError
 
 _MISSING = frozenset(
@@ -24,6 +25,9 @@ _MISSING = frozenset(
 _BOOLEANS = {"True": True, "TRUE": True, "true": True, "False": False, "FALSE": False}
 _BOOLEANS |= {"false": False}
 
+_END = "end"
+"""A row after the last one."""
+
 Columns = dict[str, list[Any]]
 """Name -> its cells, None for a missing one."""
 
@@ -32,16 +36,22 @@ def read_columns(path: Path) -> Columns:
     """Reads a tab-separated file with a header; whole numbers, decimals and booleans by column.
 
     Raises:
-        DataError: rows of different lengths, or a file without rows.
+        DataError: rows of different lengths, a quotation that never ends, or a file without rows.
     """
-    return parse_columns(path.read_text(encoding="utf-8"), str(path))
+    return parse_columns(read_text(path), str(path))
 
 
 def parse_columns(text: str, name: str = "table") -> Columns:
     """Parses the text of such a file."""
     # An image is one cell, longer than the module's limit; the limit is a C long.
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    rows = list(csv.reader(io.StringIO(text), delimiter="\t"))
+    rows = list(csv.reader(io.StringIO(f"{text}\n{_END}"), delimiter="\t"))
+    # The module takes an open quotation to the end of the file for a cell, and says nothing.
+    if rows.pop() != [_END]:
+        raise DataError(
+            f"{name} row {len(rows) + 1}: a quotation mark begins a cell that never ends, which "
+            "would hold all rows below; fetch the file again"
+        )
     rows = [row for row in rows if row]
     if len(rows) < 2:
         raise DataError(f"{name} holds no row")

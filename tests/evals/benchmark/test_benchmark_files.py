@@ -1,0 +1,117 @@
+"""Files of benchmarks as users have them: of other programs, damaged, changed, in part."""
+
+import base64
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+from chat_folders import prompt_folder
+from drawn_benchmarks import Drawn, picture
+from original_runs import Recorder
+
+from internvl import evals
+from internvl.config import TilesConfig, eval_config
+from internvl.datasets import tasks
+from internvl.errors import DataError
+from internvl.evals.benchmark import readers, table
+from internvl.inference import load as loading
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat") / "m"
+    return loading.load(prompt_folder("internlm2.internlm2-chat", folder), device="cpu")
+
+
+def drawn(key: str, folder: Path) -> Drawn:
+    """Files of the only data set of a key, below `folder`/data."""
+    (dataset,) = tasks.tasks()[key].sets.values()
+    return Drawn(dataset, folder / "data")
+
+
+def built(key: str, files: Drawn, **options):
+    config = eval_config(type="benchmark", task=key, annotations=files.places.root, **options)
+    return evals.build({"x": config})["x"]
+
+
+def recorder(chat, answers):
+    tiles = TilesConfig(size=28, min=1, max=1)
+    settings = (chat.model, chat.tokenizer, chat.template, tiles, None, Path("x/m"))
+    return Recorder(*settings, tuple(answers))
+
+
+def fields(items):
+    return [dict(item.fields) for item in items]
+
+
+TEXT_FILES = {"mme": "existence.txt", "mmvp": "", "mmbench-dev-en": "", "scienceqa": ""}
+
+
+@pytest.mark.parametrize("key", TEXT_FILES)
+def test_marks_and_ends_of_other_editors_change_nothing(tmp_path, key):
+    files = drawn(key, tmp_path)
+    path = files.places.file("questions") / TEXT_FILES[key]
+    content, expected = path.read_bytes(), fields(readers.read(files.places))
+    lines = content.replace(b"\r\n", b"\n")
+    for other in (b"\xef\xbb\xbf" + content, lines.replace(b"\n", b"\r\n"), lines + b"\n\n"):
+        path.write_bytes(other)
+        assert fields(readers.read(files.places)) == expected
+
+
+@pytest.mark.parametrize("key", TEXT_FILES)
+def test_a_damaged_file_is_named_with_its_remedy(tmp_path, key):
+    files = drawn(key, tmp_path)
+    path = files.places.file("questions") / TEXT_FILES[key]
+    content = path.read_bytes()
+    for damaged, words in (
+        (content.replace(b"s", b"\xe4", 1), "save it as UTF-8"),
+        (content.decode().encode("utf-16"), "UTF-16"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=words) as caught:
+            readers.read(files.places)
+        assert path.name in str(caught.value)
+
+
+def test_a_line_of_mme_without_its_columns_is_named(tmp_path):
+    files = drawn("mme", tmp_path)
+    (files.places.file("questions") / "existence.txt").write_text("1.jpg\tIs it so?\n")
+    with pytest.raises(DataError, match=r"existence\.txt line 1: .* it has 2 columns"):
+        readers.read(files.places)
+
+
+def test_a_list_of_options_that_is_none_is_named(tmp_path):
+    files = drawn("mmmu-dev", tmp_path)
+    row = {"id": "dev_Art_1", "question": "?", "options": "['a', ", "question_type": "open"}
+    folder = files.places.file("rows") / "Art"
+    (folder / "dev.jsonl").write_text(json.dumps(row | {"image_1": "1.png"}))
+    with pytest.raises(DataError, match="not in the form of MMMU_dev .SyntaxError"):
+        readers.read(files.places)
+
+
+def test_a_quotation_that_never_ends_takes_no_rows_with_it():
+    head = "index\tquestion\tA\n"
+    columns = table.parse_columns(f'{head}1\t"two\nlines, a ""quote"""\tx\n2\tsay "so"\ty\n')
+    assert columns["question"] == ['two\nlines, a "quote"', 'say "so"']
+    with pytest.raises(DataError, match="row 3: a quotation mark begins a cell that never ends"):
+        table.parse_columns(f'{head}1\tone\tx\n2\t"two\ty\n3\tthree\tz\n')
+
+
+def with_image(files: Drawn, cell: str) -> None:
+    """Puts another image into MMBench's first row."""
+    path = files.places.file("questions")
+    rows = list(csv.reader(io.StringIO(path.read_text()), delimiter="\t"))
+    rows[1][rows[0].index("image")] = cell
+    path.write_text("\n".join("\t".join(row) for row in rows) + "\n")
+
+
+def test_an_image_may_be_a_data_address(chat, tmp_path):
+    files = drawn("mmbench-dev-en", tmp_path)
+    text = base64.b64encode(picture(1)).decode()
+    with_image(files, f"data:image/png;base64,{text}")
+    recorded = recorder(chat, "AD")
+    assert built("mmbench-dev-en", files).run(recorded, None).values == {"plain_accuracy": 1.0}
+    assert recorded.calls[0].means == recorded.calls[1].means
