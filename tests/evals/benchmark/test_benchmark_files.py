@@ -115,3 +115,25 @@ def test_an_image_may_be_a_data_address(chat, tmp_path):
     recorded = recorder(chat, "AD")
     assert built("mmbench-dev-en", files).run(recorded, None).values == {"plain_accuracy": 1.0}
     assert recorded.calls[0].means == recorded.calls[1].means
+
+
+def test_a_changed_image_in_a_table_is_asked_about_again(chat, tmp_path):
+    """Answers on disk are of these very images, in a cell or in a file of the hub."""
+    files = drawn("mmbench-dev-en", tmp_path)
+    cache = tmp_path / "cache"
+    for answers, seen in (("AD", 2), ("", 0)):
+        recorded = recorder(chat, answers)
+        built("mmbench-dev-en", files).run(recorded, cache)
+        assert len(recorded.calls) == seen
+    with_image(files, base64.b64encode(picture(2)).decode())
+    recorded = recorder(chat, "BB")
+    assert built("mmbench-dev-en", files).run(recorded, cache).values == {"plain_accuracy": 0.0}
+    files = drawn("mmmu-dev", tmp_path)
+    (path,) = files.places.file("rows").rglob("*.parquet")
+    built("mmmu-dev", files).run(recorder(chat, "AA"), cache)
+    rows = readers.Table(path)
+    changed = [rows.row(n) | {"image_1": {"bytes": picture(9), "path": "1.png"}} for n in range(2)]
+    files.parquet(path, changed)
+    recorded = recorder(chat, "AA")
+    built("mmmu-dev", files).run(recorded, cache)
+    assert len(recorded.calls) == 2
