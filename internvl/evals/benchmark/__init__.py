@@ -11,7 +11,7 @@ from internvl import dist
 from internvl.config import BenchmarkEval
 from internvl.datasets import tasks
 from internvl.datasets.tasks import Dataset, Places
-from internvl.errors import BadSample, ConfigError, UserError
+from internvl.errors import BadSample, ConfigError, DataError, UserError
 from internvl.evals import asking
 from internvl.evals.asking import Answer, Question, Shown, Tiling, cut_tiles
 from internvl.evals.benchmark import readers, results
@@ -72,6 +72,8 @@ class Benchmark:
             raise ConfigError(f"task: there is no benchmark {config.task!r} of questions")
         self.task = task
         self.asked_sets = self._asked_sets()
+        for asked_set in self.asked_sets:
+            _check_references(asked_set)
         self.problems = self._missing_images()
         raise_or_log(self.problems, config.on_bad_sample, _REMEDY)
 
@@ -267,7 +269,15 @@ class Benchmark:
         score: Callable[..., Scored] = SCORES.get(
             dataset.score, lambda outcomes, dataset: Scored({})
         )
-        return score(outcomes, dataset), notes, {}
+        scored = score(outcomes, dataset)
+        without = sum(value is None for value in scored.per_question)
+        # A table for a server has no answers at all, and no score.
+        if without and scored.values:
+            notes.append(
+                f"{dataset.name}: {without} of {len(outcomes)} questions have no reference in "
+                f"{_names_of_files(asked_set.places)} and count nowhere"
+            )
+        return scored, notes, {}
 
     def _rows(
         self,
@@ -294,6 +304,50 @@ class Benchmark:
                 }
             )
         return rows
+
+
+def _check_references(asked_set: _AskedSet) -> None:
+    """Scores empty answers: what cannot be scored is found before hours of answers.
+
+    Raises:
+        DataError: references that cannot be scored, or none for any question.
+    """
+    dataset, files = asked_set.dataset, _names_of_files(asked_set.places)
+    if dataset.score not in SCORES:
+        return
+    again = f"fetch it again from {next(iter(dataset.files.values())).address}"
+    trial = _trial(asked_set.items, dataset)
+    if isinstance(trial, str):
+        alone = [_trial([item], dataset) for item in asked_set.items]
+        failing = [n for n, found in enumerate(alone, start=1) if isinstance(found, str)]
+        # Where each fails by itself, as half of a pair does, the first is not the one.
+        named = failing and (len(failing) < len(alone) or len(alone) == 1)
+        where = f" question {failing[0]}: {alone[failing[0] - 1]}" if named else f": {trial}"
+        raise DataError(f"{files}{where}; {again}")
+    if trial.values and trial.per_question and all(v is None for v in trial.per_question):
+        raise DataError(
+            f"{files}: none of the {len(asked_set.items)} questions of {dataset.name} has a "
+            "reference; an id must be the same in both files, as a text or as a number; "
+            f"{again}"
+        )
+
+
+def _trial(items: Sequence[Item], dataset: Dataset) -> Scored | str:
+    """Returns the scores of empty answers, or why questions cannot be scored."""
+    parse = PARSERS.get(dataset.parse, lambda answer, item: answer)
+    try:
+        outcomes = [Outcome(item, "", "", parse("", item)) for item in items]
+        for outcome in outcomes:
+            described(outcome, dataset)
+        return SCORES[dataset.score](outcomes, dataset)
+    except UserError as error:
+        return str(error)
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        return f"its reference cannot be scored ({type(error).__name__}: {error})"
+
+
+def _names_of_files(places: Places) -> str:
+    return ", ".join(str(places.file(role)) for role in places.dataset.files)
 
 
 def _images_of(item: Item) -> Sequence[Any]:
@@ -360,7 +414,11 @@ def tile_limits(dataset: Dataset, count: int, most: int, total_tiles: int) -> li
         return [most] + [1] * (count - 1)
     if dataset.budget == "each":
         return [most] * count
-    shared = min(most, total_tiles // max(1, count)) if dataset.budget == "total" else most // count
+    shared = (
+        min(most, total_tiles // max(1, count))
+        if dataset.budget == "total"
+        else most // max(1, count)
+    )
     return [max(1, shared)] * count
 
 

@@ -90,7 +90,8 @@ def _rates(
 
 
 def _texts(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)
+    """Returns a reference or several as texts: files of some sets have numbers."""
+    return [str(text) for text in value] if isinstance(value, list | tuple) else [str(value)]
 
 
 def _mean_of(
@@ -119,7 +120,7 @@ def _mean_of(
 
 
 def _gqa(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
-    per_question = [float(texts.gqa_answer(o.answer) == o["annotation"]) for o in outcomes]
+    per_question = [float(texts.gqa_answer(o.answer) == str(o["annotation"])) for o in outcomes]
     predictions = [
         {"questionId": o["question_id"], "prediction": texts.gqa_answer(o.answer)} for o in outcomes
     ]
@@ -380,7 +381,7 @@ def _mmmu(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
 
 
 def _contained(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
-    per_question = [texts.contains_answer(o.answer, o["gt_answers"]) for o in outcomes]
+    per_question = [texts.contains_answer(o.answer, _texts(o["gt_answers"])) for o in outcomes]
     values = _rates(outcomes, per_question, "task_type", "mean_accuracy")
     groups = {name: value for name, value in values.items() if name != "mean_accuracy"}
     # The sum over the categories, up to 5.

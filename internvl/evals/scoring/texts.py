@@ -99,12 +99,12 @@ def answer_scores(answers: Sequence[str]) -> dict[str, float]:
     """
     if len(answers) != 10:
         raise UserError(f"soft accuracy is defined for 10 answers of people, not {len(answers)}")
-    counts = Counter(map(normalize, answers))
+    all_normalized = [normalize(answer) for answer in answers]
+    counts = Counter(all_normalized)
     # Summed as the original sums them, one left-out answer after the other: equal to the last bit.
     return {
         answer: sum(
-            min(1, float(count - (normalized == answer)) / 3)
-            for normalized in map(normalize, answers)
+            min(1, float(count - (normalized == answer)) / 3) for normalized in all_normalized
         )
         / 10
         for answer, count in counts.items()

@@ -85,7 +85,10 @@ def mme_task_score(pairs: Sequence[tuple[str, str]]) -> float:
         UserError: an odd number of questions.
     """
     if len(pairs) % 2:
-        raise UserError(f"MME has two questions an image; a task has {len(pairs)}")
+        raise UserError(
+            f"MME has two questions an image, and scores both together; a task has {len(pairs)} "
+            "questions, so --limit must be even"
+        )
     lowered = [(expected.lower(), reply.lower()) for expected, reply in pairs]
     labels = [(expected, mme_label(reply)) for expected, reply in lowered]
     readable = [pair for pair, raw in zip(labels, lowered, strict=True) if raw != ("", "")]

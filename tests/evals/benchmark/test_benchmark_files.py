@@ -14,7 +14,7 @@ from original_runs import Recorder
 from internvl import evals
 from internvl.config import TilesConfig, eval_config
 from internvl.datasets import tasks
-from internvl.errors import DataError
+from internvl.errors import DataError, UserError
 from internvl.evals.benchmark import readers, table
 from internvl.inference import load as loading
 
@@ -137,3 +137,52 @@ def test_a_changed_image_in_a_table_is_asked_about_again(chat, tmp_path):
     recorded = recorder(chat, "AA")
     built("mmmu-dev", files).run(recorded, cache)
     assert len(recorded.calls) == 2
+
+
+def test_references_that_are_numbers_are_texts(chat, tmp_path):
+    files = drawn("vqa-chartqa-test-human", tmp_path)
+    path = files.places.file("questions")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row | {"answer": value} for row, value in zip(rows, (14, [14, 2.5]), strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scores = built("vqa-chartqa-test-human", files).run(recorder(chat, ["14", "2.5"]), None)
+    assert scores.values == {"accuracy": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("key", "row", "words"),
+    [
+        ("refcoco-val", {"bbox": None}, r"refcoco_val\.jsonl question 2: its reference cannot be"),
+        ("vqa-ai2d-test", {"answer": None}, ""),
+        ("vqa-docvqa-val", {"question_id": "11"}, ""),
+    ],
+)
+def test_what_cannot_be_scored_is_found_before_it_is_asked(chat, tmp_path, key, row, words):
+    files = drawn(key, tmp_path)
+    path = files.places.file("questions")
+    first, second = (json.loads(line) for line in path.read_text().splitlines())
+    path.write_text(f"{json.dumps(first)}\n{json.dumps(second | row)}\n")
+    if words:
+        with pytest.raises(DataError, match=words):
+            built(key, files)
+        return
+    # One without a reference counts nowhere, and a note says so.
+    scores = built(key, files).run(recorder(chat, ["cat", "cat"]), None)
+    assert [*scores.values.values()] == [1.0]
+    assert any("1 of 2 questions have no reference in" in note for note in scores.notes)
+
+
+def test_ids_that_never_match_are_no_score_of_zero(tmp_path):
+    files = drawn("vqa-docvqa-val", tmp_path)
+    path = files.places.file("questions")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row | {"question_id": str(row["question_id"])} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="none of the 2 questions of docvqa_val has a reference"):
+        built("vqa-docvqa-val", files)
+
+
+def test_half_a_pair_of_mme_is_refused_before_it_is_asked(tmp_path):
+    files = drawn("mme", tmp_path)
+    with pytest.raises(UserError, match="--limit must be even"):
+        built("mme", files, limit=3)
