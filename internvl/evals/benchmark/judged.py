@@ -52,9 +52,10 @@ def _mmhal(
         for outcome in outcomes
     ]
     replies = judge.ask_all(rubric, prompts, "ratings")
-    # By position: a question's type is its number modulo 8.
     ratings = [reviews.rating(reply) for reply in replies]
-    values = reviews.hallucination_scores(ratings)
+    # By position in the file: a question that was left out moves no other to its type.
+    positions = [outcome["position"] for outcome in outcomes]
+    values = reviews.hallucination_scores(ratings, positions)
     name = written.name(written.dataset.output).replace(".json", "_gpt4o.json")
     # As a rate of 1: the average is a rating from 0 to 6.
     values["score"] = values.pop("average")

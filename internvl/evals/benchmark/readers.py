@@ -304,7 +304,8 @@ def _mmvp(places: Places) -> Iterator[Item]:
         for letter in "abcd":
             expected = expected.replace(f"({letter})", letter.upper())
         fields = {"question": row["Question"], "id": row_id, "letter_of_answer": expected}
-        fields |= option_fields(pair_options(row["Options"]))
+        # Questions of a pair follow each other in the file, whichever are left out later.
+        fields |= {"pair": position // 2, **option_fields(pair_options(row["Options"]))}
         yield Item(fields, [places.image(f"{row_id}.jpg")])
 
 
@@ -530,6 +531,7 @@ def _mmhal(places: Places) -> Iterator[Item]:
         shown = _inline(image) if image else places.path(row["image_path"])
         fields = {
             "question": row["question"],
+            "position": position,
             "row": {k: v for k, v in row.items() if k != "image"},
         }
         yield Item(fields, [str(shown)])

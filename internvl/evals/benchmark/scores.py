@@ -1,5 +1,6 @@
 """Parsers and scores by the names in tasks.yaml."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -238,8 +239,11 @@ def _letter_accuracy(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
 
 def _pairs(outcomes: Sequence[Outcome], dataset: Dataset) -> Scored:
     per_question = [float(o.parsed == o["letter_of_answer"]) for o in outcomes]
-    # Questions of a pair follow each other; one without its second counts nowhere.
-    both = [a * b for a, b in zip(per_question[::2], per_question[1::2], strict=False)]
+    by_pair: dict[int, list[float]] = {}
+    for outcome, score in zip(outcomes, per_question, strict=True):
+        by_pair.setdefault(outcome["pair"], []).append(score)
+    # One without its second, such as one of a missing image, counts nowhere.
+    both = [math.prod(scores) for scores in by_pair.values() if len(scores) == 2]
     return Scored({"accuracy": mean(both), "single_accuracy": mean(per_question)}, per_question)
 
 

@@ -71,15 +71,23 @@ def careful_rating(reply: str, most: int = 6) -> int | None:
     return int(values[-1]) if values and values[-1] <= most else None
 
 
-def hallucination_scores(ratings: Sequence[int]) -> dict[str, float]:
-    """Returns the average rating, the share below 3, and the average of every kind of question."""
+def hallucination_scores(
+    ratings: Sequence[int], positions: Sequence[int] | None = None
+) -> dict[str, float]:
+    """Returns the average rating, the share below 3, and the average of every kind of question.
+
+    Args:
+        positions: place of each question in the file, modulo 8 its type; None: all, in order.
+    """
     scores = {
         "average": sum(ratings) / len(ratings),
         # A reply with two ratings is a 0, and so counts as a hallucination.
         "hallucination_rate": sum(value < 3 for value in ratings) / len(ratings),
     }
-    for index in range(min(MMHAL_TYPES, len(ratings))):
-        values = ratings[index::MMHAL_TYPES]
+    by_type: dict[int, list[int]] = {}
+    for position, value in zip(positions or range(len(ratings)), ratings, strict=True):
+        by_type.setdefault(position % MMHAL_TYPES, []).append(value)
+    for index, values in sorted(by_type.items()):
         scores[f"type_{index + 1}"] = sum(values) / len(values)
     return scores
 

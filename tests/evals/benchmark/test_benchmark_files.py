@@ -16,6 +16,7 @@ from internvl.config import TilesConfig, eval_config
 from internvl.datasets import tasks
 from internvl.errors import DataError, UserError
 from internvl.evals.benchmark import readers, table
+from internvl.evals.scoring import reviews
 from internvl.inference import load as loading
 
 
@@ -186,3 +187,30 @@ def test_half_a_pair_of_mme_is_refused_before_it_is_asked(tmp_path):
     files = drawn("mme", tmp_path)
     with pytest.raises(UserError, match="--limit must be even"):
         built("mme", files, limit=3)
+
+
+def test_a_question_left_out_moves_no_other_to_its_pair(chat, tmp_path):
+    files = drawn("mmvp", tmp_path)
+    path = files.places.file("questions")
+    head, *rows = csv.reader(io.StringIO(path.read_text()))
+    for n in (3, 4):
+        files.image(f"{n}.jpg", n)
+        rows.append([str(n), *rows[n - 3][1:]])
+    path.write_text("".join(",".join(row) + "\n" for row in (head, *rows)))
+    Path(files.places.image("1.jpg")).unlink()
+    evaluator = built("mmvp", files, on_bad_sample="skip")
+    # Letters of rows 2 to 4 are B, A and B: 2 has lost its partner, 3 and 4 are a pair.
+    scores = evaluator.run(recorder(chat, "BBB"), None)
+    assert scores.values == {"accuracy": 0.0, "single_accuracy": pytest.approx(2 / 3)}
+    scores = evaluator.run(recorder(chat, "AAB"), None)
+    assert scores.values == {"accuracy": 1.0, "single_accuracy": pytest.approx(2 / 3)}
+
+
+def test_a_question_left_out_moves_no_other_to_its_type():
+    """MMHal-Bench's types are places in its file, modulo 8."""
+    ratings = [0, 1, 2, 3, 4, 5, 6, 0, 6]
+    whole = reviews.hallucination_scores(ratings)
+    assert whole["type_1"] == 3.0
+    rest = reviews.hallucination_scores(ratings[1:], range(1, 9))
+    assert rest["type_1"] == 6.0
+    assert [rest[f"type_{n}"] for n in range(2, 9)] == [whole[f"type_{n}"] for n in range(2, 9)]

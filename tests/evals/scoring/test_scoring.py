@@ -317,7 +317,8 @@ def seed_exact(merged_outputs):
 
 
 def pair_accuracy(merged_outputs):
-    accuracy = scored("pairs", merged_outputs, "mmvp", letter_of_answer="gt_answers").values
+    rows = [row | {"pair": n // 2} for n, row in enumerate(merged_outputs)]
+    accuracy = scored("pairs", rows, "mmvp", letter_of_answer="gt_answers", pair="pair").values
     return {"accuracy": accuracy["accuracy"]}
 
 
