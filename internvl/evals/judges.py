@@ -23,6 +23,8 @@ _TRIES = 5
 _TIMEOUT_S = 120
 _AT_ONCE = 8
 """Requests that wait for the judge at a time."""
+_MOST_SAID = 10_000  # bytes read of an error's body
+_MOST_SAID_SHOWN = 200
 _KEY_NAMES = ("INTERNVL_JUDGE_KEY", "OPENAI_API_KEY")
 """Environment variables with the key of the endpoint."""
 
@@ -99,11 +101,15 @@ class Judge:
         content = json.dumps([self.address, body], sort_keys=True)
         file = self.folder / f"{blake2b(content.encode(), digest_size=16).hexdigest()}.json"
         if file.is_file():
-            return str(json.loads(file.read_text(encoding="utf-8"))["reply"])
+            kept = str(json.loads(file.read_text(encoding="utf-8"))["reply"])
+            if _verdict(kept):
+                return _verdict(kept)
         reply = self._post(body)
-        # With its request: a hash alone would not say what was asked.
-        write_text(file, json.dumps({"request": body, "reply": reply}, ensure_ascii=False))
-        return reply
+        # With its request: a hash alone would not say what was asked. A reply that was cut off
+        # while the judge thought is asked for again by the next call.
+        if _verdict(reply):
+            write_text(file, json.dumps({"request": body, "reply": reply}, ensure_ascii=False))
+        return _verdict(reply)
 
     def _body(self, rubric: Rubric, prompt: str) -> dict[str, Any]:
         messages = [{"role": "system", "content": rubric.system}] if rubric.system else []
@@ -128,7 +134,7 @@ class Judge:
                 with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
                     return _reply(json.load(answer), address)
             except urllib.error.HTTPError as error:
-                reason = f"it answers {error.code} {error.reason}"
+                reason = f"it answers {error.code} {error.reason}{_said(error)}"
                 # Only these may pass: too many requests, and errors of the server itself.
                 if error.code != 429 and error.code < 500:
                     break
@@ -141,6 +147,31 @@ class Judge:
             f"the judge at {address} cannot be asked ({reason}); check --judge, --judge-model and "
             f"the key in {_KEY_NAMES[0]}; replies so far are kept, and the same command goes on"
         )
+
+
+def _verdict(reply: str) -> str:
+    """Returns a reply without the thoughts before it, empty if it holds nothing else."""
+    # Numbers of the thoughts would be read as the rating. Some templates open them in the prompt.
+    _, end, verdict = reply.rpartition("</think>")
+    if not end:
+        return "" if reply.lstrip().startswith("<think>") else reply
+    return verdict.strip()
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    """Returns what a server says of an error, such as that it has no such model."""
+    try:
+        text = error.read(_MOST_SAID).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException):
+        return ""
+    try:
+        tree = json.loads(text)
+        text = str(tree["error"]["message"] if "error" in tree else tree["message"])
+    except (ValueError, KeyError, TypeError):
+        # A web page of a proxy says nothing in one line.
+        text = "" if text.lstrip().startswith("<") else text
+    line = " ".join(text.split())[:_MOST_SAID_SHOWN]
+    return f": {line}" if line not in ("", "{}") else ""
 
 
 def _reply(answer: Any, address: str) -> str:

@@ -153,6 +153,12 @@ def test_mmhals_ratings(chat, tmp_path, server):
     )
     assert scores.values["score"] == 3.0
     assert scores.values["hallucination_rate"] == pytest.approx(2 / 3)
+    assert not any("no single rating" in note for note in scores.notes)
+    server.answer = lambda body: (200, completion("Six, I think."))
+    answers = ["Answer: d", "e", "f"]
+    unrated = judged(chat, "mmhal", tmp_path / "data", server, answers, cot=True)
+    assert unrated.values["score"] == 0.0
+    assert "3 replies of the judge hold no single rating and count as 0" in unrated.notes
     contents = [body["messages"][0]["content"] for _, _, body in server.requests]
     assert all("### Image Contents\nCat, Dog\n" in text for text in contents)
     name = next(n for n in scores.files if n.endswith("_gpt4o.json"))
@@ -181,3 +187,45 @@ def test_busy_servers_are_asked_again_and_others_are_named(tmp_path, server, mon
     config = eval_config(type="qa", annotations=tmp_path, judge="localhost:8000")
     with pytest.raises(UserError, match="is no address"):
         Judge.of(config)
+
+
+def test_thoughts_of_a_judge_are_no_rating_and_half_of_them_no_reply(tmp_path, server):
+    """As vLLM gives Qwen3's, without a parser of its reasoning."""
+    judge = Judge(server.address, "m", tmp_path / "replies")
+    rubric = judges.rubrics()["qa"]
+    thought = "<think>Rating: 2 or Rating: 3?</think>"
+    for text, verdict in (
+        (f"{thought}\n\nRating: 5", "Rating: 5"),
+        ("Rating: 2?</think> Rating: 4", "Rating: 4"),
+        ("Rating: 1", "Rating: 1"),
+    ):
+        server.answer = lambda body, text=text: (200, completion(text))
+        assert judge.ask(rubric, text) == verdict
+        server.answer = lambda body: (500, {})
+        assert judge.ask(rubric, text) == verdict
+    for cut in ("<think>Rating: 2, or", f"{thought}", None):
+        server.answer = lambda body, cut=cut: (200, completion(cut))
+        assert judge.ask(rubric, "cut") == ""
+    server.answer = lambda body: (200, completion("Rating: 6"))
+    assert judge.ask(rubric, "cut") == "Rating: 6"
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (
+            {"error": {"message": "The model `x`\n does not exist."}},
+            r"404 Not Found: The model `x` ",
+        ),
+        ({"object": "error", "message": "no model x"}, "404 Not Found: no model x"),
+        (b"no such route", "404 Not Found: no such route"),
+        (b"<html>nginx</html>", r"404 Not Found\)"),
+        ({"error": "text"}, r"404 Not Found: "),
+        ([1], r"404 Not Found: "),
+    ],
+)
+def test_what_a_server_says_of_its_error_is_passed_on(tmp_path, server, body, words):
+    judge = Judge(server.address, "x", tmp_path / "replies")
+    server.answer = lambda asked: (404, body)
+    with pytest.raises(UserError, match=words):
+        judge.ask(judges.rubrics()["qa"], "q")

@@ -60,7 +60,11 @@ def _mmhal(
     # As a rate of 1: the average is a rating from 0 to 6.
     values["score"] = values.pop("average")
     files: Files = {name: json.dumps(replies, indent=2)}
-    return Verdict(Scored(values, [float(r) for r in ratings]), files=files)
+    failed = sum(not reviews.is_rated(reply) for reply in replies)
+    notes = (
+        [f"{failed} replies of the judge hold no single rating and count as 0"] if failed else []
+    )
+    return Verdict(Scored(values, [float(r) for r in ratings]), notes, files)
 
 
 def _llava_bench(

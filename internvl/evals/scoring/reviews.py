@@ -60,9 +60,18 @@ def review_lines(title: str, reviews: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def rating(reply: str) -> int:
     """Returns the only s of 0 to 6 with "rating: s" in a reply, 0 if there are none or several."""
-    # eval_gpt_mmhal.py:130: "Rating: 10" holds "rating: 1"; bold marks hide the digit.
-    values = [value for value in range(7) if f"rating: {value}" in reply.lower()]
+    values = _ratings(reply)
     return values[0] if len(values) == 1 else 0
+
+
+def is_rated(reply: str) -> bool:
+    """True if a reply has the one rating that `rating` needs."""
+    return len(_ratings(reply)) == 1
+
+
+def _ratings(reply: str) -> list[int]:
+    # eval_gpt_mmhal.py:130: "Rating: 10" holds "rating: 1"; bold marks hide the digit.
+    return [value for value in range(7) if f"rating: {value}" in reply.lower()]
 
 
 def careful_rating(reply: str, most: int = 6) -> int | None:
