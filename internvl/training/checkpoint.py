@@ -326,8 +326,12 @@ def _read(source: Path, tensors: dict[str, Any]) -> dict[str, Any]:
     with _readable(source):
         with _quiet():
             saved = dcp.FileSystemReader(source).read_metadata().state_dict_metadata
-            # A parameter that no loss has reached yet has no moments; those in `tensors` are zero.
             names = {k.removesuffix(moments.CODES) for k in saved}
+            for name in tensors.keys() - names:
+                # A parameter that no loss has reached yet has no moments; those in `tensors` are
+                # zero, but torch made them by a step, which AdamW would count as the first one.
+                if _is_moment(name) and name.endswith(".step"):
+                    tensors[name] = torch.zeros_like(tensors[name])
             stored = {
                 name: value
                 for name, value in tensors.items()

@@ -16,7 +16,7 @@ from internvl import export, train
 from internvl.config import recipes
 from internvl.inference import load as loading
 from internvl.models.adapters import lora
-from internvl.training import checkpoint
+from internvl.training import checkpoint, optim
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,33 @@ def test_checkpoints_one_after_the_other_hold_the_values_of_their_steps(device, 
         loaded = {"model.weight": torch.empty(200, 300)}
         dcp.load(loaded, checkpoint_id=tmp_path / f"{step:06d}", no_dist=True)
         assert torch.equal(loaded["model.weight"], expected)
+
+
+@pytest.mark.parametrize("name", ["adamw", "offloaded"])
+def test_a_weight_that_no_loss_had_reached_begins_at_its_first_step(tmp_path, name):
+    """A tower, say, whose first images come after the checkpoint: texts alone went before."""
+
+    def made():
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"text": nn.Linear(4, 4), "image": nn.Linear(4, 4)})
+        kind = torch.optim.AdamW if name == "adamw" else optim.OffloadedAdamW
+        return model, kind(model.parameters(), lr=0.1)
+
+    def step(model, optimizer, parts):
+        sum(model[part](torch.ones(2, 4)).pow(2).sum() for part in parts).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    model, optimizer = made()
+    step(model, optimizer, ["text"])
+    checkpoint.save(tmp_path, 1, model, optimizer, {}, keep=1)
+    resumed, its_optimizer = made()
+    checkpoint.load(tmp_path, 1, resumed, its_optimizer)
+    for _ in range(3):
+        step(model, optimizer, ["text", "image"])
+        step(resumed, its_optimizer, ["text", "image"])
+    for expected, found in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(expected, found)
 
 
 @pytest.mark.slow
