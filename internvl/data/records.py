@@ -94,6 +94,11 @@ class Sample:
     rejected: str | None = None
     """In a preference pair: an answer that is worse than the last one of `messages`."""
 
+    @property
+    def media(self) -> list[ImageRef]:
+        """Images, then the paths of videos."""
+        return [*self.images, *(video.path for video in self.videos)]
+
 
 @dataclass(frozen=True)
 class Tiles:

@@ -1,6 +1,6 @@
 """Asks a chat model the questions of an evaluation: tiles, prompts, answers on disk."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from internvl import dist, zoo
 from internvl.config import TilesConfig
-from internvl.data.images import as_rgb
+from internvl.data.images import ImageRef, as_rgb
 from internvl.data.tiles import tile_images
 from internvl.errors import BadImage, BadSample, UnknownModel
 from internvl.evals import sharing
@@ -150,9 +150,17 @@ def key_of(*values: Any) -> str:
     return blake2b(repr(values).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
-def key_of_images(paths: Sequence[str]) -> str:
-    """Returns a hash of image files' names, sizes and times."""
-    return key_of([(path, *fingerprint(path)) for path in paths])
+def key_of_images(images: Iterable[ImageRef]) -> str:
+    """Returns a hash of images and videos: names, sizes and times of files, else their bytes."""
+    return key_of([_identity(image) for image in dict.fromkeys(images)])
+
+
+def _identity(image: ImageRef) -> tuple[Any, ...]:
+    # Cells of tables: a changed image there changes no name.
+    if isinstance(image, bytes) or (isinstance(image, str) and image.startswith("data:")):
+        content = image if isinstance(image, bytes) else image.encode()
+        return (blake2b(content, digest_size=16).hexdigest(),)
+    return (str(image), *fingerprint(image))
 
 
 def ask(

@@ -164,7 +164,8 @@ class QuestionAnswers:
         cache = None
         if folder is not None:
             asked = [(turn.messages, turn.sample.videos) for turn in self.turns]
-            images = asking.key_of_images([str(image) for image in self.images()])
+            # Of cells and videos too: an answer on disk is of this very content.
+            images = asking.key_of_images(i for turn in self.turns for i in turn.sample.media)
             key = asking.key_of(asked, images, settings, tiling.most, config.frames)
             cache = folder / f"answers-{key}"
         answers = asking.ask(

@@ -4,11 +4,13 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pyarrow
 import pytest
 import tiny_run
 from chat_folders import prompt_folder
 from original_runs import recorder
 from PIL import Image
+from pyarrow import parquet
 
 from internvl import evals, evaluate, train
 from internvl.config import eval_config
@@ -210,6 +212,28 @@ def test_videos_become_frames(chat, folder):
     (request,) = recorded.requests
     assert len(request.videos[0]) == 3
     assert scores.values["number"] == 1.0
+
+
+@pytest.mark.parametrize("kind", ["video", "cell"])
+def test_answers_on_disk_are_of_the_media_as_they_are_now(chat, folder, tmp_path, kind):
+    def write(color):
+        image = Image.new("RGB", (40, 30), color)
+        path = folder / ("c.gif" if kind == "video" else "new.png")
+        image.save(path)
+        if kind == "cell":
+            row = turns("<image>\nWhat?", "It", image={"bytes": path.read_bytes()})
+            parquet.write_table(pyarrow.Table.from_pylist([row]), folder / "val.parquet")
+            return {"annotations": folder / "val.parquet"}
+        return {"annotations": written(folder, turns("<video>\nWhat?", "It", video="c.gif"))}
+
+    written_again: dict[str, object] = {}
+    for color, seen in (("red", 1), ("red", 0), ("#102030", 1)):
+        # A file that is written again is another one, whatever it holds.
+        written_again = write(color) if seen else written_again
+        config = eval_config(type="qa", images=folder, **written_again)
+        recorded = recorder(chat, MODEL, ["It"])
+        evals.build({"x": config})["x"].run(recorded, tmp_path / "cache")
+        assert len(recorded.requests) == seen
 
 
 def test_long_answers_are_rated_by_a_judge(chat, folder, monkeypatch):

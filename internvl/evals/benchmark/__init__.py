@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -213,8 +212,9 @@ class Benchmark:
         if folder is not None:
             # Not the scores' settings: another metric is computed from the same answers.
             asked = [(_fields_asked(asked_set.dataset), item.fields) for item in items]
-            files = [path for item in items for path in (*item.paths, *item.sources)]
-            images = (asking.key_of_images(files), _key_of_encoded(items))
+            images = asking.key_of_images(
+                image for item in items for image in (*item.images, *item.sources)
+            )
             # Another limit of tiles is another question.
             key = asking.key_of(asked, images, settings, tiling.most, total_tiles)
             cache = folder / f"answers-{key}"
@@ -353,16 +353,6 @@ def _names_of_files(places: Places) -> str:
 def _images_of(item: Item) -> Sequence[Any]:
     """Returns the images of a question, such as bytes of a table's cell or frames."""
     return list(item.images if item.load is None else item.load())
-
-
-def _key_of_encoded(items: Sequence[Item]) -> str:
-    """Returns a hash of the images that are no files, such as cells of MMBench's table."""
-    digest = blake2b(digest_size=8)
-    for item in items:
-        for image in item.encoded:
-            digest.update(image if isinstance(image, bytes) else str(image).encode())
-            digest.update(b"\n")
-    return digest.hexdigest()
 
 
 def _chosen(entry: Dataset, config: BenchmarkEval) -> Dataset:

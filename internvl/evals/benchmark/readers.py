@@ -48,11 +48,6 @@ class Item:
         """Image files of the question."""
         return [image for image in self.images if not _is_encoded(image)]
 
-    @property
-    def encoded(self) -> list[Any]:
-        """Images of the question that are no files."""
-        return [image for image in self.images if _is_encoded(image)]
-
 
 def _is_encoded(image: Any) -> bool:
     return not isinstance(image, str) or image.startswith("data:")

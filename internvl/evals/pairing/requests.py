@@ -32,8 +32,8 @@ class Asker:
         """Returns a hash of all that decides the answers; `weights` tells the model's apart."""
         options = self.options
         asked = [(plan.question.key, plan.prefix, sample) for plan, sample in self.asks]
-        paths = (str(i) for plan, _ in self.asks for i in plan.question.sample.images)
-        images = asking.key_of_images(list(dict.fromkeys(paths)))
+        samples = (plan.question.sample for plan, _ in self.asks)
+        images = asking.key_of_images(image for sample in samples for image in sample.media)
         form_name = options.form
         precision = str(self.chat.model.dtype)
         settings = options.settings()
