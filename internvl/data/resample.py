@@ -21,6 +21,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from internvl.files import first_line
+
 logger = logging.getLogger(__name__)
 
 _LEAST_PIXELS = 1 << 16  # a smaller target takes Pillow no time worth saving
@@ -97,7 +99,14 @@ class _Compilation(threading.Thread):
 
     def run(self) -> None:
         """See `Thread`."""
-        self.resize = _checked_resize(self.backend)
+        try:
+            self.resize = _checked_resize(self.backend)
+        except Exception as error:  # noqa: BLE001 (a broken numba's; nobody waits for this thread)
+            logger.warning(
+                "numba cannot compile the resize (%s: %s), so that of %s is used, which takes "
+                "longer; pip install --force-reinstall numba",
+                *(type(error).__name__, first_line(error), self.backend),
+            )
 
     def _finish(self) -> None:
         if self.is_alive():

@@ -6,6 +6,7 @@ import multiprocessing
 import sys
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -167,3 +168,15 @@ def test_without_numba_or_for_small_pictures_the_slow_one_does_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.setattr(resample, "_compilations", {})
     assert compiled("pillow") is None
+
+
+def test_a_broken_numba_is_one_sentence_and_the_slow_one_does_it(monkeypatch, caplog):
+    def njit(**options):
+        raise OSError("libllvmlite.so: cannot open shared object file")
+
+    monkeypatch.setitem(sys.modules, "numba", types.SimpleNamespace(njit=njit))
+    monkeypatch.setattr(resample, "_compilations", {})
+    with caplog.at_level("WARNING"):
+        assert compiled("pillow") is None
+    (record,) = caplog.records
+    assert "numba cannot compile the resize (OSError: libllvmlite.so" in record.getMessage()
