@@ -52,11 +52,15 @@ def science_letter(answer: str, options: Options) -> str:
     return text[1] if len(text) > 2 and text[0] == "(" and text[2] == ")" else text
 
 
+_ANSWER = r"(?i:answer|option|choice)(?i:\s+is)?\s*:?\s*"
+
+
 def careful_letter(answer: str, options: Options) -> str:
     """Returns the letter of the option that an answer chooses, or an empty text.
 
     In this order: a letter alone or after "answer"; one in brackets; one at the beginning or end
     that is no word; an option's whole text; the only option whose text stands in the answer.
+    Several letters beside each other, as in "A or B", choose none.
 
     >>> careful_letter("(b)", {"A": "Yes", "B": "No"})
     'B'
@@ -70,13 +74,17 @@ def careful_letter(answer: str, options: Options) -> str:
     anywhere, exact_case = f"[{letters}{letters.lower()}]", f"[{letters}]"
     patterns = (
         rf"^\(?({anywhere})[\).:,]*$",
-        rf"(?i:answer|option|choice)(?i:\s+is)?\s*:?\s*\(?({exact_case})\b(?!['’])",
+        rf"{_ANSWER}\(?({exact_case})\b(?!['’])",
         rf"\(({anywhere})\)",
         rf"^({exact_case})[\).:,](?:\s|$)",
         # "A" may be the article: only before a line's end.
         rf"^({exact_case})\s*(?:\n|$)",
-        rf"(?:^|\s)({exact_case})[.!]?$",
+        rf"(?<![Nn]ot)(?:^|\s)({exact_case})[.!]?$",
     )
+    several = rf"\(?{exact_case}\)?(?:\s*(?:[,/&、或和]|or\b|and\b)+\s*\(?{exact_case}\b\)?)+"
+    # Who names all of them would be right whatever the question.
+    if re.search(rf"(?:^|{_ANSWER})(?i:either\s+|both\s+)?{several}[.!]?$", text):
+        return ""
     for pattern in patterns:
         matches = re.findall(pattern, text)
         if matches:

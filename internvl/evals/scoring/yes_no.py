@@ -22,6 +22,12 @@ MME_TASKS: Mapping[str, tuple[str, ...]] = {
 """Group -> its tasks, in the order of their sum."""
 
 _CHINESE = re.compile("[\u4e00-\u9fa5]")
+_UNDECIDED = re.compile(
+    r"\b(?:unsure|uncertain|unclear|not (?:sure|certain|clear|known)"
+    r"|(?:do not|don['’]t|can ?not|can['’]t)"
+    r" (?:know|tell|say|determine|be (?:determined|answered)))\b"
+    r"|不知道|不确定|不清楚|无法(?:判断|确定|回答)"
+)
 _NEGATIVE = re.compile(r"\b(no|not|none|never|isn't|aren't|cannot|can't|doesn't)\b|不|否|没")
 
 
@@ -116,6 +122,9 @@ def careful_yes_no(text: str) -> str:
     first = re.match(r"\W*(yes|no|true|false)\b", lowered)
     if first:
         return {"true": "yes", "false": "no"}.get(first[1], first[1])
+    # "Not sure" is no "no", which its "not" would make it.
+    if _UNDECIDED.search(lowered):
+        return ""
     if _NEGATIVE.search(lowered):
         return "no"
     return "yes" if re.search(r"\byes\b|是|对|有", lowered) else ""

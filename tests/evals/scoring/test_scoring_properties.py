@@ -136,7 +136,9 @@ def test_a_letter_in_any_form(form):
         ("It is a dog.", "B"),
         ("", ""),
         ("E", ""),
-        ("A or B", "B"),
+        *(("A or B", ""), ("(A), (B)", ""), ("A/B", ""), ("Both A and B.", "")),
+        *(("The answer is A or B", ""), ("It is A, not B", ""), ("Not A but B", "B")),
+        *(("A, because it purrs", "A"), ("B. A or B? B", "B")),
         ("cat and dog", ""),
     ],
 )
@@ -243,3 +245,14 @@ def test_a_score_of_one_answer_is_in_its_row(key, drawn):
     result = SCORES[dataset.score](outcomes, dataset)
     assert len(result.per_question) == len(drawn)
     assert {value for value in result.per_question if value is not None} <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    ("answer", "label"),
+    [
+        *(("Not sure", ""), ("I don't know.", ""), ("It cannot be determined", ""), ("不知道", "")),
+        *(("No, I am not sure", "no"), ("It is not visible", "no"), ("I see none", "no")),
+    ],
+)
+def test_who_does_not_know_says_neither_yes_nor_no(answer, label):
+    assert yes_no.careful_yes_no(answer) == label
