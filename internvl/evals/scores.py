@@ -83,7 +83,7 @@ class Table:
         return lines
 
 
-def fingerprint(image: str | FileSlice) -> tuple[int, int]:
+def fingerprint(image: str | PurePath | FileSlice) -> tuple[int, int]:
     """(size in bytes, mtime in ns) of a file; (0, 0) for an address."""
     # An image inside a tar has no file of its own: a changed tar counts for all its images.
     path = image.path if isinstance(image, FileSlice) else image

@@ -7,6 +7,7 @@ Original: `internvl_chat/eval/vqa/{textvqa_eval,infographicsvqa_eval,evaluate_vq
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 from internvl.errors import UserError
 
@@ -81,6 +82,7 @@ def split_possessive(text: str) -> str:
     return text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
 
 
+@lru_cache(maxsize=2**16)  # ten people give few answers, to VQA's 200,000 questions
 def normalize(text: str) -> str:
     """Normalizes an answer as EvalAI does for VQA.
 
