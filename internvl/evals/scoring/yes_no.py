@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from internvl.errors import UserError
+from internvl.errors import UserError, counted
 
 MME_TASKS: Mapping[str, tuple[str, ...]] = {
     "perception": (
@@ -92,8 +92,8 @@ def mme_task_score(pairs: Sequence[tuple[str, str]]) -> float:
     """
     if len(pairs) % 2:
         raise UserError(
-            f"MME has two questions an image, and scores both together; a task has {len(pairs)} "
-            "questions, so --limit must be even"
+            "MME has two questions an image, and scores both together; a task has "
+            f"{counted(len(pairs), 'question')}, so --limit must be even"
         )
     lowered = [(expected.lower(), reply.lower()) for expected, reply in pairs]
     labels = [(expected, mme_label(reply)) for expected, reply in lowered]

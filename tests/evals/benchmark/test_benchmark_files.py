@@ -185,7 +185,7 @@ def test_ids_that_never_match_are_no_score_of_zero(tmp_path):
 
 def test_half_a_pair_of_mme_is_refused_before_it_is_asked(tmp_path):
     files = drawn("mme", tmp_path)
-    with pytest.raises(UserError, match="--limit must be even"):
+    with pytest.raises(UserError, match="--limit must be even$"):
         built("mme", files, limit=3)
 
 
