@@ -24,6 +24,8 @@ _UNSUPPORTED = {
     ),
 }
 """Keys of GenerationConfig that `extra` does not take, and the remedy for each."""
+_LEAST_TEMPERATURE = 1e-5
+"""Below it decoding is greedy, as in vLLM: logits divided by less overflow float32."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Settings:
     min_new_tokens: int = 0
     num_beams: int = 1
     temperature: float | None = None
-    """Sampling temperature; None or 0 is greedy. Without `seed`, sampling draws from torch's global
-    generator, so `torch.manual_seed` makes it reproducible."""
+    """Sampling temperature; None or less than 1e-5 is greedy. Without `seed`, sampling draws from
+    torch's global generator, so `torch.manual_seed` makes it reproducible."""
     top_p: float = 1.0
     """Nucleus sampling: the most likely tokens with this cumulative probability."""
     top_k: int = 50
@@ -74,6 +76,11 @@ class Settings:
         _check_extra(self.extra)
 
     @property
+    def samples(self) -> bool:
+        """True if tokens are drawn; False: the likeliest one is taken."""
+        return self.temperature is not None and self.temperature >= _LEAST_TEMPERATURE
+
+    @property
     def length_penalty(self) -> float:
         """A text of n tokens, its end included, scores its log-probability / n to this power."""
         penalty = self.extra.get("length_penalty")
@@ -97,14 +104,14 @@ class Settings:
     def is_plain_search(self) -> bool:
         """True if nothing but `num_beams`, lengths and `length_penalty` differs from greedy."""
         more = self.extra.keys() - {"length_penalty"}
-        return not (self.temperature or more) and self.repetition_penalty == 1
+        return not (self.samples or more) and self.repetition_penalty == 1
 
     def generation_config(self, end_id: int, pad_id: int) -> Any:
         """Returns transformers' GenerationConfig; generation stops at token `end_id`."""
         # Here: settings are checked before transformers is imported.
         from transformers import GenerationConfig
 
-        sample = bool(self.temperature)
+        sample = self.samples
         sampling: dict[str, Any] = {
             "temperature": self.temperature,
             "top_p": self.top_p,

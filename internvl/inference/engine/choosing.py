@@ -37,7 +37,7 @@ def is_plain(request: Answering) -> bool:
     """True if the next token is the likeliest one, whatever came before."""
     settings = request.settings
     wants_more = len(request.generated) < settings.min_new_tokens
-    return not (settings.temperature or wants_more or settings.repetition_penalty != 1)
+    return not (settings.samples or wants_more or settings.repetition_penalty != 1)
 
 
 def choose(logits: Tensor, requests: Sequence[Answering], end_id: int) -> Tensor:
@@ -67,7 +67,8 @@ def _choose(scores: Tensor, request: Answering, end_id: int) -> Tensor:
         scores[seen] = torch.where(values < 0, values * penalty, values / penalty)
     if len(request.generated) < settings.min_new_tokens:
         scores[end_id] = -torch.inf
-    if not settings.temperature:
+    # The second for type checkers: None samples nothing.
+    if not settings.samples or settings.temperature is None:
         return scores.argmax()
     scores = scores / settings.temperature
     if 0 < settings.top_k < len(scores):
@@ -83,7 +84,13 @@ def _choose(scores: Tensor, request: Answering, end_id: int) -> Tensor:
         probabilities = scores.softmax(-1)
         is_rare = probabilities < settings.min_p * probabilities.max()
         scores = scores.masked_fill(is_rare, -torch.inf)
-    return torch.multinomial(scores.softmax(-1), 1, generator=request.generator)[0]
+    probabilities = scores.softmax(-1)
+    # NaN of one request, such as a float16 overflow, must not end the engine for all: multinomial
+    # raises, on a GPU with a device-side assert. On the device: asking here would wait for it.
+    is_broken = probabilities.isnan().any()
+    probabilities = torch.where(is_broken, torch.ones_like(probabilities), probabilities)
+    token = torch.multinomial(probabilities, 1, generator=request.generator)[0]
+    return torch.where(is_broken, scores.argmax(), token)
 
 
 def likelihoods(logits: Tensor, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:

@@ -110,3 +110,23 @@ def test_likelihoods_are_those_of_the_softmax():
     assert value == expected[7].item()
     tops = expected.argsort(descending=True)[:3].tolist()
     assert likeliest == [(token, expected[token].item()) for token in tops]
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-39, 5e-324])
+def test_the_smallest_temperatures_are_greedy(temperature):
+    logits = torch.randn(1, VOCABULARY, generator=torch.Generator().manual_seed(1)) * 40
+    settings = Settings(temperature=temperature)
+    assert choosing.choose(logits, [Asked(settings)], END).item() == logits.argmax()
+    assert choosing.is_plain(Asked(settings))
+    assert settings.generation_config(END, 0).do_sample is False
+    # Above, float32 holds the scaled logits.
+    least = Settings(temperature=1e-5)
+    assert choosing.choose(logits, [Asked(least)], END).item() == logits.argmax()
+
+
+@pytest.mark.parametrize("more", [{}, {"top_p": 0.5}, {"min_p": 0.1}])
+def test_logits_that_overflowed_do_not_end_the_engine(more):
+    logits = torch.randn(2, VOCABULARY)
+    logits[0] = torch.nan
+    sampled = Asked(Settings(temperature=0.7, **more))
+    assert choosing.choose(logits, [sampled, Asked(Settings())], END)[1] == logits[1].argmax()
