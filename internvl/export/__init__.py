@@ -311,6 +311,8 @@ def _write_hf(exported: Exported, folder: Path, dtype: torch.dtype | None) -> No
     config = exported.config.to_dict() | {"architectures": ["InternVLForConditionalGeneration"]}
     # Settings without a field in transformers' config; our loader reads them back.
     config["internvl"] = configs.chat_settings(exported.config)
+    # vLLM and LMDeploy build the language model from this section alone; transformers does not.
+    config["text_config"] |= {"tie_word_embeddings": tied}
     config = _without_paths(config | {"dtype": dtype_name})
     model_weights.write_json(folder / "config.json", config)
     if chat.tokenizer is None:

@@ -85,7 +85,25 @@ def test_round_trip_of_tied_embeddings(tmp_path):
     save_file(tensors, start / "model.safetensors")
     hf = export.run(start, tmp_path / "hf", "hf")
     assert "language_model.lm_head.weight" not in load_file(hf / "model.safetensors")
+    assert tied_says(hf) == (True, True)
     assert_same_tensors(start, export.run(hf, tmp_path / "back", "official"))
+
+
+def tied_says(folder):
+    """(of the model, of its language model, by which vLLM decides)."""
+    config = json.loads((folder / "config.json").read_text())
+    return config["tie_word_embeddings"], config["text_config"]["tie_word_embeddings"]
+
+
+def test_a_matrix_of_its_own_is_not_called_tied(tmp_path):
+    hf = export.run(official("Qwen3ForCausalLM", tmp_path / "start"), tmp_path / "hf", "hf")
+    config = json.loads((hf / "config.json").read_text())
+    # As in a released folder of a tied model whose matrices were trained apart since.
+    config["text_config"]["tie_word_embeddings"] = True
+    (hf / "config.json").write_text(json.dumps(config))
+    again = export.run(hf, tmp_path / "again", "hf")
+    assert "language_model.lm_head.weight" in load_file(again / "model.safetensors")
+    assert tied_says(again) == (False, False)
 
 
 @pytest.mark.parametrize("architecture", ALL)
