@@ -54,13 +54,20 @@ def check_names(folder: Path, renamed: keys.Renamed, *, log_unexpected: bool = F
 def check_shapes(
     folder: Path, expected: Mapping[str, Tensor], tensors: dict[str, LazyTensor]
 ) -> dict[str, LazyTensor]:
-    """Checks the shapes; wraps a position table of another grid so that reading resizes it.
+    """Checks shapes and kinds; wraps a position table of another grid so that reading resizes it.
 
     Raises:
-        ModelFolderError: a shape other than the model's.
+        ModelFolderError: a shape other than the model's, or integers where it has numbers.
     """
     fitted = {}
     for name, tensor in tensors.items():
+        # Quantized without its scales: read as numbers, they answer nonsense.
+        if expected[name].is_floating_point() and not tensor.dtype.is_floating_point:
+            raise ModelFolderError(
+                f"{folder}: {name} is {str(tensor.dtype).removeprefix('torch.')}, as quantized "
+                "weights are, and those are not read here; take the unquantized release, and load "
+                "it with quantize='8bit' or '4bit' to save memory"
+            )
         # Shapes come from the files' headers: nothing is read before the whole folder fits.
         model_shape, file_shape = tuple(expected[name].shape), tensor.shape
         differs = model_shape != file_shape

@@ -178,6 +178,19 @@ def test_quantized_weights_are_named(ends, tmp_path):
         chat_model.load_model(folder, image_token_id=IMAGE_TOKEN_ID)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
+def test_integers_are_no_weights(dtype, tmp_path):
+    """Of the same shape, as int8 weights whose scales and config were lost."""
+    folder = golden_folder("chat_qwen2", "v2.sel-1", tmp_path)
+    stored = load_file(folder / "model.safetensors")
+    name = next(name for name in stored if name.endswith("q_proj.weight"))
+    save_file(stored | {name: stored[name].to(dtype)}, folder / "model.safetensors")
+    word = str(dtype).removeprefix("torch.")
+    says = f"q_proj.weight is {word}, as quantized weights are"
+    with pytest.raises(ModelFolderError, match=says):
+        chat_model.load_model(folder, image_token_id=IMAGE_TOKEN_ID)
+
+
 def test_what_an_original_says_of_quantization_in_its_language_model_does_not_count(tmp_path):
     folder = golden_folder("chat_qwen2", "v2.sel-1", tmp_path)
     change(folder, ("llm_config", "quantization_config"), QUANTIZED)
