@@ -2,12 +2,11 @@
 
 import re
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from internvl.config.types import STRICT, Fraction, Positive, TileCount
+from internvl.config.types import STRICT, Fraction, Positive, TileCount, UserFolder, UserPath
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +106,10 @@ class SourceConfig:
     Face datasets); webdataset: a tar file or a folder of them; pairs: the same formats as captions,
     and tars; flickr_format: lines `name.jpg,caption`; coco_format: a JSON list of `image` and
     `caption`. The last two are the original's formats of pairs."""
-    annotations: Path
+    annotations: UserPath
     """The file; for parquet and webdataset also a folder."""
     # `str` too: a Path would make one slash of the two in s3://bucket.
-    images: str | Path = "."
+    images: UserFolder = "."
     """Folder (or fsspec address, such as s3://bucket/folder) that image and video paths are
     relative to; paths may not leave it."""
     repeat: Annotated[float, Field(gt=0)] = 1.0
@@ -142,7 +141,7 @@ class DataConfig:
     __pydantic_config__ = STRICT
     sources: tuple[SourceConfig, ...] = ()
     """Shuffled together; an epoch shows each `repeat` times."""
-    meta: Path | None = None
+    meta: UserPath | None = None
     """A meta file of the original (`root, annotation, repeat_time, data_augment, …` of each data
     set); its entries become sources before those above, with `insert_image_mark` as there."""
     # Complete, unlike a recipe's: a DataConfig made in Python may have no checkpoint to ask.

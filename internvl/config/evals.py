@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from internvl.config.problems import sentences
-from internvl.config.types import STRICT, Positive
+from internvl.config.types import STRICT, Positive, UserPath
 from internvl.config.unions import OneOf, members, name_of
 from internvl.errors import ConfigError
 
@@ -49,7 +49,7 @@ class EvalConfig:
     """Keys that only a training run uses: when to evaluate, and what to do then."""
 
     type: str
-    annotations: Path
+    annotations: UserPath
     """File or folder of what is measured."""
     every: Annotated[int, Field(ge=0)] = 0
     """Steps between evaluations; 0 evaluates only at the end."""
@@ -93,9 +93,9 @@ class CaptionEval(EvalConfig):
 
     type: Literal["caption"] = "caption"
     # Declared again for its docstring, which `evaluate --help` prints for each type.
-    annotations: Path
+    annotations: UserPath
     """Images with their captions in any caption format, usually COCO JSON."""
-    images: Path = Path(".")
+    images: UserPath = Path(".")
     """Folder that image paths are relative to."""
     # null here and in `num_beams`: which default holds is known only once the model is loaded.
     prompt: str | None = None
@@ -118,7 +118,7 @@ class CaptionEval(EvalConfig):
     """Most tiles of an image for a chat model: a number, `one`, or `checkpoint` for the model's.
     null: the model's."""
     # Not `images`, which is the folder.
-    image_list: Path | None = None
+    image_list: UserPath | None = None
     """Karpathy's list of the image names, if `annotations` has only their ids."""
     flat: bool = False
     """Images lie directly in `images`, whatever folder their names have."""
@@ -148,9 +148,9 @@ class LossEval(EvalConfig):
     """The mean loss over the supervised tokens of held-out samples, for chat models."""
 
     type: Literal["loss"] = "loss"
-    annotations: Path
+    annotations: UserPath
     """Chat JSONL, or captions if `prompt` is set."""
-    images: Path = Path(".")
+    images: UserPath = Path(".")
     """Folder that image paths are relative to."""
     prompt: str | None = None
     """The question before each caption; null: `annotations` are conversations."""
@@ -163,9 +163,9 @@ class PreferenceEval(EvalConfig):
     """Accuracy and margin of rewards on held-out preference pairs, for chat models."""
 
     type: Literal["preference"] = "preference"
-    annotations: Path
+    annotations: UserPath
     """Pairs, as a source of type preference."""
-    images: Path = Path(".")
+    images: UserPath = Path(".")
     """Folder that image paths are relative to."""
     max_tokens: Positive = 8192
     """Longest question with an answer, as `data.max_tokens`."""
@@ -186,9 +186,9 @@ class RetrievalEval(EvalConfig):
     """Recall@k from texts to images and back, for InternVL-14B."""
 
     type: Literal["retrieval"] = "retrieval"
-    annotations: Path
+    annotations: UserPath
     """Images with their captions in any caption format, usually COCO JSON."""
-    images: Path = Path(".")
+    images: UserPath = Path(".")
     """Folder that image paths are relative to."""
     form: CaptionForm = "auto"
     """Format of `annotations`; auto recognizes it by file name and content."""
@@ -203,7 +203,7 @@ class RetrievalEval(EvalConfig):
     """Values of k: a query counts if a correct candidate is among its first k."""
     rerank: Annotated[int, Field(ge=0)] = 0
     """Also re-rank the first candidates of every query, this many, by the matching score (ITM)."""
-    train: Path | None = None
+    train: UserPath | None = None
     """Images with captions that were trained on, none of which may be measured. Image paths of
     both are relative to `images`."""
 
@@ -218,7 +218,7 @@ class ClassifyEval(EvalConfig):
     """Zero-shot classification of images, for InternVL-14B."""
 
     type: Literal["classify"] = "classify"
-    annotations: Path
+    annotations: UserPath
     """A folder with one folder of images per class; with `set`, the folder of that set."""
     set: str | None = None
     """Published set, such as imagenet1k or cifar10, in its published layout or as CLIP_benchmark's
@@ -241,10 +241,10 @@ class ClassifyEval(EvalConfig):
     """Seed of its first weights and of the order of its batches."""
     modes: tuple[Literal["c", "g"], ...] = ("c", "g")
     """c: InternVL-C; g: InternVL-G; or both."""
-    classes: Path | None = None
+    classes: UserPath | None = None
     """JSON of class names, in the order of the sorted folders, or by folder; null: the names of the
     folders."""
-    templates: Path | None = None
+    templates: UserPath | None = None
     """JSON list of texts with `{c}` in place of the class; null: the class name alone."""
     key: str | None = None
     """Entry of `classes` and `templates` to use if they hold several data sets, as CLIP_benchmark's
@@ -291,7 +291,7 @@ class BenchmarkEval(JudgedEval):
     type: Literal["benchmark"] = "benchmark"
     task: str
     """Name of the benchmark, such as vqa-chartqa-test; `internvl evaluate --help` lists them."""
-    annotations: Path = Path("data")
+    annotations: UserPath = Path("data")
     """Folder of the published sets; paths beside `data/` are relative to its parent."""
     corrected: bool = False
     """Also score with the original's mistakes mended; these metrics begin with corrected_."""
@@ -312,10 +312,10 @@ class QaEval(JudgedEval):
     """Held-out conversations: every answer is generated and compared with the file's."""
 
     type: Literal["qa"] = "qa"
-    annotations: Path
+    annotations: UserPath
     """Chat JSONL as training reads it: several turns, several images, or a video. `answers` of a
     line are further reference answers, `category` groups the scores."""
-    images: Path = Path(".")
+    images: UserPath = Path(".")
     """Folder that image paths are relative to."""
     metric: Literal[
         "auto", "exact", "soft", "anls", "number", "boxes", "yes-no", "choice", "judge"

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from internvl.config.types import STRICT, Fraction, Part, Positive, Tower
+from internvl.config.types import STRICT, Fraction, Part, Positive, Tower, UserPath
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class ModelConfig:
     """From parts: hub id or folder of an InternViT, or of a chat model whose tower is taken."""
     language: str | None = None
     """From parts: hub id or folder of a causal language model with its tokenizer."""
-    projector: Path | None = None
+    projector: UserPath | None = None
     """From parts: the original's `mlp_projector/*.pth`; null: initialized at random from `seed`."""
     template: str | None = None
     """From parts: the conversation template, such as Hermes-2."""

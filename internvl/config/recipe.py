@@ -1,7 +1,6 @@
 """The root of a recipe: its sections, and the keys of the run itself."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -14,7 +13,7 @@ from internvl.config.objective import ObjectiveSection, PairsConfig, SftConfig
 from internvl.config.optim import OptimConfig
 from internvl.config.parallel import ParallelConfig
 from internvl.config.training import CheckpointConfig, GuardConfig, StopConfig
-from internvl.config.types import STRICT, Positive
+from internvl.config.types import STRICT, Positive, UserPath
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +32,7 @@ class Recipe:
     guard: GuardConfig = GuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     stop: StopConfig = StopConfig()
-    run: Path
+    run: UserPath
     """The run folder. If it exists, training resumes from its newest checkpoint."""
     global_batch: Positive | None = None
     """Samples in one optimizer step, over all devices, however they pack. Give this or

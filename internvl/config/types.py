@@ -1,8 +1,9 @@
 """Types and tables that several sections share."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
 MOST_TILES = 1_000
@@ -30,8 +31,28 @@ Part = Literal[
 ]
 """Chat models have the first three; InternVL-14B has all but the projector."""
 
+
+def _from_home(path: Path) -> Path:
+    """Replaces a leading `~` by the home folder, which a shell does in words, not in YAML."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError(f"there is no home folder {path.parts[0]}; write the whole path") from None
+
+
+def _text_from_home(path: str | Path) -> str | Path:
+    # As it is otherwise: a Path would make one slash of the two in s3://bucket.
+    return str(_from_home(Path(path))) if str(path).startswith("~") else path
+
+
+UserPath = Annotated[Path, AfterValidator(_from_home)]
+"""A path as a user writes it: `~` would make a folder of that name in the working folder."""
+UserFolder = Annotated[str | Path, AfterValidator(_text_from_home)]
+"""The same, or an address."""
+
 # Forbid: pydantic would drop a misspelled key, and the run would train with the default.
-STRICT = ConfigDict(extra="forbid")
+# No .inf or .nan: they would be told as a loss that is not finite, and samples be blamed.
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 Triple = tuple[float, float, float]
 

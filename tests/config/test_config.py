@@ -321,6 +321,8 @@ WRONG = {
     "evals=3": "evals: must be a section of keys, not 3",
     "optim.lr=fast": "optim.lr: must be a number, not 'fast'",
     "optim.lr=-1": "optim.lr: must be above 0, not -1",
+    "optim.lr=.inf": "optim.lr: must be a finite number, not inf",
+    "optim.eps=.nan": "optim.eps: must be a finite number, not nan",
     "model.drop_path=2": "model.drop_path: must be 1 or less, not 2",
     "guard.window=2": "guard.window: must be 8 or more, not 2",
     "global_batch=1.5": "global_batch: must be a whole number, not 1.5",
@@ -351,6 +353,19 @@ def test_true_is_no_number():
 @pytest.mark.parametrize(("override", "line"), WRONG.items())
 def test_a_wrong_value_is_told_in_words_of_a_recipe(override, line):
     assert problems(GOOD, [override]) == [line]
+
+
+def test_a_path_may_begin_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    source = {**GOOD["data"]["sources"][0], "annotations": "~/a.jsonl", "images": "~/photos"}
+    recipe = resolve({**GOOD, "data": {"sources": [source]}, "run": "~/runs/a"})
+    (source,) = recipe.data.sources
+    assert recipe.run == Path("/home/me/runs/a")
+    assert (source.annotations, source.images) == (Path("/home/me/a.jsonl"), "/home/me/photos")
+    kept = resolve(GOOD, ["data.sources.0.images=s3://bucket/~a", "run=a~"])
+    assert (kept.data.sources[0].images, kept.run) == ("s3://bucket/~a", Path("a~"))
+    (line,) = problems(GOOD, ["run=~nobody-here/a"])
+    assert line.startswith("run: there is no home folder ~nobody-here; write the whole path")
 
 
 def test_the_other_way_to_give_a_length_replaces_the_first():
