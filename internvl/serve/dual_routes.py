@@ -60,6 +60,12 @@ _RERANK_REFUSED = {
     "max_chunks_per_doc": Refused((), "documents are not cut"),
     "rank_fields": Refused(([],), "documents are texts or images"),
 }
+_IMAGE = {"url": Field(text)}
+_IMAGE_REFUSED = {
+    "detail": Refused(("auto",), "an image is one tile"),
+    "max_dynamic_patch": Refused((1,), "an image is one tile"),
+}
+_MESSAGE = {"role": Field(choice("user")), "content": Field(as_it_is)}
 
 
 class DualRoutes:
@@ -271,7 +277,8 @@ def _read_input(name: str, value: Any) -> tuple[str, str]:
         if len(entries) == 1 and next(iter(entries)) in ("text", "image"):
             ((key, entry),) = entries.items()
             # OpenAI's content part has one level more.
-            entry = entry.get("url") if isinstance(entry, Mapping) else entry
+            if key == "image" and isinstance(entry, Mapping):
+                entry = read_fields(entry, _IMAGE, _IMAGE_REFUSED, f"{name}.{key}")["url"]
             return f"{key}s", _not_empty(name, text(f"{name}.{key}", entry))
     raise ApiError(
         f'{name} must be a text, {{"text": …}} or {{"image": "data:…" or "https:…"}}, not tokens '
@@ -295,17 +302,16 @@ def _from_messages(messages: Any) -> tuple[str, str]:
     )
     if not isinstance(messages, list) or len(messages) != 1 or not isinstance(messages[0], Mapping):
         raise refusal
-    content = messages[0].get("content")
+    content = read_fields(messages[0], _MESSAGE, {}, "messages[0]")["content"]
     if isinstance(content, str):
         return _read_input("messages[0].content", content)
     if not isinstance(content, list) or len(content) != 1 or not isinstance(content[0], Mapping):
         raise refusal
-    entry = content[0]
-    if entry.get("type") == "text":
-        return _read_input("messages[0].content[0]", {"text": entry.get("text")})
-    if entry.get("type") == "image_url":
-        return _read_input("messages[0].content[0]", {"image": entry.get("image_url")})
-    raise refusal
+    name, kind = "messages[0].content[0]", content[0].get("type")
+    if kind not in ("text", "image_url"):
+        raise refusal
+    entry = read_fields(content[0], {"type": Field(text), kind: Field(as_it_is)}, {}, name)[kind]
+    return _read_input(name, {"text" if kind == "text" else "image": entry})
 
 
 def _encoded(vector: Any, as_base64: bool) -> Any:

@@ -117,6 +117,11 @@ def test_ranks_are_those_of_the_match_head(server, dual):
     assert (result["index"], result["document"]) == (best, {"text": TEXTS[best]})
 
 
+def message(part, **fields):
+    """vLLM's form of an embedding request."""
+    return {"input": None, "messages": [{"role": "user", "content": [part]} | fields]}
+
+
 @pytest.mark.parametrize(
     ("path", "change", "status", "words"),
     [
@@ -128,6 +133,11 @@ def test_ranks_are_those_of_the_match_head(server, dual):
         ("embeddings", {"dimensions": 64}, 400, "vectors have one length"),
         ("embeddings", {"encoding_format": "hex"}, 400, "one of float, base64"),
         ("embeddings", {"input": "data:image/png;base64,AAAA"}, 400, "input[0]"),
+        ("embeddings", {"input": {"image": {"url": "data:", "detail": "low"}}}, 400, "one tile"),
+        ("embeddings", message({"type": "text", "text": "a"}, role="system"), 400, "one of user"),
+        ("embeddings", message({"type": "text", "text": "a"}, name="b"), 400, "messages[0].name"),
+        ("embeddings", message({"type": "text", "text": "a", "x": 1}), 400, "content[0].x"),
+        ("embeddings", message({"type": "image_url"}), 400, "content[0]"),
         ("rerank", {"documents": ["a"]}, 400, "both texts"),
         ("rerank", {"documents": []}, 400, "a list of 1 to"),
         ("rerank", {"documents": [{"image": "file:///x.png"}]}, 400, "--allow-files"),
