@@ -181,6 +181,14 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         ) from None
     if target.type == "cuda" and (target.index or 0) >= (present := torch.cuda.device_count()):
         raise ConfigError(f"device {target}: this machine has {present} GPUs that torch can use")
+    if target.type not in ("cuda", "cpu"):
+        try:
+            torch.zeros(1, device=target).item()
+        # What back ends raise that are not built in; "meta" has no values.
+        except (RuntimeError, AssertionError, ImportError):
+            raise ConfigError(
+                f"device {target}: torch cannot compute there on this machine; write cuda or cpu"
+            ) from None
     return target
 
 

@@ -131,6 +131,9 @@ def test_devices_that_are_not_there():
         loading.resolve_device("gpu")
     with pytest.raises(ConfigError, match="cuda:99: this machine has"):
         loading.resolve_device("cuda:99")
+    for device in ("mps", "xpu", "meta"):
+        with pytest.raises(ConfigError, match=f"device {device}: torch cannot compute there"):
+            loading.resolve_device(device)
 
 
 def test_the_folder_of_a_job_that_has_not_begun(tmp_path):
