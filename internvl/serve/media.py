@@ -211,7 +211,17 @@ def _resolve(host: str, port: int, param: str, limits: Limits) -> tuple[str, int
 
 def _is_public(address: str) -> bool:
     ip = ipaddress.ip_address(address.partition("%")[0])
+    # A gateway of the network (NAT64) leads from these to IPv4 addresses, private ones too.
+    if ip in _NAT64:
+        ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+    if ip in _NAT64_LOCAL:
+        return False
     # An IPv4 address inside an IPv6 one is checked as what it is.
     mapped = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None)
     ip = mapped or ip
     return ip.is_global and not ip.is_multicast
+
+
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_NAT64_LOCAL = ipaddress.ip_network("64:ff9b:1::/48")
+"""RFC 8215: what it leads to is the network's own."""

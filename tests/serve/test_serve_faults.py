@@ -355,6 +355,9 @@ def test_a_slow_host_is_left_in_time(host, path):
         "http://2130706433/a.png",
         "http://0x7f.1/a.png",
         "https://127.0.0.1/a.png",
+        "http://[64:ff9b::7f00:1]/a.png",
+        "http://[64:ff9b::a9fe:a9fe]/a.png",
+        "http://[64:ff9b:1::808:808]/a.png",
     ],
 )
 def test_addresses_that_are_not_public(url):
