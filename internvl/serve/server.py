@@ -13,7 +13,7 @@ from typing import Any
 import uvicorn
 
 from internvl import log
-from internvl.errors import UserError
+from internvl.errors import UserError, counted
 from internvl.files import write_text
 from internvl.serve.app import Routes, build
 from internvl.serve.engines import Answering, Engine, Engines, Gate
@@ -130,6 +130,7 @@ class _Server(uvicorn.Server):
         self.until_s = 0.0
         """When what is under way has had its time, by the monotonic clock."""
         self.load_error: BaseException | None = None
+        self._has_cut = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begins to stop; a second signal ends what is under way."""
@@ -144,6 +145,14 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Returns True once it should stop; see uvicorn."""
-        if self.door.draining and (not self.door.under_way or time.monotonic() > self.until_s):
+        left = self.door.under_way
+        is_late = self.force_exit or time.monotonic() > self.until_s
+        if self.door.draining and left and is_late and not self._has_cut:
+            self._has_cut = True
+            log.get_logger().warning("cut off: %s had not ended", counted(left, "request"))
+            # As if their clients had gone: uvicorn would cancel each, and log a trace of it.
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
+        if self.door.draining and (not left or is_late):
             self.should_exit = True
         return await super().on_tick(counter)

@@ -489,6 +489,29 @@ def test_two_engines_and_sigterm_in_the_middle(folder, tmp_path):
         assert server.process.wait(10) == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_client_that_never_reads_is_cut_off_at_the_end(folder, tmp_path, signals):
+    """After --drain, or at a second signal; without the traces of cancelled tasks."""
+    words = ("--drain", "1" if signals == 1 else "60", "--slots", 2)
+    with running(folder, tmp_path, *words) as server, socket.socket() as stuck:
+        stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        stuck.connect(("127.0.0.1", server.port))
+        body = asked("Hi", max_tokens=400, min_tokens=399, temperature=3, stream=True, n=16)
+        data = json.dumps(body | {"logprobs": True, "top_logprobs": 20}).encode()
+        stuck.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\n".encode())
+        stuck.sendall(f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        server.wait_for(lambda: server.metric("internvl_running") > 0)
+        time.sleep(0.5)
+        for _ in range(signals):
+            server.process.terminate()
+            time.sleep(0.3)
+        assert server.process.wait(15) == 0
+        written = server.log.read_text()
+        assert "1 request had not ended" in written
+        assert "Traceback" not in written
+
+
 BROKEN = """
 import sys
 from internvl import cli
