@@ -500,7 +500,11 @@ def _why(error: BaseException, target: Path, needed: int) -> str:
             f"{free / 2**20:.0f} MiB are free; it was not written, earlier ones are untouched. "
             "Free some space, or lower checkpoint.keep; the same command then goes on"
         )
-    return f"checkpoint {target} was not written: {_first_line(error)}"
+    return (
+        f"checkpoint {target} was not written: {_first_line(error)}; earlier ones are untouched. "
+        f"It needs {needed / 2**20:.0f} MiB: check the rights, the quota and the largest file "
+        "(ulimit -f) that you have there; the same command then goes on"
+    )
 
 
 def _first(error: BaseException) -> BaseException:

@@ -259,6 +259,7 @@ def test_a_run_goes_on_while_a_rank_cannot_write_and_at_its_end_says_so(project,
     assert len(sentences) == 2
     assert len(set(sentences)) == 1
     assert f"checkpoint {folder / 'checkpoints/000006'} was not written" in sentences[0]
+    assert "check the rights, the quota and the largest file (ulimit -f)" in sentences[0]
     for step in (2, 3):
         goes_on = [line for line in lines if f"checkpoints/{step:06d} was not written" in line]
         assert all("This run goes on, and saves again at the next" in line for line in goes_on)
