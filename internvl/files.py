@@ -277,6 +277,14 @@ def first_line(error: BaseException) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
+def pickle_problem(error: BaseException) -> str:
+    """Returns why torch read no tensors from a pickle."""
+    # Not torch's own words: they advise weights_only=False, which runs the code in the file.
+    if "weights_only" in str(error):
+        return "it is damaged, or holds code, which is never run"
+    return first_line(error)
+
+
 def read_run_json(path: Path, remedy: str) -> dict[str, Any]:
     """Reads the JSON object in a file that a run wrote.
 

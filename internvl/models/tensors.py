@@ -174,7 +174,7 @@ def _load_pickled(file: Path, changed_ns: int, size: int) -> dict[str, Tensor]:
     except Exception as error:
         meaning = files.describe(file)
         raise ModelFolderError(
-            f"{file}: {meaning or f'not a plain file of tensors ({files.first_line(error)})'}; "
+            f"{file}: {meaning or f'not a plain file of tensors ({files.pickle_problem(error)})'}; "
             f"{remedy}"
         ) from error
     if not isinstance(content, dict):

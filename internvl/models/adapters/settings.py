@@ -15,6 +15,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import __version__ as peft_version
 from torch import Tensor
 
+from internvl import files
 from internvl.errors import ModelFolderError
 from internvl.models import hub
 from internvl.models.adapters.folder import CONFIG_FILE, PICKLED_FILE, SETTINGS_FILE, WEIGHTS_FILE
@@ -227,10 +228,9 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     # torch's unpickler raises anything for a damaged or foreign file.
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelFolderError(
-            f"{file}: not a plain file of tensors ({reason}); copy the adapter folder again, or "
-            "save it as safetensors"
+            f"{file}: not a plain file of tensors ({files.pickle_problem(error)}); copy the "
+            "adapter folder again, or save it as safetensors"
         ) from error
     if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
         raise ModelFolderError(
