@@ -228,10 +228,14 @@ def _shape(recipe: Recipe, start: OpenedModel) -> Any:
 @contextmanager
 def _timing(done: str) -> Iterator[None]:
     """Logs that a phase is done, and its seconds."""
-    # A rehearsal that is cut off was in the phase after the last line.
     started = time.perf_counter()
     yield
-    log.get_logger().info("rehearsal: %s (%.1f s)", done, time.perf_counter() - started)
+    _log_phase(done, time.perf_counter() - started)
+
+
+def _log_phase(done: str, seconds: float) -> None:
+    # A rehearsal that is cut off was in the phase after the last line.
+    log.get_logger().info("rehearsal: %s (%.1f s)", done, seconds)
 
 
 def _timed(state: TrainState, batches: Sequence[Batch], done: str = "step taken") -> float:
@@ -240,10 +244,11 @@ def _timed(state: TrainState, batches: Sequence[Batch], done: str = "step taken"
     _draw(state.model, ())
     placement.synchronize(state.device)
     started = time.perf_counter()
-    with _timing(done):
-        train.train_step(state, batches)
-        placement.synchronize(state.device)
-    return time.perf_counter() - started
+    train.train_step(state, batches)
+    placement.synchronize(state.device)
+    seconds = time.perf_counter() - started
+    _log_phase(done, seconds)
+    return seconds
 
 
 @contextmanager

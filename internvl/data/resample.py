@@ -101,7 +101,8 @@ class _Compilation(threading.Thread):
         """See `Thread`."""
         try:
             self.resize = _checked_resize(self.backend)
-        except Exception as error:  # noqa: BLE001 (a broken numba's; nobody waits for this thread)
+        # A broken installation of numba or llvmlite; a missing one is no error.
+        except (OSError, RuntimeError, AttributeError) as error:
             logger.warning(
                 "numba cannot compile the resize (%s: %s), so that of %s is used, which takes "
                 "longer; pip install --force-reinstall numba",

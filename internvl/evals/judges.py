@@ -101,15 +101,16 @@ class Judge:
         content = json.dumps([self.address, body], sort_keys=True)
         file = self.folder / f"{blake2b(content.encode(), digest_size=16).hexdigest()}.json"
         if file.is_file():
-            kept = str(json.loads(file.read_text(encoding="utf-8"))["reply"])
-            if _verdict(kept):
-                return _verdict(kept)
+            verdict = _verdict(str(json.loads(file.read_text(encoding="utf-8"))["reply"]))
+            if verdict:
+                return verdict
         reply = self._post(body)
+        verdict = _verdict(reply)
         # With its request: a hash alone would not say what was asked. A reply that was cut off
         # while the judge thought is asked for again by the next call.
-        if _verdict(reply):
+        if verdict:
             write_text(file, json.dumps({"request": body, "reply": reply}, ensure_ascii=False))
-        return _verdict(reply)
+        return verdict
 
     def _body(self, rubric: Rubric, prompt: str) -> dict[str, Any]:
         messages = [{"role": "system", "content": rubric.system}] if rubric.system else []

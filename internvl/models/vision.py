@@ -48,11 +48,11 @@ class DropPath(nn.Module):
         """(N, T, D) -> (N, T, D): whole samples are zero, the others scaled by 1 / (1 - rate)."""
         if not self.training:
             return hidden
-        kept = 1 - self.probability.float()
+        survival = 1 - self.probability.float()
         shape = (hidden.shape[0], *[1] * (hidden.dim() - 1))
         drawn = torch.rand(shape, dtype=torch.float32, device=hidden.device)
         # Scaled in float32: a scale that bfloat16 has rounded would change the mean.
-        return (hidden * ((drawn < kept) / kept)).to(hidden.dtype)
+        return (hidden * ((drawn < survival) / survival)).to(hidden.dtype)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"

@@ -307,11 +307,11 @@ def _from_messages(messages: Any) -> tuple[str, str]:
         return _read_input("messages[0].content", content)
     if not isinstance(content, list) or len(content) != 1 or not isinstance(content[0], Mapping):
         raise refusal
-    name, kind = "messages[0].content[0]", content[0].get("type")
-    if kind not in ("text", "image_url"):
+    name, type_ = "messages[0].content[0]", content[0].get("type")
+    if type_ not in ("text", "image_url"):
         raise refusal
-    entry = read_fields(content[0], {"type": Field(text), kind: Field(as_it_is)}, {}, name)[kind]
-    return _read_input(name, {"text" if kind == "text" else "image": entry})
+    entry = read_fields(content[0], {"type": Field(text), type_: Field(as_it_is)}, {}, name)[type_]
+    return _read_input(name, {"text" if type_ == "text" else "image": entry})
 
 
 def _encoded(vector: Any, as_base64: bool) -> Any:

@@ -319,7 +319,7 @@ def _check_references(asked_set: _AskedSet) -> None:
     trial = _trial(asked_set.items, dataset)
     if isinstance(trial, str):
         alone = [_trial([item], dataset) for item in asked_set.items]
-        failing = [n for n, found in enumerate(alone, start=1) if isinstance(found, str)]
+        failing = [n for n, scored in enumerate(alone, start=1) if isinstance(scored, str)]
         # Where each fails by itself, as half of a pair does, the first is not the one.
         named = failing and (len(failing) < len(alone) or len(alone) == 1)
         where = f" question {failing[0]}: {alone[failing[0] - 1]}" if named else f": {trial}"
@@ -406,12 +406,8 @@ def tile_limits(dataset: Dataset, count: int, most: int, total_tiles: int) -> li
         return [most] + [1] * (count - 1)
     if dataset.budget == "each":
         return [most] * count
-    shared = (
-        min(most, total_tiles // max(1, count))
-        if dataset.budget == "total"
-        else most // max(1, count)
-    )
-    return [max(1, shared)] * count
+    share = (total_tiles if dataset.budget == "total" else most) // max(1, count)
+    return [max(1, min(most, share))] * count
 
 
 def prepared(chat: Chat, dataset: Dataset, item: Item, most: int, total_tiles: int) -> Question:
