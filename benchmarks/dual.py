@@ -328,7 +328,7 @@ def encode(device: torch.device, ceiling: float, tiny: bool) -> dict[str, Any]:
         if form == "compiled":
             kernels.apply_compute(handle.model, device, ComputeConfig(compile=not tiny))
         for name, (work, number, held) in kinds.items():
-            with compilation.several_shapes():
+            with compilation.tracing():
                 seconds = timed(work, device, 1 if tiny else 3)
             needed = flops.count(handle.model, held).needed
             share = needed / seconds / 1e12 / ceiling

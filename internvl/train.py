@@ -69,7 +69,7 @@ def train_step(state: TrainState, micro_batches: Sequence[Batch]) -> dict[str, f
     state.model.train()
     # Per step, not per run: dropout after a resume draws the numbers of an uninterrupted run.
     rng.seed_step(recipe.seed, state.step)
-    with compilation.several_shapes():
+    with compilation.tracing():
         autocast = placement.autocast(state.device, recipe.dtype)
         saved = memory.offloaded(state.model, state.device, recipe.compute)
         with autocast, backends.math_attention(recipe.compute), saved:

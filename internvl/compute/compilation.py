@@ -1,7 +1,9 @@
 """Contexts for torch.compile: many shapes, first builds, eager stretches."""
 
+import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
@@ -12,10 +14,27 @@ from internvl.config import ComputeConfig
 from internvl.errors import UserError
 
 
-def several_shapes() -> AbstractContextManager[None]:
-    """Raises torch's limit of recompilations, so that every row length may have its code."""
-    # At the default of 8 torch gives up and runs the block eagerly from then on.
-    return torch._dynamo.config.patch(recompile_limit=64)
+def tracing() -> AbstractContextManager[None]:
+    """Settings under which blocks are traced: every row length may have its code, and numbers that
+    modules hold are constants."""
+    return torch._dynamo.config.patch(
+        # At the default of 8 torch gives up and runs the block eagerly from then on.
+        recompile_limit=64,
+        # Of blocks in shards torch would make them inputs of the graph wherever sizes may change:
+        # kernels that know no head width, code in its cache that it cannot find again.
+        specialize_int=True,
+        specialize_float=True,
+    )
+
+
+def _is_of_flash(error: BaseException) -> bool:
+    """True if code of FlashAttention, or of torch's calls of it, raised the error or its cause."""
+    causes = (getattr(error, "inner_exception", None), error.__cause__)
+    frames = traceback.extract_tb(error.__traceback__)
+    named = (Path(frame.filename).parts[-3:] for frame in frames)  # flash_attn/cute/interface.py
+    return any("flash" in name for names in named for name in names) or any(
+        _is_of_flash(cause) for cause in causes if cause is not None
+    )
 
 
 @contextmanager
@@ -26,11 +45,11 @@ def compiling(compute: ComputeConfig, device: torch.device) -> Iterator[None]:
         UserError: FlashAttention 4 and this torch do not fit together.
     """
     try:
-        with several_shapes():
+        with tracing():
             yield
     # TypeError: this torch calls FlashAttention 4 with the arguments of another version.
     except (BackendCompilerFailed, TypeError) as error:
-        if attention_backend(compute, device) != "flash":
+        if attention_backend(compute, device) != "flash" or not _is_of_flash(error):
             raise
         raise UserError(
             "FlashAttention 4 does not run as this torch calls it "
@@ -56,5 +75,5 @@ def evaluating(device: torch.device, dtype: str) -> Iterator[None]:
 @contextmanager
 def compiled() -> Iterator[None]:
     """Re-enables compiled blocks inside `uncompiled()`, for rows of one length."""
-    with torch.compiler.set_stance("default"), several_shapes():
+    with torch.compiler.set_stance("default"), tracing():
         yield

@@ -345,13 +345,13 @@ def test_both_passes_have_the_same_features(project, compute):
     kernels.apply_compute(dual.model, torch.device("cpu"), compute)
     settings = RetrievalConfig(micro_batch=3, weights={"itm": 0})
     made = Recording(settings, DataConfig(tiles=TilesConfig(size=84)), dual.encoder)
-    with compilation.several_shapes():
+    with compilation.tracing():
         gradients(dual.model, made, pairs(project, made, range(6)))
     second, first, second_again = made.seen
     assert torch.equal(second, second_again)
     torch.manual_seed(0)
     made.seen = []
-    with compilation.several_shapes():
+    with compilation.tracing():
         gradients(dual.model, made, pairs(project, made, range(6)))
     assert not torch.equal(made.seen[1], first)  # there is something to draw
     torch._dynamo.reset()  # what was compiled counts against other tests' limits

@@ -190,7 +190,7 @@ def test_compiled_it_is_the_same_and_any_number_runs_the_same_code():
     torch._dynamo.reset()
     kernels.apply_compute(model, CPU, ComputeConfig(compile=True))
     graphs = []
-    with compilation.several_shapes():
+    with compilation.tracing():
         for number, expected in zip(numbers, wanted, strict=True):
             assert_same(run(model, row(number)), expected)
             graphs.append(counters["stats"]["unique_graphs"])
