@@ -140,9 +140,11 @@ class QLlamaLayer(GradientCheckpointingLayer):
         )
         hidden = hidden + attended
         if self.cross_attn is not None and keys_values is not None:
-            queries, text = hidden.tensor_split([self.num_queries], dim=1)
-            queries = queries + self.cross_attn.attend(queries, keys_values)
-            hidden = torch.cat([queries, text], dim=1)
+            queries = hidden[:, : self.num_queries]
+            attended = self.cross_attn.attend(queries, keys_values)
+            # Padded, not concatenated with the text: in shards the graph ends at `attend`, and the
+            # next one would not know that both lengths make up that of `hidden`.
+            hidden = hidden + F.pad(attended, (0, 0, 0, hidden.shape[1] - attended.shape[1]))
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
