@@ -57,9 +57,12 @@ def figures_of(name: str, folder: Path, options: argparse.Namespace) -> Iterator
         first_step_s = alone.warmup_s + metrics[0]["step_s"]
         rates_alone = [rate_of(metrics), rate_of(metrics, "samples")]
         (folder / f"alone{rank}.json").write_text(json.dumps(rates_alone))
+    figures: dict[str, Any] = {"row": name, "ranks": ranks, "samples_a_gpu": options.samples}
+    figures["first_step_s"] = first_step_s
+    # Told at once: a row that is cut off says how far it came.
+    yield figures
     with group_of({}, device):
         state = joined(alone, folder, options)
-        figures: dict[str, Any] = {"row": name, "ranks": ranks, "samples_a_gpu": options.samples}
         with state.saver:
             steps = train.updates(state)
             metrics = [next(steps) for _ in range(WARMUP + MEASURED)]
@@ -72,7 +75,6 @@ def figures_of(name: str, folder: Path, options: argparse.Namespace) -> Iterator
                 # By tokens: steps of few samples differ in their length.
                 "share": rate_of(metrics) / sum(tokens for tokens, _ in alone_of),
                 "step_s": statistics.median(row["step_s"] for row in metrics[WARMUP:]),
-                "first_step_s": first_step_s,
                 "loss": [row["loss"] for row in metrics],
                 "peak_gib": metrics[-1]["memory_gib"],
             }
