@@ -10,7 +10,7 @@ partitioner.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -20,6 +20,11 @@ from internvl.models.trainable import is_adapted
 from internvl.plan import flops
 from internvl.plan.load import Load, attention_of, is_compiled
 from internvl.plan.work import Work
+
+BLOCK_BACK, BLOCK_FORWARD = "gradients of a block's activations", "a frozen block, forward"
+LOGITS = "logits of a chunk"
+OF_BLOCKS = "language model activations", "QLLaMA activations"
+"""Components that are there for a while."""
 
 
 class Saved(NamedTuple):
@@ -119,9 +124,30 @@ class Activations(ABC):
         self.patch_tokens = flops.patches_of(model) + 1
         self.tower_tokens = batch.tiles * self.patch_tokens
 
-    @abstractmethod
     def components(self) -> dict[str, float]:
         """Bytes by component at the step's peak, weights and states left out."""
+        moments = [self.before(), self.until_language() | largest(self.passing()), self.in_tower()]
+        return heaviest(moments)
+
+    @abstractmethod
+    def before(self) -> dict[str, float]:
+        """What is there while a frozen tower runs, if the rest has not begun; none: it has."""
+
+    @abstractmethod
+    def until_language(self) -> dict[str, float]:
+        """What is there when the language model's last block runs back, the block included."""
+
+    @abstractmethod
+    def passing(self) -> dict[str, float]:
+        """What joins it, one after the other: while a block runs back, and at other times."""
+
+    @abstractmethod
+    def in_tower(self) -> dict[str, float]:
+        """What is there when the vision tower's last block runs back; none if it is frozen."""
+
+    @abstractmethod
+    def block(self) -> float:
+        """Bytes that a block of the language model alone holds when it begins to run back."""
 
     @abstractmethod
     def stored(self, load: Load) -> float:
@@ -190,6 +216,12 @@ class Activations(ABC):
         statistics = 8 + 4 * heads + (4 * (heads + key_heads) if normed else 0)
         token_bytes = self.dtype_bytes * narrow + 4 * wide + adapters.mask_bytes + statistics
         return tokens * token_bytes + self._square(tokens, heads)
+
+    def waiting_tower(self) -> float:
+        """Bytes that the vision tower holds until it runs back."""
+        # Blocks that are recomputed are not there yet.
+        recomputed = self.num_kept(len(self.tower_layers), self.tower_layers) == 0
+        return self.tower() - (self.tower_block() if self.tower_trains and recomputed else 0.0)
 
     def tower(self) -> float:
         """Bytes that the vision tower saves; zero if it is frozen."""
@@ -298,6 +330,11 @@ class Activations(ABC):
             return float(self.dtype_bytes * tokens**2)
         scores = 2.0 * self.dtype_bytes if self.compiled else self.dtype_bytes + 4.0
         return heads * tokens**2 * scores
+
+
+def heaviest(moments: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Of what is there at several moments, the most."""
+    return max(moments, key=lambda components: sum(components.values()))
 
 
 def largest(passing: dict[str, float]) -> dict[str, float]:

@@ -2,33 +2,52 @@
 
 from internvl.models import kernels
 from internvl.plan import flops
-from internvl.plan.activations import SAVED_BY_BLOCKS, Activations, largest
+from internvl.plan.activations import BLOCK_BACK, LOGITS, SAVED_BY_BLOCKS, Activations
 from internvl.plan.load import RECOMPUTED, Load
 
 
 class ChatActivations(Activations):
     """Bytes that a packed row of a chat model saves."""
 
-    def components(self) -> dict[str, float]:
+    def before(self) -> dict[str, float]:
         """See `Activations`."""
-        # Normalized pixels in float32, and the tower's cast of them to bfloat16.
-        tiles = 6.0 * self.batch.tiles * 3 * self.vision.image_size[0] ** 2
-        # The logits are gone when the first block is run back: the larger of the two counts.
-        passing = {
-            "gradients of a block's activations": self.backward(),
-            "logits of a chunk": self.logits(self.batch.supervised),
+        # A frozen tower is done before the language model saves anything.
+        return {"tiles": self.tiles(), "vision tower, forward": self.frozen_tower()}
+
+    def until_language(self) -> dict[str, float]:
+        """See `Activations`."""
+        return {
+            "tiles": self.tiles(),
+            "cast copies of trained weights": self.casts(),
+            "vision tower activations": self.waiting_tower(),
+            "language model activations": self.decoder(),
         }
-        moving = {
-            "tiles": tiles,
+
+    def passing(self) -> dict[str, float]:
+        """See `Activations`."""
+        # The logits are gone when the first block is run back: the larger of the two counts.
+        return {
+            BLOCK_BACK: self.backward(),
+            LOGITS: self.logits(self.batch.supervised),
+        }
+
+    def in_tower(self) -> dict[str, float]:
+        """See `Activations`."""
+        if not self.tower_trains:
+            return {}
+        return {
+            "tiles": self.tiles(),
             "cast copies of trained weights": self.casts(),
             "vision tower activations": self.tower(),
-            "language model activations": self.decoder(),
-            **largest(passing),
         }
-        # A frozen tower is done before the language model saves anything.
-        if self.frozen_tower() + tiles > sum(moving.values()):
-            return {"tiles": tiles, "vision tower, forward": self.frozen_tower()}
-        return moving
+
+    def block(self) -> float:
+        """See `Activations`."""
+        return self.decoder_block(self.batch.rows.tokens) if flops.trains(self.model) else 0.0
+
+    def tiles(self) -> float:
+        """Bytes of normalized pixels in float32, and of the tower's cast of them to bfloat16."""
+        return 6.0 * self.batch.tiles * 3 * self.vision.image_size[0] ** 2
 
     def stored(self, load: Load) -> float:
         """See `Activations`; of the language model alone."""

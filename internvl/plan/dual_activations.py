@@ -12,7 +12,7 @@ from typing import Any
 
 from internvl.config import ComputeConfig, Recipe
 from internvl.plan import flops
-from internvl.plan.activations import Activations, largest
+from internvl.plan.activations import BLOCK_BACK, BLOCK_FORWARD, LOGITS, Activations
 from internvl.plan.load import Load, forms
 from internvl.plan.work import Sequences, Work
 
@@ -82,32 +82,55 @@ class DualActivations(Activations):
         self.visual_bytes = float(self.dtype_bytes * self.tower_tokens * self.vision.hidden_size)
         """Bytes of the tower's output for the micro-batch's images."""
 
-    def components(self) -> dict[str, float]:
+    def before(self) -> dict[str, float]:
         """See `Activations`."""
-        passing = {
-            "gradients of a block's activations": self.backward(),
-            "a frozen block, forward": self.forward(),
-            "logits of a chunk": self.written_logits(),
+        return {}
+
+    def until_language(self) -> dict[str, float]:
+        """See `Activations`."""
+        # Offloaded, all of the tower waits in the CPU's memory.
+        tower = 0.0 if self.compute.offload else self.waiting_tower()
+        language = self.language_in_turn() if self.cut else self.language()
+        return {
+            **self._of_tower(tower),
+            "QLLaMA activations": language,
+            "what the heads keep": self.heads(),
+            # Similarities of both branches with their gradients, in float32.
+            "features of a step, compared": 48.0 * self.recipe.batch_samples**2,
         }
+
+    def passing(self) -> dict[str, float]:
+        """See `Activations`."""
+        return {
+            BLOCK_BACK: self.backward(),
+            BLOCK_FORWARD: self.forward(),
+            LOGITS: self.written_logits(),
+        }
+
+    def in_tower(self) -> dict[str, float]:
+        """See `Activations`."""
+        if not self.tower_trains:
+            return {}
+        # Offloaded, one block is back.
+        return self._of_tower(self.tower_block() if self.compute.offload else self.tower())
+
+    def _of_tower(self, tower: float) -> dict[str, float]:
+        """Returns what is there as long as the tower's activations are."""
         # The others run the tower once and keep its output.
         later = self.micro_batches - self.num_caching
-        tower = self.tower()
-        if self.compute.offload:  # one block; the others wait in the CPU's memory
-            tower = self.tower_block() if self.tower_trains else 0.0
+        graphs = (self.num_caching - 1) * self.cached_graph() if self.cut else 0.0
         return {
             "images and visual tokens": self.images(),
             "cast copies of trained weights": self.all_casts(),
             "vision tower activations": tower,
-            "QLLaMA activations": self.language_in_turn() if self.cut else self.language(),
-            "what the heads keep": self.heads(),
-            "graphs kept for the second pass": (self.num_caching - 1) * self.cached_graph()
-            if self.cut
-            else 0.0,
+            "graphs kept for the second pass": graphs,
             "visual tokens kept for the second pass": self.cached_visual(later),
-            # Similarities of both branches with their gradients, in float32.
-            "features of a step, compared": 48.0 * self.recipe.batch_samples**2,
-            **largest(passing),
         }
+
+    def block(self) -> float:
+        """See `Activations`; of the form that holds least."""
+        forms = self.tracked.values()
+        return min((self.layer(form, self.layers[0]) for form in forms), default=0.0)
 
     def stored(self, load: Load) -> float:
         """See `Activations`; of QLLaMA and the tower."""
@@ -196,8 +219,7 @@ class DualActivations(Activations):
         """Bytes of gradients of the images' keys, values and visual tokens."""
         if not self.cross_images():
             return 0.0
-        layers = sum(layer.cross_attn is not None for layer in self.layers)
-        return 2.0 * self.dtype_bytes * self.tower_tokens * self.width * layers + self.visual_bytes
+        return self.keys_and_values() + self.visual_bytes
 
     def _compared(self) -> list[Sequences]:
         """The form that features come from, if a gradient passes through it."""
@@ -273,10 +295,18 @@ class DualActivations(Activations):
         return 3.0 * self.dtype_bytes * max(sizes, default=0)
 
     def forward(self) -> float:
-        """Bytes that one block without gradient holds while it runs."""
-        tokens = [] if self.tracked else [form.tokens for form in self.sequences.values()]
+        """Bytes that one block without gradient holds while it runs; of QLLaMA's also the images'
+        keys and values for all of its blocks, which are computed before the first one runs."""
+        if self.tracked:
+            return self.frozen_tower()
+        tokens = max((form.tokens for form in self.sequences.values()), default=0)
         each_token = 3.0 * self.dtype_bytes * self.inner_width() + 12.0 * self.width
-        return max(self.frozen_tower(), each_token * max(tokens, default=0))
+        return max(self.frozen_tower(), each_token * tokens + self.keys_and_values())
+
+    def keys_and_values(self) -> float:
+        """Bytes of the images' keys and values for all blocks."""
+        layers = sum(layer.cross_attn is not None for layer in self.layers)
+        return 2.0 * self.dtype_bytes * self.tower_tokens * self.width * layers
 
     def written_logits(self) -> float:
         """Bytes of a chunk's logits of the captions that are written."""

@@ -4,6 +4,7 @@ Weights, gradients and optimizer states are counted parameter by parameter here;
 keeps for the backward pass stands in activations.py, chat_activations.py and dual_activations.py.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,20 @@ from torch import nn
 
 from internvl.config import Recipe
 from internvl.inference import families
-from internvl.plan.activations import Activations, adapted_layers, is_fused
+from internvl.plan.activations import (
+    BLOCK_BACK,
+    BLOCK_FORWARD,
+    LOGITS,
+    OF_BLOCKS,
+    Activations,
+    adapted_layers,
+    heaviest,
+    is_fused,
+)
 from internvl.plan.chat_activations import ChatActivations
 from internvl.plan.dual_activations import DualActivations, unreached
 from internvl.plan.load import Load
-from internvl.plan.shards import Shards
+from internvl.plan.shards import FORWARD, Shards
 from internvl.plan.work import Work
 from internvl.training import optim
 
@@ -67,9 +77,10 @@ def predict(
     fixed = states(model, recipe, cut) if fixed is None else fixed
     micro_batches = load.per_gpu(num_gpus)
     counted = activations_of(model, recipe, load.largest, micro_batches, sharded=cut is not None)
-    moving = counted.components()
-    if cut is not None:
-        fixed, moving = _sharded(fixed, moving, cut, micro_batches, counted.freed())
+    if cut is None:
+        moving = counted.components()
+    else:
+        fixed, moving = _sharded(fixed, counted, cut, micro_batches)
     components = {name: size for name, size in {**fixed, **moving}.items() if size}
     overhead = {
         # Weights and states are allocated once and leave no holes; only activations come and go.
@@ -80,52 +91,63 @@ def predict(
 
 
 def _sharded(
-    fixed: dict[str, float],
-    moving: dict[str, float],
-    cut: Shards,
-    micro_batches: int,
-    freed: float,
+    fixed: dict[str, float], counted: Activations, cut: Shards, micro_batches: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Adds what is whole for a while, at the backward pass's beginning, at the end of the language
-    model's, in the tower's, or at the end, whichever takes most.
-
-    Args:
-        freed: of the language model's activations when its last block runs back.
-    """
+    """Adds what is whole for a while, at the moment of a step that takes most."""
     # The shards of a single micro-batch's gradients grow as its activations are freed.
     grown = fixed.pop("gradients") if micro_batches == 1 else 0.0
-    left = {name: size for name, size in moving.items() if name in _UNTIL_THE_TOWER}
-    in_stack = {
-        "gathered weights": cut.gathered(cut.others),
-        "gradients of a unit": cut.unit_gradients(cut.others, micro_batches),
-    }
+    moving = heaviest(_moments(counted, cut, micro_batches, grown))
+    # Those of several micro-batches are there all the time: no moment's zero may stand for them.
+    return fixed, {name: size for name, size in moving.items() if size}
+
+
+def _moments(
+    counted: Activations, cut: Shards, micro_batches: int, grown: float
+) -> Iterator[dict[str, float]]:
+    """Yields what a step with shards has beside weights and states, moment by moment."""
+    begun, passing, tower = counted.until_language(), counted.passing(), counted.in_tower()
+    heads = cut.head_gradients(micro_batches)
+    # Before the backward pass no block is there that is run again.
+    ended = _less(begun, counted.block())
+    forward = {GATHERED: cut.gathered(cut.others, FORWARD)}
+    if before := counted.before():
+        yield before | {GATHERED: cut.gathered(cut.tower, FORWARD)}
+    if BLOCK_FORWARD in passing:
+        yield begun | forward | {BLOCK_FORWARD: passing[BLOCK_FORWARD]}
+    # A block makes of its MLP's values going forward what it makes of their gradients going back.
+    yield ended | forward | {"a block, forward": passing[BLOCK_BACK]}
+    arriving = {GATHERED: cut.gathered(cut.others, 1), GRADIENTS: heads}
+    yield ended | arriving | {LOGITS: passing[LOGITS]}
+    # Of the language model's units the second that runs back, and the last. Without what is freed
+    # until then, all gradients would meet activations that they follow upon.
     of_others = sum(unit.trained for unit in cut.others) / max(1, cut.trained)
-    moments = [
-        moving | in_stack,
-        # Without that its gradients would meet activations that they follow upon.
-        moving | in_stack | {_OF_BLOCKS: moving[_OF_BLOCKS] - freed, "gradients": of_others * grown}
-        if freed and _OF_BLOCKS in moving
-        else {},
+    for freed, share in ((0.0, 0.0), (counted.freed(), of_others)):
+        left = {GATHERED: cut.gathered(cut.others), "gradients": share * grown}
+        back = {BLOCK_BACK: passing[BLOCK_BACK], GRADIENTS: heads + cut.on_their_way(cut.others)}
+        yield _less(begun, freed) | left | back
+        yield _less(ended, freed) | left | {GRADIENTS: heads + cut.unit_gradients(cut.others)}
+    held = {"gradients": grown, GATHERED: cut.gathered(cut.tower)}
+    if tower:
+        yield tower | held | {GRADIENTS: heads + cut.on_their_way(cut.tower)}
         # A tower of one unit has its gradients when its activations are gone.
-        ({} if len(cut.tower) == 1 else left)
-        | {
-            "gradients": grown,
-            "gathered weights": cut.gathered(cut.tower),
-            "gradients of a unit": cut.unit_gradients(cut.tower, micro_batches),
-        },
-        left | {"gradients": grown, "gathered weights": cut.gathered(cut.tower)},
-        {
-            "gradients": grown,
-            "gathered weights": cut.gathered(()),
-            "gradients of the root": cut.root_gradients(),
-        },
-    ]
-    return fixed, max(moments, key=lambda components: sum(components.values()))
+        last = {} if len(cut.tower) == 1 else tower
+        yield last | held | {GRADIENTS: heads + cut.unit_gradients(cut.tower)}
+    yield {
+        "gradients": grown,
+        GATHERED: cut.gathered(()),
+        "gradients of the root": cut.root_gradients(),
+    }
 
 
-_OF_BLOCKS = "language model activations"
-_UNTIL_THE_TOWER = ("tiles", "images and visual tokens", "vision tower activations")
-"""Activations that are still there when the backward pass has come to the tower."""
+def _less(components: dict[str, float], freed: float) -> dict[str, float]:
+    """Returns components of which `freed` bytes of the language model's activations are gone."""
+    return {
+        name: max(0.0, size - freed) if name in OF_BLOCKS else size
+        for name, size in components.items()
+    }
+
+
+GATHERED, GRADIENTS = "gathered weights", "gradients of a unit"
 
 
 def activations_of(

@@ -18,9 +18,13 @@ from internvl.config import Recipe
 from internvl.errors import UserError
 from internvl.parallel import shard
 
-GATHERED = {True: 3, False: 2}
-"""Units of zero3 that are whole at a time, by whether they are a stack: one that is computed, the
-next one, and the buffer that it arrives in."""
+FORWARD, BACKWARD = 3, 2
+"""Copies of a stack's unit that zero3 has at a time, each as large as its whole weights: the unit
+that is computed and the buffer in which the next one arrives. In a forward pass also the buffer in
+which the computed one arrived: torch frees it when the next is unpacked, in a backward pass at once
+(`FSDPParamGroup.wait_for_unshard`)."""
+ALONE = 2
+"""The same of a unit that none follows: its weights and the buffer in which they arrived."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Shards:
     """Units of the vision tower, whose backward pass comes last."""
     others: tuple[UnitSize, ...]
     root: UnitSize
+    root_early: int
+    """Trained parameters of the root that have a gradient before the stack does: its heads."""
     whole: frozenset[int]
     """Ids of the parameters of which every GPU keeps all."""
 
@@ -76,26 +82,41 @@ class Shards:
     def units(self) -> tuple[UnitSize, ...]:
         return self.tower + self.others
 
-    def gathered(self, units: tuple[UnitSize, ...]) -> float:
-        """Bytes of whole weights while `units` are computed, in the dtype of the computation."""
+    def gathered(self, units: tuple[UnitSize, ...], copies: int = BACKWARD) -> float:
+        """Bytes of whole weights while `units` are computed, in the dtype of the computation.
+
+        Args:
+            copies: of a unit of a stack: FORWARD, BACKWARD or 1, before its first one is computed.
+        """
         if self.stage != "zero3":
             return float(self.dtype_bytes * self.all)
         largest = max((unit.whole for unit in units), default=0)
-        return float(self.dtype_bytes * (self.root.whole + GATHERED[len(units) > 1] * largest))
+        times = copies if len(units) > 1 else ALONE
+        return float(self.dtype_bytes * (self.root.whole + times * largest))
 
-    def unit_gradients(self, units: tuple[UnitSize, ...], micro_batches: int) -> float:
-        """Bytes of gradients that are whole while `units` run back: of a unit, on their way to the
-        other GPUs; with zero1 of all, if a GPU has several micro-batches."""
-        largest = max((unit.trained for unit in units), default=0)
-        # In the dtype of the computation, copied to that of the sum; in a stack the unit before it
-        # is still on its way.
-        copies = len(units[:2])
-        passing = largest * (self.dtype_bytes + float(copies * self.reduce_bytes))
-        # The output matrix has its gradient from the first block's backward to the last.
-        passing += self.dtype_bytes * self.root.trained
+    def head_gradients(self, micro_batches: int) -> float:
+        """Bytes of gradients that are whole from the loss to the end of the backward pass: of the
+        root's heads; with zero1 of all, if a GPU has several micro-batches."""
+        kept = float(self.dtype_bytes * self.root_early)
         if self.stage == "zero1" and micro_batches > 1:
-            passing += float(self.reduce_bytes * self.trained)
-        return passing
+            kept += float(self.reduce_bytes * self.trained)
+        return kept
+
+    def on_their_way(self, units: tuple[UnitSize, ...]) -> float:
+        """Bytes of a unit's gradients that are sent to the other GPUs while the next unit of the
+        stack runs back; they are gone when that one's follow."""
+        # A unit alone has none before it.
+        return self.sent(units) if len(units) > 1 else 0.0
+
+    def sent(self, units: tuple[UnitSize, ...]) -> float:
+        """Bytes of the buffer that a unit's gradients are sent from."""
+        return float(self.reduce_bytes * max((unit.trained for unit in units), default=0))
+
+    def unit_gradients(self, units: tuple[UnitSize, ...]) -> float:
+        """Bytes of a unit's gradients when it has run back: in the dtype of the computation, copied
+        to the buffer that they are sent from."""
+        largest = max((unit.trained for unit in units), default=0)
+        return self.dtype_bytes * largest + self.sent(units)
 
     def root_gradients(self) -> float:
         """Bytes at the end of the backward pass, when the root's gradients are summed."""
@@ -142,6 +163,9 @@ def of(model: Any, recipe: Recipe, num_gpus: int) -> Shards | None:
         counted |= set(map(id, cut))
         trained = sum(p.numel() for p in cut if p.requires_grad)
         sizes.append(UnitSize(trained, sum(p.numel() for p in cut) - trained))
+    root = [p for p in cut if p.requires_grad]
+    late = {id(p) for module in _before_the_stack(model) for p in module.parameters()}
+    late -= {id(model.lm_head.weight)}  # tied, the embedding has a gradient as a head
     return Shards(
         stage=config.shard,
         num_gpus=num_gpus,
@@ -152,5 +176,15 @@ def of(model: Any, recipe: Recipe, num_gpus: int) -> Shards | None:
         tower=tuple(sizes[:inside]),
         others=tuple(sizes[inside:-1]),
         root=sizes[-1],
+        root_early=sum(p.numel() for p in root if id(p) not in late),
         whole=whole,
     )
+
+
+def _before_the_stack(model: Any) -> Iterator[nn.Module]:
+    """Yields what runs before the language model's blocks, so that its gradients come after."""
+    yield model.model.language_model.embed_tokens
+    yield model.model.vision_tower
+    projector = getattr(model.model, "multi_modal_projector", None)
+    if projector is not None:
+        yield projector
