@@ -1,6 +1,6 @@
 """Rate and latency of `internvl serve`, beside `chat.answer` on the same requests.
 
-    python benchmarks/serve.py --peer               # the three rows, on a GPU; 4 minutes
+    python benchmarks/serve.py --peer               # the three rows, on a GPU; up to 9 minutes
     python benchmarks/serve.py --peer --tiny        # the same path on a CPU, in two minutes
     python benchmarks/serve.py --url http://localhost:8000/v1 --model NAME  # any other server
 
@@ -14,7 +14,7 @@ word came. Rows, one after the other on the GPU, each in its own process:
     transformers  with --peer: `transformers serve`, as many requests as it answers in half a minute
 
 Each row is written to `--to` as soon as it is there; one that fails, takes too long, or has answers
-of fewer tokens says so (`failed`), and the others go on.
+of fewer tokens says so (`failed`), and the others go on; what came too late prints its stacks.
 `--export DIR` writes the model that is measured, for another server.
 """
 
@@ -22,12 +22,14 @@ import argparse
 import asyncio
 import base64
 import contextlib
+import faulthandler
 import http.client
 import io
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -77,6 +79,7 @@ def answer(options: argparse.Namespace, to_parent: Any) -> None:
     from internvl.inference.engine import one_engine
     from internvl.inference.requests import Request
 
+    faulthandler.register(signal.SIGUSR1)
     chat = model_of(options)
     count = options.count // 2
     requests = [Request(f"<image>\n{QUESTION}", [photo(n)]) for n in range(count)]
@@ -100,6 +103,7 @@ def serve(options: argparse.Namespace, port_file: Path, apart: bool) -> None:
     from internvl.serve import Limits, Options, server
     from internvl.serve.apart import Apart
 
+    faulthandler.register(signal.SIGUSR1)
     log.setup(30)
     limits = Limits(max_length=options.length, max_waiting=2 * options.clients)
     chosen = Options(port=0, port_file=port_file, name=MODEL, limits=limits, slots=options.clients)
@@ -417,6 +421,13 @@ def receive(pipe: Any, process: Any, until_s: float) -> Any:
     raise RuntimeError(f"nothing came in {limit_s:.0f} s")
 
 
+def show_stacks(process: Any) -> None:
+    """Has a process that came too late print where its threads are."""
+    if process.is_alive():
+        os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(1)
+
+
 def run(options: argparse.Namespace) -> None:
     rows = Rows(options)
     folder = Path(tempfile.mkdtemp(dir=options.folder))
@@ -456,6 +467,7 @@ def run_answer(rows: Rows, options: argparse.Namespace, peer: Peer | None) -> fl
         figures |= {"tokens": round(statistics.mean(tokens), 1)} | shortfall(tokens)
     except RuntimeError as error:
         figures["failed"] = str(error)
+        show_stacks(process)
     finally:
         process.join(20)
         process.kill()
@@ -495,6 +507,7 @@ def run_serve(
                 figures["share_of_answer"] = round(figures["requests_per_s"] / alone, 3)
         except (RuntimeError, OSError) as error:
             figures["failed"] = str(error)[:900]
+            show_stacks(process)
         finally:
             process.terminate()
             process.join(10)
@@ -524,7 +537,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4096, help="tokens of a slot")
     parser.add_argument("--peer", action="store_true", help="measure `transformers serve` too")
     parser.add_argument("--peer-s", type=float, default=30, help="seconds for it")
-    parser.add_argument("--budget-s", type=float, default=265, help="seconds for all rows")
+    parser.add_argument("--budget-s", type=float, default=540, help="seconds for all rows")
     parser.add_argument("--url", help="measure this server instead, such as http://HOST:PORT/v1")
     parser.add_argument("--model", help="name to ask it for")
     parser.add_argument("--export", type=Path, help="write the model in transformers' layout there")
