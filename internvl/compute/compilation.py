@@ -31,8 +31,8 @@ def _is_of_flash(error: BaseException) -> bool:
     """True if code of FlashAttention, or of torch's calls of it, raised the error or its cause."""
     causes = (getattr(error, "inner_exception", None), error.__cause__)
     frames = traceback.extract_tb(error.__traceback__)
-    named = (Path(frame.filename).parts[-3:] for frame in frames)  # flash_attn/cute/interface.py
-    return any("flash" in name for names in named for name in names) or any(
+    files = (Path(frame.filename) for frame in frames)
+    return any("flash_attn" in file.parts or "flash" in file.name for file in files) or any(
         _is_of_flash(cause) for cause in causes if cause is not None
     )
 

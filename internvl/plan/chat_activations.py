@@ -16,12 +16,8 @@ class ChatActivations(Activations):
 
     def until_language(self) -> dict[str, float]:
         """See `Activations`."""
-        return {
-            "tiles": self.tiles(),
-            "cast copies of trained weights": self.casts(),
-            "vision tower activations": self.waiting_tower(),
-            "language model activations": self.decoder(),
-        }
+        tower = self._of_tower(self.waiting_tower())
+        return tower | {"language model activations": self.decoder()}
 
     def passing(self) -> dict[str, float]:
         """See `Activations`."""
@@ -33,12 +29,14 @@ class ChatActivations(Activations):
 
     def in_tower(self) -> dict[str, float]:
         """See `Activations`."""
-        if not self.tower_trains:
-            return {}
+        return self._of_tower(self.tower()) if self.tower_trains else {}
+
+    def _of_tower(self, tower: float) -> dict[str, float]:
+        """Returns what is there as long as the tower's activations are."""
         return {
             "tiles": self.tiles(),
             "cast copies of trained weights": self.casts(),
-            "vision tower activations": self.tower(),
+            "vision tower activations": tower,
         }
 
     def block(self) -> float:

@@ -97,10 +97,8 @@ class Shards:
     def head_gradients(self, micro_batches: int) -> float:
         """Bytes of gradients that are whole from the loss to the end of the backward pass: of the
         root's heads; with zero1 of all, if a GPU has several micro-batches."""
-        kept = float(self.dtype_bytes * self.root_early)
-        if self.stage == "zero1" and micro_batches > 1:
-            kept += float(self.reduce_bytes * self.trained)
-        return kept
+        every = self.trained if self.stage == "zero1" and micro_batches > 1 else 0
+        return float(self.dtype_bytes * self.root_early + self.reduce_bytes * every)
 
     def on_their_way(self, units: tuple[UnitSize, ...]) -> float:
         """Bytes of a unit's gradients that are sent to the other GPUs while the next unit of the
