@@ -61,8 +61,9 @@ def setup(level: int = logging.INFO, *, rank: int = 0) -> None:
     logger.setLevel(max(level, logging.WARNING) if rank else level)
     logger.propagate = False  # a root handler of the calling program would print it again
     # transformers imports an installed torchao, which warns in every process of the GPU libraries
-    # that this machine cannot load, and of its own use of torch.
-    for name in ("torchao", "torch.utils._pytree"):
+    # that this machine cannot load, and of its own use of torch. The third warns of operations in
+    # place wherever a compiled block is recomputed; no block has any.
+    for name in ("torchao", "torch.utils._pytree", "torch._higher_order_ops.wrap"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -24,6 +24,9 @@ def tracing() -> AbstractContextManager[None]:
         # kernels that know no head width, code in its cache that it cannot find again.
         specialize_int=True,
         specialize_float=True,
+        # Layers that share a product or a mask keep it for one another, in a recomputed block too:
+        # what they kept is in the graph, and is empty again when the block ends.
+        skip_fwd_side_effects_in_bwd_under_checkpoint=True,
     )
 
 

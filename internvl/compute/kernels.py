@@ -3,6 +3,12 @@
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from internvl.compute.backends import attention_backend, attention_kernels, is_compiled
 from internvl.config import ComputeConfig
@@ -72,11 +78,33 @@ def _checkpoint(model: Any, every: int) -> None:
     """Recomputes every `every`-th block in the backward pass, in the parts that gradients pass."""
     language, tower = model.model.language_model, model.model.vision_tower
     # A frozen chat language model saves as much as a trained one if the projector below it trains.
-    for stack, passed in (
-        (language, model if model.family == "chat" else language),
-        (tower, tower),
+    for blocks, passed in (
+        (language.layers, model if model.family == "chat" else language),
+        (tower.encoder.layer, tower),
     ):
         if any(parameter.requires_grad for parameter in passed.parameters()):
-            stack.gradient_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
-            # Only reentrant checkpointing needs them; backward would go below the trained layers.
-            stack.disable_input_require_grads()
+            for block in blocks[::every]:
+                recompute(block)
+
+
+def recompute(block: nn.Module) -> None:
+    """Makes the backward pass recompute what a block saves; only its inputs wait in memory."""
+    forward = block.forward
+
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        if not (block.training and torch.is_grad_enabled()):
+            return forward(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            # By operation, which reaches those inside autograd functions, such as fused LoRA's:
+            # without it the compiler would save what they save.
+            kwargs["context_fn"] = _recompute_all
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    # Below `__call__`, where transformers does it, and so in the graph of a compiled block. Outside
+    # of it the whole forward pass would run again; the compiler leaves out what only the output
+    # needs, such as the MLP's last product: a quarter of a block's.
+    block.forward = recomputed
+
+
+def _recompute_all() -> Any:
+    return create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE)
