@@ -81,10 +81,27 @@ def test_compiled_blocks_of_shards(tmp_path):
     project = tiny_run.make(tmp_path, size=kills.SIZE)
     common = ("global_batch=4", "data.max_tokens=128", *SMALL_STEPS)
     one = sharded_runs.take(project, tmp_path, {"one": Case(common)}, num_ranks=1)
-    cases = {"zero3": Case((*common, "compute.compile=true", "parallel.shard=zero3"))}
+    compiled = (*common, "compute.compile=true", "parallel.shard=zero3")
+    cases = {
+        "kept": Case(compiled),
+        "recomputed": Case((*compiled, "compute.checkpointing=full")),
+    }
     several = sharded_runs.take(project, tmp_path, cases, num_ranks=2)
-    assert several["zero3"].graphs > one["one"].graphs == 0
-    sharded_runs.assert_same(one["one"], several["zero3"], later=1e-4)
+    assert several["recomputed"].graphs > several["kept"].graphs > one["one"].graphs == 0
+    for case in cases:
+        sharded_runs.assert_same(one["one"], several[case], later=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_pairs_of_shards(tmp_path):
+    """Cross-attention is cut apart from its layer, which calls it and is recomputed."""
+    project = pair_runs.make(tmp_path / "pairs", objective={"name": "stage2"})
+    common = ("global_batch=4", "steps=1", "optim.lr=1e-4")
+    one = sharded_runs.take(project, tmp_path, {"one": Case(common)}, num_ranks=1)
+    compiled = (*common, "compute={compile: true, checkpointing: full}", "parallel.shard=zero3")
+    several = sharded_runs.take(project, tmp_path, {"cut": Case(compiled)}, num_ranks=2)
+    assert several["cut"].graphs > 0
+    sharded_runs.assert_same(one["one"], several["cut"])
 
 
 @pytest.mark.slow
