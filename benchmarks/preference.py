@@ -88,7 +88,7 @@ BATCHES = (2, 4, 8, 1)
 last only where the first does not fit."""
 TRIES_S = 45
 """No batch is begun later than this."""
-ROW_S = 180
+ROW_S = 240
 """Most seconds of a row's process."""
 
 

@@ -118,6 +118,7 @@ class Scheduler:
         refill: bool = True,
         length: int = 0,
         patience_s: float = math.inf,
+        steps_between_rows: int = 0,
         lag: int | None = None,
         switch: "Switch | None" = None,
         num_beams: int = 1,
@@ -136,6 +137,7 @@ class Scheduler:
             refill: give a slot to the next request when its own ends; otherwise when all have.
             length: least length of a slot, in tokens; by default what the first jobs need.
             patience_s: longest that a request waits for others to share its prefill.
+            steps_between_rows: tokens that the others get before the next row is prefilled.
             lag: steps that are begun before the tokens of an earlier one are read, so that a GPU
                 never waits for the host; by default 1 on a GPU, 0 on a CPU, which would compute
                 tokens after an answer's end in vain.
@@ -157,6 +159,7 @@ class Scheduler:
         self.switch = switch
         self.length = length
         self.patience_s = patience_s
+        self.steps_between_rows = steps_between_rows
         self.model = model
         self.end_id = end_id
         self.most_slots = slots
@@ -172,6 +175,8 @@ class Scheduler:
         self.waiting: deque[Job] = deque()
         self.waited = 0
         """Steps that a short row has waited for others to fill it."""
+        self.steps_since_row = 0
+        """Tokens of every active job since the last prefill."""
 
     def run(self, source: Source) -> Iterator[Job]:
         """Yields a job after each of its tokens, until the source has no more."""
@@ -213,11 +218,13 @@ class Scheduler:
         if self.active and not self.refill:
             return
         while self.waiting and self._fits(self.waiting[0].length):
+            if self.active and self.steps_since_row < self.steps_between_rows:
+                return
             jobs = self._row()
             # A short row costs as many launches as a long one: while others decode, it may wait.
             if not jobs:
                 return
-            self.waited = 0
+            self.waited = self.steps_since_row = 0
             # Not again at once after one that the memory did not hold: others may end first.
             with on_device(self.model.device):
                 begun = self._prefill(jobs)
@@ -366,6 +373,7 @@ class Scheduler:
 
     def _advance(self) -> Iterator[Job]:
         """Decodes one token of every active job."""
+        self.steps_since_row += 1
         # What they choose from depends on all of their tokens.
         if self.num_beams == 1 and not all(is_plain(job) for job in self.active.values()):
             yield from self._read(0)

@@ -196,6 +196,23 @@ def test_a_short_row_waits_for_others_only_some_steps_and_not_without_patience(s
     assert when_begun(1) < 5  # while few are answered, nothing is won by waiting
 
 
+def test_others_get_tokens_between_two_prefills(small):
+    def when_begun(steps):
+        todo = jobs(small, [(4, 0, 20), (5, 0, 20), (6, 0, 20)])
+        begun, first = {}, todo[0]
+        # A row holds one prompt.
+        made = scheduler(small, 3, row_tokens=1, steps_between_rows=steps)
+        for job in made.run(engine.Ready(todo)):
+            begun.setdefault(job.key, len(first.generated))
+        return begun, [job.generated for job in todo]
+
+    together, wanted = when_begun(0)
+    apart, found = when_begun(4)
+    assert max(together.values()) <= 2
+    assert [apart[1], apart[2]] == [5, 9]
+    assert found == wanted
+
+
 class Late:
     """A source whose second jobs come once the first ones run."""
 
