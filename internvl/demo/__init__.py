@@ -87,6 +87,7 @@ def run(folder: Path, *, short: bool = False, port: int = serving.PORT) -> Path:
         UserError: packages are missing, or an exported model does not answer as ours does.
     """
     dist.init_from_env("cpu")
+    ranks.keep_kernels()
     if dist.is_main():
         _run(folder, SHORT if short else FULL, port)
     else:

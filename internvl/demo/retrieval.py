@@ -219,21 +219,26 @@ def compare_loaded(recipe: Recipe, exported: Path) -> list[SearchResults]:
     Raises:
         UserError: features differ.
     """
-    run, loaded = (
-        loading.load(folder, device="cpu", dtype="float32") for folder in (recipe.run, exported)
-    )
+    handles = [
+        loading.load(folder, device="cpu", dtype="float32").as_dual("the comparison")
+        for folder in (recipe.run, exported)
+    ]
     results = []
+    encoded: dict[tuple[Any, ...], list[list[Tensor]]] = {}
     for language in LANGUAGES:
         spec = recipe.evals[f"test-{language}"]
         assert isinstance(spec, RetrievalEval), "the demo's recipe makes it one"
         pairs = read_pairs(spec.annotations, spec.images, clean=clean_caption)
         pairs = pairs.without({*range(spec.limit, len(pairs.images))} if spec.limit else set())
-        theirs, ours = (
-            [
-                *(handle.encode_images(pairs.images, mode) for mode in spec.modes),
-                handle.encode_texts(pairs.texts),
+        images = tuple(pairs.images)
+        # Both languages name the same images.
+        if images not in encoded:
+            encoded[images] = [
+                [*handle.encode_images_of(images, spec.modes).values()] for handle in handles
             ]
-            for handle in (run.as_dual("the comparison"), loaded.as_dual("the comparison"))
+        theirs, ours = (
+            [*features, handle.encode_texts(pairs.texts)]
+            for features, handle in zip(encoded[images], handles, strict=True)
         )
         worst = max(float((a - b).abs().max()) for a, b in zip(theirs, ours, strict=True))
         if worst > 1e-5:

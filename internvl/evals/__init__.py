@@ -10,6 +10,7 @@ from internvl import dist
 from internvl.config import EvalConfig
 from internvl.data.images import FileSlice
 from internvl.evals import benchmark, caption, classify, loss, preference, qa, retrieval
+from internvl.evals.features import images_once
 from internvl.evals.metrics import one_meteor
 from internvl.evals.scores import LEFT_OUT as LEFT_OUT
 from internvl.evals.scores import EvalScores, Table
@@ -83,6 +84,7 @@ def measured(folder: Path, step: int) -> set[str]:
 
 # METEOR loads its tables for 9 CPU seconds: one process serves all evaluations of a call.
 @one_meteor()
+@images_once()
 def run_all(
     evaluators: Mapping[str, Evaluator],
     handle: Any,

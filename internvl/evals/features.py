@@ -4,6 +4,8 @@ Shapes: Q queries, N candidates, E width of a feature.
 """
 
 from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,22 @@ TIE_MARGIN = 1e-6
 
 _BLACK = np.zeros((32, 32, 3), np.uint8)
 """Stands for a batch of which no image can be read: others may wait for this rank's forward."""
+
+_last_images: ContextVar[list[tuple[Any, "ImageFeatures"]] | None] = ContextVar(
+    "_last_images", default=None
+)
+
+
+@contextmanager
+def images_once() -> Iterator[None]:
+    """Lets evaluations of one model that follow each other share the features of equal images."""
+    # The captions of a data set in two languages are two evaluations of the same images. Only the
+    # last features: those of every data set would fill the memory.
+    token = _last_images.set([])
+    try:
+        yield
+    finally:
+        _last_images.reset(token)
 
 
 @dataclass(frozen=True)
@@ -108,11 +126,30 @@ class FeatureCache:
         batch_size: int,
         **options: Any,
     ) -> "ImageFeatures":
-        """Encodes images in every mode, with one pass of the vision tower.
+        """Encodes images in every mode, with one pass of the vision tower; see `images_once`.
 
         Args:
             handle: a Dual; `options` go to its `encode_images_of`.
         """
+        # A folder has all features of its data set, so that the evaluation can go on from it.
+        last = _last_images.get() if self.folder is None else None
+        key = (handle.model, [*paths], [*modes], batch_size, options)
+        if last and last[0][0] == key:
+            return last[0][1]
+        encoded = self._encode_images(name, handle, paths, modes, batch_size, options)
+        if last is not None:
+            last[:] = [(key, encoded)]
+        return encoded
+
+    def _encode_images(
+        self,
+        name: str,
+        handle: Any,
+        paths: Sequence[str | FileSlice],
+        modes: Sequence[str],
+        batch_size: int,
+        options: dict[str, Any],
+    ) -> "ImageFeatures":
         unread: dict[int, str] = {}
 
         # One cached tensor for all modes: after an interruption all are there, or none.

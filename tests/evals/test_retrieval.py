@@ -14,7 +14,7 @@ from photos import COLORS, photo
 from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
-from internvl import evaluate, train
+from internvl import evals, evaluate, train
 from internvl.config import eval_config
 from internvl.config.recipes import resolve
 from internvl.errors import UserError
@@ -224,6 +224,30 @@ def test_an_interrupted_evaluation_goes_on(dual, data: Path, tmp_path: Path, mon
     photo(data / "3.jpg", 333)
     Retrieval(spec(data)).run(dual, kept)
     assert len(sorted(kept.rglob("*.safetensors"))) == 2 * len(files)
+
+
+def test_equal_images_are_encoded_once_in_a_call(dual, data: Path, tmp_path: Path) -> None:
+    calls = []
+
+    class Counted:
+        model, device, encode_texts = dual.model, dual.device, dual.encode_texts
+
+        def as_dual(self, purpose: str) -> "Counted":
+            return self
+
+        def encode_images_of(self, images, modes, **options):
+            calls.append((len(images), modes))
+            return dual.encode_images_of(images, modes, **options)
+
+    first, second = Retrieval(spec(data, clean=True)), Retrieval(spec(data))
+    one_mode = Retrieval(spec(data, modes=["g"]))
+    few = Retrieval(spec(data, limit=6, recall_k=[1]))
+    chosen = {"first": first, "second": second, "one-mode": one_mode, "few": few}
+    together = evals.run_all(chosen, Counted(), tmp_path)
+    assert calls == [(10, ("c", "g")), (10, ("g",)), (6, ("c", "g"))]
+    for name, evaluator in chosen.items():
+        alone = evaluator.run(dual, None).values
+        assert {metric: together[f"{name}/{metric}"] for metric in alone} == alone
 
 
 def test_problems_are_named_before_anything_is_encoded(data: Path) -> None:
