@@ -206,7 +206,14 @@ class DualActivations(Activations):
 
     def language(self) -> float:
         """Bytes that QLLaMA's layers save, and the hidden states around them."""
-        return self.cross_images() + self._language(list(self.tracked.values()))
+        forms = list(self.tracked.values())
+        # The last form runs back first. Then the gradients of all keys and values are there, which
+        # the other forms still read, and a layer's of the next form beside them.
+        left, gradients = self._language(forms[:-1]), self.cross_gradients()
+        layers = sum(layer.cross_attn is not None for layer in self.layers)
+        gradients += self.keys_and_values() / max(1, layers)
+        between = left + gradients if len(forms) > 1 else 0.0
+        return self.cross_images() + max(self._language(forms), between)
 
     def language_in_turn(self) -> float:
         """The same if the features' backward runs before the other terms are computed: its graph
@@ -317,5 +324,5 @@ class DualActivations(Activations):
         """Indices of QLLaMA's layers that keep only their input."""
         if self.compute.checkpointing == "none" or not flops.trains(self.language_model):
             return range(0)
-        # transformers counts from the first: of an odd number one more than half is recomputed.
+        # Counted from the first: of an odd number one more than half is recomputed.
         return range(0, len(self.layers), 1 if self.compute.checkpointing == "full" else 2)

@@ -16,7 +16,8 @@ from internvl.plan.work import FirstStep, Sequences, Work, padded
 from internvl.zoo.gpus import CALIBRATION
 
 RECOMPUTED = {"none": 0.0, "selective": 0.5, "full": 1.0}
-"""Share of the blocks that run forward twice, by `compute.checkpointing`."""
+"""Share of the blocks that run forward twice, by `compute.checkpointing`. Compiled ones leave out
+their last product then, a quarter, which is counted all the same."""
 _TEXT_TOKENS, _SUPERVISED = 64, 16  # of an assumed sample of a conversation
 _CAPTION, _PADDED_CAPTION = 24, 40  # tokens of an assumed caption, and of the longest beside it
 
