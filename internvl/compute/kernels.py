@@ -1,5 +1,6 @@
 """Attention, fast layers, fused adapters, recomputation and compilation, applied to a model."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -107,4 +108,8 @@ def recompute(block: nn.Module) -> None:
 
 
 def _recompute_all() -> Any:
+    # A block whose graph ends early, as where it calls another unit of shards, is not traced as a
+    # whole: torch then recomputes it as it does without a compiler.
+    if torch._guards.TracingContext.try_get() is None:
+        return nullcontext(), nullcontext()
     return create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE)
