@@ -6,16 +6,13 @@ from pathlib import Path
 from internvl import dist, train
 from internvl.config import recipes
 
-_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "4096"}
-"""There are 3,100 sizes in the first half of the chat model's training; more cost memory."""
-
 
 def keep_kernels() -> None:
     """Has oneDNN keep all code that it compiles; to be called before the first product."""
     # It compiles for a size, and a packed row seldom has as many tokens as the one before. By
-    # itself it keeps the last 1,024, and most are dropped before their size comes again.
-    for name, value in _KERNELS.items():
-        os.environ.setdefault(name, value)
+    # itself it keeps the last 1,024, and most are dropped before their size comes again: the first
+    # half of the chat model's training has 3,100.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096")
 
 
 def train_together(file: Path) -> None:

@@ -136,20 +136,6 @@ class FeatureCache:
         key = (handle.model, [*paths], [*modes], batch_size, options)
         if last and last[0][0] == key:
             return last[0][1]
-        encoded = self._encode_images(name, handle, paths, modes, batch_size, options)
-        if last is not None:
-            last[:] = [(key, encoded)]
-        return encoded
-
-    def _encode_images(
-        self,
-        name: str,
-        handle: Any,
-        paths: Sequence[str | FileSlice],
-        modes: Sequence[str],
-        batch_size: int,
-        options: dict[str, Any],
-    ) -> "ImageFeatures":
         unread: dict[int, str] = {}
 
         # One cached tensor for all modes: after an interruption all are there, or none.
@@ -191,7 +177,10 @@ class FeatureCache:
         if dist.is_main():
             features = features[[row for row in range(len(paths)) if row not in unread]]
         of_modes = features.to(handle.device).chunk(len(modes), dim=1)
-        return ImageFeatures(dict(zip(modes, of_modes, strict=False)), unread)
+        encoded = ImageFeatures(dict(zip(modes, of_modes, strict=False)), unread)
+        if last is not None:
+            last[:] = [(key, encoded)]
+        return encoded
 
     def _file(self, name: str, rows: range) -> Path | None:
         if self.folder is None:

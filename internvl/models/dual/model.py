@@ -71,7 +71,6 @@ class DualModel(PreTrainedModel):
     config: DualConfig
     config_class = DualConfig
     base_model_prefix = "model"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["InternVLVisionLayer", "QLlamaLayer"]  # noqa: RUF012 (transformers' way)
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True

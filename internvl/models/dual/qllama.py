@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaMLP,
@@ -110,7 +109,7 @@ class CrossAttention(nn.Module):
         return hidden.view(*shape, self.num_heads, -1)
 
 
-class QLlamaLayer(GradientCheckpointingLayer):
+class QLlamaLayer(nn.Module):
     """A Llama layer; every n-th has `cross_attn`."""
 
     def __init__(self, config: QLlamaConfig, layer: int) -> None:
