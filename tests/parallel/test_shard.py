@@ -92,14 +92,25 @@ def test_compiled_blocks_of_shards(tmp_path):
         sharded_runs.assert_same(one["one"], several[case], later=1e-4)
 
 
+NO_END_INSIDE = """
+from internvl.compute import kernels
+
+def refuse():
+    raise AssertionError("a block's graph ends inside of it")
+
+kernels.nullcontext = refuse
+"""
+
+
 @pytest.mark.slow
 def test_compiled_pairs_of_shards(tmp_path):
-    """Cross-attention is cut apart from its layer, which calls it and is recomputed."""
+    """Of layers with cross-attention too a graph holds all: what is recomputed is compiled."""
     project = pair_runs.make(tmp_path / "pairs", objective={"name": "stage2"})
     common = ("global_batch=4", "steps=1", "optim.lr=1e-4")
     one = sharded_runs.take(project, tmp_path, {"one": Case(common)}, num_ranks=1)
     compiled = (*common, "compute={compile: true, checkpointing: full}", "parallel.shard=zero3")
-    several = sharded_runs.take(project, tmp_path, {"cut": Case(compiled)}, num_ranks=2)
+    whole = Case(compiled, before=NO_END_INSIDE)
+    several = sharded_runs.take(project, tmp_path, {"cut": whole}, num_ranks=2)
     assert several["cut"].graphs > 0
     sharded_runs.assert_same(one["one"], several["cut"])
 

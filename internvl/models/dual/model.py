@@ -122,9 +122,10 @@ class DualModel(PreTrainedModel):
         language_model = self.model.language_model
         for unit in units.stack(language_model.layers):
             layer: Any = unit.module
-            # Apart from its layer: `encode_kv` calls it before the layers run.
+            # Apart from their layer: `encode_kv` runs them before the layers. One by one, since
+            # of a group only the last one's output would gather it for the backward pass.
             if layer.cross_attn is not None:
-                yield Unit(layer.cross_attn, methods=("attend",))
+                yield from map(Unit, layer.cross_attn.image_modules)
             yield unit
         yield Unit(language_model.embed_tokens)
         yield Unit(language_model)

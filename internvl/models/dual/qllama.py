@@ -84,6 +84,11 @@ class CrossAttention(nn.Module):
         self.v_proj = nn.Linear(vision_width, width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
 
+    @property
+    def image_modules(self) -> tuple[nn.Module, ...]:
+        """Modules that `forward` runs, once per image; the others are `attend`'s."""
+        return self.norm2, self.k_proj, self.v_proj
+
     def forward(self, vision: Tensor) -> KeysValues:
         """Projects visual tokens (B, N, W) to keys and values."""
         vision = self.norm2(vision)
@@ -141,8 +146,8 @@ class QLlamaLayer(nn.Module):
         if self.cross_attn is not None and keys_values is not None:
             queries = hidden[:, : self.num_queries]
             attended = self.cross_attn.attend(queries, keys_values)
-            # Padded, not concatenated with the text: in shards the graph ends at `attend`, and the
-            # next one would not know that both lengths make up that of `hidden`.
+            # Padded, not concatenated with the text: torch's analysis of loops does not see that
+            # both lengths make up that of `hidden`.
             hidden = hidden + F.pad(attended, (0, 0, 0, hidden.shape[1] - attended.shape[1]))
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
