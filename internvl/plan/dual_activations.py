@@ -90,10 +90,9 @@ class DualActivations(Activations):
         """See `Activations`."""
         # Offloaded, all of the tower waits in the CPU's memory.
         tower = 0.0 if self.compute.offload else self.waiting_tower()
-        language = self.language_in_turn() if self.cut else self.language()
         return {
             **self._of_tower(tower),
-            "QLLaMA activations": language,
+            "QLLaMA activations": self.language(),
             "what the heads keep": self.heads(),
             # Similarities of both branches with their gradients, in float32.
             "features of a step, compared": 48.0 * self.recipe.batch_samples**2,
@@ -140,7 +139,8 @@ class DualActivations(Activations):
     def waiting(self, load: Load) -> float:
         """See `Activations`; of QLLaMA and the tower."""
         here = self._changed(replace(self.compute, offload=False))
-        return (here.language() + here.tower()) * load.micro_batches
+        language = here.cross_images() + here._language([*here.tracked.values()])
+        return (language + here.tower()) * load.micro_batches
 
     def _changed(self, compute: ComputeConfig) -> "DualActivations":
         recipe = replace(self.recipe, compute=compute)
@@ -204,23 +204,53 @@ class DualActivations(Activations):
             if ".cross_attn." in name and (".k_" in name or ".v_" in name) and p.requires_grad
         )
 
+    def freed(self) -> float:
+        """See `Activations`."""
+        if self.compute.offload or not self.tracked:
+            return 0.0
+        return max(0.0, self.language() - self.cross_images() - self.block())
+
     def language(self) -> float:
         """Bytes that QLLaMA's layers save, and the hidden states around them."""
+        if self.cut:
+            return self.language_in_turn()
         forms = list(self.tracked.values())
-        # The last form runs back first. Then the gradients of all keys and values are there, which
-        # the other forms still read, and a layer's of the next form beside them.
-        left, gradients = self._language(forms[:-1]), self.cross_gradients()
-        layers = sum(layer.cross_attn is not None for layer in self.layers)
-        gradients += self.keys_and_values() / max(1, layers)
-        between = left + gradients if len(forms) > 1 else 0.0
-        return self.cross_images() + max(self._language(forms), between)
+        return self.cross_images() + max(self._language(forms), self._between(forms))
 
     def language_in_turn(self) -> float:
         """The same if the features' backward runs before the other terms are computed: its graph
         is gone, the gradients of the images' keys, values and visual tokens are there."""
-        others = self._language([s for name, s in self.tracked.items() if name != "texts"])
+        others = [s for name, s in self.tracked.items() if name != "texts"]
         gradients = self.cross_gradients() if others else 0.0
-        return self.cross_images() + max(self._language(self._compared()), others + gradients)
+        later = max(self._language(others) + gradients, self._between(others))
+        return self.cross_images() + max(self._language(self._compared()), later)
+
+    def _between(self, forms: Sequence[Sequences]) -> float:
+        """Bytes when the last of several forms, which runs back first, has: the gradients of all
+        keys and values are there, which the other forms still read, and a layer's of the next form
+        beside them."""
+        if len(forms) < 2:
+            return 0.0
+        layers = sum(layer.cross_attn is not None for layer in self.layers)
+        gradients = self.cross_gradients() + self.keys_and_values() / max(1, layers)
+        return self._language(forms[:-1]) + gradients + self.waiting_gradients()
+
+    def waiting_gradients(self) -> float:
+        """Bytes of the layers' gradients between two forms: autograd sums what all forms add to a
+        weight's before it hands the sum on, so that shards are sent after the last."""
+        if not self.sharded and self.micro_batches == 1:
+            return 0.0  # they become `.grad`, which is counted among the states
+        size = self.dtype_bytes if self.sharded else 4
+        # Keys and values are projected once for all forms.
+        once = {
+            parameter
+            for layer in self.layers
+            if layer.cross_attn is not None
+            for module in layer.cross_attn.image_modules
+            for parameter in module.parameters()
+        }
+        every = (p for p in self.layers.parameters() if p.requires_grad and p not in once)
+        return float(size * sum(p.numel() for p in every))
 
     def cross_gradients(self) -> float:
         """Bytes of gradients of the images' keys, values and visual tokens."""
