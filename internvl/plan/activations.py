@@ -170,6 +170,11 @@ class Activations(ABC):
         """Bytes that the language model's backward pass has freed when its last block runs back."""
         return 0.0
 
+    @property
+    def waits(self) -> bool:
+        """Whether a block's gradients wait for those of another pass through it in the step."""
+        return False
+
     def cached_visual_share(self, micro_batches: int) -> float:
         """Share of the micro-batches whose visual tokens gradient caching keeps."""
         return 0.0

@@ -210,6 +210,11 @@ class DualActivations(Activations):
             return 0.0
         return max(0.0, self.language() - self.cross_images() - self.block())
 
+    @property
+    def waits(self) -> bool:
+        """See `Activations`; those of the features, run back before the others, do not."""
+        return len(self.tracked) > 1 and not self.cut
+
     def language(self) -> float:
         """Bytes that QLLaMA's layers save, and the hidden states around them."""
         if self.cut:

@@ -121,11 +121,15 @@ def _moments(
     # Of the language model's units the second that runs back, and the last. Without what is freed
     # until then, all gradients would meet activations that they follow upon.
     of_others = sum(unit.trained for unit in cut.others) / max(1, cut.trained)
-    for freed, share in ((0.0, 0.0), (counted.freed(), of_others)):
+    sent, own = cut.on_their_way(cut.others), cut.unit_gradients(cut.others)
+    # Gradients that wait for those of another form are not sent yet, nor copied to be.
+    unsent = (0.0, own - cut.sent(cut.others)) if counted.waits else (sent, own)
+    of_second, of_last = (0.0, 0.0, *unsent), (counted.freed(), of_others, sent, own)
+    for freed, share, before_it, its_own in (of_second, of_last):
         left = {GATHERED: cut.gathered(cut.others), "gradients": share * grown}
-        back = {BLOCK_BACK: passing[BLOCK_BACK], GRADIENTS: heads + cut.on_their_way(cut.others)}
+        back = {BLOCK_BACK: passing[BLOCK_BACK], GRADIENTS: heads + before_it}
         yield _less(begun, freed) | left | back
-        yield _less(ended, freed) | left | {GRADIENTS: heads + cut.unit_gradients(cut.others)}
+        yield _less(ended, freed) | left | {GRADIENTS: heads + its_own}
     held = {"gradients": grown, GATHERED: cut.gathered(cut.tower)}
     if tower:
         yield tower | held | {GRADIENTS: heads + cut.on_their_way(cut.tower)}

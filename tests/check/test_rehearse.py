@@ -3,6 +3,7 @@
 import json
 import re
 
+import pair_runs
 import pytest
 import tiny_run
 from ranks import run_ranks
@@ -56,6 +57,19 @@ def test_memory_is_that_of_a_real_rank_of_two(project):
         assert planned == pytest.approx(rehearsed.peak_bytes, rel=0.15)
         peaks.append(rehearsed.peak_bytes)
     assert peaks[0] > 1.05 * peaks[1]
+
+
+def test_gradients_of_layers_that_two_forms_read_are_planned(tmp_path):
+    """Whole until both have run back; here most of the memory, for layers are wide and few."""
+    file = pair_runs.make(tmp_path)
+    config = json.loads((tmp_path / "start" / "config.json").read_text())
+    config["qllama_config"]["intermediate_size"] = 8192
+    (tmp_path / "start" / "config.json").write_text(json.dumps(config))
+    compute = "compute={compile: false, checkpointing: full}"
+    changes = ["parallel.shard=zero3", compute, "global_batch=16", "evals={}"]
+    rehearsed = rehearse.run(recipes.load_recipe(file, changes), 8, gpus.find("h200"), steps=2)
+    planned = rehearsed.plan.memory.allocated_gib * 2**30
+    assert planned == pytest.approx(rehearsed.peak_bytes, rel=0.05)
 
 
 def test_the_command_prints_what_was_measured_beside_the_plan_and_no_loss(project, capsys):

@@ -208,10 +208,10 @@ def test_gradients_of_several_micro_batches_are_there_all_the_time(parts):
         assert footprint.components["gradients"] == 4 * cut.trained / cut.num_shards
 
 
-def test_the_peak_of_a_rank_of_internvl_14b_whose_heads_train():
-    """Beside one of four on an H200: keys and values of the images for all frozen blocks."""
-    made = recipes.load_recipe("internvl_14b_head_flickr30k")
-    planned = plan.make(made, H200, None, 4)
-    assert planned.memory.allocated_gib == pytest.approx(
-        measured("14b_head_4")["allocated_gib"], rel=0.04
-    )
+@pytest.mark.parametrize(("method", "num_gpus"), [("head", 4), ("lora", 4), ("full", 32)])
+def test_the_peak_of_a_rank_of_internvl_14b(method, num_gpus):
+    """Beside one of an H200; captions are assumed to be longer than those that were measured."""
+    made = recipes.load_recipe(f"internvl_14b_{method}_flickr30k")
+    planned = plan.make(made, H200, None, num_gpus)
+    figures = measured(f"14b_{method}_{num_gpus}")
+    assert planned.memory.allocated_gib == pytest.approx(figures["allocated_gib"], rel=0.06)
