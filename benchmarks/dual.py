@@ -4,18 +4,23 @@
     python benchmarks/dual.py lora_224 lora_224_once     # some
     python benchmarks/dual.py --tiny                     # the same path on a CPU, in a minute
 
-Weights are made on the GPU in bfloat16; every row has a process of its own. Training rows are steps
-of `internvl train` on a recipe of recipes/internvl_14b, with JPEG files of COCO's sizes, captions
-of COCO's lengths, and the loader's workers; shares are needed FLOPs (plan/flops.py of the
-package) over the rate of an 8192³ bfloat16 product of the same process. `hours` are those of the
-recipe's steps. Of a row that measures its first step, `first_wait_s` is left out: a later step's
-pairs are read during the one before. lora_224_kept the LoRA recipe in micro-batches of 32, nothing
-computed again encode_224 images as C and G, texts: as loaded, and with compiled blocks head_224
-the head recipe: all 128 pairs at once caption_224 beam 5, 30 tokens, batch 1, 16 and 64 lora_364
-LoRA at 364 px, global batch 1,024 in micro-batches of 24, nothing again full_364 all weights: says
-what one GPU lacks for it lora_224 the recipe as it is: 4 micro-batches of 32, checkpointing
-lora_224_once all 128 pairs at once, no gradient caching, checkpointing lora_224_kept_16 micro-
-batches of 16, of which four keep their graph from the first pass Those that the budget cuts off are
+Weights are made on the GPU in bfloat16; every row has a process of its own:
+
+    encode_224        images as C and G, texts: as loaded, and with compiled blocks
+    head_224          the head recipe: all 128 pairs at once
+    caption_224       beam 5, 30 tokens, batch 1, 16 and 64
+    lora_224          the LoRA recipe as it is: 4 micro-batches of 32, checkpointing
+    lora_224_once     all 128 pairs at once, no gradient caching, checkpointing
+    lora_224_kept     in micro-batches of 32, nothing computed again
+    lora_224_kept_16  in micro-batches of 16, of which four keep their graph from the first pass
+    lora_364          LoRA at 364 px, global batch 1,024 in micro-batches of 24, nothing again
+    full_364          all weights: says what one GPU lacks for it
+
+Training rows are steps of `internvl train` on a recipe of recipes/internvl_14b, with JPEG files of
+COCO's sizes, captions of COCO's lengths, and the loader's workers; shares are needed FLOPs
+(plan/flops.py of the package) over the rate of an 8192³ bfloat16 product of the same process.
+`hours` are those of the recipe's steps. Of a row that measures its first step, `first_wait_s` is
+left out: a later step's pairs are read during the one before. Those that the budget cuts off are
 measured by a second call that names them.
 """
 
