@@ -24,6 +24,11 @@ def counted(count: int, noun: str, nouns: str = "") -> str:
     return f"{count:,} {noun if count == 1 else nouns or f'{noun}s'}"
 
 
+def one_line(text: str) -> str:
+    """Escapes control characters, with which a file's name could steer the terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def explain(error: BaseException) -> str:
     """Returns the message for an exception to somebody who does not read tracebacks.
 

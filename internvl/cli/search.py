@@ -10,7 +10,7 @@ from typing import Any
 
 from internvl.cli.common import Arguments, loading
 from internvl.cli.index import add_model_arguments, load_dual, open_of_index
-from internvl.errors import UserError, counted
+from internvl.errors import UserError, counted, one_line
 
 
 def run(args: Arguments) -> int:
@@ -103,7 +103,7 @@ def _print(terms: Sequence[Any], results: Any, index: Any, thumbnails: bool) -> 
         print(f"looking for {', '.join(term.label for term in terms)}")
     for hit in results.hits:
         match = "" if hit.match is None else f"  match {hit.match:.3f}"
-        path = _printable(hit.photo.path)
+        path = one_line(hit.photo.path)
         print(f"{hit.rank:>5}  {hit.score:.3f}{match}  {hit.photo.taken[:10]}  {path}")
         if thumbnails:
             print(_drawn(index, hit.photo))
@@ -125,11 +125,6 @@ def _drawn(index: Any, photo: Any) -> str:
             return draw(image, columns=32)
     except BadImage as error:
         return f"       {error}"
-
-
-def _printable(text: str) -> str:
-    """Escapes control characters, with which a file's name could steer the terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class _AddTerm(argparse.Action):

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from internvl import log
-from internvl.errors import UserError, counted
+from internvl.errors import UserError, counted, one_line
 from internvl.log import Progress
 from internvl.search.scan import Entry, ReadPhoto, Scan, read_photo
 from internvl.search.store import PhotoRow, Store
@@ -118,14 +118,14 @@ def update(
     elif done.counts["deleted"] or done.counts["changed"]:
         store.remove_leftovers()
     for sentence in scan.problems:
-        logger.warning("%s", sentence)
+        logger.warning("%s", one_line(sentence))
     for suffix, count in scan.foreign.items():
         logger.warning("%s: not read; convert them to JPEG", counted(count, f"{suffix} file"))
     broken = store.broken()
     for path, reason in broken:
         # Those that were read in this update have had their line.
         if path not in work.broken:
-            logger.warning("%s", reason)
+            logger.warning("%s", one_line(reason))
     done.total, done.broken = store.count(), len(broken)
     return done
 
@@ -164,7 +164,7 @@ class _Work:
     def take(self, photo: ReadPhoto) -> None:
         """Takes a photo; saves a full batch."""
         if photo.problem:
-            logger.warning("%s", photo.problem)
+            logger.warning("%s", one_line(photo.problem))
             self.broken.add(photo.path)
             self.store.add_broken(photo.path, photo.size, photo.mtime_ns, photo.problem)
             return

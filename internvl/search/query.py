@@ -14,7 +14,7 @@ from internvl.data.images import name_of
 from internvl.errors import UserError
 
 # A digit before the colon is a time of day or a ratio: "at 10:30".
-_WEIGHTED = re.compile(r"\s*(.+?)(?<![\d\s])\s*[:：]\s*([-+]?\d*\.?\d+)(?=\s|$)")
+_WEIGHTED = re.compile(r"\s*+(.+?)(?<![\d\s])\s*[:：]\s*([-+]?\d*\.?\d+)(?=\s|$)")
 _DATE = re.compile(r"\d{4}(-\d\d(-\d\d)?)?")
 
 
@@ -58,8 +58,11 @@ def check_terms(terms: Sequence[Term]) -> None:
     if not terms:
         raise UserError('nothing to look for: write words, such as "a dog in the snow"')
     for term in terms:
-        if not abs(term.weight) < float("inf"):
-            raise UserError(f"{term.text!r}: the weight is {term.weight}; write a number")
+        if not abs(term.weight) <= LARGEST_WEIGHT:
+            raise UserError(
+                f"{term.text!r}: the weight is {term.weight:g}; write one from -{LARGEST_WEIGHT:,} "
+                f"to {LARGEST_WEIGHT:,}"
+            )
     if all(term.weight <= 0 for term in terms):
         raise UserError(
             f"no weight is above 0 ({', '.join(term.label for term in terms)}); a search needs "
@@ -67,6 +70,9 @@ def check_terms(terms: Sequence[Term]) -> None:
         )
 
 
+LARGEST_WEIGHT = 1_000_000
+MOST_FOLDERS = 100
+"""Folders of a search, at most: SQL of many is nested too deeply."""
 MOST_RERANKED = 1000
 """Photos that the match head reads for a search, at most."""
 
@@ -98,7 +104,9 @@ class Filters:
     """Last day, in the same forms; "2024" is up to the end of that year."""
 
     def __post_init__(self) -> None:
-        """Raises UserError for what is no date."""
+        """Raises UserError for what is no date, or too many folders."""
+        if len(self.folders) > MOST_FOLDERS:
+            raise UserError(f"a search takes {MOST_FOLDERS} folders, not {len(self.folders):,}")
         for text in (self.since, self.until):
             if text and not _is_date(text):
                 raise UserError(
@@ -109,10 +117,13 @@ class Filters:
         """Returns a condition of SQL and its values."""
         parts, values = ["1"], []
         globs = [glob.removeprefix("./").strip("/") for glob in self.folders]
-        if globs:
-            # A folder stands for all that is below it.
-            parts.append(f"({' OR '.join(['path GLOB ? OR path GLOB ?'] * len(globs))})")
-            values += [pattern for glob in globs for pattern in (glob, f"{glob}/*")]
+        # The folder of photos itself is everything.
+        if globs and not {"", "."} & {*globs}:
+            # A folder stands for all that is below it, also one that is called "[2024] beach".
+            one = "path GLOB ? OR path GLOB ? OR substr(path, 1, length(?)) = ?"
+            parts.append(f"({' OR '.join([one] * len(globs))})")
+            for glob in globs:
+                values += [glob, f"{glob}/*", f"{glob}/", f"{glob}/"]
         if self.since:
             parts.append("taken >= ?")
             values.append(self.since)

@@ -23,6 +23,9 @@ from internvl.errors import BadImage, explain
 if TYPE_CHECKING:
     from torch import Tensor
 
+SETTINGS, TABLE = "index.json", "photos.db"
+"""Files that make a folder an index."""
+
 ENDINGS = (*IMAGE_ENDINGS, ".tif", ".tiff", ".avif")
 """Suffixes of photos, in lower case."""
 
@@ -77,6 +80,9 @@ class Scan:
                     raise
                 self.problems.append(explain(error))
                 self.unlisted.append(folder.relative_to(self.folder).as_posix())
+                continue
+            # Another index: its thumbnails would be found as photos.
+            if folder != self.folder and {SETTINGS, TABLE} <= {file.name for file in files}:
                 continue
             for file in files:
                 if file.name.startswith("."):

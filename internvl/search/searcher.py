@@ -19,6 +19,9 @@ from internvl.search.ranking import Approximate, Exact, read_approximate
 from internvl.search.scan import upright
 from internvl.search.store import PhotoRow, Store
 
+_CANCELLED = 1e-5
+"""Length of a query, as a share of its weights, below which rounding alone is left of it."""
+
 
 @dataclass(frozen=True)
 class Hit:
@@ -170,6 +173,10 @@ class Searcher:
     def _query(self, terms: Sequence[Term], mode: str) -> Tensor:
         """Returns the weighted sum of the terms' unit vectors, of unit length: float32 (E,)."""
         total = sum((term.weight * self._feature(term, mode) for term in terms), torch.zeros(()))
+        size = sum(abs(term.weight) for term in terms)
+        if float(total.norm()) < _CANCELLED * size:
+            labels = ", ".join(term.label for term in terms)
+            raise UserError(f"{labels}: they cancel one another; change a weight")
         return F.normalize(total, dim=0)
 
     def _feature(self, term: Term, mode: str) -> Tensor:

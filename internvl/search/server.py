@@ -186,7 +186,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _is_local(self) -> bool:
         """Refuses requests under another name, such as a site's that resolves to this machine."""
-        host = urlsplit(f"//{self.headers.get('Host', '')}").hostname
+        try:
+            host = urlsplit(f"//{self.headers.get('Host', '')}").hostname
+        except ValueError:  # such as a bracket that is not closed
+            host = None
         if host in (HOST, "localhost"):
             return True
         self._error(HTTPStatus.FORBIDDEN, f"open the page as {self.server.address}")

@@ -26,9 +26,9 @@ import numpy as np
 
 from internvl.errors import UserError
 from internvl.files import names_file, read_run_json, write_json
-from internvl.search.scan import Entry, Scan
+from internvl.search.scan import SETTINGS, TABLE, Entry, Scan
 
-SETTINGS, TABLE, THUMBNAILS = "index.json", "photos.db", "thumbnails"
+THUMBNAILS = "thumbnails"
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value);

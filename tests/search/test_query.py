@@ -1,5 +1,7 @@
 """Words with weights, and filters."""
 
+import sqlite3
+
 import pytest
 
 from internvl.errors import UserError
@@ -19,6 +21,7 @@ from internvl.search.query import Filters, Term, check_terms, parse_terms
         ("title: none", [("title: none", 1)]),
         ("version:1.2.3", [("version:1.2.3", 1)]),
         ("  ", []),
+        (" " * 50_000 + "a:2" + " " * 50_000 + "b", [("a", 2), ("b", 1)]),  # at once
     ],
 )
 def test_words_and_their_weights(text, expected):
@@ -32,6 +35,30 @@ def test_nothing_to_look_for_is_refused():
         check_terms(parse_terms("beach people:-0.5"))
     with pytest.raises(UserError, match="the weight is nan"):
         check_terms([Term("a", weight=float("nan"))])
+    with pytest.raises(UserError, match=r"the weight is 1e\+39; write one from -1,000,000 to"):
+        check_terms([Term("a", weight=1e39)])
+
+
+def test_thousands_of_folders_are_refused():
+    with pytest.raises(UserError, match="takes 100 folders, not 1,000"):
+        Filters(("2024",) * 1000)
+
+
+def test_a_folder_stands_for_what_is_below_it_whatever_its_name():
+    database = sqlite3.connect(":memory:")
+    database.execute("CREATE TABLE photos (path TEXT)")
+    paths = ["[2024] beach/d.png", "[2024] beach/e/f.png", "3 beach/g.png", "h.png"]
+    database.executemany("INSERT INTO photos VALUES (?)", [(path,) for path in paths])
+
+    def found(*folders):
+        condition, values = Filters(folders).condition()
+        rows = database.execute(f"SELECT path FROM photos WHERE {condition}", values)
+        return [path for (path,) in rows]
+
+    assert found("[2024] beach") == paths[:2]
+    assert found("3*", "./[2024] beach/e/") == [paths[1], paths[2]]
+    for all_of_them in (".", "./", "", "*"):
+        assert found(all_of_them) == paths
 
 
 @pytest.mark.parametrize("text", ["2024", "2024-02", "2024-02-29"])

@@ -27,6 +27,14 @@ def test_photos_of_all_subfolders_without_hidden_ones_and_the_index(tmp_path):
     assert [line for line in scan.problems if "gone.png" in line]
 
 
+def test_another_index_is_not_entered(tmp_path):
+    """Its thumbnails would be photos."""
+    for name in ("a.png", "old/index.json", "old/photos.db", "old/thumbnails/t.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert scanned(tmp_path)[0] == ["a.png"]
+
+
 def test_names_that_are_no_text_cost_a_line(tmp_path):
     (tmp_path / os.fsdecode(b"\xff.png")).write_bytes(b"x")
     paths, scan = scanned(tmp_path)

@@ -70,6 +70,11 @@ def test_scores_are_cosines_of_the_weighted_sum(dual, photos, searcher):
     assert sorted(found(results)) == sorted(NAMES)
 
 
+def test_terms_that_cancel_one_another_are_refused(searcher):
+    with pytest.raises(UserError, match="two cats, two cats × -1: they cancel one another"):
+        searcher.find([Term("two cats"), Term("two cats", weight=-1)])
+
+
 def test_an_image_finds_itself(photos, searcher):
     data = (photos / NAMES[5]).read_bytes()
     digest = next(
