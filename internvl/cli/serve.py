@@ -46,7 +46,7 @@ def run(args: Arguments) -> int:
         readers=args.readers,
     )
     # All before the model is loaded: a wrong option must not cost minutes.
-    adapters = parse_adapters(args.adapter)
+    adapters = parse_adapters(args.adapter, options.name)
     opened = open_named(args, args.step)
     family = opened.files.family
     if family != "chat":
@@ -162,7 +162,8 @@ def _name_of(model: str) -> str:
 _LIMITS: dict[str, tuple[str, str]] = {
     "max_length": ("N", "most tokens of a prompt and its answer together (default: 8192)"),
     "max_tokens": ("N", "tokens of an answer if the request does not say (default: 1024)"),
-    "max_images": ("N", "most images of a request (default: 16)"),
+    "max_images": ("N", "most images of a conversation (default: 16)"),
+    "max_videos": ("N", "most videos of a conversation (default: 4)"),
     "max_waiting": (
         "N",
         "most requests that wait for a slot; more are answered 429 (default: 64)",

@@ -32,6 +32,7 @@ from internvl.data.images import (
     open_rgb,
     read_address,
     read_head,
+    stored_size,
     undecodable,
 )
 from internvl.data.messages import (
@@ -162,6 +163,20 @@ def read_video(
         return list(read_frames(clip, spread, np.random.default_rng(0), exif))
     except BadImage as error:
         raise BadImage(f"{label}: {error}") from None
+
+
+def stored_frame_size(path: str) -> tuple[int, int]:
+    """Returns (width, height) of a video file's frames in px, from its header; 0 if only its frames
+    say.
+
+    Raises:
+        BadImage: it is missing, or no video.
+    """
+    if path.lower().endswith(_ANIMATIONS):
+        return stored_size(path)
+    source, name = _read_source(path), name_of(path)
+    with _open_stream(source, name) as (_, stream):
+        return stream.width, stream.height
 
 
 def with_frames(sample: Sample, counts: Sequence[int], label: str) -> Sample:

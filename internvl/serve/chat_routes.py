@@ -118,7 +118,7 @@ class ChatRoutes:
         # Before the messages: another model may have other limits.
         if asked.model not in self.names:
             raise model_not_found(asked.model, self.names)
-        turns, media = read_messages(asked.messages, self.options.limits)
+        turns, media = read_messages(asked.messages, self.options.limits, self._served.length)
         # Before anything is fetched: images of requests that are refused cost nothing.
         self.gate.enter(asked.n)
         try:
@@ -141,6 +141,14 @@ class ChatRoutes:
         """Answers POST /v1/tiles: how images of some sizes are cut, and their tokens."""
         self.engines.check()
         values = read_fields(await read_json(http, self.options.limits), _TILES, {})
+        most_images = self.options.limits.max_images
+        if len(values["sizes"]) > most_images:
+            raise ApiError(
+                f"{len(values['sizes']):,} sizes, and a request may have {most_images} images "
+                "(--max-images); send fewer",
+                param="sizes",
+                code="too_many_images",
+            )
         renderings = self._served.renderings
         if values["model"] is None:
             raise ApiError("model is missing", param="model")

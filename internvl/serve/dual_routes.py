@@ -14,6 +14,7 @@ from internvl import log
 from internvl.errors import counted
 from internvl.models.dual.model import Mode
 from internvl.serve.dual_engine import DualEngine, DualJob
+from internvl.serve.encoding import raise_undecodable
 from internvl.serve.engines import Engines, Gate
 from internvl.serve.errors import ApiError, model_not_found
 from internvl.serve.fields import (
@@ -29,7 +30,7 @@ from internvl.serve.fields import (
 from internvl.serve.http import Handler, finished_or_gone, read_json
 from internvl.serve.metrics import Metrics
 from internvl.serve.options import Options
-from internvl.serve.prompts import Fetcher
+from internvl.serve.prompts import FETCHING, Fetcher
 
 MOST_INPUTS = 2048
 
@@ -168,15 +169,17 @@ class DualRoutes:
         return JSONResponse({"model": values["model"], "results": results})
 
     def _mode(self, name: str | None) -> Mode:
+        if name is None:
+            raise ApiError("model is missing", param="model")
         if name not in self.modes:
-            raise model_not_found(str(name), self.names)
+            raise model_not_found(name, self.names)
         return self.modes[name]
 
     async def _vectors(
         self, inputs: Sequence[tuple[str, str]], mode: Mode
     ) -> tuple[list[Any], int]:
         """Returns the vectors of (task, text or address) inputs, in order, and their tokens."""
-        # One batch of texts and one of images, whatever their order in the request.
+        # A batch of texts and one of images, whatever their order in the request.
         by_task: dict[str, list[int]] = {}
         for index, (task, _) in enumerate(inputs):
             by_task.setdefault(task, []).append(index)
@@ -184,38 +187,65 @@ class DualRoutes:
         tokens = 0
         for task, indices in by_task.items():
             values: list[Any] = [inputs[index][1] for index in indices]
+            names = [f"input[{i}]" for i in indices]
             if task == "images":
-                values = await self._images([f"input[{i}]" for i in indices], values)
+                values = await self._images(names, values)
             else:
                 encoder = self._engine.dual.encoder
                 # Images have no tokens: their count is 0, as other servers have it.
                 tokens += sum(len(encoder.embedding(value)) for value in values)
-            vectors |= zip(indices, await self._run(task, values, mode), strict=True)
+            images = dict(zip(names, values, strict=True)) if task == "images" else {}
+            vectors |= zip(indices, await self._run(task, values, mode, images), strict=True)
         return [vectors[index] for index in range(len(inputs))], tokens
 
     async def _scores(
         self, query: tuple[str, str], documents: Sequence[tuple[str, str]]
     ) -> list[float]:
         if query[0] == "images":
-            (image,) = await self._images(["query"], [query[1]])
-            pairs = [(image, value) for _, value in documents]
+            names = ["query"]
+            images = await self._images(names, [query[1]])
+            pairs = [(images[0], value) for _, value in documents]
         else:
             names = [f"documents[{i}]" for i in range(len(documents))]
             images = await self._images(names, [value for _, value in documents])
             pairs = [(image, query[1]) for image in images]
-        return await self._run("pairs", pairs, "g")
+        return await self._run("pairs", pairs, "g", dict(zip(names, images, strict=True)))
 
     async def _images(self, names: Sequence[str], addresses: Sequence[str]) -> list[bytes]:
-        # All at once: each waits for its host.
-        pairs = zip(addresses, names, strict=True)
-        return list(await asyncio.gather(*(self.fetcher.image(*pair) for pair in pairs)))
+        """Fetches images, some at once, each of which waits for its host.
+
+        Raises:
+            ApiError: one that cannot be had, or all together are larger than a request may be.
+        """
+        images: list[bytes] = []
+        most = self.options.limits.max_body
+        pairs = list(zip(addresses, names, strict=True))
+        for first in range(0, len(pairs), FETCHING):
+            some = pairs[first : first + FETCHING]
+            images += await asyncio.gather(*(self.fetcher.image(*pair) for pair in some))
+            # A short address can name a large file.
+            if sum(map(len, images)) > most:
+                raise ApiError(
+                    f"{names[len(images) - 1]}: the images up to here have more than "
+                    f"{most // 2**20:,} MiB together (--max-body); send fewer in a request",
+                    param=names[len(images) - 1],
+                    code="image_too_large",
+                )
+        return images
 
     @property
     def _engine(self) -> DualEngine:
         engine: DualEngine = self.engines.engines[0].answering
         return engine
 
-    async def _run(self, task: str, inputs: Sequence[Any], mode: Mode) -> list[Any]:
+    async def _run(
+        self, task: str, inputs: Sequence[Any], mode: Mode, images: Mapping[str, bytes]
+    ) -> list[Any]:
+        """Has an engine compute a batch, whose `images` are known by their names.
+
+        Raises:
+            ApiError: one of them cannot be decoded, or the engine has died.
+        """
         engine = self.engines.choose()
         ended = asyncio.Event()
         job = DualJob(ended, task, inputs, mode)
@@ -231,6 +261,8 @@ class DualRoutes:
         if not job.ended:
             self.engines.check()
         if job.error is not None:
+            # In a thread: it decodes those before the one that cannot be.
+            await asyncio.to_thread(raise_undecodable, images.items())
             raise ApiError(str(job.error), param="input")
         return job.outputs
 
@@ -269,7 +301,7 @@ def _read_input(name: str, value: Any) -> tuple[str, str]:
     """Reads a text, the data: address of an image, {"text": …} or {"image": …}."""
     if isinstance(value, str):
         # Other addresses may be meant as texts; {"image": …} says that they are not.
-        task = "images" if value.startswith("data:image/") else "texts"
+        task = "images" if value[:11].lower() == "data:image/" else "texts"
         return task, _not_empty(name, text(name, value))
     if isinstance(value, Mapping):
         entries = {key: entry for key, entry in value.items() if entry is not None}

@@ -6,7 +6,7 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -19,7 +19,7 @@ from internvl import log
 from internvl.data.images import as_rgb
 from internvl.data.messages import IMAGE_MARK
 from internvl.data.records import Message
-from internvl.data.video import read_video
+from internvl.data.video import read_video, stored_frame_size
 from internvl.data.workers import usable_cores
 from internvl.errors import BadImage, UserError
 from internvl.inference.requests import Prompt, Request, encode
@@ -34,6 +34,8 @@ _THREADS, _PROCESSES = 12, 8
 _OTHER_CORES = 4
 """Cores left to the server, the engine, and whatever else a GPU's machine runs."""
 _NUM_FRAMES = 8
+VIDEO_PIXELS = 300_000_000
+"""Most pixels of all frames that are taken of a request's videos: 36 of 4K, some 2.5 GB."""
 _MAGIC = {b"GIF8": ".gif", b"RIFF": ".webp", b"\x89PNG": ".png"}
 """First bytes of an animation -> the suffix by which its reader knows it."""
 
@@ -153,11 +155,7 @@ def encode_request(
         ApiError: an image or video that cannot be read, or turns that training would refuse.
     """
     images = [content for medium, content in shown if medium.mark == IMAGE_MARK]
-    videos = [
-        _frames(medium, content, asked.num_frames or _NUM_FRAMES)
-        for medium, content in shown
-        if medium.mark != IMAGE_MARK
-    ]
+    videos = _videos(shown, asked)
     try:
         most = _max_tiles(rendering, shown, asked)
         request = Request(turns, images, videos, max_tiles=most)
@@ -170,7 +168,7 @@ def encode_request(
         )
     # What training would refuse; there is no name of a request to show.
     except UserError as error:
-        raise_undecodable(shown)
+        raise_undecodable((m.param, file) for m, file in shown if m.mark == IMAGE_MARK)
         raise ApiError(str(error).removeprefix("request: "), param="messages") from None
 
 
@@ -187,28 +185,46 @@ def _max_tiles(rendering: Rendering, shown: Shown, asked: ChatRequest) -> list[i
     return [limit or rendering.tiles.max for limit in limits]
 
 
-def raise_undecodable(shown: Shown) -> None:
-    """Raises ApiError for the first image that cannot be decoded."""
-    for medium, content in shown:
-        if medium.mark != IMAGE_MARK:
-            continue
+def raise_undecodable(images: Iterable[tuple[str, bytes]]) -> None:
+    """Raises ApiError for the first image, of (name, encoded), that cannot be decoded."""
+    for name, content in images:
         try:
             as_rgb(content)
         except BadImage as error:
-            raise ApiError(
-                f"{medium.param}: {error}", param=medium.param, code="invalid_image"
-            ) from None
+            raise ApiError(f"{name}: {error}", param=name, code="invalid_image") from None
 
 
-def _frames(medium: Medium, content: bytes, num_frames: int) -> list[Any]:
-    suffix = _MAGIC.get(content[:4], ".mp4")
-    with tempfile.TemporaryDirectory() as folder:
-        # A file: PyAV seeks in it, and animations are known by their suffix.
-        file = Path(folder) / f"video{suffix}"
-        file.write_bytes(content)
-        try:
-            return read_video(file, medium.num_frames or num_frames, medium.param)
-        except BadImage as error:
-            # The name of the temporary file tells nobody anything.
-            reason = str(error).replace(str(file), "the video")
-            raise ApiError(reason, param=medium.param, code="invalid_video") from None
+def _videos(shown: Shown, asked: ChatRequest) -> list[list[Any]]:
+    """Decodes the frames of a request's videos.
+
+    Raises:
+        ApiError: one that cannot be decoded, or frames of too many pixels together.
+    """
+    videos, pixels = [], 0
+    for medium, content in shown:
+        if medium.mark == IMAGE_MARK:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            # A file: PyAV seeks in it, and animations are known by their suffix.
+            file = Path(folder) / f"video{_MAGIC.get(content[:4], '.mp4')}"
+            file.write_bytes(content)
+            num_frames = medium.num_frames or asked.num_frames or _NUM_FRAMES
+            try:
+                # Before one is decoded: a small file can hold huge frames.
+                width, height = stored_frame_size(str(file))
+                pixels += num_frames * width * height
+                if pixels > VIDEO_PIXELS:
+                    raise ApiError(
+                        f"{medium.param}: {num_frames} frames of {width} x {height} pixels; those "
+                        f"of a request may have {VIDEO_PIXELS:,} together; send a smaller video, "
+                        "or fewer num_frames",
+                        param=medium.param,
+                        code="video_too_large",
+                    )
+                videos.append(read_video(file, num_frames))
+            except BadImage as error:
+                # The name of the temporary file tells nobody anything.
+                reason = str(error).removeprefix("video: ").removeprefix(f"{file}: ")
+                reason = f"{medium.param}: {reason.replace(str(file), 'the video')}"
+                raise ApiError(reason, param=medium.param, code="invalid_video") from None
+    return videos

@@ -50,19 +50,28 @@ class Medium:
     num_frames: int | None = None
 
 
-def read_messages(messages: Any, limits: Limits) -> tuple[list[Message], list[Medium]]:
+def read_messages(messages: Any, limits: Limits, length: int) -> tuple[list[Message], list[Medium]]:
     """Parses messages to turns with all their marks, and lists the media of the marks in order.
+
+    Args:
+        length: most tokens of a prompt and its answer.
 
     Raises:
         ApiError: a message or content part that is wrong or not followed, or too many media.
     """
     if not isinstance(messages, list) or not messages:
         raise ApiError("messages must be a list of at least one message", param="messages")
+    # Before their tokens are counted, which takes seconds of such a request.
+    if len(messages) > length:
+        raise _endless(counted(len(messages), "message"), length)
     turns, media = [], []
     for index, entry in enumerate(messages):
         turn, shown = _read_message(f"messages[{index}]", entry)
         turns.append(turn)
         media += shown
+    size = sum(len(turn.content) for turn in turns)
+    if size > _TOKEN_SIZE * length:
+        raise _endless(counted(size, "character"), length)
     for mark, most, noun in (
         (IMAGE_MARK, limits.max_images, "image"),
         (VIDEO_MARK, limits.max_videos, "video"),
@@ -77,6 +86,18 @@ def read_messages(messages: Any, limits: Limits) -> tuple[list[Message], list[Me
                 code=f"too_many_{noun}s",
             )
     return turns, media
+
+
+_TOKEN_SIZE = 128
+"""Characters that no token is longer than, but for spaces."""
+
+
+def _endless(what: str, length: int) -> ApiError:
+    return ApiError(
+        f"{what}, more than a prompt of {length:,} tokens can have; send fewer",
+        param="messages",
+        code="context_length_exceeded",
+    )
 
 
 def _read_message(name: str, entry: Any) -> tuple[Message, list[Medium]]:
@@ -105,7 +126,10 @@ def _read_message(name: str, entry: Any) -> tuple[Message, list[Medium]]:
         )
     # Marks in other turns are plain text, as in training.
     if role != "user":
-        return Message(role, "".join(map(str, pieces))), []
+        said = "".join(map(str, pieces))
+        if role == "assistant" and not said:
+            raise ApiError(f"{name} is an empty answer; leave it out", param=f"{name}.content")
+        return Message(role, said), []
     return Message(role, _with_marks(name, pieces, media)), _in_order_of_marks(media)
 
 

@@ -39,7 +39,14 @@ class Limits:
     """Folders that `file://` addresses may name files of."""
 
     def __post_init__(self) -> None:
-        for name in ("max_images", "max_tokens", "max_length", "max_waiting", "max_body"):
+        for name in (
+            "max_images",
+            "max_videos",
+            "max_tokens",
+            "max_length",
+            "max_waiting",
+            "max_body",
+        ):
             check_whole(f"--{name.replace('_', '-')}", getattr(self, name), 1)
         # Now: a wrong folder would refuse every image later.
         for folder in self.allow_files:
@@ -83,13 +90,19 @@ class Options:
             check_whole("--slots", self.slots, 1)
         if self.readers is not None:
             check_whole("--readers", self.readers, 0)
+        # It would let everyone in who sends an empty one.
+        if not all(key.strip() for key in self.api_keys):
+            raise ConfigError("--api-key is empty; give a key, or leave the option out")
+        # Not first where a request leaves it out, whose sender could not help it.
+        if not 0 <= self.temperature <= 100:
+            raise ConfigError(f"--temperature is 0 (greedy) to 100, not {self.temperature}")
 
 
-def parse_adapters(words: list[str]) -> dict[str, Path]:
-    """Parses NAME=PATH words: name -> folder.
+def parse_adapters(words: list[str], model: str) -> dict[str, Path]:
+    """Parses NAME=PATH words, of adapters of a model of that name: name -> folder.
 
     Raises:
-        ConfigError: no name, a name twice, or no such folder.
+        ConfigError: no name, a name twice or the model's, or no such folder.
     """
     adapters: dict[str, Path] = {}
     for word in words:
@@ -100,8 +113,9 @@ def parse_adapters(words: list[str]) -> dict[str, Path]:
             raise ConfigError(
                 f"--adapter {word}: write NAME=PATH, such as stamps=runs/stamps/final"
             )
-        if name in adapters:
-            raise ConfigError(f"--adapter {word}: the name {name} is taken; choose another one")
+        if name in adapters or name == model:
+            whose = "the model's own (--name)" if name == model else "taken"
+            raise ConfigError(f"--adapter {word}: the name {name} is {whose}; choose another one")
         # Before the model, which may take minutes.
         if not Path(path).expanduser().is_dir():
             raise ConfigError(f"--adapter {word}: there is no folder {path}")

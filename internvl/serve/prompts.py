@@ -16,7 +16,7 @@ from internvl.serve.errors import ApiError
 from internvl.serve.messages import Medium
 from internvl.serve.options import Limits
 
-_FETCHING = 32
+FETCHING = 32
 """Threads that wait for hosts."""
 
 
@@ -25,7 +25,7 @@ class Fetcher:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.pool = ThreadPoolExecutor(_FETCHING, thread_name_prefix="fetch")
+        self.pool = ThreadPoolExecutor(FETCHING, thread_name_prefix="fetch")
 
     async def image(self, url: str, param: str) -> bytes:
         """Returns the bytes of an image, whose header has been checked.

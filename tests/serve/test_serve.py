@@ -342,6 +342,24 @@ class TestFields:
             "messages",
             "together they may have 511. Send fewer",
         ),
+        (
+            {"messages": [{"role": "user", "content": "word " * 20_000}]},
+            400,
+            "messages",
+            "100,000 characters, more than a prompt of 511 tokens",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}] * 600},
+            400,
+            "messages",
+            "600 messages, more than",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": ""}, {"role": "user", "content": "a"}]},
+            400,
+            "messages[0].content",
+            "messages[0] is an empty answer",
+        ),
     ],
 )
 def test_what_is_wrong_is_refused_with_its_field(server, client, change, status, param, words):
@@ -420,6 +438,11 @@ def test_a_model_that_the_engine_does_not_run_answers_one_by_one(tmp_path):
         (["--adapter", "a b=."], "--adapter a b=.: write NAME=PATH"),
         (["--adapter", "a=gone"], "there is no folder gone"),
         (["--adapter", "a=.", "--adapter", "a=."], "the name a is taken"),
+        (["--adapter", "a=.", "--name", "a"], "the name a is the model's own"),
+        (["--api-key", ""], "--api-key is empty"),
+        (["--temperature", "-1"], "--temperature is 0 (greedy) to 100, not -1.0"),
+        (["--temperature", "nan"], "not nan"),
+        (["--max-videos", "0"], "--max-videos must be a whole number of at least 1"),
         (["--allow-files", "gone"], "--allow-files: there is no folder gone"),
         (["--gpus", "99"], "--gpus 99: this machine has"),
         (["--gpus", "1", "--device", "cpu"], "leave --device and --device-map out"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from dual_folders import dual_folder, small_tokenizer
 from http_server import data_address, image_bytes, running
+from PIL import Image
 
 from internvl.config import RetrievalEval
 from internvl.evals.retrieval import Retrieval
@@ -126,6 +127,8 @@ def message(part, **fields):
     ("path", "change", "status", "words"),
     [
         ("embeddings", {"model": "clip"}, 404, "there is dual, dual:c, dual:g"),
+        ("embeddings", {"model": None}, 400, "model is missing"),
+        ("embeddings", {"input": ["a", "DATA:image/png;base64,AAAA"]}, 400, "input[1]: "),
         ("embeddings", {"input": None}, 400, "either input or messages"),
         ("embeddings", {"input": []}, 400, "1 to 2,048 entries"),
         ("embeddings", {"input": [1, 2]}, 400, "not tokens"),
@@ -156,15 +159,37 @@ def test_one_bad_image_costs_its_own_request_alone(server, dual):
     cut = IMAGES[0][:-40]
 
     def ask(content):
-        body = {"model": "dual", "input": [{"image": data_address(content)}]}
+        body = {"model": "dual", "input": ["a", {"image": data_address(content)}]}
         return server.post(body, "/v1/embeddings")
 
     async def together():
         tasks = [asyncio.to_thread(ask, content) for content in [*IMAGES, cut, *IMAGES]]
         return await asyncio.gather(*tasks)
 
-    statuses = [status for status, _ in asyncio.run(together())]
-    assert statuses == [200, 200, 200, 400, 200, 200, 200]
+    answers = asyncio.run(together())
+    assert [status for status, _ in answers] == [200, 200, 200, 400, 200, 200, 200]
+    error = answers[3][1]["error"]
+    assert (error["param"], error["code"]) == ("input[1]", "invalid_image")
+    documents = [{"image": data_address(content)} for content in (IMAGES[0], cut)]
+    body = {"model": "dual", "query": "a", "documents": documents}
+    status, answer = server.post(body, "/v1/rerank")
+    assert (status, answer["error"]["param"]) == (400, "documents[1]")
+
+
+def test_images_that_are_too_large_together_are_refused(folder, tmp_path):
+    """Their addresses may be short."""
+    for n in range(40):
+        noise = np.random.default_rng(n).integers(0, 256, (200, 200, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{n}.bmp")
+    words = ("--allow-files", tmp_path, "--max-body", 1)
+    with running(folder, tmp_path / "server", *words) as server:
+        inputs = [{"image": (tmp_path / f"{n}.bmp").as_uri()} for n in range(40)]
+        statuses = {}
+        for count in (5, 40):
+            body = {"model": "dual", "input": inputs[:count]}
+            statuses[count], answer = server.post(body, "/v1/embeddings")
+    assert statuses == {5: 200, 40: 400}
+    assert "more than 1 MiB together (--max-body)" in answer["error"]["message"]
 
 
 def test_recall_through_http_is_what_evaluate_measures(client, dual, tmp_path):

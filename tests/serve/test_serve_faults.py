@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import http.client
 import http.server
+import io
 import json
 import multiprocessing
 import os
@@ -25,8 +26,9 @@ from chat_folders import prompt_folder
 from command_line import call
 from dual_folders import dual_folder
 from http_server import STARTS_S, asked, data_address, image_bytes, image_part, running
+from PIL import Image
 
-from internvl.data.messages import IMAGE_MARK
+from internvl.data.messages import VIDEO_MARK
 from internvl.errors import ModelFolderError, RunError, UserError
 from internvl.inference.engine import Job
 from internvl.inference.load import load
@@ -189,14 +191,30 @@ def png_of(width, height, data=b"\x00"):
     return start + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
+def test_frames_of_too_many_pixels_are_not_decoded():
+    """A small file can hold huge frames, of which a request may ask for any number."""
+    file = io.BytesIO()
+    frames = [Image.new("P", (8000, 4000), color) for color in range(3)]
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    medium = Medium(VIDEO_MARK, "data:", "messages[0].content[0].video_url", num_frames=10)
+    few = SimpleNamespace(num_frames=None)
+    with pytest.raises(
+        ApiError, match=r"10 frames of 8000 x 4000 pixels; .* 300,000,000"
+    ) as caught:
+        encoding._videos([(medium, file.getvalue())], few)
+    assert (caught.value.param, caught.value.code) == (medium.param, "video_too_large")
+    with pytest.raises(ApiError, match=f"{re.escape(medium.param)}: ") as caught:
+        encoding._videos([(medium, b"GIF89a")], few)
+    assert str(caught.value).count("the video") <= 1
+
+
 def test_an_image_that_cannot_be_decoded_is_named():
     """Beside a good one; and one above Pillow's limit is told the server's."""
     good, torn = image_bytes(), png_of(80, 80)
     names = [f"messages[0].content[{i}].image_url" for i in range(2)]
-    shown = [Medium(IMAGE_MARK, "data:", name) for name in names]
-    encoding.raise_undecodable([(shown[0], good)])
+    encoding.raise_undecodable([(names[0], good)])
     with pytest.raises(ApiError, match=re.escape(names[1]) + ".*cannot be decoded") as caught:
-        encoding.raise_undecodable([*zip(shown, (good, torn), strict=True)])
+        encoding.raise_undecodable([*zip(names, (good, torn), strict=True)])
     assert (caught.value.param, caught.value.code) == (names[1], "invalid_image")
     with pytest.raises(ApiError, match="more than 64,000,000 pixels") as caught:
         prompts.check_pixels(png_of(20_000, 20_000), names[0], Limits())
