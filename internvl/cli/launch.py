@@ -16,10 +16,13 @@ def run(args: Arguments) -> int:
 
     inner: Arguments = args.command
     run = None
+    num_ranks = args.nodes * launch_options.per_node(args)
     if inner.verb == "train":
-        run = _check_training(inner, args.nodes * launch_options.per_node(args))
+        run, device = _check_training(inner, num_ranks)
     else:
         _check_evaluation(inner)
+        device = inner.device
+    launch_options.check_device(args, device)
     job, file = launch_options.job_of(args, Path(inner.recipe if run else inner.model).stem, run)
     if args.dry_run:
         print(slurm.render(job), end="")
@@ -33,16 +36,19 @@ def run(args: Arguments) -> int:
     return 0
 
 
-def _check_training(args: Arguments, num_ranks: int) -> Path:
-    """Refuses what the run would refuse when it starts; returns its folder."""
+def _check_training(args: Arguments, num_ranks: int) -> tuple[Path, str | None]:
+    """Refuses what the run would refuse when it starts; returns its folder and device."""
     recipe = open_recipe(args)
     # Of one machine; how many a node starts is the job's to say.
     if args.gpus is not None or args.processes is not None:
         raise ConfigError("--gpus, --processes: give --gpus-per-node instead")
-    problem = recipe.parallel.unfit(num_ranks) if num_ranks > 1 else None
+    problem = recipe.parallel.unfit(num_ranks)
     if problem is not None:
         raise ConfigError(problem)
-    return recipe.run
+    from internvl.training import run_folder
+
+    run_folder.changed_length(recipe)
+    return recipe.run, recipe.device
 
 
 def _check_evaluation(args: Arguments) -> None:

@@ -38,10 +38,21 @@ class ParallelConfig:
         ]
 
     def unfit(self, ranks: int) -> str | None:
-        """Returns why so many processes, two or more, do not share a model like this, or None."""
-        if self.shard == "none" or (ranks % self.replicas == 0 and ranks > self.replicas):
+        """Returns why so many processes do not share a model like this, or None."""
+        if self.shard == "none":
+            return None
+        # A recipe of many processes runs on one too; what that cannot do is refused.
+        if ranks == 1:
+            return _OFFLOADS_ALONE if self.offload != "none" else None
+        if ranks % self.replicas == 0 and ranks > self.replicas:
             return None
         return (
             f"parallel.replicas: {ranks} processes do not divide into {self.replicas} copies of "
             "two or more each; choose a divisor of them, or parallel.shard=none for a copy on each"
         )
+
+
+_OFFLOADS_ALONE = (
+    "parallel.offload: cpu is for several processes; start the run with torchrun, or set "
+    "parallel.offload=none and optim.offload=true"
+)

@@ -52,6 +52,8 @@ class _Rank:
     words: Path
     """File for the sentence that ends the rank."""
     ended_s: float | None = None
+    killed: bool = False
+    """By this process, because it did not end."""
 
 
 def verb(*words: str) -> list[str]:
@@ -196,6 +198,7 @@ def _forwarding(ranks: Sequence[_Rank], asked: list[int]) -> Iterator[None]:
 
 def _send(rank: _Rank, signum: int) -> None:
     if rank.process.poll() is None:
+        rank.killed |= signum == signal.SIGKILL
         rank.process.send_signal(signum)
 
 
@@ -231,6 +234,9 @@ def _judge(ranks: Sequence[_Rank], asked: Sequence[int]) -> Ended:
     # As a single process that Ctrl-C ends before its first step, which says nothing either.
     if asked and first.code == _INTERRUPTED:
         return Ended(first.code)
+    # Killed because they did not react, which whoever asked three times knows.
+    if asked.count(signal.SIGINT) >= _MOST_INTERRUPTS:
+        return Ended(_INTERRUPTED)
     # What all ranks say alike, such as a wrong key of the recipe, is about none of them.
     if len(causes) == len(ranks) and {cause.sentence for cause in causes} == {first.sentence}:
         return Ended(first.code, first.sentence)
@@ -262,8 +268,8 @@ class _Cause:
         if code > 0:
             sentence = f"ended with exit code {code}; what it wrote before tells why"
             return cls(False, rank.ended_s, index, code, sentence)
-        # SIGTERM came from here, after another rank had failed.
-        follows = code == -signal.SIGTERM
+        # Both came from here, after another rank had failed.
+        follows = code == -signal.SIGTERM or rank.killed
         name = signal.Signals(-code).name
         sentence = f"was killed by signal {-code} ({name}); {_MEANINGS.get(-code, _CRASH)}"
         return cls(follows, rank.ended_s, index, 128 - code, sentence)

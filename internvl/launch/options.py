@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from internvl.errors import ConfigError
@@ -68,6 +69,19 @@ def per_node(args: argparse.Namespace) -> int:
     return int(*counts.values())
 
 
+def check_device(args: argparse.Namespace, device: str | None) -> None:
+    """Raises ConfigError for ranks on GPUs of a command for a CPU, and the other way round."""
+    if args.gpus_per_node is not None and device == "cpu":
+        raise ConfigError(
+            "--gpus-per-node: the device is cpu; use --processes-per-node N, or device=auto"
+        )
+    if args.processes_per_node is not None and device not in ("cpu", "auto", None):
+        raise ConfigError(
+            f"--processes-per-node: ranks on the CPU, and the device is {device}; set it to cpu, "
+            "or use --gpus-per-node N"
+        )
+
+
 def job_of(args: argparse.Namespace, name: str, run: Path | None) -> tuple[Job, Path]:
     """Returns the job that is asked for and the file to write it to.
 
@@ -87,9 +101,17 @@ def job_of(args: argparse.Namespace, name: str, run: Path | None) -> tuple[Job, 
         partition=args.partition,
         time=args.time,
         cpus_per_node=args.cpus_per_node,
-        sbatch_args=shlex.split(" ".join(args.sbatch_args)),
-        srun_args=shlex.split(" ".join(args.srun_args)),
+        sbatch_args=_words("--sbatch-args", args.sbatch_args),
+        srun_args=_words("--srun-args", args.srun_args),
         setup=args.setup,
     )
     default = launchers.BATCH_FILE if run else f"evaluate-{name}.sbatch"
     return job, args.file or folder / default
+
+
+def _words(option: str, texts: Sequence[str]) -> list[str]:
+    """Splits what an option was given into words, as a shell does. Raises ConfigError."""
+    try:
+        return [word for text in texts for word in shlex.split(text)]
+    except ValueError:
+        raise ConfigError(f"{option}: a quote is not closed in {' '.join(texts)}") from None

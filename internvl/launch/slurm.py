@@ -53,7 +53,7 @@ def render(job: Job) -> str:
     """Returns the sbatch file."""
     lines = [
         "#!/bin/bash",
-        *(f"#SBATCH {option}" for option in _options(job)),
+        *(f"#SBATCH {_quoted(option)}" for option in _options(job)),
         "",
         "# Seconds that a rank has to save once it is asked to stop.",
         f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={_SAVE_S}",
@@ -76,11 +76,13 @@ def render(job: Job) -> str:
     lines += [
         f"run={run}",
         "newest() { ls \"$run/checkpoints\" 2>/dev/null | grep -E '^[0-9]+$' | tail -n 1; }",
-        "before=$(newest)",
+        'end() { cat "$run/finished.json" 2>/dev/null; }',
+        "before=$(newest) ended=$(end)",
         command,
         "code=$?",
         "# An exit code tells little: a run that was stopped in order has none of its own here.",
-        '[ -e "$run/finished.json" ] && exit 0',
+        "# An end from before this job is not its own: the run may be to go on for longer.",
+        '[ -n "$(end)" ] && { [ "$code" = 0 ] || [ "$(end)" != "$ended" ]; } && exit 0',
         'if [ "$(newest)" != "$before" ]; then',
         '  echo "not finished: back to the queue, to go on from checkpoint $(newest)"',
         '  exec scontrol requeue "$SLURM_JOB_ID"',
@@ -105,8 +107,8 @@ def _options(job: Job) -> list[str]:
         "--ntasks-per-node=1",
         *(f"--{name}={value}" for name, value in optional.items() if value is not None),
         *([] if job.cpus_per_node is not None else ["--exclusive"]),
-        f"--chdir={_quoted(Path.cwd())}",
-        f"--output={_quoted(job.log.absolute())}",
+        f"--chdir={Path.cwd()}",
+        f"--output={job.log.absolute()}",
         "--open-mode=append",
         "--requeue",
         f"--signal=TERM@{WARNING_S}",
@@ -114,8 +116,9 @@ def _options(job: Job) -> list[str]:
     ]
 
 
-def _quoted(path: Path) -> str:
-    return f'"{path}"' if " " in str(path) else str(path)
+def _quoted(option: str) -> str:
+    name, equals, value = option.partition("=")
+    return f'{name}{equals}"{value}"' if " " in value else option
 
 
 def _srun(job: Job) -> list[str]:

@@ -22,17 +22,11 @@ def build(config: ParallelConfig, device: torch.device) -> DeviceMesh | None:
     if config.shard == "none":
         return None
     ranks, replicas = dist.world_size(), config.replicas
-    # A recipe of many processes runs on one too; what that cannot do is refused.
-    if ranks == 1:
-        if config.offload != "none":
-            raise UserError(
-                "parallel.offload: cpu is for several processes; start the run with torchrun, or "
-                "set parallel.offload=none and optim.offload=true"
-            )
-        return None
     problem = config.unfit(ranks)
     if problem is not None:
         raise UserError(problem)
+    if ranks == 1:
+        return None
     # One dimension: torch sums gradients over each of several, also over one of a single rank.
     if replicas == 1:
         return init_device_mesh(device.type, (ranks,), mesh_dim_names=(SHARDS,))

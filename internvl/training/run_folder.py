@@ -62,29 +62,41 @@ def _locked(recipe: Recipe) -> Iterator[None]:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         lock.write(f"process {os.getpid()} on {launchers.host()}, since {now}\n")
         lock.flush()
-        # Without a recipe these are somebody's files; with one, what a run has written.
-        names = {entry.name for entry in folder.iterdir() if not launchers.is_of_launch(entry.name)}
-        others = names - {".lock", "recipe.yaml"}
-        if not saved.exists() and others:
-            raise RunError(f"{folder} is not empty and no run; choose another `run`")
-        # One that failed before its first step takes the recipe that its message asked for.
+        changed = changed_length(recipe)
         if not saved_steps.has_begun(folder):
             # Its base may have been made anew since; the record would call that another's weights.
             (folder / bases.FILE).unlink(missing_ok=True)
-        elif saved.exists():
-            before = recipes.load_recipe(saved)
-            changed = recipes.changes(before, recipe)
-            others_changed = [text for key, text in changed.items() if key not in length.KEYS]
-            if others_changed:
-                raise RunError(
-                    f"{folder} holds a run of another recipe ({'; '.join(others_changed)}); "
-                    "set it back to go on, or choose another `run`"
-                )
-            if changed:
-                length.extend(before, recipe, "; ".join(changed.values()))
+        elif changed:
+            length.extend(recipes.load_recipe(saved), recipe, "; ".join(changed.values()))
         # Even if equal: a file of an older version has not the keys that are new since then.
         saved.write_text(text, encoding="utf-8")
         yield
+
+
+def changed_length(recipe: Recipe) -> dict[str, str]:
+    """Returns how a recipe changes the length of the run that its folder holds: key -> sentence.
+
+    Raises:
+        RunError: the folder holds a run of another recipe, or somebody's files.
+    """
+    folder, saved = recipe.run, recipe.run / "recipe.yaml"
+    if not folder.exists():
+        return {}
+    # Without a recipe these are somebody's files; with one, what a run has written.
+    names = {entry.name for entry in folder.iterdir() if not launchers.is_of_launch(entry.name)}
+    if not saved.exists() and names - {".lock", "recipe.yaml"}:
+        raise RunError(f"{folder} is not empty and no run; choose another `run`")
+    # One that failed before its first step takes the recipe that its message asked for.
+    if not saved.exists() or not saved_steps.has_begun(folder):
+        return {}
+    changed = recipes.changes(recipes.load_recipe(saved), recipe)
+    others = [text for key, text in changed.items() if key not in length.KEYS]
+    if others:
+        raise RunError(
+            f"{folder} holds a run of another recipe ({'; '.join(others)}); set it back to go on, "
+            "or choose another `run`"
+        )
+    return changed
 
 
 def order_of(recipe: Recipe, files: Sequence[Source], done: int) -> Order:

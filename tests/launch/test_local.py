@@ -82,6 +82,25 @@ sys.exit(1)
     assert ended == Ended(1, f"rank 1 of 2 ranks on {HOST}: the disk is full")
 
 
+def test_ranks_that_had_to_be_killed_are_no_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "_REPORT_S", 0.2)
+    monkeypatch.setattr(local, "_TERM_S", 0.3)
+    code = """
+if rank == 0:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    note("hangs")
+    wait()
+while not os.path.exists(folder + "/hangs-0"):
+    time.sleep(0.01)
+launchers.report("nothing is heard of rank 0", 1, lost_peer=True)
+sys.exit(1)
+"""
+    ended = local.run(ranks_of(code, tmp_path), 2)
+    assert ended == Ended(1, f"rank 1 of 2 ranks on {HOST}: nothing is heard of rank 0")
+
+
 def test_what_all_ranks_say_is_said_once(tmp_path: Path) -> None:
     code = "launchers.report('no such model', 2); sys.exit(2)"
     assert local.run(ranks_of(code, tmp_path), 2) == Ended(2, "no such model")

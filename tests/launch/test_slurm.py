@@ -52,7 +52,8 @@ module load cuda
 
 run='/data/my run'
 newest() {{ ls "$run/checkpoints" 2>/dev/null | grep -E '^[0-9]+$' | tail -n 1; }}
-before=$(newest)
+end() {{ cat "$run/finished.json" 2>/dev/null; }}
+before=$(newest) ended=$(end)
 srun --kill-on-bad-exit=0 --wait=30 --cpu-bind=none --cpus-per-task=64 --label \\
   {sys.executable} -m torch.distributed.run \\
   --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node=8 \\
@@ -61,7 +62,8 @@ srun --kill-on-bad-exit=0 --wait=30 --cpu-bind=none --cpus-per-task=64 --label \
   -m internvl train mine.yaml 'run=/data/my run'
 code=$?
 # An exit code tells little: a run that was stopped in order has none of its own here.
-[ -e "$run/finished.json" ] && exit 0
+# An end from before this job is not its own: the run may be to go on for longer.
+[ -n "$(end)" ] && {{ [ "$code" = 0 ] || [ "$(end)" != "$ended" ]; }} && exit 0
 if [ "$(newest)" != "$before" ]; then
   echo "not finished: back to the queue, to go on from checkpoint $(newest)"
   exec scontrol requeue "$SLURM_JOB_ID"
@@ -108,6 +110,52 @@ def test_the_guide_shows_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"```bash\n{slurm.render(job)}```" in guide.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("does", "code", "said"),
+    [
+        ("exit 7", 7, ""),  # a node that failed, before the run was made longer
+        ("exit 0", 0, ""),
+        ("echo later > finished.json; exit 1", 0, ""),
+        ("rm finished.json; mkdir checkpoints/000020; exit 0", 0, "requeue 5"),
+        ("rm finished.json; exit 0", 1, ""),
+    ],
+)
+def test_an_end_from_before_is_not_the_job_s_own(
+    tmp_path: Path, does: str, code: int, said: str
+) -> None:
+    """A run of 10 steps that had ended is to go on; `does` is what happens to it."""
+    run = tmp_path / "my run"
+    (run / "checkpoints" / "000010").mkdir(parents=True)
+    (run / "finished.json").write_text("sooner\n")
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, text in (("srun", f'cd "{run}"; {does}'), ("scontrol", 'echo "$@"')):
+        (commands / name).write_text(f"#!/bin/bash\n{text}\n")
+        (commands / name).chmod(0o755)
+    job = Job(words=["train", str(run), "steps=20"], nodes=1, per_node=2, run=run)
+    slurm.write(job, tmp_path / "job.sbatch")
+    environment = os.environ | {"PATH": f"{commands}:{os.environ['PATH']}"}
+    environment |= {"SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "n", "SLURM_JOB_NUM_NODES": "1"}
+    done = subprocess.run(
+        ["bash", tmp_path / "job.sbatch"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == code
+    assert said in done.stdout
+
+
+def test_names_with_spaces_are_a_word_to_slurm() -> None:
+    job = Job(
+        words=["evaluate", "model"],
+        nodes=1,
+        per_node=1,
+        name="my job",
+        sbatch_args=["--comment=hello world", "--qos=low"],
+    )
+    lines = slurm.render(job).splitlines()
+    expected = {'--job-name="my job"', '--comment="hello world"', "--qos=low"}
+    assert {f"#SBATCH {option}" for option in expected} <= {*lines}
+
+
 def test_an_evaluation_does_not_go_back_to_the_queue() -> None:
     job = Job(words=["evaluate", "model", "mmbench"], nodes=1, per_node=2, on_gpus=False)
     text = slurm.render(job)
@@ -151,6 +199,18 @@ def test_launch_writes_the_file_into_the_run_which_may_begin(
             "parallel.replicas: 16 processes do not divide into 3 copies",
         ),
         (["evaluate", "./gone", "--gpus-per-node", 8], "./gone: no such folder"),
+        (["{recipe}", "--gpus-per-node", 8], "--gpus-per-node: the device is cpu"),
+        (["{recipe}", "device=cuda", "--processes-per-node", 8], "and the device is cuda"),
+        (["{recipe}", "run=/etc", "--processes-per-node", 8], "/etc is not empty and no run"),
+        (
+            ["{recipe}", "--nodes", 1, "--processes-per-node", 1]
+            + ["parallel={{shard: zero3, offload: cpu}}"],
+            "parallel.offload: cpu is for several processes",
+        ),
+        (
+            ["{recipe}", "--processes-per-node", 8, "--sbatch-args=--comment='x"],
+            "--sbatch-args: a quote is not closed in --comment='x",
+        ),
     ],
     ids=lambda value: str(value[:2]) if isinstance(value, list) else "",
 )

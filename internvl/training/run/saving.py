@@ -29,7 +29,9 @@ def tolerate(state: TrainState, work: Callable[[], None]) -> None:
         work()
     except CheckpointError as error:
         message = "step %d: %s. This run goes on, and saves again at the next checkpoint"
-        log.get_logger().warning(message, state.step, error)
+        # All say the same.
+        if dist.is_main():
+            log.get_logger().warning(message, state.step, error)
 
 
 def _checkpoint(state: TrainState, folder: Path, keep: int, copy_of: Path | None = None) -> None:
