@@ -100,7 +100,7 @@ REFUSED = [
     (["train", "{recipe}", "data.meta=gone.json"], "no meta file gone.json"),
     (["index", "gone", "--to", "out", "--model", "x"], "gone: no folder of photos"),
     (["search", "gone", "a dog"], "gone: no index of photos; make it with"),
-    (["launch", "{recipe}", "--nodes", "2", "--gpus-per-node", "8", "--dry-run"], ""),
+    (["launch", "{recipe}", "--nodes", "2", "--processes-per-node", "8", "--dry-run"], ""),
     (["check", "{recipe}", "model.id=./gone"], "./gone: no such folder"),
     (["check", "{recipe}", "--plan", "--gpu", "Z80"], "--gpu"),
     (["chat", "nobody/gone"], "nobody/gone: no such folder, not in the local hub cache"),

@@ -45,9 +45,11 @@ def _check_training(args: Arguments, num_ranks: int) -> tuple[Path, str | None]:
     problem = recipe.parallel.unfit(num_ranks)
     if problem is not None:
         raise ConfigError(problem)
-    from internvl.training import run_folder
+    # A new folder holds nothing to compare with, which would cost the seconds of torch's import.
+    if recipe.run.is_dir():
+        from internvl.training import run_folder
 
-    run_folder.changed_length(recipe)
+        run_folder.changed_length(recipe)
     return recipe.run, recipe.device
 
 
