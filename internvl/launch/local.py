@@ -234,8 +234,8 @@ def _judge(ranks: Sequence[_Rank], asked: Sequence[int]) -> Ended:
     # As a single process that Ctrl-C ends before its first step, which says nothing either.
     if asked and first.code == _INTERRUPTED:
         return Ended(first.code)
-    # Killed because they did not react, which whoever asked three times knows.
-    if asked.count(signal.SIGINT) >= _MOST_INTERRUPTS:
+    # Killed because it did not react, which whoever asked three times knows.
+    if ranks[first.rank].killed and asked.count(signal.SIGINT) >= _MOST_INTERRUPTS:
         return Ended(_INTERRUPTED)
     # What all ranks say alike, such as a wrong key of the recipe, is about none of them.
     if len(causes) == len(ranks) and {cause.sentence for cause in causes} == {first.sentence}:

@@ -123,6 +123,18 @@ wait()
     assert all((tmp_path / f"saved-{rank}").exists() for rank in range(2))
 
 
+def test_ctrl_c_three_times_kills_ranks_that_do_not_react(tmp_path: Path) -> None:
+    code = "signal.signal(signal.SIGINT, signal.SIG_IGN)\nwait()"
+    parent = subprocess.Popen(launcher(ranks_of(code, tmp_path)))
+    pids = wait_for(*(tmp_path / f"waits-{rank}" for rank in range(2)))
+    for _ in range(3):
+        parent.send_signal(signal.SIGINT)
+        time.sleep(0.2)  # two at once would be one
+    # Not 137, as after a kill that nobody asked for.
+    assert parent.wait() == 130
+    assert not any(map(is_alive, pids))
+
+
 def launcher(command: list[str]) -> list[str]:
     # A background job has them ignored, and so would its launcher.
     code = "import signal, sys; from internvl.launch import local\n"

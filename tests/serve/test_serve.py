@@ -82,6 +82,15 @@ def test_metrics_name_the_paths_that_there_are(server):
 
 
 @pytest.mark.slow
+def test_tiles_are_counted_for_as_many_images_as_a_request_may_have(server):
+    body = {"model": asked("Hi")["model"], "sizes": [[900, 600]] * 16}
+    status, answer = server.post(body, "/v1/tiles")
+    assert (status, len(answer["images"])) == (200, 16)
+    status, answer = server.post(body | {"sizes": [[900, 600]] * 17}, "/v1/tiles")
+    assert (status, answer["error"]["param"]) == (400, "sizes")
+
+
+@pytest.mark.slow
 class TestFields:
     """What a request may ask for."""
 
